@@ -1,0 +1,368 @@
+"""The recipe: everything a run depends on, as one YAML file.
+
+``load_recipe`` reads it, fills in the preset, and refuses what it does not know, naming the key, the line and the
+nearest valid name. The resolved recipe is stored in the run and can be loaded again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Direction, Languages, check_code, english_centric, nearest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "transformer-tiny": {"hidden": 256, "heads": 4, "encoder": (3, 1024), "decoder": (2, 1024)},
+    "transformer-small": {"hidden": 512, "heads": 8, "encoder": (6, 1024), "decoder": (6, 1024)},
+    "transformer-base": {"hidden": 512, "heads": 8, "encoder": (6, 2048), "decoder": (6, 2048)},
+    "transformer-big": {"hidden": 1024, "heads": 16, "encoder": (6, 4096), "decoder": (6, 4096)},
+}
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Corpus(Section):
+    """A corpus on the user's disk. ``source`` and ``target`` name the languages where the layout does not."""
+
+    path: Path
+    format: Literal["opus100", "flores", "iwslt", "moses", "tsv"]
+    source: str | None = None
+    target: str | None = None
+
+
+class Vocabulary(Section):
+    size: Annotated[int, Field(ge=64, le=2**20)] = 16000
+    type: Literal["unigram", "bpe"] = "unigram"
+    character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 0.9995
+    sentences: Positive = 1_000_000
+
+
+class Cleaning(Section):
+    """Limits on what is kept; words are counted on the English (or first) side."""
+
+    min_words: Positive = 3
+    max_words: Positive = 200
+    script_share: Share = 0.5
+
+
+class HeldOut(Section):
+    """Sentences per bitext that are kept out of training, by English string over all corpora and directions."""
+
+    dev: Annotated[int, Field(ge=0)] = 200
+    test: Annotated[int, Field(ge=0)] = 500
+
+
+class Batch(Section):
+    """A step takes ``count`` batches of at most ``tokens`` padded tokens each (source + target), whatever the number of ranks."""
+
+    tokens: Annotated[int, Field(ge=16)] = 4096
+    count: Positive = 1
+    languages: Literal["mixed", "homogeneous"] = "mixed"
+    max_length: Annotated[int, Field(ge=4)] = 256
+
+
+class Groups(Section):
+    """Resource groups by training pairs: at least ``high`` is high, at least ``medium`` is medium, the rest is low."""
+
+    high: Positive = 1_000_000
+    medium: Positive = 100_000
+
+
+class Data(Section):
+    corpora: Annotated[list[str | Corpus], Field(min_length=1)]
+    directory: Path = Path("data")
+    languages: list[str] = []
+    directions: list[str] = []
+    vocabulary: Vocabulary = Vocabulary()
+    cleaning: Cleaning = Cleaning()
+    held_out: HeldOut = HeldOut()
+    groups: Groups = Groups()
+    temperature: Annotated[float, Field(ge=1.0)] = 5.0
+    batch: Batch = Batch()
+
+    @model_validator(mode="after")
+    def _directions(self) -> Data:
+        for code in self.languages:
+            _as_value_error(check_code, code)
+        if not self.directions:
+            if not [code for code in self.languages if code != "en"]:
+                raise ValueError("'languages' names no language beside English: list at least one, or write 'directions'")
+            self.directions = [str(d) for d in english_centric(self.languages)]
+        parsed = [_as_value_error(Direction.parse, d) for d in self.directions]
+        if len(set(parsed)) < len(parsed):
+            raise ValueError("'directions' names a direction twice")
+        return self
+
+
+class MoE(Section):
+    """Every ``every``-th layer's feed-forward becomes ``experts`` experts, of which each token uses ``top_k``.
+
+    ``routing: token`` lets each token choose; ``routing: task`` lets the target language or the pair choose
+    ("Beyond Distillation", section 3.1).
+    """
+
+    experts: Positive
+    every: Positive = 2
+    top_k: Positive = 2
+    routing: Literal["token", "task"] = "token"
+    task: Literal["target", "pair"] = "target"
+    balance: Annotated[float, Field(ge=0.0)] = 0.01
+
+    @model_validator(mode="after")
+    def _top_k(self) -> MoE:
+        if self.top_k > self.experts:
+            raise ValueError(f"'top_k' is {self.top_k} but there are only {self.experts} experts")
+        return self
+
+
+class Side(Section):
+    """Encoder or decoder. ``feed_forward`` is one width, or one for each layer (as in an extracted sub-network)."""
+
+    layers: Positive
+    feed_forward: Positive | list[Positive]
+    moe: MoE | None = None
+
+    @model_validator(mode="after")
+    def _widths(self) -> Side:
+        if isinstance(self.feed_forward, list) and len(self.feed_forward) != self.layers:
+            raise ValueError(f"'feed_forward' lists {len(self.feed_forward)} widths for {self.layers} layers")
+        return self
+
+    def width(self, layer: int) -> int:
+        """Width F of the feed-forward of a layer counted from 0."""
+        return self.feed_forward[layer] if isinstance(self.feed_forward, list) else self.feed_forward
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer counted from 0 holds experts: with ``every: 2`` the second, fourth, ..."""
+        return self.moe is not None and (layer + 1) % self.moe.every == 0
+
+
+class Model(Section):
+    preset: Literal["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"] | None = None
+    hidden: Positive
+    heads: Positive
+    encoder: Side
+    decoder: Side
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("preset") not in PRESETS:
+            return value
+        preset = PRESETS[value["preset"]]
+        value = {"hidden": preset["hidden"], "heads": preset["heads"], **value}
+        for side in ("encoder", "decoder"):
+            layers, width = preset[side]
+            given = value.get(side)
+            if given is None or isinstance(given, dict):
+                value[side] = {"layers": layers, "feed_forward": width, **(given or {})}
+        return value
+
+    @model_validator(mode="after")
+    def _heads(self) -> Model:
+        if self.hidden % self.heads or self.hidden % 2:
+            raise ValueError(f"'hidden' is {self.hidden}: it must be even and a multiple of 'heads', which is {self.heads}")
+        return self
+
+    def moe_layers(self) -> Iterator[tuple[str, int, MoE]]:
+        """(side, layer, settings) of each layer that holds experts."""
+        for name, side in (("encoder", self.encoder), ("decoder", self.decoder)):
+            for layer in range(side.layers):
+                if side.moe is not None and side.is_moe(layer):
+                    yield name, layer, side.moe
+
+
+class Training(Section):
+    steps: Positive
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
+    warmup: Annotated[int, Field(ge=0)] = 4000
+    label_smoothing: Share = 0.1
+    dropout: Share = 0.1
+    attention_dropout: Share = 0.0
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    log_every: Positive = 20
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every: Positive = 500
+    keep: Positive = 2
+
+
+class Parallel(Section):
+    """World = tensor x data; experts are spread over ``expert`` ranks of the world."""
+
+    tensor: Positive = 1
+    expert: Positive = 1
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    data: Data
+    model: Model
+    training: Training
+    parallel: Parallel = Parallel()
+    deepspeed: str | dict[str, Any] = "ds_configs/zero1.json"
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _read_deepspeed(cls, value: str | dict[str, Any]) -> dict[str, Any]:
+        return value if isinstance(value, dict) else _read_deepspeed_config(value)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        tensor, expert, hidden = self.parallel.tensor, self.parallel.expert, self.model
+        if hidden.heads % tensor:
+            raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide the {hidden.heads} heads of 'model.heads'")
+        if self.data.vocabulary.size % tensor:
+            raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide 'data.vocabulary.size' {self.data.vocabulary.size}")
+        for name, side in (("encoder", hidden.encoder), ("decoder", hidden.decoder)):
+            for layer in range(side.layers):
+                if not side.is_moe(layer) and side.width(layer) % tensor:
+                    raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width {side.width(layer)} of the {name}")
+        for name, _, moe in hidden.moe_layers():
+            if moe.experts % expert:
+                raise ValueError(f"'parallel.expert' is {expert}, which does not divide the {moe.experts} experts of the {name}")
+        return self
+
+    @property
+    def languages(self) -> Languages:
+        return Languages(tuple(Direction.parse(d) for d in self.data.directions))
+
+    @property
+    def prepared(self) -> Path:
+        """Where the prepared data of this recipe lies."""
+        return self.data.directory / "prepared" / self.name
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def _as_value_error(function: Any, value: str) -> Any:
+    try:
+        return function(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+def _read_deepspeed_config(name: str) -> dict[str, Any]:
+    for path in (Path(name), PROJECT / name):
+        if path.is_file():
+            try:
+                value = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, UnicodeDecodeError) as error:
+                raise ValueError(f"{name} is not valid JSON: {error}") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} holds no JSON object")
+            return value
+    raise ValueError(f"there is no file {name}: see ds_configs/ for those that come with lsmoe_ds")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file; ``overrides`` are ``a.b=value`` strings with YAML values.
+
+    Raises UserError with the key, its line where it has one, what was found and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+    try:
+        value, lines = yaml.safe_load(text), _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"recipe {path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
+    for override in overrides:
+        _apply_override(value, override)
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise UserError(_explain(path, error, lines)) from None
+
+
+def _apply_override(value: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"'--set {override}' is not understood: write --set a.b=value")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        value = value.setdefault(parent, {})
+        if not isinstance(value, dict):
+            raise UserError(f"'--set {override}': '{parent}' holds no keys")
+    try:
+        value[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"'--set {override}': '{text}' is not a YAML value") from None
+
+
+def _lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Line of each key, counted from 1; refuses a key written twice."""
+    found: dict[tuple[str, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            here = (*at, str(key.value))
+            if here in found:
+                raise UserError(f"'{'.'.join(here)}' is written twice, on lines {found[here]} and {key.start_mark.line + 1}")
+            found[here] = key.start_mark.line + 1
+            found.update(_lines(child, here))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            found[(*at, str(index))] = child.start_mark.line + 1
+            found.update(_lines(child, (*at, str(index))))
+    return found
+
+
+def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], int]) -> str:
+    errors = error.errors()
+    # Of a union's members each has complained: an unknown key tells more than "should be a string".
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    # pydantic names the tried member of a union ("Corpus", "list[...]"): only what stands in a recipe is shown.
+    at = tuple(str(part) for part in first["loc"] if not str(part)[:1].isupper() and "[" not in str(part) and str(part) not in ("str", "dict"))
+    line = next((f", line {lines[at[:n]]}" for n in range(len(at), 0, -1) if at[:n] in lines), "")
+    key = ".".join(at)
+    if first["type"] == "extra_forbidden":
+        known = _fields(at[:-1])
+        return f"{path}{line}: unknown key '{key}'{nearest(at[-1], known)}; allowed here: {', '.join(known)}"
+    if first["type"] == "missing":
+        return f"{path}{line}: '{key}' is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    found = f", found {first['input']!r}" if isinstance(first["input"], (str, int, float, bool)) else ""
+    message = message[:1].lower() + message[1:]
+    return f"{path}{line}: '{key}': {message}{found}" if key else f"{path}: {message}"
+
+
+def _fields(at: tuple[str, ...]) -> list[str]:
+    """Keys that are allowed at a place in the recipe."""
+    section: Any = Recipe
+    for part in at:
+        if part.isdigit():
+            continue
+        field = section.model_fields.get(part) if section is not None else None
+        section = _section_of(field.annotation) if field is not None else section
+    return list(section.model_fields) if section is not None else []
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, Section) else None
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""Checkpoints to consolidated and dense models."""

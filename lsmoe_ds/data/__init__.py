@@ -1,0 +1,1 @@
+"""Corpora: fetching, reading, cleaning, preparing and batching parallel text."""

@@ -1,0 +1,1 @@
+"""The tensor-parallel encoder-decoder Transformer."""

@@ -1,0 +1,1 @@
+"""Process groups, launching, collectives, and the adapters to DeepSpeed and Megatron-core."""

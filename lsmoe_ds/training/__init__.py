@@ -1,0 +1,1 @@
+"""The training loop, schedules, losses and checkpoints."""
