@@ -10,11 +10,20 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lsmoe_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The first ids of every vocabulary, in the order of fairseq and M2M-100.
+BOS, PAD, EOS, UNK = range(4)
+
 CODE = re.compile(r"[a-z]{2,3}(_[A-Za-z0-9]+)*\Z")
+TABLE = Path(__file__).with_name("languages.tsv")
 
 
 def tag(code: str) -> str:
@@ -33,6 +42,74 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the valid choice closest to ``word``, or an empty string."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" (did you mean '{found[0]}'?)" if found else ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of ``languages.tsv``: our code, ISO 15924 script, family with branch, English name, codes used elsewhere."""
+
+    code: str
+    script: str
+    family: str
+    name: str
+    aliases: tuple[str, ...]
+
+
+@cache
+def table() -> dict[str, Entry]:
+    """The known languages, by our code."""
+    rows = [line.split("\t") for line in TABLE.read_text(encoding="utf-8").splitlines()[1:]]
+    return {r[0]: Entry(r[0], r[1], r[2], r[3], tuple(r[4].split(",")) if r[4] else ()) for r in rows}
+
+
+@cache
+def _by_any_code() -> dict[str, str]:
+    """Lower-cased codes, ours and others', to ours; where both exist, ours wins (``als`` stands for no code of ours)."""
+    others = {alias.lower(): entry.code for entry in table().values() for alias in entry.aliases}
+    return others | {code.lower(): code for code in table()}
+
+
+@cache
+def normalize_code(code: str) -> str:
+    """Our spelling of a code from elsewhere: ``deu_Latn`` and ``de-DE`` are ``de``, ``zh-CN`` is ``zh_Hans``, ``sr@latin`` is ``sr_Latn``.
+
+    A code that is not known keeps its parts, written our way.
+    """
+    language, *parts = code.split(".")[0].replace("@", "_").replace("-", "_").split("_")
+    parts = [{"latin": "Latn", "cyrillic": "Cyrl"}.get(p, p.title() if len(p) == 4 else p.upper() if len(p) == 2 else p) for p in parts]
+    known = _by_any_code()
+    whole = "_".join([language.lower(), *parts])
+    if whole.lower() in known:
+        return known[whole.lower()]
+    base = known.get(language.lower(), language.lower())
+    whole = "_".join([base, *parts])
+    if whole.lower() in known:
+        return known[whole.lower()]
+    redundant = len(parts) == 1 and (parts[0] == script(base) or parts[0].lower() == base)
+    return base if redundant else whole
+
+
+def script(code: str) -> str | None:
+    """ISO 15924 script that a language is written in (``Latn``), or None where it is not known."""
+    for part in code.split("_")[1:]:
+        if len(part) == 4 and part.isalpha() and part.istitle():
+            return part
+    entry = table().get(code) or table().get(code.split("_")[0])
+    return entry.script if entry else None
+
+
+def family(code: str) -> str:
+    """Family and branch, ``Indo-European, Germanic``; sorting by it puts relatives side by side. ``Unknown`` where it is not known."""
+    entry = table().get(code) or table().get(code.split("_")[0])
+    return entry.family if entry else "Unknown"
+
+
+def language_name(code: str) -> str:
+    """English name of a language; of a variety the table lacks, with its parts (``Spanish (MX)``); of an unknown one, the code."""
+    if code in table():
+        return table()[code].name
+    base, _, rest = code.partition("_")
+    return f"{table()[base].name} ({rest.replace('_', ', ')})" if base in table() else code
 
 
 @dataclass(frozen=True, order=True)
@@ -107,6 +184,26 @@ class Languages:
     @cached_property
     def tags(self) -> tuple[str, ...]:
         return tuple(tag(code) for code in self.codes)
+
+
+@dataclass(frozen=True)
+class SentenceIds:
+    """Source language, target language and direction of each of the B sentences of a batch, as numbers [B].
+
+    Everything language-specific in the model is a function of these.
+    """
+
+    source: Tensor
+    target: Tensor
+    direction: Tensor
+
+    def task(self, kind: str) -> Tensor:
+        """Task of each sentence [B]: places in ``Languages.tasks(kind)``."""
+        return self.target if kind == "target" else self.direction
+
+    def select(self, index: Tensor) -> SentenceIds:
+        """The ids of the sentences ``index`` names, in that order."""
+        return SentenceIds(self.source[index], self.target[index], self.direction[index])
 
 
 def parse_directions(texts: Sequence[str], languages: Languages) -> list[Direction]:
