@@ -1,0 +1,22 @@
+"""The position-wise feed-forward network. B sentences, T positions, H hidden, F feed-forward width."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsmoe_ds.parallel.layers import column_linear, row_linear
+from lsmoe_ds.parallel.topology import Topology
+
+
+class FeedForward(nn.Module):
+    """``relu(x W_1 + b_1) W_2 + b_2``, [..., H] -> [..., H]; F is spread over the tensor-parallel ranks."""
+
+    def __init__(self, hidden: int, width: int, topology: Topology) -> None:
+        super().__init__()
+        self.expand = column_linear(hidden, width, topology)
+        self.contract = row_linear(width, hidden, topology)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.contract(F.relu(self.expand(x)))
+        return out

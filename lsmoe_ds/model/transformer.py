@@ -1,0 +1,181 @@
+"""The encoder-decoder Transformer: pre-norm with a final norm, the architecture of M2M-100.
+
+Any feed-forward can be a mixture of experts. B sentences, T target positions, M source positions, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsmoe_ds.config import Recipe, Side
+from lsmoe_ds.languages import PAD, Languages, SentenceIds
+from lsmoe_ds.model.attention import Attention, Cache, extend
+from lsmoe_ds.model.embedding import Embedding
+from lsmoe_ds.model.feed_forward import FeedForward
+from lsmoe_ds.parallel.layers import cross_entropy, output_logits
+from lsmoe_ds.parallel.topology import Topology
+
+
+@dataclass
+class Losses:
+    """Of one micro-batch, as sums over its target tokens (the balance loss: a weighted mean over layers, times the tokens)."""
+
+    loss: Tensor  # label-smoothed cross-entropy, summed; with gradient
+    nll: Tensor  # negative log-likelihood, summed; without gradient
+    balance: Tensor  # sum over MoE layers of coefficient x balance loss; with gradient, or zero
+    shares: dict[str, Tensor]  # layer name -> share of first choices [E]
+
+
+@dataclass
+class DecoderState:
+    """What the decoder remembers of B sentences while decoding."""
+
+    cross: list[Cache]
+    mask: Tensor  # [B, 1, 1, M], true where the source is real
+    ids: SentenceIds
+    own: list[Cache | None] = field(default_factory=list)
+    length: int = 0
+
+    def select(self, index: Tensor) -> DecoderState:
+        """The state of the sentences ``index`` names, in that order (a beam's survivors)."""
+
+        def of(cache: Cache) -> Cache:
+            return cache[0].index_select(0, index), cache[1].index_select(0, index)
+
+        own = [None if cache is None else of(cache) for cache in self.own]
+        return DecoderState([of(c) for c in self.cross], self.mask[index], self.ids.select(index), own, self.length)
+
+
+class Layer(nn.Module):
+    """An encoder or decoder layer: norm, attention, add; in the decoder the same over the source; norm, feed-forward, add."""
+
+    def __init__(self, recipe: Recipe, side: Side, index: int, decoder: bool, languages: Languages, topology: Topology) -> None:
+        super().__init__()
+        hidden, heads, dropout = recipe.model.hidden, recipe.model.heads, recipe.training.attention_dropout
+        self.attention_norm = nn.LayerNorm(hidden)
+        self.attention = Attention(hidden, heads, dropout, topology)
+        self.cross_norm = nn.LayerNorm(hidden) if decoder else None
+        self.cross_attention = Attention(hidden, heads, dropout, topology) if decoder else None
+        self.feed_forward_norm = nn.LayerNorm(hidden)
+        self.feed_forward: nn.Module
+        if side.is_moe(index):
+            from lsmoe_ds.moe.layer import MixtureOfExperts  # imports DeepSpeed, which a dense model does without
+
+            assert side.moe is not None
+            width, alone = side.width(index), Topology.single(topology.device)
+            self.feed_forward = MixtureOfExperts(hidden, side.moe, lambda: FeedForward(hidden, width, alone), languages, topology)
+        else:
+            self.feed_forward = FeedForward(hidden, side.width(index), topology)
+        self.is_moe = side.is_moe(index)
+        self.dropout = recipe.training.dropout
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def forward(
+        self,
+        x: Tensor,
+        real: Tensor,
+        ids: SentenceIds,
+        own_mask: Tensor | None = None,
+        causal: bool = False,
+        cross: Cache | None = None,
+        cross_mask: Tensor | None = None,
+        past: Cache | None = None,
+        records: list[Any] | None = None,
+    ) -> tuple[Tensor, Cache]:
+        """x [B, T, H] -> [B, T, H], and the keys and values of all positions so far."""
+        normed = self.attention_norm(x)
+        cache = extend(past, self.attention.project(normed))
+        x = x + self._drop(self.attention(normed, cache, own_mask, causal))
+        if self.cross_attention is not None:
+            assert self.cross_norm is not None and cross is not None
+            x = x + self._drop(self.cross_attention(self.cross_norm(x), cross, cross_mask))
+        normed = self.feed_forward_norm(x)
+        y = self.feed_forward(normed, real, ids, records) if self.is_moe else self.feed_forward(normed)
+        return x + self._drop(y), cache
+
+
+class Transformer(nn.Module):
+    """The whole model. ``recipe`` gives its shape, ``vocabulary`` its number of tokens V."""
+
+    def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
+        super().__init__()
+        topology = topology or Topology.single()
+        model, languages = recipe.model, recipe.languages
+        self.embedding = Embedding(vocabulary, model.hidden, topology)
+        self.encoder = nn.ModuleList(Layer(recipe, model.encoder, i, False, languages, topology) for i in range(model.encoder.layers))
+        self.decoder = nn.ModuleList(Layer(recipe, model.decoder, i, True, languages, topology) for i in range(model.decoder.layers))
+        self.encoder_norm = nn.LayerNorm(model.hidden)
+        self.decoder_norm = nn.LayerNorm(model.hidden)
+        self.topology = topology
+        self.dropout = recipe.training.dropout
+        self.smoothing = recipe.training.label_smoothing
+        self.moe_names = [f"{side}.{layer}" for side, layer, _ in model.moe_layers()]
+
+    def _embed(self, ids: Tensor, offset: int = 0) -> Tensor:
+        return F.dropout(self.embedding(ids, offset), self.dropout, self.training)
+
+    def encode(self, source: Tensor, ids: SentenceIds, records: list[Any] | None = None) -> tuple[Tensor, Tensor]:
+        """Source [B, M] -> memory [B, M, H] and its mask [B, 1, 1, M]."""
+        real = source != PAD
+        mask = real[:, None, None, :]
+        x = self._embed(source)
+        for layer in self.encoder:
+            x, _ = layer(x, real, ids, own_mask=mask, records=records)
+        return self.encoder_norm(x), mask
+
+    def _decode(self, tokens: Tensor, real: Tensor, state: DecoderState, records: list[Any] | None) -> Tensor:
+        """Decoder input [B, T], after ``state.length`` earlier positions -> hidden states [B, T, H]; extends the state."""
+        x = self._embed(tokens, state.length)
+        state.own = state.own or [None] * len(self.decoder)
+        for i, layer in enumerate(self.decoder):
+            # Padding stands at the end, so a causal mask alone hides it from every real position; and a single new
+            # position may see all earlier ones.
+            x, state.own[i] = layer(
+                x,
+                real,
+                state.ids,
+                causal=tokens.shape[1] > 1,
+                cross=state.cross[i],
+                cross_mask=state.mask,
+                past=state.own[i],
+                records=records,
+            )
+        state.length += tokens.shape[1]
+        return self.decoder_norm(x)
+
+    def start(self, source: Tensor, ids: SentenceIds, records: list[Any] | None = None) -> DecoderState:
+        """Encodes source [B, M] and prepares to decode."""
+        memory, mask = self.encode(source, ids, records)
+        return DecoderState([layer.cross_attention.project(memory) for layer in self.decoder], mask, ids)  # type: ignore[union-attr, operator]
+
+    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """The next tokens [B, T] of each sentence -> logits [B, V] after the last of them; extends the state."""
+        hidden = self._decode(tokens, torch.ones_like(tokens, dtype=torch.bool), state, None)
+        return output_logits(hidden[:, -1], self.embedding.tokens, self.topology)
+
+    def logits(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> Tensor:
+        """Teacher-forced logits [B, T, V]; those at padding mean nothing."""
+        hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids), None)
+        return output_logits(hidden.flatten(0, 1), self.embedding.tokens, self.topology).unflatten(0, hidden.shape[:2])
+
+    def forward(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds) -> Losses:
+        """Source [B, M], decoder input and labels [B, T] -> losses, summed over the real labels."""
+        records: list[Any] = []
+        hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, records), records)
+        index = (labels.reshape(-1) != PAD).nonzero().squeeze(1)  # the vocabulary is projected for real tokens only
+        loss, nll = cross_entropy(
+            hidden.flatten(0, 1)[index],
+            labels.reshape(-1)[index],
+            self.embedding.tokens,
+            self.smoothing if self.training else 0.0,
+            self.topology,
+        )
+        balance = sum((r.coefficient * r.balance for r in records), start=loss.new_zeros(()))
+        return Losses(loss, nll, balance, {name: r.shares for name, r in zip(self.moe_names, records, strict=True)})

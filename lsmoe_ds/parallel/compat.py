@@ -1,0 +1,240 @@
+"""Every adapter to DeepSpeed 0.19.8 and Megatron-core 0.16.1: the only file that touches their private names.
+
+Each adapter says why it is there. ``check_versions`` refuses other versions, because the names below are not promised
+by either library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lsmoe_ds.errors import UserError
+
+PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
+
+
+def check_versions() -> None:
+    """Raises UserError if an installed library is not the one these adapters were written for."""
+    for package, wanted in PINNED.items():
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"{package} is not installed: install {package}=={wanted}") from None
+        if found != wanted:
+            raise UserError(f"{package} {found} is installed, but lsmoe_ds adapts {package}=={wanted}: install that version")
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, on the accelerator that is there, without compiling extensions that nothing here uses."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        import deepspeed.ops
+    # init_distributed would compile this C++ extension (40 s, and a stale lock when killed); only
+    # inference_all_reduce uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("LSMOE_DEEPSPEED_LOG", "ERROR"))
+    return deepspeed
+
+
+def import_moe_base() -> type[torch.nn.Module]:
+    """``deepspeed.moe.layer.MoE``: the engine knows layers with experts by this class."""
+    import_deepspeed()
+    from deepspeed.moe.layer import MoE
+
+    return MoE
+
+
+def adopt_expert_groups(size: int, expert_group: dist.ProcessGroup, expert_data_group: dist.ProcessGroup) -> str:
+    """Hands groups built by Megatron to DeepSpeed, which would otherwise build its own, blind to tensor parallelism.
+
+    Returns the name under which DeepSpeed knows them.
+    """
+    import_deepspeed()
+    from deepspeed.utils import groups
+
+    name = expert_group_name(size)
+    groups._EXPERT_PARALLEL_GROUP[name] = expert_group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert_group)
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = expert_data_group
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert_data_group)
+    return name
+
+
+def expert_group_name(size: int) -> str:
+    return f"ep_size_{size}"
+
+
+def mark_expert_parameter(parameter: torch.nn.Parameter, size: int) -> None:
+    """Makes the engine reduce a parameter's gradient over expert-data-parallel ranks only.
+
+    ``model_parallel`` is for the gradient norm: where expert groups span the tensor-parallel group, DeepSpeed would
+    otherwise count the experts of the first tensor-parallel rank alone, silently, and clip by a wrong norm.
+    """
+    parameter.allreduce = False  # type: ignore[attr-defined]
+    parameter.group_name = expert_group_name(size)  # type: ignore[attr-defined]
+    parameter.model_parallel = True  # type: ignore[attr-defined]
+
+
+def forget_groups() -> None:
+    """Forgets all parallel groups, so that the same processes can build another layout."""
+    import megatron.core.parallel_state as state
+    from deepspeed.utils import groups
+
+    state.destroy_model_parallel()
+    groups.mpu = None
+    for known in (
+        groups._EXPERT_PARALLEL_GROUP,
+        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP,
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
+        known.clear()
+
+
+class ModelParallelUnit:
+    """What ``deepspeed.initialize(mpu=...)`` asks, answered by Megatron's parallel state.
+
+    Some names are left out on purpose: when DeepSpeed finds ``get_sequence_*``, ``get_slice_*`` or ``get_pipe_*`` it
+    takes another path that Megatron-core's groups do not fit.
+    """
+
+    def __init__(self) -> None:
+        import megatron.core.parallel_state as state
+
+        self.get_tensor_model_parallel_group = self.get_model_parallel_group = state.get_tensor_model_parallel_group
+        self.get_tensor_model_parallel_rank = self.get_model_parallel_rank = state.get_tensor_model_parallel_rank
+        self.get_tensor_model_parallel_world_size = self.get_model_parallel_world_size = state.get_tensor_model_parallel_world_size
+        self.get_data_parallel_group = state.get_data_parallel_group
+        self.get_data_parallel_rank = state.get_data_parallel_rank
+        self.get_data_parallel_world_size = state.get_data_parallel_world_size
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+
+def initialize_megatron(tensor: int, expert: int) -> Any:
+    """Builds all groups once, in Megatron; returns its parallel state.
+
+    Experts are not tensor-parallel (``expert_tensor_parallel_size=1``): expert groups run over consecutive ranks and
+    may span tensor-parallel peers.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core.parallel_state as state
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
+    )
+    return state
+
+
+def megatron_config() -> Any:
+    """The settings of Megatron's linear and embedding layers here: CPU allocation, no initialization (we do that by
+    parameter name, so that it is the same in every layout), no fused kernels that need Apex."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    return ModelParallelConfig(
+        use_cpu_initialization=True, perform_initialization=False, gradient_accumulation_fusion=False, params_dtype=torch.float32
+    )
+
+
+def mark_tensor_parallel(parameter: torch.nn.Parameter, dimension: int) -> None:
+    """Megatron marks a weight while initializing it, which we do ourselves; DeepSpeed's norm reads the mark."""
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+    if not getattr(parameter, "tensor_model_parallel", False):
+        for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+            if hasattr(parameter, name):
+                delattr(parameter, name)
+        set_tensor_model_parallel_attributes(parameter, True, dimension, 1)
+
+
+@contextlib.contextmanager
+def trusted_checkpoint_loading() -> Iterator[None]:
+    """DeepSpeed loads its checkpoints with ``weights_only=False``; inside this context nothing in them can run code."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    original = torch.load
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        options["weights_only"] = True
+        return original(*arguments, **options)
+
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        torch.load = load
+        try:
+            yield
+        finally:
+            torch.load = original
+
+
+def seed_tensor_parallel_random(seed: int, tensor_rank: int) -> None:
+    """Seeds torch, and Megatron's tracker of the random numbers that differ between tensor-parallel ranks.
+
+    Megatron's tracker speaks to CUDA only; without a GPU the same class is given torch's CPU generator.
+    """
+    from megatron.core.tensor_parallel import random as tracked
+
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        tracked.model_parallel_cuda_manual_seed(seed)
+        return
+
+    class Tracker(tracked.CudaRNGStatesTracker):
+        def add(self, name: str, seed: int) -> None:
+            self._is_initialized = True
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.states_[name] = torch.get_rng_state()
+
+    tracked._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    tracked._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    tracked._CUDA_RNG_STATE_TRACKER = Tracker()
+    tracked._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    tracked._CUDA_RNG_STATE_TRACKER.add("model-parallel-rng", seed + 2718 + tensor_rank)
+
+
+def tensor_parallel_random() -> contextlib.AbstractContextManager[None]:
+    """Inside, random numbers differ between tensor-parallel ranks."""
+    from megatron.core.tensor_parallel import random as tracked
+
+    context: contextlib.AbstractContextManager[None] = tracked.get_cuda_rng_tracker().fork()
+    return context
+
+
+def random_state(tensor: int) -> dict[str, torch.Tensor]:
+    """State of every generator of this rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if tensor > 1:
+        from megatron.core.tensor_parallel import random as tracked
+
+        state |= {f"tracked.{name}": value for name, value in tracked.get_cuda_rng_tracker().get_states().items()}
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
+    """Inverse of :func:`random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if tensor > 1:
+        from megatron.core.tensor_parallel import random as tracked
+
+        tracked.get_cuda_rng_tracker().set_states(
+            {name.removeprefix("tracked."): value for name, value in state.items() if name.startswith("tracked.")}
+        )

@@ -1,0 +1,119 @@
+"""Linear layers, embedding and cross-entropy, tensor-parallel through Megatron-core.
+
+With one tensor-parallel rank the same functions give torch's own modules: same parameter names and shapes, no process
+group, and no Megatron import when a model is only served. H hidden, V vocabulary, N tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.topology import Topology
+
+
+class _WithoutTuple(nn.Module):
+    """Mixed into Megatron's linear layers, which return (output, bias) and carry empty extra state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def column_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
+    """[..., inputs] -> [..., outputs / tensor]: each rank computes its share of the outputs."""
+    if topology.tensor == 1:
+        return nn.Linear(inputs, outputs)
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    class ColumnLinear(_WithoutTuple, ColumnParallelLinear):
+        pass
+
+    layer = ColumnLinear(inputs, outputs, config=compat.megatron_config(), init_method=nn.init.zeros_, bias=True, gather_output=False)
+    compat.mark_tensor_parallel(layer.weight, 0)
+    compat.mark_tensor_parallel(layer.bias, 0)
+    return layer
+
+
+def row_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
+    """[..., inputs / tensor] -> [..., outputs]: the ranks' partial sums are added by one all-reduce."""
+    if topology.tensor == 1:
+        return nn.Linear(inputs, outputs)
+    from megatron.core.tensor_parallel import RowParallelLinear
+
+    class RowLinear(_WithoutTuple, RowParallelLinear):
+        pass
+
+    layer = RowLinear(
+        inputs,
+        outputs,
+        config=compat.megatron_config(),
+        init_method=nn.init.zeros_,
+        bias=True,
+        input_is_parallel=True,
+        skip_bias_add=False,
+    )
+    compat.mark_tensor_parallel(layer.weight, 1)
+    return layer
+
+
+def vocabulary_embedding(size: int, hidden: int, topology: Topology) -> nn.Module:
+    """Ids [...] -> [..., H], the rows of the table spread over the tensor-parallel ranks."""
+    if topology.tensor == 1:
+        return nn.Embedding(size, hidden)
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
+
+    layer = VocabParallelEmbedding(size, hidden, init_method=nn.init.zeros_, config=compat.megatron_config())
+    compat.mark_tensor_parallel(layer.weight, 0)
+    return layer
+
+
+def cross_entropy(hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> tuple[Tensor, Tensor]:
+    """Summed label-smoothed cross-entropy and summed negative log-likelihood of hidden [N, H] against labels [N].
+
+    The output layer is ``embedding`` itself, tied. The smoothed loss is ``(1 - s) nll + s mean_v(-log p_v)``, computed
+    as ``nll + s (z_label - mean_v z_v)``: by linearity of the output layer ``z_label = h . E[label]`` and
+    ``mean_v z_v = h . mean_v E_v`` need no pass over the logits. (Megatron's own label smoothing averages over the local
+    part of the vocabulary only, so its loss changes with the number of ranks.)
+    """
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    if topology.tensor == 1:
+        nll = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+        mean_logit = (hidden * weight.mean(0)).sum(-1) if smoothing else hidden
+    else:
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+        from megatron.core.tensor_parallel.mappings import (
+            copy_to_tensor_model_parallel_region,
+            reduce_from_tensor_model_parallel_region,
+        )
+
+        copied = copy_to_tensor_model_parallel_region(hidden)
+        nll = vocab_parallel_cross_entropy(F.linear(copied, weight).float(), labels).sum()
+        mean_logit = hidden
+        if smoothing:
+            part = (copied * (weight.sum(0) / (weight.shape[0] * topology.tensor))).sum(-1)
+            mean_logit = reduce_from_tensor_model_parallel_region(part)
+    if not smoothing:
+        return nll, nll.detach()
+    label_logit = (hidden * embedding(labels)).sum(-1)
+    return nll + smoothing * (label_logit - mean_logit).float().sum(), nll.detach()
+
+
+def output_logits(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Tensor:
+    """[N, H] -> logits [N, V] over the whole vocabulary, on every rank; without gradient."""
+    logits = F.linear(hidden, embedding.weight)  # type: ignore[arg-type]
+    if topology.tensor == 1:
+        return logits
+    parts = [torch.empty_like(logits) for _ in range(topology.tensor)]
+    dist.all_gather(parts, logits.contiguous(), group=topology.tensor_group)
+    return torch.cat(parts, -1)

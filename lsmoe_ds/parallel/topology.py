@@ -1,0 +1,73 @@
+"""Who computes what: every group, size and rank of a run, in one object.
+
+World = tensor x data. Experts are spread over ``expert`` consecutive ranks of the world, which may span tensor-parallel
+peers (world 4, tensor 2, expert 2: tensor groups [0,1] [2,3], data [0,2] [1,3], expert [0,1] [2,3], expert-data [0,2] [1,3]).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.parallel import compat
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes and ranks; the groups are ``None`` exactly where their size is 1 and no process group was built."""
+
+    world: int = 1
+    rank: int = 0
+    tensor: int = 1
+    tensor_rank: int = 0
+    data: int = 1
+    data_rank: int = 0
+    expert: int = 1
+    expert_rank: int = 0
+    tensor_group: dist.ProcessGroup | None = None
+    data_group: dist.ProcessGroup | None = None
+    expert_group: dist.ProcessGroup | None = None
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> Topology:
+        """One process, no process groups: for inference and conversion."""
+        return cls(device=torch.device(device))
+
+    @classmethod
+    def build(cls, tensor: int = 1, expert: int = 1, device: torch.device | str = "cpu") -> Topology:
+        """Builds the groups over the initialized world, in Megatron, and hands the expert groups to DeepSpeed."""
+        world = dist.get_world_size()
+        check_world(world, tensor, expert)
+        state = compat.initialize_megatron(tensor, expert)
+        expert_group = state.get_expert_model_parallel_group()
+        compat.adopt_expert_groups(expert, expert_group, state.get_expert_data_parallel_group())
+        return cls(
+            world=world,
+            rank=dist.get_rank(),
+            tensor=tensor,
+            tensor_rank=state.get_tensor_model_parallel_rank(),
+            data=state.get_data_parallel_world_size(),
+            data_rank=state.get_data_parallel_rank(),
+            expert=expert,
+            expert_rank=dist.get_rank(expert_group),
+            tensor_group=state.get_tensor_model_parallel_group(),
+            data_group=state.get_data_parallel_group(),
+            expert_group=expert_group,
+            device=torch.device(device),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def check_world(world: int, tensor: int, expert: int) -> None:
+    """Raises UserError unless ``world`` processes can hold this layout."""
+    if world % tensor:
+        raise UserError(f"parallel.tensor is {tensor}, which does not divide the {world} processes: start a multiple of {tensor}")
+    if world % expert:
+        raise UserError(f"parallel.expert is {expert}, which does not divide the {world} processes: start a multiple of {expert}")
