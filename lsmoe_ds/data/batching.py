@@ -1,0 +1,389 @@
+"""Batching: which sentence pairs each step trains on, and their tensors.
+
+A step is ``batch.count`` units of at most ``batch.tokens`` padded tokens. Rank r of D takes units r, r + D, ...; every rank
+plans all of them (numbers only, no text), so all know the totals of the step without communication.
+
+Everything random is a hash of (seed, purpose, counters), never the state of a generator: any position of the plan can be
+reached at once, is the same on every rank, and is a handful of integers in a checkpoint. Shapes: B sentences, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from lsmoe_ds.config import Batch as BatchSettings
+from lsmoe_ds.data.shuffling import Integers, Words, choose, hash_words, permute, thresholds_of
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Direction, Languages
+
+EOS, PAD = 2, 1
+OVERHEAD = 2, 1  # tag and EOS around a source, EOS after a target
+CHUNK_UNITS = 200  # units' worth of sentences that are sorted together: padding stays under 10 % on real text
+SMALLEST_CHUNK_UNITS = 48  # in small data a chunk shrinks so that no sentence is in it twice, down to this
+SHARES, STEPS, UNITS, TIES, ORDER = range(5)  # purposes, the second part of every hash
+
+
+class TokenStore(Protocol):
+    @property
+    def lengths(self) -> NDArray[Any]: ...
+    def __getitem__(self, index: int, /) -> NDArray[Any]: ...
+
+
+class TokenPairs(Protocol):
+    @property
+    def source(self) -> TokenStore: ...
+    @property
+    def target(self) -> TokenStore: ...
+
+
+class Prepared(Protocol):
+    def tokens(self, direction: Direction, split: str, /) -> TokenPairs: ...
+
+
+class Tags(Protocol):
+    def tag_id(self, code: str, /) -> int: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sentence pairs of any directions. All tensors are int64; ids of languages and directions are those of ``Languages``."""
+
+    source: torch.Tensor  # [B, Ts]  tag of the target language, tokens, EOS, PAD ...
+    decoder_input: torch.Tensor  # [B, Tt]  EOS, tokens, PAD ...
+    labels: torch.Tensor  # [B, Tt]  tokens, EOS, PAD ...
+    source_language: torch.Tensor  # [B]
+    target_language: torch.Tensor  # [B]
+    direction: torch.Tensor  # [B]
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of labels that are not padding."""
+        return int((self.labels != PAD).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's share of a step, and the totals of the whole step over all ranks (tags and EOS counted, padding not)."""
+
+    batches: list[Batch]
+    target_tokens: int
+    source_tokens: int
+    sentences: int
+    directions: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionIds:
+    """What a batch holds for each direction id, as tables [directions] of int64."""
+
+    source_language: Integers
+    target_language: Integers
+    tag: Integers
+
+    @classmethod
+    def of(cls, languages: Languages, vocabulary: Tags) -> DirectionIds:
+        columns = [(languages.id(d.source), languages.id(d.target), vocabulary.tag_id(d.target)) for d in languages.directions]
+        return cls(*np.array(columns, dtype=np.int64).T)
+
+
+def collate(sources: Sequence[ArrayLike], targets: Sequence[ArrayLike] | None, directions: ArrayLike, ids: DirectionIds) -> Batch:
+    """Makes a batch of B token sequences without tag and EOS; ``directions`` are B direction ids.
+
+    Without ``targets`` (translation) ``decoder_input`` and ``labels`` are [B, 0].
+    """
+    chosen = np.asarray(directions, dtype=np.int64)
+    flat, mask = _flatten(sources)
+    source = _padding(mask, OVERHEAD[0])
+    source[:, 1:-1][mask] = flat
+    source[:, 0] = ids.tag[chosen]
+    source[np.arange(len(chosen)), mask.sum(axis=1) + 1] = EOS
+    decoder_input = labels = np.empty((len(chosen), 0), dtype=np.int64)
+    if targets is not None:
+        flat, mask = _flatten(targets)
+        decoder_input, labels = _padding(mask, OVERHEAD[1]), _padding(mask, OVERHEAD[1])
+        decoder_input[:, 1:][mask] = flat
+        decoder_input[:, 0] = EOS
+        labels[:, :-1][mask] = flat
+        labels[np.arange(len(chosen)), mask.sum(axis=1)] = EOS
+    arrays = source, decoder_input, labels, ids.source_language[chosen], ids.target_language[chosen], chosen
+    return Batch(*(torch.from_numpy(array) for array in arrays))
+
+
+def _flatten(sequences: Sequence[Any]) -> tuple[Integers, NDArray[np.bool_]]:
+    """All tokens in a row, and where they go in [B, longest]."""
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+    flat = np.concatenate(sequences, dtype=np.int64, casting="unsafe")  # an empty list is of floats to numpy
+    return flat, np.arange(lengths.max()) < lengths[:, None]
+
+
+def _padding(mask: NDArray[np.bool_], more: int) -> Integers:
+    return np.full((mask.shape[0], mask.shape[1] + more), PAD, dtype=np.int64)
+
+
+def _by_length(source: Integers, target: Integers, tokens: int) -> Integers:
+    """An order in which neighbors have like lengths on both sides.
+
+    Bands of source length, each with the same number of tokens; in a band by target length, up and down in turn, so
+    that a unit that straddles two bands does not mix the longest with the shortest.
+    """
+    order = np.argsort(source, kind="stable")
+    total = np.cumsum((source + target)[order])
+    bands = max(1, round(1.6 * (total[-1] / tokens) ** 0.5))
+    band = np.empty_like(order)
+    band[order] = np.minimum(total * bands // total[-1], bands - 1)
+    return np.lexsort((np.where(band % 2, -target, target), band))
+
+
+def _cut(source: Integers, target: Integers, tokens: int) -> Integers:
+    """Ends of consecutive units of at most ``tokens`` padded tokens; a pair that is longer has a unit for itself."""
+    ends, start = [], 0
+    while start < len(source):
+        stop = start + max(1, tokens // int(source[start] + target[start]))
+        padded = np.maximum.accumulate(source[start:stop]) + np.maximum.accumulate(target[start:stop])
+        padded *= np.arange(1, len(padded) + 1)
+        start += max(1, int(np.searchsorted(padded, tokens, side="right")))
+        ends.append(start)
+    return np.array(ends, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    direction: Integers  # [B]
+    index: Integers  # [B] place in the direction's data
+    source_tokens: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    units: list[_Unit]
+    drawn: Integers  # pairs, by direction of the pool
+
+
+@dataclass
+class _Pool:
+    """Directions whose sentences may share a unit, and the position in their endless sequence of chunks."""
+
+    directions: Integers
+    thresholds: Words
+    sentences: int  # drawn for each chunk
+    chunk: int = 0
+    taken: int = 0  # units of this chunk
+    plan: _Chunk | None = None
+
+
+class BatchStream:
+    """The endless sequence of training steps, as one data-parallel rank sees it; ``next(stream)`` gives a :class:`Step`.
+
+    A direction with n pairs has a share of the sentences in proportion to n ** (1 / temperature). Its pairs come in a new
+    seeded order each epoch, every pair once. Pairs with more than ``batch.max_length`` tokens on a side (tag and EOS
+    counted) or that do not fit into ``batch.tokens`` are left out; ``skipped`` has their number by direction.
+    Units of a homogeneous stream hold one direction each, and those of a step may differ.
+
+    Raises UserError if the ranks do not divide ``batch.count``, or a direction has no pair at all, or none that fits.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        languages: Languages,
+        vocabulary: Tags,
+        batch: BatchSettings,
+        temperature: float,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        split: str = "train",
+    ) -> None:
+        if batch.count % world:
+            allowed = f"allowed: {world}, {2 * world}, {3 * world}, ..."
+            raise UserError(f"'data.batch.count' is {batch.count}, which the {world} data-parallel ranks cannot share evenly; {allowed}")
+        self._ids = DirectionIds.of(languages, vocabulary)
+        self._batch, self._seed, self._rank, self._world = batch, seed, rank, world
+        self._pairs = [prepared.tokens(d, split) for d in languages.directions]
+        self._lengths = [(pairs.source.lengths, pairs.target.lengths) for pairs in self._pairs]
+        self._sizes = np.array([len(source) for source, _ in self._lengths], dtype=np.int64)
+        counts = [_count_fitting(d, *lengths, batch) for d, lengths in zip(languages.directions, self._lengths, strict=True)]
+        fitting, tokens = np.array(counts, dtype=np.float64).T
+        self.skipped = {str(d): int(n - f) for d, n, f in zip(languages.directions, self._sizes, fitting, strict=True)}
+
+        kept = self._sizes ** (1 / temperature)
+        drawn = kept * self._sizes / fitting  # more are drawn where some are left out
+        everything = np.arange(len(self._sizes))
+        groups = [everything] if batch.languages == "mixed" else [everything[i : i + 1] for i in everything]
+        self._pools = [self._pool(group, drawn[group], tokens[group] / self._sizes[group]) for group in groups]
+        # A unit of short sentences holds more of them: units are chosen in proportion to the tokens.
+        self._choice = thresholds_of(kept * tokens / fitting)
+        self._step = 0
+        self._cursors = np.zeros(len(self._sizes), dtype=np.int64)  # pairs drawn before each pool's current chunk
+        self._plan = {
+            "data.directions": [str(d) for d in languages.directions],
+            "number of training pairs": self._sizes.tolist(),
+            "data.temperature": float(temperature),
+            "data.batch.tokens": batch.tokens,
+            "data.batch.max_length": batch.max_length,
+            "data.batch.languages": batch.languages,
+            "training.seed": seed,
+        }
+
+    def _pool(self, directions: Integers, weights: NDArray[np.float64], tokens: NDArray[np.float64]) -> _Pool:
+        """``tokens``: those that fit, per pair drawn."""
+        shares = weights / weights.sum()
+        unit = self._batch.tokens / float(shares @ tokens)  # sentences
+        once = float((self._sizes[directions] / shares).min())
+        sentences = round(min(CHUNK_UNITS * unit, max(once, SMALLEST_CHUNK_UNITS * unit)))
+        return _Pool(directions, thresholds_of(weights), max(1, sentences))
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        count = self._batch.count
+        pools = np.zeros(count, dtype=np.int64)
+        if len(self._pools) > 1:
+            pools = choose(self._choice, hash_words(self._seed, STEPS, self._step, np.arange(count)))
+        units = [self._take(number) for number in pools.tolist()]
+        self._step += 1
+        return Step(
+            batches=[self._build(unit) for unit in units[self._rank :: self._world]],
+            target_tokens=sum(unit.target_tokens for unit in units),
+            source_tokens=sum(unit.source_tokens for unit in units),
+            sentences=sum(len(unit.index) for unit in units),
+            directions=np.unique(np.concatenate([unit.direction for unit in units])).tolist(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on every rank; integers and strings only but for the temperature, so JSON will do."""
+        return {
+            "step": self._step,
+            "chunks": [pool.chunk for pool in self._pools],
+            "taken": [pool.taken for pool in self._pools],
+            "cursors": self._cursors.tolist(),
+            "plan": self._plan,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position saved on any number of ranks; ``batch.count`` may have changed.
+
+        Raises UserError if something else has changed that the order of the data depends on.
+        """
+        for key, now in self._plan.items():
+            saved = state["plan"].get(key)
+            if saved != now:
+                raise UserError(f"the data position was saved with {key} {saved}, now it is {now}: set it back, or start a new run")
+        self._step = state["step"]
+        self._cursors = np.array(state["cursors"], dtype=np.int64)
+        for pool, chunk, taken in zip(self._pools, state["chunks"], state["taken"], strict=True):
+            pool.chunk, pool.taken, pool.plan = chunk, taken, None
+
+    def _take(self, number: int) -> _Unit:
+        """The next unit of a pool."""
+        pool = self._pools[number]
+        while pool.plan is None or pool.taken >= len(pool.plan.units):  # again when none of a chunk's pairs fits
+            if pool.plan is not None:
+                self._cursors[pool.directions] += pool.plan.drawn
+                pool.chunk, pool.taken = pool.chunk + 1, 0
+            pool.plan = self._plan_chunk(number, pool)
+        pool.taken += 1
+        return pool.plan.units[pool.taken - 1]
+
+    def _plan_chunk(self, number: int, pool: _Pool) -> _Chunk:
+        """The units of the pool's current chunk, in the order in which they are taken."""
+        where = number, pool.chunk
+        choice = choose(pool.thresholds, hash_words(self._seed, SHARES, *where, np.arange(pool.sentences)))
+        drawn = np.bincount(choice, minlength=len(pool.directions))
+        ends = np.cumsum(drawn)
+        direction = np.repeat(pool.directions, drawn)
+        cursor = np.arange(ends[-1]) - np.repeat(ends - drawn, drawn) + self._cursors[direction]
+        epoch, position = np.divmod(cursor, self._sizes[direction])
+        key = hash_words(self._seed, ORDER, direction, epoch)
+        index = permute(position.astype(np.uint64), self._sizes[direction].astype(np.uint64), key)
+        source, target = np.empty_like(index), np.empty_like(index)
+        for one, start, end in zip(pool.directions.tolist(), (ends - drawn).tolist(), ends.tolist(), strict=True):
+            source[start:end] = self._lengths[one][0][index[start:end]]
+            target[start:end] = self._lengths[one][1][index[start:end]]
+        source += OVERHEAD[0]
+        target += OVERHEAD[1]
+        fits = np.flatnonzero(_fits(source, target, self._batch))
+        if not len(fits):
+            return _Chunk([], drawn)
+        # Otherwise pairs of equal lengths would stand by direction, and batches would mix fewer of them.
+        fits = fits[np.argsort(hash_words(self._seed, TIES, *where, fits))]
+        order = fits[_by_length(source[fits], target[fits], self._batch.tokens)]
+        unit_ends = _cut(source[order], target[order], self._batch.tokens)
+        starts = np.concatenate(([0], unit_ends[:-1]))
+        source_tokens = np.add.reduceat(source[order], starts).tolist()
+        target_tokens = np.add.reduceat(target[order], starts).tolist()
+        shuffled = np.argsort(hash_words(self._seed, UNITS, *where, np.arange(len(starts))), kind="stable").tolist()
+        parts = [order[starts[u] : unit_ends[u]] for u in shuffled]
+        units = [_Unit(direction[p], index[p], source_tokens[u], target_tokens[u]) for u, p in zip(shuffled, parts, strict=True)]
+        return _Chunk(units, drawn)
+
+    def _build(self, unit: _Unit) -> Batch:
+        sentences = [(self._pairs[d], i) for d, i in zip(unit.direction.tolist(), unit.index.tolist(), strict=True)]
+        return collate([p.source[i] for p, i in sentences], [p.target[i] for p, i in sentences], unit.direction, self._ids)
+
+
+def _fits(source: Integers, target: Integers, batch: BatchSettings) -> NDArray[np.bool_]:
+    return (np.maximum(source, target) <= batch.max_length) & (source + target <= batch.tokens)
+
+
+def _count_fitting(direction: Direction, source: NDArray[Any], target: NDArray[Any], batch: BatchSettings) -> tuple[int, int]:
+    """Pairs that fit, and their tokens. Goes through in blocks: a direction may have 10^8 pairs."""
+    if not len(source):
+        raise UserError(f"direction {direction} has no training pair: add a corpus that has it, or take it out of 'data.directions'")
+    pairs, tokens, block = 0, 0, 2**22
+    for start in range(0, len(source), block):
+        s = source[start : start + block].astype(np.int64) + OVERHEAD[0]
+        t = target[start : start + block].astype(np.int64) + OVERHEAD[1]
+        fits = _fits(s, t, batch)
+        pairs += int(fits.sum())
+        tokens += int((s + t)[fits].sum())
+    if not pairs:
+        limits = f"'data.batch.tokens' {batch.tokens} and 'data.batch.max_length' {batch.max_length}"
+        raise UserError(f"no training pair of direction {direction} fits into {limits}: allow more")
+    return pairs, tokens
+
+
+def validation_batches(
+    prepared: Prepared,
+    languages: Languages,
+    vocabulary: Tags,
+    batch: BatchSettings,
+    directions: Sequence[Direction] | None = None,
+    split: str = "dev",
+    limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Every held-out pair once over all ranks, in batches of one direction, always the same.
+
+    Of each direction (all by default) the first ``limit`` pairs are taken. None is left out: one that is longer than
+    ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since experts are exchanged between
+    them: where units run out the last batch of a rank repeats one pair with all labels PAD, and counts for nothing.
+    """
+    ids = DirectionIds.of(languages, vocabulary)
+    units: list[tuple[int, TokenPairs, list[int]]] = []
+    for direction in languages.directions if directions is None else directions:
+        pairs = prepared.tokens(direction, split)
+        source = pairs.source.lengths[:limit].astype(np.int64) + OVERHEAD[0]
+        target = pairs.target.lengths[:limit].astype(np.int64) + OVERHEAD[1]
+        if len(source):
+            order = _by_length(source, target, batch.tokens)
+            ends = _cut(source[order], target[order], batch.tokens)
+            parts = np.split(order, ends[:-1])
+            units += [(languages.direction_id(direction), pairs, part.tolist()) for part in parts]
+    for first in range(0, len(units), world):
+        real = first + rank < len(units)
+        number, pairs, part = units[first + rank] if real else (*units[0][:2], units[0][2][:1])
+        made = collate([pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids)
+        yield made if real else replace(made, labels=torch.full_like(made.labels, PAD))

@@ -1,0 +1,327 @@
+"""Batching: the plan is one, whoever asks; nothing is lost; the tensors are laid out as the model expects them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsmoe_ds.config import Batch as BatchSettings
+from lsmoe_ds.data.batching import EOS, PAD, Batch, BatchStream, DirectionIds, Step, collate, validation_batches
+from lsmoe_ds.data.shuffling import permute
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Direction, Languages, english_centric
+
+FIRST = 100  # token ids of the stand-in: below are specials and tags
+
+
+class Store:
+    """Sentences whose first token is their number, so that a batch shows which they are."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths.astype(np.int32)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.full(self.lengths[index], FIRST + index, dtype=np.uint16)
+
+
+class Pairs:
+    def __init__(self, source: Store, target: Store) -> None:
+        self.source, self.target = source, target
+
+    def __len__(self) -> int:
+        return len(self.source.lengths)
+
+
+class Prepared:
+    def __init__(self, pairs: dict[Direction, Pairs]) -> None:
+        self.pairs = pairs
+
+    def tokens(self, direction: Direction, split: str) -> Pairs:
+        return self.pairs[direction]
+
+
+class Vocabulary:
+    def tag_id(self, code: str) -> int:
+        return {"en": 4, "de": 5, "fr": 6, "zh_Hans": 7}[code]
+
+
+LANGUAGES = Languages(tuple(english_centric(["de", "fr", "zh_Hans"])))
+SIZES = {"de-en": 3000, "en-fr": 400, "en-zh_Hans": 90}
+
+
+def realistic(n: int, seed: int) -> Pairs:
+    rng = np.random.default_rng(seed)
+    source = np.clip(rng.lognormal(2.9, 0.7, n), 1, 180)
+    target = np.clip(source * (0.8 + 0.1 * seed) * rng.lognormal(0, 0.22, n), 1, 220)
+    return Pairs(Store(source.astype(int)), Store(target.astype(int)))
+
+
+def prepare(sizes: dict[str, int] = SIZES, languages: Languages = LANGUAGES) -> Prepared:
+    bitexts = {name: realistic(n, seed) for seed, (name, n) in enumerate(sizes.items())}
+    return Prepared({d: bitexts[d.bitext] for d in languages.directions})
+
+
+def stream(
+    prepared: Prepared | None = None, temperature: float = 5.0, seed: int = 1, rank: int = 0, world: int = 1, **batch: object
+) -> BatchStream:
+    chosen = BatchSettings.model_validate({"tokens": 512, "count": 4, **batch})
+    return BatchStream(prepared or prepare(), LANGUAGES, Vocabulary(), chosen, temperature, seed, rank, world)
+
+
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    return [batch.source, batch.decoder_input, batch.labels, batch.source_language, batch.target_language, batch.direction]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def sentences(batch: Batch) -> list[tuple[int, int]]:
+    """(direction, number) of each sentence."""
+    return list(zip(batch.direction.tolist(), (batch.source[:, 1] - FIRST).tolist(), strict=True))
+
+
+def test_layout() -> None:
+    ids = DirectionIds.of(LANGUAGES, Vocabulary())
+    to_de, from_zh = (LANGUAGES.direction_id(Direction.parse(d)) for d in ("en-de", "zh_Hans-en"))
+    batch = collate([[10, 11, 12], np.array([13], dtype=np.uint16)], [[20], [21, 22]], [to_de, from_zh], ids)
+    assert batch.source.tolist() == [[5, 10, 11, 12, EOS], [4, 13, EOS, PAD, PAD]]
+    assert batch.decoder_input.tolist() == [[EOS, 20, PAD], [EOS, 21, 22]]
+    assert batch.labels.tolist() == [[20, EOS, PAD], [21, 22, EOS]]
+    assert batch.source_language.tolist() == [LANGUAGES.id("en"), LANGUAGES.id("zh_Hans")]
+    assert batch.target_language.tolist() == [LANGUAGES.id("de"), LANGUAGES.id("en")]
+    assert batch.direction.tolist() == [to_de, from_zh]
+    assert all(t.dtype == torch.int64 for t in tensors(batch))
+    assert batch.target_tokens == 5
+    assert same(batch.to("cpu"), batch)
+
+
+def test_sources_only_and_empty_sentences() -> None:
+    ids = DirectionIds.of(LANGUAGES, Vocabulary())
+    batch = collate([[], [9]], None, [0, 0], ids)
+    assert batch.source.tolist() == [[5, EOS, PAD], [5, 9, EOS]]
+    assert batch.labels.shape == batch.decoder_input.shape == (2, 0)
+    assert collate([[]], [[]], [0], ids).labels.tolist() == [[EOS]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 65537])
+def test_permutation_is_a_bijection(size: int) -> None:
+    seen = []
+    for key in (0, 1, 2**63):
+        there = permute(np.arange(size, dtype=np.uint64), np.full(size, size, dtype=np.uint64), np.full(size, key, dtype=np.uint64))
+        assert np.array_equal(np.sort(there), np.arange(size))
+        seen.append(there.tolist())
+    if size > 5:
+        assert seen[0] != seen[1] != seen[2]
+
+
+def test_permutation_is_random() -> None:
+    keys = np.arange(20000, dtype=np.uint64)
+    for size in (4, 10):
+        places = permute(np.full(20000, 2, dtype=np.uint64), np.full(20000, size, dtype=np.uint64), keys)
+        assert np.allclose(np.bincount(places, minlength=size) / 20000, 1 / size, atol=0.012)
+    n = 10_000
+    there = permute(np.arange(n, dtype=np.uint64), np.full(n, n, dtype=np.uint64), np.zeros(n, dtype=np.uint64))
+    assert abs(np.corrcoef(there[:-1], there[1:])[0, 1]) < 0.04
+    assert abs(np.corrcoef(np.arange(n), there)[0, 1]) < 0.04
+
+
+def test_permutation_of_very_many() -> None:
+    size, some = 10**11, np.arange(5000, dtype=np.uint64)
+    there = permute(some, np.full(5000, size, dtype=np.uint64), np.full(5000, 3, dtype=np.uint64))
+    assert len(set(there.tolist())) == 5000
+    assert 0 <= there.min() < 0.01 * size < 0.99 * size < there.max() < size
+
+
+@pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
+def test_union_over_ranks_is_the_same(kind: str) -> None:
+    prepared = prepare()
+    whole = list(islice(stream(prepared, languages=kind), 30))
+    for world in (2, 4):
+        parts = [list(islice(stream(prepared, rank=rank, world=world, languages=kind), 30)) for rank in range(world)]
+        for number, step in enumerate(whole):
+            shares = [part[number] for part in parts]
+            assert all((s.target_tokens, s.source_tokens, s.sentences, s.directions) == totals(step) for s in shares)
+            for unit, batch in enumerate(step.batches):
+                assert same(batch, shares[unit % world].batches[unit // world])
+
+
+def totals(step: Step) -> tuple[int, int, int, list[int]]:
+    """The totals of a step that one rank has all batches of, counted in the tensors."""
+    directions = sorted({d for b in step.batches for d in b.direction.tolist()})
+    sources = sum(int((b.source != PAD).sum()) for b in step.batches)
+    return sum(b.target_tokens for b in step.batches), sources, sum(len(b.source) for b in step.batches), directions
+
+
+def test_seed_decides() -> None:
+    first, again, other = (next(stream(seed=s)).batches for s in (1, 1, 2))
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(same(a, b) for a, b in zip(first, other, strict=True))
+
+
+PREPARED = prepare({"de-en": 150, "en-fr": 40, "en-zh_Hans": 7})
+STRAIGHT: dict[str, list[Step]] = {kind: list(islice(stream(PREPARED, languages=kind), 130)) for kind in ("mixed", "homogeneous")}
+
+
+@settings(max_examples=40, deadline=None)
+@given(kind=st.sampled_from(["mixed", "homogeneous"]), stop=st.integers(0, 120), world=st.sampled_from([1, 2, 4]), more=st.integers(1, 10))
+def test_resume_is_exact(kind: str, stop: int, world: int, more: int) -> None:
+    before = stream(PREPARED, rank=world - 1, world=world, languages=kind)
+    for _ in range(stop):
+        next(before)
+    state = json.loads(json.dumps(before.state_dict()))
+    after = stream(PREPARED, languages=kind)
+    next(after)  # a position that loading must forget
+    after.load_state_dict(state)
+    assert after.state_dict() == before.state_dict()
+    for step, expected in zip(islice(after, more), STRAIGHT[kind][stop:], strict=False):
+        assert len(step.batches) == len(expected.batches) == 4
+        assert all(same(a, b) for a, b in zip(step.batches, expected.batches, strict=True))
+        assert totals(step) == totals(expected)
+
+
+def test_resume_with_other_data_is_refused() -> None:
+    state = stream().state_dict()
+    stream(count=8).load_state_dict(state)
+    with pytest.raises(UserError, match=r"data.batch.tokens 512, now it is 1024"):
+        stream(tokens=1024).load_state_dict(state)
+    with pytest.raises(UserError, match=r"training.seed 1, now it is 2"):
+        stream(seed=2).load_state_dict(state)
+    with pytest.raises(UserError, match=r"data.temperature 5.0, now it is 1.0"):
+        stream(temperature=1.0).load_state_dict(state)
+    with pytest.raises(UserError, match="training pairs"):
+        stream(prepare({**SIZES, "en-fr": 401})).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_shares_follow_temperature(kind: str, temperature: float) -> None:
+    steps = islice(stream(temperature=temperature, languages=kind, tokens=1024), 400)
+    counts = Counter(d for step in steps for b in step.batches for d in b.direction.tolist())
+    weights = np.array([SIZES[d.bitext] for d in LANGUAGES.directions]) ** (1 / temperature)
+    found = np.array([counts[i] for i in range(len(weights))]) / counts.total()
+    assert np.allclose(found, weights / weights.sum(), rtol=0.15, atol=0.01)
+    assert not np.allclose(found, 1 / 6, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
+def test_shares_hold_whatever_the_lengths(kind: str) -> None:
+    """Sentences of 10 tokens, of 40, and of 10 among others that are left out."""
+    stores = {"de-en": Store(np.full(1000, 10)), "en-fr": Store(np.array([10, 300] * 500)), "en-zh_Hans": Store(np.full(1000, 40))}
+    data = {d: Pairs(stores[d.bitext], stores[d.bitext]) for d in LANGUAGES.directions}
+    batches = stream(Prepared(data), max_length=100, languages=kind)
+    assert batches.skipped == {"en-de": 0, "de-en": 0, "en-fr": 500, "fr-en": 500, "en-zh_Hans": 0, "zh_Hans-en": 0}
+    counts = Counter(d for step in islice(batches, 400) for b in step.batches for d in b.direction.tolist())
+    assert np.allclose([counts[i] / counts.total() for i in range(6)], 1 / 6, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
+def test_every_pair_once_in_an_epoch(kind: str) -> None:
+    """After the chunk in which a direction has been through its data for the k-th time, each pair came k times or once more."""
+    prepared = prepare({"de-en": 60, "en-fr": 200, "en-zh_Hans": 90})
+    batches = stream(prepared, languages=kind, count=1, tokens=512)
+    seen: Counter[tuple[int, int]] = Counter()
+    checked = 0
+    for step in islice(batches, 400):
+        seen.update(sentences(step.batches[0]))
+        for pool in batches._pools:
+            if pool.plan is not None and pool.taken == len(pool.plan.units):
+                for d in pool.directions.tolist():
+                    counts = [seen[d, i] for i in range(len(prepared.tokens(LANGUAGES.directions[d], "train")))]
+                    assert max(counts) - min(counts) <= 1
+                    checked += min(counts) >= 2
+    assert checked >= 3
+
+
+def test_epochs_differ_in_order() -> None:
+    """Two chunks are an epoch here, and each batch holds one pair: it is not always the same pairs that come first."""
+    chunk = 211
+    pairs = Pairs(Store(np.full(2 * chunk, 8)), Store(np.full(2 * chunk, 8)))
+    languages = Languages((Direction("en", "de"),))
+    batches = BatchStream(Prepared({languages.directions[0]: pairs}), languages, Vocabulary(), BatchSettings(tokens=20), 1.0, 3)
+    assert batches._pools[0].sentences == chunk
+    numbers = [sentences(step.batches[0])[0][1] for step in islice(batches, 4 * chunk)]
+    first, second = numbers[: 2 * chunk], numbers[2 * chunk :]
+    assert sorted(first) == sorted(second) == list(range(2 * chunk))
+    assert 0.3 * chunk < len(set(first[:chunk]) & set(second[:chunk])) < 0.7 * chunk
+    assert 0.3 * chunk < sum(n < chunk for n in first[:chunk]) < 0.7 * chunk
+
+
+def test_homogeneous_and_mixed() -> None:
+    pure = [b for step in islice(stream(languages="homogeneous"), 50) for b in step.batches]
+    assert all(len(b.direction.unique()) == 1 for b in pure)
+    assert len({int(b.direction[0]) for b in pure}) == 6
+    mixed = [b for step in islice(stream(tokens=1024), 50) for b in step.batches]
+    assert np.mean([len(b.direction.unique()) for b in mixed]) > 3
+    # Of one length only: nothing but the mixing itself decides which directions meet.
+    even = Pairs(Store(np.full(500, 10)), Store(np.full(500, 10)))
+    batches = stream(Prepared(dict.fromkeys(LANGUAGES.directions, even)))
+    assert all(len(b.direction.unique()) > 2 for step in islice(batches, 20) for b in step.batches)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
+@pytest.mark.parametrize("tokens", [512, 4096])
+def test_budget_and_padding(kind: str, tokens: int) -> None:
+    prepared = prepare({"de-en": 30000, "en-fr": 20000, "en-zh_Hans": 10000})
+    steps = list(islice(stream(prepared, languages=kind, tokens=tokens, max_length=150), 60))
+    batches = [b for step in steps for b in step.batches]
+    padded = [b.source.numel() + b.labels.numel() for b in batches]
+    assert max(padded) <= tokens
+    assert max(max(b.source.shape[1], b.labels.shape[1]) for b in batches) <= 150
+    assert sum(s.source_tokens + s.target_tokens for s in steps) / sum(padded) >= 0.9
+    assert np.mean(padded) >= 0.85 * tokens
+    widths = np.array([b.source.shape[1] for b in batches], dtype=float)
+    assert abs(np.corrcoef(widths[:-1], widths[1:])[0, 1]) < 0.25  # lengths do not come in order
+
+
+def test_nothing_of_a_chunk_is_lost_between_steps() -> None:
+    """Steps of three units and of one take the same units: those left over at the end of a chunk come first in the next step."""
+    one = [b for step in islice(stream(PREPARED, count=1), 300) for b in step.batches]
+    three = [b for step in islice(stream(PREPARED, count=3), 100) for b in step.batches]
+    assert all(same(a, b) for a, b in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("limit", [None, 25])
+def test_validation_takes_every_pair_once(world: int, limit: int | None) -> None:
+    prepared = prepare({"de-en": 101, "en-fr": 40, "en-zh_Hans": 3})
+    prepared.pairs[Direction("en", "zh_Hans")].source.lengths[1] = 700  # longer than a batch
+    batch = BatchSettings(tokens=512)
+    ranks = [list(validation_batches(prepared, LANGUAGES, Vocabulary(), batch, limit=limit, rank=r, world=world)) for r in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    real = [b for batches in ranks for b in batches if b.target_tokens]
+    expected = [(i, n) for i, d in enumerate(LANGUAGES.directions) for n in range(min(len(prepared.pairs[d]), limit or 1000))]
+    assert sorted(s for b in real for s in sentences(b)) == expected
+    assert all(len(b.direction.unique()) == 1 for b in real)
+    assert all(b.source.numel() + b.labels.numel() <= 512 or len(b.source) == 1 for b in real)
+    again = list(validation_batches(prepared, LANGUAGES, Vocabulary(), batch, limit=limit, world=world))
+    assert all(same(a, b) for a, b in zip(again, ranks[0], strict=True))
+
+
+def test_validation_of_some_directions() -> None:
+    prepared = prepare({"de-en": 5, "en-fr": 6, "en-zh_Hans": 0})
+    batches = validation_batches(prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("fr", "en"), Direction("en", "zh_Hans")])
+    assert [b.direction.tolist() for b in batches] == [[3] * 6]
+    (nothing,) = validation_batches(prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("fr", "en")], rank=1, world=2)
+    assert nothing.target_tokens == 0
+    assert len(nothing.source) == 1
+    assert not list(validation_batches(prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("en", "zh_Hans")]))
+
+
+def test_errors_name_what_is_wrong() -> None:
+    with pytest.raises(UserError, match=r"'data.batch.count' is 4, which the 3 data-parallel ranks cannot share evenly; allowed: 3, 6, 9"):
+        stream(world=3)
+    with pytest.raises(UserError, match="direction en-fr has no training pair"):
+        stream(prepare({**SIZES, "en-fr": 0}))
+    short, long = Store(np.ones(5)), Store(np.full(5, 20))
+    data = {d: Pairs(long, long) if d.bitext == "en-zh_Hans" else Pairs(short, short) for d in LANGUAGES.directions}
+    limits = "'data.batch.tokens' 16 and 'data.batch.max_length' 4"
+    with pytest.raises(UserError, match=f"no training pair of direction en-zh_Hans fits into {limits}"):
+        stream(Prepared(data), tokens=16, max_length=4)
