@@ -238,3 +238,34 @@ def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
         tracked.get_cuda_rng_tracker().set_states(
             {name.removeprefix("tracked."): value for name, value in state.items() if name.startswith("tracked.")}
         )
+
+
+def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups as DeepSpeed wants them: expert parameters apart, under the name of their groups."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "parameters"})
+    return [group for group in groups if group["params"]]
+
+
+def complete_engine(engine: Any) -> None:
+    """Two things that engine 0.19.8 leaves out.
+
+    It does not keep the gradient norm of ZeRO stage 0, which it computes when it clips. And it writes each expert once,
+    on the first of the ranks that hold it, but looks for a file of its own under every tensor-parallel rank; experts
+    here are not tensor-parallel, so one file serves all.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip() -> None:
+        engine._global_grad_norm = clip_grad_norm_(
+            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+        )
+
+    engine.clip_fp32_gradients = clip
+
+    def expert_file(folder: str, layer: int, expert: int, tag: str, mpu: Any = None, checkpoint_mp_rank: int | None = None) -> str:
+        return os.path.join(folder, str(tag), f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt")
+
+    DeepSpeedEngine._get_expert_ckpt_name = staticmethod(expert_file)

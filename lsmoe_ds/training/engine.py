@@ -1,0 +1,156 @@
+"""The DeepSpeed engine of a recipe, and one optimizer step on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.batching import Step
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.model.initialization import initialize
+from lsmoe_ds.model.transformer import Losses, Transformer
+from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.schedules import inverse_square_root
+
+BETAS, EPSILON = (0.9, 0.98), 1e-9  # "Attention is all you need", section 5.3
+
+# What the recipe decides; in a DeepSpeed configuration these would be a second, silent answer.
+RECIPE_KEYS = {
+    "train_batch_size": "data.batch",
+    "train_micro_batch_size_per_gpu": "data.batch",
+    "gradient_accumulation_steps": "data.batch.count and the number of processes",
+    "gradient_clipping": "training.clip",
+    "optimizer": "training.learning_rate",
+    "scheduler": "training.warmup",
+}
+
+
+class NonFinite(Exception):
+    """The loss or the gradient norm is not a finite number."""
+
+
+@dataclass
+class StepResult:
+    """Of one optimizer step, over all ranks: per-token means, and the gradient norm before clipping."""
+
+    loss: float
+    nll: float
+    balance: float
+    grad_norm: float | None
+    learning_rate: float
+    shares: dict[str, Tensor] = field(default_factory=dict)  # this rank's last micro-batch
+
+
+def accumulation_steps(recipe: Recipe, topology: Topology) -> int:
+    """Micro-batches of a step on each data-parallel rank; raises UserError if the ranks cannot share a step evenly."""
+    count = recipe.data.batch.count
+    if count % topology.data:
+        raise UserError(
+            f"data.batch.count is {count}, which {topology.data} data-parallel ranks cannot share evenly: "
+            f"set it to a multiple of {topology.data}, or start another number of processes"
+        )
+    return count // topology.data
+
+
+def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
+    """The recipe's DeepSpeed configuration, completed by what the recipe itself decides."""
+    given = dict(recipe.deepspeed) if isinstance(recipe.deepspeed, dict) else {}
+    for key, place in RECIPE_KEYS.items():
+        if key in given:
+            raise UserError(f"the DeepSpeed configuration sets '{key}', which the recipe decides by {place}: remove it there")
+    stage = given.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise UserError(f"the DeepSpeed configuration asks for ZeRO stage {stage}: 0, 1 and 2 are supported")
+    if stage == 0 and list(recipe.model.moe_layers()) and topology.tensor * topology.expert > 1:
+        # DeepSpeed 0.19.8 averages the norms of different experts over ranks, and would clip by a wrong norm.
+        raise UserError("ZeRO stage 0 clips experts by a wrong norm under tensor or expert parallelism: use ds_configs/zero1.json")
+    return {
+        **given,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps(recipe, topology),
+        "gradient_clipping": recipe.training.clip,
+        "steps_per_print": 2**31,
+    }
+
+
+def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
+    """A DeepSpeed engine over a freshly initialized model with ``vocabulary`` tokens."""
+    deepspeed = compat.import_deepspeed()
+    config = engine_config(recipe, topology)
+    model = Transformer(recipe, vocabulary, topology)
+    initialize(model, recipe.training.seed, topology)
+    training = recipe.training
+    optimizer = torch.optim.AdamW(
+        compat.optimizer_groups(model),
+        lr=training.learning_rate,
+        betas=BETAS,
+        eps=EPSILON,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=compat.ModelParallelUnit())
+    compat.complete_engine(engine)
+    return engine
+
+
+def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
+    """One optimizer step, the ``number``-th counted from 1, over this rank's micro-batches of ``step``.
+
+    The loss is a sum over target tokens divided by the *global* number of target tokens, so it does not depend on how
+    the step was cut into micro-batches and ranks. Raises NonFinite before a broken gradient reaches the weights.
+    """
+    rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
+    result: Losses | None = None
+    for i, batch in enumerate(step.batches):
+        moved = batch.to(topology.device)
+        ids = SentenceIds(moved.source_language, moved.target_language, moved.direction)
+        result = engine(moved.source, moved.decoder_input, moved.labels, ids)
+        assert result is not None
+        tokens = batch.target_tokens
+        # DeepSpeed averages gradients over the data-parallel ranks; the loss is a global mean already.
+        scale = topology.data / step.target_tokens
+        engine.backward((result.loss + result.balance * tokens) * scale, scale_wrt_gas=False)
+        sums += torch.stack([result.loss.detach(), result.nll, result.balance.detach() * tokens]).double() / step.target_tokens
+        if i + 1 < len(step.batches):
+            engine.step()  # counts the micro-batch
+    if topology.data > 1:
+        dist.all_reduce(sums, group=topology.data_group)
+    loss, nll, balance = sums.tolist()
+    if not math.isfinite(loss + balance):
+        raise NonFinite(f"the loss is {loss + balance}")
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    norm = None if norm is None else float(norm)
+    if norm is not None and not (math.isfinite(norm) and norm >= 0):
+        raise NonFinite("the gradient norm is not finite")
+    return StepResult(loss, nll, balance, norm, rate, result.shares if result is not None else {})
+
+
+@torch.no_grad()
+def validate(engine: Any, batches: Iterable[tuple[Any, bool]], topology: Topology) -> float:
+    """Mean negative log-likelihood per target token over all ranks' batches; a batch marked false is run but not counted
+    (with expert parallelism every rank must run as many)."""
+    model: Transformer = engine.module
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
+    for batch, counts in batches:
+        moved = batch.to(topology.device)
+        losses = model(moved.source, moved.decoder_input, moved.labels, SentenceIds(moved.source_language, moved.target_language, moved.direction))
+        if counts:
+            sums += torch.stack([losses.nll.double(), torch.tensor(float(batch.target_tokens), dtype=torch.float64, device=topology.device)])
+    model.train()
+    if topology.data > 1:
+        dist.all_reduce(sums, group=topology.data_group)
+    return float(sums[0] / sums[1].clamp(min=1))

@@ -1,0 +1,17 @@
+"""Shared by all tests: few threads, quiet libraries, and a pool of worker processes for the distributed ones."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+from workers import Pool
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Worker processes that talk over gloo; started at the first distributed test and kept."""
+    pool = Pool()
+    yield pool
+    pool.close()

@@ -1,0 +1,169 @@
+"""Any layout of tensor, expert and data parallelism computes what one process computes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.batching import Batch, Step
+from lsmoe_ds.languages import EOS, PAD
+
+VOCABULARY = 48
+UNITS = 4
+
+
+def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float = 0.5) -> Recipe:
+    moe = None if routing == "dense" else {"every": 2, "experts": 4, "top_k": 2, "balance": 0.05}
+    sides = {
+        "dense": (None, None),
+        "token": ({"routing": "token"}, {"routing": "token"}),
+        "target": ({"routing": "task", "task": "target"}, {"routing": "task", "task": "target"}),
+        "pair": ({"routing": "task", "task": "pair", "top_k": 1}, {"routing": "task", "task": "pair"}),
+        "mixed": ({"routing": "token"}, {"routing": "task", "task": "target"}),
+    }[routing]
+    encoder, decoder = (({"moe": {**moe, **side}} if side else {}) for side in sides)
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "data": {
+                "corpora": ["none"],
+                "languages": ["de", "fr", "ru"],
+                "vocabulary": {"size": VOCABULARY * 2},
+                "batch": {"tokens": 64, "count": UNITS},
+            },
+            "model": {
+                "hidden": 16,
+                "heads": 4,
+                "encoder": {"layers": 2, "feed_forward": 24, **encoder},
+                "decoder": {"layers": 2, "feed_forward": 24, **decoder},
+            },
+            "training": {"steps": 3, "learning_rate": 0.01, "warmup": 2, "dropout": 0.0, "label_smoothing": 0.1, "clip": clip},
+            "parallel": {"tensor": tensor, "expert": expert},
+            "deepspeed": {"zero_optimization": {"stage": stage}},
+        }
+    )
+
+
+def ragged_batch(generator: torch.Generator, recipe: Recipe, sentences: int) -> Batch:
+    languages = recipe.languages
+    lengths = torch.randint(1, 9, (2, sentences), generator=generator)
+    source = torch.full((sentences, int(lengths[0].max()) + 1), PAD)
+    labels = torch.full((sentences, int(lengths[1].max()) + 1), PAD)
+    for i in range(sentences):
+        for row, length in ((source[i], int(lengths[0, i])), (labels[i], int(lengths[1, i]))):
+            row[:length] = torch.randint(4, VOCABULARY, (length,), generator=generator)
+            row[length] = EOS
+    decoder_input = torch.full_like(labels, PAD)
+    decoder_input[:, 0] = EOS
+    decoder_input[:, 1:] = torch.where(labels[:, :-1] == EOS, PAD, labels[:, :-1])
+    direction = torch.randint(0, len(languages.directions), (sentences,), generator=generator)
+    ids = torch.tensor([[languages.id(d.source), languages.id(d.target)] for d in languages.directions])[direction]
+    return Batch(source, decoder_input, labels, ids[:, 0], ids[:, 1], direction)
+
+
+def steps_of(recipe: Recipe, rank: int, ranks: int) -> list[Step]:
+    generator = torch.Generator().manual_seed(7)
+    steps = []
+    for _ in range(3):
+        # Wildly unequal units: one sentence beside nine.
+        units = [ragged_batch(generator, recipe, sentences) for sentences in (1, 9, 4, 2)]
+        tokens = sum(unit.target_tokens for unit in units)
+        steps.append(Step(units[rank::ranks], tokens, 0, 0, []))
+    return steps
+
+
+def train(topology, recipe: Recipe):
+    """Losses, gradient norms, the first step's gradients and the final weights of the whole model, by global name."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from lsmoe_ds.model.initialization import global_names, partition_dimension
+    from lsmoe_ds.training.engine import build_engine, train_step
+
+    engine = build_engine(recipe, VOCABULARY, topology)
+    # Adam divides rounding noise by itself where the true gradient is zero (a key's bias): the weights of two correct
+    # runs differ there. With a larger epsilon they are a smooth function of the gradients, and comparable.
+    for group in engine.optimizer.param_groups:
+        group["eps"] = 1e-3
+    names = global_names(engine.module, topology)
+    gradients: dict[str, tuple] = {}
+    true_step = engine.step
+
+    def step_after_reading_gradients(*arguments, **options):
+        if engine.is_gradient_accumulation_boundary() and not gradients:
+            for name, parameter in engine.module.named_parameters():
+                gradient = safe_get_full_grad(parameter)
+                # NumPy: a tensor would travel between processes by shared memory, one file handle each.
+                gradients[names[name]] = (gradient.float().numpy().copy(), partition_dimension(parameter))
+        return true_step(*arguments, **options)
+
+    engine.step = step_after_reading_gradients
+    results = [train_step(engine, step, i + 1, recipe, topology) for i, step in enumerate(steps_of(recipe, topology.data_rank, topology.data))]
+    weights = {
+        names[name]: (parameter.detach().numpy().copy(), partition_dimension(parameter))
+        for name, parameter in engine.module.named_parameters()
+    }
+    engine.destroy()
+    return [(r.loss, r.nll, r.balance, r.grad_norm) for r in results], gradients, weights
+
+
+def whole(results, tensor: int, which: int) -> dict[str, torch.Tensor]:
+    """The whole model's tensors, from those of all ranks: tensor-parallel parts joined, experts collected, replicas checked."""
+    found: dict[str, torch.Tensor] = {}
+    for first in range(0, len(results), tensor):
+        peers = [results[first + t][which] for t in range(tensor)]
+        for name in {name for peer in peers for name in peer}:
+            parts = [(torch.from_numpy(peer[name][0]), peer[name][1]) for peer in peers if name in peer]
+            value = parts[0][0] if parts[0][1] is None else torch.cat([p for p, _ in parts], parts[0][1])
+            if parts[0][1] is None:
+                for other, _ in parts[1:]:
+                    torch.testing.assert_close(other, value, rtol=0, atol=1e-7, msg=f"tensor-parallel replicas of {name} differ")
+            if name in found:
+                torch.testing.assert_close(value, found[name], rtol=0, atol=1e-7, msg=f"data-parallel replicas of {name} differ")
+            found[name] = value
+    return found
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    """1e-5 relative to the tensor's largest value, or to 0.01 where all are smaller (a key's bias)."""
+    limit = 1e-5 * max(wanted.abs().max().item(), 1e-2)
+    difference = (found - wanted).abs().max().item()
+    assert difference <= limit, f"{name}: differs by {difference:.2e}, allowed {limit:.2e}"
+
+
+@pytest.fixture(scope="module")
+def alone(pool):
+    """What one process computes, for each routing."""
+    known = {}
+
+    def of(routing: str):
+        if routing not in known:
+            known[routing] = pool.run(1, train, recipe_for(routing, 1, 1, 1))
+        return known[routing]
+
+    return of
+
+
+LAYOUTS = [(2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 2), (4, 1, 4), (4, 2, 4), (4, 2, 1)]
+CASES = [("target", *layout, 1) for layout in LAYOUTS]
+CASES += [("token", 4, 2, 2, 1), ("token", 2, 1, 2, 2), ("token", 4, 1, 4, 1), ("pair", 2, 1, 2, 1), ("pair", 4, 2, 2, 2), ("mixed", 4, 2, 2, 1)]
+CASES += [("dense", 2, 2, 1, 1), ("dense", 4, 2, 1, 2), ("dense", 2, 1, 1, 0), ("dense", 2, 2, 1, 0), ("target", 1, 1, 1, 0)]
+
+
+@pytest.mark.parametrize(("routing", "world", "tensor", "expert", "stage"), CASES)
+def test_layout_computes_what_one_process_computes(pool, alone, routing, world, tensor, expert, stage):
+    wanted = alone(routing)
+    found = pool.run(world, train, recipe_for(routing, tensor, expert, stage), tensor=tensor, expert=expert)
+    for rank in found:
+        for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
+            assert numbers == pytest.approx(expected, rel=1e-5), "loss, nll, balance loss, gradient norm"
+    assert wanted[0][0][0][3] > 0.5, "the gradient must be large enough to be clipped, or clipping is not tested"
+    for which, what in ((1, "gradient"), (2, "weight")):
+        ours, theirs = whole(found, tensor, which), whole(wanted, 1, which)
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            close(ours[name], theirs[name], f"{what} of {name}")
+    experts = [name for name in theirs if re.search(r"\.experts\.\d+\.", name)]
+    assert len(experts) == (0 if routing == "dense" else 2 * 4 * 4)
