@@ -63,6 +63,7 @@ class HeldOut(Section):
 
     dev: Annotated[int, Field(ge=0)] = 200
     test: Annotated[int, Field(ge=0)] = 500
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
 
 
 class Batch(Section):

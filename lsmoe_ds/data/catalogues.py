@@ -1,0 +1,69 @@
+"""English and its translations out of software: gettext catalogues and MediaWiki's message files, markup removed."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import struct
+from collections.abc import Iterator
+
+TAG = re.compile(r"<[^<>]{0,400}>")
+SPACE_BEFORE_MARK = re.compile(r"\s+([.,;:!?…])(?=\s|$)")
+BLANKS = re.compile(r"\s+")
+
+# [[page|text]] and [[page]]; [address text] and [$1 text]
+WIKI_LINK = re.compile(r"\[\[(?:[^\]|]*\|)?:?([^\]|]*)\]\]|\[(?:(?:https?:)?//\S+|\$\d+) ([^\]]*)\]")
+WIKI_QUOTES = re.compile(r"'{2,5}")
+WIKI_GRAMMAR = re.compile(r"\{\{GRAMMAR:[^|{}]*\|([^{}]*)\}\}", re.IGNORECASE)
+WIKI_LINE_MARKS = re.compile(r"^[*#:;= ]+|=+ *$", re.MULTILINE)
+
+
+def without_tags(text: str) -> str:
+    """Text of a message written in HTML, on one line."""
+    if "<" in text or "&" in text:
+        text = TAG.sub(" ", html.unescape(html.unescape(TAG.sub(" ", text))))
+        text = SPACE_BEFORE_MARK.sub(r"\1", text).replace("( ", "(").replace(" )", ")")
+    return BLANKS.sub(" ", text).strip()
+
+
+def without_wiki_markup(text: str) -> str:
+    """Text of a message written in MediaWiki's markup, on one line.
+
+    Variables (``$1``, ``{{PLURAL:...}}``) stay: cleaning drops such pairs.
+    """
+    if "[" in text:
+        text = WIKI_LINK.sub(lambda match: match.group(1) or match.group(2) or " ", text)
+    if "{{" in text:
+        text = WIKI_GRAMMAR.sub(r"\1", text)
+    return without_tags(WIKI_LINE_MARKS.sub("", WIKI_QUOTES.sub("", text)))
+
+
+def read_catalogue(data: bytes) -> Iterator[tuple[str, str]]:
+    """(English, translation) of a compiled gettext catalogue (.mo), which holds neither fuzzy nor obsolete entries; plurals are left out.
+
+    Raises ValueError if the bytes are no such catalogue.
+    """
+    magic = data[:4]
+    if magic not in (b"\xde\x12\x04\x95", b"\x95\x04\x12\xde") or len(data) < 20:
+        raise ValueError("not a compiled gettext catalogue")
+    order = "<" if magic == b"\xde\x12\x04\x95" else ">"
+    count, originals, translations = struct.unpack_from(f"{order}3I", data, 8)
+    try:
+        for index in range(count):
+            length, start = struct.unpack_from(f"{order}2I", data, originals + 8 * index)
+            english = data[start : start + length]
+            length, start = struct.unpack_from(f"{order}2I", data, translations + 8 * index)
+            if not english or b"\0" in english:  # the header, or an entry with plurals
+                continue
+            yield english.decode("utf-8").rpartition("\x04")[2], data[start : start + length].decode("utf-8")
+    except struct.error:
+        raise ValueError("a catalogue that ends too early") from None
+
+
+def read_messages(data: bytes) -> dict[str, str]:
+    """Messages of a MediaWiki ``i18n/CODE.json`` by key. Raises ValueError if the bytes are no JSON object."""
+    value = json.loads(data.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return {key: text for key, text in value.items() if isinstance(text, str) and not key.startswith("@")}

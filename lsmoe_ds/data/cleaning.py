@@ -1,0 +1,115 @@
+"""Which pairs of sentences are fit for training, and when two sentences are the same for the purpose of holding out."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import cache
+from hashlib import blake2b
+
+import regex
+
+from lsmoe_ds.config import Cleaning
+from lsmoe_ds.languages import script
+
+# Invisible characters without meaning: controls, zero-width space, word joiner, byte order mark, soft hyphen, direction marks.
+# The zero-width joiners stay: Persian and the scripts of India spell with them.
+INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\u00ad]")
+
+WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+# In scripts without spaces a run of letters is many words: about two characters a word in Chinese and Japanese, four in the others.
+IDEOGRAPHS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
+UNSPACED = regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]")
+
+LETTERS = regex.compile(r"[\p{L}\p{M}]")
+NOT_LETTERS = regex.compile(r"[^\p{L}\p{M}]+")
+
+# What a program fills in (printf, Python, shell, MediaWiki, Qt) and markup that a source's own rules left.
+PLACEHOLDER = re.compile(
+    r"%\([^)]*\)[a-z]|%[-#0 +]*\d*(?:\.\d+)?(?:\d+\$)?l{0,2}[sdiufxXcgen@]\b|%L?\d+|%\$?\w+%|\{\{?[^{}\n]{0,60}\}|\$\{|\$\(\w+\)"
+    r"|\$\d+|\$[A-Za-z_]\w*|@\w+@|&#?[A-Za-z0-9][\w.-]*;|\[\[|\]\]|#\w+#|__\w+__|</?[A-Za-z][^<>]{0,400}>"
+)
+ADDRESS = re.compile(r"https?:|www\.|ftp:|\S+@\S+\.\w")
+
+RULES = ("empty", "copy", "short", "long", "letters", "ratio", "placeholder", "address", "script", "untranslated")
+
+
+def clean_text(text: str) -> str:
+    """The text on one line, in Unicode's composed form (NFC), without invisible characters; what the vocabulary sees."""
+    return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
+
+
+def count_words(text: str) -> int:
+    """Words by Unicode's letters; in scripts without spaces estimated from the number of characters."""
+    if text.isascii():
+        return len(WORD.findall(text))
+    rest = UNSPACED.sub(" ", IDEOGRAPHS.sub(" ", text))
+    ideographs = len(IDEOGRAPHS.findall(text)) if rest != text else 0
+    unspaced = len(UNSPACED.findall(text)) if rest != text else 0
+    return len(WORD.findall(rest)) + -(-ideographs // 2) + -(-unspaced // 4)
+
+
+@cache
+def _script_patterns(name: str) -> tuple[regex.Pattern[str], regex.Pattern[str]]:
+    """Characters of a script, and letters of other scripts."""
+    parts = {"Hans": ("Han",), "Hant": ("Han",), "Jpan": ("Han", "Hira", "Kana"), "Kore": ("Hang", "Han")}.get(name, (name,))
+    inside = "".join(rf"\p{{Script={part}}}" for part in parts)
+    return regex.compile(f"[{inside}]"), regex.compile(rf"(?V1)[\p{{L}}--[{inside}]]")
+
+
+def script_share(text: str, name: str) -> float:
+    """Share of the letters of ``text`` that belong to the ISO 15924 script ``name``; 1 where there are no letters."""
+    inside, outside = _script_patterns(name)
+    own = len(text) - len(inside.sub("", text))
+    other = len(text) - len(outside.sub("", text))
+    return own / (own + other) if own + other else 1.0
+
+
+def _share_of_letters(text: str) -> float:
+    return (len(text) - len(LETTERS.sub("", text))) / max(1, len(text) - text.count(" "))
+
+
+class PairFilter:
+    """The rules for one bitext. Words are counted on the first text given, which is the English one where there is English."""
+
+    def __init__(self, settings: Cleaning, first: str, second: str) -> None:
+        self.settings = settings
+        self.scripts = (script(first), script(second))
+
+    def rule_against(self, first: str, second: str) -> str | None:
+        """Name of the first of ``RULES`` that a pair of cleaned texts breaks, None if it is fit."""
+        if not first or not second:
+            return "empty"
+        if first.lower() == second.lower():
+            return "copy"
+        words = count_words(first)
+        if words < self.settings.min_words:
+            return "short"
+        if words > self.settings.max_words:
+            return "long"
+        if not len(first) * 0.12 <= len(second) <= len(first) * 4.5:
+            return "ratio"
+        if PLACEHOLDER.search(first) or PLACEHOLDER.search(second):
+            return "placeholder"
+        if ADDRESS.search(first) or ADDRESS.search(second):
+            return "address"
+        if _share_of_letters(first) < 0.6 or _share_of_letters(second) < 0.5:
+            return "letters"
+        for text, name in zip((first, second), self.scripts, strict=True):
+            if name is not None and script_share(text, name) < self.settings.script_share:
+                return "script"
+        if words >= 5:
+            translated = set(WORD.findall(second.lower()))
+            if sum(word in translated for word in WORD.findall(first.lower())) > 0.7 * words:
+                return "untranslated"
+        return None
+
+
+def near_duplicate_form(text: str) -> str:
+    """What is left of a text without case, punctuation, blanks and digits: near-duplicates have this in common."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return NOT_LETTERS.sub("", folded) or folded
+
+
+def hash64(*texts: str) -> int:
+    return int.from_bytes(blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -1,0 +1,137 @@
+"""Folders that are whole or absent: written beside their place, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds.errors import UserError
+
+BLOCK = 1 << 20
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of each file, by its name below ``folder``."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
+
+
+def damage(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> str | None:
+    """What is wrong with the files of a folder, by :func:`describe_files`; sums are compared only with ``verify``."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes where {expected['bytes']} were written"
+        if verify and sha256(path) != expected["sha256"]:
+            return f"{path} is not what was written (its sha256 differs)"
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file or it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def recover(path: Path) -> None:
+    """Puts back a folder whose replacement was cut off between its two renames."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the right to write ``path`` against other processes; raises UserError if another has it."""
+    with explain_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(f".{path.name}.lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks: go on without
+                yield
+                return
+            raise UserError(f"another process is writing {path}: wait for it, or stop it") from None
+        yield
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of ``path`` when the block ends well; otherwise ``path`` stays as it was.
+
+    To be used under :func:`locked`. A full disk or missing permission is a UserError; what was half written is removed.
+    """
+    new, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    with explain_errors(path):
+        recover(path)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            new.mkdir(parents=True)
+            yield new
+            sync(new)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+            sync(path.parent, contents=False)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            recover(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def explain_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full: {path} cannot be written; what was there before is untouched") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
+        raise
+
+
+def sync(folder: Path, contents: bool = True) -> None:
+    """Forces a folder, and with ``contents`` everything below it, to the disk."""
+    for root, _, files in os.walk(folder, topdown=False) if contents else ():
+        for name in files:
+            _sync_file(Path(root, name))
+        _sync_file(Path(root))
+    if not contents:
+        _sync_file(folder)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

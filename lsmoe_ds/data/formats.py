@@ -1,0 +1,262 @@
+"""Readers of parallel text: the layouts of OPUS-100, FLORES and IWSLT, aligned files (Moses) and tables (TSV).
+
+Every file is read line by line, as UTF-8; a wrong byte is reported with its file and line.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from lsmoe_ds.config import Corpus
+from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Direction, normalize_code
+
+SPLITS = ("train", "dev", "test")
+LINE_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """The text that one corpus has for one bitext and split. Two aligned files, in the order of the bitext's name, or one table."""
+
+    corpus: str
+    bitext: str
+    split: str
+    files: tuple[Path, ...]
+    reader: str  # lines, tagged, segments, table
+    columns: tuple[int, int] = (0, 1)
+    header: bool = False
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Pairs of texts, in the order of the bitext's name, as they stand in the files."""
+        if self.reader == "table":
+            yield from self._table()
+            return
+        read = READERS[self.reader]
+        end = object()
+        count = 0
+        for first, second in zip_longest(read(self.files[0]), read(self.files[1]), fillvalue=end):
+            if first is end or second is end:
+                shorter, longer = self.files if first is end else self.files[::-1]
+                raise UserError(f"{shorter} has {count} lines but {longer} has more: aligned files need one line for each other's line")
+            count += 1
+            yield first, second  # type: ignore[misc]
+        if not count:
+            raise UserError(f"{self.files[0]} and {self.files[1]} hold no text")
+
+    def _table(self) -> Iterator[tuple[str, str]]:
+        count, width = 0, max(self.columns) + 1
+        for number, line in enumerate(read_lines(self.files[0]), 1):
+            if self.header and number == 1:
+                continue
+            cells = line.split("\t")
+            if len(cells) < width:
+                raise UserError(f"{self.files[0]}, line {number}: {width} columns between tabs were expected, found {len(cells)}")
+            count += 1
+            yield cells[self.columns[0]], cells[self.columns[1]]
+        if not count:
+            raise UserError(f"{self.files[0]} holds no text")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file without their ends. Raises UserError for a file that is missing, unreadable or not UTF-8."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LINE_LIMIT):
+                number += 1
+                if len(line) == LINE_LIMIT:
+                    raise UserError(f"{path}, line {number}: the line is longer than {LINE_LIMIT} bytes: this is no file of sentences")
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
+                    ) from None
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+IWSLT_TEXT = re.compile(r"\s*<(title|description)>(.*)</\1>\s*$")
+SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>")
+
+
+def _tagged(path: Path) -> Iterator[str]:
+    """Sentences of IWSLT's ``train.tags`` files: plain lines, titles and descriptions; other tagged lines tell of the talk."""
+    for line in read_lines(path):
+        if match := IWSLT_TEXT.match(line):
+            yield match.group(2)
+        elif not line.lstrip().startswith("<"):
+            yield line
+
+
+def _segments(path: Path) -> Iterator[str]:
+    """Sentences of IWSLT's XML sets. Read by line and without an XML parser, so that no entity of the file is ever expanded."""
+    for line in read_lines(path):
+        for match in SEGMENT.finditer(line):
+            yield html.unescape(match.group(1))
+
+
+READERS: dict[str, Callable[[Path], Iterator[str]]] = {"lines": read_lines, "tagged": _tagged, "segments": _segments}
+
+
+def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Part]:
+    """Everything the corpora have for the bitexts, in the order of the recipe.
+
+    Raises UserError for a corpus that is not fetched, damaged, missing or not laid out as it should be.
+    """
+    wanted = {name: (pair[0], pair[1]) for name in bitexts if (pair := name.split("-"))}
+    parts: list[Part] = []
+    for corpus in corpora:
+        if isinstance(corpus, str):
+            parts += _fetched(corpus, directory, wanted)
+        elif not corpus.path.exists() and corpus.format != "moses":
+            raise UserError(f"there is no corpus {corpus.path}")
+        else:
+            parts += FORMATS[corpus.format](corpus, wanted)
+    return parts
+
+
+Wanted = dict[str, tuple[str, str]]
+
+
+def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
+    check_source(name)
+    wrong = corpus_damage(name, directory)
+    if wrong is not None:
+        raise UserError(f"corpus {name} is not fetched ({wrong}): run 'lsmoe data fetch {name}'")
+    for bitext in wanted:
+        path = corpus_folder(name, directory) / f"{bitext}.tsv"
+        if path.exists():
+            yield Part(name, bitext, "train", (path,), "table")
+
+
+def _same(code: str, other: str) -> bool:
+    return code == other or normalize_code(code) == normalize_code(other)
+
+
+def _by_code(files: Iterable[tuple[str, Path]], code: str) -> Path | None:
+    """The file whose language is ``code``; one that spells it so comes first."""
+    found = [(other != code, path) for other, path in files if _same(other, code)]
+    return min(found)[1] if found else None
+
+
+def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+    folders = [folder for name in ("supervised", "zero-shot") if (folder := corpus.path / name).is_dir()]
+    if not folders:
+        raise UserError(f"{corpus.path} is not laid out as OPUS-100: it has neither 'supervised' nor 'zero-shot' in it")
+    for folder in (pair for kind in folders for pair in sorted(kind.iterdir()) if pair.is_dir() and pair.name.count("-") == 1):
+        codes = folder.name.split("-")
+        for bitext, pair in wanted.items():
+            order = next((o for o in (codes, codes[::-1]) if _same(o[0], pair[0]) and _same(o[1], pair[1])), None)
+            for split in SPLITS if order else ():
+                files = tuple(folder / f"opus.{folder.name}-{split}.{code}" for code in order or ())
+                if any(file.exists() for file in files):
+                    yield Part(str(corpus.path), bitext, split, files, "lines")
+
+
+def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+    sets = {"dev": corpus.path / "dev", "devtest": corpus.path / "devtest"}
+    if not any(folder.is_dir() for folder in sets.values()):
+        raise UserError(f"{corpus.path} is not laid out as FLORES: it has neither 'dev' nor 'devtest' in it")
+    for name, folder in sets.items():
+        files = [(path.stem, path) for path in sorted(folder.glob(f"*.{name}"))]
+        for bitext, pair in wanted.items():
+            first, second = _by_code(files, pair[0]), _by_code(files, pair[1])
+            if first and second:
+                yield Part(str(corpus.path), bitext, "dev" if name == "dev" else "test", (first, second), "lines")
+
+
+IWSLT_TRAIN = re.compile(r"train\.tags\.([\w@]+)-([\w@]+)\.([\w@]+)")
+IWSLT_SET = re.compile(r"(IWSLT\w*\.\w+\.(dev|tst)\w*)\.([\w@]+)-([\w@]+)\.([\w@]+)\.xml")
+
+
+def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+    found: dict[tuple[str, str, str], list[tuple[str, Path]]] = {}
+    for path in sorted(corpus.path.rglob("*")):
+        if match := IWSLT_TRAIN.fullmatch(path.name):
+            found.setdefault(("train", "tagged", str(path.parent)), []).append((match.group(3), path))
+        elif match := IWSLT_SET.fullmatch(path.name):
+            split = "dev" if match.group(2) == "dev" else "test"
+            found.setdefault((split, "segments", f"{path.parent}/{match.group(1)}"), []).append((match.group(5), path))
+    if not found:
+        raise UserError(
+            f"{corpus.path} is not laid out as IWSLT: no train.tags.de-en.de and no IWSLT14.TED.dev2010.de-en.de.xml was found in it"
+        )
+    for (split, reader, _), files in found.items():
+        for bitext, pair in wanted.items():
+            first, second = _by_code(files, pair[0]), _by_code(files, pair[1])
+            if first and second:
+                yield Part(str(corpus.path), bitext, split, (first, second), reader)
+
+
+def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+    """``path`` is what the two file names have in common (``corpus/train`` for ``corpus/train.de``), or a folder of such files.
+
+    In a folder, names that start with dev, valid or test are held-out sets.
+    """
+    folder = corpus.path if corpus.path.is_dir() else corpus.path.parent
+    stems: dict[str, list[tuple[str, Path]]] = {}
+    for path in sorted(folder.glob("*.*") if folder.is_dir() else ()):
+        if path.is_file() and (corpus.path.is_dir() or path.stem == corpus.path.name):
+            stems.setdefault(path.stem, []).append((path.suffix[1:], path))
+    if not corpus.path.is_dir():
+        for code in (corpus.source, corpus.target):
+            if code and _by_code(stems.get(corpus.path.name, []), code) is None:
+                raise UserError(f"there is no file {corpus.path}.{code}")
+    if not stems:
+        raise UserError(f"there are no files {corpus.path}.CODE, such as {corpus.path}.en")
+    for stem, files in stems.items():
+        split = "train"
+        if corpus.path.is_dir():
+            split = "dev" if stem.startswith(("dev", "valid")) else "test" if stem.startswith("test") else "train"
+        for bitext, pair in wanted.items():
+            first, second = _by_code(files, pair[0]), _by_code(files, pair[1])
+            if first and second and _allowed(corpus, pair):
+                yield Part(str(corpus.path), bitext, split, (first, second), "lines")
+
+
+def _allowed(corpus: Corpus, pair: tuple[str, str]) -> bool:
+    given = [code for code in (corpus.source, corpus.target) if code]
+    return all(any(_same(code, member) for member in pair) for code in given)
+
+
+def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+    if bool(corpus.source) != bool(corpus.target):
+        raise UserError(f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line names the columns)")
+    header = not corpus.source
+    codes = [corpus.source or "", corpus.target or ""]
+    if header:
+        codes = next(read_lines(corpus.path), "").split("\t")
+        if len(codes) < 2:
+            raise UserError(f"{corpus.path}, line 1: two or more language codes between tabs were expected, found {codes[0][:40]!r}")
+    for bitext, pair in wanted.items():
+        columns = [next((i for i, code in enumerate(codes) if _same(code.strip(), member)), None) for member in pair]
+        if columns[0] is not None and columns[1] is not None:
+            yield Part(str(corpus.path), bitext, "train", (corpus.path,), "table", (columns[0], columns[1]), header)
+
+
+FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[Part]]] = {
+    "opus100": _opus100,
+    "flores": _flores,
+    "iwslt": _iwslt,
+    "moses": _moses,
+    "tsv": _tsv,
+}
+
+
+def order_of_words(bitext: str) -> bool:
+    """Whether words are counted on the second text of a bitext: where that one is English."""
+    return bitext.split("-")[1] == "en"
+
+
+def bitexts_of(directions: Iterable[Direction]) -> list[str]:
+    return list(dict.fromkeys(direction.bitext for direction in directions))

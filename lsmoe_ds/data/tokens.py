@@ -1,0 +1,93 @@
+"""Writing the token files of one bitext and split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.data.workers import Workers, chunks
+from lsmoe_ds.languages import UNK
+
+CHUNK = 10_000
+Side = tuple[NDArray[Any], NDArray[np.int64]]
+
+
+@cache
+def _vocabulary(path: Path, _stamp: int) -> Vocabulary:
+    return Vocabulary.load(path)
+
+
+def _encode_chunk(pairs: list[tuple[str, str]], model: Path, stamp: int, dtype: str) -> tuple[Side, Side]:
+    vocabulary = _vocabulary(model, stamp)
+
+    def side(index: int) -> Side:
+        encoded = vocabulary.encode_all([clean_text(pair[index]) for pair in pairs])
+        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+        return np.fromiter((i for ids in encoded for i in ids), dtype=dtype, count=int(lengths.sum())), lengths
+
+    return side(0), side(1)
+
+
+class _ArrayFile:
+    """A growing one-dimensional .npy file: the header is written again at the end, numpy leaves room in it for a longer shape."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.file: BinaryIO = path.open("wb")
+        self.dtype, self.count = np.dtype(dtype), 0
+        self._header()
+        self.start = self.file.tell()
+
+    def _header(self) -> None:
+        np.lib.format.write_array_header_1_0(self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count,)})
+
+    def append(self, array: NDArray[Any]) -> None:
+        self.file.write(array.astype(self.dtype, copy=False).tobytes())
+        self.count += len(array)
+
+    def close(self) -> None:
+        self.file.seek(0)
+        self._header()
+        assert self.file.tell() == self.start
+        self.file.close()
+
+
+def write_tokens(
+    folder: Path, codes: tuple[str, str], pairs: Iterator[tuple[str, str]], model: Path, size: int, text: bool, workers: Workers
+) -> dict[str, dict[str, int]]:
+    """Writes ids, offsets and (with ``text``) sentences of both sides; returns tokens, unknown tokens and the longest sentence of each."""
+    folder.mkdir(parents=True)
+    dtype = "<u2" if size <= 1 << 16 else "<u4"
+    tokens = [_ArrayFile(folder / f"{code}.tokens.npy", dtype) for code in codes]
+    offsets = [_ArrayFile(folder / f"{code}.offsets.npy", "<i8") for code in codes]
+    counts = [{"tokens": 0, "unknown": 0, "longest": 0} for _ in codes]
+    for array in offsets:
+        array.append(np.zeros(1, dtype=np.int64))
+    texts = [(folder / f"{code}.txt").open("w", encoding="utf-8", newline="\n") for code in codes] if text else []
+
+    def passing() -> Iterator[tuple[str, str]]:
+        for pair in pairs:
+            for file, sentence in zip(texts, pair, strict=False):
+                file.write(sentence + "\n")
+            yield pair
+
+    encode = partial(_encode_chunk, model=model, stamp=os.stat(model).st_mtime_ns, dtype=dtype)
+    for done in workers.map(encode, chunks(passing(), CHUNK)):
+        for side, (ids, lengths) in enumerate(done):
+            offsets[side].append(counts[side]["tokens"] + np.cumsum(lengths))
+            tokens[side].append(ids)
+            counts[side]["tokens"] += len(ids)
+            counts[side]["unknown"] += int((ids == UNK).sum())
+            counts[side]["longest"] = max(counts[side]["longest"], int(lengths.max(initial=0)))
+    for array in tokens + offsets:
+        array.close()
+    for file in texts:
+        file.close()
+    return dict(zip(codes, counts, strict=True))

@@ -1,0 +1,128 @@
+"""The vocabulary: a sentencepiece model whose first ids are those of M2M-100 and whose tags no text can spell."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from lsmoe_ds import config
+from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import BOS, EOS, PAD, UNK, nearest, tag
+
+SPECIALS = {BOS: "<s>", PAD: "<pad>", EOS: "</s>", UNK: "<unk>"}
+# The sums of unigram training depend on the number of threads: a fixed one gives the same model on any machine.
+THREADS = 4
+
+
+class Vocabulary:
+    """Text to ids and back. Ids 0 to 3 are BOS, PAD, EOS, UNK; tags follow; then pieces of text."""
+
+    PAD, BOS, EOS, UNK = PAD, BOS, EOS, UNK
+
+    def __init__(self, model: bytes) -> None:
+        """``model`` is a serialized sentencepiece model. Raises UserError if it is none, or none of this system's."""
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            first = [self._processor.id_to_piece(index) for index in SPECIALS]
+        except (RuntimeError, IndexError):
+            raise UserError("the vocabulary is damaged: it is not a sentencepiece model") from None
+        if first != list(SPECIALS.values()):
+            raise UserError(f"the vocabulary begins with {', '.join(first)} where {', '.join(SPECIALS.values())} are needed")
+        self._model = model
+        self._tags = {
+            piece[2:-1]: index
+            for index in range(len(SPECIALS), self._processor.get_piece_size())
+            if self._processor.is_control(index) and (piece := self._processor.id_to_piece(index)).startswith("<2")
+        }
+        self._silent = frozenset({BOS, PAD, EOS, *self._tags.values()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vocabulary:
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"vocabulary {path} cannot be read: {error.strerror}") from None
+        try:
+            return cls(model)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def __reduce__(self) -> tuple[type[Vocabulary], tuple[bytes]]:
+        return Vocabulary, (self._model,)
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def size(self) -> int:
+        return int(self._processor.get_piece_size())
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """Languages that have a tag."""
+        return tuple(self._tags)
+
+    def tag_id(self, code: str) -> int:
+        """Id of the tag that asks for translation into ``code``."""
+        if code not in self._tags:
+            raise UserError(f"the vocabulary has no tag for '{code}'{nearest(code, self._tags)}: it has {', '.join(self._tags)}")
+        return self._tags[code]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without tag and EOS. A tag written in the text becomes ordinary pieces."""
+        return list(self._processor.encode(clean_text(text)))
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that :func:`clean_text` has cleaned already."""
+        return list(self._processor.encode(list(texts), num_threads=1))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; BOS, PAD, EOS and tags are skipped."""
+        return str(self._processor.decode([int(index) for index in ids if int(index) not in self._silent]))
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(self._model)
+
+
+def train_vocabulary(texts: Iterator[str], settings: config.Vocabulary, codes: Sequence[str]) -> Vocabulary:
+    """Trains a model of exactly ``settings.size`` pieces, with a tag for each of ``codes``, on texts of :func:`clean_text`.
+
+    The same texts in the same order give the same bytes. The texts are held in memory by sentencepiece. Raises UserError
+    where the text allows no vocabulary of that size, naming the nearest possible one.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts,
+            model_writer=model,
+            model_type=settings.type,
+            vocab_size=settings.size,
+            character_coverage=settings.character_coverage,
+            bos_id=BOS,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            control_symbols=[tag(code) for code in codes],
+            # clean_text has normalized; NFKC would turn the full-width marks of Chinese into others, which no score forgives.
+            normalization_rule_name="identity",
+            shuffle_input_sentence=False,
+            num_threads=THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_explain(str(error), settings)) from None
+    return Vocabulary(model.getvalue())
+
+
+def _explain(message: str, settings: config.Vocabulary) -> str:
+    prefix = f"'data.vocabulary.size' is {settings.size}, but"
+    if found := re.search(r"set it to a value <= (\d+)", message):
+        return f"{prefix} the text is too small for more than {found.group(1)} pieces: set it to at most {found.group(1)}"
+    if found := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
+        return f"{prefix} the characters and tags alone need {found.group(1)} pieces: set it higher, or 'character_coverage' lower"
+    return f"the vocabulary could not be trained: {' '.join(message.split())}"
