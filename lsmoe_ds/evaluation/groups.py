@@ -1,0 +1,93 @@
+"""Averages over groups of directions: into and out of English, between others, and by resources.
+
+An average is the plain mean over its directions, each counting once, whatever its number of sentences. A direction's
+resource group (high, medium, low) is that of its bitext, by the number of training pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from lsmoe_ds.config import Groups
+from lsmoe_ds.languages import Direction
+
+ENGLISH = "en"
+RESOURCES = ("high", "medium", "low")
+GROUPS = ("into_english", "out_of_english", "between_others", "all", *RESOURCES)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """BLEU, chrF (characters only) and chrF++ (with words and word pairs), each from 0 to 100."""
+
+    bleu: float
+    chrf: float
+    chrfpp: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    @classmethod
+    def mean(cls, several: Sequence[Metrics]) -> Metrics:
+        """The plain mean of at least one."""
+        count = len(several)
+        return cls(sum(m.bleu for m in several) / count, sum(m.chrf for m in several) / count, sum(m.chrfpp for m in several) / count)
+
+
+class Scored(Protocol):
+    """What is averaged: a direction's scores and those of copying its source."""
+
+    @property
+    def direction(self) -> Direction: ...
+    @property
+    def metrics(self) -> Metrics: ...
+    @property
+    def copy(self) -> Metrics: ...
+
+
+@dataclass(frozen=True)
+class Average:
+    """Means over ``directions`` directions, and what copying their sources scores."""
+
+    directions: int
+    metrics: Metrics
+    copy: Metrics
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"directions": self.directions, **self.metrics.as_dict(), "copy": self.copy.as_dict()}
+
+
+def resource_groups(pairs: Mapping[str, int], limits: Groups) -> dict[str, str]:
+    """Group of each bitext (``de-en``) by its number of training pairs."""
+
+    def group(count: int) -> str:
+        return "high" if count >= limits.high else "medium" if count >= limits.medium else "low"
+
+    return {bitext: group(count) for bitext, count in pairs.items()}
+
+
+def membership(direction: Direction, resources: Mapping[str, str]) -> tuple[str, ...]:
+    """The groups, of :data:`GROUPS`, that a direction counts in. ``resources`` is keyed by bitext and may lack some."""
+    if direction.target == ENGLISH:
+        side = "into_english"
+    elif direction.source == ENGLISH:
+        side = "out_of_english"
+    else:
+        side = "between_others"
+    resource = resources.get(direction.bitext)
+    return (side, "all") if resource is None else (side, "all", resource)
+
+
+def averages(scores: Iterable[Scored], resources: Mapping[str, str]) -> dict[str, Average]:
+    """Averages of the groups that have a direction, in the order of :data:`GROUPS`."""
+    members: dict[str, list[Scored]] = {name: [] for name in GROUPS}
+    for score in scores:
+        for name in membership(score.direction, resources):
+            members[name].append(score)
+    return {
+        name: Average(len(found), Metrics.mean([s.metrics for s in found]), Metrics.mean([s.copy for s in found]))
+        for name, found in members.items()
+        if found
+    }

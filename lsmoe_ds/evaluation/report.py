@@ -1,0 +1,322 @@
+"""The report of a run: one HTML page that needs nothing beside itself, from the files of the run folder.
+
+Read are ``recipe.yaml`` (required), ``metrics.jsonl``, ``scores.json``, ``routing.json``, ``conversion.json``,
+``timings.json`` and the provenance of the fetched corpora; a section whose file is absent says so in one line.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import jinja2
+from markupsafe import Markup
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from lsmoe_ds.analysis.routing import LayerRouting, heat_map, read_routing, task_name, task_order
+from lsmoe_ds.config import Recipe, load_recipe
+from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.groups import ENGLISH
+from lsmoe_ds.evaluation.plots import Series, line_chart, number, smooth
+from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, WEAK, DirectionScore, ScoreTable, write_whole
+from lsmoe_ds.languages import Direction, language_name, script
+
+T = TypeVar("T")
+SOFTWARE = ("lsmoe_ds", "torch", "deepspeed", "megatron-core", "sentencepiece", "sacrebleu")
+SHORT_TRAINING = 2 * 3600
+USABLE = 0.1
+OPEN_SAMPLES = 5
+RIGHT_TO_LEFT = {"Arab", "Hebr", "Syrc", "Thaa", "Nkoo", "Adlm"}
+
+
+class Conversion(BaseModel):
+    """``conversion.json``: the dense model of one direction against the sparse one that it was taken from."""
+
+    direction: str
+    sparse_parameters: int
+    dense_parameters: int
+    largest_logit_difference: float | None = None
+    same_translations: int | None = None
+    sentences: int | None = None
+    dense_bytes: int | None = None
+    seconds: float | None = None
+    dense_folder: str | None = None
+
+
+@dataclass
+class Progress:
+    """What ``metrics.jsonl`` tells. Losses are nats a target token, by step; ``seconds`` and ``tokens`` are totals."""
+
+    loss: list[tuple[float, float]] = field(default_factory=list)
+    dev: list[tuple[float, float]] = field(default_factory=list)
+    learning_rate: list[tuple[float, float]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    tokens_per_second: float | None = None
+
+
+def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
+    """Writes the page, by default as ``report.html`` of the run, whole or not at all, and returns its path.
+
+    Raises UserError if the folder holds no recipe, or a file that cannot be read.
+    """
+    run = Path(run_folder)
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is no run folder: it holds no recipe.yaml")
+    path = Path(out) if out is not None else run / "report.html"
+    write_whole(path, render_report(run))
+    return path
+
+
+def render_report(run: Path) -> str:
+    """The page as text. Everything that comes from data is escaped by the template."""
+    recipe = load_recipe(run / "recipe.yaml")
+    progress = _if_there(run / "metrics.jsonl", read_progress)
+    scores = _if_there(run / "scores.json", ScoreTable.read)
+    layers = _if_there(run / "routing.json", read_routing)
+    conversion = _if_there(run / "conversion.json", lambda path: _read(path, TypeAdapter(Conversion)))
+    timings = _if_there(run / "timings.json", lambda path: _read(path, TypeAdapter(dict[str, float])))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lsmoe_ds.evaluation", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "duration": duration, "count": short_count, "bytes": size}
+    environment.filters |= {"html_language": html_language, "text_direction": text_direction}
+    environment.globals |= {"direction_name": lambda direction: task_name(str(direction))}
+    return environment.get_template("template.html").render(
+        recipe=recipe,
+        summary=_summary(recipe, progress),
+        progress=progress,
+        curves=_curves(progress) if progress else None,
+        scores=scores,
+        averages=scores.averages() if scores else {},
+        average_names=AVERAGES,
+        metric_names=METRICS,
+        caveat=_caveat(scores, progress) if scores else None,
+        sides=_sides(scores) if scores else [],
+        # The longest bar leaves room for its number.
+        bar_scale=85 / max(1.0, *(value.chrf for score in scores.directions for value in (score.metrics, score.copy))) if scores else 0,
+        open_samples=_open_samples(scores) if scores else set(),
+        maps=[(layer, heat_map(layer), _reading(layer)) for layer in layers or []],
+        conversion=conversion,
+        timings=timings,
+        corpora=_corpora(recipe),
+        versions=_versions(),
+    )
+
+
+def _if_there(path: Path, read: Callable[[Path], T]) -> T | None:
+    return read(path) if path.is_file() else None
+
+
+def _read(path: Path, kind: TypeAdapter[T]) -> T:
+    try:
+        return kind.validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path} cannot be read: {key + ': ' if key else ''}{first['msg']}") from None
+
+
+def read_progress(path: Path) -> Progress:
+    """Reads ``metrics.jsonl``. Of a step that a resumed training did again the last line counts; an unfinished last line is left out."""
+    by_step: dict[int, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for index, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            by_step.setdefault(int(record["step"]), {}).update(record)
+        except (ValueError, TypeError, KeyError):
+            if index < len(lines) - 1:
+                raise UserError(f"{path} cannot be read: line {index + 1} is not a JSON object with a 'step'") from None
+    progress, speeds = Progress(), []
+    for step, record in sorted(by_step.items()):
+        value = {key: float(number) for key, number in record.items() if isinstance(number, int | float) and math.isfinite(number)}
+        progress.steps = step
+        # The loss that is trained on holds label smoothing and balance; nll is what compares with dev.
+        if (loss := value.get("nll", value.get("loss"))) is not None:
+            progress.loss.append((step, loss))
+        if "dev_loss" in value:
+            progress.dev.append((step, value["dev_loss"]))
+        if "learning_rate" in value:
+            progress.learning_rate.append((step, value["learning_rate"]))
+        if "tokens_per_second" in value:
+            speeds.append(value["tokens_per_second"])
+        progress.seconds += value.get("seconds", 0.0)
+        progress.tokens += int(value.get("tokens", 0))
+    progress.tokens_per_second = median(speeds) if speeds else None
+    return progress
+
+
+def _curves(progress: Progress) -> dict[str, Markup | None]:
+    loss, dev = progress.loss, progress.dev
+    series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []
+    series += [Series(dev, "dev")] if dev else []
+    return {
+        "loss": line_chart(series, f"Loss over {progress.steps:,} steps") if series else None,
+        "learning_rate": line_chart([Series(progress.learning_rate)], "Learning rate over the steps", tall=False)
+        if progress.learning_rate
+        else None,
+    }
+
+
+def _summary(recipe: Recipe, progress: Progress | None) -> str:
+    """One line: what was trained on what."""
+    model, languages = recipe.model, recipe.languages
+    unit = {"token": "token", "target": "target language", "pair": "language pair"}
+    mixtures = {(side, moe.experts, moe.top_k, moe.task if moe.routing == "task" else "token") for side, _, moe in model.moe_layers()}
+    sparse = [
+        f"{experts} experts in each sparse layer of the {side}, {top_k} of them used for each {unit[by]}"
+        for side, experts, top_k, by in sorted(mixtures, reverse=True)
+    ]
+    if len(sparse) == 2 and sparse[0].replace("encoder", "decoder") == sparse[1]:
+        sparse = [sparse[0].replace("the encoder", "encoder and decoder")]
+    what = f"{model.preset or 'transformer'} with {' and '.join(sparse)}" if sparse else f"{model.preset or 'transformer'} without experts"
+    steps = f", trained for {progress.steps:,} steps" if progress and progress.steps else ""
+    return f"{len(languages.codes)} languages in {len(languages.directions)} directions: {what}{steps}."
+
+
+def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
+    """One sentence on what a short training can and cannot do, in its own figures; None if the training was long, or good all the same."""
+    if progress is None or not 0 < progress.seconds < SHORT_TRAINING or scores.share("weak") < USABLE:
+        return None
+    average = scores.averages()["all"]
+    ahead = average.metrics.chrf - average.copy.chrf
+    learned = (
+        f"teaches the model to beat copying the source by {ahead:.1f} chrF"
+        if ahead > 0
+        else "does not make the model beat copying the source"
+    )
+    exact, weak = scores.share("exact"), scores.share("weak")
+    return (
+        f"{duration(progress.seconds).capitalize()} of training {learned}, and no more: {exact:.0%} of its "
+        f"{scores.sentences:,} test translations are word for word the reference and {weak:.0%} score under {WEAK:.0f} chrF, "
+        "where a translation is seldom of use; it shows that the system learns, it is not a translator."
+    )
+
+
+@dataclass(frozen=True)
+class SideScores:
+    """Directions that stand together, relatives side by side, with the average of their group."""
+
+    title: str
+    group: str
+    scores: list[DirectionScore]
+
+    def label(self, direction: Direction) -> str:
+        """The language that is not English."""
+        return {"into_english": language_name(direction.source), "out_of_english": language_name(direction.target)}.get(
+            self.group, task_name(str(direction))
+        )
+
+
+def _sides(scores: ScoreTable) -> list[SideScores]:
+    def of(title: str, group: str, wanted: Callable[[Direction], bool]) -> SideScores:
+        found = [score for score in scores.directions if wanted(score.direction)]
+        return SideScores(title, group, sorted(found, key=lambda score: task_order(str(score.direction))))
+
+    sides = [
+        of("Into English", "into_english", lambda d: d.target == ENGLISH),
+        of("Out of English", "out_of_english", lambda d: d.source == ENGLISH),
+        of("Between others", "between_others", lambda d: ENGLISH not in (d.source, d.target)),
+    ]
+    return [side for side in sides if side.scores]
+
+
+def _open_samples(scores: ScoreTable) -> set[str]:
+    """Directions whose samples show at once: one into English, and one into each other script, as far as they are not too many."""
+    shown: dict[str, str] = {}
+    for score in sorted(scores.directions, key=lambda score: task_order(str(score.direction))):
+        target = score.direction.target
+        shown.setdefault("into English" if target == ENGLISH else script(target) or target, str(score.direction))
+    return set(list(shown.values())[:OPEN_SAMPLES])
+
+
+def _reading(layer: LayerRouting) -> str | None:
+    """What the map shows, in words: who shares experts. None for token routing, where nobody chooses for a whole task."""
+    if layer.routing != "task":
+        return None
+    alike = "; ".join(", ".join(task_name(task) for task in tasks) for tasks in layer.alike())
+    same, different = layer.overlap()
+    text = f"Choose the same experts: {alike}." if alike else "No two tasks choose the same experts."
+    if same is not None and different is not None:
+        text += f" Two tasks of one family share {same:.2f} of {layer.top_k} experts on average, two of different families {different:.2f}."
+    return text
+
+
+class Provenance(BaseModel):
+    """What the page shows of a fetched corpus' ``PROVENANCE.json``."""
+
+    name: str
+    package: str
+    version: str
+    license: str
+    date: str
+
+
+def _corpora(recipe: Recipe) -> list[Provenance]:
+    paths = [corpus_folder(name, recipe.data.directory) / PROVENANCE for name in recipe.data.corpora if isinstance(name, str)]
+    found = [_if_there(path, lambda path: _read(path, TypeAdapter(Provenance))) for path in paths]
+    return [corpus for corpus in found if corpus is not None]
+
+
+def _versions() -> list[tuple[str, str]]:
+    found = [("Python", platform.python_version())]
+    for name in SOFTWARE:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``42 s``, ``8 min 5 s``, ``3 h 20 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
+
+
+def short_count(value: float) -> str:
+    """``950``, ``12.3 k``, ``41.2 M``, ``1.5 B``."""
+    for unit, name in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
+        if value >= unit:
+            return f"{value / (1e3 if name == ' k' else unit):.1f}{name}"
+    return f"{value:,.0f}"
+
+
+def size(count: float) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:.0f} bytes"
+
+
+def html_language(code: str) -> str:
+    """Our code as the ``lang`` attribute wants it: ``zh_Hans`` -> ``zh-Hans``."""
+    return code.replace("_", "-")
+
+
+def text_direction(code: str) -> str:
+    """The ``dir`` attribute of text in a language: a Hebrew line runs from the right even if it begins with a Latin word."""
+    return "rtl" if script(code) in RIGHT_TO_LEFT else "auto"

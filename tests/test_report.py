@@ -1,0 +1,307 @@
+"""The report of whole, partial and hostile run folders, and the order of expert maps."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lsmoe_ds.analysis.routing import heat_map, read_routing
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.plots import number, smooth, thin, ticks
+from lsmoe_ds.evaluation.report import duration, read_progress, short_count, write_report
+from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
+from lsmoe_ds.languages import english_centric
+
+HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=1>&amp;\u202e\x00{{ 7*7 }} https://evil.example/x.js"
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; collects tags, attributes and text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+    def needs_nothing_else(self) -> bool:
+        """Whether no tag or style makes a browser ask for anything, or run anything."""
+        loads = {"src", "href", "srcset", "action", "data", "xlink:href"}
+        active = {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
+        for tag, attributes in self.tags:
+            if tag in active or loads & set(attributes) or any(name.startswith("on") for name in attributes):
+                return False
+        styles = "".join(re.findall(r"<style>(.*?)</style>", self.source, re.S))
+        return "url(" not in styles and "@import" not in styles
+
+
+LINES = {"de": ["Seite", "Zeige die Änderungen"], "ru": ["Страница", "Показать изменения"], "he": ["דף", "MediaWiki הצג שינויים"]}
+LINES |= {"en": ["Page", "Show changes"], "nl": ["Pagina", "Wijzigingen tonen"]}
+
+
+def make_run(folder: Path, *, extra: str = "") -> Path:
+    """A run folder with every file; ``extra`` is put into all text that comes from data."""
+    run = folder / "runs" / "demo"
+    run.mkdir(parents=True)
+    moe = {"experts": 4, "every": 2, "top_k": 2, "routing": "task", "task": "target"}
+    side = {"layers": 2, "feed_forward": 16, "moe": moe}
+    recipe = Recipe.model_validate(
+        {
+            "name": "demo",
+            "data": {"corpora": ["mediawiki"], "directory": str(folder / "data"), "languages": ["de", "nl", "ru", "he"]},
+            "model": {"hidden": 8, "heads": 2, "encoder": side, "decoder": side},
+            "training": {"steps": 100},
+            "deepspeed": {},
+        }
+    )
+    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    corpus = folder / "data" / "corpora" / "mediawiki"
+    corpus.mkdir(parents=True)
+    provenance = {"name": "mediawiki" + extra, "package": "mediawiki", "version": "1.39", "license": "GPL-2+", "date": "2026-01-01"}
+    (corpus / "PROVENANCE.json").write_text(json.dumps(provenance), encoding="utf-8")
+    records = [
+        {
+            "step": s,
+            "loss": 9 - s / 50,
+            "nll": 8 - s / 50,
+            "learning_rate": 1e-4,
+            "tokens": 1000,
+            "tokens_per_second": 900 + s,
+            "seconds": 5,
+        }
+        for s in range(0, 101, 10)
+    ]
+    records += [{"step": 50, "dev_loss": 7.1}, {"step": 100, "dev_loss": 6.2}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    scores = []
+    for direction in english_centric(["de", "nl", "ru", "he"]):
+        sources, references = ([line + extra for line in LINES[code]] for code in (direction.source, direction.target))
+        scores.append(score_direction(direction, sources, ["x" + extra, references[1]], references, seconds=1))
+    ScoreTable("demo", 100, "test", 5, 1.0, tuple(scores)).write(run / "scores.json")
+    (run / "routing.json").write_text(json.dumps({"layers": [routing_layer("decoder"), routing_layer("encoder")]}), encoding="utf-8")
+    conversion = {"direction": "en-de", "sparse_parameters": 21_900_000, "dense_parameters": 9_876_543, "largest_logit_difference": 2e-6}
+    conversion |= {"same_translations": 99, "sentences": 100, "dense_bytes": 39_506_172, "seconds": 3, "dense_folder": "dense" + extra}
+    (run / "conversion.json").write_text(json.dumps(conversion), encoding="utf-8")
+    (run / "timings.json").write_text(json.dumps({"train" + extra: 480.0, "evaluate": 65}), encoding="utf-8")
+    return run
+
+
+def routing_layer(side: str = "encoder", **changes: object) -> dict[str, object]:
+    shares = {"de": [0.5, 0.3, 0.1, 0.1], "en": [0.1, 0.1, 0.4, 0.4], "he": [0.1, 0.4, 0.4, 0.1]}
+    shares |= {"nl": [0.4, 0.5, 0.05, 0.05], "ru": [0.25, 0.25, 0.25, 0.25]}
+    layer = {"side": side, "layer": 1, "experts": 4, "top_k": 2, "routing": "task", "task": "target"}
+    return layer | {"tasks": list(shares), "shares": list(shares.values())} | changes
+
+
+def test_report_of_a_whole_run(tmp_path) -> None:
+    path = write_report(make_run(tmp_path))
+    page = Page(path)
+    assert path.name == "report.html" and path.stat().st_size < 2_000_000
+    assert page.needs_nothing_else() and "http" not in page.source
+    for expected in (
+        "5 languages in 8 directions",
+        "English → German",
+        "Hebrew",
+        "Показать изменения",
+        "21.9 M",
+        "9,876,543 (45 %)",
+        "2.0e-06",
+        "99 of 100",
+        "37.7 MiB",
+        "nrefs:1|case:mixed|eff:no|tok:13a",
+        "GPL-2+",
+        "8 min",
+        "Encoder layer 2",
+        "Choose the same experts: Dutch, German, Russian.",
+        "sentencepiece",
+        "55 s of training",
+        "11.0 k tokens",
+        "50% of its 16 test translations are word for word the reference",
+    ):
+        assert expected in page.text, expected
+    assert "writes it" not in page.text
+    samples = [attributes for tag, attributes in page.tags if tag == "p" and "lang" in attributes]
+    assert {(a["lang"], a["dir"]) for a in samples} == {("en", "auto"), ("de", "auto"), ("nl", "auto"), ("ru", "auto"), ("he", "rtl")}
+
+
+def test_bars_are_as_long_as_the_scores(tmp_path) -> None:
+    run = make_run(tmp_path)
+    page = Page(write_report(run))
+    widths = [float(w) for w in re.findall(r'<i style="width:([\d.]+)%"></i>', page.source)]
+    values = [v for s in ScoreTable.read(run / "scores.json").directions for v in (s.metrics.chrf, s.copy.chrf)]
+    assert max(widths[: len(values)]) == 85
+    for value in values:
+        assert any(math.isclose(width, 85 * value / max(values), abs_tol=0.051) for width in widths)
+
+
+OPTIONAL = ("metrics.jsonl", "scores.json", "routing.json", "conversion.json", "timings.json")
+
+
+@pytest.mark.parametrize("absent", [*OPTIONAL, "all"])
+def test_sections_without_their_file_say_so(absent: str, tmp_path) -> None:
+    run = make_run(tmp_path)
+    for name in OPTIONAL if absent == "all" else [absent]:
+        (run / name).unlink()
+    page = Page(write_report(run, tmp_path / "elsewhere.html"))
+    notes = [attributes for tag, attributes in page.tags if attributes.get("class") == "absent"]
+    assert len(notes) == {"all": 6, "scores.json": 2}.get(absent, 1)
+    assert not (run / "report.html").exists() and page.needs_nothing_else()
+
+
+def test_hostile_text_stays_text(tmp_path) -> None:
+    page = Page(write_report(make_run(tmp_path, extra=HOSTILE)))
+    assert page.needs_nothing_else()
+    assert "<script" not in page.source and "<img" not in page.source
+    assert page.text.count("<script>alert('x')</script>") >= 8 * 2 * 3 + 3
+    assert "{{ 7*7 }}" in page.text
+
+
+def test_lone_surrogates_do_not_lose_the_report(tmp_path) -> None:
+    run = make_run(tmp_path)
+    text = (run / "scores.json").read_text(encoding="utf-8").replace("Show changes", "Show \\ud800 changes")
+    (run / "scores.json").write_text(text, encoding="utf-8")
+    assert "Show ? changes" in Page(write_report(run)).text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("scores.json", "{", "scores"),
+        ("routing.json", '{"layers": [{"side": "encoder"}]}', "'shares' is missing"),
+        ("routing.json", json.dumps({"layers": [routing_layer(shares=[[1, 1, 1, 1]] * 5)]}), "does not sum to 1"),
+        ("routing.json", json.dumps({"layers": [routing_layer(tasks=["de"])]}), "one row a task"),
+        ("routing.json", json.dumps({"layers": [routing_layer(side="middle")]}), "none of those allowed"),
+        ("conversion.json", '{"direction": "en-de", "sparse_parameters": "many", "dense_parameters": 1}', "sparse_parameters"),
+        ("timings.json", "[1, 2]", "timings"),
+        ("metrics.jsonl", 'nonsense\n{"step": 1}\n', "line 1"),
+        ("recipe.yaml", "name: [", "recipe"),
+    ],
+)
+def test_damaged_files_are_named_and_the_old_report_stays(name: str, text: str, message: str, tmp_path) -> None:
+    run = make_run(tmp_path)
+    before = write_report(run).read_bytes()
+    (run / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as error:
+        write_report(run)
+    assert name in str(error.value) and "\n" not in str(error.value)
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_folder_that_is_no_run(tmp_path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(make_run(tmp_path), tmp_path / "absent" / "report.html")
+
+
+def test_metrics_of_a_training_that_was_killed_and_resumed(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 10, "nll": 5.0},
+        {"step": 20, "nll": 4.5},
+        {"step": 10, "nll": 4.8},
+        {"step": 20, "dev_loss": 4.6},
+        {"step": 30, "nll": math.nan},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "nl', encoding="utf-8")
+    progress = read_progress(path)
+    assert progress.loss == [(10, 4.8), (20, 4.5)]
+    assert progress.dev == [(20, 4.6)] and progress.steps == 30
+
+
+def test_empty_metrics(tmp_path) -> None:
+    run = make_run(tmp_path)
+    (run / "metrics.jsonl").write_text("", encoding="utf-8")
+    assert "No training is recorded" in Page(write_report(run)).text
+
+
+def test_maps_put_relatives_side_by_side(tmp_path) -> None:
+    path = tmp_path / "routing.json"
+    path.write_text(json.dumps({"layers": [routing_layer("decoder"), routing_layer("encoder")]}), encoding="utf-8")
+    encoder, decoder = read_routing(path)
+    assert (encoder.side, decoder.side) == ("encoder", "decoder")
+    assert encoder.tasks == ("he", "nl", "en", "de", "ru")  # Semitic; Dutch, English, German; Slavic
+    assert encoder.shares[0] == (0.1, 0.4, 0.4, 0.1) and encoder.shares[3] == (0.5, 0.3, 0.1, 0.1)  # rows moved with their tasks
+    assert encoder.chosen(0) == {1, 2} and encoder.chosen(3) == {0, 1} and encoder.chosen(4) == {0, 1}
+    assert encoder.alike() == [("nl", "de", "ru")]
+    assert encoder.overlap() == (pytest.approx(2 / 3), pytest.approx((1 + 1 + 1 + 1 + 2 + 2 + 0) / 7))
+
+
+def test_pairs_are_ordered_by_the_language_that_is_not_english(tmp_path) -> None:
+    tasks = ["en-ru", "de-en", "en-nl", "ru-en", "nl-en", "en-uk", "en-de"]
+    layer = routing_layer(task="pair", tasks=tasks, shares=[[0.25] * 4] * 7)
+    (tmp_path / "routing.json").write_text(json.dumps({"layers": [layer]}), encoding="utf-8")
+    assert read_routing(tmp_path / "routing.json")[0].tasks == ("en-nl", "nl-en", "de-en", "en-de", "en-ru", "ru-en", "en-uk")
+
+
+def test_heat_map_is_valid_svg_with_the_chosen_framed(tmp_path) -> None:
+    wide = routing_layer("decoder", experts=128, shares=[[1 / 128] * 128] * 5, routing="token")
+    (tmp_path / "routing.json").write_text(json.dumps({"layers": [routing_layer(), wide]}))
+    task, token = read_routing(tmp_path / "routing.json")
+    svg = ElementTree.fromstring(heat_map(task))
+    assert len([e for e in svg.iter("rect") if e.get("class") == "frame"]) == 5 * 2
+    cells = [e for e in svg.iter("rect") if e.get("class") is None]
+    assert len(cells) == 5 * 4
+    titles = [title.text for title in svg.iter("title")]
+    assert "German, expert 1: 50.0%, chosen" in titles and "German, expert 3: 10.0%" in titles
+    darkest = max(cells, key=lambda cell: float(cell.get("fill-opacity", 0)))
+    assert darkest.find("title").text in ("German, expert 1: 50.0%, chosen", "Dutch, expert 2: 50.0%, chosen")
+    svg = ElementTree.fromstring(heat_map(token))
+    assert len(list(svg.iter("title"))) == 5 * 128 and not [e for e in svg.iter("rect") if e.get("class") == "frame"]
+    assert float(svg.get("width", 0)) < 1400
+
+
+def test_ticks_are_round_and_span_the_values() -> None:
+    assert ticks(0, 4000) == [0, 1000, 2000, 3000, 4000]
+    assert ticks(2.6, 8.9) == [2, 4, 6, 8, 10]
+    assert ticks(3, 3)[0] <= 3 <= ticks(3, 3)[-1]
+    for low, high in ((0.001, 0.0011), (-5, 1e9), (0, 1)):
+        found = ticks(low, high)
+        assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
+
+
+def test_smoothing_keeps_lines_and_lessens_noise() -> None:
+    line = [(float(x), 2.0 * x) for x in range(50)]
+    assert [y for _, y in smooth(line, 5)] == pytest.approx([y for _, y in line])
+    noisy = [(float(x), (-1.0) ** x) for x in range(50)]
+    assert max(abs(y) for _, y in smooth(noisy, 5)[5:-5]) < 0.2
+    assert len(thin(line, 10)) == 10 and thin(line, 10)[-1] == line[-1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.42, "0.4 s"), (42, "42 s"), (59.7, "1 min"), (485, "8 min 5 s"), (3 * 3600 + 1201, "3 h 20 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_numbers() -> None:
+    assert [number(v) for v in (12500, 0.75, 1.5e-4, 0)] == ["12,500", "0.75", "1.5e-4", "0"]
+    assert [short_count(v) for v in (950, 12_300, 41_230_000, 1.5e9)] == ["950", "12.3 k", "41.2 M", "1.5 B"]
