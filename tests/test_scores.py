@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -21,7 +22,7 @@ REFERENCES = ["Die Seite wurde gespeichert.", "Änderungen des Benutzers anzeige
 
 
 def fake(direction: str, chrf: float, copy: float = 1.0, **other) -> DirectionScore:
-    values = {"sentences": 10, "exact": 0.1, "weak": 0.5, "seconds": 1.0, "samples": ()} | other
+    values: dict[str, Any] = {"sentences": 10, "exact": 0.1, "weak": 0.5, "seconds": 1.0, "samples": ()} | other
     signatures = {"bleu": "b", "chrf": "c", "chrfpp": "p"}
     return DirectionScore(
         Direction.parse(direction), Metrics(chrf / 2, chrf, chrf + 1), Metrics(0.0, copy, 0.5), signatures=signatures, **values
