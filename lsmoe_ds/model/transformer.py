@@ -33,7 +33,11 @@ class Losses:
 
 @dataclass
 class DecoderState:
-    """What the decoder remembers of B sentences while decoding."""
+    """What the decoder remembers of B sentences while decoding.
+
+    In a beam search each sentence has the same number W of hypotheses, one after the other: ``ids`` and ``own`` then have
+    B W rows, ``cross`` and ``mask`` stay at B.
+    """
 
     cross: list[Cache]
     mask: Tensor  # [B, 1, 1, M], true where the source is real
@@ -41,14 +45,21 @@ class DecoderState:
     own: list[Cache | None] = field(default_factory=list)
     length: int = 0
 
-    def select(self, index: Tensor) -> DecoderState:
-        """The state of the sentences ``index`` names, in that order (a beam's survivors)."""
+    def select(self, sentences: Tensor | None, hypotheses: Tensor | None = None) -> DecoderState:
+        """The state of the ``sentences`` that an index [B'] names, in that order; None keeps all.
 
-        def of(cache: Cache) -> Cache:
+        ``hypotheses`` [B' W'] names rows of the earlier hypotheses that go on, W' for each of these sentences.
+        """
+
+        def of(cache: Cache, index: Tensor) -> Cache:
             return cache[0].index_select(0, index), cache[1].index_select(0, index)
 
-        own = [None if cache is None else of(cache) for cache in self.own]
-        return DecoderState([of(c) for c in self.cross], self.mask[index], self.ids.select(index), own, self.length)
+        rows = sentences if hypotheses is None else hypotheses
+        assert rows is not None
+        cross = self.cross if sentences is None else [of(cache, sentences) for cache in self.cross]
+        mask = self.mask if sentences is None else self.mask[sentences]
+        own = [None if cache is None else of(cache, rows) for cache in self.own]
+        return DecoderState(cross, mask, self.ids.select(rows), own, self.length)
 
 
 class Layer(nn.Module):
@@ -95,7 +106,9 @@ class Layer(nn.Module):
         x = x + self._drop(self.attention(normed, cache, own_mask, causal))
         if self.cross_attention is not None:
             assert self.cross_norm is not None and cross is not None
-            x = x + self._drop(self.cross_attention(self.cross_norm(x), cross, cross_mask))
+            # The hypotheses of a sentence are queries over one memory: [B W, T, H] -> [B, W T, H] and back.
+            queries = self.cross_norm(x).view(cross[0].shape[0], -1, x.shape[2])
+            x = x + self._drop(self.cross_attention(queries, cross, cross_mask).view_as(x))
         normed = self.feed_forward_norm(x)
         y = self.feed_forward(normed, real, ids, records) if self.is_moe else self.feed_forward(normed)
         return x + self._drop(y), cache

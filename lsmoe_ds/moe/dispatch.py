@@ -31,8 +31,8 @@ class Experts(nn.Module):
     def forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
         """Tokens [N, H] sorted by local expert, ``counts[e]`` of them for expert e -> [N, H]."""
         outputs = [
-            # An expert without tokens still runs, over zero rows: every parameter gets a gradient on every rank.
-            expert(part)
+            # In training an expert without tokens still runs, over zero rows: every parameter gets a gradient on every rank.
+            expert(part) if self.training or len(part) else part
             for expert, part in zip(self.deepspeed_experts, tokens.split(counts), strict=True)
         ]
         return torch.cat(outputs)
