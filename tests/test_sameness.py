@@ -149,7 +149,8 @@ def alone(pool):
 LAYOUTS = [(2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 2), (4, 1, 4), (4, 2, 4), (4, 2, 1)]
 CASES = [("target", *layout, 1) for layout in LAYOUTS]
 CASES += [("token", 4, 2, 2, 1), ("token", 2, 1, 2, 2), ("token", 4, 1, 4, 1), ("pair", 2, 1, 2, 1), ("pair", 4, 2, 2, 2), ("mixed", 4, 2, 2, 1)]
-CASES += [("dense", 2, 2, 1, 1), ("dense", 4, 2, 1, 2), ("dense", 2, 1, 1, 0), ("dense", 2, 2, 1, 0), ("target", 1, 1, 1, 0)]
+CASES += [("dense", 2, 2, 1, 1), ("dense", 4, 2, 1, 2), ("dense", 2, 1, 1, 0), ("dense", 2, 2, 1, 0), ("target", 2, 1, 2, 0)]
+CASES += [("token", 4, 2, 2, 0), ("target", 2, 2, 1, 0)]
 
 
 @pytest.mark.parametrize(("routing", "world", "tensor", "expert", "stage"), CASES)

@@ -11,7 +11,7 @@ import importlib.metadata
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -248,22 +248,26 @@ def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def complete_engine(engine: Any) -> None:
-    """Two things that engine 0.19.8 leaves out.
+def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
+    """Whether :func:`mark_expert_parameter` has marked it."""
+    return not getattr(parameter, "allreduce", True)
 
-    It does not keep the gradient norm of ZeRO stage 0, which it computes when it clips. And it writes each expert once,
-    on the first of the ranks that hold it, but looks for a file of its own under every tensor-parallel rank; experts
-    here are not tensor-parallel, so one file serves all.
+
+def complete_engine(engine: Any, clip: Callable[[], float]) -> None:
+    """Three things that engine 0.19.8 leaves to be wished.
+
+    ZeRO stage 0 clips by ``clip``, which returns the norm, and keeps the norm. One rank alone does not copy its gradients
+    through all-reduce buffers. And experts, which are not tensor-parallel here, have one file each: the engine writes it
+    on the first rank that holds the expert, but looks for a file of its own under every tensor-parallel rank.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.utils import clip_grad_norm_
 
-    def clip() -> None:
-        engine._global_grad_norm = clip_grad_norm_(
-            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
-        )
+    def clip_and_keep_norm() -> None:
+        engine._global_grad_norm = clip()
 
-    engine.clip_fp32_gradients = clip
+    engine.clip_fp32_gradients = clip_and_keep_norm
+    if dist.get_world_size() == 1 and engine.zero_optimization_stage() == 0:
+        engine.enable_backward_allreduce = False
 
     def expert_file(folder: str, layer: int, expert: int, tag: str, mpu: Any = None, checkpoint_mp_rank: int | None = None) -> str:
         return os.path.join(folder, str(tag), f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt")

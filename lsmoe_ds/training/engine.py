@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.data.batching import Step
+from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import SentenceIds
-from lsmoe_ds.model.initialization import initialize
+from lsmoe_ds.model.initialization import initialize, partition_dimension
 from lsmoe_ds.model.transformer import Losses, Transformer
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
@@ -70,9 +69,9 @@ def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     stage = given.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise UserError(f"the DeepSpeed configuration asks for ZeRO stage {stage}: 0, 1 and 2 are supported")
-    if stage == 0 and list(recipe.model.moe_layers()) and topology.tensor * topology.expert > 1:
-        # DeepSpeed 0.19.8 averages the norms of different experts over ranks, and would clip by a wrong norm.
-        raise UserError("ZeRO stage 0 clips experts by a wrong norm under tensor or expert parallelism: use ds_configs/zero1.json")
+    if topology.world == 1 and not any(given.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
+        # One rank has nothing to partition, and ZeRO's copies would cost it a third of its speed.
+        given["zero_optimization"] = {"stage": 0}
     return {
         **given,
         "train_micro_batch_size_per_gpu": 1,
@@ -98,8 +97,33 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=compat.ModelParallelUnit())
-    compat.complete_engine(engine)
+    compat.complete_engine(engine, lambda: clip_gradients(model, recipe.training.clip, topology))
     return engine
+
+
+@torch.no_grad()
+def clip_gradients(model: Transformer, limit: float, topology: Topology) -> float:
+    """Scales all gradients so that their global norm is at most ``limit``; returns the norm before. For ZeRO stage 0,
+    where every rank holds whole gradients: DeepSpeed 0.19.8 counts different ranks' experts as replicas of one another.
+
+    Raises NonFinite if the norm is not a finite number.
+    """
+    parts: dict[str, list[Tensor]] = {"replicated": [], "tensor": [], "expert": []}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            kind = "expert" if compat.is_expert_parameter(parameter) else "tensor" if partition_dimension(parameter) is not None else "replicated"
+            parts[kind].append(parameter.grad)
+    squares = {kind: torch.nn.utils.get_total_norm(gradients).double().cpu() ** 2 for kind, gradients in parts.items()}
+    for kind, size, group in (("tensor", topology.tensor, topology.tensor_group), ("expert", topology.expert, topology.expert_group)):
+        if size > 1:
+            squares[kind] = squares[kind].to(topology.device)
+            dist.all_reduce(squares[kind], group=group)
+    norm = sum(float(square) for square in squares.values()) ** 0.5
+    if not math.isfinite(norm):
+        raise NonFinite("the gradient norm is not finite")
+    if norm > limit:
+        torch._foreach_mul_([g for gradients in parts.values() for g in gradients], limit / norm)
+    return norm
 
 
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
@@ -115,8 +139,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     result: Losses | None = None
     for i, batch in enumerate(step.batches):
         moved = batch.to(topology.device)
-        ids = SentenceIds(moved.source_language, moved.target_language, moved.direction)
-        result = engine(moved.source, moved.decoder_input, moved.labels, ids)
+        result = engine(moved.source, moved.decoder_input, moved.labels, moved.ids)
         assert result is not None
         tokens = batch.target_tokens
         # DeepSpeed averages gradients over the data-parallel ranks; the loss is a global mean already.
@@ -139,18 +162,17 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
 
 
 @torch.no_grad()
-def validate(engine: Any, batches: Iterable[tuple[Any, bool]], topology: Topology) -> float:
-    """Mean negative log-likelihood per target token over all ranks' batches; a batch marked false is run but not counted
-    (with expert parallelism every rank must run as many)."""
+def validate(engine: Any, batches: Iterable[Batch], topology: Topology) -> float:
+    """Mean negative log-likelihood per target token over the batches of all ranks."""
     model: Transformer = engine.module
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
-    for batch, counts in batches:
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
         moved = batch.to(topology.device)
-        losses = model(moved.source, moved.decoder_input, moved.labels, SentenceIds(moved.source_language, moved.target_language, moved.direction))
-        if counts:
-            sums += torch.stack([losses.nll.double(), torch.tensor(float(batch.target_tokens), dtype=torch.float64, device=topology.device)])
+        losses = model(moved.source, moved.decoder_input, moved.labels, moved.ids)
+        sums += torch.tensor([float(losses.nll), float(batch.target_tokens)], dtype=torch.float64)
     model.train()
+    sums = sums.to(topology.device)
     if topology.data > 1:
         dist.all_reduce(sums, group=topology.data_group)
     return float(sums[0] / sums[1].clamp(min=1))

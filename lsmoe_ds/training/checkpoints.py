@@ -1,0 +1,126 @@
+"""Checkpoints: whole or absent, and exact.
+
+``checkpoints/step-N/`` holds DeepSpeed's files (weights, experts, optimizer), the random state of every rank,
+``state.json`` (step, layout, position in the data) and ``manifest.json`` (sizes and checksums of all of them). It is
+written under another name, synced, and renamed when it is whole; a run killed at any instant keeps its last one.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lsmoe_ds.data.folders import damage, describe_files, read_json, sync, write_json
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.model.initialization import global_names, partition_dimension
+from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.topology import Topology
+
+UNFINISHED = ".writing-"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; what was cut off while being written is not among them."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words, or None."""
+    manifest, state = read_json(checkpoint / "manifest.json"), read_json(checkpoint / "state.json")
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        return f"{checkpoint / 'manifest.json'} is missing or damaged"
+    if state is None or state.get("step") != step_of(checkpoint):
+        return f"{checkpoint / 'state.json'} is missing or damaged"
+    return damage(checkpoint, manifest["files"], checksums)
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint of a run, and what is wrong with each newer one.
+
+    Raises UserError if there are checkpoints and all are damaged: going on would mean to start over silently.
+    """
+    complaints: list[str] = []
+    for checkpoint in reversed(list_checkpoints(run)):
+        wrong = find_damage(checkpoint)
+        if wrong is None:
+            return checkpoint, complaints
+        complaints.append(wrong)
+    if complaints:
+        raise UserError(f"no checkpoint in {run / 'checkpoints'} is whole ({'; '.join(complaints)}): remove the folder to start over")
+    return None, complaints
+
+
+def save(engine: Any, run: Path, step: int, position: dict[str, Any], topology: Topology, keep: int) -> Path:
+    """Writes ``checkpoints/step-N`` and removes all but the newest ``keep``. Called by every rank."""
+    folder = run / "checkpoints"
+    partial, final = folder / f"{UNFINISHED}step-{step}", folder / f"step-{step}"
+    if topology.is_main:
+        for leftover in folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    try:
+        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+        torch.save(compat.random_state(topology.tensor), partial / f"random-rank-{topology.rank:05d}.pt")
+        partition = _gather_partition(engine.module, topology)
+        if topology.is_main:
+            layout = {"world": topology.world, "tensor": topology.tensor, "expert": topology.expert}
+            write_json(partial / "state.json", {"step": step, **layout, "position": position, "partition": partition})
+        dist.barrier()
+        if topology.is_main:
+            write_json(partial / "manifest.json", {"files": describe_files(partial, (p.name for p in partial.iterdir()))})
+            sync(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            sync(folder, contents=False)
+            for old in list_checkpoints(run)[:-keep]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its archive writer.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder).free < 2**20
+        if not full and isinstance(error, RuntimeError):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = "the disk is full" if full else str(error)
+        raise UserError(f"checkpoint {final} cannot be written: {reason}; earlier checkpoints are untouched") from error
+    dist.barrier()
+    return final
+
+
+def _gather_partition(model: torch.nn.Module, topology: Topology) -> dict[str, int]:
+    """Dimension of each parameter that is spread over tensor-parallel ranks, by global name."""
+    names = global_names(model, topology)
+    dimensions = {names[name]: partition_dimension(parameter) for name, parameter in model.named_parameters()}
+    return {name: dimension for name, dimension in dimensions.items() if dimension is not None}
+
+
+def check_layout(checkpoint: Path, world: int, tensor: int, expert: int) -> None:
+    """Raises UserError unless a checkpoint was written by the same layout."""
+    state = read_json(checkpoint / "state.json") or {}
+    found = tuple(state.get(key) for key in ("world", "tensor", "expert"))
+    if found != (world, tensor, expert):
+        then = f"{found[0]} processes (tensor {found[1]}, expert {found[2]})"
+        raise UserError(f"{checkpoint} was written by {then}, not {world} (tensor {tensor}, expert {expert}): go on with the same layout")
+
+
+def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
+    """Restores weights, optimizer and this rank's random state; returns ``state.json``. Called by every rank."""
+    check_layout(checkpoint, topology.world, topology.tensor, topology.expert)
+    with compat.trusted_checkpoint_loading():
+        engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        random = torch.load(checkpoint / f"random-rank-{topology.rank:05d}.pt")
+    compat.restore_random_state(random, topology.tensor)
+    state = read_json(checkpoint / "state.json")
+    assert state is not None
+    return state

@@ -1,0 +1,68 @@
+"""The training loop: from the newest whole checkpoint to the last step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.batching import BatchStream, validation_batches
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training import checkpoints
+from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
+from lsmoe_ds.training.monitor import Monitor
+
+
+def train(recipe: Recipe, run: Path, topology: Topology) -> None:
+    """Trains in an open run folder, on every rank of ``topology``; goes on from the newest whole checkpoint.
+
+    Killed at any instant and started again, it ends with the same losses and weights, to the bit.
+    """
+    training, data = recipe.training, recipe.data
+    prepared = PreparedData.open(recipe.prepared)
+    languages, vocabulary = recipe.languages, prepared.vocabulary
+    stream = BatchStream(
+        prepared, languages, vocabulary, data.batch, data.temperature, training.seed, topology.data_rank, topology.data
+    )
+    compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
+    engine = build_engine(recipe, vocabulary.size, topology)
+    found, complaints = checkpoints.newest_whole(run)
+    done, window = 0, None
+    if found is not None:
+        state = checkpoints.load(engine, found, topology)
+        stream.load_state_dict(state["position"]["stream"])
+        done, window = state["step"], state["position"]["window"]
+    with Monitor(run, training.steps, training.log_every, topology.is_main) as monitor:
+        monitor.start(done, window)
+        for complaint in complaints:
+            monitor.say(f"damaged checkpoint: {complaint}")
+        if found is not None:
+            monitor.say(f"going on from {found}")
+        for number in range(done + 1, training.steps + 1):
+            step = next(stream)
+            try:
+                result = train_step(engine, step, number, recipe, topology)
+            except NonFinite as error:
+                directions = ", ".join(str(languages.directions[i]) for i in step.directions)
+                last = checkpoints.list_checkpoints(run)
+                saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
+                raise UserError(f"step {number}: {error}; the directions in the batch: {directions}; {saved}") from None
+            monitor.after_step(number, step, result)
+            begun = time.perf_counter()
+            last_step = number == training.steps
+            if training.validate_every and (number % training.validate_every == 0 or last_step):
+                batches = validation_batches(
+                    prepared, languages, vocabulary, data.batch, rank=topology.data_rank, world=topology.data
+                )
+                monitor.record_dev_loss(number, validate(engine, batches, topology))
+            if number % training.checkpoint_every == 0 or last_step:
+                position = {"stream": stream.state_dict(), "window": monitor.state_dict()}
+                checkpoints.save(engine, run, number, position, topology, training.keep)
+            monitor.pause(time.perf_counter() - begun)
+    dist.barrier()
+    engine.destroy()

@@ -1,0 +1,129 @@
+"""What a person sees of a training: progress bar, ``metrics.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lsmoe_ds.data.batching import Step
+from lsmoe_ds.training.engine import StepResult
+
+SUMMED = ("loss", "nll", "balance")
+
+
+class Monitor:
+    """Averages over ``every`` steps and shows them. Only the main rank shows anything; all keep the averages."""
+
+    def __init__(self, run: Path, steps: int, every: int, main: bool) -> None:
+        self.run, self.steps, self.every, self.main = run, steps, every, main
+        self.sums = dict.fromkeys(("weight", *SUMMED), 0.0)
+        self.tokens, self.since = 0, time.perf_counter()
+        self.progress: Progress | None = None
+        self.writer: Any = None
+
+    def start(self, step: int, window: dict[str, float] | None) -> None:
+        """Begins after ``step``; ``window`` is :meth:`state_dict` of the checkpoint. Records of later steps are removed."""
+        self.sums = {**self.sums, **(window or {})}
+        if not self.main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        metrics = self.run / "metrics.jsonl"
+        if metrics.exists():
+            kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+            partial = metrics.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(partial, metrics)
+        self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
+        console = Console(stderr=True)
+        columns = [
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        ]
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task("", total=self.steps, completed=step)
+        self.progress.start()
+        self.since = time.perf_counter()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        if self.writer is not None:
+            self.writer.close()
+
+    def state_dict(self) -> dict[str, float]:
+        """The averages begun since the last record: part of a checkpoint, so that records do not depend on interruptions."""
+        return dict(self.sums)
+
+    def after_step(self, number: int, step: Step, result: StepResult) -> None:
+        self.sums["weight"] += step.target_tokens
+        for name in SUMMED:
+            self.sums[name] += getattr(result, name) * step.target_tokens
+        self.tokens += step.source_tokens + step.target_tokens
+        if self.progress is not None:
+            self.progress.update(self.task, completed=number)
+        if number % self.every and number != self.steps:
+            return
+        seconds = time.perf_counter() - self.since
+        record = {
+            "step": number,
+            **{name: self.sums[name] / self.sums["weight"] for name in SUMMED},
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / seconds,
+            "seconds": seconds,
+        }
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.tokens, self.since = 0, time.perf_counter()
+        self._write(record)
+        text = f"loss {record['loss']:.3f} · {record['tokens_per_second']:,.0f} tokens/s · lr {result.learning_rate:.2e}"
+        if self.progress is not None:
+            self.progress.update(self.task, description=text)
+            if self.progress.disable and (number % (20 * self.every) == 0 or number == self.steps):
+                print(f"step {number}/{self.steps} · {text}", file=sys.stderr, flush=True)
+
+    def pause(self, seconds: float) -> None:
+        """Takes time that was not training (a checkpoint, a validation) out of the rate."""
+        self.since += seconds
+
+    def record_dev_loss(self, number: int, loss: float) -> None:
+        self._write({"step": number, "dev_loss": loss})
+
+    def say(self, text: str) -> None:
+        """A line for the person, above the progress bar."""
+        if self.main:
+            (self.progress.console if self.progress is not None else Console(stderr=True)).print(text, highlight=False)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name not in ("step", "tokens", "seconds") and value is not None:
+                self.writer.add_scalar(name, value, record["step"])
+
+
+def _step(line: str) -> float:
+    """Step of a record; a line cut off by a kill belongs to no step that was saved."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,58 @@
+"""The run folder: ``recipe.yaml``, ``vocabulary.model``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds.config import Recipe, load_recipe
+from lsmoe_ds.data.folders import explain_errors, sha256
+from lsmoe_ds.errors import UserError
+
+# What may differ when a run goes on: it changes neither the model nor any step already taken.
+MAY_CHANGE = {
+    "data.directory",
+    "parallel",  # checked against the checkpoint, with the number of processes
+    "training.steps",
+    "training.log_every",
+    "training.validate_every",
+    "training.checkpoint_every",
+    "training.keep",
+}
+
+
+def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
+    """Makes the run folder of a recipe, or checks that the one that is there belongs to it; stores the recipe.
+
+    Raises UserError if the folder belongs to another recipe or vocabulary.
+    """
+    stored, copied = run / "recipe.yaml", run / "vocabulary.model"
+    if stored.exists():
+        before = _flat(load_recipe(stored).model_dump(mode="json"))
+        now = _flat(recipe.model_dump(mode="json"))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
+                raise UserError(
+                    f"the run {run} was started with {key} {before.get(key)}, the recipe now has {now.get(key)}: "
+                    f"set it back, or write to another folder with --out"
+                )
+        if not copied.is_file() or sha256(copied) != sha256(vocabulary):
+            raise UserError(f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder with --out")
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run} is not empty and holds no run: choose another folder with --out")
+    with explain_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        if not stored.exists():
+            shutil.copyfile(vocabulary, copied)
+        partial = stored.with_suffix(".partial")
+        partial.write_text(recipe.to_yaml(), encoding="utf-8")
+        os.replace(partial, stored)
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested mappings."""
+    if not isinstance(value, dict):
+        return {at: value}
+    return {key: leaf for name, child in value.items() for key, leaf in _flat(child, f"{at}.{name}" if at else name).items()}

@@ -1,0 +1,62 @@
+"""From a recipe to running processes: what can be refused is refused before any is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.folders import locked
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.parallel import launch
+from lsmoe_ds.parallel.topology import Topology, check_world
+from lsmoe_ds.training import checkpoints
+from lsmoe_ds.training.engine import engine_config
+from lsmoe_ds.training.run_folder import open_run
+
+
+def check(recipe: Recipe, run: Path, world: int) -> None:
+    """Opens the run folder; raises UserError for whatever ``world`` processes could only fail on later."""
+    layout = recipe.parallel
+    check_world(world, layout.tensor, layout.expert)
+    engine_config(recipe, Topology(world=world, tensor=layout.tensor, data=world // layout.tensor, expert=layout.expert))
+    prepared = PreparedData.open(recipe.prepared)
+    if set(recipe.languages.directions) != set(prepared.languages.directions):
+        raise UserError(f"{recipe.prepared} was prepared for other directions than the recipe's: run 'lsmoe data prepare' on the recipe")
+    open_run(recipe, run, prepared.folder / "vocabulary.model")
+    found, _ = checkpoints.newest_whole(run)
+    if found is not None:
+        checkpoints.check_layout(found, world, layout.tensor, layout.expert)
+
+
+def train_on(recipe: Recipe, run: Path, processes: int | None) -> int:
+    """Trains on ``processes`` processes of this machine (by default as few as the layout needs); returns the exit status."""
+    world = processes or launch.smallest_world(recipe)
+    with locked(run):
+        check(recipe, run, world)
+        if world == 1:
+            return _join_and_train(recipe, run)
+        return launch.start(["train", str(run / "recipe.yaml"), "--out", str(run)], world)
+
+
+def train_here(recipe: Recipe, run: Path) -> int:
+    """Trains as one of the processes that a launcher has started; returns the exit status."""
+    import torch.distributed as dist
+
+    launch.join()
+    if dist.get_rank() == 0:
+        check(recipe, run, dist.get_world_size())
+    dist.barrier()
+    return _join_and_train(recipe, run)
+
+
+def _join_and_train(recipe: Recipe, run: Path) -> int:
+    import torch.distributed as dist
+
+    from lsmoe_ds.training.loop import train
+
+    if not dist.is_initialized():
+        launch.join()
+    train(recipe, run, Topology.build(recipe.parallel.tensor, recipe.parallel.expert, launch.device()))
+    dist.destroy_process_group()
+    return 0
