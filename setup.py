@@ -23,7 +23,6 @@ setup(
         "typer>=0.16",
         "rich>=13",
         "jinja2>=3.1",
-        "matplotlib>=3.9",
         "tensorboard>=2.18",
     ],
     extras_require={

@@ -1,0 +1,38 @@
+# make demo: everything from an empty machine to a report.   make test: all tests.   make check: style and types.
+
+TORCH := torch==2.13.0
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check benchmark clean
+
+demo: $(READY)
+	$(BIN)/python recipes/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(READY)
+	$(BIN)/python benchmarks/train_throughput.py --size demo
+
+# torch goes first and by its exact version: any looser request brings gigabytes of CUDA libraries to a machine without GPU.
+$(READY): requirements.txt setup.py
+	@echo "making the environment in $(VENV) (about two minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lsmoe_ds needs Python 3.11 or newer: set PYTHON=")'
+	@begun=$$(date +%s) \
+	&& $(PYTHON) -m venv $(VENV) \
+	&& $(BIN)/pip install --quiet $(TORCH) \
+	&& echo "$(TORCH)" > $(VENV)/constraints.txt \
+	&& DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --requirement requirements.txt \
+	&& $(BIN)/pip install --quiet --no-deps --editable . \
+	&& echo "$$(( $$(date +%s) - begun ))" > $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
