@@ -257,10 +257,10 @@ def complete_engine(engine: Any, clip: Callable[[], float]) -> None:
     """Three things that engine 0.19.8 leaves to be wished.
 
     ZeRO stage 0 clips by ``clip``, which returns the norm, and keeps the norm. One rank alone does not copy its gradients
-    through all-reduce buffers. And experts, which are not tensor-parallel here, have one file each: the engine writes it
-    on the first rank that holds the expert, but looks for a file of its own under every tensor-parallel rank.
+    through all-reduce buffers. And of the ranks that hold the same experts only the first saves anything, even where the
+    others are its tensor-parallel peers, whose part of the dense weights would be missing: all peers of the first save.
     """
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.utils import groups
 
     def clip_and_keep_norm() -> None:
         engine._global_grad_norm = clip()
@@ -268,8 +268,4 @@ def complete_engine(engine: Any, clip: Callable[[], float]) -> None:
     engine.clip_fp32_gradients = clip_and_keep_norm
     if dist.get_world_size() == 1 and engine.zero_optimization_stage() == 0:
         engine.enable_backward_allreduce = False
-
-    def expert_file(folder: str, layer: int, expert: int, tag: str, mpu: Any = None, checkpoint_mp_rank: int | None = None) -> str:
-        return os.path.join(folder, str(tag), f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt")
-
-    DeepSpeedEngine._get_expert_ckpt_name = staticmethod(expert_file)
+    engine.checkpoint_engine.is_data_parallel_writer = lambda rank: rank == 0 or groups._get_data_parallel_rank() == 0

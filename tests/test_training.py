@@ -1,0 +1,202 @@
+"""Training goes on exactly where it was cut off, and stops rather than spoil what it has."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
+
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.parallel.launch import free_port
+from lsmoe_ds.training import checkpoints
+from lsmoe_ds.training.run_folder import open_run
+from lsmoe_ds.training.schedules import inverse_square_root
+
+
+def recipe_in(folder: Path, steps: int = 6, every: int = 3, moe: dict | None = TARGET_TOP2, **layout):
+    recipe = make_recipe(folder, moe, moe, **layout)
+    training = {"steps": steps, "checkpoint_every": every, "log_every": 2, "validate_every": 3, "dropout": 0.1, "clip": 1.0, "keep": 2}
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=training)})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"batch": recipe.data.batch.model_copy(update={"tokens": 96, "count": 4})})})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("training")
+    write_corpus(path)
+    prepare(recipe_in(path))
+    return path
+
+
+def loop(topology, recipe, run: Path, at_step: int | None = None, error: BaseException | None = None):
+    """Runs the training loop on a rank; raises ``error`` in place of step ``at_step``."""
+    from lsmoe_ds.training import loop as module
+
+    true_step = module.train_step
+
+    def step(engine, batch, number, *arguments):
+        if number == at_step and error is not None:
+            raise error
+        return true_step(engine, batch, number, *arguments)
+
+    module.train_step = step
+    try:
+        if topology.is_main:
+            open_run(recipe, run, recipe.prepared / "vocabulary.model")
+        module.train(recipe, run, topology)
+    except KeyboardInterrupt:
+        pass
+    except UserError as wrong:
+        return str(wrong)
+    finally:
+        module.train_step = true_step
+    return None
+
+
+def records(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def weights(run: Path, step: int) -> dict:
+    from lsmoe_ds.convert.consolidate import read_checkpoint
+
+    return read_checkpoint(run / "checkpoints" / f"step-{step}").weights
+
+
+def assert_same_end(run: Path, other: Path, step: int) -> None:
+    first, second = records(run), records(other)
+    for line in [*first, *second]:
+        line.pop("tokens", None)  # a record that spans a restart counts the tokens since it
+    assert first == second
+    a, b = weights(run, step), weights(other, step)
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+LAYOUTS = [(1, 1, 1, 1, TARGET_TOP2), (2, 1, 2, 0, TARGET_TOP2), (2, 2, 1, 1, TOKEN_TOP2), (2, 1, 1, 1, None), (4, 2, 2, 2, TARGET_TOP2)]
+
+
+@pytest.mark.parametrize(("world", "tensor", "expert", "stage", "moe"), LAYOUTS)
+def test_interrupted_run_ends_bit_equal(pool, folder, world, tensor, expert, stage, moe):
+    recipe = recipe_in(folder, moe=moe, tensor=tensor, expert=expert, stage=stage)
+    whole, cut = (folder / f"run-{world}{tensor}{expert}{stage}-{name}" for name in ("whole", "cut"))
+    sizes = {"tensor": tensor, "expert": expert}
+    pool.run(world, loop, recipe, whole, **sizes)
+    # Step 3 is saved between two records (every second step), so the averages begun must be part of the checkpoint.
+    pool.run(world, loop, recipe, cut, 5, KeyboardInterrupt(), **sizes)
+    assert [p.name for p in checkpoints.list_checkpoints(cut)] == ["step-3"]
+    pool.run(world, loop, recipe, cut, **sizes)
+    assert_same_end(whole, cut, 6)
+    assert records(whole)[0]["loss"] > records(whole)[-2]["loss"] or records(whole)[-1].get("dev_loss") is not None
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_used(pool, folder):
+    recipe, run = recipe_in(folder, steps=9), folder / "run-damaged"
+    pool.run(1, loop, recipe, run)
+    newest = run / "checkpoints" / "step-9" / "mp_rank_00_model_states.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    found, complaints = checkpoints.newest_whole(run)
+    assert found == run / "checkpoints" / "step-6"
+    assert "step-9/mp_rank_00_model_states.pt" in complaints[0]
+    (run / "checkpoints" / "step-6" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"no checkpoint .* is whole .*step-9.*step-6/manifest.json is missing or damaged"):
+        checkpoints.newest_whole(run)
+
+
+def test_what_was_being_written_is_no_checkpoint(pool, folder):
+    recipe, run = recipe_in(folder, steps=3), folder / "run-partial"
+    partial = run / "checkpoints" / ".writing-step-3"
+    pool.run(1, loop, recipe, run, 1, KeyboardInterrupt())
+    partial.mkdir(parents=True)
+    (partial / "mp_rank_00_model_states.pt").write_bytes(b"half")
+    assert checkpoints.list_checkpoints(run) == []
+    pool.run(1, loop, recipe, run)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-3"]
+
+
+def spoil(topology, recipe, run: Path, what: str):
+    """Trains with a weight or a gradient that turns infinite at step 5."""
+    import torch
+
+    from lsmoe_ds.training import loop as module
+
+    true_step = module.train_step
+
+    def step(engine, batch, number, *arguments):
+        if number == 5:
+            parameter = next(engine.module.parameters())
+            if what == "loss":
+                with torch.no_grad():
+                    parameter[4:] = math.inf
+            else:
+                parameter.register_hook(lambda gradient: gradient * math.nan)
+        return true_step(engine, batch, number, *arguments)
+
+    module.train_step = step
+    try:
+        return loop(topology, recipe, run)
+    finally:
+        module.train_step = true_step
+
+
+@pytest.mark.parametrize(("what", "world", "stage"), [("loss", 1, 1), ("gradient", 1, 0), ("gradient", 2, 1)])
+def test_non_finite_stops_with_step_directions_and_last_checkpoint(pool, folder, what, world, stage):
+    recipe, run = recipe_in(folder, stage=stage), folder / f"run-spoiled-{what}-{world}"
+    messages = pool.run(world, spoil_worker, recipe, run, what)
+    for message in messages:
+        assert message.startswith("step 5: the "), message
+        assert ("loss is" if what == "loss" else "gradient norm is not finite") in message
+        assert "the directions in the batch: " in message and "en-" in message
+        assert str(run / "checkpoints" / "step-3") in message
+    assert [p.name for p in checkpoints.list_checkpoints(run)] == ["step-3"]
+
+
+spoil_worker = spoil  # what a worker imports by name
+
+
+def test_schedule():
+    rates = [inverse_square_root(step, 2.0, 4) for step in (1, 2, 4, 16, 64)]
+    assert rates == pytest.approx([0.5, 1.0, 2.0, 1.0, 0.5])
+    assert inverse_square_root(1, 2.0, 0) == 2.0
+
+
+def ranks(recipe_file: Path, run: Path, world: int = 2) -> list[subprocess.Popen]:
+    """`lsmoe train` as a launcher starts it."""
+    port = str(free_port())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "lsmoe_ds", "train", str(recipe_file), "--out", str(run)]
+    return [subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+
+
+@pytest.mark.slow
+def test_sigkill_in_the_middle_changes_nothing(folder):
+    recipe = recipe_in(folder, steps=120, every=20, expert=2)
+    file = folder / "killed.yaml"
+    file.write_text(recipe.to_yaml())
+    whole, killed = folder / "run-not-killed", folder / "run-killed"
+    assert [p.wait(120) for p in ranks(file, whole)] == [0, 0]
+    processes = ranks(file, killed)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints" / "step-40").exists():
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    saved = checkpoints.list_checkpoints(killed)
+    assert saved and checkpoints.step_of(saved[-1]) < 120, "it was killed too late to test anything"
+    assert [p.wait(120) for p in ranks(file, killed)] == [0, 0]
+    assert_same_end(whole, killed, 120)
+    shutil.rmtree(killed)
