@@ -19,8 +19,12 @@ WIKI_GRAMMAR = re.compile(r"\{\{GRAMMAR:[^|{}]*\|([^{}]*)\}\}", re.IGNORECASE)
 WIKI_LINE_MARKS = re.compile(r"^[*#:;= ]+|=+ *$", re.MULTILINE)
 
 
-def without_tags(text: str) -> str:
-    """Text of a message written in HTML, on one line."""
+def without_tags(text: str, accelerator: str = "") -> str:
+    """Text of a message written in HTML, on one line; ``accelerator`` is the character before a menu's key, if there is one."""
+    if accelerator and accelerator in text:
+        # "Datei (_F)" in scripts that lack the key, "_File" elsewhere
+        text = re.sub(rf"\s*\({accelerator}\w\)", "", text)
+        text = re.sub(rf"(?<!\w){accelerator}(?=\w)|(?<=\w){accelerator}(?=\w)", "", text, count=1)
     if "<" in text or "&" in text:
         text = TAG.sub(" ", html.unescape(html.unescape(TAG.sub(" ", text))))
         text = SPACE_BEFORE_MARK.sub(r"\1", text).replace("( ", "(").replace(" )", ")")

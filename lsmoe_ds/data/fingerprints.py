@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.data.folders import damage, read_json, recover, sha256
+from lsmoe_ds.data.folders import damage, read_json, sha256
 from lsmoe_ds.data.formats import Part, find_parts
 from lsmoe_ds.data.prepared import FORMAT, MANIFEST
-from lsmoe_ds.data.sources import PROVENANCE
+from lsmoe_ds.data.sources import PROVENANCE, SOURCES
 from lsmoe_ds.errors import UserError
 
 Fingerprint = dict[str, dict[str, Any]]
@@ -23,12 +23,13 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _stamps(parts: Sequence[Part]) -> Fingerprint:
-    """Size and time of change of every file, by its path; of a fetched corpus the sum that is known."""
+    """Size and time of change of every file, by its path; of a fetched corpus (``django/de-en.tsv``) the sum that is known."""
     found: Fingerprint = {}
-    for path in dict.fromkeys(file for part in parts for file in part.files):
-        if path.exists():
-            known = ((read_json(path.parent / PROVENANCE) or {}).get("files") or {}).get(path.name)
-            found[str(path)] = dict(known) if known else {"bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+    for name, path in dict.fromkeys((part.corpus, file) for part in parts for file in part.files):
+        if name in SOURCES:
+            found[f"{name}/{path.name}"] = dict((read_json(path.parent / PROVENANCE) or {"files": {}})["files"][path.name])
+        elif path.exists():
+            found[str(path)] = {"bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
     return found
 
 
@@ -76,7 +77,6 @@ def reason_to_prepare(recipe: Recipe) -> str | None:
     Prepared data whose corpora are no longer on this machine is good as it is.
     """
     folder = recipe.prepared
-    recover(folder)
     if not folder.exists():
         return "it is not there yet"
     manifest = read_json(folder / MANIFEST)

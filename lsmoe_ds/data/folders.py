@@ -58,7 +58,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def recover(path: Path) -> None:
-    """Puts back a folder whose replacement was cut off between its two renames."""
+    """Puts back a folder whose replacement was cut off between its two renames. To be called under the lock."""
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)
@@ -75,9 +75,11 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks: go on without
+                recover(path)
                 yield
                 return
             raise UserError(f"another process is writing {path}: wait for it, or stop it") from None
+        recover(path)
         yield
 
 
@@ -89,7 +91,6 @@ def replaced(path: Path) -> Iterator[Path]:
     """
     new, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     with explain_errors(path):
-        recover(path)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
@@ -112,7 +113,8 @@ def explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy tells of a write that came short without an errno
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
             raise UserError(f"the disk is full: {path} cannot be written; what was there before is untouched") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None

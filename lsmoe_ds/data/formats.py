@@ -15,7 +15,7 @@ from pathlib import Path
 from lsmoe_ds.config import Corpus
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, normalize_code
+from lsmoe_ds.languages import normalize_code
 
 SPLITS = ("train", "dev", "test")
 LINE_LIMIT = 1 << 20
@@ -133,10 +133,11 @@ def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
     wrong = corpus_damage(name, directory)
     if wrong is not None:
         raise UserError(f"corpus {name} is not fetched ({wrong}): run 'lsmoe data fetch {name}'")
-    for bitext in wanted:
-        path = corpus_folder(name, directory) / f"{bitext}.tsv"
+    for bitext, pair in wanted.items():
+        codes = [normalize_code(code) for code in pair]
+        path = corpus_folder(name, directory) / f"{'-'.join(sorted(codes))}.tsv"
         if path.exists():
-            yield Part(name, bitext, "train", (path,), "table")
+            yield Part(name, bitext, "train", (path,), "table", (0, 1) if codes == sorted(codes) else (1, 0))
 
 
 def _same(code: str, other: str) -> bool:
@@ -153,12 +154,18 @@ def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     folders = [folder for name in ("supervised", "zero-shot") if (folder := corpus.path / name).is_dir()]
     if not folders:
         raise UserError(f"{corpus.path} is not laid out as OPUS-100: it has neither 'supervised' nor 'zero-shot' in it")
-    for folder in (pair for kind in folders for pair in sorted(kind.iterdir()) if pair.is_dir() and pair.name.count("-") == 1):
-        codes = folder.name.split("-")
-        for bitext, pair in wanted.items():
-            order = next((o for o in (codes, codes[::-1]) if _same(o[0], pair[0]) and _same(o[1], pair[1])), None)
-            for split in SPLITS if order else ():
-                files = tuple(folder / f"opus.{folder.name}-{split}.{code}" for code in order or ())
+    present = [folder for kind in folders for folder in sorted(kind.iterdir()) if folder.is_dir() and folder.name.count("-") == 1]
+    for bitext, pair in wanted.items():
+        # Both en-no and en-nb are there: a folder that spells the codes as the recipe does comes before one that means the same.
+        found = []
+        for folder in present:
+            first, second = folder.name.split("-")
+            for codes in ((first, second), (second, first)):
+                if _same(codes[0], pair[0]) and _same(codes[1], pair[1]):
+                    found.append((codes != pair, folder, codes))
+        for _, folder, codes in sorted(found)[:1]:
+            for split in SPLITS:
+                files = tuple(folder / f"opus.{folder.name}-{split}.{code}" for code in codes)
                 if any(file.exists() for file in files):
                     yield Part(str(corpus.path), bitext, split, files, "lines")
 
@@ -251,12 +258,3 @@ FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[Part]]] = {
     "moses": _moses,
     "tsv": _tsv,
 }
-
-
-def order_of_words(bitext: str) -> bool:
-    """Whether words are counted on the second text of a bitext: where that one is English."""
-    return bitext.split("-")[1] == "en"
-
-
-def bitexts_of(directions: Iterable[Direction]) -> list[str]:
-    return list(dict.fromkeys(direction.bitext for direction in directions))

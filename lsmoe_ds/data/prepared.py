@@ -118,10 +118,12 @@ class PreparedData:
     def text(self, direction: Direction, split: str) -> tuple[list[str], list[str]]:
         """Source and target sentences of a direction in ``dev`` or ``test``."""
         folder = self._bitext(direction, split)
-        source, target = (
-            (folder / f"{code}.txt").read_text(encoding="utf-8").split("\n")[:-1] for code in (direction.source, direction.target)
-        )
-        return source, target
+        return _read_lines(folder / f"{direction.source}.txt"), _read_lines(folder / f"{direction.target}.txt")
+
+
+def _read_lines(path: Path) -> list[str]:
+    with path.open(encoding="utf-8", newline="\n") as file:  # a carriage return within a sentence is no end of it
+        return file.read().split("\n")[:-1]
 
 
 def _allow_files(count: int) -> None:

