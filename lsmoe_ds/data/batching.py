@@ -20,9 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from lsmoe_ds.config import Batch as BatchSettings
 from lsmoe_ds.data.shuffling import Integers, Words, choose, hash_words, permute, thresholds_of
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.languages import EOS, PAD, Direction, Languages, SentenceIds
 
-EOS, PAD = 2, 1
 OVERHEAD = 2, 1  # tag and EOS around a source, EOS after a target
 CHUNK_UNITS = 200  # units' worth of sentences that are sorted together: padding stays under 10 % on real text
 SMALLEST_CHUNK_UNITS = 48  # in small data a chunk shrinks so that no sentence is in it twice, down to this
@@ -65,6 +64,10 @@ class Batch:
     def target_tokens(self) -> int:
         """Number of labels that are not padding."""
         return int((self.labels != PAD).sum())
+
+    @property
+    def ids(self) -> SentenceIds:
+        return SentenceIds(self.source_language, self.target_language, self.direction)
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
