@@ -1,0 +1,67 @@
+"""Loads a model for use in one process, from whatever layout it was trained in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.convert.folder import Weights, find_model, read_weights
+from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Languages
+from lsmoe_ds.model.initialization import global_names
+from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to translate. ``kind`` is "sparse" for a training checkpoint, "dense" for an extracted sub-network;
+    ``home`` is the run or converted folder that it belongs to."""
+
+    model: Transformer
+    recipe: Recipe
+    vocabulary: Vocabulary
+    languages: Languages
+    step: int
+    kind: str
+    home: Path
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.topology.device
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def load(path: str | Path, device: torch.device | str | None = None) -> Loaded:
+    """Loads a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and evaluation mode.
+
+    ``device`` defaults to the GPU if there is one. Raises UserError for a path that is none of these, or is damaged.
+    """
+    stored = find_model(path)
+    vocabulary = Vocabulary.load(stored.vocabulary)
+    device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(stored.recipe, vocabulary.size, weights := read_weights(stored), device)
+    return Loaded(model, stored.recipe, vocabulary, stored.recipe.languages, weights.step, stored.kind, stored.home)
+
+
+def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device) -> Transformer:
+    """The model with these weights, in evaluation mode. Raises UserError if they are not those of the recipe."""
+    topology = Topology.single(device)
+    with torch.device("meta"):  # without drawing weights that are replaced at once
+        model = Transformer(recipe, vocabulary, topology)
+    names = global_names(model, topology)
+    shapes = {names[name]: parameter.shape for name, parameter in model.named_parameters()}
+    for name in sorted(shapes.keys() | weights.tensors.keys()):
+        wanted = tuple(shapes[name]) if name in shapes else None
+        found = tuple(weights.tensors[name].shape) if name in weights.tensors else None
+        if wanted != found:
+            raise UserError(f"the weights do not belong to the recipe and vocabulary: {name} should be {wanted}, found {found}")
+    model.load_state_dict({local: weights.tensors[name] for local, name in names.items()}, assign=True)
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,119 @@
+"""The runner: scores and expert shares of a real run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_run
+
+from lsmoe_ds.analysis.routing import read_routing
+from lsmoe_ds.convert.subnetwork import convert_to_dense
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.evaluate import evaluate, open_data, routing
+from lsmoe_ds.evaluation.scores import ScoreTable
+from lsmoe_ds.inference.load import load
+from lsmoe_ds.inference.translate import translate
+from lsmoe_ds.languages import Direction
+
+TOKEN_BY_PAIR = TOKEN_TOP2 | {"task": "pair", "every": 1}
+
+
+@pytest.fixture(scope="module")
+def run(pool, tmp_path_factory):
+    return make_run(pool, tmp_path_factory.mktemp("evaluate"), TARGET_TOP2, PAIR_TOP1)[0]
+
+
+@pytest.fixture(scope="module")
+def token_run(pool, tmp_path_factory):
+    return make_run(pool, tmp_path_factory.mktemp("tokens"), TOKEN_BY_PAIR, TOKEN_TOP2)[0]
+
+
+def test_scores_every_direction_and_writes_them(run, capsys):
+    table = evaluate(run, beam=2, limit=6)
+    assert [str(score.direction) for score in table.directions] == ["en-de", "de-en", "en-fr", "fr-en"]
+    assert {score.sentences for score in table.directions} == {6}
+    assert (table.step, table.split, table.beam) == (2, "test", 2)
+    assert set(table.resources) == {"de-en", "en-fr"} and set(table.resources.values()) == {"low"}
+    assert ScoreTable.read(run / "scores.json") == table
+    assert capsys.readouterr().out == ""
+    loaded = load(run, "cpu")
+    data = open_data(loaded)
+    first, last = table.directions[0].samples[0], table.directions[3].samples[0]
+    assert (
+        first.source == data.text(Direction("en", "de"), "test")[0][0] and first.reference == data.text(Direction("en", "de"), "test")[1][0]
+    )
+    assert last.hypothesis == next(translate(loaded, Direction("fr", "en"), [data.text(Direction("fr", "en"), "test")[0][0]], beam=2))
+
+
+def test_task_routing_is_what_the_router_says(run):
+    evaluate(run, ["fr-en"], beam=1, limit=2, progress=False)
+    layers = {(layer.side, layer.layer): layer for layer in read_routing(run / "routing.json")}
+    assert set(layers) == {("encoder", 1), ("decoder", 0), ("decoder", 1), ("decoder", 2)}
+    loaded = load(run, "cpu")
+    for (side, number), layer in layers.items():
+        router = loaded.model.get_submodule(f"{side}.{number}.feed_forward.router")
+        for index, task in enumerate(layer.tasks):
+            row = loaded.languages.tasks(layer.task).index(task)
+            chosen = router(torch.empty(1, 16), torch.tensor([row]))
+            assert layer.chosen(index) == frozenset(chosen.experts[0].tolist())
+            assert layer.shares[index] == pytest.approx(chosen.probabilities[0].tolist())
+
+
+def test_token_routing_is_measured(token_run):
+    loaded = load(token_run, "cpu")
+    data = open_data(loaded)
+    layers = {(layer.side, layer.layer): layer for layer in routing(loaded, data, "test")}
+    assert set(layers) == {("encoder", 0), ("encoder", 1), ("decoder", 1)}
+    assert layers["encoder", 0].tasks == ("en-de", "de-en", "en-fr", "fr-en")
+    assert layers["decoder", 1].tasks == ("de", "en", "fr")
+    for layer in layers.values():
+        assert all(sum(row) == pytest.approx(1) and max(row) <= 0.5 for row in layer.shares)  # of two different choices
+    assert any(len(set(layer.shares)) == len(layer.tasks) for layer in layers.values())
+    # A router that always prefers two experts.
+    for name, parameter in loaded.model.named_parameters():
+        if name.startswith("encoder.0.feed_forward.router"):
+            parameter.zero_()
+            loaded.model.encoder[0].feed_forward_norm.bias.fill_(1.0)
+            loaded.model.encoder[0].feed_forward_norm.weight.zero_()
+            parameter[1:3] = torch.tensor([[1.0], [2.0]])
+    found = next(layer for layer in routing(loaded, data, "dev") if (layer.side, layer.layer) == ("encoder", 0))
+    assert set(found.shares) == {(0.0, 0.5, 0.5, 0.0)}
+
+
+def test_a_dense_folder_is_scored_like_the_run_it_came_from(run, tmp_path):
+    convert_to_dense(run, Direction("de", "en"), tmp_path / "dense")
+    sparse, dense = evaluate(run, ["de-en"], limit=8, progress=False), evaluate(tmp_path / "dense", limit=8, progress=False)
+    assert [s.metrics for s in dense.directions] == [s.metrics for s in sparse.directions]
+    assert [s.samples for s in dense.directions] == [s.samples for s in sparse.directions]
+    assert not (tmp_path / "dense" / "routing.json").exists()
+
+
+def test_what_cannot_be_scored_is_refused(run, tmp_path):
+    for arguments, message in (
+        ({"directions": ["en-ru"]}, "'ru' is not in this system"),
+        ({"directions": ["en"]}, "'en' is not a direction"),
+        ({"split": "train"}, "'train' is no held-out text: choose test or dev"),
+        ({"beam": 0}, "the beam is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(run, progress=False, **arguments)
+    copy = shutil.copytree(run, tmp_path / "run")
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace(f"directory: {run.parent}/data", f"directory: {tmp_path}/none"))
+    with pytest.raises(UserError, match="there is no prepared data"):
+        evaluate(copy, progress=False)
+
+
+def test_data_prepared_anew_is_not_the_runs(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    data = shutil.copytree(run.parent / "data", tmp_path / "data")
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace(f"directory: {run.parent}/data", f"directory: {data}"))
+    vocabulary = data / "prepared" / "small" / "vocabulary.model"
+    changed = vocabulary.read_bytes().replace(b"identity", b"identitx", 1)
+    assert changed != vocabulary.read_bytes()
+    vocabulary.write_bytes(changed)
+    with pytest.raises(UserError, match="is not that of"):
+        evaluate(copy, progress=False)

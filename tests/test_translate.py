@@ -1,0 +1,141 @@
+"""Lines in, lines out: order, blank lines, long lines, streams."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from small_run import TARGET_TOP2, make_recipe, write_corpus
+
+from lsmoe_ds.data.vocabulary import train_vocabulary
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.inference import translate as module
+from lsmoe_ds.inference.beam_search import Search
+from lsmoe_ds.inference.load import Loaded
+from lsmoe_ds.inference.translate import cut_line, read_lines, translate, translate_tokens
+from lsmoe_ds.languages import Direction, tag
+from lsmoe_ds.model.initialization import initialize
+from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.topology import Topology
+
+EN_DE, DE_EN = Direction("en", "de"), Direction("de", "en")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> Loaded:
+    folder = tmp_path_factory.mktemp("translate")
+    write_corpus(folder)
+    recipe = make_recipe(folder, None, TARGET_TOP2)
+    texts = [cell for row in (folder / "text.tsv").read_text().splitlines()[1:] for cell in row.split("\t")]
+    texts += [f"{text}." for text in texts[:50]]
+    vocabulary = train_vocabulary(iter(texts), recipe.data.vocabulary, recipe.languages.codes)
+    model = Transformer(recipe, vocabulary.size)
+    initialize(model, 2, Topology.single())
+    with torch.no_grad():
+        model.decoder_norm.weight *= 3
+    return Loaded(model.eval(), recipe, vocabulary, recipe.languages, 0, "sparse", folder)
+
+
+def lines_of(loaded: Loaded, count: int) -> list[str]:
+    rows = (loaded.home / "text.tsv").read_text().splitlines()[1 : count + 1]
+    return [" ".join(row.split("\t")[0].split()[: 1 + i % 5]) for i, row in enumerate(rows)]
+
+
+def test_order_does_not_depend_on_batches(loaded):
+    lines = lines_of(loaded, 30)
+    together = list(translate(loaded, EN_DE, lines))
+    assert together == [next(translate(loaded, EN_DE, [line])) for line in lines]
+    assert together == list(translate(loaded, EN_DE, lines, batch_tokens=1))
+    assert len(set(together)) > 5
+
+
+def test_blank_lines_stay_empty_and_every_line_gives_one(loaded):
+    first, second = lines_of(loaded, 2)
+    lines = ["", first, "   \t ", "\u200b", second, first + "\u2028" + second, first + "\r", ""]
+    found = list(translate(loaded, EN_DE, lines))
+    assert [i for i, line in enumerate(found) if not line] == [0, 2, 3, 7]
+    assert all(len(line.splitlines()) <= 1 for line in found)
+    assert list(translate(loaded, EN_DE, [])) == []
+
+
+def test_lines_are_translated_while_others_are_still_read(loaded):
+    read = []
+
+    def endless():
+        while True:
+            read.append(len(read))
+            yield "ba de"
+
+    stream = translate(loaded, EN_DE, endless())
+    next(stream)
+    assert len(read) == module.FIRST_CHUNK
+    for _ in range(module.FIRST_CHUNK):
+        next(stream)
+    assert len(read) == 3 * module.FIRST_CHUNK
+
+
+def test_the_direction_is_checked_at_once(loaded):
+    with pytest.raises(UserError, match="'ru' is not in this system"):
+        translate(loaded, Direction("en", "ru"), [])
+    with pytest.raises(UserError, match="the beam is 0"):
+        list(translate(loaded, EN_DE, ["ba"], beam=0))
+
+
+def test_a_long_line_is_cut_at_sentences_and_nothing_is_lost(loaded):
+    limit = loaded.recipe.data.batch.max_length - 2
+    sentences = [f"{line}." for line in lines_of(loaded, 25)]
+    parts = cut_line(" ".join(sentences), loaded)
+    assert len(parts) > 1 and all(0 < len(part) <= limit for part in parts)
+    texts = [loaded.vocabulary.decode(part) for part in parts]
+    assert " ".join(texts) == loaded.vocabulary.decode(loaded.vocabulary.encode(" ".join(sentences)))
+    assert all(text.endswith(".") for text in texts)
+    found = next(translate(loaded, EN_DE, [" ".join(sentences)]))
+    assert found == " ".join(next(translate(loaded, EN_DE, [text])) for text in texts)
+
+
+@pytest.mark.parametrize("text", ["ba " * 200, "ba" * 300, "ba, de; " * 60, "好的。" * 90, "x", "a.b.c" * 50])
+def test_any_text_fits_in_parts_that_hold_all_of_it(loaded, text):
+    parts = cut_line(text, loaded)
+    assert all(0 < len(part) <= loaded.recipe.data.batch.max_length - 2 for part in parts)
+    whole = loaded.vocabulary.decode(loaded.vocabulary.encode(text))
+    assert "".join("".join(loaded.vocabulary.decode(part) for part in parts).split()) == "".join(whole.split())
+
+
+def test_sentence_ends_in_several_scripts():
+    pattern = module.CUTS[0]
+    assert pattern.split("One. Two! (Three?) Four") == ["One.", "Two!", "(Three?", "Four"]
+    assert pattern.split("好。「是！」不") == ["好。", "「是！」不"]
+    assert pattern.split("एक। दो") == ["एक।", "दो"]
+    assert pattern.split("3.5 and a.b") == ["3.5 and a.b"]
+
+
+def test_specials_and_tags_are_never_generated(loaded):
+    silent = {0, 1, 2, *(loaded.vocabulary.tag_id(code) for code in loaded.vocabulary.codes)}
+    sources = [loaded.vocabulary.encode(line) for line in lines_of(loaded, 20)]
+    weight = loaded.model.embedding.tokens.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[sorted(silent - {2})] *= 20  # a model that would love to
+        for beam in (1, 5):
+            found = translate_tokens(loaded, EN_DE, sources, Search(beam=beam, extra=3))
+            assert not any(silent & set(hypothesis.tokens) for hypothesis in found)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert tag("de") not in " ".join(translate(loaded, EN_DE, ["<2de> ba"]))
+
+
+def test_progress_counts_every_line(loaded):
+    lines = [*lines_of(loaded, 20), "", "ba. " * 60]
+    counts: list[int] = []
+    module.translate_all(loaded, DE_EN, lines, Search(beam=1), advance=counts.append)
+    assert sum(counts) == len(lines)
+
+
+def test_lines_of_a_stream():
+    assert list(read_lines(io.BytesIO("\ufeffä\r\nb\n\nc\u2028d\ne".encode()))) == ["ä", "b", "", "c\u2028d", "e"]
+    assert list(read_lines(io.BytesIO(b""))) == []
+    with pytest.raises(UserError, match=r"line 2 is not UTF-8 \(byte 0xff at position 3\)"):
+        list(read_lines(io.BytesIO(b"good\nab\xff\n")))
