@@ -23,31 +23,37 @@ MAY_CHANGE = {
 }
 
 
-def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
-    """Makes the run folder of a recipe, or checks that the one that is there belongs to it; stores the recipe.
-
-    Raises UserError if the folder belongs to another recipe or vocabulary.
-    """
+def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
+    """Raises UserError if the folder belongs to another recipe or vocabulary, or to somebody else; writes nothing."""
     stored, copied = run / "recipe.yaml", run / "vocabulary.model"
-    if stored.exists():
-        before = _flat(load_recipe(stored).model_dump(mode="json"))
-        now = _flat(recipe.model_dump(mode="json"))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
-                raise UserError(
-                    f"the run {run} was started with {key} {before.get(key)}, the recipe now has {now.get(key)}: "
-                    f"set it back, or write to another folder with --out"
-                )
-        if not copied.is_file() or sha256(copied) != sha256(vocabulary):
-            raise UserError(f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder with --out")
-    elif run.exists() and any(run.iterdir()):
-        raise UserError(f"{run} is not empty and holds no run: choose another folder with --out")
+    if not stored.exists():
+        if run.exists() and any(run.iterdir()):
+            raise UserError(f"{run} is not empty and holds no run: choose another folder with --out")
+        return
+    before = _flat(load_recipe(stored).model_dump(mode="json"))
+    now = _flat(recipe.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
+            raise UserError(
+                f"the run {run} was started with {key} {before.get(key)}, the recipe now has {now.get(key)}: "
+                f"set it back, or write to another folder with --out"
+            )
+    if not copied.is_file() or sha256(copied) != sha256(vocabulary):
+        raise UserError(f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder with --out")
+
+
+def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
+    """Makes the run folder of a recipe if need be, after :func:`check_run`, and stores the recipe."""
+    check_run(recipe, run, vocabulary)
+    stored, text = run / "recipe.yaml", recipe.to_yaml()
+    if stored.exists() and stored.read_text(encoding="utf-8") == text:
+        return
     with explain_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         if not stored.exists():
-            shutil.copyfile(vocabulary, copied)
+            shutil.copyfile(vocabulary, run / "vocabulary.model")
         partial = stored.with_suffix(".partial")
-        partial.write_text(recipe.to_yaml(), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, stored)
 
 

@@ -12,7 +12,7 @@ from lsmoe_ds.parallel import launch
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.training import checkpoints
 from lsmoe_ds.training.engine import engine_config
-from lsmoe_ds.training.run_folder import open_run
+from lsmoe_ds.training.run_folder import check_run, open_run
 
 
 def check(recipe: Recipe, run: Path, world: int) -> None:
@@ -23,10 +23,12 @@ def check(recipe: Recipe, run: Path, world: int) -> None:
     prepared = PreparedData.open(recipe.prepared)
     if set(recipe.languages.directions) != set(prepared.languages.directions):
         raise UserError(f"{recipe.prepared} was prepared for other directions than the recipe's: run 'lsmoe data prepare' on the recipe")
-    open_run(recipe, run, prepared.folder / "vocabulary.model")
+    vocabulary = prepared.folder / "vocabulary.model"
+    check_run(recipe, run, vocabulary)
     found, _ = checkpoints.newest_whole(run)
     if found is not None:
         checkpoints.check_layout(found, world, layout.tensor, layout.expert)
+    open_run(recipe, run, vocabulary)
 
 
 def train_on(recipe: Recipe, run: Path, processes: int | None) -> int:

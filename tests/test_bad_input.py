@@ -1,0 +1,265 @@
+"""Bad input gets one clear sentence and status 2, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run, write_corpus
+
+from lsmoe_ds import cli
+from lsmoe_ds.data.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, pool):
+    """A corpus, prepared data, a task-routed and a token-routed run, a converted folder; cases work on a copy."""
+    folder = tmp_path_factory.mktemp("place")
+    write_corpus(folder)
+    for name, encoder in (("run", TARGET_TOP2), ("token", TOKEN_TOP2)):
+        make_run(pool, folder, encoder, TARGET_TOP2)[0].rename(folder / f"made-{name}")
+    for made in folder.glob("made-*"):
+        made.rename(folder / made.name.removeprefix("made-"))
+    with inside(folder):
+        for name in ("run", "token"):  # relative paths, so that a copy of the place stands for itself
+            stored = Path(name, "recipe.yaml")
+            stored.write_text(stored.read_text().replace(f"{folder}/", ""))
+        recipe_here = make_recipe(Path("."), TARGET_TOP2, TARGET_TOP2)
+        Path("good.yaml").write_text(recipe_here.to_yaml())
+        prepare(recipe_here)
+        main(["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "dense", "--check", "2"])
+    return folder
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def main(arguments: list[str]) -> int:
+    """The status with which the command leaves."""
+    old = sys.argv
+    sys.argv = ["lsmoe", *arguments]
+    try:
+        cli.main()
+    except SystemExit as left:
+        return int(left.code or 0)
+    finally:
+        sys.argv = old
+    return 0
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file; locks, which may stay, are left out."""
+    files = (p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+
+
+Change = Callable[[], None]
+
+
+def recipe(change: Callable[[dict[str, Any]], object]) -> Change:
+    """Writes bad.yaml: the good recipe, changed."""
+
+    def write() -> None:
+        value = yaml.safe_load(Path("good.yaml").read_text())
+        change(value)
+        Path("bad.yaml").write_text(yaml.safe_dump(value, sort_keys=False))
+
+    return write
+
+
+def text(content: str | bytes, file: str = "bad.yaml") -> Change:
+    return lambda: None if Path(file).write_bytes(content.encode() if isinstance(content, str) else content) else None
+
+
+def with_corpus(content: str | bytes, **more: Any) -> Change:
+    def write() -> None:
+        text(content, "bad.tsv")()
+        recipe(lambda r: r["data"].update(corpora=[{"path": "bad.tsv", "format": "tsv"}], **more))()
+
+    return write
+
+
+def spoil(file: str) -> Change:
+    """Changes one byte in the middle."""
+
+    def change() -> None:
+        content = bytearray(Path(file).read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        Path(file).write_bytes(content)
+
+    return change
+
+
+def cut(file: str) -> Change:
+    return lambda: os.truncate(file, Path(file).stat().st_size // 2)
+
+
+def moses() -> None:
+    Path("p.en").write_text("one two three\nfour five six\n")
+    Path("p.de").write_text("eins zwei drei\n")
+    recipe(lambda r: r["data"].update(corpora=[{"path": "p", "format": "moses"}], languages=["de"], directions=[]))()
+
+
+CHECKPOINT = "run/checkpoints/step-2"
+PREPARE = ["data", "prepare", "bad.yaml"]
+TRAIN = ["train", "bad.yaml", "--out", "new"]
+NOTHING: Change = lambda: None  # noqa: E731
+
+CASES: list[tuple[str, Change, list[str], str]] = [
+    # recipes
+    ("no recipe", NOTHING, TRAIN, "there is no recipe bad.yaml"),
+    ("folder as recipe", NOTHING, ["train", "run"], "recipe run cannot be read"),
+    ("not YAML", text("name: [a"), TRAIN, "bad.yaml is not valid YAML"),
+    ("not UTF-8", text(b"name: \xff\xfe"), TRAIN, "bad.yaml cannot be read"),
+    ("not a mapping", text("- a\n- b\n"), TRAIN, "must be a mapping with the keys name, data, model"),
+    ("empty recipe", text(""), TRAIN, "must be a mapping with the keys name, data, model"),
+    ("key twice", text("name: a\nname: b\n"), TRAIN, "'name' is written twice, on lines 1 and 2"),
+    ("missing key", recipe(lambda r: r.pop("training")), TRAIN, "'training' is missing"),
+    ("unknown key", recipe(lambda r: r["training"].update(dropuot=0.1)), TRAIN, "unknown key 'training.dropuot' (did you mean 'dropout'?)"),
+    ("unknown section", recipe(lambda r: r.update(modle={})), TRAIN, "unknown key 'modle' (did you mean 'model'?)"),
+    ("unknown key of a corpus", recipe(lambda r: r["data"]["corpora"][0].update(fromat="tsv")), TRAIN, "(did you mean 'format'?)"),
+    ("word for number", recipe(lambda r: r["training"].update(steps="many")), TRAIN, "'training.steps': input should be a valid integer"),
+    ("out of range", recipe(lambda r: r["training"].update(dropout=1.5)), TRAIN, "'training.dropout': input should be less than 1"),
+    ("unknown preset", recipe(lambda r: r["model"].update(preset="huge")), TRAIN, "'model.preset': input should be 'transformer-tiny'"),
+    ("heads do not fit", recipe(lambda r: r["model"].update(heads=5)), TRAIN, "'hidden' is 16: it must be even and a multiple of 'heads'"),
+    ("widths do not fit", recipe(lambda r: r["model"]["encoder"].update(feed_forward=[8])), TRAIN, "lists 1 widths for 2 layers"),
+    ("top-k beyond experts", recipe(lambda r: r["model"]["encoder"]["moe"].update(top_k=9)), TRAIN, "'top_k' is 9 but there are only 4"),
+    ("unknown routing", recipe(lambda r: r["model"]["encoder"]["moe"].update(routing="magic")), TRAIN, "should be 'token' or 'task'"),
+    ("bad code", recipe(lambda r: r["data"].update(languages=["German"], directions=[])), TRAIN, "'German' is not a language code"),
+    ("only English", recipe(lambda r: r["data"].update(languages=["en"], directions=[])), TRAIN, "names no language beside English"),
+    ("bad direction", recipe(lambda r: r["data"].update(directions=["en>de"])), TRAIN, "'en>de' is not a direction"),
+    ("direction twice", recipe(lambda r: r["data"].update(directions=["en-de", "en-de"])), TRAIN, "names a direction twice"),
+    ("name with a slash", recipe(lambda r: r.update(name="../up")), TRAIN, "'name'"),
+    ("no such DeepSpeed file", recipe(lambda r: r.update(deepspeed="none.json")), TRAIN, "there is no file none.json"),
+    ("ZeRO 3", recipe(lambda r: r.update(deepspeed={"zero_optimization": {"stage": 3}})), TRAIN, "ZeRO stage 3: 0, 1 and 2 are supported"),
+    ("clipping twice", recipe(lambda r: r.update(deepspeed={"gradient_clipping": 1})), TRAIN, "which the recipe decides by training.clip"),
+    ("--set without value", NOTHING, ["train", "good.yaml", "--set", "training.steps"], "write --set a.b=value"),
+    ("--set of nothing known", NOTHING, ["train", "good.yaml", "--set", "training.step=3"], "(did you mean 'steps'?)"),
+    # corpora
+    ("unknown source", NOTHING, ["data", "fetch", "djagno"], "djagno"),
+    ("corpus not fetched", recipe(lambda r: r["data"].update(corpora=["django"])), PREPARE, "django"),
+    ("unknown corpus", recipe(lambda r: r["data"].update(corpora=["djagno"])), PREPARE, "djagno"),
+    ("no such file", recipe(lambda r: r["data"].update(corpora=[{"path": "none.tsv", "format": "tsv"}])), PREPARE, "none.tsv"),
+    ("corpus not UTF-8", with_corpus(b"en\tde\tfr\na b c\t\xff\xfe\tg\n"), PREPARE, "bad.tsv"),
+    ("empty corpus", with_corpus(""), PREPARE, "bad.tsv"),
+    ("unequal lines", moses, PREPARE, "lines"),
+    ("language not in the corpora", recipe(lambda r: r["data"].update(languages=["uk"], directions=[])), PREPARE, "uk"),
+    ("vocabulary too large", recipe(lambda r: r["data"]["vocabulary"].update(size=50000)), PREPARE, "50000"),
+    # prepared data, processes, runs
+    ("not prepared", recipe(lambda r: r.update(name="other")), TRAIN, "there is no prepared data in data/prepared/other"),
+    ("prepared data cut", cut("data/prepared/small/train/de-en/de.tokens.npy"), ["train", "good.yaml", "--out", "new"], "de.tokens.npy has"),
+    ("its manifest damaged", text("{", "data/prepared/small/manifest.json"), ["train", "good.yaml", "--out", "new"], "no prepared data"),
+    ("processes for tensor", NOTHING, ["train", "good.yaml", "--set", "parallel.tensor=2", "--nproc", "3", "--out", "new"], "3 processes"),
+    ("processes for experts", NOTHING, ["train", "good.yaml", "--set", "parallel.expert=2", "--nproc", "1", "--out", "new"], "1 processes"),
+    ("experts for ranks", NOTHING, ["train", "good.yaml", "--set", "parallel.expert=3", "--nproc", "3", "--out", "new"], "does not divide the 4"),
+    ("batches for ranks", NOTHING, ["train", "good.yaml", "--nproc", "3", "--out", "new"], "ranks cannot share evenly"),
+    ("run of another recipe", NOTHING, ["train", "good.yaml", "--set", "model.hidden=32", "--out", "run"], "was started with model.hidden 16"),
+    ("folder of somebody", text("mine", "data/mine.txt"), ["train", "good.yaml", "--out", "data"], "is not empty and holds no run"),
+    ("only checkpoint damaged", spoil(f"{CHECKPOINT}/mp_rank_00_model_states.pt"), ["train", "good.yaml", "--out", "run"], "is whole"),
+    ("its manifest cut", cut(f"{CHECKPOINT}/manifest.json"), ["train", "good.yaml", "--out", "run"], "manifest.json is missing or damaged"),
+    ("another layout", NOTHING, ["train", "good.yaml", "--out", "run", "--nproc", "2"], "was written by 1 processes"),
+    # evaluation, translation, conversion, report
+    ("no run", NOTHING, ["evaluate", "none"], "there is no folder none"),
+    ("not a run", NOTHING, ["evaluate", "data"], "is neither a run folder"),
+    ("no checkpoint", lambda: shutil.rmtree("run/checkpoints"), ["evaluate", "run"], "has no checkpoint yet"),
+    ("unknown language", NOTHING, ["evaluate", "run", "--directions", "en-xx"], "language 'xx' is not in this system"),
+    ("unknown direction", NOTHING, ["evaluate", "run", "--directions", "de-fr"], "direction de-fr is not in this system"),
+    ("unknown split", NOTHING, ["evaluate", "run", "--split", "training"], "training"),
+    ("checkpoint cut", cut(f"{CHECKPOINT}/mp_rank_00_model_states.pt"), ["translate", "run", "--from", "en", "--to", "de"], "damaged"),
+    ("expert damaged", spoil(f"{CHECKPOINT}/layer_0_expert_1_mp_rank_00_model_states.pt"), ["evaluate", "run"], "is damaged"),
+    ("vocabulary gone", lambda: os.remove("run/vocabulary.model"), ["evaluate", "run"], "vocabulary.model is missing"),
+    ("weights damaged", spoil("dense/model.safetensors"), ["translate", "dense", "--from", "en", "--to", "de"], "is damaged"),
+    ("not its direction", NOTHING, ["translate", "dense", "--from", "de", "--to", "en"], "de-en is not in this system"),
+    ("convert to what", NOTHING, ["convert", "run", "--to", "onyx", "--from", "en", "--to-language", "de", "--out", "new"], "'onyx'"),
+    ("token-routed", NOTHING, ["convert", "token", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "new"], "token"),
+    ("into a folder", NOTHING, ["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "data"], "is not empty"),
+    ("no report", NOTHING, ["report", "data"], "data"),
+    ("scores damaged", text("{", "run/scores.json"), ["report", "run"], "scores.json"),
+]
+
+
+@pytest.mark.parametrize(("change", "arguments", "sentence"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_one_sentence_and_status_2(place, tmp_path, capsys, change, arguments, sentence):
+    shutil.copytree(place, tmp_path / "place")
+    with inside(tmp_path / "place"):
+        change()
+        before = tree(Path("."))
+        capsys.readouterr()
+        status = main(arguments)
+        said = capsys.readouterr().err.strip()
+        assert status == 2, said
+        assert tree(Path(".")) == before, "something was written or removed"
+    last = said.splitlines()[-1]
+    assert last.startswith("lsmoe: ") and sentence in last, said
+    assert "Traceback" not in said and len(last) < 400, said
+
+
+def test_bad_utf8_on_standard_input_names_the_line(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"good\n\xff\xfe\n")))
+    with inside(place):
+        assert main(["translate", "dense", "--from", "en", "--to", "de"]) == 2
+    assert "line 2" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs (root): full disks are not tested")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def lsmoe(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "lsmoe_ds", *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def assert_full(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "the disk is full" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_full_disk(place, small_disk):
+    with inside(place):
+        # Preparing: nothing half-written stays.
+        corpus = small_disk / "filler"
+        corpus.write_bytes(bytes(3_020_000))
+        recipe(lambda r: r["data"].update(directory=str(small_disk / "data")))()
+        assert_full(lsmoe("data", "prepare", "bad.yaml"))
+        assert not list((small_disk / "data").rglob("*.npy"))
+        shutil.rmtree(small_disk / "data")
+        # Converting.
+        corpus.write_bytes(bytes(3_060_000))
+        assert_full(lsmoe("convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", small_disk / "dense"))
+        assert [p.name for p in small_disk.iterdir() if not p.name.startswith(".")] == ["filler"]
+        corpus.unlink()
+        # Training: the first checkpoint fits, a later one does not; the first stays whole.
+        prepare(make_recipe(Path("."), TARGET_TOP2, TARGET_TOP2))
+        changes = ["--set", "training.steps=40", "--set", "training.checkpoint_every=1", "--set", "training.keep=40"]
+        done = lsmoe("train", "good.yaml", *changes, "--out", small_disk / "run")
+        assert_full(done)
+        saved = sorted((p.name for p in (small_disk / "run" / "checkpoints").iterdir()), key=lambda name: int(name.split("-")[1]))
+        assert saved and all(name.startswith("step-") for name in saved) and len(saved) < 40
+        manifest = json.loads((small_disk / "run" / "checkpoints" / saved[-1] / "manifest.json").read_text())
+        assert all((small_disk / "run" / "checkpoints" / saved[-1] / name).stat().st_size == f["bytes"] for name, f in manifest["files"].items())
