@@ -116,7 +116,7 @@ def explain_errors(path: Path) -> Iterator[None]:
         # numpy tells of a write that came short without an errno
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
             raise UserError(f"the disk is full: {path} cannot be written; what was there before is untouched") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
         raise
 

@@ -1,0 +1,65 @@
+"""Small made corpora, in the published layouts, for the tests of the data room."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.folders import describe_files, write_json
+
+SYLLABLES = {
+    "en": ["ta", "ne", "shi", "ro", "lem", "pas", "win", "dor"],
+    "de": ["ver", "gen", "scht", "lich", "kei", "ung", "ber", "auf"],
+    "fr": ["eau", "oir", "ment", "tion", "que", "elle", "sur", "dans"],
+    "ru": ["при", "вет", "сло", "во", "дом", "ник", "ста", "рый"],
+}
+
+
+def sentence(code: str, number: int, words: int = 5) -> str:
+    """The translation of sentence ``number`` into a made language: the same words for the same number."""
+    chance = random.Random(f"{code}{number}")
+    return " ".join("".join(chance.choices(SYLLABLES[code], k=chance.randint(2, 4))) for _ in range(words)).capitalize() + "."
+
+
+def pairs(first: str, second: str, count: int, start: int = 0) -> list[tuple[str, str]]:
+    return [(sentence(first, number), sentence(second, number)) for number in range(start, start + count)]
+
+
+def write_fetched(directory: Path, name: str, bitexts: dict[str, list[tuple[str, str]]]) -> None:
+    """A folder as ``fetch`` leaves it."""
+    folder = directory / "corpora" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for bitext, content in bitexts.items():
+        (folder / f"{bitext}.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in content), encoding="utf-8")
+    files = [path.name for path in folder.iterdir() if path.name != "PROVENANCE.json"]
+    write_json(folder / "PROVENANCE.json", {"name": name, "files": describe_files(folder, files)})
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def recipe(directory: Path, name: str = "small", **data: Any) -> Recipe:
+    settings = {
+        "corpora": ["django"],
+        "directory": str(directory),
+        "languages": ["de", "fr", "ru"],
+        "vocabulary": {"size": 120, "character_coverage": 1.0},
+        "held_out": {"dev": 10, "test": 20},
+        **data,
+    }
+    rest = {"model": {"preset": "transformer-tiny"}, "training": {"steps": 1}, "deepspeed": {}}
+    return Recipe.model_validate({"name": name, "data": settings, **rest})
+
+
+def write_three_bitexts(directory: Path, count: int = 300) -> None:
+    """django with de, fr and ru; fr lacks some of the sentences, ru has others."""
+    bitexts = {
+        "de-en": pairs("de", "en", count),
+        "en-fr": pairs("en", "fr", count - 50),
+        "en-ru": pairs("en", "ru", count, start=40),
+    }
+    write_fetched(directory, "django", bitexts)

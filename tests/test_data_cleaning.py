@@ -1,0 +1,108 @@
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lsmoe_ds.config import Cleaning
+from lsmoe_ds.data.catalogues import read_catalogue, without_tags, without_wiki_markup
+from lsmoe_ds.data.cleaning import RULES, PairFilter, clean_text, count_words, near_duplicate_form, script_share
+from lsmoe_ds.languages import family, language_name, normalize_code, script, table
+
+GOOD = ("Save all of the changes", "Alle Änderungen jetzt sichern")
+
+
+@pytest.mark.parametrize(
+    ("rule", "english", "german"),
+    [
+        (None, *GOOD),
+        ("empty", "", "Alle Änderungen"),
+        ("copy", "Save all changes", "SAVE ALL CHANGES"),
+        ("short", "Save changes", "Änderungen sichern"),
+        ("long", "one two three four five six seven eight nine ten eleven", "eins zwei drei vier fünf sechs sieben acht neun zehn elf"),
+        ("ratio", "Save all of the changes", "Ja"),
+        ("placeholder", "Save all %d changes", "Alle %d Änderungen sichern"),
+        ("placeholder", "Save all {count} changes", "Alle Änderungen sichern"),
+        ("placeholder", "Save %(count)s of the changes", "Alle Änderungen sichern"),
+        ("placeholder", "Save <b>all</b> of the changes", "Alle Änderungen sichern"),
+        ("address", "See https://example.org for the rest", "Siehe dort für alles Weitere"),
+        ("letters", "Save all changes: 1234567890123456", "Alle Änderungen sichern"),
+        ("script", "Save all of the changes", "Сохранить все изменения"),
+        ("untranslated", "Django Wagtail Weblate Python Gettext works", "Django Wagtail Weblate Python Gettext geht"),
+    ],
+)
+def test_each_rule_drops_what_it_is_for(rule: str | None, english: str, german: str) -> None:
+    found = PairFilter(Cleaning(max_words=10), "en", "de").rule_against(clean_text(english), clean_text(german))
+    assert found == rule
+    assert rule is None or rule in RULES
+
+
+def test_words_in_scripts_without_spaces() -> None:
+    assert count_words("Don't count well-known twice, 42") == 5 - 1
+    assert count_words("保存所有更改") == 3
+    assert count_words("保存 all 更改") == 1 + 2
+    assert 2 <= count_words("ภาษาไทยไม่มีช่องว่าง") <= 6
+    assert count_words("") == 0
+
+
+def test_script_share_knows_mixed_scripts() -> None:
+    assert script_share("これはテキストです漢字", "Jpan") == 1.0
+    assert script_share("Привет abc", "Cyrl") == pytest.approx(6 / 9)
+    assert script_share("हिन्दी", "Deva") == 1.0
+    assert script_share("123", "Latn") == 1.0
+
+
+@given(st.text())
+def test_cleaned_text_is_one_composed_line_and_stays(text: str) -> None:
+    cleaned = clean_text(text)
+    assert not set(cleaned) & set("\n\t\r\x00\u200b\u2028")
+    assert cleaned == cleaned.strip()
+    assert unicodedata.is_normalized("NFC", cleaned)
+    assert clean_text(cleaned) == cleaned
+
+
+@given(st.text(alphabet=st.sampled_from("abcÄß ए,.!7 ")), st.sampled_from(["!", " ", "  .", "42", "—"]))
+def test_near_duplicates_have_one_form(text: str, noise: str) -> None:
+    if any(c.isalpha() for c in text):
+        assert near_duplicate_form(text) == near_duplicate_form(text.upper().lower() + noise)
+
+
+def test_different_sentences_have_different_forms() -> None:
+    assert near_duplicate_form("Save changes") != near_duplicate_form("Save change")
+    assert near_duplicate_form("किताब") != near_duplicate_form("कतब")
+    assert near_duplicate_form("42") != near_duplicate_form("43")
+
+
+def test_markup_of_sources() -> None:
+    assert without_tags('Click  <a href="x">here</a> &amp; wait .') == "Click here & wait."
+    assert without_tags("_File", "_") == "File"
+    assert without_tags("Datei (_F)", "_") == "Datei"
+    assert without_wiki_markup("* '''Bold''' [[Help:Page|the page]] and [[Other]]") == "Bold the page and Other"
+    assert without_wiki_markup("See [https://example.org the site]") == "See the site"
+
+
+@pytest.mark.parametrize("data", [b"", b"PO file", b"\xde\x12\x04\x95" + b"\0" * 4, b"\xde\x12\x04\x95" + b"\xff" * 40])
+def test_a_damaged_catalogue_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="catalogue"):
+        list(read_catalogue(data))
+
+
+@pytest.mark.parametrize(
+    ("other", "ours"),
+    [
+        ("deu_Latn", "de"), ("de-DE", "de"), ("zho_Hans", "zh_Hans"), ("zh-TW", "zh_Hant"), ("sr@latin", "sr_Latn"), ("sr-el", "sr_Latn"),
+        ("als_Latn", "sq"), ("npi_Deva", "ne"), ("arb_Arab", "ar"), ("arb_Latn", "ar_Latn"), ("pt-br", "pt_BR"), ("hi_IN", "hi"),
+        ("no", "nb"), ("es_MX", "es_MX"), ("xyz_Latn", "xyz_Latn"), ("zh-min-nan", "nan"),
+    ],
+)  # fmt: skip
+def test_codes_from_elsewhere(other: str, ours: str) -> None:
+    assert normalize_code(other) == ours
+    assert normalize_code(ours) == ours
+
+
+def test_the_table_of_languages() -> None:
+    assert len(table()) >= 200
+    assert all(len(entry.script) == 4 and entry.name and entry.family for entry in table().values())
+    assert (script("sr"), script("sr_Latn"), script("xx_Cyrl"), script("qq")) == ("Cyrl", "Latn", "Cyrl", None)
+    assert sorted(["de", "ru", "nl", "uk", "sv", "fr"], key=family) == ["de", "nl", "sv", "fr", "ru", "uk"]
+    assert (language_name("de"), language_name("es_MX"), language_name("qq")) == ("German", "Spanish (MX)", "qq")

@@ -1,0 +1,187 @@
+import hashlib
+import io
+import json
+import shutil
+import struct
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_corpora import recipe
+
+from lsmoe_ds.data import sources
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.sources import SOURCES, Source, corpus_damage, fetch
+from lsmoe_ds.data.summary import show
+from lsmoe_ds.errors import UserError
+
+
+def catalogue(entries: dict[str, str]) -> bytes:
+    """A compiled gettext catalogue."""
+    texts = [(english.encode(), translation.encode()) for english, translation in sorted(entries.items())]
+    data, tables = b"", ([], [])  # type: ignore[var-annotated]
+    start = 28 + 16 * len(texts)
+    for side in (0, 1):
+        for pair in texts:
+            tables[side].append(struct.pack("<2I", len(pair[side]), start + len(data)))
+            data += pair[side] + b"\0"
+    return struct.pack("<7I", 0x950412DE, 0, len(texts), 28, 28 + 8 * len(texts), 0, 0) + b"".join(tables[0] + tables[1]) + data
+
+
+def wheel(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+WHOLE = {
+    "x/locale/de/LC_MESSAGES/django.mo": catalogue(
+        {
+            "": "Content-Type: text/plain",
+            "menu\x04Save <b>it</b>": "Sichere es",
+            "one\0many": "ein\0viele",
+            "All &amp; more": "Alles & mehr",
+        }
+    ),
+    "x/locale/en_GB/LC_MESSAGES/django.mo": catalogue({"Color": "Colour"}),
+    "x/locale/zh_Hans/LC_MESSAGES/djangojs.mo": catalogue({"Save": "保存"}),
+    "../../evil/locale/fr/LC_MESSAGES/django.mo": catalogue({"Save": "Sauver"}),
+    "x-1.dist-info/licenses/LICENSE": b"Do what you like.",
+}
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, content: bytes, **changes: str) -> None:
+    """Lets pip bring ``content`` as django."""
+    known = replace(SOURCES["django"], version="1", sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(SOURCES, "django", replace(known, **changes))
+
+    def call(command: list[str], folder: Path, failure: str) -> None:
+        assert command[1:4] == ["-m", "pip", "download"]
+        (folder / "django-1-py3-none-any.whl").write_bytes(content)
+
+    monkeypatch.setattr(sources, "_call", call)
+
+
+def test_fetch_writes_bitexts_license_and_provenance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer(monkeypatch, wheel(WHOLE))
+    (folder,) = fetch(["django"], tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "PROVENANCE.json", "de-en.tsv", "en-fr.tsv", "en-zh_Hans.tsv"]
+    assert (folder / "de-en.tsv").read_text() == "Alles & mehr\tAll & more\nSichere es\tSave it\n"
+    assert (folder / "en-zh_Hans.tsv").read_text() == "Save\t保存\n"
+    provenance = json.loads((folder / "PROVENANCE.json").read_text())
+    assert (provenance["package"], provenance["version"], provenance["license"]) == ("django", "1", "BSD-3-Clause")
+    assert provenance["pairs"] == {"de-en": 2, "en-fr": 1, "en-zh_Hans": 1}
+    assert {path.name for path in tmp_path.rglob("*")} == {"corpora", "django", ".django.lock", *(p.name for p in folder.iterdir())}
+    capsys.readouterr()
+    monkeypatch.setattr(sources, "_call", None)
+    fetch(["django"], tmp_path)
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["cut off", "without provenance", "file gone"])
+def test_a_damaged_folder_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    offer(monkeypatch, wheel(WHOLE))
+    (folder,) = fetch(["django"], tmp_path)
+    if what == "cut off":
+        (folder / "de-en.tsv").write_text("x")
+    else:
+        (folder / {"without provenance": "PROVENANCE.json", "file gone": "LICENSE"}[what]).unlink()
+    assert corpus_damage("django", tmp_path) is not None
+    fetch(["django"], tmp_path)
+    assert "fetching django again" in capsys.readouterr().err
+    assert corpus_damage("django", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"no archive", "is damaged"),
+        (wheel({"x/locale/de/LC_MESSAGES/django.mo": b"\xde\x12\x04\x95" + b"\xff" * 40}), "is damaged"),
+        (wheel({name: data for name, data in WHOLE.items() if "LICENSE" not in name}), "no licence text"),
+        (wheel({"x-1.dist-info/licenses/LICENSE": b"Do."}), "no translations"),
+        (wheel({"x/locale/de/LC_MESSAGES/django.mo": bytes(sources.MEMBER_LIMIT + 1)}), "more than is reasonable"),
+    ],
+)
+def test_a_bad_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, says: str) -> None:
+    offer(monkeypatch, content)
+    with pytest.raises(UserError, match=says):
+        fetch(["django"], tmp_path)
+    assert [path.name for path in (tmp_path / "corpora").iterdir()] == [".django.lock"]
+
+
+def test_another_file_than_the_known_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, wheel(WHOLE), sha256="0" * 64)
+    with pytest.raises(UserError, match="not the file that is known"):
+        fetch(["django"], tmp_path)
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"no corpus 'djnago' to fetch \(did you mean 'django'\?\)"):
+        fetch(["djnago"], tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="apt-get and dpkg-deb are not on this machine: use django, wagtail"):
+        fetch(["mediawiki"], tmp_path)
+    monkeypatch.setattr(sources.sys, "executable", "/no/python")
+    with pytest.raises(UserError, match="there is no program /no/python"):
+        fetch(["django"], tmp_path)
+
+
+def test_a_failed_download_tells_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOURCES, "django", Source("django", "lsmoe-no-such-package", "none", 1, version="0.0.0.dev0"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"corpus django could not be fetched through pip: .*No matching distribution") as error:
+        fetch(["django"], tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_mediawiki_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "package"
+    messages = root / "usr/share/mediawiki/languages/i18n"
+    messages.mkdir(parents=True)
+    for name, content in {
+        "en": {"@metadata": {}, "save": "Save the '''page'''", "only": "Only here", "see": "See [[Help|the help]]"},
+        "zh-hans": {"save": "保存页面"},
+        "be-tarask": {"save": "Захаваць", "see": "Глядзі [[Help|дапамогу]]", "unknown": "x"},
+        "qqq": {"save": "a note"},
+        "de-formal": {"save": "Sichern Sie"},
+        "en-gb": {"save": "Save"},
+    }.items():
+        (messages / f"{name}.json").write_text(json.dumps(content))
+    (root / "usr/share/doc/mediawiki").mkdir(parents=True)
+    (root / "usr/share/doc/mediawiki/copyright").write_text("GPL")
+    (root / "DEBIAN").mkdir()
+    (root / "DEBIAN/control").write_text("Package: mediawiki\nVersion: 1:2.3\nArchitecture: all\nMaintainer: N <n@n>\nDescription: d\n")
+    deb = tmp_path / "mediawiki_1%3a2.3_all.deb"
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", "-Znone", root, deb], check=True, capture_output=True)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(sources, "_call", lambda command, folder, failure: shutil.copy(deb, folder))
+    (folder,) = fetch(["mediawiki"], tmp_path)
+    assert sorted(path.name for path in folder.glob("*.tsv")) == ["be_tarask-en.tsv", "en-zh_Hans.tsv"]
+    assert (folder / "en-zh_Hans.tsv").read_text() == "Save the page\t保存页面\n"
+    assert (folder / "be_tarask-en.tsv").read_text() == "Захаваць\tSave the page\nГлядзі дапамогу\tSee the help\n"
+    assert json.loads((folder / "PROVENANCE.json").read_text())["version"] == "1:2.3"
+    deb.write_bytes(deb.read_bytes()[:300])
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="damaged"):
+        fetch(["mediawiki"], tmp_path)
+
+
+@pytest.mark.slow
+def test_django_for_real(tmp_path: Path) -> None:
+    fetch(["django"], tmp_path)
+    settings = recipe(tmp_path, languages=["de", "ru", "ja"], vocabulary={"size": 800}, held_out={"dev": 20, "test": 30})
+    data = prepare(settings)
+    rows = {(row.direction, row.split): row for row in show(settings).rows}
+    assert rows["en-de", "train"].pairs > 120 and rows["en-ja", "test"].pairs == 20
+    assert all(row.unknown < 0.02 for row in show(settings).rows if row.split == "train")
+    tokens = data.tokens(data.languages.directions[0], "train")
+    assert 3 < tokens.source.lengths.mean() < 60
