@@ -128,6 +128,18 @@ def test_published_sets_serve_whole_and_are_not_trained_on(root: Path) -> None:
             assert not held & set(data.text(Direction(*name.split("-")), split)[side])
 
 
+def test_a_zero_shot_direction_has_a_test_set_only(root: Path) -> None:
+    for side, code in enumerate(("de", "fr")):
+        write_lines(root / f"opus/zero-shot/de-fr/opus.de-fr-test.{code}", [pair[side] for pair in pairs("de", "fr", 7)])
+    corpora = ["django", {"path": str(root / "opus"), "format": "opus100"}]
+    data = prepare(recipe(root, corpora=corpora, languages=[], directions=["de-en", "en-fr", "de-fr"]))
+    sizes = [len(data.tokens(Direction("de", "fr"), split)) for split in ("train", "dev", "test")]
+    assert sizes == [0, 0, 7]
+    assert data.text(Direction("fr", "de"), "test")[0] == [sentence("fr", n) for n in range(7)]
+    german = {sentence("de", n) for n in range(7)}
+    assert not german & {pair[0] for pair in train_text(data, "de-en")}
+
+
 def test_two_prepares_are_the_same_to_the_byte(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(recipe(root, "one"))
     monkeypatch.setattr(prepare_module, "SMALL", 0)
