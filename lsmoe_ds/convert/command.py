@@ -20,7 +20,7 @@ from lsmoe_ds.evaluation.scores import write_whole
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
-from lsmoe_ds.languages import Direction, SentenceIds, nearest
+from lsmoe_ds.languages import Direction, nearest
 
 TARGETS = ("dense",)
 BATCH = 16  # sentences whose logits are held at once
@@ -53,8 +53,7 @@ def _logits(loaded: Loaded, direction: Direction, sources: Sequence[Sequence[int
     """Teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
     number = loaded.languages.direction_id(direction)
     batch = collate(sources, targets, [number] * len(sources), DirectionIds.of(loaded.languages, loaded.vocabulary)).to(loaded.device)
-    ids = SentenceIds(batch.source_language, batch.target_language, batch.direction)
-    return loaded.model.logits(batch.source, batch.decoder_input, ids)[batch.decoder_input != loaded.vocabulary.PAD].cpu()
+    return loaded.model.logits(batch.source, batch.decoder_input, batch.ids)[batch.decoder_input != loaded.vocabulary.PAD].cpu()
 
 
 def convert(run: str | Path, to: str, direction: Direction, out: str | Path, check: int = 100) -> dict[str, Any]:

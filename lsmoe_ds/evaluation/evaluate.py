@@ -23,7 +23,7 @@ from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_directi
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate_all
-from lsmoe_ds.languages import SentenceIds, parse_directions
+from lsmoe_ds.languages import parse_directions
 from lsmoe_ds.moe.routers import Routes
 
 SPLITS = ("test", "dev")
@@ -132,8 +132,7 @@ def _measure(loaded: Loaded, data: PreparedData, split: str) -> dict[tuple[str, 
             indices = range(start, min(start + ROUTED_BATCH, len(pairs), ROUTED_SENTENCES))
             sources, targets = [pairs.source[i] for i in indices], [pairs.target[i] for i in indices]
             batch = collate(sources, targets, [number] * len(indices), table_of_ids).to(loaded.device)
-            ids = SentenceIds(batch.source_language, batch.target_language, batch.direction)
-            loaded.model(batch.source, batch.decoder_input, batch.labels, ids)
+            loaded.model(batch.source, batch.decoder_input, batch.labels, batch.ids)
     for hook in hooks:
         hook.remove()
     return counts

@@ -11,7 +11,7 @@ from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search
 from lsmoe_ds.inference.load import Loaded
-from lsmoe_ds.languages import BOS, PAD, Direction, SentenceIds, script
+from lsmoe_ds.languages import BOS, PAD, Direction, script
 
 FIRST_CHUNK, LARGEST_CHUNK = 16, 2048
 BATCH_TOKENS = 2048
@@ -90,8 +90,7 @@ def translate_tokens(
         while end < len(order) and end - start < rows and (len(sources[order[end]]) + 2) * (end + 1 - start) <= batch_tokens:
             end += 1
         batch = collate([sources[i] for i in order[start:end]], None, [number] * (end - start), table).to(loaded.device)
-        ids = SentenceIds(batch.source_language, batch.target_language, batch.direction)
-        found.update(zip(order[start:end], beam_search(loaded.model, batch.source, ids, banned, search), strict=True))
+        found.update(zip(order[start:end], beam_search(loaded.model, batch.source, batch.ids, banned, search), strict=True))
         advance(end - start)
         start = end
     return [found[i] for i in range(len(sources))]
