@@ -57,13 +57,13 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson =
     from rich.console import Console
 
     from lsmoe_ds.config import load_recipe
-    from lsmoe_ds.data.show import show
+    from lsmoe_ds.data.summary import show
 
     shown = show(load_recipe(recipe, overrides or ()))
     if as_json:
-        _print_json(shown.to_json())
+        _print_json(shown.to_dict())
     else:
-        Console().print(shown.render())
+        Console().print(shown.table())
 
 
 @app.command()

@@ -81,6 +81,10 @@ class Groups(Section):
     high: Positive = 1_000_000
     medium: Positive = 100_000
 
+    def of(self, pairs: int) -> str:
+        """``high``, ``medium`` or ``low``."""
+        return "high" if pairs >= self.high else "medium" if pairs >= self.medium else "low"
+
 
 class Data(Section):
     corpora: Annotated[list[str | Corpus], Field(min_length=1)]

@@ -318,10 +318,18 @@ def test_validation_of_some_directions() -> None:
 def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(UserError, match=r"'data.batch.count' is 4, which the 3 data-parallel ranks cannot share evenly; allowed: 3, 6, 9"):
         stream(world=3)
-    with pytest.raises(UserError, match="direction en-fr has no training pair"):
-        stream(prepare({**SIZES, "en-fr": 0}))
+    with pytest.raises(UserError, match="no direction has a training pair"):
+        stream(prepare(dict.fromkeys(SIZES, 0)))
     short, long = Store(np.ones(5)), Store(np.full(5, 20))
     data = {d: Pairs(long, long) if d.bitext == "en-zh_Hans" else Pairs(short, short) for d in LANGUAGES.directions}
     limits = "'data.batch.tokens' 16 and 'data.batch.max_length' 4"
     with pytest.raises(UserError, match=f"no training pair of direction en-zh_Hans fits into {limits}"):
         stream(Prepared(data), tokens=16, max_length=4)
+
+
+@pytest.mark.parametrize("languages", ["mixed", "homogeneous"])
+def test_direction_with_held_out_text_only_has_no_share(languages: str) -> None:
+    steps = stream(prepare({**SIZES, "en-fr": 0}), languages=languages)
+    directions = {i for _ in range(60) for i in next(steps).directions}
+    zero = {LANGUAGES.directions.index(d) for d in LANGUAGES.directions if d.bitext == "en-fr"}
+    assert zero and directions == set(range(len(LANGUAGES.directions))) - zero

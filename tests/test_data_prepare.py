@@ -19,7 +19,7 @@ from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.cleaning import near_duplicate_form
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
-from lsmoe_ds.data.summary import resource_group, show
+from lsmoe_ds.data.summary import show
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, Direction
@@ -376,10 +376,9 @@ def test_show(root: Path) -> None:
     rows = {(row.direction, row.split): row for row in summary.rows}
     assert len(rows) == 6 * 3
     assert rows["en-de", "train"].source_tokens == rows["de-en", "train"].target_tokens > 0
-    assert rows["en-de", "test"].pairs == 20 and rows["en-de", "train"].group == resource_group(
-        rows["en-de", "train"].pairs, settings.data.groups
-    )
-    assert [resource_group(pairs, settings.data.groups) for pairs in (260, 259, 9)] == ["high", "medium", "low"]
+    assert rows["en-de", "test"].pairs == 20
+    assert rows["en-de", "train"].group == settings.data.groups.of(rows["en-de", "train"].pairs)
+    assert [settings.data.groups.of(pairs) for pairs in (260, 259, 9)] == ["high", "medium", "low"]
     assert json.loads(json.dumps(summary.to_dict()))["vocabulary"] == 120
     assert summary.table().row_count == 6
 

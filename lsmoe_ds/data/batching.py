@@ -192,7 +192,7 @@ class BatchStream:
     counted) or that do not fit into ``batch.tokens`` are left out; ``skipped`` has their number by direction.
     Units of a homogeneous stream hold one direction each, and those of a step may differ.
 
-    Raises UserError if the ranks do not divide ``batch.count``, or a direction has no pair at all, or none that fits.
+    Raises UserError if the ranks do not divide ``batch.count``, or no direction has a pair, or one has none that fits.
     """
 
     def __init__(
@@ -219,11 +219,16 @@ class BatchStream:
         fitting, tokens = np.array(counts, dtype=np.float64).T
         self.skipped = {str(d): int(n - f) for d, n, f in zip(languages.directions, self._sizes, fitting, strict=True)}
 
-        kept = self._sizes ** (1 / temperature)
-        drawn = kept * self._sizes / fitting  # more are drawn where some are left out
-        everything = np.arange(len(self._sizes))
-        groups = [everything] if batch.languages == "mixed" else [everything[i : i + 1] for i in everything]
-        self._pools = [self._pool(group, drawn[group], tokens[group] / self._sizes[group]) for group in groups]
+        # A direction with held-out text only (zero-shot) has a share of nothing.
+        trained = np.flatnonzero(self._sizes)
+        if not len(trained):
+            raise UserError("no direction has a training pair: add a corpus that has some to 'data.corpora'")
+        sizes, fitting, tokens = self._sizes[trained], fitting[trained], tokens[trained]
+        kept = sizes ** (1 / temperature)
+        drawn = kept * sizes / fitting  # more are drawn where some are left out
+        places = np.arange(len(trained))
+        groups = [places] if batch.languages == "mixed" else [places[i : i + 1] for i in places]
+        self._pools = [self._pool(trained[group], drawn[group], tokens[group] / sizes[group]) for group in groups]
         # A unit of short sentences holds more of them: units are chosen in proportion to the tokens.
         self._choice = thresholds_of(kept * tokens / fitting)
         self._step = 0
@@ -342,8 +347,6 @@ def _fits(source: Integers, target: Integers, batch: BatchSettings) -> NDArray[n
 
 def _count_fitting(direction: Direction, source: NDArray[Any], target: NDArray[Any], batch: BatchSettings) -> tuple[int, int]:
     """Pairs that fit, and their tokens. Goes through in blocks: a direction may have 10^8 pairs."""
-    if not len(source):
-        raise UserError(f"direction {direction} has no training pair: add a corpus that has it, or take it out of 'data.directions'")
     pairs, tokens, block = 0, 0, 2**22
     for start in range(0, len(source), block):
         s = source[start : start + block].astype(np.int64) + OVERHEAD[0]
@@ -351,7 +354,7 @@ def _count_fitting(direction: Direction, source: NDArray[Any], target: NDArray[A
         fits = _fits(s, t, batch)
         pairs += int(fits.sum())
         tokens += int((s + t)[fits].sum())
-    if not pairs:
+    if len(source) and not pairs:
         limits = f"'data.batch.tokens' {batch.tokens} and 'data.batch.max_length' {batch.max_length}"
         raise UserError(f"no training pair of direction {direction} fits into {limits}: allow more")
     return pairs, tokens

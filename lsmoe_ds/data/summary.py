@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lsmoe_ds.config import Groups, Recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.formats import SPLITS
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.languages import language_name
@@ -56,18 +56,13 @@ class Summary:
         return table
 
 
-def resource_group(pairs: int, groups: Groups) -> str:
-    """``high``, ``medium`` or ``low``, by training pairs."""
-    return "high" if pairs >= groups.high else "medium" if pairs >= groups.medium else "low"
-
-
 def show(recipe: Recipe) -> Summary:
     """Sums up the prepared data of a recipe. Raises UserError if it is not prepared or damaged."""
     data = PreparedData.open(recipe.prepared)
     rows = []
     for direction in data.languages.directions:
         splits = data.manifest["bitexts"][direction.bitext]
-        group = resource_group(splits["train"]["pairs"], recipe.data.groups)
+        group = recipe.data.groups.of(splits["train"]["pairs"])
         for split in SPLITS:
             pairs = splits[split]["pairs"]
             source, target = splits[split]["sides"][direction.source], splits[split]["sides"][direction.target]

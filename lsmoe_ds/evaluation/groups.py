@@ -61,11 +61,7 @@ class Average:
 
 def resource_groups(pairs: Mapping[str, int], limits: Groups) -> dict[str, str]:
     """Group of each bitext (``de-en``) by its number of training pairs."""
-
-    def group(count: int) -> str:
-        return "high" if count >= limits.high else "medium" if count >= limits.medium else "low"
-
-    return {bitext: group(count) for bitext, count in pairs.items()}
+    return {bitext: limits.of(count) for bitext, count in pairs.items()}
 
 
 def membership(direction: Direction, resources: Mapping[str, str]) -> tuple[str, ...]:
