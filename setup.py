@@ -16,6 +16,7 @@ setup(
         "megatron-core==0.16.1",
         "sentencepiece>=0.2.1,<0.3",
         "sacrebleu>=2.5,<3",
+        "regex>=2024",
         "safetensors>=0.5",
         "pydantic>=2.10,<3",
         "pyyaml>=6",

@@ -30,6 +30,13 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1))
 
 
+def _show(table: Any) -> None:
+    """Prints a rich table; into a file or pipe as wide as it wants to be."""
+    from rich.console import Console
+
+    (Console() if sys.stdout.isatty() else Console(width=200)).print(table)
+
+
 @data_app.command("fetch")
 def data_fetch(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="django, wagtail, weblate or mediawiki.")],
@@ -43,7 +50,9 @@ def data_fetch(
 
 
 @data_app.command("prepare")
-def data_prepare(recipe: RecipeFile, overrides: Overrides = None, force: Annotated[bool, typer.Option(help="Prepares again.")] = False) -> None:
+def data_prepare(
+    recipe: RecipeFile, overrides: Overrides = None, force: Annotated[bool, typer.Option(help="Prepares again.")] = False
+) -> None:
     """Cleans, deduplicates, holds out, trains the vocabulary, and stores tokens; does nothing when that is done."""
     from lsmoe_ds.config import load_recipe
     from lsmoe_ds.data.prepare import prepare
@@ -54,8 +63,6 @@ def data_prepare(recipe: RecipeFile, overrides: Overrides = None, force: Annotat
 @data_app.command("show")
 def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
-    from rich.console import Console
-
     from lsmoe_ds.config import load_recipe
     from lsmoe_ds.data.summary import show
 
@@ -63,14 +70,16 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson =
     if as_json:
         _print_json(shown.to_dict())
     else:
-        Console().print(shown.table())
+        _show(shown.table())
 
 
 @app.command()
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Processes on this machine; by default as few as the layout needs.")] = None,
+    processes: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes on this machine; by default as few as the layout needs.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")] = None,
 ) -> None:
     """Trains, from the last whole checkpoint if there is one.
@@ -97,15 +106,13 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Translates the held-out text by beam search and scores it with BLEU and chrF++, beside copying the source."""
-    from rich.console import Console
-
     from lsmoe_ds.evaluation.evaluate import evaluate as score
 
     table = score(run, directions.split(",") if directions else None, beam, length_penalty, split, limit)
     if as_json:
         print(table.to_json())
     else:
-        Console().print(table.render())
+        _show(table.render())
 
 
 @app.command()

@@ -236,7 +236,9 @@ class Recipe(Section):
         for name, side in (("encoder", hidden.encoder), ("decoder", hidden.decoder)):
             for layer in range(side.layers):
                 if not side.is_moe(layer) and side.width(layer) % tensor:
-                    raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width {side.width(layer)} of the {name}")
+                    raise ValueError(
+                        f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width {side.width(layer)} of the {name}"
+                    )
         for name, _, moe in hidden.moe_layers():
             if moe.experts % expert:
                 raise ValueError(f"'parallel.expert' is {expert}, which does not divide the {moe.experts} experts of the {name}")
@@ -338,7 +340,9 @@ def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], in
     # Of a union's members each has complained: an unknown key tells more than "should be a string".
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # pydantic names the tried member of a union ("Corpus", "list[...]"): only what stands in a recipe is shown.
-    at = tuple(str(part) for part in first["loc"] if not str(part)[:1].isupper() and "[" not in str(part) and str(part) not in ("str", "dict"))
+    at = tuple(
+        str(part) for part in first["loc"] if not str(part)[:1].isupper() and "[" not in str(part) and str(part) not in ("str", "dict")
+    )
     line = next((f", line {lines[at[:n]]}" for n in range(len(at), 0, -1) if at[:n] in lines), "")
     key = ".".join(at)
     if first["type"] == "extra_forbidden":

@@ -85,7 +85,11 @@ def recipe(change: Callable[[dict[str, Any]], object]) -> Change:
 
 
 def text(content: str | bytes, file: str = "bad.yaml") -> Change:
-    return lambda: None if Path(file).write_bytes(content.encode() if isinstance(content, str) else content) else None
+
+    def write() -> None:
+        Path(file).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return write
 
 
 def with_corpus(content: str | bytes, **more: Any) -> Change:
@@ -122,6 +126,7 @@ PREPARE = ["data", "prepare", "bad.yaml"]
 TRAIN = ["train", "bad.yaml", "--out", "new"]
 NOTHING: Change = lambda: None  # noqa: E731
 
+# fmt: off
 CASES: list[tuple[str, Change, list[str], str]] = [
     # recipes
     ("no recipe", NOTHING, TRAIN, "there is no recipe bad.yaml"),
@@ -193,6 +198,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("no report", NOTHING, ["report", "data"], "data"),
     ("scores damaged", text("{", "run/scores.json"), ["report", "run"], "scores.json"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize(("change", "arguments", "sentence"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
@@ -262,4 +268,6 @@ def test_full_disk(place, small_disk):
         saved = sorted((p.name for p in (small_disk / "run" / "checkpoints").iterdir()), key=lambda name: int(name.split("-")[1]))
         assert saved and all(name.startswith("step-") for name in saved) and len(saved) < 40
         manifest = json.loads((small_disk / "run" / "checkpoints" / saved[-1] / "manifest.json").read_text())
-        assert all((small_disk / "run" / "checkpoints" / saved[-1] / name).stat().st_size == f["bytes"] for name, f in manifest["files"].items())
+        assert all(
+            (small_disk / "run" / "checkpoints" / saved[-1] / name).stat().st_size == f["bytes"] for name, f in manifest["files"].items()
+        )

@@ -100,7 +100,9 @@ def train(topology, recipe: Recipe):
         return true_step(*arguments, **options)
 
     engine.step = step_after_reading_gradients
-    results = [train_step(engine, step, i + 1, recipe, topology) for i, step in enumerate(steps_of(recipe, topology.data_rank, topology.data))]
+    results = [
+        train_step(engine, step, i + 1, recipe, topology) for i, step in enumerate(steps_of(recipe, topology.data_rank, topology.data))
+    ]
     weights = {
         names[name]: (parameter.detach().numpy().copy(), partition_dimension(parameter))
         for name, parameter in engine.module.named_parameters()
@@ -148,7 +150,14 @@ def alone(pool):
 
 LAYOUTS = [(2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 2), (4, 1, 4), (4, 2, 4), (4, 2, 1)]
 CASES = [("target", *layout, 1) for layout in LAYOUTS]
-CASES += [("token", 4, 2, 2, 1), ("token", 2, 1, 2, 2), ("token", 4, 1, 4, 1), ("pair", 2, 1, 2, 1), ("pair", 4, 2, 2, 2), ("mixed", 4, 2, 2, 1)]
+CASES += [
+    ("token", 4, 2, 2, 1),
+    ("token", 2, 1, 2, 2),
+    ("token", 4, 1, 4, 1),
+    ("pair", 2, 1, 2, 1),
+    ("pair", 4, 2, 2, 2),
+    ("mixed", 4, 2, 2, 1),
+]
 CASES += [("dense", 2, 2, 1, 1), ("dense", 4, 2, 1, 2), ("dense", 2, 1, 1, 0), ("dense", 2, 2, 1, 0), ("target", 2, 1, 2, 0)]
 CASES += [("token", 4, 2, 2, 0), ("target", 2, 2, 1, 0)]
 

@@ -68,7 +68,7 @@ class Pool:
         for _, connection in workers:
             connection.send((function, arguments, {"tensor": tensor, "expert": expert}))
         results = []
-        for process, connection in workers:
+        for _, connection in workers:
             if not connection.poll(120):
                 self._stop(world)
                 raise AssertionError(f"a worker of {world} hung in {function.__name__}")

@@ -61,10 +61,7 @@ class Dispatcher(nn.Module):
         order = flat.argsort(stable=True)  # copies in the order of their experts
         counts = torch.bincount(flat, minlength=self.total)  # [E]
         copies = tokens[order // top_k]
-        if self.topology.expert == 1:
-            outputs = self.experts(copies, counts.tolist())
-        else:
-            outputs = self._exchange(copies, counts)
+        outputs = self._exchange(copies, counts) if self.topology.expert > 1 else self.experts(copies, counts.tolist())
         weighted = outputs * weights.reshape(-1)[order][:, None]
         return torch.zeros_like(tokens).index_add(0, order // top_k, weighted.to(tokens.dtype))
 

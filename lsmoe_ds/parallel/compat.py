@@ -133,9 +133,7 @@ def initialize_megatron(tensor: int, expert: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import megatron.core.parallel_state as state
-    state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
-    )
+    state.initialize_model_parallel(tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=1)
     return state
 
 
@@ -149,7 +147,7 @@ def megatron_config() -> Any:
     )
 
 
-def mark_tensor_parallel(parameter: torch.nn.Parameter, dimension: int) -> None:
+def mark_tensor_parallel(parameter: Any, dimension: int) -> None:
     """Megatron marks a weight while initializing it, which we do ourselves; DeepSpeed's norm reads the mark."""
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
@@ -254,11 +252,12 @@ def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
 
 
 def complete_engine(engine: Any, clip: Callable[[], float]) -> None:
-    """Three things that engine 0.19.8 leaves to be wished.
+    """Four things that engine 0.19.8 leaves to be wished.
 
     ZeRO stage 0 clips by ``clip``, which returns the norm, and keeps the norm. One rank alone does not copy its gradients
-    through all-reduce buffers. And of the ranks that hold the same experts only the first saves anything, even where the
+    through all-reduce buffers. Of the ranks that hold the same experts only the first saves anything, even where the
     others are its tensor-parallel peers, whose part of the dense weights would be missing: all peers of the first save.
+    And the engine puts scripts beside the checkpoints, which do not know experts: it does so no more.
     """
     from deepspeed.utils import groups
 
@@ -269,3 +268,4 @@ def complete_engine(engine: Any, clip: Callable[[], float]) -> None:
     if dist.get_world_size() == 1 and engine.zero_optimization_stage() == 0:
         engine.enable_backward_allreduce = False
     engine.checkpoint_engine.is_data_parallel_writer = lambda rank: rank == 0 or groups._get_data_parallel_rank() == 0
+    engine._copy_recovery_script = lambda folder: None

@@ -6,7 +6,7 @@ peers (world 4, tensor 2, expert 2: tensor groups [0,1] [2,3], data [0,2] [1,3],
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ class Topology:
     tensor_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
     expert_group: dist.ProcessGroup | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Topology:

@@ -111,7 +111,13 @@ def clip_gradients(model: Transformer, limit: float, topology: Topology) -> floa
     parts: dict[str, list[Tensor]] = {"replicated": [], "tensor": [], "expert": []}
     for parameter in model.parameters():
         if parameter.grad is not None:
-            kind = "expert" if compat.is_expert_parameter(parameter) else "tensor" if partition_dimension(parameter) is not None else "replicated"
+            kind = (
+                "expert"
+                if compat.is_expert_parameter(parameter)
+                else "tensor"
+                if partition_dimension(parameter) is not None
+                else "replicated"
+            )
             parts[kind].append(parameter.grad)
     squares = {kind: torch.nn.utils.get_total_norm(gradients).double().cpu() ** 2 for kind, gradients in parts.items()}
     for kind, size, group in (("tensor", topology.tensor, topology.tensor_group), ("expert", topology.expert, topology.expert_group)):

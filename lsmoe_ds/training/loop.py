@@ -26,9 +26,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
     training, data = recipe.training, recipe.data
     prepared = PreparedData.open(recipe.prepared)
     languages, vocabulary = recipe.languages, prepared.vocabulary
-    stream = BatchStream(
-        prepared, languages, vocabulary, data.batch, data.temperature, training.seed, topology.data_rank, topology.data
-    )
+    stream = BatchStream(prepared, languages, vocabulary, data.batch, data.temperature, training.seed, topology.data_rank, topology.data)
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
     engine = build_engine(recipe, vocabulary.size, topology)
     found, complaints = checkpoints.newest_whole(run)
@@ -56,9 +54,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
             begun = time.perf_counter()
             last_step = number == training.steps
             if training.validate_every and (number % training.validate_every == 0 or last_step):
-                batches = validation_batches(
-                    prepared, languages, vocabulary, data.batch, rank=topology.data_rank, world=topology.data
-                )
+                batches = validation_batches(prepared, languages, vocabulary, data.batch, rank=topology.data_rank, world=topology.data)
                 monitor.record_dev_loss(number, validate(engine, batches, topology))
             if number % training.checkpoint_every == 0 or last_step:
                 position = {"stream": stream.state_dict(), "window": monitor.state_dict()}

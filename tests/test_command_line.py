@@ -1,0 +1,68 @@
+"""The commands as a person types them, from a corpus to a report, with the real deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small_run import TARGET_TOP2, make_recipe, write_corpus
+
+from lsmoe_ds import __version__
+
+
+def lsmoe(folder: Path, *arguments: str, text: str | None = None) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lsmoe_ds", *arguments]
+    done = subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_way(tmp_path):
+    write_corpus(tmp_path)
+    value = yaml.safe_load(make_recipe(Path("."), TARGET_TOP2, TARGET_TOP2, expert=2).to_yaml())
+    value["training"] |= {"steps": 30, "checkpoint_every": 20, "validate_every": 10, "log_every": 5}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(value))
+
+    lsmoe(tmp_path, "data", "prepare", "small.yaml")
+    shown = json.loads(lsmoe(tmp_path, "data", "show", "small.yaml", "--json"))
+    assert {row["direction"] for row in shown["rows"]} == {"en-de", "de-en", "en-fr", "fr-en"}
+    assert "German" in lsmoe(tmp_path, "data", "show", "small.yaml")
+
+    lsmoe(tmp_path, "train", "small.yaml", "--nproc", "2", "--set", "training.steps=20")
+    lsmoe(tmp_path, "train", "small.yaml", "--nproc", "2")
+    records = [json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == [5, 10, 15, 20, 25, 30]
+    assert [r["step"] for r in records if "dev_loss" in r] == [10, 20, 30]
+    assert sorted(p.name for p in (tmp_path / "runs/small/checkpoints").iterdir()) == ["step-20", "step-30"]
+    assert list((tmp_path / "runs/small/tensorboard").iterdir())
+
+    scores = json.loads(lsmoe(tmp_path, "evaluate", "runs/small", "--json", "--limit", "5"))
+    assert set(scores["directions"]) == {"en-de", "de-en", "en-fr", "fr-en"} and scores["step"] == 30
+
+    chosen = ["--from", "en", "--to-language", "de"]
+    summary = json.loads(lsmoe(tmp_path, "convert", "runs/small", "--to", "dense", *chosen, "--out", "en-de", "--json"))
+    assert summary["largest_logit_difference"] <= 1e-4
+    assert summary["same_translations"] == summary["sentences"] > 0
+    assert summary["dense_parameters"] < summary["sparse_parameters"]
+
+    translated = [
+        lsmoe(tmp_path, "translate", model, "--from", "en", "--to", "de", text="bada kudi fo\n\nlu ki\n").split("\n")
+        for model in ("runs/small", "en-de")
+    ]
+    assert translated[0] == translated[1]
+    assert len(translated[0]) == 4 and translated[0][1] == "" and translated[0][0] != ""
+
+    report = Path(tmp_path, lsmoe(tmp_path, "report", "runs/small").strip())
+    assert report.read_text(encoding="utf-8").lower().startswith("<!doctype html")
+
+
+def test_version_and_help(tmp_path):
+    assert lsmoe(tmp_path, "version").strip() == __version__
+    assert "evaluate" in lsmoe(tmp_path, "--help")
