@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.data.folders import describe_files, write_json
+from lsmoe_ds.folders import describe_files, write_json
 
 SYLLABLES = {
     "en": ["ta", "ne", "shi", "ro", "lem", "pas", "win", "dor"],

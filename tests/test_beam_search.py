@@ -80,7 +80,7 @@ def slow_search(model, source, ids, banned, search) -> Hypothesis:
 
 def same(found, wanted):
     assert [h.tokens for h in found] == [h.tokens for h in wanted]
-    assert [h.score for h in found] == pytest.approx([h.score for h in wanted], abs=1e-5)
+    assert [h.score for h in found] == pytest.approx([h.score for h in wanted], rel=1e-6, abs=1e-5)
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [(None, None), (TASK, TASK), (TOKEN, TASK), (TOKEN, TOKEN)])

@@ -99,7 +99,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(copy):
     path = step / "mp_rank_00_model_states.pt"
     torch.save({"module": {"a": Evil()}}, path)
     manifest = json.loads((step / "manifest.json").read_text())
-    from lsmoe_ds.data.folders import describe_files
+    from lsmoe_ds.folders import describe_files
 
     manifest["files"] |= describe_files(step, [path.name])
     (step / "manifest.json").write_text(json.dumps(manifest))

@@ -18,8 +18,7 @@ from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.launch import free_port
-from lsmoe_ds.training import checkpoints
-from lsmoe_ds.training.run_folder import open_run
+from lsmoe_ds.run_folder import list_checkpoints, newest_whole, open_run, step_of
 from lsmoe_ds.training.schedules import inverse_square_root
 
 
@@ -95,7 +94,7 @@ def test_interrupted_run_ends_bit_equal(pool, folder, world, tensor, expert, sta
     pool.run(world, loop, recipe, whole, **sizes)
     # Step 3 is saved between two records (every second step), so the averages begun must be part of the checkpoint.
     pool.run(world, loop, recipe, cut, 5, KeyboardInterrupt(), **sizes)
-    assert [p.name for p in checkpoints.list_checkpoints(cut)] == ["step-3"]
+    assert [p.name for p in list_checkpoints(cut)] == ["step-3"]
     pool.run(world, loop, recipe, cut, **sizes)
     assert_same_end(whole, cut, 6)
     assert records(whole)[0]["loss"] > records(whole)[-2]["loss"] or records(whole)[-1].get("dev_loss") is not None
@@ -108,12 +107,12 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(pool, folder):
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    found, complaints = checkpoints.newest_whole(run)
+    found, complaints = newest_whole(run)
     assert found == run / "checkpoints" / "step-6"
     assert "step-9/mp_rank_00_model_states.pt" in complaints[0]
     (run / "checkpoints" / "step-6" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"no checkpoint .* is whole .*step-9.*step-6/manifest.json is missing or damaged"):
-        checkpoints.newest_whole(run)
+        newest_whole(run)
 
 
 def test_what_was_being_written_is_no_checkpoint(pool, folder):
@@ -122,7 +121,7 @@ def test_what_was_being_written_is_no_checkpoint(pool, folder):
     pool.run(1, loop, recipe, run, 1, KeyboardInterrupt())
     partial.mkdir(parents=True)
     (partial / "mp_rank_00_model_states.pt").write_bytes(b"half")
-    assert checkpoints.list_checkpoints(run) == []
+    assert list_checkpoints(run) == []
     pool.run(1, loop, recipe, run)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-3"]
 
@@ -161,7 +160,7 @@ def test_non_finite_stops_with_step_directions_and_last_checkpoint(pool, folder,
         assert ("loss is" if what == "loss" else "gradient norm is not finite") in message
         assert "the directions in the batch: " in message and "en-" in message
         assert str(run / "checkpoints" / "step-3") in message
-    assert [p.name for p in checkpoints.list_checkpoints(run)] == ["step-3"]
+    assert [p.name for p in list_checkpoints(run)] == ["step-3"]
 
 
 spoil_worker = spoil  # what a worker imports by name
@@ -196,8 +195,8 @@ def test_sigkill_in_the_middle_changes_nothing(folder):
     for process in processes:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    saved = checkpoints.list_checkpoints(killed)
-    assert saved and checkpoints.step_of(saved[-1]) < 120, "it was killed too late to test anything"
+    saved = list_checkpoints(killed)
+    assert saved and step_of(saved[-1]) < 120, "it was killed too late to test anything"
     assert [p.wait(120) for p in ranks(file, killed)] == [0, 0]
     assert_same_end(whole, killed, 120)
     shutil.rmtree(killed)

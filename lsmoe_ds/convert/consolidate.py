@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsmoe_ds.data.folders import damage
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import damage
 from lsmoe_ds.model.initialization import global_name
 
 MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.data.folders import damage, read_json, sha256
 from lsmoe_ds.data.formats import Part, find_parts
 from lsmoe_ds.data.prepared import FORMAT, MANIFEST
 from lsmoe_ds.data.sources import PROVENANCE, SOURCES
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import damage, read_json, sha256
 
 Fingerprint = dict[str, dict[str, Any]]
 

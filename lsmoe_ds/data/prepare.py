@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.fingerprints import corpora_fingerprint, reason_to_prepare, settings_of
-from lsmoe_ds.data.folders import describe_files, locked, replaced, write_json
 from lsmoe_ds.data.formats import SPLITS, Part, find_parts
 from lsmoe_ds.data.held_out import HELD_OUT, Keys, choose, quota
 from lsmoe_ds.data.prepared import FORMAT, MANIFEST, PreparedData
@@ -27,6 +26,7 @@ from lsmoe_ds.data.tokens import write_tokens
 from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.data.workers import Workers, cores
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import describe_files, locked, replaced, write_json
 from lsmoe_ds.languages import Languages
 
 # Below this many bytes of corpora, starting processes takes longer than they save.

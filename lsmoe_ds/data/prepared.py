@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lsmoe_ds.data.folders import damage, read_json
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import damage, read_json
 from lsmoe_ds.languages import Direction, Languages
 
 MANIFEST = "manifest.json"

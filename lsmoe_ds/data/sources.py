@@ -22,8 +22,8 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 
 from lsmoe_ds.data.catalogues import read_catalogue, read_messages, without_tags, without_wiki_markup
-from lsmoe_ds.data.folders import damage, describe_files, locked, read_json, replaced, sha256, write_json
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import damage, describe_files, locked, read_json, replaced, sha256, write_json
 from lsmoe_ds.languages import CODE, Direction, nearest, normalize_code
 
 PROVENANCE = "PROVENANCE.json"

@@ -15,50 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lsmoe_ds.data.folders import damage, describe_files, read_json, sync, write_json
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import describe_files, read_json, sync, write_json
 from lsmoe_ds.model.initialization import global_names, partition_dimension
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.run_folder import list_checkpoints
 
 UNFINISHED = ".writing-"
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint folder."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; what was cut off while being written is not among them."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=step_of)
-
-
-def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in words, or None."""
-    manifest, state = read_json(checkpoint / "manifest.json"), read_json(checkpoint / "state.json")
-    if manifest is None or not isinstance(manifest.get("files"), dict):
-        return f"{checkpoint / 'manifest.json'} is missing or damaged"
-    if state is None or state.get("step") != step_of(checkpoint):
-        return f"{checkpoint / 'state.json'} is missing or damaged"
-    return damage(checkpoint, manifest["files"], checksums)
-
-
-def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint of a run, and what is wrong with each newer one.
-
-    Raises UserError if there are checkpoints and all are damaged: going on would mean to start over silently.
-    """
-    complaints: list[str] = []
-    for checkpoint in reversed(list_checkpoints(run)):
-        wrong = find_damage(checkpoint)
-        if wrong is None:
-            return checkpoint, complaints
-        complaints.append(wrong)
-    if complaints:
-        raise UserError(f"no checkpoint in {run / 'checkpoints'} is whole ({'; '.join(complaints)}): remove the folder to start over")
-    return None, complaints
 
 
 def save(engine: Any, run: Path, step: int, position: dict[str, Any], topology: Topology, keep: int) -> Path:

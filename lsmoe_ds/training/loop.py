@@ -13,6 +13,7 @@ from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.run_folder import list_checkpoints, newest_whole
 from lsmoe_ds.training import checkpoints
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
 from lsmoe_ds.training.monitor import Monitor
@@ -29,7 +30,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
     stream = BatchStream(prepared, languages, vocabulary, data.batch, data.temperature, training.seed, topology.data_rank, topology.data)
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
     engine = build_engine(recipe, vocabulary.size, topology)
-    found, complaints = checkpoints.newest_whole(run)
+    found, complaints = newest_whole(run)
     done, window = 0, None
     if found is not None:
         state = checkpoints.load(engine, found, topology)
@@ -47,7 +48,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
                 result = train_step(engine, step, number, recipe, topology)
             except NonFinite as error:
                 directions = ", ".join(str(languages.directions[i]) for i in step.directions)
-                last = checkpoints.list_checkpoints(run)
+                last = list_checkpoints(run)
                 saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
                 raise UserError(f"step {number}: {error}; the directions in the batch: {directions}; {saved}") from None
             monitor.after_step(number, step, result)

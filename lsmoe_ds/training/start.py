@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.data.folders import locked
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import locked
 from lsmoe_ds.parallel import launch
 from lsmoe_ds.parallel.topology import Topology, check_world
+from lsmoe_ds.run_folder import check_run, newest_whole, open_run
 from lsmoe_ds.training import checkpoints
 from lsmoe_ds.training.engine import engine_config
-from lsmoe_ds.training.run_folder import check_run, open_run
 
 
 def check(recipe: Recipe, run: Path, world: int) -> None:
@@ -25,7 +25,7 @@ def check(recipe: Recipe, run: Path, world: int) -> None:
         raise UserError(f"{recipe.prepared} was prepared for other directions than the recipe's: run 'lsmoe data prepare' on the recipe")
     vocabulary = prepared.folder / "vocabulary.model"
     check_run(recipe, run, vocabulary)
-    found, _ = checkpoints.newest_whole(run)
+    found, _ = newest_whole(run)
     if found is not None:
         checkpoints.check_layout(found, world, layout.tensor, layout.expert)
     open_run(recipe, run, vocabulary)

@@ -1,4 +1,7 @@
-"""The run folder: ``recipe.yaml``, ``vocabulary.model``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``."""
+"""The run folder: ``recipe.yaml``, ``vocabulary.model``, ``checkpoints/step-N/``, ``metrics.jsonl``, ``tensorboard/``.
+
+Who may write it, and which of its checkpoints are whole; what is in a checkpoint is the business of training.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config import Recipe, load_recipe
-from lsmoe_ds.data.folders import explain_errors, sha256
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import damage, explain_errors, read_json, sha256
 
 # What may differ when a run goes on: it changes neither the model nor any step already taken.
 MAY_CHANGE = {
@@ -62,3 +65,40 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {at: value}
     return {key: leaf for name, child in value.items() for key, leaf in _flat(child, f"{at}.{name}" if at else name).items()}
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; what was cut off while being written is not among them."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words, or None."""
+    manifest, state = read_json(checkpoint / "manifest.json"), read_json(checkpoint / "state.json")
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        return f"{checkpoint / 'manifest.json'} is missing or damaged"
+    if state is None or state.get("step") != step_of(checkpoint):
+        return f"{checkpoint / 'state.json'} is missing or damaged"
+    return damage(checkpoint, manifest["files"], checksums)
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint of a run, and what is wrong with each newer one.
+
+    Raises UserError if there are checkpoints and all are damaged: going on would mean to start over silently.
+    """
+    complaints: list[str] = []
+    for checkpoint in reversed(list_checkpoints(run)):
+        wrong = find_damage(checkpoint)
+        if wrong is None:
+            return checkpoint, complaints
+        complaints.append(wrong)
+    if complaints:
+        raise UserError(f"no checkpoint in {run / 'checkpoints'} is whole ({'; '.join(complaints)}): remove the folder to start over")
+    return None, complaints
