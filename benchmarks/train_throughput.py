@@ -3,7 +3,8 @@
     python benchmarks/train_throughput.py [--size demo|base] [--rounds 9]
 
 One process: plain torch (torch.nn.Transformer, fused AdamW, no engine) and ours take turns in the same process on the
-same batches. With --nproc 2 (through the deepspeed launcher) only ours are measured, each process with its own batches.
+same batches. Then ours on two processes through the deepspeed launcher, each with batches of its own, ZeRO stage 1, and
+expert parallelism 2 for the sparse model.
 """
 
 from __future__ import annotations
@@ -141,8 +142,7 @@ def measure(size: str, rounds: int) -> dict[str, Any]:
     contestants: dict[str, Callable[[], None]] = {}
     if world == 1:
         contestants["plain torch, dense"] = plain_contestant(dense, settings["vocabulary"], batches)
-    if world == 1:
-        contestants["ours, dense"], _ = our_contestant(dense, settings["vocabulary"], batches, topology)
+    contestants["ours, dense"], _ = our_contestant(dense, settings["vocabulary"], batches, topology)
     contestants["ours, sparse"], parameters = our_contestant(sparse, settings["vocabulary"], batches, topology)
     for run in contestants.values():
         run()
@@ -177,6 +177,7 @@ def main() -> None:
         environment = {**os.environ, **launch.KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, cores // world))}
         if world > 1:
             command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(world), "--no_local_rank"]
+            command += ["--log_level", "error", "--master_port", str(launch.free_port())]
             command += [__file__, "--size", arguments.size, "--rounds", str(arguments.rounds), "--part", str(part)]
             environment |= {"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {}
         begun = time.perf_counter()

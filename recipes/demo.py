@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from lsmoe_ds.config import load_recipe
+
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = PROJECT / "recipes" / "demo.yaml"
 WORK = PROJECT / "demo"
@@ -61,7 +63,7 @@ def main() -> None:
     if ready.exists() and not TIMINGS.exists():
         waiting["install"] = float(ready.read_text())
     recipe = os.path.relpath(RECIPE, WORK)
-    corpora = ["django", "wagtail", "weblate"]
+    corpora = [str(name) for name in load_recipe(RECIPE).data.corpora]
     fetched = all((WORK / "data" / "corpora" / name / "PROVENANCE.json").exists() for name in corpora)
     timed("fetch", "data", "fetch", *corpora, done=fetched)
     prepared = WORK / "data" / "prepared" / "demo" / "manifest.json"
@@ -80,7 +82,7 @@ def main() -> None:
 
 
 def steps() -> int:
-    return next(int(line.split(":")[1].split("#")[0]) for line in RECIPE.read_text().splitlines() if line.strip().startswith("steps:"))
+    return load_recipe(RECIPE).training.steps
 
 
 def finished() -> bool:

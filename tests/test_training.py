@@ -24,7 +24,16 @@ from lsmoe_ds.training.schedules import inverse_square_root
 
 def recipe_in(folder: Path, steps: int = 6, every: int = 3, moe: dict | None = TARGET_TOP2, **layout):
     recipe = make_recipe(folder, moe, moe, **layout)
-    training = {"steps": steps, "checkpoint_every": every, "log_every": 2, "validate_every": 3, "dropout": 0.1, "clip": 1.0, "keep": 2}
+    training = {
+        "steps": steps,
+        "checkpoint_every": every,
+        "log_every": 2,
+        "validate_every": 3,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "clip": 1.0,
+        "keep": 2,
+    }
     batch = recipe.data.batch.model_copy(update={"tokens": 96, "count": 4})
     data = recipe.data.model_copy(update={"batch": batch})
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=training), "data": data})

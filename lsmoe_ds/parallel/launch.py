@@ -44,11 +44,11 @@ def start(arguments: list[str], processes: int) -> int:
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    environment = {**KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, cores // processes)), "DS_LOG_LEVEL": "error", **os.environ}
+    environment = {**KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     command = [str(launcher), "--num_accelerators", str(processes), "--master_port", str(free_port())]
-    command += ["--no_local_rank", "--module", "lsmoe_ds", *arguments]
+    command += ["--log_level", "error", "--no_local_rank", "--module", "lsmoe_ds", *arguments]
     return subprocess.call(command, env=environment)
 
 
