@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import describe_files, write_json
 from lsmoe_ds.parallel.launch import free_port
 from lsmoe_ds.run_folder import list_checkpoints, newest_whole, open_run, step_of
 from lsmoe_ds.training.schedules import inverse_square_root
@@ -133,6 +135,29 @@ def test_what_was_being_written_is_no_checkpoint(pool, folder):
     assert list_checkpoints(run) == []
     pool.run(1, loop, recipe, run)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-3"]
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("file", ["random-rank-00000.pt", "mp_rank_00_model_states.pt"])
+def test_nothing_in_a_checkpoint_can_run_code(pool, folder, file):
+    recipe, run = recipe_in(folder, steps=6), folder / f"run-bomb-{file}"
+    pool.run(1, loop, recipe_in(folder, steps=3), run)
+    checkpoint, traces = run / "checkpoints" / "step-3", folder / f"exploded-{file}"
+    torch.save({"cpu": Bomb(traces), "module": Bomb(traces)}, checkpoint / file)
+    names = [p.name for p in checkpoint.iterdir() if p.name != "manifest.json"]
+    write_json(checkpoint / "manifest.json", {"files": describe_files(checkpoint, names)})  # the attacker knows of checksums
+    (message,) = pool.run(1, loop, recipe, run)
+    assert "could run code: it is not loaded" in message
+    assert not traces.exists()
 
 
 def spoil(topology, recipe, run: Path, what: str):

@@ -8,6 +8,7 @@ written under another name, synced, and renamed when it is whole; a run killed a
 from __future__ import annotations
 
 import errno
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,12 @@ def check_layout(checkpoint: Path, world: int, tensor: int, expert: int) -> None
 def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
     """Restores weights, optimizer and this rank's random state; returns ``state.json``. Called by every rank."""
     check_layout(checkpoint, topology.world, topology.tensor, topology.expert)
-    with compat.trusted_checkpoint_loading():
-        engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        random = torch.load(checkpoint / f"random-rank-{topology.rank:05d}.pt")
+    try:
+        with compat.trusted_checkpoint_loading():
+            engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+            random = torch.load(checkpoint / f"random-rank-{topology.rank:05d}.pt")
+    except pickle.UnpicklingError:
+        raise UserError(f"{checkpoint} holds something other than tensors and settings, which could run code: it is not loaded") from None
     compat.restore_random_state(random, topology.tensor)
     state = read_json(checkpoint / "state.json")
     assert state is not None
