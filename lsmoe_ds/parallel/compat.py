@@ -88,12 +88,18 @@ def mark_expert_parameter(parameter: torch.nn.Parameter, size: int) -> None:
 
 
 def forget_groups() -> None:
-    """Forgets all parallel groups, so that the same processes can build another layout."""
+    """Destroys all parallel groups but the world, so that the same processes can build another layout.
+
+    Megatron forgets its groups without destroying them, and each has threads of its own under gloo.
+    """
     import megatron.core.parallel_state as state
     from deepspeed.utils import groups
 
     state.destroy_model_parallel()
-    groups.mpu = None
+    groups.mpu = groups._WORLD_GROUP = None
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
     for known in (
         groups._EXPERT_PARALLEL_GROUP,
         groups._EXPERT_PARALLEL_GROUP_RANKS,
