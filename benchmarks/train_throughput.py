@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -172,7 +173,7 @@ def main() -> None:
     parts = []
     cores = len(os.sched_getaffinity(0))
     for world in (1, 2):
-        part = Path(f"/tmp/lsmoe-benchmark-{os.getpid()}-{world}.json")
+        part = Path(tempfile.gettempdir(), f"lsmoe-benchmark-{os.getpid()}-{world}.json")
         command = [sys.executable, __file__, "--size", arguments.size, "--rounds", str(arguments.rounds), "--part", str(part)]
         environment = {**os.environ, **launch.KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, cores // world))}
         if world > 1:
