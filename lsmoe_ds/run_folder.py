@@ -5,14 +5,13 @@ Who may write it, and which of its checkpoints are whole; what is in a checkpoin
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config import Recipe, load_recipe
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import damage, explain_errors, read_json, sha256
+from lsmoe_ds.folders import damage, explain_errors, read_json, sha256, write_whole
 
 # What may differ when a run goes on: it changes neither the model nor any step already taken.
 MAY_CHANGE = {
@@ -55,9 +54,7 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
         if not stored.exists():
             shutil.copyfile(vocabulary, run / "vocabulary.model")
-        partial = stored.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, stored)
+        write_whole(stored, text)
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lsmoe_ds.convert.subnetwork import convert_to_dense
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.scores import write_whole
+from lsmoe_ds.folders import write_whole
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens

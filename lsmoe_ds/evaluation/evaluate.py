@@ -18,8 +18,8 @@ from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import resource_groups
-from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction, write_whole
-from lsmoe_ds.folders import sha256
+from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
+from lsmoe_ds.folders import sha256, write_whole
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate_all

@@ -26,7 +26,8 @@ from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import ENGLISH
 from lsmoe_ds.evaluation.plots import Series, line_chart, number, smooth
-from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, WEAK, DirectionScore, ScoreTable, write_whole
+from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, WEAK, DirectionScore, ScoreTable
+from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import Direction, language_name, script
 
 T = TypeVar("T")

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import RESOURCES, Average, Metrics, averages
+from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import Direction
 
 METRICS = {"bleu": "BLEU", "chrf": "chrF", "chrfpp": "chrF++"}
@@ -229,23 +228,6 @@ class ScoreTable:
         for name, average in self.averages().items():
             table.add_row(AVERAGES[name], *_cells(average.metrics, average.copy), f"{average.directions} directions")
         return table
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: beside its place, synced, then renamed. Raises UserError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # A lone surrogate, which a JSON file can smuggle in, is not worth losing the scores for.
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _cells(metrics: Metrics, copy: Metrics) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lsmoe_ds.data.batching import Step
+from lsmoe_ds.folders import explain_errors, write_whole
 from lsmoe_ds.training.engine import StepResult
 
 SUMMED = ("loss", "nll", "balance")
@@ -39,9 +39,7 @@ class Monitor:
         metrics = self.run / "metrics.jsonl"
         if metrics.exists():
             kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-            partial = metrics.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(partial, metrics)
+            write_whole(metrics, "".join(f"{line}\n" for line in kept))
         self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
         console = Console(stderr=True)
         columns = [
@@ -114,7 +112,8 @@ class Monitor:
     def _write(self, record: dict[str, Any]) -> None:
         if not self.main:
             return
-        with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.run / "metrics.jsonl"
+        with explain_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in record.items():
             if name not in ("step", "tokens", "seconds") and value is not None:
