@@ -54,8 +54,8 @@ def data_prepare(
     recipe: RecipeFile, overrides: Overrides = None, force: Annotated[bool, typer.Option(help="Prepares again.")] = False
 ) -> None:
     """Cleans, deduplicates, holds out, trains the vocabulary, and stores tokens; does nothing when that is done."""
-    from lsmoe_ds.config import load_recipe
     from lsmoe_ds.data.prepare import prepare
+    from lsmoe_ds.recipe_file import load_recipe
 
     print(prepare(load_recipe(recipe, overrides or ()), force=force).folder)
 
@@ -63,8 +63,8 @@ def data_prepare(
 @data_app.command("show")
 def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
-    from lsmoe_ds.config import load_recipe
     from lsmoe_ds.data.summary import show
+    from lsmoe_ds.recipe_file import load_recipe
 
     shown = show(load_recipe(recipe, overrides or ()))
     if as_json:
@@ -86,7 +86,7 @@ def train(
 
     Starts the deepspeed launcher itself; started by a launcher (deepspeed, torchrun), it joins the processes that are there.
     """
-    from lsmoe_ds.config import load_recipe
+    from lsmoe_ds.recipe_file import load_recipe
     from lsmoe_ds.training.start import train_here, train_on
 
     loaded = load_recipe(recipe, overrides or ())

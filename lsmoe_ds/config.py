@@ -1,21 +1,21 @@
 """The recipe: everything a run depends on, as one YAML file.
 
-``load_recipe`` reads it, fills in the preset, and refuses what it does not know, naming the key, the line and the
-nearest valid name. The resolved recipe is stored in the run and can be loaded again.
+These are its keys, defaults and limits; :mod:`lsmoe_ds.recipe_file` reads the file. The resolved recipe is stored in the run
+and can be loaded again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, Languages, check_code, english_centric, nearest
+from lsmoe_ds.languages import Direction, Languages, check_code, english_centric
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +71,7 @@ class Batch(Section):
 
     tokens: Annotated[int, Field(ge=16)] = 4096
     count: Positive = 1
-    languages: Literal["mixed", "homogeneous"] = "mixed"
+    languages: Literal["mixed", "homogeneous", "task-affine"] = "mixed"
     max_length: Annotated[int, Field(ge=4)] = 256
 
 
@@ -112,24 +112,54 @@ class Data(Section):
         return self
 
 
+class Capacity(Section):
+    """At most ``ceil(factor x top_k x tokens / experts)`` tokens of one batch for each expert; what is over is dropped.
+
+    ``drop`` keeps the choices of highest ``probability``, or those of first ``position`` (GShard: all first choices come
+    before all second ones).
+    """
+
+    training: Annotated[float, Field(gt=0.0)] = 1.25
+    evaluation: Annotated[float, Field(gt=0.0)] = 2.0
+    drop: Literal["probability", "position"] = "probability"
+
+
 class MoE(Section):
     """Every ``every``-th layer's feed-forward becomes ``experts`` experts, of which each token uses ``top_k``.
 
-    ``routing: token`` lets each token choose; ``routing: task`` lets the target language or the pair choose
-    ("Beyond Distillation", section 3.1).
+    ``routing`` says who chooses ("Beyond Distillation", section 3.1): each ``token``, the mean of the ``sentence``, the
+    ``task`` (target language, source language or pair), or nobody: ``static`` deals the tasks to the experts.
+    With ``expert_groups`` G the experts stand in G equal groups, and the tasks are dealt to them, relatives together: a
+    task chooses within its own group, so that task-affine batches find their experts at home.
     """
 
     experts: Positive
     every: Positive = 2
     top_k: Positive = 2
-    routing: Literal["token", "task"] = "token"
-    task: Literal["target", "pair"] = "target"
+    routing: Literal["token", "sentence", "task", "static"] = "token"
+    task: Literal["target", "source", "pair"] = "target"
+    expert_groups: Positive = 1
     balance: Annotated[float, Field(ge=0.0)] = 0.01
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    jitter: Share = 0.0
+    capacity: Capacity | None = None
+
+    @property
+    def by_task(self) -> bool:
+        """Whether all tokens of a task use the same experts, whatever they are."""
+        return self.routing in ("task", "static")
 
     @model_validator(mode="after")
-    def _top_k(self) -> MoE:
-        if self.top_k > self.experts:
-            raise ValueError(f"'top_k' is {self.top_k} but there are only {self.experts} experts")
+    def _experts(self) -> MoE:
+        if self.experts % self.expert_groups:
+            raise ValueError(f"'expert_groups' is {self.expert_groups}, which does not divide the {self.experts} experts")
+        if self.expert_groups > 1 and not self.by_task:
+            raise ValueError(
+                f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no tasks to deal to them"
+            )
+        each = self.experts // self.expert_groups
+        if self.top_k > each:
+            raise ValueError(f"'top_k' is {self.top_k} but there are only {each} experts{' in a group' if self.expert_groups > 1 else ''}")
         return self
 
 
@@ -181,6 +211,12 @@ class Model(Section):
         if self.hidden % self.heads or self.hidden % 2:
             raise ValueError(f"'hidden' is {self.hidden}: it must be even and a multiple of 'heads', which is {self.heads}")
         return self
+
+    @property
+    def affine(self) -> MoE | None:
+        """The settings that task-affine batches follow: the decoder's if it is routed by task, otherwise the encoder's."""
+        settings = [side.moe for side in (self.decoder, self.encoder) if side.moe is not None and side.moe.by_task]
+        return settings[0] if settings else None
 
     def moe_layers(self) -> Iterator[tuple[str, int, MoE]]:
         """(side, layer, settings) of each layer that holds experts."""
@@ -242,6 +278,15 @@ class Recipe(Section):
         for name, _, moe in hidden.moe_layers():
             if moe.experts % expert:
                 raise ValueError(f"'parallel.expert' is {expert}, which does not divide the {moe.experts} experts of the {name}")
+        if self.data.batch.languages == "task-affine":
+            affine = self.model.affine
+            if affine is None:
+                raise ValueError("'data.batch.languages' is task-affine, but neither side has 'routing: task' or 'routing: static'")
+            if affine.expert_groups % expert:
+                raise ValueError(
+                    f"'data.batch.languages' is task-affine and 'parallel.expert' is {expert}: 'moe.expert_groups' must be a multiple "
+                    f"of it, so that a task's experts live on one rank; found {affine.expert_groups}"
+                )
         return self
 
     @property
@@ -275,103 +320,3 @@ def _read_deepspeed_config(name: str) -> dict[str, Any]:
                 raise ValueError(f"{name} holds no JSON object")
             return value
     raise ValueError(f"there is no file {name}: see ds_configs/ for those that come with lsmoe_ds")
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file; ``overrides`` are ``a.b=value`` strings with YAML values.
-
-    Raises UserError with the key, its line where it has one, what was found and what is allowed.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no recipe {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
-    try:
-        value, lines = yaml.safe_load(text), _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"recipe {path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
-    for override in overrides:
-        _apply_override(value, override)
-    try:
-        return Recipe.model_validate(value)
-    except ValidationError as error:
-        raise UserError(_explain(path, error, lines)) from None
-
-
-def _apply_override(value: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"'--set {override}' is not understood: write --set a.b=value")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        value = value.setdefault(parent, {})
-        if not isinstance(value, dict):
-            raise UserError(f"'--set {override}': '{parent}' holds no keys")
-    try:
-        value[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"'--set {override}': '{text}' is not a YAML value") from None
-
-
-def _lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Line of each key, counted from 1; refuses a key written twice."""
-    found: dict[tuple[str, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, child in node.value:
-            here = (*at, str(key.value))
-            if here in found:
-                raise UserError(f"'{'.'.join(here)}' is written twice, on lines {found[here]} and {key.start_mark.line + 1}")
-            found[here] = key.start_mark.line + 1
-            found.update(_lines(child, here))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, child in enumerate(node.value):
-            found[(*at, str(index))] = child.start_mark.line + 1
-            found.update(_lines(child, (*at, str(index))))
-    return found
-
-
-def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], int]) -> str:
-    errors = error.errors()
-    # Of a union's members each has complained: an unknown key tells more than "should be a string".
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # pydantic names the tried member of a union ("Corpus", "list[...]"): only what stands in a recipe is shown.
-    at = tuple(
-        str(part) for part in first["loc"] if not str(part)[:1].isupper() and "[" not in str(part) and str(part) not in ("str", "dict")
-    )
-    line = next((f", line {lines[at[:n]]}" for n in range(len(at), 0, -1) if at[:n] in lines), "")
-    key = ".".join(at)
-    if first["type"] == "extra_forbidden":
-        known = _fields(at[:-1])
-        return f"{path}{line}: unknown key '{key}'{nearest(at[-1], known)}; allowed here: {', '.join(known)}"
-    if first["type"] == "missing":
-        return f"{path}{line}: '{key}' is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    found = f", found {first['input']!r}" if isinstance(first["input"], (str, int, float, bool)) else ""
-    message = message[:1].lower() + message[1:]
-    return f"{path}{line}: '{key}': {message}{found}" if key else f"{path}: {message}"
-
-
-def _fields(at: tuple[str, ...]) -> list[str]:
-    """Keys that are allowed at a place in the recipe."""
-    section: Any = Recipe
-    for part in at:
-        if part.isdigit():
-            continue
-        field = section.model_fields.get(part) if section is not None else None
-        section = _section_of(field.annotation) if field is not None else section
-    return list(section.model_fields) if section is not None else []
-
-
-def _section_of(annotation: Any) -> Any:
-    if isinstance(annotation, type):
-        return annotation if issubclass(annotation, Section) else None
-    for argument in getattr(annotation, "__args__", ()):
-        found = _section_of(argument)
-        if found is not None:
-            return found
-    return None

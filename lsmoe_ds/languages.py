@@ -145,7 +145,19 @@ def english_centric(languages: Iterable[str]) -> list[Direction]:
     return [d for code in others for d in (Direction("en", code), Direction(code, "en"))]
 
 
-TASKS = ("target", "pair")
+TASKS = ("target", "source", "pair")
+
+
+def task_language(task: str) -> str:
+    """The language that marks a task: of a language itself, of a pair the one that is not English."""
+    source, _, target = task.partition("-")
+    return target if target and source == "en" else source
+
+
+def task_order(task: str) -> tuple[str, str, str, str]:
+    """Sorting by it puts the tasks of related languages side by side: family, script, name."""
+    language = task_language(task)
+    return family(language), script(language) or "", language_name(language), task
 
 
 @dataclass(frozen=True)
@@ -174,12 +186,20 @@ class Languages:
         return self.directions.index(direction)
 
     def tasks(self, kind: str) -> tuple[str, ...]:
-        """Names of the tasks of a task-routed layer: target languages, or pairs (directions)."""
-        return self.codes if kind == "target" else tuple(str(d) for d in self.directions)
+        """Names of the tasks of a task-routed layer: languages (as targets or sources), or pairs (directions)."""
+        return tuple(str(d) for d in self.directions) if kind == "pair" else self.codes
 
     def task_id(self, kind: str, direction: Direction) -> int:
         """Number of the task that ``direction`` belongs to; a place in ``tasks(kind)``."""
-        return self.id(direction.target) if kind == "target" else self.direction_id(direction)
+        return self.direction_id(direction) if kind == "pair" else self.id(direction.target if kind == "target" else direction.source)
+
+    def task_groups(self, kind: str, groups: int) -> tuple[int, ...]:
+        """Group of experts that each task belongs to, from 0: in the order of their families the tasks are cut into
+        ``groups`` parts of equal size, so that relatives can share experts."""
+        names = self.tasks(kind)
+        order = sorted(range(len(names)), key=lambda task: task_order(names[task]))
+        place = {task: position for position, task in enumerate(order)}
+        return tuple(place[task] * groups // len(names) for task in range(len(names)))
 
     @cached_property
     def tags(self) -> tuple[str, ...]:
@@ -199,7 +219,7 @@ class SentenceIds:
 
     def task(self, kind: str) -> Tensor:
         """Task of each sentence [B]: places in ``Languages.tasks(kind)``."""
-        return self.target if kind == "target" else self.direction
+        return {"target": self.target, "source": self.source, "pair": self.direction}[kind]
 
     def select(self, index: Tensor) -> SentenceIds:
         """The ids of the sentences ``index`` names, in that order."""

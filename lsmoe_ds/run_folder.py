@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lsmoe_ds.config import Recipe, load_recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, explain_errors, read_json, sha256, write_whole
+from lsmoe_ds.recipe_file import load_recipe
 
 # What may differ when a run goes on: it changes neither the model nor any step already taken.
 MAY_CHANGE = {

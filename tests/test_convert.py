@@ -12,7 +12,6 @@ import pytest
 import torch
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run
 
-from lsmoe_ds.config import load_recipe
 from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.convert.folder import Weights
 from lsmoe_ds.convert.subnetwork import convert_to_dense, extract
@@ -23,6 +22,7 @@ from lsmoe_ds.languages import Direction
 from lsmoe_ds.model.initialization import global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.recipe_file import load_recipe
 
 EN_DE, FR_EN = Direction("en", "de"), Direction("fr", "en")
 TARGET_TOP1 = TARGET_TOP2 | {"top_k": 1, "every": 1}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from lsmoe_ds.config import PROJECT, Recipe, _section_of, load_recipe
+from lsmoe_ds.config import PROJECT, Recipe
 from lsmoe_ds.data.sources import SOURCES
+from lsmoe_ds.recipe_file import _section_of, load_recipe
 
 
 def keys(section: type[BaseModel], at: str = "") -> set[str]:

@@ -24,9 +24,8 @@ from typing import Any
 from markupsafe import Markup
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import TASKS, family, language_name, script
+from lsmoe_ds.languages import TASKS, family, language_name, task_language, task_order
 
-ENGLISH = "en"
 UNKNOWN = "Unknown"
 
 
@@ -87,19 +86,8 @@ class LayerRouting:
         return same, different
 
 
-def task_language(task: str) -> str:
-    """The language that marks a task: of a target language itself, of a pair the one that is not English."""
-    source, _, target = task.partition("-")
-    return target if target and source == ENGLISH else source
-
-
 def task_family(task: str) -> str:
     return family(task_language(task))
-
-
-def task_order(task: str) -> tuple[str, str, str, str]:
-    language = task_language(task)
-    return family(language), script(language) or "", language_name(language), task
 
 
 def task_name(task: str) -> str:

@@ -19,10 +19,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lsmoe_ds.config import Recipe, load_recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.consolidate import read_checkpoint
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, describe_files, explain_errors, locked, read_json, replaced, write_json
+from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import list_checkpoints
 
 WEIGHTS, RECIPE, VOCABULARY, PROVENANCE = "model.safetensors", "recipe.yaml", "vocabulary.model", "provenance.json"

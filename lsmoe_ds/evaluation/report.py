@@ -21,7 +21,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lsmoe_ds.analysis.routing import LayerRouting, heat_map, read_routing, task_name, task_order
-from lsmoe_ds.config import Recipe, load_recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import ENGLISH
@@ -29,6 +29,7 @@ from lsmoe_ds.evaluation.plots import Series, line_chart, number, smooth
 from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, WEAK, DirectionScore, ScoreTable
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import Direction, language_name, script
+from lsmoe_ds.recipe_file import load_recipe
 
 T = TypeVar("T")
 SOFTWARE = ("lsmoe_ds", "torch", "deepspeed", "megatron-core", "sentencepiece", "sacrebleu")
