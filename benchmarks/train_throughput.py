@@ -121,7 +121,7 @@ def plain_contestant(recipe: Recipe, vocabulary: int, batches: list[Batch]) -> C
 
 def our_contestant(recipe: Recipe, vocabulary: int, batches: list[Batch], topology: Topology) -> tuple[Callable[[], None], int]:
     engine = build_engine(recipe, vocabulary, topology)
-    steps = [Step([b], b.target_tokens * topology.data, 0, 0, []) for b in batches]
+    steps = [Step([b], b.target_tokens * topology.data, int((b.source != PAD).sum()) * topology.data, 0, []) for b in batches]
 
     def run() -> None:
         for step in steps:

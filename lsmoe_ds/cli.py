@@ -18,6 +18,8 @@ ABOUT = "Trains mixture-of-experts translation models on DeepSpeed, and takes sm
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at parallel text.")
 app.add_typer(data_app, name="data")
+analyze_app = typer.Typer(no_args_is_help=True, help="Look into a trained model.")
+app.add_typer(analyze_app, name="analyze")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, such as recipes/demo.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the recipe; may be repeated.")]
@@ -71,6 +73,24 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson =
         _print_json(shown.to_dict())
     else:
         _show(shown.table())
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    world: Annotated[int | None, typer.Option("--world", min=1, help="Processes; by default as few as the layout needs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Parameters by part, what a server loads for one task, memory of each rank, bytes exchanged, FLOPs; builds no model."""
+    from lsmoe_ds.planning import plan as make_plan
+    from lsmoe_ds.recipe_file import load_recipe
+
+    made = make_plan(load_recipe(recipe, overrides or ()), world)
+    if as_json:
+        _print_json(made.to_dict())
+    else:
+        _show(made.table())
 
 
 @app.command()
@@ -154,6 +174,23 @@ def convert(
     else:
         for name, value in summary.items():
             print(f"{name.replace('_', ' ')}: {value}")
+
+
+@analyze_app.command("routing")
+def analyze_routing(
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    split: Annotated[str, typer.Option(help="test or dev")] = "test",
+    as_json: AsJson = False,
+) -> None:
+    """Which experts each task uses, in every layer: maps, balance, entropy, similarity of tasks; pages, CSV and JSON."""
+    from lsmoe_ds.analysis.command import analyze_routing as analyze
+
+    summary = analyze(run, out, split)
+    if as_json:
+        _print_json(summary)
+    else:
+        print(out / "index.html")
 
 
 @app.command()

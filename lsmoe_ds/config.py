@@ -115,12 +115,14 @@ class Data(Section):
 class Capacity(Section):
     """At most ``ceil(factor x top_k x tokens / experts)`` tokens of one batch for each expert; what is over is dropped.
 
+    ``training`` and ``evaluation`` are the factors; without one for evaluation nothing is dropped there, and a
+    translation does not depend on what else is in the batch.
     ``drop`` keeps the choices of highest ``probability``, or those of first ``position`` (GShard: all first choices come
     before all second ones).
     """
 
     training: Annotated[float, Field(gt=0.0)] = 1.25
-    evaluation: Annotated[float, Field(gt=0.0)] = 2.0
+    evaluation: Annotated[float, Field(gt=0.0)] | None = None
     drop: Literal["probability", "position"] = "probability"
 
 
@@ -157,6 +159,8 @@ class MoE(Section):
             raise ValueError(
                 f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no tasks to deal to them"
             )
+        if self.jitter and self.by_task:
+            raise ValueError(f"'jitter' is {self.jitter}, but 'routing: {self.routing}' reads nothing that it could shake")
         each = self.experts // self.expert_groups
         if self.top_k > each:
             raise ValueError(f"'top_k' is {self.top_k} but there are only {each} experts{' in a group' if self.expert_groups > 1 else ''}")

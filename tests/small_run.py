@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.languages import PAD
 
 TARGET_TOP2 = {"routing": "task", "task": "target", "experts": 4, "every": 2, "top_k": 2}
 PAIR_TOP1 = {"routing": "task", "task": "pair", "experts": 4, "every": 1, "top_k": 1}
@@ -66,7 +67,8 @@ def train_and_save(topology: Any, recipe: Recipe, run: Path, vocabulary: int) ->
     generator = torch.Generator().manual_seed(3)
     for number in (1, 2):
         units = [ragged_batch(generator, recipe, sentences) for sentences in (3, 5, 2, 4)]
-        step = Step(units[topology.data_rank :: topology.data], sum(unit.target_tokens for unit in units), 0, 0, [])
+        tokens = sum(unit.target_tokens for unit in units), sum(int((unit.source != PAD).sum()) for unit in units)
+        step = Step(units[topology.data_rank :: topology.data], *tokens, 0, [])
         train_step(engine, step, number, recipe, topology)
     checkpoints.save(engine, run, 2, {}, topology, 1)
     names = global_names(engine.module, topology)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsmoe_ds.config import Batch as BatchSettings
-from lsmoe_ds.data.batching import EOS, PAD, Batch, BatchStream, DirectionIds, Step, collate, validation_batches
+from lsmoe_ds.data.batching import EOS, PAD, Batch, BatchStream, DirectionIds, Step, collate
 from lsmoe_ds.data.shuffling import permute
+from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, Languages, english_centric
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_run
 
+from lsmoe_ds.analysis.command import analyze_routing
+from lsmoe_ds.analysis.measuring import measure_routing
 from lsmoe_ds.analysis.routing import read_routing
 from lsmoe_ds.convert.subnetwork import convert_to_dense
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.evaluate import evaluate, open_data, routing
+from lsmoe_ds.evaluation.evaluate import evaluate, open_data
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
@@ -53,18 +55,28 @@ def test_task_routing_is_what_the_router_says(run):
     assert set(layers) == {("encoder", 1), ("decoder", 0), ("decoder", 1), ("decoder", 2)}
     loaded = load(run, "cpu")
     for (side, number), layer in layers.items():
-        router = loaded.model.get_submodule(f"{side}.{number}.feed_forward.router")
+        weight = loaded.model.get_submodule(f"{side}.{number}.feed_forward.router").weight
         for index, task in enumerate(layer.tasks):
-            row = loaded.languages.tasks(layer.task).index(task)
-            chosen = router(torch.empty(1, 16), torch.tensor([row]))
-            assert layer.chosen(index) == frozenset(chosen.experts[0].tolist())
-            assert layer.shares[index] == pytest.approx(chosen.probabilities[0].tolist())
+            row = weight[loaded.languages.tasks(layer.task).index(task)].softmax(-1)
+            assert layer.chosen(index) == frozenset(row.topk(layer.top_k).indices.tolist())
+            assert layer.shares[index] == pytest.approx(row.tolist())
+    # Every real token of the held-out pairs was counted: a tag and EOS with each source, EOS with each target.
+    data = open_data(loaded)
+    encoder, decoder = layers["encoder", 1], layers["decoder", 0]
+    for direction in loaded.languages.directions:
+        pairs = data.tokens(direction, "test")
+        assert decoder.tokens[decoder.tasks.index(str(direction))] == pairs.target.lengths.sum() + len(pairs)
+    into_german = data.tokens(Direction("en", "de"), "test")
+    assert encoder.tokens[encoder.tasks.index("de")] == into_german.source.lengths.sum() + 2 * len(into_german)
+    for layer in layers.values():
+        received = [sum(n * layer.used(t)[e] for t, n in enumerate(layer.tokens)) / sum(layer.tokens) for e in range(4)]
+        assert layer.load == pytest.approx(received) and layer.dropped == 0
 
 
 def test_token_routing_is_measured(token_run):
     loaded = load(token_run, "cpu")
     data = open_data(loaded)
-    layers = {(layer.side, layer.layer): layer for layer in routing(loaded, data, "test")}
+    layers = {(layer.side, layer.layer): layer for layer in measure_routing(loaded, data, "test").layers}
     assert set(layers) == {("encoder", 0), ("encoder", 1), ("decoder", 1)}
     assert layers["encoder", 0].tasks == ("en-de", "de-en", "en-fr", "fr-en")
     assert layers["decoder", 1].tasks == ("de", "en", "fr")
@@ -78,7 +90,7 @@ def test_token_routing_is_measured(token_run):
             loaded.model.encoder[0].feed_forward_norm.bias.fill_(1.0)
             loaded.model.encoder[0].feed_forward_norm.weight.zero_()
             parameter[1:3] = torch.tensor([[1.0], [2.0]])
-    found = next(layer for layer in routing(loaded, data, "dev") if (layer.side, layer.layer) == ("encoder", 0))
+    found = next(layer for layer in measure_routing(loaded, data, "dev").layers if (layer.side, layer.layer) == ("encoder", 0))
     assert set(found.shares) == {(0.0, 0.5, 0.5, 0.0)}
 
 
@@ -88,6 +100,9 @@ def test_a_dense_folder_is_scored_like_the_run_it_came_from(run, tmp_path):
     assert [s.metrics for s in dense.directions] == [s.metrics for s in sparse.directions]
     assert [s.samples for s in dense.directions] == [s.samples for s in sparse.directions]
     assert not (tmp_path / "dense" / "routing.json").exists()
+    with pytest.raises(UserError, match="is a dense model: it has no experts"):
+        analyze_routing(tmp_path / "dense", tmp_path / "maps")
+    assert not (tmp_path / "maps").exists()
 
 
 def test_what_cannot_be_scored_is_refused(run, tmp_path):

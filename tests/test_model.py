@@ -81,7 +81,7 @@ def test_positions_are_those_of_m2m_100():
             assert table[row, 4 + i] == pytest.approx(math.cos(angle), abs=1e-6)
 
 
-@pytest.mark.parametrize("routing", ["dense", "token", "target", "pair"])
+@pytest.mark.parametrize("routing", ["dense", "token", "sentence", "target", "pair", "static"])
 def test_steps_with_caches_equal_the_whole(routing):
     model, batch = model_of(routing).eval(), batch_of(routing)
     whole = model.logits(batch.source, batch.decoder_input, batch.ids)
@@ -91,14 +91,17 @@ def test_steps_with_caches_equal_the_whole(routing):
     torch.testing.assert_close(torch.stack(steps, 1)[real], whole[real])
 
 
-@pytest.mark.parametrize("routing", ["dense", "token", "target"])
+@pytest.mark.parametrize("routing", ["dense", "token", "sentence", "target", "capacity"])
 def test_padding_changes_nothing(routing):
-    model, batch = model_of(routing).eval(), batch_of(routing)
+    model, batch = model_of(routing).train(), batch_of(routing)
     wide = [torch.cat([part, torch.full((len(part), 4), PAD)], 1) for part in (batch.source, batch.decoder_input, batch.labels)]
     narrow = model(batch.source, batch.decoder_input, batch.labels, batch.ids)
     padded = model(*wide, batch.ids)
     torch.testing.assert_close(padded.loss, narrow.loss)
-    torch.testing.assert_close(padded.balance, narrow.balance)
+    for one, other in zip(padded.routing, narrow.routing, strict=True):
+        assert torch.equal(one.counts, other.counts) and torch.equal(one.dropped, other.dropped)
+        torch.testing.assert_close(one.probabilities, other.probabilities)
+        torch.testing.assert_close(one.squares, other.squares)
 
 
 def test_loss_is_label_smoothed_cross_entropy():

@@ -22,15 +22,19 @@ def rows_of(rank: int) -> torch.Tensor:
 
 def exchange(topology):
     """What a rank received, and the gradient of its own rows when every receiver weighs them by its rank + 1."""
-    from lsmoe_ds.parallel.collectives import all_to_all, exchange_counts
+    from lsmoe_ds.parallel.collectives import Traffic, all_to_all, exchange_counts
 
     rank = topology.rank
     sent = torch.tensor(COUNTS[rank])
-    received = exchange_counts(sent[:, None], topology.expert_group).squeeze(1)
+    traffic = Traffic()
+    received = exchange_counts(sent, topology.expert_group, traffic)
     assert received.tolist() == [row[rank] for row in COUNTS]
     rows = rows_of(rank).requires_grad_()
-    out = all_to_all(rows, sent.tolist(), received.tolist(), topology.expert_group)
+    out = all_to_all(rows, sent.tolist(), received.tolist(), topology.expert_group, traffic)
     (out * (rank + 1)).sum().backward()
+    leaving = sum(COUNTS[rank]) - COUNTS[rank][rank]
+    coming = sum(row[rank] for row in COUNTS) - COUNTS[rank][rank]
+    assert traffic.bytes == 3 * 8 + leaving * 2 * 4 + coming * 2 * 4, "counts, rows, and the gradients of those that came"
     return out.detach().numpy(), rows.grad.numpy()
 
 

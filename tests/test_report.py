@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lsmoe_ds.analysis.routing import heat_map, read_routing
+from lsmoe_ds.analysis.heat_map import heat_map
+from lsmoe_ds.analysis.routing import read_routing
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.plots import number, smooth, thin, ticks
@@ -254,11 +255,56 @@ def test_maps_put_relatives_side_by_side(tmp_path) -> None:
     assert encoder.overlap() == (pytest.approx(2 / 3), pytest.approx((1 + 1 + 1 + 1 + 2 + 2 + 0) / 7))
 
 
-def test_pairs_are_ordered_by_the_language_that_is_not_english(tmp_path) -> None:
-    tasks = ["en-ru", "de-en", "en-nl", "ru-en", "nl-en", "en-uk", "en-de"]
-    layer = routing_layer(task="pair", tasks=tasks, shares=[[0.25] * 4] * 7)
+def test_pairs_are_ordered_by_section_and_the_language_that_is_not_english(tmp_path) -> None:
+    tasks = ["en-ru", "de-en", "en-nl", "ru-en", "nl-en", "en-uk", "en-de", "de-ru"]
+    layer = routing_layer(task="pair", tasks=tasks, shares=[[0.25] * 4] * 8)
     (tmp_path / "routing.json").write_text(json.dumps({"layers": [layer]}), encoding="utf-8")
-    assert read_routing(tmp_path / "routing.json")[0].tasks == ("en-nl", "nl-en", "de-en", "en-de", "en-ru", "ru-en", "en-uk")
+    expected = ("en-nl", "en-de", "en-ru", "en-uk", "nl-en", "de-en", "ru-en", "de-ru")
+    assert read_routing(tmp_path / "routing.json")[0].tasks == expected
+
+
+def test_the_report_shows_the_numbers_of_each_layer(tmp_path) -> None:
+    run = make_run(tmp_path)
+    page = Page(write_report(run))
+    # Chosen: de, nl, ru 0 1; en 2 3; he 1 2. Load (3, 4, 2, 1) / 10; relatives are de, en, nl.
+    assert "Encoder layer 2by target1.600.451.85 (92%)1.72 (86%)0.500.660 of 4–" in page.text
+    (run / "routing.json").write_text(json.dumps({"layers": [routing_layer(routing="sentence", task="source", dropped=0.125)]}))
+    page = Page(write_report(run))
+    assert "Encoder layer 2by sentence" in page.text and "0 of 412.5%" in page.text
+    assert "share the same experts" not in page.text and "chosen by the task" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"routing": "random"}, "none of those allowed"),
+        ({"tokens": [1, 2]}, "not one count a task"),
+        ({"load": [0.5, 0.5]}, "not one share an expert"),
+        ({"dropped": 2}, "no share"),
+    ],
+)
+def test_bad_numbers_of_a_layer_are_refused(changes: dict, message: str, tmp_path) -> None:
+    run = make_run(tmp_path)
+    (run / "routing.json").write_text(json.dumps({"layers": [routing_layer(**changes)]}))
+    with pytest.raises(UserError, match=message):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("moe", "expected"),
+    [
+        ({"routing": "static", "task": "source"}, "used for each source language"),
+        ({"routing": "sentence"}, "used for each sentence"),
+        ({"routing": "token", "task": "pair"}, "used for each token"),
+    ],
+)
+def test_the_summary_says_who_chooses(moe: dict, expected: str, tmp_path) -> None:
+    run = make_run(tmp_path)
+    recipe = (run / "recipe.yaml").read_text()
+    for key, value in {"routing": "token", "task": "target", **moe}.items():
+        recipe = re.sub(rf"\b{key}: (task|target)\n", f"{key}: {value}\n", recipe)
+    (run / "recipe.yaml").write_text(recipe)
+    assert expected in Page(write_report(run)).text
 
 
 def test_heat_map_is_valid_svg_with_the_chosen_framed(tmp_path) -> None:

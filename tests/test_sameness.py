@@ -16,13 +16,18 @@ UNITS = 4
 
 
 def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float = 0.5) -> Recipe:
-    moe = None if routing == "dense" else {"every": 2, "experts": 4, "top_k": 2, "balance": 0.05}
+    moe = {"every": 2, "experts": 4, "top_k": 2, "balance": 0.05, "z_loss": 0.01}
+    token, target = {"routing": "token"}, {"routing": "task", "task": "target"}
+    full = {"capacity": {"training": 0.75, "drop": "probability"}}
     sides = {
         "dense": (None, None),
-        "token": ({"routing": "token"}, {"routing": "token"}),
-        "target": ({"routing": "task", "task": "target"}, {"routing": "task", "task": "target"}),
+        "token": (token, token),
+        "sentence": ({"routing": "sentence"}, {"routing": "sentence", "top_k": 1}),
+        "target": (target, target),
         "pair": ({"routing": "task", "task": "pair", "top_k": 1}, {"routing": "task", "task": "pair"}),
-        "mixed": ({"routing": "token"}, {"routing": "task", "task": "target"}),
+        "static": ({"routing": "static", "task": "source"}, {"routing": "static", "task": "pair", "expert_groups": 2}),
+        "mixed": (token, {**target, "expert_groups": 2}),
+        "capacity": ({**token, **full}, {**token, "capacity": {"training": 0.75, "drop": "position"}}),
     }[routing]
     encoder, decoder = (({"moe": {**moe, **side}} if side else {}) for side in sides)
     return Recipe.model_validate(
@@ -71,7 +76,8 @@ def steps_of(recipe: Recipe, rank: int, ranks: int) -> list[Step]:
         # Wildly unequal units: one sentence beside nine.
         units = [ragged_batch(generator, recipe, sentences) for sentences in (1, 9, 4, 2)]
         tokens = sum(unit.target_tokens for unit in units)
-        steps.append(Step(units[rank::ranks], tokens, 0, 0, []))
+        source_tokens = sum(int((unit.source != PAD).sum()) for unit in units)
+        steps.append(Step(units[rank::ranks], tokens, source_tokens, 0, []))
     return steps
 
 
@@ -108,7 +114,7 @@ def train(topology, recipe: Recipe):
         for name, parameter in engine.module.named_parameters()
     }
     engine.destroy()
-    return [(r.loss, r.nll, r.balance, r.grad_norm) for r in results], gradients, weights
+    return [(r.loss, r.nll, r.balance, r.z_loss, r.dropped, r.grad_norm) for r in results], gradients, weights
 
 
 def whole(results, tensor: int, which: int) -> dict[str, torch.Tensor]:
@@ -148,18 +154,13 @@ def alone(pool):
     return of
 
 
-LAYOUTS = [(2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 2), (4, 1, 4), (4, 2, 4), (4, 2, 1)]
-CASES = [("target", *layout, 1) for layout in LAYOUTS]
-CASES += [
-    ("token", 4, 2, 2, 1),
-    ("token", 2, 1, 2, 2),
-    ("token", 4, 1, 4, 1),
-    ("pair", 2, 1, 2, 1),
-    ("pair", 4, 2, 2, 2),
-    ("mixed", 4, 2, 2, 1),
-]
-CASES += [("dense", 2, 2, 1, 1), ("dense", 4, 2, 1, 2), ("dense", 2, 1, 1, 0), ("dense", 2, 2, 1, 0), ("target", 2, 1, 2, 0)]
-CASES += [("token", 4, 2, 2, 0), ("target", 2, 2, 1, 0)]
+# (world, tensor, expert): every one that fits up to 4 processes.
+LAYOUTS = [(2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2)]
+LAYOUTS += [(4, tensor, expert) for tensor in (1, 2, 4) for expert in (1, 2, 4)]
+ROUTINGS = ["token", "sentence", "target", "pair", "static", "mixed", "capacity"]
+CASES = [(routing, *layout, 1) for routing in ROUTINGS for layout in LAYOUTS]
+CASES += [("token", 2, 1, 2, 2), ("pair", 4, 2, 2, 2), ("dense", 2, 2, 1, 1), ("dense", 4, 2, 1, 2), ("dense", 2, 1, 1, 0)]
+CASES += [("dense", 2, 2, 1, 0), ("target", 2, 1, 2, 0), ("token", 4, 2, 2, 0), ("target", 2, 2, 1, 0), ("sentence", 4, 1, 2, 0)]
 
 
 @pytest.mark.parametrize(("routing", "world", "tensor", "expert", "stage"), CASES)
@@ -168,8 +169,8 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
     found = pool.run(world, train, recipe_for(routing, tensor, expert, stage), tensor=tensor, expert=expert)
     for rank in found:
         for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
-            assert numbers == pytest.approx(expected, rel=1e-5), "loss, nll, balance loss, gradient norm"
-    assert wanted[0][0][0][3] > 0.5, "the gradient must be large enough to be clipped, or clipping is not tested"
+            assert numbers == pytest.approx(expected, rel=1e-5), "loss, nll, balance loss, z-loss, dropped share, gradient norm"
+    assert wanted[0][0][0][-1] > 0.5, "the gradient must be large enough to be clipped, or clipping is not tested"
     for which, what in ((1, "gradient"), (2, "weight")):
         ours, theirs = whole(found, tensor, which), whole(wanted, 1, which)
         assert ours.keys() == theirs.keys()
@@ -177,3 +178,5 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
             close(ours[name], theirs[name], f"{what} of {name}")
     experts = [name for name in theirs if re.search(r"\.experts\.\d+\.", name)]
     assert len(experts) == (0 if routing == "dense" else 2 * 4 * 4)
+    if routing == "capacity":
+        assert all(0.1 < step[4] < 0.5 for step in wanted[0][0]), "choices must be dropped, or capacity is not tested"

@@ -76,7 +76,9 @@ def loop(topology, recipe, run: Path, at_step: int | None = None, error: BaseExc
 
 def records(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "exchange_share", "exchanged_bytes")} for line in lines
+    ]
 
 
 def weights(run: Path, step: int) -> dict:

@@ -1,14 +1,20 @@
-"""Which experts each task chooses: the shares of a model's MoE layers, ordered so that kin stand together, and drawn.
+"""Which experts each task uses: the shares of a model's MoE layers, ordered so that kin stand together.
 
 ``routing.json`` holds them::
 
-    {"layers": [{"side": "encoder" | "decoder", "layer": 1, "experts": 8, "top_k": 2, "routing": "task" | "token",
-                 "task": "target" | "pair", "tasks": ["de", ...], "shares": [[E floats], ...]}]}
+    {"split": "test", "multiway": N | null, "pairs": N,
+     "layers": [{"side": "encoder" | "decoder", "layer": 1, "experts": 8, "top_k": 2,
+                 "routing": "token" | "sentence" | "task" | "static", "task": "target" | "source" | "pair",
+                 "tasks": ["de", ...], "shares": [[E floats], ...],
+                 "tokens": [N, ...] | null, "load": [E floats] | null, "dropped": float | null}]}
 
-``layer`` counts from 0. A row of ``shares`` belongs to a task and sums to 1. Under task routing it is the router's
-probability of each expert (the softmax before the top-k is taken), so the ``top_k`` largest are the experts the task
-uses. Under token routing it is the share of the task's tokens that each expert received, every one of a token's top-k
-choices counting alike.
+``layer`` counts from 0, and so do the experts. A row of ``shares`` belongs to a task and sums to 1. Under task routing it
+is the router's probability of each expert (the softmax before the top-k is taken), so the ``top_k`` largest are the experts
+the task uses. Under any other routing it is the share of the task's tokens that each expert received, every one of a token's
+top-k choices counting alike. ``tokens`` are those of each task that were routed, ``load`` the share of all of them that each
+expert received, ``dropped`` the share of choices that found their expert full; null where nothing was measured.
+``multiway`` is the number of English sentences measured on if all bitexts have them, otherwise null; ``pairs`` the number of
+sentence pairs.
 """
 
 from __future__ import annotations
@@ -16,22 +22,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
 
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import TASKS, family, language_name, task_language, task_order
 
 UNKNOWN = "Unknown"
+SIDES = ("encoder", "decoder")
+ROUTINGS = ("token", "sentence", "task", "static")
 
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Expert shares of one MoE layer: ``shares[t][e]`` of task t for expert e."""
+    """Expert shares of one MoE layer: ``shares[t][e]`` of task t for expert e; the fields are those of ``routing.json``."""
 
     side: str
     layer: int
@@ -41,29 +47,43 @@ class LayerRouting:
     task: str
     tasks: tuple[str, ...]
     shares: tuple[tuple[float, ...], ...]
+    tokens: tuple[int, ...] | None = None
+    load: tuple[float, ...] | None = None
+    dropped: float | None = None
 
     @property
     def title(self) -> str:
         return f"{self.side} layer {self.layer + 1}"
 
+    @property
+    def name(self) -> str:
+        """For files: ``encoder-2``, counted from 1 as in the title."""
+        return f"{self.side}-{self.layer + 1}"
+
+    @property
+    def by_task(self) -> bool:
+        """Whether all tokens of a task use the same experts."""
+        return self.routing in ("task", "static")
+
     def ordered(self) -> LayerRouting:
-        """The same with its tasks ordered by family, then script, then name."""
-        order = sorted(range(len(self.tasks)), key=lambda index: task_order(self.tasks[index]))
-        return LayerRouting(
-            self.side,
-            self.layer,
-            self.experts,
-            self.top_k,
-            self.routing,
-            self.task,
-            tuple(self.tasks[index] for index in order),
-            tuple(self.shares[index] for index in order),
-        )
+        """The same with its tasks ordered by section (of pairs), family, script and name."""
+        order = sorted(range(len(self.tasks)), key=lambda index: (task_section(self.tasks[index])[0], task_order(self.tasks[index])))
+        tokens = self.tokens and tuple(self.tokens[index] for index in order)
+        tasks, shares = tuple(self.tasks[index] for index in order), tuple(self.shares[index] for index in order)
+        return replace(self, tasks=tasks, shares=shares, tokens=tokens)
 
     def chosen(self, index: int) -> frozenset[int]:
         """The ``top_k`` experts with the largest shares of a task; of equal ones the first, as ``torch.topk`` does on CPU."""
         row = self.shares[index]
-        return frozenset(sorted(range(self.experts), key=lambda expert: (-row[expert], expert))[: self.top_k])
+        best = sorted(range(self.experts), key=lambda expert: (-row[expert], expert))[: self.top_k]
+        return frozenset(expert for expert in best if row[expert] > 0)
+
+    def used(self, index: int) -> tuple[float, ...]:
+        """Share of a task's tokens that goes to each expert [E]: under task routing equal parts of the chosen, whatever their weights."""
+        if self.routing != "task":
+            return self.shares[index]
+        chosen = self.chosen(index)
+        return tuple(1 / len(chosen) if expert in chosen else 0.0 for expert in range(self.experts))
 
     def alike(self) -> list[tuple[str, ...]]:
         """Tasks that use the very same experts, in groups of two and more, in the order of ``tasks``."""
@@ -72,22 +92,50 @@ class LayerRouting:
             groups.setdefault(self.chosen(index), []).append(task)
         return [tuple(tasks) for tasks in groups.values() if len(tasks) > 1]
 
-    def overlap(self) -> tuple[float | None, float | None]:
-        """Mean number of experts that two tasks share: of the same family, and of different ones; None without such a pair.
+    def kin(self) -> list[tuple[int, int, bool]]:
+        """Places of every two tasks that can be compared, and whether they are of the same family.
 
-        Languages of unknown family are left out.
+        Languages of unknown family are left out, and pairs are compared only with pairs of the same section: translation out
+        of English with the same.
         """
+        families = [task_family(task) for task in self.tasks]
+        sections = [task_section(task) for task in self.tasks]
+        known = [index for index in range(len(self.tasks)) if families[index] != UNKNOWN]
+        return [(a, b, families[a] == families[b]) for a, b in combinations(known, 2) if sections[a] == sections[b]]
+
+    def overlap(self) -> tuple[float | None, float | None]:
+        """Mean number of chosen experts that two tasks share: of the same family, and of different ones; None without such two."""
         shared: dict[bool, list[int]] = {True: [], False: []}
-        known = [index for index, task in enumerate(self.tasks) if task_family(task) != UNKNOWN]
-        for a, b in combinations(known, 2):
-            kin = task_family(self.tasks[a]) == task_family(self.tasks[b])
-            shared[kin].append(len(self.chosen(a) & self.chosen(b)))
-        same, different = (sum(found) / len(found) if found else None for found in (shared[True], shared[False]))
-        return same, different
+        chosen = [self.chosen(index) for index in range(len(self.tasks))]
+        for a, b, same in self.kin():
+            shared[same].append(len(chosen[a] & chosen[b]))
+        same_family, different = (sum(found) / len(found) if found else None for found in (shared[True], shared[False]))
+        return same_family, different
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routing of a whole model, as ``routing.json`` holds it."""
+
+    split: str
+    multiway: int | None
+    pairs: int
+    layers: tuple[LayerRouting, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def task_family(task: str) -> str:
     return family(task_language(task))
+
+
+def task_section(task: str) -> tuple[int, str]:
+    """Place and heading of the tasks that a task stands with: pairs out of English, into it, between others; "" for languages."""
+    source, _, target = task.partition("-")
+    if not target:
+        return 0, ""
+    return (0, "Out of English") if source == "en" else (1, "Into English") if target == "en" else (2, "Between others")
 
 
 def task_name(task: str) -> str:
@@ -119,78 +167,21 @@ def _layer(value: Mapping[str, Any]) -> LayerRouting:
         task=str(value["task"]),
         tasks=tuple(str(task) for task in value["tasks"]),
         shares=shares,
+        # Those that earlier versions wrote have none of these.
+        tokens=None if value.get("tokens") is None else tuple(int(count) for count in value["tokens"]),
+        load=None if value.get("load") is None else tuple(float(share) for share in value["load"]),
+        dropped=None if value.get("dropped") is None else float(value["dropped"]),
     )
-    if layer.side not in ("encoder", "decoder") or layer.routing not in ("task", "token") or layer.task not in TASKS:
+    if layer.side not in SIDES or layer.routing not in ROUTINGS or layer.task not in TASKS:
         raise ValueError(f"{layer.title}: side, routing or task is none of those allowed")
     if len(shares) != len(layer.tasks) or any(len(row) != layer.experts for row in shares):
         raise ValueError(f"{layer.title}: the shares are not one row a task and one column an expert")
     if not all(0 <= share <= 1 for row in shares for share in row) or not all(math.isclose(sum(row), 1, abs_tol=1e-3) for row in shares):
         raise ValueError(f"{layer.title}: a row of shares does not sum to 1")
+    if layer.tokens is not None and (len(layer.tokens) != len(layer.tasks) or min(layer.tokens, default=0) < 0):
+        raise ValueError(f"{layer.title}: the tokens are not one count a task")
+    if layer.load is not None and (len(layer.load) != layer.experts or not all(0 <= share <= 1 for share in layer.load)):
+        raise ValueError(f"{layer.title}: the load is not one share an expert")
+    if layer.dropped is not None and not 0 <= layer.dropped <= 1:
+        raise ValueError(f"{layer.title}: what was dropped is no share")
     return layer
-
-
-TEXT_WIDTH = 6.4  # pixels that a letter of 12 px takes, on average at most, in the usual system fonts
-# Colors come from custom properties, so that a page can set them for light and dark; the fallbacks serve a page that does not.
-STYLE = """
-.heat text{font:12px system-ui,sans-serif;fill:var(--text,#1d2329)}
-.heat .quiet{fill:var(--quiet,#5c6670)}
-.heat .family{font-size:11px}
-.heat .n{text-anchor:middle;font-size:11px}
-.heat .half{fill:#10151a}
-.heat .over{fill:var(--over,#fff)}
-.heat rect{fill:var(--model,#0072b2)}
-.heat .frame{fill:none;stroke:var(--text,#1d2329);stroke-width:1.5}
-"""
-
-
-def heat_map(layer: LayerRouting) -> Markup:
-    """An SVG element: a row for each task (grouped by family), a column for each expert, the darker the larger the share.
-
-    Under task routing the chosen experts are framed. Shares are written in percent as long as there are 16 experts or fewer.
-    """
-    wide = layer.experts <= 16
-    width, height, top = (26 if wide else 18 if layer.experts <= 32 else 7), 24, 20
-    families = [task_family(task).split(", ")[-1] for task in layer.tasks]  # of "Indo-European, Slavic" the branch
-    names = [task_name(task) for task in layer.tasks]
-    left = 6 + max((TEXT_WIDTH * len(name) for name in names), default=0)
-    largest = max((share for row in layer.shares for share in row), default=0.0) or 1.0
-
-    parts: list[Markup] = []
-    for expert in range(layer.experts):
-        if wide or expert % 8 == 0:
-            parts.append(_text(left + (expert + 0.5) * width, 13, expert + 1, "quiet n"))
-    y = float(top)
-    for index, row in enumerate(layer.shares):
-        if families[0] != families[-1] and (index == 0 or families[index] != families[index - 1]):
-            parts.append(_text(0, y + 15, families[index], "quiet family"))
-            y += 19
-        parts.append(_text(0, y + 16, names[index], ""))
-        chosen = layer.chosen(index) if layer.routing == "task" else frozenset()
-        for expert, share in enumerate(row):
-            x, strength = left + expert * width, share / largest
-            title = f"{names[index]}, expert {expert + 1}: {share:.1%}" + (", chosen" if expert in chosen else "")
-            cell = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="2" fill-opacity="{}"><title>{}</title></rect>')
-            parts.append(cell.format(_n(x + 1), _n(y + 1), width - 2, height - 2, _n(0.04 + 0.96 * strength), title))
-            if wide:
-                parts.append(_text(x + width / 2, y + 16, f"{100 * share:.0f}", _ink(strength)))
-        for expert in sorted(chosen):
-            frame = Markup('<rect class="frame" x="{}" y="{}" width="{}" height="{}" rx="3"/>')
-            parts.append(frame.format(_n(left + expert * width + 1), _n(y + 1), width - 2, height - 2))
-        y += height
-    total = (_n(left + layer.experts * width + 2), _n(y + 2))
-    svg = Markup('<svg class="heat" role="img" aria-label="{}" width="{}" height="{}" viewBox="0 0 {} {}">{}{}</svg>')
-    style = Markup("<style>{}</style>").format(Markup(STYLE))
-    return svg.format(f"Expert shares of {layer.title}", *total, *total, style, Markup("").join(parts))
-
-
-def _ink(strength: float) -> str:
-    """Class of a number on a cell: the text color while the cell is pale, dark on half strength, the inverse on full."""
-    return "n over" if strength > 0.8 else "n half" if strength > 0.55 else "n"
-
-
-def _text(x: float, y: float, content: object, classes: str) -> Markup:
-    return Markup('<text x="{}" y="{}" class="{}">{}</text>').format(_n(x), _n(y), classes, content)
-
-
-def _n(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")

@@ -21,30 +21,35 @@ from lsmoe_ds import __version__
 from lsmoe_ds.config import Model, MoE, Parallel, Recipe, Side
 from lsmoe_ds.convert.folder import Weights, find_model, read_weights, write_folder
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction
-from lsmoe_ds.moe.routers import choose
+from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
 
 
 def check_convertible(recipe: Recipe, direction: Direction) -> None:
     """Raises UserError if the model has no dense equal for this direction, saying why."""
     recipe.languages.direction_id(direction)
     for name, side in (("encoder", recipe.model.encoder), ("decoder", recipe.model.decoder)):
-        if side.moe is not None and side.moe.routing == "token":
+        if side.moe is not None and not side.moe.by_task:
             layers = [str(layer + 1) for layer in range(side.layers) if side.is_moe(layer)]
             place = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(layers)}"
             raise UserError(
-                f"the {name} routes by token in {place}: each token chooses its experts when it is there, so no sub-network holds all "
+                f"the {name} routes by {side.moe.routing} in {place}: each {side.moe.routing} chooses its experts when it is there, so no "
+                f"sub-network holds all "
                 f"that {direction} uses; train with model.{name}.moe.routing: task to extract one, or serve the sparse model"
             )
 
 
-def join_experts(weights: Mapping[str, Tensor], at: str, settings: MoE, task: int) -> dict[str, Tensor]:
-    """One feed-forward that equals a task-routed layer for a task; ``at`` is the layer's name up to ``feed_forward.``.
+def join_experts(weights: Mapping[str, Tensor], at: str, settings: MoE, languages: Languages, task: int) -> dict[str, Tensor]:
+    """One feed-forward that equals a layer routed by task, for one task; ``at`` is the layer's name up to ``feed_forward.``.
 
     Returns ``expand`` [K F, H] with bias [K F] and ``contract`` [H, K F] with bias [H].
     """
-    routes = choose(weights[f"{at}router.weight"][task : task + 1], settings.top_k)
-    experts, gates = routes.experts[0].tolist(), routes.weights[0]
+    router = ROUTERS[settings.routing](0, settings, languages)
+    if list(router.parameters()):
+        router.load_state_dict({"weight": weights[f"{at}router.weight"]}, assign=True)
+    assert isinstance(router, RouterByTask)
+    routes = router.requires_grad_(False).of_tasks()
+    experts, gates = routes.experts[task].tolist(), routes.weights[task]
 
     def of(name: str) -> list[Tensor]:
         return [weights[f"{at}experts.{expert}.{name}"] for expert in experts]
@@ -69,7 +74,7 @@ def extract(weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction)
     for side, layer, settings in recipe.model.moe_layers():
         at = f"{side}.{layer}.feed_forward."
         try:
-            joined = join_experts(weights, at, settings, recipe.languages.task_id(settings.task, direction))
+            joined = join_experts(weights, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction))
         except KeyError as error:
             raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
         dense = {name: value for name, value in dense.items() if not name.startswith(at)} | joined

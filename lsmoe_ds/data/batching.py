@@ -1,7 +1,8 @@
 """Batching: which sentence pairs each step trains on, and their tensors.
 
-A step is ``batch.count`` units of at most ``batch.tokens`` padded tokens. Rank r of D takes units r, r + D, ...; every rank
-plans all of them (numbers only, no text), so all know the totals of the step without communication.
+A step is ``batch.count`` units of at most ``batch.tokens`` padded tokens. Rank r of D takes units r, r + D, ..., or those
+that :mod:`lsmoe_ds.data.dealing` deals it; every rank plans all of them (numbers only, no text), so all know the totals of
+the step without communication.
 
 Everything random is a hash of (seed, purpose, counters), never the state of a generator: any position of the plan can be
 reached at once, is the same on every rank, and is a handful of integers in a checkpoint. Shapes: B sentences, T positions.
@@ -9,8 +10,8 @@ reached at once, is the same on every rank, and is a handful of integers in a ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from lsmoe_ds.config import Batch as BatchSettings
+from lsmoe_ds.data.dealing import check_affinity, deal
 from lsmoe_ds.data.shuffling import Integers, Words, choose, hash_words, permute, thresholds_of
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import EOS, PAD, Direction, Languages, SentenceIds
@@ -25,7 +27,7 @@ from lsmoe_ds.languages import EOS, PAD, Direction, Languages, SentenceIds
 OVERHEAD = 2, 1  # tag and EOS around a source, EOS after a target
 CHUNK_UNITS = 200  # units' worth of sentences that are sorted together: padding stays under 10 % on real text
 SMALLEST_CHUNK_UNITS = 48  # in small data a chunk shrinks so that no sentence is in it twice, down to this
-SHARES, STEPS, UNITS, TIES, ORDER = range(5)  # purposes, the second part of every hash
+SHARES, STEPS, UNITS, TIES, ORDER, PLACES = range(6)  # purposes, the second part of every hash
 
 
 class TokenStore(Protocol):
@@ -75,13 +77,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's share of a step, and the totals of the whole step over all ranks (tags and EOS counted, padding not)."""
+    """One rank's share of a step, and the totals of the whole step over all ranks (tags and EOS counted, padding not).
+
+    ``away`` units of the step are on a rank that is not the home of their expert group; 0 unless batches are task-affine.
+    """
 
     batches: list[Batch]
     target_tokens: int
     source_tokens: int
     sentences: int
     directions: list[int]
+    away: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +138,7 @@ def _padding(mask: NDArray[np.bool_], more: int) -> Integers:
     return np.full((mask.shape[0], mask.shape[1] + more), PAD, dtype=np.int64)
 
 
-def _by_length(source: Integers, target: Integers, tokens: int) -> Integers:
+def by_length(source: Integers, target: Integers, tokens: int) -> Integers:
     """An order in which neighbors have like lengths on both sides.
 
     Bands of source length, each with the same number of tokens; in a band by target length, up and down in turn, so
@@ -146,7 +152,7 @@ def _by_length(source: Integers, target: Integers, tokens: int) -> Integers:
     return np.lexsort((np.where(band % 2, -target, target), band))
 
 
-def _cut(source: Integers, target: Integers, tokens: int) -> Integers:
+def cut(source: Integers, target: Integers, tokens: int) -> Integers:
     """Ends of consecutive units of at most ``tokens`` padded tokens; a pair that is longer has a unit for itself."""
     ends, start = [], 0
     while start < len(source):
@@ -190,9 +196,12 @@ class BatchStream:
     A direction with n pairs has a share of the sentences in proportion to n ** (1 / temperature). Its pairs come in a new
     seeded order each epoch, every pair once. Pairs with more than ``batch.max_length`` tokens on a side (tag and EOS
     counted) or that do not fit into ``batch.tokens`` are left out; ``skipped`` has their number by direction.
-    Units of a homogeneous stream hold one direction each, and those of a step may differ.
+    Units of a homogeneous stream hold one direction each, those of a task-affine one directions of one expert group:
+    ``groups`` has the group of each direction, ``at_home`` the groups whose experts each of the ``world`` ranks holds. A
+    step has units of each direction or group in proportion to its tokens, to rounding, whatever the number of ranks.
 
-    Raises UserError if the ranks do not divide ``batch.count``, or no direction has a pair, or one has none that fits.
+    Raises UserError if the ranks do not divide ``batch.count``, or no direction has a pair, or one has none that fits, or
+    if ``groups`` and ``at_home`` do not suit ``batch.languages``, the directions and the ranks.
     """
 
     def __init__(
@@ -206,10 +215,14 @@ class BatchStream:
         rank: int = 0,
         world: int = 1,
         split: str = "train",
+        groups: Sequence[int] | None = None,
+        at_home: Sequence[Collection[int]] | None = None,
     ) -> None:
         if batch.count % world:
             allowed = f"allowed: {world}, {2 * world}, {3 * world}, ..."
             raise UserError(f"'data.batch.count' is {batch.count}, which the {world} data-parallel ranks cannot share evenly; {allowed}")
+        check_affinity(batch.languages, len(languages.directions), world, groups, at_home)
+        self._at_home = at_home
         self._ids = DirectionIds.of(languages, vocabulary)
         self._batch, self._seed, self._rank, self._world = batch, seed, rank, world
         self._pairs = [prepared.tokens(d, split) for d in languages.directions]
@@ -227,10 +240,13 @@ class BatchStream:
         kept = sizes ** (1 / temperature)
         drawn = kept * sizes / fitting  # more are drawn where some are left out
         places = np.arange(len(trained))
-        groups = [places] if batch.languages == "mixed" else [places[i : i + 1] for i in places]
-        self._pools = [self._pool(trained[group], drawn[group], tokens[group] / sizes[group]) for group in groups]
+        together = {"mixed": np.zeros_like(places), "homogeneous": places}
+        labels = together[batch.languages] if groups is None else np.array(groups, dtype=np.int64)[trained]
+        self._labels = np.unique(labels).tolist()  # of the pools; expert groups, if any
+        parts = [np.flatnonzero(labels == label) for label in self._labels]
+        self._pools = [self._pool(trained[part], drawn[part], tokens[part] / sizes[part]) for part in parts]
         # A unit of short sentences holds more of them: units are chosen in proportion to the tokens.
-        self._choice = thresholds_of(kept * tokens / fitting)
+        self._choice = thresholds_of(np.array([(kept * tokens / fitting)[part].sum() for part in parts]))
         self._step = 0
         self._cursors = np.zeros(len(self._sizes), dtype=np.int64)  # pairs drawn before each pool's current chunk
         self._plan = {
@@ -240,6 +256,7 @@ class BatchStream:
             "data.batch.tokens": batch.tokens,
             "data.batch.max_length": batch.max_length,
             "data.batch.languages": batch.languages,
+            "expert group of each direction": None if groups is None else [int(group) for group in groups],
             "training.seed": seed,
         }
 
@@ -255,19 +272,32 @@ class BatchStream:
         return self
 
     def __next__(self) -> Step:
-        count = self._batch.count
-        pools = np.zeros(count, dtype=np.int64)
-        if len(self._pools) > 1:
-            pools = choose(self._choice, hash_words(self._seed, STEPS, self._step, np.arange(count)))
-        units = [self._take(number) for number in pools.tolist()]
+        pools = self._choose_pools().tolist()
+        units = [self._take(number) for number in pools]
+        mine, away = list(range(self._rank, len(units), self._world)), 0
+        if self._at_home is not None:
+            dealt, away = deal([self._labels[number] for number in pools], self._at_home)
+            mine = dealt[self._rank]
         self._step += 1
         return Step(
-            batches=[self._build(unit) for unit in units[self._rank :: self._world]],
+            batches=[self._build(units[place]) for place in mine],
             target_tokens=sum(unit.target_tokens for unit in units),
             source_tokens=sum(unit.source_tokens for unit in units),
             sentences=sum(len(unit.index) for unit in units),
             directions=np.unique(np.concatenate([unit.direction for unit in units])).tolist(),
+            away=away,
         )
+
+    def _choose_pools(self) -> Integers:
+        """Pool of each unit of the step [count]: a systematic sample, so that a pool with share s has count x s units to rounding.
+
+        In random order: which rank takes a unit, and when, must not follow from its direction.
+        """
+        count = np.uint64(self._batch.count)
+        total, places = self._choice[-1], np.arange(count, dtype=np.uint64)
+        start = hash_words(self._seed, STEPS, self._step) % total
+        pools = choose(self._choice, (places * total + start) // count)
+        return pools[np.argsort(hash_words(self._seed, PLACES, self._step, places), kind="stable")]
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on every rank; integers and strings only but for the temperature, so JSON will do."""
@@ -326,8 +356,8 @@ class BatchStream:
             return _Chunk([], drawn)
         # Otherwise pairs of equal lengths would stand by direction, and batches would mix fewer of them.
         fits = fits[np.argsort(hash_words(self._seed, TIES, *where, fits))]
-        order = fits[_by_length(source[fits], target[fits], self._batch.tokens)]
-        unit_ends = _cut(source[order], target[order], self._batch.tokens)
+        order = fits[by_length(source[fits], target[fits], self._batch.tokens)]
+        unit_ends = cut(source[order], target[order], self._batch.tokens)
         starts = np.concatenate(([0], unit_ends[:-1]))
         source_tokens = np.add.reduceat(source[order], starts).tolist()
         target_tokens = np.add.reduceat(target[order], starts).tolist()
@@ -358,38 +388,3 @@ def _count_fitting(direction: Direction, source: NDArray[Any], target: NDArray[A
         limits = f"'data.batch.tokens' {batch.tokens} and 'data.batch.max_length' {batch.max_length}"
         raise UserError(f"no training pair of direction {direction} fits into {limits}: allow more")
     return pairs, tokens
-
-
-def validation_batches(
-    prepared: Prepared,
-    languages: Languages,
-    vocabulary: Tags,
-    batch: BatchSettings,
-    directions: Sequence[Direction] | None = None,
-    split: str = "dev",
-    limit: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[Batch]:
-    """Every held-out pair once over all ranks, in batches of one direction, always the same.
-
-    Of each direction (all by default) the first ``limit`` pairs are taken. None is left out: one that is longer than
-    ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since experts are exchanged between
-    them: where units run out the last batch of a rank repeats one pair with all labels PAD, and counts for nothing.
-    """
-    ids = DirectionIds.of(languages, vocabulary)
-    units: list[tuple[int, TokenPairs, list[int]]] = []
-    for direction in languages.directions if directions is None else directions:
-        pairs = prepared.tokens(direction, split)
-        source = pairs.source.lengths[:limit].astype(np.int64) + OVERHEAD[0]
-        target = pairs.target.lengths[:limit].astype(np.int64) + OVERHEAD[1]
-        if len(source):
-            order = _by_length(source, target, batch.tokens)
-            ends = _cut(source[order], target[order], batch.tokens)
-            parts = np.split(order, ends[:-1])
-            units += [(languages.direction_id(direction), pairs, part.tolist()) for part in parts]
-    for first in range(0, len(units), world):
-        real = first + rank < len(units)
-        number, pairs, part = units[first + rank] if real else (*units[0][:2], units[0][2][:1])
-        made = collate([pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids)
-        yield made if real else replace(made, labels=torch.full_like(made.labels, PAD))

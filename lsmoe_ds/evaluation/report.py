@@ -20,7 +20,9 @@ import jinja2
 from markupsafe import Markup
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from lsmoe_ds.analysis.routing import LayerRouting, heat_map, read_routing, task_name, task_order
+from lsmoe_ds.analysis.heat_map import heat_map
+from lsmoe_ds.analysis.page import measures_table, reading
+from lsmoe_ds.analysis.routing import read_routing, task_name
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
@@ -28,7 +30,7 @@ from lsmoe_ds.evaluation.groups import ENGLISH
 from lsmoe_ds.evaluation.plots import Series, line_chart, number, smooth
 from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, WEAK, DirectionScore, ScoreTable
 from lsmoe_ds.folders import write_whole
-from lsmoe_ds.languages import Direction, language_name, script
+from lsmoe_ds.languages import Direction, language_name, script, task_order
 from lsmoe_ds.recipe_file import load_recipe
 
 T = TypeVar("T")
@@ -111,7 +113,8 @@ def render_report(run: Path) -> str:
         # The longest bar leaves room for its number.
         bar_scale=85 / max(1.0, *(value.chrf for score in scores.directions for value in (score.metrics, score.copy))) if scores else 0,
         open_samples=_open_samples(scores) if scores else set(),
-        maps=[(layer, heat_map(layer), _reading(layer)) for layer in layers or []],
+        maps=[(layer, heat_map(layer), reading(layer)) for layer in layers or []],
+        measures=measures_table(layers or []),
         conversion=conversion,
         timings=timings,
         corpora=_corpora(recipe),
@@ -179,10 +182,10 @@ def _curves(progress: Progress) -> dict[str, Markup | None]:
 def _summary(recipe: Recipe, progress: Progress | None) -> str:
     """One line: what was trained on what."""
     model, languages = recipe.model, recipe.languages
-    unit = {"token": "token", "target": "target language", "pair": "language pair"}
-    mixtures = {(side, moe.experts, moe.top_k, moe.task if moe.routing == "task" else "token") for side, _, moe in model.moe_layers()}
+    unit = {"target": "target language", "source": "source language", "pair": "language pair"}
+    mixtures = {(side, moe.experts, moe.top_k, unit[moe.task] if moe.by_task else moe.routing) for side, _, moe in model.moe_layers()}
     sparse = [
-        f"{experts} experts in each sparse layer of the {side}, {top_k} of them used for each {unit[by]}"
+        f"{experts} experts in each sparse layer of the {side}, {top_k} of them used for each {by}"
         for side, experts, top_k, by in sorted(mixtures, reverse=True)
     ]
     if len(sparse) == 2 and sparse[0].replace("encoder", "decoder") == sparse[1]:
@@ -246,18 +249,6 @@ def _open_samples(scores: ScoreTable) -> set[str]:
         target = score.direction.target
         shown.setdefault("into English" if target == ENGLISH else script(target) or target, str(score.direction))
     return set(list(shown.values())[:OPEN_SAMPLES])
-
-
-def _reading(layer: LayerRouting) -> str | None:
-    """What the map shows, in words: who shares experts. None for token routing, where nobody chooses for a whole task."""
-    if layer.routing != "task":
-        return None
-    alike = "; ".join(", ".join(task_name(task) for task in tasks) for tasks in layer.alike())
-    same, different = layer.overlap()
-    text = f"Choose the same experts: {alike}." if alike else "No two tasks choose the same experts."
-    if same is not None and different is not None:
-        text += f" Two tasks of one family share {same:.2f} of {layer.top_k} experts on average, two of different families {different:.2f}."
-    return text
 
 
 class Provenance(BaseModel):

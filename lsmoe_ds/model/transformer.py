@@ -17,31 +17,32 @@ from lsmoe_ds.languages import PAD, Languages, SentenceIds
 from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
+from lsmoe_ds.moe.guide import Guide, mean_of_real
+from lsmoe_ds.moe.losses import RoutingRecord, count_first_choices
 from lsmoe_ds.parallel.layers import cross_entropy, output_logits
 from lsmoe_ds.parallel.topology import Topology
 
 
 @dataclass
 class Losses:
-    """Of one micro-batch, as sums over its target tokens (the balance loss: a weighted mean over layers, times the tokens)."""
+    """Of one micro-batch, as sums over its target tokens."""
 
     loss: Tensor  # label-smoothed cross-entropy, summed; with gradient
     nll: Tensor  # negative log-likelihood, summed; without gradient
-    balance: Tensor  # sum over MoE layers of coefficient x balance loss; with gradient, or zero
-    shares: dict[str, Tensor]  # layer name -> share of first choices [E]
+    routing: list[RoutingRecord]  # of each MoE layer, encoder first; what the auxiliary losses are made of
 
 
 @dataclass
 class DecoderState:
     """What the decoder remembers of B sentences while decoding.
 
-    In a beam search each sentence has the same number W of hypotheses, one after the other: ``ids`` and ``own`` then have
+    In a beam search each sentence has the same number W of hypotheses, one after the other: ``guide`` and ``own`` then have
     B W rows, ``cross`` and ``mask`` stay at B.
     """
 
     cross: list[Cache]
     mask: Tensor  # [B, 1, 1, M], true where the source is real
-    ids: SentenceIds
+    guide: Guide
     own: list[Cache | None] = field(default_factory=list)
     length: int = 0
 
@@ -59,7 +60,7 @@ class DecoderState:
         cross = self.cross if sentences is None else [of(cache, sentences) for cache in self.cross]
         mask = self.mask if sentences is None else self.mask[sentences]
         own = [None if cache is None else of(cache, rows) for cache in self.own]
-        return DecoderState(cross, mask, self.ids.select(rows), own, self.length)
+        return DecoderState(cross, mask, self.guide.select(rows), own, self.length)
 
 
 class Layer(nn.Module):
@@ -92,13 +93,12 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         real: Tensor,
-        ids: SentenceIds,
+        guide: Guide,
         own_mask: Tensor | None = None,
         causal: bool = False,
         cross: Cache | None = None,
         cross_mask: Tensor | None = None,
         past: Cache | None = None,
-        records: list[Any] | None = None,
     ) -> tuple[Tensor, Cache]:
         """x [B, T, H] -> [B, T, H], and the keys and values of all positions so far."""
         normed = self.attention_norm(x)
@@ -110,7 +110,7 @@ class Layer(nn.Module):
             queries = self.cross_norm(x).view(cross[0].shape[0], -1, x.shape[2])
             x = x + self._drop(self.cross_attention(queries, cross, cross_mask).view_as(x))
         normed = self.feed_forward_norm(x)
-        y = self.feed_forward(normed, real, ids, records) if self.is_moe else self.feed_forward(normed)
+        y = self.feed_forward(normed, real, guide) if self.is_moe else self.feed_forward(normed)
         return x + self._drop(y), cache
 
 
@@ -130,20 +130,21 @@ class Transformer(nn.Module):
         self.dropout = recipe.training.dropout
         self.smoothing = recipe.training.label_smoothing
         self.moe_names = [f"{side}.{layer}" for side, layer, _ in model.moe_layers()]
+        self.summarize = model.decoder.moe is not None and model.decoder.moe.routing == "sentence"
 
     def _embed(self, ids: Tensor, offset: int = 0) -> Tensor:
         return F.dropout(self.embedding(ids, offset), self.dropout, self.training)
 
-    def encode(self, source: Tensor, ids: SentenceIds, records: list[Any] | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, source: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
         """Source [B, M] -> memory [B, M, H] and its mask [B, 1, 1, M]."""
         real = source != PAD
         mask = real[:, None, None, :]
         x = self._embed(source)
         for layer in self.encoder:
-            x, _ = layer(x, real, ids, own_mask=mask, records=records)
+            x, _ = layer(x, real, guide, own_mask=mask)
         return self.encoder_norm(x), mask
 
-    def _decode(self, tokens: Tensor, real: Tensor, state: DecoderState, records: list[Any] | None) -> Tensor:
+    def _decode(self, tokens: Tensor, real: Tensor, state: DecoderState) -> Tensor:
         """Decoder input [B, T], after ``state.length`` earlier positions -> hidden states [B, T, H]; extends the state."""
         x = self._embed(tokens, state.length)
         state.own = state.own or [None] * len(self.decoder)
@@ -153,35 +154,36 @@ class Transformer(nn.Module):
             x, state.own[i] = layer(
                 x,
                 real,
-                state.ids,
+                state.guide,
                 causal=tokens.shape[1] > 1,
                 cross=state.cross[i],
                 cross_mask=state.mask,
                 past=state.own[i],
-                records=records,
             )
         state.length += tokens.shape[1]
         return self.decoder_norm(x)
 
-    def start(self, source: Tensor, ids: SentenceIds, records: list[Any] | None = None) -> DecoderState:
+    def start(self, source: Tensor, ids: SentenceIds, records: list[RoutingRecord] | None = None) -> DecoderState:
         """Encodes source [B, M] and prepares to decode."""
-        memory, mask = self.encode(source, ids, records)
-        return DecoderState([layer.cross_attention.project(memory) for layer in self.decoder], mask, ids)  # type: ignore[union-attr, operator]
+        memory, mask = self.encode(source, Guide(ids, records=records))
+        summary = mean_of_real(memory, source != PAD) if self.summarize else None
+        cross = [layer.cross_attention.project(memory) for layer in self.decoder]  # type: ignore[union-attr, operator]
+        return DecoderState(cross, mask, Guide(ids, summary, records))
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """The next tokens [B, T] of each sentence -> logits [B, V] after the last of them; extends the state."""
-        hidden = self._decode(tokens, torch.ones_like(tokens, dtype=torch.bool), state, None)
+        hidden = self._decode(tokens, torch.ones_like(tokens, dtype=torch.bool), state)
         return output_logits(hidden[:, -1], self.embedding.tokens, self.topology)
 
     def logits(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> Tensor:
         """Teacher-forced logits [B, T, V]; those at padding mean nothing."""
-        hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids), None)
+        hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids))
         return output_logits(hidden.flatten(0, 1), self.embedding.tokens, self.topology).unflatten(0, hidden.shape[:2])
 
     def forward(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds) -> Losses:
         """Source [B, M], decoder input and labels [B, T] -> losses, summed over the real labels."""
-        records: list[Any] = []
-        hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, records), records)
+        records: list[RoutingRecord] | None = [] if self.training else None
+        hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, records))
         index = (labels.reshape(-1) != PAD).nonzero().squeeze(1)  # the vocabulary is projected for real tokens only
         loss, nll = cross_entropy(
             hidden.flatten(0, 1)[index],
@@ -190,5 +192,21 @@ class Transformer(nn.Module):
             self.smoothing if self.training else 0.0,
             self.topology,
         )
-        balance = sum((r.coefficient * r.balance for r in records), start=loss.new_zeros(()))
-        return Losses(loss, nll, balance, {name: r.shares for name, r in zip(self.moe_names, records, strict=True)})
+        return Losses(loss, nll, records or [])
+
+    def moe_layers(self) -> list[tuple[str, Any]]:
+        """(side, MixtureOfExperts), in the order in which they run."""
+        return [(name.split(".")[0], self.get_submodule(f"{name}.feed_forward")) for name in self.moe_names]
+
+    @torch.no_grad()
+    def first_choices(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> list[Tensor]:
+        """Tokens whose first choice is each expert [E], for each MoE layer, as :meth:`forward` will count them if the same
+        random numbers follow. Where no router reads hidden states nothing is computed for it."""
+        layers = self.moe_layers()
+        if not any(layer.router.reads_tokens for _, layer in layers):
+            real = {"encoder": source != PAD, "decoder": decoder_input != PAD}
+            routes = [layer.route(None, real[side], Guide(ids))[2] for side, layer in layers]
+            return [count_first_choices(each, each.probabilities.shape[1]) for each in routes]
+        records: list[RoutingRecord] = []
+        self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, records))
+        return [record.counts for record in records]

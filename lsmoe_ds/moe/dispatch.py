@@ -1,21 +1,83 @@
-"""Dispatch: tokens to their experts and back. No token is dropped and none is padded.
+"""Dispatch: tokens to their experts and back. No token is padded, and none is dropped that the router has not dropped.
 
-Tokens are sorted by expert; with expert parallelism the counts are exchanged once, the tokens travel by an uneven
-all-to-all, each expert runs over exactly its tokens, and the results travel back to be added with their weights.
-Tensor-parallel peers, which hold the same tokens, each dispatch a share of them.
+With expert parallelism a token travels once to each rank that holds any of its experts, with the numbers and weights of
+these; there its experts' outputs are added with their weights, and one row travels back. Counts are exchanged once, rows
+by uneven all-to-all. Tensor-parallel peers, which hold the same tokens, each dispatch a share of them.
 
-S tokens, H hidden, E experts, K top-k, R expert-parallel ranks, N = S K token copies.
+S tokens, H hidden, E experts, K top-k, R expert-parallel ranks; on one rank n rows with N choices of a local expert.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lsmoe_ds.moe.routers import Routes
-from lsmoe_ds.parallel.collectives import all_to_all, exchange_counts, join_rows, split_rows
+from lsmoe_ds.moe.routers import DROPPED
+from lsmoe_ds.parallel.collectives import Traffic, all_to_all, exchange_counts, join_rows, split_rows
 from lsmoe_ds.parallel.compat import mark_expert_parameter
 from lsmoe_ds.parallel.topology import Topology
+
+
+@dataclass
+class Plan:
+    """Which copy of which row goes to which expert. Copies are sorted by expert; a choice is a place in [n K]."""
+
+    counts: list[int]  # copies of each local expert
+    choices: Tensor  # [N]: the choice of each copy
+    copies: Tensor  # [n, K]: the copy of each choice; 0 where the choice is none
+    real: Tensor | None  # [n, K]: whether the choice is one; None where all are
+
+    @classmethod
+    def of(cls, chosen: Tensor, experts: int) -> Plan:
+        """``chosen`` [n, K]: local expert numbers, or DROPPED."""
+        flat = chosen.reshape(-1)
+        counts = torch.bincount(flat + 1, minlength=experts + 1).tolist()  # DROPPED first
+        choices = flat.argsort(stable=True)[counts[0] :]
+        copies = torch.zeros_like(flat)
+        copies[choices] = torch.arange(choices.shape[0], device=flat.device)
+        return cls(counts[1:], choices, copies.view_as(chosen), chosen != DROPPED if counts[0] else None)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows [n, H] -> a copy for each choice [N, H]. The gradient is gathered too: scattering it would be several times slower."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return rows.index_select(0, plan.choices // plan.copies.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _pick(gradients[0], ctx.plan).sum(1), None
+
+
+class _Combine(torch.autograd.Function):
+    """Copies [N, H], weights [n, K] -> the weighted sum of each row's copies [n, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, copies: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(copies, weights)
+        return torch.bmm(weights[:, None].to(copies.dtype), _pick(copies, plan)).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        plan: Plan = ctx.plan
+        (gradient,), (copies, weights) = gradients, ctx.saved_tensors
+        of_weights = torch.bmm(_pick(copies, plan), gradient[:, :, None]).squeeze(2).to(weights.dtype)
+        each = weights.reshape(-1)[plan.choices][:, None].to(gradient.dtype)
+        return gradient.index_select(0, plan.choices // plan.copies.shape[1]) * each, of_weights, None
+
+
+def _pick(copies: Tensor, plan: Plan) -> Tensor:
+    """[N, H] -> the copy of each choice [n, K, H], zero where the choice is none."""
+    if not copies.shape[0]:
+        return copies.new_zeros(*plan.copies.shape, copies.shape[1])
+    picked = copies.index_select(0, plan.copies.reshape(-1)).view(*plan.copies.shape, -1)
+    return picked if plan.real is None else picked.masked_fill(~plan.real[:, :, None], 0)
 
 
 class Experts(nn.Module):
@@ -25,17 +87,20 @@ class Experts(nn.Module):
     def __init__(self, experts: list[nn.Module], topology: Topology) -> None:
         super().__init__()
         self.deepspeed_experts = nn.ModuleList(experts)
+        # Where ranks reduce gradients together, every parameter must have one on every rank, so in training an expert
+        # without tokens runs over zero rows. One rank alone fills in the missing ones once a step, which is cheaper.
+        self.run_idle = topology.world > 1
         for parameter in self.parameters():
             mark_expert_parameter(parameter, topology.expert)
 
-    def forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
-        """Tokens [N, H] sorted by local expert, ``counts[e]`` of them for expert e -> [N, H]."""
-        outputs = [
-            # In training an expert without tokens still runs, over zero rows: every parameter gets a gradient on every rank.
-            expert(part) if self.training or len(part) else part
-            for expert, part in zip(self.deepspeed_experts, tokens.split(counts), strict=True)
-        ]
-        return torch.cat(outputs)
+    def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Rows [n, H], local expert numbers or DROPPED [n, K], weights [n, K] -> weighted sums of the outputs [n, H]."""
+        plan = Plan.of(chosen, len(self.deepspeed_experts))
+        idle = self.training and self.run_idle
+        parts = _Gather.apply(rows, plan).split(plan.counts)
+        outputs = [expert(part) for expert, part in zip(self.deepspeed_experts, parts, strict=True) if idle or len(part)]
+        out: Tensor = _Combine.apply(torch.cat(outputs) if outputs else rows[:0], weights, plan)
+        return out
 
 
 class Dispatcher(nn.Module):
@@ -44,37 +109,38 @@ class Dispatcher(nn.Module):
     def __init__(self, experts: list[nn.Module], total: int, topology: Topology) -> None:
         super().__init__()
         self.experts = Experts(experts, topology)
-        self.total = total
+        self.local = total // topology.expert
         self.topology = topology
+        self.traffic = Traffic()
 
-    def forward(self, tokens: Tensor, routes: Routes) -> Tensor:
-        """Tokens [S, H] -> the weighted sum of their experts' outputs [S, H]."""
+    def forward(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Tokens [S, H], expert numbers or DROPPED [S, K], weights [S, K] -> the weighted sum of the experts' outputs [S, H]."""
         group = self.topology.tensor_group
         if self.topology.tensor == 1 or group is None:
-            return self._dispatch(tokens, routes.experts, routes.weights)
-        own = self._dispatch(split_rows(tokens, group), split_rows(routes.experts, group), split_rows(routes.weights, group))
+            return self._dispatch(tokens, experts, weights)
+        own = self._dispatch(split_rows(tokens, group), split_rows(experts, group), split_rows(weights, group))
         return join_rows(own, tokens.shape[0], group)
 
     def _dispatch(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        top_k = experts.shape[1]
-        flat = experts.reshape(-1)  # [N]
-        order = flat.argsort(stable=True)  # copies in the order of their experts
-        counts = torch.bincount(flat, minlength=self.total)  # [E]
-        copies = tokens[order // top_k]
-        outputs = self._exchange(copies, counts) if self.topology.expert > 1 else self.experts(copies, counts.tolist())
-        weighted = outputs * weights.reshape(-1)[order][:, None]
-        return torch.zeros_like(tokens).index_add(0, order // top_k, weighted.to(tokens.dtype))
-
-    def _exchange(self, copies: Tensor, counts: Tensor) -> Tensor:
-        group, ranks = self.topology.expert_group, self.topology.expert
+        if self.topology.expert == 1:
+            out: Tensor = self.experts(tokens, experts, weights)
+            return out
+        group, ranks, top_k = self.topology.expert_group, self.topology.expert, experts.shape[1]
         assert group is not None
-        sent = counts.view(ranks, -1)  # [R, E / R]
-        received = exchange_counts(sent, group)  # [R, E / R]: row r counts what rank r sends to each local expert
-        send, receive = sent.sum(1).tolist(), received.sum(1).tolist()
-        arrived = all_to_all(copies, send, receive, group)
-        # Arrived by sender, then expert; the experts want them by expert, then sender.
-        local = torch.arange(received.shape[1], device=copies.device).repeat(ranks).repeat_interleave(received.reshape(-1))
-        by_expert = local.argsort(stable=True)
-        outputs = self.experts(arrived[by_expert], received.sum(0).tolist())
-        back = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(by_expert.shape[0], device=by_expert.device))
-        return all_to_all(outputs[back], receive, send, group)
+        rank_of = torch.where(experts == DROPPED, ranks, experts // self.local)  # [S, K]
+        wanted = torch.zeros(experts.shape[0], ranks + 1, dtype=torch.bool, device=experts.device).scatter_(1, rank_of, True)
+        ranks_of_rows, rows = wanted[:, :ranks].t().nonzero(as_tuple=True)  # by rank, then token
+        send_counts = torch.bincount(ranks_of_rows, minlength=ranks)
+        receive_counts = exchange_counts(send_counts, group, self.traffic)
+        send, receive = send_counts.tolist(), receive_counts.tolist()
+        self.traffic.rows += sum(send) - send[self.topology.expert_rank]
+
+        # Of each row that travels: the numbers of its experts on the rank it goes to, or DROPPED, and their weights.
+        here = rank_of[rows] == ranks_of_rows[:, None]
+        local = torch.where(here, experts[rows] % self.local, DROPPED)
+        told = torch.cat([local.float(), weights.float().index_select(0, rows)], 1)  # whole numbers are exact in float32
+        told = all_to_all(told, send, receive, group, self.traffic)
+        arrived = all_to_all(tokens.index_select(0, rows), send, receive, group, self.traffic)
+        outputs = self.experts(arrived, told[:, :top_k].detach().long(), told[:, top_k:])
+        returned = all_to_all(outputs, receive, send, group, self.traffic)
+        return torch.zeros_like(tokens).index_add(0, rows, returned)

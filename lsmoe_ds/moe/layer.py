@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lsmoe_ds.config import MoE
-from lsmoe_ds.languages import Languages, SentenceIds
+from lsmoe_ds.languages import Languages
 from lsmoe_ds.moe.dispatch import Dispatcher
-from lsmoe_ds.moe.losses import balance_loss, expert_shares
-from lsmoe_ds.moe.routers import ROUTERS
+from lsmoe_ds.moe.guide import Guide, mean_of_real
+from lsmoe_ds.moe.losses import record_routing
+from lsmoe_ds.moe.routers import ROUTERS, Places, Routes, limit
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
-
-
-@dataclass
-class RoutingRecord:
-    """What one MoE layer did with one micro-batch."""
-
-    balance: Tensor  # scalar, with gradient
-    coefficient: float
-    shares: Tensor  # [E], share of first choices
 
 
 class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
@@ -44,22 +35,34 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         self.settings = settings
         # The router stands beside the dispatcher: DeepSpeed drops or misfiles router weights below a name with "expert".
         self.router = ROUTERS[settings.routing](hidden, settings, languages)
+        # Called with the task of each token [S] and its Routes: analysis looks on through it.
+        self.observer: Callable[[Tensor, Routes], None] | None = None
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """The groups are built already, by Topology."""
 
-    def forward(self, x: Tensor, real: Tensor, ids: SentenceIds, records: list[RoutingRecord] | None = None) -> Tensor:
-        """x [B, T, H] -> [B, T, H]. Only positions where ``real`` [B, T] is true are routed; the others give zeros.
-
-        In training a record is appended to ``records``.
-        """
-        batch, length, hidden = x.shape
-        flat = x.reshape(-1, hidden)
+    def route(self, x: Tensor | None, real: Tensor, guide: Guide) -> tuple[Tensor, Tensor, Routes]:
+        """Index of the real positions among B T, their tasks, and their routes. Without ``x``, of a router that reads the task alone."""
+        batch, length = real.shape
         index = real.reshape(-1).nonzero().squeeze(1)
-        tokens = flat[index]
-        tasks = ids.task(self.settings.task)[:, None].expand(batch, length).reshape(-1)[index]
-        routes = self.router(tokens, tasks)
-        if records is not None:
-            shares = expert_shares(routes, self.num_experts)
-            records.append(RoutingRecord(balance_loss(routes), self.settings.balance, shares))
-        return torch.zeros_like(flat).index_copy(0, index, self.deepspeed_moe(tokens, routes)).view(batch, length, hidden)
+        sentences = index // length
+        tasks = guide.ids.task(self.settings.task)[sentences]
+        summary = guide.summary
+        if self.settings.routing == "sentence" and summary is None:
+            assert x is not None
+            summary = mean_of_real(x, real)
+        tokens = real.new_empty(0) if x is None else x.reshape(batch * length, -1)[index]
+        return index, tokens, self.router(tokens, Places(sentences, tasks, summary))
+
+    def forward(self, x: Tensor, real: Tensor, guide: Guide) -> Tensor:
+        """x [B, T, H] -> [B, T, H]. Only positions where ``real`` [B, T] is true are routed; the others give zeros."""
+        index, tokens, chosen = self.route(x, real, guide)
+        kept, capacity = chosen, self.settings.capacity
+        if capacity is not None and (factor := capacity.training if self.training else capacity.evaluation) is not None:
+            kept = limit(chosen, capacity, factor)
+        if guide.records is not None:
+            guide.records.append(record_routing(self.settings, chosen, kept))
+        if self.observer is not None:
+            self.observer(guide.ids.task(self.settings.task)[index // x.shape[1]], kept)
+        out = self.deepspeed_moe(tokens, kept.experts, kept.weights)
+        return torch.zeros_like(x).reshape(-1, x.shape[2]).index_copy(0, index, out).view_as(x)

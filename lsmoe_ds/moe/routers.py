@@ -1,30 +1,48 @@
-"""Routers: which experts a token uses, and with which weights.
+"""Routers: which experts a token uses, and with which weights ("Beyond Distillation", section 3.1).
 
-A router maps tokens [S, H] and the task of each token [S] to the numbers of K experts [S, K], their weights [S, K] and
-the probabilities of all experts [S, E] ("Beyond Distillation", section 3.1):
+- token:     probabilities = softmax(W x_s)                each token chooses by its own hidden state
+- sentence:  probabilities = softmax(W mean_s(x_s))        all tokens of a sentence choose alike, by their mean
+- task:      probabilities = softmax(W[task_s])            all tokens of a task choose alike, so its experts can be taken out
+- static:    the tasks are dealt to the experts, K each, with weights 1 / K; nothing is learned
 
-- token:  probabilities = softmax(W x_s)           each token routes by itself
-- task:   probabilities = softmax(W[task_s])       all tokens of a task route alike, so one task's experts can be taken out
-
-S tokens, H hidden, E experts, K top-k.
+S tokens, B sentences, H hidden, E experts, K top-k.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from lsmoe_ds.config import MoE
+from lsmoe_ds.config import Capacity, MoE
 from lsmoe_ds.languages import Languages
+
+DROPPED = -1
 
 
 @dataclass
 class Routes:
-    experts: Tensor  # [S, K] int64
-    weights: Tensor  # [S, K], each row sums to 1 for K > 1
+    experts: Tensor  # [S, K] int64, or DROPPED where an expert was full
+    weights: Tensor  # [S, K]; of K > 1 each row summed to 1 before anything was dropped; 0 where dropped
     probabilities: Tensor  # [S, E], float32
+    log_sums: Tensor  # [S], float32: log sum_e exp(logit_e), which the z-loss keeps small
+
+    def of(self, index: Tensor) -> Routes:
+        """The rows that ``index`` names."""
+        return Routes(self.experts[index], self.weights[index], self.probabilities[index], self.log_sums[index])
+
+    def to(self, device: torch.device) -> Routes:
+        return Routes(self.experts.to(device), self.weights.to(device), self.probabilities.to(device), self.log_sums.to(device))
+
+
+@dataclass
+class Places:
+    """Where the S routed tokens stand, and what stands for each of the B sentences."""
+
+    sentences: Tensor  # [S]
+    tasks: Tensor  # [S]
+    summary: Tensor | None = None  # [B, H]: read by sentence routing only
 
 
 def choose(logits: Tensor, top_k: int) -> Routes:
@@ -33,37 +51,134 @@ def choose(logits: Tensor, top_k: int) -> Routes:
     For K > 1 their weights are their probabilities scaled to sum to 1 (GShard); for K = 1 the weight is the probability
     itself (Switch), without which the router would get no gradient.
     """
-    probabilities = logits.float().softmax(-1)
+    logits = logits.float()
+    probabilities = logits.softmax(-1)
     weights, experts = probabilities.topk(top_k, -1)
     if top_k > 1:
         weights = weights / weights.sum(-1, keepdim=True)
-    return Routes(experts, weights.to(logits.dtype), probabilities)
+    return Routes(experts, weights, probabilities, logits.logsumexp(-1))
 
 
-class TokenRouter(nn.Module):
+def limit(routes: Routes, settings: Capacity, factor: float) -> Routes:
+    """Drops the choices that are over ``ceil(factor K S / E)`` tokens of one expert.
+
+    The S tokens are those of one batch, whatever number of ranks shares it: what is dropped does not depend on the layout.
+    The weights of a token's other experts stay as they are (GShard, algorithm 1).
+    """
+    count, top_k = routes.experts.shape
+    experts = routes.probabilities.shape[1]
+    capacity = -int(-factor * top_k * count // experts)
+    flat = routes.experts.t().reshape(-1)  # all first choices, then all second ones
+    order = torch.arange(flat.shape[0], device=flat.device)
+    if settings.drop == "probability":
+        order = routes.weights.detach().t().reshape(-1).argsort(descending=True, stable=True)
+    order = order[flat[order].argsort(stable=True)]  # by expert, the best first
+    sizes = torch.bincount(flat, minlength=experts)
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(flat.shape[0], device=flat.device) - starts[flat[order]]
+    kept = (rank < capacity).view(top_k, count).t()
+    return replace(routes, experts=routes.experts.masked_fill(~kept, DROPPED), weights=routes.weights * kept)
+
+
+class Router(nn.Module):
+    """``forward(tokens [S, H], places)`` -> :class:`Routes`."""
+
+    reads_tokens = True  # whether the choice depends on hidden states, or on the task alone
+
+    def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
+        super().__init__()
+        self.top_k, self.jitter = settings.top_k, settings.jitter
+
+    def _shake(self, x: Tensor) -> Tensor:
+        """Multiplies by uniform noise in [1 - jitter, 1 + jitter], in training (Switch Transformer, section 2.4)."""
+        if not self.jitter or not self.training:
+            return x
+        return x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+
+
+class TokenRouter(Router):
     """Each token chooses by its own hidden state."""
 
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
-        super().__init__()
-        self.top_k = settings.top_k
+        super().__init__(hidden, settings, languages)
         self.weight = nn.Parameter(torch.empty(settings.experts, hidden))
 
-    def forward(self, tokens: Tensor, tasks: Tensor) -> Routes:
-        return choose(nn.functional.linear(tokens, self.weight), self.top_k)
+    def forward(self, tokens: Tensor, places: Places) -> Routes:
+        return choose(nn.functional.linear(self._shake(tokens), self.weight), self.top_k)
 
 
-class TaskRouter(nn.Module):
-    """The task (target language, or pair) chooses; the weight has one row of expert logits for each task, [tasks, E]."""
+class SentenceRouter(TokenRouter):
+    """All tokens of a sentence choose by what stands for it: in the encoder the mean of its real tokens at this layer, in
+    the decoder the mean of the *encoder's output*, because a mean over decoder positions would look into the future."""
+
+    def forward(self, tokens: Tensor, places: Places) -> Routes:
+        assert places.summary is not None
+        return super().forward(places.summary, places).of(places.sentences)
+
+
+class RouterByTask(Router):
+    """A router that reads the task alone: one row of routes for each task."""
+
+    reads_tokens = False
+
+    def of_tasks(self) -> Routes:
+        """Routes of all tasks, [tasks, K]."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, places: Places) -> Routes:
+        return self.of_tasks().of(places.tasks)
+
+
+class TaskRouter(RouterByTask):
+    """The task chooses; the weight has one row of expert logits for each task, [tasks, E]. Where the experts stand in
+    groups, those outside the task's own have probability 0."""
 
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
-        super().__init__()
-        self.top_k = settings.top_k
+        super().__init__(hidden, settings, languages)
         self.weight = nn.Parameter(torch.empty(len(languages.tasks(settings.task)), settings.experts))
+        self.groups = languages.task_groups(settings.task, settings.expert_groups) if settings.expert_groups > 1 else None
 
-    def forward(self, tokens: Tensor, tasks: Tensor) -> Routes:
-        # Chosen once for each task, then spread over its tokens.
-        of_task = choose(self.weight, self.top_k)
-        return Routes(of_task.experts[tasks], of_task.weights[tasks], of_task.probabilities[tasks])
+    def logits(self) -> Tensor:
+        """[tasks, E], minus infinity outside a task's group."""
+        if self.groups is None:
+            return self.weight
+        of_task = torch.tensor(self.groups, device=self.weight.device)
+        each = self.weight.shape[1] // (max(self.groups) + 1)
+        of_expert = torch.arange(self.weight.shape[1], device=self.weight.device) // each
+        return self.weight.masked_fill(of_task[:, None] != of_expert, -torch.inf)
+
+    def of_tasks(self) -> Routes:
+        return choose(self.logits(), self.top_k)
 
 
-ROUTERS: dict[str, type[nn.Module]] = {"token": TokenRouter, "task": TaskRouter}
+class StaticRouter(RouterByTask):
+    """The n-th task of a group uses the K experts of the group after those of the (n - 1)-th, in a circle."""
+
+    def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
+        super().__init__(hidden, settings, languages)
+        self.dealt = deal(settings, languages)
+        self.experts = settings.experts
+
+    def of_tasks(self) -> Routes:
+        chosen = torch.tensor(self.dealt)  # [tasks, K]
+        weights = torch.full(chosen.shape, 1 / self.top_k)
+        probabilities = torch.zeros(chosen.shape[0], self.experts).scatter_(1, chosen, weights)
+        return Routes(chosen, weights, probabilities, weights.new_zeros(chosen.shape[0]))
+
+    def forward(self, tokens: Tensor, places: Places) -> Routes:
+        return self.of_tasks().of(places.tasks.cpu()).to(places.tasks.device)
+
+
+def deal(settings: MoE, languages: Languages) -> list[list[int]]:
+    """Experts of each task under static routing, [tasks][K]."""
+    groups = languages.task_groups(settings.task, settings.expert_groups)
+    each, met, dealt = settings.experts // settings.expert_groups, [0] * settings.expert_groups, []
+    for group in groups:
+        first = met[group] * settings.top_k
+        dealt.append([group * each + (first + k) % each for k in range(settings.top_k)])
+        met[group] += 1
+    return dealt
+
+
+ROUTERS: dict[str, type[Router]] = {"token": TokenRouter, "sentence": SentenceRouter, "task": TaskRouter, "static": StaticRouter}

@@ -5,6 +5,10 @@ S tokens, H hidden, R ranks of the group.
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,35 +16,65 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[R, N] integers, row r for rank r -> [R, N], row r from rank r."""
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=group)
+@dataclass
+class Traffic:
+    """What this rank has sent to others, and how long it was at it: waiting for the slowest counts, as it does for the step.
+
+    On a GPU ``seconds`` is the time until the exchange was queued, not the time it took.
+    """
+
+    bytes: int = 0
+    rows: int = 0  # that left in a forward pass
+    seconds: float = 0.0
+
+    @classmethod
+    def sum(cls, parts: Iterable[Traffic]) -> Traffic:
+        """All of them together."""
+        total = cls()
+        for part in parts:
+            total.bytes, total.rows, total.seconds = total.bytes + part.bytes, total.rows + part.rows, total.seconds + part.seconds
+        return total
+
+    def take(self) -> Traffic:
+        """What has gathered since the last time."""
+        taken = Traffic(self.bytes, self.rows, self.seconds)
+        self.bytes, self.rows, self.seconds = 0, 0, 0.0
+        return taken
+
+
+def _exchange(tensor: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
+    received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
+    begun = time.perf_counter()
+    dist.all_to_all_single(received, tensor.contiguous(), receive, send, group=group)
+    traffic.seconds += time.perf_counter() - begun
+    leaving = sum(send) - send[dist.get_rank(group)]
+    traffic.bytes += leaving * tensor.element_size() * math.prod(tensor.shape[1:])
     return received
+
+
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
+    """[R] integers, one for each rank -> [R], one from each rank."""
+    ones = [1] * counts.shape[0]
+    return _exchange(counts, ones, ones, group, traffic)
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        received = tokens.new_empty((sum(receive), *tokens.shape[1:]))
-        dist.all_to_all_single(received, tokens.contiguous(), receive, send, group=group)
-        return received
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
+        ctx.way_back = receive, send, group, traffic
+        return _exchange(rows, send, receive, group, traffic)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = gradients
-        returned = gradient.new_empty((sum(ctx.send), *gradient.shape[1:]))
-        dist.all_to_all_single(returned, gradient.contiguous(), ctx.send, ctx.receive, group=ctx.group)
-        return returned, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _exchange(gradients[0], *ctx.way_back), None, None, None, None
 
 
-def all_to_all(tokens: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
     """Uneven exchange: ``send[r]`` rows of [S, H] go to rank r, ``receive[r]`` rows come from it, in rank order.
 
-    The gradient takes the same way back. Any count may be zero; every rank of the group must call it.
+    The gradient takes the same way back. Any count may be zero; every rank of the group must call it. ``traffic`` is added to.
     """
-    out: Tensor = _AllToAll.apply(tokens, send, receive, group)
+    out: Tensor = _AllToAll.apply(rows, send, receive, group, traffic)
     return out
 
 

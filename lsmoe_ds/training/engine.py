@@ -16,7 +16,9 @@ from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.model.initialization import initialize, partition_dimension
 from lsmoe_ds.model.transformer import Losses, Transformer
+from lsmoe_ds.moe.losses import balance_loss, z_loss
 from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.schedules import inverse_square_root
 
@@ -43,10 +45,13 @@ class StepResult:
 
     loss: float
     nll: float
-    balance: float
+    balance: float  # sum over MoE layers of coefficient x balance loss
+    z_loss: float  # sum over MoE layers of coefficient x z-loss
+    dropped: float  # share of all choices of experts that a capacity dropped
     grad_norm: float | None
     learning_rate: float
-    shares: dict[str, Tensor] = field(default_factory=dict)  # this rank's last micro-batch
+    exchanged: Traffic  # for the experts, summed over all ranks
+    counts: list[Tensor] = field(default_factory=list)  # of each MoE layer, first choices of each expert [E]
 
 
 def accumulation_steps(recipe: Recipe, topology: Topology) -> int:
@@ -135,36 +140,88 @@ def clip_gradients(model: Transformer, limit: float, topology: Topology) -> floa
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
     """One optimizer step, the ``number``-th counted from 1, over this rank's micro-batches of ``step``.
 
-    The loss is a sum over target tokens divided by the *global* number of target tokens, so it does not depend on how
-    the step was cut into micro-batches and ranks. Raises NonFinite before a broken gradient reaches the weights.
+    The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary losses are
+    computed over all routed tokens of the step, so none depends on how the step was cut into micro-batches and ranks.
+    Raises NonFinite before a broken gradient reaches the weights.
     """
     rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
-    result: Losses | None = None
-    for i, batch in enumerate(step.batches):
-        moved = batch.to(topology.device)
-        result = engine(moved.source, moved.decoder_input, moved.labels, moved.ids)
-        assert result is not None
-        tokens = batch.target_tokens
-        # DeepSpeed averages gradients over the data-parallel ranks; the loss is a global mean already.
-        scale = topology.data / step.target_tokens
-        engine.backward((result.loss + result.balance * tokens) * scale, scale_wrt_gas=False)
-        sums += torch.stack([result.loss.detach(), result.nll, result.balance.detach() * tokens]).double() / step.target_tokens
-        if i + 1 < len(step.batches):
+    model: Transformer = engine.module
+    tokens = {"encoder": step.source_tokens, "decoder": step.target_tokens}
+    batches = [batch.to(topology.device) for batch in step.batches]
+    counts = _count_ahead(model, batches, topology) if len(batches) > 1 and model.moe_names else None
+    sums = torch.zeros(6, dtype=torch.float64, device=topology.device)
+    for i, batch in enumerate(batches):
+        result: Losses = engine(batch.source, batch.decoder_input, batch.labels, batch.ids)
+        if counts is None:
+            counts = _over_data_ranks([record.counts for record in result.routing], topology)
+        balance = z = result.loss.new_zeros(())
+        for (side, _), record, chosen in zip(model.moe_layers(), result.routing, counts, strict=True):
+            balance = balance + record.settings.balance * balance_loss(record, chosen, tokens[side])
+            z = z + record.settings.z_loss * z_loss(record, tokens[side])
+        loss = result.loss / step.target_tokens + balance + z
+        # DeepSpeed averages gradients over the data-parallel ranks; these losses are parts of a global mean already.
+        engine.backward(loss * topology.data, scale_wrt_gas=False)
+        dropped, choices = sum(int(r.dropped) for r in result.routing), sum(r.choices for r in result.routing)
+        parts = [result.loss.detach() / step.target_tokens, result.nll / step.target_tokens, balance.detach(), z.detach()]
+        sums += torch.stack([*(part.double() for part in parts), *sums.new_tensor([dropped, choices])])
+        if i + 1 < len(batches):
             engine.step()  # counts the micro-batch
     if topology.data > 1:
         dist.all_reduce(sums, group=topology.data_group)
-    loss, nll, balance = sums.tolist()
-    if not math.isfinite(loss + balance):
-        raise NonFinite(f"the loss is {loss + balance}")
+    mean_loss, nll, mean_balance, mean_z, all_dropped, all_choices = sums.tolist()
+    total = mean_loss + mean_balance + mean_z
+    if not math.isfinite(total):
+        raise NonFinite(f"the loss is {total}")
+    if topology.world == 1:
+        _fill_in_gradients(model)
     engine.step()
     norm = engine.get_global_grad_norm()
     norm = None if norm is None else float(norm)
     if norm is not None and not (math.isfinite(norm) and norm >= 0):
         raise NonFinite("the gradient norm is not finite")
-    return StepResult(loss, nll, balance, norm, rate, result.shares if result is not None else {})
+    exchanged = Traffic.sum(layer.deepspeed_moe.traffic.take() for _, layer in model.moe_layers())
+    exchanged = _over_world(exchanged, topology)
+    share = all_dropped / max(all_choices, 1)
+    return StepResult(mean_loss, nll, mean_balance, mean_z, share, norm, rate, exchanged, counts or [])
+
+
+def _count_ahead(model: Transformer, batches: list[Batch], topology: Topology) -> list[Tensor]:
+    """First choices of each expert over the whole step, before its first gradient; the random numbers stay as they were.
+
+    With several micro-batches a rank, routers that read hidden states cost one more forward pass, which stores nothing.
+    """
+    state = compat.random_state(topology.tensor)
+    found = [model.first_choices(batch.source, batch.decoder_input, batch.ids) for batch in batches]
+    compat.restore_random_state(state, topology.tensor)
+    return _over_data_ranks([torch.stack(each).sum(0) for each in zip(*found, strict=True)], topology)
+
+
+def _over_data_ranks(counts: list[Tensor], topology: Topology) -> list[Tensor]:
+    """Sums of [E] integers, one tensor for each layer, in one all-reduce."""
+    if topology.data == 1 or not counts:
+        return counts
+    joined = torch.cat(counts)
+    dist.all_reduce(joined, group=topology.data_group)
+    return list(joined.split([len(each) for each in counts]))
+
+
+def _over_world(traffic: Traffic, topology: Topology) -> Traffic:
+    """Summed over all ranks; nothing is exchanged where the experts are not spread."""
+    if topology.expert == 1:
+        return traffic
+    sums = torch.tensor([traffic.bytes, traffic.rows, traffic.seconds], dtype=torch.float64, device=topology.device)
+    dist.all_reduce(sums)
+    sent, rows, seconds = sums.tolist()
+    return Traffic(int(sent), int(rows), seconds)
+
+
+def _fill_in_gradients(model: Transformer) -> None:
+    """Zeros for experts that no token of the step has used: Adam goes on with their averages, as on several ranks."""
+    for parameter in model.parameters():
+        if parameter.grad is None and compat.is_expert_parameter(parameter):
+            parameter.grad = torch.zeros_like(parameter)
 
 
 @torch.no_grad()

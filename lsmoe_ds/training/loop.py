@@ -8,8 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.data.batching import BatchStream, validation_batches
+from lsmoe_ds.data.batching import BatchStream
+from lsmoe_ds.data.dealing import affinity
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
@@ -27,7 +29,19 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
     training, data = recipe.training, recipe.data
     prepared = PreparedData.open(recipe.prepared)
     languages, vocabulary = recipe.languages, prepared.vocabulary
-    stream = BatchStream(prepared, languages, vocabulary, data.batch, data.temperature, training.seed, topology.data_rank, topology.data)
+    groups, at_home = affinity(recipe, languages, topology.tensor, topology.expert, topology.data)
+    stream = BatchStream(
+        prepared,
+        languages,
+        vocabulary,
+        data.batch,
+        data.temperature,
+        training.seed,
+        rank=topology.data_rank,
+        world=topology.data,
+        groups=groups,
+        at_home=at_home,
+    )
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
     engine = build_engine(recipe, vocabulary.size, topology)
     found, complaints = newest_whole(run)
@@ -36,7 +50,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
         state = checkpoints.load(engine, found, topology)
         stream.load_state_dict(state["position"]["stream"])
         done, window = state["step"], state["position"]["window"]
-    with Monitor(run, training.steps, training.log_every, topology.is_main) as monitor:
+    with Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor:
         monitor.start(done, window)
         for complaint in complaints:
             monitor.say(f"damaged checkpoint: {complaint}")

@@ -14,18 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lsmoe_ds.data.batching import Step
 from lsmoe_ds.folders import explain_errors, write_whole
+from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.training.engine import StepResult
 
-SUMMED = ("loss", "nll", "balance")
+SUMMED = ("loss", "nll", "balance", "z_loss", "dropped")
 
 
 class Monitor:
     """Averages over ``every`` steps and shows them. Only the main rank shows anything; all keep the averages."""
 
-    def __init__(self, run: Path, steps: int, every: int, main: bool) -> None:
-        self.run, self.steps, self.every, self.main = run, steps, every, main
+    def __init__(self, run: Path, steps: int, every: int, main: bool, world: int = 1) -> None:
+        self.run, self.steps, self.every, self.main, self.world = run, steps, every, main, world
         self.sums = dict.fromkeys(("weight", *SUMMED), 0.0)
         self.tokens, self.since = 0, time.perf_counter()
+        self.exchanged, self.away, self.steps_in_window = Traffic(), 0, 0
         self.progress: Progress | None = None
         self.writer: Any = None
 
@@ -74,6 +76,9 @@ class Monitor:
         for name in SUMMED:
             self.sums[name] += getattr(result, name) * step.target_tokens
         self.tokens += step.source_tokens + step.target_tokens
+        self.exchanged = Traffic.sum([self.exchanged, result.exchanged])
+        self.away += step.away
+        self.steps_in_window += 1
         if self.progress is not None:
             self.progress.update(self.task, completed=number)
         if number % self.every and number != self.steps:
@@ -87,7 +92,13 @@ class Monitor:
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / seconds,
             "seconds": seconds,
+            # Over all ranks, to and from experts: bytes a step, the share of the ranks' time, and batches a step that a
+            # task-affine stream could not deal to the rank of their experts.
+            "exchanged_bytes": self.exchanged.bytes / self.steps_in_window,
+            "exchange_share": self.exchanged.seconds / (seconds * self.world),
+            "away": self.away / self.steps_in_window,
         }
+        self.exchanged, self.away, self.steps_in_window = Traffic(), 0, 0
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.tokens, self.since = 0, time.perf_counter()
         self._write(record)

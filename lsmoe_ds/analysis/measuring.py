@@ -1,0 +1,132 @@
+"""Measures on held-out text which experts a model's tasks use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds.analysis.routing import LayerRouting, Routing
+from lsmoe_ds.config import MoE
+from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.inference.load import Loaded
+from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.moe.routers import Routes
+
+SENTENCES = 200  # of each direction
+BATCH = 32
+MULTIWAY_LEAST = 20  # common sentences; fewer would say little about a task
+
+
+@dataclass
+class Counts:
+    """What the experts of one layer received, in choices: K a token."""
+
+    received: Tensor  # [tasks, E] float64
+    tokens: Tensor  # [tasks] int64
+    choices: int = 0
+
+    @classmethod
+    def none(cls, tasks: int, experts: int) -> Counts:
+        return cls(torch.zeros(tasks, experts, dtype=torch.float64), torch.zeros(tasks, dtype=torch.int64))
+
+    def add(self, tasks: Tensor, routes: Routes) -> None:
+        """The routes of S tokens of these tasks [S]; a choice of expert -1 was dropped for want of capacity."""
+        chosen = routes.experts.cpu()
+        number, experts = self.received.shape
+        tasks = tasks.cpu()
+        places = (tasks[:, None] * experts + chosen)[chosen >= 0]
+        self.received += torch.bincount(places, minlength=number * experts).view(number, experts)
+        self.tokens += torch.bincount(tasks, minlength=number)
+        self.choices += chosen.numel()
+
+
+def measure_routing(loaded: Loaded, data: PreparedData, split: str) -> Routing:
+    """The expert shares of each MoE layer over held-out pairs, of which every direction gives up to 200; a task that has
+    none is left out, but under task routing, where the shares are the router's probabilities.
+
+    As in "Beyond Distillation", section 5.4, all directions are measured on the same sentences, so that their meaning makes
+    no difference, if at least 20 English sentences are common to all bitexts; otherwise each on its own.
+    """
+    pairs, multiway = choose_pairs(data, loaded.languages, split)
+    with observed(loaded) as counts:
+        run_pairs(loaded, data, split, pairs)
+    layers = [layer_routing(loaded, *place, counts[place[:2]]) for place in loaded.recipe.model.moe_layers()]
+    return Routing(split, multiway, sum(map(len, pairs.values())), tuple(layers))
+
+
+def choose_pairs(data: PreparedData, languages: Languages, split: str) -> tuple[dict[Direction, list[int]], int | None]:
+    """The pairs of each direction to measure on, as places in its held-out text, and how many multi-way ones these are."""
+    places: dict[str, dict[str, int]] = {}
+    for direction in languages.directions:
+        if direction.bitext not in places and "en" in (direction.source, direction.target):
+            source, target = data.text(direction, split)
+            english = source if direction.source == "en" else target
+            # Of a sentence that stands there twice, the first.
+            places[direction.bitext] = {sentence: place for place, sentence in reversed(list(enumerate(english)))}
+    if all(direction.bitext in places for direction in languages.directions):
+        first, *others = places.values()
+        common = sorted((s for s in first if all(s in other for other in others)), key=first.__getitem__)[:SENTENCES]
+        if len(common) >= MULTIWAY_LEAST:
+            return {d: [places[d.bitext][sentence] for sentence in common] for d in languages.directions}, len(common)
+    return {d: list(range(min(len(data.tokens(d, split)), SENTENCES))) for d in languages.directions}, None
+
+
+@contextmanager
+def observed(loaded: Loaded) -> Iterator[dict[tuple[str, int], Counts]]:
+    """Counts, by side and layer, of what passes through the model within the block."""
+    counts: dict[tuple[str, int], Counts] = {}
+    modules = []
+    for side, layer, moe in loaded.recipe.model.moe_layers():
+        modules.append(loaded.model.get_submodule(f"{side}.{layer}.feed_forward"))
+        counts[side, layer] = Counts.none(len(loaded.languages.tasks(moe.task)), moe.experts)
+        modules[-1].observer = counts[side, layer].add  # type: ignore[assignment]
+    try:
+        yield counts
+    finally:
+        for module in modules:
+            module.observer = None  # type: ignore[assignment]
+
+
+@torch.inference_mode()
+def run_pairs(loaded: Loaded, data: PreparedData, split: str, chosen: dict[Direction, list[int]]) -> None:
+    """Runs the model over held-out pairs, in batches of one direction."""
+    ids = DirectionIds.of(loaded.languages, loaded.vocabulary)
+    for direction, places in chosen.items():
+        pairs, number = data.tokens(direction, split), loaded.languages.direction_id(direction)
+        for start in range(0, len(places), BATCH):
+            part = places[start : start + BATCH]
+            batch = collate([pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids)
+            batch = batch.to(loaded.device)
+            loaded.model(batch.source, batch.decoder_input, batch.labels, batch.ids)
+
+
+def layer_routing(loaded: Loaded, side: str, layer: int, moe: MoE, counts: Counts) -> LayerRouting:
+    names, received = loaded.languages.tasks(moe.task), counts.received
+    kept, shares = received.sum(1) > 0, received / received.sum(1, keepdim=True)
+    if moe.routing == "task":
+        kept, shares = torch.ones_like(kept), task_probabilities(loaded, side, layer)
+    total = float(received.sum())
+    return LayerRouting(
+        side,
+        layer,
+        moe.experts,
+        moe.top_k,
+        moe.routing,
+        moe.task,
+        tuple(name for name, keep in zip(names, kept.tolist(), strict=True) if keep),
+        tuple(tuple(row) for row in shares[kept].tolist()),
+        tuple(counts.tokens[kept].tolist()) if counts.choices else None,
+        tuple((received.sum(0) / total).tolist()) if total else None,
+        1 - total / counts.choices if counts.choices else None,
+    )
+
+
+def task_probabilities(loaded: Loaded, side: str, layer: int) -> Tensor:
+    """A task router's probabilities [tasks, E]; of the experts outside a task's group they are zero."""
+    logits = loaded.model.get_submodule(f"{side}.{layer}.feed_forward.router").logits()  # type: ignore[operator]
+    return logits.detach().float().softmax(-1).cpu()

@@ -1,0 +1,48 @@
+"""Validation: the held-out pairs in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lsmoe_ds.config import Batch as BatchSettings
+from lsmoe_ds.data.batching import OVERHEAD, Batch, DirectionIds, Prepared, Tags, TokenPairs, by_length, collate, cut
+from lsmoe_ds.languages import PAD, Direction, Languages
+
+
+def validation_batches(
+    prepared: Prepared,
+    languages: Languages,
+    vocabulary: Tags,
+    batch: BatchSettings,
+    directions: Sequence[Direction] | None = None,
+    split: str = "dev",
+    limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Every held-out pair once over all ranks, in batches of one direction, always the same.
+
+    Of each direction (all by default) the first ``limit`` pairs are taken. None is left out: one that is longer than
+    ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since experts are exchanged between
+    them: where units run out the last batch of a rank repeats one pair with all labels PAD, and counts for nothing.
+    """
+    ids = DirectionIds.of(languages, vocabulary)
+    units: list[tuple[int, TokenPairs, list[int]]] = []
+    for direction in languages.directions if directions is None else directions:
+        pairs = prepared.tokens(direction, split)
+        source = pairs.source.lengths[:limit].astype(np.int64) + OVERHEAD[0]
+        target = pairs.target.lengths[:limit].astype(np.int64) + OVERHEAD[1]
+        if len(source):
+            order = by_length(source, target, batch.tokens)
+            ends = cut(source[order], target[order], batch.tokens)
+            parts = np.split(order, ends[:-1])
+            units += [(languages.direction_id(direction), pairs, part.tolist()) for part in parts]
+    for first in range(0, len(units), world):
+        real = first + rank < len(units)
+        number, pairs, part = units[first + rank] if real else (*units[0][:2], units[0][2][:1])
+        made = collate([pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids)
+        yield made if real else replace(made, labels=torch.full_like(made.labels, PAD))
