@@ -20,7 +20,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 benchmark: $(READY)
-	$(BIN)/python benchmarks/train_throughput.py --size demo
+	$(BIN)/python benchmarks/train.py --size demo
 
 # torch goes first and by its exact version: any looser request brings gigabytes of CUDA libraries to a machine without GPU.
 $(READY): requirements.txt setup.py

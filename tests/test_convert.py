@@ -59,7 +59,15 @@ def global_weights(model: Transformer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("encoder", "decoder"),
-    [(TARGET_TOP2, PAIR_TOP1), (TARGET_TOP1, PAIR_TOP3), (PAIR_TOP2, TARGET_TOP2), (None, PAIR_TOP2), (TARGET_TOP1, None)],
+    [
+        (TARGET_TOP2, PAIR_TOP1),
+        (TARGET_TOP1, PAIR_TOP3),
+        (PAIR_TOP2, TARGET_TOP2),
+        (None, PAIR_TOP2),
+        (TARGET_TOP1, None),
+        (TARGET_TOP1 | {"task": "source"}, PAIR_TOP2 | {"expert_groups": 2}),
+        (TARGET_TOP2 | {"routing": "static"}, PAIR_TOP2 | {"routing": "static", "expert_groups": 2}),
+    ],
 )
 @pytest.mark.parametrize("direction", [EN_DE, FR_EN])
 def test_the_subnetwork_computes_what_the_sparse_model_computes(run, encoder, decoder, direction):
@@ -170,6 +178,7 @@ def test_damage_of_a_converted_folder_is_named(run, tmp_path):
     [
         (TOKEN_TOP2, TARGET_TOP2, "the encoder routes by token in layer 2"),
         (TARGET_TOP2, TOKEN_TOP2 | {"every": 1}, "the decoder routes by token in layers 1, 2, 3"),
+        (TOKEN_TOP2 | {"routing": "sentence"}, TARGET_TOP2, "the encoder routes by sentence in layer 2"),
     ],
 )
 def test_token_routing_has_no_subnetwork_and_says_why(run, encoder, decoder, message):

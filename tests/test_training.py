@@ -23,6 +23,8 @@ from lsmoe_ds.parallel.launch import free_port
 from lsmoe_ds.run_folder import list_checkpoints, newest_whole, open_run, step_of
 from lsmoe_ds.training.schedules import inverse_square_root
 
+PAIR_GROUPS = {"routing": "task", "task": "pair", "experts": 4, "every": 2, "top_k": 2, "expert_groups": 2}
+
 
 def recipe_in(folder: Path, steps: int = 6, every: int = 3, moe: dict | None = TARGET_TOP2, **layout):
     recipe = make_recipe(folder, moe, moe, **layout)
@@ -36,7 +38,8 @@ def recipe_in(folder: Path, steps: int = 6, every: int = 3, moe: dict | None = T
         "clip": 1.0,
         "keep": 2,
     }
-    batch = recipe.data.batch.model_copy(update={"tokens": 96, "count": 4})
+    languages = "task-affine" if moe is PAIR_GROUPS else "mixed"
+    batch = recipe.data.batch.model_copy(update={"tokens": 96, "count": 4, "languages": languages})
     data = recipe.data.model_copy(update={"batch": batch})
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=training), "data": data})
 
@@ -74,11 +77,11 @@ def loop(topology, recipe, run: Path, at_step: int | None = None, error: BaseExc
     return None
 
 
-def records(run: Path) -> list[dict]:
+def records(run: Path, with_bytes: bool = False) -> list[dict]:
+    """What ``metrics.jsonl`` says; bytes only if asked for, as they begin anew with each process; never times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "exchange_share", "exchanged_bytes")} for line in lines
-    ]
+    left_out = {"seconds", "tokens_per_second", "exchange_share"} | (set() if with_bytes else {"exchanged_bytes"})
+    return [{k: v for k, v in line.items() if k not in left_out} for line in lines]
 
 
 def weights(run: Path, step: int) -> dict:
@@ -97,6 +100,7 @@ def assert_same_end(run: Path, other: Path, step: int) -> None:
 
 
 LAYOUTS = [(1, 1, 1, 1, TARGET_TOP2), (2, 1, 2, 0, TARGET_TOP2), (2, 2, 1, 1, TOKEN_TOP2), (2, 1, 1, 1, None), (4, 2, 2, 2, TARGET_TOP2)]
+LAYOUTS += [(2, 1, 2, 1, PAIR_GROUPS)]
 
 
 @pytest.mark.parametrize(("world", "tensor", "expert", "stage", "moe"), LAYOUTS)
@@ -236,3 +240,19 @@ def test_sigkill_in_the_middle_changes_nothing(folder):
     assert [p.wait(120) for p in ranks(file, killed)] == [0, 0]
     assert_same_end(whole, killed, 120)
     shutil.rmtree(killed)
+
+
+def test_task_affine_batches_exchange_counts_only(pool, folder):
+    """Two groups of pairs, two ranks: every batch finds its experts at home, so no row leaves its rank."""
+    found = {}
+    for name, languages in (("affine", "task-affine"), ("mixed", "mixed")):
+        recipe = recipe_in(folder, moe=PAIR_GROUPS, expert=2)
+        recipe.data.batch.languages = languages
+        pool.run(2, loop, recipe, folder / f"run-{name}", expert=2)
+        found[name] = [record for record in records(folder / f"run-{name}", with_bytes=True) if "exchanged_bytes" in record]
+    layers, batches, ranks = 2, 4, 2
+    for record in found["affine"]:
+        assert record["away"] == 0
+        assert record["exchanged_bytes"] == layers * batches * 8 * (ranks - 1), "one count for each other rank"
+    assert all(record["exchanged_bytes"] > 100 * layers * batches for record in found["mixed"])
+    assert found["affine"][-1]["loss"] < found["affine"][0]["loss"]

@@ -86,7 +86,10 @@ def _dense_recipe(recipe: Recipe, direction: Direction, widths: dict[str, list[i
     """The same recipe, with a dense model and one direction."""
     sides = {side: Side(layers=len(each), feed_forward=each) for side, each in widths.items()}
     model = Model(preset=None, hidden=recipe.model.hidden, heads=recipe.model.heads, **sides)
-    data = recipe.data.model_copy(update={"languages": [direction.source, direction.target], "directions": [str(direction)]})
+    batch = recipe.data.batch.model_copy(update={"languages": "mixed"})  # without experts no batch has an affinity
+    data = recipe.data.model_copy(
+        update={"languages": [direction.source, direction.target], "directions": [str(direction)], "batch": batch}
+    )
     changed = recipe.model_copy(update={"model": model, "data": data, "parallel": Parallel()})
     return Recipe.model_validate(changed.model_dump())
 

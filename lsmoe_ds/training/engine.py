@@ -235,6 +235,8 @@ def validate(engine: Any, batches: Iterable[Batch], topology: Topology) -> float
         losses = model(moved.source, moved.decoder_input, moved.labels, moved.ids)
         sums += torch.tensor([float(losses.nll), float(batch.target_tokens)], dtype=torch.float64)
     model.train()
+    for _, layer in model.moe_layers():
+        layer.deepspeed_moe.traffic.take()  # it is not part of the next step's
     sums = sums.to(topology.device)
     if topology.data > 1:
         dist.all_reduce(sums, group=topology.data_group)

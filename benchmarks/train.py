@@ -1,6 +1,6 @@
 """Tokens per second of training: plain torch, our loop on a dense model of the same size, and on a sparse one.
 
-    python benchmarks/train_throughput.py [--size demo|base] [--rounds 9]
+    python benchmarks/train.py [--size demo|base] [--rounds 9]
 
 One process: plain torch (torch.nn.Transformer, fused AdamW, no engine) and ours take turns in the same process on the
 same batches. Then ours on two processes through the deepspeed launcher, each with batches of its own, ZeRO stage 1, and
@@ -188,7 +188,7 @@ def main() -> None:
         print(f"{world} processes: {time.perf_counter() - begun:.0f} s: {parts[-1]['tokens per second']}")
     rates = parts[0]["tokens per second"]
     ratio = {name: round(value / rates["plain torch, dense"], 3) for name, value in rates.items()}
-    write(f"train_throughput_{arguments.size}", {"size": arguments.size, "ratio to plain torch": ratio, "runs": parts})
+    write(f"train_{arguments.size}", {"size": arguments.size, "ratio to plain torch": ratio, "runs": parts})
 
 
 if __name__ == "__main__":

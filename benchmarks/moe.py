@@ -1,0 +1,106 @@
+"""One MoE layer, forward and backward: ours, DeepSpeed's own, and the dense feed-forward with as many operations.
+
+    python benchmarks/moe.py [--rounds 9]
+
+128 experts, H 512, F 1024, top-2, 4,096 tokens, float32. The dense feed-forward has width K F. Beside each figure stands
+the floor that memory sets: the time of the dense feed-forward's arithmetic plus reading the used experts' weights twice
+(forward and backward) and writing their gradients once, at the rate of a copy measured in the same run. Glibc is told to
+keep large blocks, as `lsmoe train` does for itself. A rank alone leaves the gradients of unused experts out of the
+layer; training writes them once a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import alternate, write
+from torch import Tensor
+
+from lsmoe_ds.config import MoE
+from lsmoe_ds.languages import Languages, SentenceIds, english_centric
+from lsmoe_ds.model.feed_forward import FeedForward
+from lsmoe_ds.moe.guide import Guide
+from lsmoe_ds.moe.layer import MixtureOfExperts
+from lsmoe_ds.parallel import compat, launch
+from lsmoe_ds.parallel.topology import Topology
+
+EXPERTS, HIDDEN, WIDTH, TOP_K, SENTENCES, LENGTH = 128, 512, 1024, 2, 128, 32
+TASKS = (4, 32)
+CODES = "de fr es it nl pt ro pl cs sk ru uk bg sr hr sl lt lv et fi hu el tr ar he fa hi bn ta te ja ko".split()  # noqa: SIM905
+
+
+def contestant(run: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> Callable[[], None]:
+    def once() -> None:
+        for tensor in (x, *parameters):
+            tensor.grad = None
+        out = run(x)
+        out.backward(torch.ones_like(out))
+
+    return once
+
+
+def ours(routing: str, tasks: int, x: Tensor) -> tuple[Callable[[], None], int]:
+    """And how many experts are used."""
+    languages, alone = Languages(tuple(english_centric(CODES))), Topology.single()
+    settings = MoE(experts=EXPERTS, top_k=TOP_K, routing=routing)  # type: ignore[arg-type]
+    layer = MixtureOfExperts(HIDDEN, settings, lambda: FeedForward(HIDDEN, WIDTH, alone), languages, alone)
+    torch.nn.init.normal_(layer.router.weight, std=0.1)
+    directions = torch.arange(SENTENCES) % tasks
+    target = torch.tensor([languages.id(code) for code in CODES])[directions]
+    guide = Guide(SentenceIds(target, target, directions))
+    real = torch.ones(SENTENCES, LENGTH, dtype=torch.bool)
+    used = int(layer.route(x.detach(), real, guide)[2].experts.unique().numel())
+    return contestant(lambda y: layer(y, real, guide), list(layer.parameters()), x), used
+
+
+def deepspeeds(x: Tensor, **options: Any) -> Callable[[], None]:
+    """``deepspeed.moe.layer.MoE`` on one rank, token-level."""
+    layer = compat.import_moe_base()(
+        HIDDEN, FeedForward(HIDDEN, WIDTH, Topology.single()), num_experts=EXPERTS, ep_size=1, k=TOP_K, **options
+    )
+    layer.set_deepspeed_parallelism()
+    return contestant(lambda y: layer(y)[0], list(layer.parameters()), x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    if launch.KEEP_LARGE_BLOCKS.items() - os.environ.items():  # glibc reads them when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **launch.KEEP_LARGE_BLOCKS})
+    launch.join()
+    Topology.build()
+    torch.manual_seed(1)
+    x = torch.randn(SENTENCES, LENGTH, HIDDEN, requires_grad=True)
+    dense = FeedForward(HIDDEN, TOP_K * WIDTH, Topology.single())
+    weights, copy = torch.randn(2**27), torch.empty(2**27)  # 512 MiB each
+    contestants = {"dense": contestant(dense, list(dense.parameters()), x), "copy of 512 MiB": lambda: copy.copy_(weights) and None}
+    used = {"dense": 0}
+    for name, routing, tasks in [("ours, token", "token", 32), *((f"ours, {n} tasks", "task", n) for n in TASKS)]:
+        contestants[name], used[name] = ours(routing, tasks, x)
+    contestants["DeepSpeed, capacity 1"] = deepspeeds(x, capacity_factor=1.0, min_capacity=1)
+    contestants["DeepSpeed, no drop"] = deepspeeds(x, drop_tokens=False)
+    for run in contestants.values():
+        run()
+    seconds = alternate(contestants, arguments.rounds)
+    rate = 2 * weights.numel() * 4 / seconds.pop("copy of 512 MiB")  # read and written
+    of_expert = 4 * sum(p.numel() for p in FeedForward(HIDDEN, WIDTH, Topology.single()).parameters())
+    result = {}
+    for name, value in seconds.items():
+        result[name] = {"milliseconds": round(value * 1e3, 1), "to dense": round(value / seconds["dense"], 2)}
+        if used.get(name):
+            floor = seconds["dense"] + 3 * used[name] * of_expert / rate
+            result[name] |= {"experts used": used[name], "floor to dense": round(floor / seconds["dense"], 2)}
+        print(f"{name}: {result[name]}")
+    sizes = {"experts": EXPERTS, "hidden": HIDDEN, "width": WIDTH, "top_k": TOP_K, "tokens": SENTENCES * LENGTH}
+    setting = {**sizes, "rounds": arguments.rounds}
+    write("moe", {**setting, "threads": torch.get_num_threads(), "memory bytes per second": round(rate), "layers": result})
+
+
+if __name__ == "__main__":
+    main()

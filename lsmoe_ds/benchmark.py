@@ -1,0 +1,22 @@
+"""Runs the scripts of ``benchmarks/``, which stand beside the package in a checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from lsmoe_ds.config import PROJECT
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import nearest
+
+FOLDER = PROJECT / "benchmarks"
+
+
+def run(name: str, options: list[str]) -> int:
+    """Runs ``benchmarks/NAME.py`` and returns its exit status. Raises UserError if there is none."""
+    if not FOLDER.is_dir():
+        raise UserError(f"{FOLDER} is not there: the benchmarks come with a checkout, not with an installed package")
+    known = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+    if name not in known:
+        raise UserError(f"there is no benchmark '{name}'{nearest(name, known)}: choose {' or '.join(known)}")
+    return subprocess.call([sys.executable, str(FOLDER / f"{name}.py"), *options])
