@@ -43,7 +43,7 @@ def write(name: str, result: dict[str, Any]) -> None:
     print(f"written to {path}")
 
 
-def alternate(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def alternate(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each contestant; they take turns, so that a busy moment of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):

@@ -34,7 +34,7 @@ TASKS = (4, 32)
 CODES = "de fr es it nl pt ro pl cs sk ru uk bg sr hr sl lt lv et fi hu el tr ar he fa hi bn ta te ja ko".split()  # noqa: SIM905
 
 
-def contestant(run: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> Callable[[], None]:
+def contestant(run: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> Callable[[], object]:
     def once() -> None:
         for tensor in (x, *parameters):
             tensor.grad = None
@@ -44,7 +44,7 @@ def contestant(run: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Ten
     return once
 
 
-def ours(routing: str, tasks: int, x: Tensor) -> tuple[Callable[[], None], int]:
+def ours(routing: str, tasks: int, x: Tensor) -> tuple[Callable[[], object], int]:
     """And how many experts are used."""
     languages, alone = Languages(tuple(english_centric(CODES))), Topology.single()
     settings = MoE(experts=EXPERTS, top_k=TOP_K, routing=routing)  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def ours(routing: str, tasks: int, x: Tensor) -> tuple[Callable[[], None], int]:
     return contestant(lambda y: layer(y, real, guide), list(layer.parameters()), x), used
 
 
-def deepspeeds(x: Tensor, **options: Any) -> Callable[[], None]:
+def deepspeeds(x: Tensor, **options: Any) -> Callable[[], object]:
     """``deepspeed.moe.layer.MoE`` on one rank, token-level."""
     layer = compat.import_moe_base()(
         HIDDEN, FeedForward(HIDDEN, WIDTH, Topology.single()), num_experts=EXPERTS, ep_size=1, k=TOP_K, **options
@@ -79,7 +79,7 @@ def main() -> None:
     x = torch.randn(SENTENCES, LENGTH, HIDDEN, requires_grad=True)
     dense = FeedForward(HIDDEN, TOP_K * WIDTH, Topology.single())
     weights, copy = torch.randn(2**27), torch.empty(2**27)  # 512 MiB each
-    contestants = {"dense": contestant(dense, list(dense.parameters()), x), "copy of 512 MiB": lambda: copy.copy_(weights) and None}
+    contestants = {"dense": contestant(dense, list(dense.parameters()), x), "copy of 512 MiB": lambda: copy.copy_(weights)}
     used = {"dense": 0}
     for name, routing, tasks in [("ours, token", "token", 32), *((f"ours, {n} tasks", "task", n) for n in TASKS)]:
         contestants[name], used[name] = ours(routing, tasks, x)

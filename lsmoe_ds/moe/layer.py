@@ -51,7 +51,9 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         if self.settings.routing == "sentence" and summary is None:
             assert x is not None
             summary = mean_of_real(x, real)
-        tokens = real.new_empty(0) if x is None else x.reshape(batch * length, -1)[index]
+        tokens = real.new_empty(0) if x is None else x.reshape(batch * length, -1)
+        if x is not None and index.shape[0] < batch * length:
+            tokens = tokens.index_select(0, index)
         return index, tokens, self.router(tokens, Places(sentences, tasks, summary))
 
     def forward(self, x: Tensor, real: Tensor, guide: Guide) -> Tensor:
@@ -65,4 +67,6 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         if self.observer is not None:
             self.observer(guide.ids.task(self.settings.task)[index // x.shape[1]], kept)
         out = self.deepspeed_moe(tokens, kept.experts, kept.weights)
-        return torch.zeros_like(x).reshape(-1, x.shape[2]).index_copy(0, index, out).view_as(x)
+        if out.shape[0] < real.numel():
+            out = x.new_zeros(real.numel(), x.shape[2]).index_copy(0, index, out)
+        return out.view_as(x)

@@ -30,7 +30,8 @@ class Routes:
 
     def of(self, index: Tensor) -> Routes:
         """The rows that ``index`` names."""
-        return Routes(self.experts[index], self.weights[index], self.probabilities[index], self.log_sums[index])
+        parts = (self.experts, self.weights, self.probabilities, self.log_sums)
+        return Routes(*(part.index_select(0, index) for part in parts))
 
     def to(self, device: torch.device) -> Routes:
         return Routes(self.experts.to(device), self.weights.to(device), self.probabilities.to(device), self.log_sums.to(device))
