@@ -22,7 +22,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 @dataclass
-class Plan:
+class Assignment:
     """Which copy of which row goes to which expert. Copies are sorted by expert; a choice is a place in [n K]."""
 
     counts: list[int]  # copies of each local expert
@@ -31,7 +31,7 @@ class Plan:
     real: Tensor | None  # [n, K]: whether the choice is one; None where all are
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int) -> Plan:
+    def of(cls, chosen: Tensor, experts: int) -> Assignment:
         """``chosen`` [n, K]: local expert numbers, or DROPPED."""
         flat = chosen.reshape(-1)
         counts = torch.bincount(flat + 1, minlength=experts + 1).tolist()  # DROPPED first
@@ -45,39 +45,39 @@ class _Gather(torch.autograd.Function):
     """Rows [n, H] -> a copy for each choice [N, H]. The gradient is gathered too: scattering it would be several times slower."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
-        return rows.index_select(0, plan.choices // plan.copies.shape[1])
+    def forward(ctx: Any, rows: Tensor, assignment: Assignment) -> Tensor:
+        ctx.assignment = assignment
+        return rows.index_select(0, assignment.choices // assignment.copies.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _pick(gradients[0], ctx.plan).sum(1), None
+        return _pick(gradients[0], ctx.assignment).sum(1), None
 
 
 class _Combine(torch.autograd.Function):
     """Copies [N, H], weights [n, K] -> the weighted sum of each row's copies [n, H]."""
 
     @staticmethod
-    def forward(ctx: Any, copies: Tensor, weights: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
+    def forward(ctx: Any, copies: Tensor, weights: Tensor, assignment: Assignment) -> Tensor:
+        ctx.assignment = assignment
         ctx.save_for_backward(copies, weights)
-        return torch.bmm(weights[:, None].to(copies.dtype), _pick(copies, plan)).squeeze(1)
+        return torch.bmm(weights[:, None].to(copies.dtype), _pick(copies, assignment)).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        plan: Plan = ctx.plan
+        assignment: Assignment = ctx.assignment
         (gradient,), (copies, weights) = gradients, ctx.saved_tensors
-        of_weights = torch.bmm(_pick(copies, plan), gradient[:, :, None]).squeeze(2).to(weights.dtype)
-        each = weights.reshape(-1)[plan.choices][:, None].to(gradient.dtype)
-        return gradient.index_select(0, plan.choices // plan.copies.shape[1]) * each, of_weights, None
+        of_weights = torch.bmm(_pick(copies, assignment), gradient[:, :, None]).squeeze(2).to(weights.dtype)
+        each = weights.reshape(-1)[assignment.choices][:, None].to(gradient.dtype)
+        return gradient.index_select(0, assignment.choices // assignment.copies.shape[1]) * each, of_weights, None
 
 
-def _pick(copies: Tensor, plan: Plan) -> Tensor:
+def _pick(copies: Tensor, assignment: Assignment) -> Tensor:
     """[N, H] -> the copy of each choice [n, K, H], zero where the choice is none."""
     if not copies.shape[0]:
-        return copies.new_zeros(*plan.copies.shape, copies.shape[1])
-    picked = copies.index_select(0, plan.copies.reshape(-1)).view(*plan.copies.shape, -1)
-    return picked if plan.real is None else picked.masked_fill(~plan.real[:, :, None], 0)
+        return copies.new_zeros(*assignment.copies.shape, copies.shape[1])
+    picked = copies.index_select(0, assignment.copies.reshape(-1)).view(*assignment.copies.shape, -1)
+    return picked if assignment.real is None else picked.masked_fill(~assignment.real[:, :, None], 0)
 
 
 class Experts(nn.Module):
@@ -95,11 +95,11 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Rows [n, H], local expert numbers or DROPPED [n, K], weights [n, K] -> weighted sums of the outputs [n, H]."""
-        plan = Plan.of(chosen, len(self.deepspeed_experts))
+        assignment = Assignment.of(chosen, len(self.deepspeed_experts))
         idle = self.training and self.run_idle
-        parts = _Gather.apply(rows, plan).split(plan.counts)
+        parts = _Gather.apply(rows, assignment).split(assignment.counts)
         outputs = [expert(part) for expert, part in zip(self.deepspeed_experts, parts, strict=True) if idle or len(part)]
-        out: Tensor = _Combine.apply(torch.cat(outputs) if outputs else rows[:0], weights, plan)
+        out: Tensor = _Combine.apply(torch.cat(outputs) if outputs else rows[:0], weights, assignment)
         return out
 
 
