@@ -180,3 +180,28 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
     assert len(experts) == (0 if routing == "dense" else 2 * 4 * 4)
     if routing == "capacity":
         assert all(0.1 < step[4] < 0.5 for step in wanted[0][0]), "choices must be dropped, or capacity is not tested"
+
+
+def weights_with(topology, recipe: Recipe, run_idle: bool) -> tuple[list[float | None], dict]:
+    """Gradient norms and final weights of one process whose unused experts run over zero rows, or are filled in after."""
+    from lsmoe_ds.training.engine import build_engine, train_step
+
+    engine = build_engine(recipe, VOCABULARY, topology)
+    for _, layer in engine.module.moe_layers():
+        layer.deepspeed_moe.experts.run_idle = run_idle
+    norms = [train_step(engine, step, i + 1, recipe, topology).grad_norm for i, step in enumerate(steps_of(recipe, 0, 1))]
+    weights = {name: parameter.detach().float().numpy().copy() for name, parameter in engine.module.named_parameters()}
+    engine.destroy()
+    return norms, weights
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (0, True), (1, True), (2, True)])
+def test_experts_without_tokens_are_updated_alike_however_their_gradients_come_to_be_zero(pool, stage, bf16):
+    recipe = recipe_for("target", 1, 1, stage)
+    recipe.deepspeed = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
+    for side in (recipe.model.encoder, recipe.model.decoder):
+        side.moe.experts = 16  # four tasks use half of them at most
+    (norms, weights), (filled_norms, filled) = (pool.run(1, weights_with, recipe, idle)[0] for idle in (True, False))
+    assert norms == filled_norms
+    for name, value in weights.items():
+        assert (value == filled[name]).all(), name
