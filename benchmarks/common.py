@@ -8,6 +8,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 
 from lsmoe_ds.data.batching import Batch, DirectionIds, collate
 from lsmoe_ds.languages import Languages
+from lsmoe_ds.parallel import launch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,6 +47,30 @@ def write(name: str, result: dict[str, Any]) -> None:
     print(f"written to {path}")
 
 
+def in_processes(script: str, options: list[str], world: int) -> dict[str, Any]:
+    """Runs a benchmark's part on ``world`` processes that share the cores, more than one through the deepspeed launcher,
+    with glibc told to keep large blocks. ``--part FILE`` tells the script where its main rank writes its result, as JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "part.json")
+        command = [sys.executable]
+        environment = {**os.environ, **launch.KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world))}
+        if world > 1:
+            command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(world), "--no_local_rank"]
+            command += ["--log_level", "error", "--master_port", str(launch.free_port())]
+            environment |= {"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {}
+        begun = time.perf_counter()
+        subprocess.run([*command, script, *options, "--part", str(part)], env=environment, check=True)
+        result: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
+    print(f"{' '.join(options)}, {world} process{'es' if world > 1 else ''}: {time.perf_counter() - begun:.0f} s", flush=True)
+    return result
+
+
+def peak_memory() -> float:
+    """GiB that this process has held at most."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2**20
+
+
 def alternate(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each contestant; they take turns, so that a busy moment of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -54,7 +82,7 @@ def alternate(contestants: dict[str, Callable[[], object]], rounds: int) -> dict
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-class _Tags:
+class Tags:
     def tag_id(self, code: str) -> int:
         return 4
 
@@ -62,7 +90,7 @@ class _Tags:
 def ragged_batches(languages: Languages, vocabulary: int, tokens: int, count: int, mean_length: float, seed: int = 1) -> list[Batch]:
     """``count`` batches of about ``tokens`` real tokens, of like lengths as length buckets give, of all directions."""
     generator = torch.Generator().manual_seed(seed)
-    ids = DirectionIds.of(languages, _Tags())
+    ids = DirectionIds.of(languages, Tags())
     batches = []
     for _ in range(count):
         length = max(2.0, mean_length * float(torch.rand(1, generator=generator) + 0.5))

@@ -1,10 +1,15 @@
-"""Tokens per second of training: plain torch, our loop on a dense model of the same size, and on a sparse one.
+"""Tokens per second of training, and what it needs of memory.
 
-    python benchmarks/train.py [--size demo|base] [--rounds 9]
+    python benchmarks/train.py [--size demo|base|experts] [--rounds 9]
 
-One process: plain torch (torch.nn.Transformer, fused AdamW, no engine) and ours take turns in the same process on the
-same batches. Then ours on two processes through the deepspeed launcher, each with batches of its own, ZeRO stage 1, and
-expert parallelism 2 for the sparse model.
+demo, base: on one process plain torch (torch.nn.Transformer, fused AdamW, no engine), ours dense and ours sparse, and at
+size base transformers' Marian and JoeyNMT, take turns in the same process on the same batches. Then ours on two
+processes through the deepspeed launcher, each with batches of its own, and expert parallelism 2 for the sparse model.
+
+experts: 128 experts in every second layer, top-1, ours and transformers' Switch Transformer, which take turns as whole
+processes, for their memory.
+
+Glibc is told to keep large blocks, for all alike.
 """
 
 from __future__ import annotations
@@ -12,37 +17,38 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import peers
 import torch
-import torch.nn.functional as F
-from common import alternate, ragged_batches, write
+from common import alternate, in_processes, peak_memory, ragged_batches, write
 from torch import nn
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.model.embedding import FIRST_POSITION, sinusoids
 from lsmoe_ds.parallel import compat, launch
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.training.engine import BETAS, EPSILON, build_engine, train_step
+from lsmoe_ds.training.engine import build_engine, train_step
 
 SIZES: dict[str, dict[str, Any]] = {
     "demo": {"preset": "transformer-tiny", "vocabulary": 8000, "tokens": 512, "length": 9.0, "experts": 8, "every": 2},
     "base": {"preset": "transformer-base", "vocabulary": 32000, "tokens": 3440, "length": 25.0, "experts": 16, "every": 2},
+    "experts": {"preset": "transformer-base", "vocabulary": 32000, "tokens": 3440, "length": 25.0, "experts": 128, "every": 2},
 }
+TURNS = 2  # of each process at size experts
 LANGUAGES = ["de", "nl", "fr", "es", "it", "ru", "uk"]
 
 
 def recipe_of(size: str, sparse: bool, expert: int = 1, count: int = 1) -> Recipe:
     settings = SIZES[size]
-    moe = {"moe": {"every": settings["every"], "experts": settings["experts"], "routing": "task", "top_k": 2}} if sparse else {}
+    moe: dict[str, Any] = {"every": settings["every"], "experts": settings["experts"], "routing": "task", "top_k": 2}
+    side: dict[str, Any] = {"moe": moe} if sparse else {}
+    if size == "experts":
+        side = {"feed_forward": 1024, "moe": moe | {"routing": "token", "top_k": 1}}
     return Recipe.model_validate(
         {
             "name": "benchmark",
@@ -52,74 +58,25 @@ def recipe_of(size: str, sparse: bool, expert: int = 1, count: int = 1) -> Recip
                 "vocabulary": {"size": settings["vocabulary"]},
                 "batch": {"tokens": settings["tokens"], "count": count},
             },
-            "model": {"preset": settings["preset"], "encoder": moe, "decoder": moe},
+            "model": {"preset": settings["preset"], "encoder": side, "decoder": side},
             "training": {"steps": 1000, "learning_rate": 1e-4, "warmup": 100, "dropout": 0.1},
             "parallel": {"expert": expert},
         }
     )
 
 
-class PlainTransformer(nn.Module):
-    """The same model from torch's own parts: pre-norm, final norms, tied scaled embeddings, sinusoidal positions."""
-
-    def __init__(self, recipe: Recipe, vocabulary: int) -> None:
-        super().__init__()
-        model = recipe.model
-        self.embedding = nn.Embedding(vocabulary, model.hidden)
-        nn.init.normal_(self.embedding.weight, std=model.hidden**-0.5)
-        self.register_buffer("positions", sinusoids(FIRST_POSITION, 256, model.hidden), persistent=False)
-        self.transformer = nn.Transformer(
-            model.hidden,
-            model.heads,
-            model.encoder.layers,
-            model.decoder.layers,
-            model.encoder.width(0),
-            recipe.training.dropout,
-            norm_first=True,
-            batch_first=True,
-        )
-        # Ours has dropout on sublayer outputs only, as in M2M-100's defaults.
-        for module in self.transformer.modules():
-            if isinstance(module, nn.MultiheadAttention):
-                module.dropout = 0.0
-            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-                module.dropout = nn.Identity()
-        self.dropout = recipe.training.dropout
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(ids) * self.embedding.embedding_dim**0.5 + self.positions[: ids.shape[1]]
-        return F.dropout(x, self.dropout, self.training)
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        length = batch.decoder_input.shape[1]
-        padding = batch.source == PAD
-        hidden = self.transformer(
-            self.embed(batch.source),
-            self.embed(batch.decoder_input),
-            tgt_mask=torch.ones(length, length, dtype=torch.bool).triu(1),
-            src_key_padding_mask=padding,
-            memory_key_padding_mask=padding,
-            tgt_is_causal=True,
-        )
-        real = batch.labels != PAD
-        return F.cross_entropy(F.linear(hidden[real], self.embedding.weight), batch.labels[real], label_smoothing=0.1)
+def batches_of(size: str, seed: int) -> list[Batch]:
+    settings = SIZES[size]
+    count = 24 if size == "demo" else 3
+    return ragged_batches(recipe_of(size, False).languages, settings["vocabulary"], settings["tokens"], count, settings["length"], seed)
 
 
-def plain_contestant(recipe: Recipe, vocabulary: int, batches: list[Batch]) -> Callable[[], None]:
-    model = PlainTransformer(recipe, vocabulary)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True)
-
-    def run() -> None:
-        for batch in batches:
-            optimizer.zero_grad(set_to_none=True)
-            model(batch).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.training.clip)
-            optimizer.step()
-
-    return run
+def tokens_of(batches: list[Batch]) -> int:
+    return sum(int((b.source != PAD).sum()) + b.target_tokens for b in batches)
 
 
-def our_contestant(recipe: Recipe, vocabulary: int, batches: list[Batch], topology: Topology) -> tuple[Callable[[], None], int]:
+def ours(recipe: Recipe, vocabulary: int, batches: list[Batch], topology: Topology) -> tuple[Callable[[], None], int]:
+    """And the parameters of a rank."""
     engine = build_engine(recipe, vocabulary, topology)
     steps = [Step([b], b.target_tokens * topology.data, int((b.source != PAD).sum()) * topology.data, 0, []) for b in batches]
 
@@ -130,25 +87,24 @@ def our_contestant(recipe: Recipe, vocabulary: int, batches: list[Batch], topolo
     return run, sum(p.numel() for p in engine.module.parameters())
 
 
-def measure(size: str, rounds: int) -> dict[str, Any]:
-    """Figures of this process (or, with several, of all together)."""
-    settings = SIZES[size]
-    launch.join()
-    world = torch.distributed.get_world_size()
-    topology = Topology.build(expert=world, device=launch.device())
-    compat.seed_tensor_parallel_random(1, 0)
-    count = 24 if size == "demo" else 3
+def taking_turns(size: str, rounds: int) -> dict[str, Any]:
+    """All models in this process (or, with several, ours, and of all processes together)."""
+    vocabulary = SIZES[size]["vocabulary"]
+    topology = start()
+    world = topology.world
     dense, sparse = (recipe_of(size, moe, world if moe else 1, world) for moe in (False, True))
-    batches = ragged_batches(dense.languages, settings["vocabulary"], settings["tokens"], count, settings["length"], topology.rank + 1)
-    contestants: dict[str, Callable[[], None]] = {}
-    if world == 1:
-        contestants["plain torch, dense"] = plain_contestant(dense, settings["vocabulary"], batches)
-    contestants["ours, dense"], _ = our_contestant(dense, settings["vocabulary"], batches, topology)
-    contestants["ours, sparse"], parameters = our_contestant(sparse, settings["vocabulary"], batches, topology)
+    batches = batches_of(size, topology.rank + 1)
+    others: dict[str, nn.Module] = {"plain torch, dense": peers.PlainTransformer(dense, vocabulary)} if world == 1 else {}
+    if world == 1 and size == "base":
+        others |= {"transformers Marian": peers.marian(dense, vocabulary)} if peers.installed("transformers") else {}
+        others |= {"JoeyNMT": peers.JoeyNMT(dense, vocabulary)} if peers.installed("joeynmt") else {}
+    contestants = {name: peers.training(model, dense, batches) for name, model in others.items()}
+    contestants["ours, dense"], _ = ours(dense, vocabulary, batches, topology)
+    contestants["ours, sparse"], parameters = ours(sparse, vocabulary, batches, topology)
     for run in contestants.values():
         run()
     seconds = alternate(contestants, rounds)
-    tokens = torch.tensor(float(sum(int((b.source != PAD).sum()) + b.target_tokens for b in batches)))
+    tokens = torch.tensor(float(tokens_of(batches)))
     torch.distributed.all_reduce(tokens)
     return {
         "processes": world,
@@ -159,36 +115,60 @@ def measure(size: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def alone(model: str, rounds: int) -> dict[str, Any]:
+    """One model of size experts in a process of its own."""
+    vocabulary = SIZES["experts"]["vocabulary"]
+    topology, recipe, batches = start(), recipe_of("experts", True), batches_of("experts", 1)
+    if model == "ours":
+        run, parameters = ours(recipe, vocabulary, batches, topology)
+    else:
+        peer = peers.switch(recipe, vocabulary)
+        run, parameters = peers.training(peer, recipe, batches), sum(p.numel() for p in peer.parameters())
+    run()
+    seconds = alternate({model: run}, rounds)[model]
+    return {"tokens per second": round(tokens_of(batches) / seconds, 1), "GiB": round(peak_memory(), 2), "parameters": parameters}
+
+
+def start() -> Topology:
+    launch.join()
+    topology = Topology.build(expert=torch.distributed.get_world_size(), device=launch.device())
+    compat.seed_tensor_parallel_random(1, 0)
+    torch.manual_seed(1)
+    return topology
+
+
+def compare_experts(rounds: int) -> dict[str, Any]:
+    """Ours and Switch, one process after the other, ``TURNS`` times; medians."""
+    models = ["ours", *(["transformers Switch"] if peers.installed("transformers") else [])]
+    turns: dict[str, list[dict[str, Any]]] = {model: [] for model in models}
+    for _ in range(TURNS):
+        for model in models:
+            turns[model].append(in_processes(__file__, ["--size", "experts", "--rounds", str(rounds), "--model", model], 1))
+            print(f"{model}: {turns[model][-1]}", flush=True)
+    return {model: {key: median(each[key] for each in found) for key in found[0]} for model, found in turns.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--size", choices=list(SIZES), default="demo")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    size, rounds = arguments.size, arguments.rounds
     if arguments.part is not None:
-        result = measure(arguments.size, arguments.rounds)
+        part = alone(arguments.model, rounds) if arguments.model else taking_turns(size, rounds)
         if os.environ["RANK"] == "0":
-            arguments.part.write_text(json.dumps(result))
+            arguments.part.write_text(json.dumps(part))
         return
-    parts = []
-    cores = len(os.sched_getaffinity(0))
-    for world in (1, 2):
-        part = Path(tempfile.gettempdir(), f"lsmoe-benchmark-{os.getpid()}-{world}.json")
-        command = [sys.executable, __file__, "--size", arguments.size, "--rounds", str(arguments.rounds), "--part", str(part)]
-        environment = {**os.environ, **launch.KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, cores // world))}
-        if world > 1:
-            command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(world), "--no_local_rank"]
-            command += ["--log_level", "error", "--master_port", str(launch.free_port())]
-            command += [__file__, "--size", arguments.size, "--rounds", str(arguments.rounds), "--part", str(part)]
-            environment |= {"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {}
-        begun = time.perf_counter()
-        subprocess.run(command, env=environment, check=True)
-        parts.append(json.loads(part.read_text()))
-        part.unlink()
-        print(f"{world} processes: {time.perf_counter() - begun:.0f} s: {parts[-1]['tokens per second']}")
+    if size == "experts":
+        write("train_experts", {"size": SIZES[size], "rounds": rounds, "turns": TURNS, "models": compare_experts(rounds)})
+        return
+    parts = [in_processes(__file__, ["--size", size, "--rounds", str(rounds)], world) for world in (1, 2)]
     rates = parts[0]["tokens per second"]
     ratio = {name: round(value / rates["plain torch, dense"], 3) for name, value in rates.items()}
-    write(f"train_{arguments.size}", {"size": arguments.size, "ratio to plain torch": ratio, "runs": parts})
+    print(ratio)
+    write(f"train_{size}", {"size": size, "rounds": rounds, "ratio to plain torch": ratio, "runs": parts})
 
 
 if __name__ == "__main__":

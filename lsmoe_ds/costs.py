@@ -1,4 +1,5 @@
-"""What a model costs: parameters, memory, traffic between ranks, arithmetic. Each formula stands with its function.
+"""What a model costs: parameters, traffic between ranks, arithmetic. Each formula stands with its function; memory has
+:mod:`lsmoe_ds.memory`.
 
 H hidden, F feed-forward width, E experts, K top-k, V vocabulary, L sentence length; R expert-parallel ranks.
 """
@@ -6,7 +7,7 @@ H hidden, F feed-forward width, E experts, K top-k, V vocabulary, L sentence len
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, comb, lcm
+from math import comb, lcm
 
 from lsmoe_ds.config import MoE, Recipe, Side
 
@@ -103,50 +104,6 @@ class Parts:
         }
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on each rank that last from step to step (gradients: from backward to the optimizer step)."""
-
-    precision: str
-    stage: int
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
-
-
-def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
-    """(dense, expert) parameters of one rank: split / tensor + whole, and expert / R."""
-    return count.split // tensor + count.whole, count.expert // expert
-
-
-def memory(count: Count, world: int, tensor: int, expert: int, stage: int, precision: str) -> Memory:
-    """Memory of one rank, with v bytes a value (4 or 2), d dense and e expert parameters of it (:func:`local_parameters`).
-
-    ZeRO partitions dense state over the D = world / tensor data ranks, experts' over the X = world / expert ranks that
-    hold the same ones; p = d / D + e / X::
-
-        weights     v (d + e)            in every stage
-        gradients   v (d + e)            stages 0 and 1;    v p   in stage 2
-        optimizer   8 (d + e)            stage 0 in float32: Adam's two float32 moments
-                    12 (d + e)           stage 0 in bfloat16: and a float32 copy of the weights
-                    12 p                 stages 1 and 2: DeepSpeed keeps that copy of its part even of a float32 model
-
-    Not counted, so this is a lower bound: activations; DeepSpeed's communication buckets (up to ``reduce_bucket_size``
-    values, 5e8 by default, and no more than the gradients); the float32 gradients of a rank's own part (4 p) that stages 1
-    and 2 make during the optimizer step; the padding of ZeRO's parts.
-    """
-    value = VALUE_BYTES[precision]
-    dense, experts = local_parameters(count, tensor, expert)
-    own = dense + experts
-    part = ceil(dense * tensor / world) + ceil(experts * expert / world)
-    state = (8 if value == 4 else 12) * own if stage == 0 else 12 * part
-    return Memory(precision, stage, value * own, value * (part if stage == 2 else own), state)
-
-
 def bytes_per_row(hidden: int, top_k: int, value_bytes: int, training: bool, learned: bool = True) -> int:
     """Bytes that one row costs which leaves its rank for another that holds experts of it.
 
@@ -231,15 +188,19 @@ def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
     return found
 
 
-def step_bytes(recipe: Recipe, found: list[Exchange], at_home: bool = False) -> int:
+def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool = False) -> int:
     """Expected bytes of one step between all ranks, at most: no padding, and all tokens on the dearer side.
 
     tokens x count of ``data.batch`` times :meth:`Exchange.token_bytes`, and the counts: each of the ``count`` micro-batches
-    is dispatched by all its tensor-parallel peers.
+    is dispatched by all its tensor-parallel peers. Where a rank has several micro-batches a step and a router reads hidden
+    states, first choices are counted ahead of the step by one more forward pass.
     """
-    batch = recipe.data.batch
-    tokens = batch.tokens * batch.count * max((each.token_bytes(at_home) for each in found), default=0.0)
-    return round(tokens) + sum(batch.count * recipe.parallel.tensor * each.layers * each.count_bytes for each in found)
+    batch, tensor = recipe.data.batch, recipe.parallel.tensor
+    reads = any(moe.routing in ("token", "sentence") for _, _, moe in recipe.model.moe_layers())
+    ahead = reads and batch.count * tensor > world
+    each_token = [each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes) for each in found]
+    tokens = batch.tokens * batch.count * max(each_token, default=0.0)
+    return round(tokens) + (1 + ahead) * sum(batch.count * tensor * each.layers * each.count_bytes for each in found)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""``lsmoe plan``: what a recipe costs, computed from the recipe alone. The formulas are in :mod:`lsmoe_ds.costs`.
+"""``lsmoe plan``: what a recipe costs, computed from the recipe alone. The formulas are in :mod:`lsmoe_ds.costs` and
+:mod:`lsmoe_ds.memory`.
 
 No model is built and torch is not imported, so a plan of many billion parameters takes no time and little memory.
 """
@@ -10,8 +11,9 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.costs import LENGTH, VALUE_BYTES, Exchange, Flops, Memory, Parts, exchanges, flops, memory, step_bytes
+from lsmoe_ds.costs import LENGTH, VALUE_BYTES, Exchange, Flops, Parts, exchanges, flops, step_bytes
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.memory import PROCESS, Memory, memory
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -48,7 +50,7 @@ class Plan:
             "serving": self.serving.to_dict(),
             "recipe_precision": self.precision,
             "recipe_stage": self.stage,
-            "memory": [asdict(each) | {"total": each.total} for each in self.memory],
+            "memory": [asdict(each) | {"total": each.total, "process": PROCESS, "peak": each.peak} for each in self.memory],
             "exchanges": [
                 asdict(each)
                 | {
@@ -79,10 +81,11 @@ class Plan:
         for part, whole in self.parameters.to_dict().items():
             served = self.serving.to_dict()[part]
             sizes.add_row(part, *(["tied"] * 2 if part == "output" else [human(whole), human(served)]))
-        memories = table(f"memory of each rank; {layout}", "", "weights", "gradients", "optimizer", "total")
+        parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak")
+        memories = table(f"memory of each rank; {layout}; peak with {in_bytes(PROCESS)} of the process itself", "", *parts)
         for each in self.memory:
             own = " <- recipe" if (each.precision, each.stage) == (self.precision, self.stage) else ""
-            cells = [in_bytes(value) for value in (each.weights, each.gradients, each.optimizer, each.total)]
+            cells = [in_bytes(getattr(each, part)) for part in parts]
             memories.add_row(f"{each.precision} ZeRO {each.stage}{own}", *cells)
         made: list[Any] = [sizes, memories]
         if self.exchanges:
@@ -165,10 +168,10 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         stage=stage,
         parameters=parts,
         serving=Parts.of(recipe, serving=True),
-        memory=[memory(parts.whole, world, tensor, expert, stage, precision) for precision in VALUE_BYTES for stage in STAGES],
+        memory=[memory(recipe, world, stage, precision) for precision in VALUE_BYTES for stage in STAGES],
         exchanges=found,
-        step_bytes=step_bytes(recipe, found),
-        step_bytes_home=step_bytes(recipe, found, at_home=True) if homes else None,
+        step_bytes=step_bytes(recipe, found, world),
+        step_bytes_home=step_bytes(recipe, found, world, at_home=True) if homes else None,
         task_affine=recipe.data.batch.languages == "task-affine",
         flops=flops(recipe, length),
     )

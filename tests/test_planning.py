@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 from rich.console import Console
-from test_sameness import ragged_batch
+from test_sameness import ragged_batch, steps_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsmoe_ds.config import PROJECT, MoE, Recipe
 from lsmoe_ds.convert.subnetwork import extract
-from lsmoe_ds.costs import Parts, bytes_per_row, flops, local_parameters, memory, rows_at_home, rows_at_random
+from lsmoe_ds.costs import Parts, bytes_per_row, flops, rows_at_home, rows_at_random
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import EOS, Direction
 from lsmoe_ds.model.initialization import global_names, initialize
@@ -101,55 +101,6 @@ def test_a_side_that_chooses_when_it_is_there_is_served_whole(routing):
     assert planned.serving.decoder.total < planned.parameters.decoder.total
 
 
-def partitions(topology, recipe):
-    """Of a rank: its parameters, elements and bytes of ZeRO's own parts, and bytes of the optimizer after a step."""
-    from lsmoe_ds.training.engine import build_engine
-
-    engine = build_engine(recipe, VOCABULARY, topology)
-    batch = ragged_batch(torch.Generator().manual_seed(3), recipe, 4)
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(batch.source, batch.decoder_input, batch.labels, batch.ids).loss)
-        engine.step()
-    weights = list(engine.module.parameters())
-    optimizer = engine.optimizer
-    own = getattr(optimizer, "single_partition_of_fp32_groups", [])  # ZeRO's part of the float32 weights
-    own = own or [value for group in getattr(optimizer, "fp32_groups", []) for value in group]  # bfloat16 without ZeRO
-    inner = optimizer.optimizer if own else optimizer
-    moments = [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value) and value.numel() > 1]
-    in_bytes = [sum(value.numel() * value.element_size() for value in values) for values in (weights, [*own, *moments])]
-    engine.destroy()
-    return sum(parameter.numel() for parameter in weights), *in_bytes
-
-
-@pytest.mark.parametrize(
-    ("tensor", "expert", "stage", "bf16"),
-    [(1, 2, 0, False), (1, 2, 0, True), (1, 2, 1, False), (2, 2, 1, False), (1, 1, 2, False), (1, 2, 2, True)],
-)
-def test_memory_is_that_of_an_engine(pool, tensor, expert, stage, bf16):
-    recipe = recipe_of("token", "target", tensor, expert, stage, bf16)
-    planned = plan(recipe, 2)
-    (wanted,) = [each for each in planned.memory if (each.precision, each.stage) == (planned.precision, planned.stage)]
-    assert planned.stage == stage
-    for parameters, weights, optimizer in pool.run(2, partitions, recipe, tensor=tensor, expert=expert):
-        assert parameters == sum(local_parameters(planned.parameters.whole, tensor, expert))
-        assert weights == wanted.weights
-        assert optimizer == pytest.approx(wanted.optimizer, abs=200)  # ZeRO's padding
-
-
-def test_memory_formulas():
-    count = Parts.of(recipe_of("token", "target", 2, 4)).whole
-    dense, experts = local_parameters(count, 2, 4)
-    assert (dense, experts) == (count.split / 2 + count.whole, count.expert / 4)
-    part = dense / 4 + experts / 2  # of 8 ranks: 4 data-parallel ones, 2 with the same experts
-    found = {(p, s): memory(count, 8, 2, 4, s, p) for p in ("float32", "bfloat16") for s in (0, 1, 2)}
-    for precision, value in (("float32", 4), ("bfloat16", 2)):
-        assert {found[precision, stage].weights for stage in (0, 1, 2)} == {value * (dense + experts)}
-        assert [found[precision, stage].gradients for stage in (0, 1)] == [value * (dense + experts)] * 2
-        assert found[precision, 2].gradients == pytest.approx(value * part, abs=16)
-        assert found[precision, 1].optimizer == found[precision, 2].optimizer == pytest.approx(12 * part, abs=32)
-    assert (found["float32", 0].optimizer, found["bfloat16", 0].optimizer) == (8 * (dense + experts), 12 * (dense + experts))
-
-
 @pytest.mark.parametrize(("experts", "top_k", "ranks", "groups"), [(8, 2, 4, 1), (8, 3, 2, 1), (8, 2, 8, 2), (12, 2, 3, 2), (4, 1, 1, 1)])
 def test_rows_that_leave_counted_one_by_one(experts, top_k, ranks, groups):
     away = []
@@ -204,6 +155,29 @@ def test_bytes_are_those_that_travel(pool, routing):
         assert rows
 
 
+def step_traffic(topology, recipe):
+    """Rows and bytes of a step that left any rank."""
+    from lsmoe_ds.training.engine import build_engine, train_step
+
+    engine = build_engine(recipe, VOCABULARY, topology)
+    result = train_step(engine, steps_of(recipe, topology.data_rank, topology.data)[0], 1, recipe, topology)
+    engine.destroy()
+    return sum(side.rows for side in result.exchanged.values()), sum(side.bytes for side in result.exchanged.values())
+
+
+@pytest.mark.parametrize("routing", ["token", "target"])
+def test_choices_of_several_micro_batches_are_counted_ahead(pool, routing):
+    recipe = recipe_of(routing, routing, expert=2, stage=0)
+    recipe.data.batch.count = 4  # as steps_of has them
+    (rows, sent), _ = pool.run(2, step_traffic, recipe, expert=2)
+    training, inference = bytes_per_row(16, 2, 4, True), bytes_per_row(16, 2, 4, False)
+    counts = 4 * 3 * 8  # micro-batches x layers x bytes
+    if routing == "token":
+        assert sent == rows / 2 * (training + inference) + 2 * counts
+    else:
+        assert sent == rows * training + counts
+
+
 def test_bytes_of_a_step():
     recipe = recipe_of("target", "target", expert=2, expert_groups=2)
     planned = plan(recipe)
@@ -213,6 +187,11 @@ def test_bytes_of_a_step():
     assert planned.step_bytes == 64 * 8 * 2 * 0.5 * row + counts  # all tokens in the decoder, which has two of the layers
     assert planned.step_bytes_home == counts
     assert plan(recipe_of("token", "token", expert=2)).step_bytes_home is None
+    choosing = recipe_of("token", "token", expert=2)
+    rows = 2 * rows_at_random(4, 2, 2, 1)  # of a token, through two layers
+    assert plan(choosing, 8).step_bytes == round(64 * 8 * rows * row) + counts
+    inference = bytes_per_row(16, 2, 4, False)
+    assert plan(choosing, 4).step_bytes == round(64 * 8 * rows * (row + inference)) + 2 * counts  # choices are counted ahead
     alone = plan(recipe_of("token", "token"))
     assert (alone.exchanges, alone.step_bytes) == ([], 0)
 

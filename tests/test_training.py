@@ -16,11 +16,16 @@ import pytest
 import torch
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 
+from lsmoe_ds.config import MoE
+from lsmoe_ds.data.batching import Step
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, write_json
+from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.launch import free_port
 from lsmoe_ds.run_folder import list_checkpoints, newest_whole, open_run, step_of
+from lsmoe_ds.training.engine import StepResult
+from lsmoe_ds.training.monitor import Monitor
 from lsmoe_ds.training.schedules import inverse_square_root
 
 PAIR_GROUPS = {"routing": "task", "task": "pair", "experts": 4, "every": 2, "top_k": 2, "expert_groups": 2}
@@ -80,8 +85,8 @@ def loop(topology, recipe, run: Path, at_step: int | None = None, error: BaseExc
 def records(run: Path, with_bytes: bool = False) -> list[dict]:
     """What ``metrics.jsonl`` says; bytes only if asked for, as they begin anew with each process; never times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    left_out = {"seconds", "tokens_per_second", "exchange_share"} | (set() if with_bytes else {"exchanged_bytes"})
-    return [{k: v for k, v in line.items() if k not in left_out} for line in lines]
+    left_out = ("seconds", "tokens_per_second", "exchange_share", *(() if with_bytes else ("exchanged_bytes",)))
+    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
 
 
 def weights(run: Path, step: int) -> dict:
@@ -256,3 +261,38 @@ def test_task_affine_batches_exchange_counts_only(pool, folder):
         assert record["exchanged_bytes"] == layers * batches * 8 * (ranks - 1), "one count for each other rank"
     assert all(record["exchanged_bytes"] > 100 * layers * batches for record in found["mixed"])
     assert found["affine"][-1]["loss"] < found["affine"][0]["loss"]
+
+
+def test_exchange_is_told_by_side(pool, folder):
+    """Encoder by token, decoder by pair with every batch at home: the encoder's rows travel, of the decoder only counts."""
+    recipe, run = recipe_in(folder, moe=PAIR_GROUPS, expert=2), folder / "run-sides"
+    recipe.model.encoder.moe = MoE(**TOKEN_TOP2)
+    pool.run(2, loop, recipe, run, expert=2)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert len(lines) == 3
+    layers, batches, ranks, passes = 1, 4, 2, 2  # one pass ahead of the step, since the encoder's routers read hidden states
+    for line in lines:
+        counts = layers * batches * passes * 8 * (ranks - 1)
+        assert line["exchanged_bytes_decoder"] == counts
+        assert line["exchanged_bytes_encoder"] > 100 * counts
+        assert line["exchanged_bytes"] == line["exchanged_bytes_encoder"] + line["exchanged_bytes_decoder"]
+        shares = [line["exchange_share_encoder"], line["exchange_share_decoder"]]
+        assert all(0 < share < 1 for share in shares), "counts take time too"
+        assert line["exchange_share"] == pytest.approx(sum(shares)) and line["exchange_share"] < 1
+
+
+def test_exchange_is_of_the_ranks_time_and_of_its_window(tmp_path):
+    """Two steps a record, ten seconds each on two ranks: twenty seconds of the ranks' time a step."""
+    step = Step(batches=[], target_tokens=10, source_tokens=10, sentences=1, directions=[])
+    with Monitor(tmp_path, steps=4, every=2, main=True, world=2) as monitor:
+        monitor.start(0, None)
+        for number, scale in enumerate((1, 3, 0, 0), start=1):
+            exchanged = {"encoder": Traffic(100 * scale, scale, 2.0 * scale), "decoder": Traffic(10 * scale, scale, 1.0 * scale)}
+            monitor.pause(-10)
+            monitor.after_step(number, step, StepResult(1.0, 1.0, 0.0, 0.0, 0.0, None, 1.0, exchanged))
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    ends = ("", "_encoder", "_decoder")
+    assert [first[f"exchanged_bytes{end}"] for end in ends] == [220, 200, 20]
+    assert [first[f"exchange_share{end}"] for end in ends] == pytest.approx([0.3, 0.2, 0.1], rel=0.05)
+    assert all(second[f"exchange{name}{end}"] == 0 for name in ("d_bytes", "_share") for end in ends)

@@ -65,7 +65,7 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
             guide.records.append(record_routing(self.settings, chosen, kept))
         if self.observer is not None:
             self.observer(guide.ids.task(self.settings.task)[index // x.shape[1]], kept)
-        out = self.deepspeed_moe(tokens, kept.experts, kept.weights)
+        out = self.deepspeed_moe(tokens, kept.experts, kept.weights, dropped=kept is not chosen)
         if out.shape[0] < real.numel():
             out = x.new_zeros(real.numel(), x.shape[2]).index_copy(0, index, out)
         return out.view_as(x)

@@ -7,6 +7,7 @@ by either library.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -257,13 +258,14 @@ def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
-def complete_engine(engine: Any, clip: Callable[[], float]) -> None:
+def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
     """Four things that engine 0.19.8 leaves to be wished.
 
-    ZeRO stage 0 clips by ``clip``, which returns the norm, and keeps the norm. One rank alone does not copy its gradients
-    through all-reduce buffers. Of the ranks that hold the same experts only the first saves anything, even where the
-    others are its tensor-parallel peers, whose part of the dense weights would be missing: all peers of the first save.
-    And the engine puts scripts beside the checkpoints, which do not know experts: it does so no more.
+    ZeRO stage 0 clips by ``clip``, which returns the norm, and keeps the norm; it copies gradients to all-reduce them in
+    buckets of ``bucket`` values, not of 5e8, and on one rank alone not at all. Of the ranks that hold the same experts only
+    the first saves anything, even where the others are its tensor-parallel peers, whose part of the dense weights would be
+    missing: all peers of the first save. And the engine puts scripts beside the checkpoints, which do not know experts: it
+    does so no more.
     """
     from deepspeed.utils import groups
 
@@ -271,7 +273,8 @@ def complete_engine(engine: Any, clip: Callable[[], float]) -> None:
         engine._global_grad_norm = clip()
 
     engine.clip_fp32_gradients = clip_and_keep_norm
-    if dist.get_world_size() == 1 and engine.zero_optimization_stage() == 0:
-        engine.enable_backward_allreduce = False
+    if engine.zero_optimization_stage() == 0:
+        engine.enable_backward_allreduce = dist.get_world_size() > 1
+        engine.allreduce_gradients = functools.partial(engine.allreduce_gradients, bucket_size=bucket)
     engine.checkpoint_engine.is_data_parallel_writer = lambda rank: rank == 0 or groups._get_data_parallel_rank() == 0
     engine._copy_recovery_script = lambda folder: None

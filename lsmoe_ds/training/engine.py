@@ -14,6 +14,7 @@ from torch import Tensor
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.memory import STAGE_0_BUCKET
 from lsmoe_ds.model.initialization import initialize, partition_dimension
 from lsmoe_ds.model.transformer import Losses, Transformer
 from lsmoe_ds.moe.losses import balance_loss, z_loss
@@ -22,6 +23,7 @@ from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.schedules import inverse_square_root
 
+SIDES = ("encoder", "decoder")
 BETAS, EPSILON = (0.9, 0.98), 1e-9  # "Attention is all you need", section 5.3
 
 # What the recipe decides; in a DeepSpeed configuration these would be a second, silent answer.
@@ -50,7 +52,7 @@ class StepResult:
     dropped: float  # share of all choices of experts that a capacity dropped
     grad_norm: float | None
     learning_rate: float
-    exchanged: Traffic  # for the experts, summed over all ranks
+    exchanged: dict[str, Traffic]  # of each side, to and from its experts, summed over all ranks
     counts: list[Tensor] = field(default_factory=list)  # of each MoE layer, first choices of each expert [E]
 
 
@@ -102,7 +104,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=compat.ModelParallelUnit())
-    compat.complete_engine(engine, lambda: clip_gradients(model, recipe.training.clip, topology))
+    compat.complete_engine(engine, lambda: clip_gradients(model, recipe.training.clip, topology), STAGE_0_BUCKET)
     return engine
 
 
@@ -181,8 +183,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     norm = None if norm is None else float(norm)
     if norm is not None and not (math.isfinite(norm) and norm >= 0):
         raise NonFinite("the gradient norm is not finite")
-    exchanged = Traffic.sum(layer.deepspeed_moe.traffic.take() for _, layer in model.moe_layers())
-    exchanged = _over_world(exchanged, topology)
+    exchanged = _take_traffic(model, topology)
     share = all_dropped / max(all_choices, 1)
     return StepResult(mean_loss, nll, mean_balance, mean_z, share, norm, rate, exchanged, counts or [])
 
@@ -207,14 +208,17 @@ def _over_data_ranks(counts: list[Tensor], topology: Topology) -> list[Tensor]:
     return list(joined.split([len(each) for each in counts]))
 
 
-def _over_world(traffic: Traffic, topology: Topology) -> Traffic:
-    """Summed over all ranks; nothing is exchanged where the experts are not spread."""
+def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:
+    """Of each side since the last time, summed over all ranks; nothing is exchanged where the experts are not spread."""
+    parts: dict[str, list[Traffic]] = {side: [] for side in SIDES}
+    for side, layer in model.moe_layers():
+        parts[side].append(layer.deepspeed_moe.traffic.take())
+    taken = {side: Traffic.sum(layers) for side, layers in parts.items()}
     if topology.expert == 1:
-        return traffic
-    sums = torch.tensor([traffic.bytes, traffic.rows, traffic.seconds], dtype=torch.float64, device=topology.device)
+        return taken
+    sums = torch.tensor([[t.bytes, t.rows, t.seconds] for t in taken.values()], dtype=torch.float64, device=topology.device)
     dist.all_reduce(sums)
-    sent, rows, seconds = sums.tolist()
-    return Traffic(int(sent), int(rows), seconds)
+    return {side: Traffic(int(sent), int(rows), seconds) for side, (sent, rows, seconds) in zip(taken, sums.tolist(), strict=True)}
 
 
 def _fill_in_gradients(model: Transformer) -> None:

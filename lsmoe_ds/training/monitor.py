@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lsmoe_ds.data.batching import Step
 from lsmoe_ds.folders import explain_errors, write_whole
 from lsmoe_ds.parallel.collectives import Traffic
-from lsmoe_ds.training.engine import StepResult
+from lsmoe_ds.training.engine import SIDES, StepResult
 
 SUMMED = ("loss", "nll", "balance", "z_loss", "dropped")
 
@@ -27,7 +27,8 @@ class Monitor:
         self.run, self.steps, self.every, self.main, self.world = run, steps, every, main, world
         self.sums = dict.fromkeys(("weight", *SUMMED), 0.0)
         self.tokens, self.since = 0, time.perf_counter()
-        self.exchanged, self.away, self.steps_in_window = Traffic(), 0, 0
+        self.exchanged = {side: Traffic() for side in SIDES}
+        self.away, self.steps_in_window = 0, 0
         self.progress: Progress | None = None
         self.writer: Any = None
 
@@ -76,7 +77,7 @@ class Monitor:
         for name in SUMMED:
             self.sums[name] += getattr(result, name) * step.target_tokens
         self.tokens += step.source_tokens + step.target_tokens
-        self.exchanged = Traffic.sum([self.exchanged, result.exchanged])
+        self.exchanged = {side: Traffic.sum([so_far, result.exchanged[side]]) for side, so_far in self.exchanged.items()}
         self.away += step.away
         self.steps_in_window += 1
         if self.progress is not None:
@@ -94,11 +95,11 @@ class Monitor:
             "seconds": seconds,
             # Over all ranks, to and from experts: bytes a step, the share of the ranks' time, and batches a step that a
             # task-affine stream could not deal to the rank of their experts.
-            "exchanged_bytes": self.exchanged.bytes / self.steps_in_window,
-            "exchange_share": self.exchanged.seconds / (seconds * self.world),
+            **self._exchange(seconds),
             "away": self.away / self.steps_in_window,
         }
-        self.exchanged, self.away, self.steps_in_window = Traffic(), 0, 0
+        self.exchanged = {side: Traffic() for side in SIDES}
+        self.away, self.steps_in_window = 0, 0
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.tokens, self.since = 0, time.perf_counter()
         self._write(record)
@@ -107,6 +108,12 @@ class Monitor:
             self.progress.update(self.task, description=text)
             if self.progress.disable and (number % (20 * self.every) == 0 or number == self.steps):
                 print(f"step {number}/{self.steps} · {text}", file=sys.stderr, flush=True)
+
+    def _exchange(self, seconds: float) -> dict[str, float]:
+        """Of all layers, and of each side's: bytes a step, and the share of the ranks' time in a window of ``seconds``."""
+        parts = {"": Traffic.sum(self.exchanged.values()), **{f"_{side}": traffic for side, traffic in self.exchanged.items()}}
+        sent = {f"exchanged_bytes{end}": traffic.bytes / self.steps_in_window for end, traffic in parts.items()}
+        return {**sent, **{f"exchange_share{end}": traffic.seconds / (seconds * self.world) for end, traffic in parts.items()}}
 
     def pause(self, seconds: float) -> None:
         """Takes time that was not training (a checkpoint, a validation) out of the rate."""

@@ -1,0 +1,169 @@
+"""What expert parallelism costs a training step in the decoder, by how it is routed and how batches are dealt.
+
+    python benchmarks/exchange.py [--rounds 20]
+
+Two processes through the deepspeed launcher, expert parallelism 2, ZeRO stage 1; models alike but for the decoder's
+routing take turns in the same processes. The encoder is dense, so all that is exchanged for experts is the decoder's.
+Sentences are made up, of 16 languages to and from English with equally many pairs each; their batches and the dealing to
+ranks are those of `lsmoe train`. A step has one batch for each rank, so no router needs a pass ahead of it.
+
+The share of the time is measured twice, in alternate steps: as `lsmoe train` tells it, with the time a rank waits for the
+slower one, and with a barrier before each exchange, so that what is left is the exchange itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import in_processes, write
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.batching import BatchStream
+from lsmoe_ds.data.dealing import affinity
+from lsmoe_ds.languages import Direction
+from lsmoe_ds.parallel import collectives, compat, launch
+from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.engine import build_engine, train_step
+
+RANKS, VOCABULARY, TOKENS, PAIRS = 2, 8000, 2048, 2000  # tokens of a batch, pairs of a direction
+MODEL: dict[str, Any] = {"hidden": 256, "heads": 4, "encoder": {"layers": 4, "feed_forward": 1024}}
+EXPERTS: dict[str, Any] = {"experts": 32, "every": 2, "top_k": 2}
+LANGUAGES = "de nl sv fr es it pt ro ru uk pl cs hi bn fi tr".split()  # noqa: SIM905
+CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "token": ("mixed", {"routing": "token"}),
+    "target language": ("mixed", {"routing": "task", "task": "target"}),
+    "target language, 2 groups": ("task-affine", {"routing": "task", "task": "target", "expert_groups": RANKS}),
+    "pair, 2 groups": ("task-affine", {"routing": "task", "task": "pair", "expert_groups": RANKS}),
+}
+
+
+class Sentences:
+    """Random tokens; lengths as ragged as those of text."""
+
+    def __init__(self, lengths: NDArray[Any], seed: int) -> None:
+        self.lengths = lengths
+        self.text = np.random.default_rng(seed).integers(100, VOCABULARY, int(lengths.max()) + 1000, dtype=np.uint16)
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        return self.text[index % 1000 :][: self.lengths[index]]
+
+
+class Pairs:
+    def __init__(self, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        source = random.lognormal(3.0, 0.6, PAIRS).clip(2, 200)
+        target = (source * random.lognormal(0.0, 0.2, PAIRS)).clip(2, 200)
+        self.source, self.target = Sentences(source.astype(np.int32), seed), Sentences(target.astype(np.int32), seed + 1)
+
+
+class Corpus:
+    """Stands for prepared data and for its vocabulary."""
+
+    def tokens(self, direction: Direction, split: str) -> Pairs:
+        return Pairs(sum(map(ord, str(direction))))
+
+    def tag_id(self, code: str) -> int:
+        return 4 + ["en", *LANGUAGES].index(code)
+
+
+def recipe_of(languages: str, moe: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "benchmark",
+            "data": {
+                "corpora": ["none"],
+                "languages": LANGUAGES,
+                "vocabulary": {"size": VOCABULARY},
+                "batch": {"tokens": TOKENS, "count": RANKS, "languages": languages},
+            },
+            "model": {**MODEL, "decoder": {**MODEL["encoder"], "moe": {**EXPERTS, **moe}}},
+            "training": {"steps": 1000, "learning_rate": 1e-4, "warmup": 100},
+            "parallel": {"expert": RANKS},
+        }
+    )
+
+
+def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, float]]:
+    """One step, and what it measures over all ranks; making its batches is not part of it."""
+    groups, at_home = affinity(recipe, recipe.languages, topology.tensor, topology.expert, topology.data)
+    layout: dict[str, Any] = {"rank": topology.data_rank, "world": topology.data, "groups": groups, "at_home": at_home}
+    corpus, data = Corpus(), recipe.data
+    stream = BatchStream(corpus, recipe.languages, corpus, data.batch, data.temperature, recipe.training.seed, **layout)
+    engine = build_engine(recipe, VOCABULARY, topology)
+
+    exchange = collectives._exchange
+
+    def after_barrier(tensor: Tensor, send: list[int], receive: list[int], group: Any, traffic: collectives.Traffic) -> Tensor:
+        torch.distributed.barrier(group)
+        return exchange(tensor, send, receive, group, traffic)
+
+    def turn() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, function in (("with waiting", exchange), ("alone", after_barrier)):
+            collectives._exchange = function
+            step = next(stream)
+            torch.distributed.barrier()
+            begun = time.perf_counter()
+            exchanged = train_step(engine, step, 100, recipe, topology).exchanged["decoder"]
+            seconds = time.perf_counter() - begun
+            collectives._exchange = exchange
+            found[f"share of time, {name}"] = exchanged.seconds / (seconds * topology.world)
+            if name == "with waiting":
+                found["tokens per second"] = (step.source_tokens + step.target_tokens) / seconds
+                found |= {"bytes a step": exchanged.bytes, "batches away of 2": step.away}
+        return found
+
+    return turn
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    launch.join()
+    topology = Topology.build(expert=RANKS, device=launch.device())
+    compat.seed_tensor_parallel_random(1, 0)
+    turns = {name: contestant(recipe_of(*settings), topology) for name, settings in CONTESTANTS.items()}
+    for turn in turns.values():
+        turn()
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():  # a busy moment of the machine hits all alike
+            measured[name].append(turn())
+    result: dict[str, dict[str, float]] = {}
+    for name, figures in measured.items():
+        columns = {key: [each[key] for each in figures] for key in figures[0]}
+        medians = {key: statistics.median(columns[key]) for key in columns if "bytes" not in key and "away" not in key}
+        means = {key: statistics.fmean(columns[key]) for key in columns if key not in medians}
+        result[name] = {key: round(value, 4 if value < 10 else None) for key, value in {**medians, **means}.items()}
+    model = {**MODEL, "decoder layers": MODEL["encoder"], **EXPERTS, "vocabulary": VOCABULARY, "languages": len(LANGUAGES) + 1}
+    setting = {"processes": RANKS, "threads": torch.get_num_threads(), "rounds": rounds}
+    return {"model": model, "tokens of a batch": TOKENS, **setting, "decoder": result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part is not None:
+        part = measure(arguments.rounds)
+        if os.environ["RANK"] == "0":
+            arguments.part.write_text(json.dumps(part), encoding="utf-8")
+        return
+    result = in_processes(__file__, ["--rounds", str(arguments.rounds)], RANKS)
+    for name, figures in result["decoder"].items():
+        print(f"{name}: {figures}")
+    write("exchange", result)
+
+
+if __name__ == "__main__":
+    main()

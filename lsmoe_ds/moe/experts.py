@@ -1,0 +1,202 @@
+"""The experts of one rank: rows sorted by expert, through their experts, and summed with their weights.
+
+On a GPU in bfloat16 all experts are computed by one grouped product a layer, elsewhere one after another.
+
+n rows with N choices of a local expert, K top-k, H hidden, F feed-forward width, E local experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsmoe_ds.model.feed_forward import FeedForward
+from lsmoe_ds.moe.routers import DROPPED
+from lsmoe_ds.parallel.compat import mark_expert_parameter
+from lsmoe_ds.parallel.topology import Topology
+
+_grouped_mm: Any = getattr(F, "grouped_mm", None)  # since torch 2.10
+ALIGNMENT = 16  # bytes: of addresses and strides in a grouped product
+
+
+@dataclass
+class Assignment:
+    """Which copy of which row goes to which expert. Copies are sorted by expert; a choice is a place in [n K]."""
+
+    experts: Tensor  # [N]: the local expert of each copy, ascending
+    ends: Tensor  # [E] int32: where each expert's copies end; the last is N
+    choices: Tensor  # [N]: the choice of each copy
+    copies: Tensor  # [n, K]: the copy of each choice; 0 where the choice is none
+    real: Tensor | None  # [n, K]: whether the choice is one; None where all are
+
+    @classmethod
+    def of(cls, chosen: Tensor, experts: int, dropped: bool) -> Assignment:
+        """``chosen`` [n, K]: local expert numbers or, only if ``dropped``, DROPPED. Without it, nothing waits for the device."""
+        flat = chosen.reshape(-1)
+        numbers, choices = flat.sort(stable=True)  # DROPPED first
+        ends = torch.searchsorted(numbers, torch.arange(DROPPED, experts, device=flat.device), right=True, out_int32=True)
+        none = int(ends[0]) if dropped else 0
+        numbers, choices = numbers[none:], choices[none:]
+        copies = torch.zeros_like(flat)
+        copies[choices] = torch.arange(choices.shape[0], device=flat.device)
+        return cls(numbers, ends[1:] - none, choices, copies.view_as(chosen), chosen != DROPPED if none else None)
+
+    def counts(self) -> list[int]:
+        """Copies of each local expert. Waits for the device."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+
+
+class _Gather(torch.autograd.Function):
+    """Rows [n, H] -> a copy for each choice [N, H]. The gradient is gathered too: scattering it would be several times slower."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, assignment: Assignment) -> Tensor:
+        ctx.assignment = assignment
+        return rows.index_select(0, assignment.choices // assignment.copies.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _pick(gradients[0], ctx.assignment).sum(1), None
+
+
+class _Combine(torch.autograd.Function):
+    """Copies [N, H], weights [n, K] -> the weighted sum of each row's copies [n, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, copies: Tensor, weights: Tensor, assignment: Assignment) -> Tensor:
+        ctx.assignment = assignment
+        ctx.save_for_backward(copies, weights)
+        return torch.bmm(weights[:, None].to(copies.dtype), _pick(copies, assignment)).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        assignment: Assignment = ctx.assignment
+        (gradient,), (copies, weights) = gradients, ctx.saved_tensors
+        of_weights = torch.bmm(_pick(copies, assignment), gradient[:, :, None]).squeeze(2).to(weights.dtype)
+        each = weights.reshape(-1)[assignment.choices][:, None].to(gradient.dtype)
+        return gradient.index_select(0, assignment.choices // assignment.copies.shape[1]) * each, of_weights, None
+
+
+def _pick(copies: Tensor, assignment: Assignment) -> Tensor:
+    """[N, H] -> the copy of each choice [n, K, H], zero where the choice is none."""
+    if not copies.shape[0]:
+        return copies.new_zeros(*assignment.copies.shape, copies.shape[1])
+    picked = copies.index_select(0, assignment.copies.reshape(-1)).view(*assignment.copies.shape, -1)
+    return picked if assignment.real is None else picked.masked_fill(~assignment.real[:, :, None], 0)
+
+
+class _Stack(torch.autograd.Function):
+    """E tensors of one shape -> [E, ...]: a view where they lie at one distance in one storage, as DeepSpeed's ZeRO lays
+    out experts that are alike; else a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        first, distance = parts[0], _distance(parts)
+        if distance is None:
+            return torch.stack(parts)
+        return first.as_strided((len(parts), *first.shape), (distance, *first.stride()))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients[0].unbind(0)
+
+
+def _distance(parts: tuple[Tensor, ...]) -> int | None:
+    """Elements from the start of each part to that of the next, or None where a view cannot hold them all, aligned."""
+    first, places = parts[0], [part.data_ptr() for part in parts]
+    distances = {after - before for before, after in pairwise(places)} or {first.nbytes}
+    distance, storage = distances.pop(), first.untyped_storage()
+    if distances or distance < first.nbytes or distance % ALIGNMENT or places[0] % ALIGNMENT:
+        return None
+    # Storages of their own can lie at one distance by chance; a view must not leave the first one's.
+    if places[-1] + first.nbytes > storage.data_ptr() + storage.nbytes() or not all(part.is_contiguous() for part in parts):
+        return None
+    return distance // first.element_size()
+
+
+class _AddBias(torch.autograd.Function):
+    """Adds the bias of its expert [E, F] to each row [N, F], in place. The gradient is a grouped product with ones: adding
+    up rows by index would make thousands of them wait for one another at the same few places."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, biases: Tensor, assignment: Assignment) -> Tensor:
+        ctx.assignment = assignment
+        ctx.mark_dirty(rows)
+        return rows.add_(biases.index_select(0, assignment.experts))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        gradient = gradients[0].contiguous()
+        ones = gradient.new_ones(gradient.shape[0], ALIGNMENT // gradient.element_size())  # the fewest columns that are aligned
+        return gradient, _grouped_mm(ones.t(), gradient, offs=ctx.assignment.ends)[:, 0], None
+
+
+def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
+    """Whether :func:`grouped` can compute these experts for rows [N, H], and faster than one after another."""
+    # Only compute capability 9 and 10 have the kernel; elsewhere torch itself goes through the groups, and waits for the device.
+    return (
+        _grouped_mm is not None
+        and rows.is_cuda
+        and rows.dtype == torch.bfloat16
+        and rows.shape[0] > 0  # the kernel takes no product over zero rows
+        and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
+        and all(_fits(expert) for expert in experts)
+    )
+
+
+def _fits(expert: nn.Module) -> bool:
+    if type(expert) is not FeedForward or type(expert.expand) is not nn.Linear or type(expert.contract) is not nn.Linear:
+        return False
+    weight = expert.expand.weight  # [F, H]
+    return weight.dtype == torch.bfloat16 and not any(size * weight.element_size() % ALIGNMENT for size in weight.shape)
+
+
+def grouped(experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) -> Tensor:
+    """Rows [N, H], N > 0, sorted by expert -> their experts' outputs [N, H]. Every expert gets a gradient."""
+    expand, contract = [[getattr(expert, part) for expert in experts] for part in ("expand", "contract")]
+    return _linear(contract, F.relu(_linear(expand, rows, assignment)), assignment)
+
+
+def _linear(parts: list[nn.Linear], rows: Tensor, assignment: Assignment) -> Tensor:
+    weights, biases = _Stack.apply(*[part.weight for part in parts]), _Stack.apply(*[part.bias for part in parts])
+    # Rows after the last end would stay uninitialized, here and in the gradients; there are none.
+    out: Tensor = _AddBias.apply(_grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends), biases, assignment)
+    return out
+
+
+class Experts(nn.Module):
+    """The local experts. Kept as separate parameters: DeepSpeed files and reduces each by itself, under the name
+    ``deepspeed_experts``, and indexing one stacked parameter would make autograd write a gradient of full size for every
+    expert."""
+
+    def __init__(self, experts: list[nn.Module], topology: Topology) -> None:
+        super().__init__()
+        self.deepspeed_experts = nn.ModuleList(experts)
+        # Where ranks reduce gradients together, every parameter must have one on every rank, so in training an expert
+        # without tokens runs over zero rows. One rank alone fills in the missing ones once a step, which is cheaper.
+        self.run_idle = topology.world > 1
+        for parameter in self.parameters():
+            mark_expert_parameter(parameter, topology.expert)
+
+    def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor, dropped: bool = True) -> Tensor:
+        """Rows [n, H], local expert numbers or DROPPED [n, K], weights [n, K] -> weighted sums of the outputs [n, H].
+
+        With ``dropped`` false no number may be DROPPED.
+        """
+        assignment = Assignment.of(chosen, len(self.deepspeed_experts), dropped)
+        copies = _Gather.apply(rows, assignment)
+        compute = grouped if use_grouped(self.deepspeed_experts, copies) else self._one_by_one
+        out: Tensor = _Combine.apply(compute(self.deepspeed_experts, copies, assignment), weights, assignment)
+        return out
+
+    def _one_by_one(self, experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) -> Tensor:
+        idle = self.training and self.run_idle
+        parts = rows.split(assignment.counts())
+        outputs = [expert(part) for expert, part in zip(experts, parts, strict=True) if idle or len(part)]
+        return torch.cat(outputs) if outputs else rows

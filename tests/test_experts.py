@@ -1,0 +1,220 @@
+"""The grouped product of the experts against one expert after another, and when which is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_sameness import VOCABULARY, recipe_for
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lsmoe_ds.model.feed_forward import FeedForward
+from lsmoe_ds.moe import experts as module
+from lsmoe_ds.moe.dispatch import Dispatcher
+from lsmoe_ds.moe.experts import Assignment, Experts, _Stack, use_grouped
+from lsmoe_ds.moe.routers import DROPPED
+from lsmoe_ds.parallel.topology import Topology
+
+HIDDEN, WIDTH, EXPERTS = 16, 24, 5
+needs_grouped = pytest.mark.skipif(module._grouped_mm is None, reason="torch has no grouped_mm")
+
+
+def experts_of(dtype: torch.dtype = torch.float32, width: int = WIDTH) -> Experts:
+    torch.manual_seed(3)
+    alone = Topology.single()
+    experts = [FeedForward(HIDDEN, width, alone) for _ in range(EXPERTS)]
+    for expert in experts:
+        expert.expand.bias.data.sign_().mul_(2)  # far from zero, or relu would be on in one precision and off in the other
+    return Experts(experts, alone).to(dtype)
+
+
+def results(experts: Experts, rows: Tensor, chosen: Tensor, weights: Tensor, dropped: bool = True) -> dict[str, Tensor]:
+    """Outputs and every gradient of two passes, which are added up."""
+    experts.zero_grad()
+    rows, weights = rows.clone().requires_grad_(), weights.clone().requires_grad_()
+    for scale in (1, 2):
+        out = experts(rows, chosen, weights, dropped)
+        (out * torch.linspace(-scale, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    of_parameters = {name: parameter.grad.clone() for name, parameter in experts.named_parameters() if parameter.grad is not None}
+    return {"out": out.detach(), "rows": rows.grad, "weights": weights.grad} | of_parameters
+
+
+def grouped_results(monkeypatch, *arguments) -> dict[str, Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "use_grouped", lambda _, rows: len(rows) > 0)
+        patch.setattr(Experts, "_one_by_one", None)
+        return results(*arguments)
+
+
+CHOSEN = {
+    "all experts": [[0, 4], [1, 2], [3, 0], [2, 1], [0, 3], [4, 2]],
+    "some without rows": [[1, 3], [3, 1], [1, 3], [3, 1]],
+    "one row": [[2, 0]],
+    "some choices dropped": [[DROPPED, 4], [DROPPED, DROPPED], [3, 0], [DROPPED, 4]],
+}
+
+
+@needs_grouped
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CHOSEN)
+def test_grouped_gives_what_one_after_another_gives(monkeypatch, case, dtype):
+    chosen = torch.tensor(CHOSEN[case])
+    torch.manual_seed(4)
+    rows, weights = torch.randn(len(chosen), HIDDEN).to(dtype), torch.rand(chosen.shape) * (chosen != DROPPED)
+    experts = experts_of(dtype)
+    found, rival = grouped_results(monkeypatch, experts, rows, chosen, weights), results(experts, rows, chosen, weights)
+    exact = results(experts.float(), rows.float(), chosen, weights)
+    names = dict(experts.named_parameters())
+    assert found.keys() == {"out", "rows", "weights", *names}, "an expert without rows gets zeros"
+    for name, value in found.items():
+        assert value.dtype == (torch.float32 if name == "weights" else dtype)
+        if name not in exact:
+            assert not value.any(), name
+            continue
+        error, of_rival = (float((each[name].float() - exact[name]).norm()) for each in (found, rival))
+        assert error <= 1.1 * of_rival + torch.finfo(dtype).eps / 2 * float(exact[name].norm()), name
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_choice_at_all(monkeypatch, rows):
+    experts = experts_of()
+    x, chosen = torch.randn(rows, HIDDEN, requires_grad=True), torch.full((rows, 2), DROPPED)
+    monkeypatch.setattr(module, "use_grouped", lambda _, rows: len(rows) > 0)
+    out = experts(x, chosen, torch.zeros(rows, 2))
+    out.sum().backward()
+    assert out.shape == x.shape and not out.any() and not x.grad.any()
+
+
+@pytest.mark.parametrize("forced", [pytest.param(True, marks=needs_grouped), False])
+def test_where_no_choice_can_be_dropped_the_results_are_the_same(monkeypatch, forced):
+    chosen, rows = torch.tensor(CHOSEN["all experts"]), torch.randn(6, HIDDEN)
+    compute = (lambda *a: grouped_results(monkeypatch, *a)) if forced else results
+    found, wanted = (compute(experts_of(), rows, chosen, torch.ones(6, 2), dropped) for dropped in (False, True))
+    for name, value in wanted.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_the_dispatcher_passes_on_that_none_is_dropped():
+    dispatcher = Dispatcher([FeedForward(HIDDEN, WIDTH, Topology.single()) for _ in range(EXPERTS)], EXPERTS, Topology.single())
+    seen = []
+    dispatcher.experts.forward = lambda rows, chosen, weights, dropped: seen.append(dropped) or rows
+    for arguments in ([], [False]):
+        dispatcher(torch.randn(1, HIDDEN), torch.tensor([[2]]), torch.ones(1, 1), *arguments)
+    assert seen == [True, False]
+
+
+@needs_grouped
+def test_nothing_waits_for_the_device_where_no_choice_can_be_dropped():
+    """A tensor without storage raises where its values are asked for."""
+    with FakeTensorMode():
+        chosen = torch.empty(7, 2, dtype=torch.long)
+        assignment = Assignment.of(chosen, EXPERTS, dropped=False)
+        rows, weights, biases = (
+            torch.empty(*shape, dtype=torch.bfloat16, requires_grad=True)
+            for shape in ((14, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH))
+        )
+        products = module._grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends)
+        module._AddBias.apply(products, biases, assignment).relu().sum().backward()
+        assert [x.grad.shape for x in (rows, weights, biases)] == [x.shape for x in (rows, weights, biases)]
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            Assignment.of(chosen, EXPERTS, dropped=True)
+
+
+def spread(distance: int, count: int = 3, size: int = 16, first: int = 0) -> list[Tensor]:
+    """Matrices [2, size / 2] of one flat tensor, so many elements apart, as an optimizer flattens them."""
+    flat = torch.arange(first + distance * count, dtype=torch.float32)
+    return [nn.Parameter(flat[start : start + size].view(2, -1)) for start in range(first, first + distance * count, distance)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "view"),
+    [
+        (spread(16), True),
+        (spread(20), True),
+        (spread(20, count=1), True),
+        (spread(16, first=4), True),
+        (spread(16, first=1), False),
+        (spread(18), False),
+        (spread(16)[::-1], False),
+        ([*spread(20), *spread(20)], False),
+        ([spread(20)[i] for i in (0, 2, 1)], False),
+        ([spread(20)[0]] * 3, False),
+    ],
+    ids=["touching", "with gaps", "one", "later", "misaligned", "misaligned gaps", "backwards", "two storages", "disordered", "the same"],
+)
+def test_experts_at_one_distance_are_seen_without_copying_and_others_copied(parts, view):
+    seen = _Stack.apply(*parts)
+    assert torch.equal(seen, torch.stack(parts))
+    assert (seen.data_ptr() == parts[0].data_ptr()) == view
+    weight = torch.randn_like(seen)
+    (seen * weight).sum().backward()
+    if parts[0] is not parts[-1] or len(parts) == 1:
+        assert all(torch.equal(part.grad, each) for part, each in zip(parts, weight, strict=True))
+    else:
+        torch.testing.assert_close(parts[0].grad, weight.sum(0))
+
+
+def test_a_view_never_leaves_its_storage():
+    flat = torch.zeros(64)
+    # Two storages over one memory, as two allocations that happen to lie side by side.
+    near, far = (torch.frombuffer(memoryview(flat.numpy())[i : i + 16], dtype=torch.float32) for i in (0, 16))
+    assert near.data_ptr() + 64 == far.data_ptr()
+    assert _Stack.apply(near, far).data_ptr() != near.data_ptr()
+
+
+def are_views(topology, recipe) -> list[bool]:
+    """Of each kind of parameter of each layer, whether the experts' are seen as one tensor without copying."""
+    from lsmoe_ds.training.engine import build_engine
+
+    engine = build_engine(recipe, VOCABULARY, topology)
+    found = []
+    for _, layer in engine.module.moe_layers():
+        experts = layer.deepspeed_moe.experts.deepspeed_experts
+        for name, first in experts[0].named_parameters():
+            found.append(_Stack.apply(*[expert.get_parameter(name) for expert in experts]).data_ptr() == first.data_ptr())
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_lays_experts_at_one_distance(pool, stage):
+    recipe = recipe_for("target", 1, 1, stage)
+    recipe.deepspeed = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    (found,) = pool.run(1, are_views, recipe)
+    assert found and all(found)
+
+
+def fake_rows(rows: int = 6, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Tensor:
+    with FakeTensorMode():
+        return torch.empty(rows, HIDDEN, dtype=dtype, device=device)
+
+
+def changed(change) -> nn.ModuleList:
+    experts = experts_of(torch.bfloat16).deepspeed_experts
+    change(experts)
+    return experts
+
+
+class OtherFeedForward(FeedForward):
+    pass
+
+
+def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch):
+    monkeypatch.setattr(module, "_grouped_mm", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    plain = experts_of(torch.bfloat16).deepspeed_experts
+    assert use_grouped(plain, fake_rows())
+    assert not use_grouped(plain, fake_rows(device="cpu"))
+    assert not use_grouped(plain, fake_rows(dtype=torch.float32))
+    assert not use_grouped(plain, fake_rows(0))
+    assert not use_grouped(experts_of().deepspeed_experts, fake_rows()), "weights in float32"
+    assert not use_grouped(experts_of(torch.bfloat16, width=20).deepspeed_experts, fake_rows()), "not a multiple of 8"
+    other = OtherFeedForward(HIDDEN, WIDTH, Topology.single()).bfloat16()
+    assert not use_grouped(changed(lambda experts: experts.insert(2, other)), fake_rows())
+    linear = type("Linear", (nn.Linear,), {})(WIDTH, HIDDEN, dtype=torch.bfloat16)
+    assert not use_grouped(changed(lambda experts: setattr(experts[1], "contract", linear)), fake_rows())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not use_grouped(plain, fake_rows())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "_grouped_mm", None)
+    assert not use_grouped(plain, fake_rows())

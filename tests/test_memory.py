@@ -1,0 +1,126 @@
+"""A plan's memory against engines that are really built, and what their autograd and DeepSpeed really keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_planning import VOCABULARY, recipe_of
+from test_sameness import ragged_batch
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.costs import Parts
+from lsmoe_ds.memory import ALLOCATOR, PROCESS, activations, local_parameters, memory
+from lsmoe_ds.model.initialization import initialize
+from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.planning import plan
+
+
+def partitions(topology, recipe):
+    """Of a rank: its parameters, elements and bytes of ZeRO's own parts, and bytes of the optimizer after a step."""
+    from lsmoe_ds.training.engine import build_engine
+
+    engine = build_engine(recipe, VOCABULARY, topology)
+    batch = ragged_batch(torch.Generator().manual_seed(3), recipe, 4)
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(batch.source, batch.decoder_input, batch.labels, batch.ids).loss)
+        engine.step()
+    weights = list(engine.module.parameters())
+    optimizer = engine.optimizer
+    own = getattr(optimizer, "single_partition_of_fp32_groups", [])  # ZeRO's part of the float32 weights
+    own = own or [value for group in getattr(optimizer, "fp32_groups", []) for value in group]  # bfloat16 without ZeRO
+    inner = optimizer.optimizer if own else optimizer
+    moments = [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value) and value.numel() > 1]
+    in_bytes = [sum(value.numel() * value.element_size() for value in values) for values in (weights, [*own, *moments])]
+    engine.destroy()
+    return sum(parameter.numel() for parameter in weights), *in_bytes
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expert", "stage", "bf16"),
+    [(1, 2, 0, False), (1, 2, 0, True), (1, 2, 1, False), (2, 2, 1, False), (1, 1, 2, False), (1, 2, 2, True)],
+)
+def test_memory_is_that_of_an_engine(pool, tensor, expert, stage, bf16):
+    recipe = recipe_of("token", "target", tensor, expert, stage, bf16)
+    planned = plan(recipe, 2)
+    (wanted,) = [each for each in planned.memory if (each.precision, each.stage) == (planned.precision, planned.stage)]
+    assert planned.stage == stage
+    for parameters, weights, optimizer in pool.run(2, partitions, recipe, tensor=tensor, expert=expert):
+        assert parameters == sum(local_parameters(planned.parameters.whole, tensor, expert))
+        assert weights == wanted.weights
+        assert optimizer == pytest.approx(wanted.optimizer, abs=200)  # ZeRO's padding
+
+
+def test_memory_formulas():
+    recipe = recipe_of("token", "target", 2, 4)
+    count = Parts.of(recipe).whole
+    dense, experts = local_parameters(count, 2, 4)
+    assert (dense, experts) == (count.split / 2 + count.whole, count.expert / 4)
+    part = dense / 4 + experts / 2  # of 8 ranks: 4 data-parallel ones, 2 with the same experts
+    found = {(p, s): memory(recipe, 8, s, p) for p in ("float32", "bfloat16") for s in (0, 1, 2)}
+    for precision, value in (("float32", 4), ("bfloat16", 2)):
+        assert {found[precision, stage].weights for stage in (0, 1, 2)} == {value * (dense + experts)}
+        assert [found[precision, stage].gradients for stage in (0, 1)] == [value * (dense + experts)] * 2
+        assert found[precision, 2].gradients == pytest.approx(value * part, abs=16)
+        assert found[precision, 1].optimizer == found[precision, 2].optimizer == pytest.approx(12 * part, abs=32)
+        assert found[precision, 1].buffers == pytest.approx(4 * (dense + experts) + 4 * part, abs=16)
+        assert found[precision, 2].buffers == pytest.approx(value * (dense + experts) + 4 * part, abs=16)
+    assert (found["float32", 0].optimizer, found["bfloat16", 0].optimizer) == (8 * (dense + experts), 12 * (dense + experts))
+    small = recipe.model_copy(update={"deepspeed": {"zero_optimization": {"reduce_bucket_size": 100}}})
+    assert memory(small, 8, 2, "bfloat16").buffers == pytest.approx(2 * 100 + 4 * part, abs=16)
+    each = found["float32", 0]
+    passing = each.activations + each.buffers
+    assert each.peak == each.weights + each.gradients + each.optimizer + PROCESS + round(ALLOCATOR * passing)
+
+
+@pytest.mark.parametrize(("sides", "dropout"), [(("dense", "dense"), 0.1), (("token", "pair"), 0.1), (("static", "token"), 0.0)])
+def test_activations_are_what_autograd_keeps(sides, dropout):
+    given = recipe_of(*sides).model_dump(exclude_none=True)
+    given["model"] |= {"hidden": 64, "heads": 2}
+    given["data"]["batch"]["tokens"] = 2 * 8 * 32
+    given["training"]["dropout"] = dropout
+    recipe = Recipe.model_validate(given)
+    model = Transformer(recipe, VOCABULARY)
+    initialize(model, 1, Topology.single())
+    generator = torch.Generator().manual_seed(4)
+    source, decoder_input = (torch.randint(4, VOCABULARY, (8, 32), generator=generator) for _ in range(2))
+    ids = ragged_batch(generator, recipe, 8).ids
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}  # holding the tensors, so that no address is used twice
+
+    def keep(value):
+        if value.untyped_storage().data_ptr() not in weights:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        losses = model(source, decoder_input, decoder_input, ids)
+        losses.loss + sum(record.probabilities.square().sum() + record.squares for record in losses.routing)
+    later = 2 * 8 * 32 * VOCABULARY * 4  # the gradients of log-probabilities and logits
+    assert sum(value.untyped_storage().nbytes() for value in kept.values()) + later == pytest.approx(activations(recipe, 4), rel=0.05)
+
+
+def reduction_copies(topology, recipe):
+    """Bytes of the largest copy of gradients that a step makes at stage 0."""
+    from lsmoe_ds.training.engine import build_engine
+
+    engine, sizes = build_engine(recipe, VOCABULARY, topology), [0]
+    flatten = engine.flatten
+
+    def noted(tensors):
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        return flatten(tensors)
+
+    engine.flatten = noted
+    batch = ragged_batch(torch.Generator().manual_seed(3), recipe, 4)
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(batch.source, batch.decoder_input, batch.labels, batch.ids).loss)
+        engine.step()
+    engine.destroy()
+    return max(sizes)
+
+
+@pytest.mark.parametrize(("world", "expert"), [(1, 1), (2, 1), (2, 2)])
+def test_buffers_are_what_is_copied_to_be_reduced(pool, world, expert):
+    recipe = recipe_of("token", "target", 1, expert, stage=0)
+    assert pool.run(world, reduction_copies, recipe, expert=expert) == [memory(recipe, world, 0, "float32").buffers] * world
