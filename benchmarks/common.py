@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -72,10 +73,12 @@ def peak_memory() -> float:
 
 
 def alternate(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant; they take turns, so that a busy moment of the machine hits all alike."""
+    """Median seconds of each contestant; they take turns, so that a busy moment of the machine hits all alike, and in another
+    order each round, so that none always follows the same other one."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    order = random.Random(1)  # the same on every rank
     for _ in range(rounds):
-        for name, run in contestants.items():
+        for name, run in order.sample(list(contestants.items()), len(contestants)):
             begun = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begun)
@@ -88,7 +91,7 @@ class Tags:
 
 
 def ragged_batches(languages: Languages, vocabulary: int, tokens: int, count: int, mean_length: float, seed: int = 1) -> list[Batch]:
-    """``count`` batches of about ``tokens`` real tokens, of like lengths as length buckets give, of all directions."""
+    """``count`` batches of about ``tokens`` real tokens, of like lengths as length buckets give, of all directions, by language."""
     generator = torch.Generator().manual_seed(seed)
     ids = DirectionIds.of(languages, Tags())
     batches = []
@@ -98,5 +101,6 @@ def ragged_batches(languages: Languages, vocabulary: int, tokens: int, count: in
         sizes = (length * (0.9 + 0.2 * torch.rand(2, sentences, generator=generator))).round().int().clamp(min=1)
         texts = [[torch.randint(8, vocabulary, (int(n),), generator=generator).tolist() for n in row] for row in sizes]
         directions = torch.randint(0, len(languages.directions), (sentences,), generator=generator).tolist()
+        directions.sort(key=lambda number: (languages.directions[number].source, languages.directions[number].target))
         batches.append(collate(texts[0], texts[1], directions, ids))
     return batches

@@ -48,7 +48,7 @@ WIDTH, LAYERS, TOP_K = 2048, 6, 2
 NLLB_EXPERTS, NLLB_EVERY = 128, 4
 PEER_BATCHES = (1, 16, 64)
 CALIBRATION = 16  # sentences
-BATCHES = (1, 4, 16, 64, 128, 256)
+BATCHES = (1, 16, 64, 128)
 
 
 def recipe_of(routing: str | None, experts: int = 0, every: int = 2, expert: int = 1) -> Recipe:

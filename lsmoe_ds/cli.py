@@ -24,6 +24,7 @@ app.add_typer(analyze_app, name="analyze")
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, such as recipes/demo.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the recipe; may be repeated.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint in it, or a converted folder.")]
+Route = Annotated[str, typer.Option(help="specific, or shared: by what all languages share, of a model trained with fuse distillation.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON for programs.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR")]
 
@@ -123,12 +124,13 @@ def evaluate(
     length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
     split: Annotated[str, typer.Option(help="test or dev")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Sentences of each direction.")] = None,
+    route: Route = "specific",
     as_json: AsJson = False,
 ) -> None:
     """Translates the held-out text by beam search and scores it with BLEU and chrF++, beside copying the source."""
     from lsmoe_ds.evaluation.evaluate import evaluate as score
 
-    table = score(run, directions.split(",") if directions else None, beam, length_penalty, split, limit)
+    table = score(run, directions.split(",") if directions else None, beam, length_penalty, split, limit, route=route)
     if as_json:
         print(table.to_json())
     else:
@@ -142,6 +144,7 @@ def translate(
     target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")],
     beam: Annotated[int, typer.Option(min=1)] = 5,
     length_penalty: Annotated[float, typer.Option()] = 1.0,
+    route: Route = "specific",
 ) -> None:
     """Translates standard input to standard output, line by line; an empty line stays empty."""
     from lsmoe_ds.inference.load import load
@@ -149,7 +152,7 @@ def translate(
     from lsmoe_ds.inference.translate import translate as translate_lines
     from lsmoe_ds.languages import Direction
 
-    loaded = load(run)
+    loaded = load(run, route=route)
     for line in translate_lines(loaded, Direction(source, target), read_lines(sys.stdin.buffer), beam=beam, length_penalty=length_penalty):
         print(line, flush=True)
 
@@ -157,18 +160,22 @@ def translate(
 @app.command()
 def convert(
     run: Run,
-    to: Annotated[str, typer.Option(help="dense: the sub-network of one direction, as a plain dense model.")],
+    to: Annotated[str, typer.Option(help="dense: what the model computes for a direction, as a plain dense model.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
-    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE")],
-    target: Annotated[str, typer.Option("--to-language", metavar="LANGUAGE")],
+    source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE")] = None,
+    target: Annotated[str | None, typer.Option("--to-language", metavar="LANGUAGE")] = None,
+    route: Route = "specific",
     check: Annotated[int, typer.Option(min=0, help="Held-out sentences on which both models are compared.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """Takes the sub-network of one direction out of a sparse model."""
+    """Takes the sub-network of one direction out of a sparse model, or folds what all directions share into a dense one."""
     from lsmoe_ds.convert.command import convert as convert_run
     from lsmoe_ds.languages import Direction
 
-    summary = convert_run(run, to, Direction(source, target), out, check)
+    if (source is None) != (target is None):
+        raise UserError("--from and --to-language name a direction together: give both or neither")
+    direction = None if source is None or target is None else Direction(source, target)
+    summary = convert_run(run, to, direction, out, check, route)
     if as_json:
         _print_json(summary)
     else:
@@ -181,12 +188,13 @@ def analyze_routing(
     run: Run,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
     split: Annotated[str, typer.Option(help="test or dev")] = "test",
+    route: Route = "specific",
     as_json: AsJson = False,
 ) -> None:
     """Which experts each task uses, in every layer: maps, balance, entropy, similarity of tasks; pages, CSV and JSON."""
     from lsmoe_ds.analysis.command import analyze_routing as analyze
 
-    summary = analyze(run, out, split)
+    summary = analyze(run, out, split, route)
     if as_json:
         _print_json(summary)
     else:

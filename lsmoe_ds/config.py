@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.language_specific.settings import Clsr, LowRank
 from lsmoe_ds.languages import Direction, Languages, check_code, english_centric
+from lsmoe_ds.section import Positive, Section, Share
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -25,13 +27,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "transformer-base": {"hidden": 512, "heads": 8, "encoder": (6, 2048), "decoder": (6, 2048)},
     "transformer-big": {"hidden": 1024, "heads": 16, "encoder": (6, 4096), "decoder": (6, 4096)},
 }
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class Corpus(Section):
@@ -89,8 +84,8 @@ class Groups(Section):
 class Data(Section):
     corpora: Annotated[list[str | Corpus], Field(min_length=1)]
     directory: Path = Path("data")
-    languages: list[str] = []
-    directions: list[str] = []
+    languages: list[str] = Field(default_factory=list)
+    directions: list[str] = Field(default_factory=list)
     vocabulary: Vocabulary = Vocabulary()
     cleaning: Cleaning = Cleaning()
     held_out: HeldOut = HeldOut()
@@ -195,6 +190,8 @@ class Model(Section):
     heads: Positive
     encoder: Side
     decoder: Side
+    low_rank: LowRank | None = None
+    clsr: Clsr | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -214,6 +211,24 @@ class Model(Section):
     def _heads(self) -> Model:
         if self.hidden % self.heads or self.hidden % 2:
             raise ValueError(f"'hidden' is {self.hidden}: it must be even and a multiple of 'heads', which is {self.heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _low_rank(self) -> Model:
+        settings = self.low_rank
+        if settings is not None and settings.at == "feed_forward":
+            sides = (self.encoder, self.decoder)
+            if not any(settings.is_in(i, "feed_forward") and not side.is_moe(i) for side in sides for i in range(side.layers)):
+                raise ValueError(
+                    f"'low_rank' stands beside dense feed-forwards, but every layer that 'every: {settings.every}' names has experts "
+                    "or does not exist: choose another 'every', or 'at: attention'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _clsr(self) -> Model:
+        if self.clsr is not None and self.low_rank is not None and self.low_rank.fuse_distillation:
+            raise ValueError("'clsr' has nothing to distill: leave it out, or 'low_rank.fuse_distillation'")
         return self
 
     @property
@@ -282,6 +297,13 @@ class Recipe(Section):
         for name, _, moe in hidden.moe_layers():
             if moe.experts % expert:
                 raise ValueError(f"'parallel.expert' is {expert}, which does not divide the {moe.experts} experts of the {name}")
+        if hidden.low_rank is not None and isinstance(hidden.low_rank.rank, dict):
+            named, known = set(hidden.low_rank.rank), set(self.languages.codes)
+            if named != known:
+                wrong = sorted(named ^ known)[0]
+                raise ValueError(
+                    f"'low_rank.rank' {'lacks' if wrong in known else 'names'} {wrong}: it must have each of {', '.join(sorted(known))}"
+                )
         if self.data.batch.languages == "task-affine":
             affine = self.model.affine
             if affine is None:

@@ -1,18 +1,23 @@
 """What a model costs: parameters, traffic between ranks, arithmetic. Each formula stands with its function; memory has
 :mod:`lsmoe_ds.memory`.
 
-H hidden, F feed-forward width, E experts, K top-k, V vocabulary, L sentence length; R expert-parallel ranks.
+H hidden, F feed-forward width, E experts, K top-k, V vocabulary, L sentence length; R expert-parallel ranks, or of low-rank
+matrices the sum of ranks r.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import comb, lcm
+from typing import Literal
 
 from lsmoe_ds.config import MoE, Recipe, Side
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 LENGTH = 32  # tokens of a sentence, where nothing else is said
+# Low-rank matrices that are counted: all; those of the languages; those that all languages share; or none, for they are
+# folded into the layers beside which they stand.
+Matrices = Literal["all", "specific", "shared", "none"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Count:
     """Parameters by how ranks hold them."""
 
     split: int = 0  # spread over the tensor-parallel ranks: column linears with their biases, row weights, the embedding
-    whole: int = 0  # on every rank: norms, row biases, routers
+    whole: int = 0  # on every rank: norms, row biases, routers; of low-rank matrices the side that is not spread
     expert: int = 0  # spread over the expert-parallel ranks
 
     def __add__(self, other: Count) -> Count:
@@ -47,21 +52,69 @@ def router(hidden: int, settings: MoE, tasks: int) -> Count:
     return Count(whole=rows * settings.experts)
 
 
-def count_side(recipe: Recipe, side: Side, decoder: bool, serving: bool = False) -> Count:
+def rank_sum(recipe: Recipe, matrices: Matrices) -> int:
+    """R, the sum of the ranks of a bank's matrices that are counted ("Condensing Multilingual Knowledge", sections 2.2 and 4)."""
+    settings = recipe.model.low_rank
+    if settings is None:
+        return 0
+    specific = sum(settings.rank_of(code) for code in recipe.languages.codes) if matrices in ("all", "specific") else 0
+    return specific + (settings.shared_rank if settings.fuse_distillation and matrices in ("all", "shared") else 0)
+
+
+def passes(recipe: Recipe) -> int:
+    """Through the model, of each token in training: Fuse Distillation takes both routes."""
+    settings = recipe.model.low_rank
+    return 2 if settings is not None and settings.fuse_distillation else 1
+
+
+def low_rank(ranks: int, width: int, hidden: int) -> Count:
+    """The matrices beside a column linear [width, H] and a row linear [H, width] (feed-forward: both once, width F; attention:
+    three and one, width H): vertical R width and flat R H beside the first, flat R width and vertical R H beside the second.
+    """
+    return Count(split=ranks * width, whole=ranks * hidden)
+
+
+def count_low_rank(recipe: Recipe, side: Side, layer: int, blocks: int, matrices: Matrices) -> Count:
+    """Of a layer with ``blocks`` attentions: R (F + H) beside each of two linears, and 2 R H beside each of four."""
+    settings, hidden, ranks = recipe.model.low_rank, recipe.model.hidden, rank_sum(recipe, matrices)
+    total = Count()
+    if settings is not None and settings.is_in(layer, "feed_forward") and not side.is_moe(layer):
+        for _ in range(2):
+            total += low_rank(ranks, side.width(layer), hidden)
+    if settings is not None and settings.is_in(layer, "attention"):
+        for _ in range(4 * blocks):
+            total += low_rank(ranks, hidden, hidden)
+    return total
+
+
+def count_clsr(recipe: Recipe, side: Side, decoder: bool) -> Count:
+    """W_shared H^2 of the side; W_lang L H^2, of the side or of each sublayer; a gate (H + 2) G of each sublayer
+    (:mod:`lsmoe_ds.language_specific.clsr`)."""
+    settings, hidden = recipe.model.clsr, recipe.model.hidden
+    sublayers = len(settings.sublayers(decoder)) * side.layers if settings is not None else 0
+    if settings is None or not sublayers:
+        return Count()
+    specific = len(recipe.languages.codes) * hidden * hidden * (1 if settings.shared else sublayers)
+    return Count(whole=hidden * hidden + specific + sublayers * (hidden + 2) * settings.gate)
+
+
+def count_side(recipe: Recipe, side: Side, decoder: bool, serving: bool = False, matrices: Matrices = "all") -> Count:
     """Parameters of the encoder or decoder with its final norm. A norm has 2 H, a decoder layer three of them.
 
     ``serving``: what must be loaded to translate one direction ("Beyond Distillation", section 3.2). A layer routed by
     token or sentence needs all its experts and the router; of one routed by task or statically the K experts are known
-    beforehand, and joined into one feed-forward of width K F (see :mod:`lsmoe_ds.convert.subnetwork`).
+    beforehand, and joined into one feed-forward of width K F; low-rank matrices are folded into their layers, whatever
+    ``matrices`` says (see :mod:`lsmoe_ds.convert.subnetwork`).
     """
     hidden = recipe.model.hidden
     blocks = 2 if decoder else 1
-    total = Count(whole=2 * hidden)
+    total = Count(whole=2 * hidden) + count_clsr(recipe, side, decoder)
     for layer in range(side.layers):
         width, moe = side.width(layer), side.moe if side.is_moe(layer) else None
         total += Count(whole=2 * hidden * (blocks + 1))
         for _ in range(blocks):
             total += attention(hidden)
+        total += count_low_rank(recipe, side, layer, blocks, "none" if serving else matrices)
         if moe is None:
             total += feed_forward(hidden, width)
         elif serving and moe.by_task:
@@ -81,13 +134,13 @@ class Parts:
     decoder: Count
 
     @classmethod
-    def of(cls, recipe: Recipe, serving: bool = False) -> Parts:
+    def of(cls, recipe: Recipe, serving: bool = False, matrices: Matrices = "all") -> Parts:
         model = recipe.model
         vocabulary = Count(split=recipe.data.vocabulary.size * model.hidden)
         return cls(
             vocabulary,
-            count_side(recipe, model.encoder, False, serving),
-            count_side(recipe, model.decoder, True, serving),
+            count_side(recipe, model.encoder, False, serving, matrices),
+            count_side(recipe, model.decoder, True, serving, matrices),
         )
 
     @property
@@ -191,15 +244,15 @@ def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
 def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool = False) -> int:
     """Expected bytes of one step between all ranks, at most: no padding, and all tokens on the dearer side.
 
-    tokens x count of ``data.batch`` times :meth:`Exchange.token_bytes`, and the counts: each of the ``count`` micro-batches
-    is dispatched by all its tensor-parallel peers. Where a rank has several micro-batches a step and a router reads hidden
-    states, first choices are counted ahead of the step by one more forward pass.
+    tokens x count of ``data.batch`` (twice those in Fuse Distillation) times :meth:`Exchange.token_bytes`, and the counts: each
+    of the ``count`` micro-batches is dispatched by all its tensor-parallel peers. Where a rank has several micro-batches a step
+    and a router reads hidden states, first choices are counted ahead of the step by one more forward pass.
     """
     batch, tensor = recipe.data.batch, recipe.parallel.tensor
     reads = any(moe.routing in ("token", "sentence") for _, _, moe in recipe.model.moe_layers())
     ahead = reads and batch.count * tensor > world
     each_token = [each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes) for each in found]
-    tokens = batch.tokens * batch.count * max(each_token, default=0.0)
+    tokens = passes(recipe) * batch.tokens * batch.count * max(each_token, default=0.0)
     return round(tokens) + (1 + ahead) * sum(batch.count * tensor * each.layers * each.count_bytes for each in found)
 
 
@@ -212,6 +265,15 @@ class Flops:
     target: int  # per target token: the decoder and the output layer
     source_attention: int  # of these, what grows with the sentence length
     target_attention: int
+    passes: int  # through the model, of each token in training
+
+    @property
+    def source_training(self) -> int:
+        return 3 * self.passes * self.source
+
+    @property
+    def target_training(self) -> int:
+        return 3 * self.passes * self.target
 
 
 def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
@@ -221,14 +283,18 @@ def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
         feed-forward    4 H F                             experts         K (4 H F + 2 H)
         token router    2 H E                             sentence router 2 H E / L
         output layer    2 H V                             task, static    0
+        low-rank        2 r (inputs + outputs) of each linear, r the largest rank of a language
+        CLSR            4 H^2 + 2 G (H + 1) after each sublayer
 
     Keys and values of the source for the decoder's layers (4 H^2 each) are computed once per source token and counted
     there. The causal mask saves nothing here: all L positions are counted. Norms, softmax, dropout and sums are left out.
     """
-    model, hidden = recipe.model, recipe.model.hidden
+    model, hidden, settings = recipe.model, recipe.model.hidden, recipe.model.low_rank
 
-    def side_flops(side: Side) -> int:
+    def side_flops(side: Side, decoder: bool) -> int:
         total = 0
+        if model.clsr is not None:
+            total += len(model.clsr.sublayers(decoder)) * side.layers * (4 * hidden * hidden + 2 * model.clsr.gate * (hidden + 1))
         for layer in range(side.layers):
             each = 4 * hidden * side.width(layer)
             if side.moe is not None and side.is_moe(layer):
@@ -236,15 +302,24 @@ def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
                 each += {"token": 2 * hidden * side.moe.experts, "sentence": 2 * hidden * side.moe.experts // length}.get(
                     side.moe.routing, 0
                 )
-            total += each + 8 * hidden * hidden
+            elif settings is not None and settings.is_in(layer, "feed_forward"):
+                each += 4 * settings.shared_rank * (hidden + side.width(layer))
+            total += each + 8 * hidden * hidden + 2 * pair(layer)
         return total
+
+    def pair(layer: int) -> int:
+        """Low-rank matrices beside two linear layers of an attention."""
+        return 8 * settings.shared_rank * hidden if settings is not None and settings.is_in(layer, "attention") else 0
 
     encoder, decoder = model.encoder.layers, model.decoder.layers
     source_attention, target_attention = 4 * length * hidden * encoder, 8 * length * hidden * decoder
+    # Over the source: its keys and values are two of the four linears, a target token's query and output the other two.
+    across = decoder * 4 * hidden * hidden + sum(pair(layer) for layer in range(decoder))
     return Flops(
         length,
-        side_flops(model.encoder) + decoder * 4 * hidden * hidden + source_attention,
-        side_flops(model.decoder) + decoder * 4 * hidden * hidden + 2 * hidden * recipe.data.vocabulary.size + target_attention,
+        side_flops(model.encoder, False) + across + source_attention,
+        side_flops(model.decoder, True) + across + 2 * hidden * recipe.data.vocabulary.size + target_attention,
         source_attention,
         target_attention,
+        passes(recipe),
     )

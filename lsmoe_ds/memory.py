@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from lsmoe_ds.config import Recipe, Side
-from lsmoe_ds.costs import VALUE_BYTES, Count, Parts
+from lsmoe_ds.costs import VALUE_BYTES, Count, Parts, passes
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 STAGE_0_BUCKET = 2**24  # values: ours, where DeepSpeed would copy up to 5e8
@@ -87,14 +87,18 @@ def activations(recipe: Recipe, value: int) -> int:
         experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
         output layer        H + 3 V / t float32  per target token: log-probabilities, and at their gradient two more
+        low-rank matrices   r of each linear     what a token's flat matrix makes of it; beside a row linear with t > 1 also H, as it
+                                                 was sent with the layer's own
 
+    In Fuse Distillation all this twice, for both routes, and V / t float32 more for each: the gradient of their divergence.
     Attention probabilities are not stored: ``scaled_dot_product_attention`` computes them again (with
     ``training.attention_dropout`` on a CPU it stores them). Approximate: the split into source and target (a batch with longer
     target sentences takes more); dropout's masks, counted as values as on a CPU (on a GPU they are bytes); even load of the
     experts over their ranks. With several micro-batches each starts when the last one's are gone. Nothing is computed twice.
     """
-    model, tensor = recipe.model, recipe.parallel.tensor
+    model, tensor, settings = recipe.model, recipe.parallel.tensor, recipe.model.low_rank
     hidden, mask = model.hidden, int(recipe.training.dropout > 0)
+    row = hidden if tensor > 1 else 0
 
     def side_values(side: Side, blocks: int) -> float:
         """Values of a token of the side: its layers with ``blocks`` attentions, and its ends."""
@@ -102,6 +106,17 @@ def activations(recipe: Recipe, value: int) -> int:
         for layer in range(side.layers):
             total += (blocks + 1) * (2 + mask) * hidden
             total += (4 * hidden + (blocks - 1) * 2 * hidden + feed_forward_values(side, layer)) / tensor
+            total += low_rank_values(side, layer, blocks)
+        return total
+
+    def low_rank_values(side: Side, layer: int, blocks: int) -> int:
+        if settings is None:
+            return 0
+        rank, total = settings.shared_rank, 0
+        if settings.is_in(layer, "feed_forward") and not side.is_moe(layer):
+            total += 2 * rank + row
+        if settings.is_in(layer, "attention"):  # keys and values of the source are a source token's
+            total += blocks * (4 * rank + row) - (blocks - 1) * 2 * rank
         return total
 
     def feed_forward_values(side: Side, layer: int) -> float:
@@ -109,9 +124,14 @@ def activations(recipe: Recipe, value: int) -> int:
         return width if moe is None else moe.top_k * (2 * hidden + width)
 
     source = side_values(model.encoder, 1) + model.decoder.layers * 2 * hidden / tensor
+    if settings is not None:
+        source += 2 * settings.shared_rank * sum(settings.is_in(layer, "attention") for layer in range(model.decoder.layers))
     target = side_values(model.decoder, 2) + hidden
-    floats = 3 * recipe.data.vocabulary.size / tensor + sum(2 * moe.experts for _, _, moe in model.moe_layers() if moe.routing == "token")
-    return round(recipe.data.batch.tokens / 2 * (value * (source + target) + 4 * floats))
+    twice = passes(recipe)
+    logits = 3 if twice == 1 else 4
+    floats = logits * recipe.data.vocabulary.size / tensor
+    floats += sum(2 * moe.experts for _, _, moe in model.moe_layers() if moe.routing == "token")
+    return round(twice * recipe.data.batch.tokens / 2 * (value * (source + target) + 4 * floats))
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:

@@ -33,6 +33,7 @@ class Plan:
     stage: int
     parameters: Parts
     serving: Parts
+    routes: dict[str, Parts]  # with low-rank matrices: what serves all directions by the specific, and by the shared route
     memory: list[Memory]
     exchanges: list[Exchange]
     step_bytes: int
@@ -42,12 +43,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: counts of parameters, bytes, and floating-point operations."""
-        flops = asdict(self.flops) | {"source_training": 3 * self.flops.source, "target_training": 3 * self.flops.target}
+        flops = asdict(self.flops) | {"source_training": self.flops.source_training, "target_training": self.flops.target_training}
         return {
             "name": self.name,
             "layout": {"world": self.world, "tensor": self.tensor, "expert": self.expert, "data": self.world // self.tensor},
             "parameters": self.parameters.to_dict(),
             "serving": self.serving.to_dict(),
+            "routes": {route: parts.to_dict() for route, parts in self.routes.items()},
             "recipe_precision": self.precision,
             "recipe_stage": self.stage,
             "memory": [asdict(each) | {"total": each.total, "process": PROCESS, "peak": each.peak} for each in self.memory],
@@ -77,10 +79,11 @@ class Plan:
             return made
 
         layout = f"{self.world} ranks: tensor {self.tensor}, data {self.world // self.tensor}, expert {self.expert}"
-        sizes = table(f"{self.name}: parameters", "part", "whole model", "one direction served")
-        for part, whole in self.parameters.to_dict().items():
-            served = self.serving.to_dict()[part]
-            sizes.add_row(part, *(["tied"] * 2 if part == "output" else [human(whole), human(served)]))
+        routes = [f"all directions, {route} route" for route in self.routes]
+        sizes = table(f"{self.name}: parameters", "part", "whole model", "one direction served", *routes)
+        counts = [each.to_dict() for each in (self.parameters, self.serving, *self.routes.values())]
+        for part in counts[0]:
+            sizes.add_row(part, *("tied" if part == "output" else human(count[part]) for count in counts))
         parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak")
         memories = table(f"memory of each rank; {layout}; peak with {in_bytes(PROCESS)} of the process itself", "", *parts)
         for each in self.memory:
@@ -105,8 +108,8 @@ class Plan:
         work = table(
             f"floating-point operations of a token, sentences of {self.flops.length}", "", "forward", "of it attention", "training"
         )
-        work.add_row("source token", human(self.flops.source), human(self.flops.source_attention), human(3 * self.flops.source))
-        work.add_row("target token", human(self.flops.target), human(self.flops.target_attention), human(3 * self.flops.target))
+        work.add_row("source token", human(self.flops.source), human(self.flops.source_attention), human(self.flops.source_training))
+        work.add_row("target token", human(self.flops.target), human(self.flops.target_attention), human(self.flops.target_training))
         return Group(*made, work)
 
 
@@ -143,6 +146,15 @@ def check(recipe: Recipe, world: int) -> None:
         accumulation_steps(recipe, Topology(world=world, tensor=tensor, data=world // tensor, expert=expert))
 
 
+def routes(recipe: Recipe) -> dict[str, Parts]:
+    """What must be loaded to serve all directions, low-rank matrices beside their layers, by each route that there is."""
+    settings = recipe.model.low_rank
+    if settings is None:
+        return {}
+    found = {"specific": Parts.of(recipe, matrices="specific")}
+    return found | {"shared": Parts.of(recipe, matrices="shared")} if settings.fuse_distillation else found
+
+
 def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan:
     """Parameters, memory, traffic and arithmetic of a recipe on ``world`` ranks (by default as few as its layout needs).
 
@@ -168,6 +180,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         stage=stage,
         parameters=parts,
         serving=Parts.of(recipe, serving=True),
+        routes=routes(recipe),
         memory=[memory(recipe, world, stage, precision) for precision in VALUE_BYTES for stage in STAGES],
         exchanges=found,
         step_bytes=step_bytes(recipe, found, world),

@@ -201,6 +201,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("vocabulary gone", lambda: os.remove("run/vocabulary.model"), ["evaluate", "run"], "vocabulary.model is missing"),
     ("weights damaged", spoil("dense/model.safetensors"), ["translate", "dense", "--from", "en", "--to", "de"], "is damaged"),
     ("not its direction", NOTHING, ["translate", "dense", "--from", "de", "--to", "en"], "de-en is not in this system"),
+    ("no shared route", NOTHING, ["translate", "run", "--from", "en", "--to", "de", "--route", "shared"], "has no shared matrices"),
     ("convert to what", NOTHING, ["convert", "run", "--to", "onyx", "--from", "en", "--to-language", "de", "--out", "new"], "'onyx'"),
     ("token-routed", NOTHING, ["convert", "token", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "new"], "token"),
     ("into a folder", NOTHING, ["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "data"], "is not empty"),

@@ -27,6 +27,7 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
         "pair": ({"routing": "task", "task": "pair", "top_k": 1}, {"routing": "task", "task": "pair"}),
         "static": ({"routing": "static", "task": "source"}, {"routing": "static", "task": "pair", "expert_groups": 2}),
         "mixed": (token, {**target, "expert_groups": 2}),
+        "lms": (None, {**target}),
         "capacity": ({**token, **full}, {**token, "capacity": {"training": 0.75, "drop": "position"}}),
     }[routing]
     encoder, decoder = (({"moe": {**moe, **side}} if side else {}) for side in sides)
@@ -44,6 +45,7 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
                 "heads": 4,
                 "encoder": {"layers": 2, "feed_forward": 24, **encoder},
                 "decoder": {"layers": 2, "feed_forward": 24, **decoder},
+                "low_rank": {"rank": 3, "at": "both"} if routing == "lms" else None,
             },
             "training": {"steps": 3, "learning_rate": 0.01, "warmup": 2, "dropout": 0.0, "label_smoothing": 0.1, "clip": clip},
             "parallel": {"tensor": tensor, "expert": expert},
@@ -160,6 +162,7 @@ LAYOUTS += [(4, tensor, expert) for tensor in (1, 2, 4) for expert in (1, 2, 4)]
 ROUTINGS = ["token", "sentence", "target", "pair", "static", "mixed", "capacity"]
 CASES = [(routing, *layout, 1) for routing in ROUTINGS for layout in LAYOUTS]
 CASES += [("token", 2, 1, 2, 2), ("pair", 4, 2, 2, 2), ("dense", 2, 2, 1, 1), ("dense", 4, 2, 1, 2), ("dense", 2, 1, 1, 0)]
+CASES += [("lms", *layout) for layout in ((2, 1, 1, 1), (2, 2, 1, 1), (2, 2, 2, 0), (4, 2, 1, 2), (4, 4, 4, 1), (4, 1, 4, 0))]
 CASES += [("dense", 2, 2, 1, 0), ("target", 2, 1, 2, 0), ("token", 4, 2, 2, 0), ("target", 2, 2, 1, 0), ("sentence", 4, 1, 2, 0)]
 
 
@@ -177,7 +180,7 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
         for name in theirs:
             close(ours[name], theirs[name], f"{what} of {name}")
     experts = [name for name in theirs if re.search(r"\.experts\.\d+\.", name)]
-    assert len(experts) == (0 if routing == "dense" else 2 * 4 * 4)
+    assert len(experts) == {"dense": 0, "lms": 4 * 4}.get(routing, 2 * 4 * 4)
     if routing == "capacity":
         assert all(0.1 < step[4] < 0.5 for step in wanted[0][0]), "choices must be dropped, or capacity is not tested"
 

@@ -24,10 +24,10 @@ FORMAT = "lsmoe_ds routing"
 SUMMARY = "summary.json"
 
 
-def analyze_routing(run: str | Path, out: str | Path, split: str = "test") -> dict[str, Any]:
+def analyze_routing(run: str | Path, out: str | Path, split: str = "test", route: str = "specific") -> dict[str, Any]:
     """Analyzes a run (its newest checkpoint), a checkpoint or a converted folder; returns what ``summary.json`` holds.
 
-    Raises UserError for a model without experts, and for an ``out`` that holds something else.
+    Raises UserError for a model without experts or without that route, and for an ``out`` that holds something else.
     """
     # These import torch.
     from lsmoe_ds.analysis.measuring import measure_routing
@@ -40,7 +40,7 @@ def analyze_routing(run: str | Path, out: str | Path, split: str = "test") -> di
     check_out(Path(out))
     if not any(find_model(run).recipe.model.moe_layers()):
         raise UserError(f"{run} is a dense model: it has no experts whose routing could be analyzed")
-    loaded = load(run)
+    loaded = load(run, route=route)
     return write_analysis(Path(out), loaded.recipe.name, loaded.step, measure_routing(loaded, open_data(loaded), split))
 
 

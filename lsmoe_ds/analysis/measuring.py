@@ -102,7 +102,7 @@ def run_pairs(loaded: Loaded, data: PreparedData, split: str, chosen: dict[Direc
             part = places[start : start + BATCH]
             batch = collate([pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids)
             batch = batch.to(loaded.device)
-            loaded.model(batch.source, batch.decoder_input, batch.labels, batch.ids)
+            loaded.model(batch.source, batch.decoder_input, batch.labels, batch.ids, loaded.route)
 
 
 def layer_routing(loaded: Loaded, side: str, layer: int, moe: MoE, counts: Counts) -> LayerRouting:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +54,42 @@ def _logits(loaded: Loaded, direction: Direction, sources: Sequence[Sequence[int
     """Teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
     number = loaded.languages.direction_id(direction)
     batch = collate(sources, targets, [number] * len(sources), DirectionIds.of(loaded.languages, loaded.vocabulary)).to(loaded.device)
-    return loaded.model.logits(batch.source, batch.decoder_input, batch.ids)[batch.decoder_input != loaded.vocabulary.PAD].cpu()
+    logits = loaded.model.logits(batch.source, batch.decoder_input, batch.ids, loaded.route)
+    return logits[batch.decoder_input != loaded.vocabulary.PAD].cpu()
 
 
-def convert(run: str | Path, to: str, direction: Direction, out: str | Path, check: int = 100) -> dict[str, Any]:
-    """Converts a run or checkpoint for one direction and writes ``conversion.json`` beside its recipe (see evaluation/report.py).
+def convert(
+    run: str | Path, to: str, direction: Direction | None, out: str | Path, check: int = 100, route: str = "specific"
+) -> dict[str, Any]:
+    """Converts a run or checkpoint and writes ``conversion.json`` beside its recipe (see evaluation/report.py).
 
-    The first ``check`` held-out sentences are translated by both models; without prepared data, or with 0, none are.
-    Returns what was written. Raises UserError for a target, direction or folder that is not possible.
+    For one direction, or by the shared route for all. The first ``check`` held-out sentences of the direction, or as many
+    spread over all, are translated by both models; without prepared data, or with 0, none are.
+    Returns what was written. Raises UserError for a target, direction, route or folder that is not possible.
     """
     if to not in TARGETS:
         raise UserError(f"'{to}' is nothing to convert to{nearest(to, TARGETS)}: choose {', '.join(TARGETS)}")
     # The run may go on training meanwhile: from here on it is this checkpoint.
     source, out = find_model(run).weights_in, Path(out)
     began = time.perf_counter()
-    provenance = convert_to_dense(source, direction, out)
+    provenance = convert_to_dense(source, direction, out, route)
     seconds = time.perf_counter() - began
     record: dict[str, Any] = {
-        "direction": str(direction),
+        "direction": provenance["direction"],
+        "route": provenance["route"],
         "sparse_parameters": provenance["sparse_parameters"],
         "dense_parameters": provenance["dense_parameters"],
     }
-    sparse = load(source, "cpu")
-    if sentences := _held_out(sparse, direction, check):
-        found = compare(sparse, load(out, "cpu"), direction, sentences)
+    sparse = load(source, "cpu", route)
+    directions = [direction] if direction else sparse.languages.directions
+    texts = {each: _held_out(sparse, each, ceil(check / len(directions))) for each in directions}
+    if any(texts.values()):
+        dense = load(out, "cpu")
+        found = [compare(sparse, dense, each, sentences) for each, sentences in texts.items() if sentences]
         record |= {
-            "largest_logit_difference": found.largest_logit_difference,
-            "same_translations": found.same_translations,
-            "sentences": found.sentences,
+            "largest_logit_difference": max(each.largest_logit_difference for each in found),
+            "same_translations": sum(each.same_translations for each in found),
+            "sentences": sum(each.sentences for each in found),
         }
     record |= {"dense_bytes": (out / WEIGHTS).stat().st_size, "seconds": round(seconds, 3), "dense_folder": str(out)}
     write_whole(sparse.home / "conversion.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")

@@ -2,8 +2,9 @@
 
 A converted folder holds ``model.safetensors``, ``recipe.yaml``, ``vocabulary.model`` and ``provenance.json``::
 
-    {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N, "direction": "en-de", "source_files": {name: sha256},
-     "sparse_parameters": N, "dense_parameters": N, "files": {name: {"bytes", "sha256"}}}
+    {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N, "direction": "en-de" or "all",
+     "route": "specific" or "shared", "source_files": {name: sha256}, "sparse_parameters": N, "dense_parameters": N,
+     "files": {name: {"bytes", "sha256"}}}
 """
 
 from __future__ import annotations

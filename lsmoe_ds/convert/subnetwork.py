@@ -5,6 +5,9 @@ feed-forward of width K F ("Beyond Distillation", section 3.1, extracts such sub
 
     sum_k g_k (relu(x W1_k + b1_k) W2_k + b2_k) = relu(x [W1_1 .. W1_K] + [b1_1 .. b1_K]) [g_1 W2_1; ..; g_K W2_K] + sum_k g_k b2_k
 
+Low-rank matrices beside a linear layer become part of its weight, W + V F, whatever their rank: by the ``specific`` route
+those of the direction's languages, by the ``shared`` route (after Fuse Distillation) those that all languages share.
+
 H hidden, F width of an expert, K top-k.
 """
 
@@ -21,22 +24,44 @@ from lsmoe_ds import __version__
 from lsmoe_ds.config import Model, MoE, Parallel, Recipe, Side
 from lsmoe_ds.convert.folder import Weights, find_model, read_weights, write_folder
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.inference.load import check_route
+from lsmoe_ds.language_specific.low_rank import Banks
 from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.moe.guide import SHARED
 from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
+from lsmoe_ds.parallel.topology import Topology
+
+ALL = "all"  # in the place of a direction
+FLAT, VERTICAL = "_low_rank.flat", "_low_rank.vertical"
 
 
-def check_convertible(recipe: Recipe, direction: Direction) -> None:
-    """Raises UserError if the model has no dense equal for this direction, saying why."""
-    recipe.languages.direction_id(direction)
-    for name, side in (("encoder", recipe.model.encoder), ("decoder", recipe.model.decoder)):
+def check_convertible(recipe: Recipe, direction: Direction | None, route: str = "specific") -> None:
+    """Raises UserError if the model has no dense equal for this direction and route, saying why.
+
+    Without a direction: for all directions of the recipe at once.
+    """
+    model = recipe.model
+    check_route(route, recipe)
+    if direction is not None:
+        recipe.languages.direction_id(direction)
+    for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
         if side.moe is not None and not side.moe.by_task:
             layers = [str(layer + 1) for layer in range(side.layers) if side.is_moe(layer)]
             place = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(layers)}"
             raise UserError(
                 f"the {name} routes by {side.moe.routing} in {place}: each {side.moe.routing} chooses its experts when it is there, so no "
-                f"sub-network holds all "
-                f"that {direction} uses; train with model.{name}.moe.routing: task to extract one, or serve the sparse model"
+                f"sub-network holds all that {direction or 'a direction'} uses; train with model.{name}.moe.routing: task to extract one, "
+                f"or serve the sparse model"
             )
+    if model.clsr is not None:
+        raise UserError(
+            "the gates of model.clsr choose for each token between two projections when it is there, so no dense model computes the "
+            "same: serve the trained model itself"
+        )
+    if direction is None and any(model.moe_layers()):
+        raise UserError("no dense model serves all directions, since each has experts of its own: name one with --from and --to-language")
+    if direction is None and route == "specific":
+        raise UserError("the specific route needs a direction: name one with --from and --to-language")
 
 
 def join_experts(weights: Mapping[str, Tensor], at: str, settings: MoE, languages: Languages, task: int) -> dict[str, Tensor]:
@@ -62,53 +87,85 @@ def join_experts(weights: Mapping[str, Tensor], at: str, settings: MoE, language
     }
 
 
-def extract(weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction) -> tuple[dict[str, Tensor], Recipe]:
+def fold_low_rank(weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction | None, route: str) -> dict[str, Tensor]:
+    """The same weights with every low-rank bank folded into the linear layer that it stands beside: W + V F.
+
+    Only the specific route reads ``direction``.
+    """
+    settings, languages = recipe.model.low_rank, recipe.languages
+    if settings is None:
+        return dict(weights)
+    numbers = {"source": SHARED, "target": SHARED}
+    if route == "specific" and direction is not None:
+        numbers = {"source": languages.id(direction.source), "target": languages.id(direction.target)}
+    folded = {name: value for name, value in weights.items() if not name.endswith((FLAT, VERTICAL))}
+    for at in [name.removesuffix(FLAT) for name in weights if name.endswith(FLAT)]:
+        weight, vertical, flat = (weights[f"{at}{part}"] for part in (".weight", VERTICAL, FLAT))
+        outputs, inputs = weight.shape
+        with torch.device("meta"):  # it is made only to say which rows are whose
+            bank = Banks(settings, languages, at.startswith("decoder."), Topology.single()).make(inputs, outputs, "column")
+        of_vertical, of_flat = bank.rows[numbers[bank.vertical_of]], bank.rows[numbers[bank.flat_of]]
+        folded[f"{at}.weight"] = torch.addmm(weight, vertical[of_vertical].t(), flat[of_flat])
+    return folded
+
+
+def extract(
+    weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction | None, route: str = "specific"
+) -> tuple[dict[str, Tensor], Recipe]:
     """Weights (by global name) and recipe of the dense model that equals the given one for ``direction``.
 
     Each kind of language-specific layer has its function here; all else is taken over. The vocabulary stays as it is.
+    By the shared route and without experts the model is the same for every direction: its recipe keeps them all.
     """
-    check_convertible(recipe, direction)
-    dense = dict(weights)
+    check_convertible(recipe, direction, route)
     sides = {"encoder": recipe.model.encoder, "decoder": recipe.model.decoder}
     widths = {name: [side.width(layer) for layer in range(side.layers)] for name, side in sides.items()}
-    for side, layer, settings in recipe.model.moe_layers():
-        at = f"{side}.{layer}.feed_forward."
-        try:
+    try:
+        dense = fold_low_rank(weights, recipe, direction, route)
+        for side, layer, settings in recipe.model.moe_layers():
+            assert direction is not None
+            at = f"{side}.{layer}.feed_forward."
             joined = join_experts(weights, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction))
-        except KeyError as error:
-            raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
-        dense = {name: value for name, value in dense.items() if not name.startswith(at)} | joined
-        widths[side][layer] *= settings.top_k
-    return dense, _dense_recipe(recipe, direction, widths)
+            dense = {name: value for name, value in dense.items() if not name.startswith(at)} | joined
+            widths[side][layer] *= settings.top_k
+    except KeyError as error:
+        raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
+    return dense, _dense_recipe(recipe, None if serves_all(recipe, route) else direction, widths)
 
 
-def _dense_recipe(recipe: Recipe, direction: Direction, widths: dict[str, list[int]]) -> Recipe:
-    """The same recipe, with a dense model and one direction."""
-    sides = {side: Side(layers=len(each), feed_forward=each) for side, each in widths.items()}
-    model = Model(preset=None, hidden=recipe.model.hidden, heads=recipe.model.heads, **sides)
-    batch = recipe.data.batch.model_copy(update={"languages": "mixed"})  # without experts no batch has an affinity
-    data = recipe.data.model_copy(
-        update={"languages": [direction.source, direction.target], "directions": [str(direction)], "batch": batch}
-    )
+def serves_all(recipe: Recipe, route: str) -> bool:
+    """Whether one dense model serves every direction of the recipe."""
+    return route == "shared" and not any(recipe.model.moe_layers())
+
+
+def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]]) -> Recipe:
+    """The same recipe, with a dense model and one direction, or without ``direction`` all of them."""
+    encoder, decoder = (Side(layers=len(widths[side]), feed_forward=list(widths[side])) for side in ("encoder", "decoder"))
+    model = Model(preset=None, hidden=recipe.model.hidden, heads=recipe.model.heads, encoder=encoder, decoder=decoder)
+    changes: dict[str, Any] = {"batch": recipe.data.batch.model_copy(update={"languages": "mixed"})}  # no experts: no affinity
+    if direction is not None:
+        changes |= {"languages": [direction.source, direction.target], "directions": [str(direction)]}
+    data = recipe.data.model_copy(update=changes)
     changed = recipe.model_copy(update={"model": model, "data": data, "parallel": Parallel()})
     return Recipe.model_validate(changed.model_dump())
 
 
-def convert_to_dense(run: str | Path, direction: Direction, out: str | Path) -> dict[str, Any]:
+def convert_to_dense(run: str | Path, direction: Direction | None, out: str | Path, route: str = "specific") -> dict[str, Any]:
     """Writes the dense model of ``direction`` as a folder and returns its ``provenance.json``, less the files.
 
     ``run`` is a run folder or a checkpoint in it. Raises UserError if there is no dense equal, or ``out`` is not ours to write.
     """
     stored = find_model(run)
-    check_convertible(stored.recipe, direction)
+    check_convertible(stored.recipe, direction, route)
     whole = read_weights(stored)
-    tensors, recipe = extract(whole.tensors, stored.recipe, direction)
+    tensors, recipe = extract(whole.tensors, stored.recipe, direction, route)
     provenance = {
         "kind": "dense",
         "version": __version__,
         "run": stored.recipe.name,
         "step": whole.step,
-        "direction": str(direction),
+        "direction": ALL if serves_all(stored.recipe, route) else str(direction),
+        "route": route,
         "source_files": whole.files,
         "sparse_parameters": whole.parameters,
         "dense_parameters": Weights(tensors, whole.step, {}).parameters,

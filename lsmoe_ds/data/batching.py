@@ -367,8 +367,11 @@ class BatchStream:
         return _Chunk(units, drawn)
 
     def _build(self, unit: _Unit) -> Batch:
-        sentences = [(self._pairs[d], i) for d, i in zip(unit.direction.tolist(), unit.index.tolist(), strict=True)]
-        return collate([p.source[i] for p, i in sentences], [p.target[i] for p, i in sentences], unit.direction, self._ids)
+        # By language, so that what belongs to a language is applied to neighbors together.
+        order = np.lexsort((self._ids.target_language[unit.direction], self._ids.source_language[unit.direction]))
+        direction, index = unit.direction[order], unit.index[order]
+        sentences = [(self._pairs[d], i) for d, i in zip(direction.tolist(), index.tolist(), strict=True)]
+        return collate([p.source[i] for p, i in sentences], [p.target[i] for p, i in sentences], direction, self._ids)
 
 
 def _fits(source: Integers, target: Integers, batch: BatchSettings) -> NDArray[np.bool_]:

@@ -32,17 +32,19 @@ def evaluate(
     split: str = "test",
     limit: int | None = None,
     progress: bool = True,
+    route: str = "specific",
 ) -> ScoreTable:
     """Translates the held-out text of every direction and scores it; writes ``scores.json`` and, for a model with
     experts, ``routing.json`` beside its recipe.
 
     ``run`` is a run folder, a checkpoint in it or a converted folder; ``limit`` takes the first so many sentences of each
-    direction. Raises UserError for directions that the model lacks, and for prepared data that is not the run's.
+    direction; ``route`` "shared" goes by the matrices that all languages share. Raises UserError for directions or a route that
+    the model lacks, and for prepared data that is not the run's.
     """
     if split not in SPLITS:
         raise UserError(f"'{split}' is no held-out text: choose {' or '.join(SPLITS)}")
     search = Search(beam, length_penalty)
-    loaded = load(run)
+    loaded = load(run, route=route)
     chosen = parse_directions(directions, loaded.languages) if directions else list(loaded.languages.directions)
     data = open_data(loaded)
     texts = {direction: [side[:limit] for side in data.text(direction, split)] for direction in chosen}
@@ -64,7 +66,7 @@ def evaluate(
             scores.append(score_direction(direction, sources, hypotheses, references, time.perf_counter() - start))
     pairs = {bitext: splits["train"]["pairs"] for bitext, splits in data.manifest["bitexts"].items()}
     resources = resource_groups(pairs, loaded.recipe.data.groups)
-    table = ScoreTable(loaded.recipe.name, loaded.step, split, beam, length_penalty, tuple(scores), resources)
+    table = ScoreTable(loaded.recipe.name, loaded.step, split, beam, length_penalty, tuple(scores), resources, loaded.route)
     table.write(loaded.home / "scores.json")
     if any(loaded.recipe.model.moe_layers()):
         write_whole(loaded.home / "routing.json", json.dumps(measure_routing(loaded, data, split).to_dict()) + "\n")

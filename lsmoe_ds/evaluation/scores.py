@@ -3,7 +3,7 @@
 BLEU counts words, so it depends on how the reference is cut into them (:func:`bleu_tokenizer`); the signature of every
 score is kept with it. ``scores.json`` is a :class:`ScoreTable`::
 
-    {"name", "step", "split", "beam", "length_penalty", "sentences", "signatures": {metric: [signature, ...]},
+    {"name", "step", "split", "beam", "length_penalty", "route", "sentences", "signatures": {metric: [signature, ...]},
      "averages": {"into_english" | "out_of_english" | "between_others" | "all" | "high" | "medium" | "low":
                   {"directions", "bleu", "chrf", "chrfpp", "copy": {"bleu", "chrf", "chrfpp"}}},
      "resources": {bitext: "high" | "medium" | "low"},
@@ -134,7 +134,8 @@ def score_direction(
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of a model at one step. ``resources`` gives the resource group of each bitext, as far as it is known."""
+    """Scores of a model at one step. ``resources`` gives the resource group of each bitext, as far as it is known; ``route`` is
+    "specific" or "shared", as for :func:`lsmoe_ds.inference.load.load`."""
 
     name: str
     step: int
@@ -143,6 +144,7 @@ class ScoreTable:
     length_penalty: float
     directions: tuple[DirectionScore, ...]
     resources: Mapping[str, str] = field(default_factory=dict)
+    route: str = "specific"
 
     def averages(self) -> dict[str, Average]:
         return averages(self.directions, self.resources)
@@ -166,6 +168,7 @@ class ScoreTable:
             "split": self.split,
             "beam": self.beam,
             "length_penalty": self.length_penalty,
+            "route": self.route,
             "sentences": self.sentences,
             "signatures": self.signatures(),
             "averages": {name: average.as_dict() for name, average in self.averages().items()},
@@ -192,6 +195,7 @@ class ScoreTable:
                 length_penalty=float(value["length_penalty"]),
                 directions=tuple(_direction_from_json(Direction.parse(name), score) for name, score in value["directions"].items()),
                 resources=resources,
+                route=str(value.get("route", "specific")),
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"these scores cannot be read: {error}") from None
@@ -217,7 +221,7 @@ class ScoreTable:
 
     def render(self) -> Table:
         """Table for a terminal: a line for each direction and each average, the score of copying in parentheses."""
-        title = f"{self.name}, step {self.step:,}, {self.split}, beam {self.beam}"
+        title = f"{self.name}, step {self.step:,}, {self.split}, beam {self.beam}" + (", shared route" if self.route == "shared" else "")
         table = Table(title=title, caption="in parentheses: copying the source")
         table.add_column("direction")
         for column in (*METRICS.values(), "sentences"):

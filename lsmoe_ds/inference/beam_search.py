@@ -21,6 +21,7 @@ from torch import Tensor
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import EOS, PAD, SentenceIds
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.moe.guide import Route
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,16 @@ class Hypothesis:
 
 
 @torch.inference_mode()
-def beam_search(model: Transformer, source: Tensor, ids: SentenceIds, banned: Sequence[int], search: Search) -> list[Hypothesis]:
+def beam_search(
+    model: Transformer, source: Tensor, ids: SentenceIds, banned: Sequence[int], search: Search, route: Route = "specific"
+) -> list[Hypothesis]:
     """The best translation of each sentence of ``source`` [B, M], whatever else is in the batch.
 
     ``banned`` are tokens that are never generated (PAD, BOS, tags); they keep their share of the probability. Raises
     UserError if the model computes values that are not finite.
     """
     batch, device = source.shape[0], source.device
-    state = model.start(source, ids)
+    state = model.start(source, ids, route=route)
     limits = ((source != PAD).sum(1) * search.per_source_token + search.extra).long().clamp(min=1)  # [B]
     first_limit, last_limit = int(limits.min()), int(limits.max())
     forbidden = torch.tensor(sorted(banned), dtype=torch.long, device=device)

@@ -14,13 +14,14 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.model.initialization import global_names
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.moe.guide import Route
 from lsmoe_ds.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to translate. ``kind`` is "sparse" for a training checkpoint, "dense" for an extracted sub-network;
-    ``home`` is the run or converted folder that it belongs to."""
+    ``home`` is the run or converted folder that it belongs to; ``route`` is what its sentences take."""
 
     model: Transformer
     recipe: Recipe
@@ -29,6 +30,7 @@ class Loaded:
     step: int
     kind: str
     home: Path
+    route: Route = "specific"
 
     @property
     def device(self) -> torch.device:
@@ -39,16 +41,29 @@ class Loaded:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def load(path: str | Path, device: torch.device | str | None = None) -> Loaded:
+def load(path: str | Path, device: torch.device | str | None = None, route: str = "specific") -> Loaded:
     """Loads a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and evaluation mode.
 
-    ``device`` defaults to the GPU if there is one. Raises UserError for a path that is none of these, or is damaged.
+    ``device`` defaults to the GPU if there is one. ``route`` "shared" translates by the matrices that all languages share.
+    Raises UserError for a path that is none of these, or is damaged, and for a route that the model lacks.
     """
     stored = find_model(path)
+    chosen = check_route(route, stored.recipe)
     vocabulary = Vocabulary.load(stored.vocabulary)
     device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(stored.recipe, vocabulary.size, weights := read_weights(stored), device)
-    return Loaded(model, stored.recipe, vocabulary, stored.recipe.languages, weights.step, stored.kind, stored.home)
+    return Loaded(model, stored.recipe, vocabulary, stored.recipe.languages, weights.step, stored.kind, stored.home, chosen)
+
+
+def check_route(route: str, recipe: Recipe) -> Route:
+    """The route; raises UserError if it is none, or none of a model of this recipe."""
+    if route == "specific":
+        return "specific"
+    if route != "shared":
+        raise UserError(f"'{route}' is no route: choose specific or shared")
+    if recipe.model.low_rank is None or not recipe.model.low_rank.fuse_distillation:
+        raise UserError("the model has no shared matrices for the route 'shared': they come of 'model.low_rank.fuse_distillation: true'")
+    return "shared"
 
 
 def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device) -> Transformer:

@@ -90,7 +90,8 @@ def translate_tokens(
         while end < len(order) and end - start < rows and (len(sources[order[end]]) + 2) * (end + 1 - start) <= batch_tokens:
             end += 1
         batch = collate([sources[i] for i in order[start:end]], None, [number] * (end - start), table).to(loaded.device)
-        found.update(zip(order[start:end], beam_search(loaded.model, batch.source, batch.ids, banned, search), strict=True))
+        hypotheses = beam_search(loaded.model, batch.source, batch.ids, banned, search, loaded.route)
+        found.update(zip(order[start:end], hypotheses, strict=True))
         advance(end - start)
         start = end
     return [found[i] for i in range(len(sources))]

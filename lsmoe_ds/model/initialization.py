@@ -40,7 +40,9 @@ def global_names(model: nn.Module, topology: Topology) -> dict[str, str]:
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, topology: Topology) -> None:
-    """Linear weights Xavier-uniform, embeddings normal with deviation H^-1/2, norms 1, biases 0, routers normal 0.1."""
+    """Linear weights Xavier-uniform, embeddings normal with deviation H^-1/2, norms 1, biases 0, routers normal 0.1; of low-rank
+    banks flat matrices 0, and vertical ones normal 0.1; of CLSR projections the identity: with either a model begins as it would
+    without them."""
     names = global_names(model, topology)
     for name, parameter in model.named_parameters():
         dimension = partition_dimension(parameter)
@@ -55,14 +57,17 @@ def initialize(model: nn.Module, seed: int, topology: Topology) -> None:
 
 def _draw(name: str, shape: list[int], seed: int) -> Tensor:
     value = torch.empty(shape)
-    if name.endswith(".bias"):
+    if name.endswith((".bias", "_low_rank.flat")):
         return value.zero_()
     if "norm" in name:
         return value.fill_(1.0)
+    if name.endswith(("_clsr.specific", "_clsr.shared")):
+        value.zero_().view(-1, shape[1], shape[1]).diagonal(dim1=1, dim2=2).fill_(1.0)
+        return value
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     if name.startswith("embedding."):
         return value.normal_(0.0, shape[-1] ** -0.5, generator=generator)
-    if ".router." in name:
+    if ".router." in name or name.endswith("_low_rank.vertical"):
         return value.normal_(0.0, 0.1, generator=generator)
     return nn.init.xavier_uniform_(value, generator=generator)

@@ -13,13 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.config import Recipe, Side
+from lsmoe_ds.language_specific.clsr import ConditionalRouting, Projections
+from lsmoe_ds.language_specific.fuse_distillation import FuseDistillation, twice
+from lsmoe_ds.language_specific.low_rank import Banks
 from lsmoe_ds.languages import PAD, Languages, SentenceIds
 from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.moe.guide import Guide, mean_of_real
+from lsmoe_ds.moe.guide import Guide, Route, mean_of_real
 from lsmoe_ds.moe.losses import RoutingRecord, count_first_choices
-from lsmoe_ds.parallel.layers import cross_entropy, output_logits
+from lsmoe_ds.parallel.layers import cross_entropy, output_logits, project
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -27,9 +30,11 @@ from lsmoe_ds.parallel.topology import Topology
 class Losses:
     """Of one micro-batch, as sums over its target tokens."""
 
-    loss: Tensor  # label-smoothed cross-entropy, summed; with gradient
-    nll: Tensor  # negative log-likelihood, summed; without gradient
+    loss: Tensor  # label-smoothed cross-entropy, summed; with gradient; in fuse distillation the mean of both routes
+    nll: Tensor  # negative log-likelihood, summed; without gradient; in fuse distillation of the specific route
+    distillation: Tensor  # divergence of the two routes in fuse distillation, summed, with gradient; otherwise 0
     routing: list[RoutingRecord]  # of each MoE layer, encoder first; what the auxiliary losses are made of
+    gates: Tensor | None = None  # CLSR, in training: sum of all gates over the real tokens; with gradient
 
 
 @dataclass
@@ -66,13 +71,23 @@ class DecoderState:
 class Layer(nn.Module):
     """An encoder or decoder layer: norm, attention, add; in the decoder the same over the source; norm, feed-forward, add."""
 
-    def __init__(self, recipe: Recipe, side: Side, index: int, decoder: bool, languages: Languages, topology: Topology) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        side: Side,
+        index: int,
+        decoder: bool,
+        languages: Languages,
+        topology: Topology,
+        projections: Projections | None = None,
+    ) -> None:
         super().__init__()
         hidden, heads, dropout = recipe.model.hidden, recipe.model.heads, recipe.training.attention_dropout
+        of_attention, of_feed_forward = (Banks.of(recipe, index, place, decoder, topology) for place in ("attention", "feed_forward"))
         self.attention_norm = nn.LayerNorm(hidden)
-        self.attention = Attention(hidden, heads, dropout, topology)
+        self.attention = Attention(hidden, heads, dropout, topology, of_attention)
         self.cross_norm = nn.LayerNorm(hidden) if decoder else None
-        self.cross_attention = Attention(hidden, heads, dropout, topology) if decoder else None
+        self.cross_attention = Attention(hidden, heads, dropout, topology, of_attention) if decoder else None
         self.feed_forward_norm = nn.LayerNorm(hidden)
         self.feed_forward: nn.Module
         if side.is_moe(index):
@@ -82,7 +97,10 @@ class Layer(nn.Module):
             width, alone = side.width(index), Topology.single(topology.device)
             self.feed_forward = MixtureOfExperts(hidden, side.moe, lambda: FeedForward(hidden, width, alone), languages, topology)
         else:
-            self.feed_forward = FeedForward(hidden, side.width(index), topology)
+            self.feed_forward = FeedForward(hidden, side.width(index), topology, of_feed_forward)
+        self.attention_clsr = ConditionalRouting.after("attention", projections)
+        self.cross_attention_clsr = ConditionalRouting.after("cross_attention", projections)
+        self.feed_forward_clsr = ConditionalRouting.after("feed_forward", projections)
         self.is_moe = side.is_moe(index)
         self.dropout = recipe.training.dropout
 
@@ -102,15 +120,24 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Cache]:
         """x [B, T, H] -> [B, T, H], and the keys and values of all positions so far."""
         normed = self.attention_norm(x)
-        cache = extend(past, self.attention.project(normed))
-        x = x + self._drop(self.attention(normed, cache, own_mask, causal))
+        cache = extend(past, self.attention.project(normed, guide))
+        y = self.attention(normed, cache, guide, own_mask, causal)
+        if self.attention_clsr is not None:
+            y = self.attention_clsr(y, normed, real, guide)
+        x = x + self._drop(y)
         if self.cross_attention is not None:
             assert self.cross_norm is not None and cross is not None
             # The hypotheses of a sentence are queries over one memory: [B W, T, H] -> [B, W T, H] and back.
-            queries = self.cross_norm(x).view(cross[0].shape[0], -1, x.shape[2])
-            x = x + self._drop(self.cross_attention(queries, cross, cross_mask).view_as(x))
+            normed = self.cross_norm(x)
+            queries = normed.view(cross[0].shape[0], -1, x.shape[2])
+            y = self.cross_attention(queries, cross, guide, cross_mask).view_as(x)
+            if self.cross_attention_clsr is not None:
+                y = self.cross_attention_clsr(y, normed, real, guide)
+            x = x + self._drop(y)
         normed = self.feed_forward_norm(x)
-        y = self.feed_forward(normed, real, guide) if self.is_moe else self.feed_forward(normed)
+        y = self.feed_forward(normed, real, guide) if self.is_moe else self.feed_forward(normed, guide)
+        if self.feed_forward_clsr is not None:
+            y = self.feed_forward_clsr(y, normed, real, guide)
         return x + self._drop(y), cache
 
 
@@ -122,13 +149,20 @@ class Transformer(nn.Module):
         topology = topology or Topology.single()
         model, languages = recipe.model, recipe.languages
         self.embedding = Embedding(vocabulary, model.hidden, topology)
-        self.encoder = nn.ModuleList(Layer(recipe, model.encoder, i, False, languages, topology) for i in range(model.encoder.layers))
-        self.decoder = nn.ModuleList(Layer(recipe, model.decoder, i, True, languages, topology) for i in range(model.decoder.layers))
+        self.encoder_clsr, self.decoder_clsr = (Projections.of(recipe, decoder) for decoder in (False, True))
+        self.encoder = nn.ModuleList(
+            Layer(recipe, model.encoder, i, False, languages, topology, self.encoder_clsr) for i in range(model.encoder.layers)
+        )
+        self.decoder = nn.ModuleList(
+            Layer(recipe, model.decoder, i, True, languages, topology, self.decoder_clsr) for i in range(model.decoder.layers)
+        )
         self.encoder_norm = nn.LayerNorm(model.hidden)
         self.decoder_norm = nn.LayerNorm(model.hidden)
         self.topology = topology
         self.dropout = recipe.training.dropout
         self.smoothing = recipe.training.label_smoothing
+        self.distillation = FuseDistillation.of(recipe)
+        self.gate_noise = 0.0  # CLSR: set before each training step
         self.moe_names = [f"{side}.{layer}" for side, layer, _ in model.moe_layers()]
         self.summarize = model.decoder.moe is not None and model.decoder.moe.routing == "sentence"
 
@@ -163,36 +197,58 @@ class Transformer(nn.Module):
         state.length += tokens.shape[1]
         return self.decoder_norm(x)
 
-    def start(self, source: Tensor, ids: SentenceIds, records: list[RoutingRecord] | None = None) -> DecoderState:
+    def start(
+        self,
+        source: Tensor,
+        ids: SentenceIds,
+        records: list[RoutingRecord] | None = None,
+        route: Route = "specific",
+        gates: list[Tensor] | None = None,
+    ) -> DecoderState:
         """Encodes source [B, M] and prepares to decode."""
-        memory, mask = self.encode(source, Guide(ids, records=records))
+        memory, mask = self.encode(source, Guide(ids, None, records, route, gates, self.gate_noise))
         summary = mean_of_real(memory, source != PAD) if self.summarize else None
-        cross = [layer.cross_attention.project(memory) for layer in self.decoder]  # type: ignore[union-attr, operator]
-        return DecoderState(cross, mask, Guide(ids, summary, records))
+        guide = Guide(ids, summary, records, route, gates, self.gate_noise)
+        cross = [layer.cross_attention.project(memory, guide) for layer in self.decoder]  # type: ignore[union-attr, operator]
+        return DecoderState(cross, mask, guide)
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """The next tokens [B, T] of each sentence -> logits [B, V] after the last of them; extends the state."""
         hidden = self._decode(tokens, torch.ones_like(tokens, dtype=torch.bool), state)
         return output_logits(hidden[:, -1], self.embedding.tokens, self.topology)
 
-    def logits(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> Tensor:
+    def logits(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
         """Teacher-forced logits [B, T, V]; those at padding mean nothing."""
-        hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids))
+        hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, route=route))
         return output_logits(hidden.flatten(0, 1), self.embedding.tokens, self.topology).unflatten(0, hidden.shape[:2])
 
-    def forward(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds) -> Losses:
-        """Source [B, M], decoder input and labels [B, T] -> losses, summed over the real labels."""
+    def forward(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds, route: Route = "specific") -> Losses:
+        """Source [B, M], decoder input and labels [B, T] -> losses, summed over the real labels.
+
+        In training, fuse distillation takes both routes, and each MoE layer's record is of twice the tokens.
+        """
         records: list[RoutingRecord] | None = [] if self.training else None
-        hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, records))
+        distillation = self.distillation if self.training else None
+        if distillation is not None:
+            (source, decoder_input, ids), labels, route = twice(source, decoder_input, ids), labels.repeat(2, 1), "both"
+        gates: list[Tensor] = []
+        state = self.start(source, ids, records, route, gates if self.training else None)
+        hidden = self._decode(decoder_input, decoder_input != PAD, state)
         index = (labels.reshape(-1) != PAD).nonzero().squeeze(1)  # the vocabulary is projected for real tokens only
-        loss, nll = cross_entropy(
-            hidden.flatten(0, 1)[index],
-            labels.reshape(-1)[index],
-            self.embedding.tokens,
-            self.smoothing if self.training else 0.0,
-            self.topology,
-        )
-        return Losses(loss, nll, records or [])
+        hidden, labels = hidden.flatten(0, 1)[index], labels.reshape(-1)[index]
+        tokens, smoothing = self.embedding.tokens, self.smoothing if self.training else 0.0
+        if distillation is not None:
+            loss, apart, nll = distillation.losses(hidden, labels, tokens, smoothing, self.topology)
+            return Losses(loss, nll, apart, records or [])
+        loss, nll = cross_entropy(project(hidden, tokens, self.topology), labels, tokens, smoothing, self.topology)
+        return Losses(loss, nll.sum(), loss.new_zeros(()), records or [], torch.stack(gates).sum() if gates else None)
+
+    @torch.no_grad()
+    def gate_sum(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> Tensor:
+        """Sum of the CLSR gates [1], as :meth:`forward` will find it if the same random numbers follow."""
+        gates: list[Tensor] = []
+        self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, gates=gates))
+        return torch.stack(gates).sum(0, keepdim=True)
 
     def moe_layers(self) -> list[tuple[str, Any]]:
         """(side, MixtureOfExperts), in the order in which they run."""
@@ -202,11 +258,14 @@ class Transformer(nn.Module):
     def first_choices(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> list[Tensor]:
         """Tokens whose first choice is each expert [E], for each MoE layer, as :meth:`forward` will count them if the same
         random numbers follow. Where no router reads hidden states nothing is computed for it."""
+        route: Route = "specific"
+        if self.distillation is not None:
+            (source, decoder_input, ids), route = twice(source, decoder_input, ids), "both"
         layers = self.moe_layers()
         if not any(layer.router.reads_tokens for _, layer in layers):
             real = {"encoder": source != PAD, "decoder": decoder_input != PAD}
             routes = [layer.route(None, real[side], Guide(ids))[2] for side, layer in layers]
             return [count_first_choices(each, each.probabilities.shape[1]) for each in routes]
         records: list[RoutingRecord] = []
-        self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, records))
+        self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, records, route))
         return [record.counts for record in records]

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.moe.losses import RoutingRecord
+
+SHARED = -1  # in place of a language: what all languages share
+Route = Literal["specific", "shared", "both"]
+
+
+class Run(NamedTuple):
+    """Neighboring sentences, from ``start`` to before ``stop``, of one language."""
+
+    language: int  # its number, or SHARED
+    start: int
+    stop: int
 
 
 @dataclass
@@ -15,10 +28,30 @@ class Guide:
     ids: SentenceIds
     summary: Tensor | None = None  # [B, H]: in the decoder the mean of the encoder's output, if sentence routing asks for it
     records: list[RoutingRecord] | None = None  # one is appended by each MoE layer, in training
+    # Which language-specific matrices a sentence uses: its languages', or the shared ones. "both": the second half of the
+    # sentences repeats the first, and is shared.
+    route: Route = "specific"
+    gates: list[Tensor] | None = None  # CLSR, in training: each sublayer appends the sum of its gates over the real tokens
+    noise: float = 0.0  # CLSR: deviation of the gates' noise in training
+    _runs: dict[str, list[Run]] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> Guide:
         """For the sentences that ``index`` names, in that order."""
-        return Guide(self.ids.select(index), None if self.summary is None else self.summary[index], self.records)
+        summary = None if self.summary is None else self.summary[index]
+        return Guide(self.ids.select(index), summary, self.records, self.route, self.gates, self.noise)
+
+    def runs(self, kind: str) -> list[Run]:
+        """Runs of equal "source" or "target" language, in the order of the sentences. Waits for the device, once a kind."""
+        if kind not in self._runs:
+            languages = self.ids.task(kind).tolist()
+            specific = {"specific": len(languages), "shared": 0, "both": len(languages) // 2}[self.route]
+            runs, start = [], 0
+            for language, same in groupby(languages[:specific] + [SHARED] * (len(languages) - specific)):
+                stop = start + sum(1 for _ in same)
+                runs.append(Run(language, start, stop))
+                start = stop
+            self._runs[kind] = runs
+        return self._runs[kind]
 
 
 def mean_of_real(x: Tensor, real: Tensor) -> Tensor:

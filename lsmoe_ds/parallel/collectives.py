@@ -129,3 +129,44 @@ def join_rows(part: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
     """Inverse of :func:`split_rows`: all [S, ...] rows on every rank, from each rank's share."""
     out: Tensor = _JoinRows.apply(part, total, group)
     return out
+
+
+def _sum_over(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """The sums over the ranks of several tensors, by one all-reduce."""
+    message = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(message, group=group)
+    parts = message.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True))
+
+
+class _CopyTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, *_sum_over(gradients, ctx.group)
+
+
+class _SumTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _sum_over(tensors, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, *gradients
+
+
+def copy_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Tensors that all ranks hold alike, for each to do its part with; their gradients are summed, by one all-reduce."""
+    out: tuple[Tensor, ...] = _CopyTogether.apply(group, *tensors)
+    return out
+
+
+def sum_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Sums over the ranks of tensors of which each holds a part, by one all-reduce; their gradients stay as they are."""
+    out: tuple[Tensor, ...] = _SumTogether.apply(group, *tensors)
+    return out

@@ -6,7 +6,7 @@ group, and no Megatron import when a model is only served. H hidden, V vocabular
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -78,35 +78,54 @@ def vocabulary_embedding(size: int, hidden: int, topology: Topology) -> nn.Modul
     return layer
 
 
-def cross_entropy(hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> tuple[Tensor, Tensor]:
-    """Summed label-smoothed cross-entropy and summed negative log-likelihood of hidden [N, H] against labels [N].
+class Projected(NamedTuple):
+    """What N tokens' losses are made of."""
 
-    The output layer is ``embedding`` itself, tied. The smoothed loss is ``(1 - s) nll + s mean_v(-log p_v)``, computed
-    as ``nll + s (z_label - mean_v z_v)``: by linearity of the output layer ``z_label = h . E[label]`` and
-    ``mean_v z_v = h . mean_v E_v`` need no pass over the logits. (Megatron's own label smoothing averages over the local
-    part of the vocabulary only, so its loss changes with the number of ranks.)
-    """
+    hidden: Tensor  # [N, H]
+    copied: Tensor  # [N, H]: the same; what each rank makes of it with its part of the vocabulary, the gradient sums
+    logits: Tensor  # [N, V / tensor], float32: of this rank's part of the vocabulary
+
+
+def project(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Projected:
+    """hidden [N, H] through the output layer, which is ``embedding`` itself, tied."""
     weight: Tensor = embedding.weight  # type: ignore[assignment]
-    if topology.tensor == 1:
-        nll = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
-        mean_logit = (hidden * weight.mean(0)).sum(-1) if smoothing else hidden
-    else:
-        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-        from megatron.core.tensor_parallel.mappings import (
-            copy_to_tensor_model_parallel_region,
-            reduce_from_tensor_model_parallel_region,
-        )
+    copied = hidden
+    if topology.tensor > 1:
+        from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
         copied = copy_to_tensor_model_parallel_region(hidden)
-        nll = vocab_parallel_cross_entropy(F.linear(copied, weight).float(), labels).sum()
-        mean_logit = hidden
+    return Projected(hidden, copied, F.linear(copied, weight).float())
+
+
+def cross_entropy(
+    projected: Projected, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
+) -> tuple[Tensor, Tensor]:
+    """Summed label-smoothed cross-entropy against labels [N], and each token's negative log-likelihood [N] without gradient.
+
+    The smoothed loss is ``(1 - s) nll + s mean_v(-log p_v)``, computed as ``nll + s (z_label - mean_v z_v)``: by linearity of
+    the output layer ``z_label = h . E[label]`` and ``mean_v z_v = h . mean_v E_v`` need no pass over the logits. (Megatron's
+    own label smoothing averages over the local part of the vocabulary only, so its loss changes with the number of ranks.)
+    The logits are used up: Megatron computes in place.
+    """
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    hidden, copied, logits = projected
+    mean_logit = hidden
+    if topology.tensor == 1:
+        nll = F.cross_entropy(logits, labels, reduction="none")
+        if smoothing:
+            mean_logit = (hidden * weight.mean(0)).sum(-1)
+    else:
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+        from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+
+        nll = vocab_parallel_cross_entropy(logits, labels)
         if smoothing:
             part = (copied * (weight.sum(0) / (weight.shape[0] * topology.tensor))).sum(-1)
             mean_logit = reduce_from_tensor_model_parallel_region(part)
     if not smoothing:
-        return nll, nll.detach()
+        return nll.sum(), nll.detach()
     label_logit = (hidden * embedding(labels)).sum(-1)
-    return nll + smoothing * (label_logit - mean_logit).float().sum(), nll.detach()
+    return nll.sum() + smoothing * (label_logit - mean_logit).float().sum(), nll.detach()
 
 
 def output_logits(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Tensor:

@@ -14,9 +14,11 @@ from torch import Tensor
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.language_specific import clsr
 from lsmoe_ds.memory import STAGE_0_BUCKET
 from lsmoe_ds.model.initialization import initialize, partition_dimension
 from lsmoe_ds.model.transformer import Losses, Transformer
+from lsmoe_ds.moe.guide import Route
 from lsmoe_ds.moe.losses import balance_loss, z_loss
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
@@ -54,6 +56,8 @@ class StepResult:
     learning_rate: float
     exchanged: dict[str, Traffic]  # of each side, to and from its experts, summed over all ranks
     counts: list[Tensor] = field(default_factory=list)  # of each MoE layer, first choices of each expert [E]
+    distillation: float = 0.0  # divergence of the two routes in fuse distillation
+    gates: float = 0.0  # CLSR: mean gate
 
 
 def accumulation_steps(recipe: Recipe, topology: Topology) -> int:
@@ -150,10 +154,14 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     model: Transformer = engine.module
-    tokens = {"encoder": step.source_tokens, "decoder": step.target_tokens}
+    passes = 1 if model.distillation is None else 2
+    tokens = {"encoder": passes * step.source_tokens, "decoder": passes * step.target_tokens}  # that are routed
     batches = [batch.to(topology.device) for batch in step.batches]
     counts = _count_ahead(model, batches, topology) if len(batches) > 1 and model.moe_names else None
-    sums = torch.zeros(6, dtype=torch.float64, device=topology.device)
+    settings, gates = recipe.model.clsr, clsr.gate_count(recipe.model, step.source_tokens, step.target_tokens)
+    model.gate_noise = clsr.alpha(number, recipe.training.steps)
+    mean_gate = _mean_gate_ahead(model, batches, gates, topology) if len(batches) > 1 and settings else None
+    sums = torch.zeros(7, dtype=torch.float64, device=topology.device)
     for i, batch in enumerate(batches):
         result: Losses = engine(batch.source, batch.decoder_input, batch.labels, batch.ids)
         if counts is None:
@@ -162,18 +170,24 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
         for (side, _), record, chosen in zip(model.moe_layers(), result.routing, counts, strict=True):
             balance = balance + record.settings.balance * balance_loss(record, chosen, tokens[side])
             z = z + record.settings.z_loss * z_loss(record, tokens[side])
-        loss = result.loss / step.target_tokens + balance + z
+        loss = (result.loss + result.distillation) / step.target_tokens + balance + z
+        if settings is not None:
+            assert result.gates is not None
+            if mean_gate is None:
+                mean_gate = _over_data_ranks([result.gates.detach().view(1)], topology)[0] / gates
+            loss = loss + clsr.budget_loss(settings, result.gates, mean_gate, gates)
         # DeepSpeed averages gradients over the data-parallel ranks; these losses are parts of a global mean already.
         engine.backward(loss * topology.data, scale_wrt_gas=False)
         dropped, choices = sum(int(r.dropped) for r in result.routing), sum(r.choices for r in result.routing)
-        parts = [result.loss.detach() / step.target_tokens, result.nll / step.target_tokens, balance.detach(), z.detach()]
+        of_tokens = [part.detach() / step.target_tokens for part in (result.loss, result.nll, result.distillation)]
+        parts = [*of_tokens, balance.detach(), z.detach()]
         sums += torch.stack([*(part.double() for part in parts), *sums.new_tensor([dropped, choices])])
         if i + 1 < len(batches):
             engine.step()  # counts the micro-batch
     if topology.data > 1:
         dist.all_reduce(sums, group=topology.data_group)
-    mean_loss, nll, mean_balance, mean_z, all_dropped, all_choices = sums.tolist()
-    total = mean_loss + mean_balance + mean_z
+    mean_loss, nll, distillation, mean_balance, mean_z, all_dropped, all_choices = sums.tolist()
+    total = mean_loss + distillation + mean_balance + mean_z
     if not math.isfinite(total):
         raise NonFinite(f"the loss is {total}")
     if topology.world == 1:
@@ -185,7 +199,8 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
         raise NonFinite("the gradient norm is not finite")
     exchanged = _take_traffic(model, topology)
     share = all_dropped / max(all_choices, 1)
-    return StepResult(mean_loss, nll, mean_balance, mean_z, share, norm, rate, exchanged, counts or [])
+    mean = 0.0 if mean_gate is None else float(mean_gate)
+    return StepResult(mean_loss, nll, mean_balance, mean_z, share, norm, rate, exchanged, counts or [], distillation, mean)
 
 
 def _count_ahead(model: Transformer, batches: list[Batch], topology: Topology) -> list[Tensor]:
@@ -199,8 +214,16 @@ def _count_ahead(model: Transformer, batches: list[Batch], topology: Topology) -
     return _over_data_ranks([torch.stack(each).sum(0) for each in zip(*found, strict=True)], topology)
 
 
+def _mean_gate_ahead(model: Transformer, batches: list[Batch], gates: int, topology: Topology) -> Tensor:
+    """Mean [1] of the step's ``gates`` CLSR gates before its first gradient, by one more forward pass, as for the counts."""
+    state = compat.random_state(topology.tensor)
+    found = [model.gate_sum(batch.source, batch.decoder_input, batch.ids) for batch in batches]
+    compat.restore_random_state(state, topology.tensor)
+    return _over_data_ranks([torch.stack(found).sum(0)], topology)[0] / gates
+
+
 def _over_data_ranks(counts: list[Tensor], topology: Topology) -> list[Tensor]:
-    """Sums of [E] integers, one tensor for each layer, in one all-reduce."""
+    """Sums of vectors, one [E] for each layer, in one all-reduce."""
     if topology.data == 1 or not counts:
         return counts
     joined = torch.cat(counts)
@@ -229,14 +252,14 @@ def _fill_in_gradients(model: Transformer) -> None:
 
 
 @torch.no_grad()
-def validate(engine: Any, batches: Iterable[Batch], topology: Topology) -> float:
-    """Mean negative log-likelihood per target token over the batches of all ranks."""
+def validate(engine: Any, batches: Iterable[Batch], topology: Topology, route: Route = "specific") -> float:
+    """Mean negative log-likelihood per target token over the batches of all ranks, by one route."""
     model: Transformer = engine.module
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         moved = batch.to(topology.device)
-        losses = model(moved.source, moved.decoder_input, moved.labels, moved.ids)
+        losses = model(moved.source, moved.decoder_input, moved.labels, moved.ids, route)
         sums += torch.tensor([float(losses.nll), float(batch.target_tokens)], dtype=torch.float64)
     model.train()
     for _, layer in model.moe_layers():

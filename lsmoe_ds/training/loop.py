@@ -13,6 +13,7 @@ from lsmoe_ds.data.dealing import affinity
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.moe.guide import Route
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.run_folder import list_checkpoints, newest_whole
@@ -44,6 +45,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
     )
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
     engine = build_engine(recipe, vocabulary.size, topology)
+    routes: list[Route] = ["specific"] if engine.module.distillation is None else ["specific", "shared"]
     found, complaints = newest_whole(run)
     done, window = 0, None
     if found is not None:
@@ -69,8 +71,11 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
             begun = time.perf_counter()
             last_step = number == training.steps
             if training.validate_every and (number % training.validate_every == 0 or last_step):
-                batches = validation_batches(prepared, languages, vocabulary, data.batch, rank=topology.data_rank, world=topology.data)
-                monitor.record_dev_loss(number, validate(engine, batches, topology))
+                losses = {}
+                for route in routes:
+                    batches = validation_batches(prepared, languages, vocabulary, data.batch, rank=topology.data_rank, world=topology.data)
+                    losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(engine, batches, topology, route)
+                monitor.record_dev_loss(number, losses)
             if number % training.checkpoint_every == 0 or last_step:
                 position = {"stream": stream.state_dict(), "window": monitor.state_dict()}
                 checkpoints.save(engine, run, number, position, topology, training.keep)

@@ -17,7 +17,7 @@ from lsmoe_ds.folders import explain_errors, write_whole
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.training.engine import SIDES, StepResult
 
-SUMMED = ("loss", "nll", "balance", "z_loss", "dropped")
+SUMMED = ("loss", "nll", "distillation", "balance", "z_loss", "dropped", "gates")
 
 
 class Monitor:
@@ -119,8 +119,9 @@ class Monitor:
         """Takes time that was not training (a checkpoint, a validation) out of the rate."""
         self.since += seconds
 
-    def record_dev_loss(self, number: int, loss: float) -> None:
-        self._write({"step": number, "dev_loss": loss})
+    def record_dev_loss(self, number: int, losses: dict[str, float]) -> None:
+        """Losses by name, ``dev_loss`` first."""
+        self._write({"step": number, **losses})
 
     def say(self, text: str) -> None:
         """A line for the person, above the progress bar."""

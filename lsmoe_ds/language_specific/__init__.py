@@ -1,0 +1,1 @@
+"""Parameters that belong to languages, chosen by the ids of each sentence."""

@@ -1,0 +1,174 @@
+"""The low-rank bank: language-specific matrices beside a linear layer ("Condensing Multilingual Knowledge", equation 1).
+
+    y = (W + V_i F_j) x
+
+V_i [outputs, r] is the *vertical* and F_j [r, inputs] the *flat* matrix; methods differ only in how the sentence chooses i
+and j (:func:`indexes`). The product V F is never formed: ``V (F x)``. Each sentence of a batch chooses for itself: rows of
+neighboring sentences with the same choice, a *run*, are multiplied together, in place, without gathering any weights. Batches
+are sorted by language, so that runs are few.
+
+With tensor parallelism a column-parallel layer shards V by its rows, a row-parallel one F by its columns, and what the bank
+adds to sum over the ranks, r numbers a token, travels in the same all-reduce as the layer's own.
+
+S rows (tokens), r rank, R the sum of the ranks of all matrices of a bank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsmoe_ds.config import LowRank, Recipe
+from lsmoe_ds.languages import Languages
+from lsmoe_ds.moe.guide import Guide
+from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.collectives import copy_together, sum_together
+from lsmoe_ds.parallel.topology import Topology
+
+Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they are for
+
+
+class MultiplyRuns(torch.autograd.Function):
+    """x [S, inputs], flat [R, inputs] -> z [S, r]: of each token what its run's rows of ``flat`` make of it; zero where a run's
+    rank is below the largest, r. Tokens stand in ``slices`` without a gap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flat: Tensor, slices: Slices, rank: int) -> Tensor:
+        ctx.save_for_backward(x, flat)
+        ctx.slices = slices
+        z = x.new_empty(x.shape[0], rank)
+        for rows, tokens in slices:
+            width = rows.stop - rows.start
+            z[tokens, width:] = 0
+            torch.mm(x[tokens], flat[rows].t(), out=z[tokens, :width])
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (gradient,), (x, flat) = gradients, ctx.saved_tensors
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        of_flat = torch.zeros_like(flat)
+        for rows, tokens in ctx.slices:
+            given = gradient[tokens, : rows.stop - rows.start]
+            if of_x is not None:
+                torch.mm(given, flat[rows], out=of_x[tokens])
+            of_flat[rows].addmm_(given.t(), x[tokens])
+        return of_x, of_flat, None, None
+
+
+class _AddVertical(torch.autograd.Function):
+    """y [S, outputs], z [S, r], vertical [R, outputs] (each V transposed) -> y + z V, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, vertical: Tensor, slices: Slices) -> Tensor:
+        ctx.save_for_backward(z, vertical)
+        ctx.slices = slices
+        ctx.mark_dirty(y)
+        for rows, tokens in slices:
+            y[tokens].addmm_(z[tokens, : rows.stop - rows.start], vertical[rows])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (gradient,), (z, vertical) = gradients, ctx.saved_tensors
+        of_z, of_vertical = torch.zeros_like(z), torch.zeros_like(vertical)
+        for rows, tokens in ctx.slices:
+            width = rows.stop - rows.start
+            of_z[tokens, :width] = gradient[tokens] @ vertical[rows].t()
+            of_vertical[rows].addmm_(z[tokens, :width].t(), gradient[tokens])
+        return gradient, of_z, of_vertical, None
+
+
+def slices_of(places: list[slice], guide: Guide, kind: str, rows: Tensor) -> Slices:
+    """The matrix of each run of "source" or "target" language, by the ``places`` of the languages, and its tokens among ``rows``
+    [S, ...]: all sentences have the same number of them."""
+    runs = guide.runs(kind)
+    each = rows.shape[0] // runs[-1].stop if runs else 0
+    return [(places[run.language], slice(run.start * each, run.stop * each)) for run in runs]
+
+
+def indexes(settings: LowRank, decoder: bool) -> tuple[str, str]:
+    """Which language of a sentence chooses its vertical and its flat matrix: "source" or "target" (section 2.1).
+
+    Pair-wise V[source] F[target]; language-wise both by the source in the encoder and by the target in the decoder.
+    """
+    if settings.index == "pair":
+        return "source", "target"
+    return ("target", "target") if decoder else ("source", "source")
+
+
+class LowRankBank(nn.Module):
+    """The language-specific matrices of one linear layer, which is handed over with each call."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        settings: LowRank,
+        languages: Languages,
+        decoder: bool,
+        topology: Topology,
+        split: Literal["column", "row"],
+    ) -> None:
+        super().__init__()
+        ranks = [settings.rank_of(code) for code in languages.codes] + [settings.shared_rank] * settings.fuse_distillation
+        ends = list(accumulate(ranks))
+        self.rows = [slice(end - rank, end) for rank, end in zip(ranks, ends, strict=True)]  # the shared matrices come last
+        self.rank = max(ranks)
+        self.vertical_of, self.flat_of = indexes(settings, decoder)
+        self.topology, self.split = topology, split
+        tensor = topology.tensor
+        self.flat = nn.Parameter(torch.empty(ends[-1], inputs // tensor if split == "row" else inputs))
+        self.vertical = nn.Parameter(torch.empty(ends[-1], outputs // tensor if split == "column" else outputs))
+        if tensor > 1:
+            compat.mark_tensor_parallel(self.flat if split == "row" else self.vertical, 1)
+
+    def forward(self, base: nn.Module, x: Tensor, guide: Guide) -> Tensor:
+        """``base`` with this bank beside it: x [..., inputs] -> [..., outputs], rows in the order of the guide's sentences."""
+        rows = x.reshape(-1, x.shape[-1])
+        z = MultiplyRuns.apply(rows, self.flat, slices_of(self.rows, guide, self.flat_of, rows), self.rank)
+        group = self.topology.tensor_group
+        if group is None or self.topology.tensor == 1:
+            y = base(rows)
+        elif self.split == "column":
+            rows, z = copy_together((rows, z), group)
+            y = F.linear(rows, base.weight, base.bias)  # type: ignore[arg-type]
+        else:
+            y, z = sum_together((F.linear(rows, base.weight), z), group)  # type: ignore[arg-type]
+            y = torch.add(y, base.bias)  # type: ignore[arg-type]
+        y = _AddVertical.apply(y, z, self.vertical, slices_of(self.rows, guide, self.vertical_of, rows))
+        out: Tensor = y.view(*x.shape[:-1], y.shape[-1])
+        return out
+
+
+@dataclass(frozen=True)
+class Banks:
+    """Makes the banks of one side's layers."""
+
+    settings: LowRank
+    languages: Languages
+    decoder: bool
+    topology: Topology
+
+    @classmethod
+    def of(cls, recipe: Recipe, layer: int, place: str, decoder: bool, topology: Topology) -> Banks | None:
+        """None where the recipe has no banks in this place of the layer."""
+        settings = recipe.model.low_rank
+        return cls(settings, recipe.languages, decoder, topology) if settings and settings.is_in(layer, place) else None
+
+    def make(self, inputs: int, outputs: int, split: Literal["column", "row"]) -> LowRankBank:
+        return LowRankBank(inputs, outputs, self.settings, self.languages, self.decoder, self.topology, split)
+
+
+def linear(base: nn.Module, bank: LowRankBank | None, x: Tensor, guide: Guide | None) -> Tensor:
+    """A linear layer, with the bank beside it if there is one; only the bank needs the guide."""
+    if bank is None:
+        out: Tensor = base(x)
+        return out
+    assert guide is not None
+    return bank(base, x, guide)

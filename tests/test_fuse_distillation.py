@@ -1,0 +1,236 @@
+"""Fuse distillation against the paper's equations, with two separate passes in plain torch; and the routes afterwards."""
+
+from __future__ import annotations
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_run import TARGET_TOP2, make_recipe, write_corpus
+from test_bad_input import main
+from test_sameness import VOCABULARY, close, recipe_for, steps_of, train, whole
+
+from lsmoe_ds.config import LowRank, Recipe
+from lsmoe_ds.inference.beam_search import Search, beam_search
+from lsmoe_ds.language_specific.fuse_distillation import FuseDistillation, divergence
+from lsmoe_ds.languages import PAD, SentenceIds
+from lsmoe_ds.model import initialization
+from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.topology import Topology
+
+
+def fused(routing: str, tensor: int = 1, expert: int = 1, stage: int = 0, every: int = 1) -> Recipe:
+    recipe = recipe_for(routing, tensor, expert, stage)
+    recipe.model.low_rank = LowRank(rank=3, at="both", every=every, fuse_distillation=True)
+    return recipe
+
+
+def trained_matrices():
+    """Within, no low-rank matrix begins at zero, in whatever layout."""
+    true = initialization._draw
+
+    def draw(name, shape, seed):
+        return 2 * true(f"{name}_low_rank.vertical", shape, seed) if name.endswith("_low_rank.flat") else true(name, shape, seed)
+
+    return mock.patch.object(initialization, "_draw", draw)
+
+
+def run_steps(topology, recipe: Recipe, teacher: bool):
+    """As test_sameness.train, and the divergence of each step."""
+    from lsmoe_ds.training import engine
+
+    results, true = [], engine.train_step
+
+    def recorded(*arguments):
+        results.append(true(*arguments))
+        return results[-1]
+
+    form = mock.patch.object(FuseDistillation, "of", lambda recipe: FuseDistillation(teacher))
+    with trained_matrices(), form, mock.patch.object(engine, "train_step", recorded):
+        numbers, gradients, weights = train(topology, recipe)
+    return [(*each, result.distillation) for each, result in zip(numbers, results, strict=True)], gradients, weights
+
+
+def model_of(recipe: Recipe, trained: bool = True) -> Transformer:
+    model = Transformer(recipe, VOCABULARY)
+    if trained:
+        with trained_matrices():
+            initialization.initialize(model, recipe.training.seed, Topology.single())
+    else:
+        initialization.initialize(model, recipe.training.seed, Topology.single())
+    return model
+
+
+def equations(recipe: Recipe, teacher: bool) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Losses and gradients of the first step, from equations 2 to 4 with a pass for each route of each micro-batch."""
+    model, step = model_of(recipe).train(), steps_of(recipe, 0, 1)[0]
+    parts: dict[str, list[torch.Tensor]] = {"loss": [], "nll": [], "distillation": []}
+    records: list[list] = [[] for _ in model.moe_names]
+    for batch in step.batches:
+        real, logs = batch.labels != PAD, []
+        labels = batch.labels[real]
+        for route in ("specific", "shared"):
+            found: list = []
+            hidden = model._decode(
+                batch.decoder_input, batch.decoder_input != PAD, model.start(batch.source, batch.ids, found, route=route)
+            )
+            logs.append((hidden @ model.embedding.tokens.weight.t())[real].log_softmax(-1))
+            for layer, record in zip(records, found, strict=True):
+                layer.append(record)
+        specific, shared = logs
+        entropies = [F.cross_entropy(each, labels, label_smoothing=0.1, reduction="sum") for each in logs]
+        taught = specific.detach() if teacher else specific
+        forth = (taught.exp() * (taught - shared)).sum()
+        back = (shared.exp() * (shared - specific)).sum()
+        parts["loss"].append((entropies[0] + entropies[1]) / 2)
+        parts["distillation"].append(forth if teacher else (forth + back) / 2)
+        parts["nll"].append(F.nll_loss(specific, labels, reduction="sum"))
+    losses = {name: sum(values) / step.target_tokens for name, values in parts.items()}
+    losses |= {"balance": torch.zeros(()), "z_loss": torch.zeros(())}
+    for name, layer in zip(model.moe_names, records, strict=True):
+        tokens = 2 * (step.source_tokens if name.startswith("encoder") else step.target_tokens)
+        share = sum(record.counts for record in layer) / tokens
+        assert share.sum() == pytest.approx(1)
+        settings = layer[0].settings
+        losses["balance"] += settings.balance * settings.experts * (share * sum(record.probabilities for record in layer) / tokens).sum()
+        losses["z_loss"] += settings.z_loss * sum(record.squares for record in layer) / tokens
+    (losses["loss"] + losses["distillation"] + losses["balance"] + losses["z_loss"]).backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return {name: value.item() for name, value in losses.items()}, gradients
+
+
+@pytest.fixture(scope="module")
+def alone(pool):
+    """What one process computes."""
+    known: dict[tuple[str, bool], list] = {}
+
+    def of(routing: str, teacher: bool):
+        if (routing, teacher) not in known:
+            known[routing, teacher] = pool.run(1, run_steps, fused(routing), teacher)
+        return known[routing, teacher]
+
+    return of
+
+
+@pytest.mark.parametrize(("routing", "teacher"), [("dense", False), ("mixed", False), ("mixed", True)])
+def test_a_step_follows_the_equations(alone, routing, teacher):
+    found = alone(routing, teacher)
+    losses, gradients = equations(fused(routing), teacher)
+    loss, nll, balance, z_loss, _, _, distillation = found[0][0][0]
+    named = {"loss": loss, "nll": nll, "distillation": distillation, "balance": balance, "z_loss": z_loss}
+    assert named == pytest.approx(losses, rel=1e-5)
+    assert distillation > 0.01, "the routes must differ, or nothing is tested"
+    ours = whole(found, 1, 1)
+    names = initialization.global_names(model_of(fused(routing)), Topology.single())
+    assert ours.keys() == {names[name] for name in gradients}
+    for name, wanted in gradients.items():
+        close(ours[names[name]], wanted, name)
+
+
+LAYOUTS = [("dense", False, 2, 2, 1, 1), ("mixed", False, 2, 1, 1, 1), ("mixed", False, 2, 2, 2, 0), ("dense", True, 2, 2, 1, 0)]
+
+
+@pytest.mark.parametrize(("routing", "teacher", "world", "tensor", "expert", "stage"), LAYOUTS)
+def test_layout_computes_what_one_process_computes(pool, alone, routing, teacher, world, tensor, expert, stage):
+    wanted = alone(routing, teacher)
+    found = pool.run(world, run_steps, fused(routing, tensor, expert, stage), teacher, tensor=tensor, expert=expert)
+    for rank in found:
+        for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
+            assert numbers == pytest.approx(expected, rel=1e-5)
+    for which, what in ((1, "gradient"), (2, "weight")):
+        ours, theirs = whole(found, tensor, which), whole(wanted, 1, which)
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            close(ours[name], theirs[name], f"{what} of {name}")
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_divergence(teacher):
+    generator = torch.Generator().manual_seed(1)
+    logits = (4 * torch.randn(2, 7, 30, generator=generator, dtype=torch.float64)).requires_grad_()
+    specific, shared = logits.log_softmax(-1)
+    forth = F.kl_div(shared, specific.detach() if teacher else specific, reduction="sum", log_target=True)
+    wanted = forth if teacher else (forth + F.kl_div(specific, shared, reduction="sum", log_target=True)) / 2
+    found = divergence(logits.flatten(0, 1), Topology.single(), teacher)
+    torch.testing.assert_close(found, wanted)
+    gradient, expected = (torch.autograd.grad(3 * value, logits)[0] for value in (found, wanted))
+    torch.testing.assert_close(gradient, expected)
+    assert teacher == (not gradient[0].any()), "the specific side of the first form learns nothing from it"
+
+
+def test_a_new_model_has_nothing_to_distill():
+    recipe = fused("mixed")
+    batch = steps_of(recipe, 0, 1)[0].batches[1]
+    losses = model_of(recipe, trained=False).train()(batch.source, batch.decoder_input, batch.labels, batch.ids)
+    recipe.model.low_rank = None
+    plain = model_of(recipe).train()(batch.source, batch.decoder_input, batch.labels, batch.ids)
+    assert abs(float(losses.distillation.detach())) < 1e-5
+    torch.testing.assert_close((losses.loss, losses.nll), (plain.loss, plain.nll))
+    assert plain.distillation == 0
+
+
+def test_the_shared_route_knows_no_languages():
+    recipe = fused("dense")
+    model, batch = model_of(recipe).eval(), steps_of(recipe, 0, 1)[0].batches[1]
+    again = torch.arange(len(batch.direction) - 1, -1, -1)
+    others = SentenceIds(*(getattr(batch.ids, name)[again] for name in ("source", "target", "direction")))
+    assert (others.direction != batch.direction).any()
+
+    def results(ids: SentenceIds, route: str) -> tuple[torch.Tensor, float, list]:
+        with torch.no_grad():
+            logits = model.logits(batch.source, batch.decoder_input, ids, route)
+            nll = model(batch.source, batch.decoder_input, batch.labels, ids, route).nll
+        return logits, float(nll), beam_search(model, batch.source, ids, [PAD], Search(beam=2), route)
+
+    shared, same = results(batch.ids, "shared"), results(others, "shared")
+    assert torch.equal(shared[0], same[0]) and shared[1:] == same[1:]
+    for found, other in ((results(batch.ids, "specific"), results(others, "specific")), (shared, results(batch.ids, "specific"))):
+        assert not torch.allclose(found[0], other[0], atol=1e-2) and found[1] != other[1] and found[2] != other[2]
+
+
+def loop(topology, recipe: Recipe, run) -> None:
+    from lsmoe_ds.training.loop import train as train_all
+
+    with trained_matrices():
+        train_all(recipe, run, topology)
+
+
+@pytest.fixture(scope="module")
+def run(pool, tmp_path_factory):
+    from lsmoe_ds.data.prepare import prepare
+    from lsmoe_ds.run_folder import open_run
+
+    folder = tmp_path_factory.mktemp("fused")
+    write_corpus(folder)
+    recipe = make_recipe(folder, TARGET_TOP2, None)
+    recipe.model.low_rank = LowRank(rank=2, at="both", fuse_distillation=True)
+    recipe.training.validate_every = recipe.training.log_every = 1
+    open_run(recipe, folder / "run", prepare(recipe).folder / "vocabulary.model")
+    pool.run(1, loop, recipe, folder / "run")
+    return folder / "run"
+
+
+def test_a_training_records_both_routes(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["distillation"] > 0 for record in records if "loss" in record] == [True, True]
+    dev = [(record["dev_loss"], record["dev_loss_shared"]) for record in records if "dev_loss" in record]
+    assert len(dev) == 2 and all(specific != shared for specific, shared in dev)
+
+
+def test_an_evaluation_keeps_its_route(run, capsys):
+    seen = []
+
+    def spy(model, source, ids, banned, search, route):
+        seen.append(route)
+        return beam_search(model, source, ids, banned, search, route)
+
+    with mock.patch("lsmoe_ds.inference.translate.beam_search", spy):
+        for given, route in (([], "specific"), (["--route", "shared"], "shared")):
+            seen.clear()
+            assert main(["evaluate", str(run), "--limit", "2", "--beam", "1", *given]) == 0
+            assert set(seen) == {route} == {json.loads((run / "scores.json").read_text())["route"]}
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--route", "both"]) == 2
+    assert "'both' is no route: choose specific or shared" in capsys.readouterr().err
