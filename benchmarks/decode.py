@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch, DirectionIds, collate
 from lsmoe_ds.languages import EOS
+from lsmoe_ds.model.attention import Attention
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.routers import Routes
@@ -80,7 +81,11 @@ def sentences(recipe: Recipe, count: int, seed: int) -> Batch:
 def build(recipe: Recipe, topology: Topology) -> Transformer:
     model = Transformer(recipe, VOCABULARY, topology)
     initialize(model, 1, topology)
-    return model.to(topology.device).eval().requires_grad_(False)
+    model.to(topology.device).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.pack()  # as a model that is loaded to translate
+    return model
 
 
 def balance(routers: list[nn.Module], weights: list[nn.Parameter], run: Callable[[], object]) -> None:

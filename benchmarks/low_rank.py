@@ -28,7 +28,7 @@ from lsmoe_ds.config import PROJECT, Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.language_specific.low_rank import LowRankBank
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.moe.guide import Guide
+from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.parallel import compat, launch
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.recipe_file import load_recipe

@@ -24,7 +24,7 @@ from torch import Tensor
 from lsmoe_ds.config import MoE
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.moe.guide import Guide
+from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.moe.layer import MixtureOfExperts
 from lsmoe_ds.parallel import compat, launch
 from lsmoe_ds.parallel.topology import Topology

@@ -14,9 +14,9 @@ from torch import nn
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.language_specific.clsr import ConditionalRouting, Projections, alpha, budget_loss, gate_count
 from lsmoe_ds.language_specific.settings import Clsr
+from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
-from lsmoe_ds.moe.guide import Guide
 from lsmoe_ds.parallel.topology import Topology
 
 HIDDEN, LENGTH, NOISE = 6, 4, 1.5

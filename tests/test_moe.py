@@ -12,7 +12,7 @@ from lsmoe_ds.config import Capacity, MoE
 from lsmoe_ds.costs import bytes_per_row
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.moe.guide import Guide
+from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.moe.layer import MixtureOfExperts
 from lsmoe_ds.moe.losses import RoutingRecord, balance_loss, record_routing, z_loss
 from lsmoe_ds.moe.routers import DROPPED, ROUTERS, Routes, choose, limit

@@ -27,7 +27,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import check_route
 from lsmoe_ds.language_specific.low_rank import Banks
 from lsmoe_ds.languages import Direction, Languages
-from lsmoe_ds.moe.guide import SHARED
+from lsmoe_ds.model.guide import SHARED
 from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
 from lsmoe_ds.parallel.topology import Topology
 

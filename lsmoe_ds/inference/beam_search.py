@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import EOS, PAD, SentenceIds
+from lsmoe_ds.model.guide import Route
 from lsmoe_ds.model.transformer import Transformer
-from lsmoe_ds.moe.guide import Route
 
 
 @dataclass(frozen=True)

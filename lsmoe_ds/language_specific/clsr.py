@@ -34,7 +34,7 @@ from lsmoe_ds.config import Model, Recipe
 from lsmoe_ds.language_specific.low_rank import MultiplyRuns, slices_of
 from lsmoe_ds.language_specific.settings import Clsr, Sublayer
 from lsmoe_ds.languages import Languages
-from lsmoe_ds.moe.guide import Guide
+from lsmoe_ds.model.guide import Guide
 
 ALPHA = 5.0
 

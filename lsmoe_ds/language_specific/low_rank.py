@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config import LowRank, Recipe
 from lsmoe_ds.languages import Languages
-from lsmoe_ds.moe.guide import Guide
+from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import copy_together, sum_together
 from lsmoe_ds.parallel.topology import Topology

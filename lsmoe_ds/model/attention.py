@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.language_specific.low_rank import Banks, linear
-from lsmoe_ds.moe.guide import Guide
+from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.layers import column_linear, row_linear
 from lsmoe_ds.parallel.topology import Topology
@@ -18,7 +18,7 @@ Cache = tuple[Tensor, Tensor]  # keys and values, each [B, A, T, D]
 
 
 class Attention(nn.Module):
-    """Attention of queries [B, T, H] over a memory [B, M, H]; heads are spread over the tensor-parallel ranks."""
+    """Attention over a memory [B, M, H]; heads are spread over the tensor-parallel ranks."""
 
     def __init__(self, hidden: int, heads: int, dropout: float, topology: Topology, banks: Banks | None = None) -> None:
         super().__init__()
@@ -33,24 +33,46 @@ class Attention(nn.Module):
         self.heads = heads // topology.tensor
         self.dropout = dropout
         self.tensor = topology.tensor
+        self.packed: tuple[Tensor, ...] = ()  # weight [3 H, H] and bias [3 H] of query, key and value, if :meth:`pack` was called
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
+
+    def pack(self) -> None:
+        """For inference: query, key and value of one input become one product, whose weight theirs are views of. Where there
+        are banks or tensor-parallel peers, nothing happens."""
+        parts = (self.query, self.key, self.value)
+        if self.query_low_rank is not None or self.tensor > 1:
+            return
+        for name in ("weight", "bias"):
+            packed = torch.cat([getattr(part, name).detach() for part in parts])
+            for part, view in zip(parts, packed.chunk(3), strict=True):
+                setattr(part, name, nn.Parameter(view, requires_grad=False))
+            self.packed = (*self.packed, packed)
+
+    def ask(self, x: Tensor, guide: Guide) -> Tensor:
+        """Queries of x [B, T, H]: [B, A, T, D]."""
+        return self._split(linear(self.query, self.query_low_rank, x, guide))
 
     def project(self, memory: Tensor, guide: Guide) -> Cache:
         """Keys and values of a memory [B, M, H]."""
         key, value = linear(self.key, self.key_low_rank, memory, guide), linear(self.value, self.value_low_rank, memory, guide)
         return self._split(key), self._split(value)
 
-    def forward(self, x: Tensor, keys_values: Cache, guide: Guide, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x [B, T, H] -> [B, T, H]. ``mask`` [B, 1, 1, M] is true where a key may be seen."""
-        query = self._split(linear(self.query, self.query_low_rank, x, guide))
+    def ask_itself(self, x: Tensor, guide: Guide) -> tuple[Tensor, Cache]:
+        """Queries, keys and values of x [B, T, H]."""
+        if not self.packed:
+            return self.ask(x, guide), self.project(x, guide)
+        query, key, value = (self._split(part) for part in F.linear(x, *self.packed).chunk(3, -1))
+        return query, (key, value)
+
+    def forward(self, query: Tensor, keys_values: Cache, guide: Guide, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Queries [B, A, T, D] -> [B, T, H]. ``mask`` [B, 1, 1, M] is true where a key may be seen."""
         dropout = self.dropout if self.training else 0.0
         # Each tensor-parallel rank drops in its own heads, so it needs its own random numbers there.
         with compat.tensor_parallel_random() if dropout and self.tensor > 1 else contextlib.nullcontext():
             mixed = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        joined = mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
-        return linear(self.output, self.output_low_rank, joined, guide)
+        return linear(self.output, self.output_low_rank, mixed.transpose(1, 2).flatten(2), guide)
 
 
 def extend(cache: Cache | None, new: Cache) -> Cache:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.language_specific.low_rank import Banks, linear
-from lsmoe_ds.moe.guide import Guide
+from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.parallel.layers import column_linear, row_linear
 from lsmoe_ds.parallel.topology import Topology
 

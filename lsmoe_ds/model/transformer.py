@@ -20,7 +20,7 @@ from lsmoe_ds.languages import PAD, Languages, SentenceIds
 from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.moe.guide import Guide, Route, mean_of_real
+from lsmoe_ds.model.guide import Guide, Route, mean_of_real
 from lsmoe_ds.moe.losses import RoutingRecord, count_first_choices
 from lsmoe_ds.parallel.layers import cross_entropy, output_logits, project
 from lsmoe_ds.parallel.topology import Topology
@@ -120,8 +120,9 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Cache]:
         """x [B, T, H] -> [B, T, H], and the keys and values of all positions so far."""
         normed = self.attention_norm(x)
-        cache = extend(past, self.attention.project(normed, guide))
-        y = self.attention(normed, cache, guide, own_mask, causal)
+        query, new = self.attention.ask_itself(normed, guide)
+        cache = extend(past, new)
+        y = self.attention(query, cache, guide, own_mask, causal)
         if self.attention_clsr is not None:
             y = self.attention_clsr(y, normed, real, guide)
         x = x + self._drop(y)
@@ -129,8 +130,8 @@ class Layer(nn.Module):
             assert self.cross_norm is not None and cross is not None
             # The hypotheses of a sentence are queries over one memory: [B W, T, H] -> [B, W T, H] and back.
             normed = self.cross_norm(x)
-            queries = normed.view(cross[0].shape[0], -1, x.shape[2])
-            y = self.cross_attention(queries, cross, guide, cross_mask).view_as(x)
+            query = self.cross_attention.ask(normed.view(cross[0].shape[0], -1, x.shape[2]), guide)
+            y = self.cross_attention(query, cross, guide, cross_mask).view_as(x)
             if self.cross_attention_clsr is not None:
                 y = self.cross_attention_clsr(y, normed, real, guide)
             x = x + self._drop(y)

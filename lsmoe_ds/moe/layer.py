@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config import MoE
 from lsmoe_ds.languages import Languages
+from lsmoe_ds.model.guide import Guide, mean_of_real
 from lsmoe_ds.moe.dispatch import Dispatcher
-from lsmoe_ds.moe.guide import Guide, mean_of_real
 from lsmoe_ds.moe.losses import record_routing
 from lsmoe_ds.moe.routers import ROUTERS, Places, Routes, limit
 from lsmoe_ds.parallel import compat

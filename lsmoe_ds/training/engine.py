@@ -16,9 +16,9 @@ from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.language_specific import clsr
 from lsmoe_ds.memory import STAGE_0_BUCKET
+from lsmoe_ds.model.guide import Route
 from lsmoe_ds.model.initialization import initialize, partition_dimension
 from lsmoe_ds.model.transformer import Losses, Transformer
-from lsmoe_ds.moe.guide import Route
 from lsmoe_ds.moe.losses import balance_loss, z_loss
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic

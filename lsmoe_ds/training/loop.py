@@ -13,7 +13,7 @@ from lsmoe_ds.data.dealing import affinity
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.moe.guide import Route
+from lsmoe_ds.model.guide import Route
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.run_folder import list_checkpoints, newest_whole
