@@ -210,7 +210,7 @@ def report(run: Run, out: Annotated[Path | None, typer.Option("--out", metavar="
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="decode, exchange, moe or train.")]) -> None:
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="decode, exchange, low_rank, moe or train.")]) -> None:
     """Measures this machine, side by side with a peer or the physical limit; further options go to benchmarks/NAME.py."""
     from lsmoe_ds.benchmark import run
 
