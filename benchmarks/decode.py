@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch, DirectionIds, collate
 from lsmoe_ds.languages import EOS
-from lsmoe_ds.model.attention import Attention
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.routers import Routes
@@ -82,9 +81,7 @@ def build(recipe: Recipe, topology: Topology) -> Transformer:
     model = Transformer(recipe, VOCABULARY, topology)
     initialize(model, 1, topology)
     model.to(topology.device).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.pack()  # as a model that is loaded to translate
+    model.pack()  # as a model that is loaded to translate
     return model
 
 

@@ -162,20 +162,3 @@ def test_a_mixed_batch_equals_one_batch_for_each_pair(low_rank):
 def test_recipes_that_make_no_sense(low_rank, message):
     with pytest.raises(ValueError, match=message):
         recipe_of(**low_rank)
-
-
-def test_packed_attention_computes_the_same_in_the_same_memory():
-    batch, model = batch_of([0, 1, 2, 3]), model_of(recipe_of(), False)
-    wanted = model.logits(*batch)
-    names = [name for name, _ in model.named_parameters()]
-    for layer in [*model.encoder, *model.decoder]:
-        layer.attention.pack()
-        storages = {
-            part.weight.untyped_storage().data_ptr() for part in (layer.attention.query, layer.attention.key, layer.attention.value)
-        }
-        assert storages == {layer.attention.packed[0].untyped_storage().data_ptr()}
-    torch.testing.assert_close(model.logits(*batch), wanted)
-    assert [name for name, _ in model.named_parameters()] == names
-    banked = model_of(recipe_of(rank=3, at="attention"), True)
-    banked.encoder[0].attention.pack()
-    assert not banked.encoder[0].attention.packed

@@ -91,6 +91,22 @@ def test_steps_with_caches_equal_the_whole(routing):
     torch.testing.assert_close(torch.stack(steps, 1)[real], whole[real])
 
 
+@pytest.mark.parametrize("routing", ["dense", "lms"])
+def test_packed_attention_computes_the_same_in_the_same_memory(routing):
+    model, batch = model_of(routing).eval(), batch_of(routing)
+    wanted, names = model.logits(batch.source, batch.decoder_input, batch.ids), [name for name, _ in model.named_parameters()]
+    model.pack()
+    for layer in [*model.encoder, *model.decoder]:
+        attention = layer.attention
+        storages = {part.weight.untyped_storage().data_ptr() for part in (attention.query, attention.key, attention.value)}
+        if routing == "dense":
+            assert storages == {attention.packed[0].untyped_storage().data_ptr()}
+        else:
+            assert len(storages) == 3 and not attention.packed, "each of the three has a bank beside it"
+    torch.testing.assert_close(model.logits(batch.source, batch.decoder_input, batch.ids), wanted)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
 @pytest.mark.parametrize("routing", ["dense", "token", "sentence", "target", "capacity"])
 def test_padding_changes_nothing(routing):
     model, batch = model_of(routing).train(), batch_of(routing)

@@ -6,14 +6,12 @@ import pytest
 import torch
 from test_consolidate import with_banks
 from test_memory import kept_by_autograd, small_batches
-from test_planning import PAPERS, VOCABULARY, millions, recipe_of, sizes
-from test_sameness import ragged_batch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from test_planning import PAPERS, VOCABULARY, flops_by_torch, millions, recipe_of, sizes
 
 from lsmoe_ds.convert.subnetwork import extract
 from lsmoe_ds.costs import Parts, flops
-from lsmoe_ds.languages import EOS, Direction
+from lsmoe_ds.language_specific.settings import Clsr
+from lsmoe_ds.languages import Direction
 from lsmoe_ds.memory import activations
 from lsmoe_ds.model.initialization import global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
@@ -58,19 +56,16 @@ def test_parameters_are_those_of_a_built_and_of_an_extracted_model(banks, sides)
 @pytest.mark.parametrize("banks", [BANKS["feed-forward"], BANKS["attention"], BANKS["both, fused"]])
 def test_flops_are_those_that_torch_counts(banks):
     recipe, length = with_banks(recipe_of("dense", "static"), banks), 5
-    model = Transformer(recipe, VOCABULARY)
-    initialize(model, 1, Topology.single())
-    generator = torch.Generator().manual_seed(2)
-    source, decoder_input = (torch.randint(4, VOCABULARY, (3, length), generator=generator) for _ in range(2))
-    decoder_input[:, 0] = EOS
-    ids = ragged_batch(generator, recipe, 3).ids
-    counted = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    model.eval()
-    with FlopCounterMode(display=False, custom_mapping=counted) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(source, decoder_input, decoder_input, ids)
     found = flops(recipe, length)
-    assert 3 * length * (found.source + found.target) == counter.get_total_flops()
+    assert 3 * length * (found.source + found.target) == flops_by_torch(recipe, length)
     assert found.target_training == (6 if "fuse_distillation" in banks else 3) * found.target
+
+
+def test_flops_of_clsr_are_those_that_torch_counts():
+    recipe, length = recipe_of("dense", "dense"), 5
+    recipe.model.clsr = Clsr(gate=7)
+    found = flops(recipe, length)
+    assert 3 * length * (found.source + found.target) == flops_by_torch(recipe, length)
 
 
 def test_bytes_of_a_step_by_both_routes():
@@ -161,10 +156,6 @@ def test_condensing_multilingual_knowledge_table_6():
     ("shared", "at"), [(True, ["attention", "feed_forward"]), (False, ["attention", "cross_attention", "feed_forward"])]
 )
 def test_clsr_is_counted_exactly(shared, at):
-    import torch
-
-    from lsmoe_ds.model.transformer import Transformer
-
     recipe = load_recipe(
         PAPERS / "iwslt14-lms.yaml", ["model.low_rank=null", f"model.clsr={{shared: {str(shared).lower()}, at: [{', '.join(at)}]}}"]
     )

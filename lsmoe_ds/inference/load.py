@@ -12,7 +12,6 @@ from lsmoe_ds.convert.folder import Weights, find_model, read_weights
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Languages
-from lsmoe_ds.model.attention import Attention
 from lsmoe_ds.model.guide import Route
 from lsmoe_ds.model.initialization import global_names
 from lsmoe_ds.model.transformer import Transformer
@@ -81,7 +80,5 @@ def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch
             raise UserError(f"the weights do not belong to the recipe and vocabulary: {name} should be {wanted}, found {found}")
     model.load_state_dict({local: weights.tensors[name] for local, name in names.items()}, assign=True)
     model.to(device).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.pack()
+    model.pack()
     return model

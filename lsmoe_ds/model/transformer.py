@@ -251,6 +251,12 @@ class Transformer(nn.Module):
         self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, gates=gates))
         return torch.stack(gates).sum(0, keepdim=True)
 
+    def pack(self) -> None:
+        """For inference: see :meth:`Attention.pack`."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.pack()
+
     def moe_layers(self) -> list[tuple[str, Any]]:
         """(side, MixtureOfExperts), in the order in which they run."""
         return [(name.split(".")[0], self.get_submodule(f"{name}.feed_forward")) for name in self.moe_names]
