@@ -33,6 +33,39 @@ from lsmoe_ds.parallel.topology import Topology
 Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they are for
 
 
+def _fill(z: Tensor, rows: slice, tokens: slice) -> Tensor:
+    """The place of a run in z [S, r], still to be written; what the run's rank leaves of the width is zero."""
+    width = rows.stop - rows.start
+    if width < z.shape[1]:
+        z[tokens, width:] = 0
+    return z[tokens, :width]
+
+
+class _Rows:
+    """The gradient of a bank's matrix [R, ...], product by product. Large banks would otherwise be filled with zeros and then
+    added to."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.whole = torch.empty_like(matrix)
+        self.written: list[tuple[int, int]] = []
+
+    def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
+        """Adds the product of a and b to ``rows``, which are the same as earlier ones or apart from them."""
+        if (rows.start, rows.stop) in self.written:
+            self.whole[rows].addmm_(a, b)
+        else:
+            torch.mm(a, b, out=self.whole[rows])
+            self.written.append((rows.start, rows.stop))
+
+    def done(self) -> Tensor:
+        end = 0
+        for start, stop in [*sorted(self.written), (self.whole.shape[0],) * 2]:
+            if end < start:
+                self.whole[end:start] = 0
+            end = stop
+        return self.whole
+
+
 class MultiplyRuns(torch.autograd.Function):
     """x [S, inputs], flat [R, inputs] -> z [S, r]: of each token what its run's rows of ``flat`` make of it; zero where a run's
     rank is below the largest, r. Tokens stand in ``slices`` without a gap."""
@@ -43,22 +76,20 @@ class MultiplyRuns(torch.autograd.Function):
         ctx.slices = slices
         z = x.new_empty(x.shape[0], rank)
         for rows, tokens in slices:
-            width = rows.stop - rows.start
-            z[tokens, width:] = 0
-            torch.mm(x[tokens], flat[rows].t(), out=z[tokens, :width])
+            torch.mm(x[tokens], flat[rows].t(), out=_fill(z, rows, tokens))
         return z
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (gradient,), (x, flat) = gradients, ctx.saved_tensors
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        of_flat = torch.zeros_like(flat)
+        of_flat = _Rows(flat)
         for rows, tokens in ctx.slices:
             given = gradient[tokens, : rows.stop - rows.start]
             if of_x is not None:
                 torch.mm(given, flat[rows], out=of_x[tokens])
-            of_flat[rows].addmm_(given.t(), x[tokens])
-        return of_x, of_flat, None, None
+            of_flat.add(rows, given.t(), x[tokens])
+        return of_x, of_flat.done(), None, None
 
 
 class _AddVertical(torch.autograd.Function):
@@ -76,12 +107,11 @@ class _AddVertical(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (gradient,), (z, vertical) = gradients, ctx.saved_tensors
-        of_z, of_vertical = torch.zeros_like(z), torch.zeros_like(vertical)
+        of_z, of_vertical = torch.empty_like(z), _Rows(vertical)
         for rows, tokens in ctx.slices:
-            width = rows.stop - rows.start
-            of_z[tokens, :width] = gradient[tokens] @ vertical[rows].t()
-            of_vertical[rows].addmm_(z[tokens, :width].t(), gradient[tokens])
-        return gradient, of_z, of_vertical, None
+            torch.mm(gradient[tokens], vertical[rows].t(), out=_fill(of_z, rows, tokens))
+            of_vertical.add(rows, z[tokens, : rows.stop - rows.start].t(), gradient[tokens])
+        return gradient, of_z, of_vertical.done(), None
 
 
 def slices_of(places: list[slice], guide: Guide, kind: str, rows: Tensor) -> Slices:
