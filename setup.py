@@ -17,6 +17,7 @@ setup(
         "sentencepiece>=0.2.1,<0.3",
         "sacrebleu>=2.5,<3",
         "regex>=2024",
+        "lxml>=5",
         "safetensors>=0.5",
         "pydantic>=2.10,<3",
         "pyyaml>=6",

@@ -42,7 +42,7 @@ def _show(table: Any) -> None:
 
 @data_app.command("fetch")
 def data_fetch(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="django, wagtail, weblate or mediawiki.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names in docs/data.md: django, mediawiki, wesnoth...")],
     directory: Annotated[Path, typer.Option(help="Where data lies; 'data.directory' of the recipe.")] = Path("data"),
 ) -> None:
     """Fetches real parallel text from package registries, with its licence and provenance."""
@@ -207,6 +207,25 @@ def report(run: Run, out: Annotated[Path | None, typer.Option("--out", metavar="
     from lsmoe_ds.evaluation.report import write_report
 
     print(write_report(run, out))
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML, such as studies/lms.yaml.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The study's folder; runs/NAME by default.")] = None,
+    members: Annotated[list[str] | None, typer.Option("--member", metavar="NAME", help="Only this one; may be repeated.")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Only this one; may be repeated.")] = None,
+    processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Processes of each training, as of 'lsmoe train'.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trains and scores a family of recipes on the same data and steps, and writes one comparison; goes on where it ended."""
+    from lsmoe_ds.study.command import run_study
+
+    comparison = run_study(file, out, members or (), seeds or (), processes)
+    if as_json:
+        _print_json(comparison.to_dict())
+    else:
+        _show(comparison.render())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

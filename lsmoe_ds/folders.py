@@ -82,14 +82,14 @@ def recover(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the right to write ``path`` against other processes; raises UserError if another has it."""
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Holds the right to write ``path`` against other processes; if another has it, waits, or raises UserError."""
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("w")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks: go on without
                 recover(path)

@@ -1,10 +1,12 @@
-"""Reads a recipe file, and explains what is wrong with it: the key, its line, what was found and what is allowed."""
+"""Reads recipes, and other YAML files made of sections, and explains what is wrong with them: the key, its line, what was found
+and what is allowed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -13,31 +15,54 @@ from lsmoe_ds.config import Recipe, Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import nearest
 
+S = TypeVar("S", bound=Section)
+Lines = dict[tuple[str, ...], int]
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file; ``overrides`` are ``a.b=value`` strings with YAML values.
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a recipe file; ``changes`` are merged into it, ``overrides`` are ``a.b=value`` strings with YAML values.
 
     Raises UserError with the key, its line where it has one, what was found and what is allowed.
     """
-    path = Path(path)
+    value, lines = read_mapping(Path(path), "recipe", Recipe)
+    merge(value, changes or {})
+    for override in overrides:
+        _apply_override(value, override)
+    return validate(Recipe, value, Path(path), lines)
+
+
+def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[str, Any], Lines]:
+    """The mapping in a YAML file and the lines of its keys; ``kind`` is what errors call it, ``section`` what it should hold."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"there is no recipe {path}") from None
+        raise UserError(f"there is no {kind} {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
+        raise UserError(f"{kind} {path} cannot be read: {error}") from None
     try:
         value, lines = yaml.safe_load(text), _lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{kind} {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
-        raise UserError(f"recipe {path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
-    for override in overrides:
-        _apply_override(value, override)
+        raise UserError(f"{kind} {path} must be a mapping with the keys {', '.join(section.model_fields)}")
+    return value, lines
+
+
+def validate(section: type[S], value: dict[str, Any], path: Path, lines: Lines) -> S:
+    """What :func:`read_mapping` found as its section."""
     try:
-        return Recipe.model_validate(value)
+        return section.model_validate(value)
     except ValidationError as error:
-        raise UserError(_explain(path, error, lines)) from None
+        raise UserError(_explain(path, error, lines, section)) from None
+
+
+def merge(value: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Changes the keys of ``value`` in place: mappings key by key, all else as a whole."""
+    for key, change in changes.items():
+        if isinstance(change, Mapping) and isinstance(value.get(key), dict):
+            merge(value[key], change)
+        else:
+            value[key] = deepcopy(change)
 
 
 def _apply_override(value: dict[str, Any], override: str) -> None:
@@ -55,9 +80,9 @@ def _apply_override(value: dict[str, Any], override: str) -> None:
         raise UserError(f"'--set {override}': '{text}' is not a YAML value") from None
 
 
-def _lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+def _lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> Lines:
     """Line of each key, counted from 1; refuses a key written twice."""
-    found: dict[tuple[str, ...], int] = {}
+    found: Lines = {}
     if isinstance(node, yaml.MappingNode):
         for key, child in node.value:
             here = (*at, str(key.value))
@@ -72,18 +97,18 @@ def _lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> dict[tuple[str, 
     return found
 
 
-def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], int]) -> str:
+def _explain(path: Path, error: ValidationError, lines: Lines, whole: type[Section]) -> str:
     errors = error.errors()
     # Of a union's members each has complained: an unknown key tells more than "should be a string".
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # pydantic names the tried member of a union ("Corpus", "list[...]"): only what stands in a recipe is shown.
+    # pydantic names the tried member of a union ("Corpus", "list[...]"): only what stands in the file is shown.
     at = tuple(
         str(part) for part in first["loc"] if not str(part)[:1].isupper() and "[" not in str(part) and str(part) not in ("str", "dict")
     )
     line = next((f", line {lines[at[:n]]}" for n in range(len(at), 0, -1) if at[:n] in lines), "")
     key = ".".join(at)
     if first["type"] == "extra_forbidden":
-        known = _fields(at[:-1])
+        known = _fields(at[:-1], whole)
         return f"{path}{line}: unknown key '{key}'{nearest(at[-1], known)}; allowed here: {', '.join(known)}"
     if first["type"] == "missing":
         return f"{path}{line}: '{key}' is missing"
@@ -93,9 +118,9 @@ def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], in
     return f"{path}{line}: '{key}': {message}{found}" if key else f"{path}: {message}"
 
 
-def _fields(at: tuple[str, ...]) -> list[str]:
-    """Keys that are allowed at a place in the recipe."""
-    section: Any = Recipe
+def _fields(at: tuple[str, ...], whole: type[Section]) -> list[str]:
+    """Keys that are allowed at a place in a recipe or study."""
+    section: Any = whole
     for part in at:
         if part.isdigit():
             continue

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from small_corpora import recipe
 
-from lsmoe_ds.data import sources
+from lsmoe_ds.data import archives, sources
+from lsmoe_ds.data.documents import align_sentences
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.sources import SOURCES, Source, corpus_damage, fetch
 from lsmoe_ds.data.summary import show
@@ -107,7 +108,7 @@ def test_a_damaged_folder_is_fetched_again(
         (wheel({"x/locale/de/LC_MESSAGES/django.mo": b"\xde\x12\x04\x95" + b"\xff" * 40}), "is damaged"),
         (wheel({name: data for name, data in WHOLE.items() if "LICENSE" not in name}), "no licence text"),
         (wheel({"x-1.dist-info/licenses/LICENSE": b"Do."}), "no translations"),
-        (wheel({"x/locale/de/LC_MESSAGES/django.mo": bytes(sources.MEMBER_LIMIT + 1)}), "more than is reasonable"),
+        (wheel({"x/locale/de/LC_MESSAGES/django.mo": bytes(archives.MEMBER_LIMIT + 1)}), "more than is reasonable"),
     ],
 )
 def test_a_bad_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, says: str) -> None:
@@ -135,35 +136,52 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failed_download_tells_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SOURCES, "django", Source("django", "lsmoe-no-such-package", "none", 1, version="0.0.0.dev0"))
+    monkeypatch.setitem(SOURCES, "django", Source("django", ("lsmoe-no-such-package",), "none", 1, version="0.0.0.dev0"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match=r"corpus django could not be fetched through pip: .*No matching distribution") as error:
         fetch(["django"], tmp_path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def offer_packages(monkeypatch: pytest.MonkeyPatch, folder: Path, packages: dict[str, dict[str, str | bytes]]) -> list[Path]:
+    """Lets apt bring packages of version 1:2.3 that hold these files below usr/share, and their copyright."""
+    debs = []
+    for name, files in packages.items():
+        root = folder / "roots" / name
+        control = f"Package: {name}\nVersion: 1:2.3\nArchitecture: all\nMaintainer: N <n@n>\nDescription: d\n"
+        whole: dict[str, str | bytes] = {"DEBIAN/control": control, f"usr/share/doc/{name}/copyright": "GPL"}
+        for path, content in (whole | {f"usr/share/{path}": content for path, content in files.items()}).items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(content.encode() if isinstance(content, str) else content)
+        debs.append(folder / f"{name}_1%3a2.3_all.deb")
+        command = ["dpkg-deb", "--build", "--root-owner-group", "-Znone", root, debs[-1]]
+        subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+
+    def call(command: list[str], folder: Path, failure: str) -> None:
+        assert command[1] == "download" and set(packages) <= set(command)
+        for deb in reversed(debs):
+            shutil.copy(deb, folder)
+
+    monkeypatch.setattr(sources, "_call", call)
+    return debs
+
+
+needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+
+
+@needs_dpkg
 def test_mediawiki_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "package"
-    messages = root / "usr/share/mediawiki/languages/i18n"
-    messages.mkdir(parents=True)
-    for name, content in {
+    messages = {
         "en": {"@metadata": {}, "save": "Save the '''page'''", "only": "Only here", "see": "See [[Help|the help]]"},
         "zh-hans": {"save": "保存页面"},
         "be-tarask": {"save": "Захаваць", "see": "Глядзі [[Help|дапамогу]]", "unknown": "x"},
         "qqq": {"save": "a note"},
         "de-formal": {"save": "Sichern Sie"},
         "en-gb": {"save": "Save"},
-    }.items():
-        (messages / f"{name}.json").write_text(json.dumps(content))
-    (root / "usr/share/doc/mediawiki").mkdir(parents=True)
-    (root / "usr/share/doc/mediawiki/copyright").write_text("GPL")
-    (root / "DEBIAN").mkdir()
-    (root / "DEBIAN/control").write_text("Package: mediawiki\nVersion: 1:2.3\nArchitecture: all\nMaintainer: N <n@n>\nDescription: d\n")
-    deb = tmp_path / "mediawiki_1%3a2.3_all.deb"
-    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", "-Znone", root, deb], check=True, capture_output=True)
-    monkeypatch.setattr(shutil, "which", lambda name: name)
-    monkeypatch.setattr(sources, "_call", lambda command, folder, failure: shutil.copy(deb, folder))
+    }
+    files: dict[str, str | bytes] = {f"mediawiki/languages/i18n/{name}.json": json.dumps(content) for name, content in messages.items()}
+    (deb,) = offer_packages(monkeypatch, tmp_path, {"mediawiki": files})
     (folder,) = fetch(["mediawiki"], tmp_path)
     assert sorted(path.name for path in folder.glob("*.tsv")) == ["be_tarask-en.tsv", "en-zh_Hans.tsv"]
     assert (folder / "en-zh_Hans.tsv").read_text() == "Save the page\t保存页面\n"
@@ -173,6 +191,116 @@ def test_mediawiki_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="damaged"):
         fetch(["mediawiki"], tmp_path)
+
+
+@needs_dpkg
+def test_the_catalogues_of_the_game(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    campaign = {
+        "race+female^Elf": "Elfe",
+        "Halt! Who is it\n\nSpeak. <i>Now</i>.": "Halt! Wer ist da\nSprecht. <i>Jetzt</i>.",
+        "One. Two.": "Beide zusammen.",
+        "See <ref>dst='a_b' text='the elf\\'s help'</ref><img>src='x.png'</img>.": "Siehe <ref>text='die Hilfe' dst='a_b'</ref>.",
+        "prefix=Al,Bo,Ca,De,Eo": "prefix=Al,Bo,Ca,De,Eu",
+    }
+    packages: dict[str, dict[str, str | bytes]] = {name: {} for name in SOURCES["wesnoth"].packages}
+    packages["wesnoth-1.16-dm"] = {"games/wesnoth/1.16/locale/de/LC_MESSAGES/wesnoth-dm.mo": catalogue(campaign)}
+    packages["wesnoth-1.16-data"] = {
+        "games/wesnoth/1.16/locale/de/LC_MESSAGES/wesnoth.mo": catalogue({"Axe": "Axt"}),
+        "games/wesnoth/1.16/locale/en@shaw/LC_MESSAGES/wesnoth.mo": catalogue({"Axe": "x"}),
+    }
+    offer_packages(monkeypatch, tmp_path, packages)
+    (folder,) = fetch(["wesnoth"], tmp_path)
+    assert (folder / "LICENSE").read_text() == "GPL"
+    assert [path.name for path in folder.glob("*.tsv")] == ["de-en.tsv"]
+    lines = (folder / "de-en.tsv").read_text().splitlines()
+    assert lines[0] == "Axt\tAxe"
+    assert sorted(lines[1:]) == [
+        "Beide zusammen.\tOne. Two.", "Elfe\tElf", "Halt!\tHalt!", "Jetzt.\tNow.", "Siehe die Hilfe.\tSee the elf's help.",
+        "Sprecht.\tSpeak.", "Wer ist da\tWho is it",
+    ]  # fmt: skip
+    provenance = json.loads((folder / "PROVENANCE.json").read_text())
+    assert len(provenance["archives"]) == len(packages) and provenance["version"] == "1:2.3"
+
+
+def mallard(title: str, *paragraphs: str) -> str:
+    return f"""<!DOCTYPE page [<!ENTITY file SYSTEM "/etc/passwd">]>
+<page xmlns="http://projectmallard.org/1.0/"><info><credit><name>N</name><p>by me</p></credit></info>
+<title>{title}</title>{"".join(f"<p>{text}</p>" for text in paragraphs)}</page>"""
+
+
+@needs_dpkg
+def test_help_is_aligned_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = "<keyseq><key>{}</key><key>C</key></keyseq> &file;"
+    files: dict[str, str | bytes] = {
+        "help/C/desk/a.page": mallard("Mouse", "Press <key>Esc</key>.<!-- no --> It\n works.", keys.format("Ctrl")),
+        "help/de/desk/a.page": mallard("Maus", "Drücke <key>Esc</key>. Es geht.", keys.format("Strg")),
+        "help/fr/desk/a.page": mallard("Souris", "Appuyez."),
+        "help/it/desk/a.page": mallard("Mouse", "Premi A.", "<b>unclosed"),
+        "help/es/desk/other.page": mallard("Otro"),
+    }  # fmt: skip
+    offer_packages(monkeypatch, tmp_path, {"gnome-user-docs": files})
+    (folder,) = fetch(["gnome-user-docs"], tmp_path)
+    assert [path.name for path in folder.glob("*.tsv")] == ["de-en.tsv"]
+    assert (folder / "de-en.tsv").read_text().splitlines() == [
+        "Maus\tMouse", "Drücke Esc.\tPress Esc.", "Es geht.\tIt works.", "Strg+C &file;\tCtrl+C &file;",
+    ]  # fmt: skip
+    provenance = json.loads((folder / "PROVENANCE.json").read_text())
+    assert (provenance["documents"], provenance["documents_left_out"]) == (1, 2)
+
+
+def page(title: str, text: str, last: str = "Same") -> str:
+    return f"""<?xml version="1.0" encoding="UTF-8"?><html xmlns="http://www.w3.org/1999/xhtml"><head><title>x</title></head><body>
+<ul class="docnav"><li>Next</li></ul>
+<h2 class="title">6.2. {title}</h2><div class="para">{text}
+<ul><li><div class="para">{last}</div></li></ul>
+</div><p>{text} → <a>https://example.org/x</a></p><pre>code</pre></body></html>"""
+
+
+@needs_dpkg
+def test_handbook_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "doc/debian-handbook/html"
+    files: dict[str, str | bytes] = {
+        f"{place}/en-US/apt.html": page("Tools", "Some<br/>text"),
+        f"{place}/ja-JP/apt.html": page("道具", "本文"),
+        f"{place}/de-DE/apt.html": page("Werkzeuge", "Ein Text").replace("</pre>", "</pre><p>Mehr</p>"),
+    }
+    offer_packages(monkeypatch, tmp_path, {"debian-handbook": files})
+    (folder,) = fetch(["debian-handbook"], tmp_path)
+    assert [path.name for path in folder.glob("*.tsv")] == ["en-ja.tsv"]
+    assert (folder / "en-ja.tsv").read_text() == "Tools\t道具\nSome text\t本文\n"
+    assert json.loads((folder / "PROVENANCE.json").read_text())["documents_left_out"] == 1
+
+
+@needs_dpkg
+def test_help_in_a_package_for_each_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "<html><body><header><p>Top</p></header><p>{}<span class='x'><span class='MAC'>Cmd</span><span>{}</span></span></p></body></html>"
+    )
+    packages: dict[str, dict[str, str | bytes]] = {name: {} for name in SOURCES["libreoffice-help"].packages}
+    for code, words in {"en-US": ("Press ", "Ctrl"), "ca": ("Premeu ", "Ctrl"), "pt-BR": ("Tecle ", "Ctrl")}.items():
+        packages[f"libreoffice-help-{code.lower()}"] = {f"libreoffice/help/{code}/text/shared/a.html": text.format(*words)}
+    offer_packages(monkeypatch, tmp_path, packages)
+    (folder,) = fetch(["libreoffice-help"], tmp_path)
+    assert {path.name: path.read_text() for path in folder.glob("*.tsv")} == {
+        "ca-en.tsv": "Premeu Ctrl\tPress Ctrl\n", "en-pt_BR.tsv": "Press Ctrl\tTecle Ctrl\n",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("english", "translated", "expected"),
+    [
+        ("It is, e.g. Debian. Use it!", "Das ist z. B. Debian. Benutze es!", 2),
+        ("He said “Go.” Then he left.", "他说：“走。”然后离开了。", 2),
+        ("One. Two.", "一つ。二つ。", 2),
+        ("Short. This one is a very long sentence with lots of words in it.", "Dies ist ein ganz langer Satz mit vielen Worten. Kurz.", 1),
+        ("One. Two.", "Eins und zwei.", 1),
+    ],
+)
+def test_sentences_are_split_where_both_sides_have_as_many(english: str, translated: str, expected: int) -> None:
+    pairs = align_sentences(english, translated)
+    assert len(pairs) == expected
+    assert all(text == text.strip() and text for pair in pairs for text in pair)
+    assert " ".join(first for first, _ in pairs) == english
 
 
 @pytest.mark.slow

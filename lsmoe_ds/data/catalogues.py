@@ -18,6 +18,13 @@ WIKI_QUOTES = re.compile(r"'{2,5}")
 WIKI_GRAMMAR = re.compile(r"\{\{GRAMMAR:[^|{}]*\|([^{}]*)\}\}", re.IGNORECASE)
 WIKI_LINE_MARKS = re.compile(r"^[*#:;= ]+|=+ *$", re.MULTILINE)
 
+# The Battle for Wesnoth: "female^Elf", <ref>dst='page' text='the words'</ref>, <i>words</i>
+GAME_CONTEXT = re.compile(r"^[^^<>]{1,60}\^")
+GAME_ELEMENT = re.compile(r"<(ref|header|bold|italic|format|img|jump)>(.*?)</\1>", re.DOTALL)
+GAME_TEXT = re.compile(r"\btext=(['\"])(.*?)(?<!\\)\1", re.DOTALL)
+GAME_LIST = re.compile(r"([^\s,|]+[,|]){4}")  # what names are made of
+GAME_TAG = re.compile(r"</?(i|b|u|span|small|big|tt)\b[^<>]{0,400}>")
+
 
 def without_tags(text: str, accelerator: str = "") -> str:
     """Text of a message written in HTML, on one line; ``accelerator`` is the character before a menu's key, if there is one."""
@@ -41,6 +48,16 @@ def without_wiki_markup(text: str) -> str:
     if "{{" in text:
         text = WIKI_GRAMMAR.sub(r"\1", text)
     return without_tags(WIKI_LINE_MARKS.sub("", WIKI_QUOTES.sub("", text)))
+
+
+def without_game_markup(text: str) -> str:
+    """Text of a message of The Battle for Wesnoth, on one line, without the context that stands before ``^``; empty for lists of names."""
+
+    def words(match: re.Match[str]) -> str:
+        found = GAME_TEXT.search(match.group(2))
+        return found.group(2).replace("\\'", "'") if found else ""
+
+    return "" if GAME_LIST.search(text) else without_tags(GAME_TAG.sub("", GAME_ELEMENT.sub(words, GAME_CONTEXT.sub("", text))))
 
 
 def read_catalogue(data: bytes) -> Iterator[tuple[str, str]]:

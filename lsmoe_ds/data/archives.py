@@ -1,0 +1,71 @@
+"""Opening wheels and Debian packages: members are read into memory within limits, nothing is written under an archive's names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lsmoe_ds.errors import UserError
+
+MEMBER_LIMIT = 64 << 20
+ARCHIVE_LIMIT = 2 << 30
+
+Members = dict[str, Callable[[], bytes]]  # what reads a member, by its name, in the order of the names
+
+
+@contextmanager
+def opened(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]:
+    """The files of a wheel or a Debian package whose whole names match.
+
+    A damaged archive, and a ValueError about what one of its files holds, is a UserError; so is one that unpacks to too much.
+    """
+    try:
+        with (_wheel if archive.suffix == ".whl" else _debian_package)(archive, wanted) as members:
+            yield members
+    except (zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
+        raise UserError(f"{archive.name} is damaged: {error}") from None
+
+
+@contextmanager
+def _wheel(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]:
+    with zipfile.ZipFile(archive) as wheel:
+        infos = sorted((info for info in wheel.infolist() if wanted.fullmatch(info.filename)), key=lambda info: info.filename)
+        _check_sizes(archive, [info.file_size for info in infos])
+
+        def read(info: zipfile.ZipInfo) -> bytes:
+            with wheel.open(info) as file:
+                return file.read(MEMBER_LIMIT)
+
+        yield {info.filename: lambda info=info: read(info) for info in infos}  # type: ignore[misc]
+
+
+@contextmanager
+def _debian_package(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]:
+    contents = archive.with_suffix(".tar")
+    try:
+        with contents.open("wb") as file:
+            done = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise ValueError(done.stderr.strip())
+        with tarfile.open(contents, "r:") as package:
+            infos = sorted((info for info in package if info.isfile() and wanted.fullmatch(info.name)), key=lambda info: info.name)
+            _check_sizes(archive, [info.size for info in infos])
+
+            def read(info: tarfile.TarInfo) -> bytes:
+                file = package.extractfile(info)
+                assert file is not None  # only regular files were listed
+                return file.read()
+
+            yield {info.name: lambda info=info: read(info) for info in infos}  # type: ignore[misc]
+    finally:
+        contents.unlink(missing_ok=True)
+
+
+def _check_sizes(archive: Path, sizes: list[int]) -> None:
+    if sizes and (max(sizes) > MEMBER_LIMIT or sum(sizes) > ARCHIVE_LIMIT):
+        raise UserError(f"{archive.name} unpacks to more than is reasonable ({sum(sizes) >> 20} MB): it was not read")

@@ -1,0 +1,202 @@
+"""``lsmoe study``: trains and evaluates the members of a study one by one, and keeps the tables up to date.
+
+``OUT/MEMBER-seedN/`` are run folders, with ``scores-ROUTE.json`` beside what training leaves there; ``OUT/recipes/`` holds the
+whole recipe of each; ``OUT/study.json``, ``study.md`` and ``study.html`` are written anew after each member. Several processes may
+work on one study as long as each takes members or seeds of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from lsmoe_ds.data.prepared import MANIFEST, PreparedData
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.evaluate import evaluate
+from lsmoe_ds.evaluation.report import Progress, read_progress
+from lsmoe_ds.evaluation.scores import ScoreTable
+from lsmoe_ds.folders import explain_errors, locked, write_whole
+from lsmoe_ds.inference.load import check_route
+from lsmoe_ds.languages import nearest
+from lsmoe_ds.parallel.launch import KEEP_LARGE_BLOCKS, smallest_world
+from lsmoe_ds.parallel.topology import Topology, check_world
+from lsmoe_ds.planning import plan
+from lsmoe_ds.run_folder import check_run, newest_whole, step_of
+from lsmoe_ds.study.page import render_page
+from lsmoe_ds.study.settings import Study, load_study
+from lsmoe_ds.study.table import Comparison, Costs, Spread, compare
+from lsmoe_ds.training.engine import engine_config
+
+T = TypeVar("T", str, int)
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # a member is trained by processes of its own, whatever this one is part of
+
+
+def run_study(
+    file: str | Path,
+    out: Path | None = None,
+    members: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    processes: int | None = None,
+) -> Comparison:
+    """Does what is left to do for ``members`` and ``seeds`` (all, if none are named) and returns the comparison of all.
+
+    Raises UserError for a bad study, for what cannot be trained as it stands, before anything is trained, and for a
+    training that failed; what was done stays.
+    """
+    study = load_study(file)
+    chosen_members = _choose(members, list(study.settings.members), "member")
+    chosen_seeds = _choose(seeds, study.settings.seeds, "seed")
+    runs = Runs(study, out or Path("runs") / study.settings.name)
+    for seed in chosen_seeds:
+        for member in chosen_members:
+            runs.check(member, seed, processes)
+    runs.compare()  # refuses runs of another study before the first training, not after it
+    for seed in chosen_seeds:
+        for member in chosen_members:
+            runs.train(member, seed, processes)
+            for route in study.settings.members[member].routes:
+                runs.evaluate(member, seed, route)
+            runs.write_tables()
+    return runs.compare()
+
+
+def _choose(asked: Sequence[T], known: Sequence[T], kind: str) -> list[T]:
+    for one in asked:
+        if one not in known:
+            guess = nearest(one, map(str, known)) if isinstance(one, str) else ""
+            raise UserError(f"{kind} {one} is not in the study{guess}: it has {', '.join(map(str, known))}")
+    return [one for one in known if one in asked or not asked]
+
+
+class Runs:
+    """The folder of a study."""
+
+    def __init__(self, study: Study, out: Path) -> None:
+        if not (study.prepared / MANIFEST).is_file():
+            raise UserError(f"there is no prepared data in {study.prepared}: run 'lsmoe data prepare {study.base}'")
+        self.study, self.out, self.prepared = study, out, PreparedData.open(study.prepared)
+        self.plans = {member: plan(recipe) for member, recipe in study.recipes.items()}
+
+    def folder(self, member: str, seed: int) -> Path:
+        return self.out / f"{member}-seed{seed}"
+
+    def check(self, member: str, seed: int, processes: int | None) -> None:
+        """Raises UserError for what training or evaluation would refuse later."""
+        recipe = self.study.recipe(member, seed)
+        layout, world = recipe.parallel, processes or smallest_world(recipe)
+        try:
+            for route in self.study.settings.members[member].routes:
+                check_route(route, recipe)
+            check_world(world, layout.tensor, layout.expert)
+            engine_config(recipe, Topology(world=world, tensor=layout.tensor, data=world // layout.tensor, expert=layout.expert))
+        except UserError as error:
+            raise UserError(f"member '{member}': {error}") from None
+        check_run(recipe, self.folder(member, seed), self.prepared.folder / "vocabulary.model")
+        self.is_trained(member, seed)
+
+    def is_there(self, member: str, seed: int) -> bool:
+        """Whether a run was begun; raises UserError if it is one of another recipe."""
+        folder = self.folder(member, seed)
+        if not (folder / "recipe.yaml").exists():  # the last file that a new run gets
+            return False
+        check_run(self.study.recipe(member, seed), folder, self.prepared.folder / "vocabulary.model")
+        return True
+
+    def is_trained(self, member: str, seed: int) -> bool:
+        folder, steps = self.folder(member, seed), self.study.steps
+        found, _ = newest_whole(folder)
+        if found is not None and step_of(found) > steps:
+            raise UserError(f"{folder} was trained for {step_of(found)} steps, the study takes {steps}: write to another folder with --out")
+        return found is not None and step_of(found) == steps
+
+    def train(self, member: str, seed: int, processes: int | None) -> None:
+        """In processes of its own, so that memory and process groups end with it."""
+        name, folder = f"{member}, seed {seed}", self.folder(member, seed)
+        if self.is_trained(member, seed):
+            return _say(f"{name}: trained already")
+        _say(f"{name}: training {folder}")
+        recipe = self.out / "recipes" / f"{folder.name}.yaml"
+        with explain_errors(recipe):
+            recipe.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(recipe, self.study.recipe(member, seed).to_yaml())
+        command = [sys.executable, "-m", "lsmoe_ds", "train", str(recipe), "--out", str(folder)]
+        command += ["--nproc", str(processes)] if processes else []
+        environment = {**KEEP_LARGE_BLOCKS, **{key: value for key, value in os.environ.items() if key not in LAUNCHED}}
+        status = subprocess.run(command, env=environment, stdout=2).returncode  # standard output is for the table
+        if status or not self.is_trained(member, seed):
+            raise UserError(f"training {name} ended with status {status}; what was done is in {self.out}, and the same command goes on")
+
+    def evaluate(self, member: str, seed: int, route: str) -> None:
+        name, options = f"{member}, seed {seed}, {route} route", self.study.settings.evaluate
+        if self.scores(member, seed, route) is not None:
+            return _say(f"{name}: evaluated already")
+        _say(f"{name}: evaluating")
+        folder = self.folder(member, seed)
+        table = evaluate(folder, None, options.beam, options.length_penalty, options.split, options.limit, route=route)
+        table.write(folder / f"scores-{route}.json")
+
+    def scores(self, member: str, seed: int, route: str) -> ScoreTable | None:
+        """Those of the last step, by the study's options; None where there are none. Scores of another run are an error."""
+        folder, options = self.folder(member, seed), self.study.settings.evaluate
+        path = folder / f"scores-{route}.json"
+        if not self.is_there(member, seed) or not path.is_file():
+            return None
+        table = ScoreTable.read(path)
+        found = (table.step, table.route, table.split, table.beam, table.length_penalty)
+        wanted = (self.study.steps, route, options.split, options.beam, options.length_penalty)
+        held_out = {str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"] for d in self.prepared.languages.directions}
+        counts = {direction: min(count, options.limit or count) for direction, count in held_out.items()}
+        return table if found == wanted and counts == {str(s.direction): s.sentences for s in table.directions} else None
+
+    def costs(self, member: str, route: str) -> Costs:
+        """Parameters by plan; speed and time of the runs that are trained to their end."""
+        planned = self.plans[member]
+        serving = planned.routes.get(route, planned.parameters)
+        done: list[Progress] = []
+        for seed in self.study.settings.seeds:
+            path = self.folder(member, seed) / "metrics.jsonl"
+            progress = read_progress(path) if self.is_there(member, seed) and path.is_file() else Progress()
+            if progress.steps >= self.study.steps:
+                done.append(progress)
+        return Costs(
+            parameters=planned.parameters.whole.total,
+            serving_all=serving.whole.total,
+            serving_one=planned.serving.whole.total,
+            tokens_per_second=Spread.of(each.tokens_per_second for each in done if each.tokens_per_second is not None),
+            minutes=Spread.of(each.seconds / 60 for each in done),
+        )
+
+    def compare(self) -> Comparison:
+        """From the files that are there."""
+        study, settings = self.study, self.study.settings
+        scores = {}
+        for member, route in study.rows():
+            found = {seed: self.scores(member, seed, route) for seed in settings.seeds}
+            scores[member, route] = {seed: table for seed, table in found.items() if table is not None}
+        return compare(
+            name=settings.name,
+            steps=study.steps,
+            seeds=settings.seeds,
+            evaluate=settings.evaluate.model_dump(),
+            baseline=(settings.baseline, settings.members[settings.baseline].routes[0]),
+            titles={row: study.title(*row) for row in study.rows()},
+            costs={row: self.costs(*row) for row in study.rows()},
+            scores=scores,
+        )
+
+    def write_tables(self) -> None:
+        """Reads and writes under a lock: of two processes that finish at once, the later one sees what the other did."""
+        with locked(self.out / "study.json", wait=True):
+            comparison = self.compare()
+            write_whole(self.out / "study.json", json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1) + "\n")
+            write_whole(self.out / "study.md", comparison.to_markdown())
+            write_whole(self.out / "study.html", render_page(comparison))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

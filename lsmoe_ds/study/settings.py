@@ -1,0 +1,136 @@
+"""The study file: a base recipe, and what each member of the family changes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import nearest
+from lsmoe_ds.recipe_file import load_recipe, read_mapping, validate
+from lsmoe_ds.section import Positive, Section
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+# What a member may not change, and why.
+FIXED = {
+    "name": "the members share the prepared data of the base recipe, which goes by its name",
+    "training.steps": "the members take the same steps",
+    "training.seed": "the study's 'seeds' say it",
+}
+
+
+class Evaluate(Section):
+    """As the options of ``lsmoe evaluate``."""
+
+    beam: Positive = 5
+    length_penalty: float = 1.0
+    split: Literal["test", "dev"] = "test"
+    limit: Positive | None = None
+
+
+class Member(Section):
+    """``set`` is merged into the base recipe; by each of ``routes`` the trained model is evaluated."""
+
+    title: Annotated[str, Field(min_length=1)] | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+    routes: Annotated[tuple[Literal["specific", "shared"], ...], Field(min_length=1)] = ("specific",)
+
+    @field_validator("title")
+    @classmethod
+    def _one_line(cls, value: str | None) -> str | None:
+        return value if value is None else " ".join(value.split())
+
+    @model_validator(mode="after")
+    def _same_data_and_steps(self) -> Member:
+        if len(self.routes) > len(set(self.routes)):
+            raise ValueError("'routes' names a route twice")
+        for key in _keys(self.set):
+            if key in FIXED:
+                raise ValueError(f"'set' changes {key}, but {FIXED[key]}")
+            if key == "data" or (key.startswith("data.") and key.split(".")[1] != "batch"):
+                raise ValueError(f"'set' changes {key}, but the members share their data: only data.batch may differ")
+        return self
+
+
+class Settings(Section):
+    """The file itself. ``recipe`` is relative to it; a run's ``training.seed`` is one of ``seeds``."""
+
+    name: Name
+    recipe: Path
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1,)
+    baseline: str
+    evaluate: Evaluate = Evaluate()
+    members: Annotated[dict[Name, Member], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        if len(self.seeds) > len(set(self.seeds)):
+            raise ValueError("'seeds' names a seed twice")
+        if self.baseline not in self.members:
+            raise ValueError(
+                f"'baseline' is {self.baseline}, which is no member{nearest(self.baseline, self.members)}: "
+                f"the members are {', '.join(self.members)}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file with the recipe of each member, whose seed is not set yet."""
+
+    settings: Settings
+    base: Path
+    recipes: Mapping[str, Recipe]
+
+    @property
+    def steps(self) -> int:
+        return self.recipes[self.settings.baseline].training.steps
+
+    @property
+    def prepared(self) -> Path:
+        return self.recipes[self.settings.baseline].prepared
+
+    def recipe(self, member: str, seed: int) -> Recipe:
+        """The whole recipe of one run."""
+        recipe = self.recipes[member]
+        return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
+
+    def title(self, member: str, route: str) -> str:
+        """Of a row of the tables; the route is named where a member has several."""
+        chosen = self.settings.members[member]
+        return (chosen.title or member) + (f", {route}" if len(chosen.routes) > 1 else "")
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(member, route) of each row of the tables."""
+        return [(name, route) for name, member in self.settings.members.items() for route in member.routes]
+
+
+def load_study(path: str | Path) -> Study:
+    """Reads a study and the recipe of every member. Raises UserError with the place of what is wrong, and what is allowed."""
+    path = Path(path)
+    value, lines = read_mapping(path, "study", Settings)
+    settings = validate(Settings, value, path, lines)
+    base = path.parent / settings.recipe
+    load_recipe(base)  # an error of the base recipe is no member's
+    recipes = {}
+    for name, member in settings.members.items():
+        try:
+            recipes[name] = load_recipe(base, changes=member.set)
+        except UserError as error:
+            raise UserError(f"member '{name}' of {path}: {error}") from None
+    return Study(settings, base, recipes)
+
+
+def _keys(value: Mapping[str, Any], at: str = "") -> list[str]:
+    """``a.b`` of every value that is no mapping, or an empty one."""
+    found = []
+    for key, child in value.items():
+        here = f"{at}{key}"
+        found += _keys(child, f"{here}.") if isinstance(child, Mapping) and child else [here]
+    return found

@@ -1,0 +1,255 @@
+"""The comparison of a study's members: means over seeds with their spread, gains over the baseline, win ratios.
+
+A row is a member by one of its routes. What was not measured is None here, null in JSON and "missing" in the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lsmoe_ds.evaluation.groups import ENGLISH, GROUPS, Metrics
+from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, ScoreTable
+from lsmoe_ds.languages import task_order
+from lsmoe_ds.planning import human
+
+MAIN = "chrfpp"  # the score of gains and win ratios
+MISSING = "missing"
+SHORT = {"into_english": "into en", "out_of_english": "out of en", "between_others": "others", "all": "all"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The mean over seeds, and the smallest and largest of them."""
+
+    mean: float
+    smallest: float
+    largest: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread | None:
+        """None of no values."""
+        found = list(values)
+        return cls(sum(found) / len(found), min(found), max(found), len(found)) if found else None
+
+    def text(self, form: str = ",.1f") -> str:
+        """``31.2 ±0.4``: with half the range, where there are several seeds."""
+        half = f" ±{format((self.largest - self.smallest) / 2, form)}" if self.seeds > 1 else ""
+        return f"{format(self.mean, form)}{half}"
+
+
+Scores = dict[str, Spread]  # by metric
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameters trained, loaded to serve all directions, and left for one direction once folded or extracted; measured speed
+    (tokens a second, median of a run's records) and minutes of training."""
+
+    parameters: int
+    serving_all: int
+    serving_one: int
+    tokens_per_second: Spread | None = None
+    minutes: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores over the seeds that are there. Gains are chrF++ over the baseline's mean: of all directions by seed, and of each
+    direction; ``win_ratio`` is the share of directions, from 0 to 1, whose mean over seeds is above the baseline's."""
+
+    member: str
+    route: str
+    title: str
+    costs: Costs
+    seeds: tuple[int, ...]
+    groups: dict[str, Scores]
+    directions: dict[str, Scores]
+    gain: float | None
+    gain_by_seed: dict[int, float]
+    gain_by_direction: dict[str, float]
+    win_ratio: float | None  # None of the baseline itself
+    is_baseline: bool = False
+
+    def to_dict(self, seeds: Sequence[int]) -> dict[str, Any]:
+        return asdict(self) | {"missing_seeds": [seed for seed in seeds if seed not in self.seeds]}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts: the first column is left-aligned."""
+
+    title: str
+    about: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def to_markdown(self) -> str:
+        lines = [self.columns, ["---", *("---:" for _ in self.columns[1:])], *self.rows]
+        table = "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+        return f"## {self.title}\n\n{self.about}\n\n{table}\n"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a study's tables and page show. ``copy`` is what copying the source scores, by group and by direction."""
+
+    name: str
+    steps: int
+    seeds: tuple[int, ...]
+    evaluate: dict[str, Any]
+    baseline: str  # title of the row that gains and win ratios are against
+    rows: tuple[Row, ...]
+    copy: dict[str, Metrics]
+    copy_by_direction: dict[str, Metrics]
+
+    @property
+    def groups(self) -> list[str]:
+        """Those that have a direction."""
+        return [group for group in GROUPS if group in self.copy]
+
+    @property
+    def runs_missing(self) -> int:
+        """Scores, of all rows and seeds, that are not there yet."""
+        return sum(len(self.seeds) - len(row.seeds) for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "score_of_gains": MAIN,
+            "rows": [row.to_dict(self.seeds) for row in self.rows],
+        }
+
+    def about(self) -> str:
+        """What was done, in one line."""
+        options = f"{self.evaluate['split']} set, beam {self.evaluate['beam']}"
+        options += f", the first {self.evaluate['limit']} sentences of each direction" if self.evaluate["limit"] else ""
+        seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
+        missing = f" {self.runs_missing} of {len(self.rows) * len(self.seeds)} scores are missing." if self.runs_missing else ""
+        return f"{self.steps:,} steps each on the same data, {seeds}; {options}.{missing}"
+
+    def grids(self) -> list[Grid]:
+        """Every table, for Markdown and the page."""
+        spread = " Means over seeds; ± is half the range from the smallest to the largest." if len(self.seeds) > 1 else ""
+        columns = ["Model", "Trained", "Served, all directions", "One direction", "Tokens/s", "Minutes", "Scores"]
+        rows = [[row.title, *_costs(row.costs), f"{len(row.seeds)} of {len(self.seeds)}"] for row in self.rows]
+        about = (
+            "Parameters that are trained, that are loaded to serve all directions by the row's route, and that serve one direction "
+            "once low-rank matrices are folded into their layers and experts of the task taken out. Tokens of both sides a second in "
+            "training (median of a run), minutes of training, and how many seeds are scored." + spread
+        )
+        grids = [Grid("Size and speed", about, columns, rows)]
+        for metric in (MAIN, *(name for name in METRICS if name != MAIN)):
+            grids.append(self._by_group(metric, spread))
+        return [*grids, self._by_direction(spread)] if self.copy else grids
+
+    def _by_group(self, metric: str, spread: str) -> Grid:
+        names = [AVERAGES[group][0].upper() + AVERAGES[group][1:] for group in self.groups] or ["All directions"]
+        groups = self.groups or ["all"]
+        with_ratio = metric == MAIN
+        rows = []
+        for row in self.rows:
+            cells = [_cell(row.groups.get(group, {}).get(metric)) for group in groups]
+            rows.append([row.title, *cells, *([self._ratio(row)] if with_ratio else [])])
+        if self.copy:
+            copied = [f"{getattr(self.copy[group], metric):.1f}" for group in groups]
+            rows.append(["Copying the source", *copied, *(["–"] if with_ratio else [])])
+        about = f"Means over the directions of a group.{spread}"
+        if with_ratio:
+            about += f" Win ratio: the share of directions whose mean is above that of {self.baseline}."
+        return Grid(METRICS[metric], about, ["Model", *names, *(["Win ratio"] if with_ratio else [])], rows)
+
+    def _by_direction(self, spread: str) -> Grid:
+        rows = []
+        for direction, copied in self.copy_by_direction.items():
+            cells = [_cell(row.directions.get(direction, {}).get(MAIN)) for row in self.rows]
+            rows.append([direction, *cells, f"{getattr(copied, MAIN):.1f}"])
+        columns = ["Direction", *(row.title for row in self.rows), "Copying"]
+        return Grid(f"{METRICS[MAIN]} by direction", spread.strip() or "One seed.", columns, rows)
+
+    def _ratio(self, row: Row) -> str:
+        if row.is_baseline:
+            return "–"
+        return MISSING if row.win_ratio is None else f"{row.win_ratio:.0%}"
+
+    def to_markdown(self) -> str:
+        return f"# {self.name}\n\n{self.about()}\n\n" + "\n".join(grid.to_markdown() for grid in self.grids())
+
+    def render(self) -> Any:
+        """The summary for a terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(f"{self.name}: {self.about()}"), title_justify="left", caption=Text(f"win ratio against {self.baseline}"))
+        groups = [group for group in self.groups if group in SHORT] or ["all"]
+        scores = [f"{METRICS[MAIN]} {SHORT[group]}" for group in groups]
+        for i, column in enumerate(["model", "trained", "one direction", "tokens/s", "minutes", *scores, "BLEU all", "win ratio"]):
+            table.add_column(column, justify="right" if i else "left")
+        for row in self.rows:
+            trained, _, one, *speed = _costs(row.costs)
+            cells = [_cell(row.groups.get(group, {}).get(MAIN)) for group in groups]
+            bleu = _cell(row.groups.get("all", {}).get("bleu"))
+            table.add_row(Text(row.title), trained, one, *speed, *cells, bleu, self._ratio(row))
+        return table
+
+
+def _costs(costs: Costs) -> list[str]:
+    sizes = [human(number) for number in (costs.parameters, costs.serving_all, costs.serving_one)]
+    return [*sizes, _cell(costs.tokens_per_second, ",.0f"), _cell(costs.minutes)]
+
+
+def _cell(value: Spread | None, form: str = ",.1f") -> str:
+    return MISSING if value is None else value.text(form)
+
+
+def compare(
+    name: str,
+    steps: int,
+    seeds: Sequence[int],
+    evaluate: dict[str, Any],
+    baseline: tuple[str, str],
+    titles: Mapping[tuple[str, str], str],
+    costs: Mapping[tuple[str, str], Costs],
+    scores: Mapping[tuple[str, str], Mapping[int, ScoreTable]],
+) -> Comparison:
+    """Compares the rows (member, route) of ``titles``, whose ``scores`` by seed may be there or not, with the row ``baseline``."""
+    against = scores.get(baseline, {})
+    means, reference = _by_direction(against.values()), _group_scores(against.values())
+    rows = []
+    for key, title in titles.items():
+        tables = dict(sorted(scores.get(key, {}).items()))
+        directions, groups = _by_direction(tables.values()), _group_scores(tables.values())
+        gains = {d: score[MAIN].mean - means[d][MAIN].mean for d, score in directions.items() if d in means}
+        base = reference["all"][MAIN].mean if reference else None
+        by_seed = {} if base is None else {seed: getattr(t.averages()["all"].metrics, MAIN) - base for seed, t in tables.items()}
+        ratio = sum(gain > 0 for gain in gains.values()) / len(gains) if gains and key != baseline else None
+        gain = groups["all"][MAIN].mean - base if groups and base is not None else None
+        rows.append(Row(*key, title, costs[key], tuple(tables), groups, directions, gain, by_seed, gains, ratio, key == baseline))
+    any_table = next((table for tables in scores.values() for table in tables.values()), None)
+    copy = {group: average.copy for group, average in any_table.averages().items()} if any_table else {}
+    # Into English first, relatives side by side.
+    ordered = sorted(any_table.directions, key=lambda s: (s.direction.target != ENGLISH, task_order(str(s.direction)))) if any_table else []
+    copied = {str(score.direction): score.copy for score in ordered}
+    return Comparison(name, steps, tuple(seeds), evaluate, titles[baseline], tuple(rows), copy, copied)
+
+
+def _by_direction(tables: Iterable[ScoreTable]) -> dict[str, Scores]:
+    return _spreads([{str(score.direction): score.metrics for score in table.directions} for table in tables])
+
+
+def _group_scores(tables: Iterable[ScoreTable]) -> dict[str, Scores]:
+    return _spreads([{group: average.metrics for group, average in table.averages().items()} for table in tables])
+
+
+def _spreads(found: Sequence[Mapping[str, Metrics]]) -> dict[str, Scores]:
+    """Over seeds, of each key that all of them have."""
+    keys = [key for key in found[0] if all(key in each for each in found)] if found else []
+    spreads: dict[str, Scores] = {}
+    for key in keys:
+        spreads[key] = {}
+        for metric in METRICS:
+            spread = Spread.of(getattr(each[key], metric) for each in found)
+            assert spread is not None
+            spreads[key][metric] = spread
+    return spreads

@@ -1,0 +1,304 @@
+"""Studies: the comparison against numbers by hand, a real one of two members that is interrupted, and bad study files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+from small_run import make_recipe, write_corpus
+from test_bad_input import inside, main, tree
+from test_report import HOSTILE, Page
+
+from lsmoe_ds.config import PROJECT
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.groups import Metrics
+from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable
+from lsmoe_ds.folders import locked
+from lsmoe_ds.languages import Direction
+from lsmoe_ds.planning import plan
+from lsmoe_ds.study import command
+from lsmoe_ds.study.command import run_study
+from lsmoe_ds.study.page import render_page
+from lsmoe_ds.study.settings import load_study
+from lsmoe_ds.study.table import Costs, Spread, compare
+
+SIGNATURES = {"bleu": "b", "chrf": "c", "chrfpp": "p"}
+RESOURCES = {"de-en": "high", "en-fr": "low"}
+NAIVE, LMS, SHARED = ("naive", "specific"), ("lms", "specific"), ("lms", "shared")
+TITLES = {NAIVE: "Naive | MMT", LMS: HOSTILE, SHARED: "LMS, shared"}
+
+
+def scored(**chrfpp: float) -> ScoreTable:
+    """Invented scores by direction (``en_de=20``): BLEU is half of chrF++, chrF one more, copying scores 10, 11 and 12."""
+    directions = tuple(
+        DirectionScore(
+            Direction(*name.split("_")), Metrics(value / 2, value + 1, value), Metrics(10, 11, 12), 7, 0.0, 0.0, 1.0, SIGNATURES, ()
+        )
+        for name, value in chrfpp.items()
+    )
+    return ScoreTable("small", 30, "test", 5, 1.0, directions, RESOURCES)
+
+
+SCORES = {
+    NAIVE: {1: scored(en_de=20, de_en=30, en_fr=10, fr_en=20), 2: scored(en_de=22, de_en=30, en_fr=14, fr_en=24)},
+    #   means: 21, 30, 12, 22; of all: 20 and 22.5, 21.25
+    LMS: {2: scored(en_de=26, de_en=30, en_fr=12, fr_en=28), 1: scored(en_de=24, de_en=32, en_fr=8, fr_en=24)},
+    #   means: 25, 31, 10, 26; of all: 24 and 22, 23; better than the baseline in 3 of 4
+}
+
+
+def comparison_of(scores, titles=TITLES):
+    spread = Spread.of([1000.0, 1200.0])
+    costs = {key: Costs(7_000_000, 6_000_000, 5_000_000, spread, spread) for key in titles}
+    evaluate = {"beam": 5, "length_penalty": 1.0, "split": "test", "limit": None}
+    return compare("small", 30, [1, 2], evaluate, NAIVE, titles, costs, scores)
+
+
+def test_means_spreads_gains_and_win_ratio():
+    naive, lms, shared = comparison_of(SCORES).rows
+    assert lms.groups["all"]["chrfpp"] == Spread(23.0, 22.0, 24.0, 2)
+    assert lms.groups["all"]["bleu"] == Spread(11.5, 11.0, 12.0, 2)
+    assert lms.groups["all"]["chrf"] == Spread(24.0, 23.0, 25.0, 2)
+    assert lms.groups["into_english"]["chrfpp"] == Spread(28.5, 28.0, 29.0, 2)
+    assert lms.groups["out_of_english"]["chrfpp"] == Spread(17.5, 16.0, 19.0, 2)
+    assert lms.groups["high"]["chrfpp"].mean == 28.0 and lms.groups["low"]["chrfpp"].mean == 18.0 and "medium" not in lms.groups
+    assert lms.directions["en-fr"]["chrfpp"] == Spread(10.0, 8.0, 12.0, 2)
+    assert lms.gain == pytest.approx(1.75) and lms.gain_by_seed == {1: pytest.approx(0.75), 2: pytest.approx(2.75)}
+    assert lms.gain_by_direction == {"en-de": 4.0, "de-en": 1.0, "en-fr": -2.0, "fr-en": 4.0}
+    assert lms.win_ratio == 0.75 and lms.seeds == (1, 2)
+    assert naive.win_ratio is None and naive.gain_by_seed == {1: -1.25, 2: 1.25}
+    assert shared.win_ratio is None and shared.gain is None and shared.groups == {} and shared.seeds == ()
+
+
+def test_equal_scores_are_no_win():
+    twice = comparison_of({NAIVE: SCORES[NAIVE], LMS: SCORES[NAIVE]})
+    assert twice.rows[1].win_ratio == 0.0
+
+
+def test_spread_as_text():
+    assert Spread.of([]) is None
+    one, two = Spread.of([1234.56]), Spread.of([10.0, 13.0])
+    assert one is not None and one.text() == "1,234.6" and one.text(",.0f") == "1,235"
+    assert two is not None and two.text() == "11.5 ±1.5"
+
+
+def test_tables_in_markdown_json_and_html(tmp_path):
+    comparison = comparison_of(SCORES)
+    grids = {grid.title: grid for grid in comparison.grids()}
+    rows = {row[0]: row[1:] for row in grids["chrF++"].rows}
+    assert grids["chrF++"].columns[1:] == ["Into English", "Out of English", "All directions", "High resource", "Low resource", "Win ratio"]
+    assert rows[HOSTILE] == ["28.5 ±0.5", "17.5 ±1.5", "23.0 ±1.0", "28.0 ±0.0", "18.0 ±2.0", "75%"]
+    assert rows["LMS, shared"] == ["missing"] * 6 and rows["Copying the source"] == ["12.0"] * 5 + ["–"]
+    assert rows["Naive | MMT"][-1] == "–"
+    assert grids["Size and speed"].rows[1][1:] == ["7.00M", "6.00M", "5.00M", "1,100 ±100", "1,100.0 ±100.0", "2 of 2"]
+    assert grids["chrF++ by direction"].rows[1] == ["fr-en", "22.0 ±2.0", "26.0 ±2.0", "missing", "12.0"]
+    assert "2 of 6 scores are missing" in comparison.about()
+    markdown = comparison.to_markdown()
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert "Naive &#124; MMT" in markdown and {line.count("|") for line in lines} == {len(grid.columns) + 1 for grid in grids.values()}
+
+    value = json.loads(json.dumps(comparison.to_dict()))
+    assert value["rows"][1]["win_ratio"] == 0.75 and value["rows"][1]["missing_seeds"] == []
+    assert value["rows"][2]["gain"] is None and value["rows"][2]["missing_seeds"] == [1, 2]
+    assert value["copy"]["all"] == {"bleu": 10, "chrf": 11, "chrfpp": 12}
+
+    path = tmp_path / "study.html"
+    path.write_text(render_page(comparison), encoding="utf-8")
+    page = Page(path)
+    assert page.needs_nothing_else() and "alert('x')" in page.text
+    dots = [dict(attributes) for tag, attributes in page.tags if tag == "i" and "title" in attributes]
+    assert [dot["title"] for dot in dots] == ["seed 1: -1.2", "seed 2: +1.2", "seed 1: +0.8", "seed 2: +2.8"]
+    assert "+4.0" in page.text and "-2.0" in page.text and "missing" in page.text
+
+
+def test_page_and_tables_without_any_score(tmp_path):
+    comparison = comparison_of({})
+    path = tmp_path / "study.html"
+    path.write_text(render_page(comparison), encoding="utf-8")
+    assert "No scores are there yet" in Page(path).text
+    assert "| Naive &#124; MMT | missing | – |" in comparison.to_markdown()
+    assert "missing" not in json.dumps(comparison.to_dict()["copy"]) and comparison.render().row_count == 3
+
+
+def test_the_study_that_comes_with_the_project():
+    for path in sorted((PROJECT / "studies").glob("*.yaml")):
+        study = load_study(path)
+        assert study.settings.name == path.stem
+        for member, route in study.rows():
+            found = plan(study.recipes[member])
+            assert route == "specific" or route in found.routes, f"{member} has no {route} route"
+
+
+def study_file(**changes) -> dict:
+    value = {
+        "name": "pair",
+        "recipe": "base.yaml",
+        "seeds": [3],
+        "baseline": "naive",
+        "evaluate": {"beam": 2, "limit": 4},
+        "members": {
+            "naive": {"title": "Naive"},
+            "fd": {"set": {"model": {"low_rank": {"rank": 2, "fuse_distillation": True}}}, "routes": ["specific", "shared"]},
+        },
+    }
+    return {**value, **changes}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Prepared data and base.yaml."""
+    folder = tmp_path_factory.mktemp("study")
+    write_corpus(folder)
+    recipe = make_recipe(folder, None, None, stage=0)
+    recipe.training.steps, recipe.training.log_every = 4, 2
+    (folder / "base.yaml").write_text(recipe.to_yaml())
+    prepare(recipe)
+    return folder
+
+
+def test_recipes_of_the_members(base):
+    (base / "s.yaml").write_text(yaml.safe_dump(study_file(), sort_keys=False))
+    study = load_study(base / "s.yaml")
+    assert study.recipe("fd", 3).model.low_rank.rank == 2 and study.recipe("naive", 3).model.low_rank is None
+    assert study.recipe("fd", 3).training.seed == 3 and study.recipe("fd", 3).model.encoder == study.recipe("naive", 3).model.encoder
+    assert [study.title(*row) for row in study.rows()] == ["Naive", "fd, specific", "fd, shared"]
+
+
+MEMBER = study_file()["members"]["naive"]
+ROUTES = {"routes": ["specific", "shared"]}
+BAD = [
+    ("no member", {"members": {}}, [], "'members': dictionary should have at least 1 item"),
+    ("baseline", {"baseline": "naiv"}, [], "'baseline' is naiv, which is no member (did you mean 'naive'?): the members are naive, fd"),
+    ("data", {"members": {"naive": {"set": {"data": {"temperature": 1}}}}}, [], "'set' changes data.temperature, but the members share"),
+    ("steps", {"members": {"naive": {"set": {"training": {"steps": 9}}}}}, [], "'set' changes training.steps, but the members take"),
+    ("seed", {"members": {"naive": {"set": {"training": {"seed": 9}}}}}, [], "'set' changes training.seed, but the study's 'seeds'"),
+    ("name", {"members": {"naive": {"set": {"name": "x"}}}}, [], "'set' changes name, but the members share"),
+    ("key", {"members": {"naive": {"titel": "x"}}}, [], "unknown key 'members.naive.titel' (did you mean 'title'?)"),
+    ("key of the study", {"seed": 1}, [], "unknown key 'seed' (did you mean 'seeds'?)"),
+    ("key of a recipe", {"members": {"naive": {"set": {"model": {"hiden": 3}}}}}, [], "member 'naive' of bad.yaml: base.yaml"),
+    ("route", {"members": {"naive": {**MEMBER, **ROUTES}}}, [], "member 'naive': the model has no shared"),
+    ("route twice", {"members": {"naive": {"routes": ["shared", "shared"]}}}, [], "'routes' names a route twice"),
+    ("seed twice", {"seeds": [1, 1]}, [], "'seeds' names a seed twice"),
+    ("name of a member", {"members": {"naive": {}, "a/b": {}}}, [], "string should match pattern"),
+    ("asked member", {}, ["--member", "fdd"], "member fdd is not in the study (did you mean 'fd'?): it has naive, fd"),
+    ("asked seed", {}, ["--seed", "1"], "seed 1 is not in the study: it has 3"),
+    ("no recipe", {"recipe": "none.yaml"}, [], "there is no recipe none.yaml"),
+    ("processes", {}, ["--nproc", "3"], "ranks cannot share evenly"),
+]
+
+
+@pytest.mark.parametrize(("changes", "options", "sentence"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_studies_get_one_sentence(base, capsys, changes, options, sentence):
+    (base / "bad.yaml").write_text(yaml.safe_dump(study_file(**changes), sort_keys=False))
+    with inside(base):
+        before = tree(Path("."))
+        assert main(["study", "bad.yaml", *options]) == 2
+        assert tree(Path(".")) == before, "something was written or removed"
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1 and said.startswith("lsmoe: ") and sentence in said, said
+
+
+def test_data_that_was_not_prepared(base, capsys):
+    value = yaml.safe_load((base / "base.yaml").read_text())
+    (base / "other.yaml").write_text(yaml.safe_dump({**value, "name": "other"}, sort_keys=False))
+    (base / "bad.yaml").write_text(yaml.safe_dump(study_file(recipe="other.yaml"), sort_keys=False))
+    assert main(["study", str(base / "bad.yaml")]) == 2
+    assert f"run 'lsmoe data prepare {base / 'other.yaml'}'" in capsys.readouterr().err
+    assert main(["study", str(base / "none.yaml")]) == 2
+    assert "there is no study" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_that_is_interrupted_and_goes_on(base):
+    """Trains two members, each once, whatever happens in between."""
+    file, out = base / "s.yaml", base / "out"
+    file.write_text(yaml.safe_dump(study_file(), sort_keys=False))
+    trained, true = [], subprocess.run
+
+    def recorded(arguments, **options):
+        trained.append(Path(arguments[arguments.index("--out") + 1]).name)
+        return true(arguments, **options)
+
+    with mock.patch.object(command.subprocess, "run", recorded), mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+        with mock.patch.object(command, "evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            run_study(file, out, ["naive"])
+        assert trained == ["naive-seed3"] and not (out / "study.json").exists()
+
+        comparison = run_study(file, out, ["naive"])
+        assert trained == ["naive-seed3"], "it was trained already"
+        assert [row.seeds for row in comparison.rows] == [(3,), (), ()]
+        assert "missing" in (out / "study.md").read_text() and json.loads((out / "study.json").read_text())["rows"][1]["gain"] is None
+
+        comparison = run_study(file, out)
+        assert trained == ["naive-seed3", "fd-seed3"]
+        naive, specific, shared = comparison.rows
+        assert [row.seeds for row in comparison.rows] == [(3,), (3,), (3,)] and comparison.runs_missing == 0
+        assert specific.costs.parameters == shared.costs.parameters > specific.costs.serving_all > shared.costs.serving_all
+        assert shared.costs.serving_one == naive.costs.parameters
+        assert naive.costs.minutes.mean > 0 and naive.costs.tokens_per_second.mean > 0
+        assert set(specific.directions) == {"en-de", "de-en", "en-fr", "fr-en"} and naive.win_ratio is None
+        for route in ("specific", "shared"):
+            assert ScoreTable.read(out / "fd-seed3" / f"scores-{route}.json").route == route
+        assert Page(out / "study.html").needs_nothing_else() and "missing" not in (out / "study.md").read_text()
+
+        # Nothing is left to do.
+        with mock.patch.object(command, "evaluate", side_effect=AssertionError):
+            assert run_study(file, out).to_dict() == comparison.to_dict()
+        assert main(["study", str(file), "--out", str(out), "--json"]) == 0
+
+        # Killed between two evaluations: only what is missing is done again.
+        (out / "fd-seed3" / "scores-shared.json").unlink()
+        with mock.patch.object(command, "evaluate", wraps=command.evaluate) as evaluated:
+            again = run_study(file, out)
+        assert [call.kwargs["route"] for call in evaluated.call_args_list] == ["shared"]
+        assert [row.groups for row in again.rows] == [row.groups for row in comparison.rows]
+
+        # Scores by other options are not taken for these.
+        file.write_text(yaml.safe_dump(study_file(evaluate={"beam": 2, "limit": 5}), sort_keys=False))
+        with mock.patch.object(command, "evaluate", wraps=command.evaluate) as evaluated:
+            run_study(file, out, ["naive"])
+        assert evaluated.call_count == 1
+        assert [len(row["seeds"]) for row in json.loads((out / "study.json").read_text())["rows"]] == [1, 0, 0]
+        assert trained == ["naive-seed3", "fd-seed3"]
+
+        # A member that was changed is refused before anything is done.
+        value = study_file(seeds=[3, 4])
+        value["members"]["fd"]["set"]["model"]["low_rank"]["rank"] = 3
+        file.write_text(yaml.safe_dump(value, sort_keys=False))
+        with pytest.raises(UserError, match=r"was started with model\.low_rank\.rank 2"):
+            run_study(file, out, ["naive"], [4])
+
+        # A training that fails ends the study, and the tables are those of before.
+        file.write_text(yaml.safe_dump(study_file(seeds=[3, 4]), sort_keys=False))
+        before = (out / "study.json").read_text()
+        failing = mock.patch.object(command.subprocess, "run", return_value=mock.Mock(returncode=5))
+        with failing, pytest.raises(UserError, match="training naive, seed 4 ended with status 5"):
+            run_study(file, out, [], [4])
+        assert (out / "study.json").read_text() == before
+    assert trained == ["naive-seed3", "fd-seed3"]
+
+
+def test_a_lock_that_is_waited_for(tmp_path):
+    order = []
+
+    def second():
+        with locked(tmp_path / "file", wait=True):
+            order.append("second")
+
+    with locked(tmp_path / "file"):
+        with pytest.raises(UserError), locked(tmp_path / "file"):
+            pass
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        time.sleep(0.1)
+        order.append("first")
+    waiting.join(5)
+    assert order == ["first", "second"]
