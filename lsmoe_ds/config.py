@@ -128,6 +128,8 @@ class MoE(Section):
     ``task`` (target language, source language or pair), or nobody: ``static`` deals the tasks to the experts.
     With ``expert_groups`` G the experts stand in G equal groups, and the tasks are dealt to them, relatives together: a
     task chooses within its own group, so that task-affine batches find their experts at home.
+    With ``fuse_distillation`` one more feed-forward of the same width stands beside the experts, which all languages share and
+    which learns from them ("Condensing Multilingual Knowledge", section 3.1).
     """
 
     experts: Positive
@@ -140,6 +142,7 @@ class MoE(Section):
     z_loss: Annotated[float, Field(ge=0.0)] = 0.0
     jitter: Share = 0.0
     capacity: Capacity | None = None
+    fuse_distillation: bool = False
 
     @property
     def by_task(self) -> bool:
@@ -227,9 +230,33 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _clsr(self) -> Model:
-        if self.clsr is not None and self.low_rank is not None and self.low_rank.fuse_distillation:
-            raise ValueError("'clsr' has nothing to distill: leave it out, or 'low_rank.fuse_distillation'")
+        if self.clsr is not None and self.distills:
+            raise ValueError("'clsr' has nothing to distill: leave it out, or 'fuse_distillation'")
         return self
+
+    @model_validator(mode="after")
+    def _distillation(self) -> Model:
+        if self.low_rank is not None and self.teaches:
+            raise ValueError(
+                "'low_rank' and 'moe.fuse_distillation' exclude each other: low-rank matrices distill by another loss, or have nothing "
+                "for the shared route: leave one out"
+            )
+        return self
+
+    @property
+    def teaches(self) -> bool:
+        """Whether experts teach shared feed-forwards: fuse distillation in its first form."""
+        return any(moe.fuse_distillation for _, _, moe in self.moe_layers())
+
+    @property
+    def distills(self) -> bool:
+        """Whether there are two routes, a specific and a shared one, both of which each batch takes in training."""
+        return self.teaches or (self.low_rank is not None and self.low_rank.fuse_distillation)
+
+    def routed(self, moe: MoE) -> int:
+        """How often experts of these settings are chosen for each token in training: on both routes, unless a shared feed-forward
+        takes the second."""
+        return 2 if self.distills and not moe.fuse_distillation else 1
 
     @property
     def affine(self) -> MoE | None:
@@ -290,7 +317,8 @@ class Recipe(Section):
             raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide 'data.vocabulary.size' {self.data.vocabulary.size}")
         for name, side in (("encoder", hidden.encoder), ("decoder", hidden.decoder)):
             for layer in range(side.layers):
-                if not side.is_moe(layer) and side.width(layer) % tensor:
+                dense = not side.is_moe(layer) or (side.moe is not None and side.moe.fuse_distillation)
+                if dense and side.width(layer) % tensor:
                     raise ValueError(
                         f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width {side.width(layer)} of the {name}"
                     )

@@ -16,7 +16,7 @@ from lsmoe_ds.config import MoE, Recipe, Side
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 LENGTH = 32  # tokens of a sentence, where nothing else is said
 # Low-rank matrices that are counted: all; those of the languages; those that all languages share; or none, for they are
-# folded into the layers beside which they stand.
+# folded into the layers beside which they stand. In the same way experts, and the feed-forward that was distilled from them.
 Matrices = Literal["all", "specific", "shared", "none"]
 
 
@@ -63,8 +63,7 @@ def rank_sum(recipe: Recipe, matrices: Matrices) -> int:
 
 def passes(recipe: Recipe) -> int:
     """Through the model, of each token in training: Fuse Distillation takes both routes."""
-    settings = recipe.model.low_rank
-    return 2 if settings is not None and settings.fuse_distillation else 1
+    return 2 if recipe.model.distills else 1
 
 
 def low_rank(ranks: int, width: int, hidden: int) -> Count:
@@ -104,8 +103,9 @@ def count_side(recipe: Recipe, side: Side, decoder: bool, serving: bool = False,
     ``serving``: what must be loaded to translate one direction ("Beyond Distillation", section 3.2). A layer routed by
     token or sentence needs all its experts and the router; of one routed by task or statically the K experts are known
     beforehand, and joined into one feed-forward of width K F; low-rank matrices are folded into their layers, whatever
-    ``matrices`` says (see :mod:`lsmoe_ds.convert.subnetwork`).
+    ``matrices`` says, and what is distilled from experts is left out (see :mod:`lsmoe_ds.convert.subnetwork`).
     """
+    matrices = "none" if serving else matrices
     hidden = recipe.model.hidden
     blocks = 2 if decoder else 1
     total = Count(whole=2 * hidden) + count_clsr(recipe, side, decoder)
@@ -114,10 +114,13 @@ def count_side(recipe: Recipe, side: Side, decoder: bool, serving: bool = False,
         total += Count(whole=2 * hidden * (blocks + 1))
         for _ in range(blocks):
             total += attention(hidden)
-        total += count_low_rank(recipe, side, layer, blocks, "none" if serving else matrices)
-        if moe is None:
+        total += count_low_rank(recipe, side, layer, blocks, matrices)
+        distilled = moe is not None and moe.fuse_distillation
+        if moe is None or (distilled and matrices in ("all", "shared")):
             total += feed_forward(hidden, width)
-        elif serving and moe.by_task:
+        if moe is None or (distilled and matrices == "shared"):
+            continue
+        if serving and moe.by_task:
             total += feed_forward(hidden, moe.top_k * width)
         else:
             total += Count(expert=moe.experts * feed_forward(hidden, width).total)
@@ -211,10 +214,11 @@ class Exchange:
     row_bytes_inference: int
     rows: float  # that leave, per token and layer, experts chosen at random
     rows_home: float | None  # the same with all task-affine batches at home
+    routed: int  # times, of each token in training: twice in Fuse Distillation, unless a shared feed-forward takes one route
     count_bytes: int  # leaving each rank, per layer and micro-batch: one int64 for each other rank
 
     def token_bytes(self, at_home: bool = False) -> float:
-        """Per token of this side, through all its layers, forward and backward."""
+        """Per token of this side that is routed, through all its layers, forward and backward."""
         rows = self.rows_home if at_home and self.rows_home is not None else self.rows
         return self.layers * rows * self.row_bytes
 
@@ -235,6 +239,7 @@ def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
                     row_bytes_inference=bytes_per_row(model.hidden, moe.top_k, value_bytes, False, learned),
                     rows=rows_at_random(moe.experts, moe.top_k, layout.expert, moe.expert_groups),
                     rows_home=rows_at_home(moe, model.affine, layout.expert, layout.tensor),
+                    routed=model.routed(moe),
                     count_bytes=8 * (layout.expert - 1),
                 )
             )
@@ -244,36 +249,38 @@ def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
 def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool = False) -> int:
     """Expected bytes of one step between all ranks, at most: no padding, and all tokens on the dearer side.
 
-    tokens x count of ``data.batch`` (twice those in Fuse Distillation) times :meth:`Exchange.token_bytes`, and the counts: each
+    tokens x count of ``data.batch``, as often as they are routed, times :meth:`Exchange.token_bytes`, and the counts: each
     of the ``count`` micro-batches is dispatched by all its tensor-parallel peers. Where a rank has several micro-batches a step
     and a router reads hidden states, first choices are counted ahead of the step by one more forward pass.
     """
     batch, tensor = recipe.data.batch, recipe.parallel.tensor
     reads = any(moe.routing in ("token", "sentence") for _, _, moe in recipe.model.moe_layers())
     ahead = reads and batch.count * tensor > world
-    each_token = [each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes) for each in found]
-    tokens = passes(recipe) * batch.tokens * batch.count * max(each_token, default=0.0)
-    return round(tokens) + (1 + ahead) * sum(batch.count * tensor * each.layers * each.count_bytes for each in found)
+    each_token = [each.routed * each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes) for each in found]
+    counts = sum(batch.count * tensor * each.layers * each.count_bytes for each in found)
+    return round(batch.tokens * batch.count * max(each_token, default=0.0)) + (1 + ahead) * counts
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one token in a forward pass; a multiply-add counts as 2. Training takes about 3 times that."""
+    """Floating-point operations of one token in a forward pass; a multiply-add counts as 2. Training takes about 3 times that, of
+    each route that a token takes."""
 
     length: int
     source: int  # per source token: the encoder, and the decoder's keys and values of it
     target: int  # per target token: the decoder and the output layer
     source_attention: int  # of these, what grows with the sentence length
     target_attention: int
-    passes: int  # through the model, of each token in training
+    source_shared: int  # by the shared route of Fuse Distillation; otherwise 0
+    target_shared: int
 
     @property
     def source_training(self) -> int:
-        return 3 * self.passes * self.source
+        return 3 * (self.source + self.source_shared)
 
     @property
     def target_training(self) -> int:
-        return 3 * self.passes * self.target
+        return 3 * (self.target + self.target_shared)
 
 
 def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
@@ -291,18 +298,17 @@ def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
     """
     model, hidden, settings = recipe.model, recipe.model.hidden, recipe.model.low_rank
 
-    def side_flops(side: Side, decoder: bool) -> int:
+    def side_flops(side: Side, decoder: bool, shared: bool) -> int:
         total = 0
         if model.clsr is not None:
             total += len(model.clsr.sublayers(decoder)) * side.layers * (4 * hidden * hidden + 2 * model.clsr.gate * (hidden + 1))
         for layer in range(side.layers):
             each = 4 * hidden * side.width(layer)
-            if side.moe is not None and side.is_moe(layer):
-                each = side.moe.top_k * (each + 2 * hidden)
-                each += {"token": 2 * hidden * side.moe.experts, "sentence": 2 * hidden * side.moe.experts // length}.get(
-                    side.moe.routing, 0
-                )
-            elif settings is not None and settings.is_in(layer, "feed_forward"):
+            moe = side.moe if side.is_moe(layer) else None
+            if moe is not None and not (shared and moe.fuse_distillation):
+                each = moe.top_k * (each + 2 * hidden)
+                each += {"token": 2 * hidden * moe.experts, "sentence": 2 * hidden * moe.experts // length}.get(moe.routing, 0)
+            elif moe is None and settings is not None and settings.is_in(layer, "feed_forward"):
                 each += 4 * settings.shared_rank * (hidden + side.width(layer))
             total += each + 8 * hidden * hidden + 2 * pair(layer)
         return total
@@ -315,11 +321,11 @@ def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
     source_attention, target_attention = 4 * length * hidden * encoder, 8 * length * hidden * decoder
     # Over the source: its keys and values are two of the four linears, a target token's query and output the other two.
     across = decoder * 4 * hidden * hidden + sum(pair(layer) for layer in range(decoder))
-    return Flops(
-        length,
-        side_flops(model.encoder, False) + across + source_attention,
-        side_flops(model.decoder, True) + across + 2 * hidden * recipe.data.vocabulary.size + target_attention,
-        source_attention,
-        target_attention,
-        passes(recipe),
-    )
+
+    def both_sides(shared: bool) -> tuple[int, int]:
+        output = 2 * hidden * recipe.data.vocabulary.size
+        source = side_flops(model.encoder, False, shared) + across + source_attention
+        return source, side_flops(model.decoder, True, shared) + across + output + target_attention
+
+    by_shared = both_sides(True) if model.distills else (0, 0)
+    return Flops(length, *both_sides(False), source_attention, target_attention, *by_shared)

@@ -90,7 +90,8 @@ def activations(recipe: Recipe, value: int) -> int:
         low-rank matrices   r of each linear     what a token's flat matrix makes of it; beside a row linear with t > 1 also H, as it
                                                  was sent with the layer's own
 
-    In Fuse Distillation all this twice, for both routes, and V / t float32 more for each: the gradient of their divergence.
+    In Fuse Distillation all this twice, for both routes, but only V / t float32 at the output layer, as the gradient takes the
+    place of the logits; by the shared route a feed-forward in place of the experts that it is distilled from.
     Attention probabilities are not stored: ``scaled_dot_product_attention`` computes them again (with
     ``training.attention_dropout`` on a CPU it stores them). Approximate: the split into source and target (a batch with longer
     target sentences takes more); dropout's masks, counted as values as on a CPU (on a GPU they are bytes); even load of the
@@ -120,17 +121,21 @@ def activations(recipe: Recipe, value: int) -> int:
         return total
 
     def feed_forward_values(side: Side, layer: int) -> float:
+        """The mean of both routes, where they differ."""
         width, moe = side.width(layer), side.moe if side.is_moe(layer) else None
-        return width if moe is None else moe.top_k * (2 * hidden + width)
+        if moe is None:
+            return width
+        experts = moe.top_k * (2 * hidden + width)
+        return (experts + width) / 2 if moe.fuse_distillation else experts
 
     source = side_values(model.encoder, 1) + model.decoder.layers * 2 * hidden / tensor
     if settings is not None:
         source += 2 * settings.shared_rank * sum(settings.is_in(layer, "attention") for layer in range(model.decoder.layers))
     target = side_values(model.decoder, 2) + hidden
     twice = passes(recipe)
-    logits = 3 if twice == 1 else 4
+    logits = 3 if twice == 1 else 1
     floats = logits * recipe.data.vocabulary.size / tensor
-    floats += sum(2 * moe.experts for _, _, moe in model.moe_layers() if moe.routing == "token")
+    floats += sum(2 * moe.experts * model.routed(moe) / twice for _, _, moe in model.moe_layers() if moe.routing == "token")
     return round(twice * recipe.data.batch.tokens / 2 * (value * (source + target) + 4 * floats))
 
 

@@ -33,7 +33,7 @@ class Plan:
     stage: int
     parameters: Parts
     serving: Parts
-    routes: dict[str, Parts]  # with low-rank matrices: what serves all directions by the specific, and by the shared route
+    routes: dict[str, Parts]  # what serves all directions by the specific, and by the shared route, where these are not the whole
     memory: list[Memory]
     exchanges: list[Exchange]
     step_bytes: int
@@ -148,11 +148,11 @@ def check(recipe: Recipe, world: int) -> None:
 
 def routes(recipe: Recipe) -> dict[str, Parts]:
     """What must be loaded to serve all directions, low-rank matrices beside their layers, by each route that there is."""
-    settings = recipe.model.low_rank
-    if settings is None:
+    model = recipe.model
+    if model.low_rank is None and not model.distills:
         return {}
     found = {"specific": Parts.of(recipe, matrices="specific")}
-    return found | {"shared": Parts.of(recipe, matrices="shared")} if settings.fuse_distillation else found
+    return found | {"shared": Parts.of(recipe, matrices="shared")} if model.distills else found
 
 
 def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -14,7 +16,8 @@ from test_sameness import VOCABULARY, close, recipe_for, steps_of, train, whole
 
 from lsmoe_ds.config import LowRank, Recipe
 from lsmoe_ds.inference.beam_search import Search, beam_search
-from lsmoe_ds.language_specific.fuse_distillation import FuseDistillation, divergence
+from lsmoe_ds.language_specific import fuse_distillation
+from lsmoe_ds.language_specific.fuse_distillation import FuseDistillation
 from lsmoe_ds.languages import PAD, SentenceIds
 from lsmoe_ds.model import initialization
 from lsmoe_ds.model.transformer import Transformer
@@ -22,6 +25,11 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 def fused(routing: str, tensor: int = 1, expert: int = 1, stage: int = 0, every: int = 1) -> Recipe:
+    """With shared matrices; "distilled" with shared feed-forwards, and "one side" with those of the encoder alone."""
+    if routing in ("distilled", "one side"):
+        recipe = recipe_for("distilled", tensor, expert, stage)
+        recipe.model.decoder.moe.fuse_distillation = routing == "distilled"
+        return recipe
     recipe = recipe_for(routing, tensor, expert, stage)
     recipe.model.low_rank = LowRank(rank=3, at="both", every=every, fuse_distillation=True)
     return recipe
@@ -38,7 +46,7 @@ def trained_matrices():
 
 
 def run_steps(topology, recipe: Recipe, teacher: bool):
-    """As test_sameness.train, and the divergence of each step."""
+    """As test_sameness.train, and the divergence of each step. Matrices are made to distill by ``teacher``."""
     from lsmoe_ds.training import engine
 
     results, true = [], engine.train_step
@@ -47,7 +55,7 @@ def run_steps(topology, recipe: Recipe, teacher: bool):
         results.append(true(*arguments))
         return results[-1]
 
-    form = mock.patch.object(FuseDistillation, "of", lambda recipe: FuseDistillation(teacher))
+    form = mock.patch.object(FuseDistillation, "of", lambda recipe: FuseDistillation(teacher)) if recipe.model.low_rank else nullcontext()
     with trained_matrices(), form, mock.patch.object(engine, "train_step", recorded):
         numbers, gradients, weights = train(topology, recipe)
     return [(*each, result.distillation) for each, result in zip(numbers, results, strict=True)], gradients, weights
@@ -67,7 +75,8 @@ def equations(recipe: Recipe, teacher: bool) -> tuple[dict[str, float], dict[str
     """Losses and gradients of the first step, from equations 2 to 4 with a pass for each route of each micro-batch."""
     model, step = model_of(recipe).train(), steps_of(recipe, 0, 1)[0]
     parts: dict[str, list[torch.Tensor]] = {"loss": [], "nll": [], "distillation": []}
-    records: list[list] = [[] for _ in model.moe_names]
+    records: dict[str, list] = {name: [] for name in model.moe_names}
+    apart = {name for name, (_, layer) in zip(records, model.moe_layers(), strict=True) if layer.shared is not None}
     for batch in step.batches:
         real, logs = batch.labels != PAD, []
         labels = batch.labels[real]
@@ -77,8 +86,8 @@ def equations(recipe: Recipe, teacher: bool) -> tuple[dict[str, float], dict[str
                 batch.decoder_input, batch.decoder_input != PAD, model.start(batch.source, batch.ids, found, route=route)
             )
             logs.append((hidden @ model.embedding.tokens.weight.t())[real].log_softmax(-1))
-            for layer, record in zip(records, found, strict=True):
-                layer.append(record)
+            for name, record in zip([name for name in records if route == "specific" or name not in apart], found, strict=True):
+                records[name].append(record)
         specific, shared = logs
         entropies = [F.cross_entropy(each, labels, label_smoothing=0.1, reduction="sum") for each in logs]
         taught = specific.detach() if teacher else specific
@@ -89,8 +98,8 @@ def equations(recipe: Recipe, teacher: bool) -> tuple[dict[str, float], dict[str
         parts["nll"].append(F.nll_loss(specific, labels, reduction="sum"))
     losses = {name: sum(values) / step.target_tokens for name, values in parts.items()}
     losses |= {"balance": torch.zeros(()), "z_loss": torch.zeros(())}
-    for name, layer in zip(model.moe_names, records, strict=True):
-        tokens = 2 * (step.source_tokens if name.startswith("encoder") else step.target_tokens)
+    for name, layer in records.items():
+        tokens = (1 if name in apart else 2) * (step.source_tokens if name.startswith("encoder") else step.target_tokens)
         share = sum(record.counts for record in layer) / tokens
         assert share.sum() == pytest.approx(1)
         settings = layer[0].settings
@@ -114,7 +123,9 @@ def alone(pool):
     return of
 
 
-@pytest.mark.parametrize(("routing", "teacher"), [("dense", False), ("mixed", False), ("mixed", True)])
+@pytest.mark.parametrize(
+    ("routing", "teacher"), [("dense", False), ("mixed", False), ("mixed", True), ("distilled", True), ("one side", True)]
+)
 def test_a_step_follows_the_equations(alone, routing, teacher):
     found = alone(routing, teacher)
     losses, gradients = equations(fused(routing), teacher)
@@ -130,6 +141,7 @@ def test_a_step_follows_the_equations(alone, routing, teacher):
 
 
 LAYOUTS = [("dense", False, 2, 2, 1, 1), ("mixed", False, 2, 1, 1, 1), ("mixed", False, 2, 2, 2, 0), ("dense", True, 2, 2, 1, 0)]
+LAYOUTS += [("one side", True, 2, 2, 1, 0), ("distilled", True, 2, 1, 2, 2)]
 
 
 @pytest.mark.parametrize(("routing", "teacher", "world", "tensor", "expert", "stage"), LAYOUTS)
@@ -146,18 +158,68 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, teacher
             close(ours[name], theirs[name], f"{what} of {name}")
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("teacher", [False, True])
-def test_divergence(teacher):
+def test_losses_of_both_routes(monkeypatch, teacher, smoothing):
+    monkeypatch.setattr(fuse_distillation, "AT_ONCE", 100)  # three tokens at a time, the last alone
     generator = torch.Generator().manual_seed(1)
-    logits = (4 * torch.randn(2, 7, 30, generator=generator, dtype=torch.float64)).requires_grad_()
-    specific, shared = logits.log_softmax(-1)
+    hidden, embedding = (3 * torch.randn(14, 8, generator=generator)).requires_grad_(), torch.nn.Embedding(30, 8)
+    torch.nn.init.normal_(embedding.weight, generator=generator)
+    labels = torch.randint(30, (7,), generator=generator).repeat(2)
+    logits = hidden @ embedding.weight.t()
+    specific, shared = logits.log_softmax(-1).chunk(2)
     forth = F.kl_div(shared, specific.detach() if teacher else specific, reduction="sum", log_target=True)
-    wanted = forth if teacher else (forth + F.kl_div(specific, shared, reduction="sum", log_target=True)) / 2
-    found = divergence(logits.flatten(0, 1), Topology.single(), teacher)
-    torch.testing.assert_close(found, wanted)
-    gradient, expected = (torch.autograd.grad(3 * value, logits)[0] for value in (found, wanted))
-    torch.testing.assert_close(gradient, expected)
-    assert teacher == (not gradient[0].any()), "the specific side of the first form learns nothing from it"
+    apart = forth if teacher else (forth + F.kl_div(specific, shared, reduction="sum", log_target=True)) / 2
+    entropy = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / 2
+    nll = F.nll_loss(specific, labels[:7], reduction="sum")
+    found = FuseDistillation(teacher).losses(hidden, labels, embedding, smoothing, Topology.single())
+    torch.testing.assert_close(found, (entropy, apart, nll))
+    parameters = [hidden, embedding.weight]
+    expected = torch.autograd.grad(3 * (entropy + apart), parameters)
+    for name, gradient, wanted in zip(("hidden", "embedding"), torch.autograd.grad(3 * found[0], parameters), expected, strict=True):
+        close(gradient, wanted, name)
+
+
+def test_experts_learn_nothing_from_the_shared_feed_forward():
+    recipe = fused("distilled")
+    batch = steps_of(recipe, 0, 1)[0].batches[1]
+
+    def of_experts(learnt: Callable) -> dict[str, torch.Tensor | None]:
+        """Gradients of half the loss of the specific route, or of all."""
+        model = model_of(recipe).train()
+        learnt(model)
+        return {name: p.grad for name, p in model.named_parameters() if ".deepspeed_moe." in name or ".router." in name}
+
+    def half(model: Transformer) -> None:
+        model.distillation = None
+        (model(batch.source, batch.decoder_input, batch.labels, batch.ids).loss / 2).backward()
+
+    def both(model: Transformer) -> None:
+        model(batch.source, batch.decoder_input, batch.labels, batch.ids).loss.backward()
+        shared = [p for name, p in model.named_parameters() if ".feed_forward.shared." in name]
+        assert len(shared) == 2 * 4 and all(parameter.grad.any() for parameter in shared)
+
+    wanted = of_experts(half)
+    assert any(gradient is not None and gradient.any() for gradient in wanted.values())
+    torch.testing.assert_close(of_experts(both), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("routing", ["distilled", "one side"])
+@pytest.mark.parametrize("static", [True, False], ids=["static", "token"])
+def test_records_are_of_the_tokens_that_experts_get(routing, static):
+    recipe = fused(routing)
+    recipe.training.dropout = 0.3
+    recipe.model.decoder.moe.routing = "static" if static else "token"
+    recipe.model.decoder.moe.jitter = 0.0 if static else 0.3
+    model, batch = model_of(recipe).train(), steps_of(recipe, 0, 1)[0].batches[1]
+    state = torch.get_rng_state()
+    ahead = model.first_choices(batch.source, batch.decoder_input, batch.ids)
+    torch.set_rng_state(state)
+    records = model(batch.source, batch.decoder_input, batch.labels, batch.ids).routing
+    assert all(torch.equal(counts, record.counts) for counts, record in zip(ahead, records, strict=True))
+    real = [int((ids != PAD).sum()) for ids in (batch.source, batch.decoder_input)]
+    assert [int(record.counts.sum()) for record in records] == [real[0], real[1] if routing == "distilled" else 2 * real[1]]
+    assert [record.choices for record in records] == [int(r.counts.sum()) * r.settings.top_k for r in records]
 
 
 def test_a_new_model_has_nothing_to_distill():

@@ -28,6 +28,7 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
         "static": ({"routing": "static", "task": "source"}, {"routing": "static", "task": "pair", "expert_groups": 2}),
         "mixed": (token, {**target, "expert_groups": 2}),
         "lms": (None, {**target}),
+        "distilled": ({"routing": "static", "task": "source", "top_k": 1, "fuse_distillation": True}, {**token, "fuse_distillation": True}),
         "capacity": ({**token, **full}, {**token, "capacity": {"training": 0.75, "drop": "position"}}),
     }[routing]
     encoder, decoder = (({"moe": {**moe, **side}} if side else {}) for side in sides)
@@ -163,6 +164,7 @@ ROUTINGS = ["token", "sentence", "target", "pair", "static", "mixed", "capacity"
 CASES = [(routing, *layout, 1) for routing in ROUTINGS for layout in LAYOUTS]
 CASES += [("token", 2, 1, 2, 2), ("pair", 4, 2, 2, 2), ("dense", 2, 2, 1, 1), ("dense", 4, 2, 1, 2), ("dense", 2, 1, 1, 0)]
 CASES += [("lms", *layout) for layout in ((2, 1, 1, 1), (2, 2, 1, 1), (2, 2, 2, 0), (4, 2, 1, 2), (4, 4, 4, 1), (4, 1, 4, 0))]
+CASES += [("distilled", 2, 2, 2, 1)]
 CASES += [("dense", 2, 2, 1, 0), ("target", 2, 1, 2, 0), ("token", 4, 2, 2, 0), ("target", 2, 2, 1, 0), ("sentence", 4, 1, 2, 0)]
 
 

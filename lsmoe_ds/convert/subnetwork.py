@@ -6,14 +6,16 @@ feed-forward of width K F ("Beyond Distillation", section 3.1, extracts such sub
     sum_k g_k (relu(x W1_k + b1_k) W2_k + b2_k) = relu(x [W1_1 .. W1_K] + [b1_1 .. b1_K]) [g_1 W2_1; ..; g_K W2_K] + sum_k g_k b2_k
 
 Low-rank matrices beside a linear layer become part of its weight, W + V F, whatever their rank: by the ``specific`` route
-those of the direction's languages, by the ``shared`` route (after Fuse Distillation) those that all languages share.
+those of the direction's languages, by the ``shared`` route (after Fuse Distillation) those that all languages share. Where a
+feed-forward was distilled beside the experts, by the shared route it takes the layer's place, whatever the routing, and by
+the specific route it falls away.
 
 H hidden, F width of an expert, K top-k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 ALL = "all"  # in the place of a direction
 FLAT, VERTICAL = "_low_rank.flat", "_low_rank.vertical"
+FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bias")
 
 
 def check_convertible(recipe: Recipe, direction: Direction | None, route: str = "specific") -> None:
@@ -44,9 +47,10 @@ def check_convertible(recipe: Recipe, direction: Direction | None, route: str = 
     check_route(route, recipe)
     if direction is not None:
         recipe.languages.direction_id(direction)
+    kept = list(expert_layers(model, route))
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
-        if side.moe is not None and not side.moe.by_task:
-            layers = [str(layer + 1) for layer in range(side.layers) if side.is_moe(layer)]
+        layers = [str(layer + 1) for of_side, layer, _ in kept if of_side == name]
+        if layers and side.moe is not None and not side.moe.by_task:
             place = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(layers)}"
             raise UserError(
                 f"the {name} routes by {side.moe.routing} in {place}: each {side.moe.routing} chooses its experts when it is there, so no "
@@ -58,10 +62,15 @@ def check_convertible(recipe: Recipe, direction: Direction | None, route: str = 
             "the gates of model.clsr choose for each token between two projections when it is there, so no dense model computes the "
             "same: serve the trained model itself"
         )
-    if direction is None and any(model.moe_layers()):
+    if direction is None and kept:
         raise UserError("no dense model serves all directions, since each has experts of its own: name one with --from and --to-language")
     if direction is None and route == "specific":
         raise UserError("the specific route needs a direction: name one with --from and --to-language")
+
+
+def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
+    """(side, layer, settings) of each layer whose experts the route uses."""
+    return ((side, layer, moe) for side, layer, moe in model.moe_layers() if route == "specific" or not moe.fuse_distillation)
 
 
 def join_experts(weights: Mapping[str, Tensor], at: str, settings: MoE, languages: Languages, task: int) -> dict[str, Tensor]:
@@ -115,7 +124,7 @@ def extract(
     """Weights (by global name) and recipe of the dense model that equals the given one for ``direction``.
 
     Each kind of language-specific layer has its function here; all else is taken over. The vocabulary stays as it is.
-    By the shared route and without experts the model is the same for every direction: its recipe keeps them all.
+    By the shared route and where that uses no experts the model is the same for every direction: its recipe keeps them all.
     """
     check_convertible(recipe, direction, route)
     sides = {"encoder": recipe.model.encoder, "decoder": recipe.model.decoder}
@@ -123,11 +132,14 @@ def extract(
     try:
         dense = fold_low_rank(weights, recipe, direction, route)
         for side, layer, settings in recipe.model.moe_layers():
-            assert direction is not None
             at = f"{side}.{layer}.feed_forward."
-            joined = join_experts(weights, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction))
-            dense = {name: value for name, value in dense.items() if not name.startswith(at)} | joined
-            widths[side][layer] *= settings.top_k
+            if settings.fuse_distillation and route == "shared":
+                made = {f"{at}{name}": weights[f"{at}shared.{name}"] for name in FEED_FORWARD}
+            else:
+                assert direction is not None
+                made = join_experts(weights, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction))
+                widths[side][layer] *= settings.top_k
+            dense = {name: value for name, value in dense.items() if not name.startswith(at)} | made
     except KeyError as error:
         raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
     return dense, _dense_recipe(recipe, None if serves_all(recipe, route) else direction, widths)
@@ -135,7 +147,7 @@ def extract(
 
 def serves_all(recipe: Recipe, route: str) -> bool:
     """Whether one dense model serves every direction of the recipe."""
-    return route == "shared" and not any(recipe.model.moe_layers())
+    return route == "shared" and not any(expert_layers(recipe.model, route))
 
 
 def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]]) -> Recipe:

@@ -44,7 +44,7 @@ class Loaded:
 def load(path: str | Path, device: torch.device | str | None = None, route: str = "specific") -> Loaded:
     """Loads a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and evaluation mode.
 
-    ``device`` defaults to the GPU if there is one. ``route`` "shared" translates by the matrices that all languages share.
+    ``device`` defaults to the GPU if there is one. ``route`` "shared" translates by what all languages share.
     Raises UserError for a path that is none of these, or is damaged, and for a route that the model lacks.
     """
     stored = find_model(path)
@@ -61,8 +61,11 @@ def check_route(route: str, recipe: Recipe) -> Route:
         return "specific"
     if route != "shared":
         raise UserError(f"'{route}' is no route: choose specific or shared")
-    if recipe.model.low_rank is None or not recipe.model.low_rank.fuse_distillation:
-        raise UserError("the model has no shared matrices for the route 'shared': they come of 'model.low_rank.fuse_distillation: true'")
+    if not recipe.model.distills:
+        raise UserError(
+            "the model has no shared matrices or feed-forwards for the route 'shared': they come of 'fuse_distillation: true' in "
+            "model.low_rank or moe"
+        )
     return "shared"
 
 

@@ -28,7 +28,7 @@ class Guide:
     ids: SentenceIds
     summary: Tensor | None = None  # [B, H]: in the decoder the mean of the encoder's output, if sentence routing asks for it
     records: list[RoutingRecord] | None = None  # one is appended by each MoE layer, in training
-    # Which language-specific matrices a sentence uses: its languages', or the shared ones. "both": the second half of the
+    # Which matrices and feed-forwards a sentence uses: its languages', or the shared ones. "both": the second half of the
     # sentences repeats the first, and is shared.
     route: Route = "specific"
     gates: list[Tensor] | None = None  # CLSR, in training: each sublayer appends the sum of its gates over the real tokens

@@ -30,9 +30,10 @@ from lsmoe_ds.parallel.topology import Topology
 class Losses:
     """Of one micro-batch, as sums over its target tokens."""
 
-    loss: Tensor  # label-smoothed cross-entropy, summed; with gradient; in fuse distillation the mean of both routes
+    loss: Tensor  # label-smoothed cross-entropy, summed; with gradient; in fuse distillation the mean of both routes, and the gradient
+    # also that of the divergence
     nll: Tensor  # negative log-likelihood, summed; without gradient; in fuse distillation of the specific route
-    distillation: Tensor  # divergence of the two routes in fuse distillation, summed, with gradient; otherwise 0
+    distillation: Tensor  # divergence of the two routes in fuse distillation, summed; without gradient; otherwise 0
     routing: list[RoutingRecord]  # of each MoE layer, encoder first; what the auxiliary losses are made of
     gates: Tensor | None = None  # CLSR, in training: sum of all gates over the real tokens; with gradient
 
@@ -95,7 +96,8 @@ class Layer(nn.Module):
 
             assert side.moe is not None
             width, alone = side.width(index), Topology.single(topology.device)
-            self.feed_forward = MixtureOfExperts(hidden, side.moe, lambda: FeedForward(hidden, width, alone), languages, topology)
+            shared = FeedForward(hidden, width, topology) if side.moe.fuse_distillation else None
+            self.feed_forward = MixtureOfExperts(hidden, side.moe, lambda: FeedForward(hidden, width, alone), languages, topology, shared)
         else:
             self.feed_forward = FeedForward(hidden, side.width(index), topology, of_feed_forward)
         self.attention_clsr = ConditionalRouting.after("attention", projections)
@@ -163,6 +165,7 @@ class Transformer(nn.Module):
         self.dropout = recipe.training.dropout
         self.smoothing = recipe.training.label_smoothing
         self.distillation = FuseDistillation.of(recipe)
+        self.routed = model.routed
         self.gate_noise = 0.0  # CLSR: set before each training step
         self.moe_names = [f"{side}.{layer}" for side, layer, _ in model.moe_layers()]
         self.summarize = model.decoder.moe is not None and model.decoder.moe.routing == "sentence"
@@ -226,7 +229,8 @@ class Transformer(nn.Module):
     def forward(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds, route: Route = "specific") -> Losses:
         """Source [B, M], decoder input and labels [B, T] -> losses, summed over the real labels.
 
-        In training, fuse distillation takes both routes, and each MoE layer's record is of twice the tokens.
+        In training, fuse distillation takes both routes. An MoE layer's record is then of twice the tokens, unless the layer has
+        a shared feed-forward for the second.
         """
         records: list[RoutingRecord] | None = [] if self.training else None
         distillation = self.distillation if self.training else None
@@ -265,14 +269,14 @@ class Transformer(nn.Module):
     def first_choices(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> list[Tensor]:
         """Tokens whose first choice is each expert [E], for each MoE layer, as :meth:`forward` will count them if the same
         random numbers follow. Where no router reads hidden states nothing is computed for it."""
-        route: Route = "specific"
-        if self.distillation is not None:
-            (source, decoder_input, ids), route = twice(source, decoder_input, ids), "both"
         layers = self.moe_layers()
         if not any(layer.router.reads_tokens for _, layer in layers):
             real = {"encoder": source != PAD, "decoder": decoder_input != PAD}
-            routes = [layer.route(None, real[side], Guide(ids))[2] for side, layer in layers]
-            return [count_first_choices(each, each.probabilities.shape[1]) for each in routes]
+            routes = [(layer.settings, layer.route(None, real[side], Guide(ids))[2]) for side, layer in layers]
+            return [self.routed(settings) * count_first_choices(each, settings.experts) for settings, each in routes]
+        route: Route = "specific"
+        if self.distillation is not None:
+            (source, decoder_input, ids), route = twice(source, decoder_input, ids), "both"
         records: list[RoutingRecord] = []
         self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, records, route))
         return [record.counts for record in records]

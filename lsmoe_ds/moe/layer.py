@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from lsmoe_ds.config import MoE
@@ -17,13 +18,21 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
-    """E feed-forwards, of which each token uses K.
+    """E feed-forwards, of which each token uses K; in fuse distillation beside one that all languages share (``shared``).
 
     A subclass of ``deepspeed.moe.layer.MoE`` so that the engine reduces expert gradients over the right ranks and files
     each expert's weights under its global number; the parent's constructor, gate and dispatch are not used.
     """
 
-    def __init__(self, hidden: int, settings: MoE, expert: Callable[[], nn.Module], languages: Languages, topology: Topology) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        settings: MoE,
+        expert: Callable[[], nn.Module],
+        languages: Languages,
+        topology: Topology,
+        shared: nn.Module | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         # Names that DeepSpeed reads.
         self.num_experts = settings.experts
@@ -34,6 +43,7 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         self.settings = settings
         # The router stands beside the dispatcher: DeepSpeed drops or misfiles router weights below a name with "expert".
         self.router = ROUTERS[settings.routing](hidden, settings, languages)
+        self.shared = shared
         # Called with the task of each token [S] and its Routes: analysis looks on through it.
         self.observer: Callable[[Tensor, Routes], None] | None = None
 
@@ -41,12 +51,13 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         """The groups are built already, by Topology."""
 
     def route(self, x: Tensor | None, real: Tensor, guide: Guide) -> tuple[Tensor, Tensor, Routes]:
-        """Index of the real positions among B T, their tasks, and their routes. Without ``x``, of a router that reads the task alone."""
+        """Index of the real positions among B T, their hidden states, and their routes. Without ``x``, of a router that reads the
+        task alone. The B sentences are the first of the guide's."""
         batch, length = real.shape
         index = real.reshape(-1).nonzero().squeeze(1)
         sentences = index // length
         tasks = guide.ids.task(self.settings.task)[sentences]
-        summary = guide.summary
+        summary = None if guide.summary is None else guide.summary[:batch]
         if self.settings.routing == "sentence" and summary is None:
             assert x is not None
             summary = mean_of_real(x, real)
@@ -56,7 +67,17 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         return index, tokens, self.router(tokens, Places(sentences, tasks, summary))
 
     def forward(self, x: Tensor, real: Tensor, guide: Guide) -> Tensor:
-        """x [B, T, H] -> [B, T, H]. Only positions where ``real`` [B, T] is true are routed; the others give zeros."""
+        """x [B, T, H] -> [B, T, H]. Only positions where ``real`` [B, T] is true are routed; the others give zeros, or on the shared
+        route mean nothing."""
+        if self.shared is None or guide.route == "specific":
+            return self._by_experts(x, real, guide)
+        if guide.route == "shared":
+            out: Tensor = self.shared(x)
+            return out
+        half = x.shape[0] // 2
+        return torch.cat([self._by_experts(x[:half], real[:half], guide), self.shared(x[half:])])
+
+    def _by_experts(self, x: Tensor, real: Tensor, guide: Guide) -> Tensor:
         index, tokens, chosen = self.route(x, real, guide)
         kept, capacity = chosen, self.settings.capacity
         if capacity is not None and (factor := capacity.training if self.training else capacity.evaluation) is not None:

@@ -102,30 +102,39 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Summed label-smoothed cross-entropy against labels [N], and each token's negative log-likelihood [N] without gradient.
 
-    The smoothed loss is ``(1 - s) nll + s mean_v(-log p_v)``, computed as ``nll + s (z_label - mean_v z_v)``: by linearity of
-    the output layer ``z_label = h . E[label]`` and ``mean_v z_v = h . mean_v E_v`` need no pass over the logits. (Megatron's
-    own label smoothing averages over the local part of the vocabulary only, so its loss changes with the number of ranks.)
+    The smoothed loss is ``(1 - s) nll + s mean_v(-log p_v)``, computed as nll and :func:`smoothing_loss`. (Megatron's own label
+    smoothing averages over the local part of the vocabulary only, so its loss changes with the number of ranks.)
     The logits are used up: Megatron computes in place.
     """
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
-    hidden, copied, logits = projected
-    mean_logit = hidden
     if topology.tensor == 1:
-        nll = F.cross_entropy(logits, labels, reduction="none")
-        if smoothing:
-            mean_logit = (hidden * weight.mean(0)).sum(-1)
+        nll = F.cross_entropy(projected.logits, labels, reduction="none")
     else:
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        nll = vocab_parallel_cross_entropy(projected.logits, labels)
+    loss = nll.sum()
+    if smoothing:
+        loss = loss + smoothing_loss(projected, labels, embedding, smoothing, topology)
+    return loss, nll.detach()
+
+
+def smoothing_loss(projected: Projected, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> Tensor:
+    """What label smoothing adds to the summed negative log-likelihood: ``s (z_label - mean_v z_v)`` of each token.
+
+    By linearity of the output layer ``z_label = h . E[label]`` and ``mean_v z_v = h . mean_v E_v`` need no pass over the logits.
+    """
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    hidden, copied, _ = projected
+    if topology.tensor == 1:
+        mean_logit = (hidden * weight.mean(0)).sum(-1)
+    else:
         from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
-        nll = vocab_parallel_cross_entropy(logits, labels)
-        if smoothing:
-            part = (copied * (weight.sum(0) / (weight.shape[0] * topology.tensor))).sum(-1)
-            mean_logit = reduce_from_tensor_model_parallel_region(part)
-    if not smoothing:
-        return nll.sum(), nll.detach()
+        part = (copied * (weight.sum(0) / (weight.shape[0] * topology.tensor))).sum(-1)
+        mean_logit = reduce_from_tensor_model_parallel_region(part)
     label_logit = (hidden * embedding(labels)).sum(-1)
-    return nll.sum() + smoothing * (label_logit - mean_logit).float().sum(), nll.detach()
+    loss: Tensor = smoothing * (label_logit - mean_logit).float().sum()
+    return loss
 
 
 def output_logits(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Tensor:

@@ -154,8 +154,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     model: Transformer = engine.module
-    passes = 1 if model.distillation is None else 2
-    tokens = {"encoder": passes * step.source_tokens, "decoder": passes * step.target_tokens}  # that are routed
+    tokens = {"encoder": step.source_tokens, "decoder": step.target_tokens}
     batches = [batch.to(topology.device) for batch in step.batches]
     counts = _count_ahead(model, batches, topology) if len(batches) > 1 and model.moe_names else None
     settings, gates = recipe.model.clsr, clsr.gate_count(recipe.model, step.source_tokens, step.target_tokens)
@@ -168,8 +167,9 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
             counts = _over_data_ranks([record.counts for record in result.routing], topology)
         balance = z = result.loss.new_zeros(())
         for (side, _), record, chosen in zip(model.moe_layers(), result.routing, counts, strict=True):
-            balance = balance + record.settings.balance * balance_loss(record, chosen, tokens[side])
-            z = z + record.settings.z_loss * z_loss(record, tokens[side])
+            routed = recipe.model.routed(record.settings) * tokens[side]
+            balance = balance + record.settings.balance * balance_loss(record, chosen, routed)
+            z = z + record.settings.z_loss * z_loss(record, routed)
         loss = (result.loss + result.distillation) / step.target_tokens + balance + z
         if settings is not None:
             assert result.gates is not None
