@@ -17,7 +17,8 @@ from lsmoe_ds.recipe_file import load_recipe
 # What may differ when a run goes on: it changes neither the model nor any step already taken.
 MAY_CHANGE = {
     "data.directory",
-    "parallel",  # checked against the checkpoint, with the number of processes
+    "parallel",  # a checkpoint is dealt anew to other ranks
+    "deepspeed.zero_optimization",
     "training.steps",
     "training.log_every",
     "training.validate_every",

@@ -191,7 +191,6 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("folder of somebody", text("mine", "data/mine.txt"), ["train", "good.yaml", "--out", "data"], "is not empty and holds no run"),
     ("only checkpoint damaged", spoil(f"{CHECKPOINT}/mp_rank_00_model_states.pt"), ["train", "good.yaml", "--out", "run"], "is whole"),
     ("its manifest cut", cut(f"{CHECKPOINT}/manifest.json"), ["train", "good.yaml", "--out", "run"], "manifest.json is missing or damaged"),
-    ("another layout", NOTHING, ["train", "good.yaml", "--out", "run", "--nproc", "2"], "was written by 1 processes"),
     # evaluation, translation, conversion, report
     ("no run", NOTHING, ["evaluate", "none"], "there is no folder none"),
     ("not a run", NOTHING, ["evaluate", "data"], "is neither a run folder"),

@@ -50,7 +50,7 @@ class Dispatcher(nn.Module):
         ranks_of_rows, rows = wanted[:, :ranks].t().nonzero(as_tuple=True)  # by rank, then token
         send_counts = torch.bincount(ranks_of_rows, minlength=ranks)
         receive_counts = exchange_counts(send_counts, group, self.traffic)
-        send, receive = send_counts.tolist(), receive_counts.tolist()
+        send, receive = torch.stack([send_counts, receive_counts]).tolist()  # waits for the device once
         self.traffic.rows += sum(send) - send[self.topology.expert_rank]
 
         # Of each row that travels: the numbers of its experts on the rank it goes to, or DROPPED, and their weights.

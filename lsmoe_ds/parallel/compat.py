@@ -13,7 +13,8 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -278,3 +279,67 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
         engine.allreduce_gradients = functools.partial(engine.allreduce_gradients, bucket_size=bucket)
     engine.checkpoint_engine.is_data_parallel_writer = lambda rank: rank == 0 or groups._get_data_parallel_rank() == 0
     engine._copy_recovery_script = lambda folder: None
+
+
+class Piece(NamedTuple):
+    """A run of values of one parameter whose optimizer state this rank holds. ``holder`` is what the optimizer steps; the piece
+    begins at ``offset`` in it, flattened, and ``number`` is the holder's in the optimizer's order."""
+
+    parameter: torch.nn.Parameter
+    start: int  # in the flattened parameter
+    length: int
+    holder: torch.Tensor
+    number: int
+    offset: int
+
+
+def optimizer_pieces(engine: Any) -> list[Piece]:
+    """ZeRO 1 and 2 step flat partitions, each a part of a group's parameters; stage 0 the parameters or, in bfloat16, copies of them."""
+    optimizer = engine.optimizer
+    partitions = getattr(optimizer, "single_partition_of_fp32_groups", getattr(optimizer, "fp32_groups_flat_partition", None))
+    if partitions is None:
+        if hasattr(optimizer, "fp32_groups"):
+            parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
+            holders = [copy for group in optimizer.fp32_groups for copy in group]
+        else:
+            parameters = holders = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        both = enumerate(zip(parameters, holders, strict=True))
+        return [Piece(parameter, 0, parameter.numel(), holder, number, 0) for number, (parameter, holder) in both]
+    pieces = []
+    for parameter in engine.module.parameters():
+        mapping = parameter._hp_mapping
+        if mapping is not None:  # else it lies with other ranks
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            number = mapping.param_group_index
+            pieces.append(Piece(parameter, here.start, here.numel, partitions[number], number, there.start))
+    return pieces
+
+
+def optimizer_states(engine: Any) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the innermost optimizer knows of each holder."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    states: dict[torch.Tensor, dict[str, torch.Tensor]] = inner.state
+    return states
+
+
+def optimizer_file(engine: Any, tag: str, expert_rank: int) -> str:
+    """Name of the file in a checkpoint that holds this rank's optimizer state."""
+    if engine.zero_optimization():
+        path = engine._get_zero_ckpt_name("", tag)
+    elif engine.has_moe_layers:
+        path = engine._get_optimizer_ckpt_name("", tag, expert_rank)
+    else:
+        path = engine._get_ckpt_name("", tag)
+    return os.path.basename(path)
+
+
+def read_optimizer_file(path: Path) -> tuple[dict[int, dict[str, torch.Tensor]], list[torch.Tensor] | None]:
+    """What :func:`optimizer_states` held, by the holder's number, and the holders' values; None where these are the parameters."""
+    with trusted_checkpoint_loading():
+        values = torch.load(path, map_location="cpu", mmap=True)
+    values = values.get("optimizer_state_dict") or values["optimizer"]
+    if "base_optimizer_state" in values:
+        return values["base_optimizer_state"]["state"], values["single_partition_of_fp32_groups"]
+    if "fp32_groups" in values:
+        return values["optimizer_state_dict"]["state"], [copy for group in values["fp32_groups"] for copy in group]
+    return values["state"], None

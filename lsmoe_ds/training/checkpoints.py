@@ -22,6 +22,7 @@ from lsmoe_ds.model.initialization import global_names, partition_dimension
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.run_folder import list_checkpoints
+from lsmoe_ds.training.resharding import load_resharded, write_pieces
 
 UNFINISHED = ".writing-"
 
@@ -38,10 +39,10 @@ def save(engine: Any, run: Path, step: int, position: dict[str, Any], topology: 
     try:
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
         torch.save(compat.random_state(topology.tensor), partial / f"random-rank-{topology.rank:05d}.pt")
+        write_pieces(engine, partial, topology)
         partition = _gather_partition(engine.module, topology)
         if topology.is_main:
-            layout = {"world": topology.world, "tensor": topology.tensor, "expert": topology.expert}
-            write_json(partial / "state.json", {"step": step, **layout, "position": position, "partition": partition})
+            write_json(partial / "state.json", {"step": step, **layout(engine, topology), "position": position, "partition": partition})
         dist.barrier()
         if topology.is_main:
             write_json(partial / "manifest.json", {"files": describe_files(partial, (p.name for p in partial.iterdir()))})
@@ -70,25 +71,38 @@ def _gather_partition(model: torch.nn.Module, topology: Topology) -> dict[str, i
     return {name: dimension for name, dimension in dimensions.items() if dimension is not None}
 
 
-def check_layout(checkpoint: Path, world: int, tensor: int, expert: int) -> None:
-    """Raises UserError unless a checkpoint was written by the same layout."""
-    state = read_json(checkpoint / "state.json") or {}
-    found = tuple(state.get(key) for key in ("world", "tensor", "expert"))
-    if found != (world, tensor, expert):
-        then = f"{found[0]} processes (tensor {found[1]}, expert {found[2]})"
-        raise UserError(f"{checkpoint} was written by {then}, not {world} (tensor {tensor}, expert {expert}): go on with the same layout")
+def layout(engine: Any, topology: Topology) -> dict[str, int]:
+    """What decides which rank holds what."""
+    sizes = {"world": topology.world, "tensor": topology.tensor, "expert": topology.expert}
+    return {**sizes, "stage": int(engine.zero_optimization_stage())}
+
+
+def describe_change(engine: Any, checkpoint: Path, topology: Topology) -> str | None:
+    """In words, if the checkpoint was written by another layout."""
+    now = layout(engine, topology)
+    before = {key: (read_json(checkpoint / "state.json") or {}).get(key, value) for key, value in now.items()}
+
+    def named(sizes: dict[str, int]) -> str:
+        return "{world} x (tensor {tensor}, expert {expert}, ZeRO {stage})".format(**sizes)
+
+    return None if before == now else f"written by {named(before)}, dealt anew to {named(now)}"
 
 
 def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
-    """Restores weights, optimizer and this rank's random state; returns ``state.json``. Called by every rank."""
-    check_layout(checkpoint, topology.world, topology.tensor, topology.expert)
+    """Restores weights and optimizer; returns ``state.json``. Called by every rank.
+
+    In the layout that wrote the checkpoint, this rank's random state too; in another one random numbers begin anew.
+    """
+    state = read_json(checkpoint / "state.json")
     try:
-        with compat.trusted_checkpoint_loading():
-            engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-            random = torch.load(checkpoint / f"random-rank-{topology.rank:05d}.pt")
+        if describe_change(engine, checkpoint, topology) is not None:
+            load_resharded(engine, checkpoint, topology)
+        else:
+            with compat.trusted_checkpoint_loading():
+                engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+                random = torch.load(checkpoint / f"random-rank-{topology.rank:05d}.pt")
+            compat.restore_random_state(random, topology.tensor)
     except pickle.UnpicklingError:
         raise UserError(f"{checkpoint} holds something other than tensors and settings, which could run code: it is not loaded") from None
-    compat.restore_random_state(random, topology.tensor)
-    state = read_json(checkpoint / "state.json")
     assert state is not None
     return state

@@ -23,9 +23,9 @@ from lsmoe_ds.training.monitor import Monitor
 
 
 def train(recipe: Recipe, run: Path, topology: Topology) -> None:
-    """Trains in an open run folder, on every rank of ``topology``; goes on from the newest whole checkpoint.
+    """Trains in an open run folder, on every rank of ``topology``; goes on from the newest whole checkpoint, of whatever layout.
 
-    Killed at any instant and started again, it ends with the same losses and weights, to the bit.
+    Killed at any instant and started again in the same layout, it ends with the same losses and weights, to the bit.
     """
     training, data = recipe.training, recipe.data
     prepared = PreparedData.open(recipe.prepared)
@@ -57,7 +57,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
         for complaint in complaints:
             monitor.say(f"damaged checkpoint: {complaint}")
         if found is not None:
-            monitor.say(f"going on from {found}")
+            change = checkpoints.describe_change(engine, found, topology)
+            monitor.say(f"going on from {found}" + (f", {change}" if change else ""))
         for number in range(done + 1, training.steps + 1):
             step = next(stream)
             try:
