@@ -18,6 +18,7 @@ setup(
         "sacrebleu>=2.5,<3",
         "regex>=2024",
         "lxml>=5",
+        "psutil>=5",
         "safetensors>=0.5",
         "pydantic>=2.10,<3",
         "pyyaml>=6",
@@ -29,7 +30,8 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "types-PyYAML"],
+        "serve": ["ctranslate2>=4.6,<5"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "types-PyYAML", "transformers>=5", "ctranslate2>=4.6,<5"],
     },
     entry_points={"console_scripts": ["lsmoe = lsmoe_ds.cli:main"]},
 )

@@ -106,7 +106,11 @@ def train(
     """Trains, from the last whole checkpoint if there is one.
 
     Starts the deepspeed launcher itself; started by a launcher (deepspeed, torchrun), it joins the processes that are there.
+    On SIGTERM or SIGUSR1 it saves after the step it is in and leaves with status 75; the same command goes on.
     """
+    from lsmoe_ds.parallel import interrupt
+
+    interrupt.install()
     from lsmoe_ds.recipe_file import load_recipe
     from lsmoe_ds.training.start import train_here, train_on
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.parallel.interrupt import SIGNALS
 
 # glibc gives large blocks back to the system at once, by default; kept, they make CPU training about a fifth faster.
 KEEP_LARGE_BLOCKS = {
@@ -49,7 +52,20 @@ def start(arguments: list[str], processes: int) -> int:
         environment.setdefault("DS_ACCELERATOR", "cpu")
     command = [str(launcher), "--num_accelerators", str(processes), "--master_port", str(free_port())]
     command += ["--log_level", "error", "--no_local_rank", "--module", "lsmoe_ds", *arguments]
-    return subprocess.call(command, env=environment)
+    with subprocess.Popen(command, env=environment) as launcher_process:
+        for each in SIGNALS:
+            signal.signal(each, lambda number, _: _pass_on(launcher_process.pid, number))
+        return launcher_process.wait()
+
+
+def _pass_on(launcher: int, number: int) -> None:
+    """A signal to the ranks themselves: the launcher would kill them before they can save."""
+    import psutil
+
+    for process in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not process.children():
+                process.send_signal(number)
 
 
 def join() -> None:

@@ -14,7 +14,7 @@ from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.model.guide import Route
-from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel import compat, interrupt
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.run_folder import list_checkpoints, newest_whole
 from lsmoe_ds.training import checkpoints
@@ -22,10 +22,11 @@ from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, valida
 from lsmoe_ds.training.monitor import Monitor
 
 
-def train(recipe: Recipe, run: Path, topology: Topology) -> None:
+def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
     """Trains in an open run folder, on every rank of ``topology``; goes on from the newest whole checkpoint, of whatever layout.
 
-    Killed at any instant and started again in the same layout, it ends with the same losses and weights, to the bit.
+    Killed at any instant and started again in the same layout, it ends with the same losses and weights, to the bit. Asked to
+    stop (see :mod:`lsmoe_ds.parallel.interrupt`), it saves and returns False; True after the last step.
     """
     training, data = recipe.training, recipe.data
     prepared = PreparedData.open(recipe.prepared)
@@ -52,6 +53,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
         state = checkpoints.load(engine, found, topology)
         stream.load_state_dict(state["position"]["stream"])
         done, window = state["step"], state["position"]["window"]
+    asked, last_step = None, True
     with Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor:
         monitor.start(done, window)
         for complaint in complaints:
@@ -69,6 +71,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
                 saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
                 raise UserError(f"step {number}: {error}; the directions in the batch: {directions}; {saved}") from None
             monitor.after_step(number, step, result)
+            asked = interrupt.agreed(topology)
             begun = time.perf_counter()
             last_step = number == training.steps
             if training.validate_every and (number % training.validate_every == 0 or last_step):
@@ -77,9 +80,13 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> None:
                     batches = validation_batches(prepared, languages, vocabulary, data.batch, rank=topology.data_rank, world=topology.data)
                     losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(engine, batches, topology, route)
                 monitor.record_dev_loss(number, losses)
-            if number % training.checkpoint_every == 0 or last_step:
+            if number % training.checkpoint_every == 0 or last_step or asked:
                 position = {"stream": stream.state_dict(), "window": monitor.state_dict()}
                 checkpoints.save(engine, run, number, position, topology, training.keep)
             monitor.pause(time.perf_counter() - begun)
+            if asked:
+                monitor.say(f"{asked}: saved after step {number}; the same command goes on")
+                break
     dist.barrier()
     engine.destroy()
+    return not asked or last_step

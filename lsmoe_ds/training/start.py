@@ -8,7 +8,7 @@ from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import locked
-from lsmoe_ds.parallel import launch
+from lsmoe_ds.parallel import interrupt, launch
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.run_folder import check_run, newest_whole, open_run
 from lsmoe_ds.training.engine import engine_config
@@ -29,7 +29,8 @@ def check(recipe: Recipe, run: Path, world: int) -> None:
 
 
 def train_on(recipe: Recipe, run: Path, processes: int | None) -> int:
-    """Trains on ``processes`` processes of this machine (by default as few as the layout needs); returns the exit status."""
+    """Trains on ``processes`` processes of this machine (by default as few as the layout needs); returns the exit status: 0 after
+    the last step, :data:`interrupt.STATUS` when asked to stop."""
     world = processes or launch.smallest_world(recipe)
     with locked(run):
         check(recipe, run, world)
@@ -56,6 +57,6 @@ def _join_and_train(recipe: Recipe, run: Path) -> int:
 
     if not dist.is_initialized():
         launch.join()
-    train(recipe, run, Topology.build(recipe.parallel.tensor, recipe.parallel.expert, launch.device()))
+    finished = train(recipe, run, Topology.build(recipe.parallel.tensor, recipe.parallel.expert, launch.device()))
     dist.destroy_process_group()
-    return 0
+    return 0 if finished else interrupt.STATUS
