@@ -286,6 +286,7 @@ class Training(Section):
     validate_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Positive = 500
     keep: Positive = 2
+    keep_best: Annotated[int, Field(ge=0)] = 0
 
 
 class Parallel(Section):

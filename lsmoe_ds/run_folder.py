@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "training.validate_every",
     "training.checkpoint_every",
     "training.keep",
+    "training.keep_best",
 }
 
 
@@ -75,6 +76,14 @@ def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; what was cut off while being written is not among them."""
     found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
     return sorted(found, key=step_of)
+
+
+def to_remove(checkpoints: list[Path], keep: int, best: int) -> list[Path]:
+    """Those of a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the ``best`` of least dev
+    loss. Without a validation in their step they have none."""
+    scored = [(loss, path) for path in checkpoints if (loss := (read_json(path / "state.json") or {}).get("dev_loss")) is not None]
+    kept = {*checkpoints[-keep:], *(path for _, path in sorted(scored)[:best])}
+    return [path for path in checkpoints if path not in kept]
 
 
 def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:

@@ -21,14 +21,16 @@ from lsmoe_ds.folders import describe_files, read_json, sync, write_json
 from lsmoe_ds.model.initialization import global_names, partition_dimension
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.run_folder import list_checkpoints
+from lsmoe_ds.run_folder import list_checkpoints, to_remove
 from lsmoe_ds.training.resharding import load_resharded, write_pieces
 
 UNFINISHED = ".writing-"
 
 
-def save(engine: Any, run: Path, step: int, position: dict[str, Any], topology: Topology, keep: int) -> Path:
-    """Writes ``checkpoints/step-N`` and removes all but the newest ``keep``. Called by every rank."""
+def save(
+    engine: Any, run: Path, step: int, position: dict[str, Any], topology: Topology, keep: int, best: int = 0, dev_loss: float | None = None
+) -> Path:
+    """Writes ``checkpoints/step-N`` and removes all but the newest ``keep`` and the ``best`` by ``dev_loss``. Called by every rank."""
     folder = run / "checkpoints"
     partial, final = folder / f"{UNFINISHED}step-{step}", folder / f"step-{step}"
     if topology.is_main:
@@ -42,7 +44,8 @@ def save(engine: Any, run: Path, step: int, position: dict[str, Any], topology: 
         write_pieces(engine, partial, topology)
         partition = _gather_partition(engine.module, topology)
         if topology.is_main:
-            write_json(partial / "state.json", {"step": step, **layout(engine, topology), "position": position, "partition": partition})
+            state = {"step": step, **layout(engine, topology), "dev_loss": dev_loss, "position": position, "partition": partition}
+            write_json(partial / "state.json", state)
         dist.barrier()
         if topology.is_main:
             write_json(partial / "manifest.json", {"files": describe_files(partial, (p.name for p in partial.iterdir()))})
@@ -50,7 +53,7 @@ def save(engine: Any, run: Path, step: int, position: dict[str, Any], topology: 
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             sync(folder, contents=False)
-            for old in list_checkpoints(run)[:-keep]:
+            for old in to_remove(list_checkpoints(run), keep, best):
                 shutil.rmtree(old)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its archive writer.

@@ -74,15 +74,16 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
             asked = interrupt.agreed(topology)
             begun = time.perf_counter()
             last_step = number == training.steps
+            losses: dict[str, float] = {}
             if training.validate_every and (number % training.validate_every == 0 or last_step):
-                losses = {}
                 for route in routes:
                     batches = validation_batches(prepared, languages, vocabulary, data.batch, rank=topology.data_rank, world=topology.data)
                     losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(engine, batches, topology, route)
                 monitor.record_dev_loss(number, losses)
             if number % training.checkpoint_every == 0 or last_step or asked:
                 position = {"stream": stream.state_dict(), "window": monitor.state_dict()}
-                checkpoints.save(engine, run, number, position, topology, training.keep)
+                score = losses.get("dev_loss")
+                checkpoints.save(engine, run, number, position, topology, training.keep, training.keep_best, score)
             monitor.pause(time.perf_counter() - begun)
             if asked:
                 monitor.say(f"{asked}: saved after step {number}; the same command goes on")
