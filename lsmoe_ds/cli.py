@@ -149,27 +149,32 @@ def translate(
     beam: Annotated[int, typer.Option(min=1)] = 5,
     length_penalty: Annotated[float, typer.Option()] = 1.0,
     route: Route = "specific",
+    engine: Annotated[
+        str | None, typer.Option(help="torch or ctranslate2; by default ctranslate2 for a folder converted to it, else torch.")
+    ] = None,
 ) -> None:
     """Translates standard input to standard output, line by line; an empty line stays empty."""
-    from lsmoe_ds.inference.load import load
+    from lsmoe_ds.inference.engine import load_engine
     from lsmoe_ds.inference.translate import read_lines
     from lsmoe_ds.inference.translate import translate as translate_lines
     from lsmoe_ds.languages import Direction
 
-    loaded = load(run, route=route)
-    for line in translate_lines(loaded, Direction(source, target), read_lines(sys.stdin.buffer), beam=beam, length_penalty=length_penalty):
+    direction = Direction(source, target)
+    loaded = load_engine(run, route, engine, direction)
+    for line in translate_lines(loaded, direction, read_lines(sys.stdin.buffer), beam=beam, length_penalty=length_penalty):
         print(line, flush=True)
 
 
 @app.command()
 def convert(
     run: Run,
-    to: Annotated[str, typer.Option(help="dense: what the model computes for a direction, as a plain dense model.")],
+    to: Annotated[str, typer.Option(help="dense: the plain model of a direction; or the same as huggingface or ctranslate2 load it.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
     source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE")] = None,
     target: Annotated[str | None, typer.Option("--to-language", metavar="LANGUAGE")] = None,
     route: Route = "specific",
     check: Annotated[int, typer.Option(min=0, help="Held-out sentences on which both models are compared.")] = 100,
+    quantization: Annotated[str | None, typer.Option(help="Of ctranslate2: float32 (the default), int8 or int8_float32.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Takes the sub-network of one direction out of a sparse model, or folds what all directions share into a dense one."""
@@ -179,7 +184,7 @@ def convert(
     if (source is None) != (target is None):
         raise UserError("--from and --to-language name a direction together: give both or neither")
     direction = None if source is None or target is None else Direction(source, target)
-    summary = convert_run(run, to, direction, out, check, route)
+    summary = convert_run(run, to, direction, out, check, route, quantization)
     if as_json:
         _print_json(summary)
     else:

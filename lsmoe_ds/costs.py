@@ -251,10 +251,11 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
 
     tokens x count of ``data.batch``, as often as they are routed, times :meth:`Exchange.token_bytes`, and the counts: each
     of the ``count`` micro-batches is dispatched by all its tensor-parallel peers. Where a rank has several micro-batches a step
-    and a router reads hidden states, first choices are counted ahead of the step by one more forward pass.
+    and a router reads hidden states, or CLSR has gates, first choices and gates are summed ahead of the step by one more forward
+    pass.
     """
-    batch, tensor = recipe.data.batch, recipe.parallel.tensor
-    reads = any(moe.routing in ("token", "sentence") for _, _, moe in recipe.model.moe_layers())
+    batch, tensor, model = recipe.data.batch, recipe.parallel.tensor, recipe.model
+    reads = model.clsr is not None or any(moe.routing in ("token", "sentence") for _, _, moe in model.moe_layers())
     ahead = reads and batch.count * tensor > world
     each_token = [each.routed * each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes) for each in found]
     counts = sum(batch.count * tensor * each.layers * each.count_bytes for each in found)

@@ -89,6 +89,8 @@ def activations(recipe: Recipe, value: int) -> int:
         output layer        H + 3 V / t float32  per target token: log-probabilities, and at their gradient two more
         low-rank matrices   r of each linear     what a token's flat matrix makes of it; beside a row linear with t > 1 also H, as it
                                                  was sent with the layer's own
+        CLSR                3 H + G + 1          of each sublayer with gates: its output, two products of that, the gate's hidden
+                                                 units, the gate
 
     In Fuse Distillation all this twice, for both routes, but only V / t float32 at the output layer, as the gradient takes the
     place of the logits; by the shared route a feed-forward in place of the experts that it is distilled from.
@@ -97,7 +99,7 @@ def activations(recipe: Recipe, value: int) -> int:
     target sentences takes more); dropout's masks, counted as values as on a CPU (on a GPU they are bytes); even load of the
     experts over their ranks. With several micro-batches each starts when the last one's are gone. Nothing is computed twice.
     """
-    model, tensor, settings = recipe.model, recipe.parallel.tensor, recipe.model.low_rank
+    model, tensor, settings, clsr = recipe.model, recipe.parallel.tensor, recipe.model.low_rank, recipe.model.clsr
     hidden, mask = model.hidden, int(recipe.training.dropout > 0)
     row = hidden if tensor > 1 else 0
 
@@ -108,6 +110,8 @@ def activations(recipe: Recipe, value: int) -> int:
             total += (blocks + 1) * (2 + mask) * hidden
             total += (4 * hidden + (blocks - 1) * 2 * hidden + feed_forward_values(side, layer)) / tensor
             total += low_rank_values(side, layer, blocks)
+            if clsr is not None:
+                total += len(clsr.sublayers(decoder=blocks == 2)) * (3 * hidden + clsr.gate + 1)
         return total
 
     def low_rank_values(side: Side, layer: int, blocks: int) -> int:
@@ -147,12 +151,14 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
         stage 1     4 min(b, d + e) + 4 p           the bucket, in float32; float32 gradients of the rank's own part
         stage 2     v min(b, d + e) + 4 p
 
-    A stage-0 bucket holds at least one whole gradient, so V H / t values where those are more. On a GPU the bucket of stages
-    1 and 2 takes all its b values even where there are fewer gradients. Left out, as small beside the rest: rows on their way
-    to experts and back, ZeRO's padding.
+    A stage-0 bucket holds at least one whole gradient, so V H / t values where those are more, or L H^2 for the projections
+    of CLSR's L languages. On a GPU the bucket of stages 1 and 2 takes all its b values even where there are fewer gradients.
+    Left out, as small beside the rest: rows on their way to experts and back, ZeRO's padding.
     """
     if stage == 0:
-        largest = recipe.data.vocabulary.size * recipe.model.hidden // recipe.parallel.tensor
+        model, languages = recipe.model, len(recipe.languages.codes)
+        largest = recipe.data.vocabulary.size * model.hidden // recipe.parallel.tensor
+        largest = max(largest, languages * model.hidden**2 if model.clsr is not None else 0)
         copies = min(max(STAGE_0_BUCKET, largest), max(dense, experts)) if world > 1 else 0
         return value * copies if value == 4 else 4 * (copies + dense + experts)
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}

@@ -84,6 +84,17 @@ def recipe(change: Callable[[dict[str, Any]], object]) -> Change:
     return write
 
 
+def stored(change: Callable[[dict[str, Any]], object]) -> Change:
+    """Changes the recipe of the run."""
+
+    def write() -> None:
+        value = yaml.safe_load(Path("run/recipe.yaml").read_text())
+        change(value)
+        Path("run/recipe.yaml").write_text(yaml.safe_dump(value, sort_keys=False))
+
+    return write
+
+
 def text(content: str | bytes, file: str = "bad.yaml") -> Change:
 
     def write() -> None:
@@ -204,9 +215,16 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("weights damaged", spoil("dense/model.safetensors"), ["translate", "dense", "--from", "en", "--to", "de"], "is damaged"),
     ("not its direction", NOTHING, ["translate", "dense", "--from", "de", "--to", "en"], "de-en is not in this system"),
     ("no shared route", NOTHING, ["translate", "run", "--from", "en", "--to", "de", "--route", "shared"], "has no shared matrices"),
+    ("no shared route to score", NOTHING, ["evaluate", "run", "--route", "shared"], "has no shared matrices"),
+    ("no shared route to convert", NOTHING, ["convert", "run", "--to", "dense", "--route", "shared", "--out", "new"], "has no shared matrices"),
+    ("experts for all directions", NOTHING, ["convert", "run", "--to", "dense", "--out", "new"], "since each has experts of its own"),
+    ("gates", stored(lambda r: r["model"].update(clsr={})), ["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "new"], "the gates of model.clsr choose for each token"),
     ("convert to what", NOTHING, ["convert", "run", "--to", "onyx", "--from", "en", "--to-language", "de", "--out", "new"], "'onyx'"),
     ("token-routed", NOTHING, ["convert", "token", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "new"], "token"),
     ("into a folder", NOTHING, ["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "data"], "is not empty"),
+    ("quantization of dense", NOTHING, ["convert", "run", "--to", "dense", "--quantization", "int8", "--from", "en", "--to-language", "de", "--out", "new"], "--quantization is for --to ctranslate2"),
+    ("dense without direction", NOTHING, ["convert", "run", "--to", "huggingface", "--out", "new"], "name one with --from and --to-language"),
+    ("not the dense direction", NOTHING, ["convert", "dense", "--to", "huggingface", "--from", "de", "--to-language", "en", "--out", "new"], "de-en is not in this system"),
     ("no report", NOTHING, ["report", "data"], "data"),
     ("scores damaged", text("{", "run/scores.json"), ["report", "run"], "scores.json"),
 ]

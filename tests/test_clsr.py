@@ -8,16 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_low_rank import CODES, LANGUAGES, batch_of, ids_of
+from test_planning import recipe_of as planned_recipe
+from test_planning import step_traffic
 from test_sameness import VOCABULARY, close, recipe_for, steps_of, whole
 from torch import nn
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.costs import bytes_per_row
 from lsmoe_ds.language_specific.clsr import ConditionalRouting, Projections, alpha, budget_loss, gate_count
 from lsmoe_ds.language_specific.settings import Clsr
 from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.planning import plan
 
 HIDDEN, LENGTH, NOISE = 6, 4, 1.5
 
@@ -309,3 +313,43 @@ def test_the_engine_adds_the_budget_loss(pool):
     gates, mean, apart = pool.run(1, engine_and_autograd, recipe)[0]
     assert gates == pytest.approx(mean, rel=1e-5)
     assert apart < 1e-5
+
+
+def noisy_step(topology, recipe: Recipe):
+    """Of the second step: passes through the encoder, first choices and mean gate that the losses were given, and those that
+    its micro-batches really had."""
+    from lsmoe_ds.training.engine import build_engine, train_step
+
+    engine = build_engine(recipe, VOCABULARY, topology)
+    model, step, passes, found = engine.module, steps_of(recipe, 0, 1)[1], [], []
+    true_encode = model.encode
+    model.encode = lambda *arguments: passes.append(1) or true_encode(*arguments)
+    model.register_forward_hook(lambda model, inputs, losses: found.append(losses.totals))
+    result = train_step(engine, step, 2, recipe, topology)
+    *counts, gates = (sum(each) for each in zip(*found, strict=True))
+    mean = float(gates) / gate_count(recipe.model, step.source_tokens, step.target_tokens)
+    engine.destroy()
+    return len(passes), [each.tolist() for each in result.counts], result.gates, [each.tolist() for each in counts], mean
+
+
+@pytest.mark.parametrize("routing", ["token", "target"])
+def test_one_pass_ahead_has_the_random_numbers_of_the_step(pool, routing):
+    recipe = recipe_for(routing, 1, 1, 0)
+    recipe.model.clsr = Clsr(gate=4)
+    recipe.training.dropout = 0.3
+    passes, counts, gate, true_counts, true_gate = pool.run(1, noisy_step, recipe)[0]
+    assert passes == 2 * 4, "once ahead and once in the step, for each micro-batch"
+    assert counts == true_counts and gate == pytest.approx(true_gate, rel=1e-6)
+
+
+def test_bytes_of_a_step_count_the_pass_ahead(pool):
+    def recipe(routing: str, clsr: Clsr | None) -> Recipe:
+        made = planned_recipe(routing, routing, expert=2, stage=0)
+        made.data.batch.count, made.model.clsr = 4, clsr  # as steps_of has them
+        return made
+
+    gated = recipe("target", Clsr(gate=4))
+    (rows, sent), _ = pool.run(2, step_traffic, gated, expert=2)
+    training, inference = (bytes_per_row(16, 2, 4, of_training) for of_training in (True, False))
+    assert sent == rows / 2 * (training + inference) + 2 * 4 * 3 * 8  # 8 bytes for each micro-batch and layer, in both passes
+    assert plan(gated, 2).step_bytes == plan(recipe("token", None), 2).step_bytes > plan(recipe("target", None), 2).step_bytes

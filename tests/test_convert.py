@@ -102,7 +102,13 @@ def test_from_a_checkpoint_of_two_processes_to_a_folder_that_translates(run, tmp
     sparse, dense = load(run, "cpu"), load(out, "cpu")
     assert (record["sparse_parameters"], record["dense_parameters"]) == (sparse.parameters, dense.parameters)
     assert dense.parameters < sparse.parameters and dense.kind == "dense" and dense.step == sparse.step == 2
-    assert sorted(p.name for p in out.iterdir()) == ["model.safetensors", "provenance.json", "recipe.yaml", "vocabulary.model"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "model.safetensors",
+        "provenance.json",
+        "recipe.yaml",
+        "vocabulary.model",
+    ]
     provenance = json.loads((out / "provenance.json").read_text())
     assert provenance["run"] == "small" and provenance["direction"] == "en-de" and provenance["source_files"]
     lines = ["ba de fi", "", "ko la mi"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from unittest import mock
@@ -213,7 +214,7 @@ def test_records_are_of_the_tokens_that_experts_get(routing, static):
     recipe.model.decoder.moe.jitter = 0.0 if static else 0.3
     model, batch = model_of(recipe).train(), steps_of(recipe, 0, 1)[0].batches[1]
     state = torch.get_rng_state()
-    ahead = model.first_choices(batch.source, batch.decoder_input, batch.ids)
+    ahead = model.totals_ahead(batch.source, batch.decoder_input, batch.ids)
     torch.set_rng_state(state)
     records = model(batch.source, batch.decoder_input, batch.labels, batch.ids).routing
     assert all(torch.equal(counts, record.counts) for counts, record in zip(ahead, records, strict=True))
@@ -252,6 +253,30 @@ def test_the_shared_route_knows_no_languages():
         assert not torch.allclose(found[0], other[0], atol=1e-2) and found[1] != other[1] and found[2] != other[2]
 
 
+def seeded(topology, recipe: Recipe) -> list[tuple]:
+    """Loss, negative log-likelihood, divergence, dropped share and gradient norm of each step."""
+    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.training.engine import build_engine, train_step
+
+    compat.seed_tensor_parallel_random(3, topology.tensor_rank)
+    with trained_matrices():
+        engine = build_engine(recipe, VOCABULARY, topology)
+    steps = steps_of(recipe, topology.data_rank, topology.data)
+    results = [train_step(engine, step, i + 1, recipe, topology) for i, step in enumerate(steps)]
+    engine.destroy()
+    return [(r.loss, r.nll, r.distillation, r.dropped, r.grad_norm) for r in results]
+
+
+def test_full_experts_dropout_and_bfloat16_together(pool):
+    recipe = fused("capacity")
+    recipe.training.dropout = 0.3
+    recipe.deepspeed = {**recipe.deepspeed, "bf16": {"enabled": True}}
+    (first,), (again,) = (pool.run(1, seeded, recipe) for _ in range(2))
+    assert first == again
+    for loss, nll, distillation, dropped, norm in first:
+        assert all(math.isfinite(each) and each > 0 for each in (loss, nll, distillation, norm)) and 0.1 < dropped < 0.5
+
+
 def loop(topology, recipe: Recipe, run) -> None:
     from lsmoe_ds.training.loop import train as train_all
 
@@ -288,7 +313,7 @@ def test_an_evaluation_keeps_its_route(run, capsys):
         seen.append(route)
         return beam_search(model, source, ids, banned, search, route)
 
-    with mock.patch("lsmoe_ds.inference.translate.beam_search", spy):
+    with mock.patch("lsmoe_ds.inference.load.beam_search", spy):
         for given, route in (([], "specific"), (["--route", "shared"], "shared")):
             seen.clear()
             assert main(["evaluate", str(run), "--limit", "2", "--beam", "1", *given]) == 0

@@ -9,6 +9,7 @@ from test_sameness import ragged_batch
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.costs import Parts
+from lsmoe_ds.language_specific.settings import Clsr
 from lsmoe_ds.memory import ALLOCATOR, PROCESS, activations, local_parameters, memory
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
@@ -107,6 +108,17 @@ def kept_by_autograd(recipe: Recipe, logits: int) -> int:
 def test_activations_are_what_autograd_keeps(sides, dropout):
     recipe = small_batches(recipe_of(*sides), dropout)
     assert kept_by_autograd(recipe, 8 * 32) == pytest.approx(activations(recipe, 4), rel=0.05)
+
+
+@pytest.mark.parametrize("sides", [("dense", "dense"), ("token", "pair")])
+@pytest.mark.parametrize("settings", [Clsr(), Clsr(shared=False, gate=24, at=["cross_attention", "feed_forward"])], ids=["shared", "own"])
+def test_activations_of_gates_are_what_autograd_keeps(settings, sides):
+    recipe = small_batches(recipe_of(*sides))
+    without = activations(recipe, 4)
+    recipe.model.clsr = settings
+    kept, wanted = kept_by_autograd(recipe, 8 * 32), activations(recipe, 4)
+    assert kept == pytest.approx(wanted, rel=0.05)
+    assert kept - without == pytest.approx(wanted - without, rel=0.1)
 
 
 def reduction_copies(topology, recipe):

@@ -21,6 +21,7 @@ from lsmoe_ds.data.batching import Step
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, write_json
+from lsmoe_ds.language_specific.settings import Clsr
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.launch import free_port
 from lsmoe_ds.run_folder import list_checkpoints, newest_whole, open_run, step_of
@@ -111,8 +112,19 @@ LAYOUTS += [(2, 1, 2, 1, PAIR_GROUPS)]
 @pytest.mark.parametrize(("world", "tensor", "expert", "stage", "moe"), LAYOUTS)
 def test_interrupted_run_ends_bit_equal(pool, folder, world, tensor, expert, stage, moe):
     recipe = recipe_in(folder, moe=moe, tensor=tensor, expert=expert, stage=stage)
-    whole, cut = (folder / f"run-{world}{tensor}{expert}{stage}-{name}" for name in ("whole", "cut"))
-    sizes = {"tensor": tensor, "expert": expert}
+    check_interrupted(pool, recipe, folder / f"run-{world}{tensor}{expert}{stage}", world, {"tensor": tensor, "expert": expert})
+
+
+def test_interrupted_run_with_noisy_gates_ends_bit_equal(pool, folder):
+    """Their noise grows with the steps; with four micro-batches a step each is computed ahead and again."""
+    recipe = recipe_in(folder, moe=TOKEN_TOP2)
+    recipe.model.clsr = Clsr(gate=4)
+    check_interrupted(pool, recipe, folder / "run-gates", 1, {})
+    assert all(0 < line["gates"] < 1 for line in records(folder / "run-gates-cut") if "gates" in line)
+
+
+def check_interrupted(pool, recipe, run: Path, world: int, sizes: dict[str, int]) -> None:
+    whole, cut = (run.with_name(f"{run.name}-{name}") for name in ("whole", "cut"))
     pool.run(world, loop, recipe, whole, **sizes)
     # Step 3 is saved between two records (every second step), so the averages begun must be part of the checkpoint.
     pool.run(world, loop, recipe, cut, 5, KeyboardInterrupt(), **sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -12,88 +14,144 @@ from typing import Any
 
 import torch
 
-from lsmoe_ds.convert.folder import WEIGHTS, find_model
-from lsmoe_ds.convert.subnetwork import convert_to_dense
+from lsmoe_ds.convert.folder import WEIGHTS, check_writable, find_model, write_folder
+from lsmoe_ds.convert.huggingface import Exported
+from lsmoe_ds.convert.model_card import model_card
+from lsmoe_ds.convert.subnetwork import extract_stored
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.inference.beam_search import Search
+from lsmoe_ds.inference.engine import Engine, load_engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
 from lsmoe_ds.languages import Direction, nearest
 
-TARGETS = ("dense",)
 BATCH = 16  # sentences whose logits are held at once
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Two models on the same sentences: teacher-forced logits, and beam-5 translations."""
+class Target:
+    """What a model can be converted to: the module whose ``write_files`` is its :class:`~lsmoe_ds.convert.folder.Writer`,
+    and its file of weights."""
 
-    largest_logit_difference: float
+    module: str
+    weights: str = WEIGHTS
+
+
+TARGETS = {
+    "dense": Target("lsmoe_ds.convert.folder"),
+    "huggingface": Target("lsmoe_ds.convert.huggingface"),
+    "ctranslate2": Target("lsmoe_ds.convert.ctranslate2", "model.bin"),
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and beam-5 translations."""
+
+    largest_logit_difference: float | None
     same_translations: int
     sentences: int
 
 
-def compare(sparse: Loaded, dense: Loaded, direction: Direction, sentences: Sequence[str]) -> Agreement:
-    """Compares the logits of both models along the sparse model's translations, and the translations themselves."""
-    sources = [part for line in sentences for part in cut_line(line, sparse)]
-    first, second = (translate_tokens(model, direction, sources, Search()) for model in (sparse, dense))
+def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequence[str]) -> Agreement:
+    """Compares the logits of both models along the sparse model's translations, and the translations themselves.
+
+    One that has a tokenizer of its own reads the sentences with that.
+    """
+    parts = [cut_line(line, sparse) for line in sentences]
+    sources = [part for each in parts for part in each]
+    theirs = sources
+    if isinstance(other, Exported):
+        theirs = [part for line, each in zip(sentences, parts, strict=True) for part in (each if len(each) != 1 else [other.encode(line)])]
+    first, second = translate_tokens(sparse, direction, sources, Search()), translate_tokens(other, direction, theirs, Search())
+    same = sum(a.tokens == b.tokens for a, b in zip(first, second, strict=True))
+    if not isinstance(other, Loaded | Exported):
+        return Agreement(None, same, len(sources))
     largest = 0.0
     for start in range(0, len(sources), BATCH):
         targets = [hypothesis.tokens for hypothesis in first[start : start + BATCH]]
-        logits = [_logits(model, direction, sources[start : start + BATCH], targets) for model in (sparse, dense)]
+        logits = [_logits(model, direction, sources[start : start + BATCH], targets) for model in (sparse, other)]
         largest = max(largest, (logits[0] - logits[1]).abs().max().item())
-    same = sum(a.tokens == b.tokens for a, b in zip(first, second, strict=True))
     return Agreement(largest, same, len(sources))
 
 
 @torch.inference_mode()
-def _logits(loaded: Loaded, direction: Direction, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> torch.Tensor:
+def _logits(
+    engine: Loaded | Exported, direction: Direction, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+) -> torch.Tensor:
     """Teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
-    number = loaded.languages.direction_id(direction)
-    batch = collate(sources, targets, [number] * len(sources), DirectionIds.of(loaded.languages, loaded.vocabulary)).to(loaded.device)
-    logits = loaded.model.logits(batch.source, batch.decoder_input, batch.ids, loaded.route)
-    return logits[batch.decoder_input != loaded.vocabulary.PAD].cpu()
+    number = engine.languages.direction_id(direction)
+    ids = DirectionIds.of(engine.languages, engine.vocabulary)
+    batch = collate(sources, targets, [number] * len(sources), ids).to(engine.device)
+    if isinstance(engine, Exported):
+        logits = engine.logits(batch.source, batch.decoder_input)
+    else:
+        logits = engine.model.logits(batch.source, batch.decoder_input, batch.ids, engine.route)
+    return logits[batch.decoder_input != engine.vocabulary.PAD].cpu()
 
 
 def convert(
-    run: str | Path, to: str, direction: Direction | None, out: str | Path, check: int = 100, route: str = "specific"
+    run: str | Path,
+    to: str,
+    direction: Direction | None,
+    out: str | Path,
+    check: int = 100,
+    route: str = "specific",
+    quantization: str | None = None,
 ) -> dict[str, Any]:
-    """Converts a run or checkpoint and writes ``conversion.json`` beside its recipe (see evaluation/report.py).
+    """Converts a run, a checkpoint or a dense folder; of a run it writes ``conversion.json`` beside its recipe (see
+    evaluation/report.py).
 
-    For one direction, or by the shared route for all. The first ``check`` held-out sentences of the direction, or as many
-    spread over all, are translated by both models; without prepared data, or with 0, none are.
-    Returns what was written. Raises UserError for a target, direction, route or folder that is not possible.
+    For one direction, or by the shared route for all; a dense folder is taken as it is. The first ``check`` held-out sentences of
+    the direction, or as many spread over all, are translated by both models; without prepared data, or with 0, none are.
+    Returns what was written. Raises UserError for a target, direction, route, quantization or folder that is not possible.
     """
     if to not in TARGETS:
         raise UserError(f"'{to}' is nothing to convert to{nearest(to, TARGETS)}: choose {', '.join(TARGETS)}")
-    # The run may go on training meanwhile: from here on it is this checkpoint.
-    source, out = find_model(run).weights_in, Path(out)
+    if quantization is not None and to != "ctranslate2":
+        raise UserError(f"--quantization is for --to ctranslate2: {to} keeps float32")
+    options = {"quantization": quantization} if quantization is not None else {}
+    stored, out = find_model(run), Path(out)
+    check_writable(out)
     began = time.perf_counter()
-    provenance = convert_to_dense(source, direction, out, route)
+    tensors, recipe, made = extract_stored(stored, direction, route)
+    provenance = {"kind": to, **made, **options}
+    card = model_card(to, recipe, provenance, stored.home)
+    write = importlib.import_module(TARGETS[to].module).write_files
+    write_folder(out, tensors, recipe, stored.vocabulary, provenance, card, write, **options)
     seconds = time.perf_counter() - began
-    record: dict[str, Any] = {
-        "direction": provenance["direction"],
-        "route": provenance["route"],
-        "sparse_parameters": provenance["sparse_parameters"],
-        "dense_parameters": provenance["dense_parameters"],
-    }
-    sparse = load(source, "cpu", route)
-    directions = [direction] if direction else sparse.languages.directions
+    record: dict[str, Any] = {name: made[name] for name in ("direction", "route", "sparse_parameters", "dense_parameters")}
+    record |= {"kind": to} | options
+    # The run may go on training meanwhile: what is compared is this checkpoint.
+    sparse = load(stored.weights_in, "cpu", route)
+    directions = [direction] if direction else recipe.languages.directions
     texts = {each: _held_out(sparse, each, ceil(check / len(directions))) for each in directions}
-    if any(texts.values()):
-        dense = load(out, "cpu")
-        found = [compare(sparse, dense, each, sentences) for each, sentences in texts.items() if sentences]
+    if to == "huggingface" and importlib.util.find_spec("transformers") is None:
+        record |= {"not_checked": "transformers is not installed: pip install transformers"}
+    elif any(texts.values()):
+        other = _open(to, out)
+        found = [compare(sparse, other, each, sentences) for each, sentences in texts.items() if sentences]
+        differences = [each.largest_logit_difference for each in found if each.largest_logit_difference is not None]
+        record |= {"largest_logit_difference": max(differences)} if differences else {}
         record |= {
-            "largest_logit_difference": max(each.largest_logit_difference for each in found),
             "same_translations": sum(each.same_translations for each in found),
             "sentences": sum(each.sentences for each in found),
         }
-    record |= {"dense_bytes": (out / WEIGHTS).stat().st_size, "seconds": round(seconds, 3), "dense_folder": str(out)}
-    write_whole(sparse.home / "conversion.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    weights = out / TARGETS[to].weights
+    record |= {"dense_bytes": weights.stat().st_size, "seconds": round(seconds, 3), "dense_folder": str(out)}
+    if stored.kind == "sparse":
+        write_whole(sparse.home / "conversion.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     return record
+
+
+def _open(kind: str, folder: Path) -> Engine:
+    """What was just written, as whoever uses it loads it."""
+    if kind == "huggingface":
+        return Exported.load(find_model(folder))
+    return load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
 
 
 def _held_out(loaded: Loaded, direction: Direction, count: int) -> list[str]:

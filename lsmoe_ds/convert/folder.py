@@ -1,6 +1,7 @@
 """Where a model lies: a run folder, a checkpoint in it, or a converted folder; and writing the latter.
 
-A converted folder holds ``model.safetensors``, ``recipe.yaml``, ``vocabulary.model`` and ``provenance.json``::
+A converted folder holds the files of its kind (of a dense model ``model.safetensors``), ``recipe.yaml``, ``vocabulary.model``,
+a model card ``README.md`` and ``provenance.json``::
 
     {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N, "direction": "en-de" or "all",
      "route": "specific" or "shared", "source_files": {name: sha256}, "sparse_parameters": N, "dense_parameters": N,
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import list_checkpoints
 
 WEIGHTS, RECIPE, VOCABULARY, PROVENANCE = "model.safetensors", "recipe.yaml", "vocabulary.model", "provenance.json"
+CARD = "README.md"
 FORMAT = "lsmoe_ds"
 
 
@@ -91,6 +93,10 @@ def read_weights(stored: Stored) -> Weights:
             earlier = [c for c in list_checkpoints(stored.home) if c.resolve() != stored.weights_in.resolve()]
             raise UserError(f"{error}; an earlier checkpoint is {earlier[-1]}" if earlier else str(error)) from None
         return Weights(whole.weights, whole.step, whole.files)
+    if stored.kind != "dense":
+        raise UserError(
+            f"{stored.home} was made by `lsmoe convert --to {stored.kind}`: give the run, or a folder that was made with --to dense"
+        )
     provenance = read_json(stored.home / PROVENANCE) or {}
     try:
         step, files = int(provenance["step"]), provenance["files"]
@@ -103,20 +109,55 @@ def read_weights(stored: Stored) -> Weights:
     return Weights(tensors, step, {WEIGHTS: files[WEIGHTS]["sha256"]})
 
 
-def write_folder(out: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path, provenance: Mapping[str, Any]) -> None:
-    """Writes a converted folder, whole or not at all; one that was converted earlier is replaced, any other is refused."""
+Writer = Callable[..., list[str]]
+"""``write_files(folder, tensors, recipe, vocabulary, **options)`` writes a dense model (tensors by global name) into a folder in
+the way of one kind, and returns the names of its files."""
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file. Raises OSError on a full disk, otherwise UserError, if it cannot be written."""
+    try:
+        safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
+    except safetensors.SafetensorError as error:
+        if "No space left" in str(error):  # it reports a full disk as an error of its own
+            raise OSError(errno.ENOSPC, str(error)) from None
+        raise UserError(f"{path} cannot be written: {error}") from None
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path) -> list[str]:
+    """The writer of the kind ``dense``."""
+    save_tensors(tensors, folder / WEIGHTS)
+    return [WEIGHTS]
+
+
+def write_folder(
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    recipe: Recipe,
+    vocabulary: Path,
+    provenance: Mapping[str, Any],
+    card: str = "",
+    write: Writer = write_files,
+    **options: Any,
+) -> None:
+    """Writes a converted folder, whole or not at all; one that was converted earlier is replaced, any other is refused.
+
+    ``write``, which gets the ``options``, makes the files of its kind; ``card`` is the text of README.md, without one there is none.
+    """
+    check_writable(out)
+    with locked(out), replaced(out) as new, explain_errors(out):
+        names = write(new, tensors, recipe, vocabulary, **options)
+        (new / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        shutil.copyfile(vocabulary, new / VOCABULARY)
+        files = describe_files(new, (*names, RECIPE, VOCABULARY))
+        if card:  # a text for people, who may change it
+            (new / CARD).write_text(card, encoding="utf-8")
+        write_json(new / PROVENANCE, {"format": FORMAT, **provenance, "files": files})
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError where something lies that `lsmoe convert` did not make."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
     if out.is_dir() and any(out.iterdir()) and (read_json(out / PROVENANCE) or {}).get("format") != FORMAT:
         raise UserError(f"{out} is not empty and was not made by `lsmoe convert`: choose another folder with --out")
-    with locked(out), replaced(out) as new, explain_errors(out):
-        try:
-            safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, new / WEIGHTS, {"format": "pt"})
-        except safetensors.SafetensorError as error:
-            if "No space left" in str(error):  # it reports a full disk as an error of its own
-                raise OSError(errno.ENOSPC, str(error)) from None
-            raise UserError(f"{out} cannot be written: {error}") from None
-        (new / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-        shutil.copyfile(vocabulary, new / VOCABULARY)
-        files = describe_files(new, (WEIGHTS, RECIPE, VOCABULARY))
-        write_json(new / PROVENANCE, {"format": FORMAT, **provenance, "files": files})

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from lsmoe_ds import __version__
 from lsmoe_ds.config import Model, MoE, Parallel, Recipe, Side
-from lsmoe_ds.convert.folder import Weights, find_model, read_weights, write_folder
+from lsmoe_ds.convert.folder import PROVENANCE, Stored, Weights, find_model, read_weights, write_folder
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import read_json
 from lsmoe_ds.inference.load import check_route
 from lsmoe_ds.language_specific.low_rank import Banks
 from lsmoe_ds.languages import Direction, Languages
@@ -162,25 +163,46 @@ def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str,
     return Recipe.model_validate(changed.model_dump())
 
 
-def convert_to_dense(run: str | Path, direction: Direction | None, out: str | Path, route: str = "specific") -> dict[str, Any]:
-    """Writes the dense model of ``direction`` as a folder and returns its ``provenance.json``, less the files.
+def extract_stored(
+    stored: Stored, direction: Direction | None, route: str = "specific"
+) -> tuple[dict[str, Tensor], Recipe, dict[str, Any]]:
+    """:func:`extract` from a run, a checkpoint or a dense folder; and the ``provenance.json`` of the outcome, less kind and files.
 
-    ``run`` is a run folder or a checkpoint in it. Raises UserError if there is no dense equal, or ``out`` is not ours to write.
+    A dense folder is taken as it is; one for all directions can be narrowed to one of them.
     """
-    stored = find_model(run)
-    check_convertible(stored.recipe, direction, route)
+    dense = stored.kind == "dense"
+    if stored.kind == "sparse":
+        check_convertible(stored.recipe, direction, route)
     whole = read_weights(stored)
-    tensors, recipe = extract(whole.tensors, stored.recipe, direction, route)
+    if dense and direction is None:
+        check_route(route, stored.recipe)
+        tensors, recipe = whole.tensors, stored.recipe
+    else:
+        tensors, recipe = extract(whole.tensors, stored.recipe, direction, route)
+    of_all = len(recipe.data.directions) > 1 if dense else serves_all(stored.recipe, route)
     provenance = {
-        "kind": "dense",
         "version": __version__,
         "run": stored.recipe.name,
         "step": whole.step,
-        "direction": ALL if serves_all(stored.recipe, route) else str(direction),
+        "direction": ALL if of_all else recipe.data.directions[0],
         "route": route,
         "source_files": whole.files,
         "sparse_parameters": whole.parameters,
         "dense_parameters": Weights(tensors, whole.step, {}).parameters,
     }
+    if dense:
+        before = read_json(stored.home / PROVENANCE) or {}
+        provenance |= {key: before[key] for key in ("run", "route", "sparse_parameters") if key in before}
+    return tensors, recipe, provenance
+
+
+def convert_to_dense(run: str | Path, direction: Direction | None, out: str | Path, route: str = "specific") -> dict[str, Any]:
+    """Writes the dense model of ``direction`` as a folder (without a card) and returns its ``provenance.json``, less the files.
+
+    ``run`` is a run folder or a checkpoint in it. Raises UserError if there is no dense equal, or ``out`` is not ours to write.
+    """
+    stored = find_model(run)
+    tensors, recipe, made = extract_stored(stored, direction, route)
+    provenance = {"kind": "dense", **made}
     write_folder(Path(out), tensors, recipe, stored.vocabulary, provenance)
     return provenance

@@ -17,7 +17,8 @@ from lsmoe_ds.evaluation.groups import resource_groups
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
 from lsmoe_ds.folders import sha256, write_whole
 from lsmoe_ds.inference.beam_search import Search
-from lsmoe_ds.inference.load import Loaded, load
+from lsmoe_ds.inference.engine import Engine, load_engine
+from lsmoe_ds.inference.load import Loaded
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.languages import parse_directions
 
@@ -44,7 +45,7 @@ def evaluate(
     if split not in SPLITS:
         raise UserError(f"'{split}' is no held-out text: choose {' or '.join(SPLITS)}")
     search = Search(beam, length_penalty)
-    loaded = load(run, route=route)
+    loaded = load_engine(run, route)
     chosen = parse_directions(directions, loaded.languages) if directions else list(loaded.languages.directions)
     data = open_data(loaded)
     texts = {direction: [side[:limit] for side in data.text(direction, split)] for direction in chosen}
@@ -68,12 +69,12 @@ def evaluate(
     resources = resource_groups(pairs, loaded.recipe.data.groups)
     table = ScoreTable(loaded.recipe.name, loaded.step, split, beam, length_penalty, tuple(scores), resources, loaded.route)
     table.write(loaded.home / "scores.json")
-    if any(loaded.recipe.model.moe_layers()):
+    if isinstance(loaded, Loaded) and any(loaded.recipe.model.moe_layers()):
         write_whole(loaded.home / "routing.json", json.dumps(measure_routing(loaded, data, split).to_dict()) + "\n")
     return table
 
 
-def open_data(loaded: Loaded) -> PreparedData:
+def open_data(loaded: Engine) -> PreparedData:
     """The prepared data of a model's recipe. Raises UserError if it was prepared anew since, with another vocabulary."""
     data = PreparedData.open(loaded.recipe.prepared)
     if sha256(data.folder / "vocabulary.model") != sha256(loaded.home / "vocabulary.model"):

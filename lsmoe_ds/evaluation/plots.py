@@ -14,10 +14,11 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve of finite (x, y) points. ``kind``: a line, a faint thin line behind others, or a thin line with dots (dev)."""
+    """One curve of finite (x, y) points. ``kind``: a line, a faint thin line behind others, a thin line with dots (dev, and dev by the
+    shared route), or a dashed line at which another aims."""
 
     points: Points
-    kind: Literal["line", "faint", "dev"] = "line"
+    kind: Literal["line", "faint", "dev", "shared", "aim"] = "line"
 
 
 def smooth(points: Points, window: int) -> list[tuple[float, float]]:
@@ -68,9 +69,9 @@ def line_chart(series: Sequence[Series], description: str, tall: bool = True) ->
         placed = [place(x, y) for x, y in thin(one.points)]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
         marks.append(Markup('<path class="{}" d="{}"/>').format(one.kind, path))
-        if one.kind == "dev":  # a line of no length with round ends is a dot that stays round when the drawing is stretched
+        if one.kind in ("dev", "shared"):  # a line of no length with round ends is a dot that stays round when the drawing is stretched
             dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in placed)
-            marks.append(Markup('<path class="dots" d="{}"/>').format(dots))
+            marks.append(Markup('<path class="{} dots" d="{}"/>').format(one.kind, dots))
     label = Markup('<span class="{}" style="{}:{:.2f}%">{}</span>')
     labels = [label.format("y", "top", place(0, tick)[1] / 10, number(tick)) for tick in y_ticks]
     labels += [label.format("x", "left", place(tick, 0)[0] / 10, number(tick)) for tick in x_ticks if tick <= x_high]

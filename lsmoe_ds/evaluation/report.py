@@ -37,6 +37,7 @@ T = TypeVar("T")
 SOFTWARE = ("lsmoe_ds", "torch", "deepspeed", "megatron-core", "sentencepiece", "sacrebleu")
 SHORT_TRAINING = 2 * 3600
 USABLE = 0.1
+CURVES = ("nll", "dev_loss", "dev_loss_shared", "learning_rate", "distillation", "gates")
 OPEN_SAMPLES = 5
 RIGHT_TO_LEFT = {"Arab", "Hebr", "Syrc", "Thaa", "Nkoo", "Adlm"}
 
@@ -59,9 +60,7 @@ class Conversion(BaseModel):
 class Progress:
     """What ``metrics.jsonl`` tells. Losses are nats a target token, by step; ``seconds`` and ``tokens`` are totals."""
 
-    loss: list[tuple[float, float]] = field(default_factory=list)
-    dev: list[tuple[float, float]] = field(default_factory=list)
-    learning_rate: list[tuple[float, float]] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {name: [] for name in CURVES})
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
@@ -103,7 +102,7 @@ def render_report(run: Path) -> str:
         recipe=recipe,
         summary=_summary(recipe, progress),
         progress=progress,
-        curves=_curves(progress) if progress else None,
+        curves=_curves(progress, recipe) if progress else None,
         scores=scores,
         averages=scores.averages() if scores else {},
         average_names=AVERAGES,
@@ -153,12 +152,11 @@ def read_progress(path: Path) -> Progress:
         value = {key: float(number) for key, number in record.items() if isinstance(number, int | float) and math.isfinite(number)}
         progress.steps = step
         # The loss that is trained on holds label smoothing and balance; nll is what compares with dev.
-        if (loss := value.get("nll", value.get("loss"))) is not None:
-            progress.loss.append((step, loss))
-        if "dev_loss" in value:
-            progress.dev.append((step, value["dev_loss"]))
-        if "learning_rate" in value:
-            progress.learning_rate.append((step, value["learning_rate"]))
+        if "loss" in value:
+            value.setdefault("nll", value["loss"])
+        for name, curve in progress.curves.items():
+            if name in value:
+                curve.append((step, value[name]))
         if "tokens_per_second" in value:
             speeds.append(value["tokens_per_second"])
         progress.seconds += value.get("seconds", 0.0)
@@ -167,16 +165,30 @@ def read_progress(path: Path) -> Progress:
     return progress
 
 
-def _curves(progress: Progress) -> dict[str, Markup | None]:
-    loss, dev = progress.loss, progress.dev
+@dataclass(frozen=True)
+class TrainingCharts:
+    loss: Markup | None
+    both_routes: bool  # whether dev losses of the shared route are drawn
+    low: list[tuple[str, Markup]]  # (what it shows, chart) below
+
+
+def _curves(progress: Progress, recipe: Recipe) -> TrainingCharts:
+    curve, clsr = progress.curves, recipe.model.clsr
+    loss, dev, shared = curve["nll"], curve["dev_loss"], curve["dev_loss_shared"]
     series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []
     series += [Series(dev, "dev")] if dev else []
-    return {
-        "loss": line_chart(series, f"Loss over {progress.steps:,} steps") if series else None,
-        "learning_rate": line_chart([Series(progress.learning_rate)], "Learning rate over the steps", tall=False)
-        if progress.learning_rate
-        else None,
-    }
+    series += [Series(shared, "shared")] if shared else []
+    low = [("Learning rate", [Series(curve["learning_rate"])])]
+    if recipe.model.distills:  # other runs record zeros
+        low.append(("Divergence of the two routes, in nats a target token", [Series(curve["distillation"])]))
+    if clsr is not None:
+        aim = Series([(0, clsr.budget), (progress.steps, clsr.budget)], "aim")
+        low.append((f"Mean gate; dashed its budget, {number(clsr.budget)}", [aim, Series(curve["gates"])]))
+    return TrainingCharts(
+        line_chart(series, f"Loss over {progress.steps:,} steps") if series else None,
+        bool(shared),
+        [(about, line_chart(drawn, f"{about}, over the steps", tall=False)) for about, drawn in low if drawn[-1].points],
+    )
 
 
 def _summary(recipe: Recipe, progress: Progress | None) -> str:

@@ -18,10 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import EOS, PAD, SentenceIds
+from lsmoe_ds.languages import BOS, EOS, PAD, SentenceIds
 from lsmoe_ds.model.guide import Route
 from lsmoe_ds.model.transformer import Transformer
+
+NOT_FINITE = "the model computes values that are not finite numbers: its training went astray before this checkpoint"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Search:
                 f"at most {self.per_source_token} x source + {self.extra} tokens would be translated into: that must allow at least one"
             )
 
+    def limits(self, lengths: Tensor) -> Tensor:
+        """The most tokens, EOS not counted, that sources of these lengths are translated into."""
+        return (lengths * self.per_source_token + self.extra).long().clamp(min=1)
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -51,6 +58,11 @@ class Hypothesis:
 
     tokens: list[int]
     score: float
+
+
+def never_generated(vocabulary: Vocabulary) -> list[int]:
+    """Ids that are no part of a translation."""
+    return [BOS, PAD, *(vocabulary.tag_id(code) for code in vocabulary.codes)]
 
 
 @torch.inference_mode()
@@ -64,7 +76,7 @@ def beam_search(
     """
     batch, device = source.shape[0], source.device
     state = model.start(source, ids, route=route)
-    limits = ((source != PAD).sum(1) * search.per_source_token + search.extra).long().clamp(min=1)  # [B]
+    limits = search.limits((source != PAD).sum(1))  # [B]
     first_limit, last_limit = int(limits.min()), int(limits.max())
     forbidden = torch.tensor(sorted(banned), dtype=torch.long, device=device)
 
@@ -134,6 +146,6 @@ def beam_search(
         latest = words
 
     if not bool(best.isfinite().all()):
-        raise UserError("the model computes values that are not finite numbers: its training went astray before this checkpoint")
+        raise UserError(NOT_FINITE)
     found = zip(best_tokens.tolist(), best_length.tolist(), best.tolist(), strict=True)
     return [Hypothesis(words[:length], score) for words, length, score in found]

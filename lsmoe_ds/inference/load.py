@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import torch
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import Weights, find_model, read_weights
+from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated
+from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.model.guide import Route
 from lsmoe_ds.model.initialization import global_names
 from lsmoe_ds.model.transformer import Transformer
@@ -40,14 +43,26 @@ class Loaded:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def search(self, sources: Sequence[Sequence[int]], direction: Direction, search: Search) -> list[Hypothesis]:
+        """See :class:`lsmoe_ds.inference.engine.Engine`."""
+        number = self.languages.direction_id(direction)
+        batch = collate(sources, None, [number] * len(sources), DirectionIds.of(self.languages, self.vocabulary)).to(self.device)
+        return beam_search(self.model, batch.source, batch.ids, never_generated(self.vocabulary), search, self.route)
+
 
 def load(path: str | Path, device: torch.device | str | None = None, route: str = "specific") -> Loaded:
     """Loads a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and evaluation mode.
 
     ``device`` defaults to the GPU if there is one. ``route`` "shared" translates by what all languages share.
-    Raises UserError for a path that is none of these, or is damaged, and for a route that the model lacks.
+    Raises UserError for a path that is none of these, or is damaged, or was converted for another engine, and for a route that
+    the model lacks.
     """
     stored = find_model(path)
+    if stored.kind not in ("sparse", "dense"):
+        raise UserError(
+            f"{path} was made by `lsmoe convert --to {stored.kind}`, which is not read back here: give the run or a folder made with "
+            f"--to dense"
+        )
     chosen = check_route(route, stored.recipe)
     vocabulary = Vocabulary.load(stored.vocabulary)
     device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")

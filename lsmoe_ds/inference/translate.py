@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import BinaryIO
 
-from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search
-from lsmoe_ds.inference.load import Loaded
-from lsmoe_ds.languages import BOS, PAD, Direction, script
+from lsmoe_ds.inference.beam_search import Hypothesis, Search
+from lsmoe_ds.inference.engine import Engine
+from lsmoe_ds.languages import Direction, script
 
 FIRST_CHUNK, LARGEST_CHUNK = 16, 2048
 BATCH_TOKENS = 2048
@@ -27,7 +26,7 @@ UNSPACED = {"Hans", "Hant", "Hani", "Jpan"}  # scripts whose sentences are not s
 
 
 def translate(
-    loaded: Loaded,
+    engine: Engine,
     direction: Direction,
     lines: Iterable[str],
     beam: int = 5,
@@ -39,19 +38,19 @@ def translate(
     A blank line gives an empty one. A line of more tokens than the model was trained on is cut at the ends of sentences,
     and its parts' translations are joined. Raises UserError for a direction that is not the model's.
     """
-    loaded.languages.direction_id(direction)  # now, not when the first line is asked for
-    return _translate(loaded, direction, iter(lines), Search(beam, length_penalty), batch_tokens)
+    engine.languages.direction_id(direction)  # now, not when the first line is asked for
+    return _translate(engine, direction, iter(lines), Search(beam, length_penalty), batch_tokens)
 
 
-def _translate(loaded: Loaded, direction: Direction, lines: Iterator[str], search: Search, batch_tokens: int) -> Iterator[str]:
+def _translate(engine: Engine, direction: Direction, lines: Iterator[str], search: Search, batch_tokens: int) -> Iterator[str]:
     size = FIRST_CHUNK
     while chunk := list(islice(lines, size)):
-        yield from translate_all(loaded, direction, chunk, search, batch_tokens)
+        yield from translate_all(engine, direction, chunk, search, batch_tokens)
         size = min(2 * size, LARGEST_CHUNK)
 
 
 def translate_all(
-    loaded: Loaded,
+    engine: Engine,
     direction: Direction,
     lines: Sequence[str],
     search: Search,
@@ -59,17 +58,17 @@ def translate_all(
     advance: Callable[[int], None] = lambda lines: None,
 ) -> list[str]:
     """The translation of each of the lines, all sorted together; ``advance`` is told of how many more is done."""
-    parts = [cut_line(line, loaded) for line in lines]
+    parts = [cut_line(line, engine) for line in lines]
     flat = [part for each in parts for part in each]
-    found = iter(translate_tokens(loaded, direction, flat, search, batch_tokens, advance))
+    found = iter(translate_tokens(engine, direction, flat, search, batch_tokens, advance))
     advance(len(lines) - len(flat))
     joint = "" if script(direction.target) in UNSPACED else " "
-    texts = [[loaded.vocabulary.decode(hypothesis.tokens) for hypothesis in islice(found, len(each))] for each in parts]
+    texts = [[engine.vocabulary.decode(hypothesis.tokens) for hypothesis in islice(found, len(each))] for each in parts]
     return [joint.join(" ".join(text.split()) for text in each) for each in texts]
 
 
 def translate_tokens(
-    loaded: Loaded,
+    engine: Engine,
     direction: Direction,
     sources: Sequence[Sequence[int]],
     search: Search,
@@ -78,39 +77,35 @@ def translate_tokens(
 ) -> list[Hypothesis]:
     """Translations of N token sequences (without tag and EOS), in batches of like length with at most ``batch_tokens``
     padded source tokens; ``advance`` is told the number of sequences of each batch when it is done."""
-    table = DirectionIds.of(loaded.languages, loaded.vocabulary)
-    number = loaded.languages.direction_id(direction)
-    banned = [BOS, PAD, *(loaded.vocabulary.tag_id(code) for code in loaded.vocabulary.codes)]
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-    rows = max(1, LOGITS // (loaded.vocabulary.size * search.beam))
+    rows = max(1, LOGITS // (engine.vocabulary.size * search.beam))
     found: dict[int, Hypothesis] = {}
     start = 0
     while start < len(order):
         end = start + 1
         while end < len(order) and end - start < rows and (len(sources[order[end]]) + 2) * (end + 1 - start) <= batch_tokens:
             end += 1
-        batch = collate([sources[i] for i in order[start:end]], None, [number] * (end - start), table).to(loaded.device)
-        hypotheses = beam_search(loaded.model, batch.source, batch.ids, banned, search, loaded.route)
+        hypotheses = engine.search([sources[i] for i in order[start:end]], direction, search)
         found.update(zip(order[start:end], hypotheses, strict=True))
         advance(end - start)
         start = end
     return [found[i] for i in range(len(sources))]
 
 
-def cut_line(line: str, loaded: Loaded) -> list[list[int]]:
+def cut_line(line: str, engine: Engine) -> list[list[int]]:
     """Ids of a line in parts that the model can take: none for a blank line, one for most."""
-    return _cut(line.strip(), loaded, loaded.recipe.data.batch.max_length - 2)  # tag and EOS
+    return _cut(line.strip(), engine, engine.recipe.data.batch.max_length - 2)  # tag and EOS
 
 
-def _cut(text: str, loaded: Loaded, limit: int) -> list[list[int]]:
-    ids = loaded.vocabulary.encode(text)
+def _cut(text: str, engine: Engine, limit: int) -> list[list[int]]:
+    ids = engine.vocabulary.encode(text)
     if len(ids) <= limit:
         return [ids] if ids else []
     for pattern in CUTS:
         places = [match.end() for match in pattern.finditer(text) if 0 < match.end() < len(text)]
         if places:
             middle = min(places, key=lambda place: abs(2 * place - len(text)))
-            return _cut(text[:middle].rstrip(), loaded, limit) + _cut(text[middle:].lstrip(), loaded, limit)
+            return _cut(text[:middle].rstrip(), engine, limit) + _cut(text[middle:].lstrip(), engine, limit)
     return [ids[start : start + limit] for start in range(0, len(ids), limit)]
 
 

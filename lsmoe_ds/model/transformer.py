@@ -37,6 +37,16 @@ class Losses:
     routing: list[RoutingRecord]  # of each MoE layer, encoder first; what the auxiliary losses are made of
     gates: Tensor | None = None  # CLSR, in training: sum of all gates over the real tokens; with gradient
 
+    @property
+    def totals(self) -> list[Tensor]:
+        """What must be known over the whole step before its first gradient: see :func:`totals_of`."""
+        return totals_of(self.routing, self.gates)
+
+
+def totals_of(records: list[RoutingRecord], gates: Tensor | None) -> list[Tensor]:
+    """Tokens whose first choice is each expert [E], of each MoE layer; with CLSR last the sum of its gates [1]. Without gradient."""
+    return [*(record.counts for record in records), *([] if gates is None else [gates.detach().view(1)])]
+
 
 @dataclass
 class DecoderState:
@@ -232,28 +242,28 @@ class Transformer(nn.Module):
         In training, fuse distillation takes both routes. An MoE layer's record is then of twice the tokens, unless the layer has
         a shared feed-forward for the second.
         """
-        records: list[RoutingRecord] | None = [] if self.training else None
         distillation = self.distillation if self.training else None
         if distillation is not None:
             (source, decoder_input, ids), labels, route = twice(source, decoder_input, ids), labels.repeat(2, 1), "both"
-        gates: list[Tensor] = []
-        state = self.start(source, ids, records, route, gates if self.training else None)
-        hidden = self._decode(decoder_input, decoder_input != PAD, state)
+        hidden, records, gates = self._recorded(source, decoder_input, ids, route)
         index = (labels.reshape(-1) != PAD).nonzero().squeeze(1)  # the vocabulary is projected for real tokens only
         hidden, labels = hidden.flatten(0, 1)[index], labels.reshape(-1)[index]
         tokens, smoothing = self.embedding.tokens, self.smoothing if self.training else 0.0
         if distillation is not None:
             loss, apart, nll = distillation.losses(hidden, labels, tokens, smoothing, self.topology)
-            return Losses(loss, nll, apart, records or [])
+            return Losses(loss, nll, apart, records)
         loss, nll = cross_entropy(project(hidden, tokens, self.topology), labels, tokens, smoothing, self.topology)
-        return Losses(loss, nll.sum(), loss.new_zeros(()), records or [], torch.stack(gates).sum() if gates else None)
+        return Losses(loss, nll.sum(), loss.new_zeros(()), records, gates)
 
-    @torch.no_grad()
-    def gate_sum(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> Tensor:
-        """Sum of the CLSR gates [1], as :meth:`forward` will find it if the same random numbers follow."""
+    def _recorded(
+        self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route
+    ) -> tuple[Tensor, list[RoutingRecord], Tensor | None]:
+        """Hidden states [B, T, H]; in training the record of each MoE layer and, with CLSR, the sum of its gates."""
+        records: list[RoutingRecord] = []
         gates: list[Tensor] = []
-        self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, gates=gates))
-        return torch.stack(gates).sum(0, keepdim=True)
+        state = self.start(source, ids, records if self.training else None, route, gates if self.training else None)
+        hidden = self._decode(decoder_input, decoder_input != PAD, state)
+        return hidden, records, torch.stack(gates).sum() if gates else None
 
     def pack(self) -> None:
         """For inference: see :meth:`Attention.pack`."""
@@ -266,17 +276,16 @@ class Transformer(nn.Module):
         return [(name.split(".")[0], self.get_submodule(f"{name}.feed_forward")) for name in self.moe_names]
 
     @torch.no_grad()
-    def first_choices(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> list[Tensor]:
-        """Tokens whose first choice is each expert [E], for each MoE layer, as :meth:`forward` will count them if the same
-        random numbers follow. Where no router reads hidden states nothing is computed for it."""
+    def totals_ahead(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> list[Tensor]:
+        """:attr:`Losses.totals` as :meth:`forward` will find them if the same random numbers follow. Nothing is computed for it
+        where there are no gates and no router reads hidden states."""
         layers = self.moe_layers()
-        if not any(layer.router.reads_tokens for _, layer in layers):
+        gated = self.encoder_clsr is not None or self.decoder_clsr is not None
+        if not gated and not any(layer.router.reads_tokens for _, layer in layers):
             real = {"encoder": source != PAD, "decoder": decoder_input != PAD}
             routes = [(layer.settings, layer.route(None, real[side], Guide(ids))[2]) for side, layer in layers]
             return [self.routed(settings) * count_first_choices(each, settings.experts) for settings, each in routes]
         route: Route = "specific"
         if self.distillation is not None:
             (source, decoder_input, ids), route = twice(source, decoder_input, ids), "both"
-        records: list[RoutingRecord] = []
-        self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, records, route))
-        return [record.counts for record in records]
+        return totals_of(*self._recorded(source, decoder_input, ids, route)[1:])

@@ -156,26 +156,24 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     model: Transformer = engine.module
     tokens = {"encoder": step.source_tokens, "decoder": step.target_tokens}
     batches = [batch.to(topology.device) for batch in step.batches]
-    counts = _count_ahead(model, batches, topology) if len(batches) > 1 and model.moe_names else None
-    settings, gates = recipe.model.clsr, clsr.gate_count(recipe.model, step.source_tokens, step.target_tokens)
-    model.gate_noise = clsr.alpha(number, recipe.training.steps)
-    mean_gate = _mean_gate_ahead(model, batches, gates, topology) if len(batches) > 1 and settings else None
+    layers, settings = model.moe_layers(), recipe.model.clsr
+    gates = clsr.gate_count(recipe.model, step.source_tokens, step.target_tokens)
+    model.gate_noise = clsr.alpha(number, recipe.training.steps)  # before any pass
+    totals = _totals_ahead(model, batches, topology) if len(batches) > 1 else None
     sums = torch.zeros(7, dtype=torch.float64, device=topology.device)
     for i, batch in enumerate(batches):
         result: Losses = engine(batch.source, batch.decoder_input, batch.labels, batch.ids)
-        if counts is None:
-            counts = _over_data_ranks([record.counts for record in result.routing], topology)
+        if totals is None:
+            totals = _over_data_ranks(result.totals, topology)
         balance = z = result.loss.new_zeros(())
-        for (side, _), record, chosen in zip(model.moe_layers(), result.routing, counts, strict=True):
+        for (side, _), record, chosen in zip(layers, result.routing, totals[: len(layers)], strict=True):
             routed = recipe.model.routed(record.settings) * tokens[side]
             balance = balance + record.settings.balance * balance_loss(record, chosen, routed)
             z = z + record.settings.z_loss * z_loss(record, routed)
         loss = (result.loss + result.distillation) / step.target_tokens + balance + z
         if settings is not None:
             assert result.gates is not None
-            if mean_gate is None:
-                mean_gate = _over_data_ranks([result.gates.detach().view(1)], topology)[0] / gates
-            loss = loss + clsr.budget_loss(settings, result.gates, mean_gate, gates)
+            loss = loss + clsr.budget_loss(settings, result.gates, totals[-1] / gates, gates)
         # DeepSpeed averages gradients over the data-parallel ranks; these losses are parts of a global mean already.
         engine.backward(loss * topology.data, scale_wrt_gas=False)
         dropped, choices = sum(int(r.dropped) for r in result.routing), sum(r.choices for r in result.routing)
@@ -199,36 +197,32 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
         raise NonFinite("the gradient norm is not finite")
     exchanged = _take_traffic(model, topology)
     share = all_dropped / max(all_choices, 1)
-    mean = 0.0 if mean_gate is None else float(mean_gate)
-    return StepResult(mean_loss, nll, mean_balance, mean_z, share, norm, rate, exchanged, counts or [], distillation, mean)
+    assert totals is not None
+    mean = 0.0 if settings is None else float(totals[-1]) / gates
+    counts = totals[: len(layers)]
+    return StepResult(mean_loss, nll, mean_balance, mean_z, share, norm, rate, exchanged, counts, distillation, mean)
 
 
-def _count_ahead(model: Transformer, batches: list[Batch], topology: Topology) -> list[Tensor]:
-    """First choices of each expert over the whole step, before its first gradient; the random numbers stay as they were.
+def _totals_ahead(model: Transformer, batches: list[Batch], topology: Topology) -> list[Tensor]:
+    """:attr:`Losses.totals` of the whole step before its first gradient; the random numbers stay as they were.
 
-    With several micro-batches a rank, routers that read hidden states cost one more forward pass, which stores nothing.
+    With several micro-batches a rank, routers that read hidden states and CLSR's gates cost one more forward pass, which
+    stores nothing.
     """
     state = compat.random_state(topology.tensor)
-    found = [model.first_choices(batch.source, batch.decoder_input, batch.ids) for batch in batches]
+    found = [model.totals_ahead(batch.source, batch.decoder_input, batch.ids) for batch in batches]
     compat.restore_random_state(state, topology.tensor)
     return _over_data_ranks([torch.stack(each).sum(0) for each in zip(*found, strict=True)], topology)
 
 
-def _mean_gate_ahead(model: Transformer, batches: list[Batch], gates: int, topology: Topology) -> Tensor:
-    """Mean [1] of the step's ``gates`` CLSR gates before its first gradient, by one more forward pass, as for the counts."""
-    state = compat.random_state(topology.tensor)
-    found = [model.gate_sum(batch.source, batch.decoder_input, batch.ids) for batch in batches]
-    compat.restore_random_state(state, topology.tensor)
-    return _over_data_ranks([torch.stack(found).sum(0)], topology)[0] / gates
-
-
-def _over_data_ranks(counts: list[Tensor], topology: Topology) -> list[Tensor]:
-    """Sums of vectors, one [E] for each layer, in one all-reduce."""
-    if topology.data == 1 or not counts:
-        return counts
-    joined = torch.cat(counts)
+def _over_data_ranks(totals: list[Tensor], topology: Topology) -> list[Tensor]:
+    """Sums of vectors in one all-reduce, as float64, in which counts stay exact."""
+    if topology.data == 1 or not totals:
+        return totals
+    joined = torch.cat([each.double() for each in totals])
     dist.all_reduce(joined, group=topology.data_group)
-    return list(joined.split([len(each) for each in counts]))
+    sums = joined.split([len(each) for each in totals])
+    return [whole.to(each.dtype) for whole, each in zip(sums, totals, strict=True)]
 
 
 def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:

@@ -1,0 +1,181 @@
+"""The model card of a converted folder, ``README.md``: what the model is, what it was trained on, how good it is, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.prepared import MANIFEST
+from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import read_json
+from lsmoe_ds.languages import Direction, language_name, tag
+
+USES = {
+    "dense": """With lsmoe_ds installed:
+
+```sh
+echo "Text to translate." | lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}
+```""",
+    "huggingface": """```python
+from transformers import AutoTokenizer, M2M100ForConditionalGeneration
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = M2M100ForConditionalGeneration.from_pretrained("FOLDER")
+inputs = tokenizer(["Text to translate."], return_tensors="pt", padding=True)
+{%- if targets|length > 1 %}
+inputs["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids("{{ tags[-1] }}")  # the target; without this line it is {{ targets[0] }}
+{%- endif %}
+print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
+```
+
+`generation_config.json` holds the beam search by which the model is scored. A source begins with the tag of its target language
+({{ tags|join(', ') }}), which the tokenizer puts there, and ends with `</s>`. Sentences are translated one by one: cut longer text
+at their ends.""",
+    "ctranslate2": """```python
+import ctranslate2
+import sentencepiece
+
+vocabulary = sentencepiece.SentencePieceProcessor(model_file="FOLDER/vocabulary.model")
+translator = ctranslate2.Translator("FOLDER")
+source = ["{{ tags[0] }}", *vocabulary.encode("Text to translate.", out_type=str)]  # the tag of the target language goes first
+found = translator.translate_batch([source], beam_size=5, return_end_token=True)[0].hypotheses[0]
+print(vocabulary.decode(found[:-1]))  # without the end, which counts in the length that scores are divided by
+```
+
+Or `lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}`.""",
+}
+"""How a folder of each kind is used."""
+
+CARD = """---
+language: [{% for code in codes %}"{{ code }}"{{ ", " if not loop.last }}{% endfor %}]
+pipeline_tag: translation
+{%- if kind == 'huggingface' %}
+library_name: transformers
+{%- endif %}
+tags: [translation, {{ kind }}]
+---
+
+# {{ provenance.run }}, {{ 'all directions' if directions|length > 1 else directions[0] }}
+
+Translates {{ names }}. A dense Transformer taken out of the model `{{ provenance.run }}` with lsmoe_ds {{ provenance.version }}: it
+computes what that model computes {{ 'by what all languages share' if provenance.route == 'shared' else 'for this direction' }}.
+
+| | |
+|---|---|
+{%- for name, value in facts %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+
+## Training data
+
+{% for corpus in corpora -%}
+- {{ corpus }}
+{% endfor -%}
+{% for name, pairs in pairs.items() -%}
+- {{ name }}: {{ "{:,}".format(pairs) }} pairs of sentences
+{% endfor %}
+The license of the model is not stated here: whoever publishes it decides it, with regard to the licenses of its data.
+
+## Scores
+
+{% if scores -%}
+Of step {{ scores.step }}, on {{ scores.split }}, beam {{ scores.beam }}.
+
+| direction | BLEU | chrF++ | sentences |
+|---|---:|---:|---:|
+{%- for score in scored %}
+| {{ score.direction }} | {{ "%.1f"|format(score.metrics.bleu) }} | {{ "%.1f"|format(score.metrics.chrfpp) }} | {{ score.sentences }} |
+{%- endfor %}
+
+{{ signatures|join('; ') }}
+{%- else -%}
+None are known: `lsmoe evaluate` on the run writes them.
+{%- endif %}
+
+## Use
+
+{{ use }}
+"""
+
+
+MOST_NAMED = 12  # directions named in the first sentence
+
+
+def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: Path) -> str:
+    """The card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, where ``scores.json`` may lie."""
+    environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
+    directions = recipe.languages.directions
+    targets = list(dict.fromkeys(direction.target for direction in directions))
+    use = environment.from_string(USES[kind]).render(first=directions[0], targets=targets, tags=[tag(code) for code in targets])
+    scores = _scores(home, provenance["route"])
+    scored = [score for score in scores.directions if score.direction in directions] if scores else []
+    return environment.from_string(CARD).render(
+        kind=kind,
+        provenance=provenance,
+        codes=sorted({code.split("_")[0] for code in recipe.languages.codes}),
+        directions=directions,
+        names=_names(directions),
+        facts=list(_facts(kind, recipe, provenance)),
+        corpora=[_corpus(corpus, recipe) for corpus in recipe.data.corpora],
+        pairs=_pairs(recipe),
+        scores=scores if scored else None,
+        scored=scored,
+        signatures=list(dict.fromkeys(score.signatures[metric] for score in scored for metric in ("bleu", "chrfpp"))),
+        use=use,
+    )
+
+
+def _names(directions: tuple[Direction, ...]) -> str:
+    if len(directions) > MOST_NAMED:
+        return f"in {len(directions)} directions"
+    return ", ".join(f"{language_name(direction.source)} to {language_name(direction.target)}" for direction in directions)
+
+
+def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    model = recipe.model
+    yield "format", ", ".join([kind, *([provenance["quantization"]] if "quantization" in provenance else [])])
+    yield "direction", ", ".join(map(str, recipe.languages.directions))
+    yield "route", provenance["route"]
+    yield "trained steps", f"{provenance['step']:,}"
+    yield "parameters", f"{provenance['dense_parameters']:,} (the whole model: {provenance['sparse_parameters']:,})"
+    for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
+        widths = sorted({side.width(layer) for layer in range(side.layers)})
+        yield name, f"{side.layers} layers, feed-forward {' and '.join(map(str, widths))}"
+    yield "hidden size, heads", f"{model.hidden}, {model.heads}"
+    yield "vocabulary", f"{recipe.data.vocabulary.size:,} pieces ({recipe.data.vocabulary.type})"
+    yield "longest source", f"{recipe.data.batch.max_length} tokens"
+
+
+def _corpus(corpus: Any, recipe: Recipe) -> str:
+    """A corpus and its license, from its ``PROVENANCE.json``."""
+    if not isinstance(corpus, str):
+        return f"{corpus.path.name}, from the trainer's own disk; license unknown"  # where it lay is nobody's business
+    found = read_json(corpus_folder(corpus, recipe.data.directory) / PROVENANCE)
+    if found is None:
+        return f"{corpus}; version and license unknown"
+    package, version, license, date = (found.get(key, "unknown") for key in ("package", "version", "license", "date"))
+    return f"{corpus}: {package} {version}, license {license}, fetched {date}"
+
+
+def _pairs(recipe: Recipe) -> dict[str, int]:
+    """Training pairs of the bitext of each direction, by its name; none where the prepared data is gone."""
+    manifest = read_json(recipe.prepared / MANIFEST) or {}
+    bitexts = manifest.get("bitexts", {})
+    names = dict.fromkeys(direction.bitext for direction in recipe.languages.directions)
+    return {name: bitexts[name]["train"]["pairs"] for name in names if name in bitexts}
+
+
+def _scores(home: Path, route: str) -> Any:
+    """The run's scores by this route; None where there are none that can be read."""
+    from lsmoe_ds.evaluation.scores import ScoreTable
+
+    try:
+        table = ScoreTable.read(home / "scores.json")
+    except UserError:
+        return None
+    return table if table.route == route else None

@@ -1,0 +1,185 @@
+"""CTranslate2: the same probabilities and the same beam search as the model that was converted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+
+import ctranslate2
+import pytest
+import sentencepiece
+import torch
+from small_run import TARGET_TOP2, make_recipe, write_corpus
+from test_bad_input import main
+from test_convert import PAIR_TOP3, global_weights
+
+from lsmoe_ds.convert.command import _logits, convert
+from lsmoe_ds.convert.ctranslate2 import write_files
+from lsmoe_ds.convert.folder import write_folder
+from lsmoe_ds.convert.subnetwork import extract
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.inference.beam_search import Search, never_generated
+from lsmoe_ds.inference.ctranslate2 import CTranslate2
+from lsmoe_ds.inference.engine import load_engine
+from lsmoe_ds.inference.load import Loaded, load
+from lsmoe_ds.inference.translate import translate, translate_tokens
+from lsmoe_ds.language_specific.settings import LowRank
+from lsmoe_ds.languages import EOS, Direction
+from lsmoe_ds.model.initialization import initialize
+from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.topology import Topology
+
+EN_DE, FR_EN = Direction("en", "de"), Direction("fr", "en")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ctranslate2")
+    write_corpus(folder)
+    return folder
+
+
+def random_model(place, encoder, decoder, low_rank=None) -> Loaded:
+    """As sure of itself as a trained model, with biases, gates and matrices that are not trivial."""
+    recipe = make_recipe(place, encoder, decoder)
+    if low_rank is not None:
+        recipe.model.low_rank = low_rank
+    data = prepare(recipe)
+    vocabulary = Vocabulary.load(data.folder / "vocabulary.model")
+    model = Transformer(recipe, vocabulary.size)
+    initialize(model, 7, Topology.single())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or ".router." in name or "_low_rank." in name:
+                parameter.normal_(0, 0.5, generator=generator)
+        model.decoder_norm.weight *= 2
+        end = model.embedding.tokens.weight[EOS]
+        model.decoder_norm.bias += 10 * end / end.square().sum()  # most translations end
+    return Loaded(model.eval(), recipe, vocabulary, recipe.languages, 0, "sparse", data.folder)
+
+
+def converted(source: Loaded, direction: Direction, folder, quantization: str = "float32") -> CTranslate2:
+    tensors, recipe = extract(global_weights(source.model), source.recipe, direction)
+    folder.mkdir(exist_ok=True)
+    vocabulary = source.home / "vocabulary.model"
+    assert sorted(write_files(folder, tensors, recipe, vocabulary, quantization)) == sorted(p.name for p in folder.iterdir())
+    return CTranslate2.open(folder, recipe, vocabulary, source.step, source.home)
+
+
+def sources(loaded: Loaded, count: int) -> list[list[int]]:
+    lines = (loaded.recipe.data.corpora[0].path).read_text(encoding="utf-8").splitlines()[1 : count + 1]
+    return [loaded.vocabulary.encode(line.split("\t")[0])[: 2 + i % 20] for i, line in enumerate(lines)]
+
+
+def forbid_before_softmax(model: Loaded, monkeypatch) -> None:
+    """As CTranslate2 does; for a model that is not trained it is no small matter."""
+    step = model.model.step
+
+    def forbidding(tokens, state):
+        banned = never_generated(model.vocabulary) + ([] if state.length else [EOS])
+        logits = step(tokens, state)
+        logits[:, banned] = -torch.inf
+        return logits
+
+    monkeypatch.setattr(model.model, "step", forbidding)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "low_rank"),
+    [(TARGET_TOP2, PAIR_TOP3, None), (None, None, LowRank(rank=3, at="both"))],
+    ids=["experts of several widths", "low-rank matrices"],
+)
+def test_probabilities_and_translations_are_the_models(place, tmp_path, monkeypatch, encoder, decoder, low_rank):
+    model = random_model(place, encoder, decoder, low_rank)
+    engine = converted(model, EN_DE, tmp_path / "model")
+    texts = sources(model, 200)
+    search = Search(per_source_token=0.0, extra=40)
+    theirs = translate_tokens(engine, EN_DE, texts, search)
+    plain = translate_tokens(model, EN_DE, texts, search)
+    forbid_before_softmax(model, monkeypatch)
+    ours = translate_tokens(model, EN_DE, texts, search)
+    monkeypatch.undo()
+    # At the greatest length a translation is cut by one and made to end by the other.
+    ended = [max(len(a.tokens), len(b.tokens)) < 40 for a, b in zip(ours, theirs, strict=True)]
+    same = [a.tokens == b.tokens and a.score == pytest.approx(b.score, abs=1e-4) for a, b in zip(ours, theirs, strict=True)]
+    assert sum(ended) >= 150 and len({tuple(a.tokens) for a in ours}) > 5
+    assert sum(a and b for a, b in zip(same, ended, strict=True)) >= 0.99 * sum(ended)
+    wrong = translate_tokens(engine, EN_DE, texts, Search(length_penalty=0.0))
+    assert sum(a.tokens == b.tokens for a, b in zip(ours, wrong, strict=True)) < 150  # the comparison can fail
+    targets = [hypothesis.tokens for hypothesis in plain[:40]]
+    logs = _logits(model, EN_DE, texts[:40], targets).log_softmax(1)
+    expected = logs.gather(1, torch.tensor([[token] for target in targets for token in [*target, EOS]])).squeeze(1)
+    tag = model.vocabulary.tag_id("de")
+    found = engine.translator.score_batch(
+        [[engine.pieces[i] for i in (tag, *text)] for text in texts[:40]], [[engine.pieces[i] for i in target] for target in targets]
+    )
+    assert torch.tensor([value for each in found for value in each.log_probs]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def dense(place) -> Path:
+    """A dense folder as `lsmoe convert` leaves it."""
+    model = random_model(place, TARGET_TOP2, PAIR_TOP3)
+    tensors, recipe = extract(global_weights(model.model), model.recipe, EN_DE)
+    provenance = {"kind": "dense", "run": "small", "step": 2, "direction": "en-de", "route": "specific"}
+    write_folder(place / "dense", tensors, recipe, model.home / "vocabulary.model", provenance)
+    return place / "dense"
+
+
+def test_a_folder_is_used_by_the_library_alone(dense, tmp_path, capsys, monkeypatch):
+    record = convert(dense, "ctranslate2", None, tmp_path / "model", check=12)
+    assert record["same_translations"] >= 0.9 * record["sentences"] > 0
+    line = "ba de fi"
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model" / "vocabulary.model"))
+    translator = ctranslate2.Translator(str(tmp_path / "model"), device="cpu")
+    pieces = ["<2de>", *vocabulary.encode(line, out_type=str)]
+    best = translator.translate_batch([pieces], beam_size=5, return_end_token=True)[0].hypotheses[0][:-1]
+    wanted = list(translate(load(dense, "cpu"), EN_DE, [line, "", "ko la mi"]))
+    assert vocabulary.decode(best) == wanted[0] != ""
+    for folder, engine in ((tmp_path / "model", []), (dense, ["--engine", "ctranslate2"]), (dense, [])):
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(f"{line}\n\nko la mi\n".encode())))
+        assert main(["translate", str(folder), "--from", "en", "--to", "de", *engine]) == 0
+        assert capsys.readouterr().out.splitlines() == wanted
+    assert main(["evaluate", str(tmp_path / "model"), "--limit", "3"]) == 0
+    assert len(json.loads((tmp_path / "model" / "scores.json").read_text())["directions"]) == 1
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8_float32"])
+def test_quantized_weights_are_smaller_and_translate(dense, tmp_path, quantization):
+    for name, options in (("float32", {}), (quantization, {"quantization": quantization})):
+        convert(dense, "ctranslate2", None, tmp_path / name, 0, **options)
+    sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("float32", quantization)]
+    assert sizes[1] < sizes[0]
+    engine = load_engine(tmp_path / quantization)
+    assert engine.translator.compute_type == "int8_float32"
+    assert all(translate(engine, EN_DE, ["ba de fi", "ko la mi"]))
+
+
+def test_what_cannot_be_done_is_refused(dense, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"'int9' is no quantization \(did you mean 'int8'\?\)"):
+        convert(dense, "ctranslate2", None, tmp_path / "model", 0, quantization="int9")
+    assert not (tmp_path / "model").exists()
+    convert(dense, "ctranslate2", None, tmp_path / "model", 0)
+    with pytest.raises(UserError, match="was made by `lsmoe convert --to ctranslate2`"):
+        load(tmp_path / "model")
+    with pytest.raises(UserError, match="was made by `lsmoe convert --to ctranslate2`"):
+        load_engine(tmp_path / "model", engine="torch")
+    with pytest.raises(UserError, match="'torhc' is no engine"):
+        load_engine(dense, engine="torhc")
+    with pytest.raises(UserError, match="has no shared matrices"):
+        load_engine(tmp_path / "model", "shared")
+    with pytest.raises(UserError, match="'fr' is not in this system"):
+        translate(load_engine(tmp_path / "model"), FR_EN, [])
+    data = bytearray((tmp_path / "model" / "model.bin").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "model" / "model.bin").write_bytes(data)
+    with pytest.raises(UserError, match=r"is damaged: .*model\.bin"):
+        load_engine(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    with pytest.raises(UserError, match="pip install ctranslate2"):
+        load_engine(dense, engine="ctranslate2", direction=EN_DE)
