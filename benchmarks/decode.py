@@ -5,14 +5,15 @@
 peers: one process, 6 + 6 layers, H 512, F 2048, a vocabulary of 32,000, batches of 1, 16 and 64. Plain torch with caches
 and transformers' M2M-100 beside our dense model of their shape; and transformers' NLLB-MoE, whose every fourth layer has
 128 experts, beside our token-level model of its shape and the dense sub-network that the same model has for a target
-language when it is routed by that.
+language when it is routed by that; and CTranslate2 with that sub-network, in float32 and int8.
 
 32, 128: so many experts in every second layer ("Beyond Distillation", section 4.3), on two processes: the token-level
 model with its experts spread over both, and the target language's sub-network, one whole on each. Each process decodes
 batches of its own; the best batch size counts for each.
 
 Every sentence gets exactly 32 tokens, encoding included, so ranks stay in step. Weights are random. The most probable token
-is chosen, but a random one is read next, the same in all systems: an untrained model soon repeats itself. From the
+is chosen, but a random one is read next, the same in all systems: an untrained model soon repeats itself. (CTranslate2 reads
+what it chose, with EOS forbidden: in a dense model all tokens cost the same.) From the
 routers' weights the mean of the hidden states is taken out, for NLLB-MoE's as for ours: without that an untrained router
 sends most tokens to few experts, where a trained one is balanced. How many experts are in use is reported.
 """
@@ -157,6 +158,10 @@ def beside_peers(rounds: int) -> dict[str, Any]:
         source, forced = sentences(dense, CALIBRATION, 1).source, forced_tokens(CALIBRATION, 1)
         run = functools.partial(others["transformers NLLB-MoE"].decode, source, forced)
         balance(routers, [router.classifier.weight for router in routers], run)
+    if peers.installed("ctranslate2"):
+        tensors = dict(mine["ours, sub-network"].named_parameters())
+        for quantization in ("float32", "int8"):
+            others[f"CTranslate2 {quantization}, sub-network"] = peers.CTranslate2(tensors, small, VOCABULARY, quantization)
     balance_ours(mine["ours, token"], dense, 1)
     found: dict[str, Any] = {}
     for count in PEER_BATCHES:

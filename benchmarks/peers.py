@@ -7,6 +7,7 @@ not installed are left out by name: see ``benchmarks/README.md``.
 from __future__ import annotations
 
 import importlib.metadata
+import tempfile
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.convert import ctranslate2
 from lsmoe_ds.data.batching import Batch
+from lsmoe_ds.data.vocabulary import SPECIALS
 from lsmoe_ds.languages import BOS, EOS, PAD
 from lsmoe_ds.model.embedding import FIRST_POSITION, sinusoids
 from lsmoe_ds.training.engine import BETAS, EPSILON
@@ -149,6 +152,25 @@ class Transformers(nn.Module):
             num_beams=1,
             do_sample=False,
         )
+        return found
+
+
+class CTranslate2:
+    """A dense model of ours in CTranslate2, with its weights (by global name) in a quantization, on as many threads as torch."""
+
+    def __init__(self, tensors: dict[str, Tensor], recipe: Recipe, vocabulary: int, quantization: str) -> None:
+        self.pieces = [SPECIALS.get(index, str(index)) for index in range(vocabulary)]
+        with tempfile.TemporaryDirectory() as folder:
+            ctranslate2.specify(tensors, recipe, self.pieces, quantization).save(folder)
+            self.translator = ctranslate2.library().Translator(folder, compute_type=quantization, intra_threads=torch.get_num_threads())
+
+    def decode(self, source: Tensor, forced: Tensor) -> object:
+        """As many tokens as ``forced`` [B, T] has. It reads its own choices: for a dense model they cost what any tokens do, while
+        tokens given as a prefix would go through the decoder all at once."""
+        texts = [[self.pieces[index] for index in row if index not in (PAD, EOS)] for row in source.tolist()]
+        length = forced.shape[1]
+        found = self.translator.translate_batch(texts, beam_size=1, min_decoding_length=length, max_decoding_length=length)
+        assert all(len(each.hypotheses[0]) == length for each in found)
         return found
 
 
