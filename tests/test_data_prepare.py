@@ -212,7 +212,8 @@ def test_a_flipped_bit_is_found_when_asked(root: Path) -> None:
 
 
 KILLED = """
-import sys, time, yaml
+import signal, sys, time, yaml
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
 from pathlib import Path
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data import prepare as module
