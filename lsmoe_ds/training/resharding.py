@@ -55,7 +55,7 @@ class OptimizerState:
 
     def __init__(self, checkpoint: Path) -> None:
         """Raises UserError if the checkpoint does not say where its parts lie."""
-        self.places: dict[tuple[str, int], dict[int, _Place]] = {}
+        self.places: dict[str, dict[int, dict[int, _Place]]] = {}  # by name, tensor-parallel part and start
         self.steps: set[float] = set()
         self.partition: dict[str, int] = (read_json(checkpoint / "state.json") or {}).get("partition", {})
         listed = sorted(path for path in checkpoint.iterdir() if PIECES.fullmatch(path.name))
@@ -68,28 +68,28 @@ class OptimizerState:
                 for name, (part, start, length, number, offset) in index["pieces"].items():
                     # Ranks may hold the same: the first is taken.
                     place = _Place(start, length, checkpoint / Path(index["file"]).name, number, offset)
-                    self.places.setdefault((name, part), {}).setdefault(start, place)
+                    self.places.setdefault(name, {}).setdefault(part, {}).setdefault(start, place)
             except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
                 raise UserError(f"{path} is damaged") from None
         self._read = functools.cache(compat.read_optimizer_file)
 
     def whole(self, name: str, shape: torch.Size) -> dict[str, Tensor]:
         """Each state tensor of a parameter, of its whole ``shape``. Raises UserError if anything is missing."""
-        parts, dimension = sorted(part for known, part in self.places if known == name), self.partition.get(name)
+        parts, dimension = self.places.get(name, {}), self.partition.get(name)
         sizes = list(shape)
         if dimension is not None and parts:
             sizes[dimension] //= len(parts)
-        found = [self._part(name, part, torch.Size(sizes)) for part in parts]
+        found = [self._part(name, parts[part], torch.Size(sizes)) for part in sorted(parts)]
         if not found:
             raise UserError(f"the checkpoint holds no optimizer state of {name}")
         if dimension is None:
             return found[0]
         return {key: torch.cat([each[key] for each in found], dimension) for key in found[0]}
 
-    def _part(self, name: str, part: int, shape: torch.Size) -> dict[str, Tensor]:
+    def _part(self, name: str, places: dict[int, _Place], shape: torch.Size) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         filled = 0
-        for place in self.places[name, part].values():
+        for place in places.values():
             states, holders = self._read(place.file)
             held = {key: value for key, value in states[place.number].items() if key != "step"}
             self.steps.add(float(states[place.number]["step"]))
