@@ -168,23 +168,42 @@ def translate(
 @app.command()
 def convert(
     run: Run,
-    to: Annotated[str, typer.Option(help="dense: the plain model of a direction; or the same as huggingface or ctranslate2 load it.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="dense: the plain model of a direction; huggingface, ctranslate2: the same as these load it; hybrid: token- and "
+            "sentence-routed layers keep their experts; consolidated: the whole model in safetensors; layout: a run for other processes."
+        ),
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
     source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE")] = None,
     target: Annotated[str | None, typer.Option("--to-language", metavar="LANGUAGE")] = None,
     route: Route = "specific",
     check: Annotated[int, typer.Option(min=0, help="Held-out sentences on which both models are compared.")] = 100,
+    average: Annotated[int, typer.Option(min=1, help="Takes the mean of the last N checkpoints.")] = 1,
     quantization: Annotated[str | None, typer.Option(help="Of ctranslate2: float32 (the default), int8 or int8_float32.")] = None,
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="Of consolidated: keeps the optimizer's state.")] = False,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of layout: changes the recipe.")] = None,
+    processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Of layout: processes, by default as few as it needs.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Takes the sub-network of one direction out of a sparse model, or folds what all directions share into a dense one."""
+    """Takes the sub-network of one direction out of a sparse model, or brings the whole model into another form."""
     from lsmoe_ds.convert.command import convert as convert_run
     from lsmoe_ds.languages import Direction
 
     if (source is None) != (target is None):
         raise UserError("--from and --to-language name a direction together: give both or neither")
     direction = None if source is None or target is None else Direction(source, target)
-    summary = convert_run(run, to, direction, out, check, route, quantization)
+    if to == "layout":
+        from lsmoe_ds.training.layout import convert_layout, write_layout
+
+        if "RANK" in os.environ:
+            return write_layout(run, out)
+        summary = convert_layout(run, overrides or (), out, processes)
+    else:
+        if overrides or processes:
+            raise UserError("--set and --nproc are for --to layout")
+        summary = convert_run(run, to, direction, out, check, route, average, quantization=quantization, optimizer=optimizer)
     if as_json:
         _print_json(summary)
     else:

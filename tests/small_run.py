@@ -70,7 +70,8 @@ def train_and_save(topology: Any, recipe: Recipe, run: Path, vocabulary: int) ->
         tokens = sum(unit.target_tokens for unit in units), sum(int((unit.source != PAD).sum()) for unit in units)
         step = Step(units[topology.data_rank :: topology.data], *tokens, 0, [])
         train_step(engine, step, number, recipe, topology)
-    checkpoints.save(engine, run, 2, {}, topology, 1)
+    with checkpoints.Saver(run, topology, keep=1) as saver:
+        saver.save(engine, 2, {})
     names = global_names(engine.module, topology)
     weights = {names[name]: (p.detach().float().numpy().copy(), partition_dimension(p)) for name, p in engine.module.named_parameters()}
     engine.destroy()

@@ -10,9 +10,9 @@ import torch
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 from test_training import loop
 
+from lsmoe_ds.convert.optimizer import PIECES, open_optimizer
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.training.resharding import PIECES, OptimizerState
 
 # (tensor, expert, world, ZeRO stage)
 ONE, EXPERTS, TENSOR, BOTH, FOUR = (1, 1, 1, 0), (1, 2, 2, 0), (2, 1, 2, 1), (2, 2, 4, 2), (1, 4, 4, 1)
@@ -46,7 +46,8 @@ def load_and_save(topology, recipe, checkpoint, run):
 
     engine = build_engine(recipe, PreparedData.open(recipe.prepared).vocabulary.size, topology)
     state = checkpoints.load(engine, checkpoint, topology)
-    checkpoints.save(engine, run, state["step"], state["position"], topology, 1)
+    with checkpoints.Saver(run, topology, keep=1) as saver:
+        saver.save(engine, state["step"], state["position"])
 
 
 def losses(run) -> list[float]:
@@ -78,7 +79,7 @@ def begun(pool, folder):
 def states(checkpoint, shapes) -> dict[str, dict[str, torch.Tensor]]:
     from lsmoe_ds.convert.consolidate import read_checkpoint
 
-    state, weights = OptimizerState(checkpoint), read_checkpoint(checkpoint).weights
+    state, weights = open_optimizer(checkpoint), read_checkpoint(checkpoint).weights
     return {name: {**state.whole(name, shape), "weight": weights[name]} for name, shape in shapes.items()}
 
 
@@ -121,4 +122,4 @@ def test_a_checkpoint_that_does_not_say_what_lies_where(pool, folder, begun, tmp
         if PIECES.fullmatch(path.name):
             path.unlink()
     with pytest.raises(UserError, match="cannot go on in another layout"):
-        OptimizerState(tmp_path / "run" / "checkpoints" / "step-3")
+        open_optimizer(tmp_path / "run" / "checkpoints" / "step-3")

@@ -86,6 +86,7 @@ def loop(topology, recipe, run: Path, at_step: int | None = None, error: BaseExc
 def records(run: Path, with_bytes: bool = False) -> list[dict]:
     """What ``metrics.jsonl`` says; bytes only if asked for, as they begin anew with each process; never times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "save_seconds" not in line]
     left_out = ("seconds", "tokens_per_second", "exchange_share", *(() if with_bytes else ("exchanged_bytes",)))
     return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
 

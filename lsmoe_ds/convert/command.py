@@ -12,12 +12,15 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from lsmoe_ds.convert.folder import WEIGHTS, check_writable, find_model, write_folder
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.convert.folder import READABLE, Stored, check_writable, find_model, read_weights, write_folder
 from lsmoe_ds.convert.huggingface import Exported
 from lsmoe_ds.convert.model_card import model_card
-from lsmoe_ds.convert.subnetwork import extract_stored
+from lsmoe_ds.convert.subnetwork import ALL, describe, extract_stored
+from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
@@ -31,20 +34,15 @@ from lsmoe_ds.languages import Direction, nearest
 BATCH = 16  # sentences whose logits are held at once
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a model can be converted to: the module whose ``write_files`` is its :class:`~lsmoe_ds.convert.folder.Writer`,
-    and its file of weights."""
-
-    module: str
-    weights: str = WEIGHTS
-
-
-TARGETS = {
-    "dense": Target("lsmoe_ds.convert.folder"),
-    "huggingface": Target("lsmoe_ds.convert.huggingface"),
-    "ctranslate2": Target("lsmoe_ds.convert.ctranslate2", "model.bin"),
+WRITERS = {
+    "consolidated": "lsmoe_ds.convert.consolidated",
+    "hybrid": "lsmoe_ds.convert.folder",
+    "dense": "lsmoe_ds.convert.folder",
+    "huggingface": "lsmoe_ds.convert.huggingface",
+    "ctranslate2": "lsmoe_ds.convert.ctranslate2",
 }
+"""What a model can be converted to: the module whose ``write_files`` is its :class:`~lsmoe_ds.convert.folder.Writer`."""
+OPTIONS = {"quantization": "ctranslate2", "optimizer": "consolidated"}  # and the kind that has them
 
 
 @dataclass(frozen=True)
@@ -100,66 +98,100 @@ def convert(
     out: str | Path,
     check: int = 100,
     route: str = "specific",
-    quantization: str | None = None,
+    average: int = 1,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Converts a run, a checkpoint or a dense folder; of a run it writes ``conversion.json`` beside its recipe (see
+    """Converts a run, a checkpoint or a converted folder; of a run it writes ``conversion.json`` beside its recipe (see
     evaluation/report.py).
 
-    For one direction, or by the shared route for all; a dense folder is taken as it is. The first ``check`` held-out sentences of
-    the direction, or as many spread over all, are translated by both models; without prepared data, or with 0, none are.
-    Returns what was written. Raises UserError for a target, direction, route, quantization or folder that is not possible.
+    For one direction, or by the shared route for all; a dense folder is taken as it is. ``average`` checkpoints are averaged.
+    ``options`` are those of the kind's writer: ``quantization`` of ctranslate2, ``optimizer`` of consolidated.
+    The first ``check`` held-out sentences of the direction, or as many spread over all, are translated by both models; without
+    prepared data or the memory for both, or with 0, none are. Returns what was written. Raises UserError for a target, direction,
+    route, option or folder that is not possible.
     """
-    if to not in TARGETS:
-        raise UserError(f"'{to}' is nothing to convert to{nearest(to, TARGETS)}: choose {', '.join(TARGETS)}")
-    if quantization is not None and to != "ctranslate2":
-        raise UserError(f"--quantization is for --to ctranslate2: {to} keeps float32")
-    options = {"quantization": quantization} if quantization is not None else {}
+    if to not in WRITERS:
+        raise UserError(f"'{to}' is nothing to convert to{nearest(to, WRITERS)}: choose {', '.join(WRITERS)}")
+    options = {name: value for name, value in options.items() if value}
+    for name in options:
+        if OPTIONS[name] != to:
+            raise UserError(f"--{name} is for --to {OPTIONS[name]}, not for {to}")
     stored, out = find_model(run), Path(out)
     check_writable(out)
     began = time.perf_counter()
-    tensors, recipe, made = extract_stored(stored, direction, route)
-    provenance = {"kind": to, **made, **options}
+    if to == "consolidated":
+        if direction is not None:
+            raise UserError("--to consolidated keeps the whole model: leave out --from and --to-language, or choose --to dense")
+        tensors, recipe, made = consolidate_stored(stored, average)
+        route = "specific"
+    else:
+        tensors, recipe, made = extract_stored(stored, direction, route, to == "hybrid", average)
+    if options.pop("optimizer", False):
+        options["optimizer_of"] = stored
+    shown = {name: value for name, value in options.items() if name == "quantization"}
+    provenance = {"kind": to, **made, **shown, **({"average": average} if average > 1 else {})}
     card = model_card(to, recipe, provenance, stored.home)
-    write = importlib.import_module(TARGETS[to].module).write_files
-    write_folder(out, tensors, recipe, stored.vocabulary, provenance, card, write, **options)
+    write = importlib.import_module(WRITERS[to]).write_files
+    files = write_folder(out, tensors, recipe, stored.vocabulary, provenance, card, write, **options)
     seconds = time.perf_counter() - began
     record: dict[str, Any] = {name: made[name] for name in ("direction", "route", "sparse_parameters", "dense_parameters")}
-    record |= {"kind": to} | options
-    # The run may go on training meanwhile: what is compared is this checkpoint.
-    sparse = load(stored.weights_in, "cpu", route)
-    directions = [direction] if direction else recipe.languages.directions
-    texts = {each: _held_out(sparse, each, ceil(check / len(directions))) for each in directions}
-    if to == "huggingface" and importlib.util.find_spec("transformers") is None:
-        record |= {"not_checked": "transformers is not installed: pip install transformers"}
-    elif any(texts.values()):
-        other = _open(to, out)
-        found = [compare(sparse, other, each, sentences) for each, sentences in texts.items() if sentences]
-        differences = [each.largest_logit_difference for each in found if each.largest_logit_difference is not None]
-        record |= {"largest_logit_difference": max(differences)} if differences else {}
-        record |= {
-            "same_translations": sum(each.same_translations for each in found),
-            "sentences": sum(each.sentences for each in found),
-        }
-    weights = out / TARGETS[to].weights
-    record |= {"dense_bytes": weights.stat().st_size, "seconds": round(seconds, 3), "dense_folder": str(out)}
+    record |= {"kind": to} | shown | _compare(stored, to, direction, out, check, route if average == 1 else None, made)
+    record |= {
+        "dense_bytes": sum(each["bytes"] for name, each in files.items() if name.startswith("model")),
+        "seconds": round(seconds, 3),
+        "dense_folder": str(out),
+    }
     if stored.kind == "sparse":
-        write_whole(sparse.home / "conversion.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        write_whole(stored.home / "conversion.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     return record
+
+
+def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recipe, dict[str, Any]]:
+    """The whole model as it is, with its recipe, and the ``provenance.json`` of the outcome, less kind and files."""
+    whole = read_weights(stored, average)
+    tensors = Tensors.of(whole.tensors)
+    of_all = len(stored.recipe.data.directions) > 1
+    direction = ALL if of_all else stored.recipe.data.directions[0]
+    return tensors, stored.recipe, describe(stored, whole, direction, "specific", tensors.numbers)
+
+
+def _compare(
+    stored: Stored, to: str, direction: Direction | None, out: Path, check: int, route: str | None, made: dict[str, Any]
+) -> dict[str, Any]:
+    """What is known of both models on held-out sentences, or why that is nothing; without a route there is nothing to compare."""
+    if not check or route is None:
+        return {}
+    needed = 4 * (made["sparse_parameters"] + made["dense_parameters"])
+    if needed > (free := psutil.virtual_memory().available):
+        return {"not_checked": f"both models need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"}
+    if to == "huggingface" and importlib.util.find_spec("transformers") is None:
+        return {"not_checked": "transformers is not installed: pip install transformers"}
+    directions = [direction] if direction else stored.recipe.languages.directions
+    texts = {each: _held_out(stored.recipe, each, ceil(check / len(directions))) for each in directions}
+    if not any(texts.values()):
+        return {}
+    # The run may go on training meanwhile: what is compared is this checkpoint.
+    sparse, other = load(stored.weights_in, "cpu", route), _open(to, out)
+    found = [compare(sparse, other, each, sentences) for each, sentences in texts.items() if sentences]
+    differences = [each.largest_logit_difference for each in found if each.largest_logit_difference is not None]
+    record: dict[str, Any] = {"largest_logit_difference": max(differences)} if differences else {}
+    return record | {
+        "same_translations": sum(each.same_translations for each in found),
+        "sentences": sum(each.sentences for each in found),
+    }
 
 
 def _open(kind: str, folder: Path) -> Engine:
     """What was just written, as whoever uses it loads it."""
     if kind == "huggingface":
         return Exported.load(find_model(folder))
-    return load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
+    return load(folder, "cpu") if kind in READABLE else load_engine(folder)
 
 
-def _held_out(loaded: Loaded, direction: Direction, count: int) -> list[str]:
+def _held_out(recipe: Recipe, direction: Direction, count: int) -> list[str]:
     """Up to ``count`` source sentences of the test set, or of dev; none where there is no prepared data."""
-    if not count:
-        return []
     try:
-        data = PreparedData.open(loaded.recipe.prepared)
+        data = PreparedData.open(recipe.prepared)
         return data.text(direction, "test")[0][:count] or data.text(direction, "dev")[0][:count]
     except UserError:
         return []

@@ -1,7 +1,7 @@
 """Where a model lies: a run folder, a checkpoint in it, or a converted folder; and writing the latter.
 
-A converted folder holds the files of its kind (of a dense model ``model.safetensors``), ``recipe.yaml``, ``vocabulary.model``,
-a model card ``README.md`` and ``provenance.json``::
+A converted folder holds the files of its kind (those of :func:`lsmoe_ds.convert.tensors.save_tensors`, for most), ``recipe.yaml``,
+``vocabulary.model``, a model card ``README.md`` and ``provenance.json``::
 
     {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N, "direction": "en-de" or "all",
      "route": "specific" or "shared", "source_files": {name: sha256}, "sparse_parameters": N, "dense_parameters": N,
@@ -10,25 +10,25 @@ a model card ``README.md`` and ``provenance.json``::
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.consolidate import read_checkpoint
+from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, describe_files, explain_errors, locked, read_json, replaced, write_json
 from lsmoe_ds.recipe_file import load_recipe
-from lsmoe_ds.run_folder import list_checkpoints
+from lsmoe_ds.run_folder import list_checkpoints, step_of
 
-WEIGHTS, RECIPE, VOCABULARY, PROVENANCE = "model.safetensors", "recipe.yaml", "vocabulary.model", "provenance.json"
+RECIPE, VOCABULARY, PROVENANCE = "recipe.yaml", "vocabulary.model", "provenance.json"
+READABLE = ("sparse", "consolidated", "hybrid", "dense")  # kinds whose weights are read here
 CARD = "README.md"
 FORMAT = "lsmoe_ds"
 
@@ -52,13 +52,13 @@ class Stored:
 class Weights:
     """All parameters by global name, float32, and the step and files they come from."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     step: int
     files: dict[str, str]
 
     @property
     def parameters(self) -> int:
-        return sum(value.numel() for value in self.tensors.values())
+        return Tensors.of(self.tensors).numbers
 
 
 def find_model(path: str | Path) -> Stored:
@@ -84,8 +84,13 @@ def find_model(path: str | Path) -> Stored:
     return found
 
 
-def read_weights(stored: Stored) -> Weights:
-    """Raises UserError if they are damaged."""
+def read_weights(stored: Stored, average: int = 1) -> Weights:
+    """The weights, read when they are asked for; of a run also the mean of those of its last ``average`` checkpoints up to this one.
+
+    Raises UserError if they are damaged, or there are not that many checkpoints.
+    """
+    if average > 1:
+        return _mean(stored, average)
     if stored.kind == "sparse":
         try:
             whole = read_checkpoint(stored.weights_in)
@@ -93,20 +98,46 @@ def read_weights(stored: Stored) -> Weights:
             earlier = [c for c in list_checkpoints(stored.home) if c.resolve() != stored.weights_in.resolve()]
             raise UserError(f"{error}; an earlier checkpoint is {earlier[-1]}" if earlier else str(error)) from None
         return Weights(whole.weights, whole.step, whole.files)
-    if stored.kind != "dense":
+    if stored.kind not in READABLE:
         raise UserError(
             f"{stored.home} was made by `lsmoe convert --to {stored.kind}`: give the run, or a folder that was made with --to dense"
         )
     provenance = read_json(stored.home / PROVENANCE) or {}
     try:
-        step, files = int(provenance["step"]), provenance["files"]
+        step, files = int(provenance["step"]), dict(provenance["files"])
         wrong = damage(stored.home, files, verify=True)
-        if wrong is not None:
-            raise UserError(f"{stored.home} is damaged: {wrong}")
-        tensors = safetensors.torch.load_file(stored.home / WEIGHTS)
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{stored.home} is damaged: {PROVENANCE} or {WEIGHTS} lacks {error}") from None
-    return Weights(tensors, step, {WEIGHTS: files[WEIGHTS]["sha256"]})
+        sums = {name: str(each["sha256"]) for name, each in files.items() if name.startswith("model")}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{stored.home} is damaged: {PROVENANCE} lacks {error}") from None
+    if wrong is not None or not sums:
+        raise UserError(f"{stored.home} is damaged: {wrong or f'{PROVENANCE} lists no weights'}")
+    return Weights(open_tensors(stored.home), step, sums)
+
+
+def _mean(stored: Stored, average: int) -> Weights:
+    if stored.kind != "sparse":
+        raise UserError(f"--average is for the checkpoints of a run: {stored.home} holds one model")
+    here = stored.weights_in.resolve()
+    chosen = [each for each in list_checkpoints(stored.home) if step_of(each) <= step_of(here)][-average:]
+    if len(chosen) < average:
+        raise UserError(
+            f"--average {average} asks for more than the {len(chosen)} checkpoints that {stored.home} has up to {here.name}: "
+            f"training.keep says how many a run keeps"
+        )
+    parts = [read_checkpoint(each) for each in chosen]
+
+    def entry(name: str, shape: tuple[int, ...]) -> Entry:
+        def make() -> Tensor:
+            total = torch.zeros(shape, dtype=torch.float64)
+            for part in parts:
+                total += part.weights[name]
+            return (total / average).float()
+
+        return Entry(shape, make)
+
+    mean = Tensors({name: entry(name, each.shape) for name, each in parts[-1].weights.entries.items()})
+    files = {f"{path.name}/{name}": value for path, part in zip(chosen, parts, strict=True) for name, value in part.files.items()}
+    return Weights(mean, parts[-1].step, files)
 
 
 Writer = Callable[..., list[str]]
@@ -114,20 +145,9 @@ Writer = Callable[..., list[str]]
 the way of one kind, and returns the names of its files."""
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file. Raises OSError on a full disk, otherwise UserError, if it cannot be written."""
-    try:
-        safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
-    except safetensors.SafetensorError as error:
-        if "No space left" in str(error):  # it reports a full disk as an error of its own
-            raise OSError(errno.ENOSPC, str(error)) from None
-        raise UserError(f"{path} cannot be written: {error}") from None
-
-
 def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path) -> list[str]:
-    """The writer of the kind ``dense``."""
-    save_tensors(tensors, folder / WEIGHTS)
-    return [WEIGHTS]
+    """The writer of the kinds that are read here."""
+    return save_tensors(tensors, folder)
 
 
 def write_folder(
@@ -139,8 +159,9 @@ def write_folder(
     card: str = "",
     write: Writer = write_files,
     **options: Any,
-) -> None:
-    """Writes a converted folder, whole or not at all; one that was converted earlier is replaced, any other is refused.
+) -> dict[str, dict[str, Any]]:
+    """Writes a converted folder, whole or not at all, and returns its files; one that was converted earlier is replaced, any other
+    is refused.
 
     ``write``, which gets the ``options``, makes the files of its kind; ``card`` is the text of README.md, without one there is none.
     """
@@ -153,6 +174,7 @@ def write_folder(
         if card:  # a text for people, who may change it
             (new / CARD).write_text(card, encoding="utf-8")
         write_json(new / PROVENANCE, {"format": FORMAT, **provenance, "files": files})
+    return files
 
 
 def check_writable(out: Path) -> None:

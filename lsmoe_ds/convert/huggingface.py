@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsmoe_ds.config import Recipe, Side
-from lsmoe_ds.convert.folder import WEIGHTS, Stored, save_tensors
+from lsmoe_ds.convert.folder import Stored
+from lsmoe_ds.convert.tensors import Entry, Tensors, save_tensors
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.cleaning import INVISIBLE
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary
@@ -59,7 +60,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, voc
     """The writer of the kind ``huggingface``; raises UserError if the tensors or the vocabulary are not the recipe's."""
     loaded = Vocabulary.load(vocabulary)
     model = config(recipe, loaded.size)
-    save_tensors(rename(tensors, recipe, loaded.size), folder / WEIGHTS)
+    names = save_tensors(rename(tensors, recipe, loaded.size), folder)
     written = {
         "config.json": model,
         "generation_config.json": generation_config(recipe, loaded),
@@ -69,7 +70,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, voc
     }
     for name, value in written.items():
         write_json(folder / name, value)
-    return [WEIGHTS, *written]
+    return [*names, *written]
 
 
 def widest(side: Side) -> int:
@@ -156,25 +157,32 @@ def our_names(recipe: Recipe) -> Iterator[str]:
                     yield from (f"{side}.{layer}.{part}.{kind}" for layer in range(layers))
 
 
-def rename(tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: int) -> dict[str, Tensor]:
+def rename(tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: int) -> Tensors:
     """The tensors under M2M-100's names, feed-forwards [F, H] filled up with zeros to the widest of their side."""
-    wanted = set(our_names(recipe))
-    if odd := sorted(wanted ^ tensors.keys()):
+    wanted, ours = set(our_names(recipe)), Tensors.of(tensors)
+    if odd := sorted(wanted ^ ours.keys()):
         raise UserError(f"the weights do not belong to the recipe: {odd[0]} is {'missing' if odd[0] in wanted else 'not a part of it'}")
-    if len(tensors[EMBEDDING[0]]) != vocabulary:
-        raise UserError(f"the weights are of {len(tensors[EMBEDDING[0]])} tokens, but the vocabulary has {vocabulary}")
+    if ours.shape(EMBEDDING[0])[0] != vocabulary:
+        raise UserError(f"the weights are of {ours.shape(EMBEDDING[0])[0]} tokens, but the vocabulary has {vocabulary}")
     widths = {"encoder": widest(recipe.model.encoder), "decoder": widest(recipe.model.decoder)}
     renamed = {}
-    for name, value in tensors.items():
-        if "feed_forward.expand" in name:
-            missing = widths[name.split(".")[0]] - value.shape[0]
-            value = F.pad(value, (0, 0, 0, missing) if value.ndim == 2 else (0, missing))
-        elif name.endswith("feed_forward.contract.weight"):
-            value = F.pad(value, (0, widths[name.split(".")[0]] - value.shape[1]))
+    for name in ours:
         theirs = their_name(name)
         assert theirs is not None
-        renamed[theirs] = value.clone()  # safetensors writes no two views of the same memory
-    return renamed
+        renamed[theirs] = _widened(ours, name, widths.get(name.split(".")[0], 0))
+    return Tensors(renamed)
+
+
+def _widened(tensors: Tensors, name: str, width: int) -> Entry:
+    """Of a feed-forward the tensor with zeros up to ``width``; any other as it is."""
+    shape = list(tensors.shape(name))
+    dimension = 0 if "feed_forward.expand" in name else 1 if name.endswith("feed_forward.contract.weight") else None
+    if dimension is None or shape[dimension] == width:
+        return tensors.entries[name]
+    missing = width - shape[dimension]
+    shape[dimension] = width
+    at_end = (0, missing) if dimension == len(shape) - 1 else (0, 0, 0, missing)
+    return Entry(tuple(shape), lambda: F.pad(tensors[name], at_end))
 
 
 # The tokenizer.

@@ -15,12 +15,18 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import Direction, language_name, tag
 
-USES = {
-    "dense": """With lsmoe_ds installed:
+TRANSLATE = """With lsmoe_ds installed:
 
 ```sh
 echo "Text to translate." | lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}
-```""",
+```"""
+USES = {
+    "dense": TRANSLATE,
+    "hybrid": TRANSLATE,
+    "consolidated": TRANSLATE
+    + """
+
+`lsmoe convert FOLDER` takes the model of one direction out of it; with `training.start_from: FOLDER` a training begins with it.""",
     "huggingface": """```python
 from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 
@@ -51,6 +57,12 @@ Or `lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}`.""
 }
 """How a folder of each kind is used."""
 
+WHOLE = "The whole model `{run}` as it was trained, written with lsmoe_ds {version}."
+HYBRID = """What of the model `{run}` this direction uses, taken out with lsmoe_ds {version}. Layers that choose their experts token by token
+or sentence by sentence keep them all; the others are dense. It computes what that model computes for this direction."""
+DENSE = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {version}: it
+computes what that model computes {of}."""
+
 CARD = """---
 language: [{% for code in codes %}"{{ code }}"{{ ", " if not loop.last }}{% endfor %}]
 pipeline_tag: translation
@@ -62,8 +74,7 @@ tags: [translation, {{ kind }}]
 
 # {{ provenance.run }}, {{ 'all directions' if directions|length > 1 else directions[0] }}
 
-Translates {{ names }}. A dense Transformer taken out of the model `{{ provenance.run }}` with lsmoe_ds {{ provenance.version }}: it
-computes what that model computes {{ 'by what all languages share' if provenance.route == 'shared' else 'for this direction' }}.
+Translates {{ names }}. {{ what }}
 
 | | |
 |---|---|
@@ -117,6 +128,11 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
     return environment.from_string(CARD).render(
         kind=kind,
         provenance=provenance,
+        what={"consolidated": WHOLE, "hybrid": HYBRID}.get(kind, DENSE).format(
+            run=provenance["run"],
+            version=provenance["version"],
+            of="by what all languages share" if provenance["route"] == "shared" else "for this direction",
+        ),
         codes=sorted({code.split("_")[0] for code in recipe.languages.codes}),
         directions=directions,
         names=_names(directions),
@@ -141,11 +157,13 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     yield "format", ", ".join([kind, *([provenance["quantization"]] if "quantization" in provenance else [])])
     yield "direction", ", ".join(map(str, recipe.languages.directions))
     yield "route", provenance["route"]
-    yield "trained steps", f"{provenance['step']:,}"
+    averaged = f", the mean of {provenance['average']} checkpoints up to it" if "average" in provenance else ""
+    yield "trained steps", f"{provenance['step']:,}{averaged}"
     yield "parameters", f"{provenance['dense_parameters']:,} (the whole model: {provenance['sparse_parameters']:,})"
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
         widths = sorted({side.width(layer) for layer in range(side.layers)})
-        yield name, f"{side.layers} layers, feed-forward {' and '.join(map(str, widths))}"
+        experts = f", {side.moe.experts} experts by {side.moe.routing} every {side.moe.every} layers" if side.moe is not None else ""
+        yield name, f"{side.layers} layers, feed-forward {' and '.join(map(str, widths))}{experts}"
     yield "hidden size, heads", f"{model.hidden}, {model.heads}"
     yield "vocabulary", f"{recipe.data.vocabulary.size:,} pieces ({recipe.data.vocabulary.type})"
     yield "longest source", f"{recipe.data.batch.max_length} tokens"

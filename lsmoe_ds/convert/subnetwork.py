@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lsmoe_ds import __version__
 from lsmoe_ds.config import Model, MoE, Parallel, Recipe, Side
-from lsmoe_ds.convert.folder import PROVENANCE, Stored, Weights, find_model, read_weights, write_folder
+from lsmoe_ds.convert.folder import PROVENANCE, READABLE, Stored, Weights, find_model, read_weights, write_folder
+from lsmoe_ds.convert.tensors import Entry, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_json
 from lsmoe_ds.inference.load import check_route
@@ -39,31 +40,35 @@ FLAT, VERTICAL = "_low_rank.flat", "_low_rank.vertical"
 FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bias")
 
 
-def check_convertible(recipe: Recipe, direction: Direction | None, route: str = "specific") -> None:
+def check_convertible(recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False) -> None:
     """Raises UserError if the model has no dense equal for this direction and route, saying why.
 
-    Without a direction: for all directions of the recipe at once.
+    Without a direction: for all directions of the recipe at once. With ``hybrid`` layers whose experts are chosen token by token
+    or sentence by sentence may stay as they are.
     """
     model = recipe.model
     check_route(route, recipe)
     if direction is not None:
         recipe.languages.direction_id(direction)
-    kept = list(expert_layers(model, route))
-    for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
-        layers = [str(layer + 1) for of_side, layer, _ in kept if of_side == name]
-        if layers and side.moe is not None and not side.moe.by_task:
-            place = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(layers)}"
-            raise UserError(
-                f"the {name} routes by {side.moe.routing} in {place}: each {side.moe.routing} chooses its experts when it is there, so no "
-                f"sub-network holds all that {direction or 'a direction'} uses; train with model.{name}.moe.routing: task to extract one, "
-                f"or serve the sparse model"
-            )
+    layers = list(expert_layers(model, route))
+    stays = [(side, str(layer + 1), moe.routing) for side, layer, moe in layers if not moe.by_task]
+    if stays and not hybrid:
+        name, _, routing = stays[0]
+        numbers = [layer for side, layer, _ in stays if side == name]
+        place = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {', '.join(numbers)}"
+        raise UserError(
+            f"the {name} routes by {routing} in {place}: each {routing} chooses its experts when it is there, so no sub-network holds all "
+            f"that {direction or 'a direction'} uses; train with model.{name}.moe.routing: task to extract one, keep the {name}'s experts "
+            f"with --to hybrid, or serve the sparse model"
+        )
+    if hybrid and not stays:
+        raise UserError("--to hybrid is for models that route by token or sentence: this one has a plain equal, so use --to dense")
     if model.clsr is not None:
         raise UserError(
             "the gates of model.clsr choose for each token between two projections when it is there, so no dense model computes the "
             "same: serve the trained model itself"
         )
-    if direction is None and kept:
+    if direction is None and any(moe.by_task for _, _, moe in layers):
         raise UserError("no dense model serves all directions, since each has experts of its own: name one with --from and --to-language")
     if direction is None and route == "specific":
         raise UserError("the specific route needs a direction: name one with --from and --to-language")
@@ -74,10 +79,10 @@ def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
     return ((side, layer, moe) for side, layer, moe in model.moe_layers() if route == "specific" or not moe.fuse_distillation)
 
 
-def join_experts(weights: Mapping[str, Tensor], at: str, settings: MoE, languages: Languages, task: int) -> dict[str, Tensor]:
+def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages, task: int) -> dict[str, Entry]:
     """One feed-forward that equals a layer routed by task, for one task; ``at`` is the layer's name up to ``feed_forward.``.
 
-    Returns ``expand`` [K F, H] with bias [K F] and ``contract`` [H, K F] with bias [H].
+    Gives ``expand`` [K F, H] with bias [K F] and ``contract`` [H, K F] with bias [H].
     """
     router = ROUTERS[settings.routing](0, settings, languages)
     if list(router.parameters()):
@@ -89,61 +94,78 @@ def join_experts(weights: Mapping[str, Tensor], at: str, settings: MoE, language
     def of(name: str) -> list[Tensor]:
         return [weights[f"{at}experts.{expert}.{name}"] for expert in experts]
 
+    def shape(name: str) -> tuple[int, ...]:
+        return weights.shape(f"{at}experts.{experts[0]}.{name}")
+
+    def weighted(name: str) -> list[Tensor]:
+        return [gate * each for gate, each in zip(gates, of(name), strict=True)]
+
+    count = len(experts)
+    width, hidden = shape("expand.weight")
     return {
-        f"{at}expand.weight": torch.cat(of("expand.weight")),
-        f"{at}expand.bias": torch.cat(of("expand.bias")),
-        f"{at}contract.weight": torch.cat([gate * weight for gate, weight in zip(gates, of("contract.weight"), strict=True)], 1),
-        f"{at}contract.bias": torch.stack([gate * bias for gate, bias in zip(gates, of("contract.bias"), strict=True)]).sum(0),
+        f"{at}expand.weight": Entry((count * width, hidden), lambda: torch.cat(of("expand.weight"))),
+        f"{at}expand.bias": Entry((count * width,), lambda: torch.cat(of("expand.bias"))),
+        f"{at}contract.weight": Entry((hidden, count * width), lambda: torch.cat(weighted("contract.weight"), 1)),
+        f"{at}contract.bias": Entry(shape("contract.bias"), lambda: torch.stack(weighted("contract.bias")).sum(0)),
     }
 
 
-def fold_low_rank(weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction | None, route: str) -> dict[str, Tensor]:
+def fold_low_rank(weights: Tensors, recipe: Recipe, direction: Direction | None, route: str) -> Tensors:
     """The same weights with every low-rank bank folded into the linear layer that it stands beside: W + V F.
 
     Only the specific route reads ``direction``.
     """
     settings, languages = recipe.model.low_rank, recipe.languages
     if settings is None:
-        return dict(weights)
+        return weights
     numbers = {"source": SHARED, "target": SHARED}
     if route == "specific" and direction is not None:
         numbers = {"source": languages.id(direction.source), "target": languages.id(direction.target)}
-    folded = {name: value for name, value in weights.items() if not name.endswith((FLAT, VERTICAL))}
-    for at in [name.removesuffix(FLAT) for name in weights if name.endswith(FLAT)]:
-        weight, vertical, flat = (weights[f"{at}{part}"] for part in (".weight", VERTICAL, FLAT))
-        outputs, inputs = weight.shape
+
+    def fold(at: str) -> Entry:
+        outputs, inputs = weights.shape(f"{at}.weight")
         with torch.device("meta"):  # it is made only to say which rows are whose
             bank = Banks(settings, languages, at.startswith("decoder."), Topology.single()).make(inputs, outputs, "column")
         of_vertical, of_flat = bank.rows[numbers[bank.vertical_of]], bank.rows[numbers[bank.flat_of]]
-        folded[f"{at}.weight"] = torch.addmm(weight, vertical[of_vertical].t(), flat[of_flat])
-    return folded
+        return Entry(
+            (outputs, inputs),
+            lambda: torch.addmm(weights[f"{at}.weight"], weights[f"{at}{VERTICAL}"][of_vertical].t(), weights[f"{at}{FLAT}"][of_flat]),
+        )
+
+    folded = {name: entry for name, entry in weights.entries.items() if not name.endswith((FLAT, VERTICAL))}
+    return Tensors(folded | {f"{at}.weight": fold(at) for at in (name.removesuffix(FLAT) for name in weights if name.endswith(FLAT))})
 
 
 def extract(
-    weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction | None, route: str = "specific"
-) -> tuple[dict[str, Tensor], Recipe]:
+    weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False
+) -> tuple[Tensors, Recipe]:
     """Weights (by global name) and recipe of the dense model that equals the given one for ``direction``.
 
     Each kind of language-specific layer has its function here; all else is taken over. The vocabulary stays as it is.
     By the shared route and where that uses no experts the model is the same for every direction: its recipe keeps them all.
+    With ``hybrid`` only what is chosen by the direction becomes dense; layers routed by token or sentence keep their experts.
     """
-    check_convertible(recipe, direction, route)
+    check_convertible(recipe, direction, route, hybrid)
     sides = {"encoder": recipe.model.encoder, "decoder": recipe.model.decoder}
     widths = {name: [side.width(layer) for layer in range(side.layers)] for name, side in sides.items()}
+    whole = Tensors.of(weights)
     try:
-        dense = fold_low_rank(weights, recipe, direction, route)
+        dense = dict(fold_low_rank(whole, recipe, direction, route).entries)
         for side, layer, settings in recipe.model.moe_layers():
             at = f"{side}.{layer}.feed_forward."
             if settings.fuse_distillation and route == "shared":
-                made = {f"{at}{name}": weights[f"{at}shared.{name}"] for name in FEED_FORWARD}
-            else:
+                made = {f"{at}{name}": whole.entries[f"{at}shared.{name}"] for name in FEED_FORWARD}
+            elif settings.by_task:
                 assert direction is not None
-                made = join_experts(weights, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction))
+                made = join_experts(whole, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction))
                 widths[side][layer] *= settings.top_k
-            dense = {name: value for name, value in dense.items() if not name.startswith(at)} | made
+            else:
+                made = {name: entry for name, entry in dense.items() if name.startswith((f"{at}router.", f"{at}experts."))}
+            dense = {name: entry for name, entry in dense.items() if not name.startswith(at)} | made
     except KeyError as error:
         raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
-    return dense, _dense_recipe(recipe, None if serves_all(recipe, route) else direction, widths)
+    kept = {side for side, _, moe in expert_layers(recipe.model, route) if not moe.by_task}
+    return Tensors(dense), _dense_recipe(recipe, None if serves_all(recipe, route) else direction, widths, kept)
 
 
 def serves_all(recipe: Recipe, route: str) -> bool:
@@ -151,11 +173,17 @@ def serves_all(recipe: Recipe, route: str) -> bool:
     return route == "shared" and not any(expert_layers(recipe.model, route))
 
 
-def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]]) -> Recipe:
-    """The same recipe, with a dense model and one direction, or without ``direction`` all of them."""
-    encoder, decoder = (Side(layers=len(widths[side]), feed_forward=list(widths[side])) for side in ("encoder", "decoder"))
-    model = Model(preset=None, hidden=recipe.model.hidden, heads=recipe.model.heads, encoder=encoder, decoder=decoder)
-    changes: dict[str, Any] = {"batch": recipe.data.batch.model_copy(update={"languages": "mixed"})}  # no experts: no affinity
+def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]], kept: set[str]) -> Recipe:
+    """The same recipe, with a dense model, but for the sides in ``kept``, and one direction, or without ``direction`` all of them."""
+
+    def side(name: str, before: Side) -> Side:
+        moe = before.moe.model_copy(update={"fuse_distillation": False}) if before.moe is not None and name in kept else None
+        return Side(layers=len(widths[name]), feed_forward=list(widths[name]), moe=moe)
+
+    before = recipe.model
+    encoder, decoder = side("encoder", before.encoder), side("decoder", before.decoder)
+    model = Model(preset=None, hidden=before.hidden, heads=before.heads, encoder=encoder, decoder=decoder)
+    changes: dict[str, Any] = {"batch": recipe.data.batch.model_copy(update={"languages": "mixed"})}  # no tasks: no affinity
     if direction is not None:
         changes |= {"languages": [direction.source, direction.target], "directions": [str(direction)]}
     data = recipe.data.model_copy(update=changes)
@@ -164,36 +192,43 @@ def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str,
 
 
 def extract_stored(
-    stored: Stored, direction: Direction | None, route: str = "specific"
-) -> tuple[dict[str, Tensor], Recipe, dict[str, Any]]:
-    """:func:`extract` from a run, a checkpoint or a dense folder; and the ``provenance.json`` of the outcome, less kind and files.
+    stored: Stored, direction: Direction | None, route: str = "specific", hybrid: bool = False, average: int = 1
+) -> tuple[Tensors, Recipe, dict[str, Any]]:
+    """:func:`extract` from a run, a checkpoint or a folder; and the ``provenance.json`` of the outcome, less kind and files.
 
     A dense folder is taken as it is; one for all directions can be narrowed to one of them.
     """
     dense = stored.kind == "dense"
-    if stored.kind == "sparse":
-        check_convertible(stored.recipe, direction, route)
-    whole = read_weights(stored)
+    if dense and hybrid:
+        raise UserError(f"{stored.home} is dense: there are no experts to keep")
+    if not dense and stored.kind in READABLE:
+        check_convertible(stored.recipe, direction, route, hybrid)
+    whole = read_weights(stored, average)
     if dense and direction is None:
         check_route(route, stored.recipe)
-        tensors, recipe = whole.tensors, stored.recipe
+        tensors, recipe = Tensors.of(whole.tensors), stored.recipe
     else:
-        tensors, recipe = extract(whole.tensors, stored.recipe, direction, route)
+        tensors, recipe = extract(whole.tensors, stored.recipe, direction, route, hybrid)
     of_all = len(recipe.data.directions) > 1 if dense else serves_all(stored.recipe, route)
+    made = describe(stored, whole, ALL if of_all else recipe.data.directions[0], route, tensors.numbers)
+    return tensors, recipe, made
+
+
+def describe(stored: Stored, whole: Weights, direction: str, route: str, parameters: int) -> dict[str, Any]:
+    """``provenance.json`` of what is made of a model, less kind and files; what it itself was made of is carried on."""
     provenance = {
         "version": __version__,
         "run": stored.recipe.name,
         "step": whole.step,
-        "direction": ALL if of_all else recipe.data.directions[0],
+        "direction": direction,
         "route": route,
         "source_files": whole.files,
         "sparse_parameters": whole.parameters,
-        "dense_parameters": Weights(tensors, whole.step, {}).parameters,
+        "dense_parameters": parameters,
     }
-    if dense:
-        before = read_json(stored.home / PROVENANCE) or {}
-        provenance |= {key: before[key] for key in ("run", "route", "sparse_parameters") if key in before}
-    return tensors, recipe, provenance
+    before = read_json(stored.home / PROVENANCE) or {}
+    carried = {"dense": ("run", "route", "sparse_parameters"), "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
+    return provenance | {key: before[key] for key in carried.get(stored.kind, ()) if key in before}
 
 
 def convert_to_dense(run: str | Path, direction: Direction | None, out: str | Path, route: str = "specific") -> dict[str, Any]:

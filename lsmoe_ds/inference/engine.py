@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import find_model
+from lsmoe_ds.convert.folder import READABLE, find_model
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
@@ -52,7 +52,7 @@ def load_engine(path: str | Path, route: str = "specific", engine: str | None = 
     stored = find_model(path)
     if stored.kind == "ctranslate2" and engine != "torch":
         return CTranslate2.load(stored, check_route(route, stored.recipe))
-    if engine != "ctranslate2" or stored.kind not in ("sparse", "dense"):
+    if engine != "ctranslate2" or stored.kind not in READABLE:
         return load(path, route=route)
     from lsmoe_ds.convert.ctranslate2 import write_files  # what only converts, torch's engine does without
     from lsmoe_ds.convert.subnetwork import extract_stored

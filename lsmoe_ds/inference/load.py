@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import Weights, find_model, read_weights
+from lsmoe_ds.convert.folder import READABLE, Weights, find_model, read_weights
+from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
@@ -23,7 +24,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to translate. ``kind`` is "sparse" for a training checkpoint, "dense" for an extracted sub-network;
+    """A model ready to translate. ``kind`` is that of :class:`lsmoe_ds.convert.folder.Stored`;
     ``home`` is the run or converted folder that it belongs to; ``route`` is what its sentences take."""
 
     model: Transformer
@@ -58,7 +59,7 @@ def load(path: str | Path, device: torch.device | str | None = None, route: str 
     the model lacks.
     """
     stored = find_model(path)
-    if stored.kind not in ("sparse", "dense"):
+    if stored.kind not in READABLE:
         raise UserError(
             f"{path} was made by `lsmoe convert --to {stored.kind}`, which is not read back here: give the run or a folder made with "
             f"--to dense"
@@ -91,12 +92,13 @@ def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch
         model = Transformer(recipe, vocabulary, topology)
     names = global_names(model, topology)
     shapes = {names[name]: parameter.shape for name, parameter in model.named_parameters()}
-    for name in sorted(shapes.keys() | weights.tensors.keys()):
+    tensors = Tensors.of(weights.tensors)
+    for name in sorted(shapes.keys() | tensors.keys()):
         wanted = tuple(shapes[name]) if name in shapes else None
-        found = tuple(weights.tensors[name].shape) if name in weights.tensors else None
+        found = tensors.shape(name) if name in tensors else None
         if wanted != found:
             raise UserError(f"the weights do not belong to the recipe and vocabulary: {name} should be {wanted}, found {found}")
-    model.load_state_dict({local: weights.tensors[name] for local, name in names.items()}, assign=True)
+    model.load_state_dict({local: tensors[name] for local, name in names.items()}, assign=True)
     model.to(device).eval().requires_grad_(False)
     model.pack()
     return model

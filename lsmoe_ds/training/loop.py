@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.dealing import affinity
@@ -54,7 +52,10 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
         stream.load_state_dict(state["position"]["stream"])
         done, window = state["step"], state["position"]["window"]
     asked, last_step = None, True
-    with Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor:
+    with (
+        Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
+        checkpoints.Saver(run, topology, training.keep, training.keep_best) as saver,
+    ):
         monitor.start(done, window)
         for complaint in complaints:
             monitor.say(f"damaged checkpoint: {complaint}")
@@ -67,6 +68,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
                 result = train_step(engine, step, number, recipe, topology)
             except NonFinite as error:
                 directions = ", ".join(str(languages.directions[i]) for i in step.directions)
+                saver.finish()
                 last = list_checkpoints(run)
                 saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
                 raise UserError(f"step {number}: {error}; the directions in the batch: {directions}; {saved}") from None
@@ -82,12 +84,13 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
                 monitor.record_dev_loss(number, losses)
             if number % training.checkpoint_every == 0 or last_step or asked:
                 position = {"stream": stream.state_dict(), "window": monitor.state_dict()}
-                score = losses.get("dev_loss")
-                checkpoints.save(engine, run, number, position, topology, training.keep, training.keep_best, score)
+                saving = time.perf_counter()
+                saver.save(engine, number, position, losses.get("dev_loss"))
+                monitor.record_save(number, time.perf_counter() - saving)
             monitor.pause(time.perf_counter() - begun)
             if asked:
+                saver.finish()
                 monitor.say(f"{asked}: saved after step {number}; the same command goes on")
                 break
-    dist.barrier()
     engine.destroy()
     return not asked or last_step

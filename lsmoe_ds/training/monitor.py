@@ -123,6 +123,10 @@ class Monitor:
         """Losses by name, ``dev_loss`` first."""
         self._write({"step": number, **losses})
 
+    def record_save(self, number: int, seconds: float) -> None:
+        """How long training stood still for a checkpoint."""
+        self._write({"step": number, "save_seconds": seconds})
+
     def say(self, text: str) -> None:
         """A line for the person, above the progress bar."""
         if self.main:

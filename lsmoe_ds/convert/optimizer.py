@@ -1,0 +1,132 @@
+"""The optimizer's state in a checkpoint or consolidated folder, of whole parameters, read one parameter at a time."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds.convert.tensors import Files, open_tensors
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import read_json
+from lsmoe_ds.parallel import compat
+
+VALUES = "values"  # beside the optimizer's own names: the float32 values that it steps
+PIECES = re.compile(r"pieces-rank-\d+\.json")
+STATE, STEM = "state.json", "optimizer"  # of a consolidated folder
+
+
+class OptimizerState(Protocol):
+    """By global name of a parameter."""
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Each state tensor of a parameter, of its whole ``shape``. Raises UserError if anything is missing."""
+        ...
+
+    @property
+    def step(self) -> float:
+        """The optimizer's own count, once all parameters were read. Raises UserError if theirs differ."""
+        ...
+
+
+def open_optimizer(folder: Path) -> OptimizerState:
+    """Of a checkpoint or a consolidated folder; raises UserError if it holds none that can be read."""
+    return Consolidated(folder) if (folder / "provenance.json").exists() else Pieces(folder)
+
+
+class Consolidated:
+    """In ``optimizer*.safetensors``, see :mod:`lsmoe_ds.convert.consolidated`."""
+
+    def __init__(self, folder: Path) -> None:
+        state = read_json(folder / STATE)
+        if state is None:
+            raise UserError(f"{folder} holds no optimizer state: convert with --to consolidated --optimizer to keep it")
+        self._tensors = open_tensors(folder, STEM)
+        try:
+            self.step = float(state["optimizer_step"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{folder / STATE} is damaged: it has no 'optimizer_step'") from None
+        self._keys: dict[str, list[str]] = {}
+        for each in self._tensors:
+            name, _, key = each.rpartition(".")
+            self._keys.setdefault(name, []).append(key)
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        found = {key: self._tensors[f"{name}.{key}"] for key in self._keys.get(name, [])}
+        if not found or any(tuple(value.shape) != tuple(shape) for value in found.values()):
+            raise UserError(f"the optimizer state holds nothing of {name} in the shape {tuple(shape)}")
+        return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of ``length`` values from ``start`` of a tensor-parallel part, flattened."""
+
+    start: int
+    length: int
+    file: Path
+    number: int
+    offset: int
+
+
+class Pieces:
+    """In DeepSpeed's files of a checkpoint, by the ``pieces-rank-N.json`` beside them."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Raises UserError if the checkpoint does not say where its parts lie."""
+        self.places: dict[str, dict[int, dict[int, _Place]]] = {}  # by name, tensor-parallel part and start
+        self.steps: set[float] = set()
+        self.partition: dict[str, int] = (read_json(checkpoint / "state.json") or {}).get("partition", {})
+        listed = sorted(path for path in checkpoint.iterdir() if PIECES.fullmatch(path.name))
+        if not listed:
+            raise UserError(f"{checkpoint} cannot go on in another layout: it was written by a version that did not note what lies where")
+        for path in listed:
+            index = read_json(path)
+            try:
+                assert index is not None
+                for name, (part, start, length, number, offset) in index["pieces"].items():
+                    # Ranks may hold the same: the first is taken.
+                    place = _Place(start, length, checkpoint / Path(index["file"]).name, number, offset)
+                    self.places.setdefault(name, {}).setdefault(part, {}).setdefault(start, place)
+            except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+                raise UserError(f"{path} is damaged") from None
+        self._files = Files(compat.read_optimizer_file)
+
+    @property
+    def step(self) -> float:
+        if len(self.steps) != 1:
+            raise UserError(f"the checkpoint is damaged: its optimizer states are of the steps {sorted(self.steps)}")
+        return next(iter(self.steps))
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        parts, dimension = self.places.get(name, {}), self.partition.get(name)
+        sizes = list(shape)
+        if dimension is not None and parts:
+            sizes[dimension] //= len(parts)
+        found = [self._part(name, parts[part], torch.Size(sizes)) for part in sorted(parts)]
+        if not found:
+            raise UserError(f"the checkpoint holds no optimizer state of {name}")
+        if dimension is None:
+            return found[0]
+        return {key: torch.cat([each[key] for each in found], dimension) for key in found[0]}
+
+    def _part(self, name: str, places: dict[int, _Place], shape: torch.Size) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        filled = 0
+        for place in places.values():
+            states, holders = self._files.get(place.file, 12 * place.length)
+            held = {key: value for key, value in states[place.number].items() if key != "step"}
+            self.steps.add(float(states[place.number]["step"]))
+            if holders is not None:
+                held[VALUES] = holders[place.number]
+            for key, value in held.items():
+                whole = values.setdefault(key, torch.empty(shape.numel()))
+                whole[place.start : place.start + place.length] = value.reshape(-1)[place.offset : place.offset + place.length]
+            filled += place.length
+        if filled != shape.numel():
+            raise UserError(f"the checkpoint holds the optimizer state of {filled} of {shape.numel()} values of {name}")
+        return {key: value.view(shape) for key, value in values.items()}

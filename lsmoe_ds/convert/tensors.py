@@ -1,0 +1,178 @@
+"""Tensors by name that are made when they are asked for: a conversion composes them, and so never holds the whole model.
+
+On disk they are safetensors: one file, or above :data:`SHARD` bytes several with an index, as ``transformers`` has them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import read_json, write_json
+
+SHARD = 2**29  # bytes of a file, unless one tensor alone has more
+AT_ONCE = 2**28  # bytes that are read of mapped files before they are opened anew
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """A tensor to come: float32, on the CPU."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Each tensor is made anew whenever it is asked for."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self.entries = dict(entries)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Those of any mapping."""
+        if isinstance(tensors, Tensors):
+            return tensors
+        return cls({name: Entry(tuple(value.shape), lambda value=value: value) for name, value in tensors.items()})  # type: ignore[misc]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].make()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without making the tensor."""
+        return self.entries[name].shape
+
+    @property
+    def numbers(self) -> int:
+        """Of all tensors together."""
+        return sum(entry.numbers for entry in self.entries.values())
+
+
+class Files(Generic[T]):
+    """Opened files. What was read of a mapped file stays in memory while it is open: now and then all are opened anew."""
+
+    def __init__(self, open_file: Callable[[Path], T]) -> None:
+        self._open_file = open_file
+        self._opened: dict[Path, T] = {}
+        self._read = 0
+
+    def get(self, path: Path, to_read: int = 0) -> T:
+        """An opened file, of which ``to_read`` bytes will be read and copied."""
+        if self._read > AT_ONCE or len(self._opened) > 64:
+            self._opened.clear()
+            self._read = 0
+        self._read += to_read
+        if path not in self._opened:
+            self._opened[path] = self._open_file(path)
+        return self._opened[path]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str = "model") -> list[str]:
+    """Writes ``stem.safetensors``, or shards and ``stem.safetensors.index.json``, and returns the names of the files.
+
+    Holds one shard at a time. Raises OSError on a full disk, otherwise UserError, if they cannot be written.
+    """
+    whole = Tensors.of(tensors)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in whole.entries.items():
+        if shards[-1] and size + 4 * entry.numbers > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += 4 * entry.numbers
+    if len(shards) == 1:
+        _save(whole, shards[0], folder / f"{stem}.safetensors")
+        return [f"{stem}.safetensors"]
+    files = {f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, 1)}
+    for file, names in files.items():
+        _save(whole, names, folder / file)
+    index = f"{stem}.safetensors.index.json"
+    places = {name: file for file, names in files.items() for name in names}
+    write_json(folder / index, {"metadata": {"total_size": 4 * whole.numbers}, "weight_map": places})
+    return [*files, index]
+
+
+def _save(tensors: Tensors, names: list[str], path: Path) -> None:
+    try:
+        safetensors.torch.save_file({name: _apart(tensors[name]) for name in names}, path, {"format": "pt"})
+    except safetensors.SafetensorError as error:
+        if "No space left" in str(error):  # it reports a full disk as an error of its own
+            raise OSError(errno.ENOSPC, str(error)) from None
+        raise UserError(f"{path} cannot be written: {error}") from None
+
+
+def _apart(value: Tensor) -> Tensor:
+    """Contiguous and in memory of its own: safetensors writes no two views of the same."""
+    own = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value if own else value.clone(memory_format=torch.contiguous_format)
+
+
+def open_tensors(folder: Path, stem: str = "model") -> Tensors:
+    """What :func:`save_tensors` or ``transformers`` has written. Raises UserError if it is missing or damaged."""
+    files: Files[Any] = Files(_open)
+    index = folder / f"{stem}.safetensors.index.json"
+    if (folder / f"{stem}.safetensors").exists() or not index.exists():
+        listed = {f"{stem}.safetensors"}
+        wanted = None
+    else:
+        wanted = (read_json(index) or {}).get("weight_map")
+        if not isinstance(wanted, dict) or not wanted or not all(isinstance(name, str) for name in wanted.values()):
+            raise UserError(f"{index} is damaged: it has no 'weight_map' from tensors to files")
+        listed = set(wanted.values())
+        for name in listed:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(f"{index} names the file '{name}': only safetensors files beside it are read")
+    entries: dict[str, Entry] = {}
+    for name in sorted(listed):
+        path = folder / name
+        opened = files.get(path)
+        for key in opened.keys():  # noqa: SIM118
+            if wanted is None or wanted.get(key) == name:
+                entries[key] = _entry(files, path, key, tuple(opened.get_slice(key).get_shape()))
+    missing = [] if wanted is None else sorted(wanted.keys() - entries.keys())
+    if missing:
+        raise UserError(f"{folder} is damaged: {wanted[missing[0]]} lacks {missing[0]}")  # type: ignore[index]
+    return Tensors(entries)
+
+
+def _entry(files: Files[Any], path: Path, name: str, shape: tuple[int, ...]) -> Entry:
+    def make() -> Tensor:
+        try:
+            value: Tensor = files.get(path, 4 * math.prod(shape)).get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+        return value.to(torch.float32, copy=True)
+
+    return Entry(shape, make)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, "pt")
+    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
+        what = f"{path} is missing" if not path.is_file() else f"{path} is damaged: {error}"
+        raise UserError(what) from None
