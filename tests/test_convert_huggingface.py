@@ -91,6 +91,11 @@ def test_experts_of_unequal_widths(run, tmp_path):
     assert found.same_translations == found.sentences == len(LINES)
     assert 0 < found.largest_logit_difference <= 1e-4
     assert generated(model, LINES) == ours(sparse, EN_DE, LINES)
+    # Scores too: what is never generated takes no part in the softmax.
+    inputs = model.tokenizer(LINES, return_tensors="pt", padding=True)
+    theirs = model.model.generate(**inputs, return_dict_in_generate=True, output_scores=True).sequences_scores
+    scores = [hypothesis.score for hypothesis in translate_tokens(sparse, EN_DE, [cut_line(line, sparse)[0] for line in LINES], Search())]
+    assert theirs.tolist() == pytest.approx(scores, abs=1e-4)
     # The comparison can fail: another direction is another model.
     other = exported(sparse, EN_FR, tmp_path / "en-fr")
     assert compare(sparse, replace(other, languages=model.languages), EN_DE, LINES).largest_logit_difference > 1e-2
@@ -167,6 +172,8 @@ def test_a_run_to_a_folder_and_a_dense_folder_to_the_same(run, tmp_path):
     assert provenance["kind"] == "huggingface" and set(provenance["files"]) == set(names) - {"README.md", "provenance.json"}
     with pytest.raises(UserError, match="made by `lsmoe convert --to huggingface`"):
         convert(tmp_path / "direct", "dense", None, tmp_path / "back")
+    with pytest.raises(UserError, match="made by `lsmoe convert --to huggingface`, which is not read back here"):
+        load(tmp_path / "direct")
 
 
 def test_the_card(run, tmp_path):

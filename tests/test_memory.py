@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from test_planning import VOCABULARY, recipe_of
@@ -10,7 +12,7 @@ from test_sameness import ragged_batch
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.costs import Parts
 from lsmoe_ds.language_specific.settings import Clsr
-from lsmoe_ds.memory import ALLOCATOR, PROCESS, activations, local_parameters, memory
+from lsmoe_ds.memory import ALLOCATOR, PROCESS, STAGE_0_BUCKET, activations, local_parameters, memory
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
@@ -121,11 +123,12 @@ def test_activations_of_gates_are_what_autograd_keeps(settings, sides):
     assert kept - without == pytest.approx(wanted - without, rel=0.1)
 
 
-def reduction_copies(topology, recipe):
+def reduction_copies(topology, recipe, bucket):
     """Bytes of the largest copy of gradients that a step makes at stage 0."""
-    from lsmoe_ds.training.engine import build_engine
+    from lsmoe_ds.training import engine as module
 
-    engine, sizes = build_engine(recipe, VOCABULARY, topology), [0]
+    with mock.patch.object(module, "STAGE_0_BUCKET", bucket):
+        engine, sizes = module.build_engine(recipe, VOCABULARY, topology), [0]
     flatten = engine.flatten
 
     def noted(tensors):
@@ -141,7 +144,13 @@ def reduction_copies(topology, recipe):
     return max(sizes)
 
 
+@pytest.mark.parametrize("gates", [False, True], ids=["plain", "CLSR"])
 @pytest.mark.parametrize(("world", "expert"), [(1, 1), (2, 1), (2, 2)])
-def test_buffers_are_what_is_copied_to_be_reduced(pool, world, expert):
-    recipe = recipe_of("token", "target", 1, expert, stage=0)
-    assert pool.run(world, reduction_copies, recipe, expert=expert) == [memory(recipe, world, 0, "float32").buffers] * world
+def test_buffers_are_what_is_copied_to_be_reduced(pool, world, expert, gates, monkeypatch):
+    recipe, bucket = recipe_of("token", "target", 1, expert, stage=0), STAGE_0_BUCKET
+    if gates:  # all languages' projections are one parameter, larger than a bucket of one value and than the embedding
+        bucket, recipe.model.clsr = 1, Clsr(gate=4)
+        recipe.data.directions = [f"en-{code}" for code in ("cs", "da", "de", "fr", "it", "nl", "pl", "sv")]
+        assert len(recipe.languages.codes) * recipe.model.hidden > VOCABULARY
+        monkeypatch.setattr("lsmoe_ds.memory.STAGE_0_BUCKET", bucket)
+    assert pool.run(world, reduction_copies, recipe, bucket, expert=expert) == [memory(recipe, world, 0, "float32").buffers] * world
