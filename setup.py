@@ -15,6 +15,7 @@ setup(
         "deepspeed==0.19.8",
         "megatron-core==0.16.1",
         "sentencepiece>=0.2.1,<0.3",
+        "protobuf>=6",
         "sacrebleu>=2.5,<3",
         "regex>=2024",
         "lxml>=5",

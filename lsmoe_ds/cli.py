@@ -172,7 +172,8 @@ def convert(
         str,
         typer.Option(
             help="dense: the plain model of a direction; huggingface, ctranslate2: the same as these load it; hybrid: token- and "
-            "sentence-routed layers keep their experts; consolidated: the whole model in safetensors; layout: a run for other processes."
+            "sentence-routed layers keep their experts; consolidated: the whole model in safetensors, also of a Hugging Face folder; "
+            "grown: the same with more experts or languages; layout: a run for other processes."
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
@@ -183,12 +184,17 @@ def convert(
     average: Annotated[int, typer.Option(min=1, help="Takes the mean of the last N checkpoints.")] = 1,
     quantization: Annotated[str | None, typer.Option(help="Of ctranslate2: float32 (the default), int8 or int8_float32.")] = None,
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Of consolidated: keeps the optimizer's state.")] = False,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of layout: changes the recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of layout, grown and imports: changes the recipe.")
+    ] = None,
+    like_language: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Of grown: new languages begin like this one.")] = None,
+    like_expert: Annotated[int | None, typer.Option(min=0, help="Of grown: new experts are copies of this one.")] = None,
     processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Of layout: processes, by default as few as it needs.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Takes the sub-network of one direction out of a sparse model, or brings the whole model into another form."""
     from lsmoe_ds.convert.command import convert as convert_run
+    from lsmoe_ds.convert.grown import Likeness
     from lsmoe_ds.languages import Direction
 
     if (source is None) != (target is None):
@@ -201,9 +207,11 @@ def convert(
             return write_layout(run, out)
         summary = convert_layout(run, overrides or (), out, processes)
     else:
-        if overrides or processes:
-            raise UserError("--set and --nproc are for --to layout")
-        summary = convert_run(run, to, direction, out, check, route, average, quantization=quantization, optimizer=optimizer)
+        if processes:
+            raise UserError("--nproc is for --to layout")
+        like = None if like_language is None and like_expert is None else Likeness(like_expert, like_language)
+        options = {"quantization": quantization, "optimizer": optimizer}
+        summary = convert_run(run, to, direction, out, check, route, average, overrides or (), like, **options)
     if as_json:
         _print_json(summary)
     else:
@@ -257,7 +265,10 @@ def study(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="decode, exchange, low_rank, moe or train.")]) -> None:
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="checkpoint, convert, decode, exchange, exports, low_rank, moe or train.")],
+) -> None:
     """Measures this machine, side by side with a peer or the physical limit; further options go to benchmarks/NAME.py."""
     from lsmoe_ds.benchmark import run
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from os.path import isfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,9 @@ class Corpus(Section):
 
 
 class Vocabulary(Section):
+    """With ``file``, a sentencepiece model as :mod:`lsmoe_ds.data.vocabulary` describes it, none is trained."""
+
+    file: Path | None = None
     size: Annotated[int, Field(ge=64, le=2**20)] = 16000
     type: Literal["unigram", "bpe"] = "unigram"
     character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 0.9995
@@ -168,7 +172,7 @@ class MoE(Section):
 class Side(Section):
     """Encoder or decoder. ``feed_forward`` is one width, or one for each layer (as in an extracted sub-network)."""
 
-    layers: Positive
+    layers: Annotated[int, Field(ge=1, le=1000)]
     feed_forward: Positive | list[Positive]
     moe: MoE | None = None
 
@@ -274,6 +278,7 @@ class Model(Section):
 
 class Training(Section):
     steps: Positive
+    start_from: Path | None = None
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     warmup: Annotated[int, Field(ge=0)] = 4000
     label_smoothing: Share = 0.1
@@ -366,10 +371,10 @@ def _as_value_error(function: Any, value: str) -> Any:
 
 def _read_deepspeed_config(name: str) -> dict[str, Any]:
     for path in (Path(name), PROJECT / name):
-        if path.is_file():
+        if isfile(path):  # unlike Path.is_file, it takes any text
             try:
                 value = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{name} is not valid JSON: {error}") from None
             if not isinstance(value, dict):
                 raise ValueError(f"{name} holds no JSON object")

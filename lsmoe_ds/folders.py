@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lsmoe_ds.errors import UserError
 
@@ -31,10 +31,27 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, An
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
 
 
-def damage(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> str | None:
+def is_plain(name: object) -> bool:
+    """Whether this is the name of a file below a folder, as we write them: ``train/de-en/de.txt``, not ``../x`` or ``/x``."""
+    plain = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256
+    return plain and all(part.strip(".") for part in str(name).split("/"))
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this, out of a JSON file, is a whole number that counts something."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def damage(folder: Path, files: Any, verify: bool) -> str | None:
     """What is wrong with the files of a folder, by :func:`describe_files`; sums are compared only with ``verify``."""
+    if not isinstance(files, dict):
+        return f"{folder} does not say which files it has"
     for name, expected in files.items():
+        if not is_plain(name):
+            return f"it names the file '{name}': only files below {folder} are read"
         path = folder / name
+        if not isinstance(expected, dict) or not is_count(expected.get("bytes")) or not isinstance(expected.get("sha256"), str):
+            return f"size and sha256 of {path} are not noted"
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != expected["bytes"]:
@@ -44,13 +61,48 @@ def damage(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> str 
     return None
 
 
+def checker(folder: Path, files: dict[str, dict[str, Any]]) -> Callable[[Path], None]:
+    """Of a file in the folder: raises UserError if its sum is not what :func:`describe_files` noted."""
+
+    def check(path: Path) -> None:
+        if wrong := damage(folder, {path.name: files.get(path.name)}, verify=True):
+            raise UserError(f"{folder} is damaged: {wrong}")
+
+    return check
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no such file or it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+KINDS = {int: "a count", float: "a number", str: "text", dict: "an object"}
+
+
+def read_fields(path: Path, **fields: type) -> dict[str, Any]:
+    """The JSON object in a file, after :func:`check_fields`. Raises UserError also if there is none."""
+    value = read_json(path)
+    if value is None:
+        raise UserError(f"{path} is damaged: it holds no JSON object" if path.exists() else f"{path} is missing")
+    check_fields(path, value, **fields)
+    return value
+
+
+def check_fields(path: Path, value: Any, **fields: type) -> None:
+    """Raises UserError unless a value out of a file is an object with these ``fields`` and each is what :data:`KINDS` says."""
+    for name, kind in fields.items():
+        if not isinstance(value, dict) or not _is(value.get(name), kind):
+            raise UserError(f"{path} is damaged: '{name}' should be {KINDS[kind]}")
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:
+        return is_count(value) or (isinstance(value, float) and 0 <= value < float("inf"))
+    return is_count(value) if kind is int else isinstance(value, kind)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

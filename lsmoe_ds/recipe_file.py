@@ -17,6 +17,7 @@ from lsmoe_ds.languages import nearest
 
 S = TypeVar("S", bound=Section)
 Lines = dict[tuple[str, ...], int]
+DEEPEST, MOST = 40, 20_000  # levels and values in a file
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
@@ -27,7 +28,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), changes: Mappin
     value, lines = read_mapping(Path(path), "recipe", Recipe)
     merge(value, changes or {})
     for override in overrides:
-        _apply_override(value, override)
+        apply_override(value, override)
     return validate(Recipe, value, Path(path), lines)
 
 
@@ -40,8 +41,14 @@ def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[st
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{kind} {path} cannot be read: {error}") from None
     try:
-        value, lines = yaml.safe_load(text), _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        lines: Lines = {}
+        _add_lines(node, (), lines)
+        value = loader.construct_document(node) if node is not None else None
+    except UserError as error:
+        raise UserError(f"{kind} {path}: {error}") from None
+    except Exception as error:  # PyYAML has errors of its own, but also lets pass those of int(), dates and dictionaries
         raise UserError(f"{kind} {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise UserError(f"{kind} {path} must be a mapping with the keys {', '.join(section.model_fields)}")
@@ -65,7 +72,7 @@ def merge(value: dict[str, Any], changes: Mapping[str, Any]) -> None:
             value[key] = deepcopy(change)
 
 
-def _apply_override(value: dict[str, Any], override: str) -> None:
+def apply_override(value: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"'--set {override}' is not understood: write --set a.b=value")
@@ -80,21 +87,25 @@ def _apply_override(value: dict[str, Any], override: str) -> None:
         raise UserError(f"'--set {override}': '{text}' is not a YAML value") from None
 
 
-def _lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> Lines:
-    """Line of each key, counted from 1; refuses a key written twice."""
-    found: Lines = {}
+def _add_lines(node: yaml.Node | None, at: tuple[str, ...], found: Lines) -> None:
+    """Line of each key, counted from 1; refuses a key written twice, and what aliases make too large."""
+    if len(at) > DEEPEST or len(found) > MOST:
+        raise UserError(f"it has values in more than {DEEPEST} levels" if len(at) > DEEPEST else f"it has more than {MOST} values")
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > 100:
+        raise UserError(f"the number on line {node.start_mark.line + 1} is too long")
     if isinstance(node, yaml.MappingNode):
         for key, child in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"the key on line {key.start_mark.line + 1} is not text")
             here = (*at, str(key.value))
             if here in found:
                 raise UserError(f"'{'.'.join(here)}' is written twice, on lines {found[here]} and {key.start_mark.line + 1}")
             found[here] = key.start_mark.line + 1
-            found.update(_lines(child, here))
+            _add_lines(child, here, found)
     elif isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             found[(*at, str(index))] = child.start_mark.line + 1
-            found.update(_lines(child, (*at, str(index))))
-    return found
+            _add_lines(child, (*at, str(index)), found)
 
 
 def _explain(path: Path, error: ValidationError, lines: Lines, whole: type[Section]) -> str:

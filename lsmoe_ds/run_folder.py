@@ -74,15 +74,16 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; what was cut off while being written is not among them."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=step_of)
 
 
 def to_remove(checkpoints: list[Path], keep: int, best: int) -> list[Path]:
     """Those of a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the ``best`` of least dev
     loss. Without a validation in their step they have none."""
-    scored = [(loss, path) for path in checkpoints if (loss := (read_json(path / "state.json") or {}).get("dev_loss")) is not None]
-    kept = {*checkpoints[-keep:], *(path for _, path in sorted(scored)[:best])}
+    losses = {path: (read_json(path / "state.json") or {}).get("dev_loss") for path in checkpoints}
+    scored = sorted((loss, path) for path, loss in losses.items() if isinstance(loss, float | int))
+    kept = {*checkpoints[-keep:], *(path for _, path in scored[:best])}
     return [path for path in checkpoints if path not in kept]
 
 

@@ -63,10 +63,10 @@ def slow_search(model, source, ids, banned, search) -> Hypothesis:
         continuations = []
         for prefix, total in running:
             logits = model.logits(source, torch.tensor([[EOS, *prefix]]), ids)[0, -1]
+            logits[[*banned, EOS] if position == 0 else banned] = -torch.inf
             logs = logits.log_softmax(0)
             for word in range(len(logs)):
-                allowed = word not in banned and (word != EOS or position > 0) and (word == EOS or position < limit)
-                if allowed:
+                if logs[word].isfinite() and (word == EOS or position < limit):
                     continuations.append(([*prefix, word], total + float(logs[word])))
         continuations.sort(key=lambda c: -c[1])
         for words, total in continuations[: search.beam]:
@@ -113,7 +113,9 @@ def test_finds_the_best_of_all_when_the_beam_holds_everything():
     for length in range(1, limit + 1):
         for tokens in itertools.product([3, 4, 5, 6], repeat=length):
             with torch.no_grad():
-                logs = model.logits(source, torch.tensor([[EOS, *tokens]]), ids)[0].log_softmax(1)
+                logits = model.logits(source, torch.tensor([[EOS, *tokens]]), ids)[0]
+                logits[:, [PAD, BOS, 7]] = logits[0, EOS] = -torch.inf
+                logs = logits.log_softmax(1)
             total = sum(float(logs[i, word]) for i, word in enumerate([*tokens, EOS]))
             everything.append(Hypothesis(list(tokens), total / (length + 1)))
     same([found], [max(everything, key=lambda h: h.score)])

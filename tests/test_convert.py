@@ -153,7 +153,7 @@ def test_a_failure_leaves_the_earlier_folder(run, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfile", fail)
+    monkeypatch.setattr("lsmoe_ds.convert.folder.write_json", fail)
     with pytest.raises(UserError, match="disk is full"):
         convert_to_dense(run, FR_EN, out)
     assert (out / "model.safetensors").read_bytes() == before

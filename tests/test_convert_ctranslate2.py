@@ -22,7 +22,7 @@ from lsmoe_ds.convert.subnetwork import extract
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.inference.beam_search import Search, never_generated
+from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.ctranslate2 import CTranslate2
 from lsmoe_ds.inference.engine import load_engine
 from lsmoe_ds.inference.load import Loaded, load
@@ -76,42 +76,22 @@ def sources(loaded: Loaded, count: int) -> list[list[int]]:
     return [loaded.vocabulary.encode(line.split("\t")[0])[: 2 + i % 20] for i, line in enumerate(lines)]
 
 
-def forbid_before_softmax(model: Loaded, monkeypatch) -> None:
-    """As CTranslate2 does; for a model that is not trained it is no small matter."""
-    step = model.model.step
-
-    def forbidding(tokens, state):
-        banned = never_generated(model.vocabulary) + ([] if state.length else [EOS])
-        logits = step(tokens, state)
-        logits[:, banned] = -torch.inf
-        return logits
-
-    monkeypatch.setattr(model.model, "step", forbidding)
-
-
 @pytest.mark.parametrize(
     ("encoder", "decoder", "low_rank"),
     [(TARGET_TOP2, PAIR_TOP3, None), (None, None, LowRank(rank=3, at="both"))],
     ids=["experts of several widths", "low-rank matrices"],
 )
-def test_probabilities_and_translations_are_the_models(place, tmp_path, monkeypatch, encoder, decoder, low_rank):
+def test_probabilities_and_translations_are_the_models(place, tmp_path, encoder, decoder, low_rank):
     model = random_model(place, encoder, decoder, low_rank)
     engine = converted(model, EN_DE, tmp_path / "model")
     texts = sources(model, 200)
     search = Search(per_source_token=0.0, extra=40)
-    theirs = translate_tokens(engine, EN_DE, texts, search)
-    plain = translate_tokens(model, EN_DE, texts, search)
-    forbid_before_softmax(model, monkeypatch)
-    ours = translate_tokens(model, EN_DE, texts, search)
-    monkeypatch.undo()
-    # At the greatest length a translation is cut by one and made to end by the other.
-    ended = [max(len(a.tokens), len(b.tokens)) < 40 for a, b in zip(ours, theirs, strict=True)]
+    theirs, ours = (translate_tokens(each, EN_DE, texts, search) for each in (engine, model))
     same = [a.tokens == b.tokens and a.score == pytest.approx(b.score, abs=1e-4) for a, b in zip(ours, theirs, strict=True)]
-    assert sum(ended) >= 150 and len({tuple(a.tokens) for a in ours}) > 5
-    assert sum(a and b for a, b in zip(same, ended, strict=True)) >= 0.99 * sum(ended)
+    assert sum(same) >= 198 and len({tuple(a.tokens) for a in ours}) > 5
     wrong = translate_tokens(engine, EN_DE, texts, Search(length_penalty=0.0))
     assert sum(a.tokens == b.tokens for a, b in zip(ours, wrong, strict=True)) < 150  # the comparison can fail
-    targets = [hypothesis.tokens for hypothesis in plain[:40]]
+    targets = [hypothesis.tokens for hypothesis in ours[:40]]
     logs = _logits(model, EN_DE, texts[:40], targets).log_softmax(1)
     expected = logs.gather(1, torch.tensor([[token] for target in targets for token in [*target, EOS]])).squeeze(1)
     tag = model.vocabulary.tag_id("de")
@@ -121,12 +101,26 @@ def test_probabilities_and_translations_are_the_models(place, tmp_path, monkeypa
     assert torch.tensor([value for each in found for value in each.log_probs]) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(("beam", "penalty"), [(1, 1.0), (5, 1.0), (4, 0.0), (3, -0.5)])
+def test_what_reaches_its_greatest_length_is_made_to_end(place, tmp_path, beam, penalty):
+    """Which is each sentence's own, whatever else is in the batch."""
+    model = random_model(place, TARGET_TOP2, PAIR_TOP3)
+    engine = converted(model, EN_DE, tmp_path / "model")
+    texts, search = sources(model, 200), Search(beam, penalty, per_source_token=0.5, extra=3)
+    theirs, ours = (translate_tokens(each, EN_DE, texts, search) for each in (engine, model))
+    limits = search.limits(torch.tensor([len(text) + 2 for text in texts])).tolist()
+    cut = [len(hypothesis.tokens) == limit for hypothesis, limit in zip(ours, limits, strict=True)]
+    assert sum(cut) > 30 and len({limit for limit, reached in zip(limits, cut, strict=True) if reached}) > 2
+    same = [a.tokens == b.tokens and a.score == pytest.approx(b.score, abs=0.05) for a, b in zip(ours, theirs, strict=True)]
+    assert sum(same) >= 198
+
+
 @pytest.fixture(scope="module")
 def dense(place) -> Path:
     """A dense folder as `lsmoe convert` leaves it."""
     model = random_model(place, TARGET_TOP2, PAIR_TOP3)
     tensors, recipe = extract(global_weights(model.model), model.recipe, EN_DE)
-    provenance = {"kind": "dense", "run": "small", "step": 2, "direction": "en-de", "route": "specific"}
+    provenance = {"kind": "dense", "run": "small", "step": 2, "direction": "en-de", "route": "specific", "sparse_parameters": 1}
     write_folder(place / "dense", tensors, recipe, model.home / "vocabulary.model", provenance)
     return place / "dense"
 

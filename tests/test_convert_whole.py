@@ -40,7 +40,7 @@ def begun(pool, tmp_path_factory):
     recipe = recipe_in(folder, EXPERTS, 3)
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=every_step)})
     train(pool, recipe, folder / "run", EXPERTS)
-    train(pool, recipe_in(folder, EXPERTS), folder / "undisturbed", EXPERTS)
+    train(pool, recipe_in(folder, EXPERTS, 6), folder / "undisturbed", EXPERTS)
     return folder
 
 
@@ -173,7 +173,7 @@ def test_a_run_goes_on_in_another_layout_that_was_made_offline(pool, begun, tmp_
         source = tmp_path / "whole"
         convert(begun / "run", "consolidated", None, source, check=0, optimizer=True)
     tensor, expert, world, _ = after
-    recipe = recipe_in(begun, after)
+    recipe = recipe_in(begun, after, 6)
     pool.run(world, deal, source, recipe, tmp_path / "run", tensor=tensor, expert=expert)
     shutil.copy(begun / "run" / "metrics.jsonl", tmp_path / "run")
     train(pool, recipe, tmp_path / "run", after)

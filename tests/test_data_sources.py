@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 import subprocess
+import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,42 @@ def offer_packages(monkeypatch: pytest.MonkeyPatch, folder: Path, packages: dict
 
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+
+
+@needs_dpkg
+@pytest.mark.parametrize("what", ["above", "absolute", "symbolic link", "hard link", "device", "huge", "unpacks to too much"])
+def test_a_hostile_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Nothing is written under the names of an archive, only regular files are read, and within limits."""
+    path = "usr/share/mediawiki/languages/i18n"
+    (deb,) = offer_packages(monkeypatch, tmp_path, {"mediawiki": {f"{path[10:]}/en.json": '{"save": "Save it"}'}})
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"save": "geheim"}')
+    member = tarfile.TarInfo({"above": f"../../{path}/de.json", "absolute": f"/{path}/de.json"}.get(what, f"./{path}/de.json"))
+    content = b'{"save": "Sichern"}'
+    if what in ("symbolic link", "hard link"):
+        member.type, member.linkname, content = tarfile.SYMTYPE if what[0] == "s" else tarfile.LNKTYPE, str(secret), b""
+    elif what == "device":
+        member.type, member.devmajor, member.devminor, content = tarfile.CHRTYPE, 1, 5, b""
+    member.size = 2**40 if what == "huge" else len(content)
+    if what == "unpacks to too much":
+        monkeypatch.setattr(archives, "ARCHIVE_LIMIT", 1000)
+    add_member(deb, member, content)
+    before = {each for each in tmp_path.rglob("*") if "corpora" not in each.parts}
+    with pytest.raises(UserError, match=r"damaged|more than is reasonable|no translations"):
+        fetch(["mediawiki"], tmp_path)
+    assert {each for each in tmp_path.rglob("*") if "corpora" not in each.parts} == before
+    assert [each.name for each in (tmp_path / "corpora").iterdir()] == [".mediawiki.lock"]
+
+
+def add_member(deb: Path, member: tarfile.TarInfo, content: bytes) -> None:
+    """Puts a member at the end of the tar in a package (made with -Znone), as ar and tar store it."""
+    whole = deb.read_bytes()
+    start = whole.index(b"data.tar")
+    size = int(whole[start + 48 : start + 58])
+    data = whole[start + 60 : start + 60 + size].rstrip(b"\0")
+    data += bytes(-len(data) % 512) + member.tobuf() + content + bytes(-len(content) % 512) + bytes(10240)
+    header = whole[start : start + 48] + f"{len(data):<10}".encode() + b"`\n"
+    deb.write_bytes(whole[:start] + header + data)
 
 
 @needs_dpkg

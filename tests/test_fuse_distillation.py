@@ -38,12 +38,12 @@ def fused(routing: str, tensor: int = 1, expert: int = 1, stage: int = 0, every:
 
 def trained_matrices():
     """Within, no low-rank matrix begins at zero, in whatever layout."""
-    true = initialization._draw
+    true = initialization.draw
 
     def draw(name, shape, seed):
         return 2 * true(f"{name}_low_rank.vertical", shape, seed) if name.endswith("_low_rank.flat") else true(name, shape, seed)
 
-    return mock.patch.object(initialization, "_draw", draw)
+    return mock.patch.object(initialization, "draw", draw)
 
 
 def run_steps(topology, recipe: Recipe, teacher: bool):

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -15,14 +15,18 @@ from typing import Any
 import psutil
 import torch
 
+from lsmoe_ds import __version__
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import READABLE, Stored, check_writable, find_model, read_weights, write_folder
+from lsmoe_ds.convert.folder import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
+from lsmoe_ds.convert.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.convert.huggingface import Exported
+from lsmoe_ds.convert.importing import is_huggingface, read_huggingface
 from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.convert.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.inference.beam_search import Search
@@ -36,6 +40,7 @@ BATCH = 16  # sentences whose logits are held at once
 
 WRITERS = {
     "consolidated": "lsmoe_ds.convert.consolidated",
+    "grown": "lsmoe_ds.convert.consolidated",
     "hybrid": "lsmoe_ds.convert.folder",
     "dense": "lsmoe_ds.convert.folder",
     "huggingface": "lsmoe_ds.convert.huggingface",
@@ -72,7 +77,8 @@ def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequ
     for start in range(0, len(sources), BATCH):
         targets = [hypothesis.tokens for hypothesis in first[start : start + BATCH]]
         logits = [_logits(model, direction, sources[start : start + BATCH], targets) for model in (sparse, other)]
-        largest = max(largest, (logits[0] - logits[1]).abs().max().item())
+        both = min(each.shape[1] for each in logits)  # a grown model has further tags, at the end
+        largest = max(largest, (logits[0][:, :both] - logits[1][:, :both]).abs().max().item())
     return Agreement(largest, same, len(sources))
 
 
@@ -99,51 +105,81 @@ def convert(
     check: int = 100,
     route: str = "specific",
     average: int = 1,
+    overrides: Sequence[str] = (),
+    like: Likeness | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Converts a run, a checkpoint or a converted folder; of a run it writes ``conversion.json`` beside its recipe (see
-    evaluation/report.py).
+    """Converts a run, a checkpoint, a converted folder or one of Hugging Face; of a run it writes ``conversion.json`` beside its recipe
+    (see evaluation/report.py).
 
     For one direction, or by the shared route for all; a dense folder is taken as it is. ``average`` checkpoints are averaged.
+    ``overrides`` change the recipe of a grown or imported model; ``like`` says what new parts are like.
     ``options`` are those of the kind's writer: ``quantization`` of ctranslate2, ``optimizer`` of consolidated.
     The first ``check`` held-out sentences of the direction, or as many spread over all, are translated by both models; without
     prepared data or the memory for both, or with 0, none are. Returns what was written. Raises UserError for a target, direction,
     route, option or folder that is not possible.
     """
     if to not in WRITERS:
-        raise UserError(f"'{to}' is nothing to convert to{nearest(to, WRITERS)}: choose {', '.join(WRITERS)}")
+        raise UserError(f"'{to}' is nothing to convert to{nearest(to, [*WRITERS, 'layout'])}: choose {', '.join(WRITERS)} or layout")
     options = {name: value for name, value in options.items() if value}
     for name in options:
         if OPTIONS[name] != to:
             raise UserError(f"--{name} is for --to {OPTIONS[name]}, not for {to}")
-    stored, out = find_model(run), Path(out)
+    imported, whole = is_huggingface(Path(run)), to in ("consolidated", "grown")
+    if overrides and to != "grown" and not (imported and whole):
+        raise UserError("--set is for --to grown and layout, and for --to consolidated of a Hugging Face folder")
+    if whole and (direction is not None or route != "specific"):
+        raise UserError(f"--to {to} keeps the whole model: leave out --from, --to-language and --route, or choose --to dense")
+    if like and to != "grown":
+        raise UserError("--like-language and --like-expert are for --to grown")
+    out = Path(out)
     check_writable(out)
     began = time.perf_counter()
-    if to == "consolidated":
-        if direction is not None:
-            raise UserError("--to consolidated keeps the whole model: leave out --from and --to-language, or choose --to dense")
+    if imported:
+        return _import(Path(run), to, overrides, out)
+    stored = find_model(run)
+    vocabulary: Path | bytes = stored.vocabulary
+    if whole:
         tensors, recipe, made = consolidate_stored(stored, average)
-        route = "specific"
     else:
         tensors, recipe, made = extract_stored(stored, direction, route, to == "hybrid", average)
+    if to == "grown":
+        recipe, vocabulary = grown_recipe(stored, overrides, out)
+        tensors = grow(tensors, stored.recipe, recipe, Vocabulary.load(stored.vocabulary), like or Likeness())
+        made |= {"run": recipe.name, "grown_from": made["run"], "direction": ALL, "dense_parameters": tensors.numbers}
     if options.pop("optimizer", False):
         options["optimizer_of"] = stored
     shown = {name: value for name, value in options.items() if name == "quantization"}
-    provenance = {"kind": to, **made, **shown, **({"average": average} if average > 1 else {})}
-    card = model_card(to, recipe, provenance, stored.home)
+    kind = "consolidated" if whole else to
+    provenance = {"kind": kind, **made, **shown, **({"average": average} if average > 1 else {})}
+    card = model_card(kind, recipe, provenance, stored.home)
     write = importlib.import_module(WRITERS[to]).write_files
-    files = write_folder(out, tensors, recipe, stored.vocabulary, provenance, card, write, **options)
+    files = write_folder(out, tensors, recipe, vocabulary, provenance, card, write, **options)
     seconds = time.perf_counter() - began
     record: dict[str, Any] = {name: made[name] for name in ("direction", "route", "sparse_parameters", "dense_parameters")}
     record |= {"kind": to} | shown | _compare(stored, to, direction, out, check, route if average == 1 else None, made)
-    record |= {
-        "dense_bytes": sum(each["bytes"] for name, each in files.items() if name.startswith("model")),
-        "seconds": round(seconds, 3),
-        "dense_folder": str(out),
-    }
+    record |= {"dense_bytes": _bytes(files), "seconds": round(seconds, 3), "dense_folder": str(out)}
     if stored.kind == "sparse":
         write_whole(stored.home / "conversion.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     return record
+
+
+def _bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
+    """Of the weights among the files of a folder."""
+    return sum(each["bytes"] for name, each in files.items() if name.startswith("model"))
+
+
+def _import(folder: Path, to: str, overrides: Sequence[str], out: Path) -> dict[str, Any]:
+    """A model of Hugging Face in our form, as a training begins with it; returns what was written."""
+    if to != "consolidated":
+        raise UserError(f"{folder} is a Hugging Face model: import it first, by `lsmoe convert {folder} --to consolidated`")
+    tensors, recipe, vocabulary = read_huggingface(folder, overrides, out)
+    made = {"run": recipe.name, "imported_from": folder.resolve().name, "direction": ALL, "route": "specific", "step": 0}
+    made |= {"version": __version__, "source_files": {}, "sparse_parameters": tensors.numbers, "dense_parameters": tensors.numbers}
+    provenance = {"kind": to, **made}
+    write = importlib.import_module(WRITERS[to]).write_files
+    files = write_folder(out, tensors, recipe, vocabulary, provenance, model_card(to, recipe, provenance, folder), write)
+    return {"kind": to, "parameters": tensors.numbers, "bytes": _bytes(files), "folder": str(out), "recipe": str(out / RECIPE)}
 
 
 def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recipe, dict[str, Any]]:
@@ -185,7 +221,7 @@ def _open(kind: str, folder: Path) -> Engine:
     """What was just written, as whoever uses it loads it."""
     if kind == "huggingface":
         return Exported.load(find_model(folder))
-    return load(folder, "cpu") if kind in READABLE else load_engine(folder)
+    return load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
 
 
 def _held_out(recipe: Recipe, direction: Direction, count: int) -> list[str]:

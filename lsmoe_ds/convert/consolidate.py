@@ -5,19 +5,19 @@ Optimizer states are not read, and of the weights one tensor at a time.
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lsmoe_ds.convert.tensors import Entry, Files, Tensors
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import damage
+from lsmoe_ds.folders import checker, damage, is_count, read_fields
 from lsmoe_ds.model.initialization import global_name
 
 MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -34,30 +34,26 @@ class Consolidated:
 
 
 def read_checkpoint(checkpoint: Path) -> Consolidated:
-    """Opens ``checkpoints/step-N`` of a run: sizes of all its files are checked, and checksums of those that will be read.
+    """Opens ``checkpoints/step-N`` of a run: sizes of all its files are checked here, the sum of each when its first tensor is asked for.
 
     Raises UserError if it is missing or damaged.
     """
-    manifest = _read_json(checkpoint / "manifest.json")
-    state = _read_json(checkpoint / "state.json")
-    try:
-        described = manifest["files"]
-        names = sorted(name for name in described if MODEL_FILE.fullmatch(name) or EXPERT_FILE.fullmatch(name))
-        wrong = damage(checkpoint, described, verify=False) or damage(
-            checkpoint, {name: described[name] for name in ["state.json", *names]}, verify=True
-        )
-        step, tensor, partition = int(state["step"]), int(state["tensor"]), dict(state["partition"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{checkpoint} is damaged: manifest.json or state.json lacks {error}") from None
-    if wrong is not None:
+    described = read_fields(checkpoint / "manifest.json", files=dict)["files"]
+    state = read_fields(checkpoint / "state.json", step=int, tensor=int, partition=dict)
+    # What lies there and is not listed is no less part of the model than what is listed and does not lie there.
+    present = {path.name for path in checkpoint.iterdir()} | described.keys()
+    names = sorted(name for name in present if MODEL_FILE.fullmatch(name) or EXPERT_FILE.fullmatch(name))
+    wrong = damage(checkpoint, described | {name: described.get(name) for name in names}, verify=False)
+    if wrong := wrong or damage(checkpoint, {"state.json": described.get("state.json")}, verify=True):
         raise UserError(f"{checkpoint} is damaged: {wrong}")
-    collector = _Collector(tensor, partition)
+    tensor = state["tensor"]
+    collector = _Collector(tensor, state["partition"], Files(_load, checker(checkpoint, described)))
     for name in names:
         part = MODEL_FILE.fullmatch(name)
         collector.add(checkpoint / name, None if part is None else int(part.group(1)))
-    if collector.ranks != set(range(tensor)):
+    if sorted(collector.ranks) != list(range(len(collector.ranks))) or len(collector.ranks) != tensor:
         raise UserError(f"{checkpoint} is damaged: it holds the weights of {len(collector.ranks)} of {tensor} tensor-parallel ranks")
-    return Consolidated(step, collector.tensors(checkpoint), {name: described[name]["sha256"] for name in names})
+    return Consolidated(state["step"], collector.tensors(checkpoint), {name: described[name]["sha256"] for name in names})
 
 
 class _Part(NamedTuple):
@@ -72,9 +68,9 @@ class _Part(NamedTuple):
 class _Collector:
     tensor: int
     partition: dict[str, int]  # dimension that is spread over tensor-parallel ranks, by global name
+    files: Files[dict[str, Tensor]]
     parts: dict[str, dict[int, _Part]] = field(default_factory=dict)  # by tensor-parallel rank
     ranks: set[int] = field(default_factory=set)
-    files: Files[dict[str, Tensor]] = field(default_factory=lambda: Files(_load))
 
     def add(self, file: Path, rank: int | None) -> None:
         """A file of a tensor-parallel rank's weights, or without a rank one of experts."""
@@ -92,9 +88,9 @@ class _Collector:
         for name, parts in self.parts.items():
             shape = list(parts[min(parts)].shape)
             dimension = self.partition.get(name)
-            if dimension is not None:
+            if name in self.partition:
                 alike = len({part.shape for part in parts.values()}) == 1
-                if len(parts) != self.tensor or not alike or not (isinstance(dimension, int) and 0 <= dimension < len(shape)):
+                if len(parts) != self.tensor or not alike or not is_count(dimension) or dimension >= len(shape):
                     raise UserError(f"{checkpoint} is damaged: its {len(parts)} parts of {name} do not make a whole")
                 shape[dimension] *= self.tensor
             entries[name] = self._entry(tuple(shape), dimension, [parts[rank] for rank in sorted(parts)])
@@ -113,26 +109,33 @@ class _Collector:
 
 def _load(path: Path) -> dict[str, Tensor]:
     """The tensors in a file, mapped; without the empty extra state of Megatron's layers."""
-    try:
+    with explain_damage(path):
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     if isinstance(values, dict) and MODEL_FILE.fullmatch(path.name):
         values = values.get("module")
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds no model")
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    check_size(path, tensors.values())
+    return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def explain_damage(path: Path) -> Iterator[None]:
+    """Around reading a file of ``torch.save``: whatever goes wrong is a UserError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        yield
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is no whole checkpoint: it has no {path.name}") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is not JSON") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return value
+        raise UserError(f"{path} is missing") from None
+    except UserError:
+        raise
+    except Exception as error:  # what a damaged pickle raises is anything
+        first = (str(error).splitlines() or [""])[0].partition(". ")[0]
+        raise UserError(f"{path} is damaged: {first or type(error).__name__}") from None
+
+
+def check_size(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Raises UserError if a tensor says that it has more values than its file has room for: strides of 0 would make gigabytes of one."""
+    size = path.stat().st_size
+    if any(value.layout != torch.strided or value.numel() * value.element_size() > size for value in tensors):
+        raise UserError(f"{path} is damaged: it has a tensor larger than the file")

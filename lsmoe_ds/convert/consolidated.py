@@ -18,7 +18,7 @@ from lsmoe_ds.convert.folder import Stored
 from lsmoe_ds.convert.optimizer import STATE, STEM, OptimizerState, open_optimizer
 from lsmoe_ds.convert.tensors import Entry, Tensors, save_tensors
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import read_json, write_json
+from lsmoe_ds.folders import read_fields, write_json
 
 
 def write_files(
@@ -34,8 +34,8 @@ def write_files(
         return names
     if optimizer_of.kind != "sparse":
         raise UserError(f"--optimizer needs a run: {optimizer_of.home} is a converted folder")
-    state = read_json(optimizer_of.weights_in / STATE) or {}
-    optimizer = open_optimizer(optimizer_of.weights_in)
+    state = read_fields(optimizer_of.weights_in / STATE, step=int, position=dict)
+    optimizer = open_optimizer(optimizer_of.weights_in, verify=True)
     names += save_tensors(_tensors(optimizer, weights), folder, STEM)
     write_json(folder / STATE, {"step": state["step"], "optimizer_step": optimizer.step, "position": state["position"]})
     return [*names, STATE]

@@ -10,8 +10,9 @@ A converted folder holds the files of its kind (those of :func:`lsmoe_ds.convert
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.consolidate import read_checkpoint
 from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import damage, describe_files, explain_errors, locked, read_json, replaced, write_json
+from lsmoe_ds.folders import checker, damage, describe_files, explain_errors, locked, read_fields, read_json, replaced, write_json
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import list_checkpoints, step_of
 
@@ -92,26 +93,40 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
     if average > 1:
         return _mean(stored, average)
     if stored.kind == "sparse":
-        try:
+        with _naming_another(stored):
             whole = read_checkpoint(stored.weights_in)
-        except UserError as error:
-            earlier = [c for c in list_checkpoints(stored.home) if c.resolve() != stored.weights_in.resolve()]
-            raise UserError(f"{error}; an earlier checkpoint is {earlier[-1]}" if earlier else str(error)) from None
-        return Weights(whole.weights, whole.step, whole.files)
+
+        def entry(before: Entry) -> Entry:
+            def make() -> Tensor:
+                with _naming_another(stored):
+                    return before.make()
+
+            return Entry(before.shape, make)
+
+        return Weights(Tensors({name: entry(each) for name, each in whole.weights.entries.items()}), whole.step, whole.files)
     if stored.kind not in READABLE:
         raise UserError(
             f"{stored.home} was made by `lsmoe convert --to {stored.kind}`: give the run, or a folder that was made with --to dense"
         )
-    provenance = read_json(stored.home / PROVENANCE) or {}
+    provenance = read_fields(stored.home / PROVENANCE, step=int, files=dict)
+    files = provenance["files"]
+    small = {name: each for name, each in files.items() if not str(name).endswith(".safetensors")}
+    if wrong := damage(stored.home, files, verify=False) or damage(stored.home, small, verify=True):
+        raise UserError(f"{stored.home} is damaged: {wrong}")
+    sums = {name: each["sha256"] for name, each in files.items() if name.startswith("model")}
+    if not sums:
+        raise UserError(f"{stored.home} is damaged: {PROVENANCE} lists no weights")
+    return Weights(open_tensors(stored.home, check=checker(stored.home, files)), provenance["step"], sums)
+
+
+@contextmanager
+def _naming_another(stored: Stored) -> Iterator[None]:
+    """Around reading a checkpoint: of a damaged one the error names an earlier one, if there is one."""
     try:
-        step, files = int(provenance["step"]), dict(provenance["files"])
-        wrong = damage(stored.home, files, verify=True)
-        sums = {name: str(each["sha256"]) for name, each in files.items() if name.startswith("model")}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{stored.home} is damaged: {PROVENANCE} lacks {error}") from None
-    if wrong is not None or not sums:
-        raise UserError(f"{stored.home} is damaged: {wrong or f'{PROVENANCE} lists no weights'}")
-    return Weights(open_tensors(stored.home), step, sums)
+        yield
+    except UserError as error:
+        earlier = [c for c in list_checkpoints(stored.home) if c.resolve() != stored.weights_in.resolve()]
+        raise UserError(f"{error}; an earlier checkpoint is {earlier[-1]}" if earlier else str(error)) from None
 
 
 def _mean(stored: Stored, average: int) -> Weights:
@@ -154,7 +169,7 @@ def write_folder(
     out: Path,
     tensors: Mapping[str, Tensor],
     recipe: Recipe,
-    vocabulary: Path,
+    vocabulary: Path | bytes,
     provenance: Mapping[str, Any],
     card: str = "",
     write: Writer = write_files,
@@ -167,14 +182,19 @@ def write_folder(
     """
     check_writable(out)
     with locked(out), replaced(out) as new, explain_errors(out):
-        names = write(new, tensors, recipe, vocabulary, **options)
+        (new / VOCABULARY).write_bytes(vocabulary if isinstance(vocabulary, bytes) else vocabulary.read_bytes())
+        names = write(new, tensors, recipe, new / VOCABULARY, **options)
         (new / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-        shutil.copyfile(vocabulary, new / VOCABULARY)
         files = describe_files(new, (*names, RECIPE, VOCABULARY))
         if card:  # a text for people, who may change it
             (new / CARD).write_text(card, encoding="utf-8")
         write_json(new / PROVENANCE, {"format": FORMAT, **provenance, "files": files})
     return files
+
+
+def name_of(out: Path) -> str:
+    """The name of a recipe that a folder will hold."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", out.name).lstrip("._-") or "model"
 
 
 def check_writable(out: Path) -> None:

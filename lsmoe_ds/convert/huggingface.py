@@ -6,6 +6,7 @@ H hidden, F feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
+import base64
 import importlib
 import math
 import re
@@ -24,7 +25,7 @@ from lsmoe_ds.convert.folder import Stored
 from lsmoe_ds.convert.tensors import Entry, Tensors, save_tensors
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.cleaning import INVISIBLE
-from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary
+from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, parse_model
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, never_generated
@@ -116,7 +117,7 @@ def longest_translation(recipe: Recipe) -> int:
 
 
 def generation_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Our search (see lsmoe_ds/inference/beam_search.py): what is never generated keeps its share of the probability there too."""
+    """Our search (see lsmoe_ds/inference/beam_search.py); ``renormalize_logits``: what is never generated has no probability."""
     return {
         "num_beams": Search().beam,
         "length_penalty": Search().length_penalty,
@@ -124,6 +125,7 @@ def generation_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
         "min_new_tokens": 1,  # beside EOS
         "max_new_tokens": longest_translation(recipe) + 1,
         "suppress_tokens": sorted(never_generated(vocabulary)),
+        "renormalize_logits": True,
         "bos_token_id": BOS,
         "pad_token_id": PAD,
         "eos_token_id": EOS,
@@ -224,7 +226,7 @@ def tokenizer(vocabulary: Vocabulary, model: bytes, target: str, kind: str = "un
             {"id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
             for index, piece in special.items()
         ],
-        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers())},
+        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(parse_model(model).normalizer_spec.precompiled_charsmap))},
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -267,12 +269,17 @@ def _bpe(pieces: list[str], special: set[int]) -> dict[str, Any]:
     return {"type": "BPE", "unk_token": SPECIALS[UNK], "fuse_unk": True, "byte_fallback": False, "vocab": ids, "merges": merges}
 
 
-def _normalizers() -> Iterator[dict[str, Any]]:
+def _normalizers(charsmap: bytes) -> Iterator[dict[str, Any]]:
+    """``charsmap`` is how sentencepiece normalizes: nothing in our own vocabularies, something in imported ones."""
     spaces = "".join(rf"\x{{{code:x}}}" for code in range(0x10000) if chr(code).isspace())
     yield {"type": "NFC"}
     yield _replace(INVISIBLE.pattern, "", regex=True)
     yield _replace(f"[{spaces}]+", " ", regex=True)
-    yield {"type": "Strip", "strip_left": True, "strip_right": True}
+    yield (strip := {"type": "Strip", "strip_left": True, "strip_right": True})
+    if charsmap:
+        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+        yield _replace(" +", " ", regex=True)
+        yield strip
     yield _replace("<", LESS_THAN)
     # As sentencepiece: a space in front of what is not empty, spaces made visible, and none at the end.
     yield {"type": "Prepend", "prepend": SPACE}
@@ -337,7 +344,9 @@ class Exported:
             scores[over, EOS] = ends
             return scores
 
-        processors = importlib.import_module("transformers").LogitsProcessorList([end])
+        # An end that is forced has its own probability, so it comes after the normalization, which generate would do last.
+        transformers: Any = importlib.import_module("transformers")
+        processors = transformers.LogitsProcessorList([transformers.LogitNormalization(), end])
         found = self.model.generate(
             input_ids=batch.source,
             attention_mask=batch.source != PAD,
@@ -345,6 +354,7 @@ class Exported:
             length_penalty=search.length_penalty,
             max_new_tokens=int(limits.max()) + 1,
             logits_processor=processors,
+            renormalize_logits=False,
         )
         return [Hypothesis(_until_eos(row[1:]), math.nan) for row in found.tolist()]
 

@@ -57,9 +57,13 @@ Or `lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}`.""
 }
 """How a folder of each kind is used."""
 
+IMPORTED = """The model `{imported_from}` of Hugging Face in the form of lsmoe_ds {version}: a base for training, which begins with it by
+`training.start_from`."""
+GROWN = """The model `{grown_from}` with further experts, languages or matrices, made with lsmoe_ds {version}: a base for training, which
+begins with it by `training.start_from`."""
 WHOLE = "The whole model `{run}` as it was trained, written with lsmoe_ds {version}."
-HYBRID = """What of the model `{run}` this direction uses, taken out with lsmoe_ds {version}. Layers that choose their experts token by token
-or sentence by sentence keep them all; the others are dense. It computes what that model computes for this direction."""
+HYBRID = """What of the model `{run}` this direction uses, taken out with lsmoe_ds {version}. Layers that choose their experts token by
+token or sentence by sentence keep them all; the others are dense. It computes what that model computes for this direction."""
 DENSE = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {version}: it
 computes what that model computes {of}."""
 
@@ -128,9 +132,8 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
     return environment.from_string(CARD).render(
         kind=kind,
         provenance=provenance,
-        what={"consolidated": WHOLE, "hybrid": HYBRID}.get(kind, DENSE).format(
-            run=provenance["run"],
-            version=provenance["version"],
+        what=_what(kind, provenance).format(
+            **provenance,
             of="by what all languages share" if provenance["route"] == "shared" else "for this direction",
         ),
         codes=sorted({code.split("_")[0] for code in recipe.languages.codes}),
@@ -144,6 +147,12 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
         signatures=list(dict.fromkeys(score.signatures[metric] for score in scored for metric in ("bleu", "chrfpp"))),
         use=use,
     )
+
+
+def _what(kind: str, provenance: Mapping[str, Any]) -> str:
+    if kind == "consolidated":
+        return IMPORTED if "imported_from" in provenance else GROWN if "grown_from" in provenance else WHOLE
+    return HYBRID if kind == "hybrid" else DENSE
 
 
 def _names(directions: tuple[Direction, ...]) -> str:

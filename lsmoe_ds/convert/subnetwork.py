@@ -27,8 +27,8 @@ from lsmoe_ds.config import Model, MoE, Parallel, Recipe, Side
 from lsmoe_ds.convert.folder import PROVENANCE, READABLE, Stored, Weights, find_model, read_weights, write_folder
 from lsmoe_ds.convert.tensors import Entry, Tensors
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import read_json
-from lsmoe_ds.inference.load import check_route
+from lsmoe_ds.folders import read_fields
+from lsmoe_ds.inference.load import check_route, empty_model
 from lsmoe_ds.language_specific.low_rank import Banks
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.model.guide import SHARED
@@ -204,6 +204,7 @@ def extract_stored(
     if not dense and stored.kind in READABLE:
         check_convertible(stored.recipe, direction, route, hybrid)
     whole = read_weights(stored, average)
+    empty_model(stored.recipe, stored.recipe.data.vocabulary.size, Tensors.of(whole.tensors), Topology.single())
     if dense and direction is None:
         check_route(route, stored.recipe)
         tensors, recipe = Tensors.of(whole.tensors), stored.recipe
@@ -226,9 +227,12 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
         "sparse_parameters": whole.parameters,
         "dense_parameters": parameters,
     }
-    before = read_json(stored.home / PROVENANCE) or {}
+    fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int}
     carried = {"dense": ("run", "route", "sparse_parameters"), "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
-    return provenance | {key: before[key] for key in carried.get(stored.kind, ()) if key in before}
+    if stored.kind not in carried:
+        return provenance
+    before = read_fields(stored.home / PROVENANCE, **{key: fields[key] for key in carried[stored.kind]})
+    return provenance | {key: before[key] for key in carried[stored.kind]}
 
 
 def convert_to_dense(run: str | Path, direction: Direction | None, out: str | Path, route: str = "specific") -> dict[str, Any]:

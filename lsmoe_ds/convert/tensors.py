@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import read_json, write_json
+from lsmoe_ds.folders import is_plain, read_json, write_json
 
 SHARD = 2**29  # bytes of a file, unless one tensor alone has more
 AT_ONCE = 2**28  # bytes that are read of mapped files before they are opened anew
@@ -72,19 +72,26 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class Files(Generic[T]):
-    """Opened files. What was read of a mapped file stays in memory while it is open: now and then all are opened anew."""
+    """Opened files. What was read of a mapped file stays in memory while it is open: now and then all are opened anew.
 
-    def __init__(self, open_file: Callable[[Path], T]) -> None:
-        self._open_file = open_file
+    Before anything is read of a file, ``check`` is called with it, once; it raises UserError if the file is not what was written.
+    """
+
+    def __init__(self, open_file: Callable[[Path], T], check: Callable[[Path], None] | None = None) -> None:
+        self._open_file, self._check = open_file, check
+        self._checked: set[Path] = set()
         self._opened: dict[Path, T] = {}
         self._read = 0
 
     def get(self, path: Path, to_read: int = 0) -> T:
-        """An opened file, of which ``to_read`` bytes will be read and copied."""
+        """An opened file, of which ``to_read`` bytes will be read and copied; with 0 only names and shapes are."""
         if self._read > AT_ONCE or len(self._opened) > 64:
             self._opened.clear()
             self._read = 0
         self._read += to_read
+        if to_read and self._check is not None and path not in self._checked:
+            self._check(path)
+            self._checked.add(path)
         if path not in self._opened:
             self._opened[path] = self._open_file(path)
         return self._opened[path]
@@ -131,9 +138,10 @@ def _apart(value: Tensor) -> Tensor:
     return value if own else value.clone(memory_format=torch.contiguous_format)
 
 
-def open_tensors(folder: Path, stem: str = "model") -> Tensors:
-    """What :func:`save_tensors` or ``transformers`` has written. Raises UserError if it is missing or damaged."""
-    files: Files[Any] = Files(_open)
+def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None] | None = None) -> Tensors:
+    """What :func:`save_tensors` or ``transformers`` has written; ``check`` as of :class:`Files`. Raises UserError if it is missing or
+    damaged."""
+    files: Files[Any] = Files(_open, check)
     index = folder / f"{stem}.safetensors.index.json"
     if (folder / f"{stem}.safetensors").exists() or not index.exists():
         listed = {f"{stem}.safetensors"}
@@ -144,7 +152,7 @@ def open_tensors(folder: Path, stem: str = "model") -> Tensors:
             raise UserError(f"{index} is damaged: it has no 'weight_map' from tensors to files")
         listed = set(wanted.values())
         for name in listed:
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if not is_plain(name) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(f"{index} names the file '{name}': only safetensors files beside it are read")
     entries: dict[str, Entry] = {}
     for name in sorted(listed):

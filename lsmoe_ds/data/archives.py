@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import BLOCK
 
 MEMBER_LIMIT = 64 << 20
 ARCHIVE_LIMIT = 2 << 30
@@ -48,10 +49,18 @@ def _wheel(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]:
 def _debian_package(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]:
     contents = archive.with_suffix(".tar")
     try:
-        with contents.open("wb") as file:
-            done = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], stdout=file, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise ValueError(done.stderr.strip())
+        with (
+            contents.open("wb") as file,
+            subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpacking,
+        ):
+            assert unpacking.stdout is not None
+            while block := unpacking.stdout.read(BLOCK):
+                file.write(block)
+                if file.tell() > ARCHIVE_LIMIT:
+                    unpacking.kill()
+                    _check_sizes(archive, [file.tell()])
+        if unpacking.returncode:
+            raise ValueError("dpkg-deb cannot unpack it")
         with tarfile.open(contents, "r:") as package:
             infos = sorted((info for info in package if info.isfile() and wanted.fullmatch(info.name)), key=lambda info: info.name)
             _check_sizes(archive, [info.size for info in infos])

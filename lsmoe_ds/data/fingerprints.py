@@ -8,7 +8,7 @@ from typing import Any
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.formats import Part, find_parts
-from lsmoe_ds.data.prepared import FORMAT, MANIFEST
+from lsmoe_ds.data.prepared import MANIFEST, check_manifest
 from lsmoe_ds.data.sources import PROVENANCE, SOURCES
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, read_json, sha256
@@ -74,7 +74,7 @@ def _short(value: Any) -> str:
 def reason_to_prepare(recipe: Recipe) -> str | None:
     """Why the data of a recipe must be prepared (again), None if it need not be.
 
-    Prepared data whose corpora are no longer on this machine is good as it is.
+    Prepared data whose corpora, or file of the vocabulary, are no longer on this machine is good as it is.
     """
     folder = recipe.prepared
     if not folder.exists():
@@ -82,14 +82,19 @@ def reason_to_prepare(recipe: Recipe) -> str | None:
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return f"{folder / MANIFEST} is missing or damaged"
-    if manifest.get("format") != FORMAT:
-        return f"it was prepared by another version (format {manifest.get('format')}, now {FORMAT})"
+    try:
+        check_manifest(folder / MANIFEST, manifest)
+    except UserError as error:
+        return str(error)
     wrong = damage(folder, manifest["files"], verify=False)
     if wrong is not None:
         return wrong
     changed = next(_changed_settings(manifest["settings"], settings_of(recipe)), None)
     if changed is not None:
         return changed
+    vocabulary, copy = recipe.data.vocabulary.file, manifest["files"]["vocabulary.model"]
+    if vocabulary is not None and vocabulary.is_file() and sha256(vocabulary) != copy["sha256"]:
+        return f"{vocabulary} has changed"
     try:
         parts = find_parts(recipe.data.corpora, recipe.data.directory, sorted({d.bitext for d in recipe.languages.directions}))
     except UserError:

@@ -23,7 +23,7 @@ from lsmoe_ds.data.formats import SPLITS, Part, find_parts
 from lsmoe_ds.data.held_out import HELD_OUT, Keys, choose, quota
 from lsmoe_ds.data.prepared import FORMAT, MANIFEST, PreparedData
 from lsmoe_ds.data.tokens import write_tokens
-from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
+from lsmoe_ds.data.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
 from lsmoe_ds.data.workers import Workers, cores
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, locked, replaced, write_json
@@ -80,12 +80,14 @@ class _Preparation:
         )
 
     def run(self) -> dict[str, Any]:
+        if self.data.vocabulary.file is not None:
+            read_vocabulary(self.data.vocabulary, self.languages.codes)  # what is wrong with it is said before hours of cleaning
         fingerprint = corpora_fingerprint(self.parts)
         self.work.mkdir()
         with self.workers, self.progress:
             self._clean()
             self._hold_out()
-            vocabulary = self._train_vocabulary()
+            vocabulary = self._make_vocabulary()
             bitexts = self._write_tokens(vocabulary)
         shutil.rmtree(self.work)
         files = [str(path.relative_to(self.folder)) for path in sorted(self.folder.rglob("*")) if path.is_file()]
@@ -147,9 +149,10 @@ class _Preparation:
                     f"no training pair of {bitext.name} is left after cleaning ({counts}): give more text or change 'data.cleaning'"
                 )
 
-    def _train_vocabulary(self) -> Vocabulary:
+    def _make_vocabulary(self) -> Vocabulary:
+        settings, codes = self.data.vocabulary, self.languages.codes
         task = self.progress.add_task("training the vocabulary", total=None)
-        vocabulary = train_vocabulary(self._sample(), self.data.vocabulary, self.languages.codes)
+        vocabulary = train_vocabulary(self._sample(), settings, codes) if settings.file is None else read_vocabulary(settings, codes)
         vocabulary.save(self.folder / "vocabulary.model")
         self.progress.remove_task(task)
         return vocabulary

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lsmoe_ds.data.formats import SPLITS
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import damage, read_json
+from lsmoe_ds.folders import check_fields, damage, read_json
 from lsmoe_ds.languages import Direction, Languages
 
 MANIFEST = "manifest.json"
@@ -36,12 +37,16 @@ class TokenStore:
     @cached_property
     def ids(self) -> NDArray[np.unsignedinteger[Any]]:
         """Ids of all sentences, flat."""
-        return _open_array(self.folder / f"{self.code}.tokens.npy")
+        return _open_array(self.folder / f"{self.code}.tokens.npy", "u")
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """Where each sentence begins in ``ids``, and at the end their number: [N+1]."""
-        return _open_array(self.folder / f"{self.code}.offsets.npy")
+        path = self.folder / f"{self.code}.offsets.npy"
+        offsets = _open_array(path, "i")
+        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(self.ids):
+            raise UserError(f"prepared data: {path} does not say where the sentences of {self.code} begin")
+        return offsets
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -55,7 +60,10 @@ class TokenStore:
     @property
     def lengths(self) -> NDArray[np.int32]:
         """Number of ids of each sentence [N]."""
-        return np.diff(self.offsets).astype(np.int32)
+        lengths = np.diff(self.offsets)
+        if (lengths < 0).any():
+            raise UserError(f"prepared data: {self.folder} has sentences of {self.code} that end before they begin")
+        return lengths.astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,39 @@ class TokenPairs:
         return len(self.source)
 
 
-def _open_array(path: Path) -> NDArray[Any]:
+def _open_array(path: Path, kinds: str) -> NDArray[Any]:
+    """A flat array of one of numpy's ``kinds``."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # its header is Python text, and numpy lets pass what tokenizing and parsing that can raise
         raise UserError(f"prepared data: {path} cannot be read: {error}") from None
+    if array.ndim != 1 or array.dtype.kind not in kinds:
+        raise UserError(f"prepared data: {path} holds {array.dtype} in {array.ndim} dimensions")
+    return array
+
+
+def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError for prepared data of another version, and for a damaged manifest."""
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{path.parent} was prepared by another version (format {manifest.get('format')}, {FORMAT} is needed): prepare it again"
+        )
+    check_fields(path, manifest, settings=dict, corpora=dict, bitexts=dict, cleaning=dict, files=dict)
+    for stamp in manifest["corpora"].values():
+        check_fields(path, stamp, bytes=int, sha256=str)
+    check_fields(path, manifest["files"], **{"vocabulary.model": dict})
+    directions = manifest["settings"].get("directions")
+    if not isinstance(directions, list) or not directions or not all(isinstance(each, str) for each in directions):
+        raise UserError(f"{path} is damaged: 'directions' should be a list of directions")
+    for direction in map(Direction.parse, directions):
+        check_fields(path, manifest["bitexts"], **{direction.bitext: dict})
+    for name, splits in manifest["bitexts"].items():
+        for split in SPLITS:
+            check_fields(path, splits, **{split: dict})
+            check_fields(path, splits[split], pairs=int, sides=dict)
+            for code in name.split("-"):
+                check_fields(path, splits[split]["sides"], **{code: dict})
+                check_fields(path, splits[split]["sides"][code], tokens=int, unknown=int)
 
 
 class PreparedData:
@@ -94,10 +130,7 @@ class PreparedData:
         manifest = read_json(folder / MANIFEST)
         if manifest is None:
             raise UserError(f"there is no prepared data in {folder}: run 'lsmoe data prepare' on the recipe")
-        if manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{folder} was prepared by another version (format {manifest.get('format')}, {FORMAT} is needed): prepare it again"
-            )
+        check_manifest(folder / MANIFEST, manifest)
         wrong = damage(folder, manifest["files"], verify)
         if wrong is not None:
             raise UserError(f"prepared data is damaged: {wrong}; run 'lsmoe data prepare' on the recipe")
@@ -122,8 +155,11 @@ class PreparedData:
 
 
 def _read_lines(path: Path) -> list[str]:
-    with path.open(encoding="utf-8", newline="\n") as file:  # a carriage return within a sentence is no end of it
-        return file.read().split("\n")[:-1]
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:  # a carriage return within a sentence is no end of it
+            return file.read().split("\n")[:-1]
+    except (OSError, ValueError) as error:
+        raise UserError(f"prepared data: {path} cannot be read: {error}") from None
 
 
 def _allow_files(count: int) -> None:

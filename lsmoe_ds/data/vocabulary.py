@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -28,16 +29,16 @@ class Vocabulary:
         """``model`` is a serialized sentencepiece model. Raises UserError if it is none, or none of this system's."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            first = [self._processor.id_to_piece(index) for index in SPECIALS]
-        except (RuntimeError, IndexError):
+            pieces = [self._processor.id_to_piece(index) for index in range(max(len(SPECIALS), self.size))]
+        except (RuntimeError, IndexError, UnicodeDecodeError):
             raise UserError("the vocabulary is damaged: it is not a sentencepiece model") from None
-        if first != list(SPECIALS.values()):
-            raise UserError(f"the vocabulary begins with {', '.join(first)} where {', '.join(SPECIALS.values())} are needed")
+        if pieces[: len(SPECIALS)] != list(SPECIALS.values()):
+            raise UserError(
+                f"the vocabulary begins with {', '.join(pieces[: len(SPECIALS)])} where {', '.join(SPECIALS.values())} are needed"
+            )
         self._model = model
         self._tags = {
-            piece[2:-1]: index
-            for index in range(len(SPECIALS), self._processor.get_piece_size())
-            if self._processor.is_control(index) and (piece := self._processor.id_to_piece(index)).startswith("<2")
+            piece[2:-1]: index for index, piece in enumerate(pieces) if self._processor.is_control(index) and piece.startswith("<2")
         }
         self._silent = frozenset({BOS, PAD, EOS, *self._tags.values()})
 
@@ -61,6 +62,12 @@ class Vocabulary:
     @property
     def size(self) -> int:
         return int(self._processor.get_piece_size())
+
+    @property
+    def type(self) -> str:
+        """``unigram`` or ``bpe``, or what else sentencepiece knows."""
+        spec = parse_model(self._model).trainer_spec
+        return str(type(spec).ModelType.Name(spec.model_type)).lower()
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -87,6 +94,33 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         path.write_bytes(self._model)
+
+
+def parse_model(model: bytes) -> Any:
+    """The ``ModelProto`` of a sentencepiece model. Raises UserError if it is none, or if protobuf is older than sentencepiece needs."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+
+        found = sentencepiece_model_pb2.ModelProto()
+    except Exception as error:  # what its version check raises is no ImportError
+        raise UserError(f"sentencepiece needs another protobuf than is installed: {' '.join(str(error).split())}") from None
+    try:
+        found.ParseFromString(model)
+    except Exception:  # google.protobuf.message.DecodeError, which is not imported before it is known to be there
+        raise UserError("the vocabulary is damaged: it is not a sentencepiece model") from None
+    return found
+
+
+def add_tags(model: bytes, codes: Sequence[str]) -> bytes:
+    """The same sentencepiece model with tags for further languages after all its pieces."""
+    if not codes:
+        return model
+    proto = parse_model(model)
+    for code in codes:
+        proto.pieces.add(piece=tag(code), score=0.0, type=type(proto).SentencePiece.CONTROL)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    proto.trainer_spec.control_symbols.extend(tag(code) for code in codes)
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def train_vocabulary(texts: Iterator[str], settings: config.Vocabulary, codes: Sequence[str]) -> Vocabulary:
@@ -119,6 +153,22 @@ def train_vocabulary(texts: Iterator[str], settings: config.Vocabulary, codes: S
     except RuntimeError as error:
         raise UserError(_explain(str(error), settings)) from None
     return Vocabulary(model.getvalue())
+
+
+def read_vocabulary(settings: config.Vocabulary, codes: Sequence[str]) -> Vocabulary:
+    """The vocabulary in ``settings.file``. Raises UserError unless it is of the settings' size and type and has a tag for each of
+    ``codes``."""
+    assert settings.file is not None
+    vocabulary = Vocabulary.load(settings.file)
+    if vocabulary.size != settings.size:
+        raise UserError(
+            f"'data.vocabulary.size' is {settings.size}, but {settings.file} has {vocabulary.size} pieces: set it to {vocabulary.size}"
+        )
+    if vocabulary.type != settings.type:
+        raise UserError(f"'data.vocabulary.type' is {settings.type}, but {settings.file} is of the type {vocabulary.type}: set it to that")
+    if lacking := [code for code in codes if code not in vocabulary.codes]:
+        raise UserError(f"{settings.file} has no tag for '{lacking[0]}': it has {', '.join(vocabulary.codes) or 'none'}")
+    return vocabulary
 
 
 def _explain(message: str, settings: config.Vocabulary) -> str:

@@ -71,14 +71,15 @@ def beam_search(
 ) -> list[Hypothesis]:
     """The best translation of each sentence of ``source`` [B, M], whatever else is in the batch.
 
-    ``banned`` are tokens that are never generated (PAD, BOS, tags); they keep their share of the probability. Raises
-    UserError if the model computes values that are not finite.
+    ``banned`` are tokens that are never generated (PAD, BOS, tags): the others share all the probability, as in CTranslate2.
+    Raises UserError if the model computes values that are not finite.
     """
     batch, device = source.shape[0], source.device
     state = model.start(source, ids, route=route)
     limits = search.limits((source != PAD).sum(1))  # [B]
     first_limit, last_limit = int(limits.min()), int(limits.max())
     forbidden = torch.tensor(sorted(banned), dtype=torch.long, device=device)
+    forbidden_first = torch.tensor(sorted({*banned, EOS}), dtype=torch.long, device=device)
 
     # The best finished hypothesis of every sentence.
     best = torch.full((batch,), -torch.inf, device=device)
@@ -94,10 +95,9 @@ def beam_search(
 
     for position in range(last_limit + 1):
         width = sums.shape[1]
-        logs = model.step(latest.reshape(-1, 1), state).float().log_softmax(1)  # [B W, V]
-        logs[:, forbidden] = -torch.inf
-        if position == 0:
-            logs[:, EOS] = -torch.inf
+        logits = model.step(latest.reshape(-1, 1), state).float()  # [B W, V]
+        logits[:, forbidden if position else forbidden_first] = -torch.inf
+        logs = logits.log_softmax(1)
         if position >= first_limit:
             over = (limits <= position).repeat_interleave(width)
             ends = logs[over, EOS]

@@ -4,9 +4,12 @@ Both finish the candidates of a beam that end in EOS, replace them by the next b
 ``beam`` hypotheses are finished. What must be set for that: EOS counts in the length by which scores are divided, which
 CTranslate2 leaves out unless it returns EOS; ``coverage_penalty`` is 0 and ``patience`` 1; an EOS comes first in no translation
 (``min_decoding_length`` 1); and a length penalty of 0 is given as next to nothing, since for 0 a sentence is stopped when its
-best candidate ends, however many have. Two differences remain. Tokens that are never generated are taken out before the softmax, not
-after, so their share of the probability goes to the others; in a trained model it is small. And the greatest length is one
-for the whole batch (its longest source's), where a hypothesis that has not ended is cut, not made to end.
+best candidate ends, however many have.
+
+In CTranslate2 one greatest length holds for the whole batch (its longest source's), where a hypothesis that has not ended is cut,
+not made to end. A sentence that went beyond its own greatest length is therefore searched again, up to that, and what was cut
+there gets its end, with the probability it has. That is ours but for two trifles: in the probability of such an end the tokens that
+are never generated have a share, and CTranslate2 returns of what was cut only as much as the beam has room for.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ import torch
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.ctranslate2 import PIECES, library
 from lsmoe_ds.convert.folder import PROVENANCE, Stored
-from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, read_json
 from lsmoe_ds.inference.beam_search import NOT_FINITE, Hypothesis, Search, never_generated
-from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.languages import EOS, Direction, Languages
 from lsmoe_ds.model.guide import Route
+
+END = SPECIALS[EOS]
+Scored = tuple[list[str], float]  # pieces, with their end if they have ended, and their score
 
 
 @dataclass(frozen=True)
@@ -68,20 +74,44 @@ class CTranslate2:
     def search(self, sources: Sequence[Sequence[int]], direction: Direction, search: Search) -> list[Hypothesis]:
         """See :class:`lsmoe_ds.inference.engine.Engine`."""
         self.languages.direction_id(direction)
-        ids = {piece: index for index, piece in enumerate(self.pieces)}
         tag = self.vocabulary.tag_id(direction.target)
-        limit = int(search.limits(torch.tensor([len(source) + 2 for source in sources])).max())
+        texts = [[self.pieces[index] for index in (tag, *source)] for source in sources]
+        limits = search.limits(torch.tensor([len(text) + 1 for text in texts])).tolist()
+        found = [best for (best,) in self._translate(texts, max(limits) + 1, search.beam, search.length_penalty)]
+        over: dict[int, list[int]] = {}  # by greatest length, the sentences whose translation is longer
+        for i, (pieces, _) in enumerate(found):
+            if pieces[-1] != END or len(pieces) > limits[i] + 1:
+                over.setdefault(limits[i], []).append(i)
+        for limit, which in over.items():
+            # By sums, which only fall, what ended comes before what was cut: none of it is missing among the beam's best.
+            results = self._translate([texts[i] for i in which], limit, search.beam, 0.0, search.beam)
+            for i, result in zip(which, results, strict=True):
+                ended = [self._end(texts[i], pieces, total) for pieces, total in result]
+                scored = [(pieces, total / len(pieces) ** search.length_penalty) for pieces, total in ended]
+                found[i] = max(scored, key=lambda each: each[1])
+        ids = {piece: index for index, piece in enumerate(self.pieces)}
+        return [Hypothesis([ids[piece] for piece in pieces[:-1]], score) for pieces, score in found]
+
+    def _translate(self, texts: list[list[str]], limit: int, beam: int, penalty: float, count: int = 1) -> list[list[Scored]]:
+        """The ``count`` best of each text; what has ``limit`` pieces and no end was cut. UserError: scores that are not finite."""
         results = self.translator.translate_batch(
-            [[self.pieces[index] for index in (tag, *source)] for source in sources],
-            beam_size=search.beam,
-            length_penalty=search.length_penalty or 1e-9,
+            texts,
+            beam_size=beam,
+            num_hypotheses=count,
+            length_penalty=penalty or 1e-9,
             max_input_length=0,
-            max_decoding_length=limit + 1,
+            max_decoding_length=limit,
             suppress_sequences=[[self.pieces[index]] for index in never_generated(self.vocabulary)],
             return_end_token=True,
             return_scores=True,
         )
-        if not all(math.isfinite(result.scores[0]) for result in results):
+        if not all(math.isfinite(score) for result in results for score in result.scores):
             raise UserError(NOT_FINITE)
-        # The last token is EOS, or at the greatest length what stands in its place.
-        return [Hypothesis([ids[piece] for piece in result.hypotheses[0][:-1]], result.scores[0]) for result in results]
+        return [list(zip(result.hypotheses, result.scores, strict=True)) for result in results]
+
+    def _end(self, text: list[str], pieces: list[str], total: float) -> Scored:
+        """The same, ended: ``total`` is the sum of the log-probabilities."""
+        if pieces[-1] == END:
+            return pieces, total
+        end = self.translator.score_batch([text], [pieces], max_input_length=0)[0].log_probs[-1]
+        return [*pieces, END], total + end

@@ -11,6 +11,7 @@ import torch
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import READABLE, Weights, find_model, read_weights
 from lsmoe_ds.convert.tensors import Tensors
+from lsmoe_ds.costs import Parts
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
@@ -87,18 +88,27 @@ def check_route(route: str, recipe: Recipe) -> Route:
 
 def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device) -> Transformer:
     """The model with these weights, in evaluation mode. Raises UserError if they are not those of the recipe."""
-    topology = Topology.single(device)
-    with torch.device("meta"):  # without drawing weights that are replaced at once
-        model = Transformer(recipe, vocabulary, topology)
+    topology, tensors = Topology.single(device), Tensors.of(weights.tensors)
+    model = empty_model(recipe, vocabulary, tensors, topology)
     names = global_names(model, topology)
-    shapes = {names[name]: parameter.shape for name, parameter in model.named_parameters()}
-    tensors = Tensors.of(weights.tensors)
-    for name in sorted(shapes.keys() | tensors.keys()):
-        wanted = tuple(shapes[name]) if name in shapes else None
-        found = tensors.shape(name) if name in tensors else None
-        if wanted != found:
-            raise UserError(f"the weights do not belong to the recipe and vocabulary: {name} should be {wanted}, found {found}")
     model.load_state_dict({local: tensors[name] for local, name in names.items()}, assign=True)
     model.to(device).eval().requires_grad_(False)
     model.pack()
+    return model
+
+
+def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Topology) -> Transformer:
+    """The model that is to get these weights, on no device. Raises UserError if they are not those of the recipe."""
+    wanted_numbers = Parts.of(recipe).whole.total
+    if wanted_numbers > 2 * tensors.numbers:  # told before layers and experts are made, however many there should be
+        raise UserError(f"the weights do not belong to the recipe: it has {wanted_numbers:,} parameters, they are {tensors.numbers:,}")
+    with torch.device("meta"):  # without drawing weights that are replaced at once
+        model = Transformer(recipe, vocabulary, topology)
+    names = global_names(model, topology)
+    shapes = {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted(shapes.keys() | tensors.keys()):
+        wanted = shapes.get(name)
+        found = tensors.shape(name) if name in tensors else None
+        if wanted != found:
+            raise UserError(f"the weights do not belong to the recipe and vocabulary: {name} should be {wanted}, found {found}")
     return model

@@ -49,13 +49,14 @@ def initialize(model: nn.Module, seed: int, topology: Topology) -> None:
         shape = list(parameter.shape)
         if dimension is not None:
             shape[dimension] *= topology.tensor
-        whole = _draw(names[name], shape, seed)
+        whole = draw(names[name], shape, seed)
         if dimension is not None:
             whole = whole.chunk(topology.tensor, dimension)[topology.tensor_rank]
         parameter.copy_(whole)
 
 
-def _draw(name: str, shape: list[int], seed: int) -> Tensor:
+def draw(name: str, shape: list[int], seed: int) -> Tensor:
+    """The initial value of the whole parameter of this global name."""
     value = torch.empty(shape)
     if name.endswith((".bias", "_low_rank.flat")):
         return value.zero_()

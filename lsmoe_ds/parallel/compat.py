@@ -260,13 +260,13 @@ def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
 
 
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
-    """Four things that engine 0.19.8 leaves to be wished.
+    """Five things that engine 0.19.8 leaves to be wished.
 
     ZeRO stage 0 clips by ``clip``, which returns the norm, and keeps the norm; it copies gradients to all-reduce them in
     buckets of ``bucket`` values, not of 5e8, and on one rank alone not at all. Of the ranks that hold the same experts only
     the first saves anything, even where the others are its tensor-parallel peers, whose part of the dense weights would be
-    missing: all peers of the first save. And the engine puts scripts beside the checkpoints, which do not know experts: it
-    does so no more.
+    missing: all peers of the first save. With experts stage 0 writes the optimizer's state twice, of which one is never read: it
+    is left out. And the engine puts scripts beside the checkpoints, which do not know experts: it does so no more.
     """
     from deepspeed.utils import groups
 
@@ -277,8 +277,19 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
     if engine.zero_optimization_stage() == 0:
         engine.enable_backward_allreduce = dist.get_world_size() > 1
         engine.allreduce_gradients = functools.partial(engine.allreduce_gradients, bucket_size=bucket)
+        if engine.has_moe_layers:
+            common = engine._common_checkpoint_state
+            engine._common_checkpoint_state = lambda *arguments: common(*arguments) | {"optimizer": None}
     engine.checkpoint_engine.is_data_parallel_writer = lambda rank: rank == 0 or groups._get_data_parallel_rank() == 0
     engine._copy_recovery_script = lambda folder: None
+
+
+def save_engine(engine: Any, folder: Path, name: str, write: Callable[[Any, str], None]) -> None:
+    """Writes the engine's checkpoint into ``folder / name``, each of its files by ``write(state_dict, path)``, which must not take
+    views for wholes: torch would write all that a view is a part of."""
+    engine.checkpoint_engine.preserves_storage_sharing = lambda: False  # else all is copied before it is handed over
+    engine.checkpoint_engine.save = lambda state_dict, path: write(state_dict, path)
+    engine.save_checkpoint(str(folder), tag=name, save_latest=False)
 
 
 class Piece(NamedTuple):

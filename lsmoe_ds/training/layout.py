@@ -15,7 +15,7 @@ from lsmoe_ds.convert.folder import RECIPE, Stored, check_writable, find_model, 
 from lsmoe_ds.convert.optimizer import STATE, open_optimizer
 from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import explain_errors, locked, read_json, replaced
+from lsmoe_ds.folders import explain_errors, locked, read_fields, replaced
 from lsmoe_ds.parallel import launch
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.recipe_file import load_recipe
@@ -36,7 +36,7 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
         raise UserError(
             f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder goes on in another layout"
         )
-    open_optimizer(stored.weights_in)
+    open_optimizer(stored.weights_in, verify=True)
     world = processes or launch.smallest_world(recipe)
     layout = recipe.parallel
     check_world(world, layout.tensor, layout.expert)
@@ -70,13 +70,9 @@ def deal(stored: Stored, recipe: Recipe, run: Path, topology: Topology) -> None:
     from lsmoe_ds.training.engine import build_engine
     from lsmoe_ds.training.resharding import load_resharded
 
-    weights, state = read_weights(stored), read_json(stored.weights_in / STATE) or {}
+    weights, state = read_weights(stored), read_fields(stored.weights_in / STATE, step=int, position=dict)
     engine = build_engine(recipe, Vocabulary.load(stored.vocabulary).size, topology)
-    load_resharded(engine, Tensors.of(weights.tensors), open_optimizer(stored.weights_in), topology)
-    try:
-        step, position = int(state["step"]), dict(state["position"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{stored.weights_in / STATE} is damaged: it has no 'step' and 'position'") from None
+    load_resharded(engine, Tensors.of(weights.tensors), open_optimizer(stored.weights_in, verify=True), topology)
     with Saver(run, topology, keep=1) as saver:
-        saver.save(engine, step, position)
+        saver.save(engine, state["step"], state["position"])
     engine.destroy()

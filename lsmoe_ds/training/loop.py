@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.convert.folder import find_model, read_weights
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.dealing import affinity
 from lsmoe_ds.data.prepared import PreparedData
@@ -18,10 +22,12 @@ from lsmoe_ds.run_folder import list_checkpoints, newest_whole
 from lsmoe_ds.training import checkpoints
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
 from lsmoe_ds.training.monitor import Monitor
+from lsmoe_ds.training.resharding import load_weights
 
 
 def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
     """Trains in an open run folder, on every rank of ``topology``; goes on from the newest whole checkpoint, of whatever layout.
+    Where there is none, it begins with the weights of ``training.start_from``, or with random ones.
 
     Killed at any instant and started again in the same layout, it ends with the same losses and weights, to the bit. Asked to
     stop (see :mod:`lsmoe_ds.parallel.interrupt`), it saves and returns False; True after the last step.
@@ -45,12 +51,14 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
     engine = build_engine(recipe, vocabulary.size, topology)
     routes: list[Route] = ["specific"] if engine.module.distillation is None else ["specific", "shared"]
-    found, complaints = newest_whole(run)
+    found, complaints = _newest_whole(run, topology)
     done, window = 0, None
     if found is not None:
         state = checkpoints.load(engine, found, topology)
         stream.load_state_dict(state["position"]["stream"])
         done, window = state["step"], state["position"]["window"]
+    elif training.start_from is not None:
+        load_weights(engine, read_weights(find_model(training.start_from)).tensors, topology)
     asked, last_step = None, True
     with (
         Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
@@ -62,6 +70,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
         if found is not None:
             change = checkpoints.describe_change(engine, found, topology)
             monitor.say(f"going on from {found}" + (f", {change}" if change else ""))
+        elif training.start_from is not None:
+            monitor.say(f"starting from {training.start_from}")
         for number in range(done + 1, training.steps + 1):
             step = next(stream)
             try:
@@ -94,3 +104,19 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
                 break
     engine.destroy()
     return not asked or last_step
+
+
+def _newest_whole(run: Path, topology: Topology) -> tuple[Path | None, list[str]]:
+    """:func:`lsmoe_ds.run_folder.newest_whole`, which reads all files, by the main rank alone and told to all."""
+    told: list[Any] = [None]
+    if topology.is_main:
+        try:
+            told = [newest_whole(run)]
+        except UserError as error:
+            told = [str(error)]
+    if topology.world > 1:
+        dist.broadcast_object_list(told)
+    if isinstance(told[0], str):
+        raise UserError(told[0])
+    found: tuple[Path | None, list[str]] = told[0]
+    return found

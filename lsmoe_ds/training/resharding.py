@@ -7,6 +7,7 @@ new layout takes its own pieces. Random numbers begin anew, as no rank of the ol
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,39 @@ def write_pieces(engine: Any, folder: Path, topology: Topology) -> None:
 @torch.no_grad()
 def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topology: Topology) -> None:
     """Weights and optimizer state into an engine of any layout. Called by every rank; raises UserError for what is damaged."""
+    load_weights(engine, weights, topology)
+    model: nn.Module = engine.module
+    names = global_names(model, topology)
+    local = {parameter: name for name, parameter in model.named_parameters()}
+    states = compat.optimizer_states(engine)
+    for piece in compat.optimizer_pieces(engine):
+        name = names[local[piece.parameter]]
+        held = states[piece.holder]
+        for key, value in state.whole(name, weights.shape(name)).items():
+            target = piece.holder if key == VALUES else held.setdefault(key, torch.zeros_like(piece.holder, dtype=torch.float32))
+            _fill(target, value, piece, topology)
+    for held in states.values():
+        held["step"] = torch.tensor(state.step, dtype=torch.float32, device=topology.device)
+
+
+@torch.no_grad()
+def load_weights(engine: Any, weights: Mapping[str, Tensor], topology: Topology) -> None:
+    """Whole weights by global name into an engine of any layout, and into the float32 copies that its optimizer steps. Called by
+    every rank."""
     model: nn.Module = engine.module
     names = global_names(model, topology)
     for name, parameter in model.named_parameters():
         parameter.copy_(_own(weights[names[name]], parameter, topology))
     local = {parameter: name for name, parameter in model.named_parameters()}
-    states = compat.optimizer_states(engine)
     for piece in compat.optimizer_pieces(engine):
-        name = names[local[piece.parameter]]
-        values = state.whole(name, weights.shape(name))
         if piece.holder is not piece.parameter:
-            values.setdefault(VALUES, weights[name])
-        held = states[piece.holder]
-        for key, value in values.items():
-            target = piece.holder if key == VALUES else held.setdefault(key, torch.zeros_like(piece.holder, dtype=torch.float32))
-            own = _own(value, piece.parameter, topology).reshape(-1)[piece.start : piece.start + piece.length]
-            target.view(-1)[piece.offset : piece.offset + piece.length] = own
-    for held in states.values():
-        held["step"] = torch.tensor(state.step, dtype=torch.float32, device=topology.device)
+            _fill(piece.holder, weights[names[local[piece.parameter]]], piece, topology)
+
+
+def _fill(target: Tensor, whole: Tensor, piece: compat.Piece, topology: Topology) -> None:
+    """The values of a piece, out of those of its whole parameter, into what lies as its holder does."""
+    own = _own(whole, piece.parameter, topology).reshape(-1)[piece.start : piece.start + piece.length]
+    target.view(-1)[piece.offset : piece.offset + piece.length] = own
 
 
 def _own(whole: Tensor, parameter: Tensor, topology: Topology) -> Tensor:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.convert.folder import find_model, read_weights
+from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import locked
+from lsmoe_ds.folders import locked, sha256
+from lsmoe_ds.inference.load import empty_model
 from lsmoe_ds.parallel import interrupt, launch
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.run_folder import check_run, newest_whole, open_run
 from lsmoe_ds.training.engine import engine_config
+
+STARTS = ("consolidated", "hybrid", "dense")  # kinds of converted folders that a training begins with
 
 
 def check(recipe: Recipe, run: Path, world: int) -> None:
@@ -24,8 +30,25 @@ def check(recipe: Recipe, run: Path, world: int) -> None:
         raise UserError(f"{recipe.prepared} was prepared for other directions than the recipe's: run 'lsmoe data prepare' on the recipe")
     vocabulary = prepared.folder / "vocabulary.model"
     check_run(recipe, run, vocabulary)
-    newest_whole(run)
+    found, _ = newest_whole(run)
+    if found is None and recipe.training.start_from is not None:
+        _check_start_from(recipe, recipe.training.start_from, vocabulary)
     open_run(recipe, run, vocabulary)
+
+
+def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
+    """Raises UserError unless the folder holds weights for this recipe, and for this vocabulary."""
+    try:
+        stored = find_model(folder)
+        if stored.kind not in STARTS:
+            made = "a run" if stored.kind == "sparse" else f"made by `lsmoe convert --to {stored.kind}`"
+            raise UserError(f"{folder} is {made}: give a folder that was made with --to {', '.join(STARTS)}")
+        if sha256(stored.vocabulary) != sha256(vocabulary):
+            raise UserError(f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and prepare again")
+        weights = read_weights(stored)
+        empty_model(recipe, Vocabulary.load(vocabulary).size, Tensors.of(weights.tensors), Topology.single())
+    except UserError as error:
+        raise UserError(f"'training.start_from' is {folder}: {error}") from None
 
 
 def train_on(recipe: Recipe, run: Path, processes: int | None) -> int:

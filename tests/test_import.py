@@ -1,0 +1,219 @@
+"""Models of Hugging Face as ours: the same logits and the same pieces, made here with the classes of transformers, small and random."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import sentencepiece
+import torch
+from small_huggingface import DATA, NLLB_CODES, imported, pieces_of, shard, tokenizer_of, write_m2m, write_nllb
+from small_run import write_corpus
+
+from lsmoe_ds.convert.folder import Weights, find_model, read_weights, write_folder
+from lsmoe_ds.convert.huggingface import rename, tokenizer, tokenizer_config
+from lsmoe_ds.convert.importing import M2M_100, read_huggingface
+from lsmoe_ds.convert.tensors import Tensors
+from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.folders import write_json
+from lsmoe_ds.inference.load import build_model
+from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.training import start
+
+WORDS = ["Ba", "deko", "fi", "lamé", "ｋａ", "Ⅳ", "½", "жа", "が", "?!", "...", "12", "xyz", "日本", "dä", "naäko", "①", "(ta)"]
+
+
+@pytest.fixture(scope="module")
+def m2m(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("m2m")
+    write_m2m(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nllb(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("nllb")
+    write_nllb(folder)
+    return folder
+
+
+def their_ids(folder: Path, vocabulary: Vocabulary) -> list[int]:
+    """Their id of each of our pieces of text and special pieces, by transformers; -1 of tags."""
+    known, tokenizer = range(len(SPECIAL) + len(vocabulary.codes)), tokenizer_of(folder)
+    pieces = [vocabulary._processor.id_to_piece(index) for index in range(vocabulary.size)]
+    return [-1 if index in known[4:] else tokenizer.convert_tokens_to_ids(piece) for index, piece in enumerate(pieces)]
+
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def check_logits(folder: Path, ids: list[int], tensors: Tensors, recipe: Any, vocabulary: Vocabulary) -> None:
+    """The same logits for random tokens, ``ids`` being their id of each of ours."""
+    from transformers import M2M100ForConditionalGeneration
+
+    theirs = M2M100ForConditionalGeneration.from_pretrained(folder).eval()
+    ours = build_model(recipe, vocabulary.size, Weights(tensors, 0, {}), torch.device("cpu"))
+    chosen = random.Random(1)
+    sources, targets = ([[chosen.randrange(2, vocabulary.size) for _ in range(n)] for n in lengths] for lengths in ((9, 4, 7), (5, 8, 2)))
+    direction = recipe.languages.directions[0]
+    batch = collate(sources, targets, [recipe.languages.direction_id(direction)] * 3, DirectionIds.of(recipe.languages, vocabulary))
+    table = torch.tensor(ids)
+    with torch.inference_mode():
+        found = ours.logits(batch.source, batch.decoder_input, batch.ids)
+        wanted = theirs(
+            input_ids=table[batch.source], attention_mask=batch.source != vocabulary.PAD, decoder_input_ids=table[batch.decoder_input]
+        ).logits[:, :, table]
+    real = batch.decoder_input != vocabulary.PAD
+    assert wanted[real].std() > 0.1
+    assert (found - wanted)[real].abs().max() <= 1e-4
+
+
+def test_m2m_100(m2m):
+    tensors, recipe, vocabulary = imported(m2m)
+    tokenizer = tokenizer_of(m2m)
+    ids = their_ids(m2m, vocabulary)
+    assert len(vocabulary.codes) == 100
+    for code in ("de", "en", "fr", "ast"):
+        ids[vocabulary.tag_id(code)] = tokenizer.get_lang_id(code)
+    for index in range(4, 104):  # each tag has a row of its own among those of the languages
+        ids[index] = ids[index] if ids[index] >= 0 else 301 + M2M_100.split().index(their_code(vocabulary.codes[index - 4]))
+    assert sorted(ids[4:104]) == list(range(301, 401)) and ids[:4] == [0, 1, 2, 3]
+    assert ids.count(3) == 4  # the unknown piece, and three that vocab.json lacks
+    check_logits(m2m, ids, tensors, recipe, vocabulary)
+
+
+def their_code(code: str) -> str:
+    from lsmoe_ds.languages import normalize_code
+
+    return next(each for each in M2M_100.split() if normalize_code(each) == code)
+
+
+def test_nllb(nllb, tmp_path):
+    tensors, recipe, vocabulary = imported(nllb)
+    assert vocabulary.codes == ("ace_Arab", "de", "en", "fr", "zh_Hans", "zh_Hant", "ar", "ars", "nb")  # of nob and nor the first
+    ids = their_ids(nllb, vocabulary)
+    ids[4:13] = range(301, 310)  # after the pieces, in the order of the list
+    assert ids[13:] == list(range(4, 301))
+    check_logits(nllb, ids, tensors, recipe, vocabulary)
+    # Where ids are written they count: transformers 5 gives <mask> the first of them.
+    tokenizer = tokenizer_of(nllb)
+    shutil.copytree(nllb, tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    tensors, recipe, vocabulary = imported(tmp_path / "saved")
+    for code, theirs in zip(vocabulary.codes, NLLB_CODES[:-1], strict=True):
+        ids[vocabulary.tag_id(code)] = tokenizer.convert_tokens_to_ids(theirs)
+    assert sorted(ids[4:13]) != list(range(301, 310))
+    check_logits(tmp_path / "saved", ids, tensors, recipe, vocabulary)
+
+
+@pytest.mark.parametrize("folder", ["m2m", "nllb"])
+def test_pieces_are_theirs(folder, request):
+    home = request.getfixturevalue(folder)
+    vocabulary, tokenizer, chosen = imported(home)[2], tokenizer_of(home), random.Random(2)
+    ids = their_ids(home, vocabulary)
+    lines = [" ".join(chosen.choice(WORDS) for _ in range(chosen.randint(1, 9))) for _ in range(300)]
+    lines += ["".join(chosen.choice("bdfklaeiouäéжが .,ﬁ") for _ in range(chosen.randint(1, 30))).strip() for _ in range(300)]
+    checked = 0
+    for line in lines:
+        if line and clean_text(line) == line:
+            assert [ids[index] for index in vocabulary.encode(line)] == tokenizer(line, add_special_tokens=False)["input_ids"], line
+            checked += 1
+    assert checked > 400
+
+
+def test_a_unigram_model(nllb, tmp_path):
+    shutil.copytree(nllb, tmp_path / "unigram")
+    model = pieces_of("unigram")
+    (tmp_path / "unigram" / "sentencepiece.bpe.model").write_bytes(model)
+    _, recipe, vocabulary = imported(tmp_path / "unigram")
+    assert recipe.data.vocabulary.type == vocabulary.type == "unigram"
+    original = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for line in ("Ba deko fi.", "lamé жа が", "xyz"):
+        assert vocabulary._processor.encode(line, out_type=str) == original.encode(line, out_type=str)
+
+
+@pytest.mark.parametrize("folder", ["m2m", "nllb"])
+def test_exported_again(folder, request):
+    home = request.getfixturevalue(folder)
+    tensors, recipe, vocabulary = imported(home)
+    found, wanted = rename(tensors, recipe, vocabulary.size), safetensors.torch.load_file(home / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name in wanted.keys() - {"model.shared.weight"}:
+        assert torch.equal(found[name], wanted[name]), name
+    ids = their_ids(home, vocabulary)
+    text = [index for index, row in enumerate(ids) if row >= 0]
+    assert torch.equal(found["model.shared.weight"][text], wanted["model.shared.weight"][torch.tensor(ids)[text]])
+
+
+def test_the_tokenizer_exported_again(m2m, tmp_path):
+    from transformers import AutoTokenizer
+
+    _, recipe, vocabulary = imported(m2m)
+    vocabulary.save(tmp_path / "vocabulary.model")
+    made = tokenizer(vocabulary, (tmp_path / "vocabulary.model").read_bytes(), "de", recipe.data.vocabulary.type)
+    for name, value in (("tokenizer", made), ("tokenizer_config", tokenizer_config(recipe)), ("config", {"model_type": "m2m_100"})):
+        write_json(tmp_path / f"{name}.json", value)
+    fast, chosen = AutoTokenizer.from_pretrained(tmp_path), random.Random(4)
+    words = [*WORDS, "<2de>", "＜", "ﬁ", "ｶﾞ", "…", "a\u0301", "㌔", "´", "¨a", "\u3000"]
+    for _ in range(500):
+        line = " ".join(chosen.choice(words) for _ in range(chosen.randint(1, 9)))
+        assert fast(line)["input_ids"] == [vocabulary.tag_id("de"), *vocabulary.encode(line), vocabulary.EOS], line
+
+
+def test_shards_of_half_precision(m2m, tmp_path):
+    whole, recipe, _ = imported(m2m)
+    shutil.copytree(m2m, tmp_path / "shards")
+    shard(tmp_path / "shards")
+    tensors, same, _ = imported(tmp_path / "shards")
+    assert same == recipe and tensors.keys() == whole.keys()
+    for name, value in whole.items():
+        assert tensors[name].dtype == torch.float32 and torch.equal(tensors[name], value.half().float()), name
+
+
+def test_the_embedding_under_other_names_and_computed_positions(m2m, tmp_path):
+    shutil.copytree(m2m, tmp_path / "old")
+    tensors = safetensors.torch.load_file(m2m / "model.safetensors")
+    embedding = tensors.pop("model.shared.weight")
+    more = {"lm_head.weight": embedding, "model.decoder.embed_tokens.weight": embedding.clone()}
+    more["model.encoder.embed_positions.weights"] = torch.zeros(3, 16)
+    safetensors.torch.save_file(tensors | more, tmp_path / "old" / "model.safetensors")
+    first, second = imported(m2m)[0], imported(tmp_path / "old")[0]
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_recipe(m2m):
+    _, recipe, vocabulary = imported(m2m, "training.steps=7", "name=mine", "data.temperature=2", "parallel.tensor=1")
+    assert (recipe.model.hidden, recipe.model.heads, recipe.model.decoder.feed_forward) == (16, 4, 40)
+    assert (recipe.training.steps, recipe.training.dropout, recipe.name, recipe.data.temperature) == (7, 0.0, "mine", 2)
+    assert (recipe.training.start_from, recipe.data.vocabulary.file) == (Path("out"), Path("out/vocabulary.model"))
+    assert (recipe.data.vocabulary.size, recipe.data.vocabulary.type) == (vocabulary.size, "bpe")
+    assert imported(m2m)[1].name == "out"
+
+
+def store(folder: Path, out: Path, *overrides: str) -> None:
+    """As the command does it."""
+    tensors, recipe, model = read_huggingface(folder, overrides, out)
+    vocabulary = out.parent / "made.model"
+    vocabulary.write_bytes(model)
+    write_folder(out, tensors, recipe, vocabulary, {"kind": "consolidated", "step": 0})
+
+
+def test_training_begins_with_it(m2m, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path)
+    corpora = 'data.corpora=[{"path": text.tsv, "format": tsv}]'
+    store(m2m, Path("out"), corpora, DATA[1], "data.held_out.dev=5", "data.held_out.test=20", "training.steps=2", "deepspeed={}")
+    recipe = load_recipe("out/recipe.yaml")
+    data = prepare(recipe)
+    assert (data.folder / "vocabulary.model").read_bytes() == Path("out/vocabulary.model").read_bytes()
+    start.check(recipe, Path("run"), 1)
+    weights = read_weights(find_model("out")).tensors
+    wanted = imported(m2m)[0]
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)

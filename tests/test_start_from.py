@@ -1,0 +1,209 @@
+"""A training begins with the weights of a converted folder, in every layout, and forgets the folder once it has a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.convert.command import convert
+from lsmoe_ds.convert.folder import find_model, read_weights, write_folder
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Direction
+from lsmoe_ds.run_folder import open_run
+from lsmoe_ds.training import start
+
+# (tensor, expert, world, ZeRO stage, bfloat16)
+ONE, FOUR, FOUR_ZERO, FOUR_BF16 = (1, 1, 1, 0, False), (2, 2, 4, 0, False), (2, 2, 4, 1, False), (2, 2, 4, 1, True)
+LAYOUTS = [ONE, (1, 1, 1, 1, True), FOUR, (2, 2, 4, 0, True), FOUR_ZERO, FOUR_BF16, (1, 2, 2, 2, False), (2, 1, 2, 2, True)]
+
+
+def first_steps(topology: Any, recipe: Recipe, run: Path) -> dict[str, Any]:
+    """Trains; returns the weights before the first step, the float32 copies as (name, start, values), losses, and what was said."""
+    from lsmoe_ds.model.initialization import global_names, partition_dimension
+    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.training import loop as module
+
+    true_step, true_say = module.train_step, module.Monitor.say
+    kept: dict[str, Any] = {"losses": [], "said": []}
+
+    def step(engine: Any, batch: Any, number: int, *arguments: Any) -> Any:
+        if not kept["losses"]:
+            names = global_names(engine.module, topology)
+            local = {parameter: names[name] for name, parameter in engine.module.named_parameters()}
+            kept["weights"] = {
+                name: (parameter.detach().float().numpy().copy(), partition_dimension(parameter)) for parameter, name in local.items()
+            }
+            kept["copies"] = [
+                (local[piece.parameter], piece.start, piece.holder.detach().view(-1)[piece.offset : piece.offset + piece.length].numpy())
+                for piece in compat.optimizer_pieces(engine)
+            ]
+            kept["copies"] = [(name, begin, values.copy()) for name, begin, values in kept["copies"]]
+            kept["moved"] = any(state["exp_avg"].any() for state in compat.optimizer_states(engine).values() if "exp_avg" in state)
+        result = true_step(engine, batch, number, *arguments)
+        kept["losses"].append(result.loss)
+        return result
+
+    module.train_step = step
+    module.Monitor.say = lambda self, text: kept["said"].append(text)
+    try:
+        if topology.is_main:
+            open_run(recipe, run, recipe.prepared / "vocabulary.model")
+        module.train(recipe, run, topology)
+    finally:
+        module.train_step, module.Monitor.say = true_step, true_say
+    return kept
+
+
+def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    value = recipe.model_dump(mode="json", exclude_none=True)
+    for name, section in sections.items():
+        value[name] = {**value[name], **section}
+    return Recipe.model_validate(value)
+
+
+def recipe_from(root: Path, layout: tuple = ONE, folder: str = "model") -> Recipe:
+    tensor, expert, _, stage, bf16 = layout
+    recipe = make_recipe(root, TOKEN_TOP2, TARGET_TOP2, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
+    vocabulary = {"size": 140, "file": root / "model" / "vocabulary.model"}
+    training = {"start_from": root / folder, "steps": 3, "log_every": 1, "learning_rate": 0.01}
+    return changed(recipe, data={"vocabulary": vocabulary}, training=training)
+
+
+@pytest.fixture(scope="module")
+def root(pool, tmp_path_factory):
+    """A trained model as the folder ``model``, as its run, and as a dense one; data prepared with its vocabulary."""
+    root = tmp_path_factory.mktemp("start")
+    run, _ = make_run(pool, root, TOKEN_TOP2, TARGET_TOP2)
+    run.rename(root / "trained")
+    stored = find_model(root / "trained")
+    made = {"kind": "consolidated", "step": 2}
+    write_folder(root / "model", read_weights(stored).tensors, stored.recipe, stored.vocabulary, made)
+    prepare(recipe_from(root))
+    return root
+
+
+def whole(root: Path) -> dict[str, torch.Tensor]:
+    return dict(read_weights(find_model(root / "model")).tensors)
+
+
+@pytest.fixture(scope="module")
+def one(pool, root):
+    return pool.run(1, first_steps, recipe_from(root), root / "one")[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
+def test_every_rank_begins_with_its_part(pool, root, one, layout, tmp_path):
+    tensor, expert, world, _, bf16 = layout
+    found = pool.run(world, first_steps, recipe_from(root, layout), tmp_path / "run", tensor=tensor, expert=expert)
+    wanted, seen, copied = whole(root), set(), {}
+    for rank, kept in enumerate(found):
+        parts = {}
+        for name, (values, dimension) in kept["weights"].items():
+            parts[name] = wanted[name] if dimension is None else wanted[name].chunk(tensor, dimension)[rank % tensor]
+            same = parts[name].bfloat16().float() if bf16 else parts[name]
+            assert np.array_equal(values, same.numpy()), name
+            seen.add(name)
+        for name, begin, values in kept["copies"]:  # what the optimizer steps is never rounded
+            assert np.array_equal(values, parts[name].reshape(-1)[begin : begin + len(values)].numpy()), name
+            copied[name] = True
+        assert not kept["moved"]
+    assert seen == copied.keys() == wanted.keys()
+    assert found[0]["said"][0] == f"starting from {root / 'model'}"
+    if not bf16:  # the second and third step are of the copies
+        assert found[0]["losses"] == pytest.approx(one["losses"], rel=1e-5)
+
+
+def test_the_first_loss_is_the_models(pool, root, one, tmp_path):
+    random_weights = changed(recipe_from(root), training={"start_from": None})
+    before = pool.run(1, first_steps, random_weights, tmp_path / "run")[0]
+    assert before["losses"][0] != one["losses"][0] and before["said"] == []
+    again = pool.run(1, first_steps, recipe_from(root), tmp_path / "again")[0]
+    assert again["losses"] == one["losses"]  # to the bit
+
+
+def test_going_on_needs_the_folder_no_more(pool, root, tmp_path):
+    shutil.copytree(root / "model", tmp_path / "model")
+    recipe = changed(recipe_from(root), training={"start_from": tmp_path / "model", "steps": 2})
+    start.check(recipe, tmp_path / "run", 1)
+    pool.run(1, first_steps, recipe, tmp_path / "run")
+    shutil.rmtree(tmp_path / "model")
+    longer = changed(recipe, training={"steps": 3})
+    start.check(longer, tmp_path / "run", 1)
+    going_on = pool.run(1, first_steps, longer, tmp_path / "run")[0]
+    assert len(going_on["losses"]) == 1 and going_on["said"][0].startswith("going on from")
+    with pytest.raises(UserError, match=r"was started with training.start_from .*model, the recipe now has None"):
+        start.check(changed(longer, training={"start_from": None}), tmp_path / "run", 1)
+
+
+def other_vocabulary(root: Path, recipe: Recipe) -> Recipe:
+    return changed(recipe, data={"directory": root / "other", "vocabulary": {"size": 140, "type": "bpe"}})
+
+
+def narrower(root: Path, recipe: Recipe) -> Recipe:
+    return changed(recipe, model={"encoder": {"layers": 2, "feed_forward": 16, "moe": TOKEN_TOP2}})
+
+
+def without_experts(root: Path, recipe: Recipe) -> Recipe:
+    return changed(recipe, model={"encoder": {"layers": 2, "feed_forward": 24}})
+
+
+def from_folder(name: str):
+    return lambda root, recipe: changed(recipe, training={"start_from": root / name})
+
+
+def damaged(root: Path, recipe: Recipe) -> Recipe:
+    shutil.copytree(root / "model", root / "damaged")
+    content = bytearray((root / "damaged" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (root / "damaged" / "model.safetensors").write_bytes(content)
+    return from_folder("damaged")(root, recipe)
+
+
+def exported(root: Path, recipe: Recipe) -> Recipe:
+    made = make_recipe(root, None, None)
+    write_folder(root / "exported", {"x": torch.zeros(1)}, made, root / "model" / "vocabulary.model", {"kind": "huggingface", "step": 0})
+    return from_folder("exported")(root, recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (other_vocabulary, r"vocabulary is not the prepared one: set data.vocabulary.file to .*model/vocabulary.model and prepare again"),
+        (narrower, r"encoder.0.feed_forward.contract.weight should be \(16, 16\), found \(16, 24\)"),
+        (without_experts, r"encoder.1.feed_forward.* found None"),
+        (from_folder("trained"), "trained is a run: give a folder that was made with --to consolidated, hybrid, dense"),
+        (from_folder("none"), "there is no folder .*none"),
+        (from_folder("data"), "data is neither a run folder"),
+        (damaged, "damaged is damaged: .*sha256 differs"),
+        (exported, "exported is made by `lsmoe convert --to huggingface`"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_started(root, tmp_path, change, says):
+    recipe = change(root, recipe_from(root))
+    prepare(recipe)
+    with pytest.raises(UserError, match=f"^'training.start_from' is .*{says}") as error:
+        start.check(recipe, tmp_path / "run", 1)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_dense_folder(pool, root, tmp_path):
+    run, _ = make_run(pool, tmp_path, None, TARGET_TOP2)
+    convert(run, "dense", Direction("en", "de"), tmp_path / "dense", check=0)
+    stored = find_model(tmp_path / "dense")
+    training = {"start_from": tmp_path / "dense", "steps": 1}
+    data = {"vocabulary": {"size": 140, "file": stored.vocabulary}}
+    recipe = changed(stored.recipe, training=training, data=data, deepspeed={"zero_optimization": {"stage": 0}})
+    recipe = recipe.model_copy(update={"name": "dense"})
+    prepare(recipe)
+    start.check(recipe, tmp_path / "begun", 1)
+    found = pool.run(1, first_steps, recipe, tmp_path / "begun")[0]["weights"]
+    wanted = read_weights(stored).tensors
+    assert found.keys() == wanted.keys() and all(np.array_equal(found[name][0], wanted[name].numpy()) for name in found)
