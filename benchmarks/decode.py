@@ -5,7 +5,7 @@
 peers: one process, 6 + 6 layers, H 512, F 2048, a vocabulary of 32,000, batches of 1, 16 and 64. Plain torch with caches
 and transformers' M2M-100 beside our dense model of their shape; and transformers' NLLB-MoE, whose every fourth layer has
 128 experts, beside our token-level model of its shape and the dense sub-network that the same model has for a target
-language when it is routed by that; and CTranslate2 with that sub-network, in float32 and int8.
+language when it is routed by that; and that sub-network in transformers' M2M-100 and, in float32 and int8, in CTranslate2.
 
 32, 128: so many experts in every second layer ("Beyond Distillation", section 4.3), on two processes: the token-level
 model with its experts spread over both, and the target language's sub-network, one whole on each. Each process decodes
@@ -153,6 +153,7 @@ def beside_peers(rounds: int) -> dict[str, Any]:
     others: dict[str, Any] = {"plain torch, dense": peers.PlainTransformer(dense, VOCABULARY).eval()}
     if peers.installed("transformers"):
         others["transformers M2M-100, dense"] = peers.m2m100(dense, VOCABULARY).eval()
+        others["transformers M2M-100, sub-network"] = peers.m2m100(small, VOCABULARY).eval()  # as wide as when it is exported
         others["transformers NLLB-MoE"] = peers.nllb_moe(dense, VOCABULARY, NLLB_EXPERTS, NLLB_EVERY).eval()
         routers = [module for module in others["transformers NLLB-MoE"].modules() if hasattr(module, "classifier")]
         source, forced = sentences(dense, CALIBRATION, 1).source, forced_tokens(CALIBRATION, 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert import ctranslate2
+from lsmoe_ds.convert.huggingface import widest
 from lsmoe_ds.data.batching import Batch
 from lsmoe_ds.data.vocabulary import SPECIALS
 from lsmoe_ds.languages import BOS, EOS, PAD
@@ -178,7 +179,7 @@ def _shape(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
     """What Marian, M2M-100 and NLLB-MoE call the sizes of a recipe."""
     model, dropout = recipe.model, recipe.training.dropout
     sides = {"encoder": model.encoder, "decoder": model.decoder}
-    shape = {f"{name}_{key}": value for name, side in sides.items() for key, value in (("layers", side.layers), ("ffn_dim", side.width(0)))}
+    shape = {f"{name}_{key}": value for name, side in sides.items() for key, value in (("layers", side.layers), ("ffn_dim", widest(side)))}
     heads = {f"{name}_attention_heads": model.heads for name in sides}
     tokens = {"vocab_size": vocabulary, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "decoder_start_token_id": EOS}
     return {
