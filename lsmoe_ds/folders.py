@@ -134,8 +134,11 @@ def recover(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Holds the right to write ``path`` against other processes; if another has it, waits, or raises UserError."""
+def locked(path: Path, wait: bool = False) -> Iterator[int]:
+    """Holds the right to write ``path`` against other processes; if another has it, waits, or raises UserError.
+
+    Yields a descriptor: a process that inherits it holds the right as long as it lives.
+    """
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("w")
@@ -145,11 +148,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks: go on without
                 recover(path)
-                yield
+                yield file.fileno()
                 return
             raise UserError(f"another process is writing {path}: wait for it, or stop it") from None
         recover(path)
-        yield
+        yield file.fileno()
 
 
 @contextmanager

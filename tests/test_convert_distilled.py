@@ -11,8 +11,8 @@ from test_convert import global_weights, random_loaded
 from test_convert_low_rank import EN_DE, FR_EN, LINES, dense_of
 from test_sameness import whole
 
+from lsmoe_ds.convert.checkpoint import read_checkpoint
 from lsmoe_ds.convert.command import compare, convert
-from lsmoe_ds.convert.consolidate import read_checkpoint
 from lsmoe_ds.convert.subnetwork import check_convertible, extract
 from lsmoe_ds.costs import Parts
 from lsmoe_ds.errors import UserError

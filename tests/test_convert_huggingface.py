@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from small_run import PAIR_TOP1, TARGET_TOP2, make_recipe, make_run
-from test_consolidate import with_banks
 from test_convert import PAIR_TOP3, global_weights, random_loaded
+from test_convert_checkpoint import with_banks
 from torch import nn
 from typer.testing import CliRunner
 

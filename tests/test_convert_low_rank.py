@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_recipe
-from test_consolidate import make_banked_run, with_banks
 from test_convert import global_weights
+from test_convert_checkpoint import make_banked_run, with_banks
 from torch import nn
 from typer.testing import CliRunner
 

@@ -14,8 +14,8 @@ from test_resharding import BOTH, EXPERTS, ONE, TENSOR, losses, recipe_in, train
 
 from lsmoe_ds.cli import main
 from lsmoe_ds.convert import tensors
+from lsmoe_ds.convert.checkpoint import read_checkpoint
 from lsmoe_ds.convert.command import compare, convert
-from lsmoe_ds.convert.consolidate import read_checkpoint
 from lsmoe_ds.convert.folder import Weights, find_model, read_weights
 from lsmoe_ds.convert.subnetwork import extract
 from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors, save_tensors

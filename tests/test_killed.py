@@ -329,7 +329,7 @@ def save_where(topology, recipe, run: Path, memory: int, failing: bool) -> str |
 
 @pytest.mark.parametrize("memory", [2**40, 0], ids=["copied", "no room for copies"])
 def test_what_is_saved_is_what_was_there(pool, folder, memory):
-    from lsmoe_ds.convert.consolidate import read_checkpoint
+    from lsmoe_ds.convert.checkpoint import read_checkpoint
 
     run, recipe = folder / f"memory-{memory}", recipe_of(folder, 2, expert=2)
     assert pool.run(2, save_where, recipe, run, memory, False, expert=2) == [None, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_consolidate import with_banks
+from test_convert_checkpoint import with_banks
 from test_memory import kept_by_autograd, small_batches
 from test_planning import PAPERS, VOCABULARY, flops_by_torch, millions, recipe_of, sizes, traffic
 

@@ -77,7 +77,7 @@ def begun(pool, folder):
 
 
 def states(checkpoint, shapes) -> dict[str, dict[str, torch.Tensor]]:
-    from lsmoe_ds.convert.consolidate import read_checkpoint
+    from lsmoe_ds.convert.checkpoint import read_checkpoint
 
     state, weights = open_optimizer(checkpoint), read_checkpoint(checkpoint).weights
     return {name: {**state.whole(name, shape), "weight": weights[name]} for name, shape in shapes.items()}
@@ -86,7 +86,7 @@ def states(checkpoint, shapes) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("before", "after"), [(ONE, BOTH), (BOTH, FOUR), (FOUR, EXPERTS), (EXPERTS, TENSOR), (TENSOR, ONE)])
 def test_every_value_is_dealt_anew(pool, folder, begun, before, after, bf16, tmp_path):
-    from lsmoe_ds.convert.consolidate import read_checkpoint
+    from lsmoe_ds.convert.checkpoint import read_checkpoint
 
     first = begun(before, bf16) / "checkpoints" / "step-10"
     tensor, expert, world, _ = after

@@ -6,12 +6,12 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
@@ -20,7 +20,7 @@ from lsmoe_ds.config import MoE
 from lsmoe_ds.data.batching import Step
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import describe_files, write_json
+from lsmoe_ds.folders import describe_files, locked, write_json
 from lsmoe_ds.language_specific.settings import Clsr
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.launch import free_port
@@ -92,7 +92,7 @@ def records(run: Path, with_bytes: bool = False) -> list[dict]:
 
 
 def weights(run: Path, step: int) -> dict:
-    from lsmoe_ds.convert.consolidate import read_checkpoint
+    from lsmoe_ds.convert.checkpoint import read_checkpoint
 
     return read_checkpoint(run / "checkpoints" / f"step-{step}").weights
 
@@ -239,23 +239,35 @@ def ranks(recipe_file: Path, run: Path, world: int = 2) -> list[subprocess.Popen
 
 
 @pytest.mark.slow
-def test_sigkill_in_the_middle_changes_nothing(folder):
+def test_sigkill_of_the_command_and_of_everything(folder):
+    """Killed alone, it leaves ranks that train on: no second command writes there. All killed, the next goes on."""
     recipe = recipe_in(folder, steps=120, every=20, expert=2)
     file = folder / "killed.yaml"
     file.write_text(recipe.to_yaml())
     whole, killed = folder / "run-not-killed", folder / "run-killed"
     assert [p.wait(120) for p in ranks(file, whole)] == [0, 0]
-    processes = ranks(file, killed)
+    command = subprocess.Popen([sys.executable, "-m", "lsmoe_ds", "train", str(file), "--out", str(killed), "--nproc", "2"])
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints" / "step-40").exists():
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        assert time.monotonic() < deadline and command.poll() is None
         time.sleep(0.01)
-    for process in processes:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    others = psutil.Process(command.pid).children(recursive=True)
+    command.kill()
+    command.wait()
+    with pytest.raises(UserError, match="another process is writing"), locked(killed):
+        pass
+    for process in others:
+        process.kill()
+    psutil.wait_procs(others, 60)
     saved = list_checkpoints(killed)
     assert saved and step_of(saved[-1]) < 120, "it was killed too late to test anything"
-    assert [p.wait(120) for p in ranks(file, killed)] == [0, 0]
+    processes = ranks(file, killed)
+    while list_checkpoints(killed) == saved:
+        assert all(p.poll() is None for p in processes)
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="another process is writing"), locked(killed):
+        pass  # ranks that nobody of ours has started hold it themselves
+    assert [p.wait(120) for p in processes] == [0, 0]
     assert_same_end(whole, killed, 120)
     shutil.rmtree(killed)
 

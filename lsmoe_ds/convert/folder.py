@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.consolidate import read_checkpoint
+from lsmoe_ds.convert.checkpoint import read_checkpoint
 from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, damage, describe_files, explain_errors, locked, read_fields, read_json, replaced, write_json

@@ -22,6 +22,8 @@ KEEP_LARGE_BLOCKS = {
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
 
+LOCKED = "LSMOE_LOCKED"  # tells ranks that whoever started them holds the right to write
+
 
 def is_launched() -> bool:
     """Whether a launcher has started this process as one of several, with a rank."""
@@ -39,20 +41,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(arguments: list[str], processes: int) -> int:
-    """Runs ``lsmoe ARGUMENTS`` on ``processes`` processes of this machine through the deepspeed launcher; returns its status."""
+def start(arguments: list[str], processes: int, lock: int) -> int:
+    """Runs ``lsmoe ARGUMENTS`` on ``processes`` processes of this machine through the deepspeed launcher; returns its status.
+
+    The launcher inherits ``lock`` (see :func:`lsmoe_ds.folders.locked`): should this process be killed alone, nobody else begins to
+    write where its ranks still do.
+    """
     launcher = Path(sys.executable).with_name("deepspeed")
     if not launcher.exists():
         raise UserError(f"the deepspeed launcher is not beside {sys.executable}: install deepspeed in this environment")
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    environment = {**KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
+    environment = {**KEEP_LARGE_BLOCKS, LOCKED: "1", "OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     command = [str(launcher), "--num_accelerators", str(processes), "--master_port", str(free_port())]
     command += ["--log_level", "error", "--no_local_rank", "--module", "lsmoe_ds", *arguments]
-    with subprocess.Popen(command, env=environment) as launcher_process:
+    with subprocess.Popen(command, env=environment, pass_fds=(lock,)) as launcher_process:
         for each in SIGNALS:
             signal.signal(each, lambda number, _: _pass_on(launcher_process.pid, number))
         return launcher_process.wait()

@@ -25,7 +25,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from lsmoe_ds.convert.consolidate import read_checkpoint
+from lsmoe_ds.convert.checkpoint import read_checkpoint
 from lsmoe_ds.convert.optimizer import open_optimizer
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, read_json, sync, write_json

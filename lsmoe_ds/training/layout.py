@@ -42,12 +42,12 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
     check_world(world, layout.tensor, layout.expert)
     engine_config(recipe, Topology(world=world, tensor=layout.tensor, data=world // layout.tensor, expert=layout.expert))
     check_writable(out)
-    with locked(out), replaced(out) as new, explain_errors(out):
+    with locked(out) as lock, replaced(out) as new, explain_errors(out):
         open_run(recipe, new, stored.vocabulary)
         if (metrics := stored.home / "metrics.jsonl").exists():
             shutil.copyfile(metrics, new / metrics.name)
         arguments = ["convert", str(stored.weights_in), "--to", "layout", "--out", str(new)]
-        if status := launch.start(arguments, world):
+        if status := launch.start(arguments, world, lock):
             raise UserError(f"the processes of the new layout failed with status {status}: {out} was not written")
     return {"kind": "layout", "processes": world, "tensor": layout.tensor, "expert": layout.expert, "run": str(out)}
 

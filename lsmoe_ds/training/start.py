@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from lsmoe_ds.config import Recipe
@@ -55,11 +57,11 @@ def train_on(recipe: Recipe, run: Path, processes: int | None) -> int:
     """Trains on ``processes`` processes of this machine (by default as few as the layout needs); returns the exit status: 0 after
     the last step, :data:`interrupt.STATUS` when asked to stop."""
     world = processes or launch.smallest_world(recipe)
-    with locked(run):
+    with locked(run) as lock:
         check(recipe, run, world)
         if world == 1:
             return _join_and_train(recipe, run)
-        return launch.start(["train", str(run / "recipe.yaml"), "--out", str(run)], world)
+        return launch.start(["train", str(run / "recipe.yaml"), "--out", str(run)], world, lock)
 
 
 def train_here(recipe: Recipe, run: Path) -> int:
@@ -67,10 +69,12 @@ def train_here(recipe: Recipe, run: Path) -> int:
     import torch.distributed as dist
 
     launch.join()
-    if dist.get_rank() == 0:
-        check(recipe, run, dist.get_world_size())
-    dist.barrier()
-    return _join_and_train(recipe, run)
+    main = dist.get_rank() == 0
+    with locked(run) if main and launch.LOCKED not in os.environ else nullcontext():
+        if main:
+            check(recipe, run, dist.get_world_size())
+        dist.barrier()
+        return _join_and_train(recipe, run)
 
 
 def _join_and_train(recipe: Recipe, run: Path) -> int:

@@ -11,7 +11,7 @@ from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run,
 from test_sameness import whole
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.consolidate import read_checkpoint
+from lsmoe_ds.convert.checkpoint import read_checkpoint
 from lsmoe_ds.costs import Parts
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
