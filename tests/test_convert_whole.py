@@ -54,10 +54,10 @@ def test_consolidated_is_the_whole_model(run, tmp_path, shard, monkeypatch):
     out = tmp_path / "whole"
     record = convert(run, "consolidated", None, out, check=12)
     assert record["same_translations"] == record["sentences"] > 0 and record["largest_logit_difference"] == 0
-    assert record["dense_parameters"] == record["sparse_parameters"] == load(run, "cpu").parameters
+    assert record["parameters"] == load(run, "cpu").parameters and not (run / "conversion.json").exists()
     files = {path.name: path.stat().st_size for path in out.glob("model*.safetensors")}
     assert len(files) == 1 if shard > 10_000 else len(files) > 5 and max(files.values()) < 16_000
-    assert record["dense_bytes"] >= 4 * record["dense_parameters"]
+    assert record["bytes"] >= 4 * record["parameters"]
     assert same(read_weights(find_model(out)).tensors, read_checkpoint(run / "checkpoints" / "step-2").weights)
     # and it is as good as the run where a model is wanted
     pair, with_experts = tmp_path / "pair", tmp_path / "hybrid"
@@ -204,6 +204,7 @@ def test_layouts_on_the_command_line(begun, tmp_path, monkeypatch, capsys):
     for arguments, message in [
         (["--set", "training.learning_rate=1"], "was started with training.learning_rate"),
         (["--set", "parallel.tensor=2", "--nproc", "3"], "does not divide the 3 processes"),
+        (["--average", "2"], "keeps the whole run as it is"),
     ]:
         assert lsmoe(*arguments, "--out", str(tmp_path / "no")) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "no").exists()

@@ -193,7 +193,7 @@ def test_a_training_begins_with_a_grown_run(pool, run, tmp_path, monkeypatch):
     from lsmoe_ds.data.prepare import prepare
 
     record = convert(run, "grown", None, tmp_path / "more", check=8, overrides=["model.encoder.moe.experts=8"])
-    assert record["same_translations"] == record["sentences"] > 0 and record["dense_parameters"] > record["sparse_parameters"]
+    assert record["same_translations"] == record["sentences"] > 0 and record["parameters"] > load(run, "cpu").parameters
     provenance = json.loads((tmp_path / "more" / "provenance.json").read_text())
     assert (provenance["kind"], provenance["grown_from"], provenance["run"]) == ("consolidated", "small", "more")
     assert "with further experts" in (tmp_path / "more" / "README.md").read_text()

@@ -47,6 +47,7 @@ WRITERS = {
     "ctranslate2": "lsmoe_ds.convert.ctranslate2",
 }
 """What a model can be converted to: the module whose ``write_files`` is its :class:`~lsmoe_ds.convert.folder.Writer`."""
+PLAIN = ("dense", "huggingface", "ctranslate2")  # kinds without experts, which a run's report tells of
 OPTIONS = {"quantization": "ctranslate2", "optimizer": "consolidated"}  # and the kind that has them
 
 
@@ -109,8 +110,8 @@ def convert(
     like: Likeness | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Converts a run, a checkpoint, a converted folder or one of Hugging Face; of a run it writes ``conversion.json`` beside its recipe
-    (see evaluation/report.py).
+    """Converts a run, a checkpoint, a converted folder or one of Hugging Face; if a plain model is made of a run it writes
+    ``conversion.json`` beside the run's recipe (see evaluation/report.py).
 
     For one direction, or by the shared route for all; a dense folder is taken as it is. ``average`` checkpoints are averaged.
     ``overrides`` change the recipe of a grown or imported model; ``like`` says what new parts are like.
@@ -156,9 +157,12 @@ def convert(
     write = importlib.import_module(WRITERS[to]).write_files
     files = write_folder(out, tensors, recipe, vocabulary, provenance, card, write, **options)
     seconds = time.perf_counter() - began
+    found = _compare(stored, to, direction, out, check, route if average == 1 else None, made)
+    sizes = {"bytes": _bytes(files), "seconds": round(seconds, 3), "folder": str(out)}
+    if to not in PLAIN:
+        return {"kind": to, "parameters": tensors.numbers, **found, **sizes}
     record: dict[str, Any] = {name: made[name] for name in ("direction", "route", "sparse_parameters", "dense_parameters")}
-    record |= {"kind": to} | shown | _compare(stored, to, direction, out, check, route if average == 1 else None, made)
-    record |= {"dense_bytes": _bytes(files), "seconds": round(seconds, 3), "dense_folder": str(out)}
+    record |= {"kind": to, **shown, **found, **{name if name == "seconds" else f"dense_{name}": value for name, value in sizes.items()}}
     if stored.kind == "sparse":
         write_whole(stored.home / "conversion.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     return record
