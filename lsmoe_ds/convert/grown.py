@@ -66,7 +66,7 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
     vocabulary = Vocabulary.load(stored.vocabulary)
     new = [code for code in after.languages.codes if code not in vocabulary.codes]
     model = add_tags(stored.vocabulary.read_bytes(), new)
-    of_vocabulary = {"size": vocabulary.size + len(new), "type": vocabulary.type, "file": str(out / VOCABULARY)}
+    of_vocabulary = {"size": Vocabulary(model).size, "type": vocabulary.type, "file": str(out / VOCABULARY)}
     changes = {**anew, "data": {**anew["data"], "vocabulary": of_vocabulary}, "training": {"start_from": str(out)}}
     return load_recipe(stored.home / RECIPE, overrides, changes), model
 

@@ -214,7 +214,8 @@ def tokenizer(vocabulary: Vocabulary, model: bytes, target: str, kind: str = "un
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     tags = [tag(code) for code in vocabulary.codes]
-    special = {index: processor.id_to_piece(index) for index in (*SPECIALS, *(vocabulary.tag_id(code) for code in vocabulary.codes))}
+    silent = (*SPECIALS, *(vocabulary.tag_id(code) for code in vocabulary.codes), *vocabulary.unused)
+    special = {index: processor.id_to_piece(index) for index in silent}
     pieces = [special.get(index) or processor.id_to_piece(index).replace("<", LESS_THAN) for index in range(vocabulary.size)]
     head = tag(target)
     assert head in tags

@@ -19,7 +19,7 @@ from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import PROVENANCE, RECIPE, VOCABULARY, name_of
 from lsmoe_ds.convert.huggingface import EMBEDDING, our_names, their_name
 from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors
-from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, parse_model
+from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, fill_up, parse_model
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import BOS, CODE, EOS, PAD, UNK, normalize_code, tag
@@ -185,8 +185,9 @@ def _vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
     for name, kind in (special | dict.fromkeys(tags, kinds.CONTROL)).items():
         proto.pieces.add(piece=name, score=0.0, type=kind)
     proto.pieces.extend(text)
+    fill_up(proto)
+    rows += [ids[SPECIALS[UNK]]] * (len(proto.pieces) - len(rows))
     spec = proto.trainer_spec
-    spec.vocab_size = len(proto.pieces)
     spec.bos_id, spec.pad_id, spec.eos_id, spec.unk_id = BOS, PAD, EOS, UNK
     spec.bos_piece, spec.pad_piece, spec.eos_piece, spec.unk_piece = (SPECIALS[index] for index in (BOS, PAD, EOS, UNK))
     spec.control_symbols[:] = tags

@@ -168,7 +168,9 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     yield "route", provenance["route"]
     averaged = f", the mean of {provenance['average']} checkpoints up to it" if "average" in provenance else ""
     yield "trained steps", f"{provenance['step']:,}{averaged}"
-    yield "parameters", f"{provenance['dense_parameters']:,} (the whole model: {provenance['sparse_parameters']:,})"
+    before = "" if provenance["dense_parameters"] == provenance["sparse_parameters"] else f"{provenance['sparse_parameters']:,}"
+    whole = f" ({'before' if 'grown_from' in provenance else 'the whole model'}: {before})" if before else ""
+    yield "parameters", f"{provenance['dense_parameters']:,}{whole}"
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
         widths = sorted({side.width(layer) for layer in range(side.layers)})
         experts = f", {side.moe.experts} experts by {side.moe.routing} every {side.moe.every} layers" if side.moe is not None else ""

@@ -16,6 +16,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, nearest, tag
 
 SPECIALS = {BOS: "<s>", PAD: "<pad>", EOS: "</s>", UNK: "<unk>"}
+UNUSED, MULTIPLE = "<unused", 8
 # The sums of unigram training depend on the number of threads: a fixed one gives the same model on any machine.
 THREADS = 4
 
@@ -37,10 +38,10 @@ class Vocabulary:
                 f"the vocabulary begins with {', '.join(pieces[: len(SPECIALS)])} where {', '.join(SPECIALS.values())} are needed"
             )
         self._model = model
-        self._tags = {
-            piece[2:-1]: index for index, piece in enumerate(pieces) if self._processor.is_control(index) and piece.startswith("<2")
-        }
-        self._silent = frozenset({BOS, PAD, EOS, *self._tags.values()})
+        controls = {index: piece for index, piece in enumerate(pieces) if self._processor.is_control(index)}
+        self._tags = {piece[2:-1]: index for index, piece in controls.items() if piece.startswith("<2")}
+        self.unused = tuple(index for index, piece in controls.items() if piece.startswith(UNUSED))
+        self._silent = frozenset({BOS, PAD, EOS, *self._tags.values(), *self.unused})
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
@@ -111,15 +112,22 @@ def parse_model(model: bytes) -> Any:
     return found
 
 
+def fill_up(proto: Any) -> None:
+    """Adds pieces that no text holds, so that the embedding can be spread over the usual numbers of tensor-parallel ranks."""
+    while len(proto.pieces) % MULTIPLE:
+        proto.pieces.add(piece=f"{UNUSED}{len(proto.pieces)}>", score=0.0, type=type(proto).SentencePiece.CONTROL)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+
+
 def add_tags(model: bytes, codes: Sequence[str]) -> bytes:
-    """The same sentencepiece model with tags for further languages after all its pieces."""
+    """The same sentencepiece model with tags for further languages after all its pieces, filled up (:func:`fill_up`)."""
     if not codes:
         return model
     proto = parse_model(model)
     for code in codes:
         proto.pieces.add(piece=tag(code), score=0.0, type=type(proto).SentencePiece.CONTROL)
-    proto.trainer_spec.vocab_size = len(proto.pieces)
     proto.trainer_spec.control_symbols.extend(tag(code) for code in codes)
+    fill_up(proto)
     return bytes(proto.SerializeToString(deterministic=True))
 
 

@@ -62,7 +62,7 @@ class Hypothesis:
 
 def never_generated(vocabulary: Vocabulary) -> list[int]:
     """Ids that are no part of a translation."""
-    return [BOS, PAD, *(vocabulary.tag_id(code) for code in vocabulary.codes)]
+    return [BOS, PAD, *(vocabulary.tag_id(code) for code in vocabulary.codes), *vocabulary.unused]
 
 
 @torch.inference_mode()
