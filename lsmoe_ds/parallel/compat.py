@@ -169,6 +169,7 @@ def mark_tensor_parallel(parameter: Any, dimension: int) -> None:
 @contextlib.contextmanager
 def trusted_checkpoint_loading() -> Iterator[None]:
     """DeepSpeed loads its checkpoints with ``weights_only=False``; inside this context nothing in them can run code."""
+    import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

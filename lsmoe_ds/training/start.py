@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import find_model, read_weights
+from lsmoe_ds.convert.folder import PROVENANCE, find_model, read_weights
 from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import locked, sha256
+from lsmoe_ds.folders import damage, locked, read_fields, sha256
 from lsmoe_ds.inference.load import empty_model
 from lsmoe_ds.parallel import interrupt, launch
 from lsmoe_ds.parallel.topology import Topology, check_world
@@ -49,6 +49,8 @@ def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
             raise UserError(f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and prepare again")
         weights = read_weights(stored)
         empty_model(recipe, Vocabulary.load(vocabulary).size, Tensors.of(weights.tensors), Topology.single())
+        if wrong := damage(stored.home, read_fields(stored.home / PROVENANCE, files=dict)["files"], verify=True):
+            raise UserError(f"{stored.home} is damaged: {wrong}")
     except UserError as error:
         raise UserError(f"'training.start_from' is {folder}: {error}") from None
 
