@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from small_huggingface import DATA, NLLB_CODES, imported, pieces_of, shard, tokenizer_of, write_m2m, write_nllb
 from small_run import write_corpus
 
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.folder import Weights, find_model, read_weights, write_folder
 from lsmoe_ds.convert.huggingface import rename, tokenizer, tokenizer_config
 from lsmoe_ds.convert.importing import M2M_100, read_huggingface
@@ -22,6 +24,7 @@ from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.inference.load import build_model
 from lsmoe_ds.recipe_file import load_recipe
@@ -218,3 +221,21 @@ def test_training_begins_with_it(m2m, tmp_path, monkeypatch):
     weights = read_weights(find_model("out")).tensors
     wanted = imported(m2m)[0]
     assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_as_the_command_does_it(m2m, tmp_path):
+    record = convert(m2m, "consolidated", None, tmp_path / "base", overrides=DATA)
+    made = json.loads((tmp_path / "base" / "provenance.json").read_text())
+    assert (made["kind"], made["imported_from"], made["step"]) == ("consolidated", m2m.name, 0)
+    found, wanted = read_weights(find_model(tmp_path / "base")).tensors, imported(m2m)[0]
+    assert record["parameters"] == wanted.numbers and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert load_recipe(tmp_path / "base" / "recipe.yaml").training.start_from == tmp_path / "base"
+    assert f"The model `{m2m.name}` of Hugging Face" in (tmp_path / "base" / "README.md").read_text()
+    for arguments, says in (
+        ({"to": "dense"}, "import it first"),
+        ({"to": "consolidated", "average": 2}, "no checkpoints to average"),
+        ({"to": "consolidated", "optimizer": True}, "no optimizer's state"),
+    ):
+        with pytest.raises(UserError, match=says):
+            convert(m2m, direction=None, out=tmp_path / "no", **arguments)
+    assert not (tmp_path / "no").exists()

@@ -137,6 +137,8 @@ def convert(
     check_writable(out)
     began = time.perf_counter()
     if imported:
+        if average > 1 or options:
+            raise UserError(f"{run} is a Hugging Face model, which has no checkpoints to average and no optimizer's state")
         return _import(Path(run), to, overrides, out)
     stored = find_model(run)
     vocabulary: Path | bytes = stored.vocabulary
