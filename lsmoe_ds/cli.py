@@ -205,7 +205,6 @@ def convert(
 
         if direction or route != "specific" or average > 1 or quantization or optimizer or like_language or like_expert is not None:
             raise UserError("--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only")
-
         if "RANK" in os.environ:
             return write_layout(run, out)
         summary = convert_layout(run, overrides or (), out, processes)

@@ -28,7 +28,7 @@ from lsmoe_ds.convert.ctranslate2 import PIECES, library
 from lsmoe_ds.convert.folder import PROVENANCE, Stored
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import damage, read_json
+from lsmoe_ds.folders import damage, read_fields
 from lsmoe_ds.inference.beam_search import NOT_FINITE, Hypothesis, Search, never_generated
 from lsmoe_ds.languages import EOS, Direction, Languages
 from lsmoe_ds.model.guide import Route
@@ -53,14 +53,10 @@ class CTranslate2:
     @classmethod
     def load(cls, stored: Stored, route: Route) -> CTranslate2:
         """A folder that was converted to CTranslate2. Raises UserError if it is damaged."""
-        provenance = read_json(stored.home / PROVENANCE) or {}
-        try:
-            step, wrong = int(provenance["step"]), damage(stored.home, provenance["files"], verify=True)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{stored.home} is damaged: {PROVENANCE} lacks {error}") from None
-        if wrong is not None:
+        provenance = read_fields(stored.home / PROVENANCE, step=int, files=dict)
+        if wrong := damage(stored.home, provenance["files"], verify=True):
             raise UserError(f"{stored.home} is damaged: {wrong}")
-        return cls.open(stored.home, stored.recipe, stored.vocabulary, step, stored.home, route)
+        return cls.open(stored.home, stored.recipe, stored.vocabulary, provenance["step"], stored.home, route)
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe, vocabulary: Path, step: int, home: Path, route: Route = "specific") -> CTranslate2:
