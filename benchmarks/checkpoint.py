@@ -26,7 +26,7 @@ from common import ragged_batches, write
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Step
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.parallel import compat, launch
+from lsmoe_ds.parallel import compat, joining
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.checkpoints import Saver
 from lsmoe_ds.training.engine import build_engine, train_step
@@ -57,8 +57,8 @@ def write_and_sync(path: Path, size: int) -> None:
 
 
 def measure(rounds: int, folder: Path) -> dict[str, Any]:
-    launch.join()
-    topology, recipe = Topology.build(device=launch.device()), Recipe.model_validate(RECIPE)
+    joining.join()
+    topology, recipe = Topology.build(device=joining.device()), Recipe.model_validate(RECIPE)
     compat.seed_tensor_parallel_random(1, 0)
     engine = build_engine(recipe, VOCABULARY, topology)
     batches = ragged_batches(recipe.languages, VOCABULARY, 256, 1, 10.0)

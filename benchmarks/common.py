@@ -21,7 +21,7 @@ import torch
 
 from lsmoe_ds.data.batching import Batch, DirectionIds, collate
 from lsmoe_ds.languages import Languages
-from lsmoe_ds.parallel import launch
+from lsmoe_ds.parallel import joining, launch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -57,7 +57,7 @@ def in_processes(script: str, options: list[str], world: int) -> dict[str, Any]:
         environment = {**os.environ, **launch.KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world))}
         if world > 1:
             command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(world), "--no_local_rank"]
-            command += ["--log_level", "error", "--master_port", str(launch.free_port())]
+            command += ["--log_level", "error", "--master_port", str(joining.free_port())]
             environment |= {"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {}
         begun = time.perf_counter()
         subprocess.run([*command, script, *options, "--part", str(part)], env=environment, check=True)

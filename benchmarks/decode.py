@@ -40,7 +40,7 @@ from lsmoe_ds.languages import EOS
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.routers import Routes
-from lsmoe_ds.parallel import compat, launch
+from lsmoe_ds.parallel import compat, joining
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.topology import Topology
 
@@ -141,7 +141,7 @@ def experts_used(model: Transformer, run: Callable[[], object]) -> float:
 
 
 def beside_peers(rounds: int) -> dict[str, Any]:
-    launch.join()
+    joining.join()
     Topology.build()
     torch.manual_seed(1)
     dense = recipe_of(None)
@@ -183,9 +183,9 @@ def beside_peers(rounds: int) -> dict[str, Any]:
 
 def spread(experts: int, rounds: int) -> dict[str, Any]:
     """On each of the launched processes; figures of all together."""
-    launch.join()
+    joining.join()
     world = torch.distributed.get_world_size()
-    topology = Topology.build(expert=world, device=launch.device())
+    topology = Topology.build(expert=world, device=joining.device())
     compat.seed_tensor_parallel_random(1, 0)
     token, small = recipe_of("token", experts, expert=world), recipe_of("sub-network")
     models = {"token": build(token, topology), "sub-network": build(small, Topology.single(topology.device))}

@@ -32,7 +32,7 @@ from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.dealing import affinity
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.parallel import collectives, compat, launch
+from lsmoe_ds.parallel import collectives, compat, joining
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import build_engine, train_step
 
@@ -128,8 +128,8 @@ def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, flo
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    launch.join()
-    topology = Topology.build(expert=RANKS, device=launch.device())
+    joining.join()
+    topology = Topology.build(expert=RANKS, device=joining.device())
     compat.seed_tensor_parallel_random(1, 0)
     turns = {name: contestant(recipe_of(*settings), topology) for name, settings in CONTESTANTS.items()}
     for turn in turns.values():

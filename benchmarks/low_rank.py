@@ -29,7 +29,7 @@ from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.language_specific.low_rank import LowRankBank
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.model.guide import Guide
-from lsmoe_ds.parallel import compat, launch
+from lsmoe_ds.parallel import compat, joining
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.training.engine import build_engine, train_step
@@ -82,8 +82,8 @@ def contestant(recipe: Recipe, batches: list[Batch], topology: Topology, forward
 
 
 def measure(setting: str, rounds: int) -> dict[str, Any]:
-    launch.join()
-    topology = Topology.build(device=launch.device())
+    joining.join()
+    topology = Topology.build(device=joining.device())
     compat.seed_tensor_parallel_random(1, 0)
     count, forms = SETTINGS[setting]
     languages = EIGHT if count == 1 else load_recipe(PROJECT / "recipes/mediawiki-204.yaml").data.languages

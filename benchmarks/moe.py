@@ -26,7 +26,7 @@ from lsmoe_ds.languages import Languages, SentenceIds, english_centric
 from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.moe.layer import MixtureOfExperts
-from lsmoe_ds.parallel import compat, launch
+from lsmoe_ds.parallel import compat, joining, launch
 from lsmoe_ds.parallel.topology import Topology
 
 EXPERTS, HIDDEN, WIDTH, TOP_K, SENTENCES, LENGTH = 128, 512, 1024, 2, 128, 32
@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if launch.KEEP_LARGE_BLOCKS.items() - os.environ.items():  # glibc reads them when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **launch.KEEP_LARGE_BLOCKS})
-    launch.join()
+    joining.join()
     Topology.build()
     torch.manual_seed(1)
     x = torch.randn(SENTENCES, LENGTH, HIDDEN, requires_grad=True)

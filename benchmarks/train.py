@@ -30,7 +30,7 @@ from torch import nn
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.parallel import compat, launch
+from lsmoe_ds.parallel import compat, joining
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import build_engine, train_step
 
@@ -130,8 +130,8 @@ def alone(model: str, rounds: int) -> dict[str, Any]:
 
 
 def start() -> Topology:
-    launch.join()
-    topology = Topology.build(expert=torch.distributed.get_world_size(), device=launch.device())
+    joining.join()
+    topology = Topology.build(expert=torch.distributed.get_world_size(), device=joining.device())
     compat.seed_tensor_parallel_random(1, 0)
     torch.manual_seed(1)
     return topology

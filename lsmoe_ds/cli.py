@@ -6,13 +6,16 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lsmoe_ds import __version__
-from lsmoe_ds.errors import UserError
+from lsmoe_ds.errors import SharedError, UserError
+from lsmoe_ds.parallel.membership import guess_rank
+from lsmoe_ds.part import MOST, Part
 
 ABOUT = "Trains mixture-of-experts translation models on DeepSpeed, and takes small dense models out of them."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
@@ -20,11 +23,16 @@ data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at pa
 app.add_typer(data_app, name="data")
 analyze_app = typer.Typer(no_args_is_help=True, help="Look into a trained model.")
 app.add_typer(analyze_app, name="analyze")
+slurm_app = typer.Typer(no_args_is_help=True, help="What the scripts in slurm/ ask around a training.")
+app.add_typer(slurm_app, name="slurm")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, such as recipes/demo.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the recipe; may be repeated.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint in it, or a converted folder.")]
 Route = Annotated[str, typer.Option(help="specific, or shared: by what all languages share, of a model trained with fuse distillation.")]
+Share = Annotated[
+    Part | None, typer.Option("--part", metavar="I/N", parser=Part.parse, help="Only the I-th, from 1, of N shares of the work.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON for programs.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR")]
 
@@ -105,19 +113,21 @@ def train(
 ) -> None:
     """Trains, from the last whole checkpoint if there is one.
 
-    Starts the deepspeed launcher itself; started by a launcher (deepspeed, torchrun), it joins the processes that are there.
+    Starts the deepspeed launcher itself; started by a launcher (srun, mpirun, torchrun, deepspeed), it joins the processes that are
+    there.
     On SIGTERM or SIGUSR1 it saves after the step it is in and leaves with status 75; the same command goes on.
     """
     from lsmoe_ds.parallel import interrupt
 
     interrupt.install()
-    from lsmoe_ds.recipe_file import load_recipe
-    from lsmoe_ds.training.start import train_here, train_on
+    from lsmoe_ds.imports import quick_import
+
+    with quick_import():
+        from lsmoe_ds.recipe_file import load_recipe
+        from lsmoe_ds.training.start import train as train_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    folder = out or Path("runs") / loaded.name
-    status = train_here(loaded, folder) if "RANK" in os.environ else train_on(loaded, folder, processes)
-    raise typer.Exit(status)
+    raise typer.Exit(train_recipe(loaded, out or Path("runs") / loaded.name, processes))
 
 
 @app.command()
@@ -129,12 +139,25 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test or dev")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Sentences of each direction.")] = None,
     route: Route = "specific",
+    part: Share = None,
+    merge: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=MOST, help="Puts the N parts together that were scored with the same options."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Translates the held-out text by beam search and scores it with BLEU and chrF++, beside copying the source."""
-    from lsmoe_ds.evaluation.evaluate import evaluate as score
+    named = directions.split(",") if directions else None
+    if merge is not None:
+        from lsmoe_ds.evaluation.parts import merge as merge_parts
 
-    table = score(run, directions.split(",") if directions else None, beam, length_penalty, split, limit, route=route)
+        if part is not None:
+            raise UserError("--merge puts parts together and --part scores one: give one of them")
+        table = merge_parts(run, merge, named, beam, length_penalty, split, limit, route)
+    else:
+        from lsmoe_ds.evaluation.evaluate import evaluate as score
+
+        table = score(run, named, beam, length_penalty, split, limit, route=route, part=part)
     if as_json:
         print(table.to_json())
     else:
@@ -201,11 +224,12 @@ def convert(
         raise UserError("--from and --to-language name a direction together: give both or neither")
     direction = None if source is None or target is None else Direction(source, target)
     if to == "layout":
+        from lsmoe_ds.parallel.launch import LOCKED
         from lsmoe_ds.training.layout import convert_layout, write_layout
 
         if direction or route != "specific" or average > 1 or quantization or optimizer or like_language or like_expert is not None:
             raise UserError("--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only")
-        if "RANK" in os.environ:
+        if LOCKED in os.environ:
             return write_layout(run, out)
         summary = convert_layout(run, overrides or (), out, processes)
     else:
@@ -254,16 +278,38 @@ def study(
     members: Annotated[list[str] | None, typer.Option("--member", metavar="NAME", help="Only this one; may be repeated.")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Only this one; may be repeated.")] = None,
     processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Processes of each training, as of 'lsmoe train'.")] = None,
+    part: Share = None,
     as_json: AsJson = False,
 ) -> None:
     """Trains and scores a family of recipes on the same data and steps, and writes one comparison; goes on where it ended."""
     from lsmoe_ds.study.command import run_study
 
-    comparison = run_study(file, out, members or (), seeds or (), processes)
+    comparison = run_study(file, out, members or (), seeds or (), processes, part)
     if as_json:
         _print_json(comparison.to_dict())
     else:
         _show(comparison.render())
+
+
+@slurm_app.command("begin")
+def slurm_begin(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    attempts: Annotated[int, typer.Option(min=1, help="In a row, of one job, without a newer checkpoint.")] = 4,
+) -> None:
+    """Prints the run folder of a recipe and notes that an attempt begins; refuses one too many."""
+    from lsmoe_ds.slurm import begin
+
+    print(begin(recipe, overrides or (), out, attempts))
+
+
+@slurm_app.command("end")
+def slurm_end(run: Run, status: Annotated[int, typer.Option(min=0, help="What training left with.")]) -> None:
+    """Leaves with what the job should end with: 0 when the last step is saved, 75 to be requeued, 2 to give up; says why."""
+    from lsmoe_ds.slurm import end
+
+    raise typer.Exit(end(run, status))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -278,6 +324,21 @@ def bench(
 
 
 @app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What is installed, what this machine can run, what is missing; under srun or mpirun: whether the ranks meet."""
+    from lsmoe_ds.doctor import examine
+
+    findings = examine()
+    if findings is None:
+        return
+    if as_json:
+        _print_json(findings.to_dict())
+    else:
+        _show(findings.table())
+    raise typer.Exit(0 if findings.can_train else 1)
+
+
+@app.command()
 def version() -> None:
     """Prints the version."""
     print(__version__)
@@ -288,17 +349,34 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            time.sleep(3)  # the first rank says it, unless the error is this rank's own
-        print(f"lsmoe: {error}", file=sys.stderr, flush=True)
-        # Other ranks may wait in a collective for this one: leave at once, without their handshakes.
-        os._exit(2) if "RANK" in os.environ else sys.exit(2)
+        _leave(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        _end(1)
+
+
+def _leave(error: UserError) -> None:
+    """The first rank tells it; others wait for that, and tell what may be their own."""
+    rank = guess_rank(os.environ)
+    if rank:
+        time.sleep(1 if isinstance(error, SharedError) else 3)
+    if not (rank and isinstance(error, SharedError)):
+        print(f"lsmoe: {error}", file=sys.stderr, flush=True)
+    _end(2) if "RANK" in os.environ else sys.exit(2)
+
+
+def _end(status: int) -> None:
+    """At once: other ranks may wait in a collective for this one, and the usual end of a process for their handshakes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

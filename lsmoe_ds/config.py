@@ -292,6 +292,7 @@ class Training(Section):
     checkpoint_every: Positive = 500
     keep: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 0
+    patience: Annotated[float, Field(gt=0, le=1e6)] = 900.0
 
 
 class Parallel(Section):

@@ -14,3 +14,7 @@ class UserError(Exception):
         if len(sentence) > LONGEST:
             sentence = f"{sentence[: LONGEST - 200]} ... {sentence[-150:]}"
         super().__init__("".join(c if c.isprintable() else " " if c == "\n" else ascii(c)[1:-1] for c in sentence))
+
+
+class SharedError(UserError):
+    """One that every rank raises alike: the first rank tells it, the others leave in silence."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -111,7 +112,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all: beside its place, synced, then renamed. Raises UserError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # two nodes may write at once
     try:
         # A lone surrogate, which a JSON file can smuggle in, is not worth losing the scores for.
         with temporary.open("w", encoding="utf-8", errors="replace") as file:

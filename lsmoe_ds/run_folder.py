@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "training.checkpoint_every",
     "training.keep",
     "training.keep_best",
+    "training.patience",
 }
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_run
+from test_bad_input import tree
 
 from lsmoe_ds.analysis.command import analyze_routing
 from lsmoe_ds.analysis.measuring import measure_routing
@@ -14,10 +19,12 @@ from lsmoe_ds.analysis.routing import read_routing
 from lsmoe_ds.convert.subnetwork import convert_to_dense
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate, open_data
+from lsmoe_ds.evaluation.parts import merge, part_file
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.languages import Direction
+from lsmoe_ds.part import Part
 
 TOKEN_BY_PAIR = TOKEN_TOP2 | {"task": "pair", "every": 1}
 
@@ -47,6 +54,82 @@ def test_scores_every_direction_and_writes_them(run, capsys):
         first.source == data.text(Direction("en", "de"), "test")[0][0] and first.reference == data.text(Direction("en", "de"), "test")[1][0]
     )
     assert last.hypothesis == next(translate(loaded, Direction("fr", "en"), [data.text(Direction("fr", "en"), "test")[0][0]], beam=2))
+
+
+def score_parts(run, count, *numbers, **options):
+    for number in numbers or range(1, count + 1):
+        evaluate(run, limit=3, progress=False, part=Part(number, count), **options)
+
+
+@pytest.mark.parametrize(("count", "directions"), [(3, None), (6, None), (2, ["fr-en", "en-de", "fr-en", "de-en"])])
+def test_parts_put_together_are_one_evaluation(run, count, directions):
+    options = {"directions": directions, "beam": 2, "length_penalty": 0.6, "split": "dev"}
+
+    def text():
+        return re.sub(r'"seconds": [0-9.e-]+', "", (run / "scores.json").read_text())
+
+    evaluate(run, limit=3, progress=False, **options)
+    whole, routing = text(), (run / "routing.json").read_text()
+    shutil.rmtree(run / "scores", ignore_errors=True)
+    (run / "scores.json").unlink()
+    (run / "routing.json").unlink()
+    for number in reversed(range(1, count + 1)):  # in any order; none touches what another writes
+        before = tree(run)
+        score_parts(run, count, number, **options)
+        after = tree(run)
+        written = {f"scores/part-{number}-of-{count}.json"} | ({"routing.json"} if number == 1 else set())
+        assert set(after.items()) - set(before.items()) == {(name, after[name]) for name in written} and before.keys() <= after.keys()
+    assert (run / "routing.json").read_text() == routing
+    # From a checkpoint of the run, and without torch, as it takes seconds to import.
+    command = ["evaluate", str(run / "checkpoints" / "step-2"), "--merge", str(count), "--json"]
+    command += ["--limit", "3", "--beam", "2", "--length-penalty", "0.6", "--split", "dev"]
+    command += ["--directions", ",".join(directions)] if directions else []
+    program = "import sys; sys.modules['torch'] = None; from lsmoe_ds.cli import main; main()"
+    said = subprocess.run([sys.executable, "-c", program, *command], stdout=subprocess.PIPE, check=True).stdout
+    assert said.decode() == (run / "scores.json").read_text() and text() == whole
+    assert len(list((run / "scores").iterdir())) == count
+
+
+def test_parts_that_do_not_fit_are_refused(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("scores*"))
+    score_parts(copy, 3, 1, 3, beam=1)
+    with pytest.raises(UserError, match="scores lacks 2/3: `lsmoe evaluate"):
+        merge(copy, 3, beam=1, limit=3)
+    score_parts(copy, 3, 2, beam=1)
+    for wrong in ({"beam": 2}, {"limit": 4}, {"limit": None}, {"length_penalty": 0.5}, {"split": "dev"}, {"route": "shared"}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(UserError, match=f"part 1/3 of .* has {name.replace('_', ' ')} .*, but --merge was given {value}"):
+            merge(copy, 3, **{"beam": 1, "limit": 3, **wrong})
+    with pytest.raises(UserError, match="score fr-en, de-en too: give --merge"):
+        merge(copy, 3, ["en-de", "en-fr"], beam=1, limit=3)
+    score_parts(copy, 2, 1, beam=1)  # of all directions: en-de and en-fr
+    for others, message in ((["fr-en"], "no part of .* scores de-en, fr-en"), (["fr-en", "en-de"], "en-de is scored by part 1/2 and by")):
+        score_parts(copy, 2, 2, beam=1, directions=others)
+        with pytest.raises(UserError, match=message):
+            merge(copy, 2, beam=1, limit=3)
+    path = part_file(copy, Part(2, 3))
+    good = json.loads(path.read_text())
+    for field, value in (("name", "other"), ("step", 4), ("beam", 2), ("route", "shared"), ("resources", {"de-en": "high"})):
+        path.write_text(json.dumps({**good, field: value}))
+        with pytest.raises(UserError, match=f"part 2/3 of .* has {field} .*: they must be the same"):
+            merge(copy, 3, beam=1, limit=3)
+    path.write_text(json.dumps(good)[:-9])
+    with pytest.raises(UserError, match=r"part-2-of-3\.json: these scores cannot be read"):
+        merge(copy, 3, beam=1, limit=3)
+    assert not (copy / "scores.json").exists()
+    path.write_text(json.dumps(good))
+    assert [str(score.direction) for score in merge(copy, 3, beam=1, limit=3).directions] == ["en-de", "de-en", "en-fr", "fr-en"]
+
+
+def test_shares_of_work():
+    assert Part.parse("3/8") == Part(3, 8) and str(Part(3, 8)) == "3/8"
+    for count in range(1, 7):
+        shares = [Part(number, count).of("abcde") for number in range(1, count + 1)]
+        assert sorted(item for share in shares for item in share) == list("abcde") and max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert Part(2, 3).of("abcde") == ["b", "e"]
+    for text in ("0/8", "9/8", "a/b", "3", "", "3/", "-1/2", "1/2/3", " 1/2", "1/2\n", "1/10000", "٣/٨"):
+        with pytest.raises(UserError, match="is no part: write I/N"):
+            Part.parse(text)
 
 
 def test_task_routing_is_what_the_router_says(run):

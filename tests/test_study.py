@@ -23,6 +23,7 @@ from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable
 from lsmoe_ds.folders import locked
 from lsmoe_ds.languages import Direction
+from lsmoe_ds.part import Part
 from lsmoe_ds.planning import plan
 from lsmoe_ds.study import command
 from lsmoe_ds.study.command import run_study
@@ -192,6 +193,7 @@ BAD = [
     ("asked seed", {}, ["--seed", "1"], "seed 1 is not in the study: it has 3"),
     ("no recipe", {"recipe": "none.yaml"}, [], "there is no recipe none.yaml"),
     ("processes", {}, ["--nproc", "3"], "ranks cannot share evenly"),
+    ("part", {}, ["--part", "3/2"], "'3/2' is no part: write I/N"),
 ]
 
 
@@ -214,6 +216,27 @@ def test_data_that_was_not_prepared(base, capsys):
     assert f"run 'lsmoe data prepare {base / 'other.yaml'}'" in capsys.readouterr().err
     assert main(["study", str(base / "none.yaml")]) == 2
     assert "there is no study" in capsys.readouterr().err
+
+
+def test_parts_of_a_study_are_all_of_it(base):
+    """In the order in which the study goes through its members and seeds."""
+    (base / "s.yaml").write_text(yaml.safe_dump(study_file(seeds=[3, 4, 5]), sort_keys=False))
+    done: list[tuple[str, int]] = []
+    named = {"members": ["fd"], "seeds": [4, 5]}
+
+    def of(part, **chosen):
+        done.clear()
+        run_study(base / "s.yaml", base / "parts", part=part, **chosen)
+        return list(done)
+
+    with (
+        mock.patch.object(command.Runs, "train", lambda runs, member, seed, processes: done.append((member, seed))),
+        mock.patch.object(command.Runs, "evaluate"),
+    ):
+        everything = [("naive", 3), ("fd", 3), ("naive", 4), ("fd", 4), ("naive", 5), ("fd", 5)]
+        assert of(None) == everything
+        assert [of(Part(number, 4)) for number in (1, 2, 3, 4)] == [everything[number::4] for number in range(4)]
+        assert [of(Part(number, 3), **named) for number in (1, 2, 3)] == [[("fd", 4)], [("fd", 5)], []]
 
 
 @pytest.mark.slow

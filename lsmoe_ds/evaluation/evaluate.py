@@ -14,13 +14,14 @@ from lsmoe_ds.analysis.measuring import measure_routing
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import resource_groups
+from lsmoe_ds.evaluation.parts import choose_directions, part_file
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
-from lsmoe_ds.folders import sha256, write_whole
+from lsmoe_ds.folders import explain_errors, sha256, write_whole
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, load_engine
 from lsmoe_ds.inference.load import Loaded
 from lsmoe_ds.inference.translate import translate_all
-from lsmoe_ds.languages import parse_directions
+from lsmoe_ds.part import Part
 
 SPLITS = ("test", "dev")
 
@@ -34,19 +35,22 @@ def evaluate(
     limit: int | None = None,
     progress: bool = True,
     route: str = "specific",
+    part: Part | None = None,
 ) -> ScoreTable:
     """Translates the held-out text of every direction and scores it; writes ``scores.json`` and, for a model with
     experts, ``routing.json`` beside its recipe.
 
     ``run`` is a run folder, a checkpoint in it or a converted folder; ``limit`` takes the first so many sentences of each
-    direction; ``route`` "shared" goes by the matrices that all languages share. Raises UserError for directions or a route that
-    the model lacks, and for prepared data that is not the run's.
+    direction; ``route`` "shared" goes by the matrices that all languages share. Of a ``part`` of the directions the scores go
+    where :mod:`lsmoe_ds.evaluation.parts` finds them, and the first part writes ``routing.json``. Raises UserError for directions or
+    a route that the model lacks, and for prepared data that is not the run's.
     """
     if split not in SPLITS:
         raise UserError(f"'{split}' is no held-out text: choose {' or '.join(SPLITS)}")
     search = Search(beam, length_penalty)
     loaded = load_engine(run, route)
-    chosen = parse_directions(directions, loaded.languages) if directions else list(loaded.languages.directions)
+    chosen = choose_directions(directions, loaded.languages)
+    chosen = part.of(chosen) if part else chosen
     data = open_data(loaded)
     texts = {direction: [side[:limit] for side in data.text(direction, split)] for direction in chosen}
     scores: list[DirectionScore] = []
@@ -67,9 +71,13 @@ def evaluate(
             scores.append(score_direction(direction, sources, hypotheses, references, time.perf_counter() - start))
     pairs = {bitext: splits["train"]["pairs"] for bitext, splits in data.manifest["bitexts"].items()}
     resources = resource_groups(pairs, loaded.recipe.data.groups)
-    table = ScoreTable(loaded.recipe.name, loaded.step, split, beam, length_penalty, tuple(scores), resources, loaded.route)
-    table.write(loaded.home / "scores.json")
-    if isinstance(loaded, Loaded) and any(loaded.recipe.model.moe_layers()):
+    table = ScoreTable(loaded.recipe.name, loaded.step, split, beam, length_penalty, tuple(scores), resources, loaded.route, limit)
+    path = part_file(loaded.home, part) if part else loaded.home / "scores.json"
+    with explain_errors(path):
+        path.parent.mkdir(exist_ok=True)
+    table.write(path)
+    first = part is None or part.number == 1
+    if first and isinstance(loaded, Loaded) and any(loaded.recipe.model.moe_layers()):
         write_whole(loaded.home / "routing.json", json.dumps(measure_routing(loaded, data, split).to_dict()) + "\n")
     return table
 

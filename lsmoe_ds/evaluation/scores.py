@@ -3,7 +3,7 @@
 BLEU counts words, so it depends on how the reference is cut into them (:func:`bleu_tokenizer`); the signature of every
 score is kept with it. ``scores.json`` is a :class:`ScoreTable`::
 
-    {"name", "step", "split", "beam", "length_penalty", "route", "sentences", "signatures": {metric: [signature, ...]},
+    {"name", "step", "split", "beam", "length_penalty", "route", "limit", "sentences", "signatures": {metric: [signature, ...]},
      "averages": {"into_english" | "out_of_english" | "between_others" | "all" | "high" | "medium" | "low":
                   {"directions", "bleu", "chrf", "chrfpp", "copy": {"bleu", "chrf", "chrfpp"}}},
      "resources": {bitext: "high" | "medium" | "low"},
@@ -135,7 +135,7 @@ def score_direction(
 @dataclass(frozen=True)
 class ScoreTable:
     """Scores of a model at one step. ``resources`` gives the resource group of each bitext, as far as it is known; ``route`` is
-    "specific" or "shared", as for :func:`lsmoe_ds.inference.load.load`."""
+    "specific" or "shared", as for :func:`lsmoe_ds.inference.load.load`; of each direction the first ``limit`` sentences are scored."""
 
     name: str
     step: int
@@ -145,6 +145,7 @@ class ScoreTable:
     directions: tuple[DirectionScore, ...]
     resources: Mapping[str, str] = field(default_factory=dict)
     route: str = "specific"
+    limit: int | None = None
 
     def averages(self) -> dict[str, Average]:
         return averages(self.directions, self.resources)
@@ -169,6 +170,7 @@ class ScoreTable:
             "beam": self.beam,
             "length_penalty": self.length_penalty,
             "route": self.route,
+            "limit": self.limit,
             "sentences": self.sentences,
             "signatures": self.signatures(),
             "averages": {name: average.as_dict() for name, average in self.averages().items()},
@@ -178,14 +180,15 @@ class ScoreTable:
         return json.dumps(value, ensure_ascii=False, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> ScoreTable:
-        """The inverse of ``to_json``; averages and signatures are counted anew. Raises UserError on anything else."""
+    def from_json(cls, text: str, empty: bool = False) -> ScoreTable:
+        """The inverse of ``to_json``; averages and signatures are counted anew. Raises UserError on anything else, and on scores of
+        no direction unless they may be ``empty``."""
         try:
             value = json.loads(text)
             resources = {str(bitext): str(group) for bitext, group in value["resources"].items()}
             if not set(resources.values()) <= set(RESOURCES):
                 raise ValueError(f"a resource group is none of {', '.join(RESOURCES)}")
-            if not value["directions"]:
+            if not value["directions"] and not empty:
                 raise ValueError("no direction is scored")
             return cls(
                 name=str(value["name"]),
@@ -196,6 +199,7 @@ class ScoreTable:
                 directions=tuple(_direction_from_json(Direction.parse(name), score) for name, score in value["directions"].items()),
                 resources=resources,
                 route=str(value.get("route", "specific")),
+                limit=None if value.get("limit") is None else int(value["limit"]),
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"these scores cannot be read: {error}") from None
@@ -207,7 +211,8 @@ class ScoreTable:
         write_whole(path, self.to_json() + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> ScoreTable:
+    def read(cls, path: Path, empty: bool = False) -> ScoreTable:
+        """See :meth:`from_json`; the error names the file."""
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -215,7 +220,7 @@ class ScoreTable:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"scores {path} cannot be read: {error}") from None
         try:
-            return cls.from_json(text)
+            return cls.from_json(text, empty)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 

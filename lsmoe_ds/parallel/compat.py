@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.imports import quick_import
 
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
 
@@ -35,19 +36,41 @@ def check_versions() -> None:
             raise UserError(f"{package} {found} is installed, but lsmoe_ds adapts {package}=={wanted}: install that version")
 
 
+@functools.cache
 def import_deepspeed() -> Any:
     """DeepSpeed, quiet, on the accelerator that is there, without compiling extensions that nothing here uses."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quick_import():
         import deepspeed
         import deepspeed.ops
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")  # it uses them
     # init_distributed would compile this C++ extension (40 s, and a stale lock when killed); only
     # inference_all_reduce uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("LSMOE_DEEPSPEED_LOG", "ERROR"))
     return deepspeed
+
+
+@functools.cache
+def import_megatron() -> Any:
+    """Megatron-core's parallel state, and its fused functions as plain ones: nothing here calls them, but it hands them to
+    ``torch.compile`` while it is imported, which loads torch's compiler and takes a third of the time that a rank needs to start."""
+    compiled = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        with quick_import():
+            import megatron.core.parallel_state as state
+    finally:
+        torch.compile = compiled
+    return state
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because a connection to another rank broke. gloo has no class of error for it."""
+    return isinstance(error, dist.DistError) or (
+        "gloo" in str(error) and any(f"onnection {how} by peer" in str(error) for how in ("closed", "reset"))
+    )
 
 
 def import_moe_base() -> type[torch.nn.Module]:
@@ -138,9 +161,7 @@ def initialize_megatron(tensor: int, expert: int) -> Any:
     Experts are not tensor-parallel (``expert_tensor_parallel_size=1``): expert groups run over consecutive ranks and
     may span tensor-parallel peers.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.core.parallel_state as state
+    state = import_megatron()
     state.initialize_model_parallel(tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=1)
     return state
 

@@ -1,4 +1,4 @@
-"""Starting the processes of a training, or joining those that are there."""
+"""Starting the processes of a training on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.interrupt import SIGNALS
+from lsmoe_ds.parallel.joining import free_port
 
 # glibc gives large blocks back to the system at once, by default; kept, they make CPU training about a fifth faster.
 KEEP_LARGE_BLOCKS = {
@@ -25,20 +25,9 @@ KEEP_LARGE_BLOCKS = {
 LOCKED = "LSMOE_LOCKED"  # tells ranks that whoever started them holds the right to write
 
 
-def is_launched() -> bool:
-    """Whether a launcher has started this process as one of several, with a rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def smallest_world(recipe: Recipe) -> int:
     """The fewest processes that hold the recipe's layout."""
     return math.lcm(recipe.parallel.tensor, recipe.parallel.expert)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(arguments: list[str], processes: int, lock: int) -> int:
@@ -72,26 +61,3 @@ def _pass_on(launcher: int, number: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             if not process.children():
                 process.send_signal(number)
-
-
-def join() -> None:
-    """Initializes torch.distributed through DeepSpeed: as one of the launched processes, or alone."""
-    from lsmoe_ds.parallel import compat
-
-    compat.check_versions()
-    if not is_launched():
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        os.environ.update(alone)
-    import torch
-
-    deepspeed = compat.import_deepspeed()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-
-
-def device() -> str:
-    """Where this process computes."""
-    import torch
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

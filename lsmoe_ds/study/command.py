@@ -2,7 +2,7 @@
 
 ``OUT/MEMBER-seedN/`` are run folders, with ``scores-ROUTE.json`` beside what training leaves there; ``OUT/recipes/`` holds the
 whole recipe of each; ``OUT/study.json``, ``study.md`` and ``study.html`` are written anew after each member. Several processes may
-work on one study as long as each takes members or seeds of its own.
+work on one study as long as each takes a part of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lsmoe_ds.inference.load import check_route
 from lsmoe_ds.languages import nearest
 from lsmoe_ds.parallel.launch import KEEP_LARGE_BLOCKS, smallest_world
 from lsmoe_ds.parallel.topology import Topology, check_world
+from lsmoe_ds.part import Part
 from lsmoe_ds.planning import plan
 from lsmoe_ds.run_folder import check_run, newest_whole, step_of
 from lsmoe_ds.study.page import render_page
@@ -42,8 +43,10 @@ def run_study(
     members: Sequence[str] = (),
     seeds: Sequence[int] = (),
     processes: int | None = None,
+    part: Part | None = None,
 ) -> Comparison:
-    """Does what is left to do for ``members`` and ``seeds`` (all, if none are named) and returns the comparison of all.
+    """Does what is left to do for ``members`` and ``seeds`` (all, if none are named), or for a ``part`` of these pairs, and returns
+    the comparison of all.
 
     Raises UserError for a bad study, for what cannot be trained as it stands, before anything is trained, and for a
     training that failed; what was done stays.
@@ -51,17 +54,17 @@ def run_study(
     study = load_study(file)
     chosen_members = _choose(members, list(study.settings.members), "member")
     chosen_seeds = _choose(seeds, study.settings.seeds, "seed")
+    pairs = [(member, seed) for seed in chosen_seeds for member in chosen_members]
+    pairs = part.of(pairs) if part else pairs
     runs = Runs(study, out or Path("runs") / study.settings.name)
-    for seed in chosen_seeds:
-        for member in chosen_members:
-            runs.check(member, seed, processes)
+    for member, seed in pairs:
+        runs.check(member, seed, processes)
     runs.compare()  # refuses runs of another study before the first training, not after it
-    for seed in chosen_seeds:
-        for member in chosen_members:
-            runs.train(member, seed, processes)
-            for route in study.settings.members[member].routes:
-                runs.evaluate(member, seed, route)
-            runs.write_tables()
+    for member, seed in pairs:
+        runs.train(member, seed, processes)
+        for route in study.settings.members[member].routes:
+            runs.evaluate(member, seed, route)
+        runs.write_tables()
     return runs.compare()
 
 

@@ -16,7 +16,7 @@ from lsmoe_ds.convert.optimizer import STATE, open_optimizer
 from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, locked, read_fields, replaced
-from lsmoe_ds.parallel import launch
+from lsmoe_ds.parallel import joining, launch
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import check_run, open_run
@@ -56,9 +56,9 @@ def write_layout(path: Path, run: Path) -> None:
     """What each of the started processes does: its part of the model at ``path`` becomes a checkpoint of ``run``."""
     import torch.distributed as dist
 
-    launch.join()
+    joining.join()
     recipe = load_recipe(run / RECIPE)
-    topology = Topology.build(recipe.parallel.tensor, recipe.parallel.expert, launch.device())
+    topology = Topology.build(recipe.parallel.tensor, recipe.parallel.expert, joining.device())
     deal(find_model(path), recipe, run, topology)
     dist.destroy_process_group()
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import find_model, read_weights
@@ -14,10 +11,12 @@ from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.dealing import affinity
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
-from lsmoe_ds.errors import UserError
+from lsmoe_ds.errors import SharedError
 from lsmoe_ds.model.guide import Route
 from lsmoe_ds.parallel import compat, interrupt
+from lsmoe_ds.parallel.joining import on_main
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.parallel.watchdog import beat
 from lsmoe_ds.run_folder import list_checkpoints, newest_whole
 from lsmoe_ds.training import checkpoints
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
@@ -49,11 +48,14 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
         at_home=at_home,
     )
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
+    beat("building the model")
     engine = build_engine(recipe, vocabulary.size, topology)
     routes: list[Route] = ["specific"] if engine.module.distillation is None else ["specific", "shared"]
-    found, complaints = _newest_whole(run, topology)
+    beat("looking for the newest whole checkpoint")
+    found, complaints = on_main(lambda: newest_whole(run))
     done, window = 0, None
     if found is not None:
+        beat(f"loading {found}")
         state = checkpoints.load(engine, found, topology)
         stream.load_state_dict(state["position"]["stream"])
         done, window = state["step"], state["position"]["window"]
@@ -73,6 +75,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
         elif training.start_from is not None:
             monitor.say(f"starting from {training.start_from}")
         for number in range(done + 1, training.steps + 1):
+            beat(f"in step {number}")
             step = next(stream)
             try:
                 result = train_step(engine, step, number, recipe, topology)
@@ -81,7 +84,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
                 saver.finish()
                 last = list_checkpoints(run)
                 saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
-                raise UserError(f"step {number}: {error}; the directions in the batch: {directions}; {saved}") from None
+                raise SharedError(f"step {number}: {error}; the directions in the batch: {directions}; {saved}") from None
             monitor.after_step(number, step, result)
             asked = interrupt.agreed(topology)
             begun = time.perf_counter()
@@ -89,34 +92,21 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
             losses: dict[str, float] = {}
             if training.validate_every and (number % training.validate_every == 0 or last_step):
                 for route in routes:
+                    beat(f"validating after step {number}")
                     batches = validation_batches(prepared, languages, vocabulary, data.batch, rank=topology.data_rank, world=topology.data)
                     losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(engine, batches, topology, route)
                 monitor.record_dev_loss(number, losses)
             if number % training.checkpoint_every == 0 or last_step or asked:
                 position = {"stream": stream.state_dict(), "window": monitor.state_dict()}
+                beat(f"saving step {number}")
                 saving = time.perf_counter()
                 saver.save(engine, number, position, losses.get("dev_loss"))
                 monitor.record_save(number, time.perf_counter() - saving)
             monitor.pause(time.perf_counter() - begun)
             if asked:
+                beat(f"finishing the checkpoint of step {number}")
                 saver.finish()
                 monitor.say(f"{asked}: saved after step {number}; the same command goes on")
                 break
     engine.destroy()
     return not asked or last_step
-
-
-def _newest_whole(run: Path, topology: Topology) -> tuple[Path | None, list[str]]:
-    """:func:`lsmoe_ds.run_folder.newest_whole`, which reads all files, by the main rank alone and told to all."""
-    told: list[Any] = [None]
-    if topology.is_main:
-        try:
-            told = [newest_whole(run)]
-        except UserError as error:
-            told = [str(error)]
-    if topology.world > 1:
-        dist.broadcast_object_list(told)
-    if isinstance(told[0], str):
-        raise UserError(told[0])
-    found: tuple[Path | None, list[str]] = told[0]
-    return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from contextlib import nullcontext
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from lsmoe_ds.config import Recipe
@@ -11,10 +13,11 @@ from lsmoe_ds.convert.folder import PROVENANCE, find_model, read_weights
 from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
-from lsmoe_ds.errors import UserError
+from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import damage, locked, read_fields, sha256
 from lsmoe_ds.inference.load import empty_model
-from lsmoe_ds.parallel import interrupt, launch
+from lsmoe_ds.parallel import compat, interrupt, joining, launch, watchdog
+from lsmoe_ds.parallel.membership import Membership, find
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.run_folder import check_run, newest_whole, open_run
 from lsmoe_ds.training.engine import engine_config
@@ -22,11 +25,8 @@ from lsmoe_ds.training.engine import engine_config
 STARTS = ("consolidated", "hybrid", "dense")  # kinds of converted folders that a training begins with
 
 
-def check(recipe: Recipe, run: Path, world: int) -> None:
-    """Opens the run folder; raises UserError for whatever ``world`` processes could only fail on later."""
-    layout = recipe.parallel
-    check_world(world, layout.tensor, layout.expert)
-    engine_config(recipe, Topology(world=world, tensor=layout.tensor, data=world // layout.tensor, expert=layout.expert))
+def check(recipe: Recipe, run: Path) -> None:
+    """Opens the run folder; raises UserError for whatever training could only fail on later."""
     prepared = PreparedData.open(recipe.prepared)
     if set(recipe.languages.directions) != set(prepared.languages.directions):
         raise UserError(f"{recipe.prepared} was prepared for other directions than the recipe's: run 'lsmoe data prepare' on the recipe")
@@ -36,6 +36,16 @@ def check(recipe: Recipe, run: Path, world: int) -> None:
     if found is None and recipe.training.start_from is not None:
         _check_start_from(recipe, recipe.training.start_from, vocabulary)
     open_run(recipe, run, vocabulary)
+
+
+def check_layout(recipe: Recipe, world: int) -> None:
+    """Raises SharedError unless ``world`` processes can share the recipe's steps, experts and tensors."""
+    layout = recipe.parallel
+    try:
+        check_world(world, layout.tensor, layout.expert)
+        engine_config(recipe, Topology(world=world, tensor=layout.tensor, data=world // layout.tensor, expert=layout.expert))
+    except UserError as error:
+        raise SharedError(str(error)) from None
 
 
 def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
@@ -55,37 +65,55 @@ def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
         raise UserError(f"'training.start_from' is {folder}: {error}") from None
 
 
-def train_on(recipe: Recipe, run: Path, processes: int | None) -> int:
-    """Trains on ``processes`` processes of this machine (by default as few as the layout needs); returns the exit status: 0 after
-    the last step, :data:`interrupt.STATUS` when asked to stop."""
+def train(recipe: Recipe, run: Path, processes: int | None) -> int:
+    """Trains on the processes that a launcher has started, this one among them, or else on ``processes`` of this machine (by default
+    as few as the layout needs). Returns the exit status: 0 after the last step, :data:`interrupt.STATUS` when asked to stop,
+    :data:`watchdog.STATUS` when another rank is lost."""
+    membership = find(os.environ)
+    if membership.is_alone:
+        return _start(recipe, run, processes)
+    os.environ.update(membership.environment())
+    if processes not in (None, membership.world):
+        raise SharedError(f"--nproc is {processes}, but {membership.launcher} has started {membership.world} processes: leave --nproc out")
+    check_layout(recipe, membership.world)
+    return _join_and_train(recipe, run, membership)
+
+
+def _start(recipe: Recipe, run: Path, processes: int | None) -> int:
     world = processes or launch.smallest_world(recipe)
     with locked(run) as lock:
-        check(recipe, run, world)
+        check_layout(recipe, world)
+        check(recipe, run)
         if world == 1:
-            return _join_and_train(recipe, run)
+            return _join_and_train(recipe, run, Membership())
         return launch.start(["train", str(run / "recipe.yaml"), "--out", str(run)], world, lock)
 
 
-def train_here(recipe: Recipe, run: Path) -> int:
-    """Trains as one of the processes that a launcher has started; returns the exit status."""
+def _open(recipe: Recipe, run: Path, held: ExitStack) -> None:
+    if launch.LOCKED not in os.environ:
+        held.enter_context(locked(run))
+    check(recipe, run)
+
+
+def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
     import torch.distributed as dist
 
-    launch.join()
-    main = dist.get_rank() == 0
-    with locked(run) if main and launch.LOCKED not in os.environ else nullcontext():
-        if main:
-            check(recipe, run, dist.get_world_size())
-        dist.barrier()
-        return _join_and_train(recipe, run)
+    from lsmoe_ds.training.loop import train as train_on_this_rank
 
-
-def _join_and_train(recipe: Recipe, run: Path) -> int:
-    import torch.distributed as dist
-
-    from lsmoe_ds.training.loop import train
-
-    if not dist.is_initialized():
-        launch.join()
-    finished = train(recipe, run, Topology.build(recipe.parallel.tensor, recipe.parallel.expert, launch.device()))
+    layout, patience = recipe.parallel, recipe.training.patience
+    party = joining.join(membership, {"the recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()}, 2 * patience)
+    told = not membership.is_alone and membership.rank == 0
+    if told:
+        print(f"{party.describe()}; tensor {layout.tensor}, expert {layout.expert}", file=sys.stderr, flush=True)
+    here = Topology.build(layout.tensor, layout.expert, joining.device())
+    with ExitStack() as held, watchdog.watch(party, patience):
+        try:
+            if not membership.is_alone:
+                joining.on_main(lambda: _open(recipe, run, held))
+            finished = train_on_this_rank(recipe, run, here)
+        except RuntimeError as error:
+            if compat.is_lost_peer(error):
+                watchdog.leave_behind(party)
+            raise
     dist.destroy_process_group()
     return 0 if finished else interrupt.STATUS

@@ -1,0 +1,171 @@
+"""Which rank this process is, of how many, and who says so: a pure function of the environment.
+
+Launchers nest: srun may start one torchrun a node, mpirun its daemons by srun. The innermost, which started this very process, is
+asked; those around it must not contradict it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lsmoe_ds.errors import UserError
+
+ALONE = "alone"
+BY_HAND = "the environment"  # RANK and WORLD_SIZE, set by nobody that we know
+PORTS = range(15000, 30000)  # below those that Linux gives to outgoing connections
+
+
+@dataclass(frozen=True)
+class Membership:
+    """One of ``world`` processes. ``address`` and ``port`` are where rank 0 listens; None under mpirun, which does not tell."""
+
+    launcher: str = ALONE
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    address: str | None = "127.0.0.1"
+    port: int | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        return self.launcher == ALONE
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which torch, DeepSpeed and Megatron know these."""
+        values = {
+            "RANK": self.rank,
+            "WORLD_SIZE": self.world,
+            "LOCAL_RANK": self.local_rank,
+            "LOCAL_WORLD_SIZE": self.local_world,
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": self.port,
+        }
+        return {name: str(value) for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What one launcher says."""
+
+    launcher: str
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def find(environment: Mapping[str, str]) -> Membership:
+    """Raises UserError for variables that are no numbers, that are incomplete, or that contradict each other."""
+    srun, mpirun, named = _srun(environment), _mpirun(environment), _named(environment)
+    launchers = [said for said in (mpirun, srun) if said is not None]
+    if named is not None and named.launcher == BY_HAND:  # as scripts set it that repeat what their launcher says
+        named = next((said for said in launchers if (said.rank, said.world) == (named.rank, named.world)), named)
+    innermost = named or mpirun or srun
+    if innermost is None:
+        if "RANK" in environment:
+            raise UserError("RANK is set and WORLD_SIZE is not: set both, or neither to train alone")
+        return Membership()
+    _refuse_contradictions(environment, innermost, [said for said in launchers if said is not innermost])
+    address, port = environment.get("MASTER_ADDR"), _number(environment, "MASTER_PORT")
+    if innermost is srun:
+        address = address or first_host(environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "")))
+        port = port if port is not None else _port(environment)
+    elif (address is None) != (port is None) or (address is None and innermost is not mpirun):
+        missing = "MASTER_ADDR" if address is None else "MASTER_PORT"
+        raise UserError(
+            f"{innermost.launcher} says that this is rank {innermost.rank} of {innermost.world}, but {missing} is not set: set it"
+        )
+    return Membership(innermost.launcher, innermost.rank, innermost.world, innermost.local_rank, innermost.local_world, address, port)
+
+
+def guess_rank(environment: Mapping[str, str]) -> int:
+    """Of a process that may not have been able to find its membership: so that errors are told by one of many."""
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        if environment.get(name, "").isdecimal():
+            return int(environment[name])
+    return 0
+
+
+def first_host(nodes: str) -> str:
+    """Of SLURM's list: ``gpu[03-07,9],login`` -> ``gpu03``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise UserError("srun does not say which nodes it runs on (SLURM_STEP_NODELIST): set MASTER_ADDR to the host of rank 0")
+    return re.sub(r"\[([^-,\]]*)[^\]]*\]", r"\1", first[0])
+
+
+def tasks_of(node: int, counts: str) -> int | None:
+    """SLURM's list of tasks on each node: the first in ``4(x2),1`` -> 4, the third -> 1; None where it does not say."""
+    known: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        known += [int(count)] * int(times or 1)
+    return known[node] if 0 <= node < len(known) else None
+
+
+def _refuse_contradictions(environment: Mapping[str, str], inner: _Said, outer: list[_Said]) -> None:
+    said = f"{inner.launcher} says that this is rank {inner.rank} of {inner.world}"
+    if not 0 <= inner.rank < inner.world:
+        raise UserError(f"{said}: ranks go from 0 to {inner.world - 1}")
+    world = _number(environment, "WORLD_SIZE")
+    if world is not None and world != inner.world:
+        raise UserError(f"{said}, but WORLD_SIZE is {world}: start {world} processes, or unset it")
+    if inner.launcher == BY_HAND and outer:
+        other = f"{outer[0].launcher} has started it as rank {outer[0].rank} of {outer[0].world}"
+        raise UserError(f"{said}, but {other}: unset RANK and WORLD_SIZE")
+    agents = {"torchrun": "GROUP_WORLD_SIZE", "deepspeed": "CROSS_SIZE"}.get(inner.launcher)
+    around = outer[-1].world if outer else 1
+    if agents is not None and around > 1 and (known := _number(environment, agents)) not in (None, around):
+        raise UserError(
+            f"{outer[-1].launcher} has started {inner.launcher} {around} times, but {inner.launcher} knows of {known}: "
+            f"start it once on each node and tell it of all of them"
+        )
+
+
+def _named(environment: Mapping[str, str]) -> _Said | None:
+    """By the variables of torch. Only torchrun and the deepspeed launcher leave traces of their own beside them."""
+    rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    if rank is None or world is None:
+        return None
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed" if "CROSS_RANK" in environment else BY_HAND
+    local_world = next((n for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if (n := _number(environment, name)) is not None), world)
+    local_rank = _number(environment, "LOCAL_RANK")
+    return _Said(launcher, rank, world, rank % local_world if local_rank is None else local_rank, local_world)
+
+
+def _mpirun(environment: Mapping[str, str]) -> _Said | None:
+    """Open MPI, or MPICH and its kin; srun speaks their PMI too, without a local rank."""
+    for rank, world, local_rank, local_world in (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ):
+        numbers = [_number(environment, name) for name in (rank, world, local_rank, local_world)]
+        if (found := [number for number in numbers if number is not None]) and len(found) == len(numbers):
+            return _Said("mpirun", *found)
+    return None
+
+
+def _srun(environment: Mapping[str, str]) -> _Said | None:
+    """A step of several tasks: the batch script is none, and a step of one task is a place to start from."""
+    rank, world = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
+    if "SLURM_STEP_ID" not in environment or rank is None or world is None or world == 1:
+        return None
+    local_world = tasks_of(_number(environment, "SLURM_NODEID") or 0, environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return _Said("srun", rank, world, _number(environment, "SLURM_LOCALID") or 0, local_world or world)
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """The same on all ranks of a step, and seldom that of another step on the same node."""
+    job, step = _number(environment, "SLURM_JOB_ID") or 0, _number(environment, "SLURM_STEP_ID") or 0
+    return PORTS[(job * 31 + step) % len(PORTS)]
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name)
+    if value is None:
+        return None
+    if not value.isdecimal():
+        raise UserError(f"{name} is '{value}': it should be a whole number")
+    return int(value)

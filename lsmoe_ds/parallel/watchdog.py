@@ -1,0 +1,135 @@
+"""A bounded end for a training that stands still: a rank that is stopped, dead or stuck keeps all others waiting in a collective.
+
+Every rank counts its progress; the sum over all ranks lies in the store that they share. When no rank has come on for ``patience``
+seconds, each writes where its threads stand and leaves; the first names those that no longer could.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, cast
+
+from lsmoe_ds.parallel.joining import Party
+
+STATUS = 70  # EX_SOFTWARE of sysexits.h: another rank died, or none came on
+MOST, LEAST = 10.0, 0.1  # seconds between two looks
+HEARING = 3.0  # seconds in which the main rank waits for what the others have to say
+
+
+class _Progress:
+    """Of this process, and of all. Plain counts, so that the threads need no lock between them."""
+
+    count = 0
+    doing = "starting"
+    since = time.monotonic()
+    of_all = 0
+
+
+def beat(doing: str) -> None:
+    """Says that this rank has come on, and what it begins. Costs nothing worth counting."""
+    _Progress.count += 1
+    _Progress.doing, _Progress.since = doing, time.monotonic()
+
+
+@contextlib.contextmanager
+def watch(party: Party, patience: float) -> Iterator[None]:
+    """Inside, the process ends with :data:`STATUS` once no rank has called :func:`beat` for ``patience`` seconds."""
+    beat("starting")
+    ended, poll = threading.Event(), min(MOST, max(LEAST, patience / 8))
+    # Each with a connection of its own, made now: a main rank that is stopped holds the store and answers nobody.
+    telling, leaving = (cast(Any, party.store).clone() for _ in range(2))
+    for work, arguments in ((_tell, (telling,)), (_look, (party, leaving, patience))):
+        threading.Thread(target=work, args=(*arguments, poll, ended), daemon=True, name=work.__name__).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _tell(store: Any, poll: float, ended: threading.Event) -> None:
+    """Adds this rank's progress to that of all, in a thread that may wait for ever."""
+    told = 0
+    with contextlib.suppress(RuntimeError):  # the main rank is gone
+        while not ended.wait(poll):
+            count = _Progress.count
+            _Progress.of_all = store.add("beats", count - told)
+            told = count
+
+
+def _look(party: Party, store: Any, patience: float, poll: float, ended: threading.Event) -> None:
+    known, quiet = -1, 0.0
+    while not ended.wait(poll):
+        # Should nothing in Python get to run any more, not even this thread: then at least it is seen where.
+        faulthandler.dump_traceback_later(patience + 2 * poll)
+        quiet += poll  # no clock: a job that was suspended as a whole has not stood still
+        if _Progress.of_all != known:
+            known, quiet = _Progress.of_all, 0.0
+        if quiet >= patience:
+            _leave(party, store, patience)
+
+
+def _leave(party: Party, store: Any, patience: float) -> NoReturn:
+    """Says where this rank stands, all at once so that ranks do not mix their lines, and ends the process."""
+    rank = party.membership.rank
+    waited = time.monotonic() - _Progress.since
+    head = f"no rank has come on for {patience:.0f} seconds (training.patience); rank {rank} on {socket.gethostname()} is"
+    _say(f"{head} {_Progress.doing} for {waited:.0f} seconds:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks()))
+    _within(HEARING, lambda: store.set(f"standing/{rank}", "here"))
+    if rank == 0:
+        _within(2 * HEARING, lambda: _say(_silent(party, store)))
+    os._exit(STATUS)
+
+
+def _say(text: str) -> None:
+    os.write(2, f"lsmoe: {text.rstrip()}\n".encode())
+
+
+def _within(seconds: float, work: Callable[[], None]) -> None:
+    """Does something that may never end, and waits for it no longer; it may also fail, where the main rank has left already."""
+
+    def try_it() -> None:
+        with contextlib.suppress(RuntimeError):
+            work()
+
+    thread = threading.Thread(target=try_it, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _stacks() -> list[str]:
+    """Of the main thread, and of others that are in our own code; the newest call is last."""
+    frames, lines, package = sys._current_frames(), [], os.path.dirname(os.path.dirname(__file__))
+    for thread in threading.enumerate():
+        if thread is threading.current_thread() or thread.ident not in frames or thread.name == _tell.__name__:
+            continue
+        stack = traceback.extract_stack(frames[thread.ident])
+        if thread is threading.main_thread() or any(call.filename.startswith(package) for call in stack):
+            lines += [f"{thread.name}:", *"".join(traceback.format_list(stack)).splitlines()]
+    return lines
+
+
+def _silent(party: Party, store: Any) -> str:
+    """Which ranks say nothing any more, in words."""
+    deadline, silent = time.monotonic() + HEARING, list(range(party.membership.world))
+    while silent and time.monotonic() < deadline:
+        silent = [rank for rank in silent if not store.check([f"standing/{rank}"])]
+        time.sleep(LEAST)
+    if not silent:
+        return "all ranks still answer"
+    return "stopped or dead: " + ", ".join(f"rank {rank} on {party.hosts[rank]}" for rank in silent)
+
+
+def leave_behind(party: Party) -> NoReturn:
+    """Ends the process after a collective that broke: another rank has died, and its own output says why. The processes' usual
+    handshakes at the end would wait for it."""
+    _say(f"rank {party.membership.rank} on {socket.gethostname()} has lost another rank ({_Progress.doing})")
+    os._exit(STATUS)

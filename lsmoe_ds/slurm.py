@@ -1,0 +1,102 @@
+"""``lsmoe slurm``: what a batch script asks before its ranks run, and after: where the run is, and whether to go on. Imports no torch.
+
+Beside the run folder NAME lies ``.NAME.attempts``: which job tries, how far it is to come, and how often in a row it began at the
+same checkpoint. A job that SLURM requeues keeps its number; a new job counts anew.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from json import dumps
+from pathlib import Path
+
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import explain_errors, read_fields, write_whole
+from lsmoe_ds.parallel import interrupt
+from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.run_folder import find_damage, list_checkpoints, step_of
+
+REFUSED = 2  # the status of a UserError
+AGAIN = interrupt.STATUS
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """``tries`` of a ``job`` in a row, at most ``allowed``, began at ``step`` of ``steps``."""
+
+    job: str
+    step: int
+    steps: int
+    tries: int
+    allowed: int
+
+    @classmethod
+    def read(cls, run: Path) -> Attempts:
+        """Raises UserError if there are none."""
+        fields = read_fields(_file(run), job=str, step=int, steps=int, tries=int, allowed=int)
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+
+    def write(self, run: Path) -> None:
+        write_whole(_file(run), dumps(asdict(self)) + "\n")
+
+
+def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, allowed: int = 4) -> Path:
+    """Notes that an attempt begins and returns the run folder, which need not be there yet.
+
+    Raises UserError for a bad recipe, and once ``allowed`` attempts of this job in a row have brought no newer checkpoint.
+    """
+    loaded = load_recipe(recipe, overrides)
+    run = out or Path("runs") / loaded.name
+    with explain_errors(run):
+        run.parent.mkdir(parents=True, exist_ok=True)
+    now = Attempts(os.environ.get("SLURM_JOB_ID", ""), newest_step(run), loaded.training.steps, 1, allowed)
+    if _file(run).exists():
+        before = Attempts.read(run)
+        if before.job == now.job and before.step == now.step:
+            now = replace(now, tries=before.tries + 1)
+    if now.tries > allowed:
+        raise UserError(
+            f"the last {before.tries} attempts of this job began at step {now.step} of {run} and saved nothing newer: "
+            f"its log says why; submit it anew once the cause is gone"
+        )
+    now.write(run)
+    _say(f"{run} is at step {now.step} of {now.steps}: attempt {now.tries} of at most {allowed} to come further")
+    return run
+
+
+def end(run: Path, status: int) -> int:
+    """What the job should end with, after training left with ``status``: 0 if the run is at its last step, whatever the status; 75 to
+    be requeued; 2 to give up. Says why.
+
+    Raises UserError unless :func:`begin` noted an attempt.
+    """
+    attempt, step = Attempts.read(run), newest_step(run)
+    at = f"{run} is at step {step} of {attempt.steps}"
+    if step >= attempt.steps:
+        _say(f"{at}: finished")
+        return 0
+    if status == REFUSED:
+        _say(f"{at}: given up, as trying again would not help; the sentence above says why")
+        return REFUSED
+    left = "training was asked to stop" if status == interrupt.STATUS else f"training ended with status {status}"
+    if step <= attempt.step and attempt.tries >= attempt.allowed:
+        _say(f"{at}: {left}; given up, as {attempt.tries} attempts in a row saved nothing newer")
+        return REFUSED
+    _say(f"{at}: {left}; to be requeued")
+    return AGAIN
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint whose files all have their size, 0 without one. Sums are training's to compare."""
+    return next((step_of(path) for path in reversed(list_checkpoints(run)) if find_damage(path, checksums=False) is None), 0)
+
+
+def _file(run: Path) -> Path:
+    return run.with_name(f".{run.name}.attempts")
+
+
+def _say(text: str) -> None:
+    print(f"lsmoe: {text}", file=sys.stderr, flush=True)
