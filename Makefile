@@ -1,4 +1,5 @@
 # make demo: everything from an empty machine to a report.   make test: all tests.   make check: style and types.
+# make slurm-up, make slurm-down: a private SLURM cluster of two nodes on this machine, to try the scripts of slurm/ on (as root).
 
 TORCH := torch==2.13.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -6,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test check benchmark slurm-up slurm-down clean
 
 demo: $(READY)
 	$(BIN)/python recipes/demo.py
@@ -21,6 +22,12 @@ check: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/train.py --size demo
+
+slurm-up: $(READY)
+	@$(BIN)/python tests/slurm/cluster.py up
+
+slurm-down: $(READY)
+	@$(BIN)/python tests/slurm/cluster.py down
 
 # torch goes first and by its exact version: any looser request brings gigabytes of CUDA libraries to a machine without GPU.
 $(READY): requirements.txt setup.py

@@ -85,7 +85,7 @@ def end(run: Path, status: int) -> int:
     if step <= attempt.step and attempt.tries >= attempt.allowed:
         _say(f"{at}: {left}; given up, as {attempt.tries} attempts in a row saved nothing newer")
         return REFUSED
-    _say(f"{at}: {left}; to be requeued")
+    _say(f"{at}: {left}; the job may go on from there")
     return AGAIN
 
 

@@ -21,7 +21,7 @@ from lsmoe_ds.parallel.joining import Party
 
 STATUS = 70  # EX_SOFTWARE of sysexits.h: another rank died, or none came on
 MOST, LEAST = 10.0, 0.1  # seconds between two looks
-HEARING = 3.0  # seconds in which the main rank waits for what the others have to say
+HEARING = 3.0  # seconds for which ranks wait for one another's last words
 
 
 class _Progress:
@@ -31,6 +31,7 @@ class _Progress:
     doing = "starting"
     since = time.monotonic()
     of_all = 0
+    leaving = False
 
 
 def beat(doing: str) -> None:
@@ -74,18 +75,24 @@ def _look(party: Party, store: Any, patience: float, poll: float, ended: threadi
         if _Progress.of_all != known:
             known, quiet = _Progress.of_all, 0.0
         if quiet >= patience:
-            _leave(party, store, patience)
+            _leave(party, store, patience, poll)
 
 
-def _leave(party: Party, store: Any, patience: float) -> NoReturn:
-    """Says where this rank stands, all at once so that ranks do not mix their lines, and ends the process."""
+def _leave(party: Party, store: Any, patience: float, poll: float) -> NoReturn:
+    """Says where this rank stands, all at once so that ranks do not mix their lines, and ends the process. None ends before the main
+    rank has heard all, or its launcher would end the others."""
+    _Progress.leaving = True
     rank = party.membership.rank
     waited = time.monotonic() - _Progress.since
     head = f"no rank has come on for {patience:.0f} seconds (training.patience); rank {rank} on {socket.gethostname()} is"
     _say(f"{head} {_Progress.doing} for {waited:.0f} seconds:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks()))
     _within(HEARING, lambda: store.set(f"standing/{rank}", "here"))
+    hearing = poll + HEARING  # they look once in a while
     if rank == 0:
-        _within(2 * HEARING, lambda: _say(_silent(party, store)))
+        _within(hearing + 1, lambda: _say(_silent(party, store, hearing)))
+        _within(1, lambda: store.set("heard", ""))
+    else:
+        _within(hearing + 1, lambda: store.wait(["heard"]))
     os._exit(STATUS)
 
 
@@ -117,9 +124,9 @@ def _stacks() -> list[str]:
     return lines
 
 
-def _silent(party: Party, store: Any) -> str:
+def _silent(party: Party, store: Any, hearing: float) -> str:
     """Which ranks say nothing any more, in words."""
-    deadline, silent = time.monotonic() + HEARING, list(range(party.membership.world))
+    deadline, silent = time.monotonic() + hearing, list(range(party.membership.world))
     while silent and time.monotonic() < deadline:
         silent = [rank for rank in silent if not store.check([f"standing/{rank}"])]
         time.sleep(LEAST)
@@ -131,5 +138,7 @@ def _silent(party: Party, store: Any) -> str:
 def leave_behind(party: Party) -> NoReturn:
     """Ends the process after a collective that broke: another rank has died, and its own output says why. The processes' usual
     handshakes at the end would wait for it."""
+    while _Progress.leaving:  # of that the other thread tells more
+        time.sleep(1)
     _say(f"rank {party.membership.rank} on {socket.gethostname()} has lost another rank ({_Progress.doing})")
     os._exit(STATUS)

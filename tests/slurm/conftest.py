@@ -1,0 +1,71 @@
+"""The fixture `cluster`: a real SLURM of 2 nodes with 4 cores each, started once and put in order after every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster import TEMPORARY, Cluster, missing, start_time
+from small_training import ENVIRONMENT, SLURM, write_recipe
+
+PREFIX = "lsmoe-slurm-test-"
+SKIPPED = pytest.StashKey[str]()
+
+
+def clean_left_behind() -> None:
+    """Removes clusters of test processes that were killed; their folders are named after them."""
+    for folder in TEMPORARY.glob(f"{PREFIX}*"):
+        starter = folder.name.removeprefix(PREFIX)
+        if starter.isdigit() and start_time(int(starter)) is None:
+            Cluster(folder).down()
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Folders below pytest's temporary folder (`tmp_path`) are shared by the nodes. Where no cluster can be started, tests are
+    skipped and one line says why; with LSMOE_REQUIRE_SLURM=1 they fail."""
+    if reason := missing():
+        if os.environ.get("LSMOE_REQUIRE_SLURM") == "1":
+            pytest.fail(reason, pytrace=False)
+        request.config.stash[SKIPPED] = reason
+        pytest.skip(reason)
+    clean_left_behind()
+    cluster = Cluster(TEMPORARY / f"{PREFIX}{os.getpid()}", shared=[tmp_path_factory.getbasetemp()])
+    cluster.up()
+    yield cluster
+    cluster.down()
+
+
+@pytest.fixture(autouse=True)
+def cluster_in_order(request: pytest.FixtureRequest):
+    """After a test that uses the cluster: no jobs, all nodes idle."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").tidy()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all nodes see, with prepared data and ``recipe.yaml``."""
+    folder = tmp_path_factory.mktemp("work")
+    write_recipe(folder)
+    return folder
+
+
+@pytest.fixture
+def submit(cluster: Cluster, work: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """``submit(*arguments, script=, **options)``: sbatch in the work folder, as a person would; returns the job's number."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setitem(cluster.environment, name, value)
+
+    def submit(*arguments: str, script: str = "train.sbatch", **options: object) -> int:
+        return cluster.submit(SLURM / script, *arguments, chdir=work, **options)
+
+    return submit
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if reason := config.stash.get(SKIPPED, None):
+        terminalreporter.write_line(f"tests/slurm was skipped: {reason}")
