@@ -127,7 +127,10 @@ def train(
         from lsmoe_ds.training.start import train as train_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    raise typer.Exit(train_recipe(loaded, out or Path("runs") / loaded.name, processes))
+    status = train_recipe(loaded, out or Path("runs") / loaded.name, processes)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _end(status)  # launchers end ranks that linger after the first has left, and take that for their status
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -1,0 +1,94 @@
+"""`lsmoe slurm begin` and `end`: attempts are counted, and results decide how a job ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_run import make_recipe
+
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import describe_files, write_json
+from lsmoe_ds.slurm import begin, end
+
+
+def save(run: Path, step: int) -> Path:
+    checkpoint = run / "checkpoints" / f"step-{step}"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "state.json", {"step": step})
+    write_json(checkpoint / "manifest.json", {"files": describe_files(checkpoint, ["state.json"])})
+    return checkpoint
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Of two steps, by a job."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    file = tmp_path / "small.yaml"
+    file.write_text(make_recipe(tmp_path, None, None).to_yaml())
+    return file
+
+
+def test_attempts_without_a_newer_checkpoint_are_counted(recipe, monkeypatch):
+    run = begin(recipe, allowed=2)
+    assert run == Path("runs/small") and not run.exists()
+    assert begin(recipe, allowed=2) == run
+    with pytest.raises(UserError, match="the last 2 attempts of this job began at step 0 of runs/small and saved nothing newer"):
+        begin(recipe, allowed=2)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    begin(recipe, allowed=2)
+    begin(recipe, allowed=2)
+    save(run, 1)
+    begin(recipe, allowed=2)
+    begin(recipe, allowed=2)
+    with pytest.raises(UserError, match="began at step 1 of"):
+        begin(recipe, allowed=2)
+
+
+def test_a_bad_recipe_begins_no_attempt(recipe, tmp_path):
+    with pytest.raises(UserError, match="unknown key"):
+        begin(recipe, ["training.step=3"])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "status", "verdict", "said"),
+    [
+        ([1, 2], 0, 0, "is at step 2 of 2: finished"),
+        ([2], 137, 0, "finished"),
+        ([1], 0, 75, "is at step 1 of 2: training ended with status 0; the job may go on"),
+        ([1], 75, 75, "training was asked to stop; the job may go on"),
+        ([], 70, 75, "is at step 0 of 2: training ended with status 70; the job may go on"),
+        ([1], 2, 2, "given up, as trying again would not help"),
+    ],
+)
+def test_results_decide_how_a_job_ends(recipe, capsys, steps, status, verdict, said):
+    run = begin(recipe)
+    for step in steps:
+        save(run, step)
+    assert end(run, status) == verdict and said in capsys.readouterr().err
+
+
+def test_the_last_attempt_without_a_newer_checkpoint_gives_up(recipe, capsys):
+    run = begin(recipe, allowed=2)
+    assert end(run, 75) == 75
+    begin(recipe, allowed=2)
+    (save(run, 2) / "manifest.json").unlink()  # not whole
+    assert end(run, 75) == 2 and "given up, as 2 attempts in a row saved nothing newer" in capsys.readouterr().err
+    save(run, 1)
+    assert end(run, 1) == 75
+
+
+def test_more_steps_than_before_are_not_finished_yet(recipe):
+    """Training may have ended before it could store the new recipe."""
+    run = begin(recipe)
+    save(run, 2)
+    assert end(run, 1) == 0
+    begin(recipe, ["training.steps=4"])
+    assert end(run, 1) == 75
+
+
+def test_an_end_without_a_beginning_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"\.small\.attempts is missing"):
+        end(tmp_path / "small", 0)
