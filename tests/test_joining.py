@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,3 +107,20 @@ def counts_on_main(topology):
 def test_what_the_main_rank_finds_is_told_to_all(pool):
     assert pool.run(2, fails_on_main) == ["the main rank says so"] * 2
     assert pool.run(2, counts_on_main) == [7, 7]
+
+
+@pytest.mark.parametrize(("count", "local_rank", "index"), [(4, 2, 2), (1, 3, 0), (1, 0, 0)])
+def test_a_rank_takes_the_gpu_of_its_place_or_the_only_one_it_sees(monkeypatch, count, local_rank, index):
+    import torch
+
+    chosen = []
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"gpu-{index}"))
+    assert joining._choose_device(Membership("srun", 3, 4, local_rank, 4)) == f"gpu-{index}"
+    assert chosen == [index] and os.environ["LOCAL_RANK"] == str(index)
+    with pytest.raises(UserError, match=r"is number 4 on .*, which has 2 GPUs"):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        joining._choose_device(Membership("srun", 3, 4, 3, 4))

@@ -113,15 +113,22 @@ def device() -> str:
 
 
 def _choose_device(membership: Membership) -> str:
-    """Takes a GPU of its own: of those that all of a node's ranks see the one of its local rank, or the one that it sees. Returns
+    """Takes a GPU of its own: of those that all of a node's ranks see the one of its local rank, or the only one that it sees. Returns
     what tells this device from others on the host."""
     import torch
 
     if not torch.cuda.is_available():
         return f"process {os.getpid()}"
-    count = torch.cuda.device_count()
-    torch.cuda.set_device(membership.local_rank if count > 1 else 0)  # one that does not exist is an error of torch's
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    count, local_rank = torch.cuda.device_count(), membership.local_rank
+    if 1 < count <= local_rank:
+        raise UserError(
+            f"rank {membership.rank} is number {local_rank + 1} on {socket.gethostname()}, which has {count} GPUs: "
+            f"start as many ranks on a node as it has GPUs"
+        )
+    index = local_rank if count > 1 else 0
+    os.environ["LOCAL_RANK"] = str(index)  # by which DeepSpeed chooses
+    torch.cuda.set_device(index)
+    return str(torch.cuda.get_device_properties(index).uuid)
 
 
 def _open_store(membership: Membership) -> dist.Store:
