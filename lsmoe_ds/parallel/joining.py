@@ -66,7 +66,7 @@ def join(membership: Membership | None = None, alike: Mapping[str, str] | None =
         "host": socket.gethostname(),
         "device": device,
         "alike": {
-            "Python": platform.python_version(),
+            "Python": ".".join(platform.python_version_tuple()[:2]),
             "lsmoe_ds": __version__,
             "torch": torch.__version__,
             "the number of processes": str(membership.world),
@@ -177,7 +177,7 @@ def _compare(membership: Membership, store: dist.Store, note: dict[str, Any]) ->
     while not store.check(["verdict"]):
         if time.monotonic() > deadline:
             raise UserError(f"rank 0 at {membership.address}:{membership.port} says nothing: has it died?")
-        time.sleep(POLL)
+        time.sleep(4 * POLL)  # there may be a thousand who ask
     verdict = json.loads(store.get("verdict"))
     if verdict["wrong"]:
         raise SharedError(verdict["wrong"])
