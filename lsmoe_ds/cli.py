@@ -120,6 +120,7 @@ def train(
     from lsmoe_ds.parallel import interrupt
 
     interrupt.install()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with long stacks of its own where a rank is lost
     from lsmoe_ds.imports import quick_import
 
     with quick_import():

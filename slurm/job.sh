@@ -48,13 +48,19 @@ export MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TOP_PA
 # --- A training that can be asked to stop: SIGUSR1 comes before the time limit (--signal=B:USR1@...), SIGTERM when the job is
 # preempted or canceled. Both go to this script, which must `wait` to hear them; the ranks are told, save, and leave.
 
-stops=0 pid=''
+stops=0 pid='' teller=''
 
 hear_signals() { trap ask_to_stop USR1 TERM; } # to be called first of all
 
 ask_to_stop() {
     stops=$((stops + 1))
-    if [[ $pid ]] && ((stops == 1)); then keep_telling & fi
+    if [[ $pid ]]; then start_telling; fi
+}
+
+start_telling() {
+    [[ ! $teller ]] || return 0
+    keep_telling &
+    teller=$!
 }
 
 keep_telling() { # again and again, as a rank that only starts does not hear
@@ -65,7 +71,8 @@ keep_telling() { # again and again, as a rank that only starts does not hear
     done
 }
 
-tell_ranks() { scancel --signal=USR1 "$JOB"; } # what srun has started, on all nodes, and not this script
+# What srun has started, on all nodes, and not this script. While the job ends scancel would try again for long, into its next attempt.
+tell_ranks() { timeout 4 scancel --signal=USR1 "$JOB"; }
 
 # Before a command that is not to die of the signal while it has no handler yet.
 SHIELD=(bash -c 'trap "" USR1; exec "$@"' shield)
@@ -75,12 +82,13 @@ run_ranks() { # COMMAND...: leaves its exit status in `status`
     ((stops == 0)) || return 0
     "$@" &
     pid=$!
-    ((stops == 0)) || keep_telling &
+    ((stops == 0)) || start_telling
     local before=-1
     while ((before != stops)); do # a signal ends `wait`, not the command
         before=$stops status=0
         wait "$pid" || status=$?
     done
+    [[ ! $teller ]] || kill "$teller" 2>/dev/null || true
     pid=''
 }
 

@@ -1,5 +1,6 @@
 """A pool of processes for distributed tests. Starting one costs seconds of imports, so each is forked once from a
-server that has imported everything, and kept; every world size has its own processes, and every test its own groups.
+server that has imported everything, and kept. Every world size has its own processes, and these have the groups of one layout
+until a test asks for another.
 """
 
 from __future__ import annotations
@@ -19,24 +20,28 @@ def _serve(rank: int, world: int, port: int, connection: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    if world > len(cores):  # kept on one, a rank needs a third less for the many small collectives of a test
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from lsmoe_ds.parallel import compat
 
     compat.import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
+    from lsmoe_ds.parallel.topology import Topology
+
+    topology, built = Topology.single(), None
     while True:
         task = connection.recv()
         if task is None:
             return
         function, arguments, layout = task
         try:
-            from lsmoe_ds.parallel.topology import Topology
-
-            topology = Topology.build(**layout)
+            if layout != built:
+                compat.forget_groups()
+                topology, built = Topology.build(**layout), layout
             connection.send((True, function(topology, *arguments)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
-        finally:
-            compat.forget_groups()
 
 
 class Pool:
