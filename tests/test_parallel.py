@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -120,3 +122,18 @@ def test_world_that_does_not_fit_is_refused():
     check_world(4, 2, 4)
     with pytest.raises(UserError, match=r"parallel\.expert is 4, which does not divide the 6 processes"):
         check_world(6, 2, 4)
+
+
+STARTED = """
+import gc, sys, torch
+from lsmoe_ds.parallel import compat
+compile = torch.compile
+assert compat.import_deepspeed() is compat.import_deepspeed() and compat.import_megatron().__name__ == "megatron.core.parallel_state"
+assert torch.compile is compile and gc.isenabled() and gc.get_freeze_count() > 100_000
+print([name for name in sys.modules if name.startswith("torch._inductor.compile_fx")])
+"""
+
+
+def test_a_rank_starts_without_torchs_compiler():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", STARTED], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -73,7 +73,7 @@ def ranks_of(run: Path) -> dict[int, int]:
             environment = dict(each.split(b"=", 1) for each in (folder / "environ").read_bytes().split(b"\0") if b"=" in each)
         except OSError:
             continue
-        if b"train" in command and str(run.name).encode() in command and command[0].endswith((b"python", b"python3", b"python3.11")):
+        if b"train" in command and run.name.encode() in command and Path(os.fsdecode(command[0])).name.startswith("python"):
             found[int(environment.get(b"SLURM_PROCID", b"-1"))] = int(folder.name)
     return found
 
@@ -102,6 +102,7 @@ def test_three_interruptions_leave_no_trace(cluster, work, submit, alone):
     saved = [int(step) for step in re.findall(r"SIGUSR1: saved after step (\d+)", said)]
     resumed = [int(step) for step in re.findall(r"going on from \S+step-(\d+)", said)]
     assert len(saved) == 3 and saved == resumed and cluster.requeues(job) == 3
+    assert "Terminated" not in said
 
 
 def test_it_goes_on_on_another_number_of_nodes(cluster, work, submit, alone):
@@ -144,7 +145,7 @@ def test_whatever_happens_the_job_goes_on_from_its_last_checkpoint(cluster, work
             mended("node2")
     assert_undisturbed(cluster, job, run, alone)
     said = cluster.log(job)
-    assert "lsmoe: rank 0 on node1 has lost another rank" in said
+    assert re.search(r"lsmoe: rank [012] on node[12] has lost another rank \(in step \d+\)", said)
     assert "[rank 0]" in said and "stopped or dead: rank 1 on node1" in said
 
 
@@ -160,13 +161,11 @@ def test_without_progress_it_gives_up(cluster, work, submit, monkeypatch):
 
 
 def test_what_does_not_fit_is_told_once_and_all_leave(cluster, work, submit):
-    begun = time.monotonic()
     job = submit("recipe.yaml", "--set", "parallel.expert=4", "--out", "unfit", nodes=1, ntasks_per_node=3)
     assert cluster.wait(job, 60) == "FAILED"
     said = cluster.log(job)
     assert said.count("parallel.expert is 4, which does not divide the 3 processes: start a multiple of 4") == 1
     assert "Traceback" not in said and cluster.requeues(job) == 0
-    assert time.monotonic() - begun < 60
 
 
 def test_the_doctor_under_srun(cluster, work, submit):
