@@ -217,7 +217,7 @@ def test_training_begins_with_it(m2m, tmp_path, monkeypatch):
     recipe = load_recipe("out/recipe.yaml")
     data = prepare(recipe)
     assert (data.folder / "vocabulary.model").read_bytes() == Path("out/vocabulary.model").read_bytes()
-    start.check(recipe, Path("run"), 1)
+    start.check(recipe, Path("run"))
     weights = read_weights(find_model("out")).tensors
     wanted = imported(m2m)[0]
     assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)

@@ -23,7 +23,7 @@ from workers import PRELOAD
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_json
-from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel import compat, watchdog
 from lsmoe_ds.parallel.launch import free_port
 from lsmoe_ds.run_folder import find_damage, list_checkpoints, step_of
 from lsmoe_ds.training.checkpoints import UNFINISHED
@@ -245,7 +245,7 @@ def test_ranks_killed_together_or_alone(folder):
         assert processes[rank].exitcode == -signal.SIGKILL
         if alone:
             processes[1 - rank].join(PATIENCE)
-            assert processes[1 - rank].exitcode == 1, "it does not wait for the other for ever"
+            assert processes[1 - rank].exitcode == watchdog.STATUS, "it does not wait for the other for ever"
         killed.kill(processes)
         killed.check_what_is_left()
     killed.end()

@@ -132,15 +132,15 @@ def test_the_first_loss_is_the_models(pool, root, one, tmp_path):
 def test_going_on_needs_the_folder_no_more(pool, root, tmp_path):
     shutil.copytree(root / "model", tmp_path / "model")
     recipe = changed(recipe_from(root), training={"start_from": tmp_path / "model", "steps": 2})
-    start.check(recipe, tmp_path / "run", 1)
+    start.check(recipe, tmp_path / "run")
     pool.run(1, first_steps, recipe, tmp_path / "run")
     shutil.rmtree(tmp_path / "model")
     longer = changed(recipe, training={"steps": 3})
-    start.check(longer, tmp_path / "run", 1)
+    start.check(longer, tmp_path / "run")
     going_on = pool.run(1, first_steps, longer, tmp_path / "run")[0]
     assert len(going_on["losses"]) == 1 and going_on["said"][0].startswith("going on from")
     with pytest.raises(UserError, match=r"was started with training.start_from .*model, the recipe now has None"):
-        start.check(changed(longer, training={"start_from": None}), tmp_path / "run", 1)
+        start.check(changed(longer, training={"start_from": None}), tmp_path / "run")
 
 
 def other_vocabulary(root: Path, recipe: Recipe) -> Recipe:
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_said_before_anything_is_started(root, tmp_path, ch
     recipe = change(root, recipe_from(root))
     prepare(recipe)
     with pytest.raises(UserError, match=f"^'training.start_from' is .*{says}") as error:
-        start.check(recipe, tmp_path / "run", 1)
+        start.check(recipe, tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
@@ -203,7 +203,7 @@ def test_a_dense_folder(pool, root, tmp_path):
     recipe = changed(stored.recipe, training=training, data=data, deepspeed={"zero_optimization": {"stage": 0}})
     recipe = recipe.model_copy(update={"name": "dense"})
     prepare(recipe)
-    start.check(recipe, tmp_path / "begun", 1)
+    start.check(recipe, tmp_path / "begun")
     found = pool.run(1, first_steps, recipe, tmp_path / "begun")[0]["weights"]
     wanted = read_weights(stored).tensors
     assert found.keys() == wanted.keys() and all(np.array_equal(found[name][0], wanted[name].numpy()) for name in found)
