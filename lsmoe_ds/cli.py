@@ -181,13 +181,14 @@ def translate(
     ] = None,
 ) -> None:
     """Translates standard input to standard output, line by line; an empty line stays empty."""
+    from lsmoe_ds.codes import asked_direction
     from lsmoe_ds.inference.engine import load_engine
     from lsmoe_ds.inference.translate import read_lines
     from lsmoe_ds.inference.translate import translate as translate_lines
-    from lsmoe_ds.languages import Direction
 
-    direction = Direction(source, target)
+    direction = asked_direction(source, target)
     loaded = load_engine(run, route, engine, direction)
+    direction = loaded.languages.find(direction)
     for line in translate_lines(loaded, direction, read_lines(sys.stdin.buffer), beam=beam, length_penalty=length_penalty):
         print(line, flush=True)
 
@@ -220,13 +221,14 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Takes the sub-network of one direction out of a sparse model, or brings the whole model into another form."""
+    from lsmoe_ds.codes import asked_direction, read_code
     from lsmoe_ds.convert.command import convert as convert_run
     from lsmoe_ds.convert.grown import Likeness
-    from lsmoe_ds.languages import Direction
 
     if (source is None) != (target is None):
         raise UserError("--from and --to-language name a direction together: give both or neither")
-    direction = None if source is None or target is None else Direction(source, target)
+    direction = None if source is None or target is None else asked_direction(source, target)
+    like_language = None if like_language is None else read_code(like_language, of_system=True)
     if to == "layout":
         from lsmoe_ds.parallel.launch import LOCKED
         from lsmoe_ds.training.layout import convert_layout, write_layout

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from lsmoe_ds.codes import resolve_codes, tags_of
 from lsmoe_ds.config import Recipe, Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import nearest
@@ -25,11 +26,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), changes: Mappin
 
     Raises UserError with the key, its line where it has one, what was found and what is allowed.
     """
-    value, lines = read_mapping(Path(path), "recipe", Recipe)
+    path = Path(path)
+    value, lines = read_mapping(path, "recipe", Recipe)
+    own = tags_of(value, path)
     merge(value, changes or {})
     for override in overrides:
         apply_override(value, override)
-    return validate(Recipe, value, Path(path), lines)
+    if wrong := resolve_codes(value, {*own, *tags_of(value, path)}):
+        key, sentence = wrong
+        at = tuple(key.split("."))
+        raise UserError(f"{path}{f', line {lines[at]}' if at in lines else ''}: '{key}': {sentence}")
+    return validate(Recipe, value, path, lines)
 
 
 def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[str, Any], Lines]:

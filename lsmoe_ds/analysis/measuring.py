@@ -14,7 +14,7 @@ from lsmoe_ds.config import MoE
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.inference.load import Loaded
-from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.languages import Direction, Languages, is_english
 from lsmoe_ds.moe.routers import Routes
 
 SENTENCES = 200  # of each direction
@@ -63,9 +63,9 @@ def choose_pairs(data: PreparedData, languages: Languages, split: str) -> tuple[
     """The pairs of each direction to measure on, as places in its held-out text, and how many multi-way ones these are."""
     places: dict[str, dict[str, int]] = {}
     for direction in languages.directions:
-        if direction.bitext not in places and "en" in (direction.source, direction.target):
+        if direction.bitext not in places and (is_english(direction.source) or is_english(direction.target)):
             source, target = data.text(direction, split)
-            english = source if direction.source == "en" else target
+            english = source if is_english(direction.source) else target
             # Of a sentence that stands there twice, the first.
             places[direction.bitext] = {sentence: place for place, sentence in reversed(list(enumerate(english)))}
     if all(direction.bitext in places for direction in languages.directions):

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import TASKS, family, language_name, task_language, task_order
+from lsmoe_ds.languages import TASKS, family, is_english, language_name, task_language, task_order
 
 UNKNOWN = "Unknown"
 SIDES = ("encoder", "decoder")
@@ -135,7 +135,7 @@ def task_section(task: str) -> tuple[int, str]:
     source, _, target = task.partition("-")
     if not target:
         return 0, ""
-    return (0, "Out of English") if source == "en" else (1, "Into English") if target == "en" else (2, "Between others")
+    return (0, "Out of English") if is_english(source) else (1, "Into English") if is_english(target) else (2, "Between others")
 
 
 def task_name(task: str) -> str:

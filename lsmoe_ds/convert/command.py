@@ -141,6 +141,7 @@ def convert(
             raise UserError(f"{run} is a Hugging Face model, which has no checkpoints to average and no optimizer's state")
         return _import(Path(run), to, overrides, out)
     stored = find_model(run)
+    direction = stored.recipe.languages.find(direction) if direction else None
     vocabulary: Path | bytes = stored.vocabulary
     if whole:
         tensors, recipe, made = consolidate_stored(stored, average)

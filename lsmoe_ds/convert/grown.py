@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,9 @@ def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 
 class _Grown:
     def __init__(self, weights: Tensors, before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness) -> None:
-        self.weights, self.before, self.after, self.vocabulary, self.like = weights, before, after, vocabulary, like
+        self.weights, self.before, self.after, self.vocabulary = weights, before, after, vocabulary
         self.old, self.new = before.languages, after.languages
-        if like.language is not None:
-            self.old.id(like.language)
+        self.like = like if like.language is None else replace(like, language=self.old.own(like.language))
         for side, _, moe in before.model.moe_layers():
             self._check_tasks(side, moe, (after.model.encoder if side == "encoder" else after.model.decoder).moe)
         for side, layer, moe in after.model.moe_layers():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lsmoe_ds.codes import resolve_codes
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import PROVENANCE, RECIPE, VOCABULARY, name_of
 from lsmoe_ds.convert.huggingface import EMBEDDING, our_names, their_name
@@ -157,6 +158,8 @@ def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, mode
             "training": {"start_from": str(out)},
         },
     )
+    if wrong := resolve_codes(value, vocabulary.codes):
+        raise UserError(f"'--set {wrong[0]}': {wrong[1]}")
     recipe = validate(Recipe, value, out / RECIPE, {})
     for code in recipe.languages.codes:
         vocabulary.tag_id(code)

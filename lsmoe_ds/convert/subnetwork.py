@@ -198,6 +198,7 @@ def extract_stored(
 
     A dense folder is taken as it is; one for all directions can be narrowed to one of them.
     """
+    direction = stored.recipe.languages.find(direction) if direction else None
     dense = stored.kind == "dense"
     if dense and hybrid:
         raise UserError(f"{stored.home} is dense: there are no experts to keep")

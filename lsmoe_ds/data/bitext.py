@@ -17,6 +17,7 @@ from lsmoe_ds.data.cleaning import PairFilter, clean_text, hash64, near_duplicat
 from lsmoe_ds.data.formats import Part
 from lsmoe_ds.data.held_out import HELD_OUT, Keys
 from lsmoe_ds.data.workers import Workers, chunks
+from lsmoe_ds.languages import is_english
 
 CHUNK = 10_000
 TRAIN, DEV, TEST, DROPPED = range(4)
@@ -78,11 +79,11 @@ class Bitext:
 
     @property
     def pivot(self) -> int:
-        return 1 if self.codes[1] == "en" else 0
+        return 1 if is_english(self.codes[1]) else 0
 
     @property
     def english(self) -> bool:
-        return "en" in self.codes
+        return any(map(is_english, self.codes))
 
     def clean(self, parts: Sequence[Part], settings: Cleaning, both: bool, workers: Workers) -> Iterator[int]:
         """Cleans the training text and drops exact copies of pairs; yields the pairs read, for a progress bar.

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from lsmoe_ds.config import Corpus
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
+from lsmoe_ds.data.spelling import Wanted
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import normalize_code
+from lsmoe_ds.languages import same_language
 
 SPLITS = ("train", "dev", "test")
 LINE_LIMIT = 1 << 20
@@ -113,19 +114,32 @@ def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterab
 
     Raises UserError for a corpus that is not fetched, damaged, missing or not laid out as it should be.
     """
-    wanted = {name: (pair[0], pair[1]) for name in bitexts if (pair := name.split("-"))}
     parts: list[Part] = []
-    for corpus in corpora:
-        if isinstance(corpus, str):
-            parts += _fetched(corpus, directory, wanted)
-        elif not corpus.path.exists() and corpus.format != "moses":
-            raise UserError(f"there is no corpus {corpus.path}")
-        else:
-            parts += FORMATS[corpus.format](corpus, wanted)
+    for wanted, found in _search(corpora, directory, bitexts):
+        parts += found
+        wanted.say()
     return parts
 
 
-Wanted = dict[str, tuple[str, str]]
+def other_varieties(corpora: Iterable[str | Corpus], directory: Path, bitext: str) -> str:
+    """Return `` (corpus a has pt ...)`` if the corpora lack a bitext but have another variety of its languages, or an empty string."""
+    searched = [wanted for wanted, _ in _search(corpora, directory, [bitext])]
+    found = [relative for wanted in searched for code in bitext.split("-") for relative in wanted.relatives(code)]
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _search(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> Iterator[tuple[Wanted, list[Part]]]:
+    """Yield what is wanted of each corpus and what it has of that."""
+    pairs = {name: (pair[0], pair[1]) for name in bitexts if (pair := name.split("-"))}
+    for corpus in corpora:
+        if isinstance(corpus, str):
+            wanted = Wanted(corpus, pairs)
+            yield wanted, list(_fetched(corpus, directory, wanted))
+        elif not corpus.path.exists() and corpus.format != "moses":
+            raise UserError(f"there is no corpus {corpus.path}")
+        else:
+            wanted = Wanted(str(corpus.path), pairs, (corpus.source, corpus.target))
+            yield wanted, list(FORMATS[corpus.format](corpus, wanted))
 
 
 def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
@@ -133,21 +147,17 @@ def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
     wrong = corpus_damage(name, directory)
     if wrong is not None:
         raise UserError(f"corpus {name} is not fetched ({wrong}): run 'lsmoe data fetch {name}'")
+    files = [path for path in sorted(corpus_folder(name, directory).glob("*-*.tsv")) if path.stem.count("-") == 1]
     for bitext, pair in wanted.items():
-        codes = [normalize_code(code) for code in pair]
-        path = corpus_folder(name, directory) / f"{'-'.join(sorted(codes))}.tsv"
-        if path.exists():
-            yield Part(name, bitext, "train", (path,), "table", (0, 1) if codes == sorted(codes) else (1, 0))
+        if found := wanted.choose_all(_both_ways(files), pair):
+            yield Part(name, bitext, "train", (found,), "table", (0, 1) if same_language(found.stem.split("-")[0], pair[0]) else (1, 0))
 
 
-def _same(code: str, other: str) -> bool:
-    return code == other or normalize_code(code) == normalize_code(other)
-
-
-def _by_code(files: Iterable[tuple[str, Path]], code: str) -> Path | None:
-    """The file whose language is ``code``; one that spells it so comes first."""
-    found = [(other != code, path) for other, path in files if _same(other, code)]
-    return min(found)[1] if found else None
+def _both_ways(paths: Iterable[Path]) -> Iterator[tuple[tuple[str, ...], Path]]:
+    """Yield each path with the two codes in its name (``de-en``), and again with these the other way round."""
+    for path in paths:
+        codes = tuple(path.stem.split("-"))
+        yield from ((codes, path), (codes[::-1], path))
 
 
 def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
@@ -156,14 +166,9 @@ def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
         raise UserError(f"{corpus.path} is not laid out as OPUS-100: it has neither 'supervised' nor 'zero-shot' in it")
     present = [folder for kind in folders for folder in sorted(kind.iterdir()) if folder.is_dir() and folder.name.count("-") == 1]
     for bitext, pair in wanted.items():
-        # Both en-no and en-nb are there: a folder that spells the codes as the recipe does comes before one that means the same.
-        found = []
-        for folder in present:
-            first, second = folder.name.split("-")
-            for codes in ((first, second), (second, first)):
-                if _same(codes[0], pair[0]) and _same(codes[1], pair[1]):
-                    found.append((codes != pair, folder, codes))
-        for _, folder, codes in sorted(found)[:1]:
+        if folder := wanted.choose_all(_both_ways(present), pair):
+            codes = folder.name.split("-")
+            codes = codes if same_language(codes[0], pair[0]) else codes[::-1]
             for split in SPLITS:
                 files = tuple(folder / f"opus.{folder.name}-{split}.{code}" for code in codes)
                 if any(file.exists() for file in files):
@@ -177,30 +182,30 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     for name, folder in sets.items():
         files = [(path.stem, path) for path in sorted(folder.glob(f"*.{name}"))]
         for bitext, pair in wanted.items():
-            first, second = _by_code(files, pair[0]), _by_code(files, pair[1])
+            first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
             if first and second:
                 yield Part(str(corpus.path), bitext, "dev" if name == "dev" else "test", (first, second), "lines")
 
 
-IWSLT_TRAIN = re.compile(r"train\.tags\.([\w@]+)-([\w@]+)\.([\w@]+)")
-IWSLT_SET = re.compile(r"(IWSLT\w*\.\w+\.(dev|tst)\w*)\.([\w@]+)-([\w@]+)\.([\w@]+)\.xml")
+IWSLT_TRAIN = re.compile(r"(?P<set>train\.tags\.[\w@-]+)\.(?P<code>[\w@-]+)")  # train.tags.en-pt-br.pt-br
+IWSLT_SET = re.compile(r"(?P<set>IWSLT\w*\.\w+\.(?P<kind>dev|tst)\w*\.[\w@-]+)\.(?P<code>[\w@-]+)\.xml")
 
 
 def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     found: dict[tuple[str, str, str], list[tuple[str, Path]]] = {}
     for path in sorted(corpus.path.rglob("*")):
         if match := IWSLT_TRAIN.fullmatch(path.name):
-            found.setdefault(("train", "tagged", str(path.parent)), []).append((match.group(3), path))
+            found.setdefault(("train", "tagged", f"{path.parent}/{match['set']}"), []).append((match["code"], path))
         elif match := IWSLT_SET.fullmatch(path.name):
-            split = "dev" if match.group(2) == "dev" else "test"
-            found.setdefault((split, "segments", f"{path.parent}/{match.group(1)}"), []).append((match.group(5), path))
+            split = "dev" if match["kind"] == "dev" else "test"
+            found.setdefault((split, "segments", f"{path.parent}/{match['set']}"), []).append((match["code"], path))
     if not found:
         raise UserError(
             f"{corpus.path} is not laid out as IWSLT: no train.tags.de-en.de and no IWSLT14.TED.dev2010.de-en.de.xml was found in it"
         )
     for (split, reader, _), files in found.items():
         for bitext, pair in wanted.items():
-            first, second = _by_code(files, pair[0]), _by_code(files, pair[1])
+            first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
             if first and second:
                 yield Part(str(corpus.path), bitext, split, (first, second), reader)
 
@@ -217,7 +222,7 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
             stems.setdefault(path.stem, []).append((path.suffix[1:], path))
     if not corpus.path.is_dir():
         for code in (corpus.source, corpus.target):
-            if code and _by_code(stems.get(corpus.path.name, []), code) is None:
+            if code and not any(same_language(code, other) for other, _ in stems.get(corpus.path.name, [])):
                 raise UserError(f"there is no file {corpus.path}.{code}")
     if not stems:
         raise UserError(f"there are no files {corpus.path}.CODE, such as {corpus.path}.en")
@@ -226,14 +231,14 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
         if corpus.path.is_dir():
             split = "dev" if stem.startswith(("dev", "valid")) else "test" if stem.startswith("test") else "train"
         for bitext, pair in wanted.items():
-            first, second = _by_code(files, pair[0]), _by_code(files, pair[1])
+            first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
             if first and second and _allowed(corpus, pair):
                 yield Part(str(corpus.path), bitext, split, (first, second), "lines")
 
 
 def _allowed(corpus: Corpus, pair: tuple[str, str]) -> bool:
     given = [code for code in (corpus.source, corpus.target) if code]
-    return all(any(_same(code, member) for member in pair) for code in given)
+    return all(any(same_language(code, member) for member in pair) for code in given)
 
 
 def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
@@ -246,7 +251,7 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
         if len(codes) < 2:
             raise UserError(f"{corpus.path}, line 1: two or more language codes between tabs were expected, found {codes[0][:40]!r}")
     for bitext, pair in wanted.items():
-        columns = [next((i for i, code in enumerate(codes) if _same(code.strip(), member)), None) for member in pair]
+        columns = [wanted.choose([(code.strip(), i) for i, code in enumerate(codes)], member) for member in pair]
         if columns[0] is not None and columns[1] is not None:
             yield Part(str(corpus.path), bitext, "train", (corpus.path,), "table", (columns[0], columns[1]), header)
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.fingerprints import corpora_fingerprint, reason_to_prepare, settings_of
-from lsmoe_ds.data.formats import SPLITS, Part, find_parts
+from lsmoe_ds.data.formats import SPLITS, Part, find_parts, other_varieties
 from lsmoe_ds.data.held_out import HELD_OUT, Keys, choose, quota
 from lsmoe_ds.data.prepared import FORMAT, MANIFEST, PreparedData
 from lsmoe_ds.data.tokens import write_tokens
@@ -109,7 +109,8 @@ class _Preparation:
         for bitext in self.bitexts:
             if not any(part.bitext == bitext.name for part in self.parts):
                 corpora = ", ".join(corpus if isinstance(corpus, str) else str(corpus.path) for corpus in self.data.corpora)
-                raise UserError(f"there is no text for {bitext.name} in the corpora of the recipe ({corpora})")
+                hint = other_varieties(self.data.corpora, self.data.directory, bitext.name)
+                raise UserError(f"there is no text for {bitext.name} in the corpora of the recipe ({corpora}){hint}")
             self.progress.update(task, description=f"cleaning {bitext.name}")
             for count in bitext.clean(self._of(bitext.name, "train"), self.data.cleaning, both, self.workers):
                 self.progress.advance(task, count)

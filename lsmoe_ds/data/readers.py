@@ -15,6 +15,7 @@ from lsmoe_ds.languages import CODE, normalize_code
 Triple = tuple[str, str, str]  # our code, English, translation
 
 NO_LANGUAGES = ("qqq", "qqx")  # MediaWiki's notes for translators
+BOKMAL = ("no", "no_NO")  # what programs that are translated into Bokmål call it
 
 MALLARD = Markup(
     html=False,
@@ -43,7 +44,7 @@ class Reader:
 
 def language(name: str) -> str | None:
     """Our code of a locale; None for variants of English or of politeness, and for what is no language."""
-    code = normalize_code(name)
+    code = "nb" if name in BOKMAL else normalize_code(name)
     wanted = CODE.match(code) and code.split("_")[0] != "en" and not name.lower().endswith("formal") and code not in NO_LANGUAGES
     return code if wanted else None
 

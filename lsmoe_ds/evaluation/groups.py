@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from lsmoe_ds.config import Groups
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.languages import Direction, is_english
 
-ENGLISH = "en"
 RESOURCES = ("high", "medium", "low")
 GROUPS = ("into_english", "out_of_english", "between_others", "all", *RESOURCES)
 
@@ -66,9 +65,9 @@ def resource_groups(pairs: Mapping[str, int], limits: Groups) -> dict[str, str]:
 
 def membership(direction: Direction, resources: Mapping[str, str]) -> tuple[str, ...]:
     """The groups, of :data:`GROUPS`, that a direction counts in. ``resources`` is keyed by bitext and may lack some."""
-    if direction.target == ENGLISH:
+    if is_english(direction.target):
         side = "into_english"
-    elif direction.source == ENGLISH:
+    elif is_english(direction.source):
         side = "out_of_english"
     else:
         side = "between_others"

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lsmoe_ds.codes import read_directions
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable
-from lsmoe_ds.languages import Direction, Languages, parse_directions
+from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.part import Part
 from lsmoe_ds.recipe_file import load_recipe
 
@@ -27,7 +28,7 @@ def choose_directions(asked: Sequence[str] | None, languages: Languages) -> list
     """Those asked for, each once, or all of the system. Raises UserError for one that it lacks."""
     if not asked:
         return list(languages.directions)
-    chosen = list(dict.fromkeys(parse_directions(asked, languages)))
+    chosen = list(dict.fromkeys(read_directions(asked, languages)))
     if not chosen:
         raise UserError("--directions names no direction: write them as en-de,de-en")
     return chosen

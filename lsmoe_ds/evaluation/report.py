@@ -26,11 +26,10 @@ from lsmoe_ds.analysis.routing import read_routing, task_name
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.groups import ENGLISH
 from lsmoe_ds.evaluation.plots import Series, line_chart, number, smooth
 from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, WEAK, DirectionScore, ScoreTable
 from lsmoe_ds.folders import write_whole
-from lsmoe_ds.languages import Direction, language_name, script, task_order
+from lsmoe_ds.languages import Direction, is_english, language_name, script, task_order
 from lsmoe_ds.recipe_file import load_recipe
 
 T = TypeVar("T")
@@ -247,9 +246,9 @@ def _sides(scores: ScoreTable) -> list[SideScores]:
         return SideScores(title, group, sorted(found, key=lambda score: task_order(str(score.direction))))
 
     sides = [
-        of("Into English", "into_english", lambda d: d.target == ENGLISH),
-        of("Out of English", "out_of_english", lambda d: d.source == ENGLISH),
-        of("Between others", "between_others", lambda d: ENGLISH not in (d.source, d.target)),
+        of("Into English", "into_english", lambda d: is_english(d.target)),
+        of("Out of English", "out_of_english", lambda d: is_english(d.source)),
+        of("Between others", "between_others", lambda d: not (is_english(d.source) or is_english(d.target))),
     ]
     return [side for side in sides if side.scores]
 
@@ -259,7 +258,7 @@ def _open_samples(scores: ScoreTable) -> set[str]:
     shown: dict[str, str] = {}
     for score in sorted(scores.directions, key=lambda score: task_order(str(score.direction))):
         target = score.direction.target
-        shown.setdefault("into English" if target == ENGLISH else script(target) or target, str(score.direction))
+        shown.setdefault("into English" if is_english(target) else script(target) or target, str(score.direction))
     return set(list(shown.values())[:OPEN_SAMPLES])
 
 

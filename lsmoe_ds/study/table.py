@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lsmoe_ds.evaluation.groups import ENGLISH, GROUPS, Metrics
+from lsmoe_ds.evaluation.groups import GROUPS, Metrics
 from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, ScoreTable
-from lsmoe_ds.languages import task_order
+from lsmoe_ds.languages import is_english, task_order
 from lsmoe_ds.planning import human
 
 MAIN = "chrfpp"  # the score of gains and win ratios
@@ -229,7 +229,9 @@ def compare(
     any_table = next((table for tables in scores.values() for table in tables.values()), None)
     copy = {group: average.copy for group, average in any_table.averages().items()} if any_table else {}
     # Into English first, relatives side by side.
-    ordered = sorted(any_table.directions, key=lambda s: (s.direction.target != ENGLISH, task_order(str(s.direction)))) if any_table else []
+    ordered = (
+        sorted(any_table.directions, key=lambda s: (not is_english(s.direction.target), task_order(str(s.direction)))) if any_table else []
+    )
     copied = {str(score.direction): score.copy for score in ordered}
     return Comparison(name, steps, tuple(seeds), evaluate, titles[baseline], tuple(rows), copy, copied)
 

@@ -1,0 +1,133 @@
+"""Language codes as people write them, on the command line and in recipes, read as the codes of languages.tsv.
+
+A code that is read as another one is said once on standard error, and so is a code that the table lacks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import CODE, Direction, Languages, check_code, find_code, is_known, language_name, normalize_code
+from lsmoe_ds.notices import notice
+
+# A code whose script and region are written in capitals, as BCP 47 recommends: zh-Hant-TW, es-419.
+CAPITALS = r"[a-z]{2,3}(?:[-_][A-Z][a-z]{3})?(?:[-_](?:[A-Z]{2}|[0-9]{3}))?"
+TWO_CODES = re.compile(f"({CAPITALS})-({CAPITALS})")
+TAG = re.compile(rb"<2([A-Za-z0-9_]{1,40})>")
+
+
+def read_code(text: str, own: Iterable[str] = (), of_system: bool = False) -> str:
+    """Return the code of ``own``, or else of the table, for a language as a person wrote it.
+
+    Says on standard error what it is read as where that is spelled otherwise, and that the table lacks it, but not of a code of
+    ``own`` or of one that will be looked up in a trained system (``of_system``). Raises UserError for what is no code.
+    """
+    text = text.strip()
+    found = find_code(text, own)
+    code = found or normalize_code(text)
+    check_code(code if CODE.match(code) else text)
+    if code != text:
+        name = f" ({language_name(code)})" if is_known(code) else ""
+        notice(f"language '{text}' is read as '{code}'{name}")
+    if not (found or of_system or is_known(code)):
+        notice(f"language '{code}' is not in the table (docs/languages.md): no name, no script filter, BLEU by 13a")
+    return code
+
+
+def read_direction(text: str, own: Iterable[str] = (), of_system: bool = False) -> Direction:
+    """Return the direction that a person wrote, such as ``en-de`` or ``eng_Latn-zh-TW``; see :func:`read_code`."""
+    return _direction(text.strip(), lambda code: read_code(code, own, of_system))
+
+
+def asked_direction(source: str, target: str) -> Direction:
+    """Return the direction between two languages that a command line names, to be found in a system by its ``Languages``."""
+    return Direction(read_code(source, of_system=True), read_code(target, of_system=True))
+
+
+def read_directions(texts: Sequence[str], languages: Languages) -> list[Direction]:
+    """Return the directions that a command line names, in the system's own codes. Raises UserError for one that it lacks."""
+    return [languages.find(read_direction(text, languages.codes, of_system=True)) for text in texts if text.strip()]
+
+
+def _direction(text: str, read: Callable[[str], str]) -> Direction:
+    found = TWO_CODES.fullmatch(text)
+    parts = found.groups() if found else tuple(text.split("-"))
+    wanted = "write source-target with two different codes, such as en-de"
+    if len(parts) != 2 or not all(parts):
+        more = "; the parts of a code are joined by underscores, as in en-zh_Hant" if len(parts) > 2 else ""
+        raise UserError(f"'{text}' is not a direction: {wanted}{more}")
+    source, target = map(read, parts)
+    if source == target:
+        raise UserError(f"'{text}' is not a direction: both codes are {source} ({language_name(source)}); {wanted}")
+    return Direction(source, target)
+
+
+def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[str, str] | None:
+    """Replace the language codes in the mapping of a recipe file by the table's, in place.
+
+    A language that has a tag in the recipe's vocabulary (``own``) keeps the code of that: a trained system keeps its codes.
+    ``corpora`` keep theirs, which say how files are named. Values of other types are left to the recipe's own checks.
+    Returns the key of a list with a wrong code or with two codes for one language, and what is wrong with it, or None.
+    """
+    own = tuple(own)
+
+    def language(text: str) -> str:
+        return read_code(text, own)
+
+    def direction(text: str) -> str:
+        return str(_direction(text.strip(), language))
+
+    data, low_rank = _section(recipe, "data"), _section(_section(recipe, "model"), "low_rank")
+    places = (("data.languages", data, language), ("data.directions", data, direction), ("model.low_rank.rank", low_rank, language))
+    for key, section, read in places:
+        name = key.rpartition(".")[2]
+        given = section.get(name)
+        try:
+            if name != "rank" and isinstance(given, list):
+                section[name] = _read_all(given, read)
+            elif name == "rank" and isinstance(given, dict):
+                section[name] = dict(zip(_read_all(list(given), read), given.values(), strict=True))
+        except UserError as error:
+            return key, str(error)
+    return None
+
+
+def _section(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = value.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _read_all(given: Sequence[Any], read: Callable[[str], str]) -> list[Any]:
+    """Return what was read of each text. Raises UserError if two different ones mean the same."""
+    written: dict[str, str] = {}
+    found = []
+    for item in given:
+        if isinstance(item, str):
+            meaning = read(item)
+            before = written.setdefault(meaning, item)
+            if before != item:
+                name = "direction" if "-" in meaning else f"language ({language_name(meaning)})"
+                raise UserError(f"'{before}' and '{item}' are one {name}, {meaning}: write one of them")
+            item = meaning
+        found.append(item)
+    return found
+
+
+def tags_of(recipe: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Return the codes that have a tag in the vocabulary of a recipe: beside a stored recipe, or in ``data.vocabulary.file``.
+
+    The file is searched for tags, not parsed: whether it is a vocabulary is checked where it is used.
+    """
+    given = _section(_section(recipe, "data"), "vocabulary").get("file")
+    beside = [path.with_name("vocabulary.model")] if path.name == "recipe.yaml" else []
+    found: list[str] = []
+    for file in [*beside, *([Path(given)] if isinstance(given, str) else [])]:
+        try:
+            found += [code.decode("ascii") for code in TAG.findall(file.read_bytes())]
+        except (OSError, ValueError):
+            continue
+    return tuple(found)
