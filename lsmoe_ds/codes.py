@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import CODE, Direction, Languages, check_code, find_code, is_known, language_name, normalize_code
+from lsmoe_ds.languages import CODE, Direction, Languages, check_code, find_code, is_known, language_name, normalize_code, not_a_code
 from lsmoe_ds.notices import notice
 
 # A code whose script and region are written in capitals, as BCP 47 recommends: zh-Hant-TW, es-419.
@@ -71,7 +71,7 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
 
     A language that has a tag in the recipe's vocabulary (``own``) keeps the code of that: a trained system keeps its codes.
     ``corpora`` keep theirs, which say how files are named. Values of other types are left to the recipe's own checks.
-    Returns the key of a list with a wrong code or with two codes for one language, and what is wrong with it, or None.
+    Returns the key of a wrong code, or of two codes for one language, and what is wrong with it, or None.
     """
     own = tuple(own)
 
@@ -93,6 +93,16 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
                 section[name] = dict(zip(_read_all(list(given), read), given.values(), strict=True))
         except UserError as error:
             return key, str(error)
+    return _wrong_code_of_corpora(data.get("corpora"))
+
+
+def _wrong_code_of_corpora(corpora: Any) -> tuple[str, str] | None:
+    """Return the key of a ``source`` or ``target`` that is not written like a code, and what is wrong with it, or None."""
+    for number, corpus in enumerate(corpora if isinstance(corpora, list) else []):
+        for name in ("source", "target"):
+            code = corpus.get(name) if isinstance(corpus, dict) else None
+            if isinstance(code, str) and not CODE.match(normalize_code(code)):
+                return f"data.corpora.{number}.{name}", not_a_code(code)
     return None
 
 

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.language_specific.settings import Clsr, LowRank
-from lsmoe_ds.languages import Direction, Languages, check_code, english_centric, is_english, normalize_code
+from lsmoe_ds.languages import Direction, Languages, check_code, english_centric, is_english
 from lsmoe_ds.section import Positive, Section, Share
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -37,13 +37,6 @@ class Corpus(Section):
     format: Literal["opus100", "flores", "iwslt", "moses", "tsv"]
     source: str | None = None
     target: str | None = None
-
-    @field_validator("source", "target")
-    @classmethod
-    def _code(cls, value: str | None) -> str | None:
-        if value is not None:
-            _as_value_error(check_code, normalize_code(value))
-        return value
 
 
 class Vocabulary(Section):

@@ -38,8 +38,13 @@ def tag(code: str) -> str:
 def check_code(code: str) -> str:
     """Return ``code``; raise UserError if it is not written as a language code."""
     if not CODE.match(code):
-        raise UserError(f"'{code}' is not a language code{_named(code)}: write an ISO 639 code such as de, pt_BR or zh_Hans")
+        raise UserError(not_a_code(code))
     return code
+
+
+def not_a_code(text: str) -> str:
+    """Return the sentence that refuses a text as a language code, with the code of the language that it may name."""
+    return f"'{text}' is not a language code{_named(text)}: write an ISO 639 code such as de, pt_BR or zh_Hans"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -94,11 +99,11 @@ def normalize_code(code: str) -> str:
     ``deu_Latn`` and ``de-DE`` are ``de``, ``zh-CN`` is ``zh_Hans``, ``sr@latin`` is ``sr_Latn``, ``es-MX`` is ``es_MX``. The script and the
     region that a language has by default are left out.
     """
-    language, *parts = code.split(".")[0].replace("@", "_").replace("-", "_").strip("_").split("_")
-    known, parts = _by_any_code(), [_usual_spelling(part) for part in parts]
+    subtags = code.split(".")[0].replace("@", "_").replace("-", "_").strip("_").split("_")
+    (language, *parts), known = _usual_spelling(subtags), _by_any_code()
     if (whole := "_".join([language, *parts]).lower()) in known:
         return known[whole]
-    default = known.get(language.lower(), language.lower())  # what the language alone is: zh_Hans for zho
+    default = known.get(language, language)  # what the language alone is: zh_Hans for zho
     stem = default.split("_")[0]
     if (whole := "_".join([stem, *parts]).lower()) in known:
         return known[whole]
@@ -113,9 +118,17 @@ def normalize_code(code: str) -> str:
     return "_".join([default, *parts])
 
 
-def _usual_spelling(part: str) -> str:
-    lower = part.lower()
-    return SCRIPTS.get(lower) or (part.title() if len(part) == 4 and part.isalpha() else part.upper() if len(part) == 2 else lower)
+def _usual_spelling(subtags: list[str]) -> list[str]:
+    """Return ``zh_Hant_TW`` for ``ZH_hant_tw``; what follows a single letter (``x_mine``) is private and in lower case."""
+    found: list[str] = []
+    for part in (subtag.lower() for subtag in subtags):
+        if not found or any(len(before) == 1 for before in found):
+            found.append(part)
+        elif part != "euro":  # of de_DE@euro
+            found.append(
+                SCRIPTS.get(part) or (part.title() if len(part) == 4 and part.isalpha() else part.upper() if len(part) == 2 else part)
+            )
+    return found
 
 
 def _is_script(part: str) -> bool:

@@ -17,7 +17,7 @@ from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.vocabulary import Vocabulary
 
 DATA = ("data.corpora=[none]", "data.languages=[de,fr]")
-NLLB_CODES = ["ace_Arab", "deu_Latn", "eng_Latn", "fra_Latn", "zho_Hans", "zho_Hant", "arb_Arab", "ars_Arab", "nob_Latn", "nor_Latn"]
+NLLB_CODES = ["ace_Arab", "deu_Latn", "eng_Latn", "fra_Latn", "zho_Hans", "zho_Hant", "arb_Arab", "ars_Arab", "nob_Latn", "ger_Latn"]
 CONFIG = {
     "d_model": 16,
     "encoder_layers": 2,

@@ -77,7 +77,7 @@ def _add_scripts_of_regions(rows: dict[str, Row], likely: dict[str, tuple[str, .
         language, _, region = key.partition("-")
         row = rows.get({"zh": "zh_Hans"}.get(language, language))
         alias, code = f"{language}_{region}", f"{language}_{subtags[1]}"
-        if len(region) != 2 or row is None or row["script"] in ("", subtags[1]) or alias in claimed:
+        if len(region) != 2 or row is None or row["script"] in ("", subtags[1]) or alias in claimed | rows.keys():
             continue
         if code not in rows:
             name = f"{row['name']} ({subtags[1]})"

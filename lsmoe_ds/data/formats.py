@@ -16,7 +16,7 @@ from lsmoe_ds.config import Corpus
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.data.spelling import Wanted
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import same_language
+from lsmoe_ds.languages import find_code, same_language
 
 SPLITS = ("train", "dev", "test")
 LINE_LIMIT = 1 << 20
@@ -150,7 +150,12 @@ def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
     files = [path for path in sorted(corpus_folder(name, directory).glob("*-*.tsv")) if path.stem.count("-") == 1]
     for bitext, pair in wanted.items():
         if found := wanted.choose_all(_both_ways(files), pair):
-            yield Part(name, bitext, "train", (found,), "table", (0, 1) if same_language(found.stem.split("-")[0], pair[0]) else (1, 0))
+            yield Part(name, bitext, "train", (found,), "table", (0, 1) if _in_order(found, pair) else (1, 0))
+
+
+def _in_order(path: Path, pair: tuple[str, str]) -> bool:
+    """Tell whether a path that serves a pair of languages names the first one first."""
+    return find_code(path.stem.split("-")[0], pair) == pair[0]
 
 
 def _both_ways(paths: Iterable[Path]) -> Iterator[tuple[tuple[str, ...], Path]]:
@@ -166,11 +171,11 @@ def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
         raise UserError(f"{corpus.path} is not laid out as OPUS-100: it has neither 'supervised' nor 'zero-shot' in it")
     present = [folder for kind in folders for folder in sorted(kind.iterdir()) if folder.is_dir() and folder.name.count("-") == 1]
     for bitext, pair in wanted.items():
-        if folder := wanted.choose_all(_both_ways(present), pair):
-            codes = folder.name.split("-")
-            codes = codes if same_language(codes[0], pair[0]) else codes[::-1]
+        if chosen := wanted.choose_all(_both_ways(present), pair):
+            codes = chosen.name.split("-")
+            codes = codes if _in_order(chosen, pair) else codes[::-1]
             for split in SPLITS:
-                files = tuple(folder / f"opus.{folder.name}-{split}.{code}" for code in codes)
+                files = tuple(chosen / f"opus.{chosen.name}-{split}.{code}" for code in codes)
                 if any(file.exists() for file in files):
                     yield Part(str(corpus.path), bitext, split, files, "lines")
 

@@ -1,0 +1,478 @@
+"""Codes of all conventions are read as those of one table, and what is read as another code is said."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_corpora import recipe as small_recipe
+from small_corpora import write_fetched, write_lines
+from small_run import TARGET_TOP2, make_recipe, train_and_save, write_corpus
+
+from lsmoe_ds import cli, notices
+from lsmoe_ds.codes import read_code, read_direction, read_directions, resolve_codes
+from lsmoe_ds.config import PROJECT, Corpus, Recipe
+from lsmoe_ds.convert.importing import M2M_100
+from lsmoe_ds.data.cleaning import PairFilter
+from lsmoe_ds.data.formats import Part, find_parts, other_varieties
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.groups import membership
+from lsmoe_ds.evaluation.scores import ScoreTable, bleu_tokenizer
+from lsmoe_ds.inference.load import load
+from lsmoe_ds.languages import (
+    Direction,
+    Languages,
+    english_centric,
+    family,
+    is_known,
+    language_name,
+    normalize_code,
+    script,
+    table,
+    task_language,
+    task_order,
+)
+from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.run_folder import open_run
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    notices.notice.cache_clear()
+
+
+def listed_by_transformers(model: str) -> list[str]:
+    """The language codes that a tokenizer of transformers lists in its source, read without importing it."""
+    home = Path(importlib.util.find_spec("transformers").submodule_search_locations[0])
+    source = (home / "models" / model / f"tokenization_{model}.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FAIRSEQ_LANGUAGE_CODES":
+            found = ast.literal_eval(node.value)
+            return found["m2m100"] if isinstance(found, dict) else found
+    raise AssertionError(f"{model} lists no codes")
+
+
+NLLB, MBART_50, M2M = (listed_by_transformers(model) for model in ("nllb", "mbart50", "m2m_100"))
+NTREX = """
+afr amh arb aze-Latn bak bel bem ben bod bos bul cat ces ckb-Arab cym dan deu div dzo ell eng est eus ewe fao fas fij fil fin
+fra fra-CA fuc gle glg guj hau heb hin hmn hrv hun hye ibo ind isl ita jpn kan kat kaz khm kin kir kmr kor lao lav lit ltz mal mar
+mey mkd mlg mlt mon mri msa mya nde nep nld nno nob nso nya orm pan pol por por-BR prs pus ron rus shi sin slk slv smo sna-Latn snd-Arab
+som spa spa-MX sqi srp-Cyrl srp-Latn ssw swa swe tah tam tat tel tgk-Cyrl tha tir ton tsn tuk tur uig ukr urd uzb ven vie wol xho yor
+yue zho-CN zho-TW zul
+"""
+
+
+def test_every_code_of_flores_200_is_a_language_of_its_own_in_its_script():
+    assert len(NLLB) == 202  # FLORES-200 has these, but for two that NLLB's tokenizer lacks
+    flores = [*(code for code in NLLB if code != "sat_Beng"), "sat_Olck", "arb_Latn", "min_Arab"]
+    ours = [normalize_code(code) for code in flores]
+    assert len(set(ours)) == len(flores)
+    written = {"Hang": "Kore"}
+    assert [(code, script(code)) for code in ours] == [(a, written.get(b[4:], b[4:])) for a, b in zip(ours, flores, strict=True)]
+    assert all(is_known(code) and language_name(code) != code and family(code) != "Unknown" for code in ours)
+    assert normalize_code("sat_Beng") == "sat"  # as NLLB calls Santali, whose text is in Ol Chiki
+
+
+@pytest.mark.parametrize(("codes", "count"), [(M2M, 100), (M2M_100.split(), 100), (MBART_50, 52), (NTREX.split(), 125)])
+def test_every_code_of_other_systems_is_a_language_of_its_own(codes: list[str], count: int):
+    assert len({normalize_code(code) for code in codes}) == len(codes) == count
+    assert [code for code in codes if not is_known(code)] == []
+
+
+# What a speaker of the convention would say: BCP 47 (RFC 5646), ISO 639-2 and -3, the papers of FLORES-200 and M2M-100.
+READ = """
+de: deu ger deu_Latn de-DE de_DE.UTF-8 DE DEU_LATN de_Latn_DE __de__
+en: eng eng_Latn en-US en_GB EN en_XX eng-GB en-Latn-AU
+zh_Hans: zh zho chi cmn zho_Hans zh-CN zh_CN zh-Hans zh-Hans-CN ZH-cn zh_SG zho-CN cmn_Hans
+zh_Hant: zho_Hant zh-TW zh_TW zh-Hant zh-Hant-TW zho-TW cmn_Hant
+zh_HK: zh-HK zh-Hant-HK
+yue: yue_Hant zh-yue yue-HK
+ja: jpn jpn_Jpan ja-JP
+ko: kor kor_Hang ko-KR ko_Kore
+th: tha tha_Thai th_TH
+pt: por por_Latn pt-PT pt_XX
+pt_BR: pt-BR por-BR pt-br pt-Latn-BR
+sr: srp srp_Cyrl srp-Cyrl sr_RS sr@cyrillic
+sr_Latn: srp_Latn srp-Latn sr@latin sr-el sr_ME
+es: spa spa_Latn es-ES es_XX
+es_419: es-419 spa-419
+es_MX: es-MX spa-MX
+he: iw heb heb_Hebr iw_IL he-IL
+id: in ind ind_Latn in_ID
+yi: ji yid ydd_Hebr
+ro: mo ron rum ron_Latn
+nb: nob nob_Latn nb-NO
+no: nor no_NO
+fa: fas per pes_Arab fa_IR
+ar: ara arb arb_Arab ar-EG ar_AR
+nso: ns nso_Latn
+kk_Arab: kk-CN kaz_Arab
+uz_Arab: uz_AF uzb-Arab
+be_tarask: be-tarask be-x-old be@tarask
+"""
+
+
+@pytest.mark.parametrize("line", READ.strip().splitlines())
+def test_codes_of_all_conventions(line: str):
+    ours, others = line.split(": ")
+    assert {other: normalize_code(other) for other in [ours, *others.split()]} == dict.fromkeys([ours, *others.split()], ours)
+
+
+def test_what_hangs_on_a_code_is_right_by_any_of_its_names():
+    for code in ("zho_Hans", "zh", "zh_CN", "cmn"):
+        assert (script(code), language_name(code), family(code)) == ("Hans", "Chinese (Simplified)", "Sino-Tibetan, Sinitic")
+    assert [bleu_tokenizer(read_code(code)) for code in ("zho_Hans", "zh-TW", "tha_Thai", "deu_Latn")] == ["zh", "zh", "char", "13a"]
+    assert (language_name("es-419"), language_name("uz_AF"), script("uz_AF")) == ("Spanish (419)", "Uzbek (Arab)", "Arab")
+    assert (
+        PairFilter(small_recipe(Path(".")).data.cleaning, "en", "jpn_Jpan").rule_against("Save all the changes", "Alles sichern")
+        == "script"
+    )
+    assert english_centric(["eng_Latn", "de"]) == [Direction("en", "de"), Direction("de", "en")]
+    assert task_language("eng_Latn-de") == "de"
+    assert membership(Direction("de", "eng_Latn"), {}) == ("into_english", "all")
+
+
+def test_the_order_of_tasks_is_that_of_models_that_are_trained():
+    """By the table before aliases were resolved: static routing and groups of experts follow this order."""
+    own = [line.split("\t")[0] for line in (PROJECT / "tools/languages.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    later = {"fuc", "hmn", "mey", "no", "zh_Hani"}
+    others = "no zh zho_Hans eng_Latn deu_Latn jpn_Jpan xx qaa hil brx ns iw en_GB es_MX zh_CN zh_TW por_Latn de_AT uz_Arab kk_CN x_a"
+    codes = [*(code for code in own if code not in later), *others.split()]
+    assert hashlib.sha256(",".join(sorted(codes, key=task_order)).encode()).hexdigest()[:16] == "4c3066d706df1a09"
+    assert sorted(["eng_Latn-de", "en-ru", "en-de", "sv-en"], key=task_order) == ["en-de", "sv-en", "en-ru", "eng_Latn-de"]
+
+
+def test_table_and_page_are_those_of_the_libraries():
+    spec = importlib.util.spec_from_file_location("make_languages", PROJECT / "tools" / "make_languages.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.TABLE.read_text(encoding="utf-8") == tool.render_table(tool.make_table()), "run python tools/make_languages.py"
+    assert tool.PAGE.read_text(encoding="utf-8") == tool.render_page(tool.read_table()), "run python tools/make_languages.py"
+
+
+# What a person writes.
+
+
+def test_what_is_read_as_another_code_is_said_once(capsys):
+    assert [read_code(code) for code in ("deu_Latn", "deu_Latn", "de", " zh-CN ")] == ["de", "de", "de", "zh_Hans"]
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        "lsmoe: language 'deu_Latn' is read as 'de' (German)",
+        "lsmoe: language 'zh-CN' is read as 'zh_Hans' (Chinese (Simplified))",
+    ]
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
+def test_of_many_ranks_one_says_it(variable, capsys, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    assert read_code("eng") == "en" and capsys.readouterr().err == ""
+    notices.notice.cache_clear()
+    monkeypatch.setenv(variable, "0")
+    assert read_code("eng") == "en" and "'eng' is read as 'en'" in capsys.readouterr().err
+
+
+def test_unknown_codes_are_accepted_and_said(capsys):
+    assert [read_code(code) for code in ("xx", "qaa", "x_mine", "x-mine")] == ["xx", "qaa", "x_mine", "x_mine"]
+    said = capsys.readouterr().err
+    assert said.count("is not in the table") == 3 and "'xx' is not in the table (docs/languages.md): no name, no script filter" in said
+    assert read_code("qtz", of_system=True) == "qtz" and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("germn", "'germn' is not a language code (did you mean 'de', German?)"),
+        ("German", "'German' is not a language code (did you mean 'de', German?)"),
+        ("english", "(did you mean 'en', English?)"),
+        ("d", "'d' is not a language code: write an ISO 639 code such as de"),
+        ("", "'' is not a language code"),
+        ("de/", "'de/' is not a language code"),
+        ("x", "'x' is not a language code"),
+        ("../de", "'../de' is not a language code"),
+    ],
+)
+def test_what_is_no_code_is_refused_with_the_nearest(text: str, says: str):
+    with pytest.raises(UserError) as error:
+        read_code(text)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        ("en-de", "en-de"), ("eng_Latn-deu_Latn", "en-de"), ("zh-CN-en", "zh_Hans-en"), ("en-zh-CN", "en-zh_Hans"),
+        ("pt-BR-en", "pt_BR-en"),
+        ("en-zh-Hant-TW", "en-zh_Hant"), ("en-US-fr-CA", "en-fr_CA"), ("en-es-419", "en-es_419"), ("sr-Latn-sr-Cyrl", "sr_Latn-sr"),
+        ("en_XX-ro_RO", "en-ro"), ("EN-DE", "en-de"), ("zh_Hans-zh_Hant", "zh_Hans-zh_Hant"),
+    ],
+)  # fmt: skip
+def test_directions_as_people_write_them(text: str, ours: str):
+    assert str(read_direction(text)) == ours
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("zh-cn-en", "'zh-cn-en' is not a direction: write source-target with two different codes, such as en-de; the parts of a code are"),
+        ("en", "'en' is not a direction"),
+        ("en-", "'en-' is not a direction"),
+        ("en>de", "'en>de' is not a direction"),
+        ("en-eng_Latn", "'en-eng_Latn' is not a direction: both codes are en (English)"),
+        ("zh-zho_Hans", "both codes are zh_Hans"),
+        ("en-german", "'german' is not a language code (did you mean 'de', German?)"),
+    ],
+)
+def test_what_is_no_direction_is_refused(text: str, says: str):
+    with pytest.raises(UserError) as error:
+        read_direction(text)
+    assert says in str(error.value)
+
+
+# Recipes.
+
+
+def write_recipe(folder: Path, rank: Any = None, **data: Any) -> Path:
+    value = small_recipe(folder).model_dump(mode="json", exclude_none=True)
+    value["data"] = {**value["data"], "directions": [], "languages": [], **data}
+    value["training"]["learning_rate"] = 0.001
+    if rank is not None:
+        value["model"]["low_rank"] = {"rank": rank, "index": "language"}
+    (folder / "r.yaml").write_text(yaml.safe_dump(value), encoding="utf-8")
+    return folder / "r.yaml"
+
+
+def test_recipes_hold_the_codes_of_the_table(tmp_path, capsys):
+    path = write_recipe(tmp_path, {"zho": 2, "eng_Latn": 1, "pt_BR": 3}, languages=["eng_Latn", "zho_Hans", "pt-br"])
+    recipe = load_recipe(path)
+    assert recipe.data.languages == ["en", "zh_Hans", "pt_BR"]
+    assert recipe.data.directions == ["en-zh_Hans", "zh_Hans-en", "en-pt_BR", "pt_BR-en"]
+    assert recipe.model.low_rank is not None and recipe.model.low_rank.rank == {"zh_Hans": 2, "en": 1, "pt_BR": 3}
+    assert yaml.safe_load(recipe.to_yaml())["data"]["languages"] == ["en", "zh_Hans", "pt_BR"]
+    said = capsys.readouterr().err
+    assert said.count("'eng_Latn' is read as 'en' (English)") == said.count("'zho_Hans' is read as 'zh_Hans'") == 1
+    directed = load_recipe(write_recipe(tmp_path, directions=["eng_Latn-deu_Latn", "fr-en", "de-zh-TW"]))
+    assert directed.data.directions == ["en-de", "fr-en", "de-zh_Hant"]
+    changed = load_recipe(
+        path, ["data.directions=[]", "data.languages=[jpn, eng]", "model.low_rank={rank: {ja: 1, eng: 2}, index: language}"]
+    )
+    assert changed.data.languages == ["ja", "en"]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"languages": ["de", "deu"]}, "'data.languages': 'de' and 'deu' are one language (German), de: write one of them"),
+        ({"languages": ["zh_Hans", "zho_Hans"]}, "'zh_Hans' and 'zho_Hans' are one language (Chinese (Simplified)), zh_Hans"),
+        ({"languages": ["en_GB", "en_US", "de"]}, "'en_GB' and 'en_US' are one language (English), en"),
+        ({"directions": ["en-de", "eng_Latn-deu_Latn"]}, "'data.directions': 'en-de' and 'eng_Latn-deu_Latn' are one direction, en-de"),
+        ({"directions": ["de-deu"]}, "'data.directions': 'de-deu' is not a direction: both codes are de (German)"),
+        ({"languages": ["Germn"]}, "'data.languages': 'Germn' is not a language code (did you mean 'de', German?)"),
+        (
+            {"rank": {"de": 1, "deu": 2, "en": 1}, "languages": ["de"]},
+            "'model.low_rank.rank': 'de' and 'deu' are one language (German), de",
+        ),
+        (
+            {"corpora": [{"path": "a", "format": "moses", "source": "German"}], "languages": ["de"]},
+            "'data.corpora.0.source': 'German' is not a language code",
+        ),
+    ],
+)
+def test_two_codes_for_one_language_are_refused(data: dict[str, Any], says: str, tmp_path):
+    with pytest.raises(UserError) as error:
+        load_recipe(write_recipe(tmp_path, **data))
+    assert says in str(error.value) and "r.yaml, line" in str(error.value)
+
+
+def test_values_that_are_no_codes_are_left_to_the_checks_of_recipes():
+    for recipe in ({}, {"data": 3}, {"data": {"languages": "de", "directions": {"a": 1}}}, {"model": {"low_rank": [1]}}):
+        assert resolve_codes(recipe) is None
+    recipe = {"data": {"languages": [False, None, ["deu"], 7]}}
+    assert resolve_codes(recipe) is None and recipe["data"]["languages"] == [False, None, ["deu"], 7]
+
+
+def test_a_system_keeps_its_codes(capsys):
+    recipe = {"data": {"languages": ["zh", "eng", "hi", "qaa"]}}
+    assert resolve_codes(recipe, ["zh_CN", "eng_Latn", "qaa"]) is None
+    assert recipe["data"]["languages"] == ["zh_CN", "eng_Latn", "hi", "qaa"]
+    said = capsys.readouterr().err
+    assert "'zh' is read as 'zh_CN' (Chinese (Simplified))" in said and "not in the table" not in said
+    both = {"data": {"languages": ["nb", "no"]}}
+    assert resolve_codes(both, ["nb", "no"]) is None and both["data"]["languages"] == ["nb", "no"]
+    assert resolve_codes(both, ["no"]) == ("data.languages", "'nb' and 'no' are one language (Norwegian), no: write one of them")
+
+
+def test_languages_are_found_by_any_code():
+    languages = Languages((Direction("eng_Latn", "zh_CN"), Direction("zh_CN", "eng_Latn"), Direction("eng_Latn", "no")))
+    assert [languages.id(code) for code in ("en", "eng_Latn", "nb", "zho_Hans")] == [0, 0, 1, 2]
+    assert languages.find(Direction("en", "zh")) == Direction("eng_Latn", "zh_CN")
+    assert read_directions(["en-zh", "zh-CN-en", ""], languages) == [Direction("eng_Latn", "zh_CN"), Direction("zh_CN", "eng_Latn")]
+    with pytest.raises(UserError, match="language 'zh_Hant' is not in this system"):
+        languages.id("zh_Hant")
+    with pytest.raises(UserError, match="direction no-en is not in this system"):
+        languages.find(Direction("no", "en"))
+
+
+# Corpora.
+
+
+def found(path: Path, layout: Any, *bitexts: str, **given: str) -> list[Part]:
+    return find_parts([Corpus(path=path, format=layout, **given)], path, bitexts)
+
+
+def names(parts: list[Part]) -> list[list[str]]:
+    return [[file.name for file in part.files] for part in parts]
+
+
+def write_files(folder: Path, *files: str) -> None:
+    for name in files:
+        write_lines(folder / name, [name])
+
+
+def test_files_and_columns_of_all_conventions_are_read_and_said_in_one_line(tmp_path, capsys):
+    write_files(tmp_path, "a.deu_Latn", "a.eng", "a.zho_Hans", "a.zh-TW")
+    assert names(found(tmp_path / "a", "moses", "de-en", "en-zh_Hans", "de-zh_Hant")) == [
+        ["a.deu_Latn", "a.eng"], ["a.eng", "a.zho_Hans"], ["a.deu_Latn", "a.zh-TW"]
+    ]  # fmt: skip
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].endswith("a: deu_Latn is read as de, eng is read as en, zho_Hans is read as zh_Hans, zh-TW is read as zh_Hant")
+    write_lines(tmp_path / "x.tsv", ["eng_Latn\tpor-BR\tJPN", "Hello\tOi\tやあ"])
+    (part,) = found(tmp_path / "x.tsv", "tsv", "ja-pt_BR")
+    assert list(part.pairs()) == [("やあ", "Oi")]
+
+
+def test_many_codes_are_said_briefly(tmp_path, capsys):
+    for code in NLLB[:40]:
+        write_lines(tmp_path / "dev" / f"{code}.dev", ["x"])
+    write_lines(tmp_path / "dev" / "eng_Latn.dev", ["x"])
+    bitexts = [Direction("en", normalize_code(code)).bitext for code in NLLB[:40]]
+    assert len(found(tmp_path, "flores", *bitexts)) == 40
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("more (docs/languages.md)") and len(said) < 400
+
+
+def test_of_two_spellings_the_closest_is_read_and_the_other_named(tmp_path, capsys):
+    write_files(tmp_path, "a.en", "a.eng_Latn", "a.no", "a.nb")
+    assert names(found(tmp_path / "a", "moses", "en-nb")) == [["a.en", "a.nb"]]
+    assert "en is read from a.en, not from a.eng_Latn, which means the same" in capsys.readouterr().err
+    assert names(found(tmp_path / "a", "moses", "en-no")) == [["a.en", "a.no"]]
+    assert names(found(tmp_path / "a", "moses", "en-nb", source="eng_Latn", target="nb")) == [["a.eng_Latn", "a.nb"]]
+
+
+def test_two_spellings_that_are_as_close_are_refused(tmp_path):
+    write_files(tmp_path, "a.deu", "a.ger", "a.en")
+    with pytest.raises(UserError, match=r"both a\.deu and a\.ger are de: remove one of them, or name one as 'source' or 'target'"):
+        found(tmp_path / "a", "moses", "de-en")
+    assert names(found(tmp_path / "a", "moses", "de-en", source="ger")) == [["a.ger", "a.en"]]
+    write_lines(tmp_path / "x.tsv", ["en\tde\tde", "a\tb\tc"])
+    with pytest.raises(UserError, match=r"both column 2 \(de\) and column 3 \(de\) are de"):
+        found(tmp_path / "x.tsv", "tsv", "de-en")
+
+
+def test_text_in_norwegian_serves_one_code_only(tmp_path, capsys):
+    write_files(tmp_path, "a.en", "a.no")
+    assert names(found(tmp_path / "a", "moses", "en-nb")) == [["a.en", "a.no"]]
+    assert "a: no is read as nb" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"a\.no is read as nb and as no: write one of these codes"):
+        found(tmp_path / "a", "moses", "en-nb", "en-no")
+
+
+def test_opus_and_fetched_corpora_by_other_codes(tmp_path, capsys):
+    for pair, codes in (("en-pt", ("en", "pt")), ("en-zh", ("en", "zh"))):
+        for code in codes:
+            write_lines(tmp_path / "supervised" / pair / f"opus.{pair}-train.{code}", ["x"])
+    assert names(found(tmp_path, "opus100", "en-pt", "en-zh_Hans")) == [
+        ["opus.en-pt-train.en", "opus.en-pt-train.pt"], ["opus.en-zh-train.en", "opus.en-zh-train.zh"]
+    ]  # fmt: skip
+    write_fetched(tmp_path, "django", {"de-en": [("Hallo", "Hello")], "en-sw_KE": [("Hello", "Jambo")]})
+    parts = find_parts(["django"], tmp_path, ["de-en", "en-sw"])
+    assert [list(part.pairs()) for part in parts] == [[("Hallo", "Hello")], [("Hello", "Jambo")]]
+    assert list(find_parts(["django"], tmp_path, ["eng_Latn-de"])[0].pairs()) == [("Hello", "Hallo")]
+
+
+def test_iwslt_keeps_pairs_of_one_folder_apart(tmp_path):
+    for name in ("de-en.de", "de-en.en", "en-pt-br.en", "en-pt-br.pt-br"):
+        write_lines(tmp_path / f"train.tags.{name}", [name])
+        write_lines(tmp_path / f"IWSLT14.TED.dev2010.{name}.xml", [f"<seg>{name}</seg>"])
+    parts = found(tmp_path, "iwslt", "de-en", "en-pt_BR")
+    texts = {part.bitext: list(part.pairs()) for part in parts}
+    assert texts == {"de-en": [("de-en.de", "de-en.en")], "en-pt_BR": [("en-pt-br.en", "en-pt-br.pt-br")]}
+    assert sorted((part.bitext, part.split) for part in parts) == [(b, s) for b in ("de-en", "en-pt_BR") for s in ("dev", "train")]
+
+
+def test_a_corpus_in_another_variety_is_not_mixed_in_but_named(tmp_path):
+    write_files(tmp_path, "a.en", "a.por_Latn", "a.zh_TW")
+    corpora = [Corpus(path=tmp_path / "a", format="moses")]
+    assert find_parts(corpora, tmp_path, ["en-pt_BR"]) == []
+    assert other_varieties(corpora, tmp_path, "en-pt_BR") == f" (corpus {tmp_path}/a has pt (Portuguese, a.por_Latn): write pt)"
+    assert "has zh_Hant (Chinese (Traditional), a.zh_TW): write zh_Hant" in other_varieties(corpora, tmp_path, "en-zh_Hans")
+    assert other_varieties(corpora, tmp_path, "en-fr") == ""
+    with pytest.raises(UserError, match=r"no text for en-pt_BR in the corpora of the recipe \(.*\) \(corpus .*a has pt .*: write pt\)"):
+        prepare(small_recipe(tmp_path, corpora=[{"path": tmp_path / "a", "format": "moses"}], languages=["pt_BR"]))
+
+
+# Runs from before codes were resolved.
+
+
+def call(monkeypatch, *arguments: str, text: str = "") -> None:
+    monkeypatch.setattr(sys, "argv", ["lsmoe", *arguments])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
+
+
+def old_run(pool, folder: Path) -> Path:
+    """A run with the codes eng_Latn, hi and iw, whose order is not that of en, he and hi."""
+    write_corpus(folder)
+    text = folder / "text.tsv"
+    text.write_text(text.read_text(encoding="utf-8").replace("en\tde\tfr", "eng_Latn\thi\tiw", 1), encoding="utf-8")
+    value = make_recipe(folder, TARGET_TOP2, TARGET_TOP2).model_dump(mode="json")
+    pairs = [f"eng_Latn-{code}" for code in ("hi", "iw")] + [f"{code}-eng_Latn" for code in ("hi", "iw")]
+    value["data"] |= {"languages": ["eng_Latn", "hi", "iw"], "directions": pairs, "cleaning": {"script_share": 0.0}}
+    recipe = Recipe.model_validate(value)
+    data = prepare(recipe)
+    open_run(recipe, folder / "run", data.folder / "vocabulary.model")
+    pool.run(1, train_and_save, recipe, folder / "run", data.vocabulary.size)
+    return folder / "run"
+
+
+def test_a_run_keeps_the_codes_that_it_was_trained_with(pool, tmp_path, monkeypatch, capsys):
+    run = old_run(pool, tmp_path)
+    assert Vocabulary.load(run / "vocabulary.model").codes == load_recipe(run / "recipe.yaml").languages.codes == ("eng_Latn", "hi", "iw")
+    translated = []
+    capsys.readouterr()
+    for source, target in (("eng_Latn", "iw"), ("en", "he"), ("en-US", "heb_Hebr")):
+        call(monkeypatch, "translate", str(run), "--from", source, "--to", target, "--beam", "1", text="bafe dogi\n")
+        translated.append(capsys.readouterr().out)
+    assert translated[0] == translated[1] == translated[2] and translated[0].strip()
+    call(monkeypatch, "evaluate", str(run), "--directions", "en-he,hi-en", "--limit", "2", "--beam", "1", "--json")
+    scores = ScoreTable.from_json(capsys.readouterr().out)
+    assert [str(score.direction) for score in scores.directions] == ["eng_Latn-iw", "hi-eng_Latn"]
+    assert {"into_english", "out_of_english"} <= scores.averages().keys() and "between_others" not in scores.averages()
+    dense = tmp_path / "dense"
+    call(monkeypatch, "convert", str(run), "--to", "dense", "--from", "en", "--to-language", "he", "--out", str(dense), "--check", "2")
+    assert load(dense).recipe.data.directions == ["eng_Latn-iw"]
+    capsys.readouterr()
+    call(monkeypatch, "translate", str(dense), "--from", "en", "--to", "iw", "--beam", "1", text="bafe dogi\n")
+    assert capsys.readouterr().out == translated[0]
+
+
+def test_the_table_reads_what_it_lists():
+    """No code of the table is an alias of two languages, or read as another one than its row says."""
+    wrong = {
+        alias: entry.code for entry in table().values() for alias in (entry.code, *entry.aliases) if normalize_code(alias) != entry.code
+    }
+    assert wrong == {}
+    assert all(len(entry.script) == 4 for entry in table().values())
