@@ -131,6 +131,11 @@ def write_whole(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def shown(path: Path) -> str:
+    """Write a path as it was given, and where that is relative, also as an absolute one."""
+    return str(path) if path.is_absolute() else f"{path} ({path.absolute()})"
+
+
 def resolved(path: Path) -> Path:
     """Follow symbolic links, so that whatever a folder is called it has one lock, and is replaced where it really is."""
     try:

@@ -48,10 +48,10 @@ def linked(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("first", "second"), [("link", "s/real"), ("s/real", "link"), ("other/real", "link")])
 def test_a_folder_has_one_lock_whatever_its_name(linked, first, second):
-    with locked(linked / first):
-        # flock holds between descriptors, so that a second attempt of this process is refused like that of another one
-        with pytest.raises(UserError, match=f"another process is writing {linked / second}"), locked(linked / second):
-            pass
+    # flock holds between descriptors, so that a second attempt of this process is refused like that of another one
+    refused = pytest.raises(UserError, match=f"another process is writing {linked / second}")
+    with locked(linked / first), refused, locked(linked / second):
+        pass
     with locked(linked / second):
         pass
     assert not (linked / ".link.lock").exists() and (linked / "s" / ".real.lock").exists()
