@@ -85,7 +85,7 @@ class Notices:
             sizes = {split: bitext.size(split) for split in HELD_OUT}
             lacking = [split for split in HELD_OUT if split not in bitext.own and not sizes[split] and getattr(asked, split)]
             if lacking:
-                empty[" and ".join(lacking)].append(f"{bitext.name} ({_pairs(bitext)} pairs)")
+                empty[" or ".join(lacking)].append(f"{bitext.name} ({_pairs(bitext)} pairs)")
             if any(0 < sizes[split] < getattr(asked, split) for split in HELD_OUT if split not in bitext.own):
                 small.append(f"{bitext.name} {sizes['dev']} and {sizes['test']}")
         for splits, names in empty.items():
