@@ -30,8 +30,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
 class Corpus(Section):
-    """A corpus on the user's disk. ``source`` and ``target`` name the languages where the layout does not."""
+    """Describe a corpus on the user's disk. ``source`` and ``target`` name the languages where the layout does not."""
 
     path: Path
     format: Literal["opus100", "flores", "iwslt", "moses", "tsv"]
@@ -40,7 +43,7 @@ class Corpus(Section):
 
 
 class Vocabulary(Section):
-    """With ``file``, a sentencepiece model as :mod:`lsmoe_ds.data.vocabulary` describes it, none is trained."""
+    """Set up the vocabulary: trained on the text, or read from ``file``, a model as :mod:`lsmoe_ds.data.vocabulary` describes it."""
 
     file: Path | None = None
     size: Annotated[int, Field(ge=64, le=2**20)] = 16000
@@ -50,7 +53,7 @@ class Vocabulary(Section):
 
 
 class Cleaning(Section):
-    """Limits on what is kept; words are counted on the English (or first) side."""
+    """Limit which pairs are kept; words are counted on the English (or first) side."""
 
     min_words: Positive = 3
     max_words: Positive = 200
@@ -58,7 +61,7 @@ class Cleaning(Section):
 
 
 class HeldOut(Section):
-    """Sentences per bitext that are kept out of training, by English string over all corpora and directions."""
+    """Set how many sentences of a bitext become dev and test; in all languages they are kept out of all training text."""
 
     dev: Annotated[int, Field(ge=0)] = 200
     test: Annotated[int, Field(ge=0)] = 500
@@ -86,6 +89,9 @@ class Groups(Section):
 
 
 class Data(Section):
+    """Describe the text of a run. ``name`` names the prepared data, by default as the recipe is named."""
+
+    name: Annotated[str, Field(pattern=NAME)] | None = None
     corpora: Annotated[list[str | Corpus], Field(min_length=1)]
     directory: Path = Path("data")
     languages: list[str] = Field(default_factory=list)
@@ -303,7 +309,7 @@ class Parallel(Section):
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     data: Data
     model: Model
     training: Training
@@ -355,9 +361,14 @@ class Recipe(Section):
         return Languages(tuple(Direction.parse(d) for d in self.data.directions))
 
     @property
+    def data_name(self) -> str:
+        """Name the prepared data, which recipes may share."""
+        return self.data.name or self.name
+
+    @property
     def prepared(self) -> Path:
-        """Where the prepared data of this recipe lies."""
-        return self.data.directory / "prepared" / self.name
+        """Say where the prepared data of this recipe lie."""
+        return self.data.directory / "prepared" / self.data_name
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

@@ -111,7 +111,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: beside its place, synced, then renamed. Raises UserError if it cannot be written."""
+    """Write a file whole or not at all: beside its place, synced, then renamed. Symbolic links stay and are written through.
+
+    Raises UserError if it cannot be written.
+    """
+    given, path = path, resolved(path)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # two nodes may write at once
     try:
         # A lone surrogate, which a JSON file can smuggle in, is not worth losing the scores for.
@@ -121,14 +125,27 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{given} cannot be written: {error.strerror}") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
+def shown(path: Path) -> str:
+    """Write a path as it was given, and where that is relative, also as an absolute one."""
+    return str(path) if path.is_absolute() else f"{path} ({path.absolute()})"
+
+
+def resolved(path: Path) -> Path:
+    """Follow symbolic links, so that whatever a folder is called it has one lock, and is replaced where it really is."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError):  # which of them a loop raises depends on Python's version
+        raise UserError(f"{path} cannot be used: its symbolic links lead in a circle") from None
+
+
 def recover(path: Path) -> None:
-    """Puts back a folder whose replacement was cut off between its two renames. To be called under the lock."""
+    """Put back a folder whose replacement was cut off between its two renames. Call it under the lock."""
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)
@@ -136,34 +153,37 @@ def recover(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[int]:
-    """Holds the right to write ``path`` against other processes; if another has it, waits, or raises UserError.
+    """Hold the right to write ``path``, by whatever name, against other processes; if another has it, wait, or raise UserError.
 
     Yields a descriptor: a process that inherits it holds the right as long as it lives.
     """
-    with explain_errors(path):
+    given, path = path, resolved(path)
+    with explain_errors(given):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("w")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks: go on without
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks
                 recover(path)
                 yield file.fileno()
                 return
-            raise UserError(f"another process is writing {path}: wait for it, or stop it") from None
+            raise UserError(f"another process is writing {given}: wait for it, or stop it") from None
         recover(path)
         yield file.fileno()
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of ``path`` when the block ends well; otherwise ``path`` stays as it was.
+    """Yield an empty folder that takes the place of ``path`` when the block ends well; otherwise ``path`` stays as it was.
 
-    To be used under :func:`locked`. A full disk or missing permission is a UserError; what was half written is removed.
+    Use it under :func:`locked`. A symbolic link stays: the folder that it leads to is replaced. A full disk or missing permission is a
+    UserError; what was half written is removed.
     """
+    given, path = path, resolved(path)
     new, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    with explain_errors(path):
+    with explain_errors(given):
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:

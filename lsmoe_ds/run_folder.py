@@ -1,22 +1,25 @@
-"""The run folder: ``recipe.yaml``, ``vocabulary.model``, ``checkpoints/step-N/``, ``metrics.jsonl``, ``tensorboard/``.
+"""Open the run folder: ``recipe.yaml``, ``vocabulary.model``, ``origin.json``, ``checkpoints/step-N/``, ``metrics.jsonl``, ...
 
-Who may write it, and which of its checkpoints are whole; what is in a checkpoint is the business of training.
+This module knows who may write it, and which of its checkpoints are whole; training knows what is in a checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.comparison import MANIFEST, ORIGIN, check_trained_on, describe_origin
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import damage, explain_errors, read_json, sha256, write_whole
+from lsmoe_ds.folders import damage, explain_errors, read_json, resolved, sha256, write_whole
 from lsmoe_ds.recipe_file import load_recipe
 
-# What may differ when a run goes on: it changes neither the model nor any step already taken.
+# What may differ when a run is resumed: it changes neither the model nor any step already taken.
 MAY_CHANGE = {
     "data.directory",
+    "data.name",  # that the data are the same is checked
     "parallel",  # a checkpoint is dealt anew to other ranks
     "deepspeed.zero_optimization",
     "training.steps",
@@ -30,7 +33,10 @@ MAY_CHANGE = {
 
 
 def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
-    """Raises UserError if the folder belongs to another recipe or vocabulary, or to somebody else; writes nothing."""
+    """Raise UserError if the folder belongs to another recipe, vocabulary or text, or to somebody else; write nothing.
+
+    ``vocabulary`` is that of the prepared data, in their folder.
+    """
     stored, copied = run / "recipe.yaml", run / "vocabulary.model"
     if not stored.exists():
         if run.exists() and any(run.iterdir()):
@@ -46,19 +52,24 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
             )
     if not copied.is_file() or sha256(copied) != sha256(vocabulary):
         raise UserError(f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder with --out")
+    prepared = vocabulary.parent
+    manifest = read_json(prepared / MANIFEST)
+    if manifest is not None and describe_origin(prepared) is not None:
+        check_trained_on(run, prepared, manifest)
 
 
 def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
-    """Makes the run folder of a recipe if need be, after :func:`check_run`, and stores the recipe."""
+    """Make the run folder of a recipe if need be, after :func:`check_run`; store the recipe, and where and on what it is trained."""
     check_run(recipe, run, vocabulary)
-    stored, text = run / "recipe.yaml", recipe.to_yaml()
-    if stored.exists() and stored.read_text(encoding="utf-8") == text:
-        return
+    stored, text, origin = run / "recipe.yaml", recipe.to_yaml(), describe_origin(vocabulary.parent)
     with explain_errors(run):
-        run.mkdir(parents=True, exist_ok=True)
+        resolved(run).mkdir(parents=True, exist_ok=True)
+        if origin is not None and origin != read_json(run / ORIGIN):
+            write_whole(run / ORIGIN, json.dumps(origin) + "\n")
         if not stored.exists():
             shutil.copyfile(vocabulary, run / "vocabulary.model")
-        write_whole(stored, text)
+        if not stored.exists() or stored.read_text(encoding="utf-8") != text:
+            write_whole(stored, text)  # the last file that a new run gets
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:

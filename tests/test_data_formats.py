@@ -69,7 +69,7 @@ def test_iwslt(tmp_path: Path) -> None:
     train, *held = sorted(found(tmp_path, "iwslt", "de-en"), key=lambda part: part.split == "train", reverse=True)
     assert list(train.pairs()) == [("A title", "A title"), *pairs("de", "en", 2)]
     assert {part.split for part in held} == {"dev", "test"}
-    assert next(iter(held[0].pairs())) == (f" {sentence('de', 0)} Q&A &big; ", f" {sentence('en', 0)} Q&A &big; ")
+    assert next(iter(held[0].pairs())) == (f"{sentence('de', 0)} Q&A &big;", f"{sentence('en', 0)} Q&A &big;")
 
 
 def test_moses_and_tsv(tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
-"""Which checkpoints a run keeps."""
+"""Which checkpoints a run keeps, who may write a folder, and that what is written is on the disk before it is named."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import locked, replaced, write_whole
 from lsmoe_ds.run_folder import list_checkpoints, to_remove
 
 DEV_LOSS = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: 2.5}
@@ -20,3 +26,107 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, removed):
         folder.mkdir(parents=True)
         (folder / "state.json").write_text(json.dumps({"step": step, "dev_loss": loss}))
     assert [path.name for path in to_remove(list_checkpoints(tmp_path), keep, best)] == [f"step-{step}" for step in removed]
+
+
+def lock_in_another_process(path: Path) -> str:
+    """What another process is told that wants the lock of ``path``."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\n"
+        "try:\n    with locked(Path(sys.argv[1])):\n        print('held')\nexcept Exception as error:\n    print(error)\n"
+    )
+    return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """``s/real``, and two more names for it: ``link`` to the folder itself, ``other/real`` through a link to its parent."""
+    (tmp_path / "s" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("s/real")
+    (tmp_path / "other").symlink_to("s")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("first", "second"), [("link", "s/real"), ("s/real", "link"), ("other/real", "link")])
+def test_a_folder_has_one_lock_whatever_its_name(linked, first, second):
+    # flock holds between descriptors, so that a second attempt of this process is refused like that of another one
+    refused = pytest.raises(UserError, match=f"another process is writing {linked / second}")
+    with locked(linked / first), refused, locked(linked / second):
+        pass
+    with locked(linked / second):
+        pass
+    assert not (linked / ".link.lock").exists() and (linked / "s" / ".real.lock").exists()
+
+
+def test_two_processes_cannot_hold_two_names_of_one_folder(linked):
+    with locked(linked / "link"):
+        assert "another process is writing" in lock_in_another_process(linked / "s/real")
+
+
+def test_two_names_of_a_folder_that_is_not_there_yet(tmp_path):
+    (tmp_path / "link").symlink_to("later/run")
+    with locked(tmp_path / "link"), pytest.raises(UserError), locked(tmp_path / "later" / "run"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["link", "other/real"])
+def test_a_link_is_written_through(linked, name):
+    (linked / "s/real/old").write_text("old")
+    with locked(linked / name), replaced(linked / name) as new:
+        (new / "fresh").write_text("fresh")
+    write_whole(linked / name / "fresh", "again")
+    (linked / "file").symlink_to("s/real/fresh")
+    write_whole(linked / "file", "through")
+    assert (linked / "link").is_symlink() and (linked / "other").is_symlink() and (linked / "file").is_symlink()
+    assert [path.name for path in (linked / "s/real").iterdir()] == ["fresh"]
+    assert (linked / "s/real/fresh").read_text() == "through"
+
+
+def test_links_in_a_circle_are_one_sentence(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(UserError, match="lead in a circle"), locked(tmp_path / "a"):
+        pass
+
+
+class Recorder:
+    """Stands for ``os.fsync`` and the renames of ``os`` and notes the order of the calls, by path."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, str]] = []
+        fsync, rename, replace = os.fsync, os.rename, os.replace
+
+        def record_sync(descriptor: int) -> None:
+            self.calls.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+            fsync(descriptor)
+
+        def record(move):
+            def call(source, target, **options):
+                self.calls.append(("rename", str(target)))
+                move(source, target, **options)
+
+            return call
+
+        monkeypatch.setattr(os, "fsync", record_sync)
+        monkeypatch.setattr(os, "rename", record(rename))
+        monkeypatch.setattr(os, "replace", record(replace))
+
+
+def test_a_folder_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    place = tmp_path / "made"
+    with replaced(place) as new:
+        (new / "inner").mkdir()
+        for name in ("a", "inner/b"):
+            (new / name).write_text(name)
+        recorder = Recorder(monkeypatch)
+    renamed = recorder.calls.index(("rename", str(place)))
+    before, after = recorder.calls[:renamed], recorder.calls[renamed + 1 :]
+    assert {path for _, path in before} == {str(path) for path in (new, new / "a", new / "inner", new / "inner/b")}
+    assert after == [("sync", str(tmp_path))]  # the new name itself
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    write_whole(tmp_path / "scores.json", "{}")
+    (first, temporary), second = recorder.calls
+    assert first == "sync" and Path(temporary).parent == tmp_path and Path(temporary).name.startswith(".scores.json.")
+    assert second == ("rename", str(tmp_path / "scores.json"))

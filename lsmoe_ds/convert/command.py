@@ -210,9 +210,13 @@ def _compare(
     if to == "huggingface" and importlib.util.find_spec("transformers") is None:
         return {"not_checked": "transformers is not installed: pip install transformers"}
     directions = [direction] if direction else stored.recipe.languages.directions
-    texts = {each: _held_out(stored.recipe, each, ceil(check / len(directions))) for each in directions}
+    try:
+        data = PreparedData.of(stored.recipe, stored.home)
+        texts = {each: _held_out(data, each, ceil(check / len(directions))) for each in directions}
+    except UserError as error:
+        return {"not_checked": f"no held-out text to compare on: {error}"}
     if not any(texts.values()):
-        return {}
+        return {"not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"}
     # The run may go on training meanwhile: what is compared is this checkpoint.
     sparse, other = load(stored.weights_in, "cpu", route), _open(to, out)
     found = [compare(sparse, other, each, sentences) for each, sentences in texts.items() if sentences]
@@ -231,10 +235,6 @@ def _open(kind: str, folder: Path) -> Engine:
     return load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
 
 
-def _held_out(recipe: Recipe, direction: Direction, count: int) -> list[str]:
-    """Up to ``count`` source sentences of the test set, or of dev; none where there is no prepared data."""
-    try:
-        data = PreparedData.open(recipe.prepared)
-        return data.text(direction, "test")[0][:count] or data.text(direction, "dev")[0][:count]
-    except UserError:
-        return []
+def _held_out(data: PreparedData, direction: Direction, count: int) -> list[str]:
+    """Return up to ``count`` source sentences of the test set, or where that is empty of the dev set."""
+    return data.text(direction, "test")[0][:count] or data.text(direction, "dev")[0][:count]

@@ -57,7 +57,7 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
     """
     before = stored.recipe
     given = {override.partition("=")[0].strip() for override in overrides}
-    anew: dict[str, Any] = {"name": name_of(out), "data": {}}
+    anew: dict[str, Any] = {"name": name_of(out), "data": {"name": None}}  # what is prepared for it gets its own name
     if "data.languages" in given and "data.directions" not in given:
         anew["data"]["directions"] = []  # those of the trained model were made of its languages
     after = load_recipe(stored.home / RECIPE, overrides, anew)

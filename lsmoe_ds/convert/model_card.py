@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.data.prepared import MANIFEST
+from lsmoe_ds.data.comparison import find_directory
+from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_json
@@ -140,8 +141,8 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
         directions=directions,
         names=_names(directions),
         facts=list(_facts(kind, recipe, provenance)),
-        corpora=[_corpus(corpus, recipe) for corpus in recipe.data.corpora],
-        pairs=_pairs(recipe),
+        corpora=[_corpus(corpus, find_directory(recipe, home)) for corpus in recipe.data.corpora],
+        pairs=_pairs(recipe, home),
         scores=scores if scored else None,
         scored=scored,
         signatures=list(dict.fromkeys(score.signatures[metric] for score in scored for metric in ("bleu", "chrfpp"))),
@@ -180,21 +181,23 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     yield "longest source", f"{recipe.data.batch.max_length} tokens"
 
 
-def _corpus(corpus: Any, recipe: Recipe) -> str:
-    """A corpus and its license, from its ``PROVENANCE.json``."""
+def _corpus(corpus: Any, directory: Path) -> str:
+    """Name a corpus and its license, from its ``PROVENANCE.json``."""
     if not isinstance(corpus, str):
         return f"{corpus.path.name}, from the trainer's own disk; license unknown"  # where it lay is nobody's business
-    found = read_json(corpus_folder(corpus, recipe.data.directory) / PROVENANCE)
+    found = read_json(corpus_folder(corpus, directory) / PROVENANCE)
     if found is None:
         return f"{corpus}; version and license unknown"
     package, version, license, date = (found.get(key, "unknown") for key in ("package", "version", "license", "date"))
     return f"{corpus}: {package} {version}, license {license}, fetched {date}"
 
 
-def _pairs(recipe: Recipe) -> dict[str, int]:
-    """Training pairs of the bitext of each direction, by its name; none where the prepared data is gone."""
-    manifest = read_json(recipe.prepared / MANIFEST) or {}
-    bitexts = manifest.get("bitexts", {})
+def _pairs(recipe: Recipe, home: Path) -> dict[str, int]:
+    """Return the training pairs of the bitext of each direction, by its name; none where the prepared data are not the run's."""
+    try:
+        bitexts = PreparedData.of(recipe, home).manifest["bitexts"]
+    except UserError:
+        return {}
     names = dict.fromkeys(direction.bitext for direction in recipe.languages.directions)
     return {name: bitexts[name]["train"]["pairs"] for name in names if name in bitexts}
 

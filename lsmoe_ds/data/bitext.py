@@ -1,4 +1,4 @@
-"""One bitext on its way through preparing: cleaned pairs on disk, with keys, and what becomes of each pair."""
+"""Take one bitext through preparing: cleaned pairs on disk, with their keys, and what becomes of each pair."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from numpy.typing import NDArray
 from lsmoe_ds.config import Cleaning
 from lsmoe_ds.data.cleaning import PairFilter, clean_text, hash64, near_duplicate_form
 from lsmoe_ds.data.formats import Part
-from lsmoe_ds.data.held_out import HELD_OUT, Keys
+from lsmoe_ds.data.held_out import HELD_OUT, Claims, Keys, contains, mixed, other, published
 from lsmoe_ds.data.workers import Workers, chunks
 from lsmoe_ds.languages import is_english
 
 CHUNK = 10_000
+# A sentence in more pairs than RARE and than one in COMMON pairs of its bitext ("Yes.") is not chosen: training would lose them all.
+RARE, COMMON = 5, 100
 TRAIN, DEV, TEST, DROPPED = range(4)
 Pair = tuple[str, str]
+Places = NDArray[np.int64]
 
 
-def key(code: str, text: str) -> int:
-    """What near-duplicates in one language have in common, as 64 bits."""
-    return hash64(code, near_duplicate_form(text))
+def key(text: str) -> int:
+    """Return what near-duplicates have in common, as 64 bits."""
+    return hash64(near_duplicate_form(text))
 
 
 @dataclass
 class Cleaned:
-    """What :func:`_clean_chunk` returns: the pairs that are left, their hashes and keys, and what was dropped by which rule."""
+    """Hold what is left of a chunk: pairs, their hashes and keys, and what was dropped by which rule."""
 
     pairs: list[Pair]
     hashes: Keys
@@ -39,7 +42,7 @@ class Cleaned:
     dropped: Counter[str]
 
 
-def _clean_chunk(pairs: list[Pair], codes: Pair, settings: Cleaning, pivot: int, both: bool) -> Cleaned:
+def _clean_chunk(pairs: list[Pair], codes: Pair, settings: Cleaning, pivot: int) -> Cleaned:
     rules = PairFilter(settings, codes[pivot], codes[1 - pivot])
     kept: list[Pair] = []
     dropped: Counter[str] = Counter()
@@ -51,26 +54,26 @@ def _clean_chunk(pairs: list[Pair], codes: Pair, settings: Cleaning, pivot: int,
         else:
             kept.append(pair)
     hashes = np.fromiter((hash64(*pair) for pair in kept), dtype=np.uint64, count=len(kept))
-    keys = [np.empty(0, dtype=np.uint64)] * 2
-    for side in (0, 1) if both else (pivot,):
-        keys[side] = np.fromiter((key(codes[side], pair[side]) for pair in kept), dtype=np.uint64, count=len(kept))
-    return Cleaned(kept, hashes, (keys[0], keys[1]), dropped)
+    first, second = (np.fromiter((key(pair[side]) for pair in kept), dtype=np.uint64, count=len(kept)) for side in (0, 1))
+    return Cleaned(kept, hashes, (first, second), dropped)
 
 
 @dataclass
 class Bitext:
-    """The text of two languages. ``pivot`` is the side that is held out by: English, or the first.
+    """Hold the text of two languages. ``pivot`` is the side by which sentences are chosen to be held out: English, or the first.
 
-    In ``folder`` lie ``pairs.tsv`` (cleaned), ``key0.npy`` and ``key1.npy`` (keys of its sides, empty if not asked for), ``distinct.npy``
-    (of the pivot side) and ``fate.npy``: TRAIN, DEV, TEST or DROPPED for each pair. ``own`` are sets that a corpus brought along,
-    ``also_out`` pairs of further such sets, kept out of training only.
+    In ``folder`` are ``pairs.tsv`` (cleaned), ``key0.npy`` and ``key1.npy`` (keys of its sides), ``candidates.npy`` (distinct keys of
+    the pivot side), ``common.npy`` (keys of sentences in too many pairs to be held out by choice) and ``fate.npy``: TRAIN, DEV,
+    TEST or DROPPED for each pair. ``own`` are sets that a corpus brought along, ``also_out`` pairs of further such sets, kept out
+    of training only; ``spans`` are the cleaned pairs of each corpus: (corpus, first, end).
     """
 
     name: str
     folder: Path
     own: dict[str, list[Pair]] = field(default_factory=dict)
-    also_out: list[Pair] = field(default_factory=list)
+    also_out: dict[str, list[Pair]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    spans: list[tuple[str, int, int]] = field(default_factory=list)
 
     @property
     def codes(self) -> Pair:
@@ -85,73 +88,127 @@ class Bitext:
     def english(self) -> bool:
         return any(map(is_english, self.codes))
 
-    def clean(self, parts: Sequence[Part], settings: Cleaning, both: bool, workers: Workers) -> Iterator[int]:
-        """Cleans the training text and drops exact copies of pairs; yields the pairs read, for a progress bar.
+    def clean(self, parts: Sequence[Part], settings: Cleaning, workers: Workers) -> Iterator[int]:
+        """Clean the training text and drop exact copies of pairs; yield the pairs read, for a progress bar.
 
         In memory: some chunks of pairs, and 40 bytes for each cleaned pair of this bitext.
         """
         self.folder.mkdir(parents=True)
         hashes: list[Keys] = []
         keys: tuple[list[Keys], list[Keys]] = ([], [])
-        work = partial(_clean_chunk, codes=self.codes, settings=settings, pivot=self.pivot, both=both)
+        work = partial(_clean_chunk, codes=self.codes, settings=settings, pivot=self.pivot)
+        end = 0
         with (self.folder / "pairs.tsv").open("w", encoding="utf-8", newline="\n") as file:
-            for done in workers.map(work, chunks((pair for part in parts for pair in part.pairs()), CHUNK)):
-                file.writelines(f"{first}\t{second}\n" for first, second in done.pairs)
-                hashes.append(done.hashes)
-                for side in (0, 1):
-                    keys[side].append(done.keys[side])
-                read = len(done.pairs) + done.dropped.total()
-                self.counts += done.dropped + Counter(read=read)
-                yield read
-        fate = np.full(sum(map(len, hashes)), DROPPED, dtype=np.uint8)
+            for part in parts:
+                start = end
+                for done in workers.map(work, chunks(part.pairs(), CHUNK)):
+                    file.writelines(f"{first}\t{second}\n" for first, second in done.pairs)
+                    hashes.append(done.hashes)
+                    for side in (0, 1):
+                        keys[side].append(done.keys[side])
+                    end += len(done.pairs)
+                    read = len(done.pairs) + done.dropped.total()
+                    self.counts += done.dropped + Counter(read=read)
+                    yield read
+                self.spans.append((part.corpus, start, end))
+        fate = np.full(end, DROPPED, dtype=np.uint8)
         _, first = np.unique(_join(hashes), return_index=True)
         fate[first] = TRAIN
         self.counts["duplicate"] = len(fate) - len(first)
         np.save(self.folder / "fate.npy", fate)
+        self._save_keys((_join(keys[0]), _join(keys[1])), fate)
+
+    def _save_keys(self, keys: tuple[Keys, Keys], fate: NDArray[np.uint8]) -> None:
+        most = max(RARE, int((fate == TRAIN).sum()) // COMMON)
+        common = []
         for side in (0, 1):
-            np.save(self.folder / f"key{side}.npy", _join(keys[side]))
-        np.save(self.folder / "distinct.npy", np.unique(_join(keys[self.pivot])[fate == TRAIN]))
+            np.save(self.folder / f"key{side}.npy", keys[side])
+            distinct, counts = np.unique(keys[side][fate == TRAIN], return_counts=True)
+            common.append(distinct[counts > most])
+            if side == self.pivot:
+                np.save(self.folder / "candidates.npy", distinct[counts <= most])
+        np.save(self.folder / "common.npy", np.unique(np.concatenate(common)))
 
     def load(self, name: str) -> NDArray[Any]:
         array: NDArray[Any] = np.load(self.folder / f"{name}.npy")
         return array
 
-    def distinct(self) -> Keys:
-        """Sorted distinct keys of the pivot side, memory-mapped."""
-        return np.asarray(np.load(self.folder / "distinct.npy", mmap_mode="r"))
+    def candidates(self, claims: Claims) -> Keys:
+        """Return the sorted distinct keys of the pivot side that may be held out and are not yet."""
+        keys = np.asarray(np.load(self.folder / "candidates.npy", mmap_mode="r"))
+        claimed = claims.has(keys)
+        return keys[~claimed] if claimed.any() else keys
 
-    def decide(self, chosen: dict[str, Keys]) -> dict[str, Keys]:
-        """Gives the first pair of each chosen key to its set; returns the keys that are thereby held out, by language."""
+    def claim_published(self, claims: Claims) -> None:
+        """Claim both sides of the sets that corpora brought along."""
+        for split in HELD_OUT:
+            pairs = self.own.get(split, []) + self.also_out.get(split, [])
+            keys = [key(clean_text(text)) for pair in pairs for text in pair]
+            claims.add(published(split), np.array(keys, dtype=np.uint64))
+
+    def adopt(self, quotas: dict[str, int], claims: Claims, seed: int) -> dict[str, int]:
+        """Hold out first what other bitexts hold out already, which training has lost anyway; return what is left of the quotas.
+
+        Pairs of which both sides are in the dev (or test) set of others come first, then those of which one is.
+        """
+        left = dict(quotas)
+        for split in HELD_OUT:
+            if not left[split] or not claims.count(split):
+                continue
+            fate, keys = self.load("fate"), (self.load("key0"), self.load("key1"))
+            claimed = [claims.has(each, split) for each in keys]
+            pairs = np.flatnonzero((fate == TRAIN) & (claimed[0] | claimed[1]))
+            pairs = self._rarest(self._free(pairs, keys, claims, split), keys)
+            order = np.lexsort((mixed(keys[self.pivot][pairs], seed), ~(claimed[0] & claimed[1])[pairs]))
+            taken = pairs[order[: left[split]]]
+            self._give(taken, split, fate, keys, claims)
+            left[split] -= len(taken)
+        return left
+
+    def decide(self, chosen: dict[str, Keys], claims: Claims) -> None:
+        """Give a pair of each chosen key to its set, and claim both its sides.
+
+        A pair of which a side is in the other set already is left out, so that no sentence is in both.
+        """
         fate, keys = self.load("fate"), (self.load("key0"), self.load("key1"))
-        for split, value in zip(HELD_OUT, (DEV, TEST), strict=True):
-            candidates = np.flatnonzero((fate == TRAIN) & np.isin(keys[self.pivot], chosen[split]))
-            _, first = np.unique(keys[self.pivot][candidates], return_index=True)
-            fate[candidates[first]] = value
+        for split in HELD_OUT:
+            pairs = np.flatnonzero((fate == TRAIN) & contains(chosen[split], keys[self.pivot]))
+            self._give(self._rarest(self._free(pairs, keys, claims, split), keys), split, fate, keys, claims)
+
+    def _free(self, pairs: Places, keys: tuple[Keys, Keys], claims: Claims, split: str) -> Places:
+        """Keep the pairs of which no side is in the other set, or published, or common."""
+        taken, common = (other(split), *map(published, HELD_OUT)), self.load("common")
+        bad = [claims.has(each[pairs], *taken) | contains(common, each[pairs]) for each in keys]
+        return pairs[~(bad[0] | bad[1])]
+
+    def _rarest(self, pairs: Places, keys: tuple[Keys, Keys]) -> Places:
+        """Keep one pair of each pivot key: of which the other side is in the fewest pairs, since all those are lost to training."""
+        second = keys[1 - self.pivot]
+        wanted = np.unique(second[pairs])
+        distinct, counts = np.unique(second[contains(wanted, second)], return_counts=True)
+        times = counts[np.searchsorted(distinct, second[pairs])]
+        order = pairs[np.lexsort((pairs, times))]
+        _, first = np.unique(keys[self.pivot][order], return_index=True)
+        return np.asarray(order[first])
+
+    def _give(self, pairs: Places, split: str, fate: NDArray[np.uint8], keys: tuple[Keys, Keys], claims: Claims) -> None:
+        fate[pairs] = FATES[split]
+        claims.add(split, keys[0][pairs], keys[1][pairs])
         np.save(self.folder / "fate.npy", fate)
-        return {self.codes[side]: np.unique(keys[side][(fate == DEV) | (fate == TEST)]) for side in self._held_sides()}
 
-    def published_keys(self) -> dict[str, Keys]:
-        """Keys by language of the sets that corpora brought along."""
-        pairs = [pair for own in (*self.own.values(), self.also_out) for pair in own]
-        return {
-            self.codes[s]: np.array([key(self.codes[s], clean_text(pair[s])) for pair in pairs], dtype=np.uint64)
-            for s in self._held_sides()
-        }
-
-    def _held_sides(self) -> tuple[int, ...]:
-        """Of a bitext with English only that side is held out of training, of another both."""
-        return (self.pivot,) if self.english else (0, 1)
-
-    def leave_out(self, held: dict[str, Keys]) -> None:
-        """Drops training pairs of which a side is held out; ``held`` are the held-out keys by language."""
+    def leave_out(self, claims: Claims) -> None:
+        """Drop the training pairs of which a side is held out, of whatever bitext."""
         fate = self.load("fate")
         train = fate == TRAIN
         for side in (0, 1):
-            keys, out = self.load(f"key{side}"), held.get(self.codes[side])
-            if out is not None and len(out) and len(keys):
-                fate[train & np.isin(keys, out)] = DROPPED
+            fate[train & claims.has(self.load(f"key{side}"))] = DROPPED
         self.counts["held out"] = int(train.sum() - (fate == TRAIN).sum())
         np.save(self.folder / "fate.npy", fate)
+
+    def kept_of(self, corpus: str) -> int:
+        """Count the pairs of a corpus that were not dropped."""
+        fate = self.load("fate")
+        return sum(int((fate[start:end] != DROPPED).sum()) for name, start, end in self.spans if name == corpus)
 
     def size(self, split: str) -> int:
         if split in self.own:
@@ -159,7 +216,7 @@ class Bitext:
         return int((self.load("fate") == FATES[split]).sum())
 
     def pairs(self, split: str) -> Iterator[Pair]:
-        """Pairs of a split, raw where a corpus brought the set along, else cleaned."""
+        """Yield the pairs of a split, as they stand where a corpus brought the set along, else cleaned."""
         if split in self.own:
             yield from self.own[split]
             return

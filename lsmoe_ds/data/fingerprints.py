@@ -1,40 +1,46 @@
-"""What prepared data was made of, and whether that is still so."""
+"""Note what prepared data were made of, and tell whether that is still so."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.data.formats import Part, find_parts
-from lsmoe_ds.data.prepared import MANIFEST, check_manifest
+from lsmoe_ds.data.comparison import MANIFEST, differences
+from lsmoe_ds.data.formats import MissingCorpus, Part, find_parts, name_of
+from lsmoe_ds.data.prepared import check_manifest
 from lsmoe_ds.data.sources import PROVENANCE, SOURCES
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import damage, read_json, sha256
+from lsmoe_ds.folders import damage, read_json, sha256, shown
 
 Fingerprint = dict[str, dict[str, Any]]
 
 
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that prepared data depends on."""
-    data = recipe.data.model_dump(mode="json", exclude_none=True)
-    return {key: data[key] for key in ("corpora", "directions", "vocabulary", "cleaning", "held_out", "temperature")}
+@dataclass(frozen=True)
+class State:
+    """Say why data must be prepared (again), None if they need not be; and what their reader should know of their corpora."""
+
+    reason: str | None
+    remarks: tuple[str, ...] = ()
 
 
 def _stamps(parts: Sequence[Part]) -> Fingerprint:
-    """Size and time of change of every file, by its path; of a fetched corpus (``django/de-en.tsv``) the sum that is known."""
+    """Return size and time of change of every file, by its path; of a fetched corpus (``django/de-en.tsv``) the known checksum."""
     found: Fingerprint = {}
     for name, path in dict.fromkeys((part.corpus, file) for part in parts for file in part.files):
         if name in SOURCES:
-            found[f"{name}/{path.name}"] = dict((read_json(path.parent / PROVENANCE) or {"files": {}})["files"][path.name])
+            known = (read_json(path.parent / PROVENANCE) or {"files": {}})["files"][path.name]
+            found[f"{name}/{path.name}"] = {**known, "corpus": name}
         elif path.exists():
-            found[str(path)] = {"bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+            stat = path.stat()
+            found[str(path)] = {"bytes": stat.st_size, "changed": stat.st_mtime_ns, "corpus": name}
     return found
 
 
 def corpora_fingerprint(parts: Sequence[Part]) -> Fingerprint:
-    """Size and sha256 of every file that is read, by its path."""
+    """Return size and sha256 of every file that is read, by its path."""
     stamps = _stamps(parts)
     for path, stamp in stamps.items():
         if "sha256" not in stamp:
@@ -42,14 +48,15 @@ def corpora_fingerprint(parts: Sequence[Part]) -> Fingerprint:
     return stamps
 
 
-def _changed_files(old: Fingerprint, parts: Sequence[Part]) -> Iterator[str]:
-    now = _stamps(parts)
+def _changed_files(old: Fingerprint, now: Fingerprint) -> Iterator[str]:
     for path, stamp in now.items():
         if path not in old:
             yield f"{path} is new"
         elif stamp["bytes"] != old[path]["bytes"] or not _same_bytes(Path(path), stamp, old[path]):
             yield f"{path} has changed"
-    yield from (f"{path} is gone" for path in old if path not in now)
+    for path in old:
+        if path not in now:
+            yield f"{path} has no more text for the recipe's directions" if Path(path).exists() else f"{path} is gone"
 
 
 def _same_bytes(path: Path, stamp: dict[str, Any], old: dict[str, Any]) -> bool:
@@ -58,45 +65,57 @@ def _same_bytes(path: Path, stamp: dict[str, Any], old: dict[str, Any]) -> bool:
     return stamp["changed"] == old.get("changed") or sha256(path) == old["sha256"]
 
 
-def _changed_settings(old: Any, new: Any, at: str = "data") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*new, *(key for key in old if key not in new)]:
-            yield from _changed_settings(old.get(key), new.get(key), f"{at}.{key}")
-    elif old != new:
-        yield f"'{at}' was {_short(old)} and is {_short(new)}"
+def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
+    """Compare the corpora with those that were prepared. One that is not on this machine any more is remarked on only: what was
+    prepared of it is good as it is. One that is there and cannot be read is a reason to prepare, which will say the same."""
+    parts: list[Part] = []
+    remarks: list[str] = []
+    missing: set[str] = set()
+    bitexts = sorted({direction.bitext for direction in recipe.languages.directions})
+    for corpus in recipe.data.corpora:
+        try:
+            parts += find_parts([corpus], recipe.data.directory, bitexts)
+        except MissingCorpus as error:
+            missing.add(name_of(corpus))
+            remarks.append(f"corpus {name_of(corpus)} is not compared with what was prepared: {error}")
+        except UserError as error:
+            return State(f"corpus {name_of(corpus)} can no longer be read: {error}", tuple(remarks))
+    present = {path: stamp for path, stamp in old.items() if stamp.get("corpus") not in missing}
+    return State(next(_changed_files(present, _stamps(parts)), None), tuple(remarks))
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def state_of(recipe: Recipe) -> State:
+    """Tell whether the data of a recipe must be prepared, and what is to be said of its corpora.
 
-
-def reason_to_prepare(recipe: Recipe) -> str | None:
-    """Why the data of a recipe must be prepared (again), None if it need not be.
-
-    Prepared data whose corpora, or file of the vocabulary, are no longer on this machine is good as it is.
+    Prepared data whose corpora, or file of the vocabulary, are no longer on this machine are good as they are.
     """
     folder = recipe.prepared
     if not folder.exists():
-        return "it is not there yet"
+        return State("it is not there yet")
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
-        return f"{folder / MANIFEST} is missing or damaged"
+        return State(f"{folder / MANIFEST} is missing or damaged")
     try:
         check_manifest(folder / MANIFEST, manifest)
     except UserError as error:
-        return str(error)
+        return State(str(error))
     wrong = damage(folder, manifest["files"], verify=False)
     if wrong is not None:
-        return wrong
-    changed = next(_changed_settings(manifest["settings"], settings_of(recipe)), None)
+        return State(wrong)
+    changed = next(differences(manifest["settings"], recipe), None)
     if changed is not None:
-        return changed
+        was, now = changed.values()
+        return State(f"'{changed.key}' was {was} and is {now}")
     vocabulary, copy = recipe.data.vocabulary.file, manifest["files"]["vocabulary.model"]
     if vocabulary is not None and vocabulary.is_file() and sha256(vocabulary) != copy["sha256"]:
-        return f"{vocabulary} has changed"
-    try:
-        parts = find_parts(recipe.data.corpora, recipe.data.directory, sorted({d.bitext for d in recipe.languages.directions}))
-    except UserError:
-        return None
-    return next(_changed_files(manifest["corpora"], parts), None)
+        return State(f"{vocabulary} has changed")
+    state = _compare_corpora(recipe, manifest["corpora"])
+    if vocabulary is not None and not vocabulary.is_file():
+        remark = f"the vocabulary is not compared with what was prepared: there is no file {shown(vocabulary)}"
+        state = replace(state, remarks=(*state.remarks, remark))
+    return state
+
+
+def reason_to_prepare(recipe: Recipe) -> str | None:
+    """Return why the data of a recipe must be prepared (again), None if they need not be."""
+    return state_of(recipe).reason

@@ -1,30 +1,43 @@
-"""Readers of parallel text: the layouts of OPUS-100, FLORES and IWSLT, aligned files (Moses) and tables (TSV).
+"""Read parallel text: the layouts of OPUS-100, FLORES and IWSLT, aligned files (Moses) and tables (TSV).
 
-Every file is read line by line, as UTF-8; a wrong byte is reported with its file and line.
+Every file is read line by line, as UTF-8, compressed by gzip or not; a wrong byte is reported with its file and line.
 """
 
 from __future__ import annotations
 
+import gzip
 import html
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import BinaryIO
 
 from lsmoe_ds.config import Corpus
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.data.spelling import Wanted
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import find_code, same_language
+from lsmoe_ds.folders import shown
+from lsmoe_ds.languages import find_code, is_known, normalize_code, same_language
 
 SPLITS = ("train", "dev", "test")
 LINE_LIMIT = 1 << 20
+GZIP = b"\x1f\x8b"  # how such files begin, and no UTF-8 text
+
+
+class MissingCorpus(UserError):
+    """Say that a corpus is not on this machine, unlike one that is there and cannot be read."""
+
+
+class EmptyPart(UserError):
+    """Say that a file of a corpus holds no sentence."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The text that one corpus has for one bitext and split. Two aligned files, in the order of the bitext's name, or one table."""
+    """Name the text of one corpus for one bitext and split: two aligned files, in the order of the bitext's name, or one table."""
 
     corpus: str
     bitext: str
@@ -35,7 +48,7 @@ class Part:
     header: bool = False
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Pairs of texts, in the order of the bitext's name, as they stand in the files."""
+        """Yield pairs of texts, in the order of the bitext's name, as the files have them. Raises EmptyPart where there are none."""
         if self.reader == "table":
             yield from self._table()
             return
@@ -49,7 +62,7 @@ class Part:
             count += 1
             yield first, second  # type: ignore[misc]
         if not count:
-            raise UserError(f"{self.files[0]} and {self.files[1]} hold no text")
+            raise EmptyPart(f"{self.files[0]} and {self.files[1]} hold no text")
 
     def _table(self) -> Iterator[tuple[str, str]]:
         count, width = 0, max(self.columns) + 1
@@ -62,13 +75,23 @@ class Part:
             count += 1
             yield cells[self.columns[0]], cells[self.columns[1]]
         if not count:
-            raise UserError(f"{self.files[0]} holds no text")
+            raise EmptyPart(f"{self.files[0]} holds no text")
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file, through gzip if its name or its first bytes say so."""
+    with path.open("rb") as file:
+        compressed = path.suffix == ".gz" or file.read(len(GZIP)) == GZIP
+    return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file without their ends. Raises UserError for a file that is missing, unreadable or not UTF-8."""
+    """Yield the lines of a UTF-8 file without their ends.
+
+    Raises UserError for a file that is missing, unreadable, damaged or not UTF-8.
+    """
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             number = 0
             while line := file.readline(LINE_LIMIT):
                 number += 1
@@ -81,7 +104,9 @@ def read_lines(path: Path) -> Iterator[str]:
                         f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
                     ) from None
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+        raise UserError(f"there is no file {shown(path)}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged: gzip cannot read it ({error})") from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -91,7 +116,7 @@ SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>")
 
 
 def _tagged(path: Path) -> Iterator[str]:
-    """Sentences of IWSLT's ``train.tags`` files: plain lines, titles and descriptions; other tagged lines tell of the talk."""
+    """Yield the sentences of IWSLT's ``train.tags`` files: plain lines, titles and descriptions; other tags describe the talk."""
     for line in read_lines(path):
         if match := IWSLT_TEXT.match(line):
             yield match.group(2)
@@ -100,19 +125,24 @@ def _tagged(path: Path) -> Iterator[str]:
 
 
 def _segments(path: Path) -> Iterator[str]:
-    """Sentences of IWSLT's XML sets. Read by line and without an XML parser, so that no entity of the file is ever expanded."""
+    """Yield the sentences of IWSLT's XML sets. No XML parser reads the lines, so that no entity of the file is ever expanded."""
     for line in read_lines(path):
         for match in SEGMENT.finditer(line):
-            yield html.unescape(match.group(1))
+            yield html.unescape(match.group(1)).strip()
 
 
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {"lines": read_lines, "tagged": _tagged, "segments": _segments}
 
 
-def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Part]:
-    """Everything the corpora have for the bitexts, in the order of the recipe.
+def name_of(corpus: str | Corpus) -> str:
+    """Return what a corpus is called in messages, and as ``Part.corpus``: its name, or its path."""
+    return corpus if isinstance(corpus, str) else str(corpus.path)
 
-    Raises UserError for a corpus that is not fetched, damaged, missing or not laid out as it should be.
+
+def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Part]:
+    """List everything the corpora have for the bitexts, in the order of the recipe.
+
+    Raises MissingCorpus for one that is not here, UserError for one that is damaged or not laid out as it should be.
     """
     parts: list[Part] = []
     for wanted, found in _search(corpora, directory, bitexts):
@@ -135,8 +165,8 @@ def _search(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[
         if isinstance(corpus, str):
             wanted = Wanted(corpus, pairs)
             yield wanted, list(_fetched(corpus, directory, wanted))
-        elif not corpus.path.exists() and corpus.format != "moses":
-            raise UserError(f"there is no corpus {corpus.path}")
+        elif not plain_or_gz(corpus.path).exists() and corpus.format != "moses":
+            raise MissingCorpus(f"there is no corpus {shown(corpus.path)}")
         else:
             wanted = Wanted(str(corpus.path), pairs, (corpus.source, corpus.target))
             yield wanted, list(FORMATS[corpus.format](corpus, wanted))
@@ -146,7 +176,8 @@ def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
     check_source(name)
     wrong = corpus_damage(name, directory)
     if wrong is not None:
-        raise UserError(f"corpus {name} is not fetched ({wrong}): run 'lsmoe data fetch {name}'")
+        kind = UserError if corpus_folder(name, directory).exists() else MissingCorpus
+        raise kind(f"corpus {name} is not fetched ({wrong}): run 'lsmoe data fetch {name}'")
     files = [path for path in sorted(corpus_folder(name, directory).glob("*-*.tsv")) if path.stem.count("-") == 1]
     for bitext, pair in wanted.items():
         if found := wanted.choose_all(_both_ways(files), pair):
@@ -165,6 +196,17 @@ def _both_ways(paths: Iterable[Path]) -> Iterator[tuple[tuple[str, ...], Path]]:
         yield from ((codes, path), (codes[::-1], path))
 
 
+def plain_or_gz(path: Path) -> Path:
+    """Return the path, or where there is no such file but ``PATH.gz``, that one."""
+    compressed = path.with_name(f"{path.name}.gz")
+    return compressed if not path.exists() and compressed.exists() else path
+
+
+def _plain(path: Path) -> Path:
+    """Return the path without ``.gz`` at its end."""
+    return path.with_suffix("") if path.suffix == ".gz" else path
+
+
 def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     folders = [folder for name in ("supervised", "zero-shot") if (folder := corpus.path / name).is_dir()]
     if not folders:
@@ -175,7 +217,7 @@ def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
             codes = chosen.name.split("-")
             codes = codes if _in_order(chosen, pair) else codes[::-1]
             for split in SPLITS:
-                files = tuple(chosen / f"opus.{chosen.name}-{split}.{code}" for code in codes)
+                files = tuple(plain_or_gz(chosen / f"opus.{chosen.name}-{split}.{code}") for code in codes)
                 if any(file.exists() for file in files):
                     yield Part(str(corpus.path), bitext, split, files, "lines")
 
@@ -185,7 +227,7 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     if not any(folder.is_dir() for folder in sets.values()):
         raise UserError(f"{corpus.path} is not laid out as FLORES: it has neither 'dev' nor 'devtest' in it")
     for name, folder in sets.items():
-        files = [(path.stem, path) for path in sorted(folder.glob(f"*.{name}"))]
+        files = [(_plain(path).stem, path) for path in sorted(folder.glob(f"*.{name}*")) if _plain(path).suffix == f".{name}"]
         for bitext, pair in wanted.items():
             first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
             if first and second:
@@ -199,9 +241,9 @@ IWSLT_SET = re.compile(r"(?P<set>IWSLT\w*\.\w+\.(?P<kind>dev|tst)\w*\.[\w@-]+)\.
 def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     found: dict[tuple[str, str, str], list[tuple[str, Path]]] = {}
     for path in sorted(corpus.path.rglob("*")):
-        if match := IWSLT_TRAIN.fullmatch(path.name):
+        if match := IWSLT_TRAIN.fullmatch(_plain(path).name):
             found.setdefault(("train", "tagged", f"{path.parent}/{match['set']}"), []).append((match["code"], path))
-        elif match := IWSLT_SET.fullmatch(path.name):
+        elif match := IWSLT_SET.fullmatch(_plain(path).name):
             split = "dev" if match["kind"] == "dev" else "test"
             found.setdefault((split, "segments", f"{path.parent}/{match['set']}"), []).append((match["code"], path))
     if not found:
@@ -215,26 +257,36 @@ def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
                 yield Part(str(corpus.path), bitext, split, (first, second), reader)
 
 
-def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
-    """``path`` is what the two file names have in common (``corpus/train`` for ``corpus/train.de``), or a folder of such files.
+DEV_WORDS = {"dev", "devset", "newsdev", "val", "valid", "validation"}
+TEST_WORDS = {"test", "testset", "newstest", "tst", "devtest"}
 
-    In a folder, names that start with dev, valid or test are held-out sets.
+
+def split_of(stem: str) -> str:
+    """Return the split that the files ``STEM.CODE`` of a folder serve as, by the words in ``STEM`` (docs/data.md lists them)."""
+    words = set(re.findall(r"[a-z]+", stem.lower()))
+    return "test" if words & TEST_WORDS else "dev" if words & DEV_WORDS else "train"
+
+
+def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+    """Find aligned files. ``path`` is what two names have in common (``corpus/train`` for ``corpus/train.de``), or their folder.
+
+    In a folder the stems say what serves as dev and test (:func:`split_of`); a stem that is named itself is training text.
     """
     folder = corpus.path if corpus.path.is_dir() else corpus.path.parent
     stems: dict[str, list[tuple[str, Path]]] = {}
     for path in sorted(folder.glob("*.*") if folder.is_dir() else ()):
-        if path.is_file() and (corpus.path.is_dir() or path.stem == corpus.path.name):
-            stems.setdefault(path.stem, []).append((path.suffix[1:], path))
+        plain = _plain(path)
+        if path.is_file() and (corpus.path.is_dir() or plain.stem == corpus.path.name):
+            stems.setdefault(plain.stem, []).append((plain.suffix[1:], path))
+    if not stems:
+        name = f"{corpus.path / 'STEM'}.CODE" if corpus.path.is_dir() else f"{corpus.path}.CODE"
+        raise MissingCorpus(f"there are no files {name}, such as {name.removesuffix('CODE')}en, in {folder.absolute()}")
     if not corpus.path.is_dir():
         for code in (corpus.source, corpus.target):
-            if code and not any(same_language(code, other) for other, _ in stems.get(corpus.path.name, [])):
-                raise UserError(f"there is no file {corpus.path}.{code}")
-    if not stems:
-        raise UserError(f"there are no files {corpus.path}.CODE, such as {corpus.path}.en")
+            if code and not any(same_language(code, other) for other, _ in stems[corpus.path.name]):
+                raise UserError(f"there is no file {shown(Path(f'{corpus.path}.{code}'))}")
     for stem, files in stems.items():
-        split = "train"
-        if corpus.path.is_dir():
-            split = "dev" if stem.startswith(("dev", "valid")) else "test" if stem.startswith("test") else "train"
+        split = split_of(stem) if corpus.path.is_dir() else "train"
         for bitext, pair in wanted.items():
             first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
             if first and second and _allowed(corpus, pair):
@@ -249,16 +301,29 @@ def _allowed(corpus: Corpus, pair: tuple[str, str]) -> bool:
 def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     if bool(corpus.source) != bool(corpus.target):
         raise UserError(f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line names the columns)")
-    header = not corpus.source
+    path, header = plain_or_gz(corpus.path), not corpus.source
     codes = [corpus.source or "", corpus.target or ""]
     if header:
-        codes = next(read_lines(corpus.path), "").split("\t")
+        codes = next(read_lines(path), "").split("\t")
         if len(codes) < 2:
-            raise UserError(f"{corpus.path}, line 1: two or more language codes between tabs were expected, found {codes[0][:40]!r}")
+            raise UserError(f"{path}, line 1: two or more language codes between tabs were expected, found {codes[0][:40]!r}")
+        recipes = {code for pair in wanted.bitexts.values() for code in pair}
+        if sum(_names_language(cell, recipes) for cell in codes) < 2:
+            found = ", ".join(repr(cell[:30]) for cell in codes[:2])
+            raise UserError(
+                f"{path}, line 1 names no languages (found {found}): write a first line of language codes between tabs, "
+                "or 'source:' and 'target:' in the recipe if there is none"
+            )
     for bitext, pair in wanted.items():
         columns = [wanted.choose([(code.strip(), i) for i, code in enumerate(codes)], member) for member in pair]
         if columns[0] is not None and columns[1] is not None:
-            yield Part(str(corpus.path), bitext, "train", (corpus.path,), "table", (columns[0], columns[1]), header)
+            yield Part(str(corpus.path), bitext, "train", (path,), "table", (columns[0], columns[1]), header)
+
+
+def _names_language(cell: str, recipes: Iterable[str]) -> bool:
+    """Tell whether a cell of a first line is a language code: one of the recipe's, or a known one."""
+    code = cell.strip()
+    return 0 < len(code) <= 20 and (find_code(code, recipes) is not None or is_known(normalize_code(code)))
 
 
 FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[Part]]] = {

@@ -1,7 +1,7 @@
-"""Choosing dev and test sentences by key, so that one string is held out of every bitext at once.
+"""Choose dev and test sentences by key, so that one string is held out of every bitext at once.
 
-A key is the 64-bit hash of the English side (of the first side where there is no English) without case, punctuation,
-blanks and digits: what is chosen by key is held out with its near-duplicates.
+A key is the 64-bit hash of a sentence without case, punctuation, blanks and digits: what is chosen by key is held out with its
+near-duplicates, in whatever language. Sentences are chosen by the key of a bitext's English side, or of its first side if it has none.
 """
 
 from __future__ import annotations
@@ -18,15 +18,50 @@ Keys = NDArray[np.uint64]
 HELD_OUT = ("dev", "test")
 # Keys are compared over all bitexts one range at a time, so that about this many are in memory.
 KEYS_AT_ONCE = 1 << 24
+BLOCK = 1 << 20  # keys that are looked up at once
 
 
 def quota(settings: HeldOut, pairs: int) -> dict[str, int]:
-    """Sentences to hold out of a bitext of ``pairs`` pairs: as the recipe says, but each set at most a tenth."""
+    """Return how many sentences to hold out of a bitext of ``pairs`` pairs: as the recipe says, but each set at most a tenth."""
     return {"dev": min(settings.dev, pairs // 10), "test": min(settings.test, pairs // 10)}
 
 
+class Claims:
+    """Hold the keys of all held-out sentences, of both sides and all bitexts, by the set that they are in.
+
+    Beside the sets that are chosen here there are those that corpora brought along (:func:`published`).
+    """
+
+    def __init__(self) -> None:
+        self._keys = {name: np.empty(0, dtype=np.uint64) for name in (*HELD_OUT, *map(published, HELD_OUT))}
+
+    def add(self, name: str, *keys: Keys) -> None:
+        self._keys[name] = np.unique(np.concatenate([self._keys[name], *keys]))
+
+    def has(self, keys: Keys, *names: str) -> NDArray[np.bool_]:
+        """Tell which of ``keys`` are in one of the sets ``names``; in any set, if none are named."""
+        return contains(np.unique(np.concatenate([self._keys[name] for name in names or self._keys])), keys)
+
+    def count(self, name: str) -> int:
+        return len(self._keys[name])
+
+    def in_both(self) -> int:
+        """Count the sentences that stand in a published dev set and in a published test set."""
+        return int(self.has(self._keys[published("dev")], published("test")).sum())
+
+
+def published(split: str) -> str:
+    """Return the name, in :class:`Claims`, of the dev or test sets that corpora brought along."""
+    return f"published {split}"
+
+
+def other(split: str) -> str:
+    """Return the other one of the two held-out sets."""
+    return HELD_OUT[1 - HELD_OUT.index(split)]
+
+
 def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], seed: int) -> dict[str, dict[str, Keys]]:
-    """Keys of the dev and test set of each bitext.
+    """Choose the keys of the dev and test set of each bitext.
 
     ``keys`` are each bitext's own, sorted and distinct (memory-mapped ones will do); ``quotas`` how many it wants in each set. Keys
     that the most bitexts have come first, so the sets are as multi-way parallel as the corpora allow; a key is in the
@@ -48,7 +83,7 @@ def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], se
             name: None if factor is None else factor * int(sum(quotas[name].values())) for name, s in zip(names, short, strict=True) if s
         }
         candidates = _candidates(keys, limits, seed)
-        members = np.stack([_contains(keys[name], candidates) for name in names], axis=1)
+        members = np.stack([contains(keys[name], candidates) for name in names], axis=1)
         for key, row in zip(candidates.tolist(), members, strict=True):
             wishes = need[row].sum(axis=0)
             if key in taken or not wishes.any() or (spare[row] <= 0).any():
@@ -65,7 +100,7 @@ def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], se
 
 
 def _candidates(keys: Mapping[str, Keys], limits: Mapping[str, int | None], seed: int) -> Keys:
-    """For each bitext in ``limits`` that many of its keys (all where None), those first that most bitexts have; in that order."""
+    """List for each bitext in ``limits`` that many of its keys (all where None), those first that most bitexts have."""
     best: dict[str, NDArray[Any]] = {name: np.empty(0, dtype=RANKED) for name in limits}
     ranges = max(1, -(-sum(map(len, keys.values())) // KEYS_AT_ONCE))
     for part in range(ranges):
@@ -75,7 +110,7 @@ def _candidates(keys: Mapping[str, Keys], limits: Mapping[str, int | None], seed
         for name, limit in limits.items():
             ranked = np.empty(len(inside[name]), dtype=RANKED)
             ranked["fewer"] = len(keys) - counts[np.searchsorted(distinct, inside[name])]
-            ranked["chance"] = _mixed(inside[name], seed)
+            ranked["chance"] = mixed(inside[name], seed)
             ranked["key"] = inside[name]
             best[name] = np.sort(np.concatenate([best[name], ranked]))[:limit]
     everything = np.unique(np.concatenate(list(best.values())))
@@ -85,18 +120,20 @@ def _candidates(keys: Mapping[str, Keys], limits: Mapping[str, int | None], seed
 RANKED = np.dtype([("fewer", np.int64), ("chance", np.uint64), ("key", np.uint64)])
 
 
-def _mixed(keys: Keys, seed: int) -> Keys:
-    """A number for each key that looks random and depends on the seed (the finalizer of splitmix64)."""
+def mixed(keys: Keys, seed: int) -> Keys:
+    """Return a number for each key that looks random and depends on the seed (the finalizer of splitmix64)."""
     with np.errstate(over="ignore"):
-        mixed = keys + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % (1 << 64))
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(mixed ^ (mixed >> np.uint64(31)), dtype=np.uint64)
+        words = keys + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % (1 << 64))
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(words ^ (words >> np.uint64(31)), dtype=np.uint64)
 
 
-def _contains(own: Keys, wanted: Keys) -> NDArray[np.bool_]:
-    """Whether each of ``wanted`` is among the sorted keys ``own``."""
-    if not len(own):
-        return np.zeros(len(wanted), dtype=bool)
-    place = np.minimum(np.searchsorted(own, wanted), len(own) - 1)
-    return np.asarray(own[place] == wanted)
+def contains(own: Keys, wanted: Keys) -> NDArray[np.bool_]:
+    """Tell which of ``wanted`` are among the sorted keys ``own``."""
+    found = np.zeros(len(wanted), dtype=bool)
+    for start in range(0, len(wanted) if len(own) else 0, BLOCK):
+        block = wanted[start : start + BLOCK]
+        place = np.minimum(np.searchsorted(own, block), len(own) - 1)
+        found[start : start + BLOCK] = own[place] == block
+    return found

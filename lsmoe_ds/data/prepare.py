@@ -1,4 +1,4 @@
-"""From corpora to tokens: ``prepare`` cleans, holds out, trains the vocabulary and writes the folder that PreparedData opens.
+"""Turn corpora into tokens: clean, hold out, train the vocabulary and write the folder that PreparedData opens.
 
 Memory: a few chunks of text for each core; 40 bytes for each pair of the largest bitext; 16 million keys while the
 held-out sentences are chosen; and sentencepiece's own copy of ``vocabulary.sentences`` sentences. The corpus itself is streamed.
@@ -7,7 +7,6 @@ held-out sentences are chosen; and sentencepiece's own copy of ``vocabulary.sent
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.bitext import Bitext
-from lsmoe_ds.data.fingerprints import corpora_fingerprint, reason_to_prepare, settings_of
-from lsmoe_ds.data.formats import SPLITS, Part, find_parts, other_varieties
-from lsmoe_ds.data.held_out import HELD_OUT, Keys, choose, quota
-from lsmoe_ds.data.prepared import FORMAT, MANIFEST, PreparedData
+from lsmoe_ds.data.comparison import MANIFEST, settings_of
+from lsmoe_ds.data.fingerprints import State, corpora_fingerprint, state_of
+from lsmoe_ds.data.formats import SPLITS, EmptyPart, Part, find_parts, name_of, other_varieties
+from lsmoe_ds.data.held_out import HELD_OUT
+from lsmoe_ds.data.notices import Notices
+from lsmoe_ds.data.prepared import FORMAT, PreparedData
+from lsmoe_ds.data.splitting import hold_out
 from lsmoe_ds.data.tokens import write_tokens
 from lsmoe_ds.data.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
 from lsmoe_ds.data.workers import Workers, cores
@@ -34,30 +36,36 @@ SMALL = 4 << 20
 
 
 def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
-    """Prepares the data of a recipe, unless that is done already; says why when it does it again.
+    """Prepare the data of a recipe, unless that is done already; say why when it is done again, and what a reader might not expect.
 
     Stopped at any moment it leaves what was there before. Raises UserError for corpora that are missing, damaged, badly encoded or
     too small.
     """
-    console, folder = Console(stderr=True, soft_wrap=True, highlight=False), recipe.prepared
-    if not force and (reason := reason_to_prepare(recipe)) is None:
-        return _up_to_date(folder, console)
+    console, folder = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False), recipe.prepared
+    if not force and (state := state_of(recipe)).reason is None:
+        return _up_to_date(recipe, state, console)
     with locked(folder):
-        reason = "it was asked for" if force else reason_to_prepare(recipe)
-        if reason is None:
-            return _up_to_date(folder, console)
-        console.print(f"preparing {folder}{' again' if folder.exists() else ''}: {reason}")
+        state = State("it was asked for") if force else state_of(recipe)
+        if state.reason is None:
+            return _up_to_date(recipe, state, console)
+        console.print(f"preparing {folder}{' again' if folder.exists() else ''}: {state.reason}")
         with replaced(folder) as new:
             manifest = _Preparation(recipe, new, console).run()
             write_json(new / MANIFEST, manifest)
-        pairs = sum(splits["train"]["pairs"] for splits in manifest["bitexts"].values())
-        console.print(f"prepared {folder}: {pairs:,} training pairs in {len(manifest['bitexts'])} bitexts")
-    return PreparedData.open(folder)
+    for notice in manifest["notices"]:
+        console.print(notice)
+    pairs = sum(splits["train"]["pairs"] for splits in manifest["bitexts"].values())
+    console.print(f"prepared {folder}: {pairs:,} training pairs in {len(manifest['bitexts'])} bitexts")
+    if left_out := sum(counts.get("held out", 0) for counts in manifest["cleaning"].values()):
+        console.print(f"{left_out:,} more pairs are not trained on, because a side of them is a dev or test sentence, or nearly")
+    return PreparedData.of(recipe)
 
 
-def _up_to_date(folder: Path, console: Console) -> PreparedData:
-    console.print(f"prepared data is up to date ({folder})")
-    return PreparedData.open(folder)
+def _up_to_date(recipe: Recipe, state: State, console: Console) -> PreparedData:
+    console.print(f"prepared data is up to date ({recipe.prepared})")
+    for remark in state.remarks:
+        console.print(remark)
+    return PreparedData.of(recipe)
 
 
 class _Preparation:
@@ -67,6 +75,7 @@ class _Preparation:
         self.names = sorted({direction.bitext for direction in self.languages.directions})
         self.parts = find_parts(self.data.corpora, self.data.directory, self.names)
         self.bitexts = [Bitext(name, self.work / name) for name in self.names]
+        self.notices = Notices(self.data)
         size = sum(file.stat().st_size for part in self.parts for file in part.files if file.exists())
         self.workers = Workers(0 if size < SMALL else cores())
         self.progress = Progress(
@@ -96,6 +105,7 @@ class _Preparation:
             "settings": settings_of(self.recipe),
             "corpora": fingerprint,
             "bitexts": bitexts,
+            "notices": self.notices.texts,
             "cleaning": {bitext.name: dict(sorted(bitext.counts.items())) for bitext in self.bitexts},
             "files": describe_files(self.folder, files),
         }
@@ -104,51 +114,57 @@ class _Preparation:
         return [part for part in self.parts if (part.bitext, part.split) == (bitext, split)]
 
     def _clean(self) -> None:
-        both = not all(bitext.english for bitext in self.bitexts)
         task = self.progress.add_task("cleaning pairs", total=None)
         for bitext in self.bitexts:
             if not any(part.bitext == bitext.name for part in self.parts):
-                corpora = ", ".join(corpus if isinstance(corpus, str) else str(corpus.path) for corpus in self.data.corpora)
                 hint = other_varieties(self.data.corpora, self.data.directory, bitext.name)
-                raise UserError(f"there is no text for {bitext.name} in the corpora of the recipe ({corpora}){hint}")
+                raise UserError(f"there is no text for {bitext.name} in the corpora of the recipe ({self._corpora()}){hint}")
             self.progress.update(task, description=f"cleaning {bitext.name}")
-            for count in bitext.clean(self._of(bitext.name, "train"), self.data.cleaning, both, self.workers):
+            for count in bitext.clean(self._of(bitext.name, "train"), self.data.cleaning, self.workers):
                 self.progress.advance(task, count)
             for split in HELD_OUT:
-                parts = self._of(bitext.name, split)
-                # The first corpus that brings a set serves as it stands; those of others are kept out of training only.
-                own = [pair for part in parts if part.corpus == parts[0].corpus for pair in part.pairs()]
-                others = [pair for part in parts if part.corpus != parts[0].corpus for pair in part.pairs()]
-                if own:
-                    bitext.own[split] = own
-                bitext.also_out += others
+                self._read_published(bitext, split)
         self.progress.remove_task(task)
 
+    def _corpora(self) -> str:
+        return ", ".join(map(name_of, self.data.corpora))
+
+    def _read_published(self, bitext: Bitext, split: str) -> None:
+        """Read the sets that corpora bring along: the first corpus' serves as it stands, those of others are kept out of training."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for part in self._of(bitext.name, split):
+            try:
+                pairs = list(part.pairs())
+            except EmptyPart:
+                pairs = []
+            if not any(first.strip() and second.strip() for first, second in pairs):
+                self.notices.empty(part)
+                continue
+            found.setdefault(part.corpus, []).extend(pairs)
+        for number, pairs in enumerate(found.values()):
+            if number:
+                bitext.also_out.setdefault(split, []).extend(pairs)
+            else:
+                bitext.own[split] = pairs
+        self.notices.published(bitext, split, list(found))
+
     def _hold_out(self) -> None:
-        keys = {bitext.name: bitext.distinct() for bitext in self.bitexts}
-        published: dict[str, list[Keys]] = defaultdict(list)
+        task = self.progress.add_task("holding out", total=None)
+        claims = hold_out(self.bitexts, self.data.held_out)
+        self.progress.remove_task(task)
         for bitext in self.bitexts:
-            for code, own in bitext.published_keys().items():
-                published[code].append(own)
-        held = {code: np.unique(np.concatenate(arrays)) for code, arrays in published.items()}
-        # A published sentence must not become a dev sentence elsewhere: it is no candidate.
-        for bitext in self.bitexts:
-            if len(out := held.get(bitext.codes[bitext.pivot], ())):
-                keys[bitext.name] = keys[bitext.name][~np.isin(keys[bitext.name], out)]
-        quotas = {}
-        for bitext in self.bitexts:
-            quotas[bitext.name] = quota(self.data.held_out, bitext.size("train")) | dict.fromkeys(bitext.own, 0)
-        chosen = choose(keys, quotas, self.data.held_out.seed)
-        for bitext in self.bitexts:
-            for code, own in bitext.decide(chosen[bitext.name]).items():
-                held[code] = np.union1d(held[code], own) if code in held else own
-        for bitext in self.bitexts:
-            bitext.leave_out(held)
             if not bitext.size("train") and not bitext.own:
-                counts = ", ".join(f"{name} {count}" for name, count in sorted(bitext.counts.items()) if count)
                 raise UserError(
-                    f"no training pair of {bitext.name} is left after cleaning ({counts}): give more text or change 'data.cleaning'"
+                    f"no training pair of {bitext.name} is left after cleaning ({_counts(bitext)}): "
+                    "give more text or change 'data.cleaning' or 'data.held_out'"
                 )
+        if self.data.vocabulary.file is None and not any(bitext.size("train") for bitext in self.bitexts):
+            raise UserError(
+                f"no training pair is left: of the corpora of the recipe ({self._corpora()}) only dev and test sets remain, "
+                "on which no vocabulary is trained: add a corpus with training text, or set 'data.vocabulary.file'"
+            )
+        self.notices.of_corpora(self.parts, self.bitexts)
+        self.notices.of_sets(self.bitexts, claims)
 
     def _make_vocabulary(self) -> Vocabulary:
         settings, codes = self.data.vocabulary, self.languages.codes
@@ -159,9 +175,9 @@ class _Preparation:
         return vocabulary
 
     def _sample(self) -> Iterator[str]:
-        """Training sentences, each language's share proportional to (its number of sentences)^(1/temperature).
+        """Yield training sentences, each language's share proportional to (its number of sentences)^(1/temperature).
 
-        Of a language that is to give more than it has, sentences come more than once.
+        A language that should give more than it has gives sentences more than once.
         """
         sizes = {bitext.name: bitext.size("train") for bitext in self.bitexts}
         total = {code: sum(sizes[b.name] for b in self.bitexts if code in b.codes) for code in self.languages.codes}
@@ -196,3 +212,7 @@ class _Preparation:
                 self.progress.advance(task, sizes[bitext.name, split])
         self.progress.remove_task(task)
         return written
+
+
+def _counts(bitext: Bitext) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(bitext.counts.items()) if count)

@@ -1,4 +1,4 @@
-"""Prepared data as the other rooms see it: token ids in memory-mapped files, the vocabulary and the manifest.
+"""Open prepared data: token ids in memory-mapped files, the vocabulary and the manifest.
 
 ``SPLIT/BITEXT/CODE.tokens.npy`` holds the ids of all sentences of one side, one after another, without tag and EOS;
 ``CODE.offsets.npy`` where each begins (int64 [N+1]); for dev and test ``CODE.txt`` holds the sentences, one a line.
@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.comparison import MANIFEST, VOCABULARY, check_settings, check_trained_on, data_directories
 from lsmoe_ds.data.formats import SPLITS
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import check_fields, damage, read_json
 from lsmoe_ds.languages import Direction, Languages
 
-MANIFEST = "manifest.json"
-FORMAT = 1  # of the folder and of the cleaning rules: a change of either must prepare anew
+FORMAT = 2  # of the folder and of the rules of cleaning and holding out: a change of any must prepare anew
+PREPARE = "run 'lsmoe data prepare' on the recipe"
 
 
 class TokenStore:
@@ -89,7 +91,7 @@ def _open_array(path: Path, kinds: str) -> NDArray[Any]:
 
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError for prepared data of another version, and for a damaged manifest."""
+    """Raise UserError for prepared data of another version, and for a damaged manifest."""
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{path.parent} was prepared by another version (format {manifest.get('format')}, {FORMAT} is needed): prepare it again"
@@ -97,13 +99,16 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     check_fields(path, manifest, settings=dict, corpora=dict, bitexts=dict, cleaning=dict, files=dict)
     for stamp in manifest["corpora"].values():
         check_fields(path, stamp, bytes=int, sha256=str)
-    check_fields(path, manifest["files"], **{"vocabulary.model": dict})
-    directions = manifest["settings"].get("directions")
+    check_fields(path, manifest["files"], **{VOCABULARY: dict})
+    directions, notices = manifest["settings"].get("directions"), manifest.get("notices")
     if not isinstance(directions, list) or not directions or not all(isinstance(each, str) for each in directions):
         raise UserError(f"{path} is damaged: 'directions' should be a list of directions")
+    if not isinstance(notices, list) or not all(isinstance(each, str) for each in notices):
+        raise UserError(f"{path} is damaged: 'notices' should be a list of sentences")
     for direction in map(Direction.parse, directions):
         check_fields(path, manifest["bitexts"], **{direction.bitext: dict})
     for name, splits in manifest["bitexts"].items():
+        check_fields(path, manifest["cleaning"], **{name: dict})
         for split in SPLITS:
             check_fields(path, splits, **{split: dict})
             check_fields(path, splits[split], pairs=int, sides=dict)
@@ -113,27 +118,57 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 class PreparedData:
-    """What ``lsmoe data prepare`` wrote for one recipe."""
+    """Hold what ``lsmoe data prepare`` wrote; :meth:`of` a recipe, which is compared with what was prepared."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
         self.languages = Languages(tuple(Direction.parse(text) for text in manifest["settings"]["directions"]))
-        self.vocabulary = Vocabulary.load(folder / "vocabulary.model")
+        self.vocabulary = Vocabulary.load(folder / VOCABULARY)
+
+    @classmethod
+    def of(cls, recipe: Recipe, home: Path | None = None) -> PreparedData:
+        """Open the prepared data of a recipe; everything that reads prepared data does so by this.
+
+        ``home`` is the run or converted folder that the recipe is from: its data are found from there, and must be those it was
+        trained on. Raises UserError, with the key and both values, for data that were prepared otherwise than the recipe says; for
+        data prepared anew since the training; and for data that are absent, damaged or of another format.
+        """
+        folders = [directory / "prepared" / recipe.data_name for directory in data_directories(recipe, home)]
+        there = [folder for folder in folders if (folder / MANIFEST).is_file()]
+        if not there:
+            looked = ", ".join(str(folder.absolute()) for folder in folders)
+            raise UserError(f"there is no prepared data in {folders[-1]} (looked for {looked}): {PREPARE}")
+        wrong = []
+        for folder in there:
+            try:
+                return cls._matching(folder, recipe, home)
+            except UserError as error:
+                wrong.append(error)
+        raise wrong[0]
+
+    @classmethod
+    def _matching(cls, folder: Path, recipe: Recipe, home: Path | None) -> PreparedData:
+        data = cls.open(folder)
+        check_settings(folder, data.manifest["settings"], recipe, home)
+        if home is not None:
+            check_trained_on(home, folder, data.manifest)
+        data.languages = recipe.languages
+        return data
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> PreparedData:
-        """Opens a folder after checking that it is whole: every file's size, with ``verify`` also its sha256.
+        """Open a folder after checking that it is whole: every file's size, with ``verify`` also its sha256.
 
         Raises UserError for a folder that is absent, damaged or of another format.
         """
         folder = Path(path)
         manifest = read_json(folder / MANIFEST)
         if manifest is None:
-            raise UserError(f"there is no prepared data in {folder}: run 'lsmoe data prepare' on the recipe")
+            raise UserError(f"there is no prepared data in {folder}: {PREPARE}")
         check_manifest(folder / MANIFEST, manifest)
         wrong = damage(folder, manifest["files"], verify)
         if wrong is not None:
-            raise UserError(f"prepared data is damaged: {wrong}; run 'lsmoe data prepare' on the recipe")
+            raise UserError(f"prepared data is damaged: {wrong}; {PREPARE}")
         _allow_files(4 * len(manifest["bitexts"]))
         return cls(folder, manifest)
 
@@ -144,12 +179,12 @@ class PreparedData:
         return self.folder / split / direction.bitext
 
     def tokens(self, direction: Direction, split: str) -> TokenPairs:
-        """Tokens of a direction in ``train``, ``dev`` or ``test``."""
+        """Return the tokens of a direction in ``train``, ``dev`` or ``test``."""
         folder = self._bitext(direction, split)
         return TokenPairs(TokenStore(folder, direction.source), TokenStore(folder, direction.target))
 
     def text(self, direction: Direction, split: str) -> tuple[list[str], list[str]]:
-        """Source and target sentences of a direction in ``dev`` or ``test``."""
+        """Return source and target sentences of a direction in ``dev`` or ``test``."""
         folder = self._bitext(direction, split)
         return _read_lines(folder / f"{direction.source}.txt"), _read_lines(folder / f"{direction.target}.txt")
 

@@ -1,4 +1,4 @@
-"""What prepared data holds: pairs, tokens and lengths by direction and split."""
+"""Sum up prepared data: pairs, tokens and lengths by direction and split, and what a reader might not expect."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.fingerprints import state_of
 from lsmoe_ds.data.formats import SPLITS
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.languages import language_name
@@ -15,7 +17,10 @@ from lsmoe_ds.languages import language_name
 
 @dataclass(frozen=True)
 class Row:
-    """One direction and split. Lengths are tokens a sentence; ``unknown`` is the share of tokens that the vocabulary lacks."""
+    """Describe one direction and split. Lengths are tokens a sentence; ``unknown`` is the share of tokens that the vocabulary lacks.
+
+    ``held_out`` is the number of training pairs that were dropped because a side of them is held out; 0 for dev and test.
+    """
 
     direction: str
     split: str
@@ -26,6 +31,7 @@ class Row:
     source_length: float
     target_length: float
     unknown: float
+    held_out: int
 
 
 @dataclass(frozen=True)
@@ -35,30 +41,36 @@ class Summary:
     languages: tuple[str, ...]
     rows: tuple[Row, ...]
     cleaning: dict[str, dict[str, int]]
+    notices: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return what JSON holds."""
         return asdict(self)
 
     def table(self) -> Table:
-        """For people: one line a direction, with the pairs of all splits."""
-        table = Table(title=f"{self.folder}: {len(self.languages)} languages, vocabulary of {self.vocabulary:,}")
+        """Draw a line for each direction, with the pairs of all splits; the notices stand below."""
+        title = f"{self.folder}: {len(self.languages)} languages, vocabulary of {self.vocabulary:,}"
+        caption = Text("\n".join(self.notices), justify="left") if self.notices else None
+        table = Table(title=Text(title), caption=caption)
         for name in ("direction", "from", "into", "group"):
             table.add_column(name)
-        for name in ("train", "dev", "test", "source tokens", "target tokens", "mean source", "mean target", "unknown %"):
+        for name in ("train", "dev", "test", "held out", "source tokens", "target tokens", "mean source", "mean target", "unknown %"):
             table.add_column(name, justify="right")
         rows = {(row.direction, row.split): row for row in self.rows}
         for train in (row for row in self.rows if row.split == "train"):
             source, target = map(language_name, train.direction.split("-"))
             counts = [f"{rows[train.direction, split].pairs:,}" for split in SPLITS]
             tokens = [f"{train.source_tokens:,}", f"{train.target_tokens:,}", f"{train.source_length:.1f}", f"{train.target_length:.1f}"]
+            counts.append(f"{train.held_out:,}")
             table.add_row(train.direction, source, target, train.group, *counts, *tokens, f"{100 * train.unknown:.2f}")
         return table
 
 
 def show(recipe: Recipe) -> Summary:
-    """Sums up the prepared data of a recipe. Raises UserError if it is not prepared or damaged."""
-    data = PreparedData.open(recipe.prepared)
+    """Sum up the prepared data of a recipe. Raises UserError if they are not prepared, prepared otherwise or damaged."""
+    data = PreparedData.of(recipe)
+    state = state_of(recipe)
+    changed = () if state.reason is None else (f"warning: 'lsmoe data prepare' would prepare these data again: {state.reason}",)
     rows = []
     for direction in data.languages.directions:
         splits = data.manifest["bitexts"][direction.bitext]
@@ -78,6 +90,8 @@ def show(recipe: Recipe) -> Summary:
                     source_length=source["tokens"] / max(1, pairs),
                     target_length=target["tokens"] / max(1, pairs),
                     unknown=(source["unknown"] + target["unknown"]) / max(1, tokens),
+                    held_out=data.manifest["cleaning"][direction.bitext].get("held out", 0) if split == "train" else 0,
                 )
             )
-    return Summary(str(data.folder), data.vocabulary.size, data.languages.codes, tuple(rows), data.manifest["cleaning"])
+    notices = (*data.manifest["notices"], *state.remarks, *changed)
+    return Summary(str(data.folder), data.vocabulary.size, data.languages.codes, tuple(rows), data.manifest["cleaning"], notices)

@@ -16,7 +16,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import resource_groups
 from lsmoe_ds.evaluation.parts import choose_directions, part_file
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
-from lsmoe_ds.folders import explain_errors, sha256, write_whole
+from lsmoe_ds.folders import explain_errors, write_whole
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, load_engine
 from lsmoe_ds.inference.load import Loaded
@@ -83,8 +83,5 @@ def evaluate(
 
 
 def open_data(loaded: Engine) -> PreparedData:
-    """The prepared data of a model's recipe. Raises UserError if it was prepared anew since, with another vocabulary."""
-    data = PreparedData.open(loaded.recipe.prepared)
-    if sha256(data.folder / "vocabulary.model") != sha256(loaded.home / "vocabulary.model"):
-        raise UserError(f"the vocabulary in {data.folder} is not that of {loaded.home}: it was prepared anew after this training began")
-    return data
+    """Open the prepared data of a model. Raises UserError if they were prepared anew since it was trained."""
+    return PreparedData.of(loaded.recipe, loaded.home)

@@ -24,6 +24,7 @@ from lsmoe_ds.analysis.heat_map import heat_map
 from lsmoe_ds.analysis.page import measures_table, reading
 from lsmoe_ds.analysis.routing import read_routing, task_name
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.plots import Series, line_chart, number, smooth
@@ -115,7 +116,7 @@ def render_report(run: Path) -> str:
         measures=measures_table(layers or []),
         conversion=conversion,
         timings=timings,
-        corpora=_corpora(recipe),
+        corpora=_corpora(recipe, run),
         versions=_versions(),
     )
 
@@ -272,8 +273,8 @@ class Provenance(BaseModel):
     date: str
 
 
-def _corpora(recipe: Recipe) -> list[Provenance]:
-    paths = [corpus_folder(name, recipe.data.directory) / PROVENANCE for name in recipe.data.corpora if isinstance(name, str)]
+def _corpora(recipe: Recipe, run: Path) -> list[Provenance]:
+    paths = [corpus_folder(name, find_directory(recipe, run)) / PROVENANCE for name in recipe.data.corpora if isinstance(name, str)]
     found = [_if_there(path, lambda path: _read(path, TypeAdapter(Provenance))) for path in paths]
     return [corpus for corpus in found if corpus is not None]
 

@@ -82,7 +82,7 @@ class Runs:
     def __init__(self, study: Study, out: Path) -> None:
         if not (study.prepared / MANIFEST).is_file():
             raise UserError(f"there is no prepared data in {study.prepared}: run 'lsmoe data prepare {study.base}'")
-        self.study, self.out, self.prepared = study, out, PreparedData.open(study.prepared)
+        self.study, self.out, self.prepared = study, out, PreparedData.of(study.recipes[study.settings.baseline])
         self.plans = {member: plan(recipe) for member, recipe in study.recipes.items()}
 
     def folder(self, member: str, seed: int) -> Path:

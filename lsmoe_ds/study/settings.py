@@ -19,7 +19,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 # What a member may not change, and why.
 FIXED = {
-    "name": "the members share the prepared data of the base recipe, which goes by its name",
+    "name": "the members share the name of the base recipe and its prepared data",
     "training.steps": "the members take the same steps",
     "training.seed": "the study's 'seeds' say it",
 }

@@ -14,6 +14,7 @@ from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import RECIPE, Stored, check_writable, find_model, read_weights
 from lsmoe_ds.convert.optimizer import STATE, open_optimizer
 from lsmoe_ds.convert.tensors import Tensors
+from lsmoe_ds.data.comparison import ORIGIN
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, locked, read_fields, replaced
 from lsmoe_ds.parallel import joining, launch
@@ -44,8 +45,9 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
     check_writable(out)
     with locked(out) as lock, replaced(out) as new, explain_errors(out):
         open_run(recipe, new, stored.vocabulary)
-        if (metrics := stored.home / "metrics.jsonl").exists():
-            shutil.copyfile(metrics, new / metrics.name)
+        for name in ("metrics.jsonl", ORIGIN):
+            if (stored.home / name).exists():
+                shutil.copyfile(stored.home / name, new / name)
         arguments = ["convert", str(stored.weights_in), "--to", "layout", "--out", str(new)]
         if status := launch.start(arguments, world, lock):
             raise UserError(f"the processes of the new layout failed with status {status}: {out} was not written")

@@ -32,7 +32,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
     stop (see :mod:`lsmoe_ds.parallel.interrupt`), it saves and returns False; True after the last step.
     """
     training, data = recipe.training, recipe.data
-    prepared = PreparedData.open(recipe.prepared)
+    prepared = PreparedData.of(recipe)
     languages, vocabulary = recipe.languages, prepared.vocabulary
     groups, at_home = affinity(recipe, languages, topology.tensor, topology.expert, topology.data)
     stream = BatchStream(

@@ -27,9 +27,7 @@ STARTS = ("consolidated", "hybrid", "dense")  # kinds of converted folders that 
 
 def check(recipe: Recipe, run: Path) -> None:
     """Opens the run folder; raises UserError for whatever training could only fail on later."""
-    prepared = PreparedData.open(recipe.prepared)
-    if set(recipe.languages.directions) != set(prepared.languages.directions):
-        raise UserError(f"{recipe.prepared} was prepared for other directions than the recipe's: run 'lsmoe data prepare' on the recipe")
+    prepared = PreparedData.of(recipe)
     vocabulary = prepared.folder / "vocabulary.model"
     check_run(recipe, run, vocabulary)
     found, _ = newest_whole(run)

@@ -1,0 +1,152 @@
+"""Compare recipes with prepared data: which settings the data depend on, where they lie, and whether they are a run's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import check_fields, read_json, sha256
+
+MANIFEST = "manifest.json"
+ORIGIN = "origin.json"  # of a run: the folder that relative paths of its recipe belong to, and a digest of the prepared data
+VOCABULARY = "vocabulary.model"
+UNUSED_WITH_FILE = ("character_coverage", "sentences")  # settings of a vocabulary that is trained
+LONGEST = 150  # characters of a value in a sentence
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the part of a recipe that prepared data depend on, as JSON holds it."""
+    data = recipe.data.model_dump(mode="json", exclude_none=True)
+    settings = {key: data[key] for key in ("corpora", "directions", "vocabulary", "cleaning", "held_out")}
+    if recipe.data.vocabulary.file is None:
+        return settings | {"temperature": data["temperature"]}  # the vocabulary is trained on a sample that follows it
+    used = {key: value for key, value in data["vocabulary"].items() if key not in UNUSED_WITH_FILE}
+    return settings | {"vocabulary": used}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting (``data.vocabulary.size``) that is not as it was when the data were prepared; None where it is not set."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def values(self) -> tuple[str, str]:
+        """Write out both values (was, now); of long lists only what the other one lacks."""
+        was, now = self.was, self.now
+        if isinstance(was, list) and isinstance(now, list) and max(len(str(was)), len(str(now))) > LONGEST:
+            was, now = [each for each in was if each not in now] or was, [each for each in now if each not in was] or now
+        return _short(was), _short(now)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = ", ".join(map(_item, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _item(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return f"{value.get('path')} ({', '.join(str(each) for key, each in value.items() if key != 'path')})"
+
+
+def differences(prepared: Mapping[str, Any], recipe: Recipe, fewer: bool = False) -> Iterator[Difference]:
+    """Yield what a recipe says otherwise than the ``settings`` of prepared data. The order of directions makes no difference.
+
+    With ``fewer`` the recipe may name fewer directions than were prepared.
+    """
+    now, was = settings_of(recipe), dict(prepared)
+    for settings in (now, was):
+        directions = settings.get("directions")
+        settings["directions"] = sorted(map(str, directions)) if isinstance(directions, list) else directions
+    if fewer and set(now["directions"]) <= set(was["directions"] or ()):
+        was["directions"] = now["directions"]
+    yield from _differences(was, now, "data")
+
+
+def _differences(was: Any, now: Any, at: str) -> Iterator[Difference]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        # with a file of the vocabulary other settings differ too: the file comes first
+        for key in sorted(dict.fromkeys([*now, *was]), key=lambda key: key != "file"):
+            yield from _differences(was.get(key), now.get(key), f"{at}.{key}")
+    elif was != now:
+        yield Difference(at, was, now)
+
+
+def check_settings(folder: Path, prepared: Mapping[str, Any], recipe: Recipe, home: Path | None = None) -> None:
+    """Raise UserError, with the key and both values, unless the data in ``folder`` were prepared as the recipe says.
+
+    ``home`` is the run or converted folder that the recipe is from; a converted folder serves some of the directions.
+    """
+    found = next(differences(prepared, recipe, fewer=home is not None), None)
+    if found is None:
+        return
+    was, now = found.values()
+    todo = "set it back, run 'lsmoe data prepare' on the recipe, or give it a 'data.name' of its own"
+    if home is not None:
+        todo = f"they were prepared anew for another recipe; 'lsmoe data prepare {home / 'recipe.yaml'}' makes them anew"
+    raise UserError(f"'{found.key}' is {now}, but {folder} was prepared with {was}: {todo}")
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Return one checksum for all files of prepared data."""
+    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+
+
+def read_origin(home: Path) -> dict[str, Any]:
+    """Read where a run was started and on which data; empty for a converted folder and for a run of an older version."""
+    if not (home / ORIGIN).is_file():
+        return {}
+    origin = read_json(home / ORIGIN)
+    check_fields(home / ORIGIN, origin, directory=str, data=str)
+    return origin or {}
+
+
+def describe_origin(prepared: Path) -> dict[str, str] | None:
+    """Return what ``origin.json`` of a run started now on the data in ``prepared`` holds; None where no data are prepared."""
+    manifest = read_json(prepared / MANIFEST)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        return None
+    return {"directory": str(Path.cwd()), "data": digest(manifest)}
+
+
+def check_trained_on(home: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError if a run or converted folder was trained on other data than those in ``folder``: it may have seen their
+    test sentences."""
+    copied = home / VOCABULARY
+    if copied.is_file() and sha256(folder / VOCABULARY) != sha256(copied):
+        raise UserError(f"the vocabulary in {folder} is not that of {home}: it was prepared anew after this training began")
+    if read_origin(home).get("data", digest(manifest)) != digest(manifest):
+        raise UserError(
+            f"the text in {folder} is not what {home} was trained on: it was prepared anew after this training began, "
+            "from other corpora, so that its dev and test sentences may be others"
+        )
+
+
+def data_directories(recipe: Recipe, home: Path | None = None) -> list[Path]:
+    """List where ``data.directory`` may lie, most likely first.
+
+    A relative one belongs to the working directory. Of a recipe in a run or converted folder ``home`` it is looked for in the
+    folders above that (so that a copied project is whole), then where the training was started, then in the working directory.
+    """
+    directory = recipe.data.directory
+    if directory.is_absolute() or home is None:
+        return [directory]
+    started = read_origin(home).get("directory")
+    bases = [*home.resolve().parents, *([Path(started)] if started else []), Path.cwd()]
+    return list(dict.fromkeys(base / directory for base in bases))
+
+
+def find_directory(recipe: Recipe, home: Path) -> Path:
+    """Return the ``data.directory`` of a run or converted folder: the first of :func:`data_directories` that exists."""
+    candidates = data_directories(recipe, home)
+    return next((each for each in candidates if each.is_dir()), recipe.data.directory)

@@ -1,0 +1,34 @@
+"""Split bitexts into training text, dev and test sets, so that no sentence of a set is in any training text.
+
+A sentence is held out in every language and bitext, with its near-duplicates: a training pair of which one side is held out anywhere
+is dropped. No sentence is in a dev and in a test set, unless corpora bring it in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lsmoe_ds.config import HeldOut
+from lsmoe_ds.data.bitext import Bitext
+from lsmoe_ds.data.held_out import Claims, choose, quota
+
+
+def hold_out(bitexts: Sequence[Bitext], settings: HeldOut) -> Claims:
+    """Choose the dev and test sets of cleaned bitexts and take them, and what repeats them, out of the training text.
+
+    Sets that corpora brought along serve as they stand. Bitexts with English come first, then those of each other pivot language:
+    they take what is held out already before anything new, so that the sets of a multi-way corpus are the same sentences.
+    """
+    claims = Claims()
+    for bitext in bitexts:
+        bitext.claim_published(claims)
+    quotas = {bitext.name: quota(settings, bitext.size("train")) | dict.fromkeys(bitext.own, 0) for bitext in bitexts}
+    for pivot in sorted({bitext.codes[bitext.pivot] for bitext in bitexts}, key=lambda code: (code != "en", code)):
+        group = [bitext for bitext in bitexts if bitext.codes[bitext.pivot] == pivot]
+        left = {bitext.name: bitext.adopt(quotas[bitext.name], claims, settings.seed) for bitext in group}
+        chosen = choose({bitext.name: bitext.candidates(claims) for bitext in group}, left, settings.seed)
+        for bitext in group:
+            bitext.decide(chosen[bitext.name], claims)
+    for bitext in bitexts:
+        bitext.leave_out(claims)
+    return claims
