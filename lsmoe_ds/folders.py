@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -125,6 +126,16 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_can_write(folder: Path, instead: str) -> None:
+    """Raise UserError that says what to do ``instead`` unless files can be made in a folder; makes the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): {instead}") from None
 
 
 def recover(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Readers of parallel text: the layouts of OPUS-100, FLORES and IWSLT, aligned files (Moses) and tables (TSV).
+"""Readers of parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses) and tables (TSV).
 
 Every file is read line by line, as UTF-8; a wrong byte is reported with its file and line.
 """
@@ -182,6 +182,27 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
                 yield Part(str(corpus.path), bitext, "dev" if name == "dev" else "test", (first, second), "lines")
 
 
+NTREX_FILE = re.compile(r"(.+)-(src|ref)\.([^.]+)\.txt")
+
+
+def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+    """``newstest2019-src.eng.txt`` and ``newstest2019-ref.deu.txt``, ``newstest2019-ref.zho-CN.txt``...: one test set in many languages.
+
+    English is the file of the sources, not one of the translations from it into British or Indian English.
+    """
+    folder = corpus.path / "NTREX-128" if (corpus.path / "NTREX-128").is_dir() else corpus.path
+    found: dict[str, list[tuple[str, Path]]] = {"src": [], "ref": []}
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        if match := NTREX_FILE.fullmatch(path.name):
+            found[match[2]].append((match[3], path))
+    if not found["src"] or not found["ref"]:
+        raise UserError(f"{corpus.path} is not laid out as NTREX-128: it has no newstest2019-src.eng.txt and newstest2019-ref.deu.txt")
+    for bitext, pair in wanted.items():
+        first, second = (_by_code(found["src"], code) or _by_code(found["ref"], code) for code in pair)
+        if first and second:
+            yield Part(str(corpus.path), bitext, "test", (first, second), "lines")
+
+
 IWSLT_TRAIN = re.compile(r"train\.tags\.([\w@]+)-([\w@]+)\.([\w@]+)")
 IWSLT_SET = re.compile(r"(IWSLT\w*\.\w+\.(dev|tst)\w*)\.([\w@]+)-([\w@]+)\.([\w@]+)\.xml")
 
@@ -254,6 +275,7 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
 FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[Part]]] = {
     "opus100": _opus100,
     "flores": _flores,
+    "ntrex": _ntrex,
     "iwslt": _iwslt,
     "moses": _moses,
     "tsv": _tsv,
