@@ -56,11 +56,13 @@ class ScoreFolder:
         for folder in (self.home, self.home / "scores"):
             check_can_write(folder, "give a folder for the scores with --out DIR")
 
+    def make(self, question: str) -> None:
+        """Make the folder of a question."""
+        with explain_errors(self.folder(question)):
+            self.folder(question).mkdir(parents=True, exist_ok=True)
+
     def write_text(self, question: str, direction: Direction, *sides: Sequence[str]) -> None:
         """Write the lines of :data:`SIDES`, each file whole or not at all."""
-        folder = self.folder(question)
-        with explain_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         for side, lines in zip(SIDES, sides, strict=True):
             write_whole(self.text(question, direction, side), "".join(f"{line}\n" for line in lines))
 
@@ -74,8 +76,6 @@ class ScoreFolder:
 
     def write(self, table: ScoreTable, directions: Sequence[Direction]) -> None:
         """Write the record of a question, and ``scores.json`` if this is the complete evaluation of the system's ``directions``."""
-        with explain_errors(self.home):
-            self.record(table.question).parent.mkdir(parents=True, exist_ok=True)
         table.write(self.record(table.question))
         if table.route != "specific" or not table.covers(directions):
             return
@@ -97,8 +97,6 @@ class ScoreFolder:
         """Write the expert shares of a question on held-out text, and ``routing.json`` if they are the specific route's on the test
         set, of the same or a later step. They depend on nothing else."""
         text = json.dumps({"step": table.step, "route": table.route, **routing}) + "\n"
-        with explain_errors(self.home):
-            self.folder(table.question).mkdir(parents=True, exist_ok=True)
         write_whole(self.folder(table.question) / ROUTING, text)
         if (table.route, table.split) != ("specific", "test"):
             return

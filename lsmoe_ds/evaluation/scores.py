@@ -330,4 +330,3 @@ def _direction_from_json(direction: Direction, value: Mapping[str, Any]) -> Dire
         samples=tuple(Sample(str(s["source"]), str(s["hypothesis"]), str(s["reference"])) for s in value["samples"]),
         comet=None if value.get("comet") is None else float(value["comet"]),
     )
-

@@ -23,7 +23,9 @@ from lsmoe_ds.languages import CODE, Direction, normalize_code
 
 SPLITS = ("test", "dev")
 NAMED = 8  # directions that a notice names
-FORMS = "give a folder, a TSV file, the common part of file names (mytest for mytest.de and mytest.en), or --test CODE=FILE for each language"
+FORMS = (
+    "give a folder, a TSV file, the common part of file names (mytest for mytest.de and mytest.en), or --test CODE=FILE for each language"
+)
 Pairs = tuple[list[str], list[str]]
 
 
