@@ -166,9 +166,7 @@ def evaluate(
     ] = None,
     tokenize: Tokenize = None,
     comet: CometFile = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where scores and text are written; RUN by default.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where scores and text are written; RUN by default.")] = None,
     part: Share = None,
     merge: Annotated[
         int | None,
@@ -204,7 +202,7 @@ def score(
     reference: Annotated[
         list[Path], typer.Option(metavar="FILE", help="What they should be, line by line; may be repeated for several references.")
     ],
-    source: Annotated[Path | None, typer.Option(metavar="FILE", help="What was translated: scored as a translation, for comparison.")] = None,
+    source: Annotated[Path | None, typer.Option(metavar="FILE", help="What was translated: scored, too, as a copy.")] = None,
     to: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the translations.")] = None,
     tokenize: Tokenize = None,
     comet: CometFile = None,
@@ -222,9 +220,7 @@ def score(
 
 @app.command()
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Runs, or records in RUN/scores; the first is the baseline.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Runs, or records in RUN/scores; the first is the baseline.")],
     directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to compare; all by default.")] = None,
     tokenize: Tokenize = None,
     samples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples; ten times as many randomization trials.")] = 1000,

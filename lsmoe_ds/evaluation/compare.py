@@ -10,13 +10,14 @@ from typing import Any
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics
 from lsmoe_ds.evaluation.parts import RECIPE, find_home
-from lsmoe_ds.evaluation.score_folder import SCORES, ScoreFolder
+from lsmoe_ds.evaluation.score_folder import SCORES, ScoreFolder, fullest
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.significance import TRIALS, Outcome, Trials, run_trials
 from lsmoe_ds.folders import check_can_write, write_whole
@@ -85,7 +86,9 @@ class Comparison:
         first = self.systems[0]
         trials = f"{self.samples:,} bootstrap resamples, {TRIALS * self.samples:,} randomizations, seed {self.seed}"
         legend = "difference from the baseline [its 95 % interval], p by paired bootstrap / approximate randomization"
-        table = Table(title=f"baseline: {first.path} ({first.table.question})", caption=f"{legend}; * both below 0.05; {trials}")
+        table = Table(
+            title=escape(f"baseline: {first.path} ({first.table.question})"), caption=f"{escape(legend)}; * both below 0.05; {trials}"
+        )
         table.add_column("direction")
         table.add_column("system", overflow="fold")
         for name in METRICS.values():
@@ -94,7 +97,7 @@ class Comparison:
             table.add_section()
             for index, system in enumerate(self.systems):
                 cells = [_cell(found[metric][index]) for metric in METRICS]
-                table.add_row("" if index else title, str(system.path) if index else "baseline", *cells)
+                table.add_row("" if index else title, escape(str(system.path)) if index else "baseline", *cells)
         return table
 
 
@@ -103,7 +106,7 @@ def _cell(outcome: Outcome) -> str:
         return f"{outcome.score:.1f} ± {outcome.ci:.1f}"
     between = f"[{outcome.low:+.1f}, {outcome.high:+.1f}]"
     text = f"{outcome.difference:+.1f} {between}  p {outcome.p_bootstrap:.3f} / {outcome.p_randomization:.3f}"
-    return text.replace("[", r"\[") + (" *" if outcome.differs else "")
+    return escape(text) + (" *" if outcome.differs else "")
 
 
 def compare_runs(
@@ -171,8 +174,8 @@ def find_system(path: Path) -> System:
     languages = load_recipe(home / RECIPE).languages.directions if (home / RECIPE).is_file() else ()
     tables = [table for table in folder.tables() if step in (None, table.step)]
     every = languages or tuple(dict.fromkeys(score.direction for table in tables for score in table.directions))
-    best = folder.best(every, step=step) if tables else None
-    if best is None or step not in (None, best.step):
+    best = fullest(tables, every)
+    if best is None:
         raise UserError(f"there are no scores of {path}: `lsmoe evaluate {path}` writes them")
     return System(path, folder, best, named=False)
 

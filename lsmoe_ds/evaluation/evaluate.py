@@ -26,7 +26,7 @@ from lsmoe_ds.evaluation.test_sets import SPLITS, Texts, check_split, read_held_
 from lsmoe_ds.folders import sha256
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, load_engine
-from lsmoe_ds.inference.load import Loaded, check_route
+from lsmoe_ds.inference.load import Loaded, check_route, with_direction
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.part import Part
 
@@ -62,13 +62,18 @@ def evaluate(
     check_split(split)
     stored = find_model(run)
     check_route(route, stored.recipe)
-    asked, languages = choose_directions(directions, stored.recipe.languages), stored.recipe.languages.directions
+    languages = stored.recipe.languages.directions
+    asked = choose_directions(directions, stored.recipe.languages, untrained=bool(test))
+    for direction in asked:
+        with_direction(stored.recipe, stored.kind, direction)
     data = None if test else open_data(stored)
     whole = read_held_out(data, split, asked) if data else read_own(test, split, asked)
     folder = ScoreFolder(Path(out) if out is not None else stored.home)
     folder.check()
     judge = Comet.open(comet) if comet is not None else None
     tell_skipped(whole)
+    if untrained := [str(direction) for direction in whole.by_direction if direction not in languages]:
+        print(f"lsmoe: the model was not trained on {', '.join(untrained)} (zero-shot)", file=sys.stderr, flush=True)
     loaded = load_engine(run, route)
     table = ScoreTable(
         loaded.recipe.name,

@@ -23,14 +23,23 @@ from lsmoe_ds.run_folder import step_of
 RECIPE = "recipe.yaml"
 
 
-def choose_directions(asked: Sequence[str] | None, languages: Languages) -> list[Direction]:
-    """List those asked for, each once, or all of the system. Raises UserError for one that it lacks."""
+def choose_directions(asked: Sequence[str] | None, languages: Languages, untrained: bool = False) -> list[Direction]:
+    """List those asked for, each once, or all of the system.
+
+    ``untrained`` also allows directions between the system's languages that it was not trained on. Raises UserError for one that
+    it lacks.
+    """
     if not asked:
         return list(languages.directions)
-    chosen = list(dict.fromkeys(parse_directions(asked, languages)))
+    if untrained:
+        chosen = [Direction.parse(text.strip()) for text in asked if text.strip()]
+        for direction in chosen:
+            languages.id(direction.source), languages.id(direction.target)
+    else:
+        chosen = parse_directions(asked, languages)
     if not chosen:
         raise UserError("--directions names no direction: write them as en-de,de-en")
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def merge(
@@ -54,7 +63,7 @@ def merge(
     """
     home, step = find_home(Path(run))
     languages = load_recipe(home / RECIPE).languages
-    chosen = choose_directions(directions, languages)
+    chosen = choose_directions(directions, languages, untrained=bool(test))
     asked = None if set(chosen) == set(languages.directions) else tuple(chosen)
     named = read_own(test, split, chosen).split if test else split
     words = Tokenizer.parse(tokenize).name if tokenize is not None else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lsmoe_ds.data.formats import read_lines
@@ -50,7 +51,7 @@ class FileScore:
         into = f", {language_name(self.to)}" if self.to else ""
         title = f"{self.hypothesis}{into}, {self.sentences:,} sentences"
         caption = f"{self.exact:.0%} equal a reference, {self.weak:.0%} have a chrF below {WEAK:.0f}"
-        table = Table(title=title, caption=caption)
+        table = Table(title=escape(title), caption=caption)
         for column, justify in (("metric", "left"), ("score", "right"), ("copying the source", "right")):
             if self.copy or "copying" not in column:
                 table.add_column(column, justify=justify)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,22 +112,8 @@ class ScoreFolder:
         return [ScoreTable.read(path) for path in paths if path.is_file()]
 
     def best(self, directions: Sequence[Direction], route: str | None = None, step: int | None = None) -> ScoreTable | None:
-        """Choose the complete evaluation of ``directions``, or else the fullest that there is; None where there is none.
-
-        ``route`` leaves out the others; of several complete ones that of ``step`` comes first, then the latest.
-        """
-        wanted = set(directions)
-
-        def fullness(table: ScoreTable) -> tuple[Any, ...]:
-            scored = [score.sentences for score in table.directions if score.direction in wanted]
-            complete = table.covers(directions)
-            sizes = (0, 0) if complete else (len(scored), sum(scored))
-            usual = complete, table.route == "specific", table.split == "test"
-            return (bool(scored), *usual, *sizes, table.step == step, *_rank(table))
-
-        found = [table for table in self.tables() if route in (None, table.route)]
-        best = max(found, key=fullness, default=None)  # the first of equals: that of scores.json
-        return best if best is not None and fullness(best)[0] else None
+        """Choose the :func:`fullest` of the scores here; ``route`` leaves out the others."""
+        return fullest([table for table in self.tables() if route in (None, table.route)], directions, step)
 
     def parts(self, count: int) -> Iterator[tuple[str, list[Part]]]:
         """Find the questions of which parts of ``count`` were scored, and these parts."""
@@ -142,6 +128,24 @@ class ScoreFolder:
             return ScoreTable.read(path)
         except UserError:
             return None
+
+
+def fullest(tables: Iterable[ScoreTable], directions: Sequence[Direction], step: int | None = None) -> ScoreTable | None:
+    """Choose the complete evaluation of ``directions``, or else the one with most of them; None if none has any.
+
+    Of several complete ones that of ``step`` comes first, then the specific route, then the latest step, then the usual search.
+    """
+    wanted = set(directions)
+
+    def fullness(table: ScoreTable) -> tuple[Any, ...]:
+        scored = [score.sentences for score in table.directions if score.direction in wanted]
+        complete = table.covers(directions)
+        sizes = (0, 0) if complete else (len(scored), sum(scored))
+        usual = complete, table.route == "specific", table.split == "test"
+        return (bool(scored), *usual, *sizes, table.step == step, *_rank(table))
+
+    best = max(tables, key=fullness, default=None)  # the first of equals
+    return best if best is not None and fullness(best)[0] else None
 
 
 def _rank(table: ScoreTable) -> tuple[int, bool]:
