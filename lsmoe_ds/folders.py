@@ -128,10 +128,11 @@ def write_whole(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def check_can_write(folder: Path, instead: str) -> None:
-    """Raise UserError that says what to do ``instead`` unless files can be made in a folder; makes the folder."""
+def check_can_write(folder: Path, instead: str, make: bool = True) -> None:
+    """Raise UserError that says what to do ``instead`` unless files can be made in a folder; makes it if it may."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -126,7 +126,7 @@ def compare_runs(
     if len(paths) < 2:
         raise UserError("there is nothing to compare: name two runs or more, the baseline first")
     if out is not None:
-        check_can_write(out.absolute().parent, "choose another file with --out")
+        check_can_write(out.absolute().parent, "choose another file with --out", make=False)
     systems = tuple(find_system(Path(path)) for path in paths)
     baseline = systems[0]
     for system in systems[1:]:

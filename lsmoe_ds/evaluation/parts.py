@@ -121,7 +121,8 @@ def _find_parts(folder: ScoreFolder, wanted: ScoreTable, step: int | None, count
         raise UserError(f"{place} lacks {', '.join(missing)}: `lsmoe evaluate {run} --part I/N` writes a part")
     there = f": there are parts of {', '.join(others)}" if others else ""
     raise UserError(
-        f"{folder.home} has no part of {count} that answers this question{there}; give --merge the options that the parts were scored with"
+        f"{folder.home / 'scores'} has no part of {count} that answers this question{there}; `lsmoe evaluate {run} --part I/N` writes a "
+        f"part, with the same options as --merge"
     )
 
 

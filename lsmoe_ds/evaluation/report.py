@@ -78,7 +78,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is no run folder: it holds no recipe.yaml")
     path = Path(out) if out is not None else run / "report.html"
-    check_can_write(path.absolute().parent, "choose another file with --out")
+    check_can_write(path.absolute().parent, "choose another file with --out", make=False)
     write_whole(path, render_report(run))
     return path
 
