@@ -283,7 +283,12 @@ class ScoreTable:
         table.add_section()
         for name, average in self.averages().items():
             comet = [] if self.comet is None else [""]
-            table.add_row(AVERAGES[name], *_cells(average.metrics, average.copy), *comet, f"{average.directions} direction{'s' if average.directions > 1 else ''}")
+            table.add_row(
+                AVERAGES[name],
+                *_cells(average.metrics, average.copy),
+                *comet,
+                f"{average.directions} direction{'s' if average.directions > 1 else ''}",
+            )
         return table
 
 

@@ -68,7 +68,8 @@ class Trials:
         """Compare the system with the baseline as sacrebleu does.
 
         The bootstrap's p is the share of resamples whose absolute difference, less the mean of these, exceeds the observed one; the
-        randomization's that of trials whose absolute difference exceeds it.
+        randomization's that of trials whose absolute difference exceeds it. Where nothing differs both are 1: as nothing exceeds 0
+        there, sacrebleu's own would be the smallest possible.
         """
         low, high = interval(self.resampled[1])
         differences = self.resampled[1] - self.resampled[0]
@@ -92,6 +93,8 @@ def interval(values: Floats) -> tuple[float, float]:
 
 
 def _p_value(statistics: Floats, observed: float) -> float:
+    if observed == 0:
+        return 1.0
     return float((np.sum(statistics > observed) + 1) / (len(statistics) + 1))
 
 
