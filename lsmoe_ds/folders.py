@@ -131,7 +131,7 @@ def write_whole(path: Path, text: str) -> None:
 def check_can_write(folder: Path, instead: str, make: bool = True) -> None:
     """Raise UserError that says what to do ``instead`` unless files can be made in a folder; makes it if it may."""
     try:
-        if make:
+        if make and not folder.exists():
             folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -76,7 +76,13 @@ def test_trials_are_sacrebleus() -> None:
 
 
 def test_the_mean_over_directions_by_hand() -> None:
-    def trials(scores: list[float], baseline: list[float], system: list[float], ours: list[float], theirs: list[float]) -> Trials:
+    def trials(
+        scores: list[float],
+        baseline: list[float],
+        system: list[float],
+        ours: list[float],
+        theirs: list[float],
+    ) -> Trials:
         return Trials(np.array(scores), np.array([baseline, system]), np.array([ours, theirs]))
 
     first = trials([10, 14], [9, 10, 11, 12], [13, 14, 15, 16], [12, 13, 11, 10], [12, 11, 13, 14])
@@ -143,7 +149,10 @@ def test_systems_that_were_asked_something_else_are_refused(tmp_path) -> None:
     path = ScoreFolder(changed).text("step-100.test.beam-5", DE_EN, "reference")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:4], "other", *lines[5:]]) + "\n")
-    with pytest.raises(UserError, match=r"the references of de-en in .*base and .*changed differ, first in line 5 \(of 41 and 41\)"):
+    with pytest.raises(
+        UserError,
+        match=r"the references of de-en in .*base and .*changed differ, first in line 5 \(of 41 and 41\)",
+    ):
         compare_runs([base, changed], samples=100, progress=False)
     path.write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(UserError, match="is damaged: de-en has 41 source, 41 hypothesis, 40 reference lines"):
@@ -161,7 +170,10 @@ def test_what_cannot_be_compared(tmp_path, monkeypatch) -> None:
         ([base], "name two runs or more"),
         ([base, tmp_path / "empty"], "there are no scores of .*empty: `lsmoe evaluate .*empty` writes them"),
         ([base, tmp_path / "none"], "there are no scores of .*none"),
-        ([spm, spm], r"made with the sentencepiece model spm-0123456789ab: give that file with --tokenize spm:FILE"),
+        (
+            [spm, spm],
+            r"made with the sentencepiece model spm-0123456789ab: give that file with --tokenize spm:FILE",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             compare_runs(paths, samples=100, progress=False)

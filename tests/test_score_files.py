@@ -25,9 +25,24 @@ from lsmoe_ds.evaluation.metrics import TOKENIZERS, Tokenizer, bleu_tokenizer
 from lsmoe_ds.evaluation.score_files import score_files
 
 HYPOTHESES = ["The page, as it was saved, is here.", "Show the users' changes", "", "It's 1.39 of 2,000 km/h"]
-REFERENCES = ["The page as it was saved is here.", "Show all users' changes", "Nothing", "It is 1.39 of 2,000 km/h"]
-OTHERS = ["Here is the page, as it was saved.", "Show the changes of users", "Nothing!", "It's 1.39 out of 2000 km/h"]
-SOURCES = ["Die Seite, wie gespeichert, ist hier.", "Zeige die Änderungen", "Nichts", "Es sind 1.39 von 2,000 km/h"]
+REFERENCES = [
+    "The page as it was saved is here.",
+    "Show all users' changes",
+    "Nothing",
+    "It is 1.39 of 2,000 km/h",
+]
+OTHERS = [
+    "Here is the page, as it was saved.",
+    "Show the changes of users",
+    "Nothing!",
+    "It's 1.39 out of 2000 km/h",
+]
+SOURCES = [
+    "Die Seite, wie gespeichert, ist hier.",
+    "Zeige die Änderungen",
+    "Nichts",
+    "Es sind 1.39 von 2,000 km/h",
+]
 
 
 @pytest.fixture
@@ -43,7 +58,12 @@ def files(tmp_path) -> dict[str, Path]:
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pieces")
     write_lines(folder / "text", [*HYPOTHESES, *REFERENCES, *OTHERS] * 3)
-    arguments = {"input": folder / "text", "model_prefix": folder / "pieces", "vocab_size": 48, "minloglevel": 2}
+    arguments = {
+        "input": folder / "text",
+        "model_prefix": folder / "pieces",
+        "vocab_size": 48,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(" ".join(f"--{name}={value}" for name, value in arguments.items()))
     return folder / "pieces.model"
 
@@ -72,7 +92,14 @@ def test_the_command_shows_scores(files) -> None:
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0 and "tok:13a" in shown.stdout and "copying" not in shown.stdout
     value = json.loads(CliRunner().invoke(app, [*arguments, "--source", str(files["src"]), "--json"]).stdout)
-    assert {"bleu", "chrf", "chrfpp", "copy", "signatures", "sentences"} <= value.keys() and "comet" not in value
+    assert {
+        "bleu",
+        "chrf",
+        "chrfpp",
+        "copy",
+        "signatures",
+        "sentences",
+    } <= value.keys() and "comet" not in value
     chinese = CliRunner().invoke(app, [*arguments[:-1], "zho_Hans", "--json"])
     assert "tok:zh" in json.loads(chinese.stdout)["signatures"]["bleu"]
 
@@ -95,7 +122,10 @@ def test_files_that_do_not_belong_together(files, tmp_path) -> None:
 def test_a_tokenizer_of_choice(files, name) -> None:
     ours = score_files(files["hyp"], [files["ref"]], to="de", tokenize=name)
     theirs = sacrebleu_says(files["ref"], "-i", files["hyp"], "-tok", name)["BLEU"]
-    assert (ours.metrics.bleu, ours.signatures["bleu"]) == (pytest.approx(theirs["score"]), theirs["signature"])
+    assert (ours.metrics.bleu, ours.signatures["bleu"]) == (
+        pytest.approx(theirs["score"]),
+        theirs["signature"],
+    )
 
 
 def test_a_sentencepiece_model_of_ones_own_counts_as_sacrebleus(files, model, tmp_path, monkeypatch) -> None:
@@ -125,7 +155,10 @@ def test_a_tokenizer_that_is_not_there_is_refused(model, tmp_path, monkeypatch) 
     path = tmp_path / "cache" / "models" / "sacrebleu_tokenizer_spm.model"
     instead = "put it there, or choose --tokenize spm:FILE with a sentencepiece model of yours, or 13a"
     for name, message in (
-        ("flores101", rf"needs the model {path}, which could not be downloaded \(Name or service not known\): {instead}"),
+        (
+            "flores101",
+            rf"needs the model {path}, which could not be downloaded \(Name or service not known\): {instead}",
+        ),
         ("ja-mecab", r"needs packages that are not installed: pip install 'sacrebleu\[ja\]'"),
         ("ko-mecab", r"pip install 'sacrebleu\[ko\]'"),
         ("13", r"'13' is no tokenizer of --tokenize.*: choose 13a, zh, .* or spm:FILE"),
@@ -163,7 +196,17 @@ class Stub(types.ModuleType):
 
 
 def test_comet_where_it_is_installed(files, tmp_path, monkeypatch) -> None:
-    arguments = ["score", "--hypothesis", str(files["hyp"]), "--reference", str(files["ref"]), "--source", str(files["src"]), "--to", "en"]
+    arguments = [
+        "score",
+        "--hypothesis",
+        str(files["hyp"]),
+        "--reference",
+        str(files["ref"]),
+        "--source",
+        str(files["src"]),
+        "--to",
+        "en",
+    ]
     (tmp_path / "wmt" / "checkpoints").mkdir(parents=True)
     checkpoint = tmp_path / "wmt" / "checkpoints" / "model.ckpt"
     checkpoint.write_bytes(b"weights")
@@ -181,6 +224,9 @@ def test_comet_where_it_is_installed(files, tmp_path, monkeypatch) -> None:
     assert "COMET" in CliRunner().invoke(app, [*arguments, "--comet", str(checkpoint)]).stdout
     assert "COMET" not in CliRunner().invoke(app, arguments).stdout
     (tmp_path / "broken").touch()
-    for path, message in (("none", "there is no checkpoint .*none"), ("broken", "cannot be loaded: hparams.yaml file is missing")):
+    for path, message in (
+        ("none", "there is no checkpoint .*none"),
+        ("broken", "cannot be loaded: hparams.yaml file is missing"),
+    ):
         with pytest.raises(UserError, match=message):
             Comet.open(tmp_path / path)

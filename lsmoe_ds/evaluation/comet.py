@@ -34,7 +34,8 @@ class Comet:
 
     @classmethod
     def find(cls, path: str | Path) -> Comet:
-        """Find a checkpoint, a file or the folder around ``checkpoints/model.ckpt``; it is loaded when it is needed.
+        """Find a checkpoint, a file or the folder around ``checkpoints/model.ckpt``; it is loaded when it is
+        needed.
 
         Raises UserError if COMET is not installed or there is no such file.
         """

@@ -33,7 +33,8 @@ Found = dict[str, list[Outcome]]  # by metric, for each system
 
 @dataclass(frozen=True)
 class System:
-    """The stored translations of a system. ``named`` tells whether the record itself was named rather than its run."""
+    """The stored translations of a system. ``named`` tells whether the record itself was named rather than
+    its run."""
 
     path: Path
     folder: ScoreFolder
@@ -57,6 +58,19 @@ class Comparison:
     seed: int
 
     @property
+    def labels(self) -> list[str]:
+        """Name each system as shortly as tells them apart: by its run, by its path's last part, or by its
+        path."""
+        choices = [
+            [system.table.name for system in self.systems],
+            [system.path.name for system in self.systems],
+        ]
+        return next(
+            (names for names in choices if len(set(names)) == len(names)),
+            [str(system.path) for system in self.systems],
+        )
+
+    @property
     def rows(self) -> list[tuple[str, Found]]:
         """Name what was compared: each direction, and the mean of several."""
         mean = [(f"mean of {len(self.directions)} directions", self.mean)] if len(self.directions) > 1 else []
@@ -69,7 +83,13 @@ class Comparison:
         baseline = self.systems[0].table
         return {
             "systems": [
-                {"path": str(s.path), "name": s.table.name, "step": s.table.step, "question": s.table.question} for s in self.systems
+                {
+                    "path": str(s.path),
+                    "name": s.table.name,
+                    "step": s.table.step,
+                    "question": s.table.question,
+                }
+                for s in self.systems
             ],
             "split": baseline.split,
             "limit": baseline.limit,
@@ -82,12 +102,14 @@ class Comparison:
         }
 
     def table(self) -> Table:
-        """Make a table for a terminal: a line for each direction and each system that is compared with the baseline."""
+        """Make a table for a terminal: a line for each direction and each system that is compared with the
+        baseline."""
         first = self.systems[0]
         trials = f"{self.samples:,} bootstrap resamples, {TRIALS * self.samples:,} randomizations, seed {self.seed}"
         legend = "difference from the baseline [its 95 % interval], p by paired bootstrap / approximate randomization"
         table = Table(
-            title=escape(f"baseline: {first.path} ({first.table.question})"), caption=f"{escape(legend)}; * both below 0.05; {trials}"
+            title=escape(f"baseline: {self.labels[0]} ({first.table.question})"),
+            caption=f"{escape(legend)}; * both below 0.05; {trials}",
         )
         table.add_column("direction")
         table.add_column("system", overflow="fold")
@@ -95,9 +117,9 @@ class Comparison:
             table.add_column(name)
         for title, found in self.rows:
             table.add_section()
-            for index, system in enumerate(self.systems):
+            for index in range(len(self.systems)):
                 cells = [_cell(found[metric][index]) for metric in METRICS]
-                table.add_row("" if index else title, escape(str(system.path)) if index else "baseline", *cells)
+                table.add_row("" if index else title, escape(self.labels[index]) if index else "baseline", *cells)
         return table
 
 
@@ -105,7 +127,7 @@ def _cell(outcome: Outcome) -> str:
     if outcome.difference is None:
         return f"{outcome.score:.1f} ± {outcome.ci:.1f}"
     between = f"[{outcome.low:+.1f}, {outcome.high:+.1f}]"
-    text = f"{outcome.difference:+.1f} {between}  p {outcome.p_bootstrap:.3f} / {outcome.p_randomization:.3f}"
+    text = f"{outcome.difference:+.1f} {between}  p {outcome.p_bootstrap:.4f} / {outcome.p_randomization:.4f}"
     return escape(text) + (" *" if outcome.differs else "")
 
 
@@ -118,10 +140,11 @@ def compare_runs(
     out: Path | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Test the systems at ``paths`` against the first one, by direction and over all, and write the page ``out`` if it is named.
-
-    A path is a run (its complete evaluation, or else the fullest), a checkpoint in it, or a record in RUN/scores. Raises UserError
-    for systems that were not asked the same question on the same text; the message names what differs.
+    """Test the systems at ``paths`` against the first one, by direction and over all, and write the page
+        ``out`` if it is named.
+     A path is a run (its complete evaluation, or else the fullest), a checkpoint in it, or a record in
+    RUN/scores. Raises UserError for systems that were not asked the same question on the same text; the message
+    names what differs.
     """
     if len(paths) < 2:
         raise UserError("there is nothing to compare: name two runs or more, the baseline first")
@@ -213,12 +236,16 @@ def _find_tokenizer(recorded: str | None, tokenize: str | None) -> Tokenizer | N
 
 
 def _read(systems: Sequence[System], direction: Direction) -> tuple[list[list[str]], list[str]]:
-    """Read the translations of each system, and the references. Raises UserError if these or the sources differ."""
+    """Read the translations of each system, and the references. Raises UserError if these or the sources
+    differ."""
     texts = [system.folder.read_text(system.table.question, direction) for system in systems]
     for system, text in zip(systems[1:], texts[1:], strict=True):
         for side, first, second in (("sources", texts[0][0], text[0]), ("references", texts[0][2], text[2])):
             if first != second:
-                line = next((n for n, (a, b) in enumerate(zip(first, second, strict=False), 1) if a != b), min(len(first), len(second)) + 1)
+                line = next(
+                    (n for n, (a, b) in enumerate(zip(first, second, strict=False), 1) if a != b),
+                    min(len(first), len(second)) + 1,
+                )
                 raise UserError(
                     f"the {side} of {direction} in {systems[0].path} and {system.path} differ, first in line {line} (of {len(first)} and "
                     f"{len(second)}): scores on other text do not compare"

@@ -1,4 +1,5 @@
-"""The comparison of systems as one page that needs nothing beside itself: differences with their intervals, and all numbers."""
+"""The comparison of systems as one page that needs nothing beside itself: differences with their intervals,
+and all numbers."""
 
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ def render_page(comparison: Comparison) -> str:
     rows = comparison.rows
     return environment.get_template("compare.html").render(
         comparison=comparison,
+        labels=comparison.labels,
         rows=rows,
         metrics=METRICS,
         scales={metric: Scale.of(rows, metric) for metric in METRICS},

@@ -22,7 +22,7 @@ from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
-from lsmoe_ds.evaluation.test_sets import SPLITS, Texts, check_split, read_held_out, read_own, tell_skipped
+from lsmoe_ds.evaluation.texts import SPLITS, Texts, check_split, read_held_out, read_own, tell_skipped
 from lsmoe_ds.folders import sha256
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, load_engine
@@ -48,17 +48,20 @@ def evaluate(
     out: str | Path | None = None,
     comet: str | Path | None = None,
 ) -> ScoreTable:
-    """Translate the held-out text, or the user's own ``test`` set, in every direction; score it, and write scores and text where
-    :mod:`lsmoe_ds.evaluation.score_folder` says.
-
-    ``run`` is a run folder, a checkpoint in it or a converted folder; ``limit`` takes the first so many sentences of each
-    direction; ``route`` "shared" goes by the matrices that all languages share; ``tokenize`` chooses BLEU's tokenizer; ``out``
-    takes the place of the run folder for what is written. Only a ``part`` of the directions may be scored; the first part
-    measures the routing. Everything that can be wrong is checked before anything is translated: UserError for directions, a route,
-    a text, a tokenizer or a COMET checkpoint that is not there, for prepared data that is not the run's, and where scores cannot
-    be written. Directions without sentences are named on standard error and skipped.
+    """Translate the held-out text, or the user's own ``test`` set, in every direction; score it, and write
+        scores and text where :mod:`lsmoe_ds.evaluation.score_folder` says.
+     ``run`` is a run folder, a checkpoint in it or a converted folder; ``limit`` takes the first so many
+    sentences of each direction; ``route`` "shared" goes by the matrices that all languages share; ``tokenize``
+    chooses BLEU's tokenizer; ``out`` takes the place of the run folder for what is written. Only a ``part`` of
+    the directions may be scored; the first part measures the routing. Everything that can be wrong is checked
+    before anything is translated: UserError for directions, a route, a text, a tokenizer or a COMET checkpoint
+    that is not there, for prepared data that is not the run's, and where scores cannot be written. Directions
+    without sentences are named on standard error and skipped.
     """
-    search, tokenizer = Search(beam, length_penalty), Tokenizer.parse(tokenize) if tokenize is not None else None
+    search, tokenizer = (
+        Search(beam, length_penalty),
+        Tokenizer.parse(tokenize) if tokenize is not None else None,
+    )
     check_split(split)
     stored = find_model(run)
     check_route(route, stored.recipe)
@@ -73,7 +76,11 @@ def evaluate(
     judge = Comet.open(comet) if comet is not None else None
     tell_skipped(whole)
     if untrained := [str(direction) for direction in whole.by_direction if direction not in languages]:
-        print(f"lsmoe: the model was not trained on {', '.join(untrained)} (zero-shot)", file=sys.stderr, flush=True)
+        print(
+            f"lsmoe: the model was not trained on {', '.join(untrained)} (zero-shot)",
+            file=sys.stderr,
+            flush=True,
+        )
     loaded = load_engine(run, route)
     table = ScoreTable(
         loaded.recipe.name,
@@ -91,7 +98,10 @@ def evaluate(
         judge.name if judge else None,
     )
     texts = _deal(whole, part).first(limit)
-    table = replace(table, directions=tuple(_score(loaded, texts, search, tokenizer, judge, folder, table.question, progress)))
+    table = replace(
+        table,
+        directions=tuple(_score(loaded, texts, search, tokenizer, judge, folder, table.question, progress)),
+    )
     if part:
         table.write(folder.part(table.question, part))
     else:
@@ -106,7 +116,10 @@ def _deal(texts: Texts, part: Part | None) -> Texts:
     """Keep the part's share of the directions that have text."""
     if part is None:
         return texts
-    return replace(texts, by_direction={direction: texts.by_direction[direction] for direction in part.of(list(texts.by_direction))})
+    return replace(
+        texts,
+        by_direction={direction: texts.by_direction[direction] for direction in part.of(list(texts.by_direction))},
+    )
 
 
 def _score(
@@ -119,9 +132,16 @@ def _score(
     question: str,
     progress: bool,
 ) -> list[DirectionScore]:
-    """Translate and score each direction, and write its text at once: a job that is stopped keeps what it has translated."""
+    """Translate and score each direction, and write its text at once: a job that is stopped keeps what it has
+    translated."""
     scores: list[DirectionScore] = []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
         task = bar.add_task("translating", total=texts.sentences, rate="")
         began, translated = time.perf_counter(), 0
@@ -144,7 +164,8 @@ def _score(
 
 
 def _resources(stored: Stored, data: PreparedData | None) -> dict[str, str]:
-    """Find the resource groups of the bitexts by their training pairs; none if an own set is scored where the data is not."""
+    """Find the resource groups of the bitexts by their training pairs; none if an own set is scored where the
+    data is not."""
     if data is None:
         with suppress(UserError):
             data = PreparedData.open(stored.recipe.prepared)
@@ -161,7 +182,8 @@ def _tell_place(folder: ScoreFolder, table: ScoreTable, part: Part | None) -> No
 
 
 def open_data(loaded: Engine | Stored) -> PreparedData:
-    """The prepared data of a model's recipe. Raises UserError if it was prepared anew since, with another vocabulary."""
+    """The prepared data of a model's recipe. Raises UserError if it was prepared anew since, with another
+    vocabulary."""
     data = PreparedData.open(loaded.recipe.prepared)
     if sha256(data.folder / "vocabulary.model") != sha256(loaded.home / "vocabulary.model"):
         raise UserError(f"the vocabulary in {data.folder} is not that of {loaded.home}: it was prepared anew after this training began")

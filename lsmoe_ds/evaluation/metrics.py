@@ -1,7 +1,7 @@
 """BLEU, chrF and chrF++ by sacrebleu, and the tokenizer that decides what a word is for BLEU.
-
-BLEU counts words, so it depends on how text is cut into them: by the target language (:func:`bleu_tokenizer`), or as the user says
-(:class:`Tokenizer`). The signature of every score names the tokenizer.
+ BLEU counts words, so it depends on how text is cut into them: by the target language
+(:func:`bleu_tokenizer`), or as the user says (:class:`Tokenizer`). The signature of every score names the
+tokenizer.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ UNSPACED = {"Thai", "Laoo", "Khmr", "Mymr", "Tibt"}
 
 def bleu_tokenizer(target: str) -> str:
     """Choose sacrebleu's tokenizer for a target language, one that needs no download.
-
-    Chinese: ``zh``. Japanese: ``ja-mecab`` where `sacrebleu[ja]` is installed, otherwise ``char``. Korean: ``ko-mecab``
-    where `sacrebleu[ko]` is installed, otherwise ``13a``, as Korean separates words. Thai, Lao, Khmer, Burmese and
-    Tibetan: ``char``. All others: ``13a``. BLEU over characters is much higher than over words: the two do not compare.
+     Chinese: ``zh``. Japanese: ``ja-mecab`` where `sacrebleu[ja]` is installed, otherwise ``char``. Korean:
+    ``ko-mecab`` where `sacrebleu[ko]` is installed, otherwise ``13a``, as Korean separates words. Thai, Lao,
+    Khmer, Burmese and Tibetan: ``char``. All others: ``13a``. BLEU over characters is much higher than over
+    words: the two do not compare.
     """
     language, written_in = target.split("_")[0], script(target)
     if language == "ja":
@@ -59,7 +59,8 @@ def _installed(tokenizer: str) -> bool:
 
 
 class SentencePiece(BaseTokenizer):
-    """Cut text into the pieces of a sentencepiece model, as sacrebleu does for ``flores200`` with its own model."""
+    """Cut text into the pieces of a sentencepiece model, as sacrebleu does for ``flores200`` with its own
+    model."""
 
     def __init__(self, model: Path, name: str) -> None:
         self.pieces, self.name = _load_pieces(model), name
@@ -82,7 +83,8 @@ def _load_pieces(model: Path) -> Any:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What ``--tokenize`` names. ``name`` stands in records and signatures; ``model`` is the file of ``spm:FILE``."""
+    """What ``--tokenize`` names. ``name`` stands in records and signatures; ``model`` is the file of
+    ``spm:FILE``."""
 
     name: str
     model: Path | None = None
@@ -90,9 +92,8 @@ class Tokenizer:
     @classmethod
     def parse(cls, text: str) -> Tokenizer:
         """Read one of :data:`TOKENIZERS` or ``spm:FILE``, which is named by the start of the file's sha256.
-
-        Raises UserError for anything else, and for a tokenizer whose packages or model are missing: sacrebleu's download of the
-        model is tried here.
+         Raises UserError for anything else, and for a tokenizer whose packages or model are missing: sacrebleu's
+        download of the model is tried here.
         """
         if text.startswith("spm:"):
             model = Path(text.removeprefix("spm:"))
@@ -124,7 +125,8 @@ class Tokenizer:
 
 
 def _fetch_model(name: str) -> None:
-    """Make sure that sacrebleu's sentencepiece model is on this machine. Raises UserError that says what would serve."""
+    """Make sure that sacrebleu's sentencepiece model is on this machine. Raises UserError that says what
+    would serve."""
     path = Path(tokenizer_spm.SACREBLEU_DIR, "models", Path(tokenizer_spm.SPM_MODELS[name]["url"]).name)
     there = path.is_file() and path.stat().st_size > 0
     instead = "put it there, or choose --tokenize spm:FILE with a sentencepiece model of yours, or 13a"

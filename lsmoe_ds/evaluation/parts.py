@@ -1,7 +1,8 @@
-"""Scores of the directions of a run that several processes share: what each wrote, put together. Needs no model and no torch.
-
-A part's record is the :class:`ScoreTable` of every N-th direction, in the folder of its question. No two parts write the same file,
-so that they can be scored at the same time on any machines that share the folder. A part is scored anew whenever it is asked for.
+"""Scores of the directions of a run that several processes share: what each wrote, put together. Needs no
+model and no torch.
+ A part's record is the :class:`ScoreTable` of every N-th direction, in the folder of its question. No two
+parts write the same file, so that they can be scored at the same time on any machines that share the folder.
+A part is scored anew whenever it is asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable
-from lsmoe_ds.evaluation.test_sets import read_own
+from lsmoe_ds.evaluation.texts import read_own
 from lsmoe_ds.languages import Direction, Languages, parse_directions
 from lsmoe_ds.part import Part
 from lsmoe_ds.recipe_file import load_recipe
@@ -25,9 +26,8 @@ RECIPE = "recipe.yaml"
 
 def choose_directions(asked: Sequence[str] | None, languages: Languages, untrained: bool = False) -> list[Direction]:
     """List those asked for, each once, or all of the system.
-
-    ``untrained`` also allows directions between the system's languages that it was not trained on. Raises UserError for one that
-    it lacks.
+     ``untrained`` also allows directions between the system's languages that it was not trained on. Raises
+    UserError for one that it lacks.
     """
     if not asked:
         return list(languages.directions)
@@ -56,8 +56,8 @@ def merge(
     out: str | Path | None = None,
     comet: str | Path | None = None,
 ) -> ScoreTable:
-    """Write the scores that :func:`lsmoe_ds.evaluation.evaluate.evaluate` would write with the same options at once, out of
-    ``count`` parts of the latest step of which all are there; the parts stay.
+    """Write the scores that :func:`lsmoe_ds.evaluation.evaluate.evaluate` would write with the same options
+    at once, out of ``count`` parts of the latest step of which all are there; the parts stay.
 
     Raises UserError if a part is missing or damaged, and unless each direction is scored once.
     """
@@ -101,7 +101,8 @@ def _name_comet(path: str | Path | None) -> str | None:
 
 
 def _find_parts(folder: ScoreFolder, wanted: ScoreTable, step: int | None, count: int, run: str | Path) -> tuple[str, list[Part]]:
-    """Find the question, at ``step`` or the latest of which all parts are there, and its parts. Raises UserError if there is none."""
+    """Find the question, at ``step`` or the latest of which all parts are there, and its parts. Raises
+    UserError if there is none."""
     found: dict[int, list[Part]] = {}
     others = []
     for question, parts in folder.parts(count):
@@ -138,8 +139,8 @@ def _by_direction(tables: dict[Part, ScoreTable]) -> dict[Direction, DirectionSc
 
 
 def find_home(run: Path) -> tuple[Path, int | None]:
-    """Find the folder that scores of a run, a checkpoint in it or a converted folder are written to, and the checkpoint's step; the
-    checkpoint may be gone since."""
+    """Find the folder that scores of a run, a checkpoint in it or a converted folder are written to, and the
+    checkpoint's step; the checkpoint may be gone since."""
     checkpoints = run.resolve().parent
     if checkpoints.name == "checkpoints" and not (run / RECIPE).is_file():
         return checkpoints.parent, step_of(run.resolve()) if run.resolve().name.removeprefix("step-").isdecimal() else None

@@ -21,7 +21,8 @@ from lsmoe_ds.languages import check_code, language_name, normalize_code
 
 @dataclass(frozen=True)
 class FileScore:
-    """Scores of one file of N lines; ``copy`` are those of its sources, ``exact`` and ``weak`` shares of lines."""
+    """Scores of one file of N lines; ``copy`` are those of its sources, ``exact`` and ``weak`` shares of
+    lines."""
 
     hypothesis: Path
     to: str | None
@@ -73,9 +74,8 @@ def score_files(
     comet: Path | None = None,
 ) -> FileScore:
     """Score a file of translations against one file of references or several, line by line.
-
-    ``to`` is the language, by which BLEU's tokenizer is chosen unless ``tokenize`` names it. Raises UserError for files that
-    cannot be read or have other numbers of lines.
+     ``to`` is the language, by which BLEU's tokenizer is chosen unless ``tokenize`` names it. Raises UserError
+    for files that cannot be read or have other numbers of lines.
     """
     if to is None and tokenize is None:
         raise UserError("BLEU depends on how words are told apart: give the language of the translations with --to, or --tokenize")

@@ -9,9 +9,8 @@
     scores/step-200.test.beam-5/routing.json         expert shares, of a model with experts, on its held-out text
     scores/step-200.test.beam-5/part-3-of-8.json     of `lsmoe evaluate --part 3/8`
     scores.json, routing.json                        those of the complete evaluation, for other programs
-
-``scores.json`` is replaced only by a complete evaluation (all directions, the whole test set, the specific route) of the same or a
-later step.
+ ``scores.json`` is replaced only by a complete evaluation (all directions, the whole test set, the specific
+route) of the same or a later step.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class ScoreFolder:
         return self.folder(question) / f"part-{part.number}-of-{part.count}.json"
 
     def check(self) -> None:
-        """Raise UserError unless scores can be written here; makes the folders."""
-        for folder in (self.home, self.home / "scores"):
+        """Raise UserError unless scores can be written here; makes ``home``."""
+        for folder in (self.home, *([self.home / "scores"] if (self.home / "scores").exists() else [])):
             check_can_write(folder, "give a folder for the scores with --out DIR")
 
     def make(self, question: str) -> None:
@@ -67,7 +66,8 @@ class ScoreFolder:
             write_whole(self.text(question, direction, side), "".join(f"{line}\n" for line in lines))
 
     def read_text(self, question: str, direction: Direction) -> tuple[list[str], list[str], list[str]]:
-        """Read the lines of :data:`SIDES`. Raises UserError if a file is missing or the numbers of lines differ."""
+        """Read the lines of :data:`SIDES`. Raises UserError if a file is missing or the numbers of lines
+        differ."""
         source, hypothesis, reference = (_read_lines(self.text(question, direction, side)) for side in SIDES)
         if not len(source) == len(hypothesis) == len(reference):
             counts = ", ".join(f"{len(lines)} {side}" for lines, side in zip((source, hypothesis, reference), SIDES, strict=True))
@@ -75,7 +75,8 @@ class ScoreFolder:
         return source, hypothesis, reference
 
     def write(self, table: ScoreTable, directions: Sequence[Direction]) -> None:
-        """Write the record of a question, and ``scores.json`` if this is the complete evaluation of the system's ``directions``."""
+        """Write the record of a question, and ``scores.json`` if this is the complete evaluation of the
+        system's ``directions``."""
         table.write(self.record(table.question))
         if table.route != "specific" or not table.covers(directions):
             return
@@ -94,8 +95,8 @@ class ScoreFolder:
             before.write(self.record(before.question))
 
     def write_routing(self, table: ScoreTable, routing: dict[str, Any]) -> None:
-        """Write the expert shares of a question on held-out text, and ``routing.json`` if they are the specific route's on the test
-        set, of the same or a later step. They depend on nothing else."""
+        """Write the expert shares of a question on held-out text, and ``routing.json`` if they are the
+        specific route's on the test set, of the same or a later step. They depend on nothing else."""
         text = json.dumps({"step": table.step, "route": table.route, **routing}) + "\n"
         write_whole(self.folder(table.question) / ROUTING, text)
         if (table.route, table.split) != ("specific", "test"):
@@ -131,9 +132,10 @@ class ScoreFolder:
 
 
 def fullest(tables: Iterable[ScoreTable], directions: Sequence[Direction], step: int | None = None) -> ScoreTable | None:
-    """Choose the complete evaluation of ``directions``, or else the one with most of them; None if none has any.
-
-    Of several complete ones that of ``step`` comes first, then the specific route, then the latest step, then the usual search.
+    """Choose the complete evaluation of ``directions``, or else the one with most of them; None if none has
+        any.
+     Of several complete ones that of ``step`` comes first, then the specific route, then the latest step, then
+    the usual search.
     """
     wanted = set(directions)
 

@@ -1,7 +1,6 @@
 """Scores of a model's translations, by direction, beside those of copying the source.
-
-A :class:`ScoreTable` answers one question: at which step, on which text, by which route and search, over which words.
-Its JSON::
+ A :class:`ScoreTable` answers one question: at which step, on which text, by which route and search, over
+which words. Its JSON::
 
     {"name", "question", "step", "split", "beam", "length_penalty", "route", "limit", "tokenize", "asked": [direction, ...] or null,
      "skipped": [direction, ...], "sentences", "signatures": {metric: [signature, ...]},
@@ -58,8 +57,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class DirectionScore:
-    """Scores of one direction. ``exact`` and ``weak`` are the shares of sentences, from 0 to 1, that equal the reference
-    and that have a chrF below :data:`WEAK`; ``seconds`` is the time it took to translate them; ``comet`` is COMET's system score."""
+    """Scores of one direction. ``exact`` and ``weak`` are the shares of sentences, from 0 to 1, that equal
+    the reference and that have a chrF below :data:`WEAK`; ``seconds`` is the time it took to translate them;
+    ``comet`` is COMET's system score."""
 
     direction: Direction
     metrics: Metrics
@@ -82,10 +82,10 @@ def score_direction(
     samples: int = 5,
     tokenizer: Tokenizer | None = None,
 ) -> DirectionScore:
-    """Score detokenized lines: N ``hypotheses`` against N ``references``, and the N ``sources`` against the same.
-
-    The samples are spread evenly over the lines, not picked. Raises UserError if there is no line, ValueError if the
-    numbers of lines differ.
+    """Score detokenized lines: N ``hypotheses`` against N ``references``, and the N ``sources`` against the
+        same.
+     The samples are spread evenly over the lines, not picked. Raises UserError if there is no line, ValueError if
+    the numbers of lines differ.
     """
     if not len(sources) == len(hypotheses) == len(references):
         raise ValueError(f"{direction}: {len(sources)} sources, {len(hypotheses)} hypotheses and {len(references)} references")
@@ -108,7 +108,8 @@ def score_direction(
 
 
 def shares(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """Compute the shares of N hypotheses that equal a reference and that have a chrF below :data:`WEAK`; [R, N] references."""
+    """Compute the shares of N hypotheses that equal a reference and that have a chrF below :data:`WEAK`; [R,
+    N] references."""
     characters, several = CHRF(), list(zip(*references, strict=True))
     exact = sum(h.strip() in [r.strip() for r in each] for h, each in zip(hypotheses, several, strict=True))
     weak = sum(characters.sentence_score(h, list(each)).score < WEAK for h, each in zip(hypotheses, several, strict=True))
@@ -118,11 +119,11 @@ def shares(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tu
 @dataclass(frozen=True)
 class ScoreTable:
     """Scores of a model at one step, and the question that they answer.
-
-    ``split`` is "test", "dev" or the name of the user's own test set; ``route`` is "specific" or "shared", as for
-    :func:`lsmoe_ds.inference.load.load`; the first ``limit`` sentences of each direction are scored; ``tokenize`` names BLEU's
-    tokenizer where it was chosen; ``asked`` are the directions that were asked for, None for all; ``skipped`` are those of them
-    without text; ``comet`` names COMET's checkpoint; ``resources`` gives the resource group of each bitext, as far as it is known.
+     ``split`` is "test", "dev" or the name of the user's own test set; ``route`` is "specific" or "shared", as
+    for :func:`lsmoe_ds.inference.load.load`; the first ``limit`` sentences of each direction are scored;
+    ``tokenize`` names BLEU's tokenizer where it was chosen; ``asked`` are the directions that were asked for,
+    None for all; ``skipped`` are those of them without text; ``comet`` names COMET's checkpoint; ``resources``
+    gives the resource group of each bitext, as far as it is known.
     """
 
     name: str
@@ -141,7 +142,8 @@ class ScoreTable:
 
     @property
     def question(self) -> str:
-        """The name of the question in file names: ``step-200.test.beam-5``, and whatever differs from a complete evaluation."""
+        """The name of the question in file names: ``step-200.test.beam-5``, and whatever differs from a
+        complete evaluation."""
         parts = [f"step-{self.step}", self.split, f"beam-{self.beam}"]
         parts += [f"penalty-{self.length_penalty}"] if self.length_penalty != PENALTY else []
         parts += [self.route] if self.route != "specific" else []
@@ -152,7 +154,8 @@ class ScoreTable:
         return ".".join(parts)
 
     def covers(self, directions: Iterable[Direction]) -> bool:
-        """Tell whether this is a complete evaluation of these directions: all test sentences, BLEU's usual words."""
+        """Tell whether this is a complete evaluation of these directions: all test sentences, BLEU's usual
+        words."""
         answered = {*(score.direction for score in self.directions), *self.skipped}
         return self.split == "test" and self.limit is None and self.tokenize is None and answered.issuperset(directions)
 
@@ -161,7 +164,8 @@ class ScoreTable:
         return (self.beam, self.length_penalty) == (BEAM, PENALTY)
 
     def describe(self, directions: Sequence[Direction]) -> str:
-        """Say which question this answers, and what it lacks of a complete evaluation of the system's ``directions``."""
+        """Say which question this answers, and what it lacks of a complete evaluation of the system's
+        ``directions``."""
         said = f"Step {self.step:,}, {self.split} set, {self.sentences:,} sentences, beam {self.beam}"
         said += f", length penalty {self.length_penalty:g}" if self.length_penalty != PENALTY else ""
         said += ", shared route." if self.route == "shared" else "."
@@ -219,9 +223,8 @@ class ScoreTable:
     @classmethod
     def from_json(cls, text: str, empty: bool = False) -> ScoreTable:
         """Read what ``to_json`` wrote; averages and signatures are computed anew.
-
-        Scores of earlier versions do not say which directions were asked for: those that they have. Raises UserError on anything
-        else, and on scores of no direction unless they may be ``empty``.
+         Scores of earlier versions do not say which directions were asked for: those that they have. Raises UserError
+        on anything else, and on scores of no direction unless they may be ``empty``.
         """
         try:
             value = json.loads(text)
@@ -271,7 +274,8 @@ class ScoreTable:
             raise UserError(f"{path}: {error}") from None
 
     def render(self) -> Table:
-        """Make a table for a terminal: a line for each direction and each average, the score of copying in parentheses."""
+        """Make a table for a terminal: a line for each direction and each average, the score of copying in
+        parentheses."""
         title = f"{self.name}, step {self.step:,}, {self.split}, beam {self.beam}" + (", shared route" if self.route == "shared" else "")
         table = Table(title=title, caption="in parentheses: copying the source")
         table.add_column("direction")
@@ -293,7 +297,8 @@ class ScoreTable:
 
 
 def _name_directions(directions: Iterable[Direction]) -> str:
-    """Name a choice of directions, in whatever order they were given: ``de-en+en-de``, or their number and a checksum."""
+    """Name a choice of directions, in whatever order they were given: ``de-en+en-de``, or their number and a
+    checksum."""
     names = sorted(map(str, directions))
     joined = "+".join(names)
     if len(joined) <= LONGEST_NAME:

@@ -1,9 +1,10 @@
-"""Whether two systems' scores on the same text differ by more than chance: sacrebleu's paired tests, and the mean over directions.
-
-In one direction both tests are sacrebleu's :class:`~sacrebleu.significance.PairedTest`: paired bootstrap resampling (Koehn, 2004) and
-approximate randomization (Riezler and Maxwell, 2005). Over several directions the statistic is the plain mean of their scores, as in
-our averages: trial i of the mean is the mean of the directions' trials i. All directions use the same random numbers, so that the
-lines of a set that is parallel in many languages are resampled, or exchanged, together in all of them.
+"""Whether two systems' scores on the same text differ by more than chance: sacrebleu's paired tests, and the
+mean over directions.
+ In one direction both tests are sacrebleu's :class:`~sacrebleu.significance.PairedTest`: paired bootstrap
+resampling (Koehn, 2004) and approximate randomization (Riezler and Maxwell, 2005). Over several directions
+the statistic is the plain mean of their scores, as in our averages: trial i of the mean is the mean of the
+directions' trials i. All directions use the same random numbers, so that the lines of a set that is parallel
+in many languages are resampled, or exchanged, together in all of them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A system on one text by one metric. ``mean`` and ``ci`` (half of the 95 % interval) are the bootstrap's; the other fields are
-    against the baseline, which has none of them: the difference, its 95 % interval, and the two p-values."""
+    """A system on one text by one metric. ``mean`` and ``ci`` (half of the 95 % interval) are the
+    bootstrap's; the other fields are against the baseline, which has none of them: the difference, its 95 %
+    interval, and the two p-values."""
 
     score: float
     mean: float
@@ -48,7 +50,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trials:
-    """Scores of a baseline and a system, and those of N bootstrap resamples and of T randomizations of their text."""
+    """Scores of a baseline and a system, and those of N bootstrap resamples and of T randomizations of their
+    text."""
 
     scores: Floats  # [2]
     resampled: Floats  # [2, N]
@@ -66,10 +69,9 @@ class Trials:
 
     def outcome(self) -> Outcome:
         """Compare the system with the baseline as sacrebleu does.
-
-        The bootstrap's p is the share of resamples whose absolute difference, less the mean of these, exceeds the observed one; the
-        randomization's that of trials whose absolute difference exceeds it. Where nothing differs both are 1: as nothing exceeds 0
-        there, sacrebleu's own would be the smallest possible.
+         The bootstrap's p is the share of resamples whose absolute difference, less the mean of these, exceeds the
+        observed one; the randomization's that of trials whose absolute difference exceeds it. Where nothing differs
+        both are 1: as nothing exceeds 0 there, sacrebleu's own would be the smallest possible.
         """
         low, high = interval(self.resampled[1])
         differences = self.resampled[1] - self.resampled[0]
@@ -110,7 +112,8 @@ class Recorder(Metric):
         return self.metric.get_signature()
 
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        """Count a system's n-grams once, as both tests ask for them; as floats, which numpy multiplies many times faster."""
+        """Count a system's n-grams once, as both tests ask for them; as floats, which numpy multiplies many
+        times faster."""
         if id(hypotheses) not in self._statistics:
             counts = self.metric._extract_corpus_statistics(hypotheses, references)
             self._statistics[id(hypotheses)] = np.array(counts, dtype=np.float64)
@@ -137,11 +140,15 @@ class Recorder(Metric):
 
 
 def run_trials(
-    systems: Sequence[Sequence[str]], references: Sequence[str], metrics: Mapping[str, Metric], samples: int, seed: int
+    systems: Sequence[Sequence[str]],
+    references: Sequence[str],
+    metrics: Mapping[str, Metric],
+    samples: int,
+    seed: int,
 ) -> tuple[dict[str, list[Trials]], dict[str, str]]:
     """Run sacrebleu's two tests of S systems' N lines, the first of which is the baseline.
-
-    Returns by metric the trials of each of the S - 1 others, and the signature, which holds seed and numbers of trials.
+     Returns by metric the trials of each of the S - 1 others, and the signature, which holds seed and numbers of
+    trials.
     """
     recorders = {name: Recorder(metric) for name, metric in metrics.items()}
     named = [(str(index), lines) for index, lines in enumerate(systems)]

@@ -1,8 +1,8 @@
-"""The text that a model is evaluated on: the run's held-out text, or the user's own test set in any layout that corpora have.
-
-An own set is a folder (Moses files, FLORES, NTREX-128, OPUS-100, IWSLT), a table (TSV), what the names of aligned files have in common
-(``mytest`` for ``mytest.de`` and ``mytest.en``), or the file of each language. Its lines are scored as they stand: nothing is cleaned
-or left out, and an empty line keeps its place.
+"""The text that a model is evaluated on: the run's held-out text, or the user's own test set in any layout
+that corpora have.
+ An own set is a folder (Moses files, FLORES, NTREX-128, OPUS-100, IWSLT), a table (TSV), what the names of
+aligned files have in common (``mytest`` for ``mytest.de`` and ``mytest.en``), or the file of each language.
+Its lines are scored as they stand: nothing is cleaned or left out, and an empty line keeps its place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Pairs = tuple[list[str], list[str]]
 
 @dataclass(frozen=True)
 class Texts:
-    """Sources and references by direction. ``split`` names the set in scores; the ``skipped`` directions have no sentence in it."""
+    """Sources and references by direction. ``split`` names the set in scores; the ``skipped`` directions have
+    no sentence in it."""
 
     split: str
     by_direction: dict[Direction, Pairs]
@@ -43,11 +44,15 @@ class Texts:
 
     def first(self, limit: int | None) -> Texts:
         """Keep the first ``limit`` sentences of each direction."""
-        return replace(self, by_direction={d: (source[:limit], target[:limit]) for d, (source, target) in self.by_direction.items()})
+        return replace(
+            self,
+            by_direction={d: (source[:limit], target[:limit]) for d, (source, target) in self.by_direction.items()},
+        )
 
 
 def read_held_out(data: PreparedData, split: str, directions: Sequence[Direction]) -> Texts:
-    """Read the ``test`` or ``dev`` text of a run's prepared data. Raises UserError if none of the directions has any."""
+    """Read the ``test`` or ``dev`` text of a run's prepared data. Raises UserError if none of the directions
+    has any."""
     check_split(split)
     return _skip_empty(split, {direction: data.text(direction, split) for direction in directions}, f"{split} sentences")
 
@@ -58,10 +63,11 @@ def check_split(split: str) -> None:
 
 
 def read_own(paths: Sequence[str], split: str, directions: Sequence[Direction]) -> Texts:
-    """Read the user's own test set; of one that has several splits, such as FLORES, the ``test`` or ``dev`` one.
-
-    Its name ends with a checksum of its text in these directions, so that scores on two sets of one name are not confused. Raises
-    UserError for what is no test set, for files of unequal length, and if it has no text in any of the directions.
+    """Read the user's own test set; of one that has several splits, such as FLORES, the ``test`` or ``dev``
+        one.
+     Its name ends with a checksum of its text in these directions, so that scores on two sets of one name are not
+    confused. Raises UserError for what is no test set, for files of unequal length, and if it has no text in any
+    of the directions.
     """
     check_split(split)
     bitexts = list(dict.fromkeys(direction.bitext for direction in directions))

@@ -11,7 +11,7 @@ from small_corpora import write_lines
 from lsmoe_ds.config import Corpus
 from lsmoe_ds.data.formats import find_parts
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.test_sets import read_own
+from lsmoe_ds.evaluation.texts import read_own
 from lsmoe_ds.languages import Direction
 
 EN_DE, DE_EN, DE_FR, EN_FR = (Direction(*text.split("-")) for text in ("en-de", "de-en", "de-fr", "en-fr"))
@@ -42,11 +42,21 @@ def files(folder: Path) -> list[str]:
     write_lines(folder / "source-text.en", TEXT["en"])
     write_lines(folder / "newstest2019-ref.deu.txt", TEXT["de"])
     write_lines(folder / "french", TEXT["fr"])
-    return [str(folder / "source-text.en"), str(folder / "newstest2019-ref.deu.txt"), f"fr={folder / 'french'}"]
+    return [
+        str(folder / "source-text.en"),
+        str(folder / "newstest2019-ref.deu.txt"),
+        f"fr={folder / 'french'}",
+    ]
 
 
 def table(folder: Path) -> list[str]:
-    write_lines(folder / "set.tsv", ["deu_Latn\tid\ten\tfr", *("\t".join((d, "7", e, f)) for e, d, f in zip(*TEXT.values(), strict=True))])
+    write_lines(
+        folder / "set.tsv",
+        [
+            "deu_Latn\tid\ten\tfr",
+            *("\t".join((d, "7", e, f)) for e, d, f in zip(*TEXT.values(), strict=True)),
+        ],
+    )
     return [str(folder / "set.tsv")]
 
 
@@ -60,7 +70,13 @@ def flores(folder: Path) -> list[str]:
 def ntrex(folder: Path) -> list[str]:
     where = folder / "NTREX" / "NTREX-128"
     write_lines(where / "newstest2019-src.eng.txt", TEXT["en"])
-    for code, lines in (("deu", TEXT["de"]), ("fra", TEXT["fr"]), ("eng-GB", ["no"]), ("eng-US", ["no"]), ("fra-CA", ["no"])):
+    for code, lines in (
+        ("deu", TEXT["de"]),
+        ("fra", TEXT["fr"]),
+        ("eng-GB", ["no"]),
+        ("eng-US", ["no"]),
+        ("fra-CA", ["no"]),
+    ):
         write_lines(where / f"newstest2019-ref.{code}.txt", lines)
     write_lines(where / "newstest2019-ref-2.deu.txt", ["no"])
     return [str(folder / "NTREX")]
@@ -89,7 +105,11 @@ def test_ntrex_is_a_layout_of_corpora_too(tmp_path) -> None:
         write_lines(tmp_path / f"newstest2019-ref.{code}.txt", [code])
     corpus = Corpus(path=tmp_path, format="ntrex")
     found = {part.bitext: (part.split, list(part.pairs())) for part in find_parts([corpus], tmp_path, ["en-zh_Hans", "en-pt", "en-pt_BR"])}
-    assert found == {"en-zh_Hans": ("test", [("a", "zho-CN")]), "en-pt": ("test", [("a", "por")]), "en-pt_BR": ("test", [("a", "por-BR")])}
+    assert found == {
+        "en-zh_Hans": ("test", [("a", "zho-CN")]),
+        "en-pt": ("test", [("a", "por")]),
+        "en-pt_BR": ("test", [("a", "por-BR")]),
+    }
     (tmp_path / "newstest2019-src.eng.txt").unlink()
     with pytest.raises(UserError, match=r"is not laid out as NTREX-128: it has no newstest2019-src\.eng\.txt"):
         find_parts([corpus], tmp_path, ["en-pt"])
@@ -130,7 +150,10 @@ def test_what_is_no_test_set_is_refused(tmp_path) -> None:
         (["en=set.en"], "is the text of one language"),
         (["set.en", "none.de"], r"there is no file .*none\.de"),
         (["set.en", "en=set.de"], r"--test names two files for en: .*set\.en and .*set\.de"),
-        (["set.en", "set.no-code"], "'no-code' is not a language code: write --test CODE=FILE|there is nothing to score"),
+        (
+            ["set.en", "set.no-code"],
+            "'no-code' is not a language code: write --test CODE=FILE|there is nothing to score",
+        ),
         (["f"], r"f holds more than one set, such as .*f/first and .*f/second: name one"),
         (["bad"], r"bad\.en, line 1: not UTF-8"),
     ):
