@@ -37,7 +37,7 @@ class Corpus(Section):
     """Describe a corpus on the user's disk. ``source`` and ``target`` name the languages where the layout does not."""
 
     path: Path
-    format: Literal["opus100", "flores", "iwslt", "moses", "tsv"]
+    format: Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv"]
     source: str | None = None
     target: str | None = None
 

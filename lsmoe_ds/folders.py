@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -142,6 +143,17 @@ def resolved(path: Path) -> Path:
         return path.resolve()
     except (RuntimeError, OSError):  # which of them a loop raises depends on Python's version
         raise UserError(f"{path} cannot be used: its symbolic links lead in a circle") from None
+
+
+def check_can_write(folder: Path, instead: str, make: bool = True) -> None:
+    """Raise UserError that says what to do ``instead`` unless files can be made in a folder; makes it if it may."""
+    try:
+        if make and not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): {instead}") from None
 
 
 def recover(path: Path) -> None:

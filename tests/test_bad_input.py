@@ -213,7 +213,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("part of letters", NOTHING, ["evaluate", "run", "--part", "a/b"], "'a/b' is no part"),
     ("part of nothing", NOTHING, ["evaluate", "run", "--part", "3"], "'3' is no part"),
     ("part and merge", NOTHING, ["evaluate", "run", "--part", "1/2", "--merge", "2"], "give one of them"),
-    ("no parts", NOTHING, ["evaluate", "run", "--merge", "2"], "run/scores lacks 1/2, 2/2"),
+    ("no parts", NOTHING, ["evaluate", "run", "--merge", "2"], "run/scores has no part of 2"),
     ("no run to merge", NOTHING, ["evaluate", "none", "--merge", "2"], "there is no recipe none/recipe.yaml"),
     ("no direction named", NOTHING, ["evaluate", "run", "--directions", " , "], "--directions names no direction"),
     ("unknown split", NOTHING, ["evaluate", "run", "--split", "training"], "training"),

@@ -140,7 +140,7 @@ def test_a_folder_is_used_by_the_library_alone(dense, tmp_path, capsys, monkeypa
         assert main(["translate", str(folder), "--from", "en", "--to", "de", *engine]) == 0
         assert capsys.readouterr().out.splitlines() == wanted
     assert main(["evaluate", str(tmp_path / "model"), "--limit", "3"]) == 0
-    assert len(json.loads((tmp_path / "model" / "scores.json").read_text())["directions"]) == 1
+    assert len(json.loads((tmp_path / "model" / "scores" / "step-2.test.beam-5.limit-3.json").read_text())["directions"]) == 1
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int8_float32"])

@@ -10,16 +10,19 @@ import sys
 
 import pytest
 import torch
+from sacrebleu.metrics import BLEU
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_run
 from test_bad_input import tree
 
 from lsmoe_ds.analysis.command import analyze_routing
 from lsmoe_ds.analysis.measuring import measure_routing
 from lsmoe_ds.analysis.routing import read_routing
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.subnetwork import convert_to_dense
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate, open_data
-from lsmoe_ds.evaluation.parts import merge, part_file
+from lsmoe_ds.evaluation.parts import merge
+from lsmoe_ds.evaluation.report import render_report, write_report
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
@@ -45,7 +48,7 @@ def test_scores_every_direction_and_writes_them(run, capsys):
     assert {score.sentences for score in table.directions} == {6}
     assert (table.step, table.split, table.beam) == (2, "test", 2)
     assert set(table.resources) == {"de-en", "en-fr"} and set(table.resources.values()) == {"low"}
-    assert ScoreTable.read(run / "scores.json") == table
+    assert ScoreTable.read(run / "scores" / "step-2.test.beam-2.limit-6.json") == table
     assert capsys.readouterr().out == ""
     loaded = load(run, "cpu")
     data = open_data(loaded)
@@ -64,61 +67,92 @@ def score_parts(run, count, *numbers, **options):
 @pytest.mark.parametrize(("count", "directions"), [(3, None), (6, None), (2, ["fr-en", "en-de", "fr-en", "de-en"])])
 def test_parts_put_together_are_one_evaluation(run, count, directions):
     options = {"directions": directions, "beam": 2, "length_penalty": 0.6, "split": "dev"}
+    question = "step-2.dev.beam-2.penalty-0.6.limit-3" + (".de-en+en-de+fr-en" if directions else "")
+    place, record = run / "scores" / question, run / "scores" / f"{question}.json"
 
     def text():
-        return re.sub(r'"seconds": [0-9.e-]+', "", (run / "scores.json").read_text())
+        return re.sub(r'"seconds": [0-9.e-]+', "", record.read_text())
 
-    evaluate(run, limit=3, progress=False, **options)
-    whole, routing = text(), (run / "routing.json").read_text()
     shutil.rmtree(run / "scores", ignore_errors=True)
-    (run / "scores.json").unlink()
-    (run / "routing.json").unlink()
+    evaluate(run, limit=3, progress=False, **options)
+    whole, before = text(), {path.name: path.read_bytes() for path in place.iterdir()}
+    shutil.rmtree(run / "scores")
     for number in reversed(range(1, count + 1)):  # in any order; none touches what another writes
-        before = tree(run)
+        known = tree(run)
         score_parts(run, count, number, **options)
-        after = tree(run)
-        written = {f"scores/part-{number}-of-{count}.json"} | ({"routing.json"} if number == 1 else set())
-        assert set(after.items()) - set(before.items()) == {(name, after[name]) for name in written} and before.keys() <= after.keys()
-    assert (run / "routing.json").read_text() == routing
+        now = tree(run)
+        written = set(now.items()) - set(known.items())
+        assert (
+            f"scores/{question}/part-{number}-of-{count}.json",
+            now[f"scores/{question}/part-{number}-of-{count}.json"],
+        ) in written
+        assert known.items() <= now.items() and (number == 1) == (f"scores/{question}/routing.json" in dict(written))
     # From a checkpoint of the run, and without torch, as it takes seconds to import.
     command = ["evaluate", str(run / "checkpoints" / "step-2"), "--merge", str(count), "--json"]
     command += ["--limit", "3", "--beam", "2", "--length-penalty", "0.6", "--split", "dev"]
     command += ["--directions", ",".join(directions)] if directions else []
     program = "import sys; sys.modules['torch'] = None; from lsmoe_ds.cli import main; main()"
     said = subprocess.run([sys.executable, "-c", program, *command], stdout=subprocess.PIPE, check=True).stdout
-    assert said.decode() == (run / "scores.json").read_text() and text() == whole
-    assert len(list((run / "scores").iterdir())) == count
+    assert said.decode() == record.read_text() and text() == whole
+    after = {path.name: path.read_bytes() for path in place.iterdir()}
+    assert before.items() <= after.items() and len(after) == len(before) + count
 
 
 def test_parts_that_do_not_fit_are_refused(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("scores*"))
+    place = copy / "scores" / "step-2.test.beam-1.limit-3"
+    with pytest.raises(
+        UserError,
+        match=r"has no part of 3 that answers this question; `lsmoe evaluate .* --part I/N` writes a part",
+    ):
+        merge(copy, 3, beam=1, limit=3)
     score_parts(copy, 3, 1, 3, beam=1)
-    with pytest.raises(UserError, match="scores lacks 2/3: `lsmoe evaluate"):
+    with pytest.raises(UserError, match=r"limit-3 lacks 2/3: `lsmoe evaluate"):
         merge(copy, 3, beam=1, limit=3)
     score_parts(copy, 3, 2, beam=1)
-    for wrong in ({"beam": 2}, {"limit": 4}, {"limit": None}, {"length_penalty": 0.5}, {"split": "dev"}, {"route": "shared"}):
-        ((name, value),) = wrong.items()
-        with pytest.raises(UserError, match=f"part 1/3 of .* has {name.replace('_', ' ')} .*, but --merge was given {value}"):
+    wrongs = [
+        {"beam": 2},
+        {"limit": 4},
+        {"limit": None},
+        {"length_penalty": 0.5},
+        {"split": "dev"},
+        {"route": "shared"},
+    ]
+    for wrong in [*wrongs, {"tokenize": "char"}, {"directions": ["en-de", "en-fr"]}]:
+        others = r"no part of 3 .* there are parts of step-2\.test\.beam-1\.limit-3; .* with the same options as --merge"
+        with pytest.raises(UserError, match=others):
             merge(copy, 3, **{"beam": 1, "limit": 3, **wrong})
-    with pytest.raises(UserError, match="score fr-en, de-en too: give --merge"):
-        merge(copy, 3, ["en-de", "en-fr"], beam=1, limit=3)
-    score_parts(copy, 2, 1, beam=1)  # of all directions: en-de and en-fr
-    for others, message in ((["fr-en"], "no part of .* scores de-en, fr-en"), (["fr-en", "en-de"], "en-de is scored by part 1/2 and by")):
-        score_parts(copy, 2, 2, beam=1, directions=others)
-        with pytest.raises(UserError, match=message):
-            merge(copy, 2, beam=1, limit=3)
-    path = part_file(copy, Part(2, 3))
-    good = json.loads(path.read_text())
-    for field, value in (("name", "other"), ("step", 4), ("beam", 2), ("route", "shared"), ("resources", {"de-en": "high"})):
-        path.write_text(json.dumps({**good, field: value}))
-        with pytest.raises(UserError, match=f"part 2/3 of .* has {field} .*: they must be the same"):
+    good = json.loads((place / "part-2-of-3.json").read_text())
+    for field, value in (
+        ("name", "other"),
+        ("step", 4),
+        ("beam", 2),
+        ("skipped", ["en-fr"]),
+        ("resources", {"de-en": "high"}),
+    ):
+        (place / "part-2-of-3.json").write_text(json.dumps({**good, field: value}))
+        with pytest.raises(UserError, match=rf"part 2/3 in .* has ({field}|question) .*, but part 1/3 has .*: score it again"):
             merge(copy, 3, beam=1, limit=3)
-    path.write_text(json.dumps(good)[:-9])
+    (place / "part-2-of-3.json").write_text((place / "part-1-of-3.json").read_text())
+    with pytest.raises(UserError, match=r"en-de is scored by part 1/3 and by part 2/3"):
+        merge(copy, 3, beam=1, limit=3)
+    (place / "part-2-of-3.json").write_text(json.dumps({**good, "directions": {}}))
+    with pytest.raises(UserError, match=r"no part in .* scores de-en: score the parts again"):
+        merge(copy, 3, beam=1, limit=3)
+    (place / "part-2-of-3.json").write_text(json.dumps(good)[:-9])
     with pytest.raises(UserError, match=r"part-2-of-3\.json: these scores cannot be read"):
         merge(copy, 3, beam=1, limit=3)
-    assert not (copy / "scores.json").exists()
-    path.write_text(json.dumps(good))
-    assert [str(score.direction) for score in merge(copy, 3, beam=1, limit=3).directions] == ["en-de", "de-en", "en-fr", "fr-en"]
+    assert not (copy / "scores.json").exists() and not (copy / "scores" / "step-2.test.beam-1.limit-3.json").exists()
+    (place / "part-2-of-3.json").write_text(json.dumps(good))
+    # Parts of another question, or of a later step that are not all there yet, do not matter.
+    score_parts(copy, 3, 1, beam=2)
+    shutil.copytree(place, place.with_name("step-4.test.beam-1.limit-3"), ignore=shutil.ignore_patterns("part-1*"))
+    assert [str(score.direction) for score in merge(copy, 3, beam=1, limit=3).directions] == [
+        "en-de",
+        "de-en",
+        "en-fr",
+        "fr-en",
+    ]
 
 
 def test_shares_of_work():
@@ -179,7 +213,10 @@ def test_token_routing_is_measured(token_run):
 
 def test_a_dense_folder_is_scored_like_the_run_it_came_from(run, tmp_path):
     convert_to_dense(run, Direction("de", "en"), tmp_path / "dense")
-    sparse, dense = evaluate(run, ["de-en"], limit=8, progress=False), evaluate(tmp_path / "dense", limit=8, progress=False)
+    sparse, dense = (
+        evaluate(run, ["de-en"], limit=8, progress=False),
+        evaluate(tmp_path / "dense", limit=8, progress=False),
+    )
     assert [s.metrics for s in dense.directions] == [s.metrics for s in sparse.directions]
     assert [s.samples for s in dense.directions] == [s.samples for s in sparse.directions]
     assert not (tmp_path / "dense" / "routing.json").exists()
@@ -215,3 +252,126 @@ def test_data_prepared_anew_is_not_the_runs(run, tmp_path):
     vocabulary.write_bytes(changed)
     with pytest.raises(UserError, match="is not that of"):
         evaluate(copy, progress=False)
+
+
+def copy_run(run, folder):
+    return shutil.copytree(run, folder, ignore=shutil.ignore_patterns("scores*", "routing.json", ".*"))
+
+
+def test_questions_lie_side_by_side_and_only_a_complete_one_is_scores_json(run, tmp_path):
+    copy = copy_run(run, tmp_path / "run")
+    evaluate(copy, beam=2, limit=3, progress=False)
+    assert not (copy / "scores.json").exists()
+    assert "Step 2, test set, 12 sentences, beam 2. This is no complete evaluation: only the first 3" in render_report(copy)
+    whole = evaluate(copy, beam=2, progress=False)
+    assert ScoreTable.read(copy / "scores.json") == whole and whole.sentences == 80
+    kept = {name: (copy / name).read_bytes() for name in ("scores.json", "routing.json")}
+    for options in (
+        {"limit": 3},
+        {"limit": 3, "split": "dev"},
+        {"limit": 3, "directions": ["en-de"]},
+        {"split": "dev"},
+        {"directions": ["en-de", "de-en", "en-fr"]},
+        {"tokenize": "char"},
+        {"beam": 1},  # as complete, but not a later one
+    ):
+        evaluate(copy, **{"beam": 2, **options}, progress=False)
+        if options == {"beam": 1}:  # the latest of two that are alike in all but an unusual search
+            kept["scores.json"] = (copy / "scores.json").read_bytes()
+        assert {name: (copy / name).read_bytes() for name in kept} == kept, options
+    names = {path.name for path in (copy / "scores").glob("*.json")}
+    assert names == {
+        "step-2.test.beam-2.json",
+        "step-2.test.beam-2.limit-3.json",
+        "step-2.dev.beam-2.limit-3.json",
+        "step-2.test.beam-2.limit-3.en-de.json",
+        "step-2.dev.beam-2.json",
+        "step-2.test.beam-2.de-en+en-de+en-fr.json",
+        "step-2.test.beam-2.tok-char.json",
+        "step-2.test.beam-1.json",
+    }
+    assert "Step 2, test set, 80 sentences, beam 1." in render_report(copy) and "no complete" not in render_report(copy)
+    usual = evaluate(copy, progress=False)  # beam 5
+    evaluate(copy, beam=2, progress=False)
+    assert ScoreTable.read(copy / "scores.json") == usual
+    later = json.loads((copy / "scores.json").read_text()) | {"step": 10}
+    (copy / "scores.json").write_text(json.dumps(later))
+    (copy / "routing.json").write_text(json.dumps(json.loads((copy / "routing.json").read_text()) | {"step": 10}))
+    evaluate(copy, progress=False)
+    assert ScoreTable.read(copy / "scores.json").step == 10 == json.loads((copy / "routing.json").read_text())["step"]
+    assert json.loads((copy / "scores/step-2.dev.beam-2/routing.json").read_text())["split"] == "dev"
+
+
+def test_every_translation_is_kept_beside_its_source_and_reference(run, tmp_path):
+    copy = copy_run(run, tmp_path / "run")
+    table = evaluate(copy, ["en-de", "fr-en"], beam=2, progress=False)
+    loaded, data = load(copy, "cpu"), open_data(load(copy, "cpu"))
+    for score in table.directions:
+        stem = copy / "scores" / table.question / str(score.direction)
+        source, hypothesis, reference = (stem.with_suffix(f".{side}").read_bytes() for side in ("source", "hypothesis", "reference"))
+        assert (source.decode().split("\n")[:-1], reference.decode().split("\n")[:-1]) == data.text(score.direction, "test")
+        lines = hypothesis.decode().split("\n")[:-1]
+        assert lines == list(translate(loaded, score.direction, source.decode().split("\n")[:-1], beam=2))
+        assert BLEU().corpus_score(lines, [reference.decode().split("\n")[:-1]]).score == score.metrics.bleu
+
+
+def test_scores_of_a_run_that_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    copy = copy_run(run, tmp_path / "run")
+    (copy / "scores").write_text("a file in the place of the folder")
+    before = tree(copy)
+    with monkeypatch.context() as patched:
+        patched.setattr("lsmoe_ds.evaluation.evaluate.load_engine", None)  # refused before any model is loaded
+        with pytest.raises(
+            UserError,
+            match=r"run/scores cannot be written \(Not a directory\): give a folder for the scores with --out DIR",
+        ):
+            evaluate(copy, beam=1, limit=2, progress=False)
+    evaluate(copy, beam=1, progress=False, out=tmp_path / "out" / "here", part=Part(1, 1))
+    merge(copy, 1, beam=1, out=tmp_path / "out" / "here")
+    found = {path.name for path in (tmp_path / "out" / "here").iterdir() if not path.name.startswith(".")}
+    assert tree(copy) == before and found == {"scores", "scores.json", "routing.json"}
+    (tmp_path / "file").touch()
+    for write in (
+        lambda out: write_report(copy, out / "page.html"),
+        lambda out: analyze_routing(copy, out / "maps"),
+    ):
+        with pytest.raises(UserError, match=r"file cannot be written \(.*\): choose another (file|folder) with --out"):
+            write(tmp_path / "file")
+    # A conversion whose record cannot be kept has worked all the same.
+    (copy / "conversion.json").mkdir()
+    record = convert(copy, "dense", Direction("en", "de"), tmp_path / "dense", check=0)
+    assert record["dense_folder"] == str(tmp_path / "dense") and (tmp_path / "dense" / "model.safetensors").is_file()
+    assert "lsmoe: the model is written, its record for the run's report is not: " in capsys.readouterr().err
+
+
+def test_a_test_set_of_ones_own(run, tmp_path, capsys):
+    copy = copy_run(run, tmp_path / "run")
+    text = {"en": ["kita", "", "mo ne  su"], "deu_Latn": ["kitaen", "moen", ""], "fr": ["atike", "x", "y"]}
+    for code, lines in text.items():
+        (tmp_path / f"my.set.{code}").write_text("".join(f"{line}\n" for line in lines))
+    table = evaluate(copy, ["en-de", "de-en"], beam=1, progress=False, test=[str(tmp_path / "my.set")])
+    assert re.fullmatch(r"my-set-[0-9a-f]{8}", table.split) and not (copy / "scores.json").exists()
+    assert [score.sentences for score in table.directions] == [3, 3]
+    folder = copy / "scores" / table.question
+    assert (folder / "en-de.source").read_text() == "kita\n\nmo ne  su\n" and (folder / "en-de.reference").read_text() == "kitaen\nmoen\n\n"
+    assert (folder / "en-de.hypothesis").read_text().split("\n")[1] == ""  # as `lsmoe translate`: an empty line stays empty
+    assert (folder / "de-en.source").read_text() == (folder / "en-de.reference").read_text()
+    assert not (folder / "routing.json").exists()
+    # Prepared data is not needed, and a set of the same name with other text is another set.
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace(f"directory: {run.parent}/data", f"directory: {tmp_path}/none"))
+    (tmp_path / "my.set.en").write_text("kita\n\nmo\n")
+    other = evaluate(copy, ["en-de", "de-en"], beam=1, progress=False, test=[str(tmp_path / "my.set")], part=Part(1, 1))
+    assert other.split[:7] == "my-set-" and other.split != table.split
+    assert merge(copy, 1, ["de-en", "en-de"], beam=1, test=[str(tmp_path / "my.set")]).split == other.split
+    # Experts chosen by the pair of languages know nothing of a pair that was not trained.
+    with pytest.raises(UserError, match="direction de-fr is not in this system: it knows"):
+        evaluate(copy, ["de-fr"], beam=1, progress=False, test=[str(tmp_path / "my.set")])
+    with pytest.raises(UserError, match="language 'ru' is not in this system"):
+        evaluate(copy, ["de-ru"], beam=1, progress=False, test=[str(tmp_path / "my.set")])
+    (tmp_path / "my.set.fr").unlink()
+    with pytest.raises(UserError, match=r"there is nothing to score: en-fr, fr-en have no text in my\.set"):
+        evaluate(copy, ["en-fr", "fr-en"], beam=1, progress=False, test=[str(tmp_path / "my.set")])
+    capsys.readouterr()
+    evaluate(copy, beam=1, progress=False, test=[str(tmp_path / "my.set")])
+    assert re.search(r"lsmoe: skipped: en-fr, fr-en have no text in my-set-[0-9a-f]{8}\n", capsys.readouterr().err)

@@ -317,7 +317,8 @@ def test_an_evaluation_keeps_its_route(run, capsys):
         for given, route in (([], "specific"), (["--route", "shared"], "shared")):
             seen.clear()
             assert main(["evaluate", str(run), "--limit", "2", "--beam", "1", *given]) == 0
-            assert set(seen) == {route} == {json.loads((run / "scores.json").read_text())["route"]}
+            (record,) = (run / "scores").glob("*.shared.*.json" if given else "*.beam-1.limit-2.json")
+            assert set(seen) == {route} == {json.loads(record.read_text())["route"]}
     capsys.readouterr()
     assert main(["evaluate", str(run), "--route", "both"]) == 2
     assert "'both' is no route: choose specific or shared" in capsys.readouterr().err

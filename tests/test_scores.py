@@ -11,9 +11,10 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from lsmoe_ds.config import Groups
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation import scores as module
+from lsmoe_ds.evaluation import metrics as module
 from lsmoe_ds.evaluation.groups import Metrics, resource_groups
-from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, bleu_tokenizer, score_direction
+from lsmoe_ds.evaluation.metrics import bleu_tokenizer
+from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
 from lsmoe_ds.languages import Direction
 
 SOURCES = ["The page has been saved.", "Show the changes of the user", "MediaWiki 1.39"]

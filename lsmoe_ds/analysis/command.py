@@ -18,7 +18,7 @@ from lsmoe_ds.analysis.measures import measure_layer, similarity
 from lsmoe_ds.analysis.page import render_page
 from lsmoe_ds.analysis.routing import Routing
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import locked, read_json, replaced, write_json
+from lsmoe_ds.folders import check_can_write, locked, read_json, replaced, write_json
 
 FORMAT = "lsmoe_ds routing"
 SUMMARY = "summary.json"
@@ -48,6 +48,7 @@ def check_out(out: Path) -> None:
     """Raises UserError if the folder may not be replaced: it is a file, or holds anything that was not written here."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
+    check_can_write(out.absolute().parent, "choose another folder with --out")
     if not out.is_dir():
         return
     summary = read_json(out / SUMMARY) or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -167,8 +168,16 @@ def convert(
     record: dict[str, Any] = {name: made[name] for name in ("direction", "route", "sparse_parameters", "dense_parameters")}
     record |= {"kind": to, **shown, **found, **{name if name == "seconds" else f"dense_{name}": value for name, value in sizes.items()}}
     if stored.kind == "sparse":
-        write_whole(stored.home / "conversion.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        _keep_record(stored.home / "conversion.json", record)
     return record
+
+
+def _keep_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record for the run's report; where the run cannot be written, say so: the model itself is there."""
+    try:
+        write_whole(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    except UserError as error:
+        print(f"lsmoe: the model is written, its record for the run's report is not: {error}", file=sys.stderr, flush=True)
 
 
 def _bytes(files: Mapping[str, Mapping[str, Any]]) -> int:

@@ -24,7 +24,18 @@ from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.checkpoint import read_checkpoint
 from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import checker, damage, describe_files, explain_errors, locked, read_fields, read_json, replaced, write_json
+from lsmoe_ds.folders import (
+    check_can_write,
+    checker,
+    damage,
+    describe_files,
+    explain_errors,
+    locked,
+    read_fields,
+    read_json,
+    replaced,
+    write_json,
+)
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import list_checkpoints, step_of
 
@@ -198,8 +209,9 @@ def name_of(out: Path) -> str:
 
 
 def check_writable(out: Path) -> None:
-    """Raises UserError where something lies that `lsmoe convert` did not make."""
+    """Raise UserError if something lies there that `lsmoe convert` did not make, or nothing can be written there."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
     if out.is_dir() and any(out.iterdir()) and (read_json(out / PROVENANCE) or {}).get("format") != FORMAT:
         raise UserError(f"{out} is not empty and was not made by `lsmoe convert`: choose another folder with --out")
+    check_can_write(out.absolute().parent, "choose another folder with --out")

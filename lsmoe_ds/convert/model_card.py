@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.score_folder import ScoreFolder
+from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import Direction, language_name, tag
 
@@ -100,7 +103,7 @@ The license of the model is not stated here: whoever publishes it decides it, wi
 ## Scores
 
 {% if scores -%}
-Of step {{ scores.step }}, on {{ scores.split }}, beam {{ scores.beam }}.
+{{ question }}
 
 | direction | BLEU | chrF++ | sentences |
 |---|---:|---:|---:|
@@ -123,12 +126,12 @@ MOST_NAMED = 12  # directions named in the first sentence
 
 
 def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: Path) -> str:
-    """The card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, where ``scores.json`` may lie."""
+    """The card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, where its scores may lie."""
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
     directions = recipe.languages.directions
     targets = list(dict.fromkeys(direction.target for direction in directions))
     use = environment.from_string(USES[kind]).render(first=directions[0], targets=targets, tags=[tag(code) for code in targets])
-    scores = _scores(home, provenance["route"])
+    scores = _scores(home, directions, provenance)
     scored = [score for score in scores.directions if score.direction in directions] if scores else []
     return environment.from_string(CARD).render(
         kind=kind,
@@ -144,6 +147,7 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
         corpora=[_corpus(corpus, find_directory(recipe, home)) for corpus in recipe.data.corpora],
         pairs=_pairs(recipe, home),
         scores=scores if scored else None,
+        question=replace(scores, directions=tuple(scored)).describe(directions) if scores else "",
         scored=scored,
         signatures=list(dict.fromkeys(score.signatures[metric] for score in scored for metric in ("bleu", "chrfpp"))),
         use=use,
@@ -202,12 +206,9 @@ def _pairs(recipe: Recipe, home: Path) -> dict[str, int]:
     return {name: bitexts[name]["train"]["pairs"] for name in names if name in bitexts}
 
 
-def _scores(home: Path, route: str) -> Any:
-    """The run's scores by this route; None where there are none that can be read."""
-    from lsmoe_ds.evaluation.scores import ScoreTable
-
+def _scores(home: Path, directions: Sequence[Direction], provenance: Mapping[str, Any]) -> ScoreTable | None:
+    """Find the fullest scores of these directions by the model's route; None where there are none that can be read."""
     try:
-        table = ScoreTable.read(home / "scores.json")
+        return ScoreFolder(home).best(directions, provenance["route"], provenance["step"])
     except UserError:
         return None
-    return table if table.route == route else None

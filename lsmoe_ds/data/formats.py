@@ -1,4 +1,4 @@
-"""Read parallel text: the layouts of OPUS-100, FLORES and IWSLT, aligned files (Moses) and tables (TSV).
+"""Read parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses) and tables (TSV).
 
 Every file is read line by line, as UTF-8, compressed by gzip or not; a wrong byte is reported with its file and line.
 """
@@ -234,6 +234,28 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
                 yield Part(str(corpus.path), bitext, "dev" if name == "dev" else "test", (first, second), "lines")
 
 
+NTREX_FILE = re.compile(r"(.+)-(src|ref)\.([^.]+)\.txt")
+
+
+def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+    """Find ``newstest2019-src.eng.txt`` and ``newstest2019-ref.deu.txt``, ``newstest2019-ref.zho-CN.txt``: one test set in many
+    languages.
+
+    English is the file of the sources, not one of the translations from it into British or Indian English.
+    """
+    folder = corpus.path / "NTREX-128" if (corpus.path / "NTREX-128").is_dir() else corpus.path
+    found: dict[str, list[tuple[str, Path]]] = {"src": [], "ref": []}
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        if match := NTREX_FILE.fullmatch(_plain(path).name):
+            found[match[2]].append((match[3], path))
+    if not found["src"] or not found["ref"]:
+        raise UserError(f"{corpus.path} is not laid out as NTREX-128: it has no newstest2019-src.eng.txt and newstest2019-ref.deu.txt")
+    for bitext, pair in wanted.items():
+        first, second = (wanted.choose(found["src"], code) or wanted.choose(found["ref"], code) for code in pair)
+        if first and second:
+            yield Part(str(corpus.path), bitext, "test", (first, second), "lines")
+
+
 IWSLT_TRAIN = re.compile(r"(?P<set>train\.tags\.[\w@-]+)\.(?P<code>[\w@-]+)")  # train.tags.en-pt-br.pt-br
 IWSLT_SET = re.compile(r"(?P<set>IWSLT\w*\.\w+\.(?P<kind>dev|tst)\w*\.[\w@-]+)\.(?P<code>[\w@-]+)\.xml")
 
@@ -329,6 +351,7 @@ def _names_language(cell: str, recipes: Iterable[str]) -> bool:
 FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[Part]]] = {
     "opus100": _opus100,
     "flores": _flores,
+    "ntrex": _ntrex,
     "iwslt": _iwslt,
     "moses": _moses,
     "tsv": _tsv,

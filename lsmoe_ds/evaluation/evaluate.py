@@ -1,29 +1,35 @@
-"""Scores a model on the held-out text, and writes down which experts each task uses."""
+"""Scores a model on text, keeps every translation, and writes down which experts each task uses."""
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lsmoe_ds.analysis.measuring import measure_routing
+from lsmoe_ds.convert.folder import Stored, find_model
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.comet import Comet
 from lsmoe_ds.evaluation.groups import resource_groups
-from lsmoe_ds.evaluation.parts import choose_directions, part_file
+from lsmoe_ds.evaluation.metrics import Tokenizer
+from lsmoe_ds.evaluation.parts import choose_directions
+from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
-from lsmoe_ds.folders import explain_errors, write_whole
+from lsmoe_ds.evaluation.texts import SPLITS, Texts, check_split, read_held_out, read_own, tell_skipped
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, load_engine
-from lsmoe_ds.inference.load import Loaded
+from lsmoe_ds.inference.load import Loaded, check_route, with_direction
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.part import Part
 
-SPLITS = ("test", "dev")
+__all__ = ["SPLITS", "evaluate", "open_data"]
 
 
 def evaluate(
@@ -36,27 +42,107 @@ def evaluate(
     progress: bool = True,
     route: str = "specific",
     part: Part | None = None,
+    test: Sequence[str] = (),
+    tokenize: str | None = None,
+    out: str | Path | None = None,
+    comet: str | Path | None = None,
 ) -> ScoreTable:
-    """Translates the held-out text of every direction and scores it; writes ``scores.json`` and, for a model with
-    experts, ``routing.json`` beside its recipe.
-
-    ``run`` is a run folder, a checkpoint in it or a converted folder; ``limit`` takes the first so many sentences of each
-    direction; ``route`` "shared" goes by the matrices that all languages share. Of a ``part`` of the directions the scores go
-    where :mod:`lsmoe_ds.evaluation.parts` finds them, and the first part writes ``routing.json``. Raises UserError for directions or
-    a route that the model lacks, and for prepared data that is not the run's.
+    """Translate the held-out text, or the user's own ``test`` set, in every direction; score it, and write
+        scores and text where :mod:`lsmoe_ds.evaluation.score_folder` says.
+     ``run`` is a run folder, a checkpoint in it or a converted folder; ``limit`` takes the first so many
+    sentences of each direction; ``route`` "shared" goes by the matrices that all languages share; ``tokenize``
+    chooses BLEU's tokenizer; ``out`` takes the place of the run folder for what is written. Only a ``part`` of
+    the directions may be scored; the first part measures the routing. Everything that can be wrong is checked
+    before anything is translated: UserError for directions, a route, a text, a tokenizer or a COMET checkpoint
+    that is not there, for prepared data that is not the run's, and where scores cannot be written. Directions
+    without sentences are named on standard error and skipped.
     """
-    if split not in SPLITS:
-        raise UserError(f"'{split}' is no held-out text: choose {' or '.join(SPLITS)}")
-    search = Search(beam, length_penalty)
+    search, tokenizer = (
+        Search(beam, length_penalty),
+        Tokenizer.parse(tokenize) if tokenize is not None else None,
+    )
+    check_split(split)
+    stored = find_model(run)
+    check_route(route, stored.recipe)
+    languages = stored.recipe.languages.directions
+    asked = choose_directions(directions, stored.recipe.languages, untrained=bool(test))
+    for direction in asked:
+        with_direction(stored.recipe, stored.kind, direction)
+    data = None if test else open_data(stored)
+    whole = read_held_out(data, split, asked) if data else read_own(test, split, asked)
+    folder = ScoreFolder(Path(out) if out is not None else stored.home)
+    folder.check()
+    judge = Comet.open(comet) if comet is not None else None
+    tell_skipped(whole)
+    if untrained := [str(direction) for direction in whole.by_direction if direction not in languages]:
+        print(
+            f"lsmoe: the model was not trained on {', '.join(untrained)} (zero-shot)",
+            file=sys.stderr,
+            flush=True,
+        )
     loaded = load_engine(run, route)
-    chosen = choose_directions(directions, loaded.languages)
-    chosen = part.of(chosen) if part else chosen
-    data = open_data(loaded)
-    texts = {direction: [side[:limit] for side in data.text(direction, split)] for direction in chosen}
+    table = ScoreTable(
+        loaded.recipe.name,
+        loaded.step,
+        whole.split,
+        beam,
+        length_penalty,
+        (),
+        _resources(stored, data),
+        loaded.route,
+        limit,
+        tokenizer.name if tokenizer else None,
+        None if set(asked) == set(languages) else tuple(asked),
+        whole.skipped,
+        judge.name if judge else None,
+    )
+    texts = _deal(whole, part).first(limit)
+    table = replace(
+        table,
+        directions=tuple(_score(loaded, texts, search, tokenizer, judge, folder, table.question, progress)),
+    )
+    if part:
+        table.write(folder.part(table.question, part))
+    else:
+        folder.write(table, languages)
+    _tell_place(folder, table, part)
+    if data and (part is None or part.number == 1) and isinstance(loaded, Loaded) and any(loaded.recipe.model.moe_layers()):
+        folder.write_routing(table, measure_routing(loaded, data, split).to_dict())
+    return table
+
+
+def _deal(texts: Texts, part: Part | None) -> Texts:
+    """Keep the part's share of the directions that have text."""
+    if part is None:
+        return texts
+    return replace(
+        texts,
+        by_direction={direction: texts.by_direction[direction] for direction in part.of(list(texts.by_direction))},
+    )
+
+
+def _score(
+    loaded: Engine,
+    texts: Texts,
+    search: Search,
+    tokenizer: Tokenizer | None,
+    judge: Comet | None,
+    folder: ScoreFolder,
+    question: str,
+    progress: bool,
+) -> list[DirectionScore]:
+    """Translate and score each direction, and write its text at once: a job that is stopped keeps what it has
+    translated."""
     scores: list[DirectionScore] = []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
-        task = bar.add_task("translating", total=sum(len(source) for source, _ in texts.values()), rate="")
+        task = bar.add_task("translating", total=texts.sentences, rate="")
         began, translated = time.perf_counter(), 0
 
         def advance(count: int) -> None:
@@ -64,24 +150,36 @@ def evaluate(
             translated += count
             bar.update(task, advance=count, rate=f"{translated / (time.perf_counter() - began):.0f} sentences/s")
 
-        for direction, (sources, references) in texts.items():
+        folder.make(question)
+        for direction, (sources, references) in texts.by_direction.items():
             bar.update(task, description=f"translating {direction}")
             start = time.perf_counter()
             hypotheses = translate_all(loaded, direction, sources, search, advance=advance)
-            scores.append(score_direction(direction, sources, hypotheses, references, time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            folder.write_text(question, direction, sources, hypotheses, references)
+            score = score_direction(direction, sources, hypotheses, references, seconds, tokenizer=tokenizer)
+            scores.append(judge.add(score, sources, hypotheses, references) if judge else score)
+    return scores
+
+
+def _resources(stored: Stored, data: PreparedData | None) -> dict[str, str]:
+    """Find the resource groups of the bitexts by their training pairs; none if an own set is scored where the
+    data is not."""
+    if data is None:
+        with suppress(UserError):
+            data = open_data(stored)
+    if data is None:
+        return {}
     pairs = {bitext: splits["train"]["pairs"] for bitext, splits in data.manifest["bitexts"].items()}
-    resources = resource_groups(pairs, loaded.recipe.data.groups)
-    table = ScoreTable(loaded.recipe.name, loaded.step, split, beam, length_penalty, tuple(scores), resources, loaded.route, limit)
-    path = part_file(loaded.home, part) if part else loaded.home / "scores.json"
-    with explain_errors(path):
-        path.parent.mkdir(exist_ok=True)
-    table.write(path)
-    first = part is None or part.number == 1
-    if first and isinstance(loaded, Loaded) and any(loaded.recipe.model.moe_layers()):
-        write_whole(loaded.home / "routing.json", json.dumps(measure_routing(loaded, data, split).to_dict()) + "\n")
-    return table
+    return resource_groups(pairs, stored.recipe.data.groups)
 
 
-def open_data(loaded: Engine) -> PreparedData:
+def _tell_place(folder: ScoreFolder, table: ScoreTable, part: Part | None) -> None:
+    """Say on standard error where the scores and the text are."""
+    path = folder.part(table.question, part) if part else folder.record(table.question)
+    print(f"lsmoe: scores in {path}, text in {folder.folder(table.question)}", file=sys.stderr, flush=True)
+
+
+def open_data(loaded: Engine | Stored) -> PreparedData:
     """Open the prepared data of a model. Raises UserError if they were prepared anew since it was trained."""
     return PreparedData.of(loaded.recipe, loaded.home)

@@ -1,7 +1,8 @@
-"""Scores of the directions of a run that several processes share: what each wrote, put together. Needs no model and no torch.
-
-``RUN/scores/part-I-of-N.json`` is the :class:`ScoreTable` of every N-th direction. No two parts write the same file, so that they
-can be scored at the same time on any machines that share the run folder. A part is scored anew whenever it is asked for.
+"""Scores of the directions of a run that several processes share: what each wrote, put together. Needs no
+model and no torch.
+ A part's record is the :class:`ScoreTable` of every N-th direction, in the folder of its question. No two
+parts write the same file, so that they can be scored at the same time on any machines that share the folder.
+A part is scored anew whenever it is asked for.
 """
 
 from __future__ import annotations
@@ -10,28 +11,36 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lsmoe_ds.codes import read_directions
+from lsmoe_ds.codes import read_direction, read_directions
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.metrics import Tokenizer
+from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable
+from lsmoe_ds.evaluation.texts import read_own
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.part import Part
 from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.run_folder import step_of
 
 RECIPE = "recipe.yaml"
 
 
-def part_file(home: Path, part: Part) -> Path:
-    return home / "scores" / f"part-{part.number}-of-{part.count}.json"
-
-
-def choose_directions(asked: Sequence[str] | None, languages: Languages) -> list[Direction]:
-    """Those asked for, each once, or all of the system. Raises UserError for one that it lacks."""
+def choose_directions(asked: Sequence[str] | None, languages: Languages, untrained: bool = False) -> list[Direction]:
+    """List those asked for, each once, or all of the system.
+     ``untrained`` also allows directions between the system's languages that it was not trained on. Raises
+    UserError for one that it lacks.
+    """
     if not asked:
         return list(languages.directions)
-    chosen = list(dict.fromkeys(read_directions(asked, languages)))
+    if untrained:
+        chosen = [read_direction(text, languages.codes, of_system=True) for text in asked if text.strip()]
+        for direction in chosen:
+            languages.id(direction.source), languages.id(direction.target)
+    else:
+        chosen = read_directions(asked, languages)
     if not chosen:
         raise UserError("--directions names no direction: write them as en-de,de-en")
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def merge(
@@ -43,35 +52,80 @@ def merge(
     split: str = "test",
     limit: int | None = None,
     route: str = "specific",
+    test: Sequence[str] = (),
+    tokenize: str | None = None,
+    out: str | Path | None = None,
+    comet: str | Path | None = None,
 ) -> ScoreTable:
-    """Writes ``scores.json`` out of ``count`` parts, as :func:`lsmoe_ds.evaluation.evaluate.evaluate` would with the same options
-    at once; the parts stay.
+    """Write the scores that :func:`lsmoe_ds.evaluation.evaluate.evaluate` would write with the same options
+    at once, out of ``count`` parts of the latest step of which all are there; the parts stay.
 
-    Raises UserError if a part is missing or damaged, is of another step than the first or of other options than these, and unless
-    each direction is scored once.
+    Raises UserError if a part is missing or damaged, and unless each direction is scored once.
     """
-    home = _home(Path(run))
-    chosen = choose_directions(directions, load_recipe(home / RECIPE).languages)
-    parts = [Part(number, count) for number in range(1, count + 1)]
-    if missing := [str(part) for part in parts if not part_file(home, part).is_file()]:
-        raise UserError(f"{part_file(home, parts[0]).parent} lacks {', '.join(missing)}: `lsmoe evaluate {run} --part I/N` writes a part")
-    tables = {part: ScoreTable.read(part_file(home, part), empty=True) for part in parts}
+    home, step = find_home(Path(run))
+    languages = load_recipe(home / RECIPE).languages
+    chosen = choose_directions(directions, languages, untrained=bool(test))
+    asked = None if set(chosen) == set(languages.directions) else tuple(chosen)
+    named = read_own(test, split, chosen).split if test else split
+    words = Tokenizer.parse(tokenize).name if tokenize is not None else None
+    judge = _name_comet(comet)
+    wanted = ScoreTable("", 0, named, beam, length_penalty, (), {}, route, limit, words, asked, (), judge)
+    folder = ScoreFolder(Path(out) if out is not None else home)
+    question, parts = _find_parts(folder, wanted, step, count, run)
+    tables = {part: ScoreTable.read(folder.part(question, part), empty=True) for part in parts}
     first = tables[parts[0]]
-    of_first = {"name": first.name, "step": first.step, "resources": first.resources}
-    options = {"split": split, "beam": beam, "length_penalty": length_penalty, "limit": limit, "route": route}
     for part, table in tables.items():
-        for field, wanted in {**of_first, **options}.items():
-            if (found := getattr(table, field)) != wanted:
-                other = f"part {parts[0]} has" if field in of_first else "--merge was given"
-                raise UserError(f"part {part} of {home} has {field.replace('_', ' ')} {found}, but {other} {wanted}: they must be the same")
+        for field in ("name", "resources", "skipped", "question"):
+            if (found := getattr(table, field)) != (expected := getattr(first, field)):
+                raise UserError(
+                    f"part {part} in {folder.folder(question)} has {field} {_show(found)}, but part {parts[0]} has {_show(expected)}: "
+                    f"score it again"
+                )
     scores = _by_direction(tables)
-    if extra := [str(direction) for direction in scores if direction not in chosen]:
-        raise UserError(f"the parts of {home} score {', '.join(extra)} too: give --merge the same --directions as the parts")
-    if unscored := [str(direction) for direction in chosen if direction not in scores]:
-        raise UserError(f"no part of {home} scores {', '.join(unscored)}: give --merge the same --directions as the parts")
-    merged = replace(first, directions=tuple(scores[direction] for direction in chosen))
-    merged.write(home / "scores.json")
+    wanted_scores = [direction for direction in chosen if direction not in first.skipped]
+    if unscored := [str(direction) for direction in wanted_scores if direction not in scores]:
+        raise UserError(f"no part in {folder.folder(question)} scores {', '.join(unscored)}: score the parts again")
+    merged = replace(first, directions=tuple(scores[direction] for direction in wanted_scores))
+    folder.write(merged, languages.directions)
     return merged
+
+
+def _show(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _name_comet(path: str | Path | None) -> str | None:
+    """Name a checkpoint without loading it."""
+    from lsmoe_ds.evaluation.comet import Comet
+
+    return None if path is None else Comet.find(path).name
+
+
+def _find_parts(folder: ScoreFolder, wanted: ScoreTable, step: int | None, count: int, run: str | Path) -> tuple[str, list[Part]]:
+    """Find the question, at ``step`` or the latest of which all parts are there, and its parts. Raises
+    UserError if there is none."""
+    found: dict[int, list[Part]] = {}
+    others = []
+    for question, parts in folder.parts(count):
+        number = int(question.split(".")[0].removeprefix("step-"))
+        if question == replace(wanted, step=number).question:
+            if step in (None, number):
+                found[number] = parts
+        else:
+            others.append(question)
+    whole = [number for number, parts in found.items() if len(parts) == count]
+    if whole:
+        return replace(wanted, step=max(whole)).question, found[max(whole)]
+    if found:
+        latest = max(found)
+        missing = [str(part) for number in range(1, count + 1) if (part := Part(number, count)) not in found[latest]]
+        place = folder.folder(replace(wanted, step=latest).question)
+        raise UserError(f"{place} lacks {', '.join(missing)}: `lsmoe evaluate {run} --part I/N` writes a part")
+    there = f": there are parts of {', '.join(others)}" if others else ""
+    raise UserError(
+        f"{folder.home / 'scores'} has no part of {count} that answers this question{there}; `lsmoe evaluate {run} --part I/N` writes a "
+        f"part, with the same options as --merge"
+    )
 
 
 def _by_direction(tables: dict[Part, ScoreTable]) -> dict[Direction, DirectionScore]:
@@ -80,14 +134,15 @@ def _by_direction(tables: dict[Part, ScoreTable]) -> dict[Direction, DirectionSc
     for part, table in tables.items():
         for score in table.directions:
             if score.direction in by:
-                raise UserError(
-                    f"{score.direction} is scored by part {by[score.direction]} and by part {part}: give all parts the same --directions"
-                )
+                raise UserError(f"{score.direction} is scored by part {by[score.direction]} and by part {part}: score the parts again")
             found[score.direction], by[score.direction] = score, part
     return found
 
 
-def _home(run: Path) -> Path:
-    """The folder that scores of a run, a checkpoint in it or a converted folder are written to; the checkpoint may be gone since."""
+def find_home(run: Path) -> tuple[Path, int | None]:
+    """Find the folder that scores of a run, a checkpoint in it or a converted folder are written to, and the
+    checkpoint's step; the checkpoint may be gone since."""
     checkpoints = run.resolve().parent
-    return checkpoints.parent if checkpoints.name == "checkpoints" and not (run / RECIPE).is_file() else run
+    if checkpoints.name == "checkpoints" and not (run / RECIPE).is_file():
+        return checkpoints.parent, step_of(run.resolve()) if run.resolve().name.removeprefix("step-").isdecimal() else None
+    return run, None

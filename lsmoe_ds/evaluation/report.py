@@ -1,6 +1,6 @@
 """The report of a run: one HTML page that needs nothing beside itself, from the files of the run folder.
 
-Read are ``recipe.yaml`` (required), ``metrics.jsonl``, ``scores.json``, ``routing.json``, ``conversion.json``,
+Read are ``recipe.yaml`` (required), ``metrics.jsonl``, the fullest scores that there are, ``routing.json``, ``conversion.json``,
 ``timings.json`` and the provenance of the fetched corpora; a section whose file is absent says so in one line.
 """
 
@@ -27,9 +27,11 @@ from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.metrics import METRICS
 from lsmoe_ds.evaluation.plots import Series, line_chart, number, smooth
-from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, WEAK, DirectionScore, ScoreTable
-from lsmoe_ds.folders import write_whole
+from lsmoe_ds.evaluation.score_folder import ScoreFolder
+from lsmoe_ds.evaluation.scores import AVERAGES, WEAK, DirectionScore, ScoreTable
+from lsmoe_ds.folders import check_can_write, write_whole
 from lsmoe_ds.languages import Direction, is_english, language_name, script, task_order
 from lsmoe_ds.recipe_file import load_recipe
 
@@ -76,6 +78,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is no run folder: it holds no recipe.yaml")
     path = Path(out) if out is not None else run / "report.html"
+    check_can_write(path.absolute().parent, "choose another file with --out", make=False)
     write_whole(path, render_report(run))
     return path
 
@@ -84,7 +87,7 @@ def render_report(run: Path) -> str:
     """The page as text. Everything that comes from data is escaped by the template."""
     recipe = load_recipe(run / "recipe.yaml")
     progress = _if_there(run / "metrics.jsonl", read_progress)
-    scores = _if_there(run / "scores.json", ScoreTable.read)
+    scores = ScoreFolder(run).best(recipe.languages.directions)
     layers = _if_there(run / "routing.json", read_routing)
     conversion = _if_there(run / "conversion.json", lambda path: _read(path, TypeAdapter(Conversion)))
     timings = _if_there(run / "timings.json", lambda path: _read(path, TypeAdapter(dict[str, float])))
@@ -104,6 +107,7 @@ def render_report(run: Path) -> str:
         progress=progress,
         curves=_curves(progress, recipe) if progress else None,
         scores=scores,
+        question=scores.describe(recipe.languages.directions) if scores else "",
         averages=scores.averages() if scores else {},
         average_names=AVERAGES,
         metric_names=METRICS,

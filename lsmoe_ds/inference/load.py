@@ -22,6 +22,8 @@ from lsmoe_ds.model.initialization import global_names
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
 
+WHOLE = ("sparse", "consolidated")  # kinds that hold the parameters of all languages
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -47,8 +49,9 @@ class Loaded:
 
     def search(self, sources: Sequence[Sequence[int]], direction: Direction, search: Search) -> list[Hypothesis]:
         """See :class:`lsmoe_ds.inference.engine.Engine`."""
-        number = self.languages.direction_id(direction)
-        batch = collate(sources, None, [number] * len(sources), DirectionIds.of(self.languages, self.vocabulary)).to(self.device)
+        languages = with_direction(self.recipe, self.kind, direction)
+        number = languages.direction_id(direction)
+        batch = collate(sources, None, [number] * len(sources), DirectionIds.of(languages, self.vocabulary)).to(self.device)
         return beam_search(self.model, batch.source, batch.ids, never_generated(self.vocabulary), search, self.route)
 
 
@@ -70,6 +73,21 @@ def load(path: str | Path, device: torch.device | str | None = None, route: str 
     device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(stored.recipe, vocabulary.size, weights := read_weights(stored), device)
     return Loaded(model, stored.recipe, vocabulary, stored.recipe.languages, weights.step, stored.kind, stored.home, chosen)
+
+
+def with_direction(recipe: Recipe, kind: str, direction: Direction) -> Languages:
+    """Number the directions of a model together with one that it was perhaps never trained on (zero-shot).
+
+    Raises UserError for languages that it does not know, and where such a direction has no parameters: in a model of one
+    direction, and where layers choose experts by the pair of languages.
+    """
+    languages = recipe.languages
+    if direction in languages.directions:
+        return languages
+    languages.id(direction.source), languages.id(direction.target)
+    if kind not in WHOLE or any(moe.by_task and moe.task == "pair" for _, _, moe in recipe.model.moe_layers()):
+        languages.direction_id(direction)  # raises
+    return Languages((*languages.directions, direction))
 
 
 def check_route(route: str, recipe: Recipe) -> Route:

@@ -153,7 +153,7 @@ class Runs:
         found = (table.step, table.route, table.split, table.beam, table.length_penalty)
         wanted = (self.study.steps, route, options.split, options.beam, options.length_penalty)
         held_out = {str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"] for d in self.prepared.languages.directions}
-        counts = {direction: min(count, options.limit or count) for direction, count in held_out.items()}
+        counts = {direction: min(count, options.limit or count) for direction, count in held_out.items() if count}
         return table if found == wanted and counts == {str(s.direction): s.sentences for s in table.directions} else None
 
     def costs(self, member: str, route: str) -> Costs:

