@@ -143,3 +143,28 @@ def test_the_dev_loss_is_per_token_over_all_batches_and_ranks_without_dropout_an
     for found, training, left in pool.run(world, dev_loss, recipe, "specific", sizes, tensor=tensor, expert=expert):
         assert found == pytest.approx(wanted, rel=1e-5)
         assert training and left == [0, 0]
+
+
+def dropped_share(topology, recipe: Recipe):
+    """What a step says of choices that were dropped, and of first choices, and the records of its micro-batches."""
+    from lsmoe_ds.training.engine import build_engine, train_step
+
+    engine, found = build_engine(recipe, VOCABULARY, topology), []
+    engine.module.register_forward_hook(lambda model, inputs, losses: found.append(losses.routing))
+    result = train_step(engine, steps_of(recipe, topology.data_rank, topology.data)[0], 1, recipe, topology)
+    engine.destroy()
+    records = [(int(each.dropped), int(each.counts.sum()) * each.settings.top_k) for routing in found for each in routing]
+    return result.dropped, [counts.sum().item() for counts in result.counts], records
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_dropped_share_is_of_all_choices_of_both_sides_and_all_ranks(pool, world):
+    recipe = recipe_of("capacity")
+    recipe.model.decoder.moe.top_k = 1
+    found = pool.run(world, dropped_share, recipe)
+    dropped, choices = (sum(each) for each in zip(*(record for _, _, records in found for record in records), strict=True))
+    step = steps_of(recipe, 0, 1)[0]
+    assert choices == 2 * step.source_tokens + step.target_tokens
+    for share, counts, _ in found:
+        assert share == pytest.approx(dropped / choices) and 0.05 < share < 0.95
+        assert counts == [step.source_tokens, step.target_tokens], "first choices before any is dropped"
