@@ -144,12 +144,11 @@ def activations(recipe: Recipe, value: int) -> int:
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:
-    """What DeepSpeed takes to reduce gradients and to step; d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
+    """Return the bytes that DeepSpeed takes to reduce gradients and to step; d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
 
         stage 0     v min(2^24, max(d, e))          copies of dense, then of expert gradients; none on one rank alone
                     4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32
-        stage 1     4 min(b, d + e) + 4 p           the bucket, in float32; float32 gradients of the rank's own part
-        stage 2     v min(b, d + e) + 4 p
+        stages 1, 2 v min(b, d + e) + 4 p           the bucket; float32 gradients of the rank's own part
 
     A stage-0 bucket holds at least one whole gradient, so V H / t values where those are more, or L H^2 for the projections
     of CLSR's L languages. On a GPU the bucket of stages 1 and 2 takes all its b values even where there are fewer gradients.
@@ -163,4 +162,4 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
         return value * copies if value == 4 else 4 * (copies + dense + experts)
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     bucket = int(config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
-    return (4 if stage == 1 else value) * min(bucket, dense + experts) + 4 * part
+    return value * min(bucket, dense + experts) + 4 * part

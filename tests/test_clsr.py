@@ -186,6 +186,38 @@ def test_alpha_grows_linearly():
     assert [alpha(number, 10) for number in (1, 2, 6, 11, 50)] == [0.0, 0.5, 2.5, 5.0, 5.0]
 
 
+def noise_in_steps(topology, recipe: Recipe) -> list[set[float]]:
+    """The deviations of the noise that the gates get in each of the first two steps, and in an evaluation after them."""
+    from lsmoe_ds.training.engine import build_engine, train_step
+
+    engine, seen = build_engine(recipe, VOCABULARY, topology), []
+    for module in engine.module.modules():
+        if isinstance(module, ConditionalRouting):
+            module.register_forward_pre_hook(lambda module, inputs: seen[-1].add((inputs[3].noise, module.training)))
+    steps = steps_of(recipe, 0, 1)
+    for number, step in enumerate(steps, start=1):
+        seen.append(set())
+        train_step(engine, step, number, recipe, topology)
+    engine.destroy()
+    return seen
+
+
+def test_gates_get_the_noise_of_their_step_on_both_sides(pool):
+    """Of four steps: 0 in the first, 5 / 4 in the second."""
+    recipe = recipe_with_experts(1, {})
+    recipe.training.steps = 4
+    assert pool.run(1, noise_in_steps, recipe) == [[{(0.0, True)}, {(1.25, True)}]]
+
+
+def test_a_gate_that_is_undecided_is_open_at_inference():
+    side, routing = routing_of(Clsr(gate=3), False)
+    nn.init.zeros_(routing.gate[2].weight)
+    h, real = torch.randn(2, LENGTH, HIDDEN), torch.ones(2, LENGTH, dtype=torch.bool)
+    out = routing.eval()(h, h, real, Guide(ids_of([1, 1])))
+    own = side.specific.view(-1, HIDDEN, HIDDEN)[int(ids_of([1]).source)]
+    torch.testing.assert_close(out, h @ own.t())
+
+
 @pytest.mark.parametrize("budget", [0.1, 0.9])
 def test_the_parts_of_the_budget_loss_have_its_gradient(budget):
     settings = Clsr(budget=budget, weight=2.0)

@@ -162,3 +162,16 @@ def test_a_mixed_batch_equals_one_batch_for_each_pair(low_rank):
 def test_recipes_that_make_no_sense(low_rank, message):
     with pytest.raises(ValueError, match=message):
         recipe_of(**low_rank)
+
+
+@pytest.mark.parametrize("numbers", [[0, 0, 1, 3, 3, 5], [1]], ids=["many", "one"])
+def test_what_is_left_beyond_a_smaller_rank_is_never_read(monkeypatch, numbers):
+    """Memory that is taken without being filled holds NaN here."""
+    true_new, true_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **o: true_new(*a, **o).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **o: true_like(*a, **o).fill_(float("nan")))
+    base, bank = bank_of(RANKS, True)
+    x = torch.randn(len(numbers), LENGTH, INPUTS, requires_grad=True)
+    out = bank(base, x, Guide(ids_of(numbers)))
+    gradients = torch.autograd.grad(out.square().sum(), [x, base.weight, bank.flat, bank.vertical])
+    assert all(value.isfinite().all() for value in (out, *gradients))

@@ -11,7 +11,8 @@ from test_sameness import VOCABULARY, ragged_batch, recipe_for
 from torch import nn
 
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.model.embedding import sinusoids
+from lsmoe_ds.model.embedding import Embedding, sinusoids
+from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.model.initialization import global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
@@ -81,6 +82,29 @@ def test_positions_are_those_of_m2m_100():
             assert table[row, 4 + i] == pytest.approx(math.cos(angle), abs=1e-6)
 
 
+@torch.no_grad()
+def test_positions_beyond_the_table_and_the_scale_of_embeddings():
+    """sqrt(H) E + position, the first position being 2; the table grows when it is too short."""
+    embedding = Embedding(VOCABULARY, 16, Topology.single())
+    ids = torch.arange(700)[None] % VOCABULARY
+    wanted = 4.0 * embedding.tokens.weight[ids] + sinusoids(2, 700, 16)
+    for length in (1, 511, 512, 513, 700):
+        torch.testing.assert_close(embedding(ids[:, :length]), wanted[:, :length])
+    for offset in (0, 511, 512, 699):
+        fresh = Embedding(VOCABULARY, 16, Topology.single())
+        fresh.tokens.weight.copy_(embedding.tokens.weight)
+        torch.testing.assert_close(fresh(ids[:, offset : offset + 1], offset), wanted[:, offset : offset + 1])
+
+
+def test_decoder_sentences_are_summed_up_by_the_mean_of_the_encoders_output():
+    model, batch = model_of("sentence").eval(), batch_of("sentence")
+    memory, _ = model.encode(batch.source, Guide(batch.ids))
+    summary = model.start(batch.source, batch.ids).guide.summary
+    for row, source in enumerate(batch.source):
+        torch.testing.assert_close(summary[row], memory[row, : int((source != PAD).sum())].mean(0))
+    assert model_of("target").start(batch.source, batch.ids).guide.summary is None
+
+
 @pytest.mark.parametrize("routing", ["dense", "token", "sentence", "target", "pair", "static"])
 def test_steps_with_caches_equal_the_whole(routing):
     model, batch = model_of(routing).eval(), batch_of(routing)
@@ -126,7 +150,11 @@ def test_loss_is_label_smoothed_cross_entropy():
     logits = model.logits(batch.source, batch.decoder_input, batch.ids).flatten(0, 1)
     labels = batch.labels.flatten()
     torch.testing.assert_close(losses.loss, F.cross_entropy(logits, labels, ignore_index=PAD, label_smoothing=0.1, reduction="sum"))
-    torch.testing.assert_close(losses.nll, F.cross_entropy(logits, labels, ignore_index=PAD, reduction="sum").detach())
+    nll = F.cross_entropy(logits, labels, ignore_index=PAD, reduction="sum").detach()
+    torch.testing.assert_close(losses.nll, nll)
+    evaluated = model.eval()(batch.source, batch.decoder_input, batch.labels, batch.ids)
+    torch.testing.assert_close((evaluated.loss.detach(), evaluated.nll), (nll, nll), msg="nothing is smoothed in an evaluation")
+    assert not evaluated.routing and evaluated.distillation == 0
 
 
 def initial(topology, recipe):

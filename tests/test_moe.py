@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -181,12 +182,34 @@ def test_capacity_holds_in_training_and_is_off_in_evaluation_unless_asked_for():
     torch.testing.assert_close(both.eval()(x, real, Guide(ids)), limited(x, real, Guide(ids)))
 
 
-def test_jitter_shakes_in_training_only():
-    x, real, ids = torch.randn(4, 6, HIDDEN), torch.ones(4, 6, dtype=torch.bool), ids_of([0, 1, 2, 3])
-    layer = layer_of("token", jitter=0.3)
-    still = [layer.eval()(x, real, Guide(ids)) for _ in range(2)]
-    shaken = [layer.train()(x, real, Guide(ids)) for _ in range(2)]
-    assert torch.equal(*still) and not torch.equal(*shaken)
+def noise_of(routing: str, jitter: float, training: bool) -> tuple[Tensor, MixtureOfExperts]:
+    """Return what the router multiplies thousands of values by, and its layer."""
+    layer, factors = layer_of(routing, jitter=jitter), []
+    layer.train(training)
+    true, ones = torch.nn.functional.linear, torch.ones(1250, 8, HIDDEN)
+    with mock.patch.object(torch.nn.functional, "linear", lambda x, weight: factors.append(x) or true(x, weight)):
+        layer.route(ones, torch.ones(1250, 8, dtype=torch.bool), Guide(ids_of([0] * 1250)))
+    return factors[0].flatten(), layer
+
+
+@pytest.mark.parametrize("routing", ["token", "sentence"])
+def test_jitter_multiplies_what_the_router_reads_by_uniform_noise_around_one(routing):
+    noise, _ = noise_of(routing, 0.3, training=True)
+    least, most, middle = float(noise.min()), float(noise.max()), float(noise.mean())
+    assert 0.70 <= least < 0.71 and 1.29 < most <= 1.30 and middle == pytest.approx(1.0, abs=0.01)
+    assert float(noise.std()) == pytest.approx(0.3 / math.sqrt(3), rel=0.05)
+    for quiet, _ in (noise_of(routing, 0.3, training=False), noise_of(routing, 0.0, training=True)):
+        assert (quiet == 1).all()
+
+
+def test_jitter_does_not_reach_the_experts():
+    """With one expert, whose weight is 1 for K = 1, the output does not depend on the router."""
+    torch.manual_seed(3)
+    alone, moe = Topology.single(), MoE(experts=1, top_k=1, jitter=0.9)
+    layer = MixtureOfExperts(HIDDEN, moe, lambda: FeedForward(HIDDEN, WIDTH, alone), LANGUAGES, alone).train()
+    torch.nn.init.normal_(layer.router.weight)
+    x, real = torch.randn(4, 6, HIDDEN), torch.ones(4, 6, dtype=torch.bool)
+    torch.testing.assert_close(layer(x, real, Guide(ids_of([0, 1, 2, 3]))), layer.deepspeed_moe.experts.deepspeed_experts[0](x))
 
 
 def test_gates_of_two_sum_to_one_and_of_one_are_probabilities():

@@ -16,12 +16,13 @@ from lsmoe_ds.errors import UserError
 
 # (tensor, expert, world, ZeRO stage)
 ONE, EXPERTS, TENSOR, BOTH, FOUR = (1, 1, 1, 0), (1, 2, 2, 0), (2, 1, 2, 1), (2, 2, 4, 2), (1, 4, 4, 1)
+EIGHT = {"experts": 8}  # in no layout as many on a rank as there are ranks that share them, unlike the 4 of the decoder
 LAYOUTS = [ONE, EXPERTS, TENSOR, BOTH, FOUR]
 
 
 def recipe_in(folder, layout, steps: int = 20, bf16: bool = False):
     tensor, expert, _, stage = layout
-    recipe = make_recipe(folder, TOKEN_TOP2, TARGET_TOP2, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
+    recipe = make_recipe(folder, TOKEN_TOP2 | EIGHT, TARGET_TOP2, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
     training = {"steps": steps, "checkpoint_every": 10, "log_every": 1, "clip": 1.0, "keep": 2, "learning_rate": 0.01}
     batch = recipe.data.batch.model_copy(update={"tokens": 96, "count": 4})
     return recipe.model_copy(

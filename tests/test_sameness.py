@@ -16,7 +16,7 @@ UNITS = 4
 
 
 def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float = 0.5) -> Recipe:
-    moe = {"every": 2, "experts": 4, "top_k": 2, "balance": 0.05, "z_loss": 0.01}
+    moe = {"every": 2, "experts": 8, "top_k": 2, "balance": 0.05, "z_loss": 0.01}
     token, target = {"routing": "token"}, {"routing": "task", "task": "target"}
     full = {"capacity": {"training": 0.75, "drop": "probability"}}
     sides = {
@@ -178,8 +178,11 @@ CASES.sort(key=lambda case: case[1:4])  # building groups takes a fifth of a cas
 @pytest.mark.parametrize(("routing", "world", "tensor", "expert", "stage"), CASES)
 def test_layout_computes_what_one_process_computes(pool, alone, routing, world, tensor, expert, stage):
     units = 2 if tensor == world else UNITS  # no more than it takes, where one rank computes them all
+    recipe = in_units(units, recipe_for(routing, tensor, expert, stage))
+    for _, _, moe in recipe.model.moe_layers():
+        assert expert == 1 or moe.experts // expert != expert, "experts of a rank and ranks could be taken for one another"
     wanted = alone(routing, units)
-    found = pool.run(world, train, in_units(units, recipe_for(routing, tensor, expert, stage)), tensor=tensor, expert=expert)
+    found = pool.run(world, train, recipe, tensor=tensor, expert=expert)
     for rank in found:
         for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
             assert numbers == pytest.approx(expected, rel=1e-5), "loss, nll, balance loss, z-loss, dropped share, gradient norm"
@@ -190,7 +193,7 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
         for name in theirs:
             close(ours[name], theirs[name], f"{what} of {name}")
     experts = [name for name in theirs if re.search(r"\.experts\.\d+\.", name)]
-    assert len(experts) == {"dense": 0, "lms": 4 * 4}.get(routing, 2 * 4 * 4)
+    assert len(experts) == {"dense": 0, "lms": 8 * 4}.get(routing, 2 * 8 * 4)
     if routing == "capacity":
         assert all(0.1 < step[4] < 0.5 for step in wanted[0][0]), "choices must be dropped, or capacity is not tested"
 

@@ -48,8 +48,8 @@ class Search:
             )
 
     def limits(self, lengths: Tensor) -> Tensor:
-        """The most tokens, EOS not counted, that sources of these lengths are translated into."""
-        return (lengths * self.per_source_token + self.extra).long().clamp(min=1)
+        """Return the most tokens, EOS not counted, that sources of these lengths (at least 1) are translated into."""
+        return (lengths * self.per_source_token + self.extra).long()
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,6 @@ from lsmoe_ds.parallel.topology import Topology
 Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they are for
 
 
-def _fill(z: Tensor, rows: slice, tokens: slice) -> Tensor:
-    """The place of a run in z [S, r], still to be written; what the run's rank leaves of the width is zero."""
-    width = rows.stop - rows.start
-    if width < z.shape[1]:
-        z[tokens, width:] = 0
-    return z[tokens, :width]
-
-
 class _Rows:
     """The gradient of a bank's matrix [R, ...], product by product. Large banks would otherwise be filled with zeros and then
     added to."""
@@ -67,8 +59,11 @@ class _Rows:
 
 
 class MultiplyRuns(torch.autograd.Function):
-    """x [S, inputs], flat [R, inputs] -> z [S, r]: of each token what its run's rows of ``flat`` make of it; zero where a run's
-    rank is below the largest, r. Tokens stand in ``slices`` without a gap."""
+    """Multiply each token by its run's rows of ``flat``: x [S, inputs], flat [R, inputs] -> z [S, r], r the largest rank.
+
+    Columns beyond the rank of a token's run are left as they are and mean nothing: whoever reads z knows the rank. Tokens stand in
+    ``slices`` without a gap.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, flat: Tensor, slices: Slices, rank: int) -> Tensor:
@@ -76,7 +71,7 @@ class MultiplyRuns(torch.autograd.Function):
         ctx.slices = slices
         z = x.new_empty(x.shape[0], rank)
         for rows, tokens in slices:
-            torch.mm(x[tokens], flat[rows].t(), out=_fill(z, rows, tokens))
+            torch.mm(x[tokens], flat[rows].t(), out=z[tokens, : rows.stop - rows.start])
         return z
 
     @staticmethod
@@ -93,7 +88,7 @@ class MultiplyRuns(torch.autograd.Function):
 
 
 class _AddVertical(torch.autograd.Function):
-    """y [S, outputs], z [S, r], vertical [R, outputs] (each V transposed) -> y + z V, in place."""
+    """Add z V to y in place: y [S, outputs], z [S, r], vertical [R, outputs] (each V transposed)."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, vertical: Tensor, slices: Slices) -> Tensor:
@@ -109,7 +104,7 @@ class _AddVertical(torch.autograd.Function):
         (gradient,), (z, vertical) = gradients, ctx.saved_tensors
         of_z, of_vertical = torch.empty_like(z), _Rows(vertical)
         for rows, tokens in ctx.slices:
-            torch.mm(gradient[tokens], vertical[rows].t(), out=_fill(of_z, rows, tokens))
+            torch.mm(gradient[tokens], vertical[rows].t(), out=of_z[tokens, : rows.stop - rows.start])
             of_vertical.add(rows, z[tokens, : rows.stop - rows.start].t(), gradient[tokens])
         return gradient, of_z, of_vertical.done(), None
 

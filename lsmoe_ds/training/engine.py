@@ -87,7 +87,7 @@ def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
         **given,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation_steps(recipe, topology),
-        "gradient_clipping": recipe.training.clip,
+        "gradient_clipping": clipping_limit(recipe),
         "steps_per_print": 2**31,
     }
 
@@ -108,8 +108,14 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=compat.ModelParallelUnit())
-    compat.complete_engine(engine, lambda: clip_gradients(model, recipe.training.clip, topology), STAGE_0_BUCKET)
+    compat.complete_engine(engine, lambda: clip_gradients(model, clipping_limit(recipe), topology), STAGE_0_BUCKET)
     return engine
+
+
+def clipping_limit(recipe: Recipe) -> float:
+    """Return the largest gradient norm of a step, infinite where ``training.clip`` is 0: DeepSpeed takes 0 for "compute no norm", and
+    a gradient that is not finite would then reach the weights unseen."""
+    return recipe.training.clip or math.inf
 
 
 @torch.no_grad()

@@ -28,12 +28,23 @@ STARTS = ("consolidated", "hybrid", "dense")  # kinds of converted folders that 
 def check(recipe: Recipe, run: Path) -> None:
     """Opens the run folder; raises UserError for whatever training could only fail on later."""
     prepared = PreparedData.of(recipe)
+    _check_validation(recipe, prepared)
     vocabulary = prepared.folder / "vocabulary.model"
     check_run(recipe, run, vocabulary)
     found, _ = newest_whole(run)
     if found is None and recipe.training.start_from is not None:
         _check_start_from(recipe, recipe.training.start_from, vocabulary)
     open_run(recipe, run, vocabulary)
+
+
+def _check_validation(recipe: Recipe, prepared: PreparedData) -> None:
+    """Raise UserError if validations are asked for that have no pairs: their loss would be 0, the best of all."""
+    every = recipe.training.validate_every
+    if every and not any(prepared.manifest["bitexts"][each.bitext]["dev"]["pairs"] for each in recipe.languages.directions):
+        raise UserError(
+            f"'training.validate_every' is {every}, but {prepared.folder} has no dev pairs: "
+            f"set it to 0, or raise 'data.held_out.dev' and prepare again"
+        )
 
 
 def check_layout(recipe: Recipe, world: int) -> None:
