@@ -14,6 +14,7 @@ import typer
 
 from lsmoe_ds import __version__
 from lsmoe_ds.errors import SharedError, UserError
+from lsmoe_ds.parallel import interrupt
 from lsmoe_ds.parallel.membership import guess_rank
 from lsmoe_ds.part import MOST, Part
 
@@ -115,11 +116,10 @@ def train(
 
     Starts the deepspeed launcher itself; started by a launcher (srun, mpirun, torchrun, deepspeed), it joins the processes that are
     there.
-    On SIGTERM or SIGUSR1 it saves after the step it is in and leaves with status 75; the same command goes on.
+    Ctrl-C (SIGINT), SIGTERM and SIGUSR1 let it save after the current step and leave, with status 130, 75 and 75; the same command
+    continues. A second Ctrl-C ends it at once.
     """
-    from lsmoe_ds.parallel import interrupt
-
-    interrupt.install()
+    interrupt.leave_before_training()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with long stacks of its own where a rank is lost
     from lsmoe_ds.imports import quick_import
 
@@ -349,13 +349,15 @@ def version() -> None:
 
 
 def main() -> None:
-    """Runs the command; an error meant for the person is one sentence on standard error and status 2."""
+    """Run the command; an error meant for the person is one sentence on standard error and status 2."""
     try:
-        app()
+        with interrupt.cleaning_up():
+            app()
     except UserError as error:
         _leave(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except interrupt.Interrupted as asked:
+        interrupt.say(f"stopped by {interrupt.name_of(asked.number)}")
+        sys.exit(interrupt.status_of(asked.number))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

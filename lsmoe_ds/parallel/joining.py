@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lsmoe_ds import __version__
 from lsmoe_ds.errors import SharedError, UserError
+from lsmoe_ds.parallel import interrupt
 from lsmoe_ds.parallel.membership import Membership, find
 
 if TYPE_CHECKING:
@@ -139,14 +140,15 @@ def _open_store(membership: Membership) -> dist.Store:
     address, port = str(membership.address), int(membership.port or 0)
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it, also for those that it starts anew
     try:
-        store = dist.TCPStore(
-            address,
-            port,
-            membership.world,
-            is_master=membership.rank == 0 and not held,
-            timeout=timedelta(seconds=PATIENCE),
-            wait_for_workers=False,
-        )
+        with interrupt.waiting(f"rank 0 at {address}:{port}"):
+            store = dist.TCPStore(
+                address,
+                port,
+                membership.world,
+                is_master=membership.rank == 0 and not held,
+                timeout=timedelta(seconds=PATIENCE),
+                wait_for_workers=False,
+            )
     except dist.DistError as error:
         if membership.rank == 0 and not held:
             reason = "it is taken" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]

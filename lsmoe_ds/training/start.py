@@ -67,8 +67,8 @@ def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
 
 def train(recipe: Recipe, run: Path, processes: int | None) -> int:
     """Trains on the processes that a launcher has started, this one among them, or else on ``processes`` of this machine (by default
-    as few as the layout needs). Returns the exit status: 0 after the last step, :data:`interrupt.STATUS` when asked to stop,
-    :data:`watchdog.STATUS` when another rank is lost."""
+    as few as the layout needs). Returns the exit status: 0 after the last step, :func:`interrupt.status_of` the signal when asked to
+    stop, :data:`watchdog.STATUS` when another rank is lost."""
     membership = find(os.environ)
     if membership.is_alone:
         return _start(recipe, run, processes)
@@ -105,15 +105,16 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
     told = not membership.is_alone and membership.rank == 0
     if told:
         print(f"{party.describe()}; tensor {layout.tensor}, expert {layout.expert}", file=sys.stderr, flush=True)
+    interrupt.save_and_leave(alone=membership.is_alone)
     here = Topology.build(layout.tensor, layout.expert, joining.device())
     with ExitStack() as held, watchdog.watch(party, patience):
         try:
             if not membership.is_alone:
                 joining.on_main(lambda: _open(recipe, run, held))
-            finished = train_on_this_rank(recipe, run, here)
+            asked = train_on_this_rank(recipe, run, here)
         except RuntimeError as error:
             if compat.is_lost_peer(error):
                 watchdog.leave_behind(party)
             raise
     dist.destroy_process_group()
-    return 0 if finished else interrupt.STATUS
+    return 0 if asked is None else interrupt.status_of(asked)
