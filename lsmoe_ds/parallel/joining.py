@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lsmoe_ds import __version__
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.parallel import interrupt
-from lsmoe_ds.parallel.membership import Membership, find
+from lsmoe_ds.parallel.membership import PORTS, Membership, find
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -236,6 +238,10 @@ def _meet_by_mpi(membership: Membership) -> Membership:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, of those that the kernel gives to no outgoing connection: ranks may need seconds until
+    they listen there, and any other would be somebody's by then."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port

@@ -28,7 +28,6 @@ def run(arguments: list[str]) -> int:
     """Start the ranks and wait for them; return the status of the first that failed, 128 + N if signal N killed it."""
     from lsmoe_ds.parallel import compat
 
-    compat.check_versions()
     compat.import_deepspeed()
     from deepspeed.launcher import launch
 
