@@ -21,6 +21,7 @@ from lsmoe_ds.run_folder import find_damage, list_checkpoints, step_of
 
 REFUSED = 2  # the status of a UserError
 AGAIN = interrupt.STATUS
+NOT_FOUND = {126: "a command cannot be run", 127: "a command was not found"}  # statuses of shells, and what they mean
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,12 @@ def end(run: Path, status: int) -> int:
     if step >= attempt.steps:
         _say(f"{at}: finished")
         return 0
-    if status == REFUSED:
-        _say(f"{at}: given up, as trying again would not help; the sentence above says why")
+    if status == REFUSED or status in NOT_FOUND:
+        why = f"{NOT_FOUND[status]} (status {status}), " if status in NOT_FOUND else ""
+        _say(f"{at}: given up, {why}as trying again would not help; the line above says why")
         return REFUSED
-    left = "training was asked to stop" if status == interrupt.STATUS else f"training ended with status {status}"
+    stopped = status in (interrupt.STATUS, interrupt.CTRL_C)
+    left = "training was asked to stop" if stopped else f"training ended with status {status}"
     if step <= attempt.step and attempt.tries >= attempt.allowed:
         _say(f"{at}: {left}; given up, as {attempt.tries} attempts in a row saved nothing newer")
         return REFUSED
