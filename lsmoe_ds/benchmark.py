@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 
-from lsmoe_ds.config import PROJECT
+from lsmoe_ds import shipped
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import nearest
 from lsmoe_ds.parallel.launch import end
 
-FOLDER = PROJECT / "benchmarks"
+FOLDER = shipped.ROOT / "benchmarks"
 
 
 def run(name: str, options: list[str]) -> int:

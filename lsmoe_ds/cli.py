@@ -27,7 +27,7 @@ app.add_typer(analyze_app, name="analyze")
 slurm_app = typer.Typer(no_args_is_help=True, help="What the scripts in slurm/ ask around a training.")
 app.add_typer(slurm_app, name="slurm")
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, such as recipes/demo.yaml.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, or the name of one that comes with lsmoe_ds: demo.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the recipe; may be repeated.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint in it, or a converted folder.")]
 Route = Annotated[str, typer.Option(help="specific, or shared: by what all languages share, of a model trained with fuse distillation.")]
@@ -277,7 +277,7 @@ def report(run: Run, out: Annotated[Path | None, typer.Option("--out", metavar="
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML, such as studies/lms.yaml.")],
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML, or the name of one that comes with lsmoe_ds: lms.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The study's folder; runs/NAME by default.")] = None,
     members: Annotated[list[str] | None, typer.Option("--member", metavar="NAME", help="Only this one; may be repeated.")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Only this one; may be repeated.")] = None,
@@ -314,6 +314,14 @@ def slurm_end(run: Run, status: Annotated[int, typer.Option(min=0, help="What tr
     from lsmoe_ds.slurm import end
 
     raise typer.Exit(end(run, status))
+
+
+@slurm_app.command("scripts")
+def slurm_scripts(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
+    """Copies the batch scripts to DIR, where its site.sh is to be edited: then DIR/submit.sh submits a training."""
+    from lsmoe_ds.slurm import copy_scripts
+
+    copy_scripts(directory)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

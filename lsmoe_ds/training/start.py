@@ -21,6 +21,7 @@ from lsmoe_ds.parallel.membership import Membership, find
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.run_folder import check_run, newest_whole, open_run
 from lsmoe_ds.training.engine import engine_config
+from lsmoe_ds.training.schedules import inverse_square_root
 
 STARTS = ("consolidated", "hybrid", "dense")  # kinds of converted folders that a training begins with
 
@@ -79,11 +80,23 @@ def train(recipe: Recipe, run: Path, processes: int | None) -> int:
     return _join_and_train(recipe, run, membership)
 
 
+def _notice(recipe: Recipe) -> None:
+    """Say on standard error what is allowed and seldom meant."""
+    training = recipe.training
+    if training.warmup > training.steps:
+        reached = inverse_square_root(training.steps, training.learning_rate, training.warmup)
+        interrupt.say(
+            f"training.warmup is {training.warmup}, more than the {training.steps} training.steps: the learning rate rises to "
+            f"{reached:.2e} and never reaches training.learning_rate, {training.learning_rate:.2e}"
+        )
+
+
 def _start(recipe: Recipe, run: Path, processes: int | None) -> int:
     world = processes or launch.smallest_world(recipe)
     with locked(run) as lock:
         check_layout(recipe, world)
         check(recipe, run)
+        _notice(recipe)
         if world == 1:
             return _join_and_train(recipe, run, Membership())
         return launch.start(["train", str(run / "recipe.yaml"), "--out", str(run)], world, lock)
@@ -92,6 +105,7 @@ def _start(recipe: Recipe, run: Path, processes: int | None) -> int:
 def _open(recipe: Recipe, run: Path, held: ExitStack) -> None:
     if launch.LOCKED not in os.environ:
         held.enter_context(locked(run))
+        _notice(recipe)
     check(recipe, run)
 
 
