@@ -1,5 +1,27 @@
-"""``python -m lsmoe_ds`` is the ``lsmoe`` command."""
+"""Run the ``lsmoe`` command: also as ``python -m lsmoe_ds``."""
 
-from lsmoe_ds.cli import main
+import signal
+import sys
 
-main()
+from lsmoe_ds.parallel import interrupt
+
+
+def main() -> None:
+    """Run the command. Signals are heard before anything large is imported."""
+    if sys.argv[1:2] == ["train"]:
+        interrupt.leave_before_training()
+    else:
+        interrupt.clean_up_and_leave()
+    try:
+        from lsmoe_ds.cli import main as run
+
+        run()
+    except interrupt.Interrupted as asked:
+        interrupt.say(f"stopped by {interrupt.name_of(asked.number)}")
+        sys.exit(interrupt.status_of(asked.number))
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the interpreter's end is left
+
+
+if __name__ == "__main__":
+    main()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
-from lsmoe_ds.config import PROJECT
+from lsmoe_ds import shipped
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import nearest
+from lsmoe_ds.parallel.launch import end
 
-FOLDER = PROJECT / "benchmarks"
+FOLDER = shipped.ROOT / "benchmarks"
 
 
 def run(name: str, options: list[str]) -> int:
@@ -19,4 +21,11 @@ def run(name: str, options: list[str]) -> int:
     known = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
     if name not in known:
         raise UserError(f"there is no benchmark '{name}'{nearest(name, known)}: choose {' or '.join(known)}")
-    return subprocess.call([sys.executable, str(FOLDER / f"{name}.py"), *options])
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
+    # Out of reach of the terminal's Ctrl-C, to which each of its processes would answer with a traceback: SIGTERM ends them quietly.
+    with subprocess.Popen(command, start_new_session=True) as script:
+        try:
+            return script.wait()
+        except BaseException:
+            end(script, signal.SIGTERM)
+            raise

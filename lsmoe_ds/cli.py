@@ -15,6 +15,7 @@ import typer
 
 from lsmoe_ds import __version__
 from lsmoe_ds.errors import SharedError, UserError
+from lsmoe_ds.parallel import interrupt
 from lsmoe_ds.parallel.membership import guess_rank
 from lsmoe_ds.part import MOST, Part
 
@@ -27,7 +28,7 @@ app.add_typer(analyze_app, name="analyze")
 slurm_app = typer.Typer(no_args_is_help=True, help="What the scripts in slurm/ ask around a training.")
 app.add_typer(slurm_app, name="slurm")
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, such as recipes/demo.yaml.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, or the name of one that comes with lsmoe_ds: demo.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the recipe; may be repeated.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint in it, or a converted folder.")]
 Route = Annotated[str, typer.Option(help="specific, or shared: by what all languages share, of a model trained with fuse distillation.")]
@@ -128,11 +129,10 @@ def train(
 
     Starts the deepspeed launcher itself; started by a launcher (srun, mpirun, torchrun, deepspeed), it joins the processes that are
     there.
-    On SIGTERM or SIGUSR1 it saves after the step it is in and leaves with status 75; the same command goes on.
+    Ctrl-C (SIGINT), SIGTERM and SIGUSR1 let it save after the current step and leave, with status 130, 75 and 75; the same command
+    continues. A second Ctrl-C ends it at once.
     """
-    from lsmoe_ds.parallel import interrupt
-
-    interrupt.install()
+    interrupt.leave_before_training()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with long stacks of its own where a rank is lost
     from lsmoe_ds.imports import quick_import
 
@@ -349,7 +349,7 @@ def report(run: Run, out: Annotated[Path | None, typer.Option("--out", metavar="
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML, such as studies/lms.yaml.")],
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML, or the name of one that comes with lsmoe_ds: lms.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The study's folder; runs/NAME by default.")] = None,
     members: Annotated[list[str] | None, typer.Option("--member", metavar="NAME", help="Only this one; may be repeated.")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Only this one; may be repeated.")] = None,
@@ -388,6 +388,14 @@ def slurm_end(run: Run, status: Annotated[int, typer.Option(min=0, help="What tr
     raise typer.Exit(end(run, status))
 
 
+@slurm_app.command("scripts")
+def slurm_scripts(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
+    """Copies the batch scripts to DIR, where its site.sh is to be edited: then DIR/submit.sh submits a training."""
+    from lsmoe_ds.slurm import copy_scripts
+
+    copy_scripts(directory)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
@@ -421,13 +429,15 @@ def version() -> None:
 
 
 def main() -> None:
-    """Runs the command; an error meant for the person is one sentence on standard error and status 2."""
+    """Run the command; an error meant for the person is one sentence on standard error and status 2."""
     try:
-        app()
+        with interrupt.cleaning_up():
+            app()
     except UserError as error:
         _leave(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except interrupt.Interrupted as asked:
+        interrupt.say(f"stopped by {interrupt.name_of(asked.number)}")
+        sys.exit(interrupt.status_of(asked.number))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

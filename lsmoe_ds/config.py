@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from lsmoe_ds import shipped
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.language_specific.settings import Clsr, LowRank
 from lsmoe_ds.languages import Direction, Languages, check_code, english_centric, is_english
@@ -382,8 +383,8 @@ def _as_value_error(function: Any, value: str) -> Any:
 
 
 def _read_deepspeed_config(name: str) -> dict[str, Any]:
-    for path in (Path(name), PROJECT / name):
-        if isfile(path):  # unlike Path.is_file, it takes any text
+    for path in (Path(name), shipped.find("DeepSpeed configuration", name)):
+        if path is not None and isfile(path):  # unlike Path.is_file, it takes any text
             try:
                 value = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
@@ -391,4 +392,4 @@ def _read_deepspeed_config(name: str) -> dict[str, Any]:
             if not isinstance(value, dict):
                 raise ValueError(f"{name} holds no JSON object")
             return value
-    raise ValueError(f"there is no file {name}: see ds_configs/ for those that come with lsmoe_ds")
+    raise ValueError(f"there is no file {name}{shipped.hint('DeepSpeed configuration')}")

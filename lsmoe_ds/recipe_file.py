@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from lsmoe_ds import shipped
 from lsmoe_ds.codes import resolve_codes, tags_of
 from lsmoe_ds.config import Recipe, Section
 from lsmoe_ds.errors import UserError
@@ -22,16 +23,18 @@ DEEPEST, MOST = 40, 20_000  # levels and values in a file
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe file; ``changes`` are merged into it, ``overrides`` are ``a.b=value`` strings with YAML values.
+    """Read a recipe file, or one that comes with lsmoe_ds by its name. ``changes`` are merged into it, ``overrides`` are
+    ``a.b=value`` strings with YAML values.
 
     Raises UserError with the key, its line where it has one, what was found and what is allowed.
     """
-    path = Path(path)
+    path = shipped.choose("recipe", path)
     value, lines = read_mapping(path, "recipe", Recipe)
     own = tags_of(value, path)
     merge(value, changes or {})
     for override in overrides:
         apply_override(value, override)
+    take_from_start(value)
     if wrong := resolve_codes(value, {*own, *tags_of(value, path)}):
         key, sentence = wrong
         at = tuple(key.split("."))
@@ -39,12 +42,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), changes: Mappin
     return validate(Recipe, value, path, lines)
 
 
+def take_from_start(value: dict[str, Any]) -> None:
+    """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model`` as a whole, and the keys of
+    ``data.vocabulary``. Whether what it does say fits the folder is checked when training starts.
+
+    Raises UserError if something is left out and the folder holds no recipe.
+    """
+    training, data = value.get("training"), value.get("data")
+    start = training.get("start_from") if isinstance(training, dict) else None
+    if not isinstance(start, str) or not isinstance(data, dict):
+        return
+    vocabulary = data.get("vocabulary") or {}
+    if "model" in value and (not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()):
+        return
+    try:
+        known, _ = read_mapping(Path(start) / "recipe.yaml", "recipe", Recipe)
+    except UserError as error:
+        raise UserError(f"'training.start_from' is {start}: {error}") from None
+    value.setdefault("model", known.get("model"))
+    stored = known.get("data", {}).get("vocabulary", {})
+    data["vocabulary"] = {**stored, "file": str(Path(start) / "vocabulary.model"), **vocabulary}
+
+
 def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[str, Any], Lines]:
     """The mapping in a YAML file and the lines of its keys; ``kind`` is what errors call it, ``section`` what it should hold."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"there is no {kind} {path}") from None
+        raise UserError(f"there is no {kind} {path}{shipped.hint(kind)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{kind} {path} cannot be read: {error}") from None
     try:

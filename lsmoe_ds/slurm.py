@@ -7,12 +7,14 @@ same checkpoint. A job that SLURM requeues keeps its number; a new job counts an
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from json import dumps
 from pathlib import Path
 
+from lsmoe_ds import shipped
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, read_fields, write_whole
 from lsmoe_ds.parallel import interrupt
@@ -21,6 +23,7 @@ from lsmoe_ds.run_folder import find_damage, list_checkpoints, step_of
 
 REFUSED = 2  # the status of a UserError
 AGAIN = interrupt.STATUS
+NOT_FOUND = {126: "a command cannot be run", 127: "a command was not found"}  # statuses of shells, and what they mean
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,12 @@ def end(run: Path, status: int) -> int:
     if step >= attempt.steps:
         _say(f"{at}: finished")
         return 0
-    if status == REFUSED:
-        _say(f"{at}: given up, as trying again would not help; the sentence above says why")
+    if status == REFUSED or status in NOT_FOUND:
+        why = f"{NOT_FOUND[status]} (status {status}), " if status in NOT_FOUND else ""
+        _say(f"{at}: given up, {why}as trying again would not help; the line above says why")
         return REFUSED
-    left = "training was asked to stop" if status == interrupt.STATUS else f"training ended with status {status}"
+    stopped = status in (interrupt.STATUS, interrupt.CTRL_C)
+    left = "training was asked to stop" if stopped else f"training ended with status {status}"
     if step <= attempt.step and attempt.tries >= attempt.allowed:
         _say(f"{at}: {left}; given up, as {attempt.tries} attempts in a row saved nothing newer")
         return REFUSED
@@ -92,6 +97,18 @@ def end(run: Path, status: int) -> int:
 def newest_step(run: Path) -> int:
     """The step of the newest checkpoint whose files all have their size, 0 without one. Sums are training's to compare."""
     return next((step_of(path) for path in reversed(list_checkpoints(run)) if find_damage(path, checksums=False) is None), 0)
+
+
+def copy_scripts(folder: Path) -> None:
+    """Copy the batch scripts that come with lsmoe_ds into a new folder, to be adapted there. Raises UserError if it is not empty."""
+    with explain_errors(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is there already and not empty: give another folder for the scripts")
+        scripts = [path for path in (shipped.ROOT / "slurm").iterdir() if path.suffix in (".sh", ".sbatch")]
+        folder.mkdir(parents=True, exist_ok=True)
+        for script in scripts:
+            shutil.copy(script, folder)
+    _say(f"{len(scripts)} scripts are in {folder}: edit {folder / 'site.sh'}, then submit with {folder / 'submit.sh'}")
 
 
 def _file(run: Path) -> Path:

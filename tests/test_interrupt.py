@@ -1,20 +1,31 @@
-"""Asked to stop, all ranks save after the same step, leave, and go on later as if nothing had been."""
+"""Asked to stop, a training saves and resumes later as if nothing had been; every command leaves with one line and its status."""
 
 from __future__ import annotations
 
+import hashlib
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from threading import Timer
 
+import psutil
 import pytest
 from small_run import write_corpus
 from test_training import assert_same_end, loop, recipe_in, records
+from workers import PRELOAD
 
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.parallel import interrupt
-from lsmoe_ds.run_folder import list_checkpoints
+from lsmoe_ds.parallel.launch import attend, free_port
+from lsmoe_ds.run_folder import list_checkpoints, step_of
+from lsmoe_ds.study.command import _hand_on
 
 
 @pytest.fixture(scope="module")
@@ -25,37 +36,40 @@ def folder(tmp_path_factory):
     return path
 
 
-def interrupted(topology, recipe, run, number: int) -> bool:
-    """Trains; the last rank alone gets a signal in step 4. Returns whether training came to its end."""
+def interrupted(topology, recipe, run, number: int, at_step: int = 4) -> int | None:
+    """Train; the last rank alone gets a signal in a step, or before the first. Returns what training returns."""
     from lsmoe_ds.run_folder import open_run
     from lsmoe_ds.training import loop as module
 
-    handlers = [(each, signal.getsignal(each)) for each in interrupt.SIGNALS]
-    interrupt.install()
     true_step = module.train_step
 
     def step(engine, batch, at, *arguments):
-        if at == 4 and topology.rank == topology.world - 1:
+        if at == at_step and topology.rank == topology.world - 1:
             os.kill(os.getpid(), number)
         return true_step(engine, batch, at, *arguments)
 
-    module.train_step = step
-    try:
-        if topology.is_main:
-            open_run(recipe, run, recipe.prepared / "vocabulary.model")
-        return module.train(recipe, run, topology)
-    finally:
-        module.train_step = true_step
-        for each, handler in handlers:
-            signal.signal(each, handler)
+    with interrupt._restored():
+        interrupt.save_and_leave(alone=topology.world == 1)
+        module.train_step = step
+        try:
+            if topology.is_main:
+                open_run(recipe, run, recipe.prepared / "vocabulary.model")
+            if at_step == 0 and topology.rank == topology.world - 1:
+                os.kill(os.getpid(), number)
+            return module.train(recipe, run, topology)
+        finally:
+            module.train_step = true_step
 
 
-@pytest.mark.parametrize(("world", "tensor", "number"), [(1, 1, signal.SIGTERM), (2, 2, signal.SIGUSR1)])
+WAYS = [(1, 1, signal.SIGTERM), (2, 2, signal.SIGUSR1), (1, 1, signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("world", "tensor", "number"), WAYS)
 def test_all_ranks_save_and_leave_after_the_same_step(pool, folder, world, tensor, number):
     recipe = recipe_in(folder, tensor=tensor)
-    whole, cut = folder / f"whole-{world}", folder / f"cut-{world}"
+    whole, cut = folder / f"whole-{world}-{number}", folder / f"cut-{world}-{number}"
     pool.run(world, loop, recipe, whole, tensor=tensor)
-    assert pool.run(world, interrupted, recipe, cut, number, tensor=tensor) == [False] * world
+    assert pool.run(world, interrupted, recipe, cut, number, tensor=tensor) == [number] * world
     assert [path.name for path in list_checkpoints(cut)] == ["step-3", "step-4"]
     assert pool.run(world, loop, recipe, cut, tensor=tensor) == [None] * world
     assert_same_end(whole, cut, 6)
@@ -63,28 +77,251 @@ def test_all_ranks_save_and_leave_after_the_same_step(pool, folder, world, tenso
 
 def test_in_the_last_step_it_is_finished(pool, folder):
     recipe = recipe_in(folder, steps=4)
-    assert pool.run(1, interrupted, recipe, folder / "last", signal.SIGTERM) == [True]
+    assert pool.run(1, interrupted, recipe, folder / "last", signal.SIGTERM) == [None]
+
+
+def test_before_the_first_step_no_step_is_taken(pool, folder):
+    recipe = recipe_in(folder, steps=4)
+    assert pool.run(2, interrupted, recipe, folder / "first", signal.SIGUSR1, 0) == [signal.SIGUSR1] * 2
+    assert not list_checkpoints(folder / "first")
+
+
+# --- the command, in processes forked from one that has imported everything
+
+
+def command(log: Path, environment: dict[str, str], arguments: list[str], prepare_child: Callable[[], None] | None) -> None:
+    """`python -m lsmoe_ds ARGUMENTS`, the first of a process group."""
+    os.setpgid(0, 0)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    sys.argv = ["lsmoe", *map(str, arguments)]
+    if prepare_child is not None:
+        prepare_child()
+    from lsmoe_ds.__main__ import main as run
+
+    run()
+
+
+class Command:
+    """A command that runs; what it writes to standard error is in ``log``."""
+
+    def __init__(self, log: Path, *arguments: object, before: Callable[[], None] | None = None, **environment: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.log = log
+        self.process = context.Process(target=command, args=(log, environment, arguments, before), daemon=True)
+        self.process.start()
+
+    def wait_for(self, there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not there():
+            assert time.monotonic() < deadline and self.process.is_alive(), self.log.read_text()
+            time.sleep(0.005)
+
+    def asked(self, *numbers: int, after: float = 0.0) -> tuple[int | None, str]:
+        """The status and what was said, after signals to the whole process group, ``after`` seconds between them."""
+        for number in numbers:
+            os.killpg(self.process.pid, number)
+            time.sleep(after)
+        self.process.join(60)
+        status = self.process.exitcode
+        self.process.kill()
+        return status, self.log.read_text()
+
+
+def records_in(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def slow_steps() -> None:
+    """From the third step on."""
+    from lsmoe_ds.training import loop as module
+
+    true_step = module.train_step
+
+    def step(engine, batch, number, *arguments):
+        if number > 2:
+            time.sleep(60)
+        return true_step(engine, batch, number, *arguments)
+
+    module.train_step = step
+
+
+def test_one_process_saves_and_leaves_with_the_promised_status(folder):
+    recipe, run, file = recipe_in(folder, steps=20000, every=10000), folder / "one", folder / "one.yaml"
+    file.write_text(recipe.to_yaml())
+    last = 0
+    for numbers, status, name in (
+        ((signal.SIGINT,), 130, r"SIGINT \(Ctrl-C\)"),
+        ((signal.SIGTERM, signal.SIGTERM), 75, "SIGTERM"),
+        ((signal.SIGUSR1, signal.SIGTERM), 75, "SIGUSR1"),
+    ):
+        training, before = Command(folder / "one.log", "train", file, "--out", run), records_in(run)
+        training.wait_for(lambda before=before: records_in(run) > before + 1)
+        found, said = training.asked(*numbers)
+        assert found == status, said
+        saved = re.search(rf"^{name}: saved after step (\d+); the same command resumes$", said, re.MULTILINE)
+        assert saved and "Traceback" not in said, said
+        assert int(saved[1]) == step_of(list_checkpoints(run)[-1]) > last
+        last = int(saved[1])
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(folder):
+    file, run = folder / "slow.yaml", folder / "slow"
+    file.write_text(recipe_in(folder, steps=20).to_yaml())
+    training = Command(folder / "slow.log", "train", file, "--out", run, before=slow_steps)
+    training.wait_for(lambda: records_in(run) > 0)
+    begun = time.monotonic()
+    status, said = training.asked(signal.SIGINT, signal.SIGINT, after=interrupt.AGAIN + 0.1)
+    assert status == 130 and time.monotonic() - begun < 10
+    assert "SIGINT (Ctrl-C) again: leaving at once" in said and "Traceback" not in said
+
+
+def note_that_it_joins() -> None:
+    from lsmoe_ds.parallel import joining
+
+    true_open = joining._open_store
+
+    def noted(membership):
+        Path(os.environ["JOINS"]).touch()
+        return true_open(membership)
+
+    joining._open_store = noted
+
+
+@pytest.mark.parametrize(("rank", "number", "status"), [(0, signal.SIGTERM, 75), (1, signal.SIGTERM, 75), (1, signal.SIGINT, 130)])
+def test_while_others_are_missing_it_leaves_at_once(folder, tmp_path, rank, number, status):
+    """Rank 1 waits for rank 0 in a call into C, where no handler runs."""
+    file, port = folder / "missing.yaml", str(free_port())
+    file.write_text(recipe_in(folder, steps=20).to_yaml())
+    environment = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "JOINS": str(tmp_path / "joins")}
+    waiting = Command(tmp_path / "log", "train", file, "--out", tmp_path / "run", before=note_that_it_joins, **environment)
+    waiting.wait_for((tmp_path / "joins").exists)
+    time.sleep(0.3)
+    found, said = waiting.asked(number)
+    where = f", waiting for rank 0 at 127.0.0.1:{port}" if rank else ""
+    who = ("rank 1: " if rank else "") + interrupt.name_of(number)
+    assert found == status
+    own = [line for line in said.splitlines() if line.startswith("lsmoe: ")]  # torch, imported before its log level is set, adds some
+    assert own == [f"lsmoe: {who} before the first step{where}: nothing to save; the same command starts again"]
+
+
+def stuck_in_c() -> None:
+    """Preparing data comes to a call into C that takes for ever."""
+    from lsmoe_ds.data import prepare as module
+
+    interrupt.GRACE = 0.2
+
+    def train_vocabulary(*arguments):
+        Path(os.environ["REACHED"]).touch()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+    module.train_vocabulary = train_vocabulary
+
+
+def stuck_in_python() -> None:
+    from lsmoe_ds.data import prepare as module
+
+    def train_vocabulary(*arguments):
+        Path(os.environ["REACHED"]).touch()
+        time.sleep(60)
+
+    module.train_vocabulary = train_vocabulary
+
+
+@pytest.mark.parametrize("stuck", [stuck_in_python, stuck_in_c])
+def test_ctrl_c_ends_a_preparation_with_one_line_and_keeps_the_data_of_before(folder, tmp_path, stuck):
+    recipe = recipe_in(folder)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"directory": tmp_path / "data"})})
+    prepare(recipe)
+    manifest = (recipe.prepared / "manifest.json").read_bytes()
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    preparing = Command(tmp_path / "log", "data", "prepare", file, "--force", before=stuck, REACHED=str(tmp_path / "reached"))
+    preparing.wait_for((tmp_path / "reached").exists)
+    status, said = preparing.asked(signal.SIGINT)
+    assert status == 130 and said.count("lsmoe: stopped by SIGINT (Ctrl-C)\n") == 1 and "Traceback" not in said
+    assert (recipe.prepared / "manifest.json").read_bytes() == manifest
+    if stuck is stuck_in_python:
+        assert [path.name for path in recipe.prepared.parent.iterdir() if path.is_dir()] == [recipe.name]
+
+
+def test_what_is_waited_for_is_told_and_ends_with_this_process():
+    """`lsmoe study` waits so for its trainings. The one that is played saves for a moment and does not care about a second signal."""
+    played = "trap 'echo told; sleep 0.3; exit 75' TERM; trap 'echo again' INT; echo ready; while :; do sleep 0.05; done"
+    for numbers, status in (((signal.SIGTERM,), 75), ((signal.SIGINT, signal.SIGINT), None)):
+        with interrupt.collected() as received, subprocess.Popen(["bash", "-c", played], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout and child.stdout.readline() == "ready\n"
+            for i, number in enumerate(numbers):
+                Timer(0.1 + i * (interrupt.AGAIN + 0.1), os.kill, (os.getpid(), number)).start()
+            told: list[int] = []
+            if status is not None:
+                assert attend(child, received, partial(_hand_on, child, received, told), every=0.05) == status
+                assert child.stdout.read() == "told\n"
+            else:
+                with pytest.raises(interrupt.Interrupted):
+                    attend(child, received, partial(_hand_on, child, received, told), every=0.05)
+                assert child.wait(10) == -signal.SIGKILL
+            assert told == list(numbers[: len(told)])
 
 
 @pytest.mark.slow
-def test_the_command_passes_signals_on_to_its_ranks(folder):
+def test_ctrl_c_ends_a_benchmark_with_one_line():
+    command = [sys.executable, "-m", "lsmoe_ds", "bench", "moe"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+        script = None
+        while script is None:  # it is started, and imports
+            assert process.poll() is None
+            script = next((child for child in psutil.Process(process.pid).children() if "moe.py" in " ".join(child.cmdline())), None)
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "lsmoe: stopped by SIGINT (Ctrl-C)\n")
+    assert not psutil.pid_exists(script.pid) or script.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_process_group_of_several_processes(folder):
+    """As a terminal sends it: to the command, the launcher and the ranks."""
     recipe = recipe_in(folder, steps=2000, every=1000, expert=2)
     file, run = folder / "long.yaml", folder / "long"
     file.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "lsmoe_ds", "train", str(file), "--out", str(run), "--nproc", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not there():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+
+    process = start()
+    wait_for(process, lambda: bool(psutil.Process(process.pid).children()))  # the launcher imports
+    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (75, "lsmoe: stopped by SIGTERM\n") and not list_checkpoints(run)
+
+    process = start()
+    wait_for(process, lambda: records_in(run) > 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(process.pid, number)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == interrupt.STATUS, said
     (saved,) = list_checkpoints(run)
-    step = int(saved.name.removeprefix("step-"))
-    assert 2 <= step < 1000 and f"SIGUSR1: saved after step {step}; the same command goes on" in said
+    step = step_of(saved)
+    assert process.returncode == 130 and 2 <= step < 1000, said
+    lines = said.splitlines()
+    assert lines[-1] == f"SIGINT (Ctrl-C): saved after step {step}; the same command resumes" and "Traceback" not in said
+    assert [line for line in lines[:-1] if not re.match(r"2 ranks on|step 1/2000 · loss", line)] == []
+
     shorter = recipe_in(folder, steps=step + 4, every=1000, expert=2)
     file.write_text(shorter.to_yaml())
-    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
     steps = [record["step"] for record in records(run) if "loss" in record]
     assert steps == sorted({*range(2, step + 5, 2), step + 4}), "no step is missing and none is told twice"

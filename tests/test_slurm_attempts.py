@@ -60,7 +60,10 @@ def test_a_bad_recipe_begins_no_attempt(recipe, tmp_path):
         ([1], 0, 75, "is at step 1 of 2: training ended with status 0; the job may go on"),
         ([1], 75, 75, "training was asked to stop; the job may go on"),
         ([], 70, 75, "is at step 0 of 2: training ended with status 70; the job may go on"),
+        ([1], 130, 75, "training was asked to stop; the job may go on"),
         ([1], 2, 2, "given up, as trying again would not help"),
+        ([], 127, 2, "given up, a command was not found (status 127), as trying again would not help"),
+        ([1], 126, 2, "given up, a command cannot be run (status 126)"),
     ],
 )
 def test_results_decide_how_a_job_ends(recipe, capsys, steps, status, verdict, said):

@@ -250,7 +250,21 @@ def test_launchers(played):
     script = SLURM.parent / "lsmoe_ds/__main__.py"
     assert f" --launcher_args=--kill-on-bad-exit=1 {script} train r.yaml --out runs/played" in deepspeed
     assert played.calls("n1") == played.calls("n2") == ["slots=2"]
-    assert played.run("train.sbatch", "r.yaml", LAUNCH="pdsh") == 2 and "LAUNCH is 'pdsh': srun, torchrun" in played.said
+
+
+def test_a_launcher_that_is_not_there_is_refused_before_an_attempt_is_counted(played):
+    assert played.run("train.sbatch", "r.yaml", LAUNCH="pdsh") == 2
+    assert "LAUNCH is 'pdsh': srun, torchrun, mpirun and deepspeed are allowed" in played.said
+    os.remove(played.folder / "programs/mpirun")
+    programs = [played.folder / "programs", Path(sys.executable).parent, played.folder / "system"]
+    (played.folder / "system").mkdir()
+    for name in ("bash", "rm", "mkdir", "sed", "hostname", "basename", "timeout", "grep", "cat"):  # the system's, but no mpirun
+        os.symlink(shutil.which(name), played.folder / "system" / name)
+    status = played.run("train.sbatch", "r.yaml", LAUNCH="mpirun", PATH=":".join(map(str, programs)))
+    assert status == 2 and re.search(
+        r"lsmoe: LAUNCH is 'mpirun', which is not installed on \S+: install it, or use LAUNCH=srun", played.said
+    )
+    assert not played.calls("lsmoe") and not played.calls("rank") and not played.calls("scontrol")[1:]
 
 
 def test_the_allocator_is_set_as_on_one_machine():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run
 
 from lsmoe_ds.config import Recipe
@@ -17,6 +18,7 @@ from lsmoe_ds.convert.folder import find_model, read_weights, write_folder
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction
+from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import open_run
 from lsmoe_ds.training import start
 
@@ -207,3 +209,52 @@ def test_a_dense_folder(pool, root, tmp_path):
     found = pool.run(1, first_steps, recipe, tmp_path / "begun")[0]["weights"]
     wanted = read_weights(stored).tensors
     assert found.keys() == wanted.keys() and all(np.array_equal(found[name][0], wanted[name].numpy()) for name in found)
+
+
+def short_recipe(root: Path, file: Path, **sections: Any) -> Path:
+    """A recipe that leaves out what the folder knows."""
+    value = yaml.safe_load(recipe_from(root).to_yaml())
+    value.pop("model")
+    value["data"].pop("vocabulary")
+    for name, section in sections.items():
+        value[name] = {**value.get(name, {}), **section} if isinstance(section, dict) else section
+    file.write_text(yaml.safe_dump(value))
+    return file
+
+
+def test_model_and_vocabulary_default_to_the_folders(root, tmp_path):
+    recipe = load_recipe(short_recipe(root, tmp_path / "short.yaml"))
+    assert recipe.model == find_model(root / "model").recipe.model
+    assert (recipe.data.vocabulary.file, recipe.data.vocabulary.size) == (root / "model" / "vocabulary.model", 140)
+    assert recipe.data.vocabulary.type == "unigram"
+    prepare(recipe)
+    start.check(recipe, tmp_path / "run")
+    again = load_recipe(tmp_path / "run" / "recipe.yaml")  # says all by itself
+    assert again == recipe
+    by_override = short_recipe(root, tmp_path / "override.yaml", training={"start_from": None})
+    assert load_recipe(by_override, [f"training.start_from={root / 'model'}"]) == recipe
+
+
+def test_what_the_recipe_says_is_not_replaced(root, tmp_path):
+    given = yaml.safe_load(recipe_from(root).to_yaml())["model"]
+    given["encoder"]["feed_forward"] = 16
+    other = load_recipe(short_recipe(root, tmp_path / "other.yaml", model=given))
+    prepare(other)
+    with pytest.raises(UserError, match=r"encoder.0.feed_forward.contract.weight should be \(16, 16\), found \(16, 24\)"):
+        start.check(other, tmp_path / "run")
+    larger = load_recipe(short_recipe(root, tmp_path / "larger.yaml"), ["data.vocabulary.size=150", f"data.directory={tmp_path}"])
+    with pytest.raises(UserError, match=r"'data.vocabulary.size' is 150, but .*model/vocabulary.model has 140 pieces: set it to 140"):
+        prepare(larger)
+    file = short_recipe(root, tmp_path / "none.yaml", training={"start_from": str(tmp_path / "none")})
+    with pytest.raises(UserError, match=r"^'training.start_from' is .*none: there is no recipe .*none/recipe.yaml"):
+        load_recipe(file)
+
+
+def test_a_warmup_beyond_the_last_step_is_said_once_with_the_rate_it_ends_at(root, capfd):
+    start._notice(changed(recipe_from(root), training={"steps": 4, "warmup": 5, "learning_rate": 0.01}))
+    assert capfd.readouterr().err == (
+        "lsmoe: training.warmup is 5, more than the 4 training.steps: the learning rate rises to 8.00e-03 and never reaches "
+        "training.learning_rate, 1.00e-02\n"
+    )
+    start._notice(changed(recipe_from(root), training={"steps": 5, "warmup": 5}))
+    assert capfd.readouterr().err == ""

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import TypeVar
 
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.parallel import interrupt
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,8 +31,9 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it: a worker whose parent was killed would wait for work for ever."""
+    """Leave Ctrl-C to the parent, and end with it: a worker whose parent was killed would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
 
     def wait() -> None:
         if parent := multiprocessing.parent_process():
@@ -65,7 +67,8 @@ class Workers:
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
-                waiting.append(self._pool.submit(function, item))
+                with interrupt.blocked():  # a worker that starts here has no handler yet
+                    waiting.append(self._pool.submit(function, item))
                 if len(waiting) > 2 * self.count:
                     yield waiting.popleft().result()
             while waiting:

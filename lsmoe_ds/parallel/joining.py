@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lsmoe_ds import __version__
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.parallel.membership import Membership, find
+from lsmoe_ds.parallel import interrupt
+from lsmoe_ds.parallel.membership import PORTS, Membership, find
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -139,14 +142,15 @@ def _open_store(membership: Membership) -> dist.Store:
     address, port = str(membership.address), int(membership.port or 0)
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it, also for those that it starts anew
     try:
-        store = dist.TCPStore(
-            address,
-            port,
-            membership.world,
-            is_master=membership.rank == 0 and not held,
-            timeout=timedelta(seconds=PATIENCE),
-            wait_for_workers=False,
-        )
+        with interrupt.waiting(f"rank 0 at {address}:{port}"):
+            store = dist.TCPStore(
+                address,
+                port,
+                membership.world,
+                is_master=membership.rank == 0 and not held,
+                timeout=timedelta(seconds=PATIENCE),
+                wait_for_workers=False,
+            )
     except dist.DistError as error:
         if membership.rank == 0 and not held:
             reason = "it is taken" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
@@ -234,6 +238,10 @@ def _meet_by_mpi(membership: Membership) -> Membership:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, of those that the kernel gives to no outgoing connection: ranks may need seconds until
+    they listen there, and any other would be somebody's by then."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lsmoe_ds import shipped
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import nearest
@@ -112,11 +113,15 @@ class Study:
 
 
 def load_study(path: str | Path) -> Study:
-    """Reads a study and the recipe of every member. Raises UserError with the place of what is wrong, and what is allowed."""
-    path = Path(path)
+    """Read a study, or one that comes with lsmoe_ds by its name, and the recipe of every member.
+
+    Raises UserError with the place of what is wrong, and what is allowed.
+    """
+    path = shipped.choose("study", path)
     value, lines = read_mapping(path, "study", Settings)
     settings = validate(Settings, value, path, lines)
     base = path.parent / settings.recipe
+    base = base if base.exists() else shipped.find("recipe", settings.recipe) or base
     load_recipe(base)  # an error of the base recipe is no member's
     recipes = {}
     for name, member in settings.members.items():

@@ -24,12 +24,12 @@ from lsmoe_ds.training.monitor import Monitor
 from lsmoe_ds.training.resharding import load_weights
 
 
-def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
-    """Trains in an open run folder, on every rank of ``topology``; goes on from the newest whole checkpoint, of whatever layout.
-    Where there is none, it begins with the weights of ``training.start_from``, or with random ones.
+def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
+    """Train in an open run folder, on every rank of ``topology``, from the newest whole checkpoint, of whatever layout. Without one,
+    begin with the weights of ``training.start_from``, or with random ones.
 
-    Killed at any instant and started again in the same layout, it ends with the same losses and weights, to the bit. Asked to
-    stop (see :mod:`lsmoe_ds.parallel.interrupt`), it saves and returns False; True after the last step.
+    Killed at any instant and started again in the same layout, it ends with the same losses and weights, to the bit. Returns None
+    after the last step; asked to stop (see :mod:`lsmoe_ds.parallel.interrupt`), it saves and returns the signal.
     """
     training, data = recipe.training, recipe.data
     prepared = PreparedData.of(recipe)
@@ -61,7 +61,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
         done, window = state["step"], state["position"]["window"]
     elif training.start_from is not None:
         load_weights(engine, read_weights(find_model(training.start_from)).tensors, topology)
-    asked, last_step = None, True
+    last_step = done >= training.steps
     with (
         Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
         checkpoints.Saver(run, topology, training.keep, training.keep_best) as saver,
@@ -74,7 +74,10 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
             monitor.say(f"going on from {found}" + (f", {change}" if change else ""))
         elif training.start_from is not None:
             monitor.say(f"starting from {training.start_from}")
-        for number in range(done + 1, training.steps + 1):
+        asked = interrupt.agreed(topology)
+        if asked and not last_step:
+            monitor.say(f"{interrupt.name_of(asked)} before step {done + 1}: nothing new to save; the same command resumes")
+        for number in range(done + 1, done + 1 if asked else training.steps + 1):
             beat(f"in step {number}")
             step = next(stream)
             try:
@@ -106,7 +109,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> bool:
             if asked:
                 beat(f"finishing the checkpoint of step {number}")
                 saver.finish()
-                monitor.say(f"{asked}: saved after step {number}; the same command goes on")
+                monitor.say(f"{interrupt.name_of(asked)}: saved after step {number}; the same command resumes")
                 break
     engine.destroy()
-    return not asked or last_step
+    return None if last_step else asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from lsmoe_ds.folders import explain_errors, write_whole
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.training.engine import SIDES, StepResult
 
+LINE_EVERY = 30.0  # seconds between two lines of a log that is no terminal
 SUMMED = ("loss", "nll", "distillation", "balance", "z_loss", "dropped", "gates")
 
 
@@ -29,6 +31,7 @@ class Monitor:
         self.tokens, self.since = 0, time.perf_counter()
         self.exchanged = {side: Traffic() for side in SIDES}
         self.away, self.steps_in_window = 0, 0
+        self.line = _Line(0, time.perf_counter())
         self.progress: Progress | None = None
         self.writer: Any = None
 
@@ -58,6 +61,7 @@ class Monitor:
         self.task = self.progress.add_task("", total=self.steps, completed=step)
         self.progress.start()
         self.since = time.perf_counter()
+        self.line = _Line(step, self.since)
 
     def __enter__(self) -> Monitor:
         return self
@@ -82,6 +86,8 @@ class Monitor:
         self.steps_in_window += 1
         if self.progress is not None:
             self.progress.update(self.task, completed=number)
+            if self.progress.disable and (text := self.line.after_step(number, self.steps, step, result)):
+                print(text, file=sys.stderr, flush=True)
         if number % self.every and number != self.steps:
             return
         seconds = time.perf_counter() - self.since
@@ -106,8 +112,6 @@ class Monitor:
         text = f"loss {record['loss']:.3f} · {record['tokens_per_second']:,.0f} tokens/s · lr {result.learning_rate:.2e}"
         if self.progress is not None:
             self.progress.update(self.task, description=text)
-            if self.progress.disable and (number % (20 * self.every) == 0 or number == self.steps):
-                print(f"step {number}/{self.steps} · {text}", file=sys.stderr, flush=True)
 
     def _exchange(self, seconds: float) -> dict[str, float]:
         """Of all layers, and of each side's: bytes a step, and the share of the ranks' time in a window of ``seconds``."""
@@ -116,8 +120,9 @@ class Monitor:
         return {**sent, **{f"exchange_share{end}": traffic.seconds / (seconds * self.world) for end, traffic in parts.items()}}
 
     def pause(self, seconds: float) -> None:
-        """Takes time that was not training (a checkpoint, a validation) out of the rate."""
+        """Take time that was not training (a checkpoint, a validation) out of the rate."""
         self.since += seconds
+        self.line.since += seconds
 
     def record_dev_loss(self, number: int, losses: dict[str, float]) -> None:
         """Losses by name, ``dev_loss`` first."""
@@ -141,6 +146,34 @@ class Monitor:
         for name, value in record.items():
             if name not in ("step", "tokens", "seconds") and value is not None:
                 self.writer.add_scalar(name, value, record["step"])
+
+
+class _Line:
+    """What a log says of the steps since its last line: one after the first step, then one every :data:`LINE_EVERY` seconds, and
+    one after the last step."""
+
+    def __init__(self, step: int, now: float) -> None:
+        self.first, self.begun = step, now
+        self.due = now
+        self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        self.loss, self.weight, self.tokens, self.since = 0.0, 0, 0, now
+
+    def after_step(self, number: int, steps: int, step: Step, result: StepResult) -> str | None:
+        """Return the line if it is time for one: mean loss, tokens per second, and the time left at the pace so far, which
+        includes validations and checkpoints."""
+        self.loss += result.loss * step.target_tokens
+        self.weight += step.target_tokens
+        self.tokens += step.source_tokens + step.target_tokens
+        now = time.perf_counter()
+        if now < self.due and number != steps:
+            return None
+        left = timedelta(seconds=round((now - self.begun) / (number - self.first) * (steps - number)))
+        loss, rate = self.loss / self.weight, self.tokens / (now - self.since)
+        self._begin(now)
+        self.due = now + LINE_EVERY
+        return f"step {number}/{steps} · loss {loss:.3f} · {rate:,.0f} tokens/s · lr {result.learning_rate:.2e} · {left} left"
 
 
 def _step(line: str) -> float:

@@ -21,6 +21,7 @@ from lsmoe_ds.parallel.membership import Membership, find
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.run_folder import check_run, newest_whole, open_run
 from lsmoe_ds.training.engine import engine_config
+from lsmoe_ds.training.schedules import inverse_square_root
 
 STARTS = ("consolidated", "hybrid", "dense")  # kinds of converted folders that a training begins with
 
@@ -76,8 +77,8 @@ def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
 
 def train(recipe: Recipe, run: Path, processes: int | None) -> int:
     """Trains on the processes that a launcher has started, this one among them, or else on ``processes`` of this machine (by default
-    as few as the layout needs). Returns the exit status: 0 after the last step, :data:`interrupt.STATUS` when asked to stop,
-    :data:`watchdog.STATUS` when another rank is lost."""
+    as few as the layout needs). Returns the exit status: 0 after the last step, :func:`interrupt.status_of` the signal when asked to
+    stop, :data:`watchdog.STATUS` when another rank is lost."""
     membership = find(os.environ)
     if membership.is_alone:
         return _start(recipe, run, processes)
@@ -88,11 +89,23 @@ def train(recipe: Recipe, run: Path, processes: int | None) -> int:
     return _join_and_train(recipe, run, membership)
 
 
+def _notice(recipe: Recipe) -> None:
+    """Say on standard error what is allowed and seldom meant."""
+    training = recipe.training
+    if training.warmup > training.steps:
+        reached = inverse_square_root(training.steps, training.learning_rate, training.warmup)
+        interrupt.say(
+            f"training.warmup is {training.warmup}, more than the {training.steps} training.steps: the learning rate rises to "
+            f"{reached:.2e} and never reaches training.learning_rate, {training.learning_rate:.2e}"
+        )
+
+
 def _start(recipe: Recipe, run: Path, processes: int | None) -> int:
     world = processes or launch.smallest_world(recipe)
     with locked(run) as lock:
         check_layout(recipe, world)
         check(recipe, run)
+        _notice(recipe)
         if world == 1:
             return _join_and_train(recipe, run, Membership())
         return launch.start(["train", str(run / "recipe.yaml"), "--out", str(run)], world, lock)
@@ -101,6 +114,7 @@ def _start(recipe: Recipe, run: Path, processes: int | None) -> int:
 def _open(recipe: Recipe, run: Path, held: ExitStack) -> None:
     if launch.LOCKED not in os.environ:
         held.enter_context(locked(run))
+        _notice(recipe)
     check(recipe, run)
 
 
@@ -114,15 +128,16 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
     told = not membership.is_alone and membership.rank == 0
     if told:
         print(f"{party.describe()}; tensor {layout.tensor}, expert {layout.expert}", file=sys.stderr, flush=True)
+    interrupt.save_and_leave(alone=membership.is_alone)
     here = Topology.build(layout.tensor, layout.expert, joining.device())
     with ExitStack() as held, watchdog.watch(party, patience):
         try:
             if not membership.is_alone:
                 joining.on_main(lambda: _open(recipe, run, held))
-            finished = train_on_this_rank(recipe, run, here)
+            asked = train_on_this_rank(recipe, run, here)
         except RuntimeError as error:
             if compat.is_lost_peer(error):
                 watchdog.leave_behind(party)
             raise
     dist.destroy_process_group()
-    return 0 if finished else interrupt.STATUS
+    return 0 if asked is None else interrupt.status_of(asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,17 @@ from cluster import TEMPORARY, Cluster, missing, start_time
 from small_training import ENVIRONMENT, SLURM, write_recipe
 
 PREFIX = "lsmoe-slurm-test-"
-SKIPPED = pytest.StashKey[str]()
+SKIPPED = pytest.StashKey[list[str]]()
+
+
+def do_without(request: pytest.FixtureRequest, reason: str) -> None:
+    """Skip a test for something that this machine lacks; the summary says so in one line. With LSMOE_REQUIRE_SLURM=1 it fails."""
+    if os.environ.get("LSMOE_REQUIRE_SLURM") == "1":
+        pytest.fail(reason, pytrace=False)
+    told = request.config.stash.setdefault(SKIPPED, [])
+    if reason not in told:
+        told.append(reason)
+    pytest.skip(reason)
 
 
 def clean_left_behind() -> None:
@@ -24,13 +35,9 @@ def clean_left_behind() -> None:
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """Folders below pytest's temporary folder (`tmp_path`) are shared by the nodes. Where no cluster can be started, tests are
-    skipped and one line says why; with LSMOE_REQUIRE_SLURM=1 they fail."""
+    """Start a cluster, or :func:`do_without`. Folders below pytest's temporary folder (`tmp_path`) are shared by the nodes."""
     if reason := missing():
-        if os.environ.get("LSMOE_REQUIRE_SLURM") == "1":
-            pytest.fail(reason, pytrace=False)
-        request.config.stash[SKIPPED] = reason
-        pytest.skip(reason)
+        do_without(request, f"tests/slurm was skipped: {reason}")
     clean_left_behind()
     cluster = Cluster(TEMPORARY / f"{PREFIX}{os.getpid()}", shared=[tmp_path_factory.getbasetemp()])
     cluster.up()
@@ -55,6 +62,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def launcher(request: pytest.FixtureRequest, cluster: Cluster) -> str:
+    """A launcher of `train.sbatch`, by indirect parametrization, if it is installed."""
+    if shutil.which(request.param, path=ENVIRONMENT["PATH"]) is None:
+        do_without(request, f"tests/slurm was skipped for LAUNCH={request.param}: {request.param} is not installed")
+    return request.param
+
+
+@pytest.fixture
 def submit(cluster: Cluster, work: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """``submit(*arguments, script=, **options)``: sbatch in the work folder, as a person would; returns the job's number."""
     for name, value in ENVIRONMENT.items():
@@ -67,5 +82,5 @@ def submit(cluster: Cluster, work: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if reason := config.stash.get(SKIPPED, None):
-        terminalreporter.write_line(f"tests/slurm was skipped: {reason}")
+    for reason in config.stash.get(SKIPPED, []):
+        terminalreporter.write_line(reason)

@@ -78,14 +78,14 @@ def ranks_of(run: Path) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("launch", ["srun", "torchrun", "mpirun", "deepspeed"])
-def test_every_launcher_trains_the_same(cluster, work, submit, alone, monkeypatch, launch):
-    monkeypatch.setitem(cluster.environment, "LAUNCH", launch)
-    job = submit("recipe.yaml", "--set", "training.steps=12", "--out", launch)
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "mpirun", "deepspeed"], indirect=True)
+def test_every_launcher_trains_the_same(cluster, launcher, work, submit, alone, monkeypatch):
+    monkeypatch.setitem(cluster.environment, "LAUNCH", launcher)
+    job = submit("recipe.yaml", "--set", "training.steps=12", "--out", launcher)
     assert cluster.wait(job, 120) == "COMPLETED", cluster.log(job)
-    started_by = {"deepspeed": "srun"}.get(launch, launch)  # which it calls
+    started_by = {"deepspeed": "srun"}.get(launcher, launcher)  # which it calls
     assert f"4 ranks on node1 (0-1), node2 (2-3), started by {started_by}" in cluster.log(job)
-    for ours, undisturbed in zip(curve(work / launch), alone[:12], strict=True):
+    for ours, undisturbed in zip(curve(work / launcher), alone[:12], strict=True):
         assert ours == pytest.approx(undisturbed, rel=1e-5)
 
 
@@ -166,6 +166,34 @@ def test_what_does_not_fit_is_told_once_and_all_leave(cluster, work, submit):
     said = cluster.log(job)
     assert said.count("parallel.expert is 4, which does not divide the 3 processes: start a multiple of 4") == 1
     assert "Traceback" not in said and cluster.requeues(job) == 0
+
+
+def test_a_launcher_that_does_not_exist_is_tried_once(cluster, work, submit, monkeypatch):
+    """Neither one that the job looks for, nor one that only the node lacks."""
+    monkeypatch.setitem(cluster.environment, "LAUNCH", "mpirun")
+    monkeypatch.setitem(cluster.environment, "PATH", os.pathsep.join(without("mpirun", work / "programs")))
+    job = submit("recipe.yaml", "--out", "launcherless")
+    assert cluster.wait(job, 60) == "FAILED" and cluster.requeues(job) == 0
+    assert "LAUNCH is 'mpirun', which is not installed on node1" in cluster.log(job)
+    (work / "programs/mpirun").write_text("#!/nonexistent/interpreter\n")
+    (work / "programs/mpirun").chmod(0o755)
+    job = submit("recipe.yaml", "--out", "launcherless")
+    assert cluster.wait(job, 60) == "FAILED" and cluster.requeues(job) == 0
+    assert re.search(r"given up, a command (was not found|cannot be run) \(status 12[67]\)", cluster.log(job))
+
+
+def without(name: str, programs: Path) -> list[str]:
+    """The folders of PATH, each that has the program replaced by one of links to its other programs."""
+    programs.mkdir()
+    folders = [BIN, programs]
+    for folder in map(Path, os.environ["PATH"].split(os.pathsep)):
+        if not (folder / name).exists():
+            folders.append(folder)
+            continue
+        for program in folder.iterdir():
+            if not program.name.startswith(name) and not (programs / program.name).exists():
+                (programs / program.name).symlink_to(program)
+    return list(map(str, folders))
 
 
 def test_the_doctor_under_srun(cluster, work, submit):
