@@ -176,7 +176,7 @@ def test_recipes_of_the_members(base):
 MEMBER = study_file()["members"]["naive"]
 ROUTES = {"routes": ["specific", "shared"]}
 BAD = [
-    ("no member", {"members": {}}, [], "'members': dictionary should have at least 1 item"),
+    ("no member", {"members": {}}, [], "'members' should have at least 1 entry"),
     ("baseline", {"baseline": "naiv"}, [], "'baseline' is naiv, which is no member (did you mean 'naive'?): the members are naive, fd"),
     ("data", {"members": {"naive": {"set": {"data": {"temperature": 1}}}}}, [], "'set' changes data.temperature, but the members share"),
     ("steps", {"members": {"naive": {"set": {"training": {"steps": 9}}}}}, [], "'set' changes training.steps, but the members take"),
@@ -184,11 +184,11 @@ BAD = [
     ("name", {"members": {"naive": {"set": {"name": "x"}}}}, [], "'set' changes name, but the members share"),
     ("key", {"members": {"naive": {"titel": "x"}}}, [], "unknown key 'members.naive.titel' (did you mean 'title'?)"),
     ("key of the study", {"seed": 1}, [], "unknown key 'seed' (did you mean 'seeds'?)"),
-    ("key of a recipe", {"members": {"naive": {"set": {"model": {"hiden": 3}}}}}, [], "member 'naive' of bad.yaml: base.yaml"),
+    ("key of a recipe", {"members": {"naive": {"set": {"model": {"hiden": 3}}}}}, [], "member 'naive' of bad.yaml: base.yaml, changed by 'set': unknown key 'model.hiden'"),
     ("route", {"members": {"naive": {**MEMBER, **ROUTES}}}, [], "member 'naive': the model has no shared"),
     ("route twice", {"members": {"naive": {"routes": ["shared", "shared"]}}}, [], "'routes' names a route twice"),
     ("seed twice", {"seeds": [1, 1]}, [], "'seeds' names a seed twice"),
-    ("name of a member", {"members": {"naive": {}, "a/b": {}}}, [], "string should match pattern"),
+    ("name of a member", {"members": {"naive": {}, "a/b": {}}}, [], "'members.a/b' should consist of letters, digits, '.', '_' and '-'"),
     ("asked member", {}, ["--member", "fdd"], "member fdd is not in the study (did you mean 'fd'?): it has naive, fd"),
     ("asked seed", {}, ["--seed", "1"], "seed 1 is not in the study: it has 3"),
     ("no recipe", {"recipe": "none.yaml"}, [], "there is no recipe none.yaml"),

@@ -21,6 +21,7 @@ from lsmoe_ds.convert.huggingface import EMBEDDING, our_names, their_name
 from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, fill_up, parse_model
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.explain import Places
 from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import BOS, CODE, EOS, PAD, UNK, normalize_code, tag
 from lsmoe_ds.recipe_file import apply_override, merge, validate
@@ -139,11 +140,12 @@ def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, mode
     vocabulary = Vocabulary(model)
     training = {**TRAINING, "dropout": config.get("dropout", 0.1), "attention_dropout": config.get("attention_dropout", 0.0)}
     value: dict[str, Any] = {"name": name_of(out), "data": {}, "training": training}
+    places: Places = {}
     for override in overrides:
         key = override.partition("=")[0].strip()
         if f"{key}.".startswith(("model.", "data.vocabulary.", "training.start_from.")):
             raise UserError(f"'--set {override}': '{key}' is what the imported model makes it")
-        apply_override(value, override)
+        apply_override(value, override, places)
     if not isinstance(value["data"], dict) or not value["data"].get("corpora"):
         raise UserError("nothing says on what the model is to be trained: add --set data.corpora=[NAME] and --set data.languages=[de,fr]")
     if not value["data"].get("languages") and not value["data"].get("directions"):
@@ -157,7 +159,7 @@ def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, mode
             "training": {"start_from": str(out)},
         },
     )
-    recipe = validate(Recipe, value, out / RECIPE, {})
+    recipe = validate(Recipe, value, out / RECIPE, places)
     for code in recipe.languages.codes:
         vocabulary.tag_id(code)
     return recipe

@@ -114,8 +114,8 @@ class Study:
 def load_study(path: str | Path) -> Study:
     """Reads a study and the recipe of every member. Raises UserError with the place of what is wrong, and what is allowed."""
     path = Path(path)
-    value, lines = read_mapping(path, "study", Settings)
-    settings = validate(Settings, value, path, lines)
+    value, places = read_mapping(path, "study", Settings)
+    settings = validate(Settings, value, path, places)
     base = path.parent / settings.recipe
     load_recipe(base)  # an error of the base recipe is no member's
     recipes = {}
