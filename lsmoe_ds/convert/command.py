@@ -33,7 +33,7 @@ from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, load_engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
-from lsmoe_ds.languages import Direction, nearest
+from lsmoe_ds.languages import Direction, nearest, normalize_code, table
 
 BATCH = 16  # sentences whose logits are held at once
 
@@ -121,7 +121,9 @@ def convert(
     route, option or folder that is not possible.
     """
     if to not in WRITERS:
-        raise UserError(f"'{to}' is nothing to convert to{nearest(to, [*WRITERS, 'layout'])}: choose {', '.join(WRITERS)} or layout")
+        language = "; a language goes into --direction, as in --direction en-de" if normalize_code(to) in table() else ""
+        known = f"choose {', '.join(WRITERS)} or layout"
+        raise UserError(f"'{to}' is nothing to convert to{nearest(to, [*WRITERS, 'layout'])}: {known}{language}")
     options = {name: value for name, value in options.items() if value}
     for name in options:
         if OPTIONS[name] != to:
@@ -130,7 +132,7 @@ def convert(
     if overrides and to != "grown" and not (imported and whole):
         raise UserError("--set is for --to grown and layout, and for --to consolidated of a Hugging Face folder")
     if whole and (direction is not None or route != "specific"):
-        raise UserError(f"--to {to} keeps the whole model: leave out --from, --to-language and --route, or choose --to dense")
+        raise UserError(f"--to {to} keeps the whole model: leave out --direction and --route, or choose --to dense")
     if like and to != "grown":
         raise UserError("--like-language and --like-expert are for --to grown")
     out = Path(out)

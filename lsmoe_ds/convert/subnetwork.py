@@ -69,9 +69,9 @@ def check_convertible(recipe: Recipe, direction: Direction | None, route: str = 
             "same: serve the trained model itself"
         )
     if direction is None and any(moe.by_task for _, _, moe in layers):
-        raise UserError("no dense model serves all directions, since each has experts of its own: name one with --from and --to-language")
+        raise UserError("no dense model serves all directions, since each has experts of its own: name one, as in --direction en-de")
     if direction is None and route == "specific":
-        raise UserError("the specific route needs a direction: name one with --from and --to-language")
+        raise UserError("the specific route needs a direction: name one, as in --direction en-de")
 
 
 def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
