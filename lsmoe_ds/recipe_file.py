@@ -24,13 +24,15 @@ MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 """Numbers that YAML 1.1 reads in base 8 (``010``) or base 60 (``1:30``)."""
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None, changed_by: str = "this command"
+) -> Recipe:
     """Read a recipe file; ``changes`` are merged into it, ``overrides`` are ``a.b=value`` strings with YAML values.
 
     Raises UserError with the key, its line or option, what was found and what is allowed.
     """
     value, places = read_mapping(Path(path), "recipe", Recipe)
-    _mark(changes or {}, f"{path}, changed by 'set'", (), places)
+    _mark(changes or {}, f"{path}, changed by {changed_by}", (), places)
     merge(value, changes or {})
     for override in overrides:
         apply_override(value, override, places)

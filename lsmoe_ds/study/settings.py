@@ -121,7 +121,7 @@ def load_study(path: str | Path) -> Study:
     recipes = {}
     for name, member in settings.members.items():
         try:
-            recipes[name] = load_recipe(base, changes=member.set)
+            recipes[name] = load_recipe(base, changes=member.set, changed_by="'set'")
         except UserError as error:
             raise UserError(f"member '{name}' of {path}: {error}") from None
     return Study(settings, base, recipes)
