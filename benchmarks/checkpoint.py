@@ -9,7 +9,6 @@ beside it), torch.save of weights and optimizer in one file without syncing, and
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -21,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import ragged_batches, write
+from common import argument_parser, ragged_batches, write
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Step
@@ -103,14 +102,14 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("."), help="a folder on the disk to measure")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         result = measure(arguments.rounds, Path(folder))
     print(result)
-    write("checkpoint", result)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

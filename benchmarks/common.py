@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -20,10 +21,9 @@ from typing import Any
 import torch
 
 from lsmoe_ds.data.batching import Batch, DirectionIds, collate
+from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.parallel import joining, launch
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
@@ -40,12 +40,30 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any]) -> None:
-    """Stores ``benchmarks/results/NAME.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+def argument_parser(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark; ``about`` is the script's docstring."""
+    parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
+    about_out = "write the result, with machine and versions, as JSON; by default it is printed"
+    parser.add_argument("--out", type=_writable, metavar="FILE", help=about_out)
+    return parser
+
+
+def _writable(text: str) -> Path:
+    """Return the path of a file that can be written: found out now, not after an hour of measuring."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written")
+    return path
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    """Write a result with the machine and versions to ``out``, or print it."""
+    text = json.dumps({"machine": machine(), **result}, indent=1) + "\n"
+    if out is None:
+        print(text, end="")
+        return
+    write_whole(out, text)
+    print(f"written to {out}")
 
 
 def in_processes(script: str, options: list[str], world: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ pages count. In the same run: reading and summing the checkpoint (sha256), and c
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write
+from common import argument_parser, write
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.vocabulary import train_vocabulary
@@ -34,7 +33,7 @@ from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
 
 VOCABULARY = 12000
-PAIR = ["--from", "en", "--to-language", "de"]
+PAIR = ["--direction", "en-de"]
 
 
 def recipe_of(experts: int) -> Recipe:
@@ -94,7 +93,7 @@ def seconds_of(call: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--folder", type=Path, default=None, help="where there is room; by default the system's temporary folder")
     options = parser.parse_args()
@@ -105,7 +104,7 @@ def main() -> None:
             parameters = apart.apply(make_run, (run, recipe_of(options.experts)))
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         print(f"{parameters:,} parameters, {size / 2**30:.1f} GiB", file=sys.stderr)
-        result: dict[str, Any] = {"a command that only starts": lsmoe("version")}
+        result: dict[str, Any] = {"a command that only starts": lsmoe("--version")}
 
         def copy() -> None:
             shutil.copytree(run, copied)
@@ -122,7 +121,7 @@ def main() -> None:
         result["consolidated to dense"] = lsmoe("convert", str(whole), *out)
         dense = sum(path.stat().st_size for path in (folder / "dense").glob("*.safetensors"))
         setting = {"parameters": parameters, "GiB": round(size / 2**30, 2), "GiB of the dense model": round(dense / 2**30, 2)}
-    write("convert", {"setting": setting, "results": result})
+    write({"setting": setting, "results": result}, options.out)
 
 
 if __name__ == "__main__":

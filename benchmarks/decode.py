@@ -31,7 +31,7 @@ from typing import Any
 import peers
 import torch
 import torch.nn.functional as F
-from common import Tags, alternate, in_processes, write
+from common import Tags, alternate, argument_parser, in_processes, write
 from torch import Tensor, nn
 
 from lsmoe_ds.config import Recipe
@@ -225,7 +225,7 @@ def spread(experts: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=["peers", "32", "128"], default=["peers", "32", "128"])
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
@@ -240,7 +240,7 @@ def main() -> None:
     for name in arguments.parts:
         parts[name] = in_processes(__file__, ["--rounds", str(arguments.rounds), "--parts", name], 1 if name == "peers" else 2)
         print({key: value for key, value in parts[name].items() if key != "sentences a process"}, flush=True)
-    write("decode", {"rounds": arguments.rounds, "source tokens": LENGTH, "output tokens": TOKENS, "parts": parts})
+    write({"rounds": arguments.rounds, "source tokens": LENGTH, "output tokens": TOKENS, "parts": parts}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import in_processes, write
+from common import argument_parser, in_processes, write
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -150,7 +150,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -162,7 +162,7 @@ def main() -> None:
     result = in_processes(__file__, ["--rounds", str(arguments.rounds)], RANKS)
     for name, figures in result["decoder"].items():
         print(f"{name}: {figures}")
-    write("exchange", result)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

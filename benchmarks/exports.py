@@ -8,12 +8,11 @@ and by its dense, Hugging Face and CTranslate2 form. Counted are equal translati
 in float64, leaves equal: what float32's rounding alone changes. In a direction where not all of Hugging Face's are equal, it and
 the model are compared in float64 too.
 
-Each finished row goes into results/exports.json at once. Rows that are there are kept, those that --only names are made anew.
+Each finished row goes into the file of --out at once. Rows that it has are kept; those that --only names are measured again.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -25,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, write
+from common import argument_parser, write
 from sacrebleu.metrics import CHRF
 
 from lsmoe_ds.config import PROJECT, Recipe
@@ -224,7 +223,7 @@ def refusal(changes: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--work", type=Path, default=PROJECT / "build" / "exports")
     parser.add_argument("--run", action="append", default=[], metavar="NAME=RUN", help="a trained run for one of the models")
@@ -233,8 +232,8 @@ def main() -> None:
     given = {name: Path(folder).resolve() for name, _, folder in (each.partition("=") for each in arguments.run)}
     if unknown := given.keys() - MODELS.keys():
         parser.error(f"--run {unknown.pop()}: choose {', '.join(MODELS)}")
-    path = RESULTS / "exports.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+    path = arguments.out
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path is not None and path.exists() else {}
     rows: dict[str, Any] = {}
     for name, (title, _, routes) in MODELS.items():
         for route in routes:
@@ -243,18 +242,19 @@ def main() -> None:
             if rows[key] is None if arguments.only is None else name in arguments.only:
                 run = given.get(name) or train(name, arguments.steps, arguments.work.resolve())
                 rows[key] = {"model": title if len(routes) == 1 else f"{title}, {route}", **measure(run, route)}
-                save({**known, **{each: row for each, row in rows.items() if row is not None}})
+                if path is not None:
+                    save({**known, **{each: row for each, row in rows.items() if row is not None}}, path)
                 print(key, rows[key], flush=True)
     rows = {key: row for key, row in rows.items() if row is not None}
     for name, (title, changes) in REFUSED.items():
         rows[name] = {"model": title, "refused": refusal(changes)}
-    save(rows)
+    save(rows, path)
     print(table(rows))
 
 
-def save(rows: dict[str, Any]) -> None:
+def save(rows: dict[str, Any], out: Path | None) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "ctranslate2", "sacrebleu")}
-    write("exports", {"versions": versions, "beam": Search().beam, "threads": os.environ.get("OMP_NUM_THREADS"), "rows": rows})
+    write({"versions": versions, "beam": Search().beam, "threads": os.environ.get("OMP_NUM_THREADS"), "rows": rows}, out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import alternate, in_processes, peak_memory, ragged_batches, write
+from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
 from torch import Tensor, nn
 
 from lsmoe_ds.config import PROJECT, Recipe
@@ -114,7 +114,7 @@ def measure(setting: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--setting", choices=list(SETTINGS), help=argparse.SUPPRESS)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
@@ -129,7 +129,7 @@ def main() -> None:
     for name, found in result.items():
         for form, figures in found["steps"].items():
             print(f"{name}, {form}: {figures}")
-    write("low_rank", {"rounds": arguments.rounds, "settings": result})
+    write({"rounds": arguments.rounds, "settings": result}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ layer; training writes them once a step.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import alternate, write
+from common import alternate, argument_parser, write
 from torch import Tensor
 
 from lsmoe_ds.config import MoE
@@ -68,7 +67,7 @@ def deepspeeds(x: Tensor, **options: Any) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     if launch.KEEP_LARGE_BLOCKS.items() - os.environ.items():  # glibc reads them when a process starts
@@ -99,7 +98,7 @@ def main() -> None:
         print(f"{name}: {result[name]}")
     sizes = {"experts": EXPERTS, "hidden": HIDDEN, "width": WIDTH, "top_k": TOP_K, "tokens": SENTENCES * LENGTH}
     setting = {**sizes, "rounds": arguments.rounds}
-    write("moe", {**setting, "threads": torch.get_num_threads(), "memory bytes per second": round(rate), "layers": result})
+    write({**setting, "threads": torch.get_num_threads(), "memory bytes per second": round(rate), "layers": result}, arguments.out)
 
 
 if __name__ == "__main__":

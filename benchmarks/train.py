@@ -24,7 +24,7 @@ from typing import Any
 
 import peers
 import torch
-from common import alternate, in_processes, peak_memory, ragged_batches, write
+from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
 from torch import nn
 
 from lsmoe_ds.config import Recipe
@@ -149,7 +149,7 @@ def compare_experts(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argument_parser(__doc__)
     parser.add_argument("--size", choices=list(SIZES), default="demo")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
@@ -162,13 +162,13 @@ def main() -> None:
             arguments.part.write_text(json.dumps(part))
         return
     if size == "experts":
-        write("train_experts", {"size": SIZES[size], "rounds": rounds, "turns": TURNS, "models": compare_experts(rounds)})
+        write({"size": SIZES[size], "rounds": rounds, "turns": TURNS, "models": compare_experts(rounds)}, arguments.out)
         return
     parts = [in_processes(__file__, ["--size", size, "--rounds", str(rounds)], world) for world in (1, 2)]
     rates = parts[0]["tokens per second"]
     ratio = {name: round(value / rates["plain torch, dense"], 3) for name, value in rates.items()}
     print(ratio)
-    write(f"train_{size}", {"size": size, "rounds": rounds, "ratio to plain torch": ratio, "runs": parts})
+    write({"size": size, "rounds": rounds, "ratio to plain torch": ratio, "runs": parts}, arguments.out)
 
 
 if __name__ == "__main__":

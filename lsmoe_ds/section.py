@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+KIND = "kind"  # the type of an error that a value is of another kind than its field
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    """A mapping of a YAML file. Unknown keys are refused, and so is what pydantic would silently turn into a number."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_coercion(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if value == "None" and isinstance(value, str) and type(None) in get_args(annotation):
+            raise PydanticCustomError("none_text", "None is a text")
+        if _coerces(annotation, value):
+            raise PydanticCustomError(KIND, "another kind of value")
+        return value
+
+
+def _coerces(annotation: Any, value: Any) -> bool:
+    """Whether pydantic would turn a value into a number without a word: ``yes`` or ``"1"``. ``1e-4``, text to YAML, may be a float."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _coerces(arguments[0], value)
+    if origin in (Union, types.UnionType):
+        return any(_coerces(member, value) for member in arguments) and not any(_takes(member, value) for member in arguments)
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        return any(_coerces(arguments[0], item) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return any(_coerces(arguments[1], item) for item in value.values())
+    if isinstance(value, bool):
+        return annotation in (int, float)
+    return annotation is int and isinstance(value, str) and value.strip().lstrip("+-").isdecimal()  # others pydantic refuses itself
+
+
+def _takes(annotation: Any, value: Any) -> bool:
+    """Whether a member of a union takes true or false, or a text, as it is."""
+    if isinstance(value, bool):
+        return annotation in (bool, Any)
+    return annotation in (str, float, Path, Any) or get_origin(annotation) is Literal
+
+
+def is_section(annotation: Any) -> type[Section] | None:
+    """Return the section that an annotation admits, possibly beside other kinds; None if it admits none."""
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, Section) else None
+    if get_origin(annotation) not in (Annotated, Union, types.UnionType):
+        return None
+    return next((found for argument in get_args(annotation) if (found := is_section(argument))), None)

@@ -72,7 +72,7 @@ def main() -> None:
     timed("train", "train", recipe, "--nproc", str(PROCESSES), done=finished())
     last = RUN / "checkpoints" / f"step-{steps()}" / "manifest.json"
     timed("evaluate", "evaluate", "runs/demo", done=newer(RUN / "scores.json", last))
-    convert = ["convert", "runs/demo", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "en-de"]
+    convert = ["convert", "runs/demo", "--to", "dense", "--direction", "en-de", "--out", "en-de"]
     timed("extract", *convert, done=newer(RUN / "conversion.json", last) and (DENSE / "model.safetensors").exists())
     begun = time.perf_counter()
     lsmoe("translate", "en-de", "--from", "en", "--to", "de", text=SAMPLE)

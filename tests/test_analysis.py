@@ -14,7 +14,7 @@ import torch
 from small_run import make_run
 
 from lsmoe_ds.analysis.command import analyze_routing, write_analysis
-from lsmoe_ds.analysis.heat_map import as_file, heat_map
+from lsmoe_ds.analysis.heat_map import as_file, heat_map, largest_share
 from lsmoe_ds.analysis.measures import measure_layer, similarity
 from lsmoe_ds.analysis.measuring import Counts, choose_pairs
 from lsmoe_ds.analysis.routing import LayerRouting, Routing, read_routing
@@ -136,7 +136,7 @@ def test_heat_map_of_204_tasks_and_128_experts(routing: str) -> None:
     row = (0.5, *[0.5 / 127] * 127)
     shares = {task: row[-index % 128 :] + row[: -index % 128] for index, task in enumerate(tasks)}
     layer = make_layer(shares, routing, "pair").ordered()
-    drawn = heat_map(layer)
+    drawn = heat_map(layer, largest_share([layer]))
     assert len(drawn) < 300_000
     file = ElementTree.fromstring(as_file(drawn))
     assert file.tag == f"{SVG}svg" and float(file.get("width", 0)) < 1300 and float(file.get("height", 0)) < 4500

@@ -78,6 +78,8 @@ def test_validations_without_dev_pairs_are_refused(tmp_path):
     prepare(recipe)
     check(recipe, tmp_path / "run")
     recipe.training.validate_every = 2
-    with pytest.raises(UserError, match=r"'training.validate_every' is 2, but .* has no dev pairs: set it to 0, or raise 'data.held_out.dev'"):
+    with pytest.raises(
+        UserError, match=r"'training.validate_every' is 2, but .* has no dev pairs: set it to 0, or raise 'data.held_out.dev'"
+    ):
         check(recipe, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -19,8 +19,10 @@ from lsmoe_ds.cli import app
 from lsmoe_ds.config import Vocabulary as VocabularySettings
 from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.convert.folder import find_model, write_folder
-from lsmoe_ds.convert.huggingface import Exported, our_names, rename, tokenizer, tokenizer_config, write_files
+from lsmoe_ds.convert.huggingface import Exported, write_files
+from lsmoe_ds.convert.m2m_100 import our_names, rename
 from lsmoe_ds.convert.subnetwork import extract
+from lsmoe_ds.convert.tokenizer import tokenizer, tokenizer_config
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.errors import UserError
@@ -170,10 +172,8 @@ def test_a_run_to_a_folder_and_a_dense_folder_to_the_same(run, tmp_path):
         assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     provenance = json.loads((tmp_path / "direct" / "provenance.json").read_text())
     assert provenance["kind"] == "huggingface" and set(provenance["files"]) == set(names) - {"README.md", "provenance.json"}
-    with pytest.raises(UserError, match="made by `lsmoe convert --to huggingface`"):
-        convert(tmp_path / "direct", "dense", None, tmp_path / "back")
-    with pytest.raises(UserError, match="made by `lsmoe convert --to huggingface`, which is not read back here"):
-        load(tmp_path / "direct")
+    with pytest.raises(UserError, match="direct is dense: there are no experts to keep"):
+        convert(tmp_path / "direct", "hybrid", None, tmp_path / "back")
 
 
 def test_the_card(run, tmp_path):

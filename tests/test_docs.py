@@ -9,14 +9,15 @@ from pydantic import BaseModel
 
 from lsmoe_ds.config import PROJECT, Recipe
 from lsmoe_ds.data.sources import SOURCES
-from lsmoe_ds.recipe_file import _section_of, load_recipe
+from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.section import is_section
 
 
 def keys(section: type[BaseModel], at: str = "") -> set[str]:
     """The last part of every key of a recipe, with its section."""
     found = set()
     for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
+        inner = is_section(field.annotation)
         found |= keys(inner, f"{name}.") if inner is not None and name != "corpora" else {f"{at}{name}"}
     return found
 

@@ -74,7 +74,10 @@ def test_the_output_of_each_sublayer_is_dropped_before_it_is_added(name):
     layer, last = last_layers(model)[name]
     last.bias.fill_(1.0)
     x = torch.randn(SENTENCES, LENGTH, HIDDEN)
-    real, guide = torch.ones(SENTENCES, LENGTH, dtype=torch.bool), Guide(ragged_batch(torch.Generator(), recipe_for("dense", 1, 1, 0), 2).ids)
+    real, guide = (
+        torch.ones(SENTENCES, LENGTH, dtype=torch.bool),
+        Guide(ragged_batch(torch.Generator(), recipe_for("dense", 1, 1, 0), 2).ids),
+    )
     cross = layer.cross_attention.project(x, guide) if layer.cross_attention is not None else None
     added = layer(x, real, guide, cross=cross)[0] - x
     assert_half_is_dropped(added.round(decimals=4), torch.ones_like(x))

@@ -17,9 +17,10 @@ from small_run import write_corpus
 
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.folder import Weights, find_model, read_weights, write_folder
-from lsmoe_ds.convert.huggingface import rename, tokenizer, tokenizer_config
 from lsmoe_ds.convert.importing import M2M_100, read_huggingface
+from lsmoe_ds.convert.m2m_100 import rename
 from lsmoe_ds.convert.tensors import Tensors
+from lsmoe_ds.convert.tokenizer import tokenizer, tokenizer_config
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.prepare import prepare

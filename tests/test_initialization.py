@@ -54,9 +54,7 @@ def test_every_parameter_is_of_its_kind():
     found = values_of(recipe_of(low_rank=LowRank(rank=16, at="both")))
     normal(0.125, found.pop("embedding.tokens.weight"))  # 64 ** -0.5
     for name, value in found.items():
-        if name.endswith("router.weight"):
-            normal(0.1, value)
-        elif name.endswith("_low_rank.vertical"):
+        if name.endswith("router.weight") or name.endswith("_low_rank.vertical"):
             normal(0.1, value)
         elif name.endswith((".bias", "_low_rank.flat")):
             assert not value.any(), name

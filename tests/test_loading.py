@@ -55,5 +55,7 @@ def test_weights_of_another_model_are_refused(change):
         weights.tensors["encoder.1.feed_forward.experts.8.expand.bias"] = weights.tensors[name]
     else:
         weights.tensors[name] = weights.tensors[name][:-1]
-    with pytest.raises(UserError, match=r"do not belong to the recipe and vocabulary: encoder\.1\.feed_forward\.experts\.[78]\.expand\.bias"):
+    with pytest.raises(
+        UserError, match=r"do not belong to the recipe and vocabulary: encoder\.1\.feed_forward\.experts\.[78]\.expand\.bias"
+    ):
         build_model(recipe, VOCABULARY, weights, torch.device("cpu"))

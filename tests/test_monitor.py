@@ -44,7 +44,9 @@ def test_a_record_averages_its_steps_by_their_target_tokens(tmp_path):
     with Monitor(tmp_path, steps=4, every=2, main=True) as monitor:
         monitor.start(0, None)
         monitor.after_step(1, step(10), result(1.0, **{name: 10.0 * i for i, name in enumerate(names, start=1)}, learning_rate=0.1))
-        monitor.after_step(2, step(30), result(2.0, **{name: 20.0 * i for i, name in enumerate(names, start=1)}, learning_rate=0.3, grad_norm=7.0))
+        monitor.after_step(
+            2, step(30), result(2.0, **{name: 20.0 * i for i, name in enumerate(names, start=1)}, learning_rate=0.3, grad_norm=7.0)
+        )
         monitor.after_step(3, step(10), result(5.0))
         monitor.after_step(4, step(10), result(3.0))
     first, second = records(tmp_path)

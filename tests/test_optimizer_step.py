@@ -94,7 +94,10 @@ def test_a_weight_without_gradient_shrinks_by_the_decay_alone(pool):
     idle = 0
     for name, parameter in model.named_parameters():
         if name.endswith("expand.weight") and "experts" in name:
-            before, after = parameter.detach(), torch.from_numpy(weights[name.replace("deepspeed_moe.experts.deepspeed_experts", "experts")])
+            before, after = (
+                parameter.detach(),
+                torch.from_numpy(weights[name.replace("deepspeed_moe.experts.deepspeed_experts", "experts")]),
+            )
             idle += bool(((after - shrunk * before).abs() <= 1e-6).all())
     assert 32 <= idle < 48
 

@@ -6,17 +6,19 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from lsmoe_ds.analysis.heat_map import heat_map
+from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.routing import read_routing
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.plots import number, smooth, thin, ticks
-from lsmoe_ds.evaluation.report import duration, read_progress, short_count, write_report
+from lsmoe_ds.evaluation.report import Progress, _caveat, duration, read_progress, short_count, write_report
 from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
 from lsmoe_ds.languages import english_centric
 from lsmoe_ds.recipe_file import load_recipe
@@ -145,7 +147,8 @@ def test_report_of_a_whole_run(tmp_path) -> None:
         "sentencepiece",
         "55 s of training",
         "11.0 k tokens",
-        "50% of its 16 test translations are word for word the reference",
+        "chrF above copying the source. Of its 16 test translations 50% are word for word the reference",
+        "All layers have one scale: full color is 50.0 %",
     ):
         assert expected in page.text, expected
     assert not [tag for tag, attributes in page.tags if attributes.get("class") == "absent"]
@@ -173,7 +176,8 @@ def test_sections_without_their_file_say_so(absent: str, tmp_path) -> None:
         (run / name).unlink()
     page = Page(write_report(run, tmp_path / "elsewhere.html"))
     notes = [attributes for tag, attributes in page.tags if attributes.get("class") == "absent"]
-    assert len(notes) == {"all": 6, "scores.json": 2}.get(absent, 1)
+    assert len(notes) == {"all": 5, "scores.json": 2, "timings.json": 0}.get(absent, 1)
+    assert "make demo" not in page.text
     assert not (run / "report.html").exists() and page.needs_nothing_else()
 
 
@@ -267,14 +271,14 @@ def test_training_charts_of_each_method(method: str, tmp_path) -> None:
     expected = {"dev, shared route": "low_rank", "Divergence of the two": "low_rank", "Mean gate; dashed its budget, 0.35": "clsr"}
     assert [text for text in expected if text in page.text] == [text for text, of in expected.items() if of == method]
     loss, rate, *more = charts(page)
-    assert list(loss) == ["faint", "line", "dev", *(["shared"] if method == "low_rank" else [])] and list(rate) == ["line"]
+    assert list(loss) == ["faint", "line", *(["dev wide", "shared"] if method == "low_rank" else ["dev"])] and list(rate) == ["line"]
     assert [list(chart) for chart in more] == {"low_rank": [["line"]], "clsr": [["aim", "line"]]}.get(method, [])
     if more:
         ((first, high), *_, (last, low)) = more[0]["line"]
         assert (first, last) == (0, 1000) and high < low, "it falls"
     if method == "low_rank":
-        assert [x for x, _ in loss["dev"]] == [x for x, _ in loss["shared"]] == [500, 1000]
-        assert all(shared < dev for (_, shared), (_, dev) in zip(loss["shared"], loss["dev"], strict=True)), "a larger loss is higher"
+        assert [x for x, _ in loss["dev wide"]] == [x for x, _ in loss["shared"]] == [500, 1000]
+        assert all(shared < dev for (_, shared), (_, dev) in zip(loss["shared"], loss["dev wide"], strict=True)), "a larger loss is higher"
     if method == "clsr":
         ((left, budget), (right, same)) = more[0]["aim"]
         assert (left, right) == (0, 1000) and high < budget == same < low
@@ -354,7 +358,7 @@ def test_heat_map_is_valid_svg_with_the_chosen_framed(tmp_path) -> None:
     wide = routing_layer("decoder", experts=128, shares=[[1 / 128] * 128] * 5, routing="token")
     (tmp_path / "routing.json").write_text(json.dumps({"layers": [routing_layer(), wide]}))
     task, token = read_routing(tmp_path / "routing.json")
-    svg = ElementTree.fromstring(heat_map(task))
+    svg = ElementTree.fromstring(heat_map(task, 0.5))
     assert len([e for e in svg.iter("rect") if e.get("class") == "frame"]) == 5 * 2
     cells = [e for e in svg.iter("rect") if e.get("class") is None]
     assert len(cells) == 5 * 4
@@ -362,7 +366,7 @@ def test_heat_map_is_valid_svg_with_the_chosen_framed(tmp_path) -> None:
     assert "German, expert 1: 50.0%, chosen" in titles and "German, expert 3: 10.0%" in titles
     darkest = max(cells, key=lambda cell: float(cell.get("fill-opacity", 0)))
     assert darkest.findtext("title") in ("German, expert 1: 50.0%, chosen", "Dutch, expert 2: 50.0%, chosen")
-    svg = ElementTree.fromstring(heat_map(token))
+    svg = ElementTree.fromstring(heat_map(token, 1 / 128))
     assert len(list(svg.iter("title"))) == 5 * 128 and not [e for e in svg.iter("rect") if e.get("class") == "frame"]
     assert float(svg.get("width", 0)) < 1400
 
@@ -394,3 +398,67 @@ def test_durations(seconds: float, text: str) -> None:
 def test_numbers() -> None:
     assert [number(v) for v in (12500, 0.75, 1.5e-4, 0)] == ["12,500", "0.75", "1.5e-4", "0"]
     assert [short_count(v) for v in (950, 12_300, 41_230_000, 1.5e9)] == ["950", "12.3 k", "41.2 M", "1.5 B"]
+
+
+def test_the_report_of_a_model_without_experts_speaks_of_none(tmp_path) -> None:
+    run = make_run(tmp_path)
+    recipe = load_recipe(run / "recipe.yaml").model_dump(exclude_none=True)
+    for side in ("encoder", "decoder"):
+        recipe["model"][side].pop("moe")
+    recipe["model"]["low_rank"] = {"rank": {code: 4 if code == "en" else 2 for code in ("de", "en", "he", "nl", "ru")}, "index": "language"}
+    (run / "recipe.yaml").write_text(Recipe.model_validate(recipe).to_yaml())
+    (run / "routing.json").unlink()
+    (run / "timings.json").unlink()
+    text = Page(write_report(run)).text
+    assert "transformer with low-rank matrices of each language (ranks 2 to 4) beside its feed-forwards, trained for 100 steps" in text
+    assert "The matrices of a direction folded into the layers beside which they stood" in text
+    assert not re.search(r"\b[Ee]xperts?\b|[Ss]parse|make demo", text.partition("name: demo")[0])
+
+
+def test_every_conversion_is_told_with_what_it_is(tmp_path) -> None:
+    run = make_run(tmp_path)
+    record = json.loads((run / "conversion.json").read_text())
+    int8 = {"kind": "ctranslate2", "quantization": "int8", "same_translations": 81, "largest_logit_difference": None, "step": 90}
+    reason = {"kind": "huggingface", "direction": "en-nl", "same_translations": None, "not_checked": "transformers is not installed"}
+    (run / "conversions").mkdir()
+    for name, change in (("z", {"kind": "dense", "step": 100, "date": "2026-01-02T03:04:05+00:00"}), ("a", int8), ("b", reason)):
+        (run / "conversions" / f"{name}.json").write_text(json.dumps(record | change))
+    (run / "conversion.json").write_text(json.dumps(record | int8))
+    page = Page(write_report(run))
+    rows = re.findall(r"<tr><td>(dense|Hugging Face|CTranslate2, int8)<br>(.*?)</tr>", page.source)
+    assert [title for title, _ in rows] == ["dense", "Hugging Face", "CTranslate2, int8"]
+    cells = [[re.sub(r"<[^>]+>", "", cell) for cell in row.split("</td><td")] for _, row in rows]
+    assert "99 of 100" in cells[0][5] and cells[0][6].endswith("2026-01-02, of step 100, in 3.0 s")
+    assert "not compared: transformers is not installed" in cells[1][5] and "English → Dutch" in cells[1][1]
+    assert "81 of 100" in cells[2][5] and "of step 90" in cells[2][6]
+    assert "Weights in int8 are rounded more" in page.text and "dense, one" not in page.text
+    (run / "conversions" / "a.json").unlink()
+    assert "int8" not in Page(write_report(run)).text
+
+
+def test_two_layers_have_one_scale_of_color(tmp_path) -> None:
+    """A share has the same color in both, though each layer's largest share differs."""
+    pale = routing_layer("decoder", shares=[[0.25, 0.25, 0.25, 0.25]] * 5)
+    (tmp_path / "routing.json").write_text(json.dumps({"layers": [routing_layer(), pale]}))
+    layers = read_routing(tmp_path / "routing.json")
+    assert largest_share(layers) == 0.5
+
+    def color(drawing: str, expert: int) -> float:
+        cells = [
+            e for e in ElementTree.fromstring(drawing).iter("rect") if (e.findtext("title") or "").startswith(f"Russian, expert {expert}:")
+        ]
+        return float(cells[0].get("fill-opacity", 0))
+
+    first, second = (heat_map(layer, largest_share(layers)) for layer in layers)
+    assert color(first, 1) == color(second, 1) == pytest.approx(0.04 + 0.96 * 0.25 / 0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "said"), [(3.21, "3.2 chrF above copying"), (-3.21, "3.2 chrF below copying"), (0.0, "the same chrF as copying")]
+)
+def test_the_caveat_compares_with_copying_in_plain_words(ahead: float, said: str) -> None:
+    score = score_direction(english_centric(["de"])[0], ["a b c"], ["x y z"], ["q r s"])
+    metrics = Metrics(0.0, 20.0 + ahead, 0.0)
+    table = ScoreTable("x", 1, "test", 5, 1.0, (replace(score, metrics=metrics, copy=Metrics(0.0, 20.0, 0.0)),))
+    caveat = _caveat(table, Progress(steps=10, seconds=180.0))
+    assert caveat is not None and caveat.startswith(f"After 3 min of training the model scores {said} the source. Of its 1 test")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -29,7 +30,7 @@ from lsmoe_ds.study import command
 from lsmoe_ds.study.command import run_study
 from lsmoe_ds.study.page import render_page
 from lsmoe_ds.study.settings import load_study
-from lsmoe_ds.study.table import Costs, Spread, compare
+from lsmoe_ds.study.table import Comparison, Costs, Spread, compare
 
 SIGNATURES = {"bleu": "b", "chrf": "c", "chrfpp": "p"}
 RESOURCES = {"de-en": "high", "en-fr": "low"}
@@ -79,6 +80,43 @@ def test_means_spreads_gains_and_win_ratio():
     assert shared.win_ratio is None and shared.gain is None and shared.groups == {} and shared.seeds == ()
 
 
+def test_whether_a_difference_is_larger_than_what_seeds_do():
+    """Of the means of all directions the baseline has 20 and 22.5."""
+    high, low = scored(en_de=24, de_en=33, en_fr=13, fr_en=22), scored(en_de=23, de_en=31, en_fr=12, fr_en=25)  # 23 and 22.75
+    naive, above, below, between, one = comparison_of(
+        {
+            NAIVE: SCORES[NAIVE],
+            LMS: {1: high, 2: low},
+            SHARED: {1: scored(en_de=1, de_en=2), 2: scored(en_de=3, de_en=4)},
+            ("x", "specific"): SCORES[LMS],  # 24 and 22
+            ("y", "specific"): {1: high},
+        },
+        {**TITLES, ("x", "specific"): "X", ("y", "specific"): "Y"},
+    ).rows
+    assert [row.beyond_seeds for row in (naive, above, below, between, one)] == [None, True, True, False, None]
+    assert [row.certainty for row in (naive, above, between, one)] == ["", "beyond seed noise", "within seed noise", "too few seeds"]
+    comparison = compare("x", 1, [1], {"beam": 5}, NAIVE, {NAIVE: "N"}, {NAIVE: Costs(1, 1, 1)}, {NAIVE: {1: high}})
+    assert comparison.about_seeds() == "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add seeds."
+
+
+def test_a_comparison_is_read_back():
+    comparison = comparison_of(SCORES)
+    assert Comparison.from_dict(json.loads(json.dumps(comparison.to_dict()))) == comparison
+
+
+def test_the_result_that_comes_with_the_project_is_told_alike_everywhere():
+    """studies/results: the table in Markdown, and the page of the documentation, say what the figures say."""
+    folder = PROJECT / "studies" / "results"
+    comparison = Comparison.from_dict(json.loads((folder / "lms.json").read_text(encoding="utf-8")))
+    assert (folder / "lms.md").read_text(encoding="utf-8") == comparison.to_markdown()
+    page, rows = (PROJECT / "docs" / "study.md").read_text(encoding="utf-8"), {row.title: row for row in comparison.rows}
+    told = {"LMS, pair-wise": "LMS, pair-wise, rank 32", "CLSR*": "CLSR*", "Switch, 5 experts": "Switch, 5 experts"}
+    for title, name in told.items():
+        row = rows[title]
+        (line,) = re.findall(rf"^\| {re.escape(name)} \|.*$", page, re.M)
+        assert f"{row.groups['all']['chrfpp'].text()} | {row.gain:+.1f} | {row.win_ratio:.0%} | {row.certainty} |" in line, line
+
+
 def test_equal_scores_are_no_win():
     twice = comparison_of({NAIVE: SCORES[NAIVE], LMS: SCORES[NAIVE]})
     assert twice.rows[1].win_ratio == 0.0
@@ -95,9 +133,17 @@ def test_tables_in_markdown_json_and_html(tmp_path):
     comparison = comparison_of(SCORES)
     grids = {grid.title: grid for grid in comparison.grids()}
     rows = {row[0]: row[1:] for row in grids["chrF++"].rows}
-    assert grids["chrF++"].columns[1:] == ["Into English", "Out of English", "All directions", "High resource", "Low resource", "Win ratio"]
-    assert rows[HOSTILE] == ["28.5 ±0.5", "17.5 ±1.5", "23.0 ±1.0", "28.0 ±0.0", "18.0 ±2.0", "75%"]
-    assert rows["LMS, shared"] == ["missing"] * 6 and rows["Copying the source"] == ["12.0"] * 5 + ["–"]
+    assert grids["chrF++"].columns[1:] == [
+        "Into English",
+        "Out of English",
+        "All directions",
+        "High resource",
+        "Low resource",
+        "Win ratio",
+        "Difference",
+    ]
+    assert rows[HOSTILE] == ["28.5 ±0.5", "17.5 ±1.5", "23.0 ±1.0", "28.0 ±0.0", "18.0 ±2.0", "75%", "within seed noise"]
+    assert rows["LMS, shared"] == ["missing"] * 6 + ["–"] and rows["Copying the source"] == ["12.0"] * 5 + ["–", "–"]
     assert rows["Naive | MMT"][-1] == "–"
     assert grids["Size and speed"].rows[1][1:] == ["7.00M", "6.00M", "5.00M", "1,100 ±100", "1,100.0 ±100.0", "2 of 2"]
     assert grids["chrF++ by direction"].rows[1] == ["fr-en", "22.0 ±2.0", "26.0 ±2.0", "missing", "12.0"]
@@ -117,6 +163,7 @@ def test_tables_in_markdown_json_and_html(tmp_path):
     assert page.needs_nothing_else() and "alert('x')" in page.text
     dots = [dict(attributes) for tag, attributes in page.tags if tag == "i" and "title" in attributes]
     assert [dot["title"] for dot in dots] == ["seed 1: -1.2", "seed 2: +1.2", "seed 1: +0.8", "seed 2: +2.8"]
+    assert "a seed below it" in page.text and "range of the seeds of Naive | MMT" in page.text and "within seed noise" in page.text
     assert "+4.0" in page.text and "-2.0" in page.text and "missing" in page.text
 
 
@@ -125,7 +172,7 @@ def test_page_and_tables_without_any_score(tmp_path):
     path = tmp_path / "study.html"
     path.write_text(render_page(comparison), encoding="utf-8")
     assert "No scores are there yet" in Page(path).text
-    assert "| Naive &#124; MMT | missing | – |" in comparison.to_markdown()
+    assert "| Naive &#124; MMT | missing | – | – |" in comparison.to_markdown()
     assert "missing" not in json.dumps(comparison.to_dict()["copy"]) and comparison.render().row_count == 3
 
 
@@ -176,7 +223,7 @@ def test_recipes_of_the_members(base):
 MEMBER = study_file()["members"]["naive"]
 ROUTES = {"routes": ["specific", "shared"]}
 BAD = [
-    ("no member", {"members": {}}, [], "'members': dictionary should have at least 1 item"),
+    ("no member", {"members": {}}, [], "'members' should have at least 1 entry"),
     ("baseline", {"baseline": "naiv"}, [], "'baseline' is naiv, which is no member (did you mean 'naive'?): the members are naive, fd"),
     ("data", {"members": {"naive": {"set": {"data": {"temperature": 1}}}}}, [], "'set' changes data.temperature, but the members share"),
     ("steps", {"members": {"naive": {"set": {"training": {"steps": 9}}}}}, [], "'set' changes training.steps, but the members take"),
@@ -184,11 +231,11 @@ BAD = [
     ("name", {"members": {"naive": {"set": {"name": "x"}}}}, [], "'set' changes name, but the members share"),
     ("key", {"members": {"naive": {"titel": "x"}}}, [], "unknown key 'members.naive.titel' (did you mean 'title'?)"),
     ("key of the study", {"seed": 1}, [], "unknown key 'seed' (did you mean 'seeds'?)"),
-    ("key of a recipe", {"members": {"naive": {"set": {"model": {"hiden": 3}}}}}, [], "member 'naive' of bad.yaml: base.yaml"),
+    ("key of a recipe", {"members": {"naive": {"set": {"model": {"hiden": 3}}}}}, [], "of bad.yaml: base.yaml, changed by 'set': unknown"),
     ("route", {"members": {"naive": {**MEMBER, **ROUTES}}}, [], "member 'naive': the model has no shared"),
     ("route twice", {"members": {"naive": {"routes": ["shared", "shared"]}}}, [], "'routes' names a route twice"),
     ("seed twice", {"seeds": [1, 1]}, [], "'seeds' names a seed twice"),
-    ("name of a member", {"members": {"naive": {}, "a/b": {}}}, [], "string should match pattern"),
+    ("name of a member", {"members": {"naive": {}, "a/b": {}}}, [], "'members.a/b' should consist of letters, digits, '.', '_' and '-'"),
     ("asked member", {}, ["--member", "fdd"], "member fdd is not in the study (did you mean 'fd'?): it has naive, fd"),
     ("asked seed", {}, ["--seed", "1"], "seed 1 is not in the study: it has 3"),
     ("no recipe", {"recipe": "none.yaml"}, [], "there is no recipe none.yaml"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference import translate as module
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import Loaded
-from lsmoe_ds.inference.translate import cut_line, read_lines, translate, translate_tokens
+from lsmoe_ds.inference.stream import FIRST_CHUNK, LARGEST_CHUNK, read_chunks, read_lines
+from lsmoe_ds.inference.translate import cut_line, translate, translate_chunks, translate_tokens
 from lsmoe_ds.languages import Direction, tag
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
@@ -69,10 +72,10 @@ def test_lines_are_translated_while_others_are_still_read(loaded):
 
     stream = translate(loaded, EN_DE, endless())
     next(stream)
-    assert len(read) == module.FIRST_CHUNK
-    for _ in range(module.FIRST_CHUNK):
+    assert len(read) == FIRST_CHUNK
+    for _ in range(FIRST_CHUNK):
         next(stream)
-    assert len(read) == 3 * module.FIRST_CHUNK
+    assert len(read) == 3 * FIRST_CHUNK
 
 
 def test_the_direction_is_checked_at_once(loaded):
@@ -139,3 +142,50 @@ def test_lines_of_a_stream():
     assert list(read_lines(io.BytesIO(b""))) == []
     with pytest.raises(UserError, match=r"line 2 is not UTF-8 \(byte 0xff at position 3\)"):
         list(read_lines(io.BytesIO(b"good\nab\xff\n")))
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[io.FileIO, io.BufferedReader]]:
+    """Both ends: what somebody writes into, and what is read as standard input is."""
+    out, into = os.pipe()
+    with open(into, "wb", buffering=0) as writer, open(out, "rb") as reader:
+        yield writer, reader
+
+
+def test_a_line_is_answered_before_the_next_one_comes(loaded, pipe):
+    writer, reader = pipe
+    first, second, third = lines_of(loaded, 3)
+    wanted = list(translate(loaded, EN_DE, [first, second, third]))
+    found = translate_chunks(loaded, EN_DE, read_chunks(reader))
+    writer.write(f"{first}\n".encode())
+    assert next(found) == wanted[0]  # the pipe is still open
+    writer.write(f"{second}\n{third}".encode())  # the last line has no end
+    assert next(found) == wanted[1]
+    writer.close()
+    assert list(found) == wanted[2:]
+
+
+def test_lines_that_come_fast_make_large_chunks(tmp_path):
+    (tmp_path / "text").write_text("".join(f"line {number}\n" for number in range(10_000)))
+    with (tmp_path / "text").open("rb") as file:
+        chunks = list(read_chunks(file))
+    assert [line for chunk in chunks for line in chunk] == [f"line {number}" for number in range(10_000)]
+    sizes = [len(chunk) for chunk in chunks]
+    assert sizes[:4] == [FIRST_CHUNK, 32, 64, 128] and max(sizes) == LARGEST_CHUNK and len(sizes) < 15
+
+
+@pytest.mark.parametrize("content", ["\ufeffä\r\nb\n\nc\u2028d\ne", "", "\n", "a\n", "a"])
+def test_chunks_are_the_lines_of_a_stream(pipe, content):
+    writer, reader = pipe
+    writer.write(content.encode())
+    writer.close()
+    assert [line for chunk in read_chunks(reader) for line in chunk] == list(read_lines(io.BytesIO(content.encode())))
+
+
+def test_what_stands_before_a_bad_line_is_translated(pipe):
+    writer, reader = pipe
+    writer.write(b"good\nab\xff\nmore\n")
+    chunks = read_chunks(reader)
+    assert next(chunks) == ["good"]
+    with pytest.raises(UserError, match=r"line 2 is not UTF-8 \(byte 0xff at position 3\)"):
+        next(chunks)

@@ -20,7 +20,9 @@ class Echo:
 
     def __init__(self, longest: int = 10, size: int = 100) -> None:
         self.recipe = SimpleNamespace(data=SimpleNamespace(batch=SimpleNamespace(max_length=longest + 2)))
-        self.vocabulary = SimpleNamespace(size=size, encode=lambda text: [ord(each) for each in text], decode=lambda ids: "".join(map(chr, ids)))
+        self.vocabulary = SimpleNamespace(
+            size=size, encode=lambda text: [ord(each) for each in text], decode=lambda ids: "".join(map(chr, ids))
+        )
         self.batches: list[list[int]] = []
 
     def search(self, sources, direction, search) -> list[Hypothesis]:

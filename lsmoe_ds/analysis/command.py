@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lsmoe_ds.analysis.heat_map import as_file, heat_map
+from lsmoe_ds.analysis.heat_map import as_file, heat_map, largest_share
 from lsmoe_ds.analysis.measures import measure_layer, similarity
 from lsmoe_ds.analysis.page import render_page
 from lsmoe_ds.analysis.routing import Routing
@@ -67,7 +67,8 @@ def write_analysis(out: Path, name: str, step: int, routing: Routing) -> dict[st
     out = out.resolve()
     with locked(out), replaced(out) as new:
         texts = {"routing.json": json.dumps(routing.to_dict()) + "\n", "index.html": render_page(name, step, routing)}
-        texts |= {f"{layer.name}.svg": as_file(heat_map(layer)) for layer in layers}
+        full = largest_share(layers)
+        texts |= {f"{layer.name}.svg": as_file(heat_map(layer, full)) for layer in layers}
         for file, text in texts.items():
             (new / file).write_text(text, encoding="utf-8")
         _write_csv(new / "routing.csv", ("side", "layer", "task", "expert", "share"), _share_rows(routing))

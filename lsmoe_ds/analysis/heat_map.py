@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -52,8 +52,14 @@ def is_large(layer: LayerRouting) -> bool:
     return len(layer.tasks) > MOST_TASKS or len(layer.tasks) * layer.experts > MOST_CELLS
 
 
-def heat_map(layer: LayerRouting) -> Markup:
-    """An SVG element: a row for each task (grouped by section and family), a column for each expert, the darker the larger the share.
+def largest_share(layers: Iterable[LayerRouting]) -> float:
+    """Return the largest share of any task in any of the layers: maps that stand together are drawn on one scale."""
+    return max((share for layer in layers for row in layer.shares for share in row), default=0.0) or 1.0
+
+
+def heat_map(layer: LayerRouting, full: float) -> Markup:
+    """Return an SVG element: a row for each task (grouped by section and family), a column for each expert, the darker the larger the
+    share; ``full`` is the share in full color.
 
     Where all tokens of a task use the same experts, these are framed. Shares are written in percent as long as there are 16
     experts or fewer, and not too many tasks.
@@ -61,7 +67,6 @@ def heat_map(layer: LayerRouting) -> Markup:
     look, large = Look.of(layer), is_large(layer)
     names = [task_name(task) for task in layer.tasks]
     left = 6 + max((look.letter * len(name) for name in names), default=0)
-    largest = max((share for row in layer.shares for share in row), default=0.0) or 1.0
     parts: list[Markup] = []
     for expert in range(layer.experts):
         if look.width > 20 or expert % 8 == 0 or (look.width > 7 and expert % 2 == 0):
@@ -72,7 +77,7 @@ def heat_map(layer: LayerRouting) -> Markup:
             parts.append(_text(0, y + look.heading - 4, heading, kind))
             y += look.heading
         parts.append(_text(0, y + look.base, names[index], "low" if large else ""))
-        parts += (_low_row if large else _row)(layer, index, names[index], left, y, largest, look)
+        parts += (_low_row if large else _row)(layer, index, names[index], left, y, full, look)
         y += look.height
     total = (_n(left + layer.experts * look.width + 2), _n(y + 2))
     svg = Markup('<svg class="heat" role="img" aria-label="{}" width="{}" height="{}" viewBox="0 0 {} {}">{}{}</svg>')
@@ -81,7 +86,7 @@ def heat_map(layer: LayerRouting) -> Markup:
 
 
 def as_file(svg: Markup) -> str:
-    """The element as a file of its own, on a white ground."""
+    """Return the element as a file of its own, on a white ground."""
     opened, closed, rest = str(svg).partition("</style>")
     opened = opened.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return f'{opened}{closed}<rect width="100%" height="100%" style="fill:#fff"/>{rest}\n'

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jinja2
 from markupsafe import Markup
 
-from lsmoe_ds.analysis.heat_map import heat_map
+from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.measures import LayerMeasures, measure_layer
 from lsmoe_ds.analysis.routing import LayerRouting, Routing, task_name
 
@@ -16,12 +16,12 @@ COLUMNS = {
     "Routing": "who chooses the experts",
     "Balance": "the largest share of all tokens times the number of experts: 1 is even",
     "Variation": "standard deviation of the experts' shares of all tokens over their mean: 0 is even",
-    "Entropy": "of the experts' shares of all tokens, in bits; in brackets of what is possible",
+    "Entropy": "of the experts' shares of all tokens, in bits; in brackets as a share of the greatest possible",
     "Of a task": "entropy of the shares of a task, mean over tasks: the lower, the more focused",
-    "Alike, one family": "similarity of two tasks of the same family, mean: the sum over experts of the smaller share, 1 is the same",
-    "Other families": "similarity of two tasks of different families, mean",
+    "Alike, one family": "mean similarity of two tasks of the same family: the sum over experts of the smaller share; 1 is the same",
+    "Other families": "mean similarity of two tasks of different families",
     "Unused": "experts that received nothing",
-    "Dropped": "share of choices that found their expert full",
+    "Dropped": "share of choices that were dropped because their expert was full",
 }
 
 
@@ -73,7 +73,7 @@ def reading(layer: LayerRouting) -> str | None:
 
 
 def render_page(name: str, step: int, routing: Routing) -> str:
-    """The page as text; it needs nothing beside itself. Everything that comes from data is escaped."""
+    """Return the page as text; it needs nothing beside itself. Everything that comes from data is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lsmoe_ds.analysis", "."),
         autoescape=True,
@@ -81,7 +81,8 @@ def render_page(name: str, step: int, routing: Routing) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    full = [max((share for row in layer.shares for share in row), default=0.0) for layer in routing.layers]
-    maps = [(layer, heat_map(layer), reading(layer), most) for layer, most in zip(routing.layers, full, strict=True)]
+    full = largest_share(routing.layers)
+    maps = [(layer, heat_map(layer, full), reading(layer)) for layer in routing.layers]
+    measures = measures_table(routing.layers)
     page = environment.get_template("page.html")
-    return page.render(name=name, step=step, routing=routing, measures=measures_table(routing.layers), columns=COLUMNS, maps=maps)
+    return page.render(name=name, step=step, routing=routing, measures=measures, columns=COLUMNS, maps=maps, full=full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import importlib.util
 import json
@@ -18,6 +19,7 @@ import torch
 
 from lsmoe_ds import __version__
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.convert.ctranslate2 import QUANTIZATIONS
 from lsmoe_ds.convert.folder import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
 from lsmoe_ds.convert.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.convert.huggingface import Exported
@@ -29,12 +31,12 @@ from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import write_whole
+from lsmoe_ds.folders import explain_errors, write_whole
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, load_engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
-from lsmoe_ds.languages import Direction, nearest
+from lsmoe_ds.languages import Direction, nearest, normalize_code, table
 
 BATCH = 16  # sentences whose logits are held at once
 
@@ -48,7 +50,7 @@ WRITERS = {
     "ctranslate2": "lsmoe_ds.convert.ctranslate2",
 }
 """What a model can be converted to: the module whose ``write_files`` is its :class:`~lsmoe_ds.convert.folder.Writer`."""
-PLAIN = ("dense", "huggingface", "ctranslate2")  # kinds without experts, which a run's report tells of
+SERVED = ("dense", "huggingface", "ctranslate2")  # kinds without experts, which a run's report tells of
 OPTIONS = {"quantization": "ctranslate2", "optimizer": "consolidated"}  # and the kind that has them
 
 
@@ -111,27 +113,29 @@ def convert(
     like: Likeness | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Converts a run, a checkpoint, a converted folder or one of Hugging Face; if a plain model is made of a run it writes
-    ``conversion.json`` beside the run's recipe (see evaluation/report.py).
+    """Convert a run, a checkpoint, a converted folder or one of Hugging Face, and return what was written.
 
     For one direction, or by the shared route for all; a dense folder is taken as it is. ``average`` checkpoints are averaged.
-    ``overrides`` change the recipe of a grown or imported model; ``like`` says what new parts are like.
+    ``overrides`` change the recipe of a grown or imported model; ``like`` says what new parts begin as.
     ``options`` are those of the kind's writer: ``quantization`` of ctranslate2, ``optimizer`` of consolidated.
-    The first ``check`` held-out sentences of the direction, or as many spread over all, are translated by both models; without
-    prepared data or the memory for both, or with 0, none are. Returns what was written. Raises UserError for a target, direction,
-    route, option or folder that is not possible.
+    The first ``check`` held-out sentences of the direction, or as many spread over all, are translated by both models. If that is not
+    possible, the record says why. What is made of a run for serving is also noted in the run's folder (:func:`_note`). Raises
+    UserError for a target, direction, route, option or folder that is not possible.
     """
     if to not in WRITERS:
-        raise UserError(f"'{to}' is nothing to convert to{nearest(to, [*WRITERS, 'layout'])}: choose {', '.join(WRITERS)} or layout")
+        language = "; a language goes into --direction, as in --direction en-de" if normalize_code(to) in table() else ""
+        known = f"choose {', '.join(WRITERS)} or layout"
+        raise UserError(f"'{to}' is nothing to convert to{nearest(to, [*WRITERS, 'layout'])}: {known}{language}")
     options = {name: value for name, value in options.items() if value}
     for name in options:
         if OPTIONS[name] != to:
             raise UserError(f"--{name} is for --to {OPTIONS[name]}, not for {to}")
-    imported, whole = is_huggingface(Path(run)), to in ("consolidated", "grown")
+    whole = to in ("consolidated", "grown")
+    imported = is_huggingface(Path(run)) or bool(to == "consolidated" and overrides and find_model(run).kind == "huggingface")
     if overrides and to != "grown" and not (imported and whole):
         raise UserError("--set is for --to grown and layout, and for --to consolidated of a Hugging Face folder")
     if whole and (direction is not None or route != "specific"):
-        raise UserError(f"--to {to} keeps the whole model: leave out --from, --to-language and --route, or choose --to dense")
+        raise UserError(f"--to {to} keeps the whole model: leave out --direction and --route, or choose --to dense")
     if like and to != "grown":
         raise UserError("--like-language and --like-expert are for --to grown")
     out = Path(out)
@@ -154,7 +158,7 @@ def convert(
         made |= {"run": recipe.name, "grown_from": made["run"], "direction": ALL, "dense_parameters": tensors.numbers}
     if options.pop("optimizer", False):
         options["optimizer_of"] = stored
-    shown = {name: value for name, value in options.items() if name == "quantization"}
+    shown = {"quantization": options.get("quantization", QUANTIZATIONS[0])} if to == "ctranslate2" else {}
     kind = "consolidated" if whole else to
     provenance = {"kind": kind, **made, **shown, **({"average": average} if average > 1 else {})}
     card = model_card(kind, recipe, provenance, stored.home)
@@ -163,19 +167,33 @@ def convert(
     seconds = time.perf_counter() - began
     found = _compare(stored, to, direction, out, check, route if average == 1 else None, made)
     sizes = {"bytes": _bytes(files), "seconds": round(seconds, 3), "folder": str(out)}
-    if to not in PLAIN:
+    if to not in SERVED:
         return {"kind": to, "parameters": tensors.numbers, **found, **sizes}
-    record: dict[str, Any] = {name: made[name] for name in ("direction", "route", "sparse_parameters", "dense_parameters")}
-    record |= {"kind": to, **shown, **found, **{name if name == "seconds" else f"dense_{name}": value for name, value in sizes.items()}}
+    record: dict[str, Any] = {"kind": to, **shown}
+    record |= {name: made[name] for name in ("direction", "route", "step", "sparse_parameters", "dense_parameters")}
+    record |= {"average": average} if average > 1 else {}
+    record |= {**found, **{name if name == "seconds" else f"dense_{name}": value for name, value in sizes.items()}}
+    record["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if stored.kind == "sparse":
-        _keep_record(stored.home / "conversion.json", record)
+        _note(record, stored.home)
     return record
 
 
-def _keep_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record for the run's report; where the run cannot be written, say so: the model itself is there."""
+def _note(record: Mapping[str, Any], run: Path) -> None:
+    """Keep a record in ``RUN/conversions``, beside those of other kinds, directions, routes and quantizations, and as the run's latest
+    in ``conversion.json``.
+
+    A run that cannot be written is no error: the model has been written, and the record is printed.
+    """
+    parts = [record["kind"], record.get("quantization"), record["direction"], record["route"], f"of-{record.get('average', 1)}"]
+    dull = (None, "float32", "specific", "of-1")
+    name = "-".join(part for part in parts if part not in dull)
+    folder = run / "conversions"
     try:
-        write_whole(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        with explain_errors(folder):
+            folder.mkdir(exist_ok=True)
+        for path in (folder / f"{name}.json", run / "conversion.json"):
+            write_whole(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     except UserError as error:
         print(f"lsmoe: the model is written, its record for the run's report is not: {error}", file=sys.stderr, flush=True)
 
@@ -210,9 +228,11 @@ def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recip
 def _compare(
     stored: Stored, to: str, direction: Direction | None, out: Path, check: int, route: str | None, made: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is known of both models on held-out sentences, or why that is nothing; without a route there is nothing to compare."""
-    if not check or route is None:
+    """Compare both models on held-out sentences, or say why that is not possible; ``route`` is None for a mean of checkpoints."""
+    if not check:
         return {}
+    if route is None:
+        return {"not_checked": "no trained model is the mean of several checkpoints"}
     needed = 4 * (made["sparse_parameters"] + made["dense_parameters"])
     if needed > (free := psutil.virtual_memory().available):
         return {"not_checked": f"both models need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.checkpoint import read_checkpoint
+from lsmoe_ds.convert.m2m_100 import restore
 from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import (
@@ -40,7 +41,8 @@ from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import list_checkpoints, step_of
 
 RECIPE, VOCABULARY, PROVENANCE = "recipe.yaml", "vocabulary.model", "provenance.json"
-READABLE = ("sparse", "consolidated", "hybrid", "dense")  # kinds whose weights are read here
+READABLE = ("sparse", "consolidated", "hybrid", "dense", "huggingface")  # kinds whose weights are read here
+PLAIN = ("dense", "huggingface")  # those of them that are a dense model
 CARD = "README.md"
 FORMAT = "lsmoe_ds"
 
@@ -127,7 +129,8 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
     sums = {name: each["sha256"] for name, each in files.items() if name.startswith("model")}
     if not sums:
         raise UserError(f"{stored.home} is damaged: {PROVENANCE} lists no weights")
-    return Weights(open_tensors(stored.home, check=checker(stored.home, files)), provenance["step"], sums)
+    tensors = open_tensors(stored.home, check=checker(stored.home, files))
+    return Weights(restore(tensors, stored.recipe) if stored.kind == "huggingface" else tensors, provenance["step"], sums)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Dense M2M-100 and NLLB models of Hugging Face as ours: the reverse of :mod:`lsmoe_ds.convert.huggingface`.
 
-Weights and segmentation of text stay what they were; only the vocabulary is put into our order, and with it the rows of the
-embedding. But M2M-100 begins a source with the tag of its own language and a translation with the tag of its language, where we
-begin a source with the tag of the target language and a translation with nothing: an imported model is a base for training, and
-translates only after some. H hidden, F feed-forward width, V vocabulary.
+Weights and segmentation of text stay what they were. A model that we exported, perhaps saved again by transformers, stays as it
+was. Of any other the vocabulary is put into our order, and with it the rows of the embedding. M2M-100 begins a source with the tag
+of its own language and a translation with the tag of its language, where we begin a source with the tag of the target language and
+a translation with nothing: such a model is a base for training, and translates only after some.
+H hidden, F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch
 from lsmoe_ds.codes import resolve_codes
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import PROVENANCE, RECIPE, VOCABULARY, name_of
-from lsmoe_ds.convert.huggingface import EMBEDDING, our_names, their_name
+from lsmoe_ds.convert.m2m_100 import EMBEDDING, our_names, their_name
 from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors
+from lsmoe_ds.convert.tokenizer import is_ours, sentencepiece_model, set_specials
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, fill_up, parse_model
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import read_json
-from lsmoe_ds.languages import BOS, CODE, EOS, PAD, UNK, normalize_code, tag
+from lsmoe_ds.explain import Places
+from lsmoe_ds.folders import is_count, read_json
+from lsmoe_ds.languages import CODE, UNK, normalize_code, tag
 from lsmoe_ds.recipe_file import apply_override, merge, validate
 
 SENTENCEPIECE, PIECE_IDS = "sentencepiece.bpe.model", "vocab.json"
@@ -42,7 +45,7 @@ LANGUAGE = re.compile(r"__(?P<m2m>\w+)__|(?P<nllb>[a-z]{3}_[A-Z][a-z]{3})")
 
 
 def is_huggingface(folder: Path) -> bool:
-    """Whether a folder is one of Hugging Face, and not made by ``lsmoe convert``."""
+    """Whether a folder is one of Hugging Face, and not as ``lsmoe convert`` leaves it."""
     return (folder / "config.json").is_file() and not (folder / PROVENANCE).exists() and not (folder / RECIPE).exists()
 
 
@@ -58,7 +61,7 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
         if config[f"{side}_layers"] > len(theirs):  # as good as endless for whatever counts them
             raise UserError(f"{folder}: '{side}_layers' in config.json is {config[f'{side}_layers']}, but there are {len(theirs)} tensors")
     model, rows = _vocabulary(folder, config["vocab_size"])
-    recipe = _recipe(config, overrides, out, model)
+    recipe = _recipe(config, overrides, out, model, _longest(folder))
     shapes = _shapes(recipe, config["vocab_size"])
     if odd := sorted(shapes.keys() ^ theirs.keys()):
         raise UserError(f"{folder} {'lacks' if odd[0] in shapes else 'has a tensor that no dense M2M-100 has:'} {odd[0]}")
@@ -136,15 +139,25 @@ def _shapes(recipe: Recipe, vocabulary: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, model: bytes) -> Recipe:
+def _longest(folder: Path) -> int | None:
+    """Return the greatest length of a source of a model that we exported, None of any other."""
+    made, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json") or {}
+    longest = settings.get("model_max_length")
+    return longest if made is not None and is_ours(made) and is_count(longest) and 4 <= longest < 2**20 else None
+
+
+def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, model: bytes, longest: int | None) -> Recipe:
+    """Return the recipe of a training that begins with the model in ``out``."""
     vocabulary = Vocabulary(model)
     training = {**TRAINING, "dropout": config.get("dropout", 0.1), "attention_dropout": config.get("attention_dropout", 0.0)}
-    value: dict[str, Any] = {"name": name_of(out), "data": {}, "training": training}
+    data = {} if longest is None else {"batch": {"max_length": longest}}
+    value: dict[str, Any] = {"name": name_of(out), "data": data, "training": training}
+    places: Places = {}
     for override in overrides:
         key = override.partition("=")[0].strip()
         if f"{key}.".startswith(("model.", "data.vocabulary.", "training.start_from.")):
             raise UserError(f"'--set {override}': '{key}' is what the imported model makes it")
-        apply_override(value, override)
+        apply_override(value, override, places)
     if not isinstance(value["data"], dict) or not value["data"].get("corpora"):
         raise UserError("nothing says on what the model is to be trained: add --set data.corpora=[NAME] and --set data.languages=[de,fr]")
     if not value["data"].get("languages") and not value["data"].get("directions"):
@@ -160,7 +173,7 @@ def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, mode
     )
     if wrong := resolve_codes(value, vocabulary.codes):
         raise UserError(f"'--set {wrong[0]}': {wrong[1]}")
-    recipe = validate(Recipe, value, out / RECIPE, {})
+    recipe = validate(Recipe, value, out / RECIPE, places)
     for code in recipe.languages.codes:
         vocabulary.tag_id(code)
     return recipe
@@ -170,11 +183,15 @@ def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, mode
 
 
 def _vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
-    """Our sentencepiece model, and for each of its V pieces the row of M2M-100's embedding, which has ``size``.
+    """Return our sentencepiece model, and for each of its V pieces the row of the embedding, which has ``size``.
 
     A piece that has no row, and that M2M-100 therefore reads as unknown, gets that of the unknown piece: left out it would change
     how text is cut.
     """
+    if (own := _own_vocabulary(folder)) is not None:
+        if (pieces := Vocabulary(own).size) != size:
+            raise UserError(f"{folder}: the vocabulary has {pieces} pieces, but 'vocab_size' in config.json is {size}")
+        return own, list(range(size))
     proto, ids, languages = _read_tokenizer(folder)
     kinds = type(proto).SentencePiece
     text = [piece for piece in proto.pieces if piece.type not in (kinds.UNKNOWN, kinds.CONTROL)]
@@ -190,11 +207,20 @@ def _vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
     proto.pieces.extend(text)
     fill_up(proto)
     rows += [ids[SPECIALS[UNK]]] * (len(proto.pieces) - len(rows))
-    spec = proto.trainer_spec
-    spec.bos_id, spec.pad_id, spec.eos_id, spec.unk_id = BOS, PAD, EOS, UNK
-    spec.bos_piece, spec.pad_piece, spec.eos_piece, spec.unk_piece = (SPECIALS[index] for index in (BOS, PAD, EOS, UNK))
-    spec.control_symbols[:] = tags
+    set_specials(proto, tags)
     return proto.SerializeToString(deterministic=True), rows
+
+
+def _own_vocabulary(folder: Path) -> bytes | None:
+    """Return the sentencepiece model of a folder whose vocabulary is ours already; None if it is not."""
+    if (folder / VOCABULARY).is_file():
+        Vocabulary.load(folder / VOCABULARY)
+        return (folder / VOCABULARY).read_bytes()
+    made = read_json(folder / "tokenizer.json")
+    try:
+        return sentencepiece_model(made) if made is not None and is_ours(made) else None
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.cleaning import INVISIBLE
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
@@ -43,16 +44,30 @@ inputs["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids("{{ tags[-1] }}")  #
 print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
 ```
 
+To train it further, remove the tag from the labels: a translation begins without one, but the tokenizer puts it before whatever
+text it gets, `text_target` included.
+
+```python
+batch = tokenizer(["Text to translate."], text_target=["Its translation."])
+batch["labels"] = [ids[1:] for ids in batch["labels"]]
+```
+
 `generation_config.json` holds the beam search by which the model is scored. A source begins with the tag of its target language
 ({{ tags|join(', ') }}), which the tokenizer puts there, and ends with `</s>`. Sentences are translated one by one: cut longer text
 at their ends.""",
     "ctranslate2": """```python
+import re
+import unicodedata
+
 import ctranslate2
 import sentencepiece
 
+{{ clean }}
+
 vocabulary = sentencepiece.SentencePieceProcessor(model_file="FOLDER/vocabulary.model")
 translator = ctranslate2.Translator("FOLDER")
-source = ["{{ tags[0] }}", *vocabulary.encode("Text to translate.", out_type=str)]  # the tag of the target language goes first
+pieces = vocabulary.id_to_piece(vocabulary.encode(clean("Text to translate.")))
+source = ["{{ tags[0] }}", *pieces]  # the tag of the target language goes first
 found = translator.translate_batch([source], beam_size=5, return_end_token=True)[0].hypotheses[0]
 print(vocabulary.decode(found[:-1]))  # without the end, which counts in the length that scores are divided by
 ```
@@ -60,6 +75,15 @@ print(vocabulary.decode(found[:-1]))  # without the end, which counts in the len
 Or `lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}`.""",
 }
 """How a folder of each kind is used."""
+
+CLEAN = f"""
+def clean(text):
+    \"\"\"Make text what the model was trained on: composed characters, no invisible ones, single spaces.\"\"\"
+    text = unicodedata.normalize("NFC", text)
+    invisible = {ascii(INVISIBLE.pattern).replace("'", '"')}
+    return " ".join(re.sub(invisible, "", text).split())
+"""
+"""Python that does what :func:`lsmoe_ds.data.cleaning.clean_text` does, for those who have no lsmoe_ds."""
 
 IMPORTED = """The model `{imported_from}` of Hugging Face in the form of lsmoe_ds {version}: a base for training, which begins with it by
 `training.start_from`."""
@@ -130,7 +154,8 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
     directions = recipe.languages.directions
     targets = list(dict.fromkeys(direction.target for direction in directions))
-    use = environment.from_string(USES[kind]).render(first=directions[0], targets=targets, tags=[tag(code) for code in targets])
+    words = {"targets": targets, "tags": [tag(code) for code in targets], "clean": CLEAN.rstrip()}
+    use = environment.from_string(USES[kind]).render(first=directions[0], **words)
     scores = _scores(home, directions, provenance)
     scored = [score for score in scores.directions if score.direction in directions] if scores else []
     return environment.from_string(CARD).render(

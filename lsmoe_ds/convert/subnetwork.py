@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lsmoe_ds import __version__
 from lsmoe_ds.config import Model, MoE, Parallel, Recipe, Side
-from lsmoe_ds.convert.folder import PROVENANCE, READABLE, Stored, Weights, find_model, read_weights, write_folder
+from lsmoe_ds.convert.folder import PLAIN, PROVENANCE, READABLE, Stored, Weights, find_model, read_weights, write_folder
 from lsmoe_ds.convert.tensors import Entry, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_fields
@@ -57,21 +57,20 @@ def check_convertible(recipe: Recipe, direction: Direction | None, route: str = 
         numbers = [layer for side, layer, _ in stays if side == name]
         place = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {', '.join(numbers)}"
         raise UserError(
-            f"the {name} routes by {routing} in {place}: each {routing} chooses its experts when it is there, so no sub-network holds all "
-            f"that {direction or 'a direction'} uses; train with model.{name}.moe.routing: task to extract one, keep the {name}'s experts "
-            f"with --to hybrid, or serve the sparse model"
+            f"the {name} routes by {routing} in {place}: {routing}s choose their experts at run time, so no fixed sub-network exists; "
+            f"train with model.{name}.moe.routing: task to extract one, keep the {name}'s experts with --to hybrid, or serve all of it"
         )
     if hybrid and not stays:
         raise UserError("--to hybrid is for models that route by token or sentence: this one has a plain equal, so use --to dense")
     if model.clsr is not None:
         raise UserError(
-            "the gates of model.clsr choose for each token between two projections when it is there, so no dense model computes the "
-            "same: serve the trained model itself"
+            "the gates of model.clsr choose between two projections for each token at run time, so no dense model computes the same: "
+            "serve the trained model itself"
         )
     if direction is None and any(moe.by_task for _, _, moe in layers):
-        raise UserError("no dense model serves all directions, since each has experts of its own: name one with --from and --to-language")
+        raise UserError("no dense model serves all directions, since each has experts of its own: name one, as in --direction en-de")
     if direction is None and route == "specific":
-        raise UserError("the specific route needs a direction: name one with --from and --to-language")
+        raise UserError("the specific route needs a direction: name one, as in --direction en-de")
 
 
 def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
@@ -199,7 +198,7 @@ def extract_stored(
     A dense folder is taken as it is; one for all directions can be narrowed to one of them.
     """
     direction = stored.recipe.languages.find(direction) if direction else None
-    dense = stored.kind == "dense"
+    dense = stored.kind in PLAIN
     if dense and hybrid:
         raise UserError(f"{stored.home} is dense: there are no experts to keep")
     if not dense and stored.kind in READABLE:
@@ -229,7 +228,8 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
         "dense_parameters": parameters,
     }
     fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int}
-    carried = {"dense": ("run", "route", "sparse_parameters"), "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
+    plain = dict.fromkeys(PLAIN, ("run", "route", "sparse_parameters"))
+    carried = {**plain, "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
     if stored.kind not in carried:
         return provenance
     before = read_fields(stored.home / PROVENANCE, **{key: fields[key] for key in carried[stored.kind]})

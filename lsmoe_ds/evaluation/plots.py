@@ -18,7 +18,7 @@ class Series:
     shared route), or a dashed line at which another aims."""
 
     points: Points
-    kind: Literal["line", "faint", "dev", "shared", "aim"] = "line"
+    kind: Literal["line", "faint", "dev", "dev wide", "shared", "aim"] = "line"
 
 
 def smooth(points: Points, window: int) -> list[tuple[float, float]]:
@@ -69,7 +69,11 @@ def line_chart(series: Sequence[Series], description: str, tall: bool = True) ->
         placed = [place(x, y) for x, y in thin(one.points)]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
         marks.append(Markup('<path class="{}" d="{}"/>').format(one.kind, path))
-        if one.kind in ("dev", "shared"):  # a line of no length with round ends is a dot that stays round when the drawing is stretched
+        if one.kind in (
+            "dev",
+            "dev wide",
+            "shared",
+        ):  # a line of no length with round ends is a dot that stays round when the drawing is stretched
             dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in placed)
             marks.append(Markup('<path class="{} dots" d="{}"/>').format(one.kind, dots))
     label = Markup('<span class="{}" style="{}:{:.2f}%">{}</span>')

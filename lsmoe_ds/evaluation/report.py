@@ -1,7 +1,8 @@
 """The report of a run: one HTML page that needs nothing beside itself, from the files of the run folder.
 
-Read are ``recipe.yaml`` (required), ``metrics.jsonl``, the fullest scores that there are, ``routing.json``, ``conversion.json``,
-``timings.json`` and the provenance of the fetched corpora; a section whose file is absent says so in one line.
+It reads ``recipe.yaml`` (required), ``metrics.jsonl``, the fullest scores that there are, ``routing.json``,
+``conversions/*.json``, ``timings.json`` and the provenance of the fetched corpora. A section whose file is absent says so in one
+line; what the model does not have, such as experts, has no section.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,10 +21,10 @@ import jinja2
 from markupsafe import Markup
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from lsmoe_ds.analysis.heat_map import heat_map
+from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.page import measures_table, reading
 from lsmoe_ds.analysis.routing import read_routing, task_name
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config import Model, Recipe
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
@@ -44,10 +45,18 @@ OPEN_SAMPLES = 5
 RIGHT_TO_LEFT = {"Arab", "Hebr", "Syrc", "Thaa", "Nkoo", "Adlm"}
 
 
-class Conversion(BaseModel):
-    """``conversion.json``: the dense model of one direction against the sparse one that it was taken from."""
+KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "CTranslate2"}
 
+
+class Conversion(BaseModel):
+    """A record of ``lsmoe convert``: a model for serving against the run that it was taken from."""
+
+    kind: str = "dense"
+    quantization: str | None = None
     direction: str
+    route: str = "specific"
+    step: int | None = None
+    average: int = 1
     sparse_parameters: int
     dense_parameters: int
     largest_logit_difference: float | None = None
@@ -56,6 +65,26 @@ class Conversion(BaseModel):
     dense_bytes: int | None = None
     seconds: float | None = None
     dense_folder: str | None = None
+    not_checked: str | None = None
+    date: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return self.quantization not in (None, "float32")
+
+    @property
+    def made(self) -> str:
+        """``2026-01-02, of step 100, in 3.0 s``."""
+        parts = [self.date and self.date[:10], None if self.step is None else f"of step {self.step:,}"]
+        parts.append(None if self.seconds is None else f"in {duration(self.seconds)}")
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def title(self) -> str:
+        """``CTranslate2, int8, shared route``."""
+        parts = [KIND_NAMES.get(self.kind, self.kind), self.quantization, "shared route" if self.route == "shared" else None]
+        parts.append(f"mean of {self.average} checkpoints" if self.average > 1 else None)
+        return ", ".join(part for part in parts if part)
 
 
 @dataclass
@@ -89,8 +118,9 @@ def render_report(run: Path) -> str:
     progress = _if_there(run / "metrics.jsonl", read_progress)
     scores = ScoreFolder(run).best(recipe.languages.directions)
     layers = _if_there(run / "routing.json", read_routing)
-    conversion = _if_there(run / "conversion.json", lambda path: _read(path, TypeAdapter(Conversion)))
+    conversions = _conversions(run)
     timings = _if_there(run / "timings.json", lambda path: _read(path, TypeAdapter(dict[str, float])))
+    full = largest_share(layers or [])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lsmoe_ds.evaluation", "."),
         autoescape=True,
@@ -116,9 +146,11 @@ def render_report(run: Path) -> str:
         # The longest bar leaves room for its number.
         bar_scale=85 / max(1.0, *(value.chrf for score in scores.directions for value in (score.metrics, score.copy))) if scores else 0,
         open_samples=_open_samples(scores) if scores else set(),
-        maps=[(layer, heat_map(layer), reading(layer)) for layer in layers or []],
+        maps=[(layer, heat_map(layer, full), reading(layer)) for layer in layers or []],
+        full=full,
+        has_experts=any(recipe.model.moe_layers()),
         measures=measures_table(layers or []),
-        conversion=conversion,
+        conversions=conversions,
         timings=timings,
         corpora=_corpora(recipe, run),
         versions=_versions(),
@@ -127,6 +159,13 @@ def render_report(run: Path) -> str:
 
 def _if_there(path: Path, read: Callable[[Path], T]) -> T | None:
     return read(path) if path.is_file() else None
+
+
+def _conversions(run: Path) -> list[Conversion]:
+    """Return the records of all conversions, dense ones first; of a run of an earlier version the only one that it has."""
+    paths = sorted((run / "conversions").glob("*.json")) or [path for path in [run / "conversion.json"] if path.is_file()]
+    found = [_read(path, TypeAdapter(Conversion)) for path in paths]
+    return sorted(found, key=lambda each: list(KIND_NAMES).index(each.kind) if each.kind in KIND_NAMES else len(KIND_NAMES))
 
 
 def _read(path: Path, kind: TypeAdapter[T]) -> T:
@@ -180,7 +219,8 @@ def _curves(progress: Progress, recipe: Recipe) -> TrainingCharts:
     curve, clsr = progress.curves, recipe.model.clsr
     loss, dev, shared = curve["nll"], curve["dev_loss"], curve["dev_loss_shared"]
     series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []
-    series += [Series(dev, "dev")] if dev else []
+    # What is drawn first is wider, so that it is seen beside what covers it: the two routes often have the same losses.
+    series += [Series(dev, "dev wide" if shared else "dev")] if dev else []
     series += [Series(shared, "shared")] if shared else []
     low = [("Learning rate", [Series(curve["learning_rate"])])]
     if recipe.model.distills:  # other runs record zeros
@@ -196,7 +236,7 @@ def _curves(progress: Progress, recipe: Recipe) -> TrainingCharts:
 
 
 def _summary(recipe: Recipe, progress: Progress | None) -> str:
-    """One line: what was trained on what."""
+    """Say in one line what was trained on what."""
     model, languages = recipe.model, recipe.languages
     unit = {"target": "target language", "source": "source language", "pair": "language pair"}
     mixtures = {(side, moe.experts, moe.top_k, unit[moe.task] if moe.by_task else moe.routing) for side, _, moe in model.moe_layers()}
@@ -206,27 +246,36 @@ def _summary(recipe: Recipe, progress: Progress | None) -> str:
     ]
     if len(sparse) == 2 and sparse[0].replace("encoder", "decoder") == sparse[1]:
         sparse = [sparse[0].replace("the encoder", "encoder and decoder")]
-    what = f"{model.preset or 'transformer'} with {' and '.join(sparse)}" if sparse else f"{model.preset or 'transformer'} without experts"
+    parts = [*sparse, *_language_specific(model)]
+    what = f"{model.preset or 'transformer'} {'with ' + ' and '.join(parts) if parts else 'without experts'}"
     steps = f", trained for {progress.steps:,} steps" if progress and progress.steps else ""
     return f"{len(languages.codes)} languages in {len(languages.directions)} directions: {what}{steps}."
 
 
+def _language_specific(model: Model) -> Iterator[str]:
+    """Name what a model has for each language beside experts."""
+    if (banks := model.low_rank) is not None:
+        ranks = {banks.rank} if isinstance(banks.rank, int) else set(banks.rank.values())
+        rank = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+        place = {"feed_forward": "feed-forwards", "attention": "attentions", "both": "feed-forwards and attentions"}[banks.at]
+        by = "language pair" if banks.index == "pair" else "language"
+        yield f"low-rank matrices of each {by} ({rank}) beside its {place}"
+    if model.clsr is not None:
+        yield "gates between each language's projection and a shared one (CLSR)"
+
+
 def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
-    """One sentence on what a short training can and cannot do, in its own figures; None if the training was long, or good all the same."""
+    """Say what a short training can and cannot do, in its own figures; None if the training was long, or good all the same."""
     if progress is None or not 0 < progress.seconds < SHORT_TRAINING or scores.share("weak") < USABLE:
         return None
     average = scores.averages()["all"]
     ahead = average.metrics.chrf - average.copy.chrf
-    learned = (
-        f"teaches the model to beat copying the source by {ahead:.1f} chrF"
-        if ahead > 0
-        else "does not make the model beat copying the source"
-    )
+    compared = f"{abs(ahead):.1f} chrF {'above' if ahead > 0 else 'below'}" if abs(ahead) >= 0.05 else "the same chrF as"
     exact, weak = scores.share("exact"), scores.share("weak")
     return (
-        f"{duration(progress.seconds).capitalize()} of training {learned}, and no more: {exact:.0%} of its "
-        f"{scores.sentences:,} test translations are word for word the reference and {weak:.0%} score under {WEAK:.0f} chrF, "
-        "where a translation is seldom of use; it shows that the system learns, it is not a translator."
+        f"After {duration(progress.seconds)} of training the model scores {compared} copying the source. Of its {scores.sentences:,} "
+        f"{scores.split} translations {exact:.0%} are word for word the reference, and {weak:.0%} score under {WEAK:.0f} chrF, where a "
+        "translation is seldom of use. The run shows that the system learns; the model is not a translator yet."
     )
 
 

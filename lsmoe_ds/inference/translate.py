@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import BinaryIO
 
-from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.engine import Engine
+from lsmoe_ds.inference.stream import in_chunks
 from lsmoe_ds.languages import Direction, script
 
-FIRST_CHUNK, LARGEST_CHUNK = 16, 2048
 BATCH_TOKENS = 2048
 LOGITS = 2**26  # of one step of a batch: 256 MiB
 
@@ -33,20 +31,26 @@ def translate(
     length_penalty: float = 1.0,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[str]:
-    """The translation of each line, in their order, while lines are still being read: in chunks that grow from 16 to 2,048 lines.
+    """Yield the translation of each line, in their order, while lines are still being read (:func:`translate_chunks`)."""
+    return translate_chunks(engine, direction, in_chunks(lines), beam, length_penalty, batch_tokens)
+
+
+def translate_chunks(
+    engine: Engine,
+    direction: Direction,
+    chunks: Iterable[Sequence[str]],
+    beam: int = 5,
+    length_penalty: float = 1.0,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[str]:
+    """Yield the translation of each line of each chunk; the lines of a chunk are translated together.
 
     A blank line gives an empty one. A line of more tokens than the model was trained on is cut at the ends of sentences,
     and its parts' translations are joined. Raises UserError for a direction that is not the model's.
     """
     engine.languages.direction_id(direction)  # now, not when the first line is asked for
-    return _translate(engine, direction, iter(lines), Search(beam, length_penalty), batch_tokens)
-
-
-def _translate(engine: Engine, direction: Direction, lines: Iterator[str], search: Search, batch_tokens: int) -> Iterator[str]:
-    size = FIRST_CHUNK
-    while chunk := list(islice(lines, size)):
-        yield from translate_all(engine, direction, chunk, search, batch_tokens)
-        size = min(2 * size, LARGEST_CHUNK)
+    search = Search(beam, length_penalty)
+    return (text for chunk in chunks for text in translate_all(engine, direction, chunk, search, batch_tokens))
 
 
 def translate_all(
@@ -107,12 +111,3 @@ def _cut(text: str, engine: Engine, limit: int) -> list[list[int]]:
             middle = min(places, key=lambda place: abs(2 * place - len(text)))
             return _cut(text[:middle].rstrip(), engine, limit) + _cut(text[middle:].lstrip(), engine, limit)
     return [ids[start : start + limit] for start in range(0, len(ids), limit)]
-
-
-def read_lines(stream: BinaryIO) -> Iterator[str]:
-    """Lines of a stream of UTF-8 without their ends. Raises UserError that names the first line which is not UTF-8."""
-    for number, line in enumerate(stream, start=1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise UserError(f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1})") from None

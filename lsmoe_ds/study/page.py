@@ -28,7 +28,7 @@ class Scale:
 
 
 def render_page(comparison: Comparison) -> str:
-    """The page as text. Everything that comes from data is escaped by the template."""
+    """Return the page as text. Everything that comes from data is escaped by the template."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lsmoe_ds.study", "."),
         autoescape=True,
@@ -39,6 +39,7 @@ def render_page(comparison: Comparison) -> str:
     environment.filters |= {"number": number, "direction_name": task_name}
     rows = comparison.rows
     compared = [row for row in rows if not row.is_baseline]
+    of_baseline = next((list(row.gain_by_seed.values()) for row in rows if row.is_baseline), [])
     largest = max((abs(gain) for row in rows for gain in row.gain_by_direction.values()), default=0.0)
     return environment.get_template("page.html").render(
         comparison=comparison,
@@ -47,5 +48,6 @@ def render_page(comparison: Comparison) -> str:
         compared=compared,
         directions=list(comparison.copy_by_direction),
         scale=Scale.of(rows),
+        range=(min(of_baseline), max(of_baseline)) if len(of_baseline) > 1 else None,
         largest=largest or 1.0,
     )

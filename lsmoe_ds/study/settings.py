@@ -118,15 +118,15 @@ def load_study(path: str | Path) -> Study:
     Raises UserError with the place of what is wrong, and what is allowed.
     """
     path = shipped.choose("study", path)
-    value, lines = read_mapping(path, "study", Settings)
-    settings = validate(Settings, value, path, lines)
+    value, places = read_mapping(path, "study", Settings)
+    settings = validate(Settings, value, path, places)
     base = path.parent / settings.recipe
     base = base if base.exists() else shipped.find("recipe", settings.recipe) or base
     load_recipe(base)  # an error of the base recipe is no member's
     recipes = {}
     for name, member in settings.members.items():
         try:
-            recipes[name] = load_recipe(base, changes=member.set)
+            recipes[name] = load_recipe(base, changes=member.set, changed_by="'set'")
         except UserError as error:
             raise UserError(f"member '{name}' of {path}: {error}") from None
     return Study(settings, base, recipes)

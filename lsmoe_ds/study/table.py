@@ -58,7 +58,11 @@ class Costs:
 @dataclass(frozen=True)
 class Row:
     """Scores over the seeds that are there. Gains are chrF++ over the baseline's mean: of all directions by seed, and of each
-    direction; ``win_ratio`` is the share of directions, from 0 to 1, whose mean over seeds is above the baseline's."""
+    direction; ``win_ratio`` is the share of directions, from 0 to 1, whose mean over seeds is above the baseline's.
+
+    ``beyond_seeds`` says whether the gain is larger than what seeds do: every seed of the row scores above every seed of the baseline,
+    or every one below. It is None of the baseline itself, and where either has fewer than two seeds.
+    """
 
     member: str
     route: str
@@ -71,10 +75,30 @@ class Row:
     gain_by_seed: dict[int, float]
     gain_by_direction: dict[str, float]
     win_ratio: float | None  # None of the baseline itself
+    beyond_seeds: bool | None = None
     is_baseline: bool = False
 
+    @property
+    def certainty(self) -> str:
+        """What the seeds say of the gain, in a word or two; empty where there is no gain."""
+        if self.is_baseline or self.gain is None:
+            return ""
+        if self.beyond_seeds is None:
+            return "too few seeds"
+        return "beyond seed noise" if self.beyond_seeds else "within seed noise"
+
     def to_dict(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Return what ``study.json`` holds of it."""
         return asdict(self) | {"missing_seeds": [seed for seed in seeds if seed not in self.seeds]}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Row:
+        """The inverse of :meth:`to_dict`."""
+        costs = value["costs"] | {name: _spread(value["costs"][name]) for name in ("tokens_per_second", "minutes")}
+        scores = {name: {key: _scores_of(each) for key, each in value[name].items()} for name in ("groups", "directions")}
+        by_seed = {int(seed): gain for seed, gain in value["gain_by_seed"].items()}
+        kept = {name: each for name, each in value.items() if name != "missing_seeds"}
+        return cls(**kept | scores | {"costs": Costs(**costs), "seeds": tuple(value["seeds"]), "gain_by_seed": by_seed})
 
 
 @dataclass(frozen=True)
@@ -116,10 +140,15 @@ class Comparison:
         return sum(len(self.seeds) - len(row.seeds) for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {
-            "score_of_gains": MAIN,
-            "rows": [row.to_dict(self.seeds) for row in self.rows],
-        }
+        """Return what ``study.json`` holds."""
+        return asdict(self) | {"score_of_gains": MAIN, "rows": [row.to_dict(self.seeds) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Comparison:
+        """The inverse of :meth:`to_dict`."""
+        copies = {name: {key: Metrics(**each) for key, each in value[name].items()} for name in ("copy", "copy_by_direction")}
+        kept = {name: each for name, each in value.items() if name != "score_of_gains"}
+        return cls(**kept | copies | {"seeds": tuple(value["seeds"]), "rows": tuple(Row.from_dict(row) for row in value["rows"])})
 
     def about(self) -> str:
         """What was done, in one line."""
@@ -128,6 +157,15 @@ class Comparison:
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
         missing = f" {self.runs_missing} of {len(self.rows) * len(self.seeds)} scores are missing." if self.runs_missing else ""
         return f"{self.steps:,} steps each on the same data, {seeds}; {options}.{missing}"
+
+    def about_seeds(self) -> str:
+        """Say how far a gain and a win ratio can be trusted."""
+        if len(self.seeds) < 2:
+            return "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add seeds."
+        return (
+            f"A difference is beyond seed noise if each of the {len(self.seeds)} seeds scores above, or each below, every seed of "
+            f"{self.baseline}. Within seed noise, the difference and the win ratio may be chance."
+        )
 
     def grids(self) -> list[Grid]:
         """Every table, for Markdown and the page."""
@@ -151,14 +189,14 @@ class Comparison:
         rows = []
         for row in self.rows:
             cells = [_cell(row.groups.get(group, {}).get(metric)) for group in groups]
-            rows.append([row.title, *cells, *([self._ratio(row)] if with_ratio else [])])
+            rows.append([row.title, *cells, *([self._ratio(row), row.certainty or "–"] if with_ratio else [])])
         if self.copy:
             copied = [f"{getattr(self.copy[group], metric):.1f}" for group in groups]
-            rows.append(["Copying the source", *copied, *(["–"] if with_ratio else [])])
+            rows.append(["Copying the source", *copied, *(["–", "–"] if with_ratio else [])])
         about = f"Means over the directions of a group.{spread}"
         if with_ratio:
-            about += f" Win ratio: the share of directions whose mean is above that of {self.baseline}."
-        return Grid(METRICS[metric], about, ["Model", *names, *(["Win ratio"] if with_ratio else [])], rows)
+            about += f" Win ratio: the share of directions whose mean is above that of {self.baseline}. {self.about_seeds()}"
+        return Grid(METRICS[metric], about, ["Model", *names, *(["Win ratio", "Difference"] if with_ratio else [])], rows)
 
     def _by_direction(self, spread: str) -> Grid:
         rows = []
@@ -181,16 +219,21 @@ class Comparison:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(f"{self.name}: {self.about()}"), title_justify="left", caption=Text(f"win ratio against {self.baseline}"))
+        table = Table(
+            title=Text(f"{self.name}: {self.about()}"),
+            title_justify="left",
+            caption=Text(f"win ratio against {self.baseline}. {self.about_seeds()}"),
+        )
         groups = [group for group in self.groups if group in SHORT] or ["all"]
         scores = [f"{METRICS[MAIN]} {SHORT[group]}" for group in groups]
-        for i, column in enumerate(["model", "trained", "one direction", "tokens/s", "minutes", *scores, "BLEU all", "win ratio"]):
+        columns = ["model", "trained", "one direction", "tokens/s", "minutes", *scores, "BLEU all", "win ratio", "difference"]
+        for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left")
         for row in self.rows:
             trained, _, one, *speed = _costs(row.costs)
             cells = [_cell(row.groups.get(group, {}).get(MAIN)) for group in groups]
             bleu = _cell(row.groups.get("all", {}).get("bleu"))
-            table.add_row(Text(row.title), trained, one, *speed, *cells, bleu, self._ratio(row))
+            table.add_row(Text(row.title), trained, one, *speed, *cells, bleu, self._ratio(row), row.certainty or "–")
         return table
 
 
@@ -225,7 +268,8 @@ def compare(
         by_seed = {} if base is None else {seed: getattr(t.averages()["all"].metrics, MAIN) - base for seed, t in tables.items()}
         ratio = sum(gain > 0 for gain in gains.values()) / len(gains) if gains and key != baseline else None
         gain = groups["all"][MAIN].mean - base if groups and base is not None else None
-        rows.append(Row(*key, title, costs[key], tuple(tables), groups, directions, gain, by_seed, gains, ratio, key == baseline))
+        beyond = _apart(groups["all"][MAIN], reference["all"][MAIN]) if groups and reference and key != baseline else None
+        rows.append(Row(*key, title, costs[key], tuple(tables), groups, directions, gain, by_seed, gains, ratio, beyond, key == baseline))
     any_table = next((table for tables in scores.values() for table in tables.values()), None)
     copy = {group: average.copy for group, average in any_table.averages().items()} if any_table else {}
     # Into English first, relatives side by side.
@@ -234,6 +278,21 @@ def compare(
     )
     copied = {str(score.direction): score.copy for score in ordered}
     return Comparison(name, steps, tuple(seeds), evaluate, titles[baseline], tuple(rows), copy, copied)
+
+
+def _apart(one: Spread, other: Spread) -> bool | None:
+    """Whether the seeds of one all score above, or all below, those of the other; None where either has one seed only."""
+    if min(one.seeds, other.seeds) < 2:
+        return None
+    return one.smallest > other.largest or one.largest < other.smallest
+
+
+def _spread(value: Mapping[str, Any] | None) -> Spread | None:
+    return None if value is None else Spread(**value)
+
+
+def _scores_of(value: Mapping[str, Mapping[str, Any]]) -> Scores:
+    return {metric: Spread(**spread) for metric, spread in value.items()}
 
 
 def _by_direction(tables: Iterable[ScoreTable]) -> dict[str, Scores]:

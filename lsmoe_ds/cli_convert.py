@@ -1,0 +1,75 @@
+"""The verb ``lsmoe convert``, which has the most options."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lsmoe_ds.cli_options import NPROC, AsJson, InOneWord, Route, Run, direction_of
+from lsmoe_ds.codes import read_code
+from lsmoe_ds.errors import UserError
+
+
+def convert(
+    run: Run,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="dense: the plain model of one direction; huggingface, ctranslate2: the same, as these libraries load it; hybrid: layers "
+            "routed by token or sentence keep their experts; consolidated: the whole model in safetensors, also from a Hugging Face "
+            "folder; grown: consolidated with more experts or languages; layout: a run for another number of processes.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    direction: InOneWord = None,
+    source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE", hidden=True)] = None,
+    target: Annotated[str | None, typer.Option("--to-language", metavar="LANGUAGE", hidden=True)] = None,
+    route: Route = "specific",
+    check: Annotated[int, typer.Option(min=0, help="Compare both models on so many held-out sentences; 0: do not.")] = 100,
+    average: Annotated[int, typer.Option(min=1, help="Take the mean of the last N checkpoints.")] = 1,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="ctranslate2 only: store weights as float32 (the default), int8 or int8_float32.")
+    ] = None,
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="consolidated only: keep the optimizer's state.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="layout, grown and imports only: change a key of the recipe; may be repeated."),
+    ] = None,
+    like_language: Annotated[
+        str | None, typer.Option(metavar="LANGUAGE", help="grown only: new languages begin as copies of this one.")
+    ] = None,
+    like_expert: Annotated[int | None, typer.Option(min=0, help="grown only: new experts begin as copies of this one.")] = None,
+    processes: Annotated[int | None, typer.Option("--nproc", min=1, help=f"layout only: {NPROC.lower()}")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take the sub-network of one direction out of a sparse model, or bring the whole model into another form."""
+    from lsmoe_ds.convert.command import convert as convert_run
+    from lsmoe_ds.convert.grown import Likeness
+
+    chosen = direction_of(direction, source, target, "--to-language")
+    like_language = None if like_language is None else read_code(like_language, of_system=True)
+    if to == "layout":
+        from lsmoe_ds.parallel.launch import LOCKED
+        from lsmoe_ds.training.layout import convert_layout, write_layout
+
+        if chosen or route != "specific" or average > 1 or quantization or optimizer or like_language or like_expert is not None:
+            raise UserError("--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only")
+        if LOCKED in os.environ:
+            return write_layout(run, out)
+        summary = convert_layout(run, overrides or (), out, processes)
+    else:
+        if processes:
+            raise UserError("--nproc is for --to layout")
+        like = None if like_language is None and like_expert is None else Likeness(like_expert, like_language)
+        options = {"quantization": quantization, "optimizer": optimizer}
+        summary = convert_run(run, to, chosen, out, check, route, average, overrides or (), like, **options)
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False, indent=1))
+    else:
+        for name, value in summary.items():
+            print(f"{name.replace('_', ' ')}: {value}")

@@ -1,0 +1,58 @@
+"""Options that several verbs share: one concept, one name, one help text."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lsmoe_ds.codes import asked_direction, read_direction
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Direction
+from lsmoe_ds.part import Part
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, or the name of one that comes with lsmoe_ds: demo.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, as in training.steps=100; may be repeated."),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint in it, or a converted folder.")]
+Route = Annotated[
+    str,
+    typer.Option(
+        metavar="specific|shared",
+        help="shared: use only what all languages share (models trained with fuse distillation); specific: use the languages' own.",
+    ),
+]
+InOneWord = Annotated[str | None, typer.Option("--direction", metavar="A-B", help="From language A to language B, as in en-de.")]
+Share = Annotated[
+    Part | None, typer.Option("--part", metavar="I/N", parser=Part.parse, help="Do only part I of N of the work, counted from 1.")
+]
+Tokenize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="BLEU's tokenizer: 13a, zh, ja-mecab, ko-mecab, char, intl, flores101, flores200, or spm:FILE for a sentencepiece model; "
+        "by default that of the target language.",
+    ),
+]
+CometFile = Annotated[
+    Path | None,
+    typer.Option("--comet", metavar="PATH", help="A checkpoint of COMET.", hidden=importlib.util.find_spec("comet") is None),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")]
+NPROC = "Processes on this machine; by default as few as the layout needs."
+
+
+def direction_of(word: str | None, source: str | None, target: str | None, to: str) -> Direction | None:
+    """Return the direction that options name, in one word or in two; None if they name none. ``to`` is the option of the target."""
+    if word is not None:
+        if source is not None or target is not None:
+            raise UserError(f"--direction {word} names both languages: leave out --from and {to}")
+        return read_direction(word, of_system=True)
+    if (source is None) != (target is None):
+        raise UserError(f"--from and {to} name a direction together: give both or neither")
+    return None if source is None or target is None else asked_direction(source, target)

@@ -1,0 +1,110 @@
+"""How the command meets the person: streams in UTF-8 whatever the locale, one sentence for what is wrong, and an exit status."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from lsmoe_ds.errors import SharedError, UserError
+from lsmoe_ds.parallel import interrupt
+from lsmoe_ds.parallel.membership import guess_rank
+
+BROKEN_PIPE = 141  # as a shell says of a process that SIGPIPE ended
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command; an error meant for the person is one sentence on standard error and status 2."""
+    open_streams()
+    try:
+        try:
+            with interrupt.cleaning_up():
+                command()
+        finally:
+            sys.stdout.flush()  # what is still buffered may fail, too
+    except UserError as error:
+        _leave(error)
+    except interrupt.Interrupted as asked:
+        interrupt.say(f"stopped by {interrupt.name_of(asked.number)}")
+        sys.exit(interrupt.status_of(asked.number))
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        end_at_once(1)
+
+
+def _leave(error: UserError) -> None:
+    """Print the error once: rank 0 prints it, other ranks wait for that and print only what may be their own."""
+    rank = guess_rank(os.environ)
+    if rank:
+        time.sleep(1 if isinstance(error, SharedError) else 3)
+    if not (rank and isinstance(error, SharedError)):
+        print(f"lsmoe: {error}", file=sys.stderr, flush=True)
+    end_at_once(2) if "RANK" in os.environ else sys.exit(2)
+
+
+def end_at_once(status: int) -> None:
+    """Exit at once: other ranks may wait in a collective for this one, and the usual end of a process for their handshakes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class _Output(io.FileIO):
+    """Standard output, whose errors are the person's: a full disk is a UserError, a reader that has left ends the command."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            _discard(self.fileno())
+            raise SystemExit(BROKEN_PIPE) from None
+        except OSError as error:
+            _discard(self.fileno())
+            raise UserError(f"standard output cannot be written: {error.strerror}") from None
+
+
+class _Closed(io.RawIOBase):
+    """Standard output that was closed before the command began."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        raise UserError("standard output is closed, so there is nowhere to print to: leave out '>&-', or redirect it to a file")
+
+
+def open_streams() -> None:
+    """Make standard output UTF-8 with the errors of :class:`_Output`; does nothing where something else has replaced it, as tests do."""
+    closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
+    for _ in closed:  # the next files to be opened would get these numbers, and C libraries would print into them
+        os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        nowhere = io.BufferedWriter(io.FileIO(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(nowhere, "utf-8")  # print(file=None) would print to standard output
+    old = sys.stdout
+    if old is None:
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(_Closed(), 1), "utf-8", write_through=True)
+    elif old is sys.__stdout__ and isinstance(old, io.TextIOWrapper):
+        old.flush()
+        raw = _Output(old.fileno(), "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(raw), "utf-8", "replace", line_buffering=old.line_buffering, write_through=old.write_through
+        )
+
+
+def standard_input() -> BinaryIO:
+    """Return standard input, in bytes. Raises UserError if it is closed."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed: give the text there, one sentence a line, as in 'lsmoe translate ... < text'")
+    return sys.stdin.buffer
+
+
+def _discard(descriptor: int) -> None:
+    """Send what is still buffered nowhere, so that the end of the process does not complain a second time."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

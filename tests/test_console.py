@@ -1,0 +1,114 @@
+"""Standard streams that are closed, full, read by nobody or in another encoding; options before a verb; benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_bad_input import main
+
+from lsmoe_ds import __version__, benchmark
+from lsmoe_ds.config import PROJECT
+
+PROGRAM = "from lsmoe_ds.console import run_command; run_command(lambda: print(chr(246) + chr(26085)))"
+SHELL = "{environment} exec {python} -c '" + PROGRAM + "' {redirect}"
+COMMAND = "exec {python} -m lsmoe_ds {arguments} {redirect}"
+
+
+def shell(command: str, **parts: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a line of a shell; output is buffered, as by default."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    line = command.format(**{"python": sys.executable, "environment": "", **parts})
+    return subprocess.run(["bash", "-c", line], capture_output=True, env=environment, cwd=PROJECT)
+
+
+def test_output_is_utf8_whatever_the_locale():
+    done = shell(SHELL, environment="PYTHONUTF8=0 PYTHONIOENCODING=latin-1", redirect="")
+    assert (done.stdout, done.returncode) == ("ö日\n".encode(), 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "redirect", "says"),
+    [
+        (SHELL, "> /dev/full", b"standard output cannot be written: No space left on device"),
+        (SHELL, ">&-", b"standard output is closed"),
+        (COMMAND, "> /dev/full", b"standard output cannot be written: No space left on device"),
+    ],
+)
+def test_output_that_goes_nowhere_is_one_sentence(command, redirect, says):
+    done = shell(command, redirect=redirect, arguments="--help")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(b"lsmoe: ") and says in done.stderr
+
+
+def test_closed_input_is_one_sentence():
+    done = shell(COMMAND, arguments="translate run --direction en-de", redirect="<&-")
+    assert done.returncode == 2 and done.stderr.startswith(b"lsmoe: standard input is closed") and done.stderr.count(b"\n") == 1
+
+
+def test_a_reader_that_leaves_ends_the_command_silently():
+    done = shell("set -o pipefail; ({python} -m lsmoe_ds --help; echo $? >&2) | true")
+    assert done.stderr == b"141\n"
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["convert", "run", "--to", "de", "--out", "x"], "a language goes into --direction"),
+        (["convert", "run", "--to", "dense", "--out", "x", "--from", "en"], "--from and --to-language name a direction together"),
+        (["convert", "run", "--to", "dense", "--out", "x", "--direction", "en-de", "--from", "en"], "leave out --from and --to-language"),
+        (["convert", "run", "--to", "dense", "--out", "x", "--direction", "de"], "'de' is not a direction"),
+        (["translate", "run", "--from", "en"], "--from and --to name a direction together"),
+        (["translate", "run"], "name the languages: --from en --to de, or --direction en-de"),
+    ],
+)
+def test_languages_of_a_verb(arguments, says, capsys):
+    assert main(arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_every_option_is_explained_in_plain_words(capsys):
+    verbs = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "translate", "convert", "report", "study", "doctor", "bench"))]
+    verbs += [["data", verb, "--help"] for verb in ("fetch", "prepare", "show")] + [
+        ["slurm", "begin", "--help"],
+        ["slurm", "end", "--help"],
+    ]
+    for arguments in verbs:
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert not re.search(r"\b(Of|With|Without) [a-z]+:", said), said
+        assert "--to-language" not in said
+
+
+def test_a_benchmark_gets_the_options_after_its_name(capsys, monkeypatch):
+    called: list[list[str]] = []
+    monkeypatch.setattr(benchmark.subprocess, "call", lambda command: called.append(command) or 0)
+    assert main(["bench", "foo"]) == 2
+    said = capsys.readouterr().err
+    assert "peers" not in said and "common" not in said and "exports" in said
+    assert main(["bench", "--help"]) == 0 and "exchange" in capsys.readouterr().out and called == []
+    assert main(["bench", "exchange", "--help"]) == main(["bench", "exchange", "--rounds", "3", "--out", "r.json"]) == 0
+    assert [command[2:] for command in called] == [["--help"], ["--rounds", "3", "--out", "r.json"]]
+    assert {Path(command[1]) for command in called} == {PROJECT / "benchmarks" / "exchange.py"}
+
+
+def test_a_benchmarks_result_is_printed_or_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    import common
+
+    common.write({"rate": 3}, common.argument_parser("About.").parse_args([]).out)
+    printed = json.loads(capsys.readouterr().out)
+    common.write({"rate": 3}, common.argument_parser("About.").parse_args(["--out", str(tmp_path / "r.json")]).out)
+    assert printed == json.loads((tmp_path / "r.json").read_text()) and printed["rate"] == 3 and "torch" in printed["machine"]
+    with pytest.raises(SystemExit):
+        common.argument_parser("About.").parse_args(["--out", str(tmp_path / "none" / "r.json")])
+    assert not [path.name for path in Path(PROJECT, "benchmarks").glob("*.py") if '/ "results"' in path.read_text()]

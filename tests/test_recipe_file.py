@@ -1,0 +1,221 @@
+"""What is wrong with a recipe is said in the words of the file: the key, its line or option, what was found, what is allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+
+from lsmoe_ds.config import PROJECT, Recipe
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.explain import _annotation, _items, _members, allowed_keys
+from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.section import is_section
+from lsmoe_ds.study.settings import load_study
+
+GOOD = """\
+name: x
+data: {corpora: [{path: a, format: moses}], languages: [de], vocabulary: {size: 128}}
+model:
+  hidden: 32
+  heads: 2
+  encoder: {layers: 2, feed_forward: 64}
+  decoder: {layers: 2, feed_forward: 64}
+training: {steps: 4}
+deepspeed: {}
+"""
+CORPUS, MODEL, STEPS = "{path: a, format: moses}", "model:\n", "{steps: 4}"
+BELOW = "model:\n  "
+
+# What is replaced in the recipe, by what; the whole sentence that follows the file's name.
+WRITTEN = [
+    (CORPUS, "{path: a}", "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, iwslt, moses or tsv"),
+    (
+        CORPUS,
+        "{path: a, format: mosses}",
+        "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, iwslt, moses or tsv, "
+        "found 'mosses' (did you mean 'moses'?)",
+    ),
+    (
+        CORPUS,
+        "{path: a, format: tsv, source: en, target: no}",
+        "line 2: 'target' in item 1 of 'data.corpora' should be text, found no, which YAML reads as false: write 'no' in quotes",
+    ),
+    ("[de]", "[no]", "line 2: item 1 of 'data.languages' should be text, found no, which YAML reads as false: write 'no' in quotes"),
+    ("[de]", "[de, on]", "line 2: item 2 of 'data.languages' should be text, found on, which YAML reads as true: write 'on' in quotes"),
+    ("[de]", "de", "line 2: 'data.languages' should be a list of texts, found 'de': write [de]"),
+    ("[de]", "", "line 2: 'data.languages' should be a list of texts, found nothing"),
+    (
+        "name: x",
+        "name: 2024-01-01",
+        "line 1: 'name' should be text, found 2024-01-01, which YAML reads as a date: write '2024-01-01' in quotes",
+    ),
+    ("name: x", "name: 12", "line 1: 'name' should be text, found 12, which YAML reads as a number: write '12' in quotes"),
+    ("name: x", "name: 010", "line 1: 'name' is 010, which YAML reads in base 8: write 8 or 10, or for text '010' in quotes"),
+    (
+        "name: x",
+        "name: a b",
+        "line 1: 'name' should consist of letters, digits, '.', '_' and '-' and begin with a letter or digit, found 'a b'",
+    ),
+    ("name: x", "name: x\nno: 3", "line 2: the key no is not text to YAML: write 'no' in quotes"),
+    ("name: x", "name: x\n? [1]\n: 3", "line 2: a key is not text"),
+    ("name: x", "name: x\nname: y", "line 2: 'name' is written twice, on lines 1 and 2"),
+    (STEPS, "{steps: 010}", "line 8: 'training.steps' is 010, which YAML reads in base 8: write 8 or 10, or for text '010' in quotes"),
+    (STEPS, "{steps: 1:30}", "line 8: 'training.steps' is 1:30, which YAML reads in base 60: write 90, or '1:30' in quotes"),
+    (STEPS, '{steps: "10"}', "line 8: 'training.steps' should be a whole number, found '10': write 10"),
+    (STEPS, "{steps: 1e4}", "line 8: 'training.steps' should be a whole number, found '1e4': write 10000"),
+    (STEPS, "{steps: 4.5}", "line 8: 'training.steps' should be a whole number, found 4.5"),
+    (STEPS, "{steps: yes}", "line 8: 'training.steps' should be a whole number, found yes"),
+    (STEPS, "{steps: 0}", "line 8: 'training.steps' should be at least 1, found 0"),
+    (STEPS, "{steps: }", "line 8: 'training.steps' should be a whole number, found nothing"),
+    (STEPS, "{steps: 4, dropout: 1.5}", "line 8: 'training.dropout' should be less than 1.0, found 1.5"),
+    (STEPS, "{steps: 4, clip: .inf}", "line 8: 'training.clip' should be a finite number, found .inf"),
+    (STEPS, "{steps: 4, clip: on}", "line 8: 'training.clip' should be a number, found on"),
+    (
+        STEPS,
+        "{steps: 4, start_from: None}",
+        "line 8: 'training.start_from' is the text 'None': YAML's word for nothing is null, or leave the key out",
+    ),
+    (STEPS, "{steps: 4}\nparallel:", "line 9: 'parallel' is empty: write its keys below it (tensor, expert), or leave it out"),
+    (
+        BELOW,
+        f"{BELOW}low_rank: {{rank: no}}\n  ",
+        "line 4: 'model.low_rank.rank' should be a whole number or a mapping from names to whole numbers, found no",
+    ),
+    (
+        BELOW,
+        f"{BELOW}low_rank: {{rank: {{de: many, en: 3}}, index: language}}\n  ",
+        "line 4: 'model.low_rank.rank.de' should be a whole number, found 'many'",
+    ),
+    (BELOW, f"{BELOW}low_rank: {{rank: 0}}\n  ", "line 4: 'model.low_rank.rank' should be at least 1, found 0"),
+    (BELOW, f"{BELOW}low_rank: {{rank: {{no: 3}}}}\n  ", "line 4: the key no is not text to YAML: write 'no' in quotes"),
+    (
+        BELOW,
+        f"{BELOW}clsr: {{at: [fed_forward]}}\n  ",
+        "line 4: item 1 of 'model.clsr.at' should be attention, cross_attention or feed_forward, "
+        "found 'fed_forward' (did you mean 'feed_forward'?)",
+    ),
+    (BELOW, f"{BELOW}clsr: {{shared: maybe}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 'maybe'"),
+]
+
+
+def complaint(text: str, tmp_path: Path, *overrides: str) -> str:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_recipe(tmp_path / "r.yaml", overrides)
+    return str(error.value).replace(f"{tmp_path}/", "")
+
+
+@pytest.mark.parametrize(("before", "after", "says"), WRITTEN, ids=[after.strip() for _, after, _ in WRITTEN])
+def test_a_wrong_value_in_the_file(tmp_path, before, after, says):
+    assert before in GOOD
+    assert complaint(GOOD.replace(before, after), tmp_path) == f"r.yaml, {says}"
+
+
+def test_tabs_are_named(tmp_path):
+    said = complaint(GOOD.replace(f"training: {STEPS}", "training:\n\tsteps: 4"), tmp_path)
+    assert said == "recipe r.yaml is not valid YAML: line 9 is indented with a tab: use spaces"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.seed=yes", "'training.seed' should be a whole number, found yes"),
+        ("training.steps=many", "'training.steps' should be a whole number, found 'many'"),
+        ("training.steps=010", "'training.steps' is 010, which YAML reads in base 8: write 8 or 10, or for text '010' in quotes"),
+        ("training.stepps=3", "unknown key 'training.stepps' (did you mean 'steps'?); allowed here: steps, start_from, "),
+        ("data.languages=[no]", "item 1 of 'data.languages' should be text, found no, which YAML reads as false: write 'no' in quotes"),
+        ("model.encoder={layers: two}", "'model.encoder.layers' should be a whole number, found 'two'"),
+        ("data.corpora=[{path: a}]", "'format' in item 1 of 'data.corpora' is missing: it should be opus100, "),
+        ("deepspeed=none.json", "'deepspeed': there is no file none.json: see ds_configs/"),
+        ("a=[", "'[' is not a YAML value"),
+    ],
+)
+def test_an_option_is_cited_instead_of_a_line(tmp_path, override, says):
+    assert complaint(GOOD, tmp_path, override).startswith(f"'--set {override}': {says}")
+
+
+def test_an_option_that_contradicts_the_file_is_cited_beside_it(tmp_path):
+    said = complaint(GOOD, tmp_path, "model.heads=5")
+    assert said.startswith("r.yaml, line 3 with '--set model.heads=5': 'model': 'hidden' is 32")
+
+
+def test_a_member_of_a_study_is_blamed_for_what_it_changes(tmp_path):
+    (tmp_path / "base.yaml").write_text(GOOD)
+    study = {"name": "s", "recipe": "base.yaml", "baseline": "a", "members": {"a": {"set": {"model": {"heads": "two"}}}}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(UserError, match=r"base\.yaml, changed by 'set': 'model\.heads' should be a whole number, found 'two'"):
+        load_study(tmp_path / "s.yaml")
+
+
+def test_numbers_as_people_write_them_are_read(tmp_path):
+    (tmp_path / "r.yaml").write_text(GOOD.replace(STEPS, "{steps: 1_000, learning_rate: 1e-4, warmup: 1.0e+3, clip: 1, seed: 0}"))
+    training = load_recipe(tmp_path / "r.yaml", ["training.label_smoothing=2e-1"]).training
+    assert (training.steps, training.learning_rate, training.warmup, training.clip, training.label_smoothing) == (
+        1000,
+        1e-4,
+        1000,
+        1.0,
+        0.2,
+    )
+
+
+def test_an_option_changes_one_of_two_sections_that_share_an_alias(tmp_path):
+    moe = "  encoder: {layers: 2, feed_forward: 64, moe: &moe {experts: 4}}\n  decoder: {layers: 2, feed_forward: 64, moe: *moe}\n"
+    (tmp_path / "r.yaml").write_text(re.sub(r"  encoder.*\n  decoder.*\n", moe, GOOD))
+    model = load_recipe(tmp_path / "r.yaml", ["model.decoder.moe.experts=8"]).model
+    assert (model.encoder.moe.experts, model.decoder.moe.experts) == (4, 8)
+
+
+def fields(annotation: Any = Recipe, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of every section, with its annotation; items of lists count from 0."""
+    section = is_section(annotation)
+    for key, field in section.model_fields.items() if section else ():
+        yield f"{at}{key}", field.annotation
+        yield from fields(field.annotation, f"{at}{key}.")
+        for inner in _items(field.annotation):
+            yield from fields(inner, f"{at}{key}.0.")
+
+
+WRONG: dict[str, Any] = {"yes": True, "[[]]": [[]], "{a: [1]}": {"a": [1]}, "1999-12-31": None, "0.5": 0.5, "x y": "x y", "-7": -7}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_every_key_refuses_or_takes_a_value_of_another_kind_in_plain_words(tmp_path, wrong):
+    """Whatever the key, no word of the library that validates reaches the person."""
+    value = yaml.safe_load(GOOD)
+    value["model"] |= {"low_rank": {"rank": 2}, "clsr": {}}
+    value["model"]["encoder"]["moe"] = value["model"]["decoder"]["moe"] = {"experts": 4, "capacity": {}}
+    value["model"]["encoder"]["layers"] = 3  # low-rank matrices need a layer without experts
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(value))
+    refused = 0
+    for key, annotation in fields():
+        if ".0." in key:
+            continue  # an item of a list cannot be set alone
+        try:
+            load_recipe(tmp_path / "r.yaml", [f"{key}={wrong}"])
+        except UserError as error:
+            refused += 1
+            said = str(error)
+            assert f"'--set {key}={wrong}'" in said and key.split(".")[-1] in said.partition(": ")[2], said
+            assert "\n" not in said and len(said) <= 500, said
+            assert not re.search(r"[Ii]nput should|constrained|valid (string|integer|number)|pydantic|input_type|function-", said), said
+        else:
+            kinds = [get_origin(member) or member for member in _members(annotation)]
+            assert wrong != "yes" or bool in kinds, f"{key} takes yes"
+    assert refused > 50
+
+
+def test_the_keys_of_every_place_are_known():
+    assert allowed_keys(("data", "corpora", "0"), Recipe) == ["path", "format", "source", "target"]
+    assert "top_k" in allowed_keys(("model", "encoder", "moe"), Recipe) and allowed_keys(("name",), Recipe) == []
+    assert get_args(_annotation(("data", "corpora", "0", "format"), Recipe))[0] == "opus100"
+
+
+def test_recipes_that_come_with_the_project_are_read():
+    for path in (PROJECT / "recipes").rglob("*.yaml"):
+        load_recipe(path)
