@@ -33,11 +33,11 @@ BELOW = "model:\n  "
 
 # What is replaced in the recipe, by what; the whole sentence that follows the file's name.
 WRITTEN = [
-    (CORPUS, "{path: a}", "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, iwslt, moses or tsv"),
+    (CORPUS, "{path: a}", "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, ntrex, iwslt, moses or tsv"),
     (
         CORPUS,
         "{path: a, format: mosses}",
-        "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, iwslt, moses or tsv, "
+        "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, ntrex, iwslt, moses or tsv, "
         "found 'mosses' (did you mean 'moses'?)",
     ),
     (
