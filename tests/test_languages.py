@@ -42,7 +42,7 @@ from lsmoe_ds.languages import (
     task_order,
 )
 from lsmoe_ds.recipe_file import load_recipe
-from lsmoe_ds.run_folder import open_run
+from lsmoe_ds.run_folder import check_run, open_run
 
 
 @pytest.fixture(autouse=True)
@@ -143,10 +143,9 @@ def test_what_hangs_on_a_code_is_right_by_any_of_its_names():
 
 def test_the_order_of_tasks_is_that_of_models_that_are_trained():
     """By the table before aliases were resolved: static routing and groups of experts follow this order."""
-    own = [line.split("\t")[0] for line in (PROJECT / "tools/languages.tsv").read_text(encoding="utf-8").splitlines()[1:]]
-    later = {"fuc", "hmn", "mey", "no", "zh_Hani"}
+    rows = [line.split("\t") for line in (PROJECT / "tools/languages.tsv").read_text(encoding="utf-8").splitlines()[1:]]
     others = "no zh zho_Hans eng_Latn deu_Latn jpn_Jpan xx qaa hil brx ns iw en_GB es_MX zh_CN zh_TW por_Latn de_AT uz_Arab kk_CN x_a"
-    codes = [*(code for code in own if code not in later), *others.split()]
+    codes = [*(row[0] for row in rows if row[3]), *others.split()]
     assert hashlib.sha256(",".join(sorted(codes, key=task_order)).encode()).hexdigest()[:16] == "4c3066d706df1a09"
     assert sorted(["eng_Latn-de", "en-ru", "en-de", "sv-en"], key=task_order) == ["en-de", "sv-en", "en-ru", "eng_Latn-de"]
 
@@ -451,6 +450,11 @@ def old_run(pool, folder: Path) -> Path:
 def test_a_run_keeps_the_codes_that_it_was_trained_with(pool, tmp_path, monkeypatch, capsys):
     run = old_run(pool, tmp_path)
     assert Vocabulary.load(run / "vocabulary.model").codes == load_recipe(run / "recipe.yaml").languages.codes == ("eng_Latn", "hi", "iw")
+    own = load_recipe(run / "recipe.yaml")
+    check_run(own, run, run / "vocabulary.model")
+    (tmp_path / "mine.yaml").write_text(own.to_yaml(), encoding="utf-8")
+    with pytest.raises(UserError, match=r"data\.directions \['eng_Latn-hi', .* continue it with its own recipe, .*run/recipe\.yaml, or"):
+        check_run(load_recipe(tmp_path / "mine.yaml"), run, run / "vocabulary.model")
     translated = []
     capsys.readouterr()
     for source, target in (("eng_Latn", "iw"), ("en", "he"), ("en-US", "heb_Hebr")):
