@@ -19,7 +19,9 @@ from small_run import TARGET_TOP2, make_recipe, train_and_save, write_corpus
 from lsmoe_ds import cli, notices
 from lsmoe_ds.codes import read_code, read_direction, read_directions, resolve_codes
 from lsmoe_ds.config import PROJECT, Corpus, Recipe
+from lsmoe_ds.convert.folder import find_model
 from lsmoe_ds.convert.importing import M2M_100
+from lsmoe_ds.convert.subnetwork import extract_stored
 from lsmoe_ds.data.cleaning import PairFilter
 from lsmoe_ds.data.formats import Part, find_parts, other_varieties
 from lsmoe_ds.data.prepare import prepare
@@ -388,11 +390,12 @@ def test_text_in_norwegian_serves_one_code_only(tmp_path, capsys):
 
 
 def test_opus_and_fetched_corpora_by_other_codes(tmp_path, capsys):
-    for pair, codes in (("en-pt", ("en", "pt")), ("en-zh", ("en", "zh"))):
+    for pair, codes in (("en-pt", ("en", "pt")), ("en-zh", ("en", "zh")), ("en-de", ("en", "de"))):
         for code in codes:
             write_lines(tmp_path / "supervised" / pair / f"opus.{pair}-train.{code}", ["x"])
-    assert names(found(tmp_path, "opus100", "en-pt", "en-zh_Hans")) == [
-        ["opus.en-pt-train.en", "opus.en-pt-train.pt"], ["opus.en-zh-train.en", "opus.en-zh-train.zh"]
+    assert names(found(tmp_path, "opus100", "en-pt", "en-zh_Hans", "de-en")) == [
+        ["opus.en-pt-train.en", "opus.en-pt-train.pt"], ["opus.en-zh-train.en", "opus.en-zh-train.zh"],
+        ["opus.en-de-train.de", "opus.en-de-train.en"],
     ]  # fmt: skip
     write_fetched(tmp_path, "django", {"de-en": [("Hallo", "Hello")], "en-sw_KE": [("Hello", "Jambo")]})
     parts = find_parts(["django"], tmp_path, ["de-en", "en-sw"])
@@ -468,6 +471,7 @@ def test_a_run_keeps_the_codes_that_it_was_trained_with(pool, tmp_path, monkeypa
     dense = tmp_path / "dense"
     call(monkeypatch, "convert", str(run), "--to", "dense", "--from", "en", "--to-language", "he", "--out", str(dense), "--check", "2")
     assert load(dense).recipe.data.directions == ["eng_Latn-iw"]
+    assert extract_stored(find_model(run), Direction("en", "he"))[1].data.directions == ["eng_Latn-iw"]
     capsys.readouterr()
     call(monkeypatch, "translate", str(dense), "--from", "en", "--to", "iw", "--beam", "1", text="bafe dogi\n")
     assert capsys.readouterr().out == translated[0]
