@@ -286,7 +286,7 @@ def test_recipes_hold_the_codes_of_the_table(tmp_path, capsys):
         ),
         (
             {"corpora": [{"path": "a", "format": "moses", "source": "German"}], "languages": ["de"]},
-            "'data.corpora.0.source': 'German' is not a language code",
+            "'German' is not a language code (did you mean 'de', German?)",
         ),
     ],
 )
