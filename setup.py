@@ -60,7 +60,17 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4"],
         "serve": ["ctranslate2>=4.6,<5"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "types-PyYAML", "transformers>=5", "ctranslate2>=4.6,<5"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "transformers>=5",
+            "ctranslate2>=4.6,<5",
+            "langcodes>=3.5",
+            "language_data>=1.4",
+        ],
     },
     entry_points={"console_scripts": ["lsmoe = lsmoe_ds.__main__:main"]},
 )

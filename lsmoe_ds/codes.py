@@ -127,6 +127,14 @@ def _read_all(given: Sequence[Any], read: Callable[[str], str]) -> list[Any]:
     return found
 
 
+def mean_the_same(first: Any, second: Any) -> bool:
+    """Tell whether two values of ``data.languages`` or ``data.directions`` are lists of other codes for the same languages."""
+    if not all(isinstance(value, list) and value and all(isinstance(text, str) for text in value) for value in (first, second)):
+        return False
+    meanings = [["-".join(map(normalize_code, text.split("-"))) for text in value] for value in (first, second)]
+    return meanings[0] == meanings[1]
+
+
 def tags_of(recipe: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """Return the codes that have a tag in the vocabulary of a recipe: beside a stored recipe, or in ``data.vocabulary.file``.
 

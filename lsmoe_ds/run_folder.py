@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lsmoe_ds.codes import mean_the_same
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, ORIGIN, check_trained_on, describe_origin
 from lsmoe_ds.errors import UserError
@@ -46,9 +47,12 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     now = _flat(recipe.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
+            advice = "set it back"
+            if mean_the_same(before.get(key), now.get(key)):
+                advice = f"the run keeps the codes that it was started with, so continue it with its own recipe, {stored}"
             raise UserError(
                 f"the run {run} was started with {key} {before.get(key)}, the recipe now has {now.get(key)}: "
-                f"set it back, or write to another folder with --out"
+                f"{advice}, or write to another folder with --out"
             )
     if not copied.is_file() or sha256(copied) != sha256(vocabulary):
         raise UserError(f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder with --out")

@@ -103,7 +103,7 @@ def render_table(rows: list[Row]) -> str:
 
 PAGE_HEAD = """# Languages
 
-<!-- Written by tools/make_languages.py from lsmoe_ds/languages.tsv: change that, not this page. -->
+<!-- Written by tools/make_languages.py from tools/languages.tsv and CLDR: change these, not this page. -->
 
 A language has one code here, the first column. Write it, or any other code for the same language, wherever a code is read:
 in recipes and studies, in the names of files and the headers of columns, on the command line. What is read as another code
