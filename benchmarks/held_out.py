@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def count_leaks(data: Any) -> int:
 
 def _sentences(store: Any) -> list[bytes]:
     ids, offsets = store.ids[:], store.offsets[:].tolist()
-    return [ids[start:end].tobytes() for start, end in zip(offsets, offsets[1:], strict=False)]
+    return [ids[start:end].tobytes() for start, end in pairwise(offsets)]
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -100,14 +101,17 @@ def measure(folder: Path) -> dict[str, Any]:
     )
     parts = {"cleaning": "_clean", "holding out": "_hold_out"}
     seconds = dict.fromkeys(parts, 0.0)
-    for part, name in parts.items():
 
-        def timed(self: Any, part: str = part, original: Any = getattr(module._Preparation, name)) -> None:
+    def timed(part: str, original: Any) -> Any:
+        def call(self: Any) -> None:
             begun = time.perf_counter()
             original(self)
             seconds[part] = time.perf_counter() - begun
 
-        setattr(module._Preparation, name, timed)
+        return call
+
+    for part, method in parts.items():
+        setattr(module._Preparation, method, timed(part, getattr(module._Preparation, method)))
     begun = time.perf_counter()
     data = module.prepare(recipe, force=True)
     wall = time.perf_counter() - begun

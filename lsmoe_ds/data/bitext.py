@@ -61,9 +61,9 @@ def _clean_chunk(pairs: list[Pair], codes: Pair, settings: Cleaning, pivot: int)
 class Bitext:
     """Hold the text of two languages. ``pivot`` is the side by which sentences are chosen to be held out: English, or the first.
 
-    In ``folder`` are ``pairs.tsv`` (cleaned), ``key0.npy`` and ``key1.npy`` (keys of its sides), ``candidates.npy`` (distinct keys of
-    the pivot side), ``common.npy`` (keys of sentences in too many pairs to be held out by choice) and ``fate.npy``: TRAIN, DEV,
-    TEST or DROPPED for each pair. ``own`` are sets that a corpus brought along, ``also_out`` pairs of further such sets, kept out
+    In ``folder`` are ``pairs.tsv`` (cleaned), ``key0.npy`` and ``key1.npy`` (keys of its sides), ``common.npy`` (keys of sentences in
+    too many pairs to be held out by choice), ``candidates.npy`` (see :meth:`candidates`) and ``fate.npy``: TRAIN, DEV, TEST or
+    DROPPED for each pair. ``own`` are sets that a corpus brought along, ``also_out`` pairs of further such sets, kept out
     of training only; ``spans`` are the cleaned pairs of each corpus: (corpus, first, end).
     """
 
@@ -124,8 +124,6 @@ class Bitext:
             np.save(self.folder / f"key{side}.npy", keys[side])
             distinct, counts = np.unique(keys[side][fate == TRAIN], return_counts=True)
             common.append(distinct[counts > most])
-            if side == self.pivot:
-                np.save(self.folder / "candidates.npy", distinct[counts <= most])
         np.save(self.folder / "common.npy", np.unique(np.concatenate(common)))
 
     def load(self, name: str) -> NDArray[Any]:
@@ -133,10 +131,13 @@ class Bitext:
         return array
 
     def candidates(self, claims: Claims) -> Keys:
-        """Return the sorted distinct keys of the pivot side that may be held out and are not yet."""
-        keys = np.asarray(np.load(self.folder / "candidates.npy", mmap_mode="r"))
-        claimed = claims.has(keys)
-        return keys[~claimed] if claimed.any() else keys
+        """Return the sorted distinct keys of the pivot side that may be chosen, memory-mapped: no side is common or claimed yet."""
+        common, bad = self.load("common"), self.load("fate") != TRAIN
+        for side in (0, 1):
+            keys = self.load(f"key{side}")
+            bad |= claims.has(keys) | contains(common, keys)
+        np.save(self.folder / "candidates.npy", np.unique(self.load(f"key{self.pivot}")[~bad]))
+        return np.asarray(np.load(self.folder / "candidates.npy", mmap_mode="r"))
 
     def claim_published(self, claims: Claims) -> None:
         """Claim both sides of the sets that corpora brought along."""
