@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from lsmoe_ds.data.cleaning import near_duplicate_form
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.summary import show
-from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, Direction
 
@@ -148,6 +149,30 @@ def test_two_prepares_are_the_same_to_the_byte(root: Path, monkeypatch: pytest.M
     assert first.manifest["files"] == second.manifest["files"]
     assert len(first.manifest["files"]) == 1 + 3 * (4 + 6 + 6)
     PreparedData.open(second.folder, verify=True)
+
+
+@pytest.mark.parametrize(("temperature", "german", "french"), [(5.0, 842, 335), (1.0, 1000, 10)])
+def test_the_vocabulary_is_trained_on_a_sample_by_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, german: int, french: int
+) -> None:
+    """1,000 and 10 pairs, so 1,010 English sentences; shares as n^(1/T): at T = 5 3.981, 1.585 and 3.989 of 2,020 sentences."""
+    seen: list[str] = []
+
+    def train(texts, *rest):
+        seen.extend(texts)
+        return train_vocabulary(iter(seen), *rest)
+
+    monkeypatch.setattr(prepare_module, "train_vocabulary", train)
+    write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 1000), "en-fr": pairs("en", "fr", 10, start=5000)})
+    settings = {"held_out": {"dev": 0, "test": 0}, "vocabulary": {"size": 200, "character_coverage": 1.0}}
+    prepare(recipe(tmp_path, languages=["de", "fr"], temperature=temperature, **settings))
+    own = {"de": {sentence("de", n) for n in range(1000)}, "fr": {sentence("fr", n) for n in range(5000, 5010)}}
+    counts = {code: sum(text in texts for text in seen) for code, texts in own.items()}
+    assert abs(counts["de"] - german) <= 1 and abs(counts["fr"] - french) <= 1
+    assert abs(len(seen) - 2020) <= 2
+    # Each sentence of a language comes as often as any other, to one.
+    times = Counter(text for text in seen if text in own["fr"])
+    assert len(times) == 10 and max(times.values()) - min(times.values()) <= 1
 
 
 def changed_file(root: Path) -> None:
