@@ -87,7 +87,7 @@ def test_each_side_is_in_its_own_script() -> None:
     ("count", "kept", "expected"), [(10, 7, None), (10, 8, "untranslated"), (5, 3, None), (5, 4, "untranslated"), (4, 4, None)]
 )
 def test_up_to_seven_of_ten_words_may_be_the_same(count: int, kept: int, expected: str | None) -> None:
-    words = "alpha bravo charlie delta echo foxtrot golf hotel india juliet".split()[:count]
+    words = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet"][:count]
     translated = [word if number < kept else word[::-1] for number, word in enumerate(words)]
     assert rule(" ".join(words), " ".join(translated) + " dazu") == expected
 
