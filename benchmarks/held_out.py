@@ -1,11 +1,13 @@
-"""Preparing 204 directions: what it costs to keep both sides of every held-out sentence out of all training text.
+"""Preparing 204 directions: what it costs to keep both sides of every held-out sentence out of all training
+text.
 
     python benchmarks/held_out.py [--pairs 1500000] [--before DIR]
 
-102 English-centric bitexts of made-up text share a pool of English sentences, some of them generic ones ("Yes.") whose translations
-are the same for many. The text is prepared as `lsmoe data prepare` does it, in a process of its own: seconds by the clock and of
-processor time, the part of cleaning and of holding out, and the peak memory of the main process. Counted afterwards: the training
-pairs of which a side is, to the letter, a dev or test sentence of any bitext. ``--before`` measures another checkout too.
+102 English-centric bitexts of made-up text share a pool of English sentences, some of them generic ones
+("Yes.") whose translations are the same for many. The text is prepared as `lsmoe data prepare` does it, in a
+process of its own: seconds by the clock and of processor time, the part of cleaning and of holding out, and
+the peak memory of the main process. Counted afterwards: the training pairs of which a side is, to the letter,
+a dev or test sentence of any bitext. ``--before`` measures another checkout too.
 """
 
 from __future__ import annotations

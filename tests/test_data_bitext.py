@@ -36,6 +36,13 @@ def test_word_limits_are_for_the_english_side(tmp_path: Path) -> None:
     assert bitext.counts == {"read": 2, "short": 1, "duplicate": 0}
 
 
+def test_scripts_belong_to_their_sides(tmp_path: Path) -> None:
+    """Bulgarian comes first in bg-en, and the rules read the English side first."""
+    content = [("Запазете всички промени", "Save all of the changes"), ("Save all of the changes", "Запазете всички промени")]
+    bitext = cleaned(tmp_path, "bg-en", content)
+    assert list(bitext.pairs("train")) == content[:1] and bitext.counts["script"] == 1
+
+
 def test_word_limits_are_for_the_first_side_without_english(tmp_path: Path) -> None:
     stays = ("eins zwei drei vier", "un deux")
     goes = ("eins zwei", "un deux trois quatre")
@@ -50,7 +57,9 @@ def test_which_side_sentences_are_chosen_by(tmp_path: Path, name: str, pivot: in
 
 
 def test_exact_copies_of_a_pair(tmp_path: Path) -> None:
-    """Three times in two corpora: trained on once, two counted; another translation of the same sentence is no copy."""
+    """Three times in two corpora: trained on once, two counted; another translation of the same sentence is
+    no copy.
+    """
     (first, second), other = pairs("de", "en", 2), ("Ein ganz anderer Satz steht hier.", pairs("de", "en", 1)[0][1])
     bitext = cleaned(tmp_path, "de-en", [first, second, first], [first, other])
     assert list(bitext.pairs("train")) == [first, second, other]

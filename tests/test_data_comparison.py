@@ -70,7 +70,9 @@ def test_every_reader_refuses_data_that_were_prepared_otherwise(made: Path, chan
 
 
 def test_all_that_shapes_the_data_is_compared() -> None:
-    """A key that is added to ``data`` must be compared, or be named here as one that the prepared data do not depend on."""
+    """A key that is added to ``data`` must be compared, or be named here as one that the prepared data do not
+    depend on.
+    """
     compared = {change[1].split(".")[1] for change in CHANGES}
     free = {"name", "directory", "languages", "groups", "batch"}  # languages become directions
     assert compared | free == set(Data.model_fields)
@@ -150,7 +152,9 @@ def test_a_converted_folder_serves_some_of_the_directions(made: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with relative paths in its recipe, prepared data and the run ``out/here/x``; the working directory is elsewhere."""
+    """A folder with relative paths in its recipe, prepared data and the run ``out/here/x``; the working
+    directory is elsewhere.
+    """
     place = tmp_path / "project"
     place.mkdir()
     monkeypatch.chdir(place)

@@ -183,7 +183,9 @@ CASES: list[tuple[list[str] | None, str]] = [
 
 @pytest.mark.parametrize(("lines", "says"), CASES)
 def test_a_corpus_that_cannot_be_read_any_more(tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[str], says: str) -> None:
-    """Nothing says "up to date": the data are not prepared of what lies there. They stay, and `show` says so too."""
+    """Nothing says "up to date": the data are not prepared of what lies there. They stay, and `show` says so
+    too.
+    """
     write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 200)})
     settings = with_table(tmp_path)
     before = prepare(settings).manifest

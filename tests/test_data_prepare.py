@@ -273,6 +273,18 @@ def test_killed_in_the_middle(root: Path, step: str, how: signal.Signals, capsys
     assert not (settings.prepared.parent / ".small.partial").exists()
 
 
+def test_prepared_again_through_a_link(root: Path) -> None:
+    """The folder that the link leads to is replaced; the link stays."""
+    folder = prepare(recipe(root)).folder
+    (root / "large disk").mkdir()
+    folder.rename(root / "large disk" / "x")
+    folder.symlink_to(root / "large disk" / "x")
+    before = (folder / "manifest.json").stat().st_ino
+    prepare(recipe(root), force=True)
+    assert folder.is_symlink() and (root / "large disk/x/manifest.json").stat().st_ino != before
+    assert not (root / "large disk" / ".x.partial").exists()
+
+
 def test_cut_off_between_the_two_renames(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = prepare(recipe(root)).folder
     folder.rename(folder.with_name(".small.old"))

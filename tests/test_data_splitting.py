@@ -79,7 +79,9 @@ def test_a_multi_way_corpus(tmp_path: Path, codes: str, count: int) -> None:
 
 
 def test_bitexts_that_overlap_in_part(tmp_path: Path) -> None:
-    """Each language pair has some sentences that the others lack, and the French ones of German are others than those of English."""
+    """Each language pair has some sentences that the others lack, and the French ones of German are others
+    than those of English.
+    """
     bitexts = {
         "de-en": pairs("de", "en", 200),
         "en-fr": pairs("en", "fr", 200, start=100),
@@ -103,7 +105,9 @@ def settings_of(folder: Path, bitexts: dict[str, Lines], **data: Any) -> Any:
 
 
 def test_the_dropped_pairs_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """300 sentences stand twice, the second time with another case and digits: what is held out of them is dropped once each."""
+    """300 sentences stand twice, the second time with another case and digits: what is held out of them is
+    dropped once each.
+    """
     noisy = [(german.upper(), f"{english[:-1]} 7 !") for german, english in pairs("de", "en", 300)]
     data = prepared(tmp_path, {"de-en": pairs("de", "en", 300) + noisy}, held_out={"dev": 10, "test": 20})
     check_nothing_held_out_is_trained_on(data)
@@ -112,7 +116,9 @@ def test_the_dropped_pairs_are_said(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_one_translation_of_two_sentences(tmp_path: Path) -> None:
-    """Every German sentence stands for two English ones: the one that is not in the set must not be trained on either."""
+    """Every German sentence stands for two English ones: the one that is not in the set must not be trained
+    on either.
+    """
     both = [(sentence("de", n), sentence("en", m)) for n in range(150) for m in (n, n + 1000)]
     data = prepared(tmp_path, {"de-en": both}, languages=["de"], directions=[], held_out={"dev": 10, "test": 20})
     check_nothing_held_out_is_trained_on(data)
@@ -121,7 +127,9 @@ def test_one_translation_of_two_sentences(tmp_path: Path) -> None:
 
 
 def test_a_sentence_under_another_language_is_held_out_too(tmp_path: Path) -> None:
-    """Close languages share sentences: those of the Norwegian test set stand in the Danish text, letter by letter."""
+    """Close languages share sentences: those of the Norwegian test set stand in the Danish text, letter by
+    letter.
+    """
     bitexts = {"en-nb": pairs("en", "de", 200), "da-en": [(first, f"{second[:-1]} so.") for first, second in pairs("de", "en", 200)]}
     data = prepared(tmp_path, bitexts, held_out={"dev": 10, "test": 20})
     check_nothing_held_out_is_trained_on(data)
@@ -129,7 +137,9 @@ def test_a_sentence_under_another_language_is_held_out_too(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("noise", ["{}", "{} 42", "«{}»", "{}!?"])
 def test_published_sets_are_held_out_by_both_sides(tmp_path: Path, noise: str) -> None:
-    """A test set of German and English: its German side is in German-French text, under French that nothing else has."""
+    """A test set of German and English: its German side is in German-French text, under French that nothing
+    else has.
+    """
     for side, code in enumerate(("deu_Latn", "eng_Latn")):
         write_lines(tmp_path / f"flores/devtest/{code}.devtest", [noise.format(pair[side]) for pair in pairs("de", "en", 12)])
         write_lines(tmp_path / f"flores/dev/{code}.dev", [noise.format(pair[side]) for pair in pairs("de", "en", 8, start=12)])
@@ -208,7 +218,9 @@ def test_a_sentence_is_in_one_set_only(tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_already_comes_first(tmp_path: Path) -> None:
-    """The German-French text holds out what the two English ones do, although it would have chosen others by itself."""
+    """The German-French text holds out what the two English ones do, although it would have chosen others by
+    itself.
+    """
     number = 200
     texts = [made(tmp_path, name, [(base + n, other + n) for n in range(number)]) for name, base, other in
              (("de-en", 1000, 2000), ("en-fr", 2000, 3000), ("de-fr", 1000, 3000))]  # fmt: skip
