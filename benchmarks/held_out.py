@@ -1,11 +1,13 @@
-"""Preparing 204 directions: what it costs to keep both sides of every held-out sentence out of all training text.
+"""Preparing 204 directions: what it costs to keep both sides of every held-out sentence out of all training
+text.
 
     python benchmarks/held_out.py [--pairs 1500000] [--before DIR]
 
-102 English-centric bitexts of made-up text share a pool of English sentences, some of them generic ones ("Yes.") whose translations
-are the same for many. The text is prepared as `lsmoe data prepare` does it, in a process of its own: seconds by the clock and of
-processor time, the part of cleaning and of holding out, and the peak memory of the main process. Counted afterwards: the training
-pairs of which a side is, to the letter, a dev or test sentence of any bitext. ``--before`` measures another checkout too.
+102 English-centric bitexts of made-up text share a pool of English sentences, some of them generic ones
+("Yes.") whose translations are the same for many. The text is prepared as `lsmoe data prepare` does it, in a
+process of its own: seconds by the clock and of processor time, the part of cleaning and of holding out, and
+the peak memory of the main process. Counted afterwards: the training pairs of which a side is, to the letter,
+a dev or test sentence of any bitext. ``--before`` measures another checkout too.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +77,7 @@ def count_leaks(data: Any) -> int:
 
 def _sentences(store: Any) -> list[bytes]:
     ids, offsets = store.ids[:], store.offsets[:].tolist()
-    return [ids[start:end].tobytes() for start, end in zip(offsets, offsets[1:], strict=False)]
+    return [ids[start:end].tobytes() for start, end in pairwise(offsets)]
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -100,14 +103,17 @@ def measure(folder: Path) -> dict[str, Any]:
     )
     parts = {"cleaning": "_clean", "holding out": "_hold_out"}
     seconds = dict.fromkeys(parts, 0.0)
-    for part, name in parts.items():
 
-        def timed(self: Any, part: str = part, original: Any = getattr(module._Preparation, name)) -> None:
+    def timed(part: str, original: Any) -> Any:
+        def call(self: Any) -> None:
             begun = time.perf_counter()
             original(self)
             seconds[part] = time.perf_counter() - begun
 
-        setattr(module._Preparation, name, timed)
+        return call
+
+    for part, method in parts.items():
+        setattr(module._Preparation, method, timed(part, getattr(module._Preparation, method)))
     begun = time.perf_counter()
     data = module.prepare(recipe, force=True)
     wall = time.perf_counter() - begun

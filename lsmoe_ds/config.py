@@ -35,7 +35,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Corpus(Section):
-    """Describe a corpus on the user's disk. ``source`` and ``target`` name the languages where the layout does not."""
+    """Describe a corpus on disk. ``source`` and ``target`` name the languages where the layout does not."""
 
     path: Path
     format: Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv"]
@@ -44,7 +44,7 @@ class Corpus(Section):
 
 
 class Vocabulary(Section):
-    """Set up the vocabulary: trained on the text, or read from ``file``, a model as :mod:`lsmoe_ds.data.vocabulary` describes it."""
+    """Set up the vocabulary: one is trained on the text, or ``file`` is one (see :mod:`lsmoe_ds.data.vocabulary`)."""
 
     file: Path | None = None
     size: Annotated[int, Field(ge=64, le=2**20)] = 16000
@@ -62,7 +62,7 @@ class Cleaning(Section):
 
 
 class HeldOut(Section):
-    """Set how many sentences of a bitext become dev and test; in all languages they are kept out of all training text."""
+    """Set how many pairs of a bitext become dev and test; both sides are kept out of all training text."""
 
     dev: Annotated[int, Field(ge=0)] = 200
     test: Annotated[int, Field(ge=0)] = 500

@@ -34,7 +34,9 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, An
 
 
 def is_plain(name: object) -> bool:
-    """Whether this is the name of a file below a folder, as we write them: ``train/de-en/de.txt``, not ``../x`` or ``/x``."""
+    """Whether this is the name of a file below a folder, as we write them: ``train/de-en/de.txt``, not
+    ``../x`` or ``/x``.
+    """
     plain = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256
     return plain and all(part.strip(".") for part in str(name).split("/"))
 
@@ -45,7 +47,9 @@ def is_count(value: object) -> TypeGuard[int]:
 
 
 def damage(folder: Path, files: Any, verify: bool) -> str | None:
-    """What is wrong with the files of a folder, by :func:`describe_files`; sums are compared only with ``verify``."""
+    """What is wrong with the files of a folder, by :func:`describe_files`; sums are compared only with
+    ``verify``.
+    """
     if not isinstance(files, dict):
         return f"{folder} does not say which files it has"
     for name, expected in files.items():
@@ -95,7 +99,9 @@ def read_fields(path: Path, **fields: type) -> dict[str, Any]:
 
 
 def check_fields(path: Path, value: Any, **fields: type) -> None:
-    """Raises UserError unless a value out of a file is an object with these ``fields`` and each is what :data:`KINDS` says."""
+    """Raises UserError unless a value out of a file is an object with these ``fields`` and each is what
+    :data:`KINDS` says.
+    """
     for name, kind in fields.items():
         if not isinstance(value, dict) or not _is(value.get(name), kind):
             raise UserError(f"{path} is damaged: '{name}' should be {KINDS[kind]}")
@@ -112,7 +118,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place, synced, then renamed. Symbolic links stay and are written through.
+    """Write a file whole or not at all: beside its place, synced, then renamed. Symbolic links stay and are
+    written through.
 
     Raises UserError if it cannot be written.
     """
@@ -138,7 +145,9 @@ def shown(path: Path) -> str:
 
 
 def resolved(path: Path) -> Path:
-    """Follow symbolic links, so that whatever a folder is called it has one lock, and is replaced where it really is."""
+    """Follow symbolic links, so that whatever a folder is called it has one lock, and is replaced where it
+    really is.
+    """
     try:
         return path.resolve()
     except (RuntimeError, OSError):  # which of them a loop raises depends on Python's version
@@ -165,7 +174,8 @@ def recover(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[int]:
-    """Hold the right to write ``path``, by whatever name, against other processes; if another has it, wait, or raise UserError.
+    """Hold the right to write ``path``, by whatever name, against other processes; if another has it, wait,
+    or raise UserError.
 
     Yields a descriptor: a process that inherits it holds the right as long as it lives.
     """
@@ -188,10 +198,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[int]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``path`` when the block ends well; otherwise ``path`` stays as it was.
+    """Yield an empty folder that takes the place of ``path`` when the block ends well; otherwise ``path``
+    stays as it was.
 
-    Use it under :func:`locked`. A symbolic link stays: the folder that it leads to is replaced. A full disk or missing permission is a
-    UserError; what was half written is removed.
+    Use it under :func:`locked`. A symbolic link stays: the folder that it leads to is replaced. A full disk
+    or missing permission is a UserError; what was half written is removed.
     """
     given, path = path, resolved(path)
     new, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")

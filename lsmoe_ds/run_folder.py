@@ -1,6 +1,8 @@
-"""Open the run folder: ``recipe.yaml``, ``vocabulary.model``, ``origin.json``, ``checkpoints/step-N/``, ``metrics.jsonl``, ...
+"""Open the run folder: ``recipe.yaml``, ``vocabulary.model``, ``origin.json``, ``checkpoints/step-N/``,
+``metrics.jsonl``, ...
 
-This module knows who may write it, and which of its checkpoints are whole; training knows what is in a checkpoint.
+This module knows who may write it, and which of its checkpoints are whole; training knows what is in a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ MAY_CHANGE = {
 
 
 def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
-    """Raise UserError if the folder belongs to another recipe, vocabulary or text, or to somebody else; write nothing.
+    """Raise UserError if the folder belongs to another recipe, vocabulary or text, or to somebody else; write
+    nothing.
 
     ``vocabulary`` is that of the prepared data, in their folder.
     """
@@ -63,7 +66,9 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
 
 
 def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
-    """Make the run folder of a recipe if need be, after :func:`check_run`; store the recipe, and where and on what it is trained."""
+    """Make the run folder of a recipe if need be, after :func:`check_run`; store the recipe, and where and on
+    what it is trained.
+    """
     check_run(recipe, run, vocabulary)
     stored, text, origin = run / "recipe.yaml", recipe.to_yaml(), describe_origin(vocabulary.parent)
     with explain_errors(run):
@@ -95,8 +100,9 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def to_remove(checkpoints: list[Path], keep: int, best: int) -> list[Path]:
-    """Those of a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the ``best`` of least dev
-    loss. Without a validation in their step they have none."""
+    """Those of a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the
+    ``best`` of least dev loss. Without a validation in their step they have none.
+    """
     losses = {path: (read_json(path / "state.json") or {}).get("dev_loss") for path in checkpoints}
     scored = sorted((loss, path) for path, loss in losses.items() if isinstance(loss, float | int))
     kept = {*checkpoints[-keep:], *(path for _, path in scored[:best])}

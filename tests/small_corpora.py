@@ -42,7 +42,7 @@ def write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def recipe(directory: Path, name: str = "small", **data: Any) -> Recipe:
+def recipe(directory: Path, name: str = "small", /, **data: Any) -> Recipe:
     settings = {
         "corpora": ["django"],
         "directory": str(directory),

@@ -193,6 +193,10 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     # prepared data, processes, runs
     ("not prepared", recipe(lambda r: r.update(name="other")), TRAIN, "there is no prepared data in data/prepared/other"),
     ("prepared data cut", cut("data/prepared/small/train/de-en/de.tokens.npy"), ["train", "good.yaml", "--out", "new"], "de.tokens.npy has"),
+    ("prepared otherwise", recipe(lambda r: r["data"]["vocabulary"].update(size=150)), TRAIN, "'data.vocabulary.size' is 150, but data/prepared/small was prepared with 140: set it back"),
+    ("other data shown", recipe(lambda r: r["data"]["held_out"].update(seed=2)), ["data", "show", "bad.yaml"], "'data.held_out.seed' is 2, but data/prepared/small was prepared with 1"),
+    ("run of other data", stored(lambda r: r["data"]["held_out"].update(test=7)), ["evaluate", "run"], "'data.held_out.test' is 7, but"),
+    ("maps of other data", stored(lambda r: r["data"]["cleaning"].update(max_words=9)), ["analyze", "routing", "run", "--out", "new"], "'data.cleaning.max_words' is 9, but"),
     ("its manifest damaged", text("{", "data/prepared/small/manifest.json"), ["train", "good.yaml", "--out", "new"], "no prepared data"),
     ("processes for tensor", NOTHING, ["train", "good.yaml", "--set", "parallel.tensor=2", "--nproc", "3", "--out", "new"], "3 processes"),
     ("processes for experts", NOTHING, ["train", "good.yaml", "--set", "parallel.expert=2", "--nproc", "1", "--out", "new"], "1 processes"),

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsmoe_ds.config import Batch as BatchSettings
-from lsmoe_ds.data.batching import EOS, PAD, Batch, BatchStream, DirectionIds, Step, collate
-from lsmoe_ds.data.shuffling import permute
+from lsmoe_ds.data.batching import EOS, PAD, Batch, BatchStream, DirectionIds, Step, by_length, collate, cut
+from lsmoe_ds.data.shuffling import _mix, choose, permute, thresholds_of
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, Languages, english_centric
@@ -334,3 +334,52 @@ def test_direction_with_held_out_text_only_has_no_share(languages: str) -> None:
     directions = {i for _ in range(60) for i in next(steps).directions}
     zero = {LANGUAGES.directions.index(d) for d in LANGUAGES.directions if d.bitext == "en-fr"}
     assert zero and directions == set(range(len(LANGUAGES.directions))) - zero
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "tokens", "skipped"),
+    [
+        # tag and EOS around the source, EOS after the target
+        (8, 3, 100, 0), (9, 3, 100, 5), (3, 9, 100, 0), (3, 10, 100, 5), (8, 9, 20, 0), (8, 9, 19, 5),
+    ],
+)  # fmt: skip
+def test_what_fits_into_a_batch(source: int, target: int, tokens: int, skipped: int) -> None:
+    """``max_length`` is 10; of ten pairs five have these lengths, the others are short."""
+    lengths = [np.array([2] * 5 + [length] * 5) for length in (source, target)]
+    pairs = Pairs(*map(Store, lengths))
+    languages = Languages((Direction("en", "de"),))
+    limits = BatchSettings(tokens=tokens, max_length=10)
+    found = BatchStream(Prepared({languages.directions[0]: pairs}), languages, Vocabulary(), limits, 1.0, 1)
+    assert found.skipped == {"en-de": skipped}
+
+
+def test_where_units_end() -> None:
+    """Padded to the longest on each side: 3 + 4 twice is 14, 5 + 4 twice is 18; a pair beyond the limit has a unit of its own."""
+    source, target = np.array([3, 3, 5, 5, 1, 30, 1]), np.array([4, 2, 4, 4, 1, 5, 1])
+    assert cut(source, target, 18).tolist() == [2, 4, 5, 6, 7]
+    assert cut(source, target, 17).tolist() == [2, 3, 4, 5, 6, 7]
+    assert cut(source, target, 27).tolist() == [3, 5, 6, 7]
+    assert cut(np.array([5, 5]), np.array([5, 5]), 20).tolist() == [2]
+    assert cut(np.array([5, 5]), np.array([5, 5]), 19).tolist() == [1, 2]
+
+
+def test_neighbors_have_like_lengths() -> None:
+    """One band is in the order of target lengths; of two the first goes up and the second down."""
+    source, target = np.array([1, 2, 3, 4]), np.array([9, 7, 8, 6])
+    assert by_length(source, target, 1000).tolist() == [3, 1, 2, 0]
+    source, target = np.array([1, 1, 8, 8]), np.array([9, 7, 1, 3])
+    assert by_length(source, target, 24).tolist() == [1, 0, 3, 2]
+
+
+def test_words_are_mixed_as_in_murmurhash3() -> None:
+    """Values of its 64-bit finalizer, from the reference implementation."""
+    mixed = _mix(np.array([0, 1, 2], dtype=np.uint64))
+    assert mixed.tolist() == [0, 0xB456BCFC34C2CB2C, 0x3ABF2A20650683E7]
+
+
+def test_choices_in_proportion_to_weights() -> None:
+    ends = thresholds_of(np.array([1.0, 2.0, 1.0]))
+    assert ends.tolist() == [2**30, 3 * 2**30, 2**32]
+    words = np.array([0, 2**30 - 1, 2**30, 3 * 2**30 - 1, 3 * 2**30, 2**32 - 1, 2**32], dtype=np.uint64)
+    assert choose(ends, words).tolist() == [0, 0, 1, 1, 2, 2, 0]
+    assert thresholds_of(np.array([1.0, 1e-12])).tolist()[1] - 2**32 == 1  # what is tiny is still chosen at times

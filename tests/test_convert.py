@@ -207,3 +207,15 @@ def test_what_cannot_be_converted_is_refused(run, tmp_path):
     recipe = load_recipe(run / "recipe.yaml")
     with pytest.raises(UserError, match="do not belong to this recipe"):
         extract({"embedding.tokens.weight": torch.zeros(1)}, recipe, EN_DE)
+
+
+def test_that_nothing_was_compared_is_said(run, tmp_path):
+    """Without its prepared data a run is converted all the same, but the command does not keep silent about the comparison."""
+    data, away = run.parent / "data", run.parent / "away"
+    data.rename(away)
+    try:
+        record = convert(run, "dense", EN_DE, tmp_path / "out", check=3)
+    finally:
+        away.rename(data)
+    assert "no held-out text to compare on: there is no prepared data in" in record["not_checked"] and "sentences" not in record
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -1,4 +1,5 @@
 import unicodedata
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,10 +38,80 @@ def test_each_rule_drops_what_it_is_for(rule: str | None, english: str, german: 
     assert rule is None or rule in RULES
 
 
+def rule(first: str, second: str, languages: tuple[str, str] = ("en", "de"), **settings: Any) -> str | None:
+    return PairFilter(Cleaning.model_validate(settings), *languages).rule_against(first, second)
+
+
+def test_a_chinese_sentence_may_be_six_times_shorter_but_not_the_english_one() -> None:
+    """23 characters: from 2.76 to 103.5 on the other side."""
+    english = "Save all of the changes"
+    assert len(english) == 23
+    assert rule(english, "保存更改", ("en", "zh_Hans")) is None
+    assert rule(english, "保存存", ("en", "zh_Hans")) is None
+    assert rule(english, "保存", ("en", "zh_Hans")) == "ratio"
+    assert rule(english, "Änderungen " * 8 + "ja" * 7 + "j") is None  # 103
+    assert rule(english, "Änderungen " * 8 + "ja" * 8) == "ratio"  # 104
+
+
+def test_words_are_counted_on_the_first_text_alone() -> None:
+    six, seven = "one two three four five six", "one two three four five six seven"
+    translated = "eins zwei drei vier fünf sechs"
+    assert [rule(six, translated, min_words=limit) for limit in (6, 7)] == [None, "short"]
+    assert [rule(text, translated, max_words=6) for text in (six, seven)] == [None, "long"]
+    assert rule(six, "eins", min_words=2) is None  # 27 characters to 4
+    assert rule(six, translated + " sieben acht neun", max_words=6) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("aaa bb c 1111", "zzz yy xx uu", None),  # 6 letters of 10 that are no blanks
+        ("aaa bb c 11111", "zzz yy xx uu", "letters"),  # 6 of 11
+        ("aaa bb cccccc", "zzzz 1111", None),  # 4 of 8
+        ("aaa bb cccccc", "zzzz 11111", "letters"),  # 4 of 9
+    ],
+)
+def test_shares_of_letters(first: str, second: str, expected: str | None) -> None:
+    assert rule(first, second) == expected
+
+
+def test_each_side_is_in_its_own_script() -> None:
+    english, russian = "Save all of the changes", "Сохранить все изменения"
+    assert rule(english, russian, ("en", "ru")) is None and rule(russian, english, ("ru", "en")) is None
+    assert rule(russian, english, ("en", "ru")) == "script"
+    assert rule(english, "Сохрани changes all", ("en", "ru"), script_share=7 / 17 + 0.01) == "script"
+    assert rule(english, "Сохрани changes all", ("en", "ru"), script_share=7 / 17 - 0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "kept", "expected"), [(10, 7, None), (10, 8, "untranslated"), (5, 3, None), (5, 4, "untranslated"), (4, 4, None)]
+)
+def test_up_to_seven_of_ten_words_may_be_the_same(count: int, kept: int, expected: str | None) -> None:
+    words = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet"][:count]
+    translated = [word if number < kept else word[::-1] for number, word in enumerate(words)]
+    assert rule(" ".join(words), " ".join(translated) + " dazu") == expected
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(("text", "expected"), [("Save all %s of it", "placeholder"), ("Write to me@example.org now", "address")])
+def test_either_side_may_break_a_rule(side: int, text: str, expected: str) -> None:
+    pair = (text, GOOD[1]) if side == 0 else (GOOD[0], text)
+    assert rule(*pair) == expected
+
+
+def test_compatible_characters_have_one_form() -> None:
+    """A ligature and full-width letters: NFKC, not NFC, which the vocabulary sees."""
+    assert near_duplicate_form("ﬁle ＡＢＣ") == "fileabc"
+    assert near_duplicate_form("Straße") == "strasse"
+    assert clean_text("ﬁle ＡＢＣ") == "ﬁle ＡＢＣ"
+
+
 def test_words_in_scripts_without_spaces() -> None:
     assert count_words("Don't count well-known twice, 42") == 5 - 1
     assert count_words("保存所有更改") == 3
     assert count_words("保存 all 更改") == 1 + 2
+    assert [count_words("保" * number) for number in (1, 2, 3)] == [1, 1, 2]
+    assert [count_words("ก" * number) for number in (1, 4, 5)] == [1, 1, 2]
     assert 2 <= count_words("ภาษาไทยไม่มีช่องว่าง") <= 6
     assert count_words("") == 0
 

@@ -1,3 +1,4 @@
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 from small_corpora import pairs, sentence, write_lines
 
 from lsmoe_ds.config import Corpus
-from lsmoe_ds.data.formats import Part, find_parts
+from lsmoe_ds.data.formats import MissingCorpus, Part, find_parts
 from lsmoe_ds.errors import UserError
 
 
@@ -83,6 +84,12 @@ def test_moses_and_tsv(tmp_path: Path) -> None:
     assert list(found(tmp_path / "y.tsv", "tsv", "de-en", source="en", target="de")[0].pairs()) == [("Hallo", "Hello")]
 
 
+def write_compressed(path: Path) -> None:
+    """Puts ``PATH.gz`` in the place of a file."""
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+
+
 def bad(tmp_path: Path, case: str) -> list[Part]:
     stem = tmp_path / "news"
     write_aligned(stem, "de", "en", 3)
@@ -117,6 +124,26 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
         case "half named":
             write_lines(tmp_path / "x.tsv", ["one\ttwo"])
             return found(tmp_path / "x.tsv", "tsv", "de-en", source="de")
+        case "no header":
+            write_lines(tmp_path / "x.tsv", ["Guten Morgen\tGood morning", "Ja\tYes"])
+            return found(tmp_path / "x.tsv", "tsv", "de-en")
+        case "one code":
+            write_lines(tmp_path / "x.tsv", ["de\tnotes", "Ja\tYes"])
+            return found(tmp_path / "x.tsv", "tsv", "de-en")
+        case "gzip cut":
+            write_compressed(tmp_path / "news.en")
+            cut = (tmp_path / "news.en.gz").read_bytes()
+            (tmp_path / "news.en.gz").write_bytes(cut[: len(cut) - 12])
+        case "no gzip":
+            (tmp_path / "news.en").rename(tmp_path / "news.en.gz")
+        case "gzip garbled":
+            write_compressed(tmp_path / "news.en")
+            spoiled = bytearray((tmp_path / "news.en.gz").read_bytes())
+            spoiled[20:30] = b"\xff" * 10
+            (tmp_path / "news.en.gz").write_bytes(spoiled)
+        case "gzip not UTF-8":
+            (tmp_path / "news.en").write_bytes(b"good\nbad \xff here\nmore\n")
+            write_compressed(tmp_path / "news.en")
         case "not fetched":
             return find_parts(["django"], tmp_path, ["de-en"])
         case "unknown name":
@@ -139,6 +166,15 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
         ("no moses", r"there are no files .*other.CODE"),
         ("columns", r"x.tsv, line 2: 2 columns between tabs were expected, found 1"),
         ("header", r"x.tsv, line 1: two or more language codes"),
+        (
+            "no header",
+            r"x.tsv, line 1 names no languages \(found 'Guten Morgen', 'Good morning'\): .*'source:' and 'target:' in the",
+        ),
+        ("one code", r"x.tsv, line 1 names no languages \(found 'de', 'notes'\)"),
+        ("gzip cut", r"news.en.gz is damaged: gzip cannot read it"),
+        ("no gzip", r"news.en.gz is damaged: gzip cannot read it"),
+        ("gzip garbled", r"news.en.gz is damaged: gzip cannot read it"),
+        ("gzip not UTF-8", r"news.en.gz, line 2: not UTF-8 \(byte 0xff at position 4\)"),
         ("half named", r"both 'source' and 'target'"),
         ("not fetched", r"run 'lsmoe data fetch django'"),
         ("unknown name", r"did you mean 'django'"),
@@ -160,3 +196,53 @@ def test_separators_within_a_line_do_not_misalign(tmp_path: Path) -> None:
     write_lines(tmp_path / "n.de", ["eins\u2028noch eins", "zwei"])
     write_lines(tmp_path / "n.en", ["one\x0cmore", "two"])
     assert len(list(found(tmp_path / "n", "moses", "de-en")[0].pairs())) == 2
+
+
+def test_compressed_files_of_every_layout(tmp_path: Path) -> None:
+    """Compressing all files changes nothing, whether the recipe names them or they are found by their stems."""
+    write_aligned(tmp_path / "opus/supervised/de-en/opus.de-en-train", "de", "en", 4)
+    for name, code in (("deu_Latn", "de"), ("eng_Latn", "en")):
+        write_lines(tmp_path / f"flores/devtest/{name}.devtest", texts(code, 3))
+        write_lines(tmp_path / f"iwslt/train.tags.de-en.{code}", texts(code, 5))
+        write_lines(tmp_path / f"iwslt/IWSLT14.TED.tst2010.de-en.{code}.xml", [f"<seg id='1'>{text}</seg>" for text in texts(code, 2)])
+    write_aligned(tmp_path / "moses/train", "de", "en", 6)
+    write_aligned(tmp_path / "moses/dev", "de", "en", 1)
+    write_lines(tmp_path / "x.tsv", ["de\ten", *("\t".join(pair) for pair in pairs("de", "en", 7))])
+
+    def read() -> list[tuple[str, str, list[tuple[str, str]]]]:
+        places = {"opus": "opus100", "flores": "flores", "iwslt": "iwslt", "moses": "moses", "moses/train": "moses", "x.tsv": "tsv"}
+        parts = [part for place, format in places.items() for part in found(tmp_path / place, format, "de-en")]
+        return [(part.reader, part.split, list(part.pairs())) for part in parts]
+
+    plain = read()
+    assert [len(content) for *_, content in plain] == [4, 3, 2, 5, 1, 6, 6, 7]
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        write_compressed(path)
+    assert sorted(read()) == sorted(plain)
+    assert list(found(tmp_path / "x.tsv.gz", "tsv", "de-en")[0].pairs()) == pairs("de", "en", 7)
+    (tmp_path / "x.tsv.gz").rename(tmp_path / "renamed.tsv")  # its content says what it is
+    assert list(found(tmp_path / "renamed.tsv", "tsv", "de-en")[0].pairs()) == pairs("de", "en", 7)
+
+
+def test_a_plain_file_comes_before_a_compressed_one(tmp_path: Path) -> None:
+    for count, change in ((2, write_compressed), (3, lambda path: None)):
+        write_aligned(tmp_path / "news", "de", "en", count)
+        for code in ("de", "en"):
+            change(tmp_path / f"news.{code}")
+    assert len(list(found(tmp_path / "news", "moses", "de-en")[0].pairs())) == 3
+
+
+def test_a_header_of_other_codes_and_other_columns(tmp_path: Path) -> None:
+    write_lines(tmp_path / "x.tsv", ["id\tdeu\tnotes\teng_Latn", "7\tHallo\tx\tHello"])
+    (part,) = found(tmp_path / "x.tsv", "tsv", "de-en", "en-fr")
+    assert list(part.pairs()) == [("Hallo", "Hello")]
+    write_lines(tmp_path / "y.tsv", ["qaa\tqab", "Hallo\tHello"])  # codes that no table has, but the recipe
+    assert list(found(tmp_path / "y.tsv", "tsv", "qaa-qab")[0].pairs()) == [("Hallo", "Hello")]
+
+
+def test_a_relative_path_is_shown_with_where_it_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingCorpus, match=rf"there is no corpus x.tsv \({tmp_path}/x.tsv\)"):
+        found(Path("x.tsv"), "tsv", "de-en")
+    with pytest.raises(MissingCorpus, match=rf"there are no files a.CODE, such as a.en, in {tmp_path}"):
+        found(Path("a"), "moses", "de-en")

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from lsmoe_ds.config import HeldOut
 from lsmoe_ds.data import held_out
-from lsmoe_ds.data.held_out import HELD_OUT, choose, quota
+from lsmoe_ds.data.held_out import HELD_OUT, Claims, choose, mixed, other, published, quota
 
 Bitexts = dict[str, np.ndarray]
 
@@ -31,7 +31,7 @@ def check(keys: Bitexts, quotas: dict[str, dict[str, int]], chosen: dict[str, di
 )
 def test_promises_of_choose(sets: list[set[int]], dev: int, test: int, seed: int) -> None:
     keys = keys_of(*sets)
-    quotas = {name: quota(HeldOut(dev=dev, test=test), len(own)) for name, own in keys.items()}
+    quotas = {name: {"dev": dev, "test": test} for name in keys}
     chosen = choose(keys, quotas, seed)
     check(keys, quotas, chosen)
     again = choose(keys, quotas, seed)
@@ -50,7 +50,7 @@ def test_sets_are_full_and_multi_way_parallel() -> None:
 
 def test_a_small_bitext_is_not_emptied_and_large_ones_still_get_theirs() -> None:
     keys = keys_of(set(range(2000)), set(range(2000)), set(range(40)))
-    quotas = {name: quota(HeldOut(dev=100, test=150), len(own)) for name, own in keys.items()}
+    quotas = {"b0": {"dev": 100, "test": 150}, "b1": {"dev": 100, "test": 150}, "b2": {"dev": 4, "test": 4}}
     chosen = choose(keys, quotas, 1)
     assert [len(chosen["b0"][split]) for split in HELD_OUT] == [100, 150]
     check(keys, quotas, chosen)
@@ -71,3 +71,31 @@ def test_ranges_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(held_out, "KEYS_AT_ONCE", 500)
     parts = choose(keys, quotas, 1)
     assert all(np.array_equal(whole[n][s], parts[n][s]) for n in keys for s in HELD_OUT)
+
+
+@pytest.mark.parametrize(
+    ("dev", "test", "count", "expected"),
+    [(100, 150, 40, (4, 4)), (100, 150, 39, (3, 3)), (100, 150, 9, (0, 0)), (100, 150, 1200, (100, 120)), (5, 0, 1000, (5, 0))],
+)
+def test_quotas(dev: int, test: int, count: int, expected: tuple[int, int]) -> None:
+    assert quota(HeldOut(dev=dev, test=test), count) == dict(zip(HELD_OUT, expected, strict=True))
+
+
+def test_chance_is_splitmix64() -> None:
+    """Its first outputs from state 0, as its authors' code prints them."""
+    zero = np.zeros(1, dtype=np.uint64)
+    assert [int(mixed(zero, seed)[0]) for seed in (0, 1, 2)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def test_claims_know_which_set_a_key_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out, "BLOCK", 2)  # more keys than are looked up at once
+    claims = Claims()
+    claims.add("dev", np.array([7, 3], dtype=np.uint64), np.array([5], dtype=np.uint64))
+    claims.add(published("test"), np.array([9, 2**64 - 1], dtype=np.uint64))
+    claims.add(published("dev"), np.array([9, 11], dtype=np.uint64))
+    keys = np.array([0, 3, 4, 5, 7, 8, 9, 2**64 - 1], dtype=np.uint64)
+    assert claims.has(keys, "dev").tolist() == [False, True, False, True, True, False, False, False]
+    assert claims.has(keys, "test").tolist() == [False] * 8
+    assert claims.has(keys).tolist() == [False, True, False, True, True, False, True, True]
+    assert (claims.count("dev"), claims.in_both()) == (3, 1)
+    assert (other("dev"), other("test")) == ("test", "dev")

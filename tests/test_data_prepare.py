@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from lsmoe_ds.data.cleaning import near_duplicate_form
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.summary import show
-from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, Direction
 
@@ -150,6 +151,30 @@ def test_two_prepares_are_the_same_to_the_byte(root: Path, monkeypatch: pytest.M
     PreparedData.open(second.folder, verify=True)
 
 
+@pytest.mark.parametrize(("temperature", "german", "french"), [(5.0, 842, 335), (1.0, 1000, 10)])
+def test_the_vocabulary_is_trained_on_a_sample_by_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, german: int, french: int
+) -> None:
+    """1,000 and 10 pairs, so 1,010 English sentences; shares as n^(1/T): at T = 5 3.981, 1.585 and 3.989 of 2,020 sentences."""
+    seen: list[str] = []
+
+    def train(texts, *rest):
+        seen.extend(texts)
+        return train_vocabulary(iter(seen), *rest)
+
+    monkeypatch.setattr(prepare_module, "train_vocabulary", train)
+    write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 1000), "en-fr": pairs("en", "fr", 10, start=5000)})
+    settings = {"held_out": {"dev": 0, "test": 0}, "vocabulary": {"size": 200, "character_coverage": 1.0}}
+    prepare(recipe(tmp_path, languages=["de", "fr"], temperature=temperature, **settings))
+    own = {"de": {sentence("de", n) for n in range(1000)}, "fr": {sentence("fr", n) for n in range(5000, 5010)}}
+    counts = {code: sum(text in texts for text in seen) for code, texts in own.items()}
+    assert abs(counts["de"] - german) <= 1 and abs(counts["fr"] - french) <= 1
+    assert abs(len(seen) - 2020) <= 2
+    # Each sentence of a language comes as often as any other, to one.
+    times = Counter(text for text in seen if text in own["fr"])
+    assert len(times) == 10 and max(times.values()) - min(times.values()) <= 1
+
+
 def changed_file(root: Path) -> None:
     write_fetched(root, "django", {"de-en": pairs("de", "en", 250)})
 
@@ -246,6 +271,18 @@ def test_killed_in_the_middle(root: Path, step: str, how: signal.Signals, capsys
     assert prepare(other).vocabulary.size == 110
     assert "'data.vocabulary.size' was 120" in capsys.readouterr().err
     assert not (settings.prepared.parent / ".small.partial").exists()
+
+
+def test_prepared_again_through_a_link(root: Path) -> None:
+    """The folder that the link leads to is replaced; the link stays."""
+    folder = prepare(recipe(root)).folder
+    (root / "large disk").mkdir()
+    folder.rename(root / "large disk" / "x")
+    folder.symlink_to(root / "large disk" / "x")
+    before = (folder / "manifest.json").stat().st_ino
+    prepare(recipe(root), force=True)
+    assert folder.is_symlink() and (root / "large disk/x/manifest.json").stat().st_ino != before
+    assert not (root / "large disk" / ".x.partial").exists()
 
 
 def test_cut_off_between_the_two_renames(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,6 @@
-"""Which checkpoints a run keeps, who may write a folder, and that what is written is on the disk before it is named."""
+"""Which checkpoints a run keeps, who may write a folder, and that what is written is on the disk before it is
+named.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def lock_in_another_process(path: Path) -> str:
 
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
-    """``s/real``, and two more names for it: ``link`` to the folder itself, ``other/real`` through a link to its parent."""
+    """``s/real``, and two more names for it: ``link`` to the folder itself, ``other/real`` through a link to
+    its parent.
+    """
     (tmp_path / "s" / "real").mkdir(parents=True)
     (tmp_path / "link").symlink_to("s/real")
     (tmp_path / "other").symlink_to("s")
@@ -48,7 +52,8 @@ def linked(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("first", "second"), [("link", "s/real"), ("s/real", "link"), ("other/real", "link")])
 def test_a_folder_has_one_lock_whatever_its_name(linked, first, second):
-    # flock holds between descriptors, so that a second attempt of this process is refused like that of another one
+    # flock holds between descriptors, so that a second attempt of this process is refused like that of
+    # another one
     refused = pytest.raises(UserError, match=f"another process is writing {linked / second}")
     with locked(linked / first), refused, locked(linked / second):
         pass

@@ -20,7 +20,8 @@ from lsmoe_ds.data.workers import Workers, chunks
 from lsmoe_ds.languages import is_english
 
 CHUNK = 10_000
-# A sentence in more pairs than RARE and than one in COMMON pairs of its bitext ("Yes.") is not chosen: training would lose them all.
+# A sentence in more pairs than RARE and than one in COMMON pairs of its bitext ("Yes.") is not chosen:
+# training would lose them all.
 RARE, COMMON = 5, 100
 TRAIN, DEV, TEST, DROPPED = range(4)
 Pair = tuple[str, str]
@@ -60,12 +61,14 @@ def _clean_chunk(pairs: list[Pair], codes: Pair, settings: Cleaning, pivot: int)
 
 @dataclass
 class Bitext:
-    """Hold the text of two languages. ``pivot`` is the side by which sentences are chosen to be held out: English, or the first.
+    """Hold the text of two languages. ``pivot`` is the side by which sentences are chosen to be held out:
+    English, or the first.
 
-    In ``folder`` are ``pairs.tsv`` (cleaned), ``key0.npy`` and ``key1.npy`` (keys of its sides), ``candidates.npy`` (distinct keys of
-    the pivot side), ``common.npy`` (keys of sentences in too many pairs to be held out by choice) and ``fate.npy``: TRAIN, DEV,
-    TEST or DROPPED for each pair. ``own`` are sets that a corpus brought along, ``also_out`` pairs of further such sets, kept out
-    of training only; ``spans`` are the cleaned pairs of each corpus: (corpus, first, end).
+    In ``folder`` are ``pairs.tsv`` (cleaned), ``key0.npy`` and ``key1.npy`` (keys of its sides),
+    ``common.npy`` (keys of sentences in too many pairs to be held out by choice), ``candidates.npy`` (see
+    :meth:`candidates`) and ``fate.npy``: TRAIN, DEV, TEST or DROPPED for each pair. ``own`` are sets that a
+    corpus brought along, ``also_out`` pairs of further such sets, kept out of training only; ``spans`` are
+    the cleaned pairs of each corpus: (corpus, first, end).
     """
 
     name: str
@@ -125,8 +128,6 @@ class Bitext:
             np.save(self.folder / f"key{side}.npy", keys[side])
             distinct, counts = np.unique(keys[side][fate == TRAIN], return_counts=True)
             common.append(distinct[counts > most])
-            if side == self.pivot:
-                np.save(self.folder / "candidates.npy", distinct[counts <= most])
         np.save(self.folder / "common.npy", np.unique(np.concatenate(common)))
 
     def load(self, name: str) -> NDArray[Any]:
@@ -134,10 +135,15 @@ class Bitext:
         return array
 
     def candidates(self, claims: Claims) -> Keys:
-        """Return the sorted distinct keys of the pivot side that may be held out and are not yet."""
-        keys = np.asarray(np.load(self.folder / "candidates.npy", mmap_mode="r"))
-        claimed = claims.has(keys)
-        return keys[~claimed] if claimed.any() else keys
+        """Return the sorted distinct keys of the pivot side that may be chosen, memory-mapped: no side is
+        common or claimed yet.
+        """
+        common, bad = self.load("common"), self.load("fate") != TRAIN
+        for side in (0, 1):
+            keys = self.load(f"key{side}")
+            bad |= claims.has(keys) | contains(common, keys)
+        np.save(self.folder / "candidates.npy", np.unique(self.load(f"key{self.pivot}")[~bad]))
+        return np.asarray(np.load(self.folder / "candidates.npy", mmap_mode="r"))
 
     def claim_published(self, claims: Claims) -> None:
         """Claim both sides of the sets that corpora brought along."""
@@ -147,9 +153,11 @@ class Bitext:
             claims.add(published(split), np.array(keys, dtype=np.uint64))
 
     def adopt(self, quotas: dict[str, int], claims: Claims, seed: int) -> dict[str, int]:
-        """Hold out first what other bitexts hold out already, which training has lost anyway; return what is left of the quotas.
+        """Hold out first what other bitexts hold out already, which training has lost anyway; return what is
+        left of the quotas.
 
-        Pairs of which both sides are in the dev (or test) set of others come first, then those of which one is.
+        Pairs of which both sides are in the dev (or test) set of others come first, then those of which one
+        is.
         """
         left = dict(quotas)
         for split in HELD_OUT:
@@ -182,7 +190,9 @@ class Bitext:
         return pairs[~(bad[0] | bad[1])]
 
     def _rarest(self, pairs: Places, keys: tuple[Keys, Keys]) -> Places:
-        """Keep one pair of each pivot key: of which the other side is in the fewest pairs, since all those are lost to training."""
+        """Keep one pair of each pivot key: of which the other side is in the fewest pairs, since all those
+        are lost to training.
+        """
         second = keys[1 - self.pivot]
         wanted = np.unique(second[pairs])
         distinct, counts = np.unique(second[contains(wanted, second)], return_counts=True)

@@ -1,4 +1,6 @@
-"""Compare recipes with prepared data: which settings the data depend on, where they lie, and whether they are a run's own."""
+"""Compare recipes with prepared data: which settings the data depend on, where they lie, and whether they are
+a run's own.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting (``data.vocabulary.size``) that is not as it was when the data were prepared; None where it is not set."""
+    """A setting (``data.vocabulary.size``) that is not as it was when the data were prepared; None where it
+    is not set.
+    """
 
     key: str
     was: Any
@@ -60,7 +64,8 @@ def _item(value: Any) -> str:
 
 
 def differences(prepared: Mapping[str, Any], recipe: Recipe, fewer: bool = False) -> Iterator[Difference]:
-    """Yield what a recipe says otherwise than the ``settings`` of prepared data. The order of directions makes no difference.
+    """Yield what a recipe says otherwise than the ``settings`` of prepared data. The order of directions
+    makes no difference.
 
     With ``fewer`` the recipe may name fewer directions than were prepared.
     """
@@ -83,9 +88,11 @@ def _differences(was: Any, now: Any, at: str) -> Iterator[Difference]:
 
 
 def check_settings(folder: Path, prepared: Mapping[str, Any], recipe: Recipe, home: Path | None = None) -> None:
-    """Raise UserError, with the key and both values, unless the data in ``folder`` were prepared as the recipe says.
+    """Raise UserError, with the key and both values, unless the data in ``folder`` were prepared as the
+    recipe says.
 
-    ``home`` is the run or converted folder that the recipe is from; a converted folder serves some of the directions.
+    ``home`` is the run or converted folder that the recipe is from; a converted folder serves some of the
+    directions.
     """
     found = next(differences(prepared, recipe, fewer=home is not None), None)
     if found is None:
@@ -103,7 +110,9 @@ def digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_origin(home: Path) -> dict[str, Any]:
-    """Read where a run was started and on which data; empty for a converted folder and for a run of an older version."""
+    """Read where a run was started and on which data; empty for a converted folder and for a run of an older
+    version.
+    """
     if not (home / ORIGIN).is_file():
         return {}
     origin = read_json(home / ORIGIN)
@@ -112,7 +121,9 @@ def read_origin(home: Path) -> dict[str, Any]:
 
 
 def describe_origin(prepared: Path) -> dict[str, str] | None:
-    """Return what ``origin.json`` of a run started now on the data in ``prepared`` holds; None where no data are prepared."""
+    """Return what ``origin.json`` of a run started now on the data in ``prepared`` holds; None where no data
+    are prepared.
+    """
     manifest = read_json(prepared / MANIFEST)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         return None
@@ -120,8 +131,9 @@ def describe_origin(prepared: Path) -> dict[str, str] | None:
 
 
 def check_trained_on(home: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise UserError if a run or converted folder was trained on other data than those in ``folder``: it may have seen their
-    test sentences."""
+    """Raise UserError if a run or converted folder was trained on other data than those in ``folder``: it may
+    have seen their test sentences.
+    """
     copied = home / VOCABULARY
     if copied.is_file() and sha256(folder / VOCABULARY) != sha256(copied):
         raise UserError(f"the vocabulary in {folder} is not that of {home}: it was prepared anew after this training began")
@@ -135,8 +147,9 @@ def check_trained_on(home: Path, folder: Path, manifest: Mapping[str, Any]) -> N
 def data_directories(recipe: Recipe, home: Path | None = None) -> list[Path]:
     """List where ``data.directory`` may lie, most likely first.
 
-    A relative one belongs to the working directory. Of a recipe in a run or converted folder ``home`` it is looked for in the
-    folders above that (so that a copied project is whole), then where the training was started, then in the working directory.
+    A relative one belongs to the working directory. Of a recipe in a run or converted folder ``home`` it is
+    looked for in the folders above that (so that a copied project is whole), then where the training was
+    started, then in the working directory.
     """
     directory = recipe.data.directory
     if directory.is_absolute() or home is None:
@@ -147,6 +160,8 @@ def data_directories(recipe: Recipe, home: Path | None = None) -> list[Path]:
 
 
 def find_directory(recipe: Recipe, home: Path) -> Path:
-    """Return the ``data.directory`` of a run or converted folder: the first of :func:`data_directories` that exists."""
+    """Return the ``data.directory`` of a run or converted folder: the first of :func:`data_directories` that
+    exists.
+    """
     candidates = data_directories(recipe, home)
     return next((each for each in candidates if each.is_dir()), recipe.data.directory)

@@ -20,14 +20,18 @@ Fingerprint = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class State:
-    """Say why data must be prepared (again), None if they need not be; and what their reader should know of their corpora."""
+    """Say why data must be prepared (again), None if they need not be; and what their reader should know of
+    their corpora.
+    """
 
     reason: str | None
     remarks: tuple[str, ...] = ()
 
 
 def _stamps(parts: Sequence[Part]) -> Fingerprint:
-    """Return size and time of change of every file, by its path; of a fetched corpus (``django/de-en.tsv``) the known checksum."""
+    """Return size and time of change of every file, by its path; of a fetched corpus (``django/de-en.tsv``)
+    the known checksum.
+    """
     found: Fingerprint = {}
     for name, path in dict.fromkeys((part.corpus, file) for part in parts for file in part.files):
         if name in SOURCES:
@@ -66,8 +70,10 @@ def _same_bytes(path: Path, stamp: dict[str, Any], old: dict[str, Any]) -> bool:
 
 
 def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
-    """Compare the corpora with those that were prepared. One that is not on this machine any more is remarked on only: what was
-    prepared of it is good as it is. One that is there and cannot be read is a reason to prepare, which will say the same."""
+    """Compare the corpora with those that were prepared. One that is not on this machine any more is remarked
+    on only: what was prepared of it is good as it is. One that is there and cannot be read is a reason to
+    prepare, which will say the same.
+    """
     parts: list[Part] = []
     remarks: list[str] = []
     missing: set[str] = set()
@@ -87,7 +93,8 @@ def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
 def state_of(recipe: Recipe) -> State:
     """Tell whether the data of a recipe must be prepared, and what is to be said of its corpora.
 
-    Prepared data whose corpora, or file of the vocabulary, are no longer on this machine are good as they are.
+    Prepared data whose corpora, or file of the vocabulary, are no longer on this machine are good as they
+    are.
     """
     folder = recipe.prepared
     if not folder.exists():

@@ -1,6 +1,7 @@
 """Read parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses) and tables (TSV).
 
-Every file is read line by line, as UTF-8, compressed by gzip or not; a wrong byte is reported with its file and line.
+Every file is read line by line, as UTF-8, compressed by gzip or not; a wrong byte is reported with its file
+and line.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class EmptyPart(UserError):
 
 @dataclass(frozen=True)
 class Part:
-    """Name the text of one corpus for one bitext and split: two aligned files, in the order of the bitext's name, or one table."""
+    """Name the text of one corpus for one bitext and split: two aligned files, in the order of the bitext's
+    name, or one table.
+    """
 
     corpus: str
     bitext: str
@@ -48,7 +51,9 @@ class Part:
     header: bool = False
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield pairs of texts, in the order of the bitext's name, as the files have them. Raises EmptyPart where there are none."""
+        """Yield pairs of texts, in the order of the bitext's name, as the files have them. Raises EmptyPart
+        where there are none.
+        """
         if self.reader == "table":
             yield from self._table()
             return
@@ -116,7 +121,9 @@ SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>")
 
 
 def _tagged(path: Path) -> Iterator[str]:
-    """Yield the sentences of IWSLT's ``train.tags`` files: plain lines, titles and descriptions; other tags describe the talk."""
+    """Yield the sentences of IWSLT's ``train.tags`` files: plain lines, titles and descriptions; other tags
+    describe the talk.
+    """
     for line in read_lines(path):
         if match := IWSLT_TEXT.match(line):
             yield match.group(2)
@@ -125,7 +132,9 @@ def _tagged(path: Path) -> Iterator[str]:
 
 
 def _segments(path: Path) -> Iterator[str]:
-    """Yield the sentences of IWSLT's XML sets. No XML parser reads the lines, so that no entity of the file is ever expanded."""
+    """Yield the sentences of IWSLT's XML sets. No XML parser reads the lines, so that no entity of the file
+    is ever expanded.
+    """
     for line in read_lines(path):
         for match in SEGMENT.finditer(line):
             yield html.unescape(match.group(1)).strip()
@@ -142,7 +151,8 @@ def name_of(corpus: str | Corpus) -> str:
 def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Part]:
     """List everything the corpora have for the bitexts, in the order of the recipe.
 
-    Raises MissingCorpus for one that is not here, UserError for one that is damaged or not laid out as it should be.
+    Raises MissingCorpus for one that is not here, UserError for one that is damaged or not laid out as it
+    should be.
     """
     parts: list[Part] = []
     for wanted, found in _search(corpora, directory, bitexts):
@@ -284,15 +294,19 @@ TEST_WORDS = {"test", "testset", "newstest", "tst", "devtest"}
 
 
 def split_of(stem: str) -> str:
-    """Return the split that the files ``STEM.CODE`` of a folder serve as, by the words in ``STEM`` (docs/data.md lists them)."""
+    """Return the split that the files ``STEM.CODE`` of a folder serve as, by the words in ``STEM``
+    (docs/data.md lists them).
+    """
     words = set(re.findall(r"[a-z]+", stem.lower()))
     return "test" if words & TEST_WORDS else "dev" if words & DEV_WORDS else "train"
 
 
 def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
-    """Find aligned files. ``path`` is what two names have in common (``corpus/train`` for ``corpus/train.de``), or their folder.
+    """Find aligned files. ``path`` is what two names have in common (``corpus/train`` for
+    ``corpus/train.de``), or their folder.
 
-    In a folder the stems say what serves as dev and test (:func:`split_of`); a stem that is named itself is training text.
+    In a folder the stems say what serves as dev and test (:func:`split_of`); a stem that is named itself is
+    training text.
     """
     folder = corpus.path if corpus.path.is_dir() else corpus.path.parent
     stems: dict[str, list[tuple[str, Path]]] = {}

@@ -1,7 +1,8 @@
 """Choose dev and test sentences by key, so that one string is held out of every bitext at once.
 
-A key is the 64-bit hash of a sentence without case, punctuation, blanks and digits: what is chosen by key is held out with its
-near-duplicates, in whatever language. Sentences are chosen by the key of a bitext's English side, or of its first side if it has none.
+A key is the 64-bit hash of a sentence without case, punctuation, blanks and digits: what is chosen by key is
+held out with its near-duplicates, in whatever language. Sentences are chosen by the key of a bitext's English
+side, or of its first side if it has none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ BLOCK = 1 << 20  # keys that are looked up at once
 
 
 def quota(settings: HeldOut, pairs: int) -> dict[str, int]:
-    """Return how many sentences to hold out of a bitext of ``pairs`` pairs: as the recipe says, but each set at most a tenth."""
+    """Return how many sentences to hold out of a bitext of ``pairs`` pairs: as the recipe says, but each set
+    at most a tenth.
+    """
     return {"dev": min(settings.dev, pairs // 10), "test": min(settings.test, pairs // 10)}
 
 
@@ -63,11 +66,12 @@ def other(split: str) -> str:
 def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], seed: int) -> dict[str, dict[str, Keys]]:
     """Choose the keys of the dev and test set of each bitext.
 
-    ``keys`` are each bitext's own, sorted and distinct (memory-mapped ones will do); ``quotas`` how many it wants in each set. Keys
-    that the most bitexts have come first, so the sets are as multi-way parallel as the corpora allow; a key is in the
-    same set everywhere. A chosen key leaves the training text of all bitexts that have it, and none may lose more than
-    its quota and a tenth of its keys: a small bitext is not emptied by the wishes of large ones. So a set may
-    end smaller than its quota. The same keys, quotas and seed give the same choice.
+    ``keys`` are each bitext's own, sorted and distinct (memory-mapped ones will do); ``quotas`` how many it
+    wants in each set. Keys that the most bitexts have come first, so the sets are as multi-way parallel as
+    the corpora allow; a key is in the same set everywhere. A chosen key leaves the training text of all
+    bitexts that have it, and none may lose more than its quota and a tenth of its keys: a small bitext is not
+    emptied by the wishes of large ones. So a set may end smaller than its quota. The same keys, quotas and
+    seed give the same choice.
     """
     names = sorted(keys)
     need = np.array([[quotas[name][split] for split in HELD_OUT] for name in names], dtype=np.int64).reshape(len(names), 2)
@@ -100,7 +104,9 @@ def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], se
 
 
 def _candidates(keys: Mapping[str, Keys], limits: Mapping[str, int | None], seed: int) -> Keys:
-    """List for each bitext in ``limits`` that many of its keys (all where None), those first that most bitexts have."""
+    """List for each bitext in ``limits`` that many of its keys (all where None), those first that most
+    bitexts have.
+    """
     best: dict[str, NDArray[Any]] = {name: np.empty(0, dtype=RANKED) for name in limits}
     ranges = max(1, -(-sum(map(len, keys.values())) // KEYS_AT_ONCE))
     for part in range(ranges):

@@ -1,4 +1,5 @@
-"""Say what a reader of prepared data might not expect: which files serve as dev and test, what adds nothing, which sets are small.
+"""Say what a reader of prepared data might not expect: which files serve as dev and test, what adds nothing,
+which sets are small.
 
 ``prepare`` prints the sentences and keeps them in the manifest, ``data show`` prints them again.
 """
@@ -79,7 +80,9 @@ class Notices:
                 )
 
     def of_sets(self, bitexts: Sequence[Bitext], claims: Claims) -> None:
-        """Write of dev and test sets that are smaller than asked for or empty, and of bitexts without training text."""
+        """Write of dev and test sets that are smaller than asked for or empty, and of bitexts without
+        training text.
+        """
         asked, empty, small = self.data.held_out, defaultdict(list), list[str]()
         for bitext in bitexts:
             sizes = {split: bitext.size(split) for split in HELD_OUT}

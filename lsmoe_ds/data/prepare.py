@@ -1,7 +1,9 @@
-"""Turn corpora into tokens: clean, hold out, train the vocabulary and write the folder that PreparedData opens.
+"""Turn corpora into tokens: clean, hold out, train the vocabulary and write the folder that PreparedData
+opens.
 
-Memory: a few chunks of text for each core; 40 bytes for each pair of the largest bitext; 16 million keys while the
-held-out sentences are chosen; and sentencepiece's own copy of ``vocabulary.sentences`` sentences. The corpus itself is streamed.
+Memory: a few chunks of text for each core; 40 bytes for each pair of the largest bitext; 16 million keys
+while the held-out sentences are chosen; and sentencepiece's own copy of ``vocabulary.sentences`` sentences.
+The corpus itself is streamed.
 """
 
 from __future__ import annotations
@@ -36,10 +38,11 @@ SMALL = 4 << 20
 
 
 def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
-    """Prepare the data of a recipe, unless that is done already; say why when it is done again, and what a reader might not expect.
+    """Prepare the data of a recipe, unless that is done already; say why when it is done again, and what a
+    reader might not expect.
 
-    Stopped at any moment it leaves what was there before. Raises UserError for corpora that are missing, damaged, badly encoded or
-    too small.
+    Stopped at any moment it leaves what was there before. Raises UserError for corpora that are missing,
+    damaged, badly encoded or too small.
     """
     console, folder = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False), recipe.prepared
     if not force and (state := state_of(recipe)).reason is None:
@@ -130,7 +133,9 @@ class _Preparation:
         return ", ".join(map(name_of, self.data.corpora))
 
     def _read_published(self, bitext: Bitext, split: str) -> None:
-        """Read the sets that corpora bring along: the first corpus' serves as it stands, those of others are kept out of training."""
+        """Read the sets that corpora bring along: the first corpus' serves as it stands, those of others are
+        kept out of training.
+        """
         found: dict[str, list[tuple[str, str]]] = {}
         for part in self._of(bitext.name, split):
             try:
@@ -175,7 +180,8 @@ class _Preparation:
         return vocabulary
 
     def _sample(self) -> Iterator[str]:
-        """Yield training sentences, each language's share proportional to (its number of sentences)^(1/temperature).
+        """Yield training sentences, each language's share proportional to (its number of
+        sentences)^(1/temperature).
 
         A language that should give more than it has gives sentences more than once.
         """

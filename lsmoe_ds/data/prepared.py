@@ -1,7 +1,8 @@
 """Open prepared data: token ids in memory-mapped files, the vocabulary and the manifest.
 
-``SPLIT/BITEXT/CODE.tokens.npy`` holds the ids of all sentences of one side, one after another, without tag and EOS;
-``CODE.offsets.npy`` where each begins (int64 [N+1]); for dev and test ``CODE.txt`` holds the sentences, one a line.
+``SPLIT/BITEXT/CODE.tokens.npy`` holds the ids of all sentences of one side, one after another, without tag
+and EOS; ``CODE.offsets.npy`` where each begins (int64 [N+1]); for dev and test ``CODE.txt`` holds the
+sentences, one a line.
 """
 
 from __future__ import annotations
@@ -129,9 +130,10 @@ class PreparedData:
     def of(cls, recipe: Recipe, home: Path | None = None) -> PreparedData:
         """Open the prepared data of a recipe; everything that reads prepared data does so by this.
 
-        ``home`` is the run or converted folder that the recipe is from: its data are found from there, and must be those it was
-        trained on. Raises UserError, with the key and both values, for data that were prepared otherwise than the recipe says; for
-        data prepared anew since the training; and for data that are absent, damaged or of another format.
+        ``home`` is the run or converted folder that the recipe is from: its data are found from there, and
+        must be those it was trained on. Raises UserError, with the key and both values, for data that were
+        prepared otherwise than the recipe says; for data prepared anew since the training; and for data that
+        are absent, damaged or of another format.
         """
         folders = [directory / "prepared" / recipe.data_name for directory in data_directories(recipe, home)]
         there = [folder for folder in folders if (folder / MANIFEST).is_file()]
@@ -198,7 +200,9 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _allow_files(count: int) -> None:
-    """A memory map holds its file open: hundreds of bitexts pass the usual limit of 1,024, which a process may raise for itself."""
+    """A memory map holds its file open: hundreds of bitexts pass the usual limit of 1,024, which a process
+    may raise for itself.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count + 512:
         wanted = count + 512 if hard == resource.RLIM_INFINITY else min(hard, count + 512)

@@ -1,7 +1,8 @@
 """Split bitexts into training text, dev and test sets, so that no sentence of a set is in any training text.
 
-A sentence is held out in every language and bitext, with its near-duplicates: a training pair of which one side is held out anywhere
-is dropped. No sentence is in a dev and in a test set, unless corpora bring it in both.
+A sentence is held out in every language and bitext, with its near-duplicates: a training pair of which one
+side is held out anywhere is dropped. No sentence is in a dev and in a test set, unless corpora bring it in
+both.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from lsmoe_ds.data.held_out import Claims, choose, quota
 
 
 def hold_out(bitexts: Sequence[Bitext], settings: HeldOut) -> Claims:
-    """Choose the dev and test sets of cleaned bitexts and take them, and what repeats them, out of the training text.
+    """Choose the dev and test sets of cleaned bitexts and take them, and what repeats them, out of the
+    training text.
 
-    Sets that corpora brought along serve as they stand. Bitexts with English come first, then those of each other pivot language:
-    they take what is held out already before anything new, so that the sets of a multi-way corpus are the same sentences.
+    Sets that corpora brought along serve as they stand. Bitexts with English come first, then those of each
+    other pivot language: they take what is held out already before anything new, so that the sets of a
+    multi-way corpus are the same sentences.
     """
     claims = Claims()
     for bitext in bitexts:

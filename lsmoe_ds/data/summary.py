@@ -17,9 +17,11 @@ from lsmoe_ds.languages import language_name
 
 @dataclass(frozen=True)
 class Row:
-    """Describe one direction and split. Lengths are tokens a sentence; ``unknown`` is the share of tokens that the vocabulary lacks.
+    """Describe one direction and split. Lengths are tokens a sentence; ``unknown`` is the share of tokens
+    that the vocabulary lacks.
 
-    ``held_out`` is the number of training pairs that were dropped because a side of them is held out; 0 for dev and test.
+    ``held_out`` is the number of training pairs that were dropped because a side of them is held out; 0 for
+    dev and test.
     """
 
     direction: str
@@ -67,7 +69,9 @@ class Summary:
 
 
 def show(recipe: Recipe) -> Summary:
-    """Sum up the prepared data of a recipe. Raises UserError if they are not prepared, prepared otherwise or damaged."""
+    """Sum up the prepared data of a recipe. Raises UserError if they are not prepared, prepared otherwise or
+    damaged.
+    """
     data = PreparedData.of(recipe)
     state = state_of(recipe)
     changed = () if state.reason is None else (f"warning: 'lsmoe data prepare' would prepare these data again: {state.reason}",)

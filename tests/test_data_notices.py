@@ -1,0 +1,234 @@
+"""What preparing decides by itself is said, kept in the manifest and shown again."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from small_corpora import pairs, recipe, sentence, write_fetched, write_lines
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.data.formats import split_of
+from lsmoe_ds.data.notices import listed
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.summary import show
+from lsmoe_ds.errors import UserError
+
+
+def table(folder: Path, name: str, first: str, second: str, count: int, start: int = 0) -> dict[str, str]:
+    """A corpus of one table."""
+    content = pairs(first, second, count, start)
+    write_lines(folder / name, [f"{first}\t{second}", *("\t".join(pair) for pair in content)])
+    return {"path": str(folder / name), "format": "tsv"}
+
+
+def moses(folder: Path, stem: str, count: int, start: int = 0, codes: tuple[str, str] = ("de", "en")) -> None:
+    for side, code in enumerate(codes):
+        write_lines(folder / f"{stem}.{code}", [pair[side] for pair in pairs(*codes, count, start)])
+
+
+def notices(settings: Recipe, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What `prepare` says between its first and its last lines; `show` says the same."""
+    data = prepare(settings)
+    said = capsys.readouterr().err
+    found: list[str] = data.manifest["notices"]
+    assert all(notice in said for notice in found)
+    shown = show(settings)
+    assert shown.notices == tuple(found)
+    assert shown.to_dict()["notices"] == shown.notices
+    caption = shown.table().caption
+    assert str(caption or "") == "\n".join(found)
+    return found
+
+
+def test_nothing_to_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = recipe(tmp_path, corpora=[table(tmp_path, "a.tsv", "de", "en", 200)], languages=["de"])
+    assert notices(settings, capsys) == []
+    assert show(settings).table().caption is None
+
+
+@pytest.mark.parametrize(("count", "sets"), [(9, 0), (10, 1)])
+def test_a_bitext_without_dev_and_test(tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, sets: int) -> None:
+    corpora = [table(tmp_path, "a.tsv", "de", "en", 200), table(tmp_path, "b.tsv", "en", "fr", count, start=500)]
+    settings = recipe(tmp_path, corpora=corpora, languages=["de", "fr"])
+    (said,) = notices(settings, capsys)
+    sizes = {(row.direction, row.split): row.pairs for row in show(settings).rows}
+    assert (sizes["en-fr", "dev"], sizes["en-fr", "test"]) == (sets, sets)
+    if sets:
+        assert said.startswith("smaller sets than the 10 dev and 20 test sentences") and said.endswith("the other: en-fr 1 and 1")
+    else:
+        assert said == "warning: no dev or test set for en-fr (9 pairs): a set is at most a tenth of the pairs after cleaning"
+
+
+def test_sets_that_are_cut_to_a_tenth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpora = [table(tmp_path, "a.tsv", "de", "en", 200), table(tmp_path, "b.tsv", "en", "fr", 155, start=500)]
+    (said,) = notices(recipe(tmp_path, corpora=corpora, languages=["de", "fr"]), capsys)
+    assert said.endswith(": en-fr 10 and 15")
+
+
+def test_none_are_missed_where_none_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpora = [table(tmp_path, "a.tsv", "de", "en", 200), table(tmp_path, "b.tsv", "en", "fr", 9, start=500)]
+    (said,) = notices(recipe(tmp_path, corpora=corpora, languages=["de", "fr"], held_out={"dev": 0, "test": 5}), capsys)
+    assert said.startswith("warning: no test set for en-fr (9 pairs)")
+
+
+def test_a_corpus_that_adds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One has other languages, one only what the first has too, one only what cleaning drops."""
+    corpora = [
+        table(tmp_path, "a.tsv", "de", "en", 200),
+        table(tmp_path, "fr.tsv", "en", "fr", 20),
+        table(tmp_path, "copy.tsv", "de", "en", 50),
+    ]
+    write_lines(tmp_path / "short.tsv", ["de\ten", *(f"kurz {n}\tshort {n}" for n in range(5))])
+    corpora.append({"path": str(tmp_path / "short.tsv"), "format": "tsv"})
+    said = notices(recipe(tmp_path, corpora=corpora, languages=["de"]), capsys)
+    assert said[0] == f"warning: corpus {tmp_path}/fr.tsv has no text for any direction of the recipe"
+    assert [each.split("/")[-1] for each in said[1:]] == [
+        f"{name}.tsv adds nothing: each of its pairs was dropped by cleaning, as a copy or as held out" for name in ("copy", "short")
+    ]
+
+
+def flores(folder: Path, count: int, start: int) -> dict[str, str]:
+    for side, code in enumerate(("deu_Latn", "eng_Latn")):
+        write_lines(folder / "devtest" / f"{code}.devtest", [pair[side] for pair in pairs("de", "en", count, start)])
+    return {"path": str(folder), "format": "flores"}
+
+
+def test_which_of_two_test_sets_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moses(tmp_path / "m", "train", 200)
+    moses(tmp_path / "m", "test", 12, start=300)
+    corpora = [{"path": str(tmp_path / "m"), "format": "moses"}, flores(tmp_path / "f", 15, start=400)]
+    settings = recipe(tmp_path, corpora=corpora, languages=["de"])
+    assert notices(settings, capsys) == [
+        f"corpus {tmp_path}/m brings the test set of de-en: test.de, test.en",
+        f"the test set of de-en is that of {tmp_path}/m; that of {tmp_path}/f is only kept out of training",
+    ]
+    assert {row.pairs for row in show(settings).rows if row.split == "test"} == {12}
+    other = recipe(tmp_path, "other", corpora=corpora[::-1], languages=["de"])
+    assert notices(other, capsys) == [
+        f"corpus {tmp_path}/f brings the test set of de-en: deu_Latn.devtest, eng_Latn.devtest",
+        f"the test set of de-en is that of {tmp_path}/f; that of {tmp_path}/m is only kept out of training",
+    ]
+    assert {row.pairs for row in show(other).rows if row.split == "test"} == {15}
+
+
+@pytest.mark.parametrize("lines", [[], ["", " "]])
+def test_a_published_set_without_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[str]) -> None:
+    moses(tmp_path / "m", "train", 200)
+    for code in ("de", "en"):
+        write_lines(tmp_path / f"m/test.{code}", lines)
+    settings = recipe(tmp_path, corpora=[{"path": str(tmp_path / "m"), "format": "moses"}], languages=["de"])
+    (said,) = notices(settings, capsys)
+    assert said == f"warning: the test set of de-en in corpus {tmp_path}/m has no sentence (test.de and test.en)"
+    assert {row.pairs for row in show(settings).rows if row.split == "test"} == {20}  # held out of the training text instead
+
+
+def test_a_sentence_in_two_published_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moses(tmp_path / "m", "train", 200)
+    moses(tmp_path / "m", "test", 10, start=300)
+    moses(tmp_path / "m", "dev", 10, start=307)
+    said = notices(recipe(tmp_path, corpora=[{"path": str(tmp_path / "m"), "format": "moses"}], languages=["de"]), capsys)
+    # three pairs, both sides of them
+    assert said[-1].startswith("warning: 6 sentences are in a dev set and in a test set that corpora bring")
+
+
+def test_a_direction_without_training_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moses(tmp_path / "m", "train", 200)
+    moses(tmp_path / "m", "test", 5, start=300, codes=("de", "fr"))
+    corpora = [{"path": str(tmp_path / "m"), "format": "moses"}]
+    settings = recipe(tmp_path, corpora=corpora, languages=[], directions=["de-en", "de-fr"])
+    said = notices(settings, capsys)
+    assert "warning: there is no training text for de-fr: these are only evaluated (zero-shot)" in said
+
+
+def test_a_stem_named_like_a_test_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moses(tmp_path, "newstest2014", 200)
+    settings = recipe(tmp_path, corpora=[{"path": str(tmp_path / "newstest2014"), "format": "moses"}], languages=["de"])
+    (said,) = notices(settings, capsys)
+    assert "newstest2014.CODE is trained on although it is named like a test set" in said
+
+
+@pytest.mark.parametrize(
+    ("stem", "split"),
+    [
+        ("train", "train"), ("news.de-en", "train"), ("latest", "train"), ("device", "train"), ("contest-2", "train"),
+        ("dev", "dev"), ("valid", "dev"), ("corpus.dev", "dev"), ("newsdev2016", "dev"), ("validation_1", "dev"),
+        ("test", "test"), ("test2017", "test"), ("newstest2014", "test"), ("wmt-test", "test"), ("tst2010", "test"), ("devtest", "test"),
+        ("Test.part-1", "test"), ("dev-test", "test"),
+    ],
+)  # fmt: skip
+def test_which_stems_are_dev_and_test(stem: str, split: str) -> None:
+    assert split_of(stem) == split
+
+
+def test_long_lists_are_cut() -> None:
+    assert listed("abcdefgh") == "a, b, c, d, e, f, g, h"
+    assert listed("aabcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
+
+
+def with_table(tmp_path: Path) -> Recipe:
+    return recipe(tmp_path, corpora=["django", table(tmp_path, "x.tsv", "de", "en", 50, start=500)], languages=["de"])
+
+
+CASES: list[tuple[list[str] | None, str]] = [
+    (["fr\ten", "Bonjour\tHello"], "x.tsv has no more text for the recipe's directions"),
+    (["Hallo\tHello", "Ja\tYes"], r"corpus .*x.tsv can no longer be read: .*x.tsv, line 1 names no languages \(found 'Hallo', 'Hello'\)"),
+    (["no tab"], "corpus .*x.tsv can no longer be read: .*x.tsv, line 1: two or more language codes"),
+    (["de\ten", "Hallo"], "x.tsv has changed"),
+]
+
+
+@pytest.mark.parametrize(("lines", "says"), CASES)
+def test_a_corpus_that_cannot_be_read_any_more(tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[str], says: str) -> None:
+    """Nothing says "up to date": the data are not prepared of what lies there. They stay, and `show` says so
+    too.
+    """
+    write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 200)})
+    settings = with_table(tmp_path)
+    before = prepare(settings).manifest
+    write_lines(tmp_path / "x.tsv", lines)
+    (said,) = show(settings).notices
+    assert re.match(f"warning: 'lsmoe data prepare' would prepare these data again: .*{says}", said)
+    capsys.readouterr()
+    if "fr" in lines[0]:  # a corpus of other languages is no error, but it is said that it adds nothing
+        assert prepare(settings).manifest["notices"] == [f"warning: corpus {tmp_path}/x.tsv has no text for any direction of the recipe"]
+    else:
+        with pytest.raises(UserError, match=r"x.tsv, line \d"):
+            prepare(settings)
+        assert PreparedData.of(settings).manifest == before
+    assert "up to date" not in capsys.readouterr().err
+
+
+def test_a_corpus_that_is_gone_is_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was prepared of it is good as it is; the others are compared all the same."""
+    write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 200)})
+    settings = with_table(tmp_path)
+    prepare(settings)
+    shutil.rmtree(tmp_path / "corpora")
+    capsys.readouterr()
+    prepare(settings)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "up to date" in said and "corpus django is not compared with what was prepared: corpus django is not fetched" in said
+    assert "corpus django is not compared" in show(settings).notices[-1]
+    write_lines(tmp_path / "x.tsv", ["de\ten", f"{sentence('de', 1)}\t{sentence('en', 1)}"])
+    with pytest.raises(UserError, match="lsmoe data fetch django"):
+        prepare(settings)
+    assert "x.tsv has changed" in capsys.readouterr().err
+
+
+def test_held_out_text_only(tmp_path: Path) -> None:
+    corpora = [flores(tmp_path / "f", 15, start=0)]
+    with pytest.raises(UserError, match=r"no training pair is left: .*/f\) only dev and test sets remain"):
+        prepare(recipe(tmp_path, corpora=corpora, languages=["de"]))
+
+
+def test_held_out_text_only_with_a_vocabulary(tmp_path: Path) -> None:
+    """Enough to evaluate an imported model."""
+    write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 200)})
+    vocabulary = prepare(recipe(tmp_path, "first", languages=["de"])).folder / "vocabulary.model"
+    corpora = [flores(tmp_path / "f", 15, start=0)]
+    data = prepare(recipe(tmp_path, corpora=corpora, languages=["de"], vocabulary={"file": vocabulary, "size": 120}))
+    assert data.manifest["bitexts"]["de-en"]["test"]["pairs"] == 15
