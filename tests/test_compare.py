@@ -96,6 +96,8 @@ def test_the_mean_over_directions_by_hand() -> None:
     assert outcome.p_bootstrap == 1 / 5
     assert outcome.p_randomization == 2 / 5
     assert interval(np.arange(1000.0)) == (25, 974)
+    for p_bootstrap, p_randomization, differs in ((0.04, 0.04, True), (0.04, 0.06, False), (0.06, 0.04, False)):
+        assert replace(outcome, p_bootstrap=p_bootstrap, p_randomization=p_randomization).differs == differs
 
 
 def test_systems_of_different_quality(tmp_path, capsys) -> None:

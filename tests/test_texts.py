@@ -75,6 +75,7 @@ def ntrex(folder: Path) -> list[str]:
         ("fra", TEXT["fr"]),
         ("eng-GB", ["no"]),
         ("eng-US", ["no"]),
+        ("en", ["no"]),  # whatever is called English beside the source is a translation of it
         ("fra-CA", ["no"]),
     ):
         write_lines(where / f"newstest2019-ref.{code}.txt", lines)

@@ -161,7 +161,9 @@ def compare_runs(
     found: dict[Direction, dict[str, list[Trials]]] = {}
     signatures: dict[str, list[str]] = {name: [] for name in METRICS}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
         task = bar.add_task("comparing", total=len(texts))
         for direction, (hypotheses, references) in texts.items():
             bar.update(task, description=f"comparing {direction}")

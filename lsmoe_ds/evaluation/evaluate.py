@@ -141,7 +141,9 @@ def _score(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
         task = bar.add_task("translating", total=texts.sentences, rate="")
         began, translated = time.perf_counter(), 0
 
