@@ -1,4 +1,4 @@
-"""What dropout and attention dropout reach in training, with rates of a half, so that values are zero or doubled."""
+"""What dropout and attention dropout reach, with rates of a half: values become zero or are doubled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model_of(dropout: float, attention_dropout: float, topology: Topology | None
 
 
 def assert_half_is_dropped(found: Tensor, wanted: Tensor) -> None:
-    """Every value is zero or twice the wanted one, about half of them each."""
+    """Assert that every value is zero or twice the wanted one, about half of them each."""
     dropped = found == 0
     torch.testing.assert_close(found[~dropped], 2 * wanted[~dropped])
     assert 0.45 < dropped.float().mean() < 0.55
@@ -53,7 +53,7 @@ def test_embeddings_of_both_sides_are_dropped_in_training():
 
 
 def last_layers(model: Transformer) -> dict[str, tuple[nn.Module, nn.Linear]]:
-    """Each kind of sublayer: the layer it is in, and the linear layer that its output comes from."""
+    """Return for each kind of sublayer the layer it is in and the linear layer that its output comes from."""
     encoder, decoder = model.encoder[0], model.decoder[0]
     return {
         "encoder.attention": (encoder, encoder.attention.output),
@@ -74,7 +74,10 @@ def test_the_output_of_each_sublayer_is_dropped_before_it_is_added(name):
     layer, last = last_layers(model)[name]
     last.bias.fill_(1.0)
     x = torch.randn(SENTENCES, LENGTH, HIDDEN)
-    real, guide = torch.ones(SENTENCES, LENGTH, dtype=torch.bool), Guide(ragged_batch(torch.Generator(), recipe_for("dense", 1, 1, 0), 2).ids)
+    real, guide = (
+        torch.ones(SENTENCES, LENGTH, dtype=torch.bool),
+        Guide(ragged_batch(torch.Generator(), recipe_for("dense", 1, 1, 0), 2).ids),
+    )
     cross = layer.cross_attention.project(x, guide) if layer.cross_attention is not None else None
     added = layer(x, real, guide, cross=cross)[0] - x
     assert_half_is_dropped(added.round(decimals=4), torch.ones_like(x))
@@ -84,7 +87,7 @@ def test_the_output_of_each_sublayer_is_dropped_before_it_is_added(name):
 @pytest.mark.parametrize("which", ["attention", "cross_attention"])
 @torch.no_grad()
 def test_attention_drops_probabilities(which):
-    """Over 8 equal keys whose values are ones: half of the probabilities of 1/8 are dropped, the others doubled."""
+    """Of 8 equal keys, whose values are ones, half of the probabilities are dropped, the others doubled."""
     model = model_of(0.0, 0.5)
     attention = getattr(model.decoder[0], which)
     attention.output.weight.copy_(torch.eye(HIDDEN)), attention.output.bias.zero_()
@@ -101,7 +104,10 @@ def test_attention_drops_probabilities(which):
 
 @pytest.mark.parametrize(("dropout", "attention_dropout"), [(0.5, 0.0), (0.0, 0.5)])
 def test_two_training_passes_differ_and_two_evaluations_agree(dropout, attention_dropout):
-    model, batch = model_of(dropout, attention_dropout), ragged_batch(torch.Generator().manual_seed(1), recipe_for("dense", 1, 1, 0), 5)
+    model, batch = (
+        model_of(dropout, attention_dropout),
+        ragged_batch(torch.Generator().manual_seed(1), recipe_for("dense", 1, 1, 0), 5),
+    )
     arguments = (batch.source, batch.decoder_input, batch.labels, batch.ids)
     assert float(model(*arguments).nll) != float(model(*arguments).nll)
     model.eval()
@@ -111,7 +117,7 @@ def test_two_training_passes_differ_and_two_evaluations_agree(dropout, attention
 
 
 def dropped_by_peers(topology):
-    """Mixtures of values of this rank's heads under attention dropout, and the residual sum of a layer's output, all of ones."""
+    """Return the mixed values of this rank's heads, all ones before dropout, and the layer's output."""
     from lsmoe_ds.parallel import compat
 
     model = model_of(0.5, 0.5, topology)

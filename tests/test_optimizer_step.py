@@ -1,4 +1,4 @@
-"""Optimizer steps of the engine against plain torch: rates, AdamW, clipping, weight decay; and the dev loss."""
+"""The engine's optimizer steps against plain torch: rates, AdamW, clipping, decay; and the dev loss."""
 
 from __future__ import annotations
 
@@ -17,15 +17,22 @@ from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
 
 
-def recipe_of(routing: str = "dense", tensor: int = 1, expert: int = 1, stage: int = 0, clip: float = 0.5, decay: float = 0.1) -> Recipe:
-    """Peak rate 0.01 after 2 steps of warmup."""
+def recipe_of(
+    routing: str = "dense",
+    tensor: int = 1,
+    expert: int = 1,
+    stage: int = 0,
+    clip: float = 0.5,
+    decay: float = 0.1,
+) -> Recipe:
+    """Make a recipe with a peak rate of 0.01 after 2 steps of warmup."""
     recipe = recipe_for(routing, tensor, expert, stage, clip)
     recipe.training.weight_decay = decay
     return recipe
 
 
 def take_steps(topology, recipe: Recipe):
-    """The rates of each group in both steps, the groups' other settings, the results of the steps, and the weights after them."""
+    """Return each group's rates in both steps, its other settings, the steps' results, and the weights."""
     from lsmoe_ds.model.initialization import global_names
     from lsmoe_ds.training.engine import build_engine, train_step
 
@@ -34,16 +41,24 @@ def take_steps(topology, recipe: Recipe):
     for number, step in enumerate(steps_of(recipe, topology.data_rank, topology.data), start=1):
         results.append(train_step(engine, step, number, recipe, topology))
         rates.append([group["lr"] for group in engine.optimizer.param_groups])
-    groups = [(group["betas"], group["eps"], group["weight_decay"]) for group in engine.optimizer.param_groups]
+    settings = ("betas", "eps", "weight_decay")
+    groups = [tuple(group[name] for name in settings) for group in engine.optimizer.param_groups]
     names = global_names(engine.module, topology)
-    weights = {names[name]: parameter.detach().float().numpy().copy() for name, parameter in engine.module.named_parameters()}
+    parameters = engine.module.named_parameters()
+    weights = {names[name]: parameter.detach().float().numpy().copy() for name, parameter in parameters}
     engine.destroy()
     return rates, groups, [(r.learning_rate, r.loss, r.nll, r.grad_norm) for r in results], weights
 
 
 def smoothed(model: Transformer, batch: Batch, smoothing: float) -> torch.Tensor:
     logits = model.logits(batch.source, batch.decoder_input, batch.ids)
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=PAD, label_smoothing=smoothing, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1),
+        batch.labels.flatten(),
+        ignore_index=PAD,
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
 
 
 @pytest.mark.parametrize("clip", [0.5, 0.0], ids=["clipped", "not clipped"])
@@ -52,7 +67,8 @@ def test_two_steps_are_those_of_plain_torch(pool, clip):
     model = Transformer(recipe_of(), VOCABULARY)
     initialize(model, 1, Topology.single())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1)
-    for step, rate, of_groups, result in zip(steps_of(recipe_of(), 0, 1), (0.005, 0.01), rates, results, strict=True):
+    steps = steps_of(recipe_of(), 0, 1)
+    for step, rate, of_groups, result in zip(steps, (0.005, 0.01), rates, results, strict=True):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         tokens = sum(int((batch.labels != PAD).sum()) for batch in step.batches)
@@ -73,7 +89,7 @@ def test_two_steps_are_those_of_plain_torch(pool, clip):
     ("world", "tensor", "expert", "stage", "bf16"),
     [(1, 1, 1, 0, False), (1, 1, 1, 0, True), (2, 1, 2, 1, False), (2, 2, 1, 2, True), (2, 1, 1, 0, False)],
 )
-def test_every_group_has_the_rates_the_betas_the_epsilon_and_the_decay(pool, world, tensor, expert, stage, bf16):
+def test_every_group_has_the_rates_betas_epsilon_and_decay(pool, world, tensor, expert, stage, bf16):
     recipe = recipe_of("token", tensor, expert, stage)
     recipe.deepspeed = {**recipe.deepspeed, "bf16": {"enabled": bf16}}
     for rates, groups, results, _ in pool.run(world, take_steps, recipe, tensor=tensor, expert=expert):
@@ -86,7 +102,8 @@ def test_every_group_has_the_rates_the_betas_the_epsilon_and_the_decay(pool, wor
 def test_a_weight_without_gradient_shrinks_by_the_decay_alone(pool):
     """Experts that no token of either step has used."""
     recipe = recipe_of("target")
-    recipe.model.encoder.moe.experts = recipe.model.decoder.moe.experts = 24  # four tasks use eight of them at most
+    for side in (recipe.model.encoder, recipe.model.decoder):
+        side.moe.experts = 24  # four tasks use eight of them at most
     ((_, _, _, weights),) = pool.run(1, take_steps, recipe)
     model = Transformer(recipe, VOCABULARY)
     initialize(model, 1, Topology.single())
@@ -94,12 +111,18 @@ def test_a_weight_without_gradient_shrinks_by_the_decay_alone(pool):
     idle = 0
     for name, parameter in model.named_parameters():
         if name.endswith("expand.weight") and "experts" in name:
-            before, after = parameter.detach(), torch.from_numpy(weights[name.replace("deepspeed_moe.experts.deepspeed_experts", "experts")])
+            before, after = (
+                parameter.detach(),
+                torch.from_numpy(weights[name.replace("deepspeed_moe.experts.deepspeed_experts", "experts")]),
+            )
             idle += bool(((after - shrunk * before).abs() <= 1e-6).all())
     assert 32 <= idle < 48
 
 
-@pytest.mark.parametrize(("world", "stage", "bf16"), [(1, 0, True), (2, 0, False), (2, 1, False), (2, 2, True)])
+LAYOUTS = [(1, 0, True), (2, 0, False), (2, 1, False), (2, 2, True)]
+
+
+@pytest.mark.parametrize(("world", "stage", "bf16"), LAYOUTS)
 def test_without_a_limit_the_norm_is_still_measured_and_nothing_is_clipped(pool, world, stage, bf16):
     found = {}
     for clip in (0.0, 1e6):
@@ -111,7 +134,8 @@ def test_without_a_limit_the_norm_is_still_measured_and_nothing_is_clipped(pool,
 
 
 def dev_loss(topology, recipe: Recipe, route: str, sizes: tuple[int, ...]):
-    """Of batches of so many sentences; whether the model trains on afterwards, and the traffic left for the next step."""
+    """Return the dev loss of batches of so many sentences, whether the model trains after it, and the traffic
+    that is left for the next step."""
     from lsmoe_ds.training.engine import build_engine, validate
 
     engine = build_engine(recipe, VOCABULARY, topology)
@@ -129,7 +153,7 @@ def dev_batches(recipe: Recipe, sizes: tuple[int, ...]) -> list[Batch]:
 
 
 @pytest.mark.parametrize(("world", "tensor", "expert"), [(1, 1, 1), (2, 1, 2), (2, 2, 1)])
-def test_the_dev_loss_is_per_token_over_all_batches_and_ranks_without_dropout_and_smoothing(pool, world, tensor, expert):
+def test_the_dev_loss_is_per_token_over_all_ranks_without_dropout_and_smoothing(pool, world, tensor, expert):
     recipe = recipe_of("token", tensor, expert)
     recipe.training.dropout = recipe.training.attention_dropout = 0.5
     sizes = (1, 9)
@@ -138,22 +162,24 @@ def test_the_dev_loss_is_per_token_over_all_batches_and_ranks_without_dropout_an
     batches = dev_batches(recipe, sizes)
     sums = [float(smoothed(model.eval(), batch, 0.0).detach()) for batch in batches]
     tokens = [int((batch.labels != PAD).sum()) for batch in batches]
-    wanted = sum(sums) / sum(tokens)
-    assert abs(wanted - sum(s / t for s, t in zip(sums, tokens, strict=True)) / 2) > 0.01, "a mean of means must differ"
-    for found, training, left in pool.run(world, dev_loss, recipe, "specific", sizes, tensor=tensor, expert=expert):
+    wanted, means = sum(sums) / sum(tokens), [s / t for s, t in zip(sums, tokens, strict=True)]
+    assert abs(wanted - sum(means) / 2) > 0.01, "a mean of means must differ"
+    results = pool.run(world, dev_loss, recipe, "specific", sizes, tensor=tensor, expert=expert)
+    for found, training, left in results:
         assert found == pytest.approx(wanted, rel=1e-5)
         assert training and left == [0, 0]
 
 
 def dropped_share(topology, recipe: Recipe):
-    """What a step says of choices that were dropped, and of first choices, and the records of its micro-batches."""
+    """Return what a step says of dropped and of first choices, and (dropped, all) choices of each record."""
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine, found = build_engine(recipe, VOCABULARY, topology), []
     engine.module.register_forward_hook(lambda model, inputs, losses: found.append(losses.routing))
     result = train_step(engine, steps_of(recipe, topology.data_rank, topology.data)[0], 1, recipe, topology)
     engine.destroy()
-    records = [(int(each.dropped), int(each.counts.sum()) * each.settings.top_k) for routing in found for each in routing]
+    of_layers = [record for routing in found for record in routing]
+    records = [(int(each.dropped), int(each.counts.sum()) * each.settings.top_k) for each in of_layers]
     return result.dropped, [counts.sum().item() for counts in result.counts], records
 
 
@@ -162,7 +188,8 @@ def test_the_dropped_share_is_of_all_choices_of_both_sides_and_all_ranks(pool, w
     recipe = recipe_of("capacity")
     recipe.model.decoder.moe.top_k = 1
     found = pool.run(world, dropped_share, recipe)
-    dropped, choices = (sum(each) for each in zip(*(record for _, _, records in found for record in records), strict=True))
+    records = [record for _, _, of_rank in found for record in of_rank]
+    dropped, choices = (sum(each) for each in zip(*records, strict=True))
     step = steps_of(recipe, 0, 1)[0]
     assert choices == 2 * step.source_tokens + step.target_tokens
     for share, counts, _ in found:
