@@ -105,10 +105,10 @@ def test_at_the_limit_a_translation_ends_with_the_probability_that_this_has(beam
 
 
 def test_the_longest_translation_that_the_limit_allows_can_win():
-    """B C: log 0.4 / 3, against log 0.5 / 2 of A."""
-    rows = {START: {A: 0.5, B: 0.5}, A: {END: 1.0}, B: {C: 0.8, END: 0.2}, C: {END: 1.0}}
-    (found,) = search_of(rows, 2, 1.0, extra=2)
-    assert found.tokens == [B, C] and found.score == pytest.approx(-0.3054, abs=1e-4)
+    """B C D has log 0.3 / 4, and A log 0.5 / 2; were 3 the greatest length, log 0.3 / 3 could not win."""
+    rows = {START: {A: 0.5, B: 0.5}, A: {END: 1.0}, B: {C: 0.6, END: 0.4}, C: {D: 1.0}, D: {END: 1.0}}
+    (found,) = search_of(rows, 2, 1.0, extra=3)
+    assert found.tokens == [B, C, D] and found.score == pytest.approx(-0.3010, abs=1e-4)
 
 
 def test_limits_are_counted_in_source_tokens():
