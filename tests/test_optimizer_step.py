@@ -12,6 +12,7 @@ from test_sameness import VOCABULARY, close, ragged_batch, recipe_for, steps_of
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch
 from lsmoe_ds.languages import PAD
+from lsmoe_ds.model.guide import Route
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
@@ -50,8 +51,9 @@ def take_steps(topology, recipe: Recipe):
     return rates, groups, [(r.learning_rate, r.loss, r.nll, r.grad_norm) for r in results], weights
 
 
-def smoothed(model: Transformer, batch: Batch, smoothing: float) -> torch.Tensor:
-    logits = model.logits(batch.source, batch.decoder_input, batch.ids)
+def smoothed(model: Transformer, batch: Batch, smoothing: float, route: Route = "specific") -> torch.Tensor:
+    """Return the label-smoothed cross-entropy of a batch, summed over its tokens, by torch's own."""
+    logits = model.logits(batch.source, batch.decoder_input, batch.ids, route)
     return F.cross_entropy(
         logits.flatten(0, 1),
         batch.labels.flatten(),
@@ -168,6 +170,19 @@ def test_the_dev_loss_is_per_token_over_all_ranks_without_dropout_and_smoothing(
     for found, training, left in results:
         assert found == pytest.approx(wanted, rel=1e-5)
         assert training and left == [0, 0]
+
+
+@pytest.mark.parametrize("route", ["specific", "shared"])
+def test_the_dev_loss_is_that_of_its_route(pool, route):
+    recipe, other = recipe_of("distilled"), {"specific": "shared", "shared": "specific"}[route]
+    ((found, _, _),) = pool.run(1, dev_loss, recipe, route, (3, 5))
+    model = Transformer(recipe, VOCABULARY).eval()
+    initialize(model, 1, Topology.single())
+    batches = dev_batches(recipe, (3, 5))
+    tokens = sum(int((batch.labels != PAD).sum()) for batch in batches)
+    with torch.no_grad():
+        wanted, of_other = (sum(smoothed(model, each, 0.0, way) for each in batches) / tokens for way in (route, other))
+    assert found == pytest.approx(float(wanted), rel=1e-5) and abs(found - float(of_other)) > 1e-3
 
 
 def dropped_share(topology, recipe: Recipe):
