@@ -181,8 +181,9 @@ def test_the_dev_loss_is_that_of_its_route(pool, route):
     batches = dev_batches(recipe, (3, 5))
     tokens = sum(int((batch.labels != PAD).sum()) for batch in batches)
     with torch.no_grad():
-        wanted, of_other = (sum(smoothed(model, each, 0.0, way) for each in batches) / tokens for way in (route, other))
-    assert found == pytest.approx(float(wanted), rel=1e-5) and abs(found - float(of_other)) > 1e-3
+        sums = [sum(smoothed(model, batch, 0.0, each) for batch in batches) for each in (route, other)]
+    wanted, of_other = (float(each) / tokens for each in sums)
+    assert found == pytest.approx(wanted, rel=1e-5) and abs(found - of_other) > 1e-3
 
 
 def dropped_share(topology, recipe: Recipe):
