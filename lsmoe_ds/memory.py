@@ -144,7 +144,9 @@ def activations(recipe: Recipe, value: int) -> int:
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:
-    """Return the bytes that DeepSpeed takes to reduce gradients and to step; d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
+    """Return the bytes that DeepSpeed takes to reduce gradients and to step.
+
+    d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
 
         stage 0     v min(2^24, max(d, e))          copies of dense, then of expert gradients; none on one rank alone
                     4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32

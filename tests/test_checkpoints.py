@@ -1,4 +1,4 @@
-"""Checkpoints are on the disk before they have their names, and validations that could find nothing are refused."""
+"""A checkpoint is on the disk before it has its name; validations that could find nothing are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lsmoe_ds.training.start import check
 
 
 def save_twice(topology, recipe: Recipe, run: Path) -> list[tuple[str, str, list[str]]]:
-    """What is synced, renamed and removed by two saves, of which one is kept: each with the files that were changed since their sync."""
+    """Save twice and keep one; return what was synced, renamed and removed, each with its unsynced files."""
     import shutil
     from unittest import mock
 
@@ -47,10 +47,14 @@ def save_twice(topology, recipe: Recipe, run: Path) -> list[tuple[str, str, list
         note("remove", path)
         return true_remove(path, *arguments, **options)
 
-    with mock.patch.object(os, "fsync", sync), mock.patch.object(os, "rename", rename), mock.patch.object(shutil, "rmtree", remove):
-        with checkpoints.Saver(run, topology, keep=1) as saver:
-            saver.save(engine, 1, {})
-            saver.save(engine, 2, {})
+    with (
+        mock.patch.object(os, "fsync", sync),
+        mock.patch.object(os, "rename", rename),
+        mock.patch.object(shutil, "rmtree", remove),
+        checkpoints.Saver(run, topology, keep=1) as saver,
+    ):
+        saver.save(engine, 1, {})
+        saver.save(engine, 2, {})
     engine.destroy()
     return events
 
@@ -64,7 +68,7 @@ def test_all_is_synced_before_it_has_its_name_and_the_name_before_the_older_one_
         partial = f".writing-step-{step}"
         named = happened.index(("rename", partial))
         assert not events[named][2], "every file was synced after its last change"
-        assert happened[named - 1] == ("sync", partial), "the folder last, so that the files' names are on the disk, too"
+        assert happened[named - 1] == ("sync", partial), "the folder last: with the names of its files"
         assert happened[named + 1] == ("sync", "checkpoints"), "the name itself"
     assert happened.index(("rename", "step-1")) > named + 1
     assert happened[-1] == ("remove", ".writing-step-1-removed")
@@ -79,7 +83,8 @@ def test_validations_without_dev_pairs_are_refused(tmp_path):
     check(recipe, tmp_path / "run")
     recipe.training.validate_every = 2
     with pytest.raises(
-        UserError, match=r"'training.validate_every' is 2, but .* has no dev pairs: set it to 0, or raise 'data.held_out.dev'"
+        UserError,
+        match=r"'training.validate_every' is 2, but .* has no dev pairs: set it to 0, or raise 'data.held",
     ):
         check(recipe, tmp_path / "other")
     assert not (tmp_path / "other").exists()

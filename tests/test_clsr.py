@@ -186,14 +186,14 @@ def test_alpha_grows_linearly():
     assert [alpha(number, 10) for number in (1, 2, 6, 11, 50)] == [0.0, 0.5, 2.5, 5.0, 5.0]
 
 
-def noise_in_steps(topology, recipe: Recipe) -> list[set[float]]:
-    """The deviations of the noise that the gates get in each of the first two steps, and in an evaluation after them."""
+def noise_in_steps(topology, recipe: Recipe) -> list[set[tuple[float, bool]]]:
+    """Return the deviations of the gates' noise in two steps, and whether they were in training mode."""
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine, seen = build_engine(recipe, VOCABULARY, topology), []
     for module in engine.module.modules():
         if isinstance(module, ConditionalRouting):
-            module.register_forward_pre_hook(lambda module, inputs: seen[-1].add((inputs[3].noise, module.training)))
+            module.register_forward_pre_hook(lambda gate, args: seen[-1].add((args[3].noise, gate.training)))
     steps = steps_of(recipe, 0, 1)
     for number, step in enumerate(steps, start=1):
         seen.append(set())

@@ -1,4 +1,4 @@
-"""What dropout and attention dropout reach in training, with rates of a half, so that values are zero or doubled."""
+"""What dropout and attention dropout reach, with rates of a half: values become zero or are doubled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model_of(dropout: float, attention_dropout: float, topology: Topology | None
 
 
 def assert_half_is_dropped(found: Tensor, wanted: Tensor) -> None:
-    """Every value is zero or twice the wanted one, about half of them each."""
+    """Assert that every value is zero or twice the wanted one, about half of them each."""
     dropped = found == 0
     torch.testing.assert_close(found[~dropped], 2 * wanted[~dropped])
     assert 0.45 < dropped.float().mean() < 0.55
@@ -53,7 +53,7 @@ def test_embeddings_of_both_sides_are_dropped_in_training():
 
 
 def last_layers(model: Transformer) -> dict[str, tuple[nn.Module, nn.Linear]]:
-    """Each kind of sublayer: the layer it is in, and the linear layer that its output comes from."""
+    """Return for each kind of sublayer the layer it is in and the linear layer that its output comes from."""
     encoder, decoder = model.encoder[0], model.decoder[0]
     return {
         "encoder.attention": (encoder, encoder.attention.output),
@@ -87,7 +87,7 @@ def test_the_output_of_each_sublayer_is_dropped_before_it_is_added(name):
 @pytest.mark.parametrize("which", ["attention", "cross_attention"])
 @torch.no_grad()
 def test_attention_drops_probabilities(which):
-    """Over 8 equal keys whose values are ones: half of the probabilities of 1/8 are dropped, the others doubled."""
+    """Of 8 equal keys, whose values are ones, half of the probabilities are dropped, the others doubled."""
     model = model_of(0.0, 0.5)
     attention = getattr(model.decoder[0], which)
     attention.output.weight.copy_(torch.eye(HIDDEN)), attention.output.bias.zero_()
@@ -104,7 +104,10 @@ def test_attention_drops_probabilities(which):
 
 @pytest.mark.parametrize(("dropout", "attention_dropout"), [(0.5, 0.0), (0.0, 0.5)])
 def test_two_training_passes_differ_and_two_evaluations_agree(dropout, attention_dropout):
-    model, batch = model_of(dropout, attention_dropout), ragged_batch(torch.Generator().manual_seed(1), recipe_for("dense", 1, 1, 0), 5)
+    model, batch = (
+        model_of(dropout, attention_dropout),
+        ragged_batch(torch.Generator().manual_seed(1), recipe_for("dense", 1, 1, 0), 5),
+    )
     arguments = (batch.source, batch.decoder_input, batch.labels, batch.ids)
     assert float(model(*arguments).nll) != float(model(*arguments).nll)
     model.eval()
@@ -114,7 +117,7 @@ def test_two_training_passes_differ_and_two_evaluations_agree(dropout, attention
 
 
 def dropped_by_peers(topology):
-    """Mixtures of values of this rank's heads under attention dropout, and the residual sum of a layer's output, all of ones."""
+    """Return the mixed values of this rank's heads, all ones before dropout, and the layer's output."""
     from lsmoe_ds.parallel import compat
 
     model = model_of(0.5, 0.5, topology)
@@ -126,7 +129,9 @@ def dropped_by_peers(topology):
         return mixed[-1]
 
     layer, x = model.encoder[0], torch.randn(4, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(2))
-    layer.attention.value.weight.data.zero_(), layer.attention.value.bias.data.fill_(1.0)
+    for part, value in (("query", 0.0), ("value", 1.0)):  # so that without dropout all heads mix ones evenly
+        linear = getattr(layer.attention, part)
+        linear.weight.data.zero_(), linear.bias.data.fill_(value)
     with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", recorded):
         out, _ = layer(x, torch.ones(4, LENGTH, dtype=torch.bool), Guide(None))
     return mixed[0].numpy(), out.numpy()

@@ -23,6 +23,8 @@ from lsmoe_ds.languages import PAD, SentenceIds
 from lsmoe_ds.model import initialization
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.run_folder import open_run
 
 
 def fused(routing: str, tensor: int = 1, expert: int = 1, stage: int = 0, every: int = 1) -> Recipe:
@@ -287,7 +289,6 @@ def loop(topology, recipe: Recipe, run) -> None:
 @pytest.fixture(scope="module")
 def run(pool, tmp_path_factory):
     from lsmoe_ds.data.prepare import prepare
-    from lsmoe_ds.run_folder import open_run
 
     folder = tmp_path_factory.mktemp("fused")
     write_corpus(folder)
@@ -304,6 +305,24 @@ def test_a_training_records_both_routes(run):
     assert [record["distillation"] > 0 for record in records if "loss" in record] == [True, True]
     dev = [(record["dev_loss"], record["dev_loss_shared"]) for record in records if "dev_loss" in record]
     assert len(dev) == 2 and all(specific != shared for specific, shared in dev)
+
+
+def saved_dev_losses(topology, recipe: Recipe, run) -> None:
+    """Train with dev losses of 2 by the specific and 3 by the shared route."""
+    from lsmoe_ds.training import loop as module
+
+    losses = {"specific": 2.0, "shared": 3.0}
+    with mock.patch.object(module, "validate", lambda engine, batches, here, route: losses[route]):
+        module.train(recipe, run, topology)
+
+
+def test_the_dev_loss_that_a_checkpoint_is_kept_for_is_that_of_the_specific_route(pool, run):
+    recipe, saved = load_recipe(run / "recipe.yaml"), run.with_name("dev")
+    open_run(recipe, saved, run / "vocabulary.model")
+    pool.run(1, saved_dev_losses, recipe, saved)
+    records = [json.loads(line) for line in (saved / "metrics.jsonl").read_text().splitlines()]
+    assert records[-2] == {"step": 2, "dev_loss": 2.0, "dev_loss_shared": 3.0}
+    assert json.loads((saved / "checkpoints" / "step-2" / "state.json").read_text())["dev_loss"] == 2.0
 
 
 def test_an_evaluation_keeps_its_route(run, capsys):

@@ -28,7 +28,7 @@ def recipe_of(**model) -> Recipe:
 
 
 def values_of(recipe: Recipe, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Initial values by global name."""
+    """Return initial values by global name."""
     model = Transformer(recipe, VOCABULARY)
     initialize(model, seed, Topology.single())
     names = global_names(model, Topology.single())
@@ -36,7 +36,7 @@ def values_of(recipe: Recipe, seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def normal(deviation: float, values: torch.Tensor) -> None:
-    """Assert that the values could be normal with this deviation and mean 0: 68.3 % are within one deviation of it."""
+    """Assert mean 0, this deviation, and 68.3 % of the values within it, as normal values have them."""
     count = values.numel()
     assert values.std() == pytest.approx(deviation, rel=4 / math.sqrt(2 * count))
     assert abs(values.mean()) < 4 * deviation / math.sqrt(count)
@@ -61,16 +61,28 @@ def test_every_parameter_is_of_its_kind():
         elif "norm" in name:
             assert (value == 1).all(), name
         else:
-            inputs, outputs = {"expand": (HIDDEN, WIDTH), "contract": (WIDTH, HIDDEN)}.get(name.split(".")[-2], (HIDDEN, HIDDEN))
+            sizes = {"expand": (HIDDEN, WIDTH), "contract": (WIDTH, HIDDEN)}
+            inputs, outputs = sizes.get(name.split(".")[-2], (HIDDEN, HIDDEN))
             assert value.shape == (outputs, inputs)
             uniform(math.sqrt(6 / (inputs + outputs)), value)  # Glorot and Bengio, equation 16
     kinds = {name.split(".")[-2] for name in found}
-    assert kinds >= {"router", "expand", "contract", "query", "key", "value", "output", "query_low_rank", "contract_low_rank"}
+    assert kinds >= {
+        "router",
+        "expand",
+        "contract",
+        "query",
+        "key",
+        "value",
+        "output",
+        "query_low_rank",
+        "contract_low_rank",
+    }
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_projections_of_clsr_are_the_identity(shared):
-    found = {name: value for name, value in values_of(recipe_of(clsr=Clsr(gate=8, shared=shared))).items() if "_clsr." in name}
+    values = values_of(recipe_of(clsr=Clsr(gate=8, shared=shared)))
+    found = {name: value for name, value in values.items() if "_clsr." in name}
     languages, projections = 4, 0
     for name, value in found.items():
         if name.endswith((".specific", ".shared")):

@@ -1,4 +1,4 @@
-"""A model that is loaded to translate computes what the trained one does in an evaluation, and nothing in it is random."""
+"""A model that is loaded to translate computes what the trained one does in evaluation mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 def trained() -> tuple[Recipe, Transformer, Weights]:
-    """A model whose training would drop, shake and shorten, and its weights by global name."""
+    """Return a model whose training would drop and shake values, and its weights by global name."""
     recipe = recipe_for("token", 1, 1, 0)
     recipe.data.vocabulary.size = VOCABULARY
     recipe.training.dropout = recipe.training.attention_dropout = 0.5
@@ -38,11 +38,16 @@ def test_a_loaded_model_evaluates():
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     batch = ragged_batch(torch.Generator().manual_seed(2), recipe, 6)
     arguments = (batch.source, batch.decoder_input, batch.ids)
-    first, again, wanted = loaded.logits(*arguments), loaded.logits(*arguments), model.eval().logits(*arguments)
+    first, again, wanted = (
+        loaded.logits(*arguments),
+        loaded.logits(*arguments),
+        model.eval().logits(*arguments),
+    )
     real = batch.labels != 1
     assert torch.equal(first, again)
     torch.testing.assert_close(first[real], wanted[real])
-    assert not torch.allclose(model.train().logits(*arguments)[real], wanted[real], atol=0.1), "training must differ"
+    noisy = model.train().logits(*arguments)
+    assert not torch.allclose(noisy[real], wanted[real], atol=0.1), "training must differ"
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "shape"])
@@ -56,6 +61,7 @@ def test_weights_of_another_model_are_refused(change):
     else:
         weights.tensors[name] = weights.tensors[name][:-1]
     with pytest.raises(
-        UserError, match=r"do not belong to the recipe and vocabulary: encoder\.1\.feed_forward\.experts\.[78]\.expand\.bias"
+        UserError,
+        match=r"do not belong to the recipe and vocabulary: encoder\.1\.feed_forward\.experts\.[78]\.expand",
     ):
         build_model(recipe, VOCABULARY, weights, torch.device("cpu"))

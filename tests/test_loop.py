@@ -24,7 +24,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def recipe_of(folder: Path, **training) -> Recipe:
-    """Five steps on two data ranks of two tensor-parallel peers each."""
+    """Make a recipe of five steps for two data ranks of two tensor-parallel peers each."""
     recipe = recipe_in(folder, steps=5, every=2, moe=TOKEN_TOP2, tensor=2)
     recipe.training = recipe.training.model_copy(update={"keep": 9, **training})
     return recipe
@@ -45,7 +45,7 @@ def test_it_validates_and_saves_in_every_nth_and_in_the_last_step(run):
 
 
 def seeds(checkpoint: Path, name: str) -> list[int]:
-    """The seed from which a generator of each of the four ranks has started."""
+    """Return the seed from which a generator of each of the four ranks has started."""
     states = [torch.load(checkpoint / f"random-rank-{rank:05d}.pt")[name] for rank in range(4)]
     generators = [torch.Generator() for _ in states]
     for generator, state in zip(generators, states, strict=True):
@@ -57,20 +57,26 @@ def test_dropout_is_drawn_anew_by_each_data_rank_and_alike_by_its_tensor_paralle
     checkpoint = run / "checkpoints" / "step-2"
     first, peer, second, its_peer = seeds(checkpoint, "cpu")
     assert first == peer != second == its_peer
-    assert len(set(seeds(checkpoint, "tracked.model-parallel-rng"))) == 4, "in attention each draws for its own heads"
+    own = seeds(checkpoint, "tracked.model-parallel-rng")
+    assert len(set(own)) == 4, "in attention each draws for its own heads"
     states = [torch.load(checkpoint / f"random-rank-{rank:05d}.pt")["cpu"] for rank in range(4)]
-    assert torch.equal(states[0], states[1]) and torch.equal(states[2], states[3]) and not torch.equal(states[0], states[2])
+    assert torch.equal(states[0], states[1]) and torch.equal(states[2], states[3])
+    assert not torch.equal(states[0], states[2])
 
 
 def given(topology, recipe: Recipe, run: Path) -> tuple:
-    """What a rank's stream of batches, its random numbers and its validation are made from."""
+    """Return what a rank's stream of batches, its random numbers and its validation are made from."""
     from unittest import mock
 
     from lsmoe_ds.parallel import compat
     from lsmoe_ds.training import loop as module
 
     found = []
-    true_stream, true_seed, true_dev = module.BatchStream, compat.seed_tensor_parallel_random, module.validation_batches
+    true_stream, true_seed, true_dev = (
+        module.BatchStream,
+        compat.seed_tensor_parallel_random,
+        module.validation_batches,
+    )
 
     def stream(*arguments, **options):
         found.append((arguments[4], arguments[5], options["rank"], options["world"]))

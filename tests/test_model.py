@@ -153,7 +153,7 @@ def test_loss_is_label_smoothed_cross_entropy():
     nll = F.cross_entropy(logits, labels, ignore_index=PAD, reduction="sum").detach()
     torch.testing.assert_close(losses.nll, nll)
     evaluated = model.eval()(batch.source, batch.decoder_input, batch.labels, batch.ids)
-    torch.testing.assert_close((evaluated.loss.detach(), evaluated.nll), (nll, nll), msg="nothing is smoothed in an evaluation")
+    torch.testing.assert_close((evaluated.loss.detach(), evaluated.nll), (nll, nll))  # nothing is smoothed
     assert not evaluated.routing and evaluated.distillation == 0
 
 

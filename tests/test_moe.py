@@ -187,7 +187,12 @@ def noise_of(routing: str, jitter: float, training: bool) -> tuple[Tensor, Mixtu
     layer, factors = layer_of(routing, jitter=jitter), []
     layer.train(training)
     true, ones = torch.nn.functional.linear, torch.ones(1250, 8, HIDDEN)
-    with mock.patch.object(torch.nn.functional, "linear", lambda x, weight: factors.append(x) or true(x, weight)):
+
+    def recorded(x: Tensor, weight: Tensor) -> Tensor:
+        factors.append(x)
+        return true(x, weight)
+
+    with mock.patch.object(torch.nn.functional, "linear", recorded):
         layer.route(ones, torch.ones(1250, 8, dtype=torch.bool), Guide(ids_of([0] * 1250)))
     return factors[0].flatten(), layer
 
@@ -209,7 +214,8 @@ def test_jitter_does_not_reach_the_experts():
     layer = MixtureOfExperts(HIDDEN, moe, lambda: FeedForward(HIDDEN, WIDTH, alone), LANGUAGES, alone).train()
     torch.nn.init.normal_(layer.router.weight)
     x, real = torch.randn(4, 6, HIDDEN), torch.ones(4, 6, dtype=torch.bool)
-    torch.testing.assert_close(layer(x, real, Guide(ids_of([0, 1, 2, 3]))), layer.deepspeed_moe.experts.deepspeed_experts[0](x))
+    (expert,) = layer.deepspeed_moe.experts.deepspeed_experts
+    torch.testing.assert_close(layer(x, real, Guide(ids_of([0, 1, 2, 3]))), expert(x))
 
 
 def test_gates_of_two_sum_to_one_and_of_one_are_probabilities():

@@ -1,4 +1,4 @@
-"""Optimizer steps of the engine against plain torch: rates, AdamW, clipping, weight decay; and the dev loss."""
+"""The engine's optimizer steps against plain torch: rates, AdamW, clipping, decay; and the dev loss."""
 
 from __future__ import annotations
 
@@ -12,20 +12,28 @@ from test_sameness import VOCABULARY, close, ragged_batch, recipe_for, steps_of
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch
 from lsmoe_ds.languages import PAD
+from lsmoe_ds.model.guide import Route
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
 
 
-def recipe_of(routing: str = "dense", tensor: int = 1, expert: int = 1, stage: int = 0, clip: float = 0.5, decay: float = 0.1) -> Recipe:
-    """Peak rate 0.01 after 2 steps of warmup."""
+def recipe_of(
+    routing: str = "dense",
+    tensor: int = 1,
+    expert: int = 1,
+    stage: int = 0,
+    clip: float = 0.5,
+    decay: float = 0.1,
+) -> Recipe:
+    """Make a recipe with a peak rate of 0.01 after 2 steps of warmup."""
     recipe = recipe_for(routing, tensor, expert, stage, clip)
     recipe.training.weight_decay = decay
     return recipe
 
 
 def take_steps(topology, recipe: Recipe):
-    """The rates of each group in both steps, the groups' other settings, the results of the steps, and the weights after them."""
+    """Return each group's rates in both steps, its other settings, the steps' results, and the weights."""
     from lsmoe_ds.model.initialization import global_names
     from lsmoe_ds.training.engine import build_engine, train_step
 
@@ -34,16 +42,25 @@ def take_steps(topology, recipe: Recipe):
     for number, step in enumerate(steps_of(recipe, topology.data_rank, topology.data), start=1):
         results.append(train_step(engine, step, number, recipe, topology))
         rates.append([group["lr"] for group in engine.optimizer.param_groups])
-    groups = [(group["betas"], group["eps"], group["weight_decay"]) for group in engine.optimizer.param_groups]
+    settings = ("betas", "eps", "weight_decay")
+    groups = [tuple(group[name] for name in settings) for group in engine.optimizer.param_groups]
     names = global_names(engine.module, topology)
-    weights = {names[name]: parameter.detach().float().numpy().copy() for name, parameter in engine.module.named_parameters()}
+    parameters = engine.module.named_parameters()
+    weights = {names[name]: parameter.detach().float().numpy().copy() for name, parameter in parameters}
     engine.destroy()
     return rates, groups, [(r.learning_rate, r.loss, r.nll, r.grad_norm) for r in results], weights
 
 
-def smoothed(model: Transformer, batch: Batch, smoothing: float) -> torch.Tensor:
-    logits = model.logits(batch.source, batch.decoder_input, batch.ids)
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=PAD, label_smoothing=smoothing, reduction="sum")
+def smoothed(model: Transformer, batch: Batch, smoothing: float, route: Route = "specific") -> torch.Tensor:
+    """Return the label-smoothed cross-entropy of a batch, summed over its tokens, by torch's own."""
+    logits = model.logits(batch.source, batch.decoder_input, batch.ids, route)
+    return F.cross_entropy(
+        logits.flatten(0, 1),
+        batch.labels.flatten(),
+        ignore_index=PAD,
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
 
 
 @pytest.mark.parametrize("clip", [0.5, 0.0], ids=["clipped", "not clipped"])
@@ -52,7 +69,8 @@ def test_two_steps_are_those_of_plain_torch(pool, clip):
     model = Transformer(recipe_of(), VOCABULARY)
     initialize(model, 1, Topology.single())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1)
-    for step, rate, of_groups, result in zip(steps_of(recipe_of(), 0, 1), (0.005, 0.01), rates, results, strict=True):
+    steps = steps_of(recipe_of(), 0, 1)
+    for step, rate, of_groups, result in zip(steps, (0.005, 0.01), rates, results, strict=True):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         tokens = sum(int((batch.labels != PAD).sum()) for batch in step.batches)
@@ -73,7 +91,7 @@ def test_two_steps_are_those_of_plain_torch(pool, clip):
     ("world", "tensor", "expert", "stage", "bf16"),
     [(1, 1, 1, 0, False), (1, 1, 1, 0, True), (2, 1, 2, 1, False), (2, 2, 1, 2, True), (2, 1, 1, 0, False)],
 )
-def test_every_group_has_the_rates_the_betas_the_epsilon_and_the_decay(pool, world, tensor, expert, stage, bf16):
+def test_every_group_has_the_rates_betas_epsilon_and_decay(pool, world, tensor, expert, stage, bf16):
     recipe = recipe_of("token", tensor, expert, stage)
     recipe.deepspeed = {**recipe.deepspeed, "bf16": {"enabled": bf16}}
     for rates, groups, results, _ in pool.run(world, take_steps, recipe, tensor=tensor, expert=expert):
@@ -86,7 +104,8 @@ def test_every_group_has_the_rates_the_betas_the_epsilon_and_the_decay(pool, wor
 def test_a_weight_without_gradient_shrinks_by_the_decay_alone(pool):
     """Experts that no token of either step has used."""
     recipe = recipe_of("target")
-    recipe.model.encoder.moe.experts = recipe.model.decoder.moe.experts = 24  # four tasks use eight of them at most
+    for side in (recipe.model.encoder, recipe.model.decoder):
+        side.moe.experts = 24  # four tasks use eight of them at most
     ((_, _, _, weights),) = pool.run(1, take_steps, recipe)
     model = Transformer(recipe, VOCABULARY)
     initialize(model, 1, Topology.single())
@@ -102,7 +121,10 @@ def test_a_weight_without_gradient_shrinks_by_the_decay_alone(pool):
     assert 32 <= idle < 48
 
 
-@pytest.mark.parametrize(("world", "stage", "bf16"), [(1, 0, True), (2, 0, False), (2, 1, False), (2, 2, True)])
+LAYOUTS = [(1, 0, True), (2, 0, False), (2, 1, False), (2, 2, True)]
+
+
+@pytest.mark.parametrize(("world", "stage", "bf16"), LAYOUTS)
 def test_without_a_limit_the_norm_is_still_measured_and_nothing_is_clipped(pool, world, stage, bf16):
     found = {}
     for clip in (0.0, 1e6):
@@ -114,7 +136,8 @@ def test_without_a_limit_the_norm_is_still_measured_and_nothing_is_clipped(pool,
 
 
 def dev_loss(topology, recipe: Recipe, route: str, sizes: tuple[int, ...]):
-    """Of batches of so many sentences; whether the model trains on afterwards, and the traffic left for the next step."""
+    """Return the dev loss of batches of so many sentences, whether the model trains after it, and the traffic
+    that is left for the next step."""
     from lsmoe_ds.training.engine import build_engine, validate
 
     engine = build_engine(recipe, VOCABULARY, topology)
@@ -132,7 +155,7 @@ def dev_batches(recipe: Recipe, sizes: tuple[int, ...]) -> list[Batch]:
 
 
 @pytest.mark.parametrize(("world", "tensor", "expert"), [(1, 1, 1), (2, 1, 2), (2, 2, 1)])
-def test_the_dev_loss_is_per_token_over_all_batches_and_ranks_without_dropout_and_smoothing(pool, world, tensor, expert):
+def test_the_dev_loss_is_per_token_over_all_ranks_without_dropout_and_smoothing(pool, world, tensor, expert):
     recipe = recipe_of("token", tensor, expert)
     recipe.training.dropout = recipe.training.attention_dropout = 0.5
     sizes = (1, 9)
@@ -141,23 +164,42 @@ def test_the_dev_loss_is_per_token_over_all_batches_and_ranks_without_dropout_an
     batches = dev_batches(recipe, sizes)
     sums = [float(smoothed(model.eval(), batch, 0.0).detach()) for batch in batches]
     tokens = [int((batch.labels != PAD).sum()) for batch in batches]
-    wanted = sum(sums) / sum(tokens)
-    assert abs(wanted - sum(s / t for s, t in zip(sums, tokens, strict=True)) / 2) > 0.01, "a mean of means must differ"
-    for found, training, left in pool.run(world, dev_loss, recipe, "specific", sizes, tensor=tensor, expert=expert):
+    wanted, means = sum(sums) / sum(tokens), [s / t for s, t in zip(sums, tokens, strict=True)]
+    assert abs(wanted - sum(means) / 2) > 0.01, "a mean of means must differ"
+    results = pool.run(world, dev_loss, recipe, "specific", sizes, tensor=tensor, expert=expert)
+    for found, training, left in results:
         assert found == pytest.approx(wanted, rel=1e-5)
         assert training and left == [0, 0]
 
 
+@pytest.mark.parametrize("route", ["specific", "shared"])
+def test_the_dev_loss_is_that_of_its_route(pool, route):
+    recipe, other = recipe_of("distilled"), {"specific": "shared", "shared": "specific"}[route]
+    ((found, _, _),) = pool.run(1, dev_loss, recipe, route, (3, 5))
+    model = Transformer(recipe, VOCABULARY).eval()
+    initialize(model, 1, Topology.single())
+    batches = dev_batches(recipe, (3, 5))
+    tokens = sum(int((batch.labels != PAD).sum()) for batch in batches)
+    with torch.no_grad():
+        sums = [sum(smoothed(model, batch, 0.0, each) for batch in batches) for each in (route, other)]
+    wanted, of_other = (float(each) / tokens for each in sums)
+    assert found == pytest.approx(wanted, rel=1e-5) and abs(found - of_other) > 1e-3
+
+
 def dropped_share(topology, recipe: Recipe):
-    """What a step says of choices that were dropped, and of first choices, and the records of its micro-batches."""
+    """Return what a step says of dropped and of first choices, and how many choices were dropped and made."""
+    from lsmoe_ds.moe.routers import DROPPED
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine, found = build_engine(recipe, VOCABULARY, topology), []
-    engine.module.register_forward_hook(lambda model, inputs, losses: found.append(losses.routing))
-    result = train_step(engine, steps_of(recipe, topology.data_rank, topology.data)[0], 1, recipe, topology)
+    for _, layer in engine.module.moe_layers():
+        layer.observer = lambda tasks, routes: found.append(routes.experts)
+    step = steps_of(recipe, topology.data_rank, topology.data)[0]
+    result = train_step(engine, step, 1, recipe, topology)
     engine.destroy()
-    records = [(int(each.dropped), int(each.counts.sum()) * each.settings.top_k) for routing in found for each in routing]
-    return result.dropped, [counts.sum().item() for counts in result.counts], records
+    counts = [each.sum().item() for each in result.counts]
+    choices = torch.cat([each.flatten() for each in found])
+    return result.dropped, counts, (int((choices == DROPPED).sum()), len(choices))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -165,9 +207,10 @@ def test_the_dropped_share_is_of_all_choices_of_both_sides_and_all_ranks(pool, w
     recipe = recipe_of("capacity")
     recipe.model.decoder.moe.top_k = 1
     found = pool.run(world, dropped_share, recipe)
-    dropped, choices = (sum(each) for each in zip(*(record for _, _, records in found for record in records), strict=True))
+    dropped, choices = (sum(each) for each in zip(*(counted for _, _, counted in found), strict=True))
     step = steps_of(recipe, 0, 1)[0]
-    assert choices == 2 * step.source_tokens + step.target_tokens
+    passes = 2  # with several micro-batches a rank, one ahead of the step
+    assert choices == passes * (2 * step.source_tokens + step.target_tokens)
     for share, counts, _ in found:
         assert share == pytest.approx(dropped / choices) and 0.05 < share < 0.95
         assert counts == [step.source_tokens, step.target_tokens], "first choices before any is dropped"

@@ -14,7 +14,7 @@ class Left(Exception):
 
 
 class Looks:
-    """The event that ends a watch, waited for between two looks, before each of which ``script`` may say that a rank has come on."""
+    """The event that ends a watch, waited for before each look; ``script`` has its progress."""
 
     def __init__(self, script: list[bool]) -> None:
         self.script, self.seen = script, 0
@@ -29,13 +29,16 @@ class Looks:
 
 @pytest.fixture(autouse=True)
 def _alone():
-    """Leaves nothing behind: neither a count of progress nor a dump of stacks that is still to come."""
-    with mock.patch.object(watchdog._Progress, "of_all", 0), mock.patch.object(watchdog.faulthandler, "dump_traceback_later"):
+    """Leave nothing behind: neither a count of progress nor a dump of stacks that is still to come."""
+    with (
+        mock.patch.object(watchdog._Progress, "of_all", 0),
+        mock.patch.object(watchdog.faulthandler, "dump_traceback_later"),
+    ):
         yield
 
 
 def looks_until_it_leaves(script: list[bool], timeout: float, poll: float) -> int | None:
-    """How many looks it takes to end the process; None if it does not."""
+    """Return after how many looks the process ends; None if it does not."""
     looks = Looks(script)
     with mock.patch.object(watchdog, "_leave", side_effect=Left):
         try:

@@ -180,7 +180,7 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
     units = 2 if tensor == world else UNITS  # no more than it takes, where one rank computes them all
     recipe = in_units(units, recipe_for(routing, tensor, expert, stage))
     for _, _, moe in recipe.model.moe_layers():
-        assert expert == 1 or moe.experts // expert != expert, "experts of a rank and ranks could be taken for one another"
+        assert expert == 1 or moe.experts // expert != expert, "or a rank's experts could be taken for ranks"
     wanted = alone(routing, units)
     found = pool.run(world, train, recipe, tensor=tensor, expert=expert)
     for rank in found:

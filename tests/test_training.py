@@ -132,7 +132,9 @@ def check_interrupted(pool, recipe, run: Path, world: int, sizes: dict[str, int]
     assert [p.name for p in list_checkpoints(cut)] == ["step-3"]
     pool.run(world, loop, recipe, cut, **sizes)
     assert_same_end(whole, cut, 6)
-    losses, dev = ({line["step"]: line[name] for line in records(whole) if name in line} for name in ("loss", "dev_loss"))
+    found = records(whole)
+    losses = {line["step"]: line["loss"] for line in found if "loss" in line}
+    dev = {line["step"]: line["dev_loss"] for line in found if "dev_loss" in line}
     assert list(losses) == [2, 4, 6] and losses[6] < losses[2]
     assert list(dev) == [3, 6] and dev[6] < dev[3]
 
@@ -211,9 +213,10 @@ def spoil(topology, recipe, run: Path, what: str):
         module.train_step = true_step
 
 
-@pytest.mark.parametrize(
-    ("what", "world", "stage", "clip"), [("loss", 1, 1, 1.0), ("gradient", 1, 0, 1.0), ("gradient", 1, 0, 0.0), ("gradient", 2, 1, 1.0)]
-)
+SPOILED = [("loss", 1, 1, 1.0), ("gradient", 1, 0, 1.0), ("gradient", 1, 0, 0.0), ("gradient", 2, 1, 1.0)]
+
+
+@pytest.mark.parametrize(("what", "world", "stage", "clip"), SPOILED)
 def test_non_finite_stops_with_step_directions_and_last_checkpoint(pool, folder, what, world, stage, clip):
     recipe, run = recipe_in(folder, stage=stage), folder / f"run-spoiled-{what}-{world}-{clip}"
     recipe.training.clip = clip

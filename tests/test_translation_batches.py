@@ -1,4 +1,4 @@
-"""How lines are cut, batched and joined, by an engine whose translation is its source, one token a character."""
+"""How lines are cut, batched and joined. The engine translates a text into itself, one token a character."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ DIRECTIONS = [Direction("en", code) for code in ("de", "zh_Hans", "ja", "th", "z
 
 
 class Echo:
-    """Keeps the batches that it is asked for. At most ``longest`` tokens of a sentence fit, beside tag and EOS."""
+    """An engine that keeps the batches it gets. ``longest`` tokens of a sentence fit, beside tag and EOS."""
 
     languages = Languages(tuple(DIRECTIONS))
 
     def __init__(self, longest: int = 10, size: int = 100) -> None:
         self.recipe = SimpleNamespace(data=SimpleNamespace(batch=SimpleNamespace(max_length=longest + 2)))
         self.vocabulary = SimpleNamespace(
-            size=size, encode=lambda text: [ord(each) for each in text], decode=lambda ids: "".join(map(chr, ids))
+            size=size,
+            encode=lambda text: [ord(each) for each in text],
+            decode=lambda ids: "".join(map(chr, ids)),
         )
         self.batches: list[list[int]] = []
 
@@ -30,10 +32,16 @@ class Echo:
         return [Hypothesis(list(source), 0.0) for source in sources]
 
 
-@pytest.mark.parametrize(("target", "joint"), [("de", " "), ("th", " "), ("zh_Hans", ""), ("zh_Hant", ""), ("ja", "")])
+JOINTS = [("de", " "), ("th", " "), ("zh_Hans", ""), ("zh_Hant", ""), ("ja", "")]
+
+
+@pytest.mark.parametrize(("target", "joint"), JOINTS)
 def test_the_parts_of_a_line_are_joined_as_the_target_writes_sentences(target, joint):
     lines = ["aaaa. bbbb. cc.", "dd"]
-    assert list(translate(Echo(), Direction("en", target), lines)) == [joint.join(["aaaa.", "bbbb. cc."]), "dd"]
+    assert list(translate(Echo(), Direction("en", target), lines)) == [
+        joint.join(["aaaa.", "bbbb. cc."]),
+        "dd",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +49,10 @@ def test_the_parts_of_a_line_are_joined_as_the_target_writes_sentences(target, j
     [
         ("1234567890", ["1234567890"]),
         ("12345678901", ["1234567890", "1"]),  # one word: wherever it is full
-        ("aa. b, cc dd. ee", ["aa.", "b, cc dd.", "ee"]),  # after sentences, though a clause ends nearer to the middle
+        (
+            "aa. b, cc dd. ee",
+            ["aa.", "b, cc dd.", "ee"],
+        ),  # after sentences, though a clause ends nearer to the middle
         ("a, b c, d e, f", ["a, b c,", "d e, f"]),
         ("aa bb cc dd", ["aa bb", "cc dd"]),
         ("aaa bbb - cc dd", ["aaa bbb -", "cc dd"]),
@@ -72,7 +83,8 @@ def test_the_logits_of_a_step_are_bounded():
 
 def test_space_within_a_translation_is_single_and_none_stands_at_its_ends():
     engine = Echo()
-    engine.search = lambda sources, direction, search: [Hypothesis([32, 97, 32, 10, 32, 98, 32], 0.0) for _ in sources]
+    found = Hypothesis([ord(each) for each in " a \n b "], 0.0)
+    engine.search = lambda sources, direction, search: [found] * len(sources)
     assert translate_all(engine, DIRECTIONS[0], ["x", "", "y"], Search()) == ["a b", "", "a b"]
 
 

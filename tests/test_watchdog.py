@@ -21,7 +21,8 @@ from lsmoe_ds.parallel.joining import Party
 from lsmoe_ds.parallel.membership import Membership
 from lsmoe_ds.parallel.watchdog import beat, watch
 
-rank, port, beats, patience = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+rank, port, beats = map(int, sys.argv[1:4])
+patience, ends = float(sys.argv[4]), len(sys.argv) > 5
 store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, wait_for_workers=False)
 party = Party(Membership("srun", rank, 2), store, ("node1", "node2"))
 store.set(f"here/{rank}", "")
@@ -35,20 +36,22 @@ with watch(party, patience):
     for step in range(beats):
         beat(f"in step {step}")
         time.sleep(0.1)
-    if beats < 100:
+    if not ends:
         stand_still()
+time.sleep(1.5 * patience)
 store.add("ended", 1)
 while rank == 0 and store.add("ended", 0) < 2:
     time.sleep(0.05)
 """
 
 
-def start(*beats: int, patience: float) -> list[subprocess.Popen]:
-    """Two ranks, the first of which holds the store; each comes on so many times, ten times a second, and then stands still."""
+def start(*beats: int, patience: float, ends: bool = False) -> list[subprocess.Popen]:
+    """Start two ranks, the first of which holds the store. Each makes progress so many times, ten times a
+    second; then it stands still, or ``ends`` its watch."""
     port = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), port, str(count), str(patience)],
+            [sys.executable, "-c", RANK, str(rank), port, str(count), str(patience), *["ends"] * ends],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -95,5 +98,5 @@ def test_a_stopped_rank_is_named_also_the_one_that_holds_the_store(stopped):
 
 
 def test_a_watch_that_ends_leaves_nothing_behind():
-    ranks = start(100, 100, patience=1.0)
+    ranks = start(15, 15, patience=1.0, ends=True)  # 1.5 s
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]

@@ -48,7 +48,7 @@ class Search:
             )
 
     def limits(self, lengths: Tensor) -> Tensor:
-        """Return the most tokens, EOS not counted, that sources of these lengths (at least 1) are translated into."""
+        """Return the most tokens, without EOS, of a translation of sources of these lengths (1 or more)."""
         return (lengths * self.per_source_token + self.extra).long()
 
 

@@ -59,10 +59,10 @@ class _Rows:
 
 
 class MultiplyRuns(torch.autograd.Function):
-    """Multiply each token by its run's rows of ``flat``: x [S, inputs], flat [R, inputs] -> z [S, r], r the largest rank.
+    """Multiply each token by its run's rows of ``flat``: x [S, inputs], flat [R, inputs] -> z [S, r].
 
-    Columns beyond the rank of a token's run are left as they are and mean nothing: whoever reads z knows the rank. Tokens stand in
-    ``slices`` without a gap.
+    r is the largest rank. Columns beyond the rank of a token's run are not written: whoever reads z knows the
+    rank. Tokens stand in ``slices`` without a gap.
     """
 
     @staticmethod

@@ -108,13 +108,16 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=compat.ModelParallelUnit())
-    compat.complete_engine(engine, lambda: clip_gradients(model, clipping_limit(recipe), topology), STAGE_0_BUCKET)
+    limit = clipping_limit(recipe)
+    compat.complete_engine(engine, lambda: clip_gradients(model, limit, topology), STAGE_0_BUCKET)
     return engine
 
 
 def clipping_limit(recipe: Recipe) -> float:
-    """Return the largest gradient norm of a step, infinite where ``training.clip`` is 0: DeepSpeed takes 0 for "compute no norm", and
-    a gradient that is not finite would then reach the weights unseen."""
+    """Return the largest gradient norm of a step, infinite where ``training.clip`` is 0.
+
+    By a limit of 0, DeepSpeed would compute no norm, and a gradient of NaN would reach the weights.
+    """
     return recipe.training.clip or math.inf
 
 

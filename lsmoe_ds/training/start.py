@@ -39,9 +39,9 @@ def check(recipe: Recipe, run: Path) -> None:
 
 
 def _check_validation(recipe: Recipe, prepared: PreparedData) -> None:
-    """Raise UserError if validations are asked for that have no pairs: their loss would be 0, the best of all."""
-    every = recipe.training.validate_every
-    if every and not any(prepared.manifest["bitexts"][each.bitext]["dev"]["pairs"] for each in recipe.languages.directions):
+    """Raise UserError if validations would have no pairs: their loss would be 0, the best of all."""
+    every, bitexts = recipe.training.validate_every, prepared.manifest["bitexts"]
+    if every and not any(bitexts[each.bitext]["dev"]["pairs"] for each in recipe.languages.directions):
         raise UserError(
             f"'training.validate_every' is {every}, but {prepared.folder} has no dev pairs: "
             f"set it to 0, or raise 'data.held_out.dev' and prepare again"
