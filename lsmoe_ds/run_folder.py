@@ -28,12 +28,14 @@ MAY_CHANGE = {
     "training.patience",
 }
 
+BEGUN = (".vocabulary.model.", ".recipe.yaml.")  # how files are called until they are whole
+
 
 def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     """Raises UserError if the folder belongs to another recipe or vocabulary, or to somebody else; writes nothing."""
     stored, copied = run / "recipe.yaml", run / "vocabulary.model"
     if not stored.exists():
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and any(not _is_begun(path, vocabulary) for path in run.iterdir()):
             raise UserError(f"{run} is not empty and holds no run: choose another folder with --out")
         return
     before = _flat(load_recipe(stored).model_dump(mode="json"))
@@ -48,6 +50,13 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
         raise UserError(f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder with --out")
 
 
+def _is_begun(path: Path, vocabulary: Path) -> bool:
+    """Whether a file in a folder without recipe is what :func:`open_run` leaves when it is killed."""
+    if path.name == "vocabulary.model":
+        return path.is_file() and sha256(path) == sha256(vocabulary)
+    return path.name.startswith(BEGUN)
+
+
 def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     """Makes the run folder of a recipe if need be, after :func:`check_run`, and stores the recipe."""
     check_run(recipe, run, vocabulary)
@@ -57,7 +66,9 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     with explain_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         if not stored.exists():
-            shutil.copyfile(vocabulary, run / "vocabulary.model")
+            partial = run / f"{BEGUN[0]}partial"
+            shutil.copyfile(vocabulary, partial)
+            partial.replace(run / "vocabulary.model")
         write_whole(stored, text)
 
 
