@@ -13,10 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from threading import Timer
 
 import psutil
 import pytest
@@ -27,10 +25,9 @@ from workers import PRELOAD
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.workers import Workers
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.parallel import interrupt, launcher
-from lsmoe_ds.parallel.launch import _accelerators, attend, free_port
+from lsmoe_ds.parallel import interrupt, launch, launcher
+from lsmoe_ds.parallel.launch import _accelerators, free_port
 from lsmoe_ds.run_folder import list_checkpoints, step_of
-from lsmoe_ds.study.command import _hand_on
 
 
 @pytest.fixture(scope="module")
@@ -253,23 +250,24 @@ def test_ctrl_c_ends_a_preparation_with_one_line_and_keeps_the_data_of_before(fo
         assert [path.name for path in recipe.prepared.parent.iterdir() if path.is_dir()] == [recipe.name]
 
 
-def test_what_is_waited_for_is_told_and_ends_with_this_process():
-    """`lsmoe study` waits so for its trainings. The one that is played saves for a moment and does not care about a second signal."""
-    played = "trap 'echo told; sleep 0.3; exit 75' TERM; trap 'echo again' INT; echo ready; while :; do sleep 0.05; done"
-    for numbers, status in (((signal.SIGTERM,), 75), ((signal.SIGINT, signal.SIGINT), None)):
-        with interrupt.collected() as received, subprocess.Popen(["bash", "-c", played], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout and child.stdout.readline() == "ready\n"
-            for i, number in enumerate(numbers):
-                Timer(0.1 + i * (interrupt.AGAIN + 0.1), os.kill, (os.getpid(), number)).start()
-            told: list[int] = []
-            if status is not None:
-                assert attend(child, received, partial(_hand_on, child, received, told), every=0.05) == status
-                assert child.stdout.read() == "told\n"
-            else:
-                with pytest.raises(interrupt.Interrupted):
-                    attend(child, received, partial(_hand_on, child, received, told), every=0.05)
-                assert child.wait(10) == -signal.SIGKILL
-            assert told == list(numbers[: len(told)])
+def test_what_is_waited_for_is_told_and_ends_with_this_process(tmp_path):
+    """`lsmoe study` waits so for its trainings. The one that is played saves for a moment, and does not care about Ctrl-C."""
+    played = "trap 'echo TERM; sleep 0.3; exit 75' TERM; trap 'echo INT' INT; echo ready; while :; do sleep 0.05; done"
+    for numbers, says in (((signal.SIGTERM,), "ready\nTERM\n"), ((signal.SIGINT, signal.SIGINT), "ready\nINT\n")):
+        with (tmp_path / "said").open("w+") as said, ThreadPoolExecutor() as other:
+
+            def ask(numbers=numbers) -> None:
+                while not (tmp_path / "said").read_text():
+                    time.sleep(0.02)
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+                    time.sleep(interrupt.AGAIN + 0.1)
+
+            asking = other.submit(ask)
+            with pytest.raises(interrupt.Interrupted) as asked:
+                launch.run(["bash", "-c", played], stdout=said)
+            asking.result()
+            assert asked.value.number == numbers[0] and (tmp_path / "said").read_text() == says
 
 
 def signals_of(_: object) -> tuple[bool, bool]:
@@ -301,15 +299,15 @@ def test_a_job_in_the_background_goes_on_ignoring_ctrl_c():
 
 @pytest.mark.parametrize(("left", "status", "says"), [(-9, 137, "a rank was killed by SIGKILL, perhaps for lack of memory"), (75, 75, "")])
 def test_the_launcher_passes_on_the_status_of_its_ranks_and_keeps_its_hands_off_signals(monkeypatch, capfd, left, status, says):
-    from deepspeed.launcher import launch
+    from deepspeed.launcher import launch as theirs
 
     def main():
-        launch.signal.signal(launch.signal.SIGTERM, None)
+        theirs.signal.signal(theirs.signal.SIGTERM, None)
         raise SystemExit(left)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(launch, "main", main)
-    monkeypatch.setattr(launch, "signal", signal)
+    monkeypatch.setattr(theirs, "main", main)
+    monkeypatch.setattr(theirs, "signal", signal)
     monkeypatch.setattr(sys, "argv", ["launcher"])
     assert launcher.run([]) == status and says in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is handler
