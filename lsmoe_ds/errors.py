@@ -17,4 +17,4 @@ class UserError(Exception):
 
 
 class SharedError(UserError):
-    """One that every rank raises alike: the first rank tells it, the others leave in silence."""
+    """Raised on every rank; only rank 0 prints it."""

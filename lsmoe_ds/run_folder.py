@@ -34,6 +34,8 @@ MAY_CHANGE = {
     "training.patience",
 }
 
+BEGUN = (".vocabulary.model.", f".{ORIGIN}.", ".recipe.yaml.")  # how files are called until they are whole
+
 
 def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     """Raise UserError if the folder belongs to another recipe, vocabulary or text, or to somebody else; write
@@ -43,7 +45,7 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     """
     stored, copied = run / "recipe.yaml", run / "vocabulary.model"
     if not stored.exists():
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and any(not _is_begun(path, vocabulary) for path in run.iterdir()):
             raise UserError(f"{run} is not empty and holds no run: choose another folder with --out")
         return
     before = _flat(load_recipe(stored).model_dump(mode="json"))
@@ -65,6 +67,13 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
         check_trained_on(run, prepared, manifest)
 
 
+def _is_begun(path: Path, vocabulary: Path) -> bool:
+    """Tell whether a file in a folder without recipe is what :func:`open_run` leaves when it is killed."""
+    if path.name == "vocabulary.model":
+        return path.is_file() and sha256(path) == sha256(vocabulary)
+    return path.name == ORIGIN or path.name.startswith(BEGUN)
+
+
 def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     """Make the run folder of a recipe if need be, after :func:`check_run`; store the recipe, and where and on
     what it is trained.
@@ -76,7 +85,9 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
         if origin is not None and origin != read_json(run / ORIGIN):
             write_whole(run / ORIGIN, json.dumps(origin) + "\n")
         if not stored.exists():
-            shutil.copyfile(vocabulary, run / "vocabulary.model")
+            partial = run / f"{BEGUN[0]}partial"
+            shutil.copyfile(vocabulary, partial)
+            partial.replace(run / "vocabulary.model")
         if not stored.exists() or stored.read_text(encoding="utf-8") != text:
             write_whole(stored, text)  # the last file that a new run gets
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import multiprocessing
 import os
 import re
@@ -11,9 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from threading import Timer
 
 import psutil
 import pytest
@@ -22,10 +23,11 @@ from test_training import assert_same_end, loop, recipe_in, records
 from workers import PRELOAD
 
 from lsmoe_ds.data.prepare import prepare
-from lsmoe_ds.parallel import interrupt
-from lsmoe_ds.parallel.launch import attend, free_port
+from lsmoe_ds.data.workers import Workers
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.parallel import interrupt, launch, launcher
+from lsmoe_ds.parallel.launch import _accelerators, free_port
 from lsmoe_ds.run_folder import list_checkpoints, step_of
-from lsmoe_ds.study.command import _hand_on
 
 
 @pytest.fixture(scope="module")
@@ -248,23 +250,81 @@ def test_ctrl_c_ends_a_preparation_with_one_line_and_keeps_the_data_of_before(fo
         assert [path.name for path in recipe.prepared.parent.iterdir() if path.is_dir()] == [recipe.name]
 
 
-def test_what_is_waited_for_is_told_and_ends_with_this_process():
-    """`lsmoe study` waits so for its trainings. The one that is played saves for a moment and does not care about a second signal."""
-    played = "trap 'echo told; sleep 0.3; exit 75' TERM; trap 'echo again' INT; echo ready; while :; do sleep 0.05; done"
-    for numbers, status in (((signal.SIGTERM,), 75), ((signal.SIGINT, signal.SIGINT), None)):
-        with interrupt.collected() as received, subprocess.Popen(["bash", "-c", played], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout and child.stdout.readline() == "ready\n"
-            for i, number in enumerate(numbers):
-                Timer(0.1 + i * (interrupt.AGAIN + 0.1), os.kill, (os.getpid(), number)).start()
-            told: list[int] = []
-            if status is not None:
-                assert attend(child, received, partial(_hand_on, child, received, told), every=0.05) == status
-                assert child.stdout.read() == "told\n"
-            else:
-                with pytest.raises(interrupt.Interrupted):
-                    attend(child, received, partial(_hand_on, child, received, told), every=0.05)
-                assert child.wait(10) == -signal.SIGKILL
-            assert told == list(numbers[: len(told)])
+def test_what_is_waited_for_is_told_and_ends_with_this_process(tmp_path):
+    """`lsmoe study` waits so for its trainings. The one that is played saves for a moment, and does not care about Ctrl-C."""
+    played = "trap 'echo TERM; sleep 0.3; exit 75' TERM; trap 'echo INT' INT; echo ready; while :; do sleep 0.05; done"
+    for numbers, says in (((signal.SIGTERM,), "ready\nTERM\n"), ((signal.SIGINT, signal.SIGINT), "ready\nINT\n")):
+        with (tmp_path / "said").open("w+") as said, ThreadPoolExecutor() as other:
+
+            def ask(numbers=numbers) -> None:
+                while not (tmp_path / "said").read_text():
+                    time.sleep(0.02)
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+                    time.sleep(interrupt.AGAIN + 0.1)
+
+            asking = other.submit(ask)
+            with pytest.raises(interrupt.Interrupted) as asked:
+                launch.run(["bash", "-c", played], stdout=said)
+            asking.result()
+            assert asked.value.number == numbers[0] and (tmp_path / "said").read_text() == says
+
+
+def signals_of(_: object) -> tuple[bool, bool]:
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return ignored, bool(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+
+def test_workers_start_with_signals_blocked_and_leave_ctrl_c_to_their_parent(monkeypatch):
+    blocked = []
+    true_submit = ProcessPoolExecutor.submit
+
+    def submit(*arguments):
+        blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return true_submit(*arguments)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with Workers(1) as workers:
+        assert list(workers.map(signals_of, [0])) == [(True, False)]
+    assert blocked == [set(interrupt.SIGNALS)] and not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_job_in_the_background_goes_on_ignoring_ctrl_c():
+    with interrupt._restored():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupt.save_and_leave(alone=True)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is interrupt._handle
+
+
+@pytest.mark.parametrize(("left", "status", "says"), [(-9, 137, "a rank was killed by SIGKILL, perhaps for lack of memory"), (75, 75, "")])
+def test_the_launcher_passes_on_the_status_of_its_ranks_and_keeps_its_hands_off_signals(monkeypatch, capfd, left, status, says):
+    from deepspeed.launcher import launch as theirs
+
+    def main():
+        theirs.signal.signal(theirs.signal.SIGTERM, None)
+        raise SystemExit(left)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(theirs, "main", main)
+    monkeypatch.setattr(theirs, "signal", signal)
+    monkeypatch.setattr(sys, "argv", ["launcher"])
+    assert launcher.run([]) == status and says in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "chosen"),
+    [(None, True, [0, 1]), ("2,3,5", True, ["2", "3"]), ("7", False, [0, 1]), ("GPU-a, GPU-b", True, ["GPU-a", "GPU-b"])],
+)
+def test_ranks_get_the_gpus_that_are_named(monkeypatch, visible, gpus, chosen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert json.loads(base64.urlsafe_b64decode(_accelerators(2, gpus))) == {"localhost": chosen}
+    if visible and gpus:
+        with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES is .* less than one GPU for each of 4 processes"):
+            _accelerators(4, gpus)
 
 
 @pytest.mark.slow

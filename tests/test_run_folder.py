@@ -1,5 +1,5 @@
-"""Which checkpoints a run keeps, who may write a folder, and that what is written is on the disk before it is
-named.
+"""How a run folder is made, which checkpoints it keeps, who may write it, and that what is written is on the disk before it
+is named.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_run import make_recipe
 
+from lsmoe_ds import run_folder
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import locked, replaced, write_whole
-from lsmoe_ds.run_folder import list_checkpoints, to_remove
+from lsmoe_ds.run_folder import list_checkpoints, open_run, to_remove
 
 DEV_LOSS = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: 2.5}
 
@@ -135,3 +137,23 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     (first, temporary), second = recorder.calls
     assert first == "sync" and Path(temporary).parent == tmp_path and Path(temporary).name.startswith(".scores.json.")
     assert second == ("rename", str(tmp_path / "scores.json"))
+
+
+def test_a_run_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeypatch):
+    recipe, vocabulary, run = make_recipe(tmp_path, None, None), tmp_path / "vocabulary.model", tmp_path / "run"
+    vocabulary.write_bytes(b"pieces")
+
+    def killed(path, text):
+        path.with_name(f".{path.name}.here.1").write_text(text[:10])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder, "write_whole", killed)
+        open_run(recipe, run, vocabulary)
+    open_run(recipe, run, vocabulary)
+    assert (run / "recipe.yaml").read_text() == recipe.to_yaml() and (run / "vocabulary.model").read_bytes() == b"pieces"
+
+    (run / "recipe.yaml").unlink()
+    (run / "vocabulary.model").write_bytes(b"somebody's")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        open_run(recipe, run, vocabulary)

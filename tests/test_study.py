@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -291,13 +290,13 @@ def test_a_study_that_is_interrupted_and_goes_on(base):
     """Trains two members, each once, whatever happens in between."""
     file, out = base / "s.yaml", base / "out"
     file.write_text(yaml.safe_dump(study_file(), sort_keys=False))
-    trained, true = [], subprocess.run
+    trained, true = [], command.launch.run
 
     def recorded(arguments, **options):
         trained.append(Path(arguments[arguments.index("--out") + 1]).name)
         return true(arguments, **options)
 
-    with mock.patch.object(command.subprocess, "run", recorded), mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+    with mock.patch.object(command.launch, "run", recorded), mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         with mock.patch.object(command, "evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             run_study(file, out, ["naive"])
         assert trained == ["naive-seed3"] and not (out / "study.json").exists()
@@ -349,7 +348,7 @@ def test_a_study_that_is_interrupted_and_goes_on(base):
         # A training that fails ends the study, and the tables are those of before.
         file.write_text(yaml.safe_dump(study_file(seeds=[3, 4]), sort_keys=False))
         before = (out / "study.json").read_text()
-        failing = mock.patch.object(command.subprocess, "run", return_value=mock.Mock(returncode=5))
+        failing = mock.patch.object(command.launch, "run", return_value=5)
         with failing, pytest.raises(UserError, match="training naive, seed 4 ended with status 5"):
             run_study(file, out, [], [4])
         assert (out / "study.json").read_text() == before

@@ -69,7 +69,7 @@ def test_when_no_rank_comes_on_each_says_where_it_stands_and_leaves():
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [watchdog.STATUS] * 2
     for number, (text, step) in enumerate(zip(said, (2, 4), strict=True)):
-        assert f"no rank has come on for 2 seconds (training.patience); rank {number} on " in text
+        assert f"no rank has made progress for 2 seconds (training.patience); rank {number} on " in text
         assert f"is in step {step} for " in text and f"[rank {number}]" in text and "in stand_still" in text
     assert "all ranks still answer" in said[0]
 

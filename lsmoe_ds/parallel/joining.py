@@ -1,4 +1,4 @@
-"""Joining the other processes of a training: they meet in a store that rank 0 holds, compare notes, and go on together or not at all."""
+"""Join the other processes of a training: they meet in a store that rank 0 holds, compare notes, and start together or not at all."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Party:
 
 
 def join(membership: Membership | None = None, alike: Mapping[str, str] | None = None, patience: float = 1800.0) -> Party:
-    """Meets the others and initializes torch.distributed and DeepSpeed. Called by every process, with what :func:`find` finds.
+    """Meet the others and initialize torch.distributed and DeepSpeed. Called by every process, with what :func:`find` finds.
 
     What must be ``alike`` on all ranks is compared, beside versions and sizes. Raises UserError, on all ranks within seconds, if
     they do not fit together; and after :data:`PATIENCE` seconds if some have not come. A collective ends with an error after
@@ -91,7 +91,7 @@ def join(membership: Membership | None = None, alike: Mapping[str, str] | None =
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What the function returns on the main rank, told to all; its UserError is raised on all. Called by every rank."""
+    """Call a function on rank 0 and return its result, or raise its UserError, on all ranks. Called by every rank."""
     import torch.distributed as dist
 
     told: list[Any] = [None, None]
@@ -116,8 +116,8 @@ def device() -> str:
 
 
 def _choose_device(membership: Membership) -> str:
-    """Takes a GPU of its own: of those that all of a node's ranks see the one of its local rank, or the only one that it sees. Returns
-    what tells this device from others on the host."""
+    """Take a GPU of this rank's own: the one of its local rank if it sees several, or the only one that it sees. Returns what tells
+    this device from others on the host."""
     import torch
 
     if not torch.cuda.is_available():
@@ -165,7 +165,7 @@ def _open_store(membership: Membership) -> dist.Store:
 
 
 def _compare(membership: Membership, store: dist.Store, note: dict[str, Any]) -> tuple[str, ...]:
-    """Hosts by rank; raises SharedError where the main rank finds something wrong in what all have noted."""
+    """Return the hosts by rank. Raises SharedError where rank 0 finds something wrong in what all have noted."""
     rank = membership.rank
     if store.add(f"taken/{rank}", 1) > 1:
         raise UserError(f"two processes say that they are rank {rank} of {membership.world}: start each once")
@@ -191,7 +191,7 @@ def _compare(membership: Membership, store: dist.Store, note: dict[str, Any]) ->
 
 
 def _read_notes(world: int, store: dist.Store) -> list[str]:
-    """Of all ranks: their hosts, if all of them have come and fit together."""
+    """Return the hosts of all ranks, if all of them have come and fit together."""
     notes: dict[int, dict[str, Any]] = {}
     deadline = time.monotonic() + PATIENCE
     while len(notes) < world:
@@ -218,7 +218,7 @@ def _read_notes(world: int, store: dist.Store) -> list[str]:
 
 
 def _meet_by_mpi(membership: Membership) -> Membership:
-    """mpirun does not tell where rank 0 is: it tells the others itself, through MPI, which has then done its part."""
+    """Tell all ranks through MPI where rank 0 is, which mpirun does not; MPI has then done its part."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -62,6 +62,28 @@ def start(arguments: list[str], processes: int, lock: int) -> int:
             return attend(launcher, received, lambda: ranks.hand_on(received))
 
 
+def run(command: list[str], **options: Any) -> int:
+    """Run a command that saves when it is asked to stop, and return its status; ``options`` are those of Popen. Each
+    signal is handed on to it once: it takes a second Ctrl-C as the wish to lose what is not saved.
+
+    Raises Interrupted once the command has left, if there was a signal.
+    """
+    told = 0
+
+    def hand_on() -> None:
+        nonlocal told
+        for number, _ in received[told:]:
+            process.send_signal(number)
+            told += 1
+
+    with interrupt.collected() as received, subprocess.Popen(command, **options) as process:
+        # The terminal may have sent it the same Ctrl-C: this one must come soon enough not to be a second one.
+        status = attend(process, received, hand_on, every=interrupt.AGAIN / 10)
+    if received:
+        raise interrupt.Interrupted(received[0][0])
+    return status
+
+
 def attend(process: subprocess.Popen[Any], received: list[tuple[int, float]], hand_on: Callable[[], None], every: float = 0.5) -> int:
     """Wait for a process and return its status, 128 + N if signal N killed it. ``hand_on`` is called ``every`` so many seconds, to
     tell the process of the signals that this one has ``received``.

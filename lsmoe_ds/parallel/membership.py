@@ -82,7 +82,7 @@ def find(environment: Mapping[str, str]) -> Membership:
 
 
 def guess_rank(environment: Mapping[str, str]) -> int:
-    """Of a process that may not have been able to find its membership: so that errors are told by one of many."""
+    """Guess the rank where :func:`find` may have failed, so that an error is printed once."""
     for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
         if environment.get(name, "").isdecimal():
             return int(environment[name])
@@ -90,7 +90,7 @@ def guess_rank(environment: Mapping[str, str]) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """Of SLURM's list: ``gpu[03-07,9],login`` -> ``gpu03``."""
+    """Return the first host of SLURM's list: ``gpu[03-07,9],login`` -> ``gpu03``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
         raise UserError("srun does not say which nodes it runs on (SLURM_STEP_NODELIST): set MASTER_ADDR to the host of rank 0")

@@ -1,7 +1,7 @@
-"""A bounded end for a training that stands still: a rank that is stopped, dead or stuck keeps all others waiting in a collective.
+"""The hang timeout: a rank that is stopped, dead or stuck would keep all others waiting in a collective for ever.
 
-Every rank counts its progress; the sum over all ranks lies in the store that they share. When no rank has come on for ``patience``
-seconds, each writes where its threads stand and leaves; the first names those that no longer could.
+Every rank counts its progress; the sum over all ranks is in the store that they share. When no rank has made progress for
+``patience`` seconds, each prints the stacks of its threads and leaves; rank 0 names those that did not answer any more.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, NoReturn, cast
 
 from lsmoe_ds.parallel.joining import Party
 
-STATUS = 70  # EX_SOFTWARE of sysexits.h: another rank died, or none came on
+STATUS = 70  # EX_SOFTWARE of sysexits.h: another rank died, or none made progress
 MOST, LEAST = 10.0, 0.1  # seconds between two looks
 HEARING = 3.0  # seconds for which ranks wait for one another's last words
 
 
 class _Progress:
-    """Of this process, and of all. Plain counts, so that the threads need no lock between them."""
+    """Progress of this process, and of all. Plain counts, so that the threads need no lock between them."""
 
     count = 0
     doing = "starting"
@@ -35,14 +35,14 @@ class _Progress:
 
 
 def beat(doing: str) -> None:
-    """Says that this rank has come on, and what it begins. Costs nothing worth counting."""
+    """Note that this rank has made progress, and what it begins. Costs nothing worth counting."""
     _Progress.count += 1
     _Progress.doing, _Progress.since = doing, time.monotonic()
 
 
 @contextlib.contextmanager
 def watch(party: Party, patience: float) -> Iterator[None]:
-    """Inside, the process ends with :data:`STATUS` once no rank has called :func:`beat` for ``patience`` seconds."""
+    """End the process with :data:`STATUS` once no rank has called :func:`beat` for ``patience`` seconds, inside the context."""
     beat("starting")
     ended, poll = threading.Event(), min(MOST, max(LEAST, patience / 8))
     # Each with a connection of its own, made now: a main rank that is stopped holds the store and answers nobody.
@@ -57,7 +57,7 @@ def watch(party: Party, patience: float) -> Iterator[None]:
 
 
 def _tell(store: Any, poll: float, ended: threading.Event) -> None:
-    """Adds this rank's progress to that of all, in a thread that may wait for ever."""
+    """Add this rank's progress to that of all, in a thread that may wait for ever."""
     told = 0
     with contextlib.suppress(RuntimeError):  # the main rank is gone
         while not ended.wait(poll):
@@ -79,12 +79,12 @@ def _look(party: Party, store: Any, patience: float, poll: float, ended: threadi
 
 
 def _leave(party: Party, store: Any, patience: float, poll: float) -> NoReturn:
-    """Says where this rank stands, all at once so that ranks do not mix their lines, and ends the process. None ends before the main
-    rank has heard all, or its launcher would end the others."""
+    """Print the stacks of this rank, at once so that ranks do not mix their lines, and end the process. No rank ends before rank 0
+    has heard from all, or its launcher would end the others."""
     _Progress.leaving = True
     rank = party.membership.rank
     waited = time.monotonic() - _Progress.since
-    head = f"no rank has come on for {patience:.0f} seconds (training.patience); rank {rank} on {socket.gethostname()} is"
+    head = f"no rank has made progress for {patience:.0f} seconds (training.patience); rank {rank} on {socket.gethostname()} is"
     _say(f"{head} {_Progress.doing} for {waited:.0f} seconds:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks()))
     _within(HEARING, lambda: store.set(f"standing/{rank}", "here"))
     hearing = poll + HEARING  # they look once in a while
@@ -101,7 +101,7 @@ def _say(text: str) -> None:
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Does something that may never end, and waits for it no longer; it may also fail, where the main rank has left already."""
+    """Do something that may never end, and wait no longer than that; it may also fail, where rank 0 has left already."""
 
     def try_it() -> None:
         with contextlib.suppress(RuntimeError):
@@ -113,7 +113,7 @@ def _within(seconds: float, work: Callable[[], None]) -> None:
 
 
 def _stacks() -> list[str]:
-    """Of the main thread, and of others that are in our own code; the newest call is last."""
+    """Return the stacks of the main thread and of others that are in our own code; the newest call is last."""
     frames, lines, package = sys._current_frames(), [], os.path.dirname(os.path.dirname(__file__))
     for thread in threading.enumerate():
         if thread is threading.current_thread() or thread.ident not in frames or thread.name == _tell.__name__:
@@ -125,7 +125,7 @@ def _stacks() -> list[str]:
 
 
 def _silent(party: Party, store: Any, hearing: float) -> str:
-    """Which ranks say nothing any more, in words."""
+    """Say which ranks do not answer any more."""
     deadline, silent = time.monotonic() + hearing, list(range(party.membership.world))
     while silent and time.monotonic() < deadline:
         silent = [rank for rank in silent if not store.check([f"standing/{rank}"])]
@@ -136,9 +136,9 @@ def _silent(party: Party, store: Any, hearing: float) -> str:
 
 
 def leave_behind(party: Party) -> NoReturn:
-    """Ends the process after a collective that broke: another rank has died, and its own output says why. The processes' usual
-    handshakes at the end would wait for it."""
-    while _Progress.leaving:  # of that the other thread tells more
+    """End the process after a collective that broke: another rank has died, and its own output says why. The usual handshakes at
+    the end of a process would wait for it."""
+    while _Progress.leaving:  # the other thread says more
         time.sleep(1)
     _say(f"rank {party.membership.rank} on {socket.gethostname()} has lost another rank ({_Progress.doing})")
     os._exit(STATUS)

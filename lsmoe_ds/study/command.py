@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,8 +22,8 @@ from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import explain_errors, locked, write_whole
 from lsmoe_ds.inference.load import check_route
 from lsmoe_ds.languages import nearest
-from lsmoe_ds.parallel import interrupt
-from lsmoe_ds.parallel.launch import KEEP_LARGE_BLOCKS, attend, smallest_world
+from lsmoe_ds.parallel import launch
+from lsmoe_ds.parallel.launch import KEEP_LARGE_BLOCKS, smallest_world
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.part import Part
 from lsmoe_ds.planning import plan
@@ -120,8 +118,7 @@ class Runs:
         return found is not None and step_of(found) == steps
 
     def train(self, member: str, seed: int, processes: int | None) -> None:
-        """Train in processes of its own, so that memory and process groups end with it. Signals that ask to stop are handed on to it;
-        once it has saved, Interrupted is raised."""
+        """Train in processes of its own, so that memory and process groups end with it."""
         name, folder = f"{member}, seed {seed}", self.folder(member, seed)
         if self.is_trained(member, seed):
             return _say(f"{name}: trained already")
@@ -133,12 +130,7 @@ class Runs:
         command = [sys.executable, "-m", "lsmoe_ds", "train", str(recipe), "--out", str(folder)]
         command += ["--nproc", str(processes)] if processes else []
         environment = {**KEEP_LARGE_BLOCKS, **{key: value for key, value in os.environ.items() if key not in LAUNCHED}}
-        with interrupt.collected() as received, subprocess.Popen(command, env=environment, stdout=2) as training:
-            # Standard output is for the table. The terminal may have told the training, too: its second Ctrl-C comes soon enough
-            # to count as the first.
-            status = attend(training, received, partial(_hand_on, training, received, []), every=0.05)
-        if received:
-            raise interrupt.Interrupted(received[0][0])
+        status = launch.run(command, env=environment, stdout=2)  # standard output is for the table
         if status or not self.is_trained(member, seed):
             raise UserError(f"training {name} ended with status {status}; what was done is in {self.out}, and the same command goes on")
 
@@ -207,13 +199,6 @@ class Runs:
             write_whole(self.out / "study.json", json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1) + "\n")
             write_whole(self.out / "study.md", comparison.to_markdown())
             write_whole(self.out / "study.html", render_page(comparison))
-
-
-def _hand_on(training: subprocess.Popen[bytes], received: list[tuple[int, float]], told: list[int]) -> None:
-    """Send a training each signal once: it takes a second Ctrl-C as the wish to lose what is not saved."""
-    for number, _ in received[len(told) :]:
-        training.send_signal(number)
-        told.append(number)
 
 
 def _say(text: str) -> None:
