@@ -1,4 +1,6 @@
-"""What is wrong with a recipe is said in the words of the file: the key, its line or option, what was found, what is allowed."""
+"""What is wrong with a recipe is said in the words of the file: the key, its line or option, what was found,
+what is allowed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The model card of a converted folder, ``README.md``: what the model is, what it was trained on, how good it is, how to use it."""
+"""The model card of a converted folder, ``README.md``: what the model is, what it was trained on, how good it
+is, how to use it.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +148,9 @@ MOST_NAMED = 12  # directions named in the first sentence
 
 
 def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: Path) -> str:
-    """The card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, where ``scores.json`` may lie."""
+    """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, which may hold
+    ``scores.json``.
+    """
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
     directions = recipe.languages.directions
     targets = list(dict.fromkeys(direction.target for direction in directions))
@@ -206,7 +210,7 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
 
 
 def _corpus(corpus: Any, recipe: Recipe) -> str:
-    """A corpus and its license, from its ``PROVENANCE.json``."""
+    """Describe a corpus and its license, from its ``PROVENANCE.json``."""
     if not isinstance(corpus, str):
         return f"{corpus.path.name}, from the trainer's own disk; license unknown"  # where it lay is nobody's business
     found = read_json(corpus_folder(corpus, recipe.data.directory) / PROVENANCE)
@@ -217,7 +221,7 @@ def _corpus(corpus: Any, recipe: Recipe) -> str:
 
 
 def _pairs(recipe: Recipe) -> dict[str, int]:
-    """Training pairs of the bitext of each direction, by its name; none where the prepared data is gone."""
+    """Return the number of training pairs of each bitext; empty if the prepared data are gone."""
     manifest = read_json(recipe.prepared / MANIFEST) or {}
     bitexts = manifest.get("bitexts", {})
     names = dict.fromkeys(direction.bitext for direction in recipe.languages.directions)
@@ -225,7 +229,7 @@ def _pairs(recipe: Recipe) -> dict[str, int]:
 
 
 def _scores(home: Path, route: str) -> Any:
-    """The run's scores by this route; None where there are none that can be read."""
+    """Return the run's scores by this route; None if there are none that can be read."""
     from lsmoe_ds.evaluation.scores import ScoreTable
 
     try:

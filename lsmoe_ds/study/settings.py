@@ -97,22 +97,24 @@ class Study:
         return self.recipes[self.settings.baseline].prepared
 
     def recipe(self, member: str, seed: int) -> Recipe:
-        """The whole recipe of one run."""
+        """Return the whole recipe of one run."""
         recipe = self.recipes[member]
         return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
 
     def title(self, member: str, route: str) -> str:
-        """Of a row of the tables; the route is named where a member has several."""
+        """Return the title of a row; the route is named if a member has several."""
         chosen = self.settings.members[member]
         return (chosen.title or member) + (f", {route}" if len(chosen.routes) > 1 else "")
 
     def rows(self) -> list[tuple[str, str]]:
-        """(member, route) of each row of the tables."""
+        """Return (member, route) of each row of the tables."""
         return [(name, route) for name, member in self.settings.members.items() for route in member.routes]
 
 
 def load_study(path: str | Path) -> Study:
-    """Reads a study and the recipe of every member. Raises UserError with the place of what is wrong, and what is allowed."""
+    """Read a study and the recipe of every member. Raises UserError with the place of what is wrong, and what
+    is allowed.
+    """
     path = Path(path)
     value, places = read_mapping(path, "study", Settings)
     settings = validate(Settings, value, path, places)
@@ -128,7 +130,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def _keys(value: Mapping[str, Any], at: str = "") -> list[str]:
-    """``a.b`` of every value that is no mapping, or an empty one."""
+    """Return the key ``a.b`` of every value that is no mapping, or an empty one."""
     found = []
     for key, child in value.items():
         here = f"{at}{key}"
