@@ -1,4 +1,6 @@
-"""What every benchmark shares: ragged random batches, alternating medians, and results with machine and versions."""
+"""What every benchmark shares: ragged random batches, alternating medians, and results with machine and
+versions.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +69,10 @@ def write(result: dict[str, Any], out: Path | None) -> None:
 
 
 def in_processes(script: str, options: list[str], world: int) -> dict[str, Any]:
-    """Runs a benchmark's part on ``world`` processes that share the cores, more than one through the deepspeed launcher,
-    with glibc told to keep large blocks. ``--part FILE`` tells the script where its main rank writes its result, as JSON."""
+    """Runs a benchmark's part on ``world`` processes that share the cores, more than one through the
+    deepspeed launcher, with glibc told to keep large blocks. ``--part FILE`` tells the script where its
+    main rank writes its result, as JSON.
+    """
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "part.json")
         command = [sys.executable]
@@ -91,8 +95,9 @@ def peak_memory() -> float:
 
 
 def alternate(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant; they take turns, so that a busy moment of the machine hits all alike, and in another
-    order each round, so that none always follows the same other one."""
+    """Median seconds of each contestant; they take turns, so that a busy moment of the machine hits all
+    alike, and in another order each round, so that none always follows the same other one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order = random.Random(1)  # the same on every rank
     for _ in range(rounds):
@@ -109,7 +114,9 @@ class Tags:
 
 
 def ragged_batches(languages: Languages, vocabulary: int, tokens: int, count: int, mean_length: float, seed: int = 1) -> list[Batch]:
-    """``count`` batches of about ``tokens`` real tokens, of like lengths as length buckets give, of all directions, by language."""
+    """``count`` batches of about ``tokens`` real tokens, of like lengths as length buckets give, of all
+    directions, by language.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = DirectionIds.of(languages, Tags())
     batches = []

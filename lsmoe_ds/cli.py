@@ -1,4 +1,6 @@
-"""The ``lsmoe`` command: one function a verb, no logic. Heavy imports stand inside the verbs, so that ``--help`` is quick."""
+"""The ``lsmoe`` command: one function a verb, no logic. Heavy imports stand inside the verbs, so that
+``--help`` is quick.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def data_prepare(
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option(help="Prepare again, even if nothing has changed.")] = False,
 ) -> None:
-    """Clean, deduplicate, hold out, train the vocabulary and store tokens; does nothing if that is done already."""
+    """Clean, deduplicate, hold out, train the vocabulary and store tokens; does nothing if that is done
+    already.
+    """
     from lsmoe_ds.data.prepare import prepare
     from lsmoe_ds.recipe_file import load_recipe
 
@@ -169,7 +173,8 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Translate held-out text, or a test set of your own, and score it: BLEU, chrF and chrF++, beside copying the source.
+    """Translate held-out text, or a test set of your own, and score it: BLEU, chrF and chrF++, beside copying the
+    source.
 
     Scores and text are kept in RUN/scores, in files named after the question (step, text, search, directions).
     """
@@ -247,7 +252,9 @@ def translate(
         typer.Option(metavar="torch|ctranslate2", help="By default ctranslate2 for a folder converted to it, otherwise torch."),
     ] = None,
 ) -> None:
-    """Translate standard input to standard output, line by line, as lines come; both are UTF-8. An empty line stays empty."""
+    """Translate standard input to standard output, line by line, as lines come; both are UTF-8. An empty line
+    stays empty.
+    """
     chosen = direction_of(direction, source, target, "--to")
     if chosen is None:
         raise UserError("name the languages: --from en --to de, or --direction en-de")
@@ -273,7 +280,9 @@ def analyze_routing(
     route: Route = "specific",
     as_json: AsJson = False,
 ) -> None:
-    """Measure which experts each task uses, in every layer: maps, balance, entropy, similarity of tasks; as pages, CSV and JSON."""
+    """Measure which experts each task uses, in every layer: maps, balance, entropy, similarity of tasks; as
+    pages, CSV and JSON.
+    """
     from lsmoe_ds.analysis.command import analyze_routing as analyze
 
     summary = analyze(run, out, split, route)
@@ -303,7 +312,9 @@ def study(
     part: Share = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train and score a family of recipes on the same data and steps, and write one comparison; run again, it does what is missing."""
+    """Train and score a family of recipes on the same data and steps, and write one comparison; run again, it
+    does what is missing.
+    """
     from lsmoe_ds.study.command import run_study
 
     comparison = run_study(file, out, members or (), seeds or (), processes, part)
@@ -328,7 +339,9 @@ def slurm_begin(
 
 @slurm_app.command("end")
 def slurm_end(run: Run, status: Annotated[int, typer.Option(min=0, help="The exit status of the training.")]) -> None:
-    """Exit with the status that the job should end with: 0 if the last step is saved, 75 to be requeued, 2 to give up; say why."""
+    """Exit with the status that the job should end with: 0 if the last step is saved, 75 to be requeued, 2 to
+    give up; say why.
+    """
     from lsmoe_ds.slurm import end
 
     raise typer.Exit(end(run, status))
@@ -355,7 +368,9 @@ def bench(
         ),
     ] = "--help",
 ) -> None:
-    """Measure this machine beside a peer or the physical limit; 'bench NAME --help' shows what else a benchmark takes."""
+    """Measure this machine beside a peer or the physical limit; 'bench NAME --help' shows what else a
+    benchmark takes.
+    """
     from lsmoe_ds.benchmark import run_benchmark
 
     if name in ("--help", "-h"):
@@ -366,7 +381,9 @@ def bench(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Show what is installed, what this machine can run and what is missing; under srun or mpirun, whether the ranks meet."""
+    """Show what is installed, what this machine can run and what is missing; under srun or mpirun, whether
+    the ranks meet.
+    """
     from lsmoe_ds.doctor import examine
 
     findings = examine()

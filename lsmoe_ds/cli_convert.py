@@ -47,7 +47,9 @@ def convert(
     processes: Annotated[int | None, typer.Option("--nproc", min=1, help=f"layout only: {NPROC.lower()}")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take the sub-network of one direction out of a sparse model, or bring the whole model into another form."""
+    """Take the sub-network of one direction out of a sparse model, or bring the whole model into another
+    form.
+    """
     from lsmoe_ds.convert.command import convert as convert_run
     from lsmoe_ds.convert.grown import Likeness
 

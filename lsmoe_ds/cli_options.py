@@ -48,7 +48,9 @@ NPROC = "Processes on this machine; by default as few as the layout needs."
 
 
 def direction_of(word: str | None, source: str | None, target: str | None, to: str) -> Direction | None:
-    """Return the direction that options name, in one word or in two; None if they name none. ``to`` is the option of the target."""
+    """Return the direction that options name, in one word or in two; None if they name none. ``to`` is the
+    option of the target.
+    """
     if word is not None:
         if source is not None or target is not None:
             raise UserError(f"--direction {word} names both languages: leave out --from and {to}")

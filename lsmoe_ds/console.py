@@ -1,4 +1,6 @@
-"""How the command meets the person: streams in UTF-8 whatever the locale, one sentence for what is wrong, and an exit status."""
+"""How the command meets the person: streams in UTF-8 whatever the locale, one sentence for what is wrong, and
+an exit status.
+"""
 
 from __future__ import annotations
 
@@ -49,14 +51,18 @@ def _leave(error: UserError) -> None:
 
 
 def end_at_once(status: int) -> None:
-    """Exit at once: other ranks may wait in a collective for this one, and the usual end of a process for their handshakes."""
+    """Exit at once: other ranks may wait in a collective for this one, and the usual end of a process for
+    their handshakes.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 class _Output(io.FileIO):
-    """Standard output, whose errors are the person's: a full disk is a UserError, a reader that has left ends the command."""
+    """Standard output, whose errors are the person's: a full disk is a UserError, a reader that has left ends
+    the command.
+    """
 
     def write(self, data: Any) -> int:
         try:
@@ -80,7 +86,9 @@ class _Closed(io.RawIOBase):
 
 
 def open_streams() -> None:
-    """Make standard output UTF-8 with the errors of :class:`_Output`; does nothing where something else has replaced it, as tests do."""
+    """Make standard output UTF-8 with the errors of :class:`_Output`; does nothing where something else has
+    replaced it, as tests do.
+    """
     closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
     for _ in closed:  # the next files to be opened would get these numbers, and C libraries would print into them
         os.open(os.devnull, os.O_RDWR)

@@ -1,4 +1,6 @@
-"""Turns what pydantic says of a wrong value into one sentence in the words of the file: key, place, what was found, what is allowed."""
+"""Turns what pydantic says of a wrong value into one sentence in the words of the file: key, place, what was
+found, what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ LONGEST = 60  # characters of a value that is shown
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value is written: ``where`` is ``r.yaml, line 5`` or ``'--set a.b=c'``; ``written`` is a scalar as it stands there."""
+    """Where a value is written: ``where`` is ``r.yaml, line 5`` or ``'--set a.b=c'``; ``written`` is a scalar
+    as it stands there.
+    """
 
     where: str
     written: str = ""
@@ -91,7 +95,9 @@ def _sentence(error: Mapping[str, Any], annotation: Any, found: Any, place: Plac
 
 
 def _choose(errors: Sequence[Any], value: Any) -> tuple[Any, At]:
-    """Return the error that tells most, with its path: an unknown key first, and of a union's members the one that fits best."""
+    """Return the error that tells most, with its path: an unknown key first, and of a union's members the one
+    that fits best.
+    """
     placed = [(error, *_path(error, value)) for error in errors]
     for error, at, _ in placed:
         if error["type"] == "extra_forbidden":
@@ -104,9 +110,11 @@ def _choose(errors: Sequence[Any], value: Any) -> tuple[Any, At]:
 
 
 def _path(error: Mapping[str, Any], value: Any) -> tuple[At, At | None]:
-    """Return the keys that lead to an error in the file, and those that lead to the first union on the way, if there is one.
+    """Return the keys that lead to an error in the file, and those that lead to the first union on the way,
+    if there is one.
 
-    pydantic's location also has the tried member of each union (``Corpus``, ``list[...]``), which the file does not show.
+    pydantic's location also has the tried member of each union (``Corpus``, ``list[...]``), which the file
+    does not show.
     """
     path: list[str] = []
     union: At | None = None
@@ -133,7 +141,9 @@ def _options(at: At, places: Places) -> str:
 
 
 def name(at: At) -> str:
-    """Write a path as a person would: ``'training.steps'``, ``item 2 of 'data.languages'``, ``'format' in item 1 of 'data.corpora'``."""
+    """Write a path as a person would: ``'training.steps'``, ``item 2 of 'data.languages'``, ``'format' in
+    item 1 of 'data.corpora'``.
+    """
     last = next((index for index in range(len(at) - 1, -1, -1) if at[index].isdigit() and index), None)
     if last is None:
         return f"'{'.'.join(at)}'"

@@ -22,7 +22,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Of ``3/8``. Raises UserError for anything else."""
+        """Read ``3/8``. Raises UserError for anything else."""
         found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
         part = cls(int(found[1]), int(found[2])) if found else None
         if part is None or not 1 <= part.number <= part.count:
@@ -30,7 +30,9 @@ class Part:
         return part
 
     def of(self, items: Sequence[T]) -> list[T]:
-        """Every ``count``-th of the items: the parts are of equal size but for one item, and may be empty."""
+        """Return every ``count``-th of the items; sizes of parts differ by at most one, and a part may be
+        empty.
+        """
         return list(items[self.number - 1 :: self.count])
 
     def __str__(self) -> str:

@@ -1,5 +1,6 @@
-"""Reads recipes and other YAML files made of sections. What is wrong with one is told as the key, its line or option, what was
-found and what is allowed (:mod:`lsmoe_ds.explain`)."""
+"""Reads recipes and other YAML files made of sections. What is wrong with one is told as the key, its line or
+option, what was found and what is allowed (:mod:`lsmoe_ds.explain`).
+"""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ def take_from_start(value: dict[str, Any]) -> None:
 
 
 def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[str, Any], Places]:
-    """Read the mapping in a YAML file and the places of its keys; ``kind`` is what errors call it, ``section`` what it should hold."""
+    """Read the mapping in a YAML file and the places of its keys; ``kind`` is what errors call it,
+    ``section`` what it should hold.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -152,7 +155,9 @@ def _unshare(value: Any) -> Any:
 
 
 def _add_places(node: yaml.Node, at: At, found: Places, place: PlaceOf) -> None:
-    """Note the place of each key; refuse a key written twice, keys that are no text, numbers in base 8 or 60, and too large a file."""
+    """Note the place of each key; refuse a key written twice, keys that are no text, numbers in base 8 or 60,
+    and too large a file.
+    """
     line = node.start_mark.line + 1
     if len(at) > DEEPEST or len(found) > MOST:
         many = f"it has values in more than {DEEPEST} levels" if len(at) > DEEPEST else f"it has more than {MOST} values"

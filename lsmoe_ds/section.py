@@ -15,7 +15,9 @@ KIND = "kind"  # the type of an error that a value is of another kind than its f
 
 
 class Section(BaseModel):
-    """A mapping of a YAML file. Unknown keys are refused, and so is what pydantic would silently turn into a number."""
+    """A mapping of a YAML file. Unknown keys are refused, and so is what pydantic would silently turn into a
+    number.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -31,7 +33,9 @@ class Section(BaseModel):
 
 
 def _coerces(annotation: Any, value: Any) -> bool:
-    """Whether pydantic would turn a value into a number without a word: ``yes`` or ``"1"``. ``1e-4``, text to YAML, may be a float."""
+    """Whether pydantic would turn a value into a number without a word: ``yes`` or ``"1"``. ``1e-4``, text to
+    YAML, may be a float.
+    """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _coerces(arguments[0], value)

@@ -230,7 +230,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("no shared route to score", NOTHING, ["evaluate", "run", "--route", "shared"], "has no shared matrices"),
     ("no shared route to convert", NOTHING, ["convert", "run", "--to", "dense", "--route", "shared", "--out", "new"], "has no shared matrices"),
     ("experts for all directions", NOTHING, ["convert", "run", "--to", "dense", "--out", "new"], "since each has experts of its own"),
-    ("gates", stored(lambda r: r["model"].update(clsr={})), ["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "new"], "the gates of model.clsr choose for each token"),
+    ("gates", stored(lambda r: r["model"].update(clsr={})), ["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "new"], "the gates of model.clsr choose between two projections"),
     ("convert to what", NOTHING, ["convert", "run", "--to", "onyx", "--from", "en", "--to-language", "de", "--out", "new"], "'onyx'"),
     ("token-routed", NOTHING, ["convert", "token", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "new"], "token"),
     ("into a folder", NOTHING, ["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "data"], "is not empty"),

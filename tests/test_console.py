@@ -1,4 +1,6 @@
-"""Standard streams that are closed, full, read by nobody or in another encoding; options before a verb; benchmarks."""
+"""Standard streams that are closed, full, read by nobody or in another encoding; options before a verb;
+benchmarks.
+"""
 
 from __future__ import annotations
 

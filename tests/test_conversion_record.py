@@ -1,4 +1,6 @@
-"""What a run notes of the models that were made of it: each beside the others, and why a comparison is missing."""
+"""What a run notes of the models that were made of it: each beside the others, and why a comparison is
+missing.
+"""
 
 from __future__ import annotations
 

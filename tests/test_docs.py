@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
 from pydantic import BaseModel
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from lsmoe_ds.cli import app
 from lsmoe_ds.config import PROJECT, Recipe
 from lsmoe_ds.data.sources import SOURCES
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.section import is_section
+from lsmoe_ds.study.settings import load_study
 
 
 def keys(section: type[BaseModel], at: str = "") -> set[str]:
@@ -45,3 +50,33 @@ def test_recipes_that_come_with_the_project_are_valid():
     assert recipes
     for path in recipes:
         assert load_recipe(path).name == Path(path).stem
+
+
+def test_yaml_of_the_documentation_is_valid(tmp_path):
+    """Whole recipes and studies are read as such; of others at least the syntax is right."""
+    recipes, studies = [], []
+    for page in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]:
+        for block in re.findall(r"^ *```ya?ml\n(.*?)```", page.read_text(encoding="utf-8"), re.S | re.M):
+            value = yaml.safe_load(block)
+            if isinstance(value, dict) and {"name", "data", "model", "training"} <= value.keys():
+                (tmp_path / "recipe.yaml").write_text(block)
+                recipes.append((page.name, load_recipe(tmp_path / "recipe.yaml")))
+            elif isinstance(value, dict) and {"name", "recipe", "members"} <= value.keys():
+                (tmp_path / "study.yaml").write_text(block.replace("../recipes", str(PROJECT / "recipes")))
+                studies.append(load_study(tmp_path / "study.yaml"))
+    assert {name for name, _ in recipes} >= {"convert.md", "data.md"} and studies
+
+
+def test_options_in_shell_examples_exist():
+    """Every option of a command in a shell example is one of its verb."""
+    for page in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]:
+        for line in re.findall(r"lsmoe [^`\n]+(?:\\\n[^`\n]+)*", page.read_text(encoding="utf-8")):
+            words = line.partition(" #")[0].replace("\\\n", " ").split()[1:]
+            command = get_command(app)
+            while words and isinstance(command, TyperGroup) and words[0] in command.commands:
+                command = command.commands[words.pop(0)]
+            if isinstance(command, TyperGroup) or command.name == "bench":
+                continue
+            known = {option for parameter in command.params for option in parameter.opts}
+            for option in re.findall(r"(?<![\w-])--[a-z-]+", " ".join(words)):
+                assert option in known | {"--help"}, f"{page.name}: lsmoe {command.name} has no {option}"

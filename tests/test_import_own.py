@@ -1,4 +1,6 @@
-"""Models that we exported for Hugging Face are read back: as they were written, and after transformers has saved them again."""
+"""Models that we exported for Hugging Face are read back: as they were written, and after transformers has
+saved them again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is wrong with a recipe is said in the words of the file: the key, its line or option, what was found, what is allowed."""
+"""What is wrong with a recipe is said in the words of the file: the key, its line or option, what was found,
+what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ BELOW = "model:\n  "
 
 # What is replaced in the recipe, by what; the whole sentence that follows the file's name.
 WRITTEN = [
-    (CORPUS, "{path: a}", "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, ntrex, iwslt, moses or tsv"),
+    (
+        CORPUS,
+        "{path: a}",
+        "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, ntrex, iwslt, moses or tsv",
+    ),
     (
         CORPUS,
         "{path: a, format: mosses}",

@@ -12,13 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lsmoe_ds.analysis.heat_map import heat_map, largest_share
-from lsmoe_ds.analysis.routing import read_routing
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import Metrics
-from lsmoe_ds.evaluation.plots import number, smooth, thin, ticks
-from lsmoe_ds.evaluation.report import Progress, _caveat, duration, read_progress, short_count, write_report
+from lsmoe_ds.evaluation.report import Progress, _caveat, read_progress, write_report
 from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
 from lsmoe_ds.languages import english_centric
 from lsmoe_ds.recipe_file import load_recipe
@@ -290,26 +287,6 @@ def test_empty_metrics(tmp_path) -> None:
     assert "No training is recorded" in Page(write_report(run)).text
 
 
-def test_maps_put_relatives_side_by_side(tmp_path) -> None:
-    path = tmp_path / "routing.json"
-    path.write_text(json.dumps({"layers": [routing_layer("decoder"), routing_layer("encoder")]}), encoding="utf-8")
-    encoder, decoder = read_routing(path)
-    assert (encoder.side, decoder.side) == ("encoder", "decoder")
-    assert encoder.tasks == ("he", "nl", "en", "de", "ru")  # Semitic; Dutch, English, German; Slavic
-    assert encoder.shares[0] == (0.1, 0.4, 0.4, 0.1) and encoder.shares[3] == (0.5, 0.3, 0.1, 0.1)  # rows moved with their tasks
-    assert encoder.chosen(0) == {1, 2} and encoder.chosen(3) == {0, 1} and encoder.chosen(4) == {0, 1}
-    assert encoder.alike() == [("nl", "de", "ru")]
-    assert encoder.overlap() == (pytest.approx(2 / 3), pytest.approx((1 + 1 + 1 + 1 + 2 + 2 + 0) / 7))
-
-
-def test_pairs_are_ordered_by_section_and_the_language_that_is_not_english(tmp_path) -> None:
-    tasks = ["en-ru", "de-en", "en-nl", "ru-en", "nl-en", "en-uk", "en-de", "de-ru"]
-    layer = routing_layer(task="pair", tasks=tasks, shares=[[0.25] * 4] * 8)
-    (tmp_path / "routing.json").write_text(json.dumps({"layers": [layer]}), encoding="utf-8")
-    expected = ("en-nl", "en-de", "en-ru", "en-uk", "nl-en", "de-en", "ru-en", "de-ru")
-    assert read_routing(tmp_path / "routing.json")[0].tasks == expected
-
-
 def test_the_report_shows_the_numbers_of_each_layer(tmp_path) -> None:
     run = make_run(tmp_path)
     page = Page(write_report(run))
@@ -354,52 +331,6 @@ def test_the_summary_says_who_chooses(moe: dict, expected: str, tmp_path) -> Non
     assert expected in Page(write_report(run)).text
 
 
-def test_heat_map_is_valid_svg_with_the_chosen_framed(tmp_path) -> None:
-    wide = routing_layer("decoder", experts=128, shares=[[1 / 128] * 128] * 5, routing="token")
-    (tmp_path / "routing.json").write_text(json.dumps({"layers": [routing_layer(), wide]}))
-    task, token = read_routing(tmp_path / "routing.json")
-    svg = ElementTree.fromstring(heat_map(task, 0.5))
-    assert len([e for e in svg.iter("rect") if e.get("class") == "frame"]) == 5 * 2
-    cells = [e for e in svg.iter("rect") if e.get("class") is None]
-    assert len(cells) == 5 * 4
-    titles = [title.text for title in svg.iter("title")]
-    assert "German, expert 1: 50.0%, chosen" in titles and "German, expert 3: 10.0%" in titles
-    darkest = max(cells, key=lambda cell: float(cell.get("fill-opacity", 0)))
-    assert darkest.findtext("title") in ("German, expert 1: 50.0%, chosen", "Dutch, expert 2: 50.0%, chosen")
-    svg = ElementTree.fromstring(heat_map(token, 1 / 128))
-    assert len(list(svg.iter("title"))) == 5 * 128 and not [e for e in svg.iter("rect") if e.get("class") == "frame"]
-    assert float(svg.get("width", 0)) < 1400
-
-
-def test_ticks_are_round_and_span_the_values() -> None:
-    assert ticks(0, 4000) == [0, 1000, 2000, 3000, 4000]
-    assert ticks(2.6, 8.9) == [2, 4, 6, 8, 10]
-    assert ticks(3, 3)[0] <= 3 <= ticks(3, 3)[-1]
-    for low, high in ((0.001, 0.0011), (-5, 1e9), (0, 1)):
-        found = ticks(low, high)
-        assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
-
-
-def test_smoothing_keeps_lines_and_lessens_noise() -> None:
-    line = [(float(x), 2.0 * x) for x in range(50)]
-    assert [y for _, y in smooth(line, 5)] == pytest.approx([y for _, y in line])
-    noisy = [(float(x), (-1.0) ** x) for x in range(50)]
-    assert max(abs(y) for _, y in smooth(noisy, 5)[5:-5]) < 0.2
-    assert len(thin(line, 10)) == 10 and thin(line, 10)[-1] == line[-1]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.42, "0.4 s"), (42, "42 s"), (59.7, "1 min"), (485, "8 min 5 s"), (3 * 3600 + 1201, "3 h 20 min")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_numbers() -> None:
-    assert [number(v) for v in (12500, 0.75, 1.5e-4, 0)] == ["12,500", "0.75", "1.5e-4", "0"]
-    assert [short_count(v) for v in (950, 12_300, 41_230_000, 1.5e9)] == ["950", "12.3 k", "41.2 M", "1.5 B"]
-
-
 def test_the_report_of_a_model_without_experts_speaks_of_none(tmp_path) -> None:
     run = make_run(tmp_path)
     recipe = load_recipe(run / "recipe.yaml").model_dump(exclude_none=True)
@@ -434,23 +365,6 @@ def test_every_conversion_is_told_with_what_it_is(tmp_path) -> None:
     assert "Weights in int8 are rounded more" in page.text and "dense, one" not in page.text
     (run / "conversions" / "a.json").unlink()
     assert "int8" not in Page(write_report(run)).text
-
-
-def test_two_layers_have_one_scale_of_color(tmp_path) -> None:
-    """A share has the same color in both, though each layer's largest share differs."""
-    pale = routing_layer("decoder", shares=[[0.25, 0.25, 0.25, 0.25]] * 5)
-    (tmp_path / "routing.json").write_text(json.dumps({"layers": [routing_layer(), pale]}))
-    layers = read_routing(tmp_path / "routing.json")
-    assert largest_share(layers) == 0.5
-
-    def color(drawing: str, expert: int) -> float:
-        cells = [
-            e for e in ElementTree.fromstring(drawing).iter("rect") if (e.findtext("title") or "").startswith(f"Russian, expert {expert}:")
-        ]
-        return float(cells[0].get("fill-opacity", 0))
-
-    first, second = (heat_map(layer, largest_share(layers)) for layer in layers)
-    assert color(first, 1) == color(second, 1) == pytest.approx(0.04 + 0.96 * 0.25 / 0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""``lsmoe analyze routing``: measures which experts a model's tasks use, and writes numbers, tables, pictures and a page.
+"""``lsmoe analyze routing``: measures which experts a model's tasks use, and writes numbers, tables, pictures
+and a page.
 
-The folder holds ``routing.json`` (see :mod:`lsmoe_ds.analysis.routing`), ``routing.csv`` (share of each expert),
-``similarity.csv`` (overlap of every two tasks), ``SIDE-LAYER.svg``, ``index.html`` and ``summary.json``. Layers and experts
-count from 0 in JSON and CSV, from 1 in file names and pictures.
+The folder holds ``routing.json`` (see :mod:`lsmoe_ds.analysis.routing`), ``routing.csv`` (share of each
+expert), ``similarity.csv`` (overlap of every two tasks), ``SIDE-LAYER.svg``, ``index.html`` and
+``summary.json``. Layers and experts count from 0 in JSON and CSV, from 1 in file names and pictures.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ SUMMARY = "summary.json"
 
 
 def analyze_routing(run: str | Path, out: str | Path, split: str = "test", route: str = "specific") -> dict[str, Any]:
-    """Analyzes a run (its newest checkpoint), a checkpoint or a converted folder; returns what ``summary.json`` holds.
+    """Analyze a run (its newest checkpoint), a checkpoint or a converted folder, and return what
+    ``summary.json`` holds.
 
-    Raises UserError for a model without experts or without that route, and for an ``out`` that holds something else.
+    Raises UserError for a model without experts or without that route, and for an ``out`` that holds
+    something else.
     """
     # These import torch.
     from lsmoe_ds.analysis.measuring import measure_routing
@@ -45,7 +48,9 @@ def analyze_routing(run: str | Path, out: str | Path, split: str = "test", route
 
 
 def check_out(out: Path) -> None:
-    """Raises UserError if the folder may not be replaced: it is a file, or holds anything that was not written here."""
+    """Raise UserError if the folder may not be replaced: it is a file, or holds anything that was not written
+    here.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
     check_can_write(out.absolute().parent, "choose another folder with --out")
@@ -60,7 +65,7 @@ def check_out(out: Path) -> None:
 
 
 def write_analysis(out: Path, name: str, step: int, routing: Routing) -> dict[str, Any]:
-    """Writes the folder, whole or not at all; an earlier analysis is replaced. Returns the summary."""
+    """Write the folder completely or not at all, replacing an earlier analysis, and return the summary."""
     check_out(out)
     layers = sorted((layer.ordered() for layer in routing.layers), key=lambda layer: (layer.side != "encoder", layer.layer))
     routing = Routing(routing.split, routing.multiway, routing.pairs, tuple(layers))
@@ -108,7 +113,7 @@ def _share_rows(routing: Routing) -> Iterable[tuple[Any, ...]]:
 
 
 def _similarity_rows(routing: Routing) -> Iterable[tuple[Any, ...]]:
-    """Every two tasks once."""
+    """Yield a row for every two tasks."""
     for layer in routing.layers:
         similar = similarity(layer).tolist()
         for index, task in enumerate(layer.tasks):

@@ -53,16 +53,18 @@ def is_large(layer: LayerRouting) -> bool:
 
 
 def largest_share(layers: Iterable[LayerRouting]) -> float:
-    """Return the largest share of any task in any of the layers: maps that stand together are drawn on one scale."""
+    """Return the largest share of any task in any of the layers: maps that stand together are drawn on one
+    scale.
+    """
     return max((share for layer in layers for row in layer.shares for share in row), default=0.0) or 1.0
 
 
 def heat_map(layer: LayerRouting, full: float) -> Markup:
-    """Return an SVG element: a row for each task (grouped by section and family), a column for each expert, the darker the larger the
-    share; ``full`` is the share in full color.
+    """Return an SVG element: a row for each task (grouped by section and family), a column for each expert,
+    the darker the larger the share; ``full`` is the share in full color.
 
-    Where all tokens of a task use the same experts, these are framed. Shares are written in percent as long as there are 16
-    experts or fewer, and not too many tasks.
+    Where all tokens of a task use the same experts, these are framed. Shares are written in percent as long
+    as there are 16 experts or fewer, and not too many tasks.
     """
     look, large = Look.of(layer), is_large(layer)
     names = [task_name(task) for task in layer.tasks]
@@ -93,7 +95,9 @@ def as_file(svg: Markup) -> str:
 
 
 def _headings(tasks: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
-    """Before each task: the headings that begin there, with their classes. None where all tasks would stand below the same."""
+    """Yield, for each task, the headings that begin before it, with their classes; a heading that would cover
+    all tasks is left out.
+    """
     sections = [task_section(task)[1] for task in tasks]
     # Of "Indo-European, Slavic" the branch, of "Niger-Congo, other" the whole.
     families = [whole if whole.endswith(", other") else whole.split(", ")[-1] for whole in map(task_family, tasks)]
@@ -105,7 +109,7 @@ def _headings(tasks: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
 
 
 def _row(layer: LayerRouting, index: int, name: str, left: float, y: float, largest: float, look: Look) -> Iterator[Markup]:
-    """A rectangle for each cell, with a title."""
+    """Yield a rectangle for each cell, with a title, and a frame around each chosen one."""
     chosen = layer.chosen(index) if layer.by_task else frozenset()
     size = look.width - 2, look.height - 2
     for expert, share in enumerate(layer.shares[index]):
@@ -121,7 +125,9 @@ def _row(layer: LayerRouting, index: int, name: str, left: float, y: float, larg
 
 
 def _low_row(layer: LayerRouting, index: int, name: str, left: float, y: float, largest: float, look: Look) -> Iterator[Markup]:
-    """The cells of each step of color as one path, over one pale rectangle; the title of the row names its first experts."""
+    """Yield the cells of each step of color as one path, over one pale rectangle; the row's title names its
+    first experts.
+    """
     row, chosen = layer.shares[index], layer.chosen(index) if layer.by_task else frozenset()
     steps: dict[int, list[int]] = {}
     for expert, share in enumerate(row):
@@ -140,13 +146,15 @@ def _low_row(layer: LayerRouting, index: int, name: str, left: float, y: float, 
 
 
 def _cells(experts: Sequence[int], left: float, y: float, look: Look) -> str:
-    """A path of one rectangle for each expert."""
+    """Return a path of one rectangle for each expert."""
     width, height = look.width - 1, look.height - 1
     return "".join(f"M{_n(left + expert * look.width)} {_n(y)}h{width}v{height}h-{width}z" for expert in experts)
 
 
 def _ink(strength: float) -> str:
-    """Class of a number on a cell: the text color while the cell is pale, dark on half strength, the inverse on full."""
+    """Return the class of a number on a cell: the text color while the cell is pale, dark at half strength,
+    the inverse at full.
+    """
     return "n over" if strength > 0.8 else "n half" if strength > 0.55 else "n"
 
 

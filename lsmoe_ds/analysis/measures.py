@@ -1,4 +1,6 @@
-"""Numbers about a MoE layer's routing: how evenly its experts are used, how focused a task is, how alike relatives are."""
+"""Numbers about a MoE layer's routing: how evenly its experts are used, how focused a task is, how alike
+relatives are.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def measure_layer(layer: LayerRouting) -> LayerMeasures:
 
 
 def total_load(layer: LayerRouting) -> Shares:
-    """Share of all tokens that each expert receives [E]: as measured; otherwise the tasks count by their tokens, or alike."""
+    """Return the share of all tokens that each expert receives [E], as measured; if it was not, tasks are
+    weighted by their tokens, or equally.
+    """
     if layer.load is not None and any(layer.load):
         return np.array(layer.load, dtype=np.float64)
     if not layer.tasks:
@@ -66,12 +70,14 @@ def total_load(layer: LayerRouting) -> Shares:
 
 
 def entropy_of(shares: Iterable[float]) -> float:
-    """Bits, of shares that sum to 1."""
+    """Return the entropy in bits of shares that sum to 1."""
     return -sum(share * math.log2(share) for share in shares if share > 0) + 0.0
 
 
 def similarity(layer: LayerRouting) -> Shares:
-    """Overlap of the shares of every two tasks [tasks, tasks]: sum over experts of min(p_t(e), p_u(e)), 1 if they are the same."""
+    """Return the overlap of the shares of every two tasks [tasks, tasks]: sum over experts of min(p_t(e),
+    p_u(e)), 1 if they are the same.
+    """
     shares = np.array(layer.shares, dtype=np.float64).reshape(len(layer.tasks), layer.experts)
     return np.array([np.minimum(row, shares).sum(axis=1) for row in shares]).reshape(len(layer.tasks), len(layer.tasks))
 

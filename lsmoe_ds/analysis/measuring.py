@@ -35,7 +35,9 @@ class Counts:
         return cls(torch.zeros(tasks, experts, dtype=torch.float64), torch.zeros(tasks, dtype=torch.int64))
 
     def add(self, tasks: Tensor, routes: Routes) -> None:
-        """The routes of S tokens of these tasks [S]; a choice of expert -1 was dropped for want of capacity."""
+        """Add the routes of S tokens of these tasks [S]; expert -1 marks a choice that was dropped for lack
+        of capacity.
+        """
         chosen = routes.experts.cpu()
         number, experts = self.received.shape
         tasks = tasks.cpu()
@@ -46,11 +48,12 @@ class Counts:
 
 
 def measure_routing(loaded: Loaded, data: PreparedData, split: str) -> Routing:
-    """The expert shares of each MoE layer over held-out pairs, of which every direction gives up to 200; a task that has
-    none is left out, but under task routing, where the shares are the router's probabilities.
+    """Measure the expert shares of each MoE layer over held-out pairs, up to 200 from every direction; a task
+    that has none is left out, but under task routing, where the shares are the router's probabilities.
 
-    As in "Beyond Distillation", section 5.4, all directions are measured on the same sentences, so that their meaning makes
-    no difference, if at least 20 English sentences are common to all bitexts; otherwise each on its own.
+    As in "Beyond Distillation", section 5.4, all directions are measured on the same sentences, so that their
+    meaning makes no difference, if at least 20 English sentences are common to all bitexts; otherwise each on
+    its own.
     """
     pairs, multiway = choose_pairs(data, loaded.languages, split)
     with observed(loaded) as counts:
@@ -60,7 +63,9 @@ def measure_routing(loaded: Loaded, data: PreparedData, split: str) -> Routing:
 
 
 def choose_pairs(data: PreparedData, languages: Languages, split: str) -> tuple[dict[Direction, list[int]], int | None]:
-    """The pairs of each direction to measure on, as places in its held-out text, and how many multi-way ones these are."""
+    """Return the pairs of each direction to measure on, as places in its held-out text, and the number of
+    multi-way ones, if they are.
+    """
     places: dict[str, dict[str, int]] = {}
     for direction in languages.directions:
         if direction.bitext not in places and (is_english(direction.source) or is_english(direction.target)):
@@ -78,7 +83,7 @@ def choose_pairs(data: PreparedData, languages: Languages, split: str) -> tuple[
 
 @contextmanager
 def observed(loaded: Loaded) -> Iterator[dict[tuple[str, int], Counts]]:
-    """Counts, by side and layer, of what passes through the model within the block."""
+    """Count, by side and layer, what passes through the model within the block."""
     counts: dict[tuple[str, int], Counts] = {}
     modules = []
     for side, layer, moe in loaded.recipe.model.moe_layers():
@@ -94,7 +99,7 @@ def observed(loaded: Loaded) -> Iterator[dict[tuple[str, int], Counts]]:
 
 @torch.inference_mode()
 def run_pairs(loaded: Loaded, data: PreparedData, split: str, chosen: dict[Direction, list[int]]) -> None:
-    """Runs the model over held-out pairs, in batches of one direction."""
+    """Run the model over held-out pairs, in batches of one direction."""
     ids = DirectionIds.of(loaded.languages, loaded.vocabulary)
     for direction, places in chosen.items():
         pairs, number = data.tokens(direction, split), loaded.languages.direction_id(direction)
@@ -127,6 +132,6 @@ def layer_routing(loaded: Loaded, side: str, layer: int, moe: MoE, counts: Count
 
 
 def task_probabilities(loaded: Loaded, side: str, layer: int) -> Tensor:
-    """A task router's probabilities [tasks, E]; of the experts outside a task's group they are zero."""
+    """Return a task router's probabilities [tasks, E], zero for experts outside a task's group."""
     logits = loaded.model.get_submodule(f"{side}.{layer}.feed_forward.router").logits()  # type: ignore[operator]
     return logits.detach().float().softmax(-1).cpu()

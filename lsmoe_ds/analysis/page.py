@@ -26,7 +26,7 @@ COLUMNS = {
 
 
 def measures_table(layers: Sequence[LayerRouting]) -> Markup:
-    """An HTML table with a row for each layer."""
+    """Return an HTML table with a row for each layer."""
     heads = [Markup('<th{} title="{}">{}</th>').format(_number(place), about, name) for place, (name, about) in enumerate(COLUMNS.items())]
     rows = []
     for layer in layers:
@@ -60,7 +60,9 @@ def _share(value: float | None) -> str:
 
 
 def reading(layer: LayerRouting) -> str | None:
-    """What the map shows, in words: who shares experts. None where nobody chooses for a whole task."""
+    """Say in words what the map shows: which tasks share experts. None if experts are not chosen for a whole
+    task.
+    """
     if not layer.by_task:
         return None
     alike = "; ".join(", ".join(task_name(task) for task in tasks) for tasks in layer.alike())

@@ -37,7 +37,9 @@ ROUTINGS = ("token", "sentence", "task", "static")
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Expert shares of one MoE layer: ``shares[t][e]`` of task t for expert e; the fields are those of ``routing.json``."""
+    """Expert shares of one MoE layer: ``shares[t][e]`` of task t for expert e; the fields are those of
+    ``routing.json``.
+    """
 
     side: str
     layer: int
@@ -57,7 +59,7 @@ class LayerRouting:
 
     @property
     def name(self) -> str:
-        """For files: ``encoder-2``, counted from 1 as in the title."""
+        """The name in files: ``encoder-2``, counted from 1 as in the title."""
         return f"{self.side}-{self.layer + 1}"
 
     @property
@@ -66,37 +68,43 @@ class LayerRouting:
         return self.routing in ("task", "static")
 
     def ordered(self) -> LayerRouting:
-        """The same with its tasks ordered by section (of pairs), family, script and name."""
+        """Return the same with its tasks ordered by section (of pairs), family, script and name."""
         order = sorted(range(len(self.tasks)), key=lambda index: (task_section(self.tasks[index])[0], task_order(self.tasks[index])))
         tokens = self.tokens and tuple(self.tokens[index] for index in order)
         tasks, shares = tuple(self.tasks[index] for index in order), tuple(self.shares[index] for index in order)
         return replace(self, tasks=tasks, shares=shares, tokens=tokens)
 
     def chosen(self, index: int) -> frozenset[int]:
-        """The ``top_k`` experts with the largest shares of a task; of equal ones the first, as ``torch.topk`` does on CPU."""
+        """Return the ``top_k`` experts with the largest shares of a task; of equal ones the first, as
+        ``torch.topk`` does on CPU.
+        """
         row = self.shares[index]
         best = sorted(range(self.experts), key=lambda expert: (-row[expert], expert))[: self.top_k]
         return frozenset(expert for expert in best if row[expert] > 0)
 
     def used(self, index: int) -> tuple[float, ...]:
-        """Share of a task's tokens that goes to each expert [E]: under task routing equal parts of the chosen, whatever their weights."""
+        """Return the share of a task's tokens that goes to each expert [E]: under task routing, equal parts
+        for the chosen ones.
+        """
         if self.routing != "task":
             return self.shares[index]
         chosen = self.chosen(index)
         return tuple(1 / len(chosen) if expert in chosen else 0.0 for expert in range(self.experts))
 
     def alike(self) -> list[tuple[str, ...]]:
-        """Tasks that use the very same experts, in groups of two and more, in the order of ``tasks``."""
+        """Return the tasks that use exactly the same experts, in groups of two and more, in the order of
+        ``tasks``.
+        """
         groups: dict[frozenset[int], list[str]] = {}
         for index, task in enumerate(self.tasks):
             groups.setdefault(self.chosen(index), []).append(task)
         return [tuple(tasks) for tasks in groups.values() if len(tasks) > 1]
 
     def kin(self) -> list[tuple[int, int, bool]]:
-        """Places of every two tasks that can be compared, and whether they are of the same family.
+        """Return the places of every two tasks that can be compared, and whether they are of the same family.
 
-        Languages of unknown family are left out, and pairs are compared only with pairs of the same section: translation out
-        of English with the same.
+        Languages of unknown family are left out, and pairs are compared only with pairs of the same section:
+        translation out of English with the same.
         """
         families = [task_family(task) for task in self.tasks]
         sections = [task_section(task) for task in self.tasks]
@@ -104,7 +112,9 @@ class LayerRouting:
         return [(a, b, families[a] == families[b]) for a, b in combinations(known, 2) if sections[a] == sections[b]]
 
     def overlap(self) -> tuple[float | None, float | None]:
-        """Mean number of chosen experts that two tasks share: of the same family, and of different ones; None without such two."""
+        """Return the mean number of chosen experts that two tasks of one family share, and two of different
+        families; None if there are none.
+        """
         shared: dict[bool, list[int]] = {True: [], False: []}
         chosen = [self.chosen(index) for index in range(len(self.tasks))]
         for a, b, same in self.kin():
@@ -131,7 +141,9 @@ def task_family(task: str) -> str:
 
 
 def task_section(task: str) -> tuple[int, str]:
-    """Place and heading of the tasks that a task stands with: pairs out of English, into it, between others; "" for languages."""
+    """Return place and heading of a task's section: pairs out of English, into it, between others; "" for
+    languages.
+    """
     source, _, target = task.partition("-")
     if not target:
         return 0, ""
@@ -143,7 +155,9 @@ def task_name(task: str) -> str:
 
 
 def read_routing(path: Path) -> list[LayerRouting]:
-    """Layers of a ``routing.json``, the encoder's first, each ordered. Raises UserError if it is not one."""
+    """Read the layers of a ``routing.json``, the encoder's first, each ordered. Raises UserError if it is not
+    one.
+    """
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         found = [_layer(layer) for layer in layers]

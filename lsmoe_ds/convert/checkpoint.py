@@ -1,4 +1,5 @@
-"""The whole model out of a training checkpoint, whatever its layout: tensor-parallel parts joined, experts collected.
+"""The whole model out of a training checkpoint, whatever its layout: tensor-parallel parts joined, experts
+collected.
 
 Optimizer states are not read, and of the weights one tensor at a time.
 """
@@ -26,7 +27,9 @@ EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
 
 @dataclass
 class Consolidated:
-    """A whole model by global parameter name (see :mod:`lsmoe_ds.model.initialization`); each tensor is read when it is asked for."""
+    """A whole model by global parameter name (see :mod:`lsmoe_ds.model.initialization`); each tensor is read
+    when it is asked for.
+    """
 
     step: int
     weights: Tensors
@@ -34,13 +37,14 @@ class Consolidated:
 
 
 def read_checkpoint(checkpoint: Path) -> Consolidated:
-    """Opens ``checkpoints/step-N`` of a run: sizes of all its files are checked here, the sum of each when its first tensor is asked for.
+    """Open ``checkpoints/step-N`` of a run; file sizes are checked now, each file's checksum when its first
+    tensor is read.
 
     Raises UserError if it is missing or damaged.
     """
     described = read_fields(checkpoint / "manifest.json", files=dict)["files"]
     state = read_fields(checkpoint / "state.json", step=int, tensor=int, partition=dict)
-    # What lies there and is not listed is no less part of the model than what is listed and does not lie there.
+    # Treat an unlisted file as an error, like a missing one.
     present = {path.name for path in checkpoint.iterdir()} | described.keys()
     names = sorted(name for name in present if MODEL_FILE.fullmatch(name) or EXPERT_FILE.fullmatch(name))
     wrong = damage(checkpoint, described | {name: described.get(name) for name in names}, verify=False)
@@ -73,13 +77,13 @@ class _Collector:
     ranks: set[int] = field(default_factory=set)
 
     def add(self, file: Path, rank: int | None) -> None:
-        """A file of a tensor-parallel rank's weights, or without a rank one of experts."""
+        """Add a file of a tensor-parallel rank's weights, or, if ``rank`` is None, a file of experts."""
         if rank is not None:
             self.ranks.add(rank)
         for name, value in self.files.get(file).items():
             # DeepSpeed has put the global number of the expert into its names.
             whole = global_name(name, 0, 0) if rank is None else name
-            # Of what all ranks hold alike the first is kept.
+            # What is the same on all ranks is taken from the first.
             number = (rank or 0) if whole in self.partition else 0
             self.parts.setdefault(whole, {}).setdefault(number, _Part(file, name, tuple(value.shape)))
 
@@ -108,7 +112,7 @@ class _Collector:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file, mapped; without the empty extra state of Megatron's layers."""
+    """Return the tensors in a file, memory-mapped, without the empty extra state of Megatron's layers."""
     with explain_damage(path):
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(values, dict) and MODEL_FILE.fullmatch(path.name):
@@ -122,7 +126,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def explain_damage(path: Path) -> Iterator[None]:
-    """Around reading a file of ``torch.save``: whatever goes wrong is a UserError."""
+    """Turn whatever goes wrong in reading a file of ``torch.save`` into a UserError."""
     try:
         yield
     except FileNotFoundError:
@@ -135,7 +139,9 @@ def explain_damage(path: Path) -> Iterator[None]:
 
 
 def check_size(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Raises UserError if a tensor says that it has more values than its file has room for: strides of 0 would make gigabytes of one."""
+    """Raise UserError if a tensor claims more values than its file has room for: strides of 0 would make
+    gigabytes of one.
+    """
     size = path.stat().st_size
     if any(value.layout != torch.strided or value.numel() * value.element_size() > size for value in tensors):
         raise UserError(f"{path} is damaged: it has a tensor larger than the file")

@@ -1,4 +1,6 @@
-"""The conversion as the command does it: convert, load the result, compare it with what it came from, write that down."""
+"""The conversion as the command does it: convert, load the result, compare it with what it came from, write
+that down.
+"""
 
 from __future__ import annotations
 
@@ -49,14 +51,18 @@ WRITERS = {
     "huggingface": "lsmoe_ds.convert.huggingface",
     "ctranslate2": "lsmoe_ds.convert.ctranslate2",
 }
-"""What a model can be converted to: the module whose ``write_files`` is its :class:`~lsmoe_ds.convert.folder.Writer`."""
+"""What a model can be converted to: the module whose ``write_files`` is its
+:class:`~lsmoe_ds.convert.folder.Writer`.
+"""
 SERVED = ("dense", "huggingface", "ctranslate2")  # kinds without experts, which a run's report tells of
 OPTIONS = {"quantization": "ctranslate2", "optimizer": "consolidated"}  # and the kind that has them
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and beam-5 translations."""
+    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and beam-5
+    translations.
+    """
 
     largest_logit_difference: float | None
     same_translations: int
@@ -64,9 +70,10 @@ class Agreement:
 
 
 def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequence[str]) -> Agreement:
-    """Compares the logits of both models along the sparse model's translations, and the translations themselves.
+    """Compare the logits of both models along the sparse model's translations, and the translations
+    themselves.
 
-    One that has a tokenizer of its own reads the sentences with that.
+    A model with a tokenizer of its own reads the sentences with that.
     """
     parts = [cut_line(line, sparse) for line in sentences]
     sources = [part for each in parts for part in each]
@@ -90,7 +97,7 @@ def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequ
 def _logits(
     engine: Loaded | Exported, direction: Direction, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
 ) -> torch.Tensor:
-    """Teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
+    """Return teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
     number = engine.languages.direction_id(direction)
     ids = DirectionIds.of(engine.languages, engine.vocabulary)
     batch = collate(sources, targets, [number] * len(sources), ids).to(engine.device)
@@ -115,12 +122,13 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a run, a checkpoint, a converted folder or one of Hugging Face, and return what was written.
 
-    For one direction, or by the shared route for all; a dense folder is taken as it is. ``average`` checkpoints are averaged.
-    ``overrides`` change the recipe of a grown or imported model; ``like`` says what new parts begin as.
-    ``options`` are those of the kind's writer: ``quantization`` of ctranslate2, ``optimizer`` of consolidated.
-    The first ``check`` held-out sentences of the direction, or as many spread over all, are translated by both models. If that is not
-    possible, the record says why. What is made of a run for serving is also noted in the run's folder (:func:`_note`). Raises
-    UserError for a target, direction, route, option or folder that is not possible.
+    For one direction, or by the shared route for all; a dense folder is taken as it is. ``average``
+    checkpoints are averaged. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
+    new parts begin as. ``options`` are those of the kind's writer: ``quantization`` of ctranslate2,
+    ``optimizer`` of consolidated. The first ``check`` held-out sentences of the direction, or as many spread
+    over all, are translated by both models. If that is not possible, the record says why. What is made of a
+    run for serving is also noted in the run's folder (:func:`_note`). Raises UserError for a target,
+    direction, route, option or folder that is not possible.
     """
     if to not in WRITERS:
         language = "; a language goes into --direction, as in --direction en-de" if normalize_code(to) in table() else ""
@@ -180,8 +188,8 @@ def convert(
 
 
 def _note(record: Mapping[str, Any], run: Path) -> None:
-    """Keep a record in ``RUN/conversions``, beside those of other kinds, directions, routes and quantizations, and as the run's latest
-    in ``conversion.json``.
+    """Keep a record in ``RUN/conversions``, beside those of other kinds, directions, routes and
+    quantizations, and as the run's latest in ``conversion.json``.
 
     A run that cannot be written is no error: the model has been written, and the record is printed.
     """
@@ -199,12 +207,12 @@ def _note(record: Mapping[str, Any], run: Path) -> None:
 
 
 def _bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
-    """Of the weights among the files of a folder."""
+    """Return the size of the weights among the files of a folder."""
     return sum(each["bytes"] for name, each in files.items() if name.startswith("model"))
 
 
 def _import(folder: Path, to: str, overrides: Sequence[str], out: Path) -> dict[str, Any]:
-    """A model of Hugging Face in our form, as a training begins with it; returns what was written."""
+    """Write a model of Hugging Face in our form, from which a training starts, and return what was written."""
     if to != "consolidated":
         raise UserError(f"{folder} is a Hugging Face model: import it first, by `lsmoe convert {folder} --to consolidated`")
     tensors, recipe, vocabulary = read_huggingface(folder, overrides, out)
@@ -217,7 +225,9 @@ def _import(folder: Path, to: str, overrides: Sequence[str], out: Path) -> dict[
 
 
 def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recipe, dict[str, Any]]:
-    """The whole model as it is, with its recipe, and the ``provenance.json`` of the outcome, less kind and files."""
+    """Return the whole model as it is, with its recipe and the ``provenance.json`` of the result, except kind
+    and files.
+    """
     whole = read_weights(stored, average)
     tensors = Tensors.of(whole.tensors)
     of_all = len(stored.recipe.data.directions) > 1
@@ -228,7 +238,9 @@ def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recip
 def _compare(
     stored: Stored, to: str, direction: Direction | None, out: Path, check: int, route: str | None, made: dict[str, Any]
 ) -> dict[str, Any]:
-    """Compare both models on held-out sentences, or say why that is not possible; ``route`` is None for a mean of checkpoints."""
+    """Compare both models on held-out sentences, or say why that is not possible; ``route`` is None for a
+    mean of checkpoints.
+    """
     if not check:
         return {}
     if route is None:
@@ -258,7 +270,7 @@ def _compare(
 
 
 def _open(kind: str, folder: Path) -> Engine:
-    """What was just written, as whoever uses it loads it."""
+    """Load what was just written, as its users do."""
     if kind == "huggingface":
         return Exported.load(find_model(folder))
     return load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")

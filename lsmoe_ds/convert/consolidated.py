@@ -1,8 +1,8 @@
 """The consolidated form of a model: whole and independent of any layout, in safetensors.
 
-Beside the weights it may hold the optimizer's state: ``optimizer*.safetensors`` with tensors named ``PARAMETER.exp_avg`` and so
-on, and ``state.json`` with the step, the optimizer's step and the position in the data. With that it goes on in any layout (see
-:mod:`lsmoe_ds.training.layout`).
+Beside the weights it may hold the optimizer's state: ``optimizer*.safetensors`` with tensors named
+``PARAMETER.exp_avg`` and so on, and ``state.json`` with the step, the optimizer's step and the position in
+the data. With that it goes on in any layout (see :mod:`lsmoe_ds.training.layout`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lsmoe_ds.folders import read_fields, write_json
 def write_files(
     folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path, optimizer_of: Stored | None = None
 ) -> list[str]:
-    """The writer of the kind ``consolidated``; with ``optimizer_of`` the optimizer's state of that run goes along.
+    """Write the kind ``consolidated``, and the optimizer's state of the run ``optimizer_of`` if there is one.
 
     Raises UserError if it has none.
     """
@@ -42,7 +42,7 @@ def write_files(
 
 
 def _tensors(optimizer: OptimizerState, weights: Tensors) -> Tensors:
-    """All its tensors; those of one parameter are read together."""
+    """Return all tensors of the optimizer; those of one parameter are read together."""
 
     @lru_cache(maxsize=1)
     def of(name: str) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
-"""A dense model as CTranslate2 loads it: its weights under that library's names, its vocabulary, and how sentences begin and end.
+"""A dense model as CTranslate2 loads it: its weights under that library's names, its vocabulary, and how
+sentences begin and end.
 
-Who translates needs only sentencepiece and ctranslate2: the source is the tag of the target language and the pieces of the
-text (``["<2de>", "▁Hello", ...]``); that ``</s>`` follows, and that decoding begins with it, stands in ``config.json``.
+Who translates needs only sentencepiece and ctranslate2: the source is the tag of the target language and the
+pieces of the text (``["<2de>", "▁Hello", ...]``); that ``</s>`` follows, and that decoding begins with it,
+stands in ``config.json``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ POSITIONS = 1024  # CTranslate2 cuts sources there
 
 
 def library() -> Any:
-    """The module. Raises UserError where it is not installed."""
+    """Import the module. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("ctranslate2")
     except ImportError:
@@ -36,9 +38,11 @@ def library() -> Any:
 
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path, quantization: str = "float32") -> list[str]:
-    """Writes a dense model's weights (by global name) and vocabulary into ``folder`` and returns the names of the files.
+    """Write a dense model's weights (by global name) and vocabulary into ``folder`` and return the names of
+    the files.
 
-    Raises UserError for an unknown quantization, and for weights that are not those of the recipe and vocabulary.
+    Raises UserError for an unknown quantization, and for weights that are not those of the recipe and
+    vocabulary.
     """
     processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
     pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
@@ -47,7 +51,9 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, voc
 
 
 def specify(tensors: Mapping[str, Tensor], recipe: Recipe, pieces: Sequence[str], quantization: str) -> Any:
-    """The model as a ``ctranslate2.specs.TransformerSpec`` that is ready to be saved; errors as of :func:`write_files`."""
+    """Return the model as a ``ctranslate2.specs.TransformerSpec`` that is ready to be saved; raises as
+    :func:`write_files`.
+    """
     if quantization not in QUANTIZATIONS:
         raise UserError(f"'{quantization}' is no quantization{nearest(quantization, QUANTIZATIONS)}: choose {', '.join(QUANTIZATIONS)}")
     specs, model = library().specs, recipe.model
@@ -56,7 +62,7 @@ def specify(tensors: Mapping[str, Tensor], recipe: Recipe, pieces: Sequence[str]
     weights = {name: value.detach().to("cpu", torch.float32).numpy() for name, value in tensors.items()}
 
     def fill(part: Any, *names: str) -> None:
-        """A linear layer or norm from ours; of several, one product with their outputs side by side."""
+        """Fill a linear layer or norm from ours; several become one product with their outputs side by side."""
         kernel = "gamma" if hasattr(part, "gamma") else "weight"
         for ours, theirs in (("weight", kernel), ("bias", "beta" if kernel == "gamma" else "bias")):
             joined = torch.cat([torch.from_numpy(weights[f"{name}.{ours}"]) for name in names])

@@ -49,8 +49,9 @@ FORMAT = "lsmoe_ds"
 
 @dataclass(frozen=True)
 class Stored:
-    """A model on disk. ``home`` holds its recipe and vocabulary, ``weights_in`` its weights; ``kind`` is "sparse" for a
-    training checkpoint (whatever its layers are) and otherwise what it was converted to."""
+    """A model on disk. ``home`` holds its recipe and vocabulary, ``weights_in`` its weights; ``kind`` is
+    "sparse" for a training checkpoint (whatever its layers are) and otherwise what it was converted to.
+    """
 
     kind: str
     home: Path
@@ -76,7 +77,9 @@ class Weights:
 
 
 def find_model(path: str | Path) -> Stored:
-    """What a path that a person gave is. Of a run it is the newest checkpoint. Raises UserError if it is no model."""
+    """Find the model at a path that a person gave; in a run, the newest checkpoint. Raises UserError if there
+    is none.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: give a run folder, a checkpoint in it, or a converted folder")
@@ -99,7 +102,8 @@ def find_model(path: str | Path) -> Stored:
 
 
 def read_weights(stored: Stored, average: int = 1) -> Weights:
-    """The weights, read when they are asked for; of a run also the mean of those of its last ``average`` checkpoints up to this one.
+    """Return the weights, read when they are asked for; in a run also the mean of the last ``average``
+    checkpoints up to this one.
 
     Raises UserError if they are damaged, or there are not that many checkpoints.
     """
@@ -135,7 +139,7 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
 
 @contextmanager
 def _naming_another(stored: Stored) -> Iterator[None]:
-    """Around reading a checkpoint: of a damaged one the error names an earlier one, if there is one."""
+    """Name an earlier checkpoint, if there is one, in errors about a damaged one."""
     try:
         yield
     except UserError as error:
@@ -170,12 +174,13 @@ def _mean(stored: Stored, average: int) -> Weights:
 
 
 Writer = Callable[..., list[str]]
-"""``write_files(folder, tensors, recipe, vocabulary, **options)`` writes a dense model (tensors by global name) into a folder in
-the way of one kind, and returns the names of its files."""
+"""``write_files(folder, tensors, recipe, vocabulary, **options)`` writes a dense model (tensors by global
+name) into a folder in the way of one kind, and returns the names of its files.
+"""
 
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path) -> list[str]:
-    """The writer of the kinds that are read here."""
+    """Write the kinds whose weights are stored under our names."""
     return save_tensors(tensors, folder)
 
 
@@ -189,10 +194,11 @@ def write_folder(
     write: Writer = write_files,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Writes a converted folder, whole or not at all, and returns its files; one that was converted earlier is replaced, any other
-    is refused.
+    """Write a converted folder completely or not at all, and return its files; one that was converted earlier
+    is replaced, any other is refused.
 
-    ``write``, which gets the ``options``, makes the files of its kind; ``card`` is the text of README.md, without one there is none.
+    ``write``, which gets the ``options``, makes the files of its kind; ``card`` is the text of README.md,
+    without one there is none.
     """
     check_writable(out)
     with locked(out), replaced(out) as new, explain_errors(out):
@@ -207,12 +213,12 @@ def write_folder(
 
 
 def name_of(out: Path) -> str:
-    """The name of a recipe that a folder will hold."""
+    """Return the name of a recipe for a folder."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", out.name).lstrip("._-") or "model"
 
 
 def check_writable(out: Path) -> None:
-    """Raise UserError if something lies there that `lsmoe convert` did not make, or nothing can be written there."""
+    """Raise UserError if the path holds something that `lsmoe convert` did not make, or nothing can be written there."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
     if out.is_dir() and any(out.iterdir()) and (read_json(out / PROVENANCE) or {}).get("format") != FORMAT:

@@ -44,14 +44,17 @@ EMBEDDING, SPECIFIC = "embedding.tokens.weight", "_clsr.specific"
 
 @dataclass(frozen=True)
 class Likeness:
-    """What new parts are like: the number of an expert, and the code of a language. Without an expert they follow one another."""
+    """What new parts are like: the number of an expert, and the code of a language. Without an expert they
+    follow one another.
+    """
 
     expert: int | None = None
     language: str | None = None
 
 
 def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[Recipe, bytes]:
-    """The recipe of a training that begins with the grown model in ``out``, and its vocabulary with the tags of new languages.
+    """Return the recipe of a training that starts from the grown model in ``out``, and its vocabulary with
+    the tags of new languages.
 
     Raises UserError for overrides that take something away or that nothing here can follow.
     """
@@ -72,9 +75,10 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
 
 
 def grow(weights: Mapping[str, Tensor], before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness) -> Tensors:
-    """The tensors of the grown model, by global name, each made when it is asked for.
+    """Return the tensors of the grown model, by global name, each made when it is asked for.
 
-    ``vocabulary`` is the trained model's. Raises UserError where the recipes differ in more than can be grown.
+    ``vocabulary`` is the trained model's. Raises UserError where the recipes differ in more than can be
+    grown.
     """
     old, shapes = Tensors.of(weights), _shapes(after)
     grown = _Grown(old, before, after, vocabulary, like)
@@ -108,7 +112,7 @@ class _Grown:
                 )
 
     def _check_tasks(self, side: str, old: MoE, new: MoE | None) -> None:
-        """Raises UserError where tasks that were there would come to other experts."""
+        """Raise UserError if existing tasks would be assigned to other experts."""
         if new is None or (old.routing, old.task, old.expert_groups) != (new.routing, new.task, new.expert_groups):
             raise UserError(f"the {side} of the model has other experts: 'routing', 'task' and 'expert_groups' must stay as they are")
         if new.experts < old.experts:
@@ -123,7 +127,7 @@ class _Grown:
             raise UserError(f"static routing would deal other experts of the {side} to the task {moved[0]}, which has its own already")
 
     def entry(self, name: str, shape: tuple[int, ...]) -> Entry:
-        """Of the grown model's tensor of this name."""
+        """Return the entry of the grown model's tensor of this name."""
         if name == EMBEDDING:
             return Entry(shape, lambda: self._embedding(shape))
         if found := EXPERT.fullmatch(name):
@@ -149,7 +153,7 @@ class _Grown:
         return self.weights.entries[source]
 
     def _expert(self, at: str, number: int, rest: str) -> str:
-        """Name of what an expert comes from."""
+        """Return the name of the tensor that an expert's comes from."""
         if (name := f"{at}experts.{number}.{rest}") in self.weights:
             return name
         if (dense := f"{at}{rest}") in self.weights:
@@ -164,13 +168,13 @@ class _Grown:
         return draw(name, list(shape), self.after.training.seed)
 
     def _embedding(self, shape: tuple[int, ...]) -> Tensor:
-        """Rows stay in their places; those of new tags come last."""
+        """Return the embedding: rows keep their places, and those of new tags come last."""
         old = self.weights[EMBEDDING]
         tags = [self.vocabulary.tag_id(code) for code in ([self.like.language] if self.like.language else self.vocabulary.codes)]
         return torch.cat([old, old[tags].mean(0, keepdim=True).expand(shape[0] - len(old), -1)])
 
     def _router(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Weights [E, H], or by task [tasks, E]."""
+        """Return a router's weights [E, H], or by task [tasks, E]."""
         whole = self._drawn(name, shape)
         if name not in self.weights:
             return whole
@@ -190,14 +194,14 @@ class _Grown:
         return whole
 
     def _task_like(self, task: str, before: Sequence[str]) -> str | None:
-        """The task that a new one takes its choices from: the same with the language that new ones are like."""
+        """Return the task whose choices a new one takes: the same with the language that new ones are like."""
         if self.like.language is None:
             return None
         parts = [part if part in self.old.codes else self.like.language for part in task.split("-")]
         return "-".join(parts) if "-".join(parts) in before else None
 
     def _places(self, name: str, recipe: Recipe, width: int) -> dict[str, slice]:
-        """Rows of each language's matrix, by code; those that all share under their own name."""
+        """Return the rows of each language's matrix, by code; those that all share have their own name."""
         if name.endswith(SPECIFIC):
             return {code: slice(i * width, (i + 1) * width) for i, code in enumerate(recipe.languages.codes)}
         settings = recipe.model.low_rank

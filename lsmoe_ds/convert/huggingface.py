@@ -1,6 +1,8 @@
-"""A dense model as ``transformers`` loads it: M2M-100 with a fast tokenizer that gives our ids. Written without transformers.
+"""A dense model as ``transformers`` loads it: M2M-100 with a fast tokenizer that gives our ids. Written
+without transformers.
 
-Its weights are :mod:`lsmoe_ds.convert.m2m_100`, its tokenizer :mod:`lsmoe_ds.convert.tokenizer`. V vocabulary.
+Its weights are :mod:`lsmoe_ds.convert.m2m_100`, its tokenizer :mod:`lsmoe_ds.convert.tokenizer`. V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ POSITIONS = 1024  # transformers makes further ones when they are needed
 
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path) -> list[str]:
-    """The writer of the kind ``huggingface``; raises UserError if the tensors or the vocabulary are not the recipe's."""
+    """Write the kind ``huggingface``. Raises UserError if the tensors or the vocabulary are not the recipe's."""
     loaded = Vocabulary.load(vocabulary)
     model = config(recipe, loaded.size)
     names = save_tensors(rename(tensors, recipe, loaded.size), folder)
@@ -48,7 +50,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, voc
 
 
 def config(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
-    """``config.json`` of M2M-100."""
+    """Return ``config.json`` of M2M-100."""
     model, encoder, decoder = recipe.model, recipe.model.encoder, recipe.model.decoder
     return {
         "architectures": ["M2M100ForConditionalGeneration"],
@@ -81,12 +83,14 @@ def config(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
 
 
 def longest_translation(recipe: Recipe) -> int:
-    """The most tokens that we generate for the longest source, EOS not counted."""
+    """Return the most tokens that we generate for the longest source, EOS not counted."""
     return int(Search().limits(torch.tensor(recipe.data.batch.max_length)))
 
 
 def generation_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Our search (see lsmoe_ds/inference/beam_search.py); ``renormalize_logits``: what is never generated has no probability."""
+    """Return the settings of our search (lsmoe_ds/inference/beam_search.py); with ``renormalize_logits`` what
+    is never generated has no probability.
+    """
     return {
         "num_beams": Search().beam,
         "length_penalty": Search().length_penalty,
@@ -104,7 +108,9 @@ def generation_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder of the kind ``huggingface`` in transformers, on the CPU; see :class:`lsmoe_ds.inference.engine.Engine`."""
+    """A folder of the kind ``huggingface`` in transformers, on the CPU; see
+    :class:`lsmoe_ds.inference.engine.Engine`.
+    """
 
     model: Any
     tokenizer: Any
@@ -118,7 +124,7 @@ class Exported:
 
     @classmethod
     def load(cls, stored: Stored) -> Exported:
-        """As anybody would load it; needs transformers."""
+        """Load it as anybody would; needs transformers."""
         transformers: Any = importlib.import_module("transformers")
         transformers.utils.logging.disable_progress_bar()
         model = transformers.M2M100ForConditionalGeneration.from_pretrained(stored.home).eval()
@@ -126,22 +132,24 @@ class Exported:
         return cls(model, tokenizer, stored.recipe, Vocabulary.load(stored.vocabulary), stored.recipe.languages, 0, stored.home)
 
     def encode(self, line: str) -> list[int]:
-        """Ids of a line by the tokenizer of the folder, without tag and EOS."""
+        """Return the ids of a line by the folder's tokenizer, without tag and EOS."""
         return list(self.tokenizer(line)["input_ids"][1:-1])
 
     def logits(self, source: Tensor, decoder_input: Tensor) -> Tensor:
-        """Teacher-forced logits [B, T, V]; those at padding mean nothing."""
+        """Return teacher-forced logits [B, T, V]; those at padding mean nothing."""
         found: Tensor = self.model(input_ids=source, attention_mask=source != PAD, decoder_input_ids=decoder_input).logits
         return found
 
     def search(self, sources: Sequence[Sequence[int]], direction: Direction, search: Search) -> list[Hypothesis]:
-        """By the folder's own settings, but for the beam and the greatest length, which is ours for each sentence."""
+        """Search with the folder's own settings, except for the beam and the greatest length, which is ours
+        for each sentence.
+        """
         number = self.languages.direction_id(direction)
         batch = collate(sources, None, [number] * len(sources), DirectionIds.of(self.languages, self.vocabulary))
         limits = search.limits((batch.source != PAD).sum(1))
 
         def end(tokens: Tensor, scores: Tensor) -> Tensor:
-            """Nothing but EOS where the greatest length is reached; tokens [B W, positions], scores [B W, V]."""
+            """Allow only EOS once the greatest length is reached; tokens [B W, positions], scores [B W, V]."""
             over = (limits < tokens.shape[1]).repeat_interleave(search.beam)
             ends = scores[over, EOS]
             scores = scores.masked_fill(over[:, None], -math.inf)

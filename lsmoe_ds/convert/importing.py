@@ -1,10 +1,10 @@
 """Dense M2M-100 and NLLB models of Hugging Face as ours: the reverse of :mod:`lsmoe_ds.convert.huggingface`.
 
-Weights and segmentation of text stay what they were. A model that we exported, perhaps saved again by transformers, stays as it
-was. Of any other the vocabulary is put into our order, and with it the rows of the embedding. M2M-100 begins a source with the tag
-of its own language and a translation with the tag of its language, where we begin a source with the tag of the target language and
-a translation with nothing: such a model is a base for training, and translates only after some.
-H hidden, F feed-forward width, V vocabulary.
+Weights and segmentation of text stay what they were. A model that we exported, perhaps saved again by
+transformers, stays as it was. Of any other the vocabulary is put into our order, and with it the rows of the
+embedding. M2M-100 begins a source with the tag of its own language and a translation with the tag of its
+language, where we begin a source with the tag of the target language and a translation with nothing: such a
+model is a base for training, and translates only after some. H hidden, F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple[Tensors, Recipe, bytes]:
-    """Tensors by our names, the recipe of a training that begins with them, and the vocabulary, a sentencepiece model.
+    """Return tensors by our names, the recipe of a training that starts from them, and the vocabulary, a
+    sentencepiece model.
 
-    The recipe says where the model will lie (``out``); ``overrides`` are ``a.b=value`` strings, which must say on what it is to be
-    trained. Raises UserError for a folder that is damaged or of another architecture, and for overrides that are not possible.
+    The recipe says where the model will lie (``out``); ``overrides`` are ``a.b=value`` strings, which must
+    say on what it is to be trained. Raises UserError for a folder that is damaged or of another architecture,
+    and for overrides that are not possible.
     """
     config = _read_config(folder)
     theirs = _open_weights(folder)
@@ -79,7 +81,7 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """``config.json``, if it is of an architecture that is ours."""
+    """Read ``config.json``. Raises UserError if it is of an architecture that is not ours."""
     config = read_json(folder / "config.json")
     if config is None:
         raise UserError(f"{folder} is no Hugging Face model: config.json is missing or damaged")
@@ -103,7 +105,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _open_weights(folder: Path) -> Tensors:
-    """The parameters, the embedding under its first name only. Raises UserError where it is not one for all its places."""
+    """Open the parameters, the embedding under its first name only. Raises UserError if source, target and
+    output do not share it.
+    """
     if not any(folder.glob("model*.safetensors*")) and any(folder.glob("pytorch_model*.bin*")):
         raise UserError(
             f"{folder} has its weights in pytorch_model.bin, which could run code: write them as safetensors by "
@@ -121,7 +125,7 @@ def _open_weights(folder: Path) -> Tensors:
 
 
 def _shapes(recipe: Recipe, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor by M2M-100's name."""
+    """Return the shape of each tensor by M2M-100's name."""
     model = recipe.model
     hidden, found = model.hidden, {}
     for name in our_names(recipe):
@@ -183,10 +187,11 @@ def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, mode
 
 
 def _vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
-    """Return our sentencepiece model, and for each of its V pieces the row of the embedding, which has ``size``.
+    """Return our sentencepiece model, and for each of its V pieces the row of the embedding, which has
+    ``size``.
 
-    A piece that has no row, and that M2M-100 therefore reads as unknown, gets that of the unknown piece: left out it would change
-    how text is cut.
+    A piece that has no row, and that M2M-100 therefore reads as unknown, gets that of the unknown piece: left
+    out it would change how text is cut.
     """
     if (own := _own_vocabulary(folder)) is not None:
         if (pieces := Vocabulary(own).size) != size:
@@ -224,10 +229,11 @@ def _own_vocabulary(folder: Path) -> bytes | None:
 
 
 def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:
-    """The sentencepiece model, the row of each piece that has one, and the row of each language by our code.
+    """Return the sentencepiece model, the row of each piece that has one, and the row of each language by our
+    code.
 
-    M2M-100 has rows by vocab.json. NLLB has those of fairseq: the four special pieces in the order that is ours too, then the
-    others of the sentencepiece model. Languages come next, unless a file says where.
+    M2M-100 has rows by vocab.json. NLLB has those of fairseq: the four special pieces in the order that is
+    ours too, then the others of the sentencepiece model. Languages come next, unless a file says where.
     """
     path = folder / SENTENCEPIECE
     if not path.is_file():
@@ -261,8 +267,9 @@ def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:
 
 
 def _language_rows(folder: Path, first: int, known: Sequence[str]) -> dict[str, int]:
-    """Row of each token that may be a language's, in order. Where ids are written they are taken, otherwise they begin with ``first``,
-    in the written order or in that of ``known``."""
+    """Return the row of each token that may be a language's, in order: by its written id, or else counted
+    from ``first``, in the written order or in that of ``known``.
+    """
     tokenizer, settings, added, special = (
         read_json(folder / f"{name}.json") or {} for name in ("tokenizer", "tokenizer_config", "added_tokens", "special_tokens_map")
     )

@@ -1,7 +1,7 @@
 """The weights of a dense model under M2M-100's names, and back.
 
-What M2M-100 lacks is made up for exactly: feed-forwards narrower than the widest of their side are filled up with zeros.
-H hidden, F feed-forward width.
+What M2M-100 lacks is made up for exactly: feed-forwards narrower than the widest of their side are filled up
+with zeros. H hidden, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def our_names(recipe: Recipe) -> Iterator[str]:
 
 
 def rename(tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: int) -> Tensors:
-    """Return the tensors under M2M-100's names, feed-forwards [F, H] filled up with zeros to the widest of their side.
+    """Return the tensors under M2M-100's names, feed-forwards [F, H] filled up with zeros to the widest of
+    their side.
 
     Raises UserError if they are not those of a dense model of this recipe and vocabulary.
     """

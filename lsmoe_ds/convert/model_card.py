@@ -1,4 +1,6 @@
-"""The model card of a converted folder, ``README.md``: what the model is, what it was trained on, how good it is, how to use it."""
+"""The model card of a converted folder, ``README.md``: what the model is, what it was trained on, how good it
+is, how to use it.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,7 @@ MOST_NAMED = 12  # directions named in the first sentence
 
 
 def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: Path) -> str:
-    """The card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, where its scores may lie."""
+    """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, which may hold scores."""
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
     directions = recipe.languages.directions
     targets = list(dict.fromkeys(direction.target for direction in directions))
@@ -211,7 +213,7 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
 
 
 def _corpus(corpus: Any, directory: Path) -> str:
-    """Name a corpus and its license, from its ``PROVENANCE.json``."""
+    """Describe a corpus and its license, from its ``PROVENANCE.json``."""
     if not isinstance(corpus, str):
         return f"{corpus.path.name}, from the trainer's own disk; license unknown"  # where it lay is nobody's business
     found = read_json(corpus_folder(corpus, directory) / PROVENANCE)
@@ -222,7 +224,7 @@ def _corpus(corpus: Any, directory: Path) -> str:
 
 
 def _pairs(recipe: Recipe, home: Path) -> dict[str, int]:
-    """Return the training pairs of the bitext of each direction, by its name; none where the prepared data are not the run's."""
+    """Return the number of training pairs of each bitext; empty if the prepared data are not the run's."""
     try:
         bitexts = PreparedData.of(recipe, home).manifest["bitexts"]
     except UserError:
@@ -232,7 +234,7 @@ def _pairs(recipe: Recipe, home: Path) -> dict[str, int]:
 
 
 def _scores(home: Path, directions: Sequence[Direction], provenance: Mapping[str, Any]) -> ScoreTable | None:
-    """Find the fullest scores of these directions by the model's route; None where there are none that can be read."""
+    """Find the fullest scores of these directions by the model's route; None if there are none that can be read."""
     try:
         return ScoreFolder(home).best(directions, provenance["route"], provenance["step"])
     except UserError:

@@ -1,4 +1,6 @@
-"""The optimizer's state in a checkpoint or consolidated folder, of whole parameters, read one parameter at a time."""
+"""The optimizer's state in a checkpoint or consolidated folder, of whole parameters, read one parameter at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class OptimizerState(Protocol):
     """By global name of a parameter."""
 
     def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """Each state tensor of a parameter, of its whole ``shape``. Raises UserError if anything is missing."""
+        """Return each state tensor of a parameter, in its whole ``shape``. Raises UserError if anything is
+        missing.
+        """
         ...
 
     @property
@@ -36,7 +40,8 @@ class OptimizerState(Protocol):
 
 
 def open_optimizer(folder: Path, verify: bool = False) -> OptimizerState:
-    """Of a checkpoint or a consolidated folder; raises UserError if it holds none that can be read.
+    """Open the optimizer's state of a checkpoint or a consolidated folder. Raises UserError if it holds none
+    that can be read.
 
     With ``verify`` the sum of each file is compared before anything is read of it.
     """
@@ -91,7 +96,7 @@ class Pieces:
     """In DeepSpeed's files of a checkpoint, by the ``pieces-rank-N.json`` beside them."""
 
     def __init__(self, checkpoint: Path, check: Callable[[Path], None] | None = None) -> None:
-        """Raises UserError if the checkpoint does not say where its parts lie."""
+        """Open the state. Raises UserError if the checkpoint does not say where its parts are."""
         self.places: dict[str, dict[int, dict[int, _Place]]] = {}  # by name, tensor-parallel part and start
         self.steps: set[float] = set()
         self.partition: dict[str, int] = read_fields(checkpoint / STATE, partition=dict)["partition"]

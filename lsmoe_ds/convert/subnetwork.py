@@ -41,10 +41,10 @@ FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bia
 
 
 def check_convertible(recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False) -> None:
-    """Raises UserError if the model has no dense equal for this direction and route, saying why.
+    """Raise UserError, with the reason, if the model has no dense equivalent for this direction and route.
 
-    Without a direction: for all directions of the recipe at once. With ``hybrid`` layers whose experts are chosen token by token
-    or sentence by sentence may stay as they are.
+    Without a direction: for all directions of the recipe at once. With ``hybrid`` layers whose experts are
+    chosen token by token or sentence by sentence may stay as they are.
     """
     model = recipe.model
     check_route(route, recipe)
@@ -74,12 +74,13 @@ def check_convertible(recipe: Recipe, direction: Direction | None, route: str = 
 
 
 def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
-    """(side, layer, settings) of each layer whose experts the route uses."""
+    """Yield (side, layer, settings) of each layer whose experts the route uses."""
     return ((side, layer, moe) for side, layer, moe in model.moe_layers() if route == "specific" or not moe.fuse_distillation)
 
 
 def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages, task: int) -> dict[str, Entry]:
-    """One feed-forward that equals a layer routed by task, for one task; ``at`` is the layer's name up to ``feed_forward.``.
+    """Return one feed-forward that equals a layer routed by task, for one task; ``at`` is the layer's name up
+    to ``feed_forward.``.
 
     Gives ``expand`` [K F, H] with bias [K F] and ``contract`` [H, K F] with bias [H].
     """
@@ -110,7 +111,7 @@ def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages,
 
 
 def fold_low_rank(weights: Tensors, recipe: Recipe, direction: Direction | None, route: str) -> Tensors:
-    """The same weights with every low-rank bank folded into the linear layer that it stands beside: W + V F.
+    """Return the weights with every low-rank bank folded into the linear layer beside it: W + V F.
 
     Only the specific route reads ``direction``.
     """
@@ -138,11 +139,13 @@ def fold_low_rank(weights: Tensors, recipe: Recipe, direction: Direction | None,
 def extract(
     weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False
 ) -> tuple[Tensors, Recipe]:
-    """Weights (by global name) and recipe of the dense model that equals the given one for ``direction``.
+    """Return weights (by global name) and recipe of the dense model that equals the given one for
+    ``direction``.
 
-    Each kind of language-specific layer has its function here; all else is taken over. The vocabulary stays as it is.
-    By the shared route and where that uses no experts the model is the same for every direction: its recipe keeps them all.
-    With ``hybrid`` only what is chosen by the direction becomes dense; layers routed by token or sentence keep their experts.
+    Each kind of language-specific layer has its function here; all else is taken over. The vocabulary stays
+    as it is. By the shared route and where that uses no experts the model is the same for every direction:
+    its recipe keeps them all. With ``hybrid`` only what is chosen by the direction becomes dense; layers
+    routed by token or sentence keep their experts.
     """
     check_convertible(recipe, direction, route, hybrid)
     sides = {"encoder": recipe.model.encoder, "decoder": recipe.model.decoder}
@@ -173,7 +176,9 @@ def serves_all(recipe: Recipe, route: str) -> bool:
 
 
 def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]], kept: set[str]) -> Recipe:
-    """The same recipe, with a dense model, but for the sides in ``kept``, and one direction, or without ``direction`` all of them."""
+    """Return the recipe with a dense model, except for the sides in ``kept``, and with one direction, or all
+    if ``direction`` is None.
+    """
 
     def side(name: str, before: Side) -> Side:
         moe = before.moe.model_copy(update={"fuse_distillation": False}) if before.moe is not None and name in kept else None
@@ -193,7 +198,8 @@ def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str,
 def extract_stored(
     stored: Stored, direction: Direction | None, route: str = "specific", hybrid: bool = False, average: int = 1
 ) -> tuple[Tensors, Recipe, dict[str, Any]]:
-    """:func:`extract` from a run, a checkpoint or a folder; and the ``provenance.json`` of the outcome, less kind and files.
+    """Apply :func:`extract` to a run, a checkpoint or a folder; also return the ``provenance.json`` of the
+    result, except kind and files.
 
     A dense folder is taken as it is; one for all directions can be narrowed to one of them.
     """
@@ -216,7 +222,9 @@ def extract_stored(
 
 
 def describe(stored: Stored, whole: Weights, direction: str, route: str, parameters: int) -> dict[str, Any]:
-    """``provenance.json`` of what is made of a model, less kind and files; what it itself was made of is carried on."""
+    """Return the ``provenance.json`` of what is made of a model, except kind and files; what it was made of
+    itself is kept.
+    """
     provenance = {
         "version": __version__,
         "run": stored.recipe.name,
@@ -237,9 +245,11 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
 
 
 def convert_to_dense(run: str | Path, direction: Direction | None, out: str | Path, route: str = "specific") -> dict[str, Any]:
-    """Writes the dense model of ``direction`` as a folder (without a card) and returns its ``provenance.json``, less the files.
+    """Write the dense model of ``direction`` as a folder (without a card) and return its ``provenance.json``,
+    except the files.
 
-    ``run`` is a run folder or a checkpoint in it. Raises UserError if there is no dense equal, or ``out`` is not ours to write.
+    ``run`` is a run folder or a checkpoint in it. Raises UserError if there is no dense equal, or ``out`` is
+    not ours to write.
     """
     stored = find_model(run)
     tensors, recipe, made = extract_stored(stored, direction, route)

@@ -1,6 +1,8 @@
-"""Tensors by name that are made when they are asked for: a conversion composes them, and so never holds the whole model.
+"""Tensors by name that are made when they are asked for: a conversion composes them, and so never holds the
+whole model.
 
-On disk they are safetensors: one file, or above :data:`SHARD` bytes several with an index, as ``transformers`` has them.
+On disk they are safetensors: one file, or above :data:`SHARD` bytes several with an index, as
+``transformers`` has them.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Tensors(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Those of any mapping."""
+        """Return any mapping as this one."""
         if isinstance(tensors, Tensors):
             return tensors
         return cls({name: Entry(tuple(value.shape), lambda value=value: value) for name, value in tensors.items()})  # type: ignore[misc]
@@ -62,19 +64,21 @@ class Tensors(Mapping[str, Tensor]):
         return len(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without making the tensor."""
+        """Return a tensor's shape without making it."""
         return self.entries[name].shape
 
     @property
     def numbers(self) -> int:
-        """Of all tensors together."""
+        """The number of values in all tensors."""
         return sum(entry.numbers for entry in self.entries.values())
 
 
 class Files(Generic[T]):
-    """Opened files. What was read of a mapped file stays in memory while it is open: now and then all are opened anew.
+    """Opened files. What was read of a mapped file stays in memory while it is open: now and then all are
+    opened anew.
 
-    Before anything is read of a file, ``check`` is called with it, once; it raises UserError if the file is not what was written.
+    Before anything is read of a file, ``check`` is called with it, once; it raises UserError if the file is
+    not what was written.
     """
 
     def __init__(self, open_file: Callable[[Path], T], check: Callable[[Path], None] | None = None) -> None:
@@ -84,7 +88,9 @@ class Files(Generic[T]):
         self._read = 0
 
     def get(self, path: Path, to_read: int = 0) -> T:
-        """An opened file, of which ``to_read`` bytes will be read and copied; with 0 only names and shapes are."""
+        """Return an opened file, from which ``to_read`` bytes will be read and copied; if 0, only names and
+        shapes.
+        """
         if self._read > AT_ONCE or len(self._opened) > 64:
             self._opened.clear()
             self._read = 0
@@ -98,7 +104,8 @@ class Files(Generic[T]):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str = "model") -> list[str]:
-    """Writes ``stem.safetensors``, or shards and ``stem.safetensors.index.json``, and returns the names of the files.
+    """Write ``stem.safetensors``, or shards and ``stem.safetensors.index.json``, and return the names of the
+    files.
 
     Holds one shard at a time. Raises OSError on a full disk, otherwise UserError, if they cannot be written.
     """
@@ -133,14 +140,17 @@ def _save(tensors: Tensors, names: list[str], path: Path) -> None:
 
 
 def _apart(value: Tensor) -> Tensor:
-    """Contiguous and in memory of its own: safetensors writes no two views of the same."""
+    """Return a contiguous tensor in memory of its own: safetensors does not write two views of the same
+    memory.
+    """
     own = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
     return value if own else value.clone(memory_format=torch.contiguous_format)
 
 
 def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None] | None = None) -> Tensors:
-    """What :func:`save_tensors` or ``transformers`` has written; ``check`` as of :class:`Files`. Raises UserError if it is missing or
-    damaged."""
+    """Open what :func:`save_tensors` or ``transformers`` has written; ``check`` as in :class:`Files`. Raises
+    UserError if it is missing or damaged.
+    """
     files: Files[Any] = Files(_open, check)
     index = folder / f"{stem}.safetensors.index.json"
     if (folder / f"{stem}.safetensors").exists() or not index.exists():

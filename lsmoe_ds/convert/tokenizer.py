@@ -19,8 +19,9 @@ KINDS = {"Unigram": 1, "BPE": 2}  # by the numbers of sentencepiece
 TAG = re.compile(r"<2[a-z]{2,3}(_[A-Za-z0-9]+)*>")
 SPACE = "\u2581"
 LESS_THAN = "\u2060"
-"""Stands for ``<`` in the pieces of the tokenizer: no text holds this invisible character once it is normalized, and without a
-``<`` no text spells a tag."""
+"""Stands for ``<`` in the pieces of the tokenizer: no text holds this invisible character once it is
+normalized, and without a ``<`` no text spells a tag.
+"""
 
 
 def special_tokens() -> dict[str, str]:
@@ -41,7 +42,8 @@ def tokenizer_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def tokenizer(vocabulary: Vocabulary, model: bytes, target: str, kind: str = "unigram") -> dict[str, Any]:
-    """Return ``tokenizer.json`` of a vocabulary (``model`` is its sentencepiece model): a source is the tag of ``target``, the pieces, EOS.
+    """Return ``tokenizer.json`` of a vocabulary (``model`` is its sentencepiece model): a source is the tag
+    of ``target``, the pieces, EOS.
 
     The normalizer is :func:`lsmoe_ds.data.cleaning.clean_text` and sentencepiece's own treatment of spaces.
     """
@@ -90,7 +92,9 @@ def _unigram(pieces: list[str], scores: list[float]) -> dict[str, Any]:
 
 
 def _bpe(pieces: list[str], special: set[int]) -> dict[str, Any]:
-    """sentencepiece joins whatever makes a piece, the earliest piece first; here each way to make one is listed."""
+    """Return a BPE model: sentencepiece joins whatever makes a piece, the earliest piece first; here each way
+    to make one is listed.
+    """
     ids = {piece: index for index, piece in enumerate(pieces)}
     parts = ids.keys() - {pieces[index] for index in special}
     merges = [
@@ -104,7 +108,9 @@ def _bpe(pieces: list[str], special: set[int]) -> dict[str, Any]:
 
 
 def _normalizers(charsmap: bytes) -> Iterator[dict[str, Any]]:
-    """``charsmap`` is how sentencepiece normalizes: nothing in our own vocabularies, something in imported ones."""
+    """Yield the normalizers; ``charsmap`` is sentencepiece's own normalization: empty in our vocabularies,
+    not in imported ones.
+    """
     spaces = "".join(rf"\x{{{code:x}}}" for code in range(0x10000) if chr(code).isspace())
     yield {"type": "NFC"}
     yield _replace(INVISIBLE.pattern, "", regex=True)
@@ -141,7 +147,8 @@ def is_ours(made: Any) -> bool:
 
 
 def sentencepiece_model(made: dict[str, Any]) -> bytes:
-    """Return the sentencepiece model of a ``tokenizer.json`` that :func:`is_ours`; it cuts text into the same pieces.
+    """Return the sentencepiece model of a ``tokenizer.json`` that :func:`is_ours`; it cuts text into the same
+    pieces.
 
     Raises UserError if the file is damaged.
     """
@@ -165,7 +172,9 @@ def sentencepiece_model(made: dict[str, Any]) -> bytes:
 
 
 def _scored_pieces(model: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the pieces of a tokenizer's model in the order of their ids. BPE joins the earliest piece first, by its score."""
+    """Yield the pieces of a tokenizer's model in the order of their ids. BPE joins the earliest piece first,
+    by its score.
+    """
     if model["type"] == "Unigram":
         yield from ((str(piece), float(score)) for piece, score in model["vocab"])
         return

@@ -1,4 +1,6 @@
-"""Curves as inline SVG that stretches with the page: lines in the SVG, labels in HTML, so that text keeps its size."""
+"""Curves as inline SVG that stretches with the page: lines in the SVG, labels in HTML, so that text keeps its
+size.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,18 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve of finite (x, y) points. ``kind``: a line, a faint thin line behind others, a thin line with dots (dev, and dev by the
-    shared route), or a dashed line at which another aims."""
+    """One curve of finite (x, y) points. ``kind``: a line, a faint thin line behind others, a thin line with
+    dots (dev, and dev by the shared route), or a dashed line at which another aims.
+    """
 
     points: Points
     kind: Literal["line", "faint", "dev", "dev wide", "shared", "aim"] = "line"
 
 
 def smooth(points: Points, window: int) -> list[tuple[float, float]]:
-    """Mean over the ``window`` points before and after each, fewer but as many on both sides near the ends: it does not lag."""
+    """Return the mean over the ``window`` points before and after each; near the ends fewer, but as many on
+    both sides, so it does not lag.
+    """
     total = [0.0]
     for _, y in points:
         total.append(total[-1] + y)
@@ -34,7 +39,9 @@ def smooth(points: Points, window: int) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers that span ``low`` to ``high``: the first is not above, the last not below."""
+    """Return about ``count`` round numbers that span ``low`` to ``high``: the first is not above, the last
+    not below.
+    """
     if high <= low:
         high = low + (abs(low) or 1.0)
     raw = (high - low) / count
@@ -45,14 +52,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thin(points: Points, most: int = 800) -> Points:
-    """At most ``most`` of the points, evenly spread, the last among them."""
+    """Return at most ``most`` of the points, evenly spread, including the last."""
     if len(points) <= most:
         return points
     return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]
 
 
 def line_chart(series: Sequence[Series], description: str, tall: bool = True) -> Markup:
-    """A chart of at least one point; the x axis is the training step."""
+    """Draw a chart of at least one point; the x axis is the training step."""
     everything = [point for one in series for point in one.points]
     xs, ys = [x for x, _ in everything], [y for _, y in everything]
     x_ticks, y_ticks = ticks(0, max(xs)), ticks(min(ys), max(ys), 5 if tall else 2)
@@ -85,7 +92,7 @@ def line_chart(series: Sequence[Series], description: str, tall: bool = True) ->
 
 
 def number(value: float) -> str:
-    """``12,500``, ``0.75``, ``1.5e-4``: as short as it can be read."""
+    """Write a number as short as it can be read: ``12,500``, ``0.75``, ``1.5e-4``."""
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"

@@ -74,14 +74,14 @@ class Conversion(BaseModel):
 
     @property
     def made(self) -> str:
-        """``2026-01-02, of step 100, in 3.0 s``."""
+        """When, of what and how fast it was made: ``2026-01-02, of step 100, in 3.0 s``."""
         parts = [self.date and self.date[:10], None if self.step is None else f"of step {self.step:,}"]
         parts.append(None if self.seconds is None else f"in {duration(self.seconds)}")
         return ", ".join(part for part in parts if part)
 
     @property
     def title(self) -> str:
-        """``CTranslate2, int8, shared route``."""
+        """What it is: ``CTranslate2, int8, shared route``."""
         parts = [KIND_NAMES.get(self.kind, self.kind), self.quantization, "shared route" if self.route == "shared" else None]
         parts.append(f"mean of {self.average} checkpoints" if self.average > 1 else None)
         return ", ".join(part for part in parts if part)
@@ -89,7 +89,9 @@ class Conversion(BaseModel):
 
 @dataclass
 class Progress:
-    """What ``metrics.jsonl`` tells. Losses are nats a target token, by step; ``seconds`` and ``tokens`` are totals."""
+    """What ``metrics.jsonl`` tells. Losses are nats a target token, by step; ``seconds`` and ``tokens`` are
+    totals.
+    """
 
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {name: [] for name in CURVES})
     steps: int = 0
@@ -99,7 +101,7 @@ class Progress:
 
 
 def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
-    """Writes the page, by default as ``report.html`` of the run, whole or not at all, and returns its path.
+    """Write the page, by default as ``report.html`` of the run, and return its path.
 
     Raises UserError if the folder holds no recipe, or a file that cannot be read.
     """
@@ -113,7 +115,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def render_report(run: Path) -> str:
-    """The page as text. Everything that comes from data is escaped by the template."""
+    """Return the page as text. Everything that comes from data is escaped by the template."""
     recipe = load_recipe(run / "recipe.yaml")
     progress = _if_there(run / "metrics.jsonl", read_progress)
     scores = ScoreFolder(run).best(recipe.languages.directions)
@@ -162,7 +164,9 @@ def _if_there(path: Path, read: Callable[[Path], T]) -> T | None:
 
 
 def _conversions(run: Path) -> list[Conversion]:
-    """Return the records of all conversions, dense ones first; of a run of an earlier version the only one that it has."""
+    """Return the records of all conversions, dense ones first; of a run of an earlier version the only one
+    that it has.
+    """
     paths = sorted((run / "conversions").glob("*.json")) or [path for path in [run / "conversion.json"] if path.is_file()]
     found = [_read(path, TypeAdapter(Conversion)) for path in paths]
     return sorted(found, key=lambda each: list(KIND_NAMES).index(each.kind) if each.kind in KIND_NAMES else len(KIND_NAMES))
@@ -180,7 +184,9 @@ def _read(path: Path, kind: TypeAdapter[T]) -> T:
 
 
 def read_progress(path: Path) -> Progress:
-    """Reads ``metrics.jsonl``. Of a step that a resumed training did again the last line counts; an unfinished last line is left out."""
+    """Read ``metrics.jsonl``. If a resumed training repeated a step, the last line counts; an unfinished last
+    line is ignored.
+    """
     by_step: dict[int, dict[str, Any]] = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for index, line in enumerate(lines):
@@ -265,7 +271,9 @@ def _language_specific(model: Model) -> Iterator[str]:
 
 
 def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
-    """Say what a short training can and cannot do, in its own figures; None if the training was long, or good all the same."""
+    """Say what a short training can and cannot do, in its own figures; None if the training was long, or good
+    all the same.
+    """
     if progress is None or not 0 < progress.seconds < SHORT_TRAINING or scores.share("weak") < USABLE:
         return None
     average = scores.averages()["all"]
@@ -288,7 +296,7 @@ class SideScores:
     scores: list[DirectionScore]
 
     def label(self, direction: Direction) -> str:
-        """The language that is not English."""
+        """Return the name of the language that is not English."""
         return {"into_english": language_name(direction.source), "out_of_english": language_name(direction.target)}.get(
             self.group, task_name(str(direction))
         )
@@ -308,7 +316,9 @@ def _sides(scores: ScoreTable) -> list[SideScores]:
 
 
 def _open_samples(scores: ScoreTable) -> set[str]:
-    """Directions whose samples show at once: one into English, and one into each other script, as far as they are not too many."""
+    """Return the directions whose samples are open: one into English and one into each other script, up to a
+    limit.
+    """
     shown: dict[str, str] = {}
     for score in sorted(scores.directions, key=lambda score: task_order(str(score.direction))):
         target = score.direction.target
@@ -343,7 +353,7 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """``0.4 s``, ``42 s``, ``8 min 5 s``, ``3 h 20 min``."""
+    """Write a duration: ``0.4 s``, ``42 s``, ``8 min 5 s``, ``3 h 20 min``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -356,7 +366,7 @@ def duration(seconds: float) -> str:
 
 
 def short_count(value: float) -> str:
-    """``950``, ``12.3 k``, ``41.2 M``, ``1.5 B``."""
+    """Write a count: ``950``, ``12.3 k``, ``41.2 M``, ``1.5 B``."""
     for unit, name in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
         if value >= unit:
             return f"{value / (1e3 if name == ' k' else unit):.1f}{name}"
@@ -371,10 +381,12 @@ def size(count: float) -> str:
 
 
 def html_language(code: str) -> str:
-    """Our code as the ``lang`` attribute wants it: ``zh_Hans`` -> ``zh-Hans``."""
+    """Return our code as the ``lang`` attribute wants it: ``zh_Hans`` -> ``zh-Hans``."""
     return code.replace("_", "-")
 
 
 def text_direction(code: str) -> str:
-    """The ``dir`` attribute of text in a language: a Hebrew line runs from the right even if it begins with a Latin word."""
+    """Return the ``dir`` attribute of text in a language: a Hebrew line runs from the right even if it begins
+    with a Latin word.
+    """
     return "rtl" if script(code) in RIGHT_TO_LEFT else "auto"

@@ -25,8 +25,9 @@ def in_chunks(lines: Iterable[str]) -> Iterator[list[str]]:
 
 
 def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
-    """Yield the lines of a stream of UTF-8 without their ends, in chunks as :func:`in_chunks`; what is there when the stream pauses
-    is a chunk of its own, so that whoever types a line, or sends it through a pipe, gets it answered.
+    """Yield the lines of a stream of UTF-8 without their ends, in chunks as :func:`in_chunks`; what is there
+    when the stream pauses is a chunk of its own, so that whoever types a line, or sends it through a pipe,
+    gets it answered.
 
     Raises UserError that names the first line which is not UTF-8, after the lines before it.
     """
@@ -63,7 +64,9 @@ def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
 
 
 def read_lines(stream: Iterable[bytes]) -> Iterator[str]:
-    """Yield the lines of a stream of UTF-8 without their ends. Raises UserError that names the first line which is not UTF-8."""
+    """Yield the lines of a stream of UTF-8 without their ends. Raises UserError that names the first line
+    which is not UTF-8.
+    """
     for number, line in enumerate(stream, start=1):
         yield decode_line(line, number)
 

@@ -31,7 +31,9 @@ def translate(
     length_penalty: float = 1.0,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[str]:
-    """Yield the translation of each line, in their order, while lines are still being read (:func:`translate_chunks`)."""
+    """Yield the translation of each line, in their order, while lines are still being read
+    (:func:`translate_chunks`).
+    """
     return translate_chunks(engine, direction, in_chunks(lines), beam, length_penalty, batch_tokens)
 
 
@@ -45,8 +47,9 @@ def translate_chunks(
 ) -> Iterator[str]:
     """Yield the translation of each line of each chunk; the lines of a chunk are translated together.
 
-    A blank line gives an empty one. A line of more tokens than the model was trained on is cut at the ends of sentences,
-    and its parts' translations are joined. Raises UserError for a direction that is not the model's.
+    A blank line gives an empty one. A line of more tokens than the model was trained on is cut at the ends of
+    sentences, and its parts' translations are joined. Raises UserError for a direction that is not the
+    model's.
     """
     engine.languages.direction_id(direction)  # now, not when the first line is asked for
     search = Search(beam, length_penalty)
@@ -61,7 +64,9 @@ def translate_all(
     batch_tokens: int = BATCH_TOKENS,
     advance: Callable[[int], None] = lambda lines: None,
 ) -> list[str]:
-    """The translation of each of the lines, all sorted together; ``advance`` is told of how many more is done."""
+    """The translation of each of the lines, all sorted together; ``advance`` is told of how many more is
+    done.
+    """
     parts = [cut_line(line, engine) for line in lines]
     flat = [part for each in parts for part in each]
     found = iter(translate_tokens(engine, direction, flat, search, batch_tokens, advance))
@@ -79,8 +84,10 @@ def translate_tokens(
     batch_tokens: int = BATCH_TOKENS,
     advance: Callable[[int], None] = lambda sources: None,
 ) -> list[Hypothesis]:
-    """Translations of N token sequences (without tag and EOS), in batches of like length with at most ``batch_tokens``
-    padded source tokens; ``advance`` is told the number of sequences of each batch when it is done."""
+    """Translations of N token sequences (without tag and EOS), in batches of like length with at most
+    ``batch_tokens`` padded source tokens; ``advance`` is told the number of sequences of each batch when
+    it is done.
+    """
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     rows = max(1, LOGITS // (engine.vocabulary.size * search.beam))
     found: dict[int, Hypothesis] = {}

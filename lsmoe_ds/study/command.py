@@ -1,8 +1,9 @@
 """``lsmoe study``: trains and evaluates the members of a study one by one, and keeps the tables up to date.
 
-``OUT/MEMBER-seedN/`` are run folders, with ``scores-ROUTE.json`` beside what training leaves there; ``OUT/recipes/`` holds the
-whole recipe of each; ``OUT/study.json``, ``study.md`` and ``study.html`` are written anew after each member. Several processes may
-work on one study as long as each takes a part of its own.
+``OUT/MEMBER-seedN/`` are run folders, with ``scores-ROUTE.json`` beside what training leaves there;
+``OUT/recipes/`` holds the whole recipe of each; ``OUT/study.json``, ``study.md`` and ``study.html`` are
+written anew after each member. Several processes may work on one study as long as each takes a part of its
+own.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ def run_study(
     processes: int | None = None,
     part: Part | None = None,
 ) -> Comparison:
-    """Does what is left to do for ``members`` and ``seeds`` (all, if none are named), or for a ``part`` of these pairs, and returns
-    the comparison of all.
+    """Do what is missing for ``members`` and ``seeds`` (all, if none are named), or for a ``part`` of these
+    pairs, and return the comparison of all.
 
-    Raises UserError for a bad study, for what cannot be trained as it stands, before anything is trained, and for a
-    training that failed; what was done stays.
+    Raises UserError for a bad study, for what cannot be trained as it stands, before anything is trained, and
+    for a training that failed; what was done stays.
     """
     study = load_study(file)
     chosen_members = _choose(members, list(study.settings.members), "member")
@@ -89,7 +90,7 @@ class Runs:
         return self.out / f"{member}-seed{seed}"
 
     def check(self, member: str, seed: int, processes: int | None) -> None:
-        """Raises UserError for what training or evaluation would refuse later."""
+        """Raise UserError for what training or evaluation would refuse later."""
         recipe = self.study.recipe(member, seed)
         layout, world = recipe.parallel, processes or smallest_world(recipe)
         try:
@@ -118,7 +119,7 @@ class Runs:
         return found is not None and step_of(found) == steps
 
     def train(self, member: str, seed: int, processes: int | None) -> None:
-        """Train in processes of its own, so that memory and process groups end with it."""
+        """Train in separate processes, so that memory and process groups end with them."""
         name, folder = f"{member}, seed {seed}", self.folder(member, seed)
         if self.is_trained(member, seed):
             return _say(f"{name}: trained already")
@@ -144,7 +145,9 @@ class Runs:
         table.write(folder / f"scores-{route}.json")
 
     def scores(self, member: str, seed: int, route: str) -> ScoreTable | None:
-        """Those of the last step, by the study's options; None where there are none. Scores of another run are an error."""
+        """Return the scores of the last step, by the study's options; None if there are none. Scores of
+        another run are an error.
+        """
         folder, options = self.folder(member, seed), self.study.settings.evaluate
         path = folder / f"scores-{route}.json"
         if not self.is_there(member, seed) or not path.is_file():
@@ -157,7 +160,7 @@ class Runs:
         return table if found == wanted and counts == {str(s.direction): s.sentences for s in table.directions} else None
 
     def costs(self, member: str, route: str) -> Costs:
-        """Parameters by plan; speed and time of the runs that are trained to their end."""
+        """Return parameters by plan, and speed and time of the runs that are trained to their end."""
         planned = self.plans[member]
         serving = planned.routes.get(route, planned.parameters)
         done: list[Progress] = []
@@ -175,7 +178,7 @@ class Runs:
         )
 
     def compare(self) -> Comparison:
-        """From the files that are there."""
+        """Compare what the files that exist say."""
         study, settings = self.study, self.study.settings
         scores = {}
         for member, route in study.rows():
@@ -193,7 +196,9 @@ class Runs:
         )
 
     def write_tables(self) -> None:
-        """Reads and writes under a lock: of two processes that finish at once, the later one sees what the other did."""
+        """Read and write under a lock: if two processes finish at once, the later one sees what the other
+        did.
+        """
         with locked(self.out / "study.json", wait=True):
             comparison = self.compare()
             write_whole(self.out / "study.json", json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1) + "\n")

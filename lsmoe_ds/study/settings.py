@@ -98,17 +98,17 @@ class Study:
         return self.recipes[self.settings.baseline].prepared
 
     def recipe(self, member: str, seed: int) -> Recipe:
-        """The whole recipe of one run."""
+        """Return the whole recipe of one run."""
         recipe = self.recipes[member]
         return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
 
     def title(self, member: str, route: str) -> str:
-        """Of a row of the tables; the route is named where a member has several."""
+        """Return the title of a row; the route is named if a member has several."""
         chosen = self.settings.members[member]
         return (chosen.title or member) + (f", {route}" if len(chosen.routes) > 1 else "")
 
     def rows(self) -> list[tuple[str, str]]:
-        """(member, route) of each row of the tables."""
+        """Return (member, route) of each row of the tables."""
         return [(name, route) for name, member in self.settings.members.items() for route in member.routes]
 
 
@@ -133,7 +133,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def _keys(value: Mapping[str, Any], at: str = "") -> list[str]:
-    """``a.b`` of every value that is no mapping, or an empty one."""
+    """Return the key ``a.b`` of every value that is no mapping, or an empty one."""
     found = []
     for key, child in value.items():
         here = f"{at}{key}"

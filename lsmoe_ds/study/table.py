@@ -1,6 +1,8 @@
-"""The comparison of a study's members: means over seeds with their spread, gains over the baseline, win ratios.
+"""The comparison of a study's members: means over seeds with their spread, gains over the baseline, win
+ratios.
 
-A row is a member by one of its routes. What was not measured is None here, null in JSON and "missing" in the tables.
+A row is a member by one of its routes. What was not measured is None here, null in JSON and "missing" in the
+tables.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread | None:
-        """None of no values."""
+        """Return the spread of values, None if there are none."""
         found = list(values)
         return cls(sum(found) / len(found), min(found), max(found), len(found)) if found else None
 
     def text(self, form: str = ",.1f") -> str:
-        """``31.2 ±0.4``: with half the range, where there are several seeds."""
+        """Write ``31.2 ±0.4``: with half the range, if there are several seeds."""
         half = f" ±{format((self.largest - self.smallest) / 2, form)}" if self.seeds > 1 else ""
         return f"{format(self.mean, form)}{half}"
 
@@ -45,8 +47,9 @@ Scores = dict[str, Spread]  # by metric
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters trained, loaded to serve all directions, and left for one direction once folded or extracted; measured speed
-    (tokens a second, median of a run's records) and minutes of training."""
+    """Parameters trained, loaded to serve all directions, and left for one direction once folded or
+    extracted; measured speed (tokens a second, median of a run's records) and minutes of training.
+    """
 
     parameters: int
     serving_all: int
@@ -57,11 +60,13 @@ class Costs:
 
 @dataclass(frozen=True)
 class Row:
-    """Scores over the seeds that are there. Gains are chrF++ over the baseline's mean: of all directions by seed, and of each
-    direction; ``win_ratio`` is the share of directions, from 0 to 1, whose mean over seeds is above the baseline's.
+    """Scores over the seeds that are there. Gains are chrF++ over the baseline's mean: of all directions by
+    seed, and of each direction; ``win_ratio`` is the share of directions, from 0 to 1, whose mean over
+    seeds is above the baseline's.
 
-    ``beyond_seeds`` says whether the gain is larger than what seeds do: every seed of the row scores above every seed of the baseline,
-    or every one below. It is None of the baseline itself, and where either has fewer than two seeds.
+    ``beyond_seeds`` says whether the gain is larger than what seeds do: every seed of the row scores above
+    every seed of the baseline, or every one below. It is None of the baseline itself, and where either has
+    fewer than two seeds.
     """
 
     member: str
@@ -93,7 +98,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Row:
-        """The inverse of :meth:`to_dict`."""
+        """Read what :meth:`to_dict` returned."""
         costs = value["costs"] | {name: _spread(value["costs"][name]) for name in ("tokens_per_second", "minutes")}
         scores = {name: {key: _scores_of(each) for key, each in value[name].items()} for name in ("groups", "directions")}
         by_seed = {int(seed): gain for seed, gain in value["gain_by_seed"].items()}
@@ -118,7 +123,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a study's tables and page show. ``copy`` is what copying the source scores, by group and by direction."""
+    """Everything that a study's tables and page show. ``copy`` is what copying the source scores, by group
+    and by direction.
+    """
 
     name: str
     steps: int
@@ -131,12 +138,12 @@ class Comparison:
 
     @property
     def groups(self) -> list[str]:
-        """Those that have a direction."""
+        """The groups that have a direction."""
         return [group for group in GROUPS if group in self.copy]
 
     @property
     def runs_missing(self) -> int:
-        """Scores, of all rows and seeds, that are not there yet."""
+        """The number of scores, of all rows and seeds, that do not exist yet."""
         return sum(len(self.seeds) - len(row.seeds) for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,13 +152,13 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Comparison:
-        """The inverse of :meth:`to_dict`."""
+        """Read what :meth:`to_dict` returned."""
         copies = {name: {key: Metrics(**each) for key, each in value[name].items()} for name in ("copy", "copy_by_direction")}
         kept = {name: each for name, each in value.items() if name != "score_of_gains"}
         return cls(**kept | copies | {"seeds": tuple(value["seeds"]), "rows": tuple(Row.from_dict(row) for row in value["rows"])})
 
     def about(self) -> str:
-        """What was done, in one line."""
+        """Say in one line what was done."""
         options = f"{self.evaluate['split']} set, beam {self.evaluate['beam']}"
         options += f", the first {self.evaluate['limit']} sentences of each direction" if self.evaluate["limit"] else ""
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
@@ -168,7 +175,7 @@ class Comparison:
         )
 
     def grids(self) -> list[Grid]:
-        """Every table, for Markdown and the page."""
+        """Return every table, for Markdown and the page."""
         spread = " Means over seeds; ± is half the range from the smallest to the largest." if len(self.seeds) > 1 else ""
         columns = ["Model", "Trained", "Served, all directions", "One direction", "Tokens/s", "Minutes", "Scores"]
         rows = [[row.title, *_costs(row.costs), f"{len(row.seeds)} of {len(self.seeds)}"] for row in self.rows]
@@ -215,7 +222,7 @@ class Comparison:
         return f"# {self.name}\n\n{self.about()}\n\n" + "\n".join(grid.to_markdown() for grid in self.grids())
 
     def render(self) -> Any:
-        """The summary for a terminal."""
+        """Return the summary for a terminal."""
         from rich.table import Table
         from rich.text import Text
 
@@ -256,7 +263,9 @@ def compare(
     costs: Mapping[tuple[str, str], Costs],
     scores: Mapping[tuple[str, str], Mapping[int, ScoreTable]],
 ) -> Comparison:
-    """Compares the rows (member, route) of ``titles``, whose ``scores`` by seed may be there or not, with the row ``baseline``."""
+    """Compare the rows (member, route) of ``titles``, whose ``scores`` by seed may exist or not, with the row
+    ``baseline``.
+    """
     against = scores.get(baseline, {})
     means, reference = _by_direction(against.values()), _group_scores(against.values())
     rows = []
@@ -281,7 +290,9 @@ def compare(
 
 
 def _apart(one: Spread, other: Spread) -> bool | None:
-    """Whether the seeds of one all score above, or all below, those of the other; None where either has one seed only."""
+    """Whether the seeds of one all score above, or all below, those of the other; None where either has one
+    seed only.
+    """
     if min(one.seeds, other.seeds) < 2:
         return None
     return one.smallest > other.largest or one.largest < other.smallest
@@ -304,7 +315,7 @@ def _group_scores(tables: Iterable[ScoreTable]) -> dict[str, Scores]:
 
 
 def _spreads(found: Sequence[Mapping[str, Metrics]]) -> dict[str, Scores]:
-    """Over seeds, of each key that all of them have."""
+    """Return the spread over seeds of each key that all of them have."""
     keys = [key for key in found[0] if all(key in each for each in found)] if found else []
     spreads: dict[str, Scores] = {}
     for key in keys:
