@@ -115,6 +115,9 @@ class Data(Section):
         parsed = [_as_value_error(Direction.parse, d) for d in self.directions]
         if len(set(parsed)) < len(parsed):
             raise ValueError("'directions' names a direction twice")
+        used = {code for direction in parsed for code in (direction.source, direction.target)}
+        if unused := [code for code in self.languages if code not in used and not is_english(code)]:
+            raise ValueError(f"'languages' names {unused[0]}, which none of 'directions' has: add one, or leave it out")
         return self
 
 

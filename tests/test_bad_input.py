@@ -173,6 +173,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("bad code", recipe(lambda r: r["data"].update(languages=["German"], directions=[])), TRAIN, "'German' is not a language code"),
     ("only English", recipe(lambda r: r["data"].update(languages=["en"], directions=[])), TRAIN, "names no language beside English"),
     ("bad direction", recipe(lambda r: r["data"].update(directions=["en>de"])), TRAIN, "'en>de' is not a direction"),
+    ("a language without direction", recipe(lambda r: r["data"].update(languages=["de", "fr"], directions=["en-de"])), TRAIN, "names fr, which none of 'directions' has"),
     ("direction twice", recipe(lambda r: r["data"].update(directions=["en-de", "en-de"])), TRAIN, "names a direction twice"),
     ("name with a slash", recipe(lambda r: r.update(name="../up")), TRAIN, "'name'"),
     ("no such DeepSpeed file", recipe(lambda r: r.update(deepspeed="none.json")), TRAIN, "there is no file none.json"),
