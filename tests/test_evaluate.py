@@ -131,7 +131,7 @@ def test_parts_that_do_not_fit_are_refused(run, tmp_path):
         ("resources", {"de-en": "high"}),
     ):
         (place / "part-2-of-3.json").write_text(json.dumps({**good, field: value}))
-        with pytest.raises(UserError, match=rf"part 2/3 in .* has ({field}|question) .*, but part 1/3 has .*: score it again"):
+        with pytest.raises(UserError, match=rf"part 2/3 in .* has ({field}|question) .* instead of .*: score it again"):
             merge(copy, 3, beam=1, limit=3)
     (place / "part-2-of-3.json").write_text((place / "part-1-of-3.json").read_text())
     with pytest.raises(UserError, match=r"en-de is scored by part 1/3 and by part 2/3"):
@@ -144,10 +144,14 @@ def test_parts_that_do_not_fit_are_refused(run, tmp_path):
         merge(copy, 3, beam=1, limit=3)
     assert not (copy / "scores.json").exists() and not (copy / "scores" / "step-2.test.beam-1.limit-3.json").exists()
     (place / "part-2-of-3.json").write_text(json.dumps(good))
-    # Parts of another question, or of a later step that are not all there yet, do not matter.
+    # Parts of another question, of an earlier step, or of a later one that are not all there yet, do not matter.
     score_parts(copy, 3, 1, beam=2)
+    earlier = shutil.copytree(place, place.with_name("step-1.test.beam-1.limit-3"))
+    for part in earlier.glob("part-*"):
+        part.write_text(part.read_text().replace('"step": 2', '"step": 1'))
     shutil.copytree(place, place.with_name("step-4.test.beam-1.limit-3"), ignore=shutil.ignore_patterns("part-1*"))
-    assert [str(score.direction) for score in merge(copy, 3, beam=1, limit=3).directions] == [
+    merged = merge(copy, 3, beam=1, limit=3)
+    assert merged.step == 2 and [str(score.direction) for score in merged.directions] == [
         "en-de",
         "de-en",
         "en-fr",

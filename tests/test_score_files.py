@@ -23,6 +23,8 @@ from lsmoe_ds.evaluation import metrics as module
 from lsmoe_ds.evaluation.comet import Comet
 from lsmoe_ds.evaluation.metrics import TOKENIZERS, Tokenizer, bleu_tokenizer
 from lsmoe_ds.evaluation.score_files import score_files
+from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
+from lsmoe_ds.languages import Direction
 
 HYPOTHESES = ["The page, as it was saved, is here.", "Show the users' changes", "", "It's 1.39 of 2,000 km/h"]
 REFERENCES = [
@@ -223,6 +225,14 @@ def test_comet_where_it_is_installed(files, tmp_path, monkeypatch) -> None:
     assert value["signatures"]["comet"] == "comet-" + hashlib.sha256(b"weights").hexdigest()[:12]
     assert "COMET" in CliRunner().invoke(app, [*arguments, "--comet", str(checkpoint)]).stdout
     assert "COMET" not in CliRunner().invoke(app, arguments).stdout
+    comet = Comet.open(checkpoint)
+    plain = score_direction(Direction("de", "en"), SOURCES, HYPOTHESES, REFERENCES)
+    scored = comet.add(plain, SOURCES, HYPOTHESES, REFERENCES)
+    table = ScoreTable("x", 1, "test", 5, 1.0, (scored,), comet=comet.name)
+    assert scored.comet == pytest.approx(value["comet"]) and ScoreTable.from_json(table.to_json()) == table
+    assert table.question.endswith(f".{comet.name}") and table.signatures()["comet"] == [comet.name]
+    assert [column.header for column in table.render().columns][-2] == "COMET"
+    assert "comet" not in ScoreTable("x", 1, "test", 5, 1.0, (plain,)).to_json()
     (tmp_path / "broken").touch()
     for path, message in (
         ("none", "there is no checkpoint .*none"),

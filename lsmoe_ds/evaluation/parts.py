@@ -75,11 +75,11 @@ def merge(
     tables = {part: ScoreTable.read(folder.part(question, part), empty=True) for part in parts}
     first = tables[parts[0]]
     for part, table in tables.items():
-        for field in ("name", "resources", "skipped", "question"):
-            if (found := getattr(table, field)) != (expected := getattr(first, field)):
+        same = {field: getattr(first, field) for field in ("name", "resources", "skipped")} | {"question": question}
+        for field, expected in same.items():
+            if (found := getattr(table, field)) != expected:
                 raise UserError(
-                    f"part {part} in {folder.folder(question)} has {field} {_show(found)}, but part {parts[0]} has {_show(expected)}: "
-                    f"score it again"
+                    f"part {part} in {folder.folder(question)} has {field} {_show(found)} instead of {_show(expected)}: score it again"
                 )
     scores = _by_direction(tables)
     wanted_scores = [direction for direction in chosen if direction not in first.skipped]
