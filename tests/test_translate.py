@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -148,8 +149,11 @@ def test_lines_of_a_stream():
 def pipe() -> Iterator[tuple[io.FileIO, io.BufferedReader]]:
     """Both ends: what somebody writes into, and what is read as standard input is."""
     out, into = os.pipe()
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("nothing came out of the pipe"))
+    signal.alarm(60)
     with open(into, "wb", buffering=0) as writer, open(out, "rb") as reader:
         yield writer, reader
+    signal.alarm(0)
 
 
 def test_a_line_is_answered_before_the_next_one_comes(loaded, pipe):
