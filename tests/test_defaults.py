@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from lsmoe_ds.config import PROJECT, Capacity, MoE, Recipe
 from lsmoe_ds.language_specific.settings import Clsr, LowRank
-from lsmoe_ds.recipe_file import _section_of
+from lsmoe_ds.section import is_section
 
 SHORT = {
     "moe": MoE,
@@ -40,7 +40,7 @@ def field_of(key: str) -> Any:
     section: type[BaseModel] = Recipe
     *path, last = key.split(".")
     for name in path:
-        section = SHORT[name] if name in SHORT else _section_of(section.model_fields[name].annotation)
+        section = SHORT[name] if name in SHORT else is_section(section.model_fields[name].annotation)
     return section.model_fields[last]
 
 
