@@ -4,20 +4,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lsmoe_ds import __version__
 from lsmoe_ds.cli_convert import convert
+from lsmoe_ds.cli_evaluate import compare, evaluate, score
 from lsmoe_ds.cli_options import (
     NPROC,
     AsJson,
-    CometFile,
     InOneWord,
     Out,
     Overrides,
@@ -25,13 +23,11 @@ from lsmoe_ds.cli_options import (
     Route,
     Run,
     Share,
-    Tokenize,
     direction_of,
 )
-from lsmoe_ds.console import end_at_once, run_command, standard_input
+from lsmoe_ds.console import end_at_once, print_json, run_command, show_table, standard_input
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel import interrupt
-from lsmoe_ds.part import MOST
 
 ABOUT = "Train mixture-of-experts translation models on DeepSpeed, and extract small dense models from them."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -41,17 +37,6 @@ analyze_app = typer.Typer(no_args_is_help=True, help="Look into a trained model.
 app.add_typer(analyze_app, name="analyze")
 slurm_app = typer.Typer(no_args_is_help=True, help="What the scripts in slurm/ call before and after a training.")
 app.add_typer(slurm_app, name="slurm")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=1))
-
-
-def _show(table: Any) -> None:
-    """Print a rich table; into a file or pipe as wide as it wants to be."""
-    from rich.console import Console
-
-    (Console() if sys.stdout.isatty() else Console(width=200)).print(table)
 
 
 @data_app.command("fetch")
@@ -86,16 +71,16 @@ def data_prepare(
 
 
 @data_app.command("show")
-def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def datashow_table(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
     from lsmoe_ds.data.summary import show
     from lsmoe_ds.recipe_file import load_recipe
 
     shown = show(load_recipe(recipe, overrides or ()))
     if as_json:
-        _print_json(shown.to_dict())
+        print_json(shown.to_dict())
     else:
-        _show(shown.table())
+        show_table(shown.table())
 
 
 @app.command()
@@ -113,9 +98,9 @@ def plan(
 
     made = make_plan(load_recipe(recipe, overrides or ()), world)
     if as_json:
-        _print_json(made.to_dict())
+        print_json(made.to_dict())
     else:
-        _show(made.table())
+        show_table(made.table())
 
 
 @app.command()
@@ -146,96 +131,8 @@ def train(
     raise typer.Exit(status)
 
 
-@app.command()
-def evaluate(
-    run: Run,
-    directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to score; all by default.")] = None,
-    beam: Annotated[int, typer.Option(min=1)] = 5,
-    length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
-    split: Annotated[str, typer.Option(help="test or dev")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Sentences of each direction.")] = None,
-    route: Route = "specific",
-    test: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DIR_OR_FILES",
-            help="A test set of your own: a folder (Moses files, FLORES, NTREX-128), a TSV file, the common part of file names (mytest "
-            "for mytest.de and mytest.en), or CODE=FILE, repeated for each language.",
-        ),
-    ] = None,
-    tokenize: Tokenize = None,
-    comet: CometFile = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where scores and text are written; RUN by default.")] = None,
-    part: Share = None,
-    merge: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, max=MOST, help="Puts the N parts together that were scored with the same options."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Translate held-out text, or a test set of your own, and score it: BLEU, chrF and chrF++, beside copying the
-    source.
-
-    Scores and text are kept in RUN/scores, in files named after the question (step, text, search, directions).
-    """
-    named = directions.split(",") if directions else None
-    if merge is not None:
-        from lsmoe_ds.evaluation.parts import merge as merge_parts
-
-        if part is not None:
-            raise UserError("--merge puts parts together and --part scores one: give one of them")
-        table = merge_parts(run, merge, named, beam, length_penalty, split, limit, route, test or (), tokenize, out, comet)
-    else:
-        from lsmoe_ds.evaluation.evaluate import evaluate as score
-
-        options = {"route": route, "part": part, "test": test or (), "tokenize": tokenize, "out": out, "comet": comet}
-        table = score(run, named, beam, length_penalty, split, limit, **options)  # type: ignore[arg-type]
-    if as_json:
-        print(table.to_json())
-    else:
-        _show(table.render())
-
-
-@app.command()
-def score(
-    hypothesis: Annotated[Path, typer.Option(metavar="FILE", help="Translations, one a line.")],
-    reference: Annotated[
-        list[Path], typer.Option(metavar="FILE", help="What they should be, line by line; may be repeated for several references.")
-    ],
-    source: Annotated[Path | None, typer.Option(metavar="FILE", help="What was translated: scored, too, as a copy.")] = None,
-    to: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the translations.")] = None,
-    tokenize: Tokenize = None,
-    comet: CometFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score a file of translations, whoever made them: BLEU, chrF and chrF++ with their signatures."""
-    from lsmoe_ds.evaluation.score_files import score_files
-
-    found = score_files(hypothesis, reference, source, to, tokenize, comet)
-    if as_json:
-        _print_json(found.to_dict())
-    else:
-        _show(found.table())
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Runs, or records in RUN/scores; the first is the baseline.")],
-    directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to compare; all by default.")] = None,
-    tokenize: Tokenize = None,
-    samples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples; ten times as many randomization trials.")] = 1000,
-    seed: Annotated[int, typer.Option(min=1, help="Of the resampling.")] = 12345,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="An HTML page with the picture and all numbers.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Test whether systems differ, by direction and over all: paired bootstrap and approximate randomization."""
-    from lsmoe_ds.evaluation.compare import compare_runs
-
-    found = compare_runs(runs, directions.split(",") if directions else None, tokenize, samples, seed, out)
-    if as_json:
-        _print_json(found.to_dict())
-    else:
-        _show(found.table())
+for verb in (evaluate, score, compare):
+    app.command()(verb)
 
 
 @app.command()
@@ -287,7 +184,7 @@ def analyze_routing(
 
     summary = analyze(run, out, split, route)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         print(out / "index.html")
 
@@ -319,9 +216,9 @@ def study(
 
     comparison = run_study(file, out, members or (), seeds or (), processes, part)
     if as_json:
-        _print_json(comparison.to_dict())
+        print_json(comparison.to_dict())
     else:
-        _show(comparison.render())
+        show_table(comparison.render())
 
 
 @slurm_app.command("begin")
@@ -390,9 +287,9 @@ def doctor(as_json: AsJson = False) -> None:
     if findings is None:
         return
     if as_json:
-        _print_json(findings.to_dict())
+        print_json(findings.to_dict())
     else:
-        _show(findings.table())
+        show_table(findings.table())
     raise typer.Exit(0 if findings.can_train else 1)
 
 

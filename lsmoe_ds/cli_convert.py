@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from lsmoe_ds.cli_options import NPROC, AsJson, InOneWord, Route, Run, direction_of
 from lsmoe_ds.codes import read_code
+from lsmoe_ds.console import print_json
 from lsmoe_ds.errors import UserError
 
 
@@ -71,7 +71,7 @@ def convert(
         options = {"quantization": quantization, "optimizer": optimizer}
         summary = convert_run(run, to, chosen, out, check, route, average, overrides or (), like, **options)
     if as_json:
-        print(json.dumps(summary, ensure_ascii=False, indent=1))
+        print_json(summary)
     else:
         for name, value in summary.items():
             print(f"{name.replace('_', ' ')}: {value}")

@@ -5,6 +5,7 @@ an exit status.
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import time
@@ -116,3 +117,15 @@ def standard_input() -> BinaryIO:
 def _discard(descriptor: int) -> None:
     """Send what is still buffered nowhere, so that the end of the process does not complain a second time."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def print_json(value: Any) -> None:
+    """Print a value for programs."""
+    print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def show_table(table: Any) -> None:
+    """Print a rich table; into a file or pipe as wide as it wants to be."""
+    from rich.console import Console
+
+    (Console() if sys.stdout.isatty() else Console(width=200)).print(table)

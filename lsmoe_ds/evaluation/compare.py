@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lsmoe_ds.codes import read_direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics
 from lsmoe_ds.evaluation.parts import RECIPE, find_home
@@ -141,10 +142,11 @@ def compare_runs(
     progress: bool = True,
 ) -> Comparison:
     """Test the systems at ``paths`` against the first one, by direction and over all, and write the page
-        ``out`` if it is named.
-     A path is a run (its complete evaluation, or else the fullest), a checkpoint in it, or a record in
-    RUN/scores. Raises UserError for systems that were not asked the same question on the same text; the message
-    names what differs.
+    ``out`` if it is named.
+
+    A path is a run (its complete evaluation, or else the fullest), a checkpoint in it, or a record in
+    RUN/scores. Raises UserError for systems that were not asked the same question on the same text; the
+    message names what differs.
     """
     if len(paths) < 2:
         raise UserError("there is nothing to compare: name two runs or more, the baseline first")
@@ -220,7 +222,8 @@ def _check_question(first: System, second: System, tokenized: bool) -> None:
 
 def _choose(systems: Sequence[System], asked: Sequence[str] | None) -> list[Direction]:
     """Choose the directions. Raises UserError if one is not in all systems."""
-    chosen = [Direction.parse(text.strip()) for text in asked or () if text.strip()] or systems[0].directions
+    own = {code for direction in systems[0].directions for code in (direction.source, direction.target)}
+    chosen = [read_direction(text, own) for text in asked or () if text.strip()] or systems[0].directions
     for system in systems:
         if missing := [str(direction) for direction in chosen if direction not in system.directions]:
             raise UserError(f"{system.path} has no scores of {', '.join(missing)}: name directions that all have with --directions")

@@ -48,14 +48,15 @@ def evaluate(
     comet: str | Path | None = None,
 ) -> ScoreTable:
     """Translate the held-out text, or the user's own ``test`` set, in every direction; score it, and write
-        scores and text where :mod:`lsmoe_ds.evaluation.score_folder` says.
-     ``run`` is a run folder, a checkpoint in it or a converted folder; ``limit`` takes the first so many
-    sentences of each direction; ``route`` "shared" goes by the matrices that all languages share; ``tokenize``
-    chooses BLEU's tokenizer; ``out`` takes the place of the run folder for what is written. Only a ``part`` of
-    the directions may be scored; the first part measures the routing. Everything that can be wrong is checked
-    before anything is translated: UserError for directions, a route, a text, a tokenizer or a COMET checkpoint
-    that is not there, for prepared data that is not the run's, and where scores cannot be written. Directions
-    without sentences are named on standard error and skipped.
+    scores and text where :mod:`lsmoe_ds.evaluation.score_folder` says.
+
+    ``run`` is a run folder, a checkpoint in it or a converted folder; ``limit`` takes the first so many
+    sentences of each direction; ``route`` "shared" goes by the matrices that all languages share;
+    ``tokenize`` chooses BLEU's tokenizer; ``out`` takes the place of the run folder for what is written. Only
+    a ``part`` of the directions may be scored; the first part measures the routing. Everything that can be
+    wrong is checked before anything is translated: UserError for directions, a route, a text, a tokenizer or
+    a COMET checkpoint that is not there, for prepared data that is not the run's, and where scores cannot be
+    written. Directions without sentences are named on standard error and skipped.
     """
     search, tokenizer = (
         Search(beam, length_penalty),

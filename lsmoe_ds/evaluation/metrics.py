@@ -1,5 +1,6 @@
 """BLEU, chrF and chrF++ by sacrebleu, and the tokenizer that decides what a word is for BLEU.
- BLEU counts words, so it depends on how text is cut into them: by the target language
+
+BLEU counts words, so it depends on how text is cut into them: by the target language
 (:func:`bleu_tokenizer`), or as the user says (:class:`Tokenizer`). The signature of every score names the
 tokenizer.
 """
@@ -39,15 +40,16 @@ UNSPACED = {"Thai", "Laoo", "Khmr", "Mymr", "Tibt"}
 
 def bleu_tokenizer(target: str) -> str:
     """Choose sacrebleu's tokenizer for a target language, one that needs no download.
-     Chinese: ``zh``. Japanese: ``ja-mecab`` where `sacrebleu[ja]` is installed, otherwise ``char``. Korean:
+
+    Chinese: ``zh``. Japanese: ``ja-mecab`` where `sacrebleu[ja]` is installed, otherwise ``char``. Korean:
     ``ko-mecab`` where `sacrebleu[ko]` is installed, otherwise ``13a``, as Korean separates words. Thai, Lao,
     Khmer, Burmese and Tibetan: ``char``. All others: ``13a``. BLEU over characters is much higher than over
     words: the two do not compare.
     """
     language, written_in = target.split("_")[0], script(target)
-    if language == "ja":
+    if written_in == "Jpan":
         return "ja-mecab" if _installed("ja-mecab") else "char"
-    if language == "ko":
+    if written_in in ("Kore", "Hang"):
         return "ko-mecab" if _installed("ko-mecab") else "13a"
     if language in CHINESE or written_in in HAN:
         return "zh"
@@ -92,8 +94,9 @@ class Tokenizer:
     @classmethod
     def parse(cls, text: str) -> Tokenizer:
         """Read one of :data:`TOKENIZERS` or ``spm:FILE``, which is named by the start of the file's sha256.
-         Raises UserError for anything else, and for a tokenizer whose packages or model are missing: sacrebleu's
-        download of the model is tried here.
+
+        Raises UserError for anything else, and for a tokenizer whose packages or model are missing:
+        sacrebleu's download of the model is tried here.
         """
         if text.startswith("spm:"):
             model = Path(text.removeprefix("spm:"))

@@ -1,6 +1,7 @@
 """Scores of the directions of a run that several processes share: what each wrote, put together. Needs no
 model and no torch.
- A part's record is the :class:`ScoreTable` of every N-th direction, in the folder of its question. No two
+
+A part's record is the :class:`ScoreTable` of every N-th direction, in the folder of its question. No two
 parts write the same file, so that they can be scored at the same time on any machines that share the folder.
 A part is scored anew whenever it is asked for.
 """
@@ -27,7 +28,8 @@ RECIPE = "recipe.yaml"
 
 def choose_directions(asked: Sequence[str] | None, languages: Languages, untrained: bool = False) -> list[Direction]:
     """List those asked for, each once, or all of the system.
-     ``untrained`` also allows directions between the system's languages that it was not trained on. Raises
+
+    ``untrained`` also allows directions between the system's languages that it was not trained on. Raises
     UserError for one that it lacks.
     """
     if not asked:

@@ -10,13 +10,14 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from lsmoe_ds.codes import read_code
 from lsmoe_ds.data.formats import read_lines
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.comet import Comet
 from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics, score_corpus
 from lsmoe_ds.evaluation.scores import WEAK, shares
-from lsmoe_ds.languages import check_code, language_name, normalize_code
+from lsmoe_ds.languages import language_name
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,13 @@ def score_files(
     comet: Path | None = None,
 ) -> FileScore:
     """Score a file of translations against one file of references or several, line by line.
-     ``to`` is the language, by which BLEU's tokenizer is chosen unless ``tokenize`` names it. Raises UserError
+
+    ``to`` is the language, by which BLEU's tokenizer is chosen unless ``tokenize`` names it. Raises UserError
     for files that cannot be read or have other numbers of lines.
     """
     if to is None and tokenize is None:
         raise UserError("BLEU depends on how words are told apart: give the language of the translations with --to, or --tokenize")
-    code = check_code(normalize_code(to)) if to is not None else None
+    code = read_code(to) if to is not None else None
     tokenizer = Tokenizer.parse(tokenize) if tokenize is not None else None
     if comet is not None and source is None:
         raise UserError("--comet needs the sources, too: give --source")

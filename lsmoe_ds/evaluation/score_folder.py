@@ -9,7 +9,8 @@
     scores/step-200.test.beam-5/routing.json         expert shares, of a model with experts, on its held-out text
     scores/step-200.test.beam-5/part-3-of-8.json     of `lsmoe evaluate --part 3/8`
     scores.json, routing.json                        those of the complete evaluation, for other programs
- ``scores.json`` is replaced only by a complete evaluation (all directions, the whole test set, the specific
+
+``scores.json`` is replaced only by a complete evaluation (all directions, the whole test set, the specific
 route) of the same or a later step.
 """
 
@@ -133,8 +134,9 @@ class ScoreFolder:
 
 def fullest(tables: Iterable[ScoreTable], directions: Sequence[Direction], step: int | None = None) -> ScoreTable | None:
     """Choose the complete evaluation of ``directions``, or else the one with most of them; None if none has
-        any.
-     Of several complete ones that of ``step`` comes first, then the specific route, then the latest step, then
+    any.
+
+    Of several complete ones that of ``step`` comes first, then the specific route, then the latest step, then
     the usual search.
     """
     wanted = set(directions)

@@ -1,5 +1,6 @@
 """Scores of a model's translations, by direction, beside those of copying the source.
- A :class:`ScoreTable` answers one question: at which step, on which text, by which route and search, over
+
+A :class:`ScoreTable` answers one question: at which step, on which text, by which route and search, over
 which words. Its JSON::
 
     {"name", "question", "step", "split", "beam", "length_penalty", "route", "limit", "tokenize", "asked": [direction, ...] or null,
@@ -83,9 +84,10 @@ def score_direction(
     tokenizer: Tokenizer | None = None,
 ) -> DirectionScore:
     """Score detokenized lines: N ``hypotheses`` against N ``references``, and the N ``sources`` against the
-        same.
-     The samples are spread evenly over the lines, not picked. Raises UserError if there is no line, ValueError if
-    the numbers of lines differ.
+    same.
+
+    The samples are spread evenly over the lines, not picked. Raises UserError if there is no line, ValueError
+    if the numbers of lines differ.
     """
     if not len(sources) == len(hypotheses) == len(references):
         raise ValueError(f"{direction}: {len(sources)} sources, {len(hypotheses)} hypotheses and {len(references)} references")
@@ -119,11 +121,12 @@ def shares(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tu
 @dataclass(frozen=True)
 class ScoreTable:
     """Scores of a model at one step, and the question that they answer.
-     ``split`` is "test", "dev" or the name of the user's own test set; ``route`` is "specific" or "shared", as
+
+    ``split`` is "test", "dev" or the name of the user's own test set; ``route`` is "specific" or "shared", as
     for :func:`lsmoe_ds.inference.load.load`; the first ``limit`` sentences of each direction are scored;
     ``tokenize`` names BLEU's tokenizer where it was chosen; ``asked`` are the directions that were asked for,
-    None for all; ``skipped`` are those of them without text; ``comet`` names COMET's checkpoint; ``resources``
-    gives the resource group of each bitext, as far as it is known.
+    None for all; ``skipped`` are those of them without text; ``comet`` names COMET's checkpoint;
+    ``resources`` gives the resource group of each bitext, as far as it is known.
     """
 
     name: str
@@ -223,8 +226,9 @@ class ScoreTable:
     @classmethod
     def from_json(cls, text: str, empty: bool = False) -> ScoreTable:
         """Read what ``to_json`` wrote; averages and signatures are computed anew.
-         Scores of earlier versions do not say which directions were asked for: those that they have. Raises UserError
-        on anything else, and on scores of no direction unless they may be ``empty``.
+
+        Scores of earlier versions do not say which directions were asked for: those that they have. Raises
+        UserError on anything else, and on scores of no direction unless they may be ``empty``.
         """
         try:
             value = json.loads(text)

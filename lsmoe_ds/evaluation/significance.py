@@ -1,6 +1,7 @@
 """Whether two systems' scores on the same text differ by more than chance: sacrebleu's paired tests, and the
 mean over directions.
- In one direction both tests are sacrebleu's :class:`~sacrebleu.significance.PairedTest`: paired bootstrap
+
+In one direction both tests are sacrebleu's :class:`~sacrebleu.significance.PairedTest`: paired bootstrap
 resampling (Koehn, 2004) and approximate randomization (Riezler and Maxwell, 2005). Over several directions
 the statistic is the plain mean of their scores, as in our averages: trial i of the mean is the mean of the
 directions' trials i. All directions use the same random numbers, so that the lines of a set that is parallel
@@ -69,9 +70,11 @@ class Trials:
 
     def outcome(self) -> Outcome:
         """Compare the system with the baseline as sacrebleu does.
-         The bootstrap's p is the share of resamples whose absolute difference, less the mean of these, exceeds the
-        observed one; the randomization's that of trials whose absolute difference exceeds it. Where nothing differs
-        both are 1: as nothing exceeds 0 there, sacrebleu's own would be the smallest possible.
+
+        The bootstrap's p is the share of resamples whose absolute difference, less the mean of these, exceeds
+        the observed one; the randomization's that of trials whose absolute difference exceeds it. Where
+        nothing differs both are 1: as nothing exceeds 0 there, sacrebleu's own would be the smallest
+        possible.
         """
         low, high = interval(self.resampled[1])
         differences = self.resampled[1] - self.resampled[0]
@@ -147,8 +150,9 @@ def run_trials(
     seed: int,
 ) -> tuple[dict[str, list[Trials]], dict[str, str]]:
     """Run sacrebleu's two tests of S systems' N lines, the first of which is the baseline.
-     Returns by metric the trials of each of the S - 1 others, and the signature, which holds seed and numbers of
-    trials.
+
+    Returns by metric the trials of each of the S - 1 others, and the signature, which holds seed and numbers
+    of trials.
     """
     recorders = {name: Recorder(metric) for name, metric in metrics.items()}
     named = [(str(index), lines) for index, lines in enumerate(systems)]

@@ -1,6 +1,7 @@
 """The text that a model is evaluated on: the run's held-out text, or the user's own test set in any layout
 that corpora have.
- An own set is a folder (Moses files, FLORES, NTREX-128, OPUS-100, IWSLT), a table (TSV), what the names of
+
+An own set is a folder (Moses files, FLORES, NTREX-128, OPUS-100, IWSLT), a table (TSV), what the names of
 aligned files have in common (``mytest`` for ``mytest.de`` and ``mytest.en``), or the file of each language.
 Its lines are scored as they stand: nothing is cleaned or left out, and an empty line keeps its place.
 """
@@ -64,10 +65,11 @@ def check_split(split: str) -> None:
 
 def read_own(paths: Sequence[str], split: str, directions: Sequence[Direction]) -> Texts:
     """Read the user's own test set; of one that has several splits, such as FLORES, the ``test`` or ``dev``
-        one.
-     Its name ends with a checksum of its text in these directions, so that scores on two sets of one name are not
-    confused. Raises UserError for what is no test set, for files of unequal length, and if it has no text in any
-    of the directions.
+    one.
+
+    Its name ends with a checksum of its text in these directions, so that scores on two sets of one name are
+    not confused. Raises UserError for what is no test set, for files of unequal length, and if it has no text
+    in any of the directions.
     """
     check_split(split)
     bitexts = list(dict.fromkeys(direction.bitext for direction in directions))

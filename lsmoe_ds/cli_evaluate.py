@@ -1,0 +1,102 @@
+"""The verbs ``lsmoe evaluate``, ``score`` and ``compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lsmoe_ds.cli_options import AsJson, CometFile, Route, Run, Share, Tokenize
+from lsmoe_ds.console import print_json, show_table
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.part import MOST
+
+
+def evaluate(
+    run: Run,
+    directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to score; all by default.")] = None,
+    beam: Annotated[int, typer.Option(min=1)] = 5,
+    length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
+    split: Annotated[str, typer.Option(help="test or dev")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Sentences of each direction.")] = None,
+    route: Route = "specific",
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR_OR_FILES",
+            help="A test set of your own: a folder (Moses files, FLORES, NTREX-128), a TSV file, the common part of file names (mytest "
+            "for mytest.de and mytest.en), or CODE=FILE, repeated for each language.",
+        ),
+    ] = None,
+    tokenize: Tokenize = None,
+    comet: CometFile = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where scores and text are written; RUN by default.")] = None,
+    part: Share = None,
+    merge: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=MOST, help="Puts the N parts together that were scored with the same options."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Translate held-out text, or a test set of your own, and score it: BLEU, chrF and chrF++, beside copying the
+    source.
+
+    Scores and text are kept in RUN/scores, in files named after the question (step, text, search, directions).
+    """
+    named = directions.split(",") if directions else None
+    if merge is not None:
+        from lsmoe_ds.evaluation.parts import merge as merge_parts
+
+        if part is not None:
+            raise UserError("--merge puts parts together and --part scores one: give one of them")
+        table = merge_parts(run, merge, named, beam, length_penalty, split, limit, route, test or (), tokenize, out, comet)
+    else:
+        from lsmoe_ds.evaluation.evaluate import evaluate as score
+
+        options = {"route": route, "part": part, "test": test or (), "tokenize": tokenize, "out": out, "comet": comet}
+        table = score(run, named, beam, length_penalty, split, limit, **options)  # type: ignore[arg-type]
+    if as_json:
+        print(table.to_json())
+    else:
+        show_table(table.render())
+
+
+def score(
+    hypothesis: Annotated[Path, typer.Option(metavar="FILE", help="Translations, one a line.")],
+    reference: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="What they should be, line by line; may be repeated for several references.")
+    ],
+    source: Annotated[Path | None, typer.Option(metavar="FILE", help="What was translated: scored, too, as a copy.")] = None,
+    to: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the translations.")] = None,
+    tokenize: Tokenize = None,
+    comet: CometFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a file of translations, whoever made them: BLEU, chrF and chrF++ with their signatures."""
+    from lsmoe_ds.evaluation.score_files import score_files
+
+    found = score_files(hypothesis, reference, source, to, tokenize, comet)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        show_table(found.table())
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Runs, or records in RUN/scores; the first is the baseline.")],
+    directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to compare; all by default.")] = None,
+    tokenize: Tokenize = None,
+    samples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples; ten times as many randomization trials.")] = 1000,
+    seed: Annotated[int, typer.Option(min=1, help="Of the resampling.")] = 12345,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="An HTML page with the picture and all numbers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Test whether systems differ, by direction and over all: paired bootstrap and approximate randomization."""
+    from lsmoe_ds.evaluation.compare import compare_runs
+
+    found = compare_runs(runs, directions.split(",") if directions else None, tokenize, samples, seed, out)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        show_table(found.table())
