@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from test_bad_input import main
@@ -93,7 +94,9 @@ def test_every_option_is_explained_in_plain_words(capsys):
 
 def test_a_benchmark_gets_the_options_after_its_name(capsys, monkeypatch):
     called: list[list[str]] = []
-    monkeypatch.setattr(benchmark.subprocess, "call", lambda command: called.append(command) or 0)
+    process = MagicMock()
+    process.__enter__.return_value.wait.return_value = 0
+    monkeypatch.setattr(benchmark.subprocess, "Popen", lambda command, **options: called.append(command) or process)
     assert main(["bench", "foo"]) == 2
     said = capsys.readouterr().err
     assert "peers" not in said and "common" not in said and "exports" in said
