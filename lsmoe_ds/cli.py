@@ -360,9 +360,10 @@ def main() -> None:
     """Run the command; an error meant for the person is one sentence on standard error and status 2."""
     try:
         with interrupt.cleaning_up():
-            app()
-    except UserError as error:
-        _leave(error)
+            try:
+                app()
+            except UserError as error:
+                _leave(error)
     except interrupt.Interrupted as asked:
         interrupt.say(f"stopped by {interrupt.name_of(asked.number)}")
         sys.exit(interrupt.status_of(asked.number))
@@ -377,9 +378,10 @@ def main() -> None:
 
 
 def _leave(error: UserError) -> None:
-    """The first rank tells it; others wait for that, and tell what may be their own."""
+    """Print the error on the first rank; others wait for that, and print what may be their own."""
     rank = guess_rank(os.environ)
-    if rank:
+    if rank:  # its launcher may end it meanwhile, which is not to change its status
+        interrupt.save_and_leave(alone=False)
         time.sleep(1 if isinstance(error, SharedError) else 3)
     if not (rank and isinstance(error, SharedError)):
         print(f"lsmoe: {error}", file=sys.stderr, flush=True)

@@ -203,11 +203,32 @@ def test_while_others_are_missing_it_leaves_at_once(folder, tmp_path, rank, numb
     waiting.wait_for((tmp_path / "joins").exists)
     time.sleep(0.3)
     found, said = waiting.asked(number)
-    where = f", waiting for rank 0 at 127.0.0.1:{port}" if rank else ""
+    where = f", waiting for {f'rank 0 at 127.0.0.1:{port}' if rank else 'the other ranks'}"
     who = ("rank 1: " if rank else "") + interrupt.name_of(number)
     assert found == status
     own = [line for line in said.splitlines() if line.startswith("lsmoe: ")]  # torch, imported before its log level is set, adds some
     assert own == [f"lsmoe: {who} before the first step{where}: nothing to save; the same command starts again"]
+
+
+def slow_imports() -> None:
+    from lsmoe_ds import recipe_file
+
+    def load_recipe(*arguments):
+        Path(os.environ["REACHED"]).touch()
+        time.sleep(1)
+        raise UserError("this recipe is refused")
+
+    recipe_file.load_recipe = load_recipe
+
+
+@pytest.mark.parametrize(("rank", "number", "status"), [(1, signal.SIGTERM, 2), (0, signal.SIGTERM, 2), (1, signal.SIGUSR1, 75)])
+def test_a_launcher_that_ends_the_other_ranks_does_not_hide_why_one_has_failed(tmp_path, rank, number, status):
+    """A slower rank is told SIGTERM when a faster one has been refused: srun takes the highest status of all for its own."""
+    environment = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    slower = Command(tmp_path / "log", "train", "r.yaml", before=slow_imports, REACHED=str(tmp_path / "reached"), **environment)
+    slower.wait_for((tmp_path / "reached").exists)
+    found, said = slower.asked(number)
+    assert found == status and ("this recipe is refused" in said) == (status == 2), said
 
 
 def stuck_in_c() -> None:
