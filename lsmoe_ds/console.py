@@ -24,13 +24,14 @@ def run_command(command: Callable[[], None]) -> None:
     """Run a command; an error meant for the person is one sentence on standard error and status 2."""
     open_streams()
     try:
-        try:
-            with interrupt.cleaning_up():
-                command()
-        finally:
-            sys.stdout.flush()  # what is still buffered may fail, too
-    except UserError as error:
-        _leave(error)
+        with interrupt.cleaning_up():
+            try:
+                try:
+                    command()
+                finally:
+                    sys.stdout.flush()  # what is still buffered may fail, too
+            except UserError as error:
+                _leave(error)
     except interrupt.Interrupted as asked:
         interrupt.say(f"stopped by {interrupt.name_of(asked.number)}")
         sys.exit(interrupt.status_of(asked.number))
@@ -44,7 +45,8 @@ def run_command(command: Callable[[], None]) -> None:
 def _leave(error: UserError) -> None:
     """Print the error once: rank 0 prints it, other ranks wait for that and print only what may be their own."""
     rank = guess_rank(os.environ)
-    if rank:
+    if rank:  # its launcher may end it meanwhile, which is not to change its status
+        interrupt.save_and_leave(alone=False)
         time.sleep(1 if isinstance(error, SharedError) else 3)
     if not (rank and isinstance(error, SharedError)):
         print(f"lsmoe: {error}", file=sys.stderr, flush=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import multiprocessing
 import os
 import re
@@ -25,8 +23,8 @@ from workers import PRELOAD
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.workers import Workers
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.parallel import interrupt, launch, launcher
-from lsmoe_ds.parallel.launch import _accelerators, free_port
+from lsmoe_ds.parallel import interrupt, launch
+from lsmoe_ds.parallel.launch import free_port
 from lsmoe_ds.run_folder import list_checkpoints, step_of
 
 
@@ -203,11 +201,32 @@ def test_while_others_are_missing_it_leaves_at_once(folder, tmp_path, rank, numb
     waiting.wait_for((tmp_path / "joins").exists)
     time.sleep(0.3)
     found, said = waiting.asked(number)
-    where = f", waiting for rank 0 at 127.0.0.1:{port}" if rank else ""
+    where = f", waiting for {f'rank 0 at 127.0.0.1:{port}' if rank else 'the other ranks'}"
     who = ("rank 1: " if rank else "") + interrupt.name_of(number)
     assert found == status
     own = [line for line in said.splitlines() if line.startswith("lsmoe: ")]  # torch, imported before its log level is set, adds some
     assert own == [f"lsmoe: {who} before the first step{where}: nothing to save; the same command starts again"]
+
+
+def slow_imports() -> None:
+    from lsmoe_ds import recipe_file
+
+    def load_recipe(*arguments):
+        Path(os.environ["REACHED"]).touch()
+        time.sleep(1)
+        raise UserError("this recipe is refused")
+
+    recipe_file.load_recipe = load_recipe
+
+
+@pytest.mark.parametrize(("rank", "number", "status"), [(1, signal.SIGTERM, 2), (0, signal.SIGTERM, 2), (1, signal.SIGUSR1, 75)])
+def test_a_launcher_that_ends_the_other_ranks_does_not_hide_why_one_has_failed(tmp_path, rank, number, status):
+    """A slower rank is told SIGTERM when a faster one has been refused: srun takes the highest status of all for its own."""
+    environment = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    slower = Command(tmp_path / "log", "train", "r.yaml", before=slow_imports, REACHED=str(tmp_path / "reached"), **environment)
+    slower.wait_for((tmp_path / "reached").exists)
+    found, said = slower.asked(number)
+    assert found == status and ("this recipe is refused" in said) == (status == 2), said
 
 
 def stuck_in_c() -> None:
@@ -295,36 +314,6 @@ def test_a_job_in_the_background_goes_on_ignoring_ctrl_c():
         interrupt.save_and_leave(alone=True)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) is interrupt._handle
-
-
-@pytest.mark.parametrize(("left", "status", "says"), [(-9, 137, "a rank was killed by SIGKILL, perhaps for lack of memory"), (75, 75, "")])
-def test_the_launcher_passes_on_the_status_of_its_ranks_and_keeps_its_hands_off_signals(monkeypatch, capfd, left, status, says):
-    from deepspeed.launcher import launch as theirs
-
-    def main():
-        theirs.signal.signal(theirs.signal.SIGTERM, None)
-        raise SystemExit(left)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(theirs, "main", main)
-    monkeypatch.setattr(theirs, "signal", signal)
-    monkeypatch.setattr(sys, "argv", ["launcher"])
-    assert launcher.run([]) == status and says in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is handler
-
-
-@pytest.mark.parametrize(
-    ("visible", "gpus", "chosen"),
-    [(None, True, [0, 1]), ("2,3,5", True, ["2", "3"]), ("7", False, [0, 1]), ("GPU-a, GPU-b", True, ["GPU-a", "GPU-b"])],
-)
-def test_ranks_get_the_gpus_that_are_named(monkeypatch, visible, gpus, chosen):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert json.loads(base64.urlsafe_b64decode(_accelerators(2, gpus))) == {"localhost": chosen}
-    if visible and gpus:
-        with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES is .* less than one GPU for each of 4 processes"):
-            _accelerators(4, gpus)
 
 
 @pytest.mark.slow

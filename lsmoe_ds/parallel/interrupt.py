@@ -49,7 +49,7 @@ class _State:
     received: list[tuple[int, float]] = []  # noqa: RUF012  there is one process
     told = 0  # how many of them :func:`agreed` has looked at
     watched = False
-    missing = ""  # what :func:`waiting` says
+    waiting_for = ""
 
 
 def status_of(number: int) -> int:
@@ -73,7 +73,11 @@ def clean_up_and_leave() -> None:
 
 
 def leave_before_training() -> None:
-    """From here on each of :data:`SIGNALS` ends the process at once, with one line: there is nothing to save yet."""
+    """From here on each of :data:`SIGNALS` ends the process at once, with one line: there is nothing to save yet.
+
+    A rank of several does so on SIGTERM only while it is :func:`waiting` for others. Launchers send it to the rest when
+    one rank has failed, and srun takes the highest status for all: a recipe that is refused with 2 must not end as 75.
+    """
     _act(_leave, SIGNALS)
 
 
@@ -151,23 +155,27 @@ def _note_alone(number: int) -> None:
 
 
 def _leave(number: int) -> None:
-    from lsmoe_ds.parallel.membership import guess_rank
+    from lsmoe_ds.parallel.membership import guess_rank, is_one_of_several
 
-    rank = guess_rank(os.environ)
-    if rank == 0 or _State.missing:
+    if number == signal.SIGTERM and not _State.waiting_for and is_one_of_several(os.environ):
+        return
+    rank, missing = guess_rank(os.environ), f", waiting for {_State.waiting_for}" if _State.waiting_for else ""
+    if rank == 0 or _State.waiting_for.startswith("rank 0"):  # which is not there to say anything
         who = f"rank {rank}: " if rank else ""
-        say(f"{who}{name_of(number)} before the first step{_State.missing}: nothing to save; the same command starts again")
+        say(f"{who}{name_of(number)} before the first step{missing}: nothing to save; the same command starts again")
     os._exit(status_of(number))
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Inside, this rank waits for ``what``: asked to stop it says so, as no other rank may be there to say anything."""
-    _State.missing = f", waiting for {what}"
+    """Inside, this rank waits for ``what``. It leaves on any signal, also on one that came before."""
+    _State.waiting_for = what
     try:
+        if _State.action is _leave and _State.received:
+            _leave(_State.received[0][0])
         yield
     finally:
-        _State.missing = ""
+        _State.waiting_for = ""
 
 
 def _stop(number: int) -> None:

@@ -58,7 +58,8 @@ def join(membership: Membership | None = None, alike: Mapping[str, str] | None =
     compat.check_versions()
     membership = membership or find(os.environ)
     if membership.address is None:
-        membership = _meet_by_mpi(membership)
+        with interrupt.waiting("the other ranks"):
+            membership = _meet_by_mpi(membership)
     os.environ.update(membership.environment())
     import torch
     import torch.distributed as dist
@@ -76,7 +77,8 @@ def join(membership: Membership | None = None, alike: Mapping[str, str] | None =
             **(alike or {}),
         },
     }
-    hosts = _compare(membership, store, note)
+    with interrupt.waiting("the other ranks"):
+        hosts = _compare(membership, store, note)
     deepspeed = compat.import_deepspeed()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
@@ -142,7 +144,7 @@ def _open_store(membership: Membership) -> dist.Store:
     address, port = str(membership.address), int(membership.port or 0)
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it, also for those that it starts anew
     try:
-        with interrupt.waiting(f"rank 0 at {address}:{port}"):
+        with interrupt.waiting(f"rank 0 at {address}:{port}" if membership.rank else "the other ranks"):
             store = dist.TCPStore(
                 address,
                 port,

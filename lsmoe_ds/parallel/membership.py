@@ -89,6 +89,14 @@ def guess_rank(environment: Mapping[str, str]) -> int:
     return 0
 
 
+def is_one_of_several(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has started this process, also where :func:`find` raises."""
+    try:
+        return not find(environment).is_alone
+    except UserError:
+        return True
+
+
 def first_host(nodes: str) -> str:
     """Return the first host of SLURM's list: ``gpu[03-07,9],login`` -> ``gpu03``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
