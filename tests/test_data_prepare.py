@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,8 @@ from lsmoe_ds.data.cleaning import near_duplicate_form
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.summary import show
-from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import BOS, EOS, PAD, UNK, Direction
+from lsmoe_ds.languages import Direction
 
 
 @pytest.fixture
@@ -98,19 +96,6 @@ def test_held_out_sets_are_multi_way_parallel(root: Path) -> None:
     assert english[0] == english[1] == english[2]
 
 
-def test_a_bitext_without_english_holds_out_both_sides(tmp_path: Path) -> None:
-    many = {"de-en": pairs("de", "en", 200), "de-fr": pairs("de", "fr", 200), "en-fr": pairs("en", "fr", 200)}
-    write_lines(tmp_path / "de-fr.tsv", ["de\tfr", *("\t".join(pair) for pair in many["de-fr"])])
-    write_fetched(tmp_path, "django", {name: many[name] for name in ("de-en", "en-fr")})
-    corpora = ["django", {"path": str(tmp_path / "de-fr.tsv"), "format": "tsv"}]
-    data = prepare(recipe(tmp_path, corpora=corpora, languages=[], directions=["de-en", "fr-en", "de-fr"]))
-    german, french = (set(lines) for lines in data.text(Direction("de", "fr"), "test"))
-    assert len(german) == len(french) == 20
-    for name in ("de-en", "de-fr", "en-fr"):
-        trained = {text for pair in train_text(data, name) for text in pair}
-        assert not trained & (german | french)
-
-
 def test_published_sets_serve_whole_and_are_not_trained_on(root: Path) -> None:
     dev = [(sentence("de", n), sentence("en", n)) for n in range(60, 75)]
     for side, code in enumerate(("deu_Latn", "eng_Latn")):
@@ -149,34 +134,6 @@ def test_two_prepares_are_the_same_to_the_byte(root: Path, monkeypatch: pytest.M
     assert first.manifest["files"] == second.manifest["files"]
     assert len(first.manifest["files"]) == 1 + 3 * (4 + 6 + 6)
     PreparedData.open(second.folder, verify=True)
-
-
-@pytest.mark.parametrize(("temperature", "german", "french"), [(5.0, 842, 335), (1.0, 1000, 10)])
-def test_the_vocabulary_is_trained_on_a_sample_by_temperature(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, german: int, french: int
-) -> None:
-    """1,000 and 10 pairs, so 1,010 English sentences; shares as n^(1/T): at T = 5 3.981, 1.585 and 3.989 of 2,020 sentences."""
-    seen: list[str] = []
-
-    def train(texts, *rest):
-        seen.extend(texts)
-        return train_vocabulary(iter(seen), *rest)
-
-    monkeypatch.setattr(prepare_module, "train_vocabulary", train)
-    write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 1000), "en-fr": pairs("en", "fr", 10, start=5000)})
-    settings = {"held_out": {"dev": 0, "test": 0}, "vocabulary": {"size": 200, "character_coverage": 1.0}}
-    prepare(recipe(tmp_path, languages=["de", "fr"], temperature=temperature, **settings))
-    own = {"de": {sentence("de", n) for n in range(1000)}, "fr": {sentence("fr", n) for n in range(5000, 5010)}}
-    counts = {code: sum(text in texts for text in seen) for code, texts in own.items()}
-    assert abs(counts["de"] - german) <= 1 and abs(counts["fr"] - french) <= 1
-    assert abs(len(seen) - 2020) <= 2
-    # Each sentence of a language comes as often as any other, to one.
-    times = Counter(text for text in seen if text in own["fr"])
-    assert len(times) == 10 and max(times.values()) - min(times.values()) <= 1
-
-
-def changed_file(root: Path) -> None:
-    write_fetched(root, "django", {"de-en": pairs("de", "en", 250)})
 
 
 @pytest.mark.parametrize(
@@ -387,24 +344,6 @@ def test_the_size_named_in_the_error_works(root: Path) -> None:
 def test_nothing_prepared_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run 'lsmoe data prepare'"):
         PreparedData.open(tmp_path)
-
-
-def test_vocabulary(root: Path, tmp_path: Path) -> None:
-    data = prepare(recipe(root))
-    vocabulary: Vocabulary = pickle.loads(pickle.dumps(data.vocabulary))
-    assert (BOS, PAD, EOS, UNK) == (0, 1, 2, 3)
-    assert [vocabulary.tag_id(code) for code in ("de", "en", "fr", "ru")] == [4, 5, 6, 7]
-    ids = vocabulary.encode("<2de> tane <s> </s> <pad>")
-    assert not set(ids) & {BOS, PAD, EOS, 4, 5, 6, 7}
-    text = sentence("ru", 3)
-    assert vocabulary.decode([vocabulary.tag_id("de"), *vocabulary.encode(f"  {text}\t"), EOS, PAD]) == text
-    with pytest.raises(UserError, match="no tag for 'it'"):
-        vocabulary.tag_id("it")
-    (tmp_path / "broken.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="damaged"):
-        Vocabulary.load(tmp_path / "broken.model")
-    with pytest.raises(UserError, match="cannot be read"):
-        Vocabulary.load(tmp_path / "none.model")
 
 
 def test_show(root: Path) -> None:

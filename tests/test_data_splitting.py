@@ -239,6 +239,13 @@ def test_pairs_of_which_both_sides_are_held_out_come_before_those_of_which_one_i
     assert bitext.load("fate").tolist() == [0, TEST, 0]
 
 
+def test_what_may_be_chosen(tmp_path: Path) -> None:
+    """Not English 1, whose only translation is held out already, nor 2, which is; 3 has another translation."""
+    bitext, claims = made(tmp_path, "de-en", [(100, 1), (101, 2), (100, 3), (102, 3), (103, 4)]), Claims()
+    claims.add("test", np.array([100, 2], dtype=np.uint64))
+    assert bitext.candidates(claims).tolist() == [3, 4]
+
+
 def test_near_duplicates_have_one_key_in_all_languages() -> None:
     assert key("Das ist gut.") == key("DAS IST GUT 42!")
     assert key("Das ist gut.") != key("Das ist gute.")

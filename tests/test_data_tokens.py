@@ -1,20 +1,24 @@
-"""The token files of one bitext, to the number."""
+"""The token files of one bitext to the number, and the vocabulary that makes them."""
 
 from __future__ import annotations
 
+import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_corpora import recipe, write_three_bitexts
+from small_corpora import pairs, recipe, sentence, write_fetched, write_three_bitexts
 
+from lsmoe_ds.data import prepare as prepare_module
 from lsmoe_ds.data import tokens as module
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import TokenStore
 from lsmoe_ds.data.tokens import write_tokens
-from lsmoe_ds.data.vocabulary import Vocabulary, fill_up, parse_model
+from lsmoe_ds.data.vocabulary import Vocabulary, fill_up, parse_model, train_vocabulary
 from lsmoe_ds.data.workers import Workers
-from lsmoe_ds.languages import UNK
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import BOS, EOS, PAD, UNK
 
 PAIRS = [("tane shiro", "ver"), ("ta", ""), ("shi ☃ ro", "gen lich kei"), ("", "ung"), ("lem", "☃☃")]
 
@@ -64,3 +68,46 @@ def test_vocabularies_are_filled_up_to_a_multiple_of_8(model: Path, pieces: int,
     vocabulary = Vocabulary(proto.SerializeToString())
     assert (len(proto.pieces), proto.trainer_spec.vocab_size, vocabulary.size) == (filled, filled, filled)
     assert vocabulary.unused == tuple(range(pieces, filled))
+
+
+@pytest.mark.parametrize(("temperature", "german", "french"), [(5.0, 842, 335), (1.0, 1000, 10)])
+def test_the_vocabulary_is_trained_on_a_sample_by_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, german: int, french: int
+) -> None:
+    """1,000 and 10 pairs, so 1,010 English sentences; shares as n^(1/T): at T = 5 3.981, 1.585 and 3.989 of 2,020 sentences."""
+    seen: list[str] = []
+
+    def train(texts, *rest):
+        seen.extend(texts)
+        return train_vocabulary(iter(seen), *rest)
+
+    monkeypatch.setattr(prepare_module, "train_vocabulary", train)
+    write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 1000), "en-fr": pairs("en", "fr", 10, start=5000)})
+    settings = {"held_out": {"dev": 0, "test": 0}, "vocabulary": {"size": 200, "character_coverage": 1.0}}
+    prepare(recipe(tmp_path, languages=["de", "fr"], temperature=temperature, **settings))
+    own = {"de": {sentence("de", n) for n in range(1000)}, "fr": {sentence("fr", n) for n in range(5000, 5010)}}
+    counts = {code: sum(text in texts for text in seen) for code, texts in own.items()}
+    assert abs(counts["de"] - german) <= 1 and abs(counts["fr"] - french) <= 1
+    assert abs(len(seen) - 2020) <= 2
+    # Each sentence of a language comes as often as any other, to one.
+    times = Counter(text for text in seen if text in own["fr"])
+    assert len(times) == 10 and max(times.values()) - min(times.values()) <= 1
+
+
+def test_vocabulary(tmp_path: Path) -> None:
+    write_three_bitexts(tmp_path)
+    data = prepare(recipe(tmp_path))
+    vocabulary: Vocabulary = pickle.loads(pickle.dumps(data.vocabulary))
+    assert (BOS, PAD, EOS, UNK) == (0, 1, 2, 3)
+    assert [vocabulary.tag_id(code) for code in ("de", "en", "fr", "ru")] == [4, 5, 6, 7]
+    ids = vocabulary.encode("<2de> tane <s> </s> <pad>")
+    assert not set(ids) & {BOS, PAD, EOS, 4, 5, 6, 7}
+    text = sentence("ru", 3)
+    assert vocabulary.decode([vocabulary.tag_id("de"), *vocabulary.encode(f"  {text}\t"), EOS, PAD]) == text
+    with pytest.raises(UserError, match="no tag for 'it'"):
+        vocabulary.tag_id("it")
+    (tmp_path / "broken.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="damaged"):
+        Vocabulary.load(tmp_path / "broken.model")
+    with pytest.raises(UserError, match="cannot be read"):
+        Vocabulary.load(tmp_path / "none.model")
