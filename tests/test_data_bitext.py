@@ -50,7 +50,7 @@ def test_word_limits_are_for_the_first_side_without_english(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "pivot", "english"), [("de-en", 1, True), ("en-fr", 0, True), ("de-fr", 0, False), ("be-en_GB", 0, False)]
+    ("name", "pivot", "english"), [("de-en", 1, True), ("en-fr", 0, True), ("de-fr", 0, False), ("be-eng_Latn", 1, True)]
 )
 def test_which_side_sentences_are_chosen_by(tmp_path: Path, name: str, pivot: int, english: bool) -> None:
     assert (Bitext(name, tmp_path).pivot, Bitext(name, tmp_path).english) == (pivot, english)
