@@ -63,8 +63,11 @@ def take_from_start(value: dict[str, Any]) -> None:
     vocabulary = data.get("vocabulary") or {}
     if "model" in value and (not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()):
         return
+    stored_recipe = Path(start) / "recipe.yaml"
+    if not stored_recipe.is_file():
+        raise UserError(f"'training.start_from' is {start}: there is no {stored_recipe}: give a folder that `lsmoe convert` made")
     try:
-        known, _ = read_mapping(Path(start) / "recipe.yaml", "recipe", Recipe)
+        known, _ = read_mapping(stored_recipe, "recipe", Recipe)
     except UserError as error:
         raise UserError(f"'training.start_from' is {start}: {error}") from None
     value.setdefault("model", known.get("model"))

@@ -49,10 +49,10 @@ def test_from_a_recipe_to_scores_and_models(cluster, work, submit):
 
 
 def test_when_training_fails_the_rest_is_canceled_and_says_why(cluster, work, submit):
-    jobs = chain(cluster, work, "--set", "training.start_from=nowhere", "--out", "failed", "--convert", "en-de")
+    jobs = chain(cluster, work, "--set", "data.vocabulary.size=200", "--out", "failed", "--convert", "en-de")
     train = jobs.pop("train")
     assert cluster.wait(train, 60) == "FAILED"
     for job in jobs.values():
         assert cluster.wait(job, 30) == "CANCELLED"
         assert cluster.show(job)[0]["Reason"] == "DependencyNeverSatisfied"
-    assert "'training.start_from' is nowhere" in cluster.log(train)
+    assert "'data.vocabulary.size' is 200, but" in cluster.log(train)
