@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jinja2
 from markupsafe import Markup
 
 from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.measures import LayerMeasures, measure_layer
 from lsmoe_ds.analysis.routing import LayerRouting, Routing, task_name
+from lsmoe_ds.pages import open_template
 
 COLUMNS = {
     "Layer": "counted from 1",
@@ -76,15 +76,8 @@ def reading(layer: LayerRouting) -> str | None:
 
 def render_page(name: str, step: int, routing: Routing) -> str:
     """Return the page as text; it needs nothing beside itself. Everything that comes from data is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lsmoe_ds.analysis", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     full = largest_share(routing.layers)
     maps = [(layer, heat_map(layer, full), reading(layer)) for layer in routing.layers]
     measures = measures_table(routing.layers)
-    page = environment.get_template("page.html")
+    page = open_template("lsmoe_ds.analysis", "page.html")
     return page.render(name=name, step=step, routing=routing, measures=measures, columns=COLUMNS, maps=maps, full=full)

@@ -5,7 +5,7 @@ size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +49,23 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis of differences, with 0 on it."""
+
+    ticks: list[float]
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Scale:
+        """Make the axis that shows all values."""
+        found = [0.0, *values]
+        return cls(ticks(min(found), max(found)))
+
+    def at(self, value: float) -> float:
+        """Return the place of a value, in percent from the left."""
+        return 100 * (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
 
 
 def thin(points: Points, most: int = 800) -> Points:

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-import jinja2
 from markupsafe import Markup
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -34,6 +33,7 @@ from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import AVERAGES, WEAK, DirectionScore, ScoreTable
 from lsmoe_ds.folders import check_can_write, write_whole
 from lsmoe_ds.languages import Direction, is_english, language_name, script, task_order
+from lsmoe_ds.pages import open_template
 from lsmoe_ds.recipe_file import load_recipe
 
 T = TypeVar("T")
@@ -123,17 +123,10 @@ def render_report(run: Path) -> str:
     conversions = _conversions(run)
     timings = _if_there(run / "timings.json", lambda path: _read(path, TypeAdapter(dict[str, float])))
     full = largest_share(layers or [])
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lsmoe_ds.evaluation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "duration": duration, "count": short_count, "bytes": size}
-    environment.filters |= {"html_language": html_language, "text_direction": text_direction}
-    environment.globals |= {"direction_name": lambda direction: task_name(str(direction))}
-    return environment.get_template("template.html").render(
+    filters: dict[str, Callable[..., Any]] = {"number": number, "duration": duration, "count": short_count, "bytes": size}
+    filters |= {"html_language": html_language, "text_direction": text_direction}
+    return open_template("lsmoe_ds.evaluation", "template.html", **filters).render(
+        direction_name=lambda direction: task_name(str(direction)),
         recipe=recipe,
         summary=_summary(recipe, progress),
         progress=progress,
