@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -94,8 +95,14 @@ def compare(
 ) -> None:
     """Test whether systems differ, by direction and over all: paired bootstrap and approximate randomization."""
     from lsmoe_ds.evaluation.compare import compare_runs
+    from lsmoe_ds.evaluation.compare_page import check_place, write_page
 
-    found = compare_runs(runs, directions.split(",") if directions else None, tokenize, samples, seed, out)
+    if out is not None:
+        check_place(out)
+    found = compare_runs(runs, directions.split(",") if directions else None, tokenize, samples, seed)
+    if out is not None:
+        write_page(found, out)
+    print(f"lsmoe: {f'the picture is in {out}' if out else '--out FILE.html draws the differences'}", file=sys.stderr, flush=True)
     if as_json:
         print_json(found.to_dict())
     else:

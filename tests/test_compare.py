@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from lsmoe_ds.cli import app
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.compare import compare_runs
+from lsmoe_ds.evaluation.compare_page import check_place, write_page
 from lsmoe_ds.evaluation.metrics import make_metrics
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
@@ -102,7 +103,8 @@ def test_the_mean_over_directions_by_hand() -> None:
 
 def test_systems_of_different_quality(tmp_path, capsys) -> None:
     runs = [write_system(tmp_path / name, errors) for name, errors in (("base", 0.3), ("better", 0.05), ("same", 0.3))]
-    comparison = compare_runs(runs, samples=100, out=tmp_path / "page.html", progress=False)
+    comparison = compare_runs(runs, samples=100, progress=False)
+    write_page(comparison, tmp_path / "page.html")
     assert list(comparison.directions) == [EN_DE, DE_EN, EN_FR]
     for metric, outcomes in comparison.mean.items():
         by_direction = [found[metric] for found in comparison.directions.values()]
@@ -180,7 +182,7 @@ def test_what_cannot_be_compared(tmp_path, monkeypatch) -> None:
         with pytest.raises(UserError, match=message):
             compare_runs(paths, samples=100, progress=False)
     with pytest.raises(UserError, match=r"cannot be written \(.*\): choose another file with --out"):
-        compare_runs([base, base], samples=100, progress=False, out=tmp_path / "nowhere" / "page.html")
+        check_place(tmp_path / "nowhere" / "page.html")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10_000}))
     with pytest.raises(UserError, match=r"100 resamples of 42 lines need .* GiB of memory, 0\.0 are free: take --samples 100"):
         compare_runs([base, base], samples=100, progress=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from lsmoe_ds.evaluation.parts import RECIPE, find_home
 from lsmoe_ds.evaluation.score_folder import SCORES, ScoreFolder, fullest
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.significance import TRIALS, Outcome, Trials, run_trials
-from lsmoe_ds.folders import check_can_write, write_whole
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.recipe_file import load_recipe
 
@@ -138,11 +136,9 @@ def compare_runs(
     tokenize: str | None = None,
     samples: int = 1000,
     seed: int = 12345,
-    out: Path | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Test the systems at ``paths`` against the first one, by direction and over all, and write the page
-    ``out`` if it is named.
+    """Test the systems at ``paths`` against the first one, by direction and over all.
 
     A path is a run (its complete evaluation, or else the fullest), a checkpoint in it, or a record in
     RUN/scores. Raises UserError for systems that were not asked the same question on the same text; the
@@ -150,8 +146,6 @@ def compare_runs(
     """
     if len(paths) < 2:
         raise UserError("there is nothing to compare: name two runs or more, the baseline first")
-    if out is not None:
-        check_can_write(out.absolute().parent, "choose another file with --out", make=False)
     systems = tuple(find_system(Path(path)) for path in paths)
     baseline = systems[0]
     for system in systems[1:]:
@@ -175,13 +169,7 @@ def compare_runs(
             bar.update(task, advance=1)
     means = {m: [Trials.mean(list(each)) for each in zip(*(trials[m] for trials in found.values()), strict=True)] for m in METRICS}
     by_direction = {direction: _outcomes(trials) for direction, trials in found.items()}
-    comparison = Comparison(systems, by_direction, _outcomes(means), signatures, samples, seed)
-    if out is not None:
-        from lsmoe_ds.evaluation.compare_page import render_page
-
-        write_whole(out, render_page(comparison))
-        print(f"lsmoe: the picture is in {out}", file=sys.stderr, flush=True)
-    return comparison
+    return Comparison(systems, by_direction, _outcomes(means), signatures, samples, seed)
 
 
 def _outcomes(trials: dict[str, list[Trials]]) -> Found:

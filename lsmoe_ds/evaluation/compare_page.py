@@ -4,12 +4,24 @@ and all numbers."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from lsmoe_ds.evaluation.compare import Comparison, Found
 from lsmoe_ds.evaluation.metrics import METRICS
 from lsmoe_ds.evaluation.plots import Scale, number
 from lsmoe_ds.evaluation.significance import TRIALS
+from lsmoe_ds.folders import check_can_write, write_whole
 from lsmoe_ds.pages import open_template
+
+
+def check_place(out: Path) -> None:
+    """Raise UserError unless a page can be written there."""
+    check_can_write(out.absolute().parent, "choose another file with --out", make=False)
+
+
+def write_page(comparison: Comparison, out: Path) -> None:
+    """Write the page, whole or not at all."""
+    write_whole(out, render_page(comparison))
 
 
 def render_page(comparison: Comparison) -> str:
