@@ -46,7 +46,7 @@ def test_why_nothing_is_compared_is_said(run, tmp_path):
         record = convert(run, "dense", EN_DE, tmp_path / "gone")
     finally:
         prepared.with_name("elsewhere").rename(prepared)
-    assert record["not_checked"].startswith("no held-out text was found: there is no prepared data in ")
+    assert record["not_checked"].startswith("no held-out text to compare on: there is no prepared data in ")
 
 
 def test_a_run_that_cannot_be_written_keeps_no_record_but_the_model_is_made(run, tmp_path, capsys):
@@ -56,4 +56,6 @@ def test_a_run_that_cannot_be_written_keeps_no_record_but_the_model_is_made(run,
     record = convert(tmp_path / "run", "dense", EN_DE, tmp_path / "out", check=0)
     assert record["kind"] == "dense" and (tmp_path / "out" / "model.safetensors").exists()
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("lsmoe: the model is written, but the run does not note it: ") and "conversions cannot be written" in said
+    assert (
+        said.startswith("lsmoe: the model is written, its record for the run's report is not: ") and "conversions cannot be written" in said
+    )

@@ -217,6 +217,12 @@ def _plain(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".gz" else path
 
 
+def _readable(paths: Iterable[Path]) -> list[Path]:
+    """Sort the paths, without compressed copies of files that are there uncompressed."""
+    found = set(paths)
+    return sorted(path for path in found if path.suffix != ".gz" or _plain(path) not in found)
+
+
 def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     folders = [folder for name in ("supervised", "zero-shot") if (folder := corpus.path / name).is_dir()]
     if not folders:
@@ -237,7 +243,7 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     if not any(folder.is_dir() for folder in sets.values()):
         raise UserError(f"{corpus.path} is not laid out as FLORES: it has neither 'dev' nor 'devtest' in it")
     for name, folder in sets.items():
-        files = [(_plain(path).stem, path) for path in sorted(folder.glob(f"*.{name}*")) if _plain(path).suffix == f".{name}"]
+        files = [(_plain(path).stem, path) for path in _readable(folder.glob(f"*.{name}*")) if _plain(path).suffix == f".{name}"]
         for bitext, pair in wanted.items():
             first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
             if first and second:
@@ -255,7 +261,7 @@ def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     """
     folder = corpus.path / "NTREX-128" if (corpus.path / "NTREX-128").is_dir() else corpus.path
     found: dict[str, list[tuple[str, Path]]] = {"src": [], "ref": []}
-    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+    for path in _readable(folder.iterdir() if folder.is_dir() else ()):
         if match := NTREX_FILE.fullmatch(_plain(path).name):
             found[match[2]].append((match[3], path))
     if not found["src"] or not found["ref"]:
@@ -272,7 +278,7 @@ IWSLT_SET = re.compile(r"(?P<set>IWSLT\w*\.\w+\.(?P<kind>dev|tst)\w*\.[\w@-]+)\.
 
 def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     found: dict[tuple[str, str, str], list[tuple[str, Path]]] = {}
-    for path in sorted(corpus.path.rglob("*")):
+    for path in _readable(corpus.path.rglob("*")):
         if match := IWSLT_TRAIN.fullmatch(_plain(path).name):
             found.setdefault(("train", "tagged", f"{path.parent}/{match['set']}"), []).append((match["code"], path))
         elif match := IWSLT_SET.fullmatch(_plain(path).name):
@@ -310,7 +316,7 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     """
     folder = corpus.path if corpus.path.is_dir() else corpus.path.parent
     stems: dict[str, list[tuple[str, Path]]] = {}
-    for path in sorted(folder.glob("*.*") if folder.is_dir() else ()):
+    for path in _readable(folder.glob("*.*") if folder.is_dir() else ()):
         plain = _plain(path)
         if path.is_file() and (corpus.path.is_dir() or plain.stem == corpus.path.name):
             stems.setdefault(plain.stem, []).append((plain.suffix[1:], path))
