@@ -321,3 +321,12 @@ def test_the_table_reads_what_it_lists():
     }
     assert wrong == {}
     assert all(len(entry.script) == 4 for entry in table().values())
+
+
+def test_relatives_share_a_group_of_experts():
+    """Dutch, English and German are Germanic; Bulgarian, Russian and Polish are Slavic."""
+    languages = Languages(tuple(Direction("en", code) for code in ("bg", "de", "nl", "pl", "ru")))
+    assert dict(zip(languages.tasks("target"), languages.task_groups("target", 2), strict=True)) == {
+        **dict.fromkeys(("de", "en", "nl"), 0),
+        **dict.fromkeys(("bg", "pl", "ru"), 1),
+    }

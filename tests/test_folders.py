@@ -1,0 +1,33 @@
+"""Names of files that others wrote down: only those of files below a folder are read."""
+
+from __future__ import annotations
+
+import pytest
+
+from lsmoe_ds.folders import damage, describe_files, is_plain
+
+
+@pytest.mark.parametrize("name", ["a.txt", "train/de-en/de.txt", ".hidden", "a..b", "mp_rank_00_model_states.pt"])
+def test_names_below_a_folder(name):
+    assert is_plain(name)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../x", "..", ".", "/etc/passwd", "a//b", "a/", "", "a\nb", "a\x00b", "x" * 256, None, 3])
+def test_names_that_lead_elsewhere(name):
+    assert not is_plain(name)
+
+
+def test_a_manifest_cannot_name_a_file_outside_of_its_folder(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "outside").write_text("there")
+    files = {"../outside": describe_files(tmp_path, ["outside"])["outside"]}
+    assert "only files below" in (damage(folder, files, verify=True) or "")
+
+
+def test_the_checksum_is_compared_only_when_asked_for(tmp_path):
+    (tmp_path / "a").write_text("here")
+    files = describe_files(tmp_path, ["a"])
+    (tmp_path / "a").write_text("hero")  # of the same size
+    assert damage(tmp_path, files, verify=False) is None
+    assert "its sha256 differs" in (damage(tmp_path, files, verify=True) or "")
