@@ -14,7 +14,7 @@ from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run
 
 from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.convert.folder import Weights
-from lsmoe_ds.convert.subnetwork import convert_to_dense, extract
+from lsmoe_ds.convert.subnetwork import check_convertible, convert_to_dense, extract
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import Loaded, build_model, load
 from lsmoe_ds.inference.translate import translate
@@ -219,3 +219,14 @@ def test_that_nothing_was_compared_is_said(run, tmp_path):
         away.rename(data)
     assert "no held-out text to compare on: there is no prepared data in" in record["not_checked"] and "sentences" not in record
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_model_without_anything_specific_serves_all_directions(run, tmp_path):
+    plain = random_loaded(run, None, None)
+    tensors, recipe = extract(global_weights(plain.model), plain.recipe, None)
+    assert recipe.data.directions == plain.recipe.data.directions
+    assert {name: tensors[name].tolist() for name in tensors} == {n: w.tolist() for n, w in global_weights(plain.model).items()}
+    for encoder, message in ((TARGET_TOP2, "name one, as in --direction en-de"), (None, "name one")):
+        routed = make_recipe(run.parent, encoder, PAIR_TOP2)
+        with pytest.raises(UserError, match=message):
+            check_convertible(routed, None)

@@ -202,7 +202,8 @@ def test_ctranslate2_through_the_command(run, tmp_path):
     record = json.loads(found.stdout)
     assert (record["kind"], record["quantization"], record["sentences"]) == ("ctranslate2", "int8", 3)
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["files"].keys() > {"model.bin", "config.json"}
-    assert "ctranslate2.Translator" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "ctranslate2.Translator" in card and "rounded to\nint8" in card and "for the rounding, which changes some" in card
     found = CliRunner().invoke(app, [*arguments, "--to", "huggingface", "--quantization", "int8"])
     assert isinstance(found.exception, UserError) and "--quantization is for --to ctranslate2" in str(found.exception)
 

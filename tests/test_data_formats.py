@@ -127,6 +127,12 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
         case "no header":
             write_lines(tmp_path / "x.tsv", ["Guten Morgen\tGood morning", "Ja\tYes"])
             return found(tmp_path / "x.tsv", "tsv", "de-en")
+        case "further columns":
+            write_lines(tmp_path / "x.tsv", ["0.9\tJa\tYes"])  # a score that a miner of parallel text has written
+            return found(tmp_path / "x.tsv", "tsv", "de-en", source="de", target="en")
+        case "ragged":
+            write_lines(tmp_path / "x.tsv", ["de\ten\tfr", "Ja\tYes\tOui", "Nein\tNo\tNon\tNo"])
+            return found(tmp_path / "x.tsv", "tsv", "de-en")
         case "one code":
             write_lines(tmp_path / "x.tsv", ["de\tnotes", "Ja\tYes"])
             return found(tmp_path / "x.tsv", "tsv", "de-en")
@@ -164,7 +170,9 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
         ("no flores", r"not laid out as FLORES"),
         ("no iwslt", r"not laid out as IWSLT"),
         ("no moses", r"there are no files .*other.CODE"),
-        ("columns", r"x.tsv, line 2: 2 columns between tabs were expected, found 1"),
+        ("columns", r"x.tsv, line 2: 2 columns between tabs were expected, .*; found 1"),
+        ("further columns", r"x.tsv, line 1: 2 columns .*, as there is no first line of language codes; found 3"),
+        ("ragged", r"x.tsv, line 3: 3 columns between tabs were expected, as in line 1; found 4"),
         ("header", r"x.tsv, line 1: two or more language codes"),
         (
             "no header",

@@ -96,6 +96,9 @@ HYBRID = """What of the model `{run}` this direction uses, taken out with lsmoe_
 token or sentence by sentence keep them all; the others are dense. It computes what that model computes for this direction."""
 DENSE = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {version}: it
 computes what that model computes {of}."""
+FLOAT = "float32"
+ROUNDED = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {version}, with weights rounded to
+{quantization}: it computes what that model computes {of}, but for the rounding, which changes some translations."""
 
 CARD = """---
 language: [{% for code in codes %}"{{ code }}"{{ ", " if not loop.last }}{% endfor %}]
@@ -129,7 +132,7 @@ The license of the model is not stated here: whoever publishes it decides it, wi
 ## Scores
 
 {% if scores -%}
-{{ question }}
+{{ question }}{% if rounded %} They are of the model before its weights were rounded.{% endif %}
 
 | direction | BLEU | chrF++ | sentences |
 |---|---:|---:|---:|
@@ -148,6 +151,7 @@ None are known: `lsmoe evaluate` on the run writes them.
 """
 
 
+HELD_OUT_ONLY = ("flores", "ntrex")  # layouts that have no training text
 MOST_NAMED = 12  # directions named in the first sentence
 
 
@@ -169,6 +173,7 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
         ),
         codes=sorted({code.split("_")[0] for code in recipe.languages.codes}),
         directions=directions,
+        rounded=provenance.get("quantization", FLOAT) != FLOAT,
         names=_names(directions),
         facts=list(_facts(kind, recipe, provenance)),
         corpora=[_corpus(corpus, find_directory(recipe, home)) for corpus in recipe.data.corpora],
@@ -184,7 +189,7 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
 def _what(kind: str, provenance: Mapping[str, Any]) -> str:
     if kind == "consolidated":
         return IMPORTED if "imported_from" in provenance else GROWN if "grown_from" in provenance else WHOLE
-    return HYBRID if kind == "hybrid" else DENSE
+    return HYBRID if kind == "hybrid" else ROUNDED if provenance.get("quantization", FLOAT) != FLOAT else DENSE
 
 
 def _names(directions: tuple[Direction, ...]) -> str:
@@ -215,7 +220,8 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
 def _corpus(corpus: Any, directory: Path) -> str:
     """Describe a corpus and its license, from its ``PROVENANCE.json``."""
     if not isinstance(corpus, str):
-        return f"{corpus.path.name}, from the trainer's own disk; license unknown"  # where it lay is nobody's business
+        held_out = " (held-out text only)" if corpus.format in HELD_OUT_ONLY else ""
+        return f"{corpus.path.name}{held_out}, from the trainer's own disk; license unknown"  # where it lay is nobody's business
     found = read_json(corpus_folder(corpus, directory) / PROVENANCE)
     if found is None:
         return f"{corpus}; version and license unknown"

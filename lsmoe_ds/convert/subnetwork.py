@@ -69,7 +69,7 @@ def check_convertible(recipe: Recipe, direction: Direction | None, route: str = 
         )
     if direction is None and any(moe.by_task for _, _, moe in layers):
         raise UserError("no dense model serves all directions, since each has experts of its own: name one, as in --direction en-de")
-    if direction is None and route == "specific":
+    if direction is None and not serves_all(recipe, route):
         raise UserError("the specific route needs a direction: name one, as in --direction en-de")
 
 
@@ -171,8 +171,9 @@ def extract(
 
 
 def serves_all(recipe: Recipe, route: str) -> bool:
-    """Whether one dense model serves every direction of the recipe."""
-    return route == "shared" and not any(expert_layers(recipe.model, route))
+    """Tell whether one dense model serves every direction of the recipe: by the shared route, or where nothing is specific."""
+    specific = route == "specific" and (recipe.model.low_rank is not None or recipe.model.clsr is not None)
+    return not specific and not any(expert_layers(recipe.model, route))
 
 
 def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]], kept: set[str]) -> Recipe:

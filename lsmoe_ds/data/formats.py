@@ -49,6 +49,7 @@ class Part:
     reader: str  # lines, tagged, segments, table
     columns: tuple[int, int] = (0, 1)
     header: bool = False
+    width: int = 2  # columns of a table
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Yield pairs of texts, in the order of the bitext's name, as the files have them. Raises EmptyPart
@@ -70,13 +71,15 @@ class Part:
             raise EmptyPart(f"{self.files[0]} and {self.files[1]} hold no text")
 
     def _table(self) -> Iterator[tuple[str, str]]:
-        count, width = 0, max(self.columns) + 1
+        count = 0
         for number, line in enumerate(read_lines(self.files[0]), 1):
             if self.header and number == 1:
                 continue
             cells = line.split("\t")
-            if len(cells) < width:
-                raise UserError(f"{self.files[0]}, line {number}: {width} columns between tabs were expected, found {len(cells)}")
+            if len(cells) != self.width:
+                as_in = "as in line 1" if self.header else "as there is no first line of language codes"
+                what = f"{self.width} columns between tabs were expected, {as_in}"
+                raise UserError(f"{self.files[0]}, line {number}: {what}; found {len(cells)}")
             count += 1
             yield cells[self.columns[0]], cells[self.columns[1]]
         if not count:
@@ -359,7 +362,7 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     for bitext, pair in wanted.items():
         columns = [wanted.choose([(code.strip(), i) for i, code in enumerate(codes)], member) for member in pair]
         if columns[0] is not None and columns[1] is not None:
-            yield Part(str(corpus.path), bitext, "train", (path,), "table", (columns[0], columns[1]), header)
+            yield Part(str(corpus.path), bitext, "train", (path,), "table", (columns[0], columns[1]), header, len(codes))
 
 
 def _names_language(cell: str, recipes: Iterable[str]) -> bool:

@@ -9,7 +9,8 @@ The corpus itself is streamed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,20 @@ def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
         console.print(notice)
     pairs = sum(splits["train"]["pairs"] for splits in manifest["bitexts"].values())
     console.print(f"prepared {folder}: {pairs:,} training pairs in {len(manifest['bitexts'])} bitexts")
+    console.print(_cleaned(manifest["cleaning"].values()))
     if left_out := sum(counts.get("held out", 0) for counts in manifest["cleaning"].values()):
         console.print(f"{left_out:,} more pairs are not trained on, because a side of them is a dev or test sentence, or nearly")
     return PreparedData.of(recipe)
+
+
+def _cleaned(counts: Iterable[Mapping[str, int]]) -> str:
+    """Say how many pairs were read and how many each rule has dropped, the most first."""
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    read = total.pop("read", 0)
+    rules = [f"{name} {count:,}" for name, count in total.most_common() if count and name != "held out"]
+    return f"of {read:,} pairs that were read, cleaning has dropped: {', '.join(rules) or 'none'}"
 
 
 def _up_to_date(recipe: Recipe, state: State, console: Console) -> PreparedData:

@@ -106,8 +106,13 @@ class Comparison:
         first = self.systems[0]
         trials = f"{self.samples:,} bootstrap resamples, {TRIALS * self.samples:,} randomizations, seed {self.seed}"
         legend = "difference from the baseline [its 95 % interval], p by paired bootstrap / approximate randomization"
+        others = [
+            f"{label}: {system.table.question}"
+            for label, system in zip(self.labels[1:], self.systems[1:], strict=True)
+            if system.table.question != first.table.question
+        ]
         table = Table(
-            title=escape(f"baseline: {self.labels[0]} ({first.table.question})"),
+            title=escape("; ".join([f"baseline: {self.labels[0]} ({first.table.question})", *others])),
             caption=f"{escape(legend)}; * both below 0.05; {trials}",
         )
         table.add_column("direction")

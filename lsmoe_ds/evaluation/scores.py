@@ -280,7 +280,7 @@ class ScoreTable:
     def render(self) -> Table:
         """Make a table for a terminal: a line for each direction and each average, the score of copying in
         parentheses."""
-        title = f"{self.name}, step {self.step:,}, {self.split}, beam {self.beam}" + (", shared route" if self.route == "shared" else "")
+        title = f"{self.name}: {self.question}"
         table = Table(title=title, caption="in parentheses: copying the source")
         table.add_column("direction")
         for column in (*METRICS.values(), *(["COMET"] if self.comet else []), "sentences"):
