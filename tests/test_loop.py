@@ -101,7 +101,8 @@ def given(topology, recipe: Recipe, run: Path) -> tuple:
 
 def test_each_rank_has_its_own_share_of_the_data_in_the_order_of_the_seed(pool, folder):
     recipe = recipe_of(folder, steps=1, seed=40)
-    recipe.data.temperature = 3.0
+    recipe.data.temperature, recipe.data.name = 3.0, "warmer"  # the vocabulary depends on it, too
+    prepare(recipe)
     found = pool.run(4, given, recipe, folder / "given", tensor=2)
     for rank, (stream, (seed, tensor_rank), dev) in enumerate(found):
         assert stream == (3.0, 40, rank // 2, 2) and dev == (rank // 2, 2)
