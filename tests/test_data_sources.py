@@ -13,6 +13,7 @@ import pytest
 from small_corpora import recipe
 
 from lsmoe_ds.data import archives, sources
+from lsmoe_ds.data.catalogues import without_tags
 from lsmoe_ds.data.documents import align_sentences
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.sources import SOURCES, Source, corpus_damage, fetch
@@ -350,3 +351,12 @@ def test_django_for_real(tmp_path: Path) -> None:
     assert all(row.unknown < 0.02 for row in show(settings).rows if row.split == "train")
     tokens = data.tokens(data.languages.directions[0], "train")
     assert 3 < tokens.source.lengths.mean() < 60
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [("_File", "File"), ("E_xit", "Exit"), ("Datei (_F)", "Datei"), ("Save _As", "Save As"), ("a _b_c", "a b_c"), ("_ alone", "_ alone")],
+)
+def test_the_mark_of_a_menus_key_is_no_text(text, plain):
+    assert without_tags(text, accelerator="_") == plain
+    assert without_tags(text) == text  # other programs have no such mark

@@ -11,8 +11,10 @@ from small_corpora import recipe, write_three_bitexts
 
 from lsmoe_ds.data.fingerprints import reason_to_prepare
 from lsmoe_ds.data.prepare import prepare
-from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.inference.beam_search import never_generated
+from lsmoe_ds.languages import BOS, EOS, PAD
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +96,11 @@ def test_what_does_not_fit(root: Path, file: str, settings: dict[str, Any], says
 
 def test_bpe(root: Path) -> None:
     assert prepare(with_file(root, "bpe.model", type="bpe")).vocabulary.type == "bpe"
+
+
+def test_what_is_never_generated(made):
+    """Special pieces, the tags of all languages, and the pieces that fill a vocabulary up and that no text holds."""
+    grown = Vocabulary(add_tags((made / "first.model").read_bytes(), ["xx"]))
+    silent = [index for index in range(grown.size) if grown.decode([index]) == ""]
+    assert grown.size % 8 == 0 and len(grown.unused) > 0
+    assert {*grown.unused, grown.tag_id("xx"), BOS, PAD} <= set(never_generated(grown)) <= set(silent) - {EOS}
