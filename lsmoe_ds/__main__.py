@@ -20,7 +20,9 @@ def main() -> None:
         interrupt.say(f"stopped by {interrupt.name_of(asked.number)}")
         sys.exit(interrupt.status_of(asked.number))
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the interpreter's end is left
+        for each in interrupt.SIGNALS:  # only the interpreter's end is left, which takes our handlers away
+            if each == signal.SIGINT or signal.getsignal(each) is not signal.SIG_DFL:
+                signal.signal(each, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

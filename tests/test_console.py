@@ -54,6 +54,13 @@ def test_closed_input_is_one_sentence():
     assert done.returncode == 2 and done.stderr.startswith(b"lsmoe: standard input is closed") and done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("redirect", ["2>&-", "<&- 2>&-", ">&- 2>&-"])
+def test_what_is_printed_to_a_closed_stream_is_no_signal(redirect):
+    """The pipe of signals must not get the number of a closed stream: a newline there reads as SIGUSR1, status 75."""
+    done = shell(COMMAND, arguments="plan missing.yaml", redirect=redirect)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
+
+
 def test_a_reader_that_leaves_ends_the_command_silently():
     done = shell("set -o pipefail; ({python} -m lsmoe_ds --help; echo $? >&2) | true")
     assert done.stderr == b"141\n"

@@ -168,6 +168,13 @@ def test_one_process_saves_and_leaves_with_the_promised_status(folder):
         last = int(saved[1])
 
 
+@pytest.mark.parametrize(("verb", "ignored"), [("train", True), ("plan", False)])
+def test_a_signal_at_the_end_of_the_interpreter_changes_no_status(verb, ignored):
+    program = "import signal, sys; from lsmoe_ds.__main__ import main\ntry: main()\nfinally: print(signal.getsignal(signal.SIGTERM).name)"
+    done = subprocess.run([sys.executable, "-c", program, verb, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == ("SIG_IGN" if ignored else "SIG_DFL"), done.stderr
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_step(folder):
     file, run = folder / "slow.yaml", folder / "slow"
     file.write_text(recipe_in(folder, steps=20).to_yaml())

@@ -10,6 +10,7 @@ process without a word.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import sys
@@ -241,7 +242,10 @@ def _watch() -> None:
     """Start a thread that ends the process when the main thread does not: Python's handlers run between two of its instructions,
     and a call into C may last for minutes (a vocabulary is trained, rank 0 has not come)."""
     _State.watched = True
-    reader, writer = os.pipe()
+    ends = os.pipe()
+    reader, writer = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in ends)
+    for end in ends:  # 0 to 2 where a standard stream is closed: what is printed there would be taken for signals
+        os.close(end)
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # or we would hear the signals of a child
