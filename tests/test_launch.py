@@ -6,12 +6,13 @@ import base64
 import json
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel import launcher
-from lsmoe_ds.parallel.launch import _accelerators
+from lsmoe_ds.parallel.launch import _accelerators, smallest_world
 
 
 @pytest.mark.parametrize(("left", "status", "says"), [(-9, 137, "a rank was killed by SIGKILL, perhaps for lack of memory"), (75, 75, "")])
@@ -42,3 +43,9 @@ def test_ranks_get_the_gpus_that_are_named(monkeypatch, visible, gpus, chosen):
     if visible and gpus:
         with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES is .* less than one GPU for each of 4 processes"):
             _accelerators(4, gpus)
+
+
+@pytest.mark.parametrize(("tensor", "expert", "world"), [(1, 1, 1), (2, 1, 2), (1, 4, 4), (2, 4, 4), (2, 3, 6), (6, 4, 12)])
+def test_the_fewest_ranks_are_a_multiple_of_both(tensor, expert, world):
+    layout = SimpleNamespace(parallel=SimpleNamespace(tensor=tensor, expert=expert))
+    assert smallest_world(layout) == world
