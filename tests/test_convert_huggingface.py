@@ -189,6 +189,10 @@ def test_the_card(run, tmp_path):
     pairs = json.loads((run.parent / "data/prepared/small/manifest.json").read_text())["bitexts"]["de-en"]["train"]["pairs"]
     assert f"de-en: {pairs} pairs" in card
     assert "77.7" not in card and str(run.parent) not in card and "{{" not in card and "{%" not in card
+    assert "another step" not in card
+    write_json(run / "scores.json", table | {"step": 1, "directions": {"en-de": score | more, "en-fr": score | more}})
+    convert(run, "dense", EN_DE, tmp_path / "dense", check=0)
+    assert "They are of another step than this model, which is of step 2." in (tmp_path / "dense" / "README.md").read_text()
     (run / "scores.json").unlink()
     convert(run, "dense", EN_DE, tmp_path / "dense", check=0)
     card = (tmp_path / "dense" / "README.md").read_text()

@@ -80,6 +80,7 @@ def test_moses_and_tsv(tmp_path: Path) -> None:
     assert [p.split for p in found(tmp_path / "sets", "moses", "de-en")] == ["dev"]
     write_lines(tmp_path / "x.tsv", ["en\tfr\tde", "Hello\tBonjour\tHallo"])
     assert list(found(tmp_path / "x.tsv", "tsv", "de-en")[0].pairs()) == [("Hallo", "Hello")]
+    assert list(found(tmp_path / "x.tsv", "tsv", "de-en", source="en", target="de")[0].pairs()) == [("Hallo", "Hello")]
     write_lines(tmp_path / "y.tsv", ["Hello\tHallo"])
     assert list(found(tmp_path / "y.tsv", "tsv", "de-en", source="en", target="de")[0].pairs()) == [("Hallo", "Hello")]
 

@@ -334,6 +334,11 @@ def test_scores_of_a_run_that_cannot_be_written(run, tmp_path, monkeypatch, caps
     merge(copy, 1, beam=1, out=tmp_path / "out" / "here")
     found = {path.name for path in (tmp_path / "out" / "here").iterdir() if not path.name.startswith(".")}
     assert tree(copy) == before and found == {"scores", "scores.json", "routing.json"}
+    other = copy_run(run, tmp_path / "other")
+    for out, owner in ((tmp_path / "out" / "here", copy), (run, run)):  # another model's scores are not replaced
+        with pytest.raises(UserError, match=f"holds the scores of {owner}: give those of {other} another folder"):
+            evaluate(other, beam=1, limit=2, progress=False, out=out)
+    evaluate(copy, beam=1, limit=2, progress=False, out=tmp_path / "out" / "here")
     (tmp_path / "file").touch()
     for write in (
         lambda out: write_report(copy, out / "page.html"),

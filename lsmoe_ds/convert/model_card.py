@@ -132,7 +132,7 @@ The license of the model is not stated here: whoever publishes it decides it, wi
 ## Scores
 
 {% if scores -%}
-{{ question }}{% if rounded %} They are of the model before its weights were rounded.{% endif %}
+{{ question }}{{ remarks }}
 
 | direction | BLEU | chrF++ | sentences |
 |---|---:|---:|---:|
@@ -173,7 +173,7 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
         ),
         codes=sorted({code.split("_")[0] for code in recipe.languages.codes}),
         directions=directions,
-        rounded=provenance.get("quantization", FLOAT) != FLOAT,
+        remarks=_remarks(scores, provenance),
         names=_names(directions),
         facts=list(_facts(kind, recipe, provenance)),
         corpora=[_corpus(corpus, find_directory(recipe, home)) for corpus in recipe.data.corpora],
@@ -190,6 +190,16 @@ def _what(kind: str, provenance: Mapping[str, Any]) -> str:
     if kind == "consolidated":
         return IMPORTED if "imported_from" in provenance else GROWN if "grown_from" in provenance else WHOLE
     return HYBRID if kind == "hybrid" else ROUNDED if provenance.get("quantization", FLOAT) != FLOAT else DENSE
+
+
+def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any]) -> str:
+    """Say in what the scored model is not quite this one."""
+    remarks = []
+    if scores is not None and scores.step != provenance["step"]:
+        remarks.append(f" They are of another step than this model, which is of step {provenance['step']:,}.")
+    if provenance.get("quantization", FLOAT) != FLOAT:
+        remarks.append(" They are of the model before its weights were rounded.")
+    return "".join(remarks)
 
 
 def _names(directions: tuple[Direction, ...]) -> str:

@@ -346,10 +346,12 @@ def _allowed(corpus: Corpus, pair: tuple[str, str]) -> bool:
 def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     if bool(corpus.source) != bool(corpus.target):
         raise UserError(f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line names the columns)")
-    path, header = plain_or_gz(corpus.path), not corpus.source
-    codes = [corpus.source or "", corpus.target or ""]
+    path, codes = plain_or_gz(corpus.path), [corpus.source or "", corpus.target or ""]
+    first = next(read_lines(path), "").split("\t")
+    # A first line that names both languages is a header although the recipe names them too: it is no text, and its order holds.
+    header = not corpus.source or all(find_code(code, map(str.strip, first)) for code in codes)
     if header:
-        codes = next(read_lines(path), "").split("\t")
+        codes = first
         if len(codes) < 2:
             raise UserError(f"{path}, line 1: two or more language codes between tabs were expected, found {codes[0][:40]!r}")
         recipes = {code for pair in wanted.bitexts.values() for code in pair}

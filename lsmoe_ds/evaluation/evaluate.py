@@ -73,6 +73,8 @@ def evaluate(
     whole = read_held_out(data, split, asked) if data else read_own(test, split, asked)
     folder = ScoreFolder(Path(out) if out is not None else stored.home)
     folder.check()
+    if folder.home.resolve() != stored.home.resolve():
+        folder.claim(stored.home)
     judge = Comet.open(comet) if comet is not None else None
     tell_skipped(whole)
     if untrained := [str(direction) for direction in whole.by_direction if direction not in languages]:

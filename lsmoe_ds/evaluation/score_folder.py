@@ -30,7 +30,8 @@ from lsmoe_ds.languages import Direction
 from lsmoe_ds.part import Part
 
 SIDES = ("source", "hypothesis", "reference")
-SCORES, ROUTING = "scores.json", "routing.json"
+SCORES, ROUTING, RECIPE = "scores.json", "routing.json", "recipe.yaml"
+OWNER = "model.json"  # names the model, where the folder is not its own
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,21 @@ class ScoreFolder:
         """Raise UserError unless scores can be written here; makes ``home``."""
         for folder in (self.home, *([self.home / "scores"] if (self.home / "scores").exists() else [])):
             check_can_write(folder, "give a folder for the scores with --out DIR")
+
+    def claim(self, model: Path) -> None:
+        """Note which run or converted folder the scores here are of, when they lie elsewhere (``--out``).
+
+        Raises UserError if they are another model's: its scores would be replaced by those of the same question.
+        """
+        noted = self.home / "scores" / OWNER
+        owner = (read_json(noted) or {}).get("model")
+        if owner is None and ((self.home / RECIPE).exists() or (self.home / SCORES).exists()):
+            owner = str(self.home)
+        if owner not in (None, str(model.resolve())):
+            raise UserError(f"{self.home} holds the scores of {owner}: give those of {model} another folder with --out DIR")
+        with explain_errors(noted):
+            noted.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(noted, json.dumps({"model": str(model.resolve())}) + "\n")
 
     def make(self, question: str) -> None:
         """Make the folder of a question."""
