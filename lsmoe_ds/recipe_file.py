@@ -123,11 +123,13 @@ def apply_override(value: dict[str, Any], override: str, places: Places) -> None
     if not equals or not key.strip():
         raise UserError(f"'--set {override}' is not understood: write --set a.b=value")
     at = tuple(key.strip().split("."))
-    for parent in at[:-1]:
+    place = Place(f"'--set {override}'", by_option=True)
+    for level, parent in enumerate(at[:-1], 1):
+        if parent not in value:
+            places[at[:level]] = place
         value = value.setdefault(parent, {})
         if not isinstance(value, dict):
             raise UserError(f"'--set {override}': '{parent}' holds no keys")
-    place = Place(f"'--set {override}'", by_option=True)
     try:
         value[at[-1]], found = _read_yaml(text, at, lambda line: place)
     except UserError:

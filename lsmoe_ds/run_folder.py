@@ -44,6 +44,8 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     ``vocabulary`` is that of the prepared data, in their folder.
     """
     stored, copied = run / "recipe.yaml", run / "vocabulary.model"
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file: choose a folder with --out")
     if not stored.exists():
         if run.exists() and any(not _is_begun(path, vocabulary) for path in run.iterdir()):
             raise UserError(f"{run} is not empty and holds no run: choose another folder with --out")

@@ -139,6 +139,8 @@ def test_tabs_are_named(tmp_path):
         ("data.corpora=[{path: a}]", "'format' in item 1 of 'data.corpora' is missing: it should be opus100, "),
         ("deepspeed=none.json", "'deepspeed': there is no file none.json: see ds_configs/"),
         ("a=[", "'[' is not a YAML value"),
+        ("Training.steps=3", "unknown key 'Training'"),
+        ("training..steps=3", "unknown key 'training.'; allowed here: steps, "),
     ],
 )
 def test_an_option_is_cited_instead_of_a_line(tmp_path, override, says):

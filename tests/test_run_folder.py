@@ -88,6 +88,12 @@ def test_a_link_is_written_through(linked, name):
     assert (linked / "s/real/fresh").read_text() == "through"
 
 
+def test_a_file_in_place_of_the_run_is_one_sentence(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="run is a file: choose a folder with --out"):
+        run_folder.check_run(make_recipe(tmp_path, None, None), tmp_path / "run", tmp_path / "vocabulary.model")
+
+
 def test_links_in_a_circle_are_one_sentence(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
