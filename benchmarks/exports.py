@@ -27,7 +27,7 @@ from typing import Any
 from common import argument_parser, write
 from sacrebleu.metrics import CHRF
 
-from lsmoe_ds.config import PROJECT, Recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.convert.folder import find_model
 from lsmoe_ds.convert.huggingface import Exported
@@ -44,6 +44,7 @@ from lsmoe_ds.languages import Direction
 from lsmoe_ds.model.attention import Attention
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import newest_whole, step_of
+from lsmoe_ds.shipped import ROOT as PROJECT
 
 BASE = PROJECT / "recipes" / "prose-8.yaml"
 DIRECTIONS = [Direction("en", "de"), Direction("de", "en")]

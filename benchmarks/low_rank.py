@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
 from torch import Tensor, nn
 
-from lsmoe_ds.config import PROJECT, Recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.language_specific.low_rank import LowRankBank
 from lsmoe_ds.languages import PAD
@@ -32,6 +32,7 @@ from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.parallel import compat, joining
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.training.engine import build_engine, train_step
 
 VOCABULARY, TOKENS, LENGTH = 32000, 3440, 25.0

@@ -21,8 +21,6 @@ from lsmoe_ds.language_specific.settings import Clsr, LowRank
 from lsmoe_ds.languages import Direction, Languages, check_code, english_centric, is_english
 from lsmoe_ds.section import Positive, Section, Share
 
-PROJECT = Path(__file__).resolve().parent.parent
-
 PRESETS: dict[str, dict[str, Any]] = {
     "transformer-tiny": {"hidden": 256, "heads": 4, "encoder": (3, 1024), "decoder": (2, 1024)},
     "transformer-small": {"hidden": 512, "heads": 8, "encoder": (6, 1024), "decoder": (6, 1024)},
@@ -190,6 +188,8 @@ class Side(Section):
     def _widths(self) -> Side:
         if isinstance(self.feed_forward, list) and len(self.feed_forward) != self.layers:
             raise ValueError(f"'feed_forward' lists {len(self.feed_forward)} widths for {self.layers} layers")
+        if self.moe is not None and self.moe.every > self.layers:
+            raise ValueError(f"'moe.every' is {self.moe.every}, but there are {self.layers} layers: none would have experts")
         return self
 
     def width(self, layer: int) -> int:
@@ -268,8 +268,7 @@ class Model(Section):
         return self.teaches or (self.low_rank is not None and self.low_rank.fuse_distillation)
 
     def routed(self, moe: MoE) -> int:
-        """How often experts of these settings are chosen for each token in training: on both routes, unless a shared feed-forward
-        takes the second."""
+        """Count the routes of training that use these experts: both, unless a shared feed-forward takes the second."""
         return 2 if self.distills and not moe.fuse_distillation else 1
 
     @property
@@ -323,7 +322,11 @@ class Recipe(Section):
     @field_validator("deepspeed")
     @classmethod
     def _read_deepspeed(cls, value: str | dict[str, Any]) -> dict[str, Any]:
-        return value if isinstance(value, dict) else _read_deepspeed_config(value)
+        config = value if isinstance(value, dict) else _read_deepspeed_config(value)
+        zero = config.get("zero_optimization", {})
+        if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int:
+            raise ValueError(f"'zero_optimization' is {zero!r}: it should be a mapping with a 'stage' of 0, 1 or 2")
+        return config
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

@@ -42,7 +42,7 @@ def load_recipe(
     merge(value, changes or {})
     for override in overrides:
         apply_override(value, override, places)
-    take_from_start(value)
+    take_from_start(value, path, places)
     if wrong := resolve_codes(value, {*own, *tags_of(value, path)}):
         key, sentence = wrong
         at = tuple(key.split("."))
@@ -50,7 +50,7 @@ def load_recipe(
     return validate(Recipe, value, path, places)
 
 
-def take_from_start(value: dict[str, Any]) -> None:
+def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
     """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model`` as a whole, and the keys of
     ``data.vocabulary``. Whether what it does say fits the folder is checked when training starts.
 
@@ -58,18 +58,19 @@ def take_from_start(value: dict[str, Any]) -> None:
     """
     training, data = value.get("training"), value.get("data")
     start = training.get("start_from") if isinstance(training, dict) else None
-    if not isinstance(start, str) or not isinstance(data, dict):
-        return
+    if not isinstance(start, str) or start == "None" or not isinstance(data, dict):
+        return  # the recipe's own checks say what is wrong with it
     vocabulary = data.get("vocabulary") or {}
     if "model" in value and (not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()):
         return
-    stored_recipe = Path(start) / "recipe.yaml"
+    stored_recipe, at = Path(start) / "recipe.yaml", ("training", "start_from")
+    said = f"{places[at].where if at in places else path}: 'training.start_from' is {start}"
     if not stored_recipe.is_file():
-        raise UserError(f"'training.start_from' is {start}: there is no {stored_recipe}: give a folder that `lsmoe convert` made")
+        raise UserError(f"{said}: there is no {stored_recipe}: give a folder that `lsmoe convert` made")
     try:
         known, _ = read_mapping(stored_recipe, "recipe", Recipe)
     except UserError as error:
-        raise UserError(f"'training.start_from' is {start}: {error}") from None
+        raise UserError(f"{said}: {error}") from None
     value.setdefault("model", known.get("model"))
     stored = known.get("data", {}).get("vocabulary", {})
     data["vocabulary"] = {**stored, "file": str(Path(start) / "vocabulary.model"), **vocabulary}

@@ -16,7 +16,7 @@ import pytest
 from test_bad_input import main
 
 from lsmoe_ds import __version__, benchmark
-from lsmoe_ds.config import PROJECT
+from lsmoe_ds.shipped import ROOT as PROJECT
 
 PROGRAM = "from lsmoe_ds.console import run_command; run_command(lambda: print(chr(246) + chr(26085)))"
 SHELL = "{environment} exec {python} -c '" + PROGRAM + "' {redirect}"

@@ -7,9 +7,10 @@ import json
 import pytest
 from test_sameness import VOCABULARY, recipe_for, steps_of
 
-from lsmoe_ds.config import PROJECT, Recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.training.engine import engine_config
 
 CONFIGS = sorted(path.name for path in (PROJECT / "ds_configs").glob("*.json"))

@@ -14,7 +14,6 @@ from small_corpora import recipe as small_recipe
 
 from lsmoe_ds import notices
 from lsmoe_ds.codes import read_code, read_direction, read_directions, resolve_codes
-from lsmoe_ds.config import PROJECT
 from lsmoe_ds.convert.importing import M2M_100
 from lsmoe_ds.data.cleaning import PairFilter
 from lsmoe_ds.errors import UserError
@@ -34,6 +33,7 @@ from lsmoe_ds.languages import (
     task_order,
 )
 from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.shipped import ROOT as PROJECT
 
 
 @pytest.fixture(autouse=True)

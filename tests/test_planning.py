@@ -14,7 +14,7 @@ from test_sameness import ragged_batch, steps_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lsmoe_ds.config import PROJECT, MoE, Recipe
+from lsmoe_ds.config import MoE, Recipe
 from lsmoe_ds.convert.subnetwork import extract
 from lsmoe_ds.costs import Parts, bytes_per_row, flops, rows_at_home, rows_at_random
 from lsmoe_ds.errors import UserError
@@ -24,6 +24,7 @@ from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning import in_bytes, plan
 from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.shipped import ROOT as PROJECT
 
 VOCABULARY = 96
 PAPERS = PROJECT / "recipes" / "papers"

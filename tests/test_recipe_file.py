@@ -12,11 +12,12 @@ from typing import Any, get_args, get_origin
 import pytest
 import yaml
 
-from lsmoe_ds.config import PROJECT, Recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.explain import _annotation, _items, _members, allowed_keys
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.section import is_section
+from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study.settings import load_study
 
 GOOD = """\
@@ -137,7 +138,7 @@ def test_tabs_are_named(tmp_path):
         ("data.languages=[no]", "item 1 of 'data.languages' should be text, found no, which YAML reads as false: write 'no' in quotes"),
         ("model.encoder={layers: two}", "'model.encoder.layers' should be a whole number, found 'two'"),
         ("data.corpora=[{path: a}]", "'format' in item 1 of 'data.corpora' is missing: it should be opus100, "),
-        ("deepspeed=none.json", "'deepspeed': there is no file none.json: see ds_configs/"),
+        ("deepspeed=none.json", "'deepspeed': there is no file none.json: give a file, or one that comes with lsmoe_ds: bf16_zero1"),
         ("a=[", "'[' is not a YAML value"),
         ("Training.steps=3", "unknown key 'Training'"),
         ("training..steps=3", "unknown key 'training.'; allowed here: steps, "),

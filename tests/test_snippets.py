@@ -15,7 +15,6 @@ from test_bad_input import main
 from test_convert_ctranslate2 import global_weights, random_model
 from test_translate import EN_DE
 
-from lsmoe_ds.config import PROJECT
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.folder import find_model, write_folder
 from lsmoe_ds.convert.huggingface import Exported
@@ -25,6 +24,7 @@ from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.language_specific.settings import LowRank
 from lsmoe_ds.languages import EOS, PAD, Direction
+from lsmoe_ds.shipped import ROOT as PROJECT
 
 # Decomposed letters, a soft hyphen, a no-break space, a word joiner, a byte order mark, a tab, an ideographic space.
 ODD = ["\ufeffba\u00adde\u00a0fi", "e\u0301  ko\tla", "ko\u3000mi\u2060la", "a\u0308<2de>"]

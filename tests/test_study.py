@@ -16,7 +16,6 @@ from small_run import make_recipe, write_corpus
 from test_bad_input import inside, main, tree
 from test_report import HOSTILE, Page
 
-from lsmoe_ds.config import PROJECT
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import Metrics
@@ -25,6 +24,7 @@ from lsmoe_ds.folders import locked
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.part import Part
 from lsmoe_ds.planning import plan
+from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study import command
 from lsmoe_ds.study.command import run_study
 from lsmoe_ds.study.page import render_page

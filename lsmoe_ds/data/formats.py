@@ -211,7 +211,7 @@ def _both_ways(paths: Iterable[Path]) -> Iterator[tuple[tuple[str, ...], Path]]:
 
 def plain_or_gz(path: Path) -> Path:
     """Return the path, or where there is no such file but ``PATH.gz``, that one."""
-    compressed = path.with_name(f"{path.name}.gz")
+    compressed = path.parent / f"{path.name}.gz"
     return compressed if not path.exists() and compressed.exists() else path
 
 
