@@ -170,7 +170,7 @@ class _Line:
         if now < self.due and number != steps:
             return None
         left = timedelta(seconds=round((now - self.begun) / (number - self.first) * (steps - number)))
-        loss, rate = self.loss / self.weight, self.tokens / (now - self.since)
+        loss, rate = self.loss / self.weight, self.tokens / max(now - self.since, 1e-9)
         self._begin(now)
         self.due = now + LINE_EVERY
         return f"step {number}/{steps} · loss {loss:.3f} · {rate:,.0f} tokens/s · lr {result.learning_rate:.2e} · {left} left"
