@@ -23,7 +23,7 @@ from lsmoe_ds.recipe_file import load_recipe
 MAY_CHANGE = {
     "data.directory",
     "data.name",  # that the data are the same is checked
-    "parallel",  # a checkpoint is dealt anew to other ranks
+    "parallel",  # a checkpoint is resharded to other ranks
     "deepspeed.zero_optimization",
     "training.steps",
     "training.log_every",

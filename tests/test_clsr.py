@@ -203,7 +203,7 @@ def noise_in_steps(topology, recipe: Recipe) -> list[set[tuple[float, bool]]]:
 
 
 def test_gates_get_the_noise_of_their_step_on_both_sides(pool):
-    """Of four steps: 0 in the first, 5 / 4 in the second."""
+    """The noise of a training of four steps: 0 in the first, 5 / 4 in the second."""
     recipe = recipe_with_experts(1, {})
     recipe.training.steps = 4
     assert pool.run(1, noise_in_steps, recipe) == [[{(0.0, True)}, {(1.25, True)}]]

@@ -88,7 +88,7 @@ def test_probabilities_and_translations_are_the_models(place, tmp_path, encoder,
     search = Search(per_source_token=0.0, extra=40)
     theirs, ours = (translate_tokens(each, EN_DE, texts, search) for each in (engine, model))
     same = [a.tokens == b.tokens and a.score == pytest.approx(b.score, abs=1e-4) for a, b in zip(ours, theirs, strict=True)]
-    # Of what never ends and is cut, CTranslate2 returns only as much as the beam has room for.
+    # CTranslate2 returns of a translation that is cut only as much as the beam has room for.
     ended = [len(a.tokens) < search.extra for a in ours]
     assert all(alike for alike, by_itself in zip(same, ended, strict=True) if by_itself) and sum(same) >= 190
     assert sum(ended) > 100 and len({tuple(a.tokens) for a in ours}) > 5

@@ -183,7 +183,7 @@ CASES: list[tuple[list[str] | None, str]] = [
 
 @pytest.mark.parametrize(("lines", "says"), CASES)
 def test_a_corpus_that_cannot_be_read_any_more(tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[str], says: str) -> None:
-    """Nothing says "up to date": the data are not prepared of what lies there. They stay, and `show` says so
+    """A changed corpus is not called "up to date": the data were prepared from other text. They stay, and `show` says so
     too.
     """
     write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 200)})

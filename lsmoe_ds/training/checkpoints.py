@@ -210,7 +210,7 @@ def describe_change(engine: Any, checkpoint: Path, topology: Topology) -> str | 
     def named(sizes: dict[str, int]) -> str:
         return "{world} x (tensor {tensor}, expert {expert}, ZeRO {stage})".format(**sizes)
 
-    return None if before == now else f"written by {named(before)}, dealt anew to {named(now)}"
+    return None if before == now else f"written by {named(before)}, resharded to {named(now)}"
 
 
 def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:

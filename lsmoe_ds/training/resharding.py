@@ -1,4 +1,4 @@
-"""Going on in another layout: weights and optimizer state of a checkpoint, dealt anew to other ranks.
+"""Resume in another layout: reshard weights and optimizer state of a checkpoint to other ranks.
 
 Each rank's checkpoint has ``pieces-rank-N.json``: which run of values of which parameter lies where in DeepSpeed's file of that
 rank's optimizer state. By these the state of a whole parameter is put together, one parameter at a time, and each rank of the

@@ -109,7 +109,7 @@ def test_it_goes_on_on_another_number_of_nodes(cluster, work, submit, alone):
     first = submit("recipe.yaml", "--set", "training.steps=10", "--out", "fewer")
     then = submit("recipe.yaml", "--set", "training.steps=20", "--out", "fewer", nodes=1, dependency=f"afterok:{first}")
     assert cluster.wait(then, 120) == "COMPLETED", cluster.log(then)
-    assert "2 ranks on node1 (0-1), started by srun" in cluster.log(then) and "dealt anew to 2 x (tensor 1" in cluster.log(then)
+    assert "2 ranks on node1 (0-1), started by srun" in cluster.log(then) and "resharded to 2 x (tensor 1" in cluster.log(then)
     for ours, undisturbed in zip(curve(work / "fewer"), alone[:20], strict=True):
         assert ours == pytest.approx(undisturbed, rel=1e-5)
 
