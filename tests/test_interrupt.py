@@ -136,13 +136,14 @@ def records_in(run: Path) -> int:
 
 
 def slow_steps() -> None:
-    """From the third step on."""
+    """Make the third step last a minute; it creates the file $SLOW as it begins."""
     from lsmoe_ds.training import loop as module
 
     true_step = module.train_step
 
     def step(engine, batch, number, *arguments):
         if number > 2:
+            Path(os.environ["SLOW"]).touch()
             time.sleep(60)
         return true_step(engine, batch, number, *arguments)
 
@@ -176,10 +177,11 @@ def test_a_signal_at_the_end_of_the_interpreter_changes_no_status(verb, ignored)
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(folder):
-    file, run = folder / "slow.yaml", folder / "slow"
+    file, run, begins = folder / "slow.yaml", folder / "slow", folder / "begins"
     file.write_text(recipe_in(folder, steps=20).to_yaml())
-    training = Command(folder / "slow.log", "train", file, "--out", run, before=slow_steps)
-    training.wait_for(lambda: records_in(run) > 0)
+    training = Command(folder / "slow.log", "train", file, "--out", run, before=slow_steps, SLOW=str(begins))
+    # Not a moment earlier: a signal during a short step is answered at that step's end, and the second finds nobody.
+    training.wait_for(begins.exists)
     begun = time.monotonic()
     status, said = training.asked(signal.SIGINT, signal.SIGINT, after=interrupt.AGAIN + 0.1)
     assert status == 130 and time.monotonic() - begun < 10
