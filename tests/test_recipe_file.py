@@ -127,6 +127,15 @@ WRITTEN = [
         "deepspeed: {bf16: {enabled: true}, fp16: {enabled: true}}",
         "line 9: 'deepspeed': 'bf16' and 'fp16' are both enabled: enable one of them",
     ),
+    (
+        BELOW,
+        f"{BELOW}low_rank: {{rank: {{en: 3, de: true}}, index: language}}\n  ",
+        "line 4: 'model.low_rank.rank.de' should be a whole number, found true",
+    ),
+    ("feed_forward: 64", "feed_forward: [64, on]", "line 6: item 2 of 'model.encoder.feed_forward' should be a whole number, found on"),
+    (BELOW, f"{BELOW}clsr: {{shared: 'no'}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 'no'"),
+    (BELOW, f"{BELOW}clsr: {{shared: 0}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 0"),
+    (STEPS, "\n  steps: 1,000", "line 9: 'training.steps' should be a whole number, found '1,000': write 1000"),
     (BELOW, f"{BELOW}clsr: {{shared: maybe}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 'maybe'"),
 ]
 
@@ -167,6 +176,7 @@ def test_tabs_are_named(tmp_path):
         ("data.corpora=[{path: a}]", "'format' in item 1 of 'data.corpora' is missing: it should be opus100, "),
         ("deepspeed=none.json", "'deepspeed': there is no file none.json: give a file, or one that comes with lsmoe_ds: bf16_zero1"),
         ("deepspeed={foo: 1}", "'deepspeed': unknown key 'foo'" + OF_DEEPSPEED),
+        ("training={steps: 1,000}", "'training.steps' is 1,000, but a comma ends a number in braces: write digits only"),
         ("a=[", "'[' is not a YAML value"),
         ("Training.steps=3", "unknown key 'Training'"),
         ("training..steps=3", "unknown key 'training.'; allowed here: steps, "),
