@@ -28,7 +28,7 @@ from lsmoe_ds.cli_options import (
     Split,
     direction_of,
 )
-from lsmoe_ds.console import end_at_once, print_json, run_command, show_table, standard_input
+from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table, standard_input
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel import interrupt
 
@@ -313,9 +313,12 @@ def _print_version(asked: bool) -> None:
 
 @app.callback(help=ABOUT)
 def options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")] = False,
 ) -> None:
-    """Take the options that stand before a verb."""
+    """Take the options that stand before a verb, and check what all verbs but training need."""
+    if context.invoked_subcommand not in ("train", "slurm"):  # whose result is a folder or a status
+        check_output()
 
 
 def main() -> None:

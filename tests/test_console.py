@@ -26,6 +26,18 @@ from lsmoe_ds.shipped import ROOT as PROJECT
 BENCHMARKS = [path for path in sorted(PROJECT.glob("benchmarks/*.py")) if "def main(" in path.read_text()]
 PROGRAM = "from lsmoe_ds.console import run_command; run_command(lambda: print(chr(246) + chr(26085)))"
 SHELL = "{environment} exec {python} -c '" + PROGRAM + "' {redirect}"
+COMPLAINING = """
+import sys
+from rich.console import Console
+from lsmoe_ds.console import run_command
+
+def complain():
+    print("a line", file=sys.stderr, flush=True)
+    Console(stderr=True).print("another one")
+    print("done")
+
+run_command(complain)
+"""
 COMMAND = "exec {python} -m lsmoe_ds {arguments} {redirect}"
 
 
@@ -53,6 +65,17 @@ def test_output_that_goes_nowhere_is_one_sentence(command, redirect, says):
     done = shell(command, redirect=redirect, arguments="--help")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(b"lsmoe: ") and says in done.stderr
+
+
+def test_closed_output_is_told_before_the_work():
+    done = shell(COMMAND, redirect=">&-", arguments="evaluate there-is-no-such-run")
+    assert done.returncode == 2 and done.stderr.startswith(b"lsmoe: standard output is closed"), done.stderr
+
+
+@pytest.mark.parametrize("redirect", ["2> /dev/full", "2>&-", "2> >(exit)"])
+def test_standard_error_that_goes_nowhere_ends_nothing(redirect):
+    done = shell("exec {python} -c '" + COMPLAINING + "' {redirect}", redirect=redirect)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
 def test_closed_input_is_one_sentence():
