@@ -139,6 +139,20 @@ def write_whole(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def is_huggingface(folder: Path) -> bool:
+    """Tell whether a folder is one of Hugging Face, and not as ``lsmoe convert`` leaves it."""
+    ours = any((folder / name).exists() for name in ("provenance.json", "recipe.yaml"))
+    return (folder / "config.json").is_file() and not ours
+
+
+def how_to_import(folder: Path) -> str | None:
+    """Say how a folder of Hugging Face becomes one of ours; None for any other folder."""
+    if not is_huggingface(folder):
+        return None
+    made = f"`lsmoe convert {folder} --to consolidated --out DIR --set data.corpora=... --set data.languages=...`"
+    return f"it is one of Hugging Face, of which {made} makes one to start from"
+
+
 def shown(path: Path) -> str:
     """Write a path as it was given, and where that is relative, also as an absolute one."""
     return str(path) if path.is_absolute() else f"{path} ({path.absolute()})"

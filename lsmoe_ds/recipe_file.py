@@ -20,6 +20,7 @@ from lsmoe_ds.codes import resolve_codes, tags_of
 from lsmoe_ds.config import Recipe, Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.explain import At, Place, Places, explain, name
+from lsmoe_ds.folders import how_to_import
 
 S = TypeVar("S", bound=Section)
 PlaceOf = Callable[[int], Place]  # of a line of the text
@@ -67,7 +68,8 @@ def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
     stored_recipe, at = Path(start) / "recipe.yaml", ("training", "start_from")
     said = f"{places[at].where if at in places else path}: 'training.start_from' is {start}"
     if not stored_recipe.is_file():
-        raise UserError(f"{said}: there is no {stored_recipe}: give a folder that `lsmoe convert` made")
+        how = how_to_import(Path(start)) or "give a folder that `lsmoe convert` made"
+        raise UserError(f"{said}: there is no {stored_recipe}: {how}")
     try:
         known, _ = read_mapping(stored_recipe, "recipe", Recipe)
     except UserError as error:

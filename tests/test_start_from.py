@@ -171,8 +171,15 @@ def damaged(root: Path, recipe: Recipe) -> Recipe:
 
 def exported(root: Path, recipe: Recipe) -> Recipe:
     made = make_recipe(root, None, None)
-    write_folder(root / "exported", {"x": torch.zeros(1)}, made, root / "model" / "vocabulary.model", {"kind": "huggingface", "step": 0})
+    record = {"kind": "ctranslate2", "step": 0}
+    write_folder(root / "exported", {"x": torch.zeros(1)}, made, root / "model" / "vocabulary.model", record)
     return from_folder("exported")(root, recipe)
+
+
+def foreign(root: Path, recipe: Recipe) -> Recipe:
+    (root / "foreign").mkdir()
+    (root / "foreign" / "config.json").write_text("{}")
+    return from_folder("foreign")(root, recipe)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +188,12 @@ def exported(root: Path, recipe: Recipe) -> Recipe:
         (other_vocabulary, r"vocabulary is not the prepared one: set data.vocabulary.file to .*model/vocabulary.model and prepare again"),
         (narrower, r"encoder.0.feed_forward.contract.weight should be \(16, 16\), found \(16, 24\)"),
         (without_experts, r"encoder.1.feed_forward.* found None"),
-        (from_folder("trained"), "trained is a run: give a folder that was made with --to consolidated, hybrid, dense"),
+        (from_folder("trained"), "trained is a run: `lsmoe convert .*trained --to consolidated --out DIR` makes a folder"),
         (from_folder("none"), "there is no folder .*none"),
         (from_folder("data"), "data is neither a run folder"),
         (damaged, "damaged is damaged: .*sha256 differs"),
-        (exported, "exported is made by `lsmoe convert --to huggingface`"),
+        (exported, "exported is made by `lsmoe convert --to ctranslate2`: give a folder made with --to consolidated, hy"),
+        (foreign, "foreign is neither .* it is one of Hugging Face, of which `lsmoe convert .*foreign --to consolidated"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_started(root, tmp_path, change, says):
@@ -196,11 +204,12 @@ def test_what_does_not_fit_is_said_before_anything_is_started(root, tmp_path, ch
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_a_dense_folder(pool, root, tmp_path):
+@pytest.mark.parametrize("kind", ["dense", "huggingface"])
+def test_a_folder_of_one_direction(pool, root, tmp_path, kind):
     run, _ = make_run(pool, tmp_path, None, TARGET_TOP2)
-    convert(run, "dense", Direction("en", "de"), tmp_path / "dense", check=0)
-    stored = find_model(tmp_path / "dense")
-    training = {"start_from": tmp_path / "dense", "steps": 1}
+    convert(run, kind, Direction("en", "de"), tmp_path / kind, check=0)
+    stored = find_model(tmp_path / kind)
+    training = {"start_from": tmp_path / kind, "steps": 1}
     data = {"vocabulary": {"size": 140, "file": stored.vocabulary}}
     recipe = changed(stored.recipe, training=training, data=data, deepspeed={"zero_optimization": {"stage": 0}})
     recipe = recipe.model_copy(update={"name": "dense"})
@@ -247,6 +256,10 @@ def test_what_the_recipe_says_is_not_replaced(root, tmp_path):
         prepare(larger)
     file = short_recipe(root, tmp_path / "none.yaml", training={"start_from": str(tmp_path / "none")})
     with pytest.raises(UserError, match=r"'training.start_from' is .*none: there is no .*none/recipe.yaml: give a folder"):
+        load_recipe(file)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"it is one of Hugging Face, of which `lsmoe convert .*none --to consolidated"):
         load_recipe(file)
 
 

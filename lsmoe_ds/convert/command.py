@@ -25,7 +25,7 @@ from lsmoe_ds.convert.ctranslate2 import QUANTIZATIONS
 from lsmoe_ds.convert.folder import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
 from lsmoe_ds.convert.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.convert.huggingface import Exported
-from lsmoe_ds.convert.importing import is_huggingface, read_huggingface
+from lsmoe_ds.convert.importing import read_huggingface
 from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.convert.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.convert.tensors import Tensors
@@ -33,7 +33,7 @@ from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import explain_errors, write_whole
+from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, load_engine
 from lsmoe_ds.inference.load import Loaded, load

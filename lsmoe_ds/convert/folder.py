@@ -31,6 +31,7 @@ from lsmoe_ds.folders import (
     damage,
     describe_files,
     explain_errors,
+    how_to_import,
     locked,
     read_fields,
     read_json,
@@ -95,7 +96,8 @@ def find_model(path: str | Path) -> Stored:
             raise UserError(f"the run {path} has no checkpoint yet: `lsmoe train` writes the first after training.checkpoint_every steps")
         found = Stored("sparse", path, checkpoints[-1], load_recipe(path / RECIPE))
     else:
-        raise UserError(f"{path} is neither a run folder, a checkpoint in it, nor a converted folder: it holds no {RECIPE}")
+        how = how_to_import(path) or f"it holds no {RECIPE}"
+        raise UserError(f"{path} is neither a run folder, a checkpoint in it, nor a converted folder: {how}")
     if not found.vocabulary.is_file():
         raise UserError(f"{found.home} is damaged: {found.vocabulary} is missing")
     return found

@@ -18,7 +18,7 @@ import torch
 
 from lsmoe_ds.codes import resolve_codes
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import PROVENANCE, RECIPE, VOCABULARY, name_of
+from lsmoe_ds.convert.folder import RECIPE, VOCABULARY, name_of
 from lsmoe_ds.convert.m2m_100 import EMBEDDING, our_names, their_name
 from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors
 from lsmoe_ds.convert.tokenizer import is_ours, sentencepiece_model, set_specials
@@ -42,11 +42,6 @@ M2M_100 = (
     "sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
 )
 LANGUAGE = re.compile(r"__(?P<m2m>\w+)__|(?P<nllb>[a-z]{3}_[A-Z][a-z]{3})")
-
-
-def is_huggingface(folder: Path) -> bool:
-    """Whether a folder is one of Hugging Face, and not as ``lsmoe convert`` leaves it."""
-    return (folder / "config.json").is_file() and not (folder / PROVENANCE).exists() and not (folder / RECIPE).exists()
 
 
 def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple[Tensors, Recipe, bytes]:

@@ -24,7 +24,7 @@ from lsmoe_ds.run_folder import check_run, list_checkpoints, newest_whole, open_
 from lsmoe_ds.training.engine import engine_config
 from lsmoe_ds.training.schedules import inverse_square_root
 
-STARTS = ("consolidated", "hybrid", "dense")  # kinds of converted folders that a training begins with
+STARTS = ("consolidated", "hybrid", "dense", "huggingface")  # kinds of converted folders that a training begins with
 
 
 def check(recipe: Recipe, run: Path) -> None:
@@ -64,8 +64,10 @@ def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
     try:
         stored = find_model(folder)
         if stored.kind not in STARTS:
-            made = "a run" if stored.kind == "sparse" else f"made by `lsmoe convert --to {stored.kind}`"
-            raise UserError(f"{folder} is {made}: give a folder that was made with --to {', '.join(STARTS)}")
+            made, how = f"made by `lsmoe convert --to {stored.kind}`", f"give a folder made with --to {', '.join(STARTS)}"
+            if stored.kind == "sparse":
+                made, how = "a run", f"`lsmoe convert {folder} --to consolidated --out DIR` makes a folder to start from"
+            raise UserError(f"{folder} is {made}: {how}")
         if sha256(stored.vocabulary) != sha256(vocabulary):
             raise UserError(f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and prepare again")
         weights = read_weights(stored)
