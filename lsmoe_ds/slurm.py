@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lsmoe_ds import shipped
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import explain_errors, read_fields, write_whole
+from lsmoe_ds.folders import explain_errors, read_fields, resolved, write_whole
 from lsmoe_ds.parallel import interrupt
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import find_damage, list_checkpoints, step_of
@@ -54,7 +54,7 @@ def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, 
     loaded = load_recipe(recipe, overrides)
     run = out or Path("runs") / loaded.name
     with explain_errors(run):
-        run.parent.mkdir(parents=True, exist_ok=True)
+        _file(run).parent.mkdir(parents=True, exist_ok=True)
     now = Attempts(os.environ.get("SLURM_JOB_ID", ""), newest_step(run), loaded.training.steps, 1, allowed)
     if _file(run).exists():
         before = Attempts.read(run)
@@ -112,6 +112,7 @@ def copy_scripts(folder: Path) -> None:
 
 
 def _file(run: Path) -> Path:
+    run = resolved(run)  # one file, whatever the run is called
     return run.with_name(f".{run.name}.attempts")
 
 

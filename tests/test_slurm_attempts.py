@@ -46,6 +46,16 @@ def test_attempts_without_a_newer_checkpoint_are_counted(recipe, monkeypatch):
         begin(recipe, allowed=2)
 
 
+def test_two_names_of_a_run_count_together(recipe, tmp_path):
+    (tmp_path / "link").symlink_to("far/run")
+    begin(recipe, out=Path("link"), allowed=2)
+    begin(recipe, out=Path("far/run"), allowed=2)
+    with pytest.raises(UserError, match="the last 2 attempts"):
+        begin(recipe, out=tmp_path / "link", allowed=2)
+    save(tmp_path / "far" / "run", 2)
+    assert end(Path("link"), 0) == end(Path("far/run"), 0) == 0
+
+
 def test_a_bad_recipe_begins_no_attempt(recipe, tmp_path):
     with pytest.raises(UserError, match="unknown key"):
         begin(recipe, ["training.step=3"])
