@@ -19,7 +19,7 @@ def evaluate(
     directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to score; all by default.")] = None,
     beam: Annotated[int, typer.Option(min=1)] = 5,
     length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
-    split: Annotated[str, typer.Option(help="test or dev")] = "test",
+    split: Annotated[str, typer.Option(help="test or dev: of the run's held-out text, or of a --test set that has both")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Sentences of each direction.")] = None,
     route: Route = "specific",
     test: Annotated[
@@ -45,7 +45,7 @@ def evaluate(
 
     Scores and text are kept in RUN/scores, in files named after the question (step, text, search, directions).
     """
-    named = directions.split(",") if directions else None
+    named = directions.split(",") if directions is not None else None
     if merge is not None:
         from lsmoe_ds.evaluation.parts import merge as merge_parts
 
@@ -99,7 +99,7 @@ def compare(
 
     if out is not None:
         check_place(out)
-    found = compare_runs(runs, directions.split(",") if directions else None, tokenize, samples, seed)
+    found = compare_runs(runs, directions.split(",") if directions is not None else None, tokenize, samples, seed)
     if out is not None:
         write_page(found, out)
     print(f"lsmoe: {f'the picture is in {out}' if out else '--out FILE.html draws the differences'}", file=sys.stderr, flush=True)

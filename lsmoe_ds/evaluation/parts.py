@@ -32,7 +32,7 @@ def choose_directions(asked: Sequence[str] | None, languages: Languages, untrain
     ``untrained`` also allows directions between the system's languages that it was not trained on. Raises
     UserError for one that it lacks.
     """
-    if not asked:
+    if asked is None:
         return list(languages.directions)
     if untrained:
         chosen = [read_direction(text, languages.codes, of_system=True) for text in asked if text.strip()]
