@@ -102,8 +102,7 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argument_parser(__doc__, rounds=5)
     parser.add_argument("--folder", type=Path, default=Path("."), help="a folder on the disk to measure")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

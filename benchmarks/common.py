@@ -42,11 +42,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def argument_parser(about: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark; ``about`` is the script's docstring."""
-    parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
+def argument_parser(about: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark, and with ``--rounds`` where a default is given;
+    ``about`` is the script's docstring.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").split("\n\n")[0])
     about_out = "write the result, with machine and versions, as JSON; by default it is printed"
     parser.add_argument("--out", type=_writable, metavar="FILE", help=about_out)
+    if rounds is not None:
+        about_rounds = "how often each is measured, of which the median counts (default: %(default)s)"
+        parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help=about_rounds)
     return parser
 
 

@@ -94,14 +94,14 @@ def seconds_of(call: Any) -> dict[str, float]:
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--experts", type=int, default=128, help="in each of two layers (default: 128)")
     parser.add_argument("--folder", type=Path, default=None, help="where there is room; by default the system's temporary folder")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         run, whole, copied = folder / "run", folder / "whole", folder / "copied"
         with multiprocessing.get_context("spawn").Pool(1) as apart:  # a process inherits the largest memory of the one that starts it
-            parameters = apart.apply(make_run, (run, recipe_of(options.experts)))
+            parameters = apart.apply(make_run, (run, recipe_of(arguments.experts)))
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         print(f"{parameters:,} parameters, {size / 2**30:.1f} GiB", file=sys.stderr)
         result: dict[str, Any] = {"a command that only starts": lsmoe("--version")}
@@ -121,7 +121,7 @@ def main() -> None:
         result["consolidated to dense"] = lsmoe("convert", str(whole), *out)
         dense = sum(path.stat().st_size for path in (folder / "dense").glob("*.safetensors"))
         setting = {"parameters": parameters, "GiB": round(size / 2**30, 2), "GiB of the dense model": round(dense / 2**30, 2)}
-    write({"setting": setting, "results": result}, options.out)
+    write({"setting": setting, "results": result}, arguments.out)
 
 
 if __name__ == "__main__":

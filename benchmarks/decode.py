@@ -225,9 +225,10 @@ def spread(experts: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", choices=["peers", "32", "128"], default=["peers", "32", "128"])
+    parser = argument_parser(__doc__, rounds=5)
+    names = ["peers", "32", "128"]
+    about = "beside peers, or models of so many experts on two processes; all by default"
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, help=about)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part is not None:

@@ -116,14 +116,6 @@ def train(name: str, steps: int, work: Path) -> Path:
     return run
 
 
-def data_home(run: Path, recipe: Recipe) -> Path:
-    """The folder from which the run was started: its recipe names its data from there."""
-    for folder in run.resolve().parents:
-        if (folder / recipe.prepared).is_dir():
-            return folder
-    raise UserError(f"the prepared data {recipe.prepared} of {run} is in no folder above it")
-
-
 def converted(run: Path, direction: Direction, route: str, folder: Path) -> dict[str, Engine]:
     """What the run is converted to, by name of the column, as whoever uses it loads it."""
     engines: dict[str, Engine] = {}
@@ -151,27 +143,27 @@ def measure(run: Path, route: str) -> dict[str, Any]:
     same: Counter[str] = Counter()
     difference: dict[str, float] = {}
     sizes: dict[str, int] = {}
-    with contextlib.chdir(data_home(run, recipe)):
-        for direction in DIRECTIONS:
-            model, exact = load(run, "cpu", route), in_float64(load(run, "cpu", route))
-            lines, right = (side[:SENTENCES] for side in PreparedData.open(recipe.prepared).text(direction, "test"))
-            references += right
-            with tempfile.TemporaryDirectory() as folder:
-                engines = converted(run, direction, route, Path(folder))
-                sizes = {"sparse": model.parameters, "dense": engines["dense"].parameters}  # type: ignore[attr-defined]
-            for name, engine in ({"model": model} | engines).items():
-                if name not in ("dense", "huggingface"):
-                    texts.setdefault(name, []).extend(translate_all(engine, direction, lines, Search()))
-            for name, engine in (engines | {"model in float64": exact}).items():
-                found = compare(model, engine, direction, lines)
-                same[name] += found.same_translations
-                if found.largest_logit_difference is not None:
-                    difference[name] = max(difference.get(name, 0.0), found.largest_logit_difference)
-                if isinstance(engine, Exported):
-                    if found.same_translations < found.sentences:
-                        engine.model.double()
-                        found = compare(exact, engine, direction, lines)
-                    same["huggingface, in float64"] += found.same_translations
+    data = PreparedData.of(recipe, run)
+    for direction in DIRECTIONS:
+        model, exact = load(run, "cpu", route), in_float64(load(run, "cpu", route))
+        lines, right = (side[:SENTENCES] for side in data.text(direction, "test"))
+        references += right
+        with tempfile.TemporaryDirectory() as folder:
+            engines = converted(run, direction, route, Path(folder))
+            sizes = {"sparse": model.parameters, "dense": engines["dense"].parameters}  # type: ignore[attr-defined]
+        for name, engine in ({"model": model} | engines).items():
+            if name not in ("dense", "huggingface"):
+                texts.setdefault(name, []).extend(translate_all(engine, direction, lines, Search()))
+        for name, engine in (engines | {"model in float64": exact}).items():
+            found = compare(model, engine, direction, lines)
+            same[name] += found.same_translations
+            if found.largest_logit_difference is not None:
+                difference[name] = max(difference.get(name, 0.0), found.largest_logit_difference)
+            if isinstance(engine, Exported):
+                if found.same_translations < found.sentences:
+                    engine.model.double()
+                    found = compare(exact, engine, direction, lines)
+                same["huggingface, in float64"] += found.same_translations
     chrf = CHRF(word_order=2)
     scores = {name: round(chrf.corpus_score(each, [references]).score, 2) for name, each in texts.items()}
     return {
@@ -225,10 +217,13 @@ def refusal(changes: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--work", type=Path, default=PROJECT / "build" / "exports")
-    parser.add_argument("--run", action="append", default=[], metavar="NAME=RUN", help="a trained run for one of the models")
-    parser.add_argument("--only", nargs="+", choices=list(MODELS), help="these models, anew")
+    parser.add_argument("--steps", type=int, default=2500, help="of each training (default: 2500)")
+    about = "where data and runs are kept (default: build/exports)"
+    parser.add_argument("--work", type=Path, default=PROJECT / "build" / "exports", metavar="DIR", help=about)
+    about = "take this run for a model; may be repeated"
+    parser.add_argument("--run", action="append", default=[], metavar="NAME=RUN", help=about)
+    about = f"measure these anew: {', '.join(MODELS)}"
+    parser.add_argument("--only", nargs="+", choices=list(MODELS), metavar="NAME", help=about)
     arguments = parser.parse_args()
     given = {name: Path(folder).resolve() for name, _, folder in (each.partition("=") for each in arguments.run)}
     if unknown := given.keys() - MODELS.keys():

@@ -12,7 +12,6 @@ a dev or test sentence of any bitext. ``--before`` measures another checkout too
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -131,16 +130,15 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=1_500_000)
-    parser.add_argument("--before", type=Path, help="another checkout, which is measured first")
-    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.part:
-        print(json.dumps(measure(arguments.part)))
+    if sys.argv[1:2] == ["--part"]:
+        print(json.dumps(measure(Path(sys.argv[2]))))
         return
-    from common import write
+    from common import argument_parser, write  # not in a part, which may be of another checkout
 
+    parser = argument_parser(__doc__)
+    parser.add_argument("--pairs", type=int, default=1_500_000, help="of all bitexts together (default: 1500000)")
+    parser.add_argument("--before", type=Path, metavar="DIR", help="measure another checkout, too")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "codes.json").write_text(json.dumps(write_corpus(folder, arguments.pairs)), encoding="utf-8")
@@ -153,7 +151,7 @@ def main() -> None:
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 result[which] = json.loads(done.stdout.splitlines()[-1])
                 print(which, result[which])
-    write("held_out", result)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

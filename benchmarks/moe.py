@@ -67,8 +67,7 @@ def deepspeeds(x: Tensor, **options: Any) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = argument_parser(__doc__, rounds=9)
     arguments = parser.parse_args()
     if launch.KEEP_LARGE_BLOCKS.items() - os.environ.items():  # glibc reads them when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **launch.KEEP_LARGE_BLOCKS})

@@ -149,9 +149,8 @@ def compare_experts(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="demo")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = argument_parser(__doc__, rounds=9)
+    parser.add_argument("--size", choices=list(SIZES), default="demo", help="size of the models (default: demo)")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -16,16 +16,19 @@ from lsmoe_ds.cli_evaluate import compare, evaluate, score
 from lsmoe_ds.cli_options import (
     NPROC,
     AsJson,
+    Beam,
     InOneWord,
+    LengthPenalty,
     Out,
     Overrides,
     RecipeFile,
     Route,
     Run,
     Share,
+    Split,
     direction_of,
 )
-from lsmoe_ds.console import end_at_once, print_json, run_command, show_table, standard_input
+from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table, standard_input
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel import interrupt
 
@@ -59,7 +62,7 @@ def data_fetch(
 def data_prepare(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    force: Annotated[bool, typer.Option(help="Prepare again, even if nothing has changed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Prepare again, even if nothing has changed.")] = False,
 ) -> None:
     """Clean, deduplicate, hold out, train the vocabulary and store tokens; does nothing if that is done
     already.
@@ -71,7 +74,7 @@ def data_prepare(
 
 
 @data_app.command("show")
-def datashow_table(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
     from lsmoe_ds.data.summary import show
     from lsmoe_ds.recipe_file import load_recipe
@@ -141,8 +144,8 @@ def translate(
     source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE", help="Language of the input.")] = None,
     target: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")] = None,
     direction: InOneWord = None,
-    beam: Annotated[int, typer.Option(min=1, help="Hypotheses kept at each step of the search.")] = 5,
-    length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
+    beam: Beam = 5,
+    length_penalty: LengthPenalty = 1.0,
     route: Route = "specific",
     engine: Annotated[
         str | None,
@@ -173,7 +176,7 @@ app.command()(convert)
 def analyze_routing(
     run: Run,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
-    split: Annotated[str, typer.Option(metavar="test|dev", help="The held-out set to measure on.")] = "test",
+    split: Split = "test",
     route: Route = "specific",
     as_json: AsJson = False,
 ) -> None:
@@ -237,7 +240,10 @@ def slurm_begin(
 
 
 @slurm_app.command("end")
-def slurm_end(run: Run, status: Annotated[int, typer.Option(min=0, help="The exit status of the training.")]) -> None:
+def slurm_end(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder that 'lsmoe slurm begin' printed.")],
+    status: Annotated[int, typer.Option(min=0, help="The exit status of the training.")],
+) -> None:
     """Exit with the status that the job should end with: 0 if the last step is saved, 75 to be requeued, 2 to
     give up; say why.
     """
@@ -309,9 +315,12 @@ def _print_version(asked: bool) -> None:
 
 @app.callback(help=ABOUT)
 def options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")] = False,
 ) -> None:
-    """Take the options that stand before a verb."""
+    """Take the options that stand before a verb, and check what all verbs but training need."""
+    if context.invoked_subcommand not in ("train", "slurm"):  # whose result is a folder or a status
+        check_output()
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lsmoe_ds.cli_options import AsJson, CometFile, Route, Run, Share, Tokenize
+from lsmoe_ds.cli_options import AsJson, Beam, CometFile, LengthPenalty, Route, Run, Share, Split, Tokenize
 from lsmoe_ds.console import print_json, show_table
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.part import MOST
@@ -17,10 +17,13 @@ from lsmoe_ds.part import MOST
 def evaluate(
     run: Run,
     directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to score; all by default.")] = None,
-    beam: Annotated[int, typer.Option(min=1)] = 5,
-    length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
-    split: Annotated[str, typer.Option(help="test or dev: of the run's held-out text, or of a --test set that has both")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Sentences of each direction.")] = None,
+    beam: Beam = 5,
+    length_penalty: LengthPenalty = 1.0,
+    split: Split = "test",
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Score only the first N sentences of each direction."),
+    ] = None,
     route: Route = "specific",
     test: Annotated[
         list[str] | None,
@@ -36,7 +39,7 @@ def evaluate(
     part: Share = None,
     merge: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, max=MOST, help="Puts the N parts together that were scored with the same options."),
+        typer.Option(metavar="N", min=1, max=MOST, help="Put together N parts that were scored with the same options."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -89,7 +92,7 @@ def compare(
     directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to compare; all by default.")] = None,
     tokenize: Tokenize = None,
     samples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples; ten times as many randomization trials.")] = 1000,
-    seed: Annotated[int, typer.Option(min=1, help="Of the resampling.")] = 12345,
+    seed: Annotated[int, typer.Option(min=1, help="The seed of the random resampling.")] = 12345,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="An HTML page with the picture and all numbers.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -26,6 +26,9 @@ Route = Annotated[
         help="shared: use only what all languages share (models trained with fuse distillation); specific: use the languages' own.",
     ),
 ]
+Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept at each step of the search.")]
+LengthPenalty = Annotated[float, typer.Option(help="Scores are divided by length to this power.")]
+Split = Annotated[str, typer.Option(metavar="test|dev", help="The held-out set to use.")]
 InOneWord = Annotated[str | None, typer.Option("--direction", metavar="A-B", help="From language A to language B, as in en-de.")]
 Share = Annotated[
     Part | None, typer.Option("--part", metavar="I/N", parser=Part.parse, help="Do only part I of N of the work, counted from 1.")

@@ -6,16 +6,14 @@ and can be loaded again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from os.path import isfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from lsmoe_ds import shipped
+from lsmoe_ds.deepspeed_config import read_deepspeed_config
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.language_specific.settings import Clsr, LowRank
 from lsmoe_ds.languages import Direction, Languages, check_code, english_centric, is_english
@@ -322,11 +320,7 @@ class Recipe(Section):
     @field_validator("deepspeed")
     @classmethod
     def _read_deepspeed(cls, value: str | dict[str, Any]) -> dict[str, Any]:
-        config = value if isinstance(value, dict) else _read_deepspeed_config(value)
-        zero = config.get("zero_optimization", {})
-        if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int:
-            raise ValueError(f"'zero_optimization' is {zero!r}: it should be a mapping with a 'stage' of 0, 1 or 2")
-        return config
+        return read_deepspeed_config(value)
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -386,16 +380,3 @@ def _as_value_error(function: Any, value: str) -> Any:
         return function(value)
     except UserError as error:
         raise ValueError(str(error)) from None
-
-
-def _read_deepspeed_config(name: str) -> dict[str, Any]:
-    for path in (Path(name), shipped.find("DeepSpeed configuration", name)):
-        if path is not None and isfile(path):  # unlike Path.is_file, it takes any text
-            try:
-                value = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{name} is not valid JSON: {error}") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"{name} holds no JSON object")
-            return value
-    raise ValueError(f"there is no file {name}{shipped.hint('DeepSpeed configuration')}")

@@ -4,6 +4,7 @@ an exit status.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.parallel import interrupt
 from lsmoe_ds.parallel.membership import guess_rank
 
+CLOSED = "standard output is closed, so there is nowhere to print to: leave out '>&-', or redirect it"
 BROKEN_PIPE = 141  # as a shell says of a process that SIGPIPE ended
 
 
@@ -78,6 +80,15 @@ class _Output(io.FileIO):
             raise UserError(f"standard output cannot be written: {error.strerror}") from None
 
 
+class _Errors(io.FileIO):
+    """Standard error, whose own errors end nothing: a full disk, a reader that has left, a lost terminal."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
 class _Closed(io.RawIOBase):
     """Standard output that was closed before the command began."""
 
@@ -85,28 +96,36 @@ class _Closed(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        raise UserError("standard output is closed, so there is nowhere to print to: leave out '>&-', or redirect it to a file")
+        raise UserError(CLOSED)
 
 
 def open_streams() -> None:
-    """Make standard output UTF-8 with the errors of :class:`_Output`; does nothing where something else has
-    replaced it, as tests do.
+    """Make standard output UTF-8 with the errors of :class:`_Output`, and standard error an :class:`_Errors`;
+    do nothing where something else has replaced them, as tests do.
     """
     closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
     for _ in closed:  # the next files to be opened would get these numbers, and C libraries would print into them
         os.open(os.devnull, os.O_RDWR)
-    if sys.stderr is None:
-        nowhere = io.BufferedWriter(io.FileIO(2, "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(nowhere, "utf-8")  # print(file=None) would print to standard output
+    old = sys.stderr
+    if old is None or (old is sys.__stderr__ and isinstance(old, io.TextIOWrapper)):
+        told = io.BufferedWriter(_Errors(2, "w", closefd=False))
+        encoding, errors = ("utf-8", None) if old is None else (old.encoding, old.errors)
+        # where it is None, as it is where it is closed, print() would print to standard output
+        sys.stderr = io.TextIOWrapper(told, encoding, errors, line_buffering=True)
     old = sys.stdout
     if old is None:
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(_Closed(), 1), "utf-8", write_through=True)
     elif old is sys.__stdout__ and isinstance(old, io.TextIOWrapper):
         old.flush()
-        raw = _Output(old.fileno(), "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(raw), "utf-8", "replace", line_buffering=old.line_buffering, write_through=old.write_through
-        )
+        raw = io.BufferedWriter(_Output(old.fileno(), "w", closefd=False))
+        line_buffering, write_through = old.line_buffering, old.write_through
+        sys.stdout = io.TextIOWrapper(raw, "utf-8", "replace", None, line_buffering, write_through)
+
+
+def check_output() -> None:
+    """Raise UserError if standard output is closed: before the work whose result is printed, not after it."""
+    if isinstance(getattr(getattr(sys.stdout, "buffer", None), "raw", None), _Closed):
+        raise UserError(CLOSED)
 
 
 def standard_input() -> BinaryIO:

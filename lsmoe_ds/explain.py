@@ -5,6 +5,7 @@ found, what is allowed.
 from __future__ import annotations
 
 import datetime
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ LIMITS = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
 }
+THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]*$"
 SINGULAR = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 PLURAL = {int: "whole numbers", float: "numbers", str: "texts", bool: "true or false", Path: "paths"}
@@ -53,11 +55,14 @@ PLURAL = {int: "whole numbers", float: "numbers", str: "texts", bool: "true or f
 def explain(error: ValidationError, section: type[Section], value: Mapping[str, Any], path: Path, places: Places) -> str:
     """Return one sentence on the first error of validating ``value``, read from ``path``, as ``section``."""
     first, at = _choose(error.errors(), value)
+    found = first["input"]
+    for key in first.get("ctx", {}).get("inner", ()):  # of a list or mapping that is refused for one item
+        at, found = (*at, str(key)), found[key]
     where = _where(at, path, places)
     if first["type"] == "extra_forbidden":
         known = allowed_keys(at[:-1], section)
         return f"{where}: unknown key {name(at)}{nearest(at[-1], known)}; allowed here: {', '.join(known)}"
-    annotation, found = _annotation(at, section), first["input"]
+    annotation = _annotation(at, section)
     if first["type"] == "missing":
         return f"{where}{_options(at[:-1], places)}: {name(at)} is missing: it should be {expected(annotation)}"
     if first["type"] == "value_error":
@@ -242,7 +247,7 @@ def _hint(annotation: Any, found: Any, place: Place) -> str:
             return f": write '{written}' in quotes" if same else f", which YAML reads as {read}: write '{written}' in quotes"
     if isinstance(found, str) and int in members:
         try:
-            number = float(found)
+            number = float(found.replace(",", "") if THOUSANDS.fullmatch(found) else found)
         except ValueError:
             return ""
         return f": write {int(number)}" if number.is_integer() and abs(number) < 1e15 else ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.costs import LENGTH, VALUE_BYTES, Exchange, Flops, Parts, exchanges, flops, step_bytes
+from lsmoe_ds.deepspeed_config import HALF
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.memory import PROCESS, Memory, memory
 
@@ -164,7 +165,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     world = lcm(tensor, expert) if world is None else world
     check(recipe, world)
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
-    half = any(config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
+    half = any(config.get(kind, {}).get("enabled") for kind in HALF)
     # One rank alone runs stage 0 in float32, whatever is asked for: see training.engine.engine_config.
     stage = 0 if world == 1 and not half else int(config.get("zero_optimization", {}).get("stage", 0))
     precision = "bfloat16" if half else "float32"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,6 +175,7 @@ def _add_places(node: yaml.Node, at: At, found: Places, place: PlaceOf) -> None:
     elif isinstance(node, yaml.MappingNode):
         found.setdefault(at, place(line))
         keys: dict[str, int] = {}
+        _check_thousands(node, at, place(line).where)
         for key, child in node.value:
             line = key.start_mark.line + 1
             _check_key(key, (*at, str(key.value)), keys, place(line).where)
@@ -194,6 +196,19 @@ def _check_key(key: yaml.Node, at: At, known: Mapping[str, int], where: str) -> 
         raise UserError(f"{where}: the key {key.value or '(nothing)'} is not text to YAML: write '{key.value}' in quotes")
     if key.value in known:
         raise UserError(f"{where}: {name(at)} is written twice, on lines {known[key.value]} and {key.start_mark.line + 1}")
+
+
+def _check_thousands(node: yaml.MappingNode, at: At, where: str) -> None:
+    """Refuse ``{steps: 1,000}``, in which the comma begins another key, 000."""
+    for (key, value), following in pairwise(node.value):
+        if node.flow_style and _is_number(value) and _is_number(following[0]) and following[1].value == "":
+            written = f"{value.value},{following[0].value}"
+            number = f"{name((*at, key.value))} is {written}"
+            raise UserError(f"{where}: {number}, but a comma ends a number in braces: write digits only")
+
+
+def _is_number(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value.isdecimal()
 
 
 def _check_number(node: yaml.ScalarNode, at: At, where: str) -> None:

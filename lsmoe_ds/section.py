@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,7 +17,7 @@ KIND = "kind"  # the type of an error that a value is of another kind than its f
 
 class Section(BaseModel):
     """A mapping of a YAML file. Unknown keys are refused, and so is what pydantic would silently turn into a
-    number.
+    number or a truth value.
     """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -27,27 +28,38 @@ class Section(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         if value == "None" and isinstance(value, str) and type(None) in get_args(annotation):
             raise PydanticCustomError("none_text", "None is a text")
-        if _coerces(annotation, value):
-            raise PydanticCustomError(KIND, "another kind of value")
+        if (inner := _find_coerced(annotation, value)) is not None:
+            raise PydanticCustomError(KIND, "another kind of value", {"inner": inner})
         return value
 
 
-def _coerces(annotation: Any, value: Any) -> bool:
-    """Whether pydantic would turn a value into a number without a word: ``yes`` or ``"1"``. ``1e-4``, text to
-    YAML, may be a float.
+def _find_coerced(annotation: Any, value: Any) -> tuple[Any, ...] | None:
+    """Return the keys within ``value`` that lead to what pydantic would turn into a number or a truth value
+    without a word: ``yes`` or ``"1"`` for a number, ``"no"`` or 0 for a truth value; None if there is nothing
+    such. ``1e-4``, text to YAML, may be a float.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _coerces(arguments[0], value)
+        return _find_coerced(arguments[0], value)
     if origin in (Union, types.UnionType):
-        return any(_coerces(member, value) for member in arguments) and not any(_takes(member, value) for member in arguments)
+        if any(_takes(member, value) for member in arguments):
+            return None
+        found = (_find_coerced(member, value) for member in arguments)
+        return next((inner for inner in found if inner is not None), None)
+    items: Iterable[tuple[Any, Any]] = ()
     if origin in (list, tuple) and isinstance(value, list | tuple):
-        return any(_coerces(arguments[0], item) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return any(_coerces(arguments[1], item) for item in value.values())
+        items = enumerate(value)
+    elif origin is dict and isinstance(value, dict):
+        items = value.items()
+    for key, item in items:
+        if (inner := _find_coerced(arguments[origin is dict], item)) is not None:
+            return (key, *inner)
     if isinstance(value, bool):
-        return annotation in (int, float)
-    return annotation is int and isinstance(value, str) and value.strip().lstrip("+-").isdecimal()  # others pydantic refuses itself
+        return () if annotation in (int, float) else None
+    if annotation is bool:
+        return () if isinstance(value, int | float | str) else None  # others pydantic refuses itself
+    is_digits = isinstance(value, str) and value.strip().lstrip("+-").isdecimal()
+    return () if annotation is int and is_digits else None
 
 
 def _takes(annotation: Any, value: Any) -> bool:

@@ -4,22 +4,40 @@ benchmarks.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+from click import Command
 from test_bad_input import main
+from typer.main import get_command
 
 from lsmoe_ds import __version__, benchmark
+from lsmoe_ds.cli import app
 from lsmoe_ds.shipped import ROOT as PROJECT
 
+BENCHMARKS = [path for path in sorted(PROJECT.glob("benchmarks/*.py")) if "def main(" in path.read_text()]
 PROGRAM = "from lsmoe_ds.console import run_command; run_command(lambda: print(chr(246) + chr(26085)))"
 SHELL = "{environment} exec {python} -c '" + PROGRAM + "' {redirect}"
+COMPLAINING = """
+import sys
+from rich.console import Console
+from lsmoe_ds.console import run_command
+
+def complain():
+    print("a line", file=sys.stderr, flush=True)
+    Console(stderr=True).print("another one")
+    print("done")
+
+run_command(complain)
+"""
 COMMAND = "exec {python} -m lsmoe_ds {arguments} {redirect}"
 
 
@@ -47,6 +65,17 @@ def test_output_that_goes_nowhere_is_one_sentence(command, redirect, says):
     done = shell(command, redirect=redirect, arguments="--help")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(b"lsmoe: ") and says in done.stderr
+
+
+def test_closed_output_is_told_before_the_work():
+    done = shell(COMMAND, redirect=">&-", arguments="evaluate there-is-no-such-run")
+    assert done.returncode == 2 and done.stderr.startswith(b"lsmoe: standard output is closed"), done.stderr
+
+
+@pytest.mark.parametrize("redirect", ["2> /dev/full", "2>&-", "2> >(exit)"])
+def test_standard_error_that_goes_nowhere_ends_nothing(redirect):
+    done = shell("exec {python} -c '" + COMPLAINING + "' {redirect}", redirect=redirect)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
 def test_closed_input_is_one_sentence():
@@ -86,17 +115,28 @@ def test_languages_of_a_verb(arguments, says, capsys):
     assert says in capsys.readouterr().err
 
 
-def test_every_option_is_explained_in_plain_words(capsys):
-    verbs = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "translate", "convert", "report", "study", "doctor", "bench"))]
-    verbs += [["data", verb, "--help"] for verb in ("fetch", "prepare", "show")] + [
-        ["slurm", "begin", "--help"],
-        ["slurm", "end", "--help"],
-    ]
-    for arguments in verbs:
-        assert main(arguments) == 0
-        said = capsys.readouterr().out
-        assert not re.search(r"\b(Of|With|Without) [a-z]+:", said), said
-        assert "--to-language" not in said
+def commands(command: Command) -> Iterator[Command]:
+    for inner in getattr(command, "commands", {}).values():
+        yield from (inner, *commands(inner))
+
+
+@pytest.mark.parametrize("command", list(commands(get_command(app))), ids=lambda command: command.name)
+def test_every_option_is_explained_in_plain_words(command):
+    for parameter in (each for each in command.params if not getattr(each, "hidden", False)):
+        said = parameter.help or ""
+        assert len(said.split()) > 2 and not re.match(r"(Of|With|Without) ", said), parameter.name
+    assert "--to-language" not in command.get_help(command.context_class(command))
+
+
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda script: script.stem)
+def test_every_benchmark_has_the_shared_options_and_explains_its_own(script):
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    assert any(getattr(call.func, "id", "") == "argument_parser" for call in calls)
+    written = {ast.unparse(call.args[-1]) for call in calls if getattr(call.func, "id", "") == "write"}
+    assert written and written <= {"arguments.out", "out"}
+    for call in calls:
+        if getattr(call.func, "attr", "") == "add_argument":
+            assert "help" in [keyword.arg for keyword in call.keywords], ast.unparse(call)
 
 
 def test_a_benchmark_gets_the_options_after_its_name(capsys, monkeypatch):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
 from test_sameness import VOCABULARY, recipe_for, steps_of
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.deepspeed_config import KEYS
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.shipped import ROOT as PROJECT
@@ -52,9 +56,68 @@ def test_the_named_kinds_are_there():
         ({"zero_optimization": {"stage": 3}}, "asks for ZeRO stage 3: 0, 1 and 2 are supported"),
         ({"gradient_clipping": 1.0}, "sets 'gradient_clipping', which the recipe decides by training.clip"),
         ({"train_batch_size": 8}, "sets 'train_batch_size', which the recipe decides by data.batch"),
+        ({"fp16": {"enabled": True}}, "enables 'fp16', in which this machine's CPU cannot train: enable"),
     ],
 )
-def test_what_contradicts_the_recipe_is_refused(config, message):
+def test_what_contradicts_the_recipe_or_the_machine_is_refused(config, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: None)  # some processors do
     recipe = recipe_for("mixed", 1, 1, 1).model_copy(update={"deepspeed": json.loads(json.dumps(config))})
     with pytest.raises(UserError, match=message):
         engine_config(recipe, Topology())
+
+
+class Asked(dict):
+    """Notes the keys that it is asked for, in ``of[at]``."""
+
+    def __init__(self, of: dict[str, set[str]], at: str = "", **values: Any) -> None:
+        super().__init__(values)
+        self.of, self.at = of, at
+
+    def __copy__(self) -> Asked:
+        return Asked(self.of, self.at, **self)
+
+    def __contains__(self, key: Any) -> bool:
+        self.of.setdefault(self.at, set()).add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if key in self else self.__missing__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(key, default) if key in self else default
+
+    def keys(self) -> Any:
+        return self
+
+
+def test_the_known_keys_are_those_that_deepspeed_reads():
+    from deepspeed.runtime import config, precision_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    models = {"zero_optimization": DeepSpeedZeroConfig}
+    models |= {"bf16": precision_config.DeepSpeedBF16Config, "fp16": precision_config.DeepSpeedFP16Config}
+    of: dict[str, set[str]] = {}
+    silent = {section: Asked(of, section) for section in KEYS.keys() - models.keys() - {""}}
+    config.DeepSpeedConfig(Asked(of, train_batch_size=1, **silent))
+    fields = {section: model.model_fields.items() for section, model in models.items()}
+    read = {section: frozenset(f.alias or name for name, f in each) for section, each in fields.items()}
+    read |= {section: frozenset(keys) for section, keys in of.items()}
+    read[""] -= config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() | {"bfloat16"}  # an old name of bf16
+    assert read == KEYS
+
+
+def refused(topology, recipe):
+    from lsmoe_ds.training.engine import build_engine
+
+    try:
+        build_engine(recipe, VOCABULARY, topology)
+    except UserError as error:
+        return str(error)
+
+
+def test_a_value_that_deepspeed_refuses_is_one_sentence(pool):
+    config = {"tensorboard": {"enabled": "perhaps"}}
+    recipe = recipe_for("mixed", 1, 1, 1).model_copy(update={"deepspeed": config})
+    (said,) = pool.run(1, refused, recipe)
+    assert said.startswith("the DeepSpeed configuration has 'perhaps' for 'tensorboard.enabled': ")

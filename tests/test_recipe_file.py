@@ -33,6 +33,7 @@ deepspeed: {}
 """
 CORPUS, MODEL, STEPS = "{path: a, format: moses}", "model:\n", "{steps: 4}"
 BELOW = "model:\n  "
+OF_DEEPSPEED = ": the keys are those of DeepSpeed 0.19.8"
 
 # What is replaced in the recipe, by what; the whole sentence that follows the file's name.
 WRITTEN = [
@@ -106,6 +107,35 @@ WRITTEN = [
         "line 4: item 1 of 'model.clsr.at' should be attention, cross_attention or feed_forward, "
         "found 'fed_forward' (did you mean 'feed_forward'?)",
     ),
+    (
+        "deepspeed: {}",
+        "deepspeed: {zero_optimisation: {stage: 1}}",
+        "line 9: 'deepspeed': unknown key 'zero_optimisation' (did you mean 'zero_optimization'?)" + OF_DEEPSPEED,
+    ),
+    (
+        "deepspeed: {}",
+        "deepspeed: {fp16: {scale: 5}}",
+        "line 9: 'deepspeed': unknown key 'fp16.scale' (did you mean 'loss_scale'?)" + OF_DEEPSPEED,
+    ),
+    (
+        "deepspeed: {}",
+        "deepspeed: {bf16: true}",
+        "line 9: 'deepspeed': 'bf16' is True: it should be a mapping with an 'enabled' of true or false",
+    ),
+    (
+        "deepspeed: {}",
+        "deepspeed: {bf16: {enabled: true}, fp16: {enabled: true}}",
+        "line 9: 'deepspeed': 'bf16' and 'fp16' are both enabled: enable one of them",
+    ),
+    (
+        BELOW,
+        f"{BELOW}low_rank: {{rank: {{en: 3, de: true}}, index: language}}\n  ",
+        "line 4: 'model.low_rank.rank.de' should be a whole number, found true",
+    ),
+    ("feed_forward: 64", "feed_forward: [64, on]", "line 6: item 2 of 'model.encoder.feed_forward' should be a whole number, found on"),
+    (BELOW, f"{BELOW}clsr: {{shared: 'no'}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 'no'"),
+    (BELOW, f"{BELOW}clsr: {{shared: 0}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 0"),
+    (STEPS, "\n  steps: 1,000", "line 9: 'training.steps' should be a whole number, found '1,000': write 1000"),
     (BELOW, f"{BELOW}clsr: {{shared: maybe}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 'maybe'"),
 ]
 
@@ -121,6 +151,12 @@ def complaint(text: str, tmp_path: Path, *overrides: str) -> str:
 def test_a_wrong_value_in_the_file(tmp_path, before, after, says):
     assert before in GOOD
     assert complaint(GOOD.replace(before, after), tmp_path) == f"r.yaml, {says}"
+
+
+def test_an_unknown_key_in_a_deepspeed_file_names_the_file(tmp_path):
+    (tmp_path / "mine.json").write_text('{"fp61": {"enabled": true}}')
+    said = complaint(GOOD.replace("deepspeed: {}", f"deepspeed: {tmp_path}/mine.json"), tmp_path)
+    assert said.startswith("r.yaml, line 9: 'deepspeed': mine.json: unknown key 'fp61' (did you mean ")
 
 
 def test_tabs_are_named(tmp_path):
@@ -139,6 +175,8 @@ def test_tabs_are_named(tmp_path):
         ("model.encoder={layers: two}", "'model.encoder.layers' should be a whole number, found 'two'"),
         ("data.corpora=[{path: a}]", "'format' in item 1 of 'data.corpora' is missing: it should be opus100, "),
         ("deepspeed=none.json", "'deepspeed': there is no file none.json: give a file, or one that comes with lsmoe_ds: bf16_zero1"),
+        ("deepspeed={foo: 1}", "'deepspeed': unknown key 'foo'" + OF_DEEPSPEED),
+        ("training={steps: 1,000}", "'training.steps' is 1,000, but a comma ends a number in braces: write digits only"),
         ("a=[", "'[' is not a YAML value"),
         ("Training.steps=3", "unknown key 'Training'"),
         ("training..steps=3", "unknown key 'training.'; allowed here: steps, "),

@@ -52,6 +52,12 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def trains_in(kind: str) -> bool:
+    """Return whether DeepSpeed trains in ``bf16`` or ``fp16`` on the accelerator that is there."""
+    accelerator = import_deepspeed().get_accelerator()
+    return bool(getattr(accelerator, f"is_{kind}_supported")())  # None stands for no
+
+
 @functools.cache
 def import_megatron() -> Any:
     """Megatron-core's parallel state, and its fused functions as plain ones: nothing here calls them, but it hands them to

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch, Step
-from lsmoe_ds.errors import UserError
+from lsmoe_ds.deepspeed_config import HALF
+from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.language_specific import clsr
 from lsmoe_ds.memory import STAGE_0_BUCKET
 from lsmoe_ds.model.guide import Route
@@ -80,7 +82,14 @@ def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     stage = given.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise UserError(f"the DeepSpeed configuration asks for ZeRO stage {stage}: 0, 1 and 2 are supported")
-    if topology.world == 1 and not any(given.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
+    half = next((kind for kind in HALF if given.get(kind, {}).get("enabled")), None)
+    if half is not None and not compat.trains_in(half):
+        device, other = "GPU" if torch.cuda.is_available() else "CPU", next(kind for kind in HALF if kind != half)
+        raise UserError(
+            f"the DeepSpeed configuration enables '{half}', in which this machine's {device} cannot train: "
+            f"enable '{other}', or neither, which is float32"
+        )
+    if topology.world == 1 and half is None:
         # One rank has nothing to partition, and ZeRO's copies would cost it a third of its speed.
         given["zero_optimization"] = {"stage": 0}
     return {
@@ -107,7 +116,13 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         weight_decay=training.weight_decay,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=compat.ModelParallelUnit())
+    try:
+        layout = compat.ModelParallelUnit()
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
+    except ValidationError as error:  # of a section that is a pydantic model
+        wrong = error.errors()[0]
+        key, found, why = ".".join(map(str, wrong["loc"])), wrong["input"], wrong["msg"].lower()
+        raise SharedError(f"the DeepSpeed configuration has {found!r} for '{key}': {why}") from None
     limit = clipping_limit(recipe)
     compat.complete_engine(engine, lambda: clip_gradients(model, limit, topology), STAGE_0_BUCKET)
     return engine

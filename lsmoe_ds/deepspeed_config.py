@@ -1,0 +1,119 @@
+"""Read the recipe's DeepSpeed configuration and refuse keys that DeepSpeed would ignore without a word.
+
+The keys are those of DeepSpeed 0.19.8, without the old name ``bfloat16``. They stand here because importing
+DeepSpeed takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os.path import isfile
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds import shipped
+from lsmoe_ds.languages import nearest
+
+TOP = """
+activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type
+compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
+disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
+gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
+managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients scheduler
+seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard timers torch_autocast
+train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
+wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+zero_optimization
+"""
+SECTIONS = {
+    "zero_optimization": """
+        allgather_bucket_size allgather_partitions compute_grad_norm contiguous_gradients cpu_offload
+        cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks
+        ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights
+        log_trace_cache_warnings memory_efficient_linear offload_optimizer offload_param overlap_comm
+        override_module_apply parameter_alignment pipeline_loading_checkpoint reduce_bucket_size
+        reduce_scatter round_robin_gradients save_muon_momentum_buffer_in_memory stage
+        stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save
+        stage3_gather_fp16_weights_on_model_save stage3_max_live_parameters stage3_max_reuse_distance
+        stage3_model_persistence_threshold stage3_module_granularity_threshold
+        stage3_param_persistence_threshold stage3_prefetch_bucket_size
+        stage3_use_all_reduce_for_fetch_params sub_group_size use_multi_rank_bucket_allreduce zenflow
+        zero_hpz_partition_size zero_quantized_gradients zero_quantized_nontrainable_weights
+        zero_quantized_weights
+    """,
+    "bf16": """
+        bf16_master_weights_and_grads bf16_optimizer_states check_grad_overflow enabled
+        immediate_grad_update
+    """,
+    "fp16": """
+        auto_cast consecutive_hysteresis enabled fp16_master_weights_and_grads hysteresis
+        initial_scale_power loss_scale loss_scale_window min_loss_scale
+    """,
+    "torch_autocast": "dtype enabled lower_precision_safe_modules",
+    "activation_checkpointing": """
+        contiguous_memory_optimization cpu_checkpointing number_checkpoints partition_activations profile
+        synchronize_checkpoint_boundary
+    """,
+    "flops_profiler": """
+        detailed enabled module_depth output_file profile_step recompute_fwd_factor top_modules
+    """,
+    "checkpoint": """
+        checkpoint_serialization load_universal parallel_write tag_validation use_node_local_storage
+        writer
+    """,
+    "data_types": "buffer_dtype grad_accum_dtype keep_in_fp32_modules param_dtype",
+    "aio": "block_size intra_op_parallelism overlap_events queue_depth single_submit use_gds",
+}
+HALF = ("bf16", "fp16")  # the sections that choose 16-bit numbers
+KEYS = {section: frozenset(keys.split()) for section, keys in {"": TOP, **SECTIONS}.items()}
+
+
+def read_deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration that a recipe gives: inline, by its file or by the name of one that comes with
+    lsmoe_ds.
+
+    Raises ValueError with one sentence on what is wrong with it.
+    """
+    config = given if isinstance(given, dict) else _read_file(given)
+    source = "" if isinstance(given, dict) else f"{given}: "
+    if unknown := _unknown_key(config):
+        raise ValueError(f"{source}unknown key {unknown}: the keys are those of DeepSpeed 0.19.8")
+    for section in SECTIONS:
+        value = config.get(section, {})
+        is_mapping = isinstance(value, Mapping)
+        if section == "zero_optimization":
+            fits, having = is_mapping and type(value.get("stage", 0)) is int, " with a 'stage' of 0, 1 or 2"
+        elif "enabled" in KEYS[section]:
+            fits = is_mapping and type(value.get("enabled", False)) is bool
+            having = " with an 'enabled' of true or false"
+        else:
+            fits, having = is_mapping, ""
+        if not fits:
+            raise ValueError(f"{source}'{section}' is {value!r}: it should be a mapping{having}")
+    if all(config.get(kind, {}).get("enabled") for kind in HALF):
+        raise ValueError(f"{source}'bf16' and 'fp16' are both enabled: enable one of them")
+    return config
+
+
+def _unknown_key(config: Mapping[str, Any]) -> str | None:
+    """Return the first key that DeepSpeed does not have, quoted, with the nearest one that it has."""
+    for section, known in KEYS.items():
+        value = config.get(section) if section else config
+        for key in value if isinstance(value, Mapping) else ():
+            if key not in known:
+                return f"'{section}{'.' * bool(section)}{key}'{nearest(str(key), known)}"
+    return None
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    for path in (Path(name), shipped.find("DeepSpeed configuration", name)):
+        if path is not None and isfile(path):  # unlike Path.is_file, it takes any text
+            try:
+                value = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name} is not valid JSON: {error}") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} holds no JSON object")
+            return value
+    raise ValueError(f"there is no file {name}{shipped.hint('DeepSpeed configuration')}")
