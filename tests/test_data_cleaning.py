@@ -144,6 +144,14 @@ def test_different_sentences_have_different_forms() -> None:
     assert near_duplicate_form("42") != near_duplicate_form("43")
 
 
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [("İptal işlemi", "iptal işlemi"), ("İPTAL İŞLEMİ", "iptal işlemi"), ("KAPI AÇIK", "kapı açık"), ("Şifrənizi", "ŞİFRƏNİZİ")],
+)
+def test_turkish_and_azerbaijani_capitals_make_no_other_sentence(text: str, other: str) -> None:
+    assert near_duplicate_form(text) == near_duplicate_form(other)
+
+
 def test_markup_of_sources() -> None:
     assert without_tags('Click  <a href="x">here</a> &amp; wait .') == "Click here & wait."
     assert without_tags("_File", "_") == "File"
