@@ -172,6 +172,8 @@ def test_a_damaged_catalogue_is_refused(data: bytes) -> None:
         ("deu_Latn", "de"), ("de-DE", "de"), ("zho_Hans", "zh_Hans"), ("zh-TW", "zh_Hant"), ("sr@latin", "sr_Latn"), ("sr-el", "sr_Latn"),
         ("als_Latn", "sq"), ("npi_Deva", "ne"), ("arb_Arab", "ar"), ("arb_Latn", "ar_Latn"), ("pt-br", "pt_BR"), ("hi_IN", "hi"),
         ("nob", "nb"), ("es_MX", "es_MX"), ("xyz_Latn", "xyz_Latn"), ("zh-min-nan", "nan"),
+        ("zh-CHT", "zh_Hant"), ("zh-CHS", "zh_Hans"), ("zh-cmn-Hant", "zh_Hant"), ("zh-wuu", "wuu"), ("no-nyn", "nn"),
+        ("fa_AF", "prs"), ("fas-Arab-AF", "prs"), ("prs_Arab", "prs"), ("prs-AF", "prs"), ("fa-IR", "fa"),
     ],
 )  # fmt: skip
 def test_codes_from_elsewhere(other: str, ours: str) -> None:
