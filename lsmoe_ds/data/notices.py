@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from lsmoe_ds.config import Corpus, Data
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.formats import Part, name_of, split_of
 from lsmoe_ds.data.held_out import HELD_OUT, Claims
+from lsmoe_ds.data.settings import Corpus, Data
 
 SHOWN = 8  # names in one sentence
 
