@@ -127,8 +127,8 @@ PAGE_HEAD = """# Languages
 
 A language has one code here, the first column. Write it, or any other code for the same language, wherever a code is read:
 in recipes and studies, in the names of files and the headers of columns, on the command line. What is read as another code
-is said on standard error (`lsmoe: language 'deu_Latn' is read as 'de' (German)`), and recipes are stored with the codes
-of this page.
+is said in one line on standard error (`lsmoe: language 'deu_Latn' is read as 'de' (German), 'fra' as 'fr' (French)`), and
+recipes are stored with the codes of this page.
 
 | convention | examples |
 |---|---|

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lsmoe_ds.codes import read_direction
+from lsmoe_ds.codes import read_directions
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics
 from lsmoe_ds.evaluation.parts import RECIPE, find_home
@@ -216,7 +216,7 @@ def _check_question(first: System, second: System, tokenized: bool) -> None:
 def _choose(systems: Sequence[System], asked: Sequence[str] | None) -> list[Direction]:
     """Choose the directions. Raises UserError if one is not in all systems."""
     own = {code for direction in systems[0].directions for code in (direction.source, direction.target)}
-    chosen = [read_direction(text, own) for text in asked or () if text.strip()] or systems[0].directions
+    chosen = read_directions(asked or (), own) or systems[0].directions
     for system in systems:
         if missing := [str(direction) for direction in chosen if direction not in system.directions]:
             raise UserError(f"{system.path} has no scores of {', '.join(missing)}: name directions that all have with --directions")
