@@ -11,11 +11,11 @@ from small_corpora import pairs, recipe, sentence, write_fetched, write_lines
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.formats import split_of
-from lsmoe_ds.data.notices import listed
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.summary import show
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import counted, listed
 
 
 def table(folder: Path, name: str, first: str, second: str, count: int, start: int = 0) -> dict[str, str]:
@@ -167,6 +167,10 @@ def test_which_stems_are_dev_and_test(stem: str, split: str) -> None:
 def test_long_lists_are_cut() -> None:
     assert listed("abcdefgh") == "a, b, c, d, e, f, g, h"
     assert listed("aabcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(number, "pair") for number in (0, 1, 2000)] == ["0 pairs", "1 pair", "2,000 pairs"]
 
 
 def with_table(tmp_path: Path) -> Recipe:

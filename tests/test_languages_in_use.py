@@ -14,11 +14,12 @@ from small_run import TARGET_TOP2, make_recipe, train_and_save, write_corpus
 from test_languages import NLLB
 
 from lsmoe_ds import cli, notices
-from lsmoe_ds.config import Corpus, Recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import find_model
 from lsmoe_ds.convert.subnetwork import extract_stored
 from lsmoe_ds.data.formats import Part, find_parts, other_varieties
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.scores import ScoreTable

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
-from lsmoe_ds.config import Corpus
+from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.data.spelling import Wanted
 from lsmoe_ds.errors import UserError

@@ -7,21 +7,13 @@ which sets are small.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from lsmoe_ds.config import Corpus, Data
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.formats import Part, name_of, split_of
 from lsmoe_ds.data.held_out import HELD_OUT, Claims
-
-SHOWN = 8  # names in one sentence
-
-
-def listed(names: Iterable[str]) -> str:
-    """Join names, of many only the first ones and how many more there are."""
-    found = list(dict.fromkeys(names))
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return ", ".join(found[:SHOWN]) + more
+from lsmoe_ds.data.settings import Corpus, Data
+from lsmoe_ds.notices import listed
 
 
 class Notices:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lsmoe_ds.codes import read_direction
+from lsmoe_ds.codes import read_directions
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics
 from lsmoe_ds.evaluation.parts import RECIPE, find_home
@@ -226,7 +226,7 @@ def _tell_steps(systems: Sequence[System]) -> None:
 def _choose(systems: Sequence[System], asked: Sequence[str] | None) -> list[Direction]:
     """Choose the directions. Raises UserError if one is not in all systems."""
     own = {code for direction in systems[0].directions for code in (direction.source, direction.target)}
-    chosen = systems[0].directions if asked is None else [read_direction(text, own) for text in asked if text.strip()]
+    chosen = systems[0].directions if asked is None else read_directions(asked, own)
     if not chosen:
         raise UserError("--directions names no direction: write them as en-de,de-en")
     for system in systems:
