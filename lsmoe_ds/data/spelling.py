@@ -19,7 +19,9 @@ Spellings = tuple[str, ...]  # of one language, or of both of a bitext
 
 @dataclass(frozen=True)
 class Half:
-    """Name a file that a corpus has for one side of a bitext, in a split, and the language of the other side, which it lacks."""
+    """Name a file that a corpus has for one side of a bitext, in a split, and the language of the other side,
+    which it lacks.
+    """
 
     split: str
     bitext: str
@@ -94,10 +96,11 @@ class Wanted:
         }
 
     def note_halves(self, halves: Sequence[Half], complete: bool, name: str, spellings: Sequence[str]) -> None:
-        """Note that files, found under a common name and in these languages, have one side only of some bitexts.
+        """Note that files, found under a common name and in these languages, have one side of some bitexts only.
 
-        That is a fault where they are of the recipe's languages alone and serve no bitext (are not ``complete``). Else it may
-        be one, unless their name has their codes, so that they are those of another pair.
+        That is a fault where they are of the recipe's languages alone and serve no bitext (are not
+        ``complete``). Else it may be one, unless their name has their codes, so that they are those of
+        another pair.
         """
         recipes = {code for pair in self.bitexts.values() for code in pair}
         if not complete and all(find_code(code, recipes) or not is_known(normalize_code(code)) for code in spellings):
@@ -117,8 +120,8 @@ class Wanted:
         return [code for code in dict.fromkeys(code for pair in self.bitexts.values() for code in pair) if code not in served]
 
     def relatives(self, code: str) -> list[tuple[str, str]]:
-        """List what the corpus has, for no code of the recipe, in other varieties of a language (``pt`` for ``pt_BR``): their codes,
-        and descriptions.
+        """List what the corpus has, for no code of the recipe, in other varieties of a language (``pt`` for
+        ``pt_BR``): their codes, and descriptions.
         """
         own = normalize_code(code)
         used = {spelling for spellings, _ in self._served for spelling in spellings}
