@@ -1,6 +1,7 @@
 """Language codes as people write them, on the command line and in recipes, read as the codes of languages.tsv.
 
-Codes that are read as others, and codes that the table lacks, are said on standard error, those of one place in one line.
+Codes that are read as others, and codes that the table lacks, are said on standard error, those of one
+place in one line.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ TAG = re.compile(rb"<2([A-Za-z0-9_]{1,40})>")
 class Reader:
     """Read what a person wrote as codes of ``own``, or else of the table.
 
-    At the end of a ``with`` block one line on standard error says what was read as another code, and which codes the table lacks.
-    That the table lacks a code is not said of one of ``own``, or of one that will be looked up in a trained system
-    (``of_system``).
+    At the end of a ``with`` block one line on standard error says what was read as another code, and which
+    codes the table lacks. The latter is not said of a code of ``own``, or of one that will be looked up in a
+    trained system (``of_system``).
     """
 
     def __init__(self, own: Iterable[str] = (), of_system: bool = False) -> None:

@@ -54,7 +54,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def _named(word: str) -> str:
-    """Return `` (did you mean 'de', German?)`` for a word that is like the name of a language, or an empty string."""
+    """Return `` (did you mean 'de', German?)`` for a word that is like the name of a language, or an empty
+    string.
+    """
     names = _by_name()
     found = difflib.get_close_matches(word.casefold(), list(names), n=1, cutoff=0.75)
     return f" (did you mean '{names[found[0]].code}', {names[found[0]].name}?)" if found else ""
@@ -62,8 +64,8 @@ def _named(word: str) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold a row of languages.tsv: code, ISO 15924 script, main region, family with branch, English name, names in the language
-    itself, codes used elsewhere.
+    """Hold a row of languages.tsv: code, ISO 15924 script, main region, family with branch, English name, names
+    in the language itself, codes used elsewhere.
 
     Region, family and own names are empty where they are not known.
     """
@@ -99,7 +101,8 @@ def _by_any_code() -> dict[str, str]:
 def _by_name() -> dict[str, Entry]:
     """Map names of languages, without case, to rows of the table.
 
-    An English name comes before an own one, and this before one without its addition (``Chinese`` of ``Chinese (Simplified)``).
+    An English name comes before an own one, and this before one without its addition (``Chinese`` of
+    ``Chinese (Simplified)``).
     """
     entries = table().values()
     names = [(entry.name, entry) for entry in entries]

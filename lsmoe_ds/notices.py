@@ -1,4 +1,6 @@
-"""Notices to the person on standard error: each once, and of several ranks only the first one's. And how they list and count."""
+"""Notices to the person on standard error: each once, and of several ranks only the first one's. And how they
+list and count.
+"""
 
 from __future__ import annotations
 

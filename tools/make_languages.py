@@ -100,8 +100,8 @@ def _add_scripts_of_regions(rows: dict[str, Row], likely: dict[str, tuple[str, .
 
 
 def _iso_aliases() -> Iterable[tuple[str, str]]:
-    """Yield (other code, code) of ISO 639-3 and -2/B, of deprecated codes (``zh_cmn_hant`` too), and of the main members of
-    macrolanguages.
+    """Yield (other code, code) of ISO 639-3 and -2/B, of deprecated codes (``zh_cmn_hant`` too), and of the
+    main members of macrolanguages.
     """
     from langcodes import data_dicts as data
 

@@ -108,7 +108,8 @@ class PairFilter:
 def near_duplicate_form(text: str) -> str:
     """Return the text without case, punctuation, blanks and digits: near-duplicates have this in common.
 
-    The letter i counts as one with and without its dot: in Turkish and Azerbaijani I is the capital of ı, and İ that of i.
+    The letter i counts as one with and without its dot: in Turkish and Azerbaijani I is the capital of ı, and
+    İ that of i.
     """
     folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i").replace("ı", "i")
     return NOT_LETTERS.sub("", folded) or folded
