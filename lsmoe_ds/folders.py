@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TextIO, TypeGuard
 
 from lsmoe_ds.errors import UserError
 
@@ -177,23 +177,54 @@ def locked(path: Path, wait: bool = False) -> Iterator[int]:
     """Hold the right to write ``path``, by whatever name, against other processes; if another has it, wait,
     or raise UserError.
 
-    Yields a descriptor: a process that inherits it holds the right as long as it lives.
+    Yields a descriptor: a process that inherits it holds the right as long as it lives. The file that is
+    locked lies beside ``path`` as long as anyone holds it.
     """
     given, path = path, resolved(path)
     with explain_errors(given):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_name(f".{path.name}.lock").open("w")
-    with file:
+        place = path.with_name(f".{path.name}.lock")
+        file = _lock(place, given, wait)
+    try:
+        recover(path)
+        yield file.fileno()
+    finally:
+        _unlock(file, place)
+
+
+def _lock(place: Path, given: Path, wait: bool) -> TextIO:
+    """Open the file of a lock and lock it; once more if whoever held it has removed it meanwhile."""
+    while True:
+        file = place.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks
-                recover(path)
-                yield file.fileno()
-                return
+                return file
+            file.close()
             raise UserError(f"another process is writing {given}: wait for it, or stop it") from None
-        recover(path)
-        yield file.fileno()
+        if _is_at(file, place):
+            return file
+        file.close()
+
+
+def _unlock(file: TextIO, place: Path) -> None:
+    """Give up a lock; remove its file unless somebody has it, who waited for it or inherited the descriptor."""
+    with file, suppress(OSError):
+        again = place.open()
+        file.close()
+        with again:
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(again, place):  # and stays so: only who has locked it removes it
+                place.unlink()
+
+
+def _is_at(file: TextIO, place: Path) -> bool:
+    """Whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -65,8 +65,8 @@ def main(arguments: list[str]) -> int:
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file; locks, which may stay, are left out."""
-    files = (p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
+    """Size and time of change of every file."""
+    files = (p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
 
 

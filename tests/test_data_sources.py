@@ -80,7 +80,7 @@ def test_fetch_writes_bitexts_license_and_provenance(
     provenance = json.loads((folder / "PROVENANCE.json").read_text())
     assert (provenance["package"], provenance["version"], provenance["license"]) == ("django", "1", "BSD-3-Clause")
     assert provenance["pairs"] == {"de-en": 2, "en-fr": 1, "en-zh_Hans": 1}
-    assert {path.name for path in tmp_path.rglob("*")} == {"corpora", "django", ".django.lock", *(p.name for p in folder.iterdir())}
+    assert {path.name for path in tmp_path.rglob("*")} == {"corpora", "django", *(p.name for p in folder.iterdir())}
     capsys.readouterr()
     monkeypatch.setattr(sources, "_call", None)
     fetch(["django"], tmp_path)
@@ -117,7 +117,7 @@ def test_a_bad_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     offer(monkeypatch, content)
     with pytest.raises(UserError, match=says):
         fetch(["django"], tmp_path)
-    assert [path.name for path in (tmp_path / "corpora").iterdir()] == [".django.lock"]
+    assert [path.name for path in (tmp_path / "corpora").iterdir()] == []
 
 
 def test_another_file_than_the_known_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_a_hostile_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what
     with pytest.raises(UserError, match=r"damaged|more than is reasonable|no translations"):
         fetch(["mediawiki"], tmp_path)
     assert {each for each in tmp_path.rglob("*") if "corpora" not in each.parts} == before
-    assert [each.name for each in (tmp_path / "corpora").iterdir()] == [".mediawiki.lock"]
+    assert [each.name for each in (tmp_path / "corpora").iterdir()] == []
 
 
 def add_member(deb: Path, member: tarfile.TarInfo, content: bytes) -> None:

@@ -76,7 +76,6 @@ def dense(path: str) -> Any:
         return dict(read_weights(find_model(out)).tensors)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-        Path(".out.lock").unlink(missing_ok=True)
 
 
 def whole_again(path: str) -> Any:
@@ -86,7 +85,6 @@ def whole_again(path: str) -> Any:
         return dict(read_weights(find_model(out)).tensors)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-        Path(".out.lock").unlink(missing_ok=True)
 
 
 def optimizer(path: str) -> Any:

@@ -381,5 +381,7 @@ def test_a_signal_to_the_whole_process_group_of_several_processes(folder):
     file.write_text(shorter.to_yaml())
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
+    end = f"lsmoe: {run} is trained, its last checkpoint is step-{step + 4}; next: lsmoe evaluate {run}"
+    assert done.stderr.splitlines().count(end) == 1 and done.stderr.splitlines()[-1] == end
     steps = [record["step"] for record in records(run) if "loss" in record]
     assert steps == sorted({*range(2, step + 5, 2), step + 4}), "no step is missing and none is told twice"

@@ -155,3 +155,10 @@ def test_tensorboard_has_what_the_records_have(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0)]
     assert {"nll", "learning_rate", "tokens_per_second"} <= set(events.Tags()["scalars"])
     assert not {"step", "tokens", "seconds", "grad_norm"} & set(events.Tags()["scalars"])
+
+
+def test_what_is_said_is_one_line_as_it_is(tmp_path, capsys):
+    with Monitor(tmp_path, steps=2, every=1, main=True) as monitor:
+        monitor.start(0, None)
+        monitor.say(said := f"going on from [bold]/{'long/' * 40}:smile:")
+    assert capsys.readouterr().err == f"{said}\n"

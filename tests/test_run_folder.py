@@ -4,6 +4,7 @@ is named.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -60,8 +61,54 @@ def test_a_folder_has_one_lock_whatever_its_name(linked, first, second):
     with locked(linked / first), refused, locked(linked / second):
         pass
     with locked(linked / second):
+        assert not (linked / ".link.lock").exists() and (linked / "s" / ".real.lock").exists()
+
+
+def test_a_lock_leaves_no_file(tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(UserError), locked(tmp_path / "run"):
         pass
-    assert not (linked / ".link.lock").exists() and (linked / "s" / ".real.lock").exists()
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "run"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_inherits_a_lock_keeps_it_and_its_file(tmp_path):
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with locked(tmp_path / "run") as lock:
+        heir = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(lock,))
+    with heir, pytest.raises(UserError, match="another process is writing"), locked(tmp_path / "run"):
+        pass
+    with locked(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    place, flock, taken = tmp_path / ".run.lock", fcntl.flock, []
+
+    def late(file, how):
+        if not taken:
+            place.unlink()  # by who held it, after we had opened it
+            place.touch()  # by the next one
+        taken.append(how)
+        flock(file, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with locked(tmp_path / "run") as lock:
+            assert os.path.samestat(os.fstat(lock), place.stat()) and len(taken) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_wait_for_a_lock_have_it_one_by_one(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\nfile = Path(sys.argv[1])\n"
+        "for _ in range(100):\n    with locked(file, wait=True):\n        file.write_text(str(int(file.read_text()) + 1))\n"
+    )
+    (tmp_path / "count").write_text("0")
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "count")]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert (tmp_path / "count").read_text() == "300" and [path.name for path in tmp_path.iterdir()] == ["count"]
 
 
 def test_two_processes_cannot_hold_two_names_of_one_folder(linked):

@@ -135,7 +135,8 @@ class Monitor:
     def say(self, text: str) -> None:
         """A line for the person, above the progress bar."""
         if self.main:
-            (self.progress.console if self.progress is not None else Console(stderr=True)).print(text, highlight=False)
+            console = self.progress.console if self.progress is not None else Console(stderr=True)
+            console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _write(self, record: dict[str, Any]) -> None:
         if not self.main:

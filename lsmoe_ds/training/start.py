@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,7 @@ from lsmoe_ds.inference.load import empty_model
 from lsmoe_ds.parallel import compat, interrupt, joining, launch, watchdog
 from lsmoe_ds.parallel.membership import Membership, find
 from lsmoe_ds.parallel.topology import Topology, check_world
-from lsmoe_ds.run_folder import check_run, newest_whole, open_run
+from lsmoe_ds.run_folder import check_run, list_checkpoints, newest_whole, open_run
 from lsmoe_ds.training.engine import engine_config
 from lsmoe_ds.training.schedules import inverse_square_root
 
@@ -140,4 +141,9 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
                 watchdog.leave_behind(party)
             raise
     dist.destroy_process_group()
-    return 0 if asked is None else interrupt.status_of(asked)
+    if asked is not None:
+        return interrupt.status_of(asked)
+    if membership.rank == 0:
+        last = list_checkpoints(run)[-1].name
+        interrupt.say(f"{run} is trained, its last checkpoint is {last}; next: lsmoe evaluate {shlex.quote(str(run))}")
+    return 0
