@@ -194,12 +194,14 @@ def analyze_routing(
 
 @app.command()
 def report(
-    run: Run, out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The page; RUN/report.html by default.")] = None
+    run: Run,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The page; RUN/report.html by default.")] = None,
+    scores: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder given to `evaluate --out`; RUN by default.")] = None,
 ) -> None:
     """Write one self-contained page: curves, scores, expert choices, samples, parameters, times."""
     from lsmoe_ds.evaluation.report import write_report
 
-    print(write_report(run, out))
+    print(write_report(run, out, scores))
 
 
 @app.command()

@@ -48,7 +48,7 @@ def evaluate(
 
     Scores and text are kept in RUN/scores, in files named after the question (step, text, search, directions).
     """
-    named = directions.split(",") if directions else None
+    named = directions.split(",") if directions is not None else None
     if merge is not None:
         from lsmoe_ds.evaluation.parts import merge as merge_parts
 
@@ -102,7 +102,7 @@ def compare(
 
     if out is not None:
         check_place(out)
-    found = compare_runs(runs, directions.split(",") if directions else None, tokenize, samples, seed)
+    found = compare_runs(runs, directions.split(",") if directions is not None else None, tokenize, samples, seed)
     if out is not None:
         write_page(found, out)
     print(f"lsmoe: {f'the picture is in {out}' if out else '--out FILE.html draws the differences'}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Language codes as people write them, on the command line and in recipes, read as the codes of languages.tsv.
 
-A code that is read as another one is said once on standard error, and so is a code that the table lacks.
+Codes that are read as others, and codes that the table lacks, are said on standard error, those of one
+place in one line.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import CODE, Direction, Languages, check_code, find_code, is_known, language_name, normalize_code, not_a_code
-from lsmoe_ds.notices import notice
+from lsmoe_ds.languages import CODE, Direction, check_code, find_code, is_known, language_name, normalize_code, not_a_code
+from lsmoe_ds.notices import listed, notice
 
 # A code whose script and region are written in capitals, as BCP 47 recommends: zh-Hant-TW, es-419.
 CAPITALS = r"[a-z]{2,3}(?:[-_][A-Z][a-z]{3})?(?:[-_](?:[A-Z]{2}|[0-9]{3}))?"
@@ -20,50 +21,89 @@ TWO_CODES = re.compile(f"({CAPITALS})-({CAPITALS})")
 TAG = re.compile(rb"<2([A-Za-z0-9_]{1,40})>")
 
 
-def read_code(text: str, own: Iterable[str] = (), of_system: bool = False) -> str:
-    """Return the code of ``own``, or else of the table, for a language as a person wrote it.
+class Reader:
+    """Read what a person wrote as codes of ``own``, or else of the table.
 
-    Says on standard error what it is read as where that is spelled otherwise, and that the table lacks it, but not of a code of
-    ``own`` or of one that will be looked up in a trained system (``of_system``). Raises UserError for what is no code.
+    At the end of a ``with`` block one line on standard error says what was read as another code, and which
+    codes the table lacks. The latter is not said of a code of ``own``, or of one that will be looked up in a
+    trained system (``of_system``).
     """
-    text = text.strip()
-    found = find_code(text, own)
-    code = found or normalize_code(text)
-    check_code(code if CODE.match(code) else text)
-    if code != text:
-        name = f" ({language_name(code)})" if is_known(code) else ""
-        notice(f"language '{text}' is read as '{code}'{name}")
-    if not (found or of_system or is_known(code)):
-        notice(f"language '{code}' is not in the table (docs/languages.md): no name, no script filter, BLEU by 13a")
-    return code
+
+    def __init__(self, own: Iterable[str] = (), of_system: bool = False) -> None:
+        self._own, self._of_system = tuple(own), of_system
+        self._read: dict[str, str] = {}
+        self._unknown: list[str] = []
+
+    def code(self, text: str) -> str:
+        """Return the code for a language. Raises UserError for what is no code."""
+        text = text.strip()
+        found = find_code(text, self._own)
+        code = found or normalize_code(text)
+        check_code(code if CODE.match(code) else text)
+        if code != text:
+            self._read[text] = code
+        if not (found or self._of_system or is_known(code)):
+            self._unknown.append(code)
+        return code
+
+    def direction(self, text: str) -> Direction:
+        """Return a direction such as ``en-de`` or ``eng_Latn-zh-TW``. Raises UserError for what is none."""
+        text = text.strip()
+        found = TWO_CODES.fullmatch(text)
+        parts = found.groups() if found else tuple(text.split("-"))
+        wanted = "write source-target with two different codes, such as en-de"
+        if len(parts) != 2 or not all(parts):
+            more = "; the parts of a code are joined by underscores, as in en-zh_Hant" if len(parts) > 2 else ""
+            raise UserError(f"'{text}' is not a direction: {wanted}{more}")
+        source, target = map(self.code, parts)
+        if source == target:
+            raise UserError(f"'{text}' is not a direction: both codes are {source} ({language_name(source)}); {wanted}")
+        return Direction(source, target)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            self._say()
+
+    def _say(self) -> None:
+        said = []
+        if self._read:
+            names = {code: f" ({language_name(code)})" if is_known(code) else "" for code in self._read.values()}
+            (first, meant), *rest = self._read.items()
+            each = [f"language '{first}' is read as '{meant}'{names[meant]}"]
+            each += [f"'{text}' as '{code}'{names[code]}" for text, code in rest]
+            said.append(listed(each))
+        if unknown := list(dict.fromkeys(self._unknown)):
+            languages = f"language '{unknown[0]}' is" if len(unknown) == 1 else f"languages {listed(map(repr, unknown))} are"
+            said.append(f"{languages} not in the table (docs/languages.md): no name, no script filter, BLEU by 13a")
+        if said:
+            notice("; ".join(said))
+
+
+def read_code(text: str, own: Iterable[str] = (), of_system: bool = False) -> str:
+    """Return the code for a language; see :class:`Reader`."""
+    with Reader(own, of_system) as reader:
+        return reader.code(text)
 
 
 def read_direction(text: str, own: Iterable[str] = (), of_system: bool = False) -> Direction:
-    """Return the direction that a person wrote, such as ``en-de`` or ``eng_Latn-zh-TW``; see :func:`read_code`."""
-    return _direction(text.strip(), lambda code: read_code(code, own, of_system))
+    """Return a direction; see :class:`Reader`."""
+    with Reader(own, of_system) as reader:
+        return reader.direction(text)
+
+
+def read_directions(texts: Iterable[str], own: Iterable[str] = (), of_system: bool = False) -> list[Direction]:
+    """Return the directions that a command line names; see :class:`Reader`."""
+    with Reader(own, of_system) as reader:
+        return [reader.direction(text) for text in texts if text.strip()]
 
 
 def asked_direction(source: str, target: str) -> Direction:
     """Return the direction between two languages that a command line names, to be found in a system by its ``Languages``."""
-    return Direction(read_code(source, of_system=True), read_code(target, of_system=True))
-
-
-def read_directions(texts: Sequence[str], languages: Languages) -> list[Direction]:
-    """Return the directions that a command line names, in the system's own codes. Raises UserError for one that it lacks."""
-    return [languages.find(read_direction(text, languages.codes, of_system=True)) for text in texts if text.strip()]
-
-
-def _direction(text: str, read: Callable[[str], str]) -> Direction:
-    found = TWO_CODES.fullmatch(text)
-    parts = found.groups() if found else tuple(text.split("-"))
-    wanted = "write source-target with two different codes, such as en-de"
-    if len(parts) != 2 or not all(parts):
-        more = "; the parts of a code are joined by underscores, as in en-zh_Hant" if len(parts) > 2 else ""
-        raise UserError(f"'{text}' is not a direction: {wanted}{more}")
-    source, target = map(read, parts)
-    if source == target:
-        raise UserError(f"'{text}' is not a direction: both codes are {source} ({language_name(source)}); {wanted}")
-    return Direction(source, target)
+    with Reader(of_system=True) as reader:
+        return Direction(reader.code(source), reader.code(target))
 
 
 def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[str, str] | None:
@@ -73,26 +113,23 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
     ``corpora`` keep theirs, which say how files are named. Values of other types are left to the recipe's own checks.
     Returns the key of a wrong code, or of two codes for one language, and what is wrong with it, or None.
     """
-    own = tuple(own)
-
-    def language(text: str) -> str:
-        return read_code(text, own)
-
-    def direction(text: str) -> str:
-        return str(_direction(text.strip(), language))
-
     data, low_rank = _section(recipe, "data"), _section(_section(recipe, "model"), "low_rank")
-    places = (("data.languages", data, language), ("data.directions", data, direction), ("model.low_rank.rank", low_rank, language))
-    for key, section, read in places:
-        name = key.rpartition(".")[2]
-        given = section.get(name)
-        try:
-            if name != "rank" and isinstance(given, list):
-                section[name] = _read_all(given, read)
-            elif name == "rank" and isinstance(given, dict):
-                section[name] = dict(zip(_read_all(list(given), read), given.values(), strict=True))
-        except UserError as error:
-            return key, str(error)
+    with Reader(own) as reader:
+        places = (
+            ("data.languages", data, reader.code),
+            ("data.directions", data, lambda text: str(reader.direction(text))),
+            ("model.low_rank.rank", low_rank, reader.code),
+        )
+        for key, section, read in places:
+            name = key.rpartition(".")[2]
+            given = section.get(name)
+            try:
+                if name != "rank" and isinstance(given, list):
+                    section[name] = _read_all(given, read)
+                elif name == "rank" and isinstance(given, dict):
+                    section[name] = dict(zip(_read_all(list(given), read), given.values(), strict=True))
+            except UserError as error:
+                return key, str(error)
     return _wrong_code_of_corpora(data.get("corpora"))
 
 

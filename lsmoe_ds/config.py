@@ -1,6 +1,7 @@
 """The recipe: everything a run depends on, as one YAML file.
 
-These are its keys, defaults and limits; :mod:`lsmoe_ds.recipe_file` reads the file. The resolved recipe is stored in the run
+These are its keys, defaults and limits, but for those of the text (:mod:`lsmoe_ds.data.settings`);
+:mod:`lsmoe_ds.recipe_file` reads the file. The resolved recipe is stored in the run
 and can be loaded again.
 """
 
@@ -13,11 +14,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from lsmoe_ds.data.settings import Data
 from lsmoe_ds.deepspeed_config import read_deepspeed_config
-from lsmoe_ds.errors import UserError
 from lsmoe_ds.language_specific.settings import Clsr, LowRank
-from lsmoe_ds.languages import Direction, Languages, check_code, english_centric, is_english
-from lsmoe_ds.section import Positive, Section, Share
+from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.section import NAME, Positive, Section, Share
 
 PRESETS: dict[str, dict[str, Any]] = {
     "transformer-tiny": {"hidden": 256, "heads": 4, "encoder": (3, 1024), "decoder": (2, 1024)},
@@ -25,96 +26,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "transformer-base": {"hidden": 512, "heads": 8, "encoder": (6, 2048), "decoder": (6, 2048)},
     "transformer-big": {"hidden": 1024, "heads": 16, "encoder": (6, 4096), "decoder": (6, 4096)},
 }
-
-
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-class Corpus(Section):
-    """Describe a corpus on disk. ``source`` and ``target`` name the languages where the layout does not."""
-
-    path: Path
-    format: Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv"]
-    source: str | None = None
-    target: str | None = None
-
-
-class Vocabulary(Section):
-    """Set up the vocabulary: one is trained on the text, or ``file`` is one (see :mod:`lsmoe_ds.data.vocabulary`)."""
-
-    file: Path | None = None
-    size: Annotated[int, Field(ge=64, le=2**20)] = 16000
-    type: Literal["unigram", "bpe"] = "unigram"
-    character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 0.9995
-    sentences: Positive = 1_000_000
-
-
-class Cleaning(Section):
-    """Limit which pairs are kept; words are counted on the English (or first) side."""
-
-    min_words: Positive = 3
-    max_words: Positive = 200
-    script_share: Share = 0.5
-
-
-class HeldOut(Section):
-    """Set how many pairs of a bitext become dev and test; both sides are kept out of all training text."""
-
-    dev: Annotated[int, Field(ge=0)] = 200
-    test: Annotated[int, Field(ge=0)] = 500
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
-
-
-class Batch(Section):
-    """A step takes ``count`` batches of at most ``tokens`` padded tokens each (source + target), whatever the number of ranks."""
-
-    tokens: Annotated[int, Field(ge=16)] = 4096
-    count: Positive = 1
-    languages: Literal["mixed", "homogeneous", "task-affine"] = "mixed"
-    max_length: Annotated[int, Field(ge=4)] = 256
-
-
-class Groups(Section):
-    """Resource groups by training pairs: at least ``high`` is high, at least ``medium`` is medium, the rest is low."""
-
-    high: Positive = 1_000_000
-    medium: Positive = 100_000
-
-    def of(self, pairs: int) -> str:
-        """``high``, ``medium`` or ``low``."""
-        return "high" if pairs >= self.high else "medium" if pairs >= self.medium else "low"
-
-
-class Data(Section):
-    """Describe the text of a run. ``name`` names the prepared data, by default as the recipe is named."""
-
-    name: Annotated[str, Field(pattern=NAME)] | None = None
-    corpora: Annotated[list[str | Corpus], Field(min_length=1)]
-    directory: Path = Path("data")
-    languages: list[str] = Field(default_factory=list)
-    directions: list[str] = Field(default_factory=list)
-    vocabulary: Vocabulary = Vocabulary()
-    cleaning: Cleaning = Cleaning()
-    held_out: HeldOut = HeldOut()
-    groups: Groups = Groups()
-    temperature: Annotated[float, Field(ge=1.0)] = 5.0
-    batch: Batch = Batch()
-
-    @model_validator(mode="after")
-    def _directions(self) -> Data:
-        for code in self.languages:
-            _as_value_error(check_code, code)
-        if not self.directions:
-            if not [code for code in self.languages if not is_english(code)]:
-                raise ValueError("'languages' names no language beside English: list at least one, or write 'directions'")
-            self.directions = [str(d) for d in english_centric(self.languages)]
-        parsed = [_as_value_error(Direction.parse, d) for d in self.directions]
-        if len(set(parsed)) < len(parsed):
-            raise ValueError("'directions' names a direction twice")
-        used = {code for direction in parsed for code in (direction.source, direction.target)}
-        if unused := [code for code in self.languages if code not in used and not is_english(code)]:
-            raise ValueError(f"'languages' names {unused[0]}, which none of 'directions' has: add one, or leave it out")
-        return self
 
 
 class Capacity(Section):
@@ -373,10 +284,3 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-
-
-def _as_value_error(function: Any, value: str) -> Any:
-    try:
-        return function(value)
-    except UserError as error:
-        raise ValueError(str(error)) from None

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from lsmoe_ds.languages import nearest
-from lsmoe_ds.section import KIND, Section, is_section
+from lsmoe_ds.section import KIND, NAME, Section, is_section
 
 At = tuple[str, ...]
 LONGEST = 60  # characters of a value that is shown
@@ -47,7 +47,6 @@ LIMITS = {
     "less_than_equal": "at most {le}",
 }
 THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
-NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]*$"
 SINGULAR = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 PLURAL = {int: "whole numbers", float: "numbers", str: "texts", bool: "true or false", Path: "paths"}
 
@@ -91,7 +90,7 @@ def _sentence(error: Mapping[str, Any], annotation: Any, found: Any, place: Plac
     if kind in ("too_short", "string_too_short"):
         what = "character" if kind.startswith("string") else "entry"
         return f"should have at least {context['min_length']} {what}{shown}"
-    if kind == "string_pattern_mismatch" and context.get("pattern") == NAME_PATTERN:
+    if kind == "string_pattern_mismatch" and context.get("pattern") == NAME:
         return f"should consist of letters, digits, '.', '_' and '-' and begin with a letter or digit{shown}"
     if kind in KINDS:
         return f"should be {expected(annotation)}{shown}{_hint(annotation, found, place)}"

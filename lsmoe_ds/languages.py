@@ -54,17 +54,20 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def _named(word: str) -> str:
-    """Return `` (did you mean 'de', German?)`` for a word that is like the English name of a language, or an empty string."""
-    names = {entry.name.lower(): entry for entry in reversed(table().values())}
-    found = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.75)
+    """Return `` (did you mean 'de', German?)`` for a word that is like the name of a language, or an empty
+    string.
+    """
+    names = _by_name()
+    found = difflib.get_close_matches(word.casefold(), list(names), n=1, cutoff=0.75)
     return f" (did you mean '{names[found[0]].code}', {names[found[0]].name}?)" if found else ""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of languages.tsv: code, ISO 15924 script, main region, family with branch, English name, codes used elsewhere.
+    """Hold a row of languages.tsv: code, ISO 15924 script, main region, family with branch, English name, names
+    in the language itself, codes used elsewhere.
 
-    Region and family are empty where they are not known.
+    Region, family and own names are empty where they are not known.
     """
 
     code: str
@@ -72,6 +75,7 @@ class Entry:
     region: str
     family: str
     name: str
+    own_names: tuple[str, ...]
     aliases: tuple[str, ...]
 
 
@@ -80,8 +84,9 @@ def table() -> dict[str, Entry]:
     """Return the known languages by code, those with a family first."""
     entries = []
     for line in TABLE.read_text(encoding="utf-8").splitlines()[1:]:
-        code, script, region, family, name, aliases = line.split("\t")
-        entries.append(Entry(code, script, region, family, name, tuple(aliases.split(",")) if aliases else ()))
+        code, script, region, family, name, *lists = line.split("\t")
+        own_names, aliases = (tuple(filter(None, names.split(","))) for names in lists)
+        entries.append(Entry(code, script, region, family, name, own_names, aliases))
     return {entry.code: entry for entry in sorted(entries, key=lambda entry: not entry.family)}
 
 
@@ -90,6 +95,20 @@ def _by_any_code() -> dict[str, str]:
     """Map codes in lower case, the table's and others', to the table's; where both exist, the table's wins."""
     others = {alias.lower(): entry.code for entry in table().values() for alias in entry.aliases}
     return others | {code.lower(): code for code in table()}
+
+
+@cache
+def _by_name() -> dict[str, Entry]:
+    """Map names of languages, without case, to rows of the table.
+
+    An English name comes before an own one, and this before one without its addition (``Chinese`` of
+    ``Chinese (Simplified)``).
+    """
+    entries = table().values()
+    names = [(entry.name, entry) for entry in entries]
+    names += [(name, entry) for entry in entries for name in entry.own_names]
+    names += [(entry.name.split(" (")[0], entry) for entry in entries]
+    return {name.casefold(): entry for name, entry in reversed(names)}
 
 
 @cache

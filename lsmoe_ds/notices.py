@@ -1,12 +1,29 @@
-"""Notices to the person on standard error: each once, and of several ranks only the first one's."""
+"""Notices to the person on standard error: each once, and of several ranks only the first one's. And how they
+list and count.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from functools import cache
 
 from lsmoe_ds.parallel.membership import guess_rank
+
+SHOWN = 8  # names in one sentence
+
+
+def listed(names: Iterable[str], between: str = ", ") -> str:
+    """Join names, of many only the first ones and how many more there are."""
+    found = list(dict.fromkeys(names))
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return between.join(found[:SHOWN]) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 bitext`` or ``1,000 bitexts``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @cache

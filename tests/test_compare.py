@@ -42,7 +42,7 @@ def translate(references: list[str], errors: float, seed: int) -> list[str]:
 def write_system(home: Path, errors: float, directions: tuple[Direction, ...] = (EN_DE, DE_EN, EN_FR), **question: object) -> Path:
     """What an evaluation leaves of a system that gets a share of words wrong."""
     folder, scores = ScoreFolder(home), []
-    table = ScoreTable(home.name, 100, "test", 5, 1.0, (), **({"asked": None} | question))
+    table = replace(ScoreTable(home.name, 100, "test", 5, 1.0, ()), **question)
     folder.check()
     folder.make(table.question)
     for number, direction in enumerate(directions):
@@ -166,6 +166,16 @@ def test_systems_that_were_asked_something_else_are_refused(tmp_path) -> None:
         compare_runs([base, changed], samples=100, progress=False)
 
 
+def test_scores_of_different_steps_are_compared_and_said(tmp_path, capsys) -> None:
+    runs = [write_system(tmp_path / "base", 0.3), write_system(tmp_path / "older", 0.3, step=20)]
+    compare_runs(runs, ["en-de"], samples=100, progress=False)
+    assert f"lsmoe: the scores are of different steps: {runs[0]} of step 100, {runs[1]} of step 20\n" == capsys.readouterr().err
+    records = [next((run / "scores").glob("*.json")) for run in runs]
+    compare_runs(records, ["en-de"], samples=100, progress=False)
+    compare_runs(runs[:1] * 2, ["en-de"], samples=100, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_what_cannot_be_compared(tmp_path, monkeypatch) -> None:
     base = write_system(tmp_path / "base", 0.3)
     spm = write_system(tmp_path / "spm", 0.3, tokenize="spm-0123456789ab")
@@ -181,6 +191,8 @@ def test_what_cannot_be_compared(tmp_path, monkeypatch) -> None:
     ):
         with pytest.raises(UserError, match=message):
             compare_runs(paths, samples=100, progress=False)
+    refused = CliRunner().invoke(app, ["compare", str(base), str(base), "--directions", ""])
+    assert "--directions names no direction" in str(refused.exception) and isinstance(refused.exception, UserError)
     with pytest.raises(UserError, match=r"cannot be written \(.*\): choose another file with --out"):
         check_place(tmp_path / "nowhere" / "page.html")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10_000}))

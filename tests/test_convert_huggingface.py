@@ -16,7 +16,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lsmoe_ds.cli import app
-from lsmoe_ds.config import Vocabulary as VocabularySettings
 from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.convert.folder import find_model, write_folder
 from lsmoe_ds.convert.huggingface import Exported, write_files
@@ -24,6 +23,7 @@ from lsmoe_ds.convert.m2m_100 import our_names, rename
 from lsmoe_ds.convert.subnetwork import extract
 from lsmoe_ds.convert.tokenizer import tokenizer, tokenizer_config
 from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.data.settings import Vocabulary as VocabularySettings
 from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import write_json

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsmoe_ds.config import Cleaning
 from lsmoe_ds.data.catalogues import read_catalogue, without_tags, without_wiki_markup
 from lsmoe_ds.data.cleaning import RULES, PairFilter, clean_text, count_words, near_duplicate_form, script_share
+from lsmoe_ds.data.settings import Cleaning
 from lsmoe_ds.languages import family, language_name, normalize_code, script, table
 
 GOOD = ("Save all of the changes", "Alle Änderungen jetzt sichern")
@@ -144,6 +144,14 @@ def test_different_sentences_have_different_forms() -> None:
     assert near_duplicate_form("42") != near_duplicate_form("43")
 
 
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [("İptal işlemi", "iptal işlemi"), ("İPTAL İŞLEMİ", "iptal işlemi"), ("KAPI AÇIK", "kapı açık"), ("Şifrənizi", "ŞİFRƏNİZİ")],
+)
+def test_turkish_and_azerbaijani_capitals_make_no_other_sentence(text: str, other: str) -> None:
+    assert near_duplicate_form(text) == near_duplicate_form(other)
+
+
 def test_markup_of_sources() -> None:
     assert without_tags('Click  <a href="x">here</a> &amp; wait .') == "Click here & wait."
     assert without_tags("_File", "_") == "File"
@@ -164,6 +172,8 @@ def test_a_damaged_catalogue_is_refused(data: bytes) -> None:
         ("deu_Latn", "de"), ("de-DE", "de"), ("zho_Hans", "zh_Hans"), ("zh-TW", "zh_Hant"), ("sr@latin", "sr_Latn"), ("sr-el", "sr_Latn"),
         ("als_Latn", "sq"), ("npi_Deva", "ne"), ("arb_Arab", "ar"), ("arb_Latn", "ar_Latn"), ("pt-br", "pt_BR"), ("hi_IN", "hi"),
         ("nob", "nb"), ("es_MX", "es_MX"), ("xyz_Latn", "xyz_Latn"), ("zh-min-nan", "nan"),
+        ("zh-CHT", "zh_Hant"), ("zh-CHS", "zh_Hans"), ("zh-cmn-Hant", "zh_Hant"), ("zh-wuu", "wuu"), ("no-nyn", "nn"),
+        ("fa_AF", "prs"), ("fas-Arab-AF", "prs"), ("prs_Arab", "prs"), ("prs-AF", "prs"), ("fa-IR", "fa"),
     ],
 )  # fmt: skip
 def test_codes_from_elsewhere(other: str, ours: str) -> None:

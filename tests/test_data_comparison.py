@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from small_corpora import pairs, recipe, write_fetched, write_lines, write_three_bitexts
 
-from lsmoe_ds.config import Data, Recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.comparison import ORIGIN, data_directories, settings_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.settings import Data
 from lsmoe_ds.data.summary import show
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import open_data
@@ -82,7 +83,7 @@ def test_all_that_shapes_the_data_is_compared() -> None:
 
 
 def test_what_prepared_data_do_not_depend_on_may_differ(made: Path) -> None:
-    changed = recipe(made, "other", languages=["ru", "fr", "de"], batch={"tokens": 64}, groups={"high": 7}, name="small")
+    changed = recipe(made, "other", languages=["ru", "fr", "de"], batch={"tokens": 64}, groups={"high": 7, "medium": 7}, name="small")
     assert PreparedData.of(changed).languages.directions == changed.languages.directions
     assert show(changed).folder == str(made / "prepared" / "small")
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from small_corpora import pairs, sentence, write_lines
 
-from lsmoe_ds.config import Corpus
 from lsmoe_ds.data.formats import MissingCorpus, Part, find_parts
+from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.errors import UserError
 
 
@@ -97,11 +97,10 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
     match case:
         case "shorter":
             write_lines(tmp_path / "news.en", texts("en", 2))
+        case "one line":
+            write_lines(tmp_path / "news.en", texts("en", 1))
         case "encoding":
             (tmp_path / "news.en").write_bytes(b"good\nbad \xff here\nmore\n")
-        case "empty":
-            (tmp_path / "news.de").write_text("")
-            (tmp_path / "news.en").write_text("")
         case "one missing":
             (tmp_path / "news.en").unlink()
         case "binary":
@@ -116,6 +115,15 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
             return found(tmp_path, "iwslt", "de-en")
         case "no moses":
             return found(tmp_path / "other", "moses", "de-en")
+        case "half an opus":
+            write_aligned(tmp_path / "supervised/de-en/opus.de-en-test", "de", "en", 3)
+            (tmp_path / "supervised/de-en/opus.de-en-test.en").unlink()
+            return found(tmp_path, "opus100", "de-en")
+        case "whole name":
+            return found(tmp_path / "news.en", "moses", "de-en")
+        case "whole name, compressed":
+            write_compressed(tmp_path / "news.en")
+            return found(tmp_path / "news.en.gz", "moses", "de-en")
         case "columns":
             write_lines(tmp_path / "x.tsv", ["one\ttwo", "only one"])
             return found(tmp_path / "x.tsv", "tsv", "de-en", source="de", target="en")
@@ -163,7 +171,6 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
     [
         ("shorter", r"news.en has 2 lines but .*news.de has more"),
         ("encoding", r"news.en, line 2: not UTF-8 \(byte 0xff at position 4\)"),
-        ("empty", r"hold no text"),
         ("one missing", r"there is no file .*news.en"),
         ("binary", r"news.en, line 1: the line is longer"),
         ("no folder", r"there is no corpus .*nowhere"),
@@ -171,6 +178,10 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
         ("no flores", r"not laid out as FLORES"),
         ("no iwslt", r"not laid out as IWSLT"),
         ("no moses", r"there are no files .*other.CODE"),
+        ("half an opus", r"there is no file .*opus.de-en-test.en"),
+        ("whole name", r"news.en is a file itself: write 'path: .*/news', without the ending that names its language$"),
+        ("whole name, compressed", r"news.en.gz is a file itself: write 'path: .*/news', without the ending"),
+        ("one line", r"news.en has 1 line but .*news.de has more"),
         ("columns", r"x.tsv, line 2: 2 columns between tabs were expected, .*; found 1"),
         ("further columns", r"x.tsv, line 1: 2 columns .*, as there is no first line of language codes; found 3"),
         ("ragged", r"x.tsv, line 3: 3 columns between tabs were expected, as in line 1; found 4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from small_corpora import pairs, recipe, sentence, write_fetched, write_lines
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.formats import split_of
-from lsmoe_ds.data.notices import listed
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.summary import show
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import counted, listed
+
+SPELLED = {"deu_Latn": "de", "eng_Latn": "en", "fra_Latn": "fr", "por_Latn": "fr"}
 
 
 def table(folder: Path, name: str, first: str, second: str, count: int, start: int = 0) -> dict[str, str]:
@@ -91,9 +94,10 @@ def test_a_corpus_that_adds_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
 
 
-def flores(folder: Path, count: int, start: int) -> dict[str, str]:
-    for side, code in enumerate(("deu_Latn", "eng_Latn")):
-        write_lines(folder / "devtest" / f"{code}.devtest", [pair[side] for pair in pairs("de", "en", count, start)])
+def flores(folder: Path, count: int, start: int, codes: Sequence[str] = ("deu_Latn", "eng_Latn"), split: str = "devtest") -> dict[str, str]:
+    for code in codes:
+        lines = [sentence(SPELLED[code], number) for number in range(start, start + count)]
+        write_lines(folder / split / f"{code}.{split}", lines)
     return {"path": str(folder), "format": "flores"}
 
 
@@ -124,6 +128,84 @@ def test_a_published_set_without_a_sentence(tmp_path: Path, capsys: pytest.Captu
     (said,) = notices(settings, capsys)
     assert said == f"warning: the test set of de-en in corpus {tmp_path}/m has no sentence (test.de and test.en)"
     assert {row.pairs for row in show(settings).rows if row.split == "test"} == {20}  # held out of the training text instead
+
+
+def test_empty_training_text_beside_other_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moses(tmp_path / "m", "train", 200)
+    moses(tmp_path / "m", "more", 0)
+    write_lines(tmp_path / "x.tsv", ["de\ten"])
+    corpora = [{"path": str(tmp_path / "m"), "format": "moses"}, {"path": str(tmp_path / "x.tsv"), "format": "tsv"}]
+    assert notices(recipe(tmp_path, corpora=corpora, languages=["de"]), capsys) == [
+        f"warning: the training text of de-en in corpus {tmp_path}/m has no sentence (more.de and more.en)",
+        f"warning: the training text of de-en in corpus {tmp_path}/x.tsv has no sentence (x.tsv)",
+    ]
+
+
+def test_no_text_but_empty_files(tmp_path: Path) -> None:
+    moses(tmp_path, "train", 0)
+    with pytest.raises(UserError, match=r"there is no text for de-en: the files of the corpora are empty \(train.de, train.en\)"):
+        prepare(recipe(tmp_path, corpora=[{"path": str(tmp_path / "train"), "format": "moses"}], languages=["de"]))
+
+
+@pytest.mark.parametrize(("gone", "there"), [("en", "de"), ("de", "en")])
+def test_one_side_of_a_published_set(tmp_path: Path, capsys: pytest.CaptureFixture[str], gone: str, there: str) -> None:
+    moses(tmp_path / "m", "train", 200)
+    moses(tmp_path / "m", "test", 12, start=300)
+    (tmp_path / f"m/test.{gone}").unlink()
+    (said,) = notices(recipe(tmp_path, corpora=[{"path": str(tmp_path / "m"), "format": "moses"}], languages=["de"]), capsys)
+    assert said == (
+        f"warning: corpus {tmp_path}/m has test.{there} but no file for {gone} beside it: no test set of de-en is read from there"
+    )
+
+
+def test_one_side_of_one_of_two_published_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moses(tmp_path / "m", "train", 200)
+    for year in (2013, 2014):
+        moses(tmp_path / "m", f"newstest{year}", 12, start=year)
+    (tmp_path / "m/newstest2014.en").unlink()
+    said = notices(recipe(tmp_path, corpora=[{"path": str(tmp_path / "m"), "format": "moses"}], languages=["de"]), capsys)
+    assert "has newstest2014.de but no file for en beside it" in said[0] and len(said) == 2
+
+
+def test_one_side_of_a_set_in_many_languages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said of a language that the corpus has otherwise, not of every language that it lacks."""
+    corpora = [table(tmp_path, "a.tsv", "de", "en", 200), table(tmp_path, "b.tsv", "en", "fr", 200, start=500)]
+    flores(tmp_path / "f", 5, 900, ("deu_Latn", "eng_Latn", "fra_Latn"), "dev")
+    corpora.append(flores(tmp_path / "f", 5, 950, ("eng_Latn", "fra_Latn")))
+    for languages in (["de", "fr"], ["de"]):
+        said = notices(recipe(tmp_path, languages[-1], corpora=corpora, languages=languages), capsys)
+        assert said[len(languages) % 2] == (
+            f"warning: corpus {tmp_path}/f has eng_Latn.devtest but no file for de beside it: no test set of de-en is read from there"
+        )
+        assert sum("beside" in each for each in said) == 1
+
+
+def test_text_of_other_pairs_is_nothing_amiss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One folder has a pair more than the recipe, and a test set of one of its pairs; one corpus has one pair."""
+    moses(tmp_path / "m", "train.de-en", 200)
+    moses(tmp_path / "m", "train.en-fr", 200, start=500, codes=("en", "fr"))
+    moses(tmp_path / "m", "train.en-ru", 5, codes=("en", "ru"))
+    moses(tmp_path / "m", "test.de-en", 12, start=900)
+    corpora = [{"path": str(tmp_path / "m"), "format": "moses"}, table(tmp_path, "a.tsv", "de", "en", 200, start=2000)]
+    (said,) = notices(recipe(tmp_path, corpora=corpora, languages=["de", "fr"]), capsys)
+    assert said.startswith(f"corpus {tmp_path}/m brings the test set of de-en")
+
+
+def test_one_side_of_a_set_of_iwslt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moses(tmp_path / "m", "train.tags.de-en", 200)
+    write_lines(tmp_path / "m/IWSLT14.TED.tst2010.de-en.de.xml", [f"<seg>{sentence('de', 900)}</seg>"])
+    (said,) = notices(recipe(tmp_path, corpora=[{"path": str(tmp_path / "m"), "format": "iwslt"}], languages=["de"]), capsys)
+    assert "has IWSLT14.TED.tst2010.de-en.de.xml but no file for en beside it: no test set of de-en" in said
+
+
+def test_languages_that_a_corpus_of_many_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_fetched(tmp_path, "django", {name: pairs(*name.split("-"), 200) for name in ("de-en", "en-fr", "en-ru")})
+    write_lines(tmp_path / "corpora/django/en-pt_BR.tsv", ["\t".join(pair) for pair in pairs("en", "fr", 200, start=500)])
+    write_fetched(tmp_path, "django", {})
+    corpora = ["django", flores(tmp_path / "f", 5, 900, ("deu_Latn", "eng_Latn", "por_Latn"))]
+    said = notices(recipe(tmp_path, corpora=corpora, languages=["de", "ru", "pt_BR"], cleaning={"script_share": 0.0}), capsys)
+    assert f"corpus {tmp_path}/f has no text in pt_BR, ru; it has pt (Portuguese, por_Latn.devtest), which is another variety" in said
+    assert len(said) == 2
 
 
 def test_a_sentence_in_two_published_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +249,10 @@ def test_which_stems_are_dev_and_test(stem: str, split: str) -> None:
 def test_long_lists_are_cut() -> None:
     assert listed("abcdefgh") == "a, b, c, d, e, f, g, h"
     assert listed("aabcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(number, "pair") for number in (0, 1, 2000)] == ["0 pairs", "1 pair", "2,000 pairs"]
 
 
 def with_table(tmp_path: Path) -> Recipe:
@@ -223,6 +309,20 @@ def test_held_out_text_only(tmp_path: Path) -> None:
     corpora = [flores(tmp_path / "f", 15, start=0)]
     with pytest.raises(UserError, match=r"no training pair is left: .*/f\) only dev and test sets remain"):
         prepare(recipe(tmp_path, corpora=corpora, languages=["de"]))
+
+
+def test_training_text_that_cleaning_drops_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moses(tmp_path / "m", "test", 12, start=300)
+    moses(tmp_path / "m", "train", 200)
+    corpora = [{"path": str(tmp_path / "m"), "format": "moses"}]
+    never = {"min_words": 190}
+    with pytest.raises(UserError, match=r"no training pair of de-en is left after cleaning \(read 200, short 200\): give more text or"):
+        prepare(recipe(tmp_path, corpora=corpora, languages=["de"], cleaning=never))
+    write_fetched(tmp_path, "django", {"en-fr": pairs("en", "fr", 200)})
+    vocabulary = prepare(recipe(tmp_path, "other", corpora=corpora, languages=["de"])).folder / "vocabulary.model"
+    settings = {"vocabulary": {"file": vocabulary, "size": 120}, "cleaning": never}
+    said = notices(recipe(tmp_path, corpora=corpora, languages=["de"], **settings), capsys)
+    assert said[-1].startswith("warning: cleaning and holding out leave no training text of de-en: these are only evaluated")
 
 
 def test_held_out_text_only_with_a_vocabulary(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_run
 from test_bad_input import tree
 
 from lsmoe_ds.analysis.command import analyze_routing
-from lsmoe_ds.analysis.measuring import measure_routing
+from lsmoe_ds.analysis.measuring import Counts, layer_routing, measure_routing
 from lsmoe_ds.analysis.routing import read_routing
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.subnetwork import convert_to_dense
@@ -26,7 +27,7 @@ from lsmoe_ds.evaluation.report import render_report, write_report
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.part import Part
 
 TOKEN_BY_PAIR = TOKEN_TOP2 | {"task": "pair", "every": 1}
@@ -192,6 +193,16 @@ def test_task_routing_is_what_the_router_says(run):
     for layer in layers.values():
         received = [sum(n * layer.used(t)[e] for t, n in enumerate(layer.tokens)) / sum(layer.tokens) for e in range(4)]
         assert layer.load == pytest.approx(received) and layer.dropped == 0
+
+
+def test_a_task_without_a_direction_has_no_row_under_task_routing(run):
+    loaded = load(run, "cpu")
+    fewer = Languages(tuple(direction for direction in loaded.languages.directions if direction.target != "de"))
+    assert fewer.codes == loaded.languages.codes
+    for side, layer, moe in loaded.recipe.model.moe_layers():
+        counts = Counts.none(len(fewer.tasks(moe.task)), moe.experts)
+        tasks = layer_routing(replace(loaded, languages=fewer), side, layer, moe, counts).tasks if moe.task == "target" else ("en", "fr")
+        assert sorted(tasks) == ["en", "fr"]
 
 
 def test_token_routing_is_measured(token_run):

@@ -17,12 +17,12 @@ from test_convert import PAIR_TOP3, global_weights
 from test_convert_ctranslate2 import random_model
 from test_convert_huggingface import ALPHABET
 
-from lsmoe_ds.config import Vocabulary as VocabularySettings
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.folder import find_model, read_weights, write_folder
 from lsmoe_ds.convert.subnetwork import extract
 from lsmoe_ds.convert.tokenizer import is_ours, sentencepiece_model, tokenizer
 from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.data.settings import Vocabulary as VocabularySettings
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags, train_vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import load

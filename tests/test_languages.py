@@ -13,11 +13,12 @@ import yaml
 from small_corpora import recipe as small_recipe
 
 from lsmoe_ds import notices
-from lsmoe_ds.codes import read_code, read_direction, read_directions, resolve_codes
+from lsmoe_ds.codes import asked_direction, read_code, read_direction, read_directions, resolve_codes
 from lsmoe_ds.convert.importing import M2M_100
 from lsmoe_ds.data.cleaning import PairFilter
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import membership
+from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.scores import score_direction
 from lsmoe_ds.languages import (
     Direction,
@@ -164,6 +165,19 @@ def test_what_is_read_as_another_code_is_said_once(capsys):
     assert said.out == ""
 
 
+def test_all_codes_of_one_place_are_said_in_one_line(tmp_path, capsys):
+    asked_direction("eng", "fas_AF")
+    assert capsys.readouterr().err == "lsmoe: language 'eng' is read as 'en' (English), 'fas_AF' as 'prs' (Dari)\n"
+    read_directions(["eng_Latn-deu_Latn", "eng_Latn-xx", "qaa-deu_Latn", ""])
+    assert capsys.readouterr().err == (
+        "lsmoe: language 'eng_Latn' is read as 'en' (English), 'deu_Latn' as 'de' (German); "
+        "languages 'xx', 'qaa' are not in the table (docs/languages.md): no name, no script filter, BLEU by 13a\n"
+    )
+    load_recipe(write_recipe(tmp_path, dict.fromkeys(["en", *NLLB[:30]], 2), languages=NLLB[:30]))
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith(" and 20 more") and len(said) < 400
+
+
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
 def test_of_many_ranks_one_says_it(variable, capsys, monkeypatch):
     monkeypatch.setenv(variable, "1")
@@ -174,7 +188,7 @@ def test_of_many_ranks_one_says_it(variable, capsys, monkeypatch):
 
 
 def test_unknown_codes_are_accepted_and_said(capsys):
-    assert [read_code(code) for code in ("xx", "qaa", "x_mine", "x-mine")] == ["xx", "qaa", "x_mine", "x_mine"]
+    assert [read_code(code) for code in ("xx", "qaa", "x-mine")] == ["xx", "qaa", "x_mine"]
     said = capsys.readouterr().err
     assert said.count("is not in the table") == 3 and "'xx' is not in the table (docs/languages.md): no name, no script filter" in said
     assert read_code("qtz", of_system=True) == "qtz" and capsys.readouterr().err == ""
@@ -186,6 +200,12 @@ def test_unknown_codes_are_accepted_and_said(capsys):
         ("germn", "'germn' is not a language code (did you mean 'de', German?)"),
         ("German", "'German' is not a language code (did you mean 'de', German?)"),
         ("english", "(did you mean 'en', English?)"),
+        ("Deutsch", "(did you mean 'de', German?)"),
+        ("Français", "(did you mean 'fr', French?)"),
+        ("русский", "(did you mean 'ru', Russian?)"),
+        ("Chinese", "(did you mean 'zh_Hans', Chinese (Simplified)?)"),
+        ("Dutch", "(did you mean 'nl', Dutch?)"),
+        ("dari", "(did you mean 'prs', Dari?)"),
         ("d", "'d' is not a language code: write an ISO 639 code such as de"),
         ("", "'' is not a language code"),
         ("de/", "'de/' is not a language code"),
@@ -251,7 +271,10 @@ def test_recipes_hold_the_codes_of_the_table(tmp_path, capsys):
     assert recipe.model.low_rank is not None and recipe.model.low_rank.rank == {"zh_Hans": 2, "en": 1, "pt_BR": 3}
     assert yaml.safe_load(recipe.to_yaml())["data"]["languages"] == ["en", "zh_Hans", "pt_BR"]
     said = capsys.readouterr().err
-    assert said.count("'eng_Latn' is read as 'en' (English)") == said.count("'zho_Hans' is read as 'zh_Hans'") == 1
+    assert said == (
+        "lsmoe: language 'eng_Latn' is read as 'en' (English), 'zho_Hans' as 'zh_Hans' (Chinese (Simplified)), "
+        "'pt-br' as 'pt_BR' (Brazilian Portuguese), 'zho' as 'zh_Hans' (Chinese (Simplified))\n"
+    )
     directed = load_recipe(write_recipe(tmp_path, directions=["eng_Latn-deu_Latn", "fr-en", "de-zh-TW"]))
     assert directed.data.directions == ["en-de", "fr-en", "de-zh_Hant"]
     changed = load_recipe(
@@ -307,7 +330,7 @@ def test_languages_are_found_by_any_code():
     languages = Languages((Direction("eng_Latn", "zh_CN"), Direction("zh_CN", "eng_Latn"), Direction("eng_Latn", "no")))
     assert [languages.id(code) for code in ("en", "eng_Latn", "nb", "zho_Hans")] == [0, 0, 1, 2]
     assert languages.find(Direction("en", "zh")) == Direction("eng_Latn", "zh_CN")
-    assert read_directions(["en-zh", "zh-CN-en", ""], languages) == [Direction("eng_Latn", "zh_CN"), Direction("zh_CN", "eng_Latn")]
+    assert choose_directions(["en-zh", "zh-CN-en", ""], languages) == [Direction("eng_Latn", "zh_CN"), Direction("zh_CN", "eng_Latn")]
     with pytest.raises(UserError, match="language 'zh_Hant' is not in this system"):
         languages.id("zh_Hant")
     with pytest.raises(UserError, match="direction no-en is not in this system"):

@@ -14,11 +14,13 @@ from small_run import TARGET_TOP2, make_recipe, train_and_save, write_corpus
 from test_languages import NLLB
 
 from lsmoe_ds import cli, notices
-from lsmoe_ds.config import Corpus, Recipe
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import find_model
 from lsmoe_ds.convert.subnetwork import extract_stored
-from lsmoe_ds.data.formats import Part, find_parts, other_varieties
+from lsmoe_ds.data.formats import Part, find_parts, search
+from lsmoe_ds.data.notices import why_no_text
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.scores import ScoreTable
@@ -57,6 +59,11 @@ def test_files_and_columns_of_all_conventions_are_read_and_said_in_one_line(tmp_
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert said[0].endswith("a: deu_Latn is read as de, eng is read as en, zho_Hans is read as zh_Hans, zh-TW is read as zh_Hant")
+    write_files(tmp_path, "b.deu", "b.en")
+    corpora = [Corpus(path=tmp_path / stem, format="moses") for stem in "ab"]
+    assert len(find_parts(corpora, tmp_path, ["de-en"])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"lsmoe: corpus {tmp_path}/a: deu_Latn is read as de, eng is read as en; corpus {tmp_path}/b: deu is read as de"
     write_lines(tmp_path / "x.tsv", ["eng_Latn\tpor-BR\tJPN", "Hello\tOi\tやあ"])
     (part,) = found(tmp_path / "x.tsv", "tsv", "ja-pt_BR")
     assert list(part.pairs()) == [("やあ", "Oi")]
@@ -69,7 +76,7 @@ def test_many_codes_are_said_briefly(tmp_path, capsys):
     bitexts = [Direction("en", normalize_code(code)).bitext for code in NLLB[:40]]
     assert len(found(tmp_path, "flores", *bitexts)) == 40
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.endswith("more (docs/languages.md)") and len(said) < 400
+    assert said.endswith(" and 31 more") and len(said) < 400
 
 
 def test_of_two_spellings_the_closest_is_read_and_the_other_named(tmp_path, capsys):
@@ -126,9 +133,16 @@ def test_a_corpus_in_another_variety_is_not_mixed_in_but_named(tmp_path):
     write_files(tmp_path, "a.en", "a.por_Latn", "a.zh_TW")
     corpora = [Corpus(path=tmp_path / "a", format="moses")]
     assert find_parts(corpora, tmp_path, ["en-pt_BR"]) == []
-    assert other_varieties(corpora, tmp_path, "en-pt_BR") == f" (corpus {tmp_path}/a has pt (Portuguese, a.por_Latn): write pt)"
-    assert "has zh_Hant (Chinese (Traditional), a.zh_TW): write zh_Hant" in other_varieties(corpora, tmp_path, "en-zh_Hans")
-    assert other_varieties(corpora, tmp_path, "en-fr") == ""
+
+    def why(bitext: str) -> str:
+        return why_no_text(search(corpora, tmp_path, [bitext]), bitext)
+
+    assert why("en-pt_BR") == f" (corpus {tmp_path}/a has pt (Portuguese, a.por_Latn): write pt)"
+    assert "has zh_Hant (Chinese (Traditional), a.zh_TW): write zh_Hant" in why("en-zh_Hans")
+    assert why("it-sw") == ""
+    write_files(tmp_path, "b.en")
+    found = search([Corpus(path=tmp_path / "b", format="moses")], tmp_path, ["de-en"])
+    assert why_no_text(found, "de-en") == f" (corpus {tmp_path}/b has b.en but no file for de)"
     with pytest.raises(UserError, match=r"no text for en-pt_BR in the corpora of the recipe \(.*\) \(corpus .*a has pt .*: write pt\)"):
         prepare(small_recipe(tmp_path, corpora=[{"path": tmp_path / "a", "format": "moses"}], languages=["pt_BR"]))
 

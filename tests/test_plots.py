@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lsmoe_ds.evaluation.plots import number, smooth, thin, ticks
-from lsmoe_ds.evaluation.report import duration, short_count
+from lsmoe_ds.pages import duration, short_count
 
 
 def test_ticks_are_round_and_span_the_values() -> None:

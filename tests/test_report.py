@@ -140,7 +140,7 @@ def test_report_of_a_whole_run(tmp_path) -> None:
         "GPL-2+",
         "8 min",
         "Encoder layer 2",
-        "Choose the same experts: Dutch, German, Russian.",
+        "Choose the same set of experts: Dutch, German, Russian.",
         "sentencepiece",
         "55 s of training",
         "11.0 k tokens",
@@ -295,7 +295,7 @@ def test_the_report_shows_the_numbers_of_each_layer(tmp_path) -> None:
     (run / "routing.json").write_text(json.dumps({"layers": [routing_layer(routing="sentence", task="source", dropped=0.125)]}))
     page = Page(write_report(run))
     assert "Encoder layer 2by sentence" in page.text and "0 of 412.5%" in page.text
-    assert "share the same experts" not in page.text and "chosen by the task" not in page.text
+    assert "the same set of experts" not in page.text and "chosen by the task" not in page.text
 
 
 @pytest.mark.parametrize(
@@ -346,6 +346,41 @@ def test_the_report_of_a_model_without_experts_speaks_of_none(tmp_path) -> None:
     assert not re.search(r"\b[Ee]xperts?\b|[Ss]parse|make demo", text.partition("name: demo")[0])
 
 
+def test_what_is_missing_names_a_command_that_helps(tmp_path) -> None:
+    run = make_run(tmp_path)
+    for name in ("scores.json", "conversion.json"):
+        (run / name).unlink()
+    recipe = load_recipe(run / "recipe.yaml").model_dump(exclude_none=True)
+    recipe["data"]["held_out"]["test"] = 0
+    recipe["model"]["clsr"] = {"budget": 0.5}
+    for side in ("encoder", "decoder"):
+        recipe["model"][side].pop("moe")
+    (run / "recipe.yaml").write_text(Recipe.model_validate(recipe).to_yaml())
+    text = Page(write_report(run)).text
+    assert "No scores yet: run lsmoe evaluate --test FILES." in text
+    assert "so no dense model computes the same" in text and "lsmoe convert" not in text
+
+
+def test_scores_of_an_earlier_step_are_told_apart_from_the_training(tmp_path) -> None:
+    run = make_run(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 300, "loss": 5.0, "tokens": 1000, "seconds": 5}) + "\n")
+    text = Page(write_report(run)).text
+    assert "Step 100, test set" in text and "Training has gone on to step 300 since." in text
+    assert "of training the model scores" not in text, "the time is that of all steps"
+
+
+def test_scores_that_lie_elsewhere(tmp_path) -> None:
+    run, elsewhere = make_run(tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(UserError, match=r"--scores .*elsewhere holds no scores of this run's directions"):
+        write_report(run, scores=elsewhere)
+    for name in ("scores.json", "routing.json"):
+        (run / name).rename(elsewhere / name)
+    page = Page(write_report(run, scores=elsewhere))
+    assert "Показать изменения" in page.text and "Encoder layer 2" in page.text and "No scores yet" not in page.text
+
+
 def test_every_conversion_is_told_with_what_it_is(tmp_path) -> None:
     run = make_run(tmp_path)
     record = json.loads((run / "conversion.json").read_text())
@@ -373,6 +408,6 @@ def test_every_conversion_is_told_with_what_it_is(tmp_path) -> None:
 def test_the_caveat_compares_with_copying_in_plain_words(ahead: float, said: str) -> None:
     score = score_direction(english_centric(["de"])[0], ["a b c"], ["x y z"], ["q r s"])
     metrics = Metrics(0.0, 20.0 + ahead, 0.0)
-    table = ScoreTable("x", 1, "test", 5, 1.0, (replace(score, metrics=metrics, copy=Metrics(0.0, 20.0, 0.0)),))
+    table = ScoreTable("x", 10, "test", 5, 1.0, (replace(score, metrics=metrics, copy=Metrics(0.0, 20.0, 0.0)),))
     caveat = _caveat(table, Progress(steps=10, seconds=180.0))
     assert caveat is not None and caveat.startswith(f"After 3 min of training the model scores {said} the source. Of its 1 test")

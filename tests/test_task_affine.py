@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from small_run import make_recipe
 from test_batching import LANGUAGES, SIZES, Pairs, Prepared, Store, Vocabulary, prepare, same, sentences
 
-from lsmoe_ds.config import Batch as BatchSettings
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import BatchStream, Step
 from lsmoe_ds.data.dealing import affinity, deal
+from lsmoe_ds.data.settings import Batch as BatchSettings
 from lsmoe_ds.errors import UserError
 
 GROUPS = [0, 0, 1, 1, 1, 1]  # of en-de, de-en, en-fr, fr-en, en-zh_Hans, zh_Hans-en

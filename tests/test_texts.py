@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small_corpora import write_lines
 
-from lsmoe_ds.config import Corpus
 from lsmoe_ds.data.formats import find_parts
+from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.texts import read_own
 from lsmoe_ds.languages import Direction
@@ -119,7 +119,9 @@ def test_ntrex_is_a_layout_of_corpora_too(tmp_path) -> None:
 def test_the_split_of_a_set_that_has_several(tmp_path) -> None:
     assert read_own(flores(tmp_path), "dev", [EN_DE]).by_direction[EN_DE] == (["no"], ["no"])
     assert read_own(moses_folder_of_splits(tmp_path), "dev", [EN_DE]).by_direction[EN_DE] == (["no"], ["no"])
-    assert read_own(moses(tmp_path), "dev", [EN_DE]).sentences == 3  # one set, whatever it is called
+    for one_set in (moses, files, table):
+        with pytest.raises(UserError, match="is one set of text, not dev and test: leave --split out"):
+            read_own(one_set(tmp_path), "dev", [EN_DE])
     with pytest.raises(UserError, match="has no dev text: choose the other --split"):
         read_own(ntrex(tmp_path), "dev", [EN_DE])
     with pytest.raises(UserError, match="'train' is no held-out text"):
@@ -132,6 +134,15 @@ def test_sets_of_one_name_are_told_apart_by_their_text(tmp_path) -> None:
     assert first == again != read_own([str(tmp_path / "set")], "test", [EN_DE]).split
     write_lines(tmp_path / "set.fr", ["of another direction", "", ""])
     assert read_own([str(tmp_path / "set")], "test", [EN_DE]).split != first
+
+
+def test_a_file_named_by_another_code_of_its_language(tmp_path) -> None:
+    write_lines(tmp_path / "a.no", ["Ja."])
+    write_lines(tmp_path / "a.en", ["Yes."])
+    direction = Direction("en", "nb")
+    for paths in (["no={}/a.no", "eng_Latn={}/a.en"], ["{}/a.no", "{}/a.en"], ["{}/a"]):
+        found = read_own([path.format(tmp_path) for path in paths], "test", [direction])
+        assert found.by_direction == {direction: (["Yes."], ["Ja."])}
 
 
 def test_what_is_no_test_set_is_refused(tmp_path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, TABLE, PAGE = ROOT / "tools/languages.tsv", ROOT / "lsmoe_ds/languages.tsv", ROOT / "docs/languages.md"
-COLUMNS = ("code", "script", "region", "family", "name", "aliases")
+COLUMNS = ("code", "script", "region", "family", "name", "own", "aliases")
 SPECIAL = {"und", "mul", "zxx", "mis", "root"}
 # CLDR's predominant member of a macrolanguage where FLORES-200 and this table choose another one.
 OTHER_CHOICE = {"fuc", "quz", "pbu"}
@@ -42,12 +42,14 @@ def make_table() -> list[Row]:
     for code, subtags in likely.items():
         if "-" not in code and code not in known:
             region = subtags[2] if subtags[2] != "ZZ" else ""
-            rows[code] = dict(zip(COLUMNS, (code, subtags[1], region, "", _name(code), ""), strict=True))
+            rows[code] = dict(zip(COLUMNS, (code, subtags[1], region, "", _name(code), "", ""), strict=True))
     _add_scripts_of_regions(rows, likely, claimed)
     for alias, language in _iso_aliases():
         row = rows.get(language) or rows.get({"zh": "zh_Hans"}.get(language, ""))
         if row is not None and alias not in rows and alias not in claimed:
             _add_alias(row, alias)
+    for row in rows.values():
+        row["own"] = ",".join(_own_names(row))
     return sorted(rows.values(), key=lambda row: row["code"].lower())
 
 
@@ -57,7 +59,8 @@ def _own_row(own: Row, likely: dict[str, tuple[str, ...]]) -> Row:
     script = own["script"] or next((part for part in parts if len(part) == 4 and part.istitle()), subtags[1])
     region = own["region"] or ("" if parts and "-".join([language, *parts]) not in likely else subtags[2])
     region = "" if region == "ZZ" or own["code"].endswith(f"_{region}") else region
-    return dict(zip(COLUMNS, (own["code"], script, region, own["family"], own["name"] or _name(language), own["aliases"]), strict=True))
+    name = own["name"] or _name(language)
+    return dict(zip(COLUMNS, (own["code"], script, region, own["family"], name, "", own["aliases"]), strict=True))
 
 
 def _name(code: str) -> str:
@@ -65,6 +68,17 @@ def _name(code: str) -> str:
     from language_data.name_data import CODE_TO_NAMES
 
     return str(CODE_TO_NAMES[code]["en"])
+
+
+def _own_names(row: Row) -> list[str]:
+    """Return CLDR's names of a language in the language itself, under any of its codes."""
+    from language_data.name_data import CODE_TO_NAMES
+
+    found: dict[str, None] = {}
+    for code in (row["code"], *filter(None, row["aliases"].split(","))):
+        names = CODE_TO_NAMES.get(code.replace("_", "-"), {})
+        found |= dict.fromkeys(filter(None, (names.get(code.replace("_", "-")), names.get(code.split("_")[0]))))
+    return [name for name in found if "," not in name]
 
 
 def _add_alias(row: Row, alias: str) -> None:
@@ -81,18 +95,24 @@ def _add_scripts_of_regions(rows: dict[str, Row], likely: dict[str, tuple[str, .
             continue
         if code not in rows:
             name = f"{row['name']} ({subtags[1]})"
-            rows[code] = dict(zip(COLUMNS, (code, subtags[1], "", row["family"], name, ""), strict=True))
+            rows[code] = dict(zip(COLUMNS, (code, subtags[1], "", row["family"], name, "", ""), strict=True))
         _add_alias(rows[code], alias)
 
 
 def _iso_aliases() -> Iterable[tuple[str, str]]:
-    """Yield (other code, code) of ISO 639-3 and -2/B, of deprecated codes, and of the main members of macrolanguages."""
+    """Yield (other code, code) of ISO 639-3 and -2/B, of deprecated codes (``zh_cmn_hant`` too), and of the
+    main members of macrolanguages.
+    """
     from langcodes import data_dicts as data
 
     for codes in (data.LANGUAGE_ALPHA3, data.LANGUAGE_ALPHA3_BIBLIOGRAPHIC):
         yield from ((alias, code) for code, alias in codes.items())
     for codes in (data.LANGUAGE_REPLACEMENTS, data.NORMALIZED_MACROLANGUAGES):
-        yield from ((alias, code) for alias, code in codes.items() if "-" not in alias + code and alias not in OTHER_CHOICE)
+        yield from (
+            (alias.replace("-", "_"), code.replace("-", "_"))
+            for alias, code in codes.items()
+            if ("-" in alias or "-" not in code) and alias not in OTHER_CHOICE
+        )
 
 
 def render_table(rows: list[Row]) -> str:
@@ -107,15 +127,15 @@ PAGE_HEAD = """# Languages
 
 A language has one code here, the first column. Write it, or any other code for the same language, wherever a code is read:
 in recipes and studies, in the names of files and the headers of columns, on the command line. What is read as another code
-is said on standard error (`lsmoe: language 'deu_Latn' is read as 'de' (German)`), and recipes are stored with the codes
-of this page.
+is said in one line on standard error (`lsmoe: language 'deu_Latn' is read as 'de' (German), 'fra' as 'fr' (French)`), and
+recipes are stored with the codes of this page.
 
 | convention | examples |
 |---|---|
 | ISO 639-1, 639-3, 639-2/B | `de`, `deu`, `ger` |
 | FLORES-200, NLLB | `deu_Latn`, `zho_Hans`, `arb_Arab` |
 | M2M-100, mBART-50 | `__de__`, `zh`, `ns`, `en_XX` |
-| BCP 47 and locales | `de-DE`, `zh-TW`, `zh-Hant-HK`, `en_GB`, `sr@latin`, `es-419` |
+| BCP 47 and locales | `de-DE`, `zh-TW`, `zh-CHT`, `zh-Hant-HK`, `en_GB`, `sr@latin`, `es-419` |
 | NTREX-128 | `zho-TW`, `srp-Latn`, `por-BR` |
 | withdrawn codes | `iw` (`he`), `in` (`id`), `mo` (`ro`) |
 
@@ -149,11 +169,11 @@ def render_page(rows: list[Row]) -> str:
 
 def _markdown(rows: list[Row], columns: Iterable[str]) -> str:
     head = ["code", *(column for column in columns if column != "code")]
-    titles = {"region": "main region", "aliases": "also read"}
+    titles = {"region": "main region", "own": "own name", "aliases": "also read"}
     lines = [f"| {' | '.join(titles.get(column, column) for column in head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         aliases = ", ".join(f"`{alias}`" for alias in row["aliases"].split(",") if alias)
-        cells = {**row, "code": f"`{row['code']}`", "aliases": aliases}
+        cells = {**row, "code": f"`{row['code']}`", "own": row["own"].replace(",", ", "), "aliases": aliases}
         lines.append(f"| {' | '.join(cells[column] for column in head)} |")
     return "\n".join(lines) + "\n"
 

@@ -48,8 +48,10 @@ class Counts:
 
 
 def measure_routing(loaded: Loaded, data: PreparedData, split: str) -> Routing:
-    """Measure the expert shares of each MoE layer over held-out pairs, up to 200 from every direction; a task
-    that has none is left out, but under task routing, where the shares are the router's probabilities.
+    """Measure the expert shares of each MoE layer over held-out pairs, up to 200 from every direction.
+
+    A task that has no pairs is left out, but under task routing, where the shares are the router's
+    probabilities, only a task that no direction of the recipe belongs to.
 
     As in "Beyond Distillation", section 5.4, all directions are measured on the same sentences, so that their
     meaning makes no difference, if at least 20 English sentences are common to all bitexts; otherwise each on
@@ -114,7 +116,9 @@ def layer_routing(loaded: Loaded, side: str, layer: int, moe: MoE, counts: Count
     names, received = loaded.languages.tasks(moe.task), counts.received
     kept, shares = received.sum(1) > 0, received / received.sum(1, keepdim=True)
     if moe.routing == "task":
-        kept, shares = torch.ones_like(kept), task_probabilities(loaded, side, layer)
+        trained = torch.tensor([loaded.languages.task_id(moe.task, direction) for direction in loaded.languages.directions])
+        kept = torch.zeros_like(kept).index_fill(0, trained, True)
+        shares = task_probabilities(loaded, side, layer)
     total = float(received.sum())
     return LayerRouting(
         side,

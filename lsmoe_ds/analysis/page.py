@@ -68,7 +68,8 @@ def reading(layer: LayerRouting) -> str | None:
     alike = "; ".join(", ".join(task_name(task) for task in tasks) for tasks in layer.alike())
     same, different = layer.overlap()
     verb = "Choose" if layer.routing == "task" else "Use"
-    text = f"{verb} the same experts: {alike}." if alike else f"No two tasks {verb.lower()} the same experts."
+    what = "expert" if layer.top_k == 1 else "set of experts"
+    text = f"{verb} the same {what}: {alike}." if alike else f"No two tasks {verb.lower()} the same {what}."
     if same is not None and different is not None:
         text += f" Two tasks of one family share {same:.2f} of {layer.top_k} experts on average, two of different families {different:.2f}."
     return text

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from lsmoe_ds.config import Batch as BatchSettings
 from lsmoe_ds.data.dealing import check_affinity, deal
+from lsmoe_ds.data.settings import Batch as BatchSettings
 from lsmoe_ds.data.shuffling import Integers, Words, choose, hash_words, permute, thresholds_of
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import EOS, PAD, Direction, Languages, SentenceIds

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lsmoe_ds.config import Cleaning
 from lsmoe_ds.data.cleaning import PairFilter, clean_text, hash64, near_duplicate_form
 from lsmoe_ds.data.formats import Part
 from lsmoe_ds.data.held_out import HELD_OUT, Claims, Keys, contains, mixed, other, published
+from lsmoe_ds.data.settings import Cleaning
 from lsmoe_ds.data.workers import Workers, chunks
 from lsmoe_ds.languages import is_english
 
@@ -68,7 +68,7 @@ class Bitext:
     ``common.npy`` (keys of sentences in too many pairs to be held out by choice), ``candidates.npy`` (see
     :meth:`candidates`) and ``fate.npy``: TRAIN, DEV, TEST or DROPPED for each pair. ``own`` are sets that a
     corpus brought along, ``also_out`` pairs of further such sets, kept out of training only; ``spans`` are
-    the cleaned pairs of each corpus: (corpus, first, end).
+    the cleaned pairs of each corpus: (corpus, first, end); ``empty`` are the parts without a line.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Bitext:
     also_out: dict[str, list[Pair]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     spans: list[tuple[str, int, int]] = field(default_factory=list)
+    empty: list[Part] = field(default_factory=list)
 
     @property
     def codes(self) -> Pair:
@@ -103,7 +104,7 @@ class Bitext:
         end = 0
         with (self.folder / "pairs.tsv").open("w", encoding="utf-8", newline="\n") as file:
             for part in parts:
-                start = end
+                start, before = end, self.counts["read"]
                 for done in workers.map(work, chunks(part.pairs(), CHUNK)):
                     file.writelines(f"{first}\t{second}\n" for first, second in done.pairs)
                     hashes.append(done.hashes)
@@ -114,6 +115,8 @@ class Bitext:
                     self.counts += done.dropped + Counter(read=read)
                     yield read
                 self.spans.append((part.corpus, start, end))
+                if self.counts["read"] == before:
+                    self.empty.append(part)
         fate = np.full(end, DROPPED, dtype=np.uint8)
         _, first = np.unique(_join(hashes), return_index=True)
         fate[first] = TRAIN

@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 import regex
 
-from lsmoe_ds.config import Cleaning
+from lsmoe_ds.data.settings import Cleaning
 from lsmoe_ds.languages import script
 
 # Invisible characters without meaning: controls, zero-width space, word joiner, byte order mark, soft hyphen, direction marks.
@@ -106,8 +106,12 @@ class PairFilter:
 
 
 def near_duplicate_form(text: str) -> str:
-    """What is left of a text without case, punctuation, blanks and digits: near-duplicates have this in common."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    """Return the text without case, punctuation, blanks and digits: near-duplicates have this in common.
+
+    The letter i counts as one with and without its dot: in Turkish and Azerbaijani I is the capital of ı, and
+    İ that of i.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i").replace("ı", "i")
     return NOT_LETTERS.sub("", folded) or folded
 
 

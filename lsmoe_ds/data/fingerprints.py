@@ -9,7 +9,7 @@ from typing import Any
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, differences
-from lsmoe_ds.data.formats import MissingCorpus, Part, find_parts, name_of
+from lsmoe_ds.data.formats import MissingCorpus, Part, name_of, search
 from lsmoe_ds.data.prepared import check_manifest
 from lsmoe_ds.data.sources import PROVENANCE, SOURCES
 from lsmoe_ds.errors import UserError
@@ -80,7 +80,7 @@ def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
     bitexts = sorted({direction.bitext for direction in recipe.languages.directions})
     for corpus in recipe.data.corpora:
         try:
-            parts += find_parts([corpus], recipe.data.directory, bitexts)
+            parts += [part for found in search([corpus], recipe.data.directory, bitexts) for part in found.parts]
         except MissingCorpus as error:
             missing.add(name_of(corpus))
             remarks.append(f"corpus {name_of(corpus)} is not compared with what was prepared: {error}")

@@ -10,18 +10,19 @@ import gzip
 import html
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
-from lsmoe_ds.config import Corpus
+from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
-from lsmoe_ds.data.spelling import Wanted
+from lsmoe_ds.data.spelling import Half, Pair, Wanted, say_spellings
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import shown
 from lsmoe_ds.languages import find_code, is_known, normalize_code, same_language
+from lsmoe_ds.notices import counted
 
 SPLITS = ("train", "dev", "test")
 LINE_LIMIT = 1 << 20
@@ -30,10 +31,6 @@ GZIP = b"\x1f\x8b"  # how such files begin, and no UTF-8 text
 
 class MissingCorpus(UserError):
     """Say that a corpus is not on this machine, unlike one that is there and cannot be read."""
-
-
-class EmptyPart(UserError):
-    """Say that a file of a corpus holds no sentence."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +49,21 @@ class Part:
     width: int = 2  # columns of a table
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield pairs of texts, in the order of the bitext's name, as the files have them. Raises EmptyPart
-        where there are none.
-        """
+        """Yield pairs of texts, in the order of the bitext's name, as the files have them."""
         if self.reader == "table":
             yield from self._table()
             return
         read = READERS[self.reader]
         end = object()
-        count = 0
-        for first, second in zip_longest(read(self.files[0]), read(self.files[1]), fillvalue=end):
+        sides = zip_longest(read(self.files[0]), read(self.files[1]), fillvalue=end)
+        for count, (first, second) in enumerate(sides):
             if first is end or second is end:
                 shorter, longer = self.files if first is end else self.files[::-1]
-                raise UserError(f"{shorter} has {count} lines but {longer} has more: aligned files need one line for each other's line")
-            count += 1
+                lines = f"{shorter} has {counted(count, 'line')} but {longer} has more"
+                raise UserError(f"{lines}: aligned files need one line for each other's line")
             yield first, second  # type: ignore[misc]
-        if not count:
-            raise EmptyPart(f"{self.files[0]} and {self.files[1]} hold no text")
 
     def _table(self) -> Iterator[tuple[str, str]]:
-        count = 0
         for number, line in enumerate(read_lines(self.files[0]), 1):
             if self.header and number == 1:
                 continue
@@ -80,10 +72,7 @@ class Part:
                 as_in = "as in line 1" if self.header else "as there is no first line of language codes"
                 what = f"{self.width} columns between tabs were expected, {as_in}"
                 raise UserError(f"{self.files[0]}, line {number}: {what}; found {len(cells)}")
-            count += 1
             yield cells[self.columns[0]], cells[self.columns[1]]
-        if not count:
-            raise EmptyPart(f"{self.files[0]} holds no text")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -151,38 +140,41 @@ def name_of(corpus: str | Corpus) -> str:
     return corpus if isinstance(corpus, str) else str(corpus.path)
 
 
-def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Part]:
-    """List everything the corpora have for the bitexts, in the order of the recipe.
+@dataclass(frozen=True)
+class Search:
+    """Hold what is wanted of one corpus and what it has of that."""
+
+    wanted: Wanted
+    parts: list[Part]
+
+
+def search(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Search]:
+    """Look for everything that the corpora have for the bitexts, in the order of the recipe.
 
     Raises MissingCorpus for one that is not here, UserError for one that is damaged or not laid out as it
     should be.
     """
-    parts: list[Part] = []
-    for wanted, found in _search(corpora, directory, bitexts):
-        parts += found
-        wanted.say()
-    return parts
-
-
-def other_varieties(corpora: Iterable[str | Corpus], directory: Path, bitext: str) -> str:
-    """Return `` (corpus a has pt ...)`` if the corpora lack a bitext but have another variety of its languages, or an empty string."""
-    searched = [wanted for wanted, _ in _search(corpora, directory, [bitext])]
-    found = [relative for wanted in searched for code in bitext.split("-") for relative in wanted.relatives(code)]
-    return f" ({'; '.join(found)})" if found else ""
-
-
-def _search(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> Iterator[tuple[Wanted, list[Part]]]:
-    """Yield what is wanted of each corpus and what it has of that."""
     pairs = {name: (pair[0], pair[1]) for name in bitexts if (pair := name.split("-"))}
-    for corpus in corpora:
-        if isinstance(corpus, str):
-            wanted = Wanted(corpus, pairs)
-            yield wanted, list(_fetched(corpus, directory, wanted))
-        elif not plain_or_gz(corpus.path).exists() and corpus.format != "moses":
-            raise MissingCorpus(f"there is no corpus {shown(corpus.path)}")
-        else:
-            wanted = Wanted(str(corpus.path), pairs, (corpus.source, corpus.target))
-            yield wanted, list(FORMATS[corpus.format](corpus, wanted))
+    return [_search(corpus, directory, pairs) for corpus in corpora]
+
+
+def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Part]:
+    """List everything that the corpora have for the bitexts, and say how they spell the languages; see
+    :func:`search`.
+    """
+    found = search(corpora, directory, bitexts)
+    say_spellings(each.wanted for each in found)
+    return [part for each in found for part in each.parts]
+
+
+def _search(corpus: str | Corpus, directory: Path, pairs: Mapping[str, Pair]) -> Search:
+    if isinstance(corpus, str):
+        wanted = Wanted(corpus, pairs)
+        return Search(wanted, list(_fetched(corpus, directory, wanted)))
+    if not plain_or_gz(corpus.path).exists() and corpus.format != "moses":
+        raise MissingCorpus(f"there is no corpus {shown(corpus.path)}")
+    wanted = Wanted(str(corpus.path), pairs, (corpus.source, corpus.target))
+    return Search(wanted, list(FORMATS[corpus.format](corpus, wanted)))
 
 
 def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
@@ -226,6 +218,23 @@ def _readable(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in found if path.suffix != ".gz" or _plain(path) not in found)
 
 
+def _aligned(wanted: Wanted, split: str, reader: str, name: str, files: list[tuple[str, Path]]) -> Iterator[Part]:
+    """Find what aligned files, listed by their languages, have for each bitext; note of which they have one
+    side only.
+
+    ``name`` is what they have in common.
+    """
+    halves, complete = [], False
+    for bitext, pair in wanted.items():
+        first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
+        if first and second:
+            complete = True
+            yield Part(wanted.corpus, bitext, split, (first, second), reader)
+        elif there := first or second:
+            halves.append(Half(split, bitext, there.name, pair[1] if first else pair[0]))
+    wanted.note_halves(halves, complete, name, [code for code, _ in files])
+
+
 def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     folders = [folder for name in ("supervised", "zero-shot") if (folder := corpus.path / name).is_dir()]
     if not folders:
@@ -247,10 +256,7 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
         raise UserError(f"{corpus.path} is not laid out as FLORES: it has neither 'dev' nor 'devtest' in it")
     for name, folder in sets.items():
         files = [(_plain(path).stem, path) for path in _readable(folder.glob(f"*.{name}*")) if _plain(path).suffix == f".{name}"]
-        for bitext, pair in wanted.items():
-            first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
-            if first and second:
-                yield Part(str(corpus.path), bitext, "dev" if name == "dev" else "test", (first, second), "lines")
+        yield from _aligned(wanted, "dev" if name == "dev" else "test", "lines", name, files)
 
 
 NTREX_FILE = re.compile(r"(.+)-(src|ref)\.([^.]+)\.txt")
@@ -291,11 +297,8 @@ def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
         raise UserError(
             f"{corpus.path} is not laid out as IWSLT: no train.tags.de-en.de and no IWSLT14.TED.dev2010.de-en.de.xml was found in it"
         )
-    for (split, reader, _), files in found.items():
-        for bitext, pair in wanted.items():
-            first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
-            if first and second:
-                yield Part(str(corpus.path), bitext, split, (first, second), reader)
+    for (split, reader, name), files in found.items():
+        yield from _aligned(wanted, split, reader, name, files)
 
 
 DEV_WORDS = {"dev", "devset", "newsdev", "val", "valid", "validation"}
@@ -325,22 +328,23 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
             stems.setdefault(plain.stem, []).append((plain.suffix[1:], path))
     if not stems:
         name = f"{corpus.path / 'STEM'}.CODE" if corpus.path.is_dir() else f"{corpus.path}.CODE"
-        raise MissingCorpus(f"there are no files {name}, such as {name.removesuffix('CODE')}en, in {folder.absolute()}")
+        raise MissingCorpus(f"there are no files {name}, such as {name.removesuffix('CODE')}en, in {folder.absolute()}{_hint(corpus.path)}")
+    wanted.restrict()
     if not corpus.path.is_dir():
         for code in (corpus.source, corpus.target):
             if code and not any(same_language(code, other) for other, _ in stems[corpus.path.name]):
                 raise UserError(f"there is no file {shown(Path(f'{corpus.path}.{code}'))}")
     for stem, files in stems.items():
         split = split_of(stem) if corpus.path.is_dir() else "train"
-        for bitext, pair in wanted.items():
-            first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
-            if first and second and _allowed(corpus, pair):
-                yield Part(str(corpus.path), bitext, split, (first, second), "lines")
+        yield from _aligned(wanted, split, "lines", stem, files)
 
 
-def _allowed(corpus: Corpus, pair: tuple[str, str]) -> bool:
-    given = [code for code in (corpus.source, corpus.target) if code]
-    return all(any(same_language(code, member) for member in pair) for code in given)
+def _hint(path: Path) -> str:
+    """Return a hint at the ending if a ``path`` is that of one of two aligned files, or an empty string."""
+    code = _plain(path).suffix[1:]
+    if not plain_or_gz(path).is_file() or not is_known(normalize_code(code)):
+        return ""
+    return f"; {path} is a file itself: write 'path: {_plain(path).with_suffix('')}', without the ending that names its language"
 
 
 def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:

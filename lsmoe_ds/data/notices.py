@@ -7,21 +7,15 @@ which sets are small.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from lsmoe_ds.config import Corpus, Data
 from lsmoe_ds.data.bitext import Bitext
-from lsmoe_ds.data.formats import Part, name_of, split_of
+from lsmoe_ds.data.formats import SPLITS, Part, Search, split_of
 from lsmoe_ds.data.held_out import HELD_OUT, Claims
+from lsmoe_ds.data.settings import Corpus, Data
+from lsmoe_ds.notices import counted, listed
 
-SHOWN = 8  # names in one sentence
-
-
-def listed(names: Iterable[str]) -> str:
-    """Join names, of many only the first ones and how many more there are."""
-    found = list(dict.fromkeys(names))
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return ", ".join(found[:SHOWN]) + more
+OF_MANY = ("flores", "ntrex")  # layouts that have the same text in many languages
 
 
 class Notices:
@@ -34,7 +28,7 @@ class Notices:
         self._empty: list[Part] = []
 
     def empty(self, part: Part) -> None:
-        """Note a dev or test set without a sentence."""
+        """Note training text, or a dev or test set, without a sentence."""
         self._empty.append(part)
 
     def published(self, bitext: Bitext, split: str, corpora: Sequence[str]) -> None:
@@ -45,19 +39,48 @@ class Notices:
             else:
                 self._serving[split, corpus].append(bitext.name)
 
-    def of_corpora(self, parts: Sequence[Part], bitexts: Sequence[Bitext]) -> None:
-        """Write of corpora that add nothing, and of the sets that corpora bring along."""
-        for corpus in dict.fromkeys(map(name_of, self.data.corpora)):
-            own = [part for part in parts if part.corpus == corpus]
+    def of_corpora(self, found: Sequence[Search], bitexts: Sequence[Bitext]) -> None:
+        """Write of corpora that add nothing or lack a part, and of the sets that corpora bring along."""
+        for corpus, each in zip(self.data.corpora, found, strict=True):
+            name, own = each.wanted.corpus, each.parts
             if not own:
-                self.texts.append(f"warning: corpus {corpus} has no text for any direction of the recipe")
-            elif all(part.split == "train" for part in own) and not any(bitext.kept_of(corpus) for bitext in bitexts):
+                self.texts.append(f"warning: corpus {name} has no text for any direction of the recipe")
+            elif (
+                all(part.split == "train" for part in own)
+                and any(part not in self._empty for part in own)
+                and not any(bitext.kept_of(name) for bitext in bitexts)
+            ):
                 self.texts.append(
-                    f"warning: corpus {corpus} adds nothing: each of its pairs was dropped by cleaning, as a copy or as held out"
+                    f"warning: corpus {name} adds nothing: each of its pairs was dropped by cleaning, as a copy or as held out"
                 )
-        self._of_published(parts)
-        for each in self.data.corpora:
-            self._of_stem(each)
+            self._of_halves(each)
+            self._of_languages(each, of_many=isinstance(corpus, Corpus) and corpus.format in OF_MANY)
+        self._of_published([part for each in found for part in each.parts])
+        for corpus in self.data.corpora:
+            self._of_stem(corpus)
+
+    def _of_halves(self, found: Search) -> None:
+        """Write of files that are not read because the corpus lacks the other side."""
+        served = {(part.bitext, part.split) for part in found.parts}
+        perhaps = [half for half in found.wanted.perhaps_lacking if any(half.bitext == bitext for bitext, _ in served)]
+        for split in SPLITS:
+            halves = [half for half in found.wanted.lacking if split in HELD_OUT or (half.bitext, split) not in served]
+            halves += [half for half in perhaps if split in HELD_OUT and (half.bitext, split) not in served]
+            if own := [half for half in halves if half.split == split]:
+                self.texts.append(
+                    f"warning: corpus {found.wanted.corpus} has {listed(half.file for half in own)} but no file for "
+                    f"{listed(half.lacking for half in own)} beside it: no {_set(split)} of {listed(half.bitext for half in own)} "
+                    "is read from there"
+                )
+
+    def _of_languages(self, found: Search, of_many: bool) -> None:
+        """Write of languages of the recipe that a corpus of many languages lacks, or has in another variety."""
+        relatives = {code: found.wanted.relatives(code) for code in found.wanted.unserved}
+        lacking = [code for code, others in relatives.items() if others or (of_many and found.parts)]
+        if lacking:
+            others = listed(text for others in relatives.values() for _, text in others)
+            but = f"; it has {others}, which is another variety" if others else ""
+            self.texts.append(f"corpus {found.wanted.corpus} has no text in {listed(lacking)}{but}")
 
     def _of_published(self, parts: Sequence[Part]) -> None:
         for (split, brings), names in self._serving.items():
@@ -68,7 +91,7 @@ class Notices:
             self.texts.append(f"the {split} set of {listed(names)} is that of {first}; that of {brings} is only kept out of training")
         for part in self._empty:
             files = " and ".join(file.name for file in part.files)
-            self.texts.append(f"warning: the {part.split} set of {part.bitext} in corpus {part.corpus} has no sentence ({files})")
+            self.texts.append(f"warning: the {_set(part.split)} of {part.bitext} in corpus {part.corpus} has no sentence ({files})")
 
     def _of_stem(self, corpus: str | Corpus) -> None:
         if isinstance(corpus, Corpus) and corpus.format == "moses" and not corpus.path.is_dir():
@@ -88,7 +111,7 @@ class Notices:
             sizes = {split: bitext.size(split) for split in HELD_OUT}
             lacking = [split for split in HELD_OUT if split not in bitext.own and not sizes[split] and getattr(asked, split)]
             if lacking:
-                empty[" or ".join(lacking)].append(f"{bitext.name} ({_pairs(bitext)} pairs)")
+                empty[" or ".join(lacking)].append(f"{bitext.name} ({counted(_pairs(bitext), 'pair')})")
             if any(0 < sizes[split] < getattr(asked, split) for split in HELD_OUT if split not in bitext.own):
                 small.append(f"{bitext.name} {sizes['dev']} and {sizes['test']}")
         for splits, names in empty.items():
@@ -98,10 +121,27 @@ class Notices:
                 f"smaller sets than the {asked.dev} dev and {asked.test} test sentences that the recipe asks for, since a set takes "
                 f"at most a tenth of a bitext's pairs and shares no sentence with the other: {listed(small)}"
             )
-        if untrained := [bitext.name for bitext in bitexts if not bitext.size("train")]:
-            self.texts.append(f"warning: there is no training text for {listed(untrained)}: these are only evaluated (zero-shot)")
+        untrained = [bitext for bitext in bitexts if not bitext.size("train")]
+        for read, what in ((False, "there is no training text for"), (True, "cleaning and holding out leave no training text of")):
+            if names := [bitext.name for bitext in untrained if bool(bitext.counts["read"]) == read]:
+                self.texts.append(f"warning: {what} {listed(names)}: these are only evaluated (zero-shot)")
         if both := claims.in_both():
-            self.texts.append(f"warning: {both:,} sentences are in a dev set and in a test set that corpora bring: dev scores may flatter")
+            are = f"{counted(both, 'sentence')} {'is' if both == 1 else 'are'}"
+            self.texts.append(f"warning: {are} in a dev set and in a test set that corpora bring: dev scores may flatter")
+
+
+def _set(split: str) -> str:
+    return "training text" if split == "train" else f"{split} set"
+
+
+def why_no_text(found: Sequence[Search], bitext: str) -> str:
+    """Return `` (corpus a has pt ...)``, what corpora without text for a bitext have of it, or an empty string."""
+    said = []
+    for each in found:
+        corpus = f"corpus {each.wanted.corpus} has"
+        said += [f"{corpus} {half.file} but no file for {half.lacking}" for half in each.wanted.lacking if half.bitext == bitext]
+        said += [f"{corpus} {text}: write {other}" for code in bitext.split("-") for other, text in each.wanted.relatives(code)]
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _pairs(bitext: Bitext) -> int:

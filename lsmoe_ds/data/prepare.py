@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.comparison import MANIFEST, settings_of
 from lsmoe_ds.data.fingerprints import State, corpora_fingerprint, state_of
-from lsmoe_ds.data.formats import SPLITS, EmptyPart, Part, find_parts, name_of, other_varieties
+from lsmoe_ds.data.formats import SPLITS, Part, name_of, search
 from lsmoe_ds.data.held_out import HELD_OUT
-from lsmoe_ds.data.notices import Notices
+from lsmoe_ds.data.notices import Notices, why_no_text
 from lsmoe_ds.data.prepared import FORMAT, PreparedData
+from lsmoe_ds.data.spelling import say_spellings
 from lsmoe_ds.data.splitting import hold_out
 from lsmoe_ds.data.tokens import write_tokens
 from lsmoe_ds.data.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
@@ -33,6 +34,7 @@ from lsmoe_ds.data.workers import Workers, cores
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, locked, replaced, write_json
 from lsmoe_ds.languages import Languages
+from lsmoe_ds.notices import counted, listed
 
 # Below this many bytes of corpora, starting processes takes longer than they save.
 SMALL = 4 << 20
@@ -59,10 +61,13 @@ def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
     for notice in manifest["notices"]:
         console.print(notice)
     pairs = sum(splits["train"]["pairs"] for splits in manifest["bitexts"].values())
-    console.print(f"prepared {folder}: {pairs:,} training pairs in {len(manifest['bitexts'])} bitexts")
+    console.print(f"prepared {folder}: {counted(pairs, 'training pair')} in {counted(len(manifest['bitexts']), 'bitext')}")
     console.print(_cleaned(manifest["cleaning"].values()))
     if left_out := sum(counts.get("held out", 0) for counts in manifest["cleaning"].values()):
-        console.print(f"{left_out:,} more pairs are not trained on, because a side of them is a dev or test sentence, or nearly")
+        are, its = ("is", "it") if left_out == 1 else ("are", "them")
+        console.print(
+            f"{counted(left_out, 'more pair')} {are} not trained on, because a side of {its} is a dev or test sentence, or nearly"
+        )
     return PreparedData.of(recipe)
 
 
@@ -73,7 +78,7 @@ def _cleaned(counts: Iterable[Mapping[str, int]]) -> str:
         total.update(each)
     read = total.pop("read", 0)
     rules = [f"{name} {count:,}" for name, count in total.most_common() if count and name != "held out"]
-    return f"of {read:,} pairs that were read, cleaning has dropped: {', '.join(rules) or 'none'}"
+    return f"of {counted(read, 'pair')} that {'was' if read == 1 else 'were'} read, cleaning has dropped: {', '.join(rules) or 'none'}"
 
 
 def _up_to_date(recipe: Recipe, state: State, console: Console) -> PreparedData:
@@ -88,7 +93,9 @@ class _Preparation:
         self.recipe, self.data, self.folder, self.work = recipe, recipe.data, folder, folder / ".work"
         self.languages: Languages = recipe.languages
         self.names = sorted({direction.bitext for direction in self.languages.directions})
-        self.parts = find_parts(self.data.corpora, self.data.directory, self.names)
+        self.found = search(self.data.corpora, self.data.directory, self.names)
+        self.parts = [part for found in self.found for part in found.parts]
+        say_spellings(found.wanted for found in self.found)
         self.bitexts = [Bitext(name, self.work / name) for name in self.names]
         self.notices = Notices(self.data)
         size = sum(file.stat().st_size for part in self.parts for file in part.files if file.exists())
@@ -132,11 +139,13 @@ class _Preparation:
         task = self.progress.add_task("cleaning pairs", total=None)
         for bitext in self.bitexts:
             if not any(part.bitext == bitext.name for part in self.parts):
-                hint = other_varieties(self.data.corpora, self.data.directory, bitext.name)
+                hint = why_no_text(self.found, bitext.name)
                 raise UserError(f"there is no text for {bitext.name} in the corpora of the recipe ({self._corpora()}){hint}")
             self.progress.update(task, description=f"cleaning {bitext.name}")
             for count in bitext.clean(self._of(bitext.name, "train"), self.data.cleaning, self.workers):
                 self.progress.advance(task, count)
+            for part in bitext.empty:
+                self.notices.empty(part)
             for split in HELD_OUT:
                 self._read_published(bitext, split)
         self.progress.remove_task(task)
@@ -150,10 +159,7 @@ class _Preparation:
         """
         found: dict[str, list[tuple[str, str]]] = {}
         for part in self._of(bitext.name, split):
-            try:
-                pairs = list(part.pairs())
-            except EmptyPart:
-                pairs = []
+            pairs = list(part.pairs())
             if not any(first.strip() and second.strip() for first, second in pairs):
                 self.notices.empty(part)
                 continue
@@ -171,16 +177,15 @@ class _Preparation:
         self.progress.remove_task(task)
         for bitext in self.bitexts:
             if not bitext.size("train") and not bitext.own:
-                raise UserError(
-                    f"no training pair of {bitext.name} is left after cleaning ({_counts(bitext)}): "
-                    "give more text or change 'data.cleaning' or 'data.held_out'"
-                )
+                raise UserError(_nothing_left([bitext]))
         if self.data.vocabulary.file is None and not any(bitext.size("train") for bitext in self.bitexts):
+            if any(part.split == "train" for part in self.parts):
+                raise UserError(_nothing_left([bitext for bitext in self.bitexts if self._of(bitext.name, "train")]))
             raise UserError(
                 f"no training pair is left: of the corpora of the recipe ({self._corpora()}) only dev and test sets remain, "
                 "on which no vocabulary is trained: add a corpus with training text, or set 'data.vocabulary.file'"
             )
-        self.notices.of_corpora(self.parts, self.bitexts)
+        self.notices.of_corpora(self.found, self.bitexts)
         self.notices.of_sets(self.bitexts, claims)
 
     def _make_vocabulary(self) -> Vocabulary:
@@ -232,5 +237,12 @@ class _Preparation:
         return written
 
 
-def _counts(bitext: Bitext) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(bitext.counts.items()) if count)
+def _nothing_left(bitexts: Sequence[Bitext]) -> str:
+    """Return the sentence that refuses bitexts whose training text is empty, or is dropped by cleaning as a whole."""
+    names = listed(bitext.name for bitext in bitexts)
+    counts = sum((bitext.counts for bitext in bitexts), Counter[str]())
+    if not counts["read"]:
+        files = listed(file.name for bitext in bitexts for part in bitext.empty for file in part.files)
+        return f"there is no text for {names}: the files of the corpora are empty ({files})"
+    rules = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    return f"no training pair of {names} is left after cleaning ({rules}): give more text or change 'data.cleaning' or 'data.held_out'"

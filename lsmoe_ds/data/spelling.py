@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Iterable, Mapping
+import re
+from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import CODE, is_known, language_name, normalize_code, same_language, stands_in
-from lsmoe_ds.notices import notice
+from lsmoe_ds.languages import CODE, find_code, is_known, language_name, normalize_code, same_language, stands_in
+from lsmoe_ds.notices import listed, notice
 
 T = TypeVar("T", bound=Path | int)
 Pair = tuple[str, str]
 Spellings = tuple[str, ...]  # of one language, or of both of a bitext
-MOST_SAID = 8  # codes of one corpus
+
+
+@dataclass(frozen=True)
+class Half:
+    """Name a file that a corpus has for one side of a bitext, in a split, and the language of the other side,
+    which it lacks.
+    """
+
+    split: str
+    bitext: str
+    file: str
+    lacking: str
 
 
 class Wanted:
@@ -27,6 +40,8 @@ class Wanted:
         self.corpus, self.bitexts, self.given = corpus, bitexts, {code for code in given if code}
         self.met: dict[str, str] = {}  # what the corpus has, by its spelling, and where
         self._read: dict[str, str] = {}  # what it is read as
+        self.lacking: list[Half] = []  # surely
+        self.perhaps_lacking: list[Half] = []  # if the corpus serves these bitexts in other splits only
         self._served: dict[tuple[Spellings, Path | int], Spellings] = {}
 
     def items(self) -> ItemsView[str, Pair]:
@@ -72,22 +87,62 @@ class Wanted:
         ranks |= dict.fromkeys(set(spellings) & set(codes), 1) | dict.fromkeys(set(spellings) & self.given, 0)
         return sum(ranks[spelling] for spelling in spellings)
 
-    def say(self) -> None:
-        """Say on standard error which spellings were read as other codes, in one line."""
-        said = [f"{spelling} is read as {code}" for spelling, code in self._read.items()]
-        if said:
-            more = f" and {len(said) - MOST_SAID} more (docs/languages.md)" if len(said) > MOST_SAID else ""
-            notice(f"corpus {self.corpus}: {', '.join(said[:MOST_SAID])}{more}")
+    def restrict(self) -> None:
+        """Leave only the bitexts that have the languages which the recipe names for this corpus."""
+        self.bitexts = {
+            bitext: pair
+            for bitext, pair in self.bitexts.items()
+            if all(any(same_language(code, member) for member in pair) for code in self.given)
+        }
 
-    def relatives(self, code: str) -> list[str]:
-        """Describe what the corpus has in other varieties of a language (``pt`` for ``pt_BR``), and the code to write for it."""
+    def note_halves(self, halves: Sequence[Half], complete: bool, name: str, spellings: Sequence[str]) -> None:
+        """Note that files, found under a common name and in these languages, have one side of some bitexts only.
+
+        That is a fault where they are of the recipe's languages alone and serve no bitext (are not
+        ``complete``). Else it may be one, unless their name has their codes, so that they are those of
+        another pair.
+        """
+        recipes = {code for pair in self.bitexts.values() for code in pair}
+        if not complete and all(find_code(code, recipes) or not is_known(normalize_code(code)) for code in spellings):
+            self.lacking += halves
+        elif not set(spellings) & set(re.split(r"[^A-Za-z0-9]+", name)):
+            self.perhaps_lacking += halves
+
+    @property
+    def read_as(self) -> dict[str, str]:
+        """Map the spellings that were read as other codes to these."""
+        return self._read
+
+    @property
+    def unserved(self) -> list[str]:
+        """List the languages for which nothing was chosen."""
+        served = {code for codes in self._served.values() for code in codes}
+        return [code for code in dict.fromkeys(code for pair in self.bitexts.values() for code in pair) if code not in served]
+
+    def relatives(self, code: str) -> list[tuple[str, str]]:
+        """List what the corpus has, for no code of the recipe, in other varieties of a language (``pt`` for
+        ``pt_BR``): their codes, and descriptions.
+        """
         own = normalize_code(code)
+        used = {spelling for spellings, _ in self._served for spelling in spellings}
         found = []
         for spelling, place in self.met.items():
             other = normalize_code(spelling)
-            if CODE.match(other) and is_known(other) and other != own and other.split("_")[0] == own.split("_")[0]:
-                found.append(f"corpus {self.corpus} has {other} ({language_name(other)}, {place}): write {other}")
+            related = CODE.match(other) and other.split("_")[0] == own.split("_")[0] and other != own
+            if related and is_known(other) and spelling not in used:
+                found.append((other, f"{other} ({language_name(other)}, {place})"))
         return found
+
+
+def say_spellings(corpora: Iterable[Wanted]) -> None:
+    """Say on standard error which spellings of the corpora were read as other codes, in one line."""
+    said = [
+        f"corpus {each.corpus}: {listed(f'{spelling} is read as {code}' for spelling, code in each.read_as.items())}"
+        for each in corpora
+        if each.read_as
+    ]
+    if said:
+        notice(listed(said, between="; "))
 
 
 def _all_by(alike: Callable[[str, str], bool], found: Iterable[tuple[Spellings, T]], codes: Spellings) -> list[tuple[Spellings, T]]:

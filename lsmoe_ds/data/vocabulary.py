@@ -10,7 +10,7 @@ from typing import Any
 
 import sentencepiece
 
-from lsmoe_ds import config
+from lsmoe_ds.data import settings as data_settings
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, nearest, tag
@@ -131,7 +131,7 @@ def add_tags(model: bytes, codes: Sequence[str]) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def train_vocabulary(texts: Iterator[str], settings: config.Vocabulary, codes: Sequence[str]) -> Vocabulary:
+def train_vocabulary(texts: Iterator[str], settings: data_settings.Vocabulary, codes: Sequence[str]) -> Vocabulary:
     """Trains a model of exactly ``settings.size`` pieces, with a tag for each of ``codes``, on texts of :func:`clean_text`.
 
     The same texts in the same order give the same bytes. The texts are held in memory by sentencepiece. Raises UserError
@@ -163,7 +163,7 @@ def train_vocabulary(texts: Iterator[str], settings: config.Vocabulary, codes: S
     return Vocabulary(model.getvalue())
 
 
-def read_vocabulary(settings: config.Vocabulary, codes: Sequence[str]) -> Vocabulary:
+def read_vocabulary(settings: data_settings.Vocabulary, codes: Sequence[str]) -> Vocabulary:
     """The vocabulary in ``settings.file``. Raises UserError unless it is of the settings' size and type and has a tag for each of
     ``codes``."""
     assert settings.file is not None
@@ -179,7 +179,7 @@ def read_vocabulary(settings: config.Vocabulary, codes: Sequence[str]) -> Vocabu
     return vocabulary
 
 
-def _explain(message: str, settings: config.Vocabulary) -> str:
+def _explain(message: str, settings: data_settings.Vocabulary) -> str:
     prefix = f"'data.vocabulary.size' is {settings.size}, but"
     if found := re.search(r"set it to a value <= (\d+)", message):
         return f"{prefix} the text is too small for more than {found.group(1)} pieces: set it to at most {found.group(1)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lsmoe_ds.codes import read_direction
+from lsmoe_ds.codes import read_directions
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics
 from lsmoe_ds.evaluation.parts import RECIPE, find_home
@@ -156,6 +157,7 @@ def compare_runs(
     for system in systems[1:]:
         _check_question(baseline, system, tokenize is not None)
     chosen = _choose(systems, directions)
+    _tell_steps(systems)
     tokenizer = _find_tokenizer(baseline.table.tokenize, tokenize)
     texts = {direction: _read(systems, direction) for direction in chosen}
     _check_memory(max(len(references) for _, references in texts.values()), samples)
@@ -213,14 +215,24 @@ def _check_question(first: System, second: System, tokenized: bool) -> None:
             )
 
 
+def _tell_steps(systems: Sequence[System]) -> None:
+    """Say on standard error which steps are compared, where they differ and were not named themselves."""
+    steps = [system.table.step for system in systems]
+    if len(set(steps)) > 1 and not all(system.named for system in systems):
+        found = ", ".join(f"{system.path} of step {step:,}" for system, step in zip(systems, steps, strict=True))
+        print(f"lsmoe: the scores are of different steps: {found}", file=sys.stderr, flush=True)
+
+
 def _choose(systems: Sequence[System], asked: Sequence[str] | None) -> list[Direction]:
     """Choose the directions. Raises UserError if one is not in all systems."""
     own = {code for direction in systems[0].directions for code in (direction.source, direction.target)}
-    chosen = [read_direction(text, own) for text in asked or () if text.strip()] or systems[0].directions
+    chosen = systems[0].directions if asked is None else read_directions(asked, own)
+    if not chosen:
+        raise UserError("--directions names no direction: write them as en-de,de-en")
     for system in systems:
         if missing := [str(direction) for direction in chosen if direction not in system.directions]:
             raise UserError(f"{system.path} has no scores of {', '.join(missing)}: name directions that all have with --directions")
-        if not asked and (extra := [str(direction) for direction in system.directions if direction not in chosen]):
+        if asked is None and (extra := [str(direction) for direction in system.directions if direction not in chosen]):
             raise UserError(f"{systems[0].path} has no scores of {', '.join(extra)}: name directions that all have with --directions")
     return list(dict.fromkeys(chosen))
 

@@ -108,7 +108,7 @@ def evaluate(
         table.write(folder.part(table.question, part))
     else:
         folder.write(table, languages)
-    _tell_place(folder, table, part)
+    _tell_place(folder, table, part, data)
     if data and (part is None or part.number == 1) and isinstance(loaded, Loaded) and any(loaded.recipe.model.moe_layers()):
         folder.write_routing(table, measure_routing(loaded, data, split).to_dict())
     return table
@@ -179,10 +179,11 @@ def _resources(stored: Stored, data: PreparedData | None) -> dict[str, str]:
     return resource_groups(pairs, stored.recipe.data.groups)
 
 
-def _tell_place(folder: ScoreFolder, table: ScoreTable, part: Part | None) -> None:
-    """Say on standard error where the scores and the text are."""
+def _tell_place(folder: ScoreFolder, table: ScoreTable, part: Part | None, data: PreparedData | None) -> None:
+    """Say on standard error where the scores and the text are, and whose text it is."""
     path = folder.part(table.question, part) if part else folder.record(table.question)
-    print(f"lsmoe: scores in {path}, text in {folder.folder(table.question)}", file=sys.stderr, flush=True)
+    held_out = f", {table.split} set of {data.folder}" if data else ""
+    print(f"lsmoe: scores in {path}, text in {folder.folder(table.question)}{held_out}", file=sys.stderr, flush=True)
 
 
 def open_data(loaded: Engine | Stored) -> PreparedData:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lsmoe_ds.codes import read_direction, read_directions
+from lsmoe_ds.codes import read_directions
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
@@ -32,14 +32,14 @@ def choose_directions(asked: Sequence[str] | None, languages: Languages, untrain
     ``untrained`` also allows directions between the system's languages that it was not trained on. Raises
     UserError for one that it lacks.
     """
-    if not asked:
+    if asked is None:
         return list(languages.directions)
+    chosen = read_directions(asked, languages.codes, of_system=True)
     if untrained:
-        chosen = [read_direction(text, languages.codes, of_system=True) for text in asked if text.strip()]
         for direction in chosen:
             languages.id(direction.source), languages.id(direction.target)
     else:
-        chosen = read_directions(asked, languages)
+        chosen = [languages.find(direction) for direction in chosen]
     if not chosen:
         raise UserError("--directions names no direction: write them as en-de,de-en")
     return list(dict.fromkeys(chosen))

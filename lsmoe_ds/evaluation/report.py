@@ -33,7 +33,7 @@ from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import AVERAGES, WEAK, DirectionScore, ScoreTable
 from lsmoe_ds.folders import check_can_write, write_whole
 from lsmoe_ds.languages import Direction, is_english, language_name, script, task_order
-from lsmoe_ds.pages import open_template
+from lsmoe_ds.pages import duration, open_template
 from lsmoe_ds.recipe_file import load_recipe
 
 T = TypeVar("T")
@@ -42,7 +42,6 @@ SHORT_TRAINING = 2 * 3600
 USABLE = 0.1
 CURVES = ("nll", "dev_loss", "dev_loss_shared", "learning_rate", "distillation", "gates")
 OPEN_SAMPLES = 5
-RIGHT_TO_LEFT = {"Arab", "Hebr", "Syrc", "Thaa", "Nkoo", "Adlm"}
 
 
 KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "CTranslate2"}
@@ -100,39 +99,43 @@ class Progress:
     tokens_per_second: float | None = None
 
 
-def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
+def write_report(run_folder: str | Path, out: str | Path | None = None, scores: str | Path | None = None) -> Path:
     """Write the page, by default as ``report.html`` of the run, and return its path.
 
-    Raises UserError if the folder holds no recipe, or a file that cannot be read.
+    ``scores`` is the folder that `lsmoe evaluate --out` wrote to, if not the run. Raises UserError if the
+    run holds no recipe, ``scores`` no scores, or if a file cannot be read.
     """
     run = Path(run_folder)
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is no run folder: it holds no recipe.yaml")
     path = Path(out) if out is not None else run / "report.html"
     check_can_write(path.absolute().parent, "choose another file with --out", make=False)
-    write_whole(path, render_report(run))
+    write_whole(path, render_report(run, Path(scores) if scores is not None else None))
     return path
 
 
-def render_report(run: Path) -> str:
+def render_report(run: Path, scores_in: Path | None = None) -> str:
     """Return the page as text. Everything that comes from data is escaped by the template."""
     recipe = load_recipe(run / "recipe.yaml")
     progress = _if_there(run / "metrics.jsonl", read_progress)
-    scores = ScoreFolder(run).best(recipe.languages.directions)
-    layers = _if_there(run / "routing.json", read_routing)
+    folder = ScoreFolder(scores_in if scores_in is not None else run)
+    scores = folder.best(recipe.languages.directions)
+    if scores is None and scores_in is not None:
+        raise UserError(f"--scores {scores_in} holds no scores of this run's directions: `lsmoe evaluate {run} --out DIR` writes them")
+    layers = _if_there(folder.home / "routing.json", read_routing)
     conversions = _conversions(run)
     timings = _if_there(run / "timings.json", lambda path: _read(path, TypeAdapter(dict[str, float])))
     full = largest_share(layers or [])
-    filters: dict[str, Callable[..., Any]] = {"number": number, "duration": duration, "count": short_count, "bytes": size}
-    filters |= {"html_language": html_language, "text_direction": text_direction}
-    return open_template("lsmoe_ds.evaluation", "template.html", **filters).render(
+    return open_template("lsmoe_ds.evaluation", "template.html", number=number).render(
         direction_name=lambda direction: task_name(str(direction)),
         recipe=recipe,
         summary=_summary(recipe, progress),
         progress=progress,
         curves=_curves(progress, recipe) if progress else None,
         scores=scores,
-        question=scores.describe(recipe.languages.directions) if scores else "",
+        question=_question(scores, progress, recipe) if scores else "",
+        # Without held-out pairs there may be no test set: one that a corpus brings is not known here.
+        evaluation="lsmoe evaluate" if recipe.data.held_out.test else "lsmoe evaluate --test FILES",
         averages=scores.averages() if scores else {},
         average_names=AVERAGES,
         metric_names=METRICS,
@@ -146,6 +149,7 @@ def render_report(run: Path) -> str:
         has_experts=any(recipe.model.moe_layers()),
         measures=measures_table(layers or []),
         conversions=conversions,
+        inconvertible=_inconvertible(recipe) if not conversions else None,
         timings=timings,
         corpora=_corpora(recipe, run),
         versions=_versions(),
@@ -154,6 +158,25 @@ def render_report(run: Path) -> str:
 
 def _if_there(path: Path, read: Callable[[Path], T]) -> T | None:
     return read(path) if path.is_file() else None
+
+
+def _question(scores: ScoreTable, progress: Progress | None, recipe: Recipe) -> str:
+    """Say what the scores are of, and if training has gone on since."""
+    said = scores.describe(recipe.languages.directions)
+    if progress is not None and progress.steps > scores.step:
+        said += f" Training has gone on to step {progress.steps:,} since."
+    return said
+
+
+def _inconvertible(recipe: Recipe) -> str | None:
+    """Say why no dense model can be taken out of a run; None if one can."""
+    from lsmoe_ds.convert.subnetwork import check_convertible
+
+    try:
+        check_convertible(recipe, recipe.languages.directions[0])
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _conversions(run: Path) -> list[Conversion]:
@@ -265,9 +288,9 @@ def _language_specific(model: Model) -> Iterator[str]:
 
 def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
     """Say what a short training can and cannot do, in its own figures; None if the training was long, or good
-    all the same.
+    all the same, or if the scores are of an earlier step than its time.
     """
-    if progress is None or not 0 < progress.seconds < SHORT_TRAINING or scores.share("weak") < USABLE:
+    if progress is None or not 0 < progress.seconds < SHORT_TRAINING or scores.share("weak") < USABLE or scores.step < progress.steps:
         return None
     average = scores.averages()["all"]
     ahead = average.metrics.chrf - average.copy.chrf
@@ -276,7 +299,7 @@ def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
     return (
         f"After {duration(progress.seconds)} of training the model scores {compared} copying the source. Of its {scores.sentences:,} "
         f"{scores.split} translations {exact:.0%} are word for word the reference, and {weak:.0%} score under {WEAK:.0f} chrF, where a "
-        "translation is seldom of use. The run shows that the system learns; the model is not a translator yet."
+        "translation is seldom of use: the model is not a translator yet."
     )
 
 
@@ -343,43 +366,3 @@ def _versions() -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def duration(seconds: float) -> str:
-    """Write a duration: ``0.4 s``, ``42 s``, ``8 min 5 s``, ``3 h 20 min``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
-
-
-def short_count(value: float) -> str:
-    """Write a count: ``950``, ``12.3 k``, ``41.2 M``, ``1.5 B``."""
-    for unit, name in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
-        if value >= unit:
-            return f"{value / (1e3 if name == ' k' else unit):.1f}{name}"
-    return f"{value:,.0f}"
-
-
-def size(count: float) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count:.0f} bytes"
-
-
-def html_language(code: str) -> str:
-    """Return our code as the ``lang`` attribute wants it: ``zh_Hans`` -> ``zh-Hans``."""
-    return code.replace("_", "-")
-
-
-def text_direction(code: str) -> str:
-    """Return the ``dir`` attribute of text in a language: a Hebrew line runs from the right even if it begins
-    with a Latin word.
-    """
-    return "rtl" if script(code) in RIGHT_TO_LEFT else "auto"

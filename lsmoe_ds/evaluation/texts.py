@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lsmoe_ds.config import Corpus
 from lsmoe_ds.data.formats import Part, find_parts
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import CODE, Direction, normalize_code
+from lsmoe_ds.languages import CODE, Direction, find_code, normalize_code
 
 SPLITS = ("test", "dev")
 NAMED = 8  # directions that a notice names
@@ -77,6 +77,8 @@ def read_own(paths: Sequence[str], split: str, directions: Sequence[Direction]) 
         name, parts = _find(Path(paths[0]), split, bitexts)
     else:
         name, parts = _name_files(paths, bitexts)
+        if split != SPLITS[0]:
+            raise _one_set(" ".join(paths))
     digest, pairs = hashlib.sha256(), {}
     for bitext in sorted(parts):
         found = [pair for part in parts[bitext] for pair in part.pairs()]
@@ -110,6 +112,10 @@ def tell_skipped(texts: Texts) -> None:
         print(f"lsmoe: skipped: {say_skipped(texts.skipped, what)}", file=sys.stderr, flush=True)
 
 
+def _one_set(given: str) -> UserError:
+    return UserError(f"--test {given} is one set of text, not dev and test: leave --split out")
+
+
 def _names_language(text: str) -> bool:
     """Tell whether this is CODE=FILE."""
     code, equals, _ = text.partition("=")
@@ -122,6 +128,8 @@ def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str
     found = find_parts([Corpus(path=path, format=layout)], Path(), bitexts)
     # Where nothing is marked as dev or test, as in a table, all of it is the set.
     chosen = [part for part in found if part.split == split] or [part for part in found if part.split == "train"]
+    if chosen and split != SPLITS[0] and chosen[0].split != split:
+        raise _one_set(str(path))
     parts: dict[str, list[Part]] = {}
     for part in chosen:
         parts.setdefault(part.bitext, []).append(part)
@@ -163,7 +171,8 @@ def _name_files(paths: Sequence[str], bitexts: Iterable[str]) -> tuple[str, dict
             code = re.sub(r"\.(gz|txt)$", "", re.sub(r"\.gz$", "", path.name)).rpartition(".")[2]
         if not path.is_file():
             raise UserError(f"--test {text}: there is no file {path}")
-        language = normalize_code(code)
+        codes = {code for bitext in bitexts for code in bitext.split("-")}
+        language = find_code(code, codes) or normalize_code(code)
         if not CODE.match(language):
             raise UserError(f"--test {text}: '{code}' is not a language code: write --test CODE=FILE, such as de={path}")
         if language in files:
@@ -173,7 +182,7 @@ def _name_files(paths: Sequence[str], bitexts: Iterable[str]) -> tuple[str, dict
         raise UserError(f"--test {paths[0]} is the text of one language: {FORMS}")
     parts = {}
     for bitext in bitexts:
-        chosen = [files.get(normalize_code(code)) for code in bitext.split("-")]
+        chosen = [files.get(find_code(code, files) or code) for code in bitext.split("-")]
         if chosen[0] and chosen[1]:
             parts[bitext] = [Part(str(chosen[0]), bitext, "test", (chosen[0], chosen[1]), "lines")]
     return next(iter(files.values())).name.split(".")[0], parts
