@@ -18,6 +18,7 @@ from lsmoe_ds.data.settings import Data
 from lsmoe_ds.deepspeed_config import read_deepspeed_config
 from lsmoe_ds.language_specific.settings import Clsr, LowRank
 from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.notices import counted
 from lsmoe_ds.section import NAME, Positive, Section, Share
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -73,7 +74,8 @@ class MoE(Section):
     @model_validator(mode="after")
     def _experts(self) -> MoE:
         if self.experts % self.expert_groups:
-            raise ValueError(f"'expert_groups' is {self.expert_groups}, which does not divide the {self.experts} experts")
+            experts = counted(self.experts, "expert")
+            raise ValueError(f"'expert_groups' is {self.expert_groups}, which does not divide the {experts}")
         if self.expert_groups > 1 and not self.by_task:
             raise ValueError(
                 f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no tasks to deal to them"
@@ -82,7 +84,8 @@ class MoE(Section):
             raise ValueError(f"'jitter' is {self.jitter}, but 'routing: {self.routing}' reads nothing that it could shake")
         each = self.experts // self.expert_groups
         if self.top_k > each:
-            raise ValueError(f"'top_k' is {self.top_k} but there are only {each} experts{' in a group' if self.expert_groups > 1 else ''}")
+            of_group = " of a group" if self.expert_groups > 1 else ""
+            raise ValueError(f"'top_k' is {self.top_k}, more than the {counted(each, 'expert')}{of_group}")
         return self
 
 
@@ -96,9 +99,11 @@ class Side(Section):
     @model_validator(mode="after")
     def _widths(self) -> Side:
         if isinstance(self.feed_forward, list) and len(self.feed_forward) != self.layers:
-            raise ValueError(f"'feed_forward' lists {len(self.feed_forward)} widths for {self.layers} layers")
+            widths, layers = counted(len(self.feed_forward), "width"), counted(self.layers, "layer")
+            raise ValueError(f"'feed_forward' lists {widths} for {layers}")
         if self.moe is not None and self.moe.every > self.layers:
-            raise ValueError(f"'moe.every' is {self.moe.every}, but there are {self.layers} layers: none would have experts")
+            layers = counted(self.layers, "layer")
+            raise ValueError(f"'moe.every' is {self.moe.every}, more than the {layers}: none would have experts")
         return self
 
     def width(self, layer: int) -> int:
@@ -237,7 +242,8 @@ class Recipe(Section):
     def _fits(self) -> Recipe:
         tensor, expert, hidden = self.parallel.tensor, self.parallel.expert, self.model
         if hidden.heads % tensor:
-            raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide the {hidden.heads} heads of 'model.heads'")
+            heads = counted(hidden.heads, "head")
+            raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide the {heads} of 'model.heads'")
         if self.data.vocabulary.size % tensor:
             raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide 'data.vocabulary.size' {self.data.vocabulary.size}")
         for name, side in (("encoder", hidden.encoder), ("decoder", hidden.decoder)):
@@ -249,7 +255,8 @@ class Recipe(Section):
                     )
         for name, _, moe in hidden.moe_layers():
             if moe.experts % expert:
-                raise ValueError(f"'parallel.expert' is {expert}, which does not divide the {moe.experts} experts of the {name}")
+                experts = counted(moe.experts, "expert")
+                raise ValueError(f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}")
         if hidden.low_rank is not None and isinstance(hidden.low_rank.rank, dict):
             named, known = set(hidden.low_rank.rank), set(self.languages.codes)
             if named != known:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeGuard
 
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import counted
 
 BLOCK = 1 << 20
 
@@ -61,7 +62,8 @@ def damage(folder: Path, files: Any, verify: bool) -> str | None:
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != expected["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes where {expected['bytes']} were written"
+            size, written = counted(path.stat().st_size, "byte"), expected["bytes"]
+            return f"{path} has {size} where {written:,} should be"
         if verify and sha256(path) != expected["sha256"]:
             return f"{path} is not what was written (its sha256 differs)"
     return None

@@ -22,8 +22,8 @@ def listed(names: Iterable[str], between: str = ", ") -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return ``1 bitext`` or ``1,000 bitexts``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """Return ``1 bitext``, ``1,000 bitexts`` or ``2 processes``."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from lsmoe_ds.languages import script
+from lsmoe_ds.notices import counted
 
 RIGHT_TO_LEFT = {"Arab", "Hebr", "Syrc", "Thaa", "Nkoo", "Adlm"}
 
@@ -53,7 +54,7 @@ def size(count: float) -> str:
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
-    return f"{count:.0f} bytes"
+    return counted(round(count), "byte")
 
 
 def html_language(code: str) -> str:

@@ -15,6 +15,7 @@ from lsmoe_ds.costs import LENGTH, VALUE_BYTES, Exchange, Flops, Parts, exchange
 from lsmoe_ds.deepspeed_config import HALF
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.memory import PROCESS, Memory, memory
+from lsmoe_ds.notices import counted
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -79,7 +80,8 @@ class Plan:
                 made.add_column(column, justify="right" if i else "left")
             return made
 
-        layout = f"{self.world} ranks: tensor {self.tensor}, data {self.world // self.tensor}, expert {self.expert}"
+        ranks, data = counted(self.world, "rank"), self.world // self.tensor
+        layout = f"{ranks}: tensor {self.tensor}, data {data}, expert {self.expert}"
         routes = [f"all directions, {route} route" for route in self.routes]
         sizes = table(f"{self.name}: parameters", "part", "whole model", "one direction served", *routes)
         counts = [each.to_dict() for each in (self.parameters, self.serving, *self.routes.values())]
@@ -135,7 +137,7 @@ def check(recipe: Recipe, world: int) -> None:
     """Raises UserError unless ``world`` ranks can train the recipe; torch is imported only to say what is wrong."""
     tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
     if world < 1:
-        raise UserError(f"a world of {world} ranks was asked for: at least 1 is needed")
+        raise UserError(f"a world of {counted(world, 'rank')} was asked for: at least 1 is needed")
     if world % tensor or world % expert:
         from lsmoe_ds.parallel.topology import check_world
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from lsmoe_ds import shipped
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, read_fields, resolved, write_whole
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import interrupt
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import find_damage, list_checkpoints, step_of
@@ -62,8 +63,8 @@ def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, 
             now = replace(now, tries=before.tries + 1)
     if now.tries > allowed:
         raise UserError(
-            f"the last {before.tries} attempts of this job began at step {now.step} of {run} and saved nothing newer: "
-            f"its log says why; submit it anew once the cause is gone"
+            f"the last {counted(before.tries, 'attempt')} of this job began at step {now.step} of {run} and saved nothing "
+            f"newer: its log says why; submit it anew once the cause is gone"
         )
     now.write(run)
     _say(f"{run} is at step {now.step} of {now.steps}: attempt {now.tries} of at most {allowed} to come further")
@@ -88,7 +89,8 @@ def end(run: Path, status: int) -> int:
     stopped = status in (interrupt.STATUS, interrupt.CTRL_C)
     left = "training was asked to stop" if stopped else f"training ended with status {status}"
     if step <= attempt.step and attempt.tries >= attempt.allowed:
-        _say(f"{at}: {left}; given up, as {attempt.tries} attempts in a row saved nothing newer")
+        tries = counted(attempt.tries, "attempt")
+        _say(f"{at}: {left}; given up, as {tries} in a row saved nothing newer")
         return REFUSED
     _say(f"{at}: {left}; the job may go on from there")
     return AGAIN

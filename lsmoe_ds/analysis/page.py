@@ -9,6 +9,7 @@ from markupsafe import Markup
 from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.measures import LayerMeasures, measure_layer
 from lsmoe_ds.analysis.routing import LayerRouting, Routing, task_name
+from lsmoe_ds.notices import counted
 from lsmoe_ds.pages import open_template
 
 COLUMNS = {
@@ -71,7 +72,8 @@ def reading(layer: LayerRouting) -> str | None:
     what = "expert" if layer.top_k == 1 else "set of experts"
     text = f"{verb} the same {what}: {alike}." if alike else f"No two tasks {verb.lower()} the same {what}."
     if same is not None and different is not None:
-        text += f" Two tasks of one family share {same:.2f} of {layer.top_k} experts on average, two of different families {different:.2f}."
+        of = f"of {counted(layer.top_k, 'expert')} on average"
+        text += f" Two tasks of one family share {same:.2f} {of}, two of different families {different:.2f}."
     return text
 
 

@@ -20,6 +20,7 @@ from lsmoe_ds.convert.tensors import Entry, Files, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, damage, is_count, read_fields
 from lsmoe_ds.model.initialization import global_name
+from lsmoe_ds.notices import counted
 
 MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
@@ -56,7 +57,8 @@ def read_checkpoint(checkpoint: Path) -> Consolidated:
         part = MODEL_FILE.fullmatch(name)
         collector.add(checkpoint / name, None if part is None else int(part.group(1)))
     if sorted(collector.ranks) != list(range(len(collector.ranks))) or len(collector.ranks) != tensor:
-        raise UserError(f"{checkpoint} is damaged: it holds the weights of {len(collector.ranks)} of {tensor} tensor-parallel ranks")
+        ranks = f"{len(collector.ranks)} of {counted(tensor, 'tensor-parallel rank')}"
+        raise UserError(f"{checkpoint} is damaged: it holds the weights of {ranks}")
     return Consolidated(state["step"], collector.tensors(checkpoint), {name: described[name]["sha256"] for name in names})
 
 
@@ -95,7 +97,8 @@ class _Collector:
             if name in self.partition:
                 alike = len({part.shape for part in parts.values()}) == 1
                 if len(parts) != self.tensor or not alike or not is_count(dimension) or dimension >= len(shape):
-                    raise UserError(f"{checkpoint} is damaged: its {len(parts)} parts of {name} do not make a whole")
+                    found = counted(len(parts), "part")
+                    raise UserError(f"{checkpoint} is damaged: its {found} of {name} cannot make a whole")
                 shape[dimension] *= self.tensor
             entries[name] = self._entry(tuple(shape), dimension, [parts[rank] for rank in sorted(parts)])
         return Tensors(entries)

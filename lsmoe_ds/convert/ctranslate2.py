@@ -22,6 +22,7 @@ from lsmoe_ds.data.vocabulary import SPECIALS
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, UNK, nearest
 from lsmoe_ds.model.embedding import FIRST_POSITION, sinusoids
+from lsmoe_ds.notices import counted
 
 PIECES = "shared_vocabulary.json"
 FILES = ["model.bin", "config.json", PIECES]
@@ -92,7 +93,8 @@ def specify(tensors: Mapping[str, Tensor], recipe: Recipe, pieces: Sequence[str]
     except KeyError as error:
         raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
     if len(pieces) != len(weights["embedding.tokens.weight"]):
-        raise UserError(f"the weights are of {len(weights['embedding.tokens.weight'])} tokens, but the vocabulary has {len(pieces)}")
+        tokens = counted(len(weights["embedding.tokens.weight"]), "token")
+        raise UserError(f"the weights are of {tokens}, but the vocabulary has {len(pieces):,}")
     spec.register_source_vocabulary(list(pieces))
     spec.register_target_vocabulary(list(pieces))
     spec.config.bos_token, spec.config.unk_token = SPECIALS[BOS], SPECIALS[UNK]

@@ -38,6 +38,7 @@ from lsmoe_ds.folders import (
     replaced,
     write_json,
 )
+from lsmoe_ds.notices import counted
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import list_checkpoints, step_of
 
@@ -156,8 +157,8 @@ def _mean(stored: Stored, average: int) -> Weights:
     chosen = [each for each in list_checkpoints(stored.home) if step_of(each) <= step_of(here)][-average:]
     if len(chosen) < average:
         raise UserError(
-            f"--average {average} asks for more than the {len(chosen)} checkpoints that {stored.home} has up to {here.name}: "
-            f"training.keep says how many a run keeps"
+            f"--average {average} asks for more than the {counted(len(chosen), 'checkpoint')} that {stored.home} has up to "
+            f"{here.name}: training.keep says how many a run keeps"
         )
     parts = [read_checkpoint(each) for each in chosen]
 

@@ -35,6 +35,7 @@ from lsmoe_ds.language_specific.low_rank import Banks
 from lsmoe_ds.model.initialization import draw, global_names
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.routers import deal
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.recipe_file import load_recipe
 
@@ -116,7 +117,7 @@ class _Grown:
         if new is None or (old.routing, old.task, old.expert_groups) != (new.routing, new.task, new.expert_groups):
             raise UserError(f"the {side} of the model has other experts: 'routing', 'task' and 'expert_groups' must stay as they are")
         if new.experts < old.experts:
-            raise UserError(f"the {side} has {old.experts} experts: they can be more, not {new.experts}")
+            raise UserError(f"the {side} has {counted(old.experts, 'expert')}: they can be more, not {new.experts}")
         tasks = self.old.tasks(old.task), self.new.tasks(old.task)
         if old.expert_groups > 1 and (old.experts != new.experts or tasks[0] != tasks[1]):
             raise UserError(f"the experts of the {side} stand in groups, to which tasks would be dealt anew: nothing can be added")
@@ -214,6 +215,7 @@ class _Grown:
         old, whole = self.weights[name], self._drawn(name, shape)
         for code, rows in before.items():
             if code not in after or after[code].stop - after[code].start != rows.stop - rows.start:
-                raise UserError(f"the matrices of {name} for {code} have {rows.stop - rows.start} rows, which cannot change")
+                size = counted(rows.stop - rows.start, "row")
+                raise UserError(f"the matrices of {name} for {code} have {size}, which cannot change")
             whole[after[code]] = old[rows]
         return whole

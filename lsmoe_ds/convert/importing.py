@@ -27,6 +27,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.explain import Places
 from lsmoe_ds.folders import is_count, read_json
 from lsmoe_ds.languages import CODE, UNK, normalize_code, tag
+from lsmoe_ds.notices import counted
 from lsmoe_ds.recipe_file import apply_override, merge, validate
 
 SENTENCEPIECE, PIECE_IDS = "sentencepiece.bpe.model", "vocab.json"
@@ -56,7 +57,8 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
     theirs = _open_weights(folder)
     for side in ("encoder", "decoder"):
         if config[f"{side}_layers"] > len(theirs):  # as good as endless for whatever counts them
-            raise UserError(f"{folder}: '{side}_layers' in config.json is {config[f'{side}_layers']}, but there are {len(theirs)} tensors")
+            layers, tensors = config[f"{side}_layers"], counted(len(theirs), "tensor")
+            raise UserError(f"{folder}: '{side}_layers' in config.json is {layers}, but the folder has {tensors}")
     model, rows = _vocabulary(folder, config["vocab_size"])
     recipe = _recipe(config, overrides, out, model, _longest(folder))
     shapes = _shapes(recipe, config["vocab_size"])
@@ -190,7 +192,8 @@ def _vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
     """
     if (own := _own_vocabulary(folder)) is not None:
         if (pieces := Vocabulary(own).size) != size:
-            raise UserError(f"{folder}: the vocabulary has {pieces} pieces, but 'vocab_size' in config.json is {size}")
+            found = counted(pieces, "piece")
+            raise UserError(f"{folder}: the vocabulary has {found}, but 'vocab_size' in config.json is {size}")
         return own, list(range(size))
     proto, ids, languages = _read_tokenizer(folder)
     kinds = type(proto).SentencePiece

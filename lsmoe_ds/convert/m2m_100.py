@@ -15,6 +15,7 @@ from torch import Tensor
 from lsmoe_ds.config import Recipe, Side
 from lsmoe_ds.convert.tensors import Entry, Tensors
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import counted
 
 EMBEDDING = ("embedding.tokens.weight", "model.shared.weight")
 PARTS = {
@@ -73,7 +74,8 @@ def rename(tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: int) -> Te
     if odd := sorted(wanted ^ ours.keys()):
         raise UserError(f"the weights do not belong to the recipe: {odd[0]} is {'missing' if odd[0] in wanted else 'not a part of it'}")
     if ours.shape(EMBEDDING[0])[0] != vocabulary:
-        raise UserError(f"the weights are of {ours.shape(EMBEDDING[0])[0]} tokens, but the vocabulary has {vocabulary}")
+        tokens = counted(ours.shape(EMBEDDING[0])[0], "token")
+        raise UserError(f"the weights are of {tokens}, but the vocabulary has {vocabulary:,}")
     widths = {"encoder": widest(recipe.model.encoder), "decoder": widest(recipe.model.decoder)}
     renamed = {}
     for name in ours:

@@ -21,6 +21,7 @@ from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import Direction, language_name, tag
+from lsmoe_ds.notices import counted
 
 TRANSLATE = """With lsmoe_ds installed:
 
@@ -125,7 +126,7 @@ Translates {{ names }}. {{ what }}
 - {{ corpus }}
 {% endfor -%}
 {% for name, pairs in pairs.items() -%}
-- {{ name }}: {{ "{:,}".format(pairs) }} pairs of sentences
+- {{ name }}: {{ pairs }}
 {% endfor %}
 The license of the model is not stated here: whoever publishes it decides it, with regard to the licenses of its data.
 
@@ -177,7 +178,7 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
         names=_names(directions),
         facts=list(_facts(kind, recipe, provenance)),
         corpora=[_corpus(corpus, find_directory(recipe, home)) for corpus in recipe.data.corpora],
-        pairs=_pairs(recipe, home),
+        pairs={name: counted(pairs, "sentence pair") for name, pairs in _pairs(recipe, home).items()},
         scores=scores if scored else None,
         question=replace(scores, directions=tuple(scored)).describe(directions) if scores else "",
         scored=scored,
@@ -220,8 +221,11 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     yield "parameters", f"{provenance['dense_parameters']:,}{whole}"
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
         widths = sorted({side.width(layer) for layer in range(side.layers)})
-        experts = f", {side.moe.experts} experts by {side.moe.routing} every {side.moe.every} layers" if side.moe is not None else ""
-        yield name, f"{side.layers} layers, feed-forward {' and '.join(map(str, widths))}{experts}"
+        experts = ""
+        if side.moe is not None:
+            every = "layer" if side.moe.every == 1 else counted(side.moe.every, "layer")
+            experts = f", {counted(side.moe.experts, 'expert')} by {side.moe.routing} every {every}"
+        yield name, f"{counted(side.layers, 'layer')}, feed-forward {' and '.join(map(str, widths))}{experts}"
     yield "hidden size, heads", f"{model.hidden}, {model.heads}"
     yield "vocabulary", f"{recipe.data.vocabulary.size:,} pieces ({recipe.data.vocabulary.type})"
     yield "longest source", f"{recipe.data.batch.max_length} tokens"

@@ -17,6 +17,7 @@ from lsmoe_ds.convert.checkpoint import check_size, explain_damage
 from lsmoe_ds.convert.tensors import Files, open_tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, is_count, is_plain, read_fields
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 
 VALUES = "values"  # beside the optimizer's own names: the float32 values that it steps
@@ -127,7 +128,8 @@ class Pieces:
         sizes = list(shape)
         if name in self.partition and parts:
             if not is_count(dimension) or dimension >= len(sizes) or sizes[dimension] % len(parts):
-                raise UserError(f"the checkpoint is damaged: its {len(parts)} parts of the optimizer state of {name} do not make a whole")
+                of = f"{counted(len(parts), 'part')} of the optimizer state of {name}"
+                raise UserError(f"the checkpoint is damaged: its {of} cannot make a whole")
             sizes[dimension] //= len(parts)
         found = [self._part(name, parts[part], torch.Size(sizes)) for part in sorted(parts)]
         if not found:
@@ -157,5 +159,6 @@ class Pieces:
                     whole[place.start : place.start + place.length] = part
             filled += place.length
         if filled != shape.numel():
-            raise UserError(f"the checkpoint holds the optimizer state of {filled} of {shape.numel()} values of {name}")
+            wanted = counted(shape.numel(), "value")
+            raise UserError(f"the checkpoint holds the optimizer state of {filled:,} of {wanted} of {name}")
         return {key: value.view(shape) for key, value in values.items()}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lsmoe_ds import __version__
 from lsmoe_ds.errors import SharedError, UserError
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import interrupt
 from lsmoe_ds.parallel.membership import PORTS, Membership, find
 
@@ -43,7 +44,7 @@ class Party:
         runs = [(host, [rank for rank, _ in ranks]) for host, ranks in groupby(enumerate(self.hosts), key=lambda each: each[1])]
         named = [f"{host} ({ranks[0]}-{ranks[-1]})" if len(ranks) > 1 else f"{host} ({ranks[0]})" for host, ranks in runs]
         shown = [*named[:8], f"{len(named) - 8} more"] if len(named) > 8 else named
-        return f"{len(self.hosts)} ranks on {', '.join(shown)}, started by {self.membership.launcher}"
+        return f"{counted(len(self.hosts), 'rank')} on {', '.join(shown)}, started by {self.membership.launcher}"
 
 
 def join(membership: Membership | None = None, alike: Mapping[str, str] | None = None, patience: float = 1800.0) -> Party:
@@ -188,7 +189,8 @@ def _compare(membership: Membership, store: dist.Store, note: dict[str, Any]) ->
     if verdict["wrong"]:
         raise SharedError(verdict["wrong"])
     if len(verdict["hosts"]) != membership.world:
-        raise UserError(f"rank {rank} was told of {membership.world} processes, but rank 0 of {len(verdict['hosts'])}: tell all the same")
+        told, others = counted(membership.world, "process"), len(verdict["hosts"])
+        raise UserError(f"rank {rank} was told of {told}, but rank 0 of {others}: tell all the same")
     return tuple(verdict["hosts"])
 
 

@@ -19,6 +19,7 @@ import psutil
 
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import interrupt
 from lsmoe_ds.parallel.joining import free_port
 
@@ -153,6 +154,7 @@ def _accelerators(processes: int, gpus: bool) -> str:
     if gpus and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
         named = [name.strip() for name in visible.split(",")]
         if len(named) < processes:
-            raise UserError(f"CUDA_VISIBLE_DEVICES is '{visible}', which is less than one GPU for each of {processes} processes")
+            each = counted(processes, "process")
+            raise UserError(f"CUDA_VISIBLE_DEVICES is '{visible}', which is less than one GPU for each of {each}")
         chosen = list(named[:processes])
     return base64.urlsafe_b64encode(json.dumps({"localhost": chosen}).encode()).decode()

@@ -119,7 +119,7 @@ def _refuse_contradictions(environment: Mapping[str, str], inner: _Said, outer: 
         raise UserError(f"{said}: ranks go from 0 to {inner.world - 1}")
     world = _number(environment, "WORLD_SIZE")
     if world is not None and world != inner.world:
-        raise UserError(f"{said}, but WORLD_SIZE is {world}: start {world} processes, or unset it")
+        raise UserError(f"{said}, but WORLD_SIZE is {world}: start as many processes, or unset it")
     if inner.launcher == BY_HAND and outer:
         other = f"{outer[0].launcher} has started it as rank {outer[0].rank} of {outer[0].world}"
         raise UserError(f"{said}, but {other}: unset RANK and WORLD_SIZE")

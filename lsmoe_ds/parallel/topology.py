@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 
 
@@ -67,7 +68,8 @@ class Topology:
 
 def check_world(world: int, tensor: int, expert: int) -> None:
     """Raises UserError unless ``world`` processes can hold this layout."""
+    started = counted(world, "process")
     if world % tensor:
-        raise UserError(f"parallel.tensor is {tensor}, which does not divide the {world} processes: start a multiple of {tensor}")
+        raise UserError(f"parallel.tensor is {tensor}, which does not divide the {started}: start a multiple of {tensor}")
     if world % expert:
-        raise UserError(f"parallel.expert is {expert}, which does not divide the {world} processes: start a multiple of {expert}")
+        raise UserError(f"parallel.expert is {expert}, which does not divide the {started}: start a multiple of {expert}")

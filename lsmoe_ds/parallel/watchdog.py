@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
 
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel.joining import Party
 
 STATUS = 70  # EX_SOFTWARE of sysexits.h: another rank died, or none made progress
@@ -84,8 +85,9 @@ def _leave(party: Party, store: Any, patience: float, poll: float) -> NoReturn:
     _Progress.leaving = True
     rank = party.membership.rank
     waited = time.monotonic() - _Progress.since
-    head = f"no rank has made progress for {patience:.0f} seconds (training.patience); rank {rank} on {socket.gethostname()} is"
-    _say(f"{head} {_Progress.doing} for {waited:.0f} seconds:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks()))
+    passed, own = (counted(round(seconds), "second") for seconds in (patience, waited))
+    head = f"no rank has made progress for {passed} (training.patience); rank {rank} on {socket.gethostname()} is"
+    _say(f"{head} {_Progress.doing} for {own}:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks()))
     _within(HEARING, lambda: store.set(f"standing/{rank}", "here"))
     hearing = poll + HEARING  # they look once in a while
     if rank == 0:

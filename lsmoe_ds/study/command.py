@@ -23,6 +23,7 @@ from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import explain_errors, locked, write_whole
 from lsmoe_ds.inference.load import check_route
 from lsmoe_ds.languages import nearest
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import launch
 from lsmoe_ds.parallel.launch import KEEP_LARGE_BLOCKS, smallest_world
 from lsmoe_ds.parallel.topology import Topology, check_world
@@ -115,7 +116,8 @@ class Runs:
         folder, steps = self.folder(member, seed), self.study.steps
         found, _ = newest_whole(folder)
         if found is not None and step_of(found) > steps:
-            raise UserError(f"{folder} was trained for {step_of(found)} steps, the study takes {steps}: write to another folder with --out")
+            trained = counted(step_of(found), "step")
+            raise UserError(f"{folder} was trained for {trained}, the study takes {steps:,}: write to another folder with --out")
         return found is not None and step_of(found) == steps
 
     def train(self, member: str, seed: int, processes: int | None) -> None:

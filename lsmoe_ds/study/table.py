@@ -14,6 +14,7 @@ from typing import Any
 from lsmoe_ds.evaluation.groups import GROUPS, Metrics
 from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, ScoreTable
 from lsmoe_ds.languages import is_english, task_order
+from lsmoe_ds.notices import counted
 from lsmoe_ds.planning import human
 
 MAIN = "chrfpp"  # the score of gains and win ratios
@@ -160,10 +161,12 @@ class Comparison:
     def about(self) -> str:
         """Say in one line what was done."""
         options = f"{self.evaluate['split']} set, beam {self.evaluate['beam']}"
-        options += f", the first {self.evaluate['limit']} sentences of each direction" if self.evaluate["limit"] else ""
+        if limit := self.evaluate["limit"]:
+            options += f", the first {counted(limit, 'sentence')} of each direction"
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
-        missing = f" {self.runs_missing} of {len(self.rows) * len(self.seeds)} scores are missing." if self.runs_missing else ""
-        return f"{self.steps:,} steps each on the same data, {seeds}; {options}.{missing}"
+        lacking, wanted = self.runs_missing, counted(len(self.rows) * len(self.seeds), "score")
+        missing = f" {lacking} of {wanted} {'is' if lacking == 1 else 'are'} missing." if lacking else ""
+        return f"{counted(self.steps, 'step')} each on the same data, {seeds}; {options}.{missing}"
 
     def about_seeds(self) -> str:
         """Say how far a gain and a win ratio can be trusted."""

@@ -17,6 +17,7 @@ from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import damage, locked, read_fields, sha256
 from lsmoe_ds.inference.load import empty_model
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat, interrupt, joining, launch, watchdog
 from lsmoe_ds.parallel.membership import Membership, find
 from lsmoe_ds.parallel.topology import Topology, check_world
@@ -87,7 +88,8 @@ def train(recipe: Recipe, run: Path, processes: int | None) -> int:
         return _start(recipe, run, processes)
     os.environ.update(membership.environment())
     if processes not in (None, membership.world):
-        raise SharedError(f"--nproc is {processes}, but {membership.launcher} has started {membership.world} processes: leave --nproc out")
+        started = counted(membership.world, "process")
+        raise SharedError(f"--nproc is {processes}, but {membership.launcher} has started {started}: leave --nproc out")
     check_layout(recipe, membership.world)
     return _join_and_train(recipe, run, membership)
 
