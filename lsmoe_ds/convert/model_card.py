@@ -126,7 +126,7 @@ Translates {{ names }}. {{ what }}
 - {{ corpus }}
 {% endfor -%}
 {% for name, pairs in pairs.items() -%}
-- {{ name }}: {{ pairs }}
+- {{ name }}: {{ pairs }} of sentences
 {% endfor %}
 The license of the model is not stated here: whoever publishes it decides it, with regard to the licenses of its data.
 
@@ -178,7 +178,7 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
         names=_names(directions),
         facts=list(_facts(kind, recipe, provenance)),
         corpora=[_corpus(corpus, find_directory(recipe, home)) for corpus in recipe.data.corpora],
-        pairs={name: counted(pairs, "sentence pair") for name, pairs in _pairs(recipe, home).items()},
+        pairs={name: counted(pairs, "pair") for name, pairs in _pairs(recipe, home).items()},
         scores=scores if scored else None,
         question=replace(scores, directions=tuple(scored)).describe(directions) if scores else "",
         scored=scored,
