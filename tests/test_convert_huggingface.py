@@ -34,6 +34,7 @@ from lsmoe_ds.languages import EOS, Direction
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.recipe_file import load_recipe
 
 EN_DE, EN_FR, FR_EN = Direction("en", "de"), Direction("en", "fr"), Direction("fr", "en")
 LINES = ["ba de fi", "ko la mi nobu", "su", "tabi refu", "de de  de ", "<2fr> ba </s>"]
@@ -168,6 +169,9 @@ def test_a_run_to_a_folder_and_a_dense_folder_to_the_same(run, tmp_path):
     names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "provenance.json", "recipe.yaml"]
     names += ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocabulary.model"]
     assert sorted(path.name for path in (tmp_path / "direct").iterdir()) == names
+    # The folder's own settings must not cut a translation that our search would finish: its tokens, and EOS.
+    longest = Search().limits(torch.tensor(load_recipe(run / "recipe.yaml").data.batch.max_length))
+    assert json.loads((tmp_path / "direct" / "generation_config.json").read_text())["max_new_tokens"] == longest + 1
     for name in names[1:4] + names[6:]:
         assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     provenance = json.loads((tmp_path / "direct" / "provenance.json").read_text())

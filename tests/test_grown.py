@@ -111,6 +111,12 @@ def test_ranks_by_language(run, tmp_path):
     assert compare(*shared, EN_DE, LINES).largest_logit_difference <= 1e-6
 
 
+def test_what_all_languages_share_is_not_taken_away(run, tmp_path):
+    sparse = changed(random_loaded(run, None, None), low_rank=RANKS)
+    with pytest.raises(UserError, match=r"matrices of .* for shared have 4 rows, which cannot change"):
+        grown_of(sparse, ["model.low_rank.fuse_distillation=false"], tmp_path)
+
+
 def test_ranks_that_change_are_refused(run, tmp_path):
     sparse = changed(random_loaded(run, None, None), low_rank=RANKS)
     with pytest.raises(UserError, match="for de have 2 rows, which cannot change"):

@@ -44,6 +44,23 @@ def test_it_validates_and_saves_in_every_nth_and_in_the_last_step(run):
     assert [(state["step"], state["dev_loss"]) for state in states] == [(2, None), (4, None), (5, dev[5])]
 
 
+def with_dev_losses(topology, recipe: Recipe, run: Path, losses: list[float]) -> None:
+    """Train with these dev losses, whatever the model computes."""
+    from unittest import mock
+
+    from lsmoe_ds.training import loop as module
+
+    with mock.patch.object(module, "validate", mock.Mock(side_effect=losses)):
+        assert loop(topology, recipe, run) is None
+
+
+def test_the_newest_checkpoints_stay_and_those_of_least_dev_loss(pool, folder):
+    recipe = recipe_in(folder, steps=5, every=1)
+    recipe.training = recipe.training.model_copy(update={"validate_every": 1, "keep": 1, "keep_best": 2})
+    pool.run(1, with_dev_losses, recipe, folder / "best", [3.0, 1.0, 4.0, 2.0, 5.0])
+    assert [path.name for path in list_checkpoints(folder / "best")] == ["step-2", "step-4", "step-5"]
+
+
 def seeds(checkpoint: Path, name: str) -> list[int]:
     """Return the seed from which a generator of each of the four ranks has started."""
     states = [torch.load(checkpoint / f"random-rank-{rank:05d}.pt")[name] for rank in range(4)]
