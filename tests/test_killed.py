@@ -311,8 +311,17 @@ def save_where(topology, recipe, run: Path, memory: int, failing: bool) -> str |
             raise OSError(errno.ENOSPC, "No space left on device")
         write(value, path)
 
-    room = SimpleNamespace(available=memory)
-    with mock.patch.object(checkpoints.psutil, "virtual_memory", lambda: room), mock.patch.object(torch, "save", save):
+    def slowly(path: Path, text: str, encoding: str = "utf-8") -> None:
+        path.touch()
+        time.sleep(5 * checkpoints.POLL)  # the other rank looks meanwhile
+        path.write_bytes(text.encode(encoding))
+
+    room, write_text = SimpleNamespace(available=memory), slowly if failing and topology.rank == 1 else Path.write_text
+    with (
+        mock.patch.object(checkpoints.psutil, "virtual_memory", lambda: room),
+        mock.patch.object(torch, "save", save),
+        mock.patch.object(Path, "write_text", write_text),
+    ):
         saver.save(engine, 1, {})
         with torch.no_grad():
             for parameter in engine.module.parameters():

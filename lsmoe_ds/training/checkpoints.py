@@ -115,7 +115,9 @@ class Saver:
                 for write in writes:
                     write.result()
             except (OSError, RuntimeError) as error:
-                own.write_text(str(error))
+                note = own.with_name(f".{own.name}")
+                note.write_text(str(error))
+                note.rename(own)  # whole: an empty one says that all is well
                 raise
             own.touch()
             if not self.topology.is_main:
