@@ -159,12 +159,12 @@ def translate(
     if chosen is None:
         raise UserError("name the languages: --from en --to de, or --direction en-de")
     text = standard_input()
-    from lsmoe_ds.inference.engine import load_engine
+    from lsmoe_ds.inference.engine import find_direction, load_engine
     from lsmoe_ds.inference.stream import read_chunks
     from lsmoe_ds.inference.translate import translate_chunks
 
     loaded = load_engine(run, route, engine, chosen)
-    chosen = loaded.languages.find(chosen)
+    chosen = find_direction(loaded, chosen)
     for line in translate_chunks(loaded, chosen, read_chunks(text), beam, length_penalty):
         print(line, flush=True)
 

@@ -19,6 +19,10 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted
 
 BLOCK = 1 << 20
+# What a path can be guilty of, so that it is told in a sentence; anything else is a fault of the program or the machine.
+UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+}
 
 
 def sha256(path: Path) -> str:
@@ -279,7 +283,7 @@ def explain_errors(path: Path) -> Iterator[None]:
         # numpy tells of a write that came short without an errno
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
             raise UserError(f"the disk is full: {path} cannot be written; what was there before is untouched") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in UNWRITABLE:
             raise UserError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
         raise
 

@@ -12,6 +12,7 @@ from functools import cache
 from lsmoe_ds.parallel.membership import guess_rank
 
 SHOWN = 8  # names in one sentence
+LINE_EVERY = 30.0  # seconds between two lines of progress in a log that is no terminal
 
 
 def listed(names: Iterable[str], between: str = ", ") -> str:

@@ -122,7 +122,7 @@ def test_systems_of_different_quality(tmp_path, capsys) -> None:
     same = compare_runs([runs[0], runs[0]], samples=100, progress=False)
     assert same.mean["bleu"][1].difference == 0 and same.mean["bleu"][1].p_randomization == 1 and not same.mean["bleu"][1].differs
     shown = CliRunner().invoke(app, ["compare", str(runs[0]), str(runs[1]), "--directions", "en-de", "--samples", "100"])
-    assert shown.exit_code == 0 and "mean of" not in shown.stdout and re.search(r"\+\d+\.\d \[\+\d", shown.stdout)
+    assert shown.exit_code == 0 and "mean of" not in shown.stdout and re.search(r"\+\d+\.\d\d \[\+\d", shown.stdout)
     value = json.loads(CliRunner().invoke(app, ["compare", *map(str, runs[:2]), "--samples", "100", "--seed", "3", "--json"]).stdout)
     assert value["seed"] == 3 and "seed:3" in value["signatures"]["bleu"][0]
 
@@ -130,9 +130,9 @@ def test_systems_of_different_quality(tmp_path, capsys) -> None:
 def test_systems_that_were_asked_something_else_are_refused(tmp_path) -> None:
     base = write_system(tmp_path / "base", 0.3)
     for name, question, message in (
-        ("limited", {"limit": 3}, "limit is None in the first and 3 in the second"),
+        ("limited", {"limit": 3}, "limit is none in the first and 3 in the second"),
         ("shared", {"route": "shared"}, "route is specific in the first and shared in the second"),
-        ("words", {"tokenize": "char"}, "tokenize is None in the first and char in the second"),
+        ("words", {"tokenize": "char"}, "tokenize is none in the first and char in the second"),
     ):
         other = write_system(tmp_path / name, 0.2, **question)
         with pytest.raises(UserError, match=f"were not asked the same question: {message}"):
@@ -143,7 +143,7 @@ def test_systems_that_were_asked_something_else_are_refused(tmp_path) -> None:
     assert compare_runs([base, shared.with_suffix("")], ["en-de"], samples=100, progress=False).systems[1].table.route == "shared"
     assert compare_runs([base, tmp_path / "words"], ["en-de"], "char", 100, progress=False)
     (limited,) = (tmp_path / "limited" / "scores").glob("*.json")
-    with pytest.raises(UserError, match="limit is None"):
+    with pytest.raises(UserError, match="limit is none"):
         compare_runs([base, limited], samples=100, progress=False)
     fewer = write_system(tmp_path / "fewer", 0.2, (EN_DE, EN_FR))
     for pair in ([base, fewer], [fewer, base]):

@@ -128,10 +128,17 @@ def test_a_dense_model_is_used_without_deepspeed_and_megatron(run, tmp_path):
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_folder_is_replaced_only_if_it_was_converted(run, tmp_path):
+def test_a_folder_is_replaced_only_if_it_was_converted(run, tmp_path, capsys):
     out = tmp_path / "dense"
     convert_to_dense(run, EN_DE, out)
+    assert "is replaced" not in capsys.readouterr().err
     convert_to_dense(run, FR_EN, out)
+    assert f"lsmoe: {out} is replaced: it held dense, en-de, of step 2\n" in capsys.readouterr().err
+    (out / "scores.json").write_text("{}")
+    (out / "README.md").write_text("changed")
+    with pytest.raises(UserError, match=r"dense holds scores\.json, which would be lost: choose another folder with --out"):
+        convert_to_dense(run, EN_DE, out)
+    (out / "scores.json").unlink()
     assert load_recipe(out / "recipe.yaml").data.directions == ["fr-en"]
     foreign = tmp_path / "foreign"
     foreign.mkdir()

@@ -66,7 +66,8 @@ def test_every_reader_refuses_data_that_were_prepared_otherwise(made: Path, chan
     for read in readers:
         with pytest.raises(UserError) as error:
             read()
-        assert str(error.value).startswith(f"'{key}' is {now}, but {made}/prepared/small was prepared with {was}: ")
+        before = "was prepared without it" if was == "nothing" else f"was prepared with {was}"
+        assert str(error.value).startswith(f"'{key}' is {now}, but {made}/prepared/small {before}: ")
     assert not (made / "new").exists()
 
 
@@ -92,6 +93,21 @@ def test_a_given_vocabulary_does_not_depend_on_how_one_would_be_trained(made: Pa
     files = [{"file": made / "vocabulary.model", "size": 120, **more} for more in ({}, COVERAGE, {"sentences": 7})]
     first, *others = (settings_of(recipe(made, vocabulary=file, temperature=t)) for file, t in zip(files, (1.0, 2.0, 5.0), strict=True))
     assert all(other == first for other in others) and "temperature" not in first
+
+
+def test_a_vocabulary_is_known_by_its_content(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a model trained here starts from is the vocabulary that was prepared, in another place."""
+    same = recipe(made, "tuned", name="small", vocabulary={"file": made / "vocabulary.model", "size": 120}, temperature=2.0)
+    assert PreparedData.of(same).folder == made / "prepared" / "small"
+    capsys.readouterr()
+    prepare(same)
+    assert "up to date" in capsys.readouterr().err
+    for wrong, now in (({"size": 121}, "121"), ({"type": "bpe"}, "bpe")):
+        with pytest.raises(UserError, match=f"'data.vocabulary.{next(iter(wrong))}' is {now}, but .* was prepared with"):
+            PreparedData.of(recipe(made, name="small", vocabulary={"file": made / "vocabulary.model", "size": 120, **wrong}))
+    (made / "changed.model").write_bytes((made / "vocabulary.model").read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"'data.vocabulary.file' is .*changed.model, but .* was prepared without it"):
+        PreparedData.of(recipe(made, name="small", vocabulary={"file": made / "changed.model", "size": 120}))
 
 
 def test_recipes_share_data_by_name(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, train_and_save, write_corpus
@@ -15,6 +17,7 @@ from lsmoe_ds.evaluation.parts import merge
 from lsmoe_ds.evaluation.report import render_report
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.inference.beam_search import Search, beam_search, never_generated
+from lsmoe_ds.inference.engine import find_direction
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import EOS, Direction, SentenceIds
 from lsmoe_ds.part import Part
@@ -80,3 +83,9 @@ def test_a_direction_that_was_not_trained(scarce_run, tmp_path, capsys):
     assert table.directions[0].samples[0].hypothesis == " ".join(vocabulary.decode(found.tokens).split()) != ""
     with pytest.raises(UserError, match="direction de-xx is not in this system"):
         evaluate(scarce_run, ["de-xx"], beam=1, progress=False)
+    assert find_direction(loaded, Direction("deu", "xx")) == Direction("de", "xx")
+    assert find_direction(loaded, Direction("deu", "en")) == Direction("de", "en")
+    with pytest.raises(UserError, match="language 'fr' is not in this system"):
+        find_direction(loaded, Direction("de", "fr"))
+    with pytest.raises(UserError, match="direction de-xx is not in this system"):  # as of a folder of one direction
+        find_direction(replace(loaded, kind="dense"), Direction("de", "xx"))

@@ -1,10 +1,13 @@
-"""Names of files that others wrote down: only those of files below a folder are read."""
+"""Names of files that others wrote down, and places that cannot be written."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from lsmoe_ds.folders import damage, describe_files, is_plain
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import damage, describe_files, is_plain, locked, replaced
 
 
 @pytest.mark.parametrize("name", ["a.txt", "train/de-en/de.txt", ".hidden", "a..b", "mp_rank_00_model_states.pt"])
@@ -23,6 +26,15 @@ def test_a_manifest_cannot_name_a_file_outside_of_its_folder(tmp_path):
     (tmp_path / "outside").write_text("there")
     files = {"../outside": describe_files(tmp_path, ["outside"])["outside"]}
     assert "only files below" in (damage(folder, files, verify=True) or "")
+
+
+@pytest.mark.parametrize("path", ["/proc/none/here", "{}/file/below", "{}/" + "x" * 300])
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, path):
+    (tmp_path / "file").touch()
+    place = Path(path.format(tmp_path))
+    for write in (locked, replaced):
+        with pytest.raises(UserError, match=r"cannot be written: .* \("), write(place):
+            pass
 
 
 def test_the_checksum_is_compared_only_when_asked_for(tmp_path):

@@ -157,6 +157,12 @@ def without_experts(root: Path, recipe: Recipe) -> Recipe:
     return changed(recipe, model={"encoder": {"layers": 2, "feed_forward": 24}})
 
 
+def fewer_languages(root: Path, recipe: Recipe) -> Recipe:
+    stored = root / "model" / "vocabulary.model"
+    directions = {"languages": ["de"], "directions": ["de-en", "en-de"], "vocabulary": {"file": stored, "size": 140}}
+    return changed(recipe, data={"directory": root / "fewer", **directions})
+
+
 def from_folder(name: str):
     return lambda root, recipe: changed(recipe, training={"start_from": root / name})
 
@@ -188,6 +194,10 @@ def foreign(root: Path, recipe: Recipe) -> Recipe:
         (other_vocabulary, r"vocabulary is not the prepared one: set data.vocabulary.file to .*model/vocabulary.model and prepare again"),
         (narrower, r"encoder.0.feed_forward.contract.weight should be \(16, 16\), found \(16, 24\)"),
         (without_experts, r"encoder.1.feed_forward.* found None"),
+        (
+            fewer_languages,
+            "layers of the model know its directions, and the recipe lacks en-fr, fr-en: give the",
+        ),
         (from_folder("trained"), "trained is a run: `lsmoe convert .*trained --to consolidated --out DIR` makes a folder"),
         (from_folder("none"), "there is no folder .*none"),
         (from_folder("data"), "data is neither a run folder"),

@@ -136,6 +136,15 @@ def test_sets_of_one_name_are_told_apart_by_their_text(tmp_path) -> None:
     assert read_own([str(tmp_path / "set")], "test", [EN_DE]).split != first
 
 
+def test_text_that_is_named_like_training_text_is_said(tmp_path, capsys) -> None:
+    for code, lines in TEXT.items():
+        write_lines(tmp_path / "m" / f"train.{code}", lines)
+    assert read_own([str(tmp_path / "m")], "test", [EN_DE]).sentences == 3
+    assert f"lsmoe: --test {tmp_path}/m: train.de is scored as a test set, and is named like training text\n" in capsys.readouterr().err
+    read_own(moses(tmp_path), "test", [EN_DE])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_file_named_by_another_code_of_its_language(tmp_path) -> None:
     write_lines(tmp_path / "a.no", ["Ja."])
     write_lines(tmp_path / "a.en", ["Yes."])

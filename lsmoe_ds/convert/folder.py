@@ -38,7 +38,7 @@ from lsmoe_ds.folders import (
     replaced,
     write_json,
 )
-from lsmoe_ds.notices import counted
+from lsmoe_ds.notices import counted, listed, notice
 from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.run_folder import list_checkpoints, step_of
 
@@ -204,6 +204,8 @@ def write_folder(
     without one there is none.
     """
     check_writable(out)
+    if (replaced_one := read_json(out / PROVENANCE)) is not None:
+        notice(f"{out} is replaced: it held {_describe(replaced_one)}")
     with locked(out), replaced(out) as new, explain_errors(out):
         (new / VOCABULARY).write_bytes(vocabulary if isinstance(vocabulary, bytes) else vocabulary.read_bytes())
         names = write(new, tensors, recipe, new / VOCABULARY, **options)
@@ -215,6 +217,12 @@ def write_folder(
     return files
 
 
+def _describe(provenance: Mapping[str, Any]) -> str:
+    """Say what a converted folder holds: ``dense, en-de, of step 200``."""
+    kind, direction, step = (provenance.get(key) for key in ("kind", "direction", "step"))
+    return ", ".join(str(each) for each in (kind, direction, None if step is None else f"of step {step}") if each is not None)
+
+
 def name_of(out: Path) -> str:
     """Return the name of a recipe for a folder."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", out.name).lstrip("._-") or "model"
@@ -224,6 +232,12 @@ def check_writable(out: Path) -> None:
     """Raise UserError if the path holds something that `lsmoe convert` did not make, or nothing can be written there."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
-    if out.is_dir() and any(out.iterdir()) and (read_json(out / PROVENANCE) or {}).get("format") != FORMAT:
-        raise UserError(f"{out} is not empty and was not made by `lsmoe convert`: choose another folder with --out")
+    if out.is_dir() and any(out.iterdir()):
+        provenance = read_json(out / PROVENANCE) or {}
+        if provenance.get("format") != FORMAT:
+            raise UserError(f"{out} is not empty and was not made by `lsmoe convert`: choose another folder with --out")
+        files = provenance.get("files")
+        ours = {*(name.split("/")[0] for name in files or ()), PROVENANCE, CARD}
+        if others := sorted(path.name for path in out.iterdir() if path.name not in ours):
+            raise UserError(f"{out} holds {listed(others)}, which would be lost: choose another folder with --out, or remove this one")
     check_can_write(out.absolute().parent, "choose another folder with --out")

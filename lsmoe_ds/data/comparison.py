@@ -63,13 +63,18 @@ def _item(value: Any) -> str:
     return f"{value.get('path')} ({', '.join(str(each) for key, each in value.items() if key != 'path')})"
 
 
-def differences(prepared: Mapping[str, Any], recipe: Recipe, fewer: bool = False) -> Iterator[Difference]:
-    """Yield what a recipe says otherwise than the ``settings`` of prepared data. The order of directions
-    makes no difference.
+def differences(folder: Path, prepared: Mapping[str, Any], recipe: Recipe, fewer: bool = False) -> Iterator[Difference]:
+    """Yield what a recipe says otherwise than the ``settings`` of the prepared data in ``folder``.
 
-    With ``fewer`` the recipe may name fewer directions than were prepared.
+    The order of directions makes no difference, nor where a vocabulary comes from: a file with the same
+    content as the prepared one is the same. With ``fewer`` the recipe may name fewer directions than were
+    prepared.
     """
     now, was = settings_of(recipe), dict(prepared)
+    file = recipe.data.vocabulary.file
+    if file is not None and file.is_file() and (folder / VOCABULARY).is_file() and sha256(file) == sha256(folder / VOCABULARY):
+        was["vocabulary"] = {key: (was.get("vocabulary") or {}).get(key) for key in now["vocabulary"]} | {"file": now["vocabulary"]["file"]}
+        was.pop("temperature", None)  # only the sample that a vocabulary is trained on follows it
     for settings in (now, was):
         directions = settings.get("directions")
         settings["directions"] = sorted(map(str, directions)) if isinstance(directions, list) else directions
@@ -94,14 +99,16 @@ def check_settings(folder: Path, prepared: Mapping[str, Any], recipe: Recipe, ho
     ``home`` is the run or converted folder that the recipe is from; a converted folder serves some of the
     directions.
     """
-    found = next(differences(prepared, recipe, fewer=home is not None), None)
+    found = next(differences(folder, prepared, recipe, fewer=home is not None), None)
     if found is None:
         return
     was, now = found.values()
     todo = "set it back, run 'lsmoe data prepare' on the recipe, or give it a 'data.name' of its own"
     if home is not None:
         todo = f"they were prepared anew for another recipe; 'lsmoe data prepare {home / 'recipe.yaml'}' makes them anew"
-    raise UserError(f"'{found.key}' is {now}, but {folder} was prepared with {was}: {todo}")
+    before = f"was prepared with {was}" if found.was is not None else "was prepared without it"
+    given = f"is {now}" if found.now is not None else "is not set"
+    raise UserError(f"'{found.key}' {given}, but {folder} {before}: {todo}")
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

@@ -109,7 +109,7 @@ def state_of(recipe: Recipe) -> State:
     wrong = damage(folder, manifest["files"], verify=False)
     if wrong is not None:
         return State(wrong)
-    changed = next(differences(manifest["settings"], recipe), None)
+    changed = next(differences(recipe.prepared, manifest["settings"], recipe), None)
     if changed is not None:
         was, now = changed.values()
         return State(f"'{changed.key}' was {was} and is {now}")

@@ -131,8 +131,8 @@ class Comparison:
 def _cell(outcome: Outcome) -> str:
     if outcome.difference is None:
         return f"{outcome.score:.1f} ± {outcome.ci:.1f}"
-    between = f"[{outcome.low:+.1f}, {outcome.high:+.1f}]"
-    text = f"{outcome.difference:+.1f} {between}  p {outcome.p_bootstrap:.4f} / {outcome.p_randomization:.4f}"
+    between = f"[{outcome.low:+.2f}, {outcome.high:+.2f}]"
+    text = f"{outcome.difference:+.2f} {between}  p {outcome.p_bootstrap:.4f} / {outcome.p_randomization:.4f}"
     return escape(text) + (" *" if outcome.differs else "")
 
 
@@ -209,9 +209,9 @@ def _check_question(first: System, second: System, tokenized: bool) -> None:
         one, other = getattr(first.table, key), getattr(second.table, key)
         if one != other:
             raise UserError(
-                f"{first.path} and {second.path} were not asked the same question: {key.replace('_', ' ')} is {one} in the first and "
-                f"{other} in the second ({first.table.question}, {second.table.question}): evaluate them alike, or name records in "
-                f"RUN/scores"
+                f"{first.path} and {second.path} were not asked the same question: {key.replace('_', ' ')} is {one or 'none'} in the first "
+                f"and {other or 'none'} in the second ({first.table.question}, {second.table.question}): "
+                f"evaluate them alike, or name records in RUN/scores"
             )
 
 

@@ -24,9 +24,10 @@ from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
 from lsmoe_ds.evaluation.texts import SPLITS, Texts, check_split, read_held_out, read_own, tell_skipped
 from lsmoe_ds.inference.beam_search import Search
-from lsmoe_ds.inference.engine import Engine, load_engine
+from lsmoe_ds.inference.engine import Engine, load_engine, say_untrained
 from lsmoe_ds.inference.load import Loaded, check_route, with_direction
 from lsmoe_ds.inference.translate import translate_all
+from lsmoe_ds.notices import LINE_EVERY
 from lsmoe_ds.part import Part
 
 __all__ = ["SPLITS", "evaluate", "open_data"]
@@ -77,12 +78,8 @@ def evaluate(
         folder.claim(stored.home)
     judge = Comet.open(comet) if comet is not None else None
     tell_skipped(whole)
-    if untrained := [str(direction) for direction in whole.by_direction if direction not in languages]:
-        print(
-            f"lsmoe: the model was not trained on {', '.join(untrained)} (zero-shot)",
-            file=sys.stderr,
-            flush=True,
-        )
+    if untrained := [direction for direction in whole.by_direction if direction not in languages]:
+        say_untrained(untrained)
     loaded = load_engine(run, route)
     table = ScoreTable(
         loaded.recipe.name,
@@ -149,11 +146,17 @@ def _score(
     with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
         task = bar.add_task("translating", total=texts.sentences, rate="")
         began, translated = time.perf_counter(), 0
+        said = began
 
         def advance(count: int) -> None:
-            nonlocal translated
+            nonlocal translated, said
             translated += count
-            bar.update(task, advance=count, rate=f"{translated / (time.perf_counter() - began):.0f} sentences/s")
+            now = time.perf_counter()
+            rate = f"{translated / (now - began):.0f} sentences/s"
+            bar.update(task, advance=count, rate=rate)
+            if progress and not shown and now - said >= LINE_EVERY:
+                said = now
+                print(f"translated {translated:,} of {texts.sentences:,} sentences · {rate}", file=sys.stderr, flush=True)
 
         folder.make(question)
         for direction, (sources, references) in texts.by_direction.items():

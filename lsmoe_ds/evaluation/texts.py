@@ -21,6 +21,7 @@ from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import CODE, Direction, find_code, normalize_code
+from lsmoe_ds.notices import notice
 
 SPLITS = ("test", "dev")
 NAMED = 8  # directions that a notice names
@@ -136,6 +137,8 @@ def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str
         if layout == "moses" and len(parts[part.bitext]) > 1:
             first, second = (path / each.files[0].name.split(".")[0] for each in parts[part.bitext][:2])
             raise UserError(f"--test {path} holds more than one set, such as {first} and {second}: name one")
+    if named := [part.files[0].name for part in chosen if part.files[0].name.startswith("train")]:
+        notice(f"--test {path}: {named[0]} is scored as a test set, and is named like training text")
     if found and not parts:
         raise UserError(f"--test {path} has no {split} text: choose the other --split")
     return re.sub(r"\.tsv(\.gz)?$", "", path.resolve().name), parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,9 +13,10 @@ from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.ctranslate2 import CTranslate2
-from lsmoe_ds.inference.load import check_route, load
+from lsmoe_ds.inference.load import Loaded, check_route, load, with_direction
 from lsmoe_ds.languages import Direction, Languages, nearest
 from lsmoe_ds.model.guide import Route
+from lsmoe_ds.notices import listed, notice
 
 ENGINES = ("torch", "ctranslate2")
 
@@ -39,6 +40,25 @@ class Engine(Protocol):
     def search(self, sources: Sequence[Sequence[int]], direction: Direction, search: Search) -> list[Hypothesis]:
         """The best translation of each of B token sequences (without tag and EOS), which are one batch."""
         ...
+
+
+def find_direction(engine: Engine, direction: Direction) -> Direction:
+    """Return a direction in the codes of the engine's system. One that it was not trained on (zero-shot) is said on standard error.
+
+    Raises UserError for languages that the system lacks, and for a zero-shot direction that the model cannot take.
+    """
+    languages = engine.languages
+    own = Direction(languages.own(direction.source), languages.own(direction.target))
+    if own in languages.directions or not isinstance(engine, Loaded):
+        return languages.find(own)
+    with_direction(engine.recipe, engine.kind, own)
+    say_untrained([own])
+    return own
+
+
+def say_untrained(directions: Iterable[Direction]) -> None:
+    """Say on standard error which directions a model is used for that it was not trained on."""
+    notice(f"the model was not trained on {listed(map(str, directions))} (zero-shot)")
 
 
 def load_engine(path: str | Path, route: str = "specific", engine: str | None = None, direction: Direction | None = None) -> Engine:

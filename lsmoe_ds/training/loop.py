@@ -73,7 +73,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             change = checkpoints.describe_change(engine, found, topology)
             monitor.say(f"going on from {found}" + (f", {change}" if change else ""))
             if done >= training.steps:
-                monitor.say(f"{run} is at step {done:,} of {training.steps:,}: nothing is left to train")
+                beyond = f"of {training.steps:,}" if done == training.steps else f"beyond training.steps, which is {training.steps:,}"
+                monitor.say(f"{run} is at step {done:,} {beyond}: nothing is left to train")
         elif training.start_from is not None:
             monitor.say(f"starting from {training.start_from}")
         asked = interrupt.agreed(topology)

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lsmoe_ds.data.batching import Step
 from lsmoe_ds.folders import explain_errors, write_whole
+from lsmoe_ds.notices import LINE_EVERY
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.training.engine import SIDES, StepResult
 
-LINE_EVERY = 30.0  # seconds between two lines of a log that is no terminal
 SUMMED = ("loss", "nll", "distillation", "balance", "z_loss", "dropped", "gates")
 
 

@@ -10,14 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import PROVENANCE, find_model, read_weights
+from lsmoe_ds.convert.folder import PROVENANCE, Stored, find_model, read_weights
 from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import damage, locked, read_fields, sha256
 from lsmoe_ds.inference.load import empty_model
-from lsmoe_ds.notices import counted
+from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat, interrupt, joining, launch, watchdog
 from lsmoe_ds.parallel.membership import Membership, find
 from lsmoe_ds.parallel.topology import Topology, check_world
@@ -72,11 +72,27 @@ def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
         if sha256(stored.vocabulary) != sha256(vocabulary):
             raise UserError(f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and prepare again")
         weights = read_weights(stored)
-        empty_model(recipe, Vocabulary.load(vocabulary).size, Tensors.of(weights.tensors), Topology.single())
+        _check_same_model(recipe, stored, Vocabulary.load(vocabulary).size, Tensors.of(weights.tensors))
         if wrong := damage(stored.home, read_fields(stored.home / PROVENANCE, files=dict)["files"], verify=True):
             raise UserError(f"{stored.home} is damaged: {wrong}")
     except UserError as error:
         raise UserError(f"'training.start_from' is {folder}: {error}") from None
+
+
+def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: Tensors) -> None:
+    """Raise UserError unless these are the weights of a model of the recipe; if languages differ, they are named first."""
+    try:
+        empty_model(recipe, vocabulary, weights, Topology.single())
+    except UserError as error:
+        before, now = (set(each.languages.directions) for each in (stored.recipe, recipe))
+        if before == now:
+            raise
+        lacks = "the recipe lacks " + listed(map(str, sorted(before - now))) if before - now else ""
+        new = "it was not trained on " + listed(map(str, sorted(now - before))) if now - before else ""
+        raise UserError(
+            f"layers of the model know its directions, and {' and '.join(each for each in (lacks, new) if each)}: give the recipe the "
+            f"same data.directions, start from a folder of one direction (--to dense), or add languages with --to grown ({error})"
+        ) from None
 
 
 def train(recipe: Recipe, run: Path, processes: int | None) -> int:
