@@ -170,8 +170,9 @@ def resolved(path: Path) -> Path:
     """
     try:
         return path.resolve()
-    except (RuntimeError, OSError):  # which of them a loop raises depends on Python's version
-        raise UserError(f"{path} cannot be used: its symbolic links lead in a circle") from None
+    except (RuntimeError, OSError) as error:
+        circle = isinstance(error, RuntimeError) or error.errno == errno.ELOOP  # which of them depends on Python's version
+        raise UserError(f"{path} cannot be used: {'its symbolic links lead in a circle' if circle else error.strerror}") from None
 
 
 def check_can_write(folder: Path, instead: str, make: bool = True) -> None:
