@@ -170,9 +170,11 @@ def resolved(path: Path) -> Path:
     """
     try:
         return path.resolve()
-    except (RuntimeError, OSError) as error:
-        circle = isinstance(error, RuntimeError) or error.errno == errno.ELOOP  # which of them depends on Python's version
-        raise UserError(f"{path} cannot be used: {'its symbolic links lead in a circle' if circle else error.strerror}") from None
+    except (RuntimeError, OSError) as error:  # which of them a loop of links raises depends on Python's version
+        reason = "its symbolic links lead in a circle"
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            reason = str(error.strerror)
+        raise UserError(f"{path} cannot be used: {reason}") from None
 
 
 def check_can_write(folder: Path, instead: str, make: bool = True) -> None:
