@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_corpora import pairs, recipe, sentence, write_fetched, write_lines
@@ -196,6 +197,27 @@ def test_one_side_of_a_set_of_iwslt(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_lines(tmp_path / "m/IWSLT14.TED.tst2010.de-en.de.xml", [f"<seg>{sentence('de', 900)}</seg>"])
     (said,) = notices(recipe(tmp_path, corpora=[{"path": str(tmp_path / "m"), "format": "iwslt"}], languages=["de"]), capsys)
     assert "has IWSLT14.TED.tst2010.de-en.de.xml but no file for en beside it: no test set of de-en" in said
+
+
+def test_a_model_to_start_from_with_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said where sets are chosen by other settings than those that the base was prepared by."""
+    corpora = [table(tmp_path, "a.tsv", "de", "en", 200)]
+    base = recipe(tmp_path, "base", corpora=corpora, languages=["de"])
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/recipe.yaml").write_text(base.to_yaml(), encoding="utf-8")
+    vocabulary = {"file": str(prepare(base).folder / "vocabulary.model"), "size": 120}
+
+    def tuned(name: str, **data: Any) -> list[str]:
+        made = recipe(tmp_path, name, **{"corpora": corpora, "languages": ["de"], "vocabulary": vocabulary, **data})
+        training = made.training.model_copy(update={"start_from": tmp_path / "base"})
+        return notices(made.model_copy(update={"training": training}), capsys)
+
+    assert tuned("same") == []
+    same, there = (tmp_path / f"prepared/{name}/test/de-en/en.txt" for name in ("same", "base"))
+    assert same.read_text(encoding="utf-8") == there.read_text(encoding="utf-8")
+    (said,) = tuned("other", corpora=[table(tmp_path, "b.tsv", "de", "en", 150, start=100)], held_out={"dev": 5, "test": 5})
+    assert said.startswith(f"warning: 'data.corpora', 'data.held_out' are not as in {tmp_path}/base/recipe.yaml: that model may have been")
+    assert tuned("none", held_out={"dev": 0, "test": 0}) == []  # no set is chosen
 
 
 def test_languages_that_a_corpus_of_many_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,6 +189,7 @@ class _Preparation:
         self.notices.of_sets(self.bitexts, claims)
 
     def _make_vocabulary(self) -> Vocabulary:
+        self.notices.of_start(self.recipe, self.bitexts)
         settings, codes = self.data.vocabulary, self.languages.codes
         task = self.progress.add_task("training the vocabulary", total=None)
         vocabulary = train_vocabulary(self._sample(), settings, codes) if settings.file is None else read_vocabulary(settings, codes)
