@@ -37,6 +37,11 @@ class Notices:
         """Note training text, or a dev or test set, without a sentence."""
         self._empty.append(part)
 
+    def of_file(self, text: str) -> None:
+        """Write what is amiss with a file, once of one that serves several bitexts."""
+        if text not in self.texts:
+            self.texts.append(text)
+
     def published(self, bitext: Bitext, split: str, corpora: Sequence[str]) -> None:
         """Note which corpora bring a set of a bitext; the first one serves."""
         for number, corpus in enumerate(corpora):
@@ -135,11 +140,6 @@ class Notices:
             are = f"{counted(both, 'sentence')} {'is' if both == 1 else 'are'}"
             self.texts.append(f"warning: {are} in a dev set and in a test set that corpora bring: dev scores may flatter")
 
-
-def _set(split: str) -> str:
-    return "training text" if split == "train" else f"{split} set"
-
-
     def of_start(self, recipe: Recipe, bitexts: Sequence[Bitext]) -> None:
         """Write of a model to start from whose recipe has other data: its training text may hold sentences of sets chosen here."""
         chosen = any(bitext.size(split) for bitext in bitexts for split in HELD_OUT if split not in bitext.own)
@@ -162,6 +162,11 @@ def _unlike(first: Any, second: Any) -> bool:
     """Tell whether two settings differ in more than their order."""
     both = [sorted(map(repr, each)) if isinstance(each, list) else each for each in (first, second)]
     return bool(both[0] != both[1])
+
+
+def _set(split: str) -> str:
+    return "training text" if split == "train" else f"{split} set"
+
 
 def why_no_text(found: Sequence[Search], bitext: str) -> str:
     """Return `` (corpus a has pt ...)``, what corpora without text for a bitext have of it, or an empty string."""
