@@ -46,8 +46,9 @@ class Part:
     width: int = 2  # columns of a table
 
     def pairs(self, tell: Callable[[str], None] = notice) -> Iterator[tuple[str, str]]:
-        """Yield pairs of texts, in the order of the bitext's name, as the files have them; ``tell`` is told what
-        is amiss with the files but can be read.
+        """Yield pairs of texts, in the order of the bitext's name, as the files have them.
+
+        ``tell`` is told what may be wrong with files that can be read.
         """
         if self.reader == "table":
             yield from self._table(tell)
@@ -73,8 +74,9 @@ class Part:
             yield cells[self.columns[0]], cells[self.columns[1]]
         if rows and quoted / rows >= QUOTED:
             tell(
-                f"warning: {self.files[0]}: {quoted / rows:.0%} of the rows have a field that begins and ends with a quote mark: "
-                "quote marks are text here; if they only enclose the fields, write the table without them"
+                f"warning: {self.files[0]}: {quoted / rows:.0%} of the rows have a field that begins and ends "
+                "with a quote mark: quote marks are text here; if they only enclose the fields, write the table "
+                "without them"
             )
 
 
@@ -141,7 +143,8 @@ def _hint_at_path(name: str) -> str:
     folder = os.path.isdir(os.path.dirname(name) or ".")
     if not name or not (os.path.exists(name) or (folder and glob.glob(f"{glob.escape(name)}.*"))):
         return ""
-    return f"; for the text in {name} write {{path: {name}, format: F}}, where F is one of {', '.join(FORMATS)}"
+    formats = ", ".join(FORMATS)
+    return f"; for the text in {name} write {{path: {name}, format: F}}, where F is one of {formats}"
 
 
 def _in_order(path: Path, pair: tuple[str, str]) -> bool:
@@ -281,7 +284,8 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     for path in _readable(folder.glob("*.*") if folder.is_dir() else ()):
         stem, spelling, text = _stem_and_code(path, recipes)
         bare = _plain(path).with_suffix("")  # which comes before the one with .txt
-        if path.is_file() and (corpus.path.is_dir() or stem == corpus.path.name) and not (text and plain_or_gz(bare).is_file()):
+        hidden = text and plain_or_gz(bare).is_file()
+        if path.is_file() and not hidden and (corpus.path.is_dir() or stem == corpus.path.name):
             stems.setdefault(stem, []).append((spelling, path))
     if not stems:
         name = f"{corpus.path / 'STEM'}.CODE" if corpus.path.is_dir() else f"{corpus.path}.CODE"
@@ -313,7 +317,8 @@ def _hint(path: Path, recipes: Iterable[str]) -> str:
     stem, code, _ = _stem_and_code(path, recipes)
     if not plain_or_gz(path).is_file() or not is_known(normalize_code(code)):
         return ""
-    return f"; {path} is a file itself: write 'path: {path.with_name(stem)}', without the ending that names its language"
+    without = f"write 'path: {path.with_name(stem)}', without the ending that names its language"
+    return f"; {path} is a file itself: {without}"
 
 
 def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:

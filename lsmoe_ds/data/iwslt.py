@@ -1,4 +1,4 @@
-"""Read the two kinds of files that IWSLT has: ``train.tags.de-en.de``, one sentence a line between tags, and the XML sets.
+"""Read the two kinds of files that IWSLT has: ``train.tags.de-en.de``, lines between tags, and the XML sets.
 
 The files are not always well-formed XML (a bare ``&`` or ``<``). No XML parser reads them, so that no entity
 of a file is ever expanded, either.
@@ -18,8 +18,8 @@ from lsmoe_ds.notices import counted
 
 # Lines about a talk. Titles and descriptions are translated, and count as text, as is usual with IWSLT's data.
 ABOUT = re.compile(
-    r"\s*(<\?xml\b|</?(doc|url|keywords|speaker|talkid|videourl|videopath|date|transcript|transcription|reviewers?|translators?)"
-    r"(\s[^<>]*)?/?>)",
+    r"\s*(<\?xml\b|</?(doc|url|keywords|speaker|talkid|videourl|videopath|date"
+    r"|transcript|transcription|reviewers?|translators?)(\s[^<>]*)?/?>)",
     re.IGNORECASE,
 )
 TITLE = re.compile(r"^\s*<(title|description)>\s*|\s*</(title|description)>\s*$", re.IGNORECASE)
@@ -40,7 +40,10 @@ class Segment:
 
 
 def read_tagged(path: Path) -> Iterator[str]:
-    """Yield the sentences of a ``train.tags`` file: all lines but those about the talk; titles and descriptions without their tags."""
+    """Yield the sentences of a ``train.tags`` file: all lines but those about the talk.
+
+    Titles and descriptions have lost their tags.
+    """
     for line in read_lines(path):
         if not ABOUT.match(line):
             yield TITLE.sub("", line)
@@ -55,7 +58,8 @@ def read_segments(path: Path) -> Iterator[Segment]:
         if name.lower() == "doc":
             document = "" if closes else _attribute(attributes, "docid")
         elif not closes:
-            text = "" if attributes.endswith("/") else html.unescape(content[tag.end() : following.start() if following else None])
+            end = tag.end() if attributes.endswith("/") else following.start() if following else len(content)
+            text = html.unescape(content[tag.end() : end])
             lines = (line.strip() for line in re.split(r"[\r\n]+", text))
             yield Segment(document, _attribute(attributes, "id"), " ".join(line for line in lines if line))
 
@@ -67,8 +71,9 @@ def _attribute(attributes: str, name: str) -> str:
 
 
 def pair_segments(first: Path, second: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, str]]:
-    """Yield the segments of two files that have the same docid and id; ``tell`` is told how many only one of them has.
+    """Yield the segments of two files that have the same docid and id.
 
+    ``tell`` is told of those that only one file has.
     Unless each segment of both has an id of its own, they are paired in their order. Raises UserError if then
     their counts differ, and if no segment has a counterpart.
     """
@@ -83,9 +88,7 @@ def pair_segments(first: Path, second: Path, tell: Callable[[str], None]) -> Ite
         raise UserError(f"{first} has {has} and {second} has {too}, but none has a docid and an id that are in both")
     if alone := sum(len(side) - len(both) for side in sides):
         lacks = [f"{path} lacks {len(other) - len(both)}" for path, other in ((first, sides[1]), (second, sides[0]))]
-        tell(
-            f"warning: {counted(alone, 'segment')} {'is' if alone == 1 else 'are'} left out, whose docid and id only one file has: "
-            f"{' and '.join(lacks)}"
-        )
+        are = f"{counted(alone, 'segment')} {'is' if alone == 1 else 'are'}"
+        tell(f"warning: {are} left out, whose docid and id only one file has: {' and '.join(lacks)}")
     for key in both:
         yield texts[0][key], texts[1][key]

@@ -1,4 +1,7 @@
-"""Read files line by line, as UTF-8, compressed by gzip or not; a wrong byte is reported with its file and line."""
+"""Read files line by line, as UTF-8, compressed by gzip or not.
+
+A wrong byte is reported with its file and line.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.recipe_file import read_mapping
 
-CHOOSE = ("corpora", "directions", "cleaning", "held_out")  # settings that the choice of dev and test sentences depends on
+# Settings that the choice of dev and test sentences depends on.
+CHOOSE = ("corpora", "directions", "cleaning", "held_out")
 OF_MANY = ("flores", "ntrex")  # layouts that have the same text in many languages
 
 
@@ -141,7 +142,10 @@ class Notices:
             self.texts.append(f"warning: {are} in a dev set and in a test set that corpora bring: dev scores may flatter")
 
     def of_start(self, recipe: Recipe, bitexts: Sequence[Bitext]) -> None:
-        """Write of a model to start from whose recipe has other data: its training text may hold sentences of sets chosen here."""
+        """Write of a model to start from whose recipe has other data.
+
+        Its training text may hold sentences of the sets that are chosen here.
+        """
         chosen = any(bitext.size(split) for bitext in bitexts for split in HELD_OUT if split not in bitext.own)
         start = recipe.training.start_from
         if start is None or not chosen or not (start / "recipe.yaml").is_file():
@@ -153,8 +157,9 @@ class Notices:
         own, theirs = settings_of(recipe), stored.get("data")
         if isinstance(theirs, dict) and (other := [f"'data.{key}'" for key in CHOOSE if _unlike(own[key], theirs.get(key))]):
             self.texts.append(
-                f"warning: {listed(other)} {'is' if len(other) == 1 else 'are'} not as in {start / 'recipe.yaml'}: that model may have "
-                "been trained on dev and test sentences that were chosen here (docs/recipe.md, Starting from a model)"
+                f"warning: {listed(other)} {'is' if len(other) == 1 else 'are'} not as in {start / 'recipe.yaml'}: "
+                "that model may have been trained on dev and test sentences that were chosen here "
+                "(docs/recipe.md, Starting from a model)"
             )
 
 
