@@ -178,6 +178,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("a stage in quotes", recipe(lambda r: r.update(deepspeed={"zero_optimization": {"stage": "1"}})), TRAIN, "it should be a mapping with a 'stage'"),
     ("an empty path", recipe(lambda r: r["data"].update(corpora=[{"path": "", "format": "moses"}])), ["data", "prepare", "bad.yaml"], "there is no text for de-en in the corpora of the recipe (.)"),
     ("a language without direction", recipe(lambda r: r["data"].update(languages=["de", "fr"], directions=["en-de"])), TRAIN, "names fr, which none of 'directions' has"),
+    ("a direction without language", recipe(lambda r: r["data"].update(languages=["de", "en"], directions=["en-de", "en-pt_BR"])), TRAIN, "'languages' lacks pt_BR, which 'directions' has: add it, or leave 'languages' out"),
     ("direction twice", recipe(lambda r: r["data"].update(directions=["en-de", "en-de"])), TRAIN, "'directions' names en-de twice"),
     ("language twice", recipe(lambda r: r["data"].update(languages=["de", "de"], directions=[])), TRAIN, "'languages' names de twice"),
     ("corpus twice", recipe(lambda r: r["data"].update(corpora=[{"path": "a", "format": "moses"}, {"path": "./a", "format": "moses"}, {"path": "a", "format": "tsv"}])), TRAIN, "the corpus a is there twice"),
@@ -197,7 +198,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("no such file", recipe(lambda r: r["data"].update(corpora=[{"path": "none.tsv", "format": "tsv"}])), PREPARE, "none.tsv"),
     ("corpus not UTF-8", with_corpus(b"en\tde\tfr\na b c\t\xff\xfe\tg\n"), PREPARE, "bad.tsv"),
     ("empty corpus", with_corpus(""), PREPARE, "bad.tsv"),
-    ("unequal lines", moses, PREPARE, "p.de has 1 line but p.en has more"),
+    ("unequal lines", moses, PREPARE, "p.de has 1 line but p.en has "),
     ("language not in the corpora", recipe(lambda r: r["data"].update(languages=["uk"], directions=[])), PREPARE, "uk"),
     ("vocabulary too large", recipe(lambda r: r["data"]["vocabulary"].update(size=50000)), PREPARE, "50000"),
     # prepared data, processes, runs

@@ -73,6 +73,82 @@ def test_iwslt(tmp_path: Path) -> None:
     assert next(iter(held[0].pairs())) == (f"{sentence('de', 0)} Q&A &big;", f"{sentence('en', 0)} Q&A &big;")
 
 
+def write_set(folder: Path, code: str, lines: list[str]) -> None:
+    write_lines(folder / f"IWSLT14.TED.dev2010.de-en.{code}.xml", lines)
+
+
+def read_set(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """The pairs of a set, and what is told of it."""
+    told: list[str] = []
+    (part,) = found(folder, "iwslt", "de-en")
+    return list(part.pairs(told.append)), told
+
+
+def test_segments_of_iwslt_are_paired_by_their_ids(tmp_path: Path) -> None:
+    """One side lacks 2 of the first document, the other one 1 of the second: both have three."""
+    for code, ids in (("de", ([1, 3], [1])), ("en", ([1, 2, 3], []))):
+        lines = []
+        for document, numbers in enumerate(ids, 7):
+            lines += [
+                f'<doc docid="{document}" genre="lectures">',
+                *(f"<seg id='{n}'> {code} {document}.{n} </seg>" for n in numbers),
+                "</doc>",
+            ]
+        write_set(tmp_path, code, lines)
+    content, told = read_set(tmp_path)
+    assert content == [("de 7.1", "en 7.1"), ("de 7.3", "en 7.3")]
+    (said,) = told
+    assert said.startswith("warning: 2 segments are left out, whose docid and id only one file has: ")
+    assert said.endswith("de.xml lacks 1 and " + str(tmp_path / "IWSLT14.TED.dev2010.de-en.en.xml") + " lacks 1")
+
+
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        (['<seg id="1">over', "  two lines", "", "</seg>", '<seg id="2">next</seg>'], ["over two lines", "next"]),
+        (['<seg id="1"> R&D & a < b &amp; c&#10;d </seg><seg id="2"></seg>', '<SEG id="3"/>'], ["R&D & a < b & c d", "", ""]),
+        (['<seg id="1">never closed', '<seg id="2">next</seg>'], ["never closed", "next"]),
+        (["<seg>no</seg>", "<seg>ids</seg>"], ["no", "ids"]),
+        (['<doc><seg id="1">first</seg></doc>', '<doc><seg id="1">second</seg></doc>'], ["first", "second"]),
+    ],
+)
+def test_no_segment_of_iwslt_is_lost(tmp_path: Path, lines: list[str], texts: list[str]) -> None:
+    for code in ("de", "en"):
+        write_set(tmp_path, code, lines)
+    assert read_set(tmp_path) == ([(text, text) for text in texts], [])
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["<seg>1</seg>"], r"de-en.en.xml has 1 segment but .*de-en.de.xml has 2: aligned files need one segment for each"),
+        (
+            ['<doc docid="x">', '<seg id="1">1</seg>'],
+            r"de.xml has 2 segments and .*en.xml has 1 segment, but none has a docid and an id that",
+        ),
+        ([], r"de.xml has 2 segments and .*en.xml has 0 segments"),
+    ],
+)
+def test_segments_of_iwslt_that_do_not_fit(tmp_path: Path, lines: list[str], says: str) -> None:
+    write_set(tmp_path, "de", ['<seg id="1">1</seg>', '<seg id="2">2</seg>'])
+    write_set(tmp_path, "en", lines)
+    with pytest.raises(UserError, match=says):
+        read_set(tmp_path)
+
+
+def test_only_lines_about_a_talk_are_no_text(tmp_path: Path) -> None:
+    about = ['<doc docid="1" genre="lectures">', "<url>u</url>", "<keywords>k</keywords>", "<speaker>s</speaker>", "<talkid>1</talkid>"]
+    after = ['<reviewer href="h">r</reviewer>', "<translator>t</translator>", "</doc>"]
+    text = ["<p>in a paragraph</p>", "<i>Hm</i>, he said", "< 5 and more", "<documents>"]
+    write_lines(tmp_path / "train.tags.de-en.de", [*about, "<title>T</title>", "<description>D</description>", *text, *after])
+    write_lines(tmp_path / "train.tags.de-en.en", [*about, "T", "D", *text])
+    (part,) = found(tmp_path, "iwslt", "de-en")
+    assert list(part.pairs()) == [(line, line) for line in ["T", "D", *text]]
+    write_lines(tmp_path / "train.tags.de-en.en", [*about, *text[1:], *after])
+    with pytest.raises(UserError, match=r"de-en.en has 3 text lines but .*de-en.de has 6: aligned files need one text line for"):
+        list(part.pairs())
+
+
 def test_moses_and_tsv(tmp_path: Path) -> None:
     write_aligned(tmp_path / "news", "de", "en", 3)
     assert list(found(tmp_path / "news", "moses", "de-en", source="de", target="en")[0].pairs()) == pairs("de", "en", 3)
@@ -83,6 +159,37 @@ def test_moses_and_tsv(tmp_path: Path) -> None:
     assert list(found(tmp_path / "x.tsv", "tsv", "de-en", source="en", target="de")[0].pairs()) == [("Hallo", "Hello")]
     write_lines(tmp_path / "y.tsv", ["Hello\tHallo"])
     assert list(found(tmp_path / "y.tsv", "tsv", "de-en", source="en", target="de")[0].pairs()) == [("Hallo", "Hello")]
+
+
+def test_txt_may_follow_the_code(tmp_path: Path) -> None:
+    """Of two files of one language the one without .txt is read; what is no code before .txt is part of the stem."""
+    write_aligned(tmp_path / "train", "de", "en", 3)
+    for code in ("de", "en"):
+        (tmp_path / f"train.{code}").rename(tmp_path / f"train.{code}.txt")
+        write_lines(tmp_path / f"notes.v2.{code}.txt", ["x"])
+    write_lines(tmp_path / "read.me.first.txt", ["x"])
+    write_compressed(tmp_path / "train.en.txt")
+    for path in (tmp_path / "train", tmp_path):
+        part = found(path, "moses", "de-en")[-1]
+        assert list(part.pairs()) == pairs("de", "en", 3)
+    write_aligned(tmp_path / "train", "de", "en", 2)
+    assert len(list(found(tmp_path / "train", "moses", "de-en")[0].pairs())) == 2
+    with pytest.raises(UserError, match=r"train.de.txt is a file itself: write 'path: .*/train', without the ending that names"):
+        found(tmp_path / "train.de.txt", "moses", "de-en")
+
+
+@pytest.mark.parametrize("name", ["ok", "ok/", "ok.tsv", "sub/stem"])
+def test_a_path_in_the_place_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("ok/a.de", "ok.tsv", "sub/stem.de"):
+        write_lines(Path(file), ["x"])
+    with pytest.raises(
+        UserError, match=rf"there is no corpus '{name}' to fetch: .*; for the text in {name} write {{path: {name}, format: F"
+    ):
+        find_parts([name], tmp_path, ["de-en"])
+    for other in ("", "a\0/b", "x" * 5000, "[o]k"):
+        with pytest.raises(UserError, match=r"libreoffice-help$"):
+            find_parts([other], tmp_path, ["de-en"])
 
 
 def write_compressed(path: Path) -> None:
@@ -136,6 +243,9 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
         case "no header":
             write_lines(tmp_path / "x.tsv", ["Guten Morgen\tGood morning", "Ja\tYes"])
             return found(tmp_path / "x.tsv", "tsv", "de-en")
+        case "header in quotes":
+            write_lines(tmp_path / "x.tsv", ['"de"\t"en"', '"Ja"\t"Yes"'])
+            return found(tmp_path / "x.tsv", "tsv", "de-en")
         case "further columns":
             write_lines(tmp_path / "x.tsv", ["0.9\tJa\tYes"])  # a score that a miner of parallel text has written
             return found(tmp_path / "x.tsv", "tsv", "de-en", source="de", target="en")
@@ -169,7 +279,7 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("shorter", r"news.en has 2 lines but .*news.de has more"),
+        ("shorter", r"news.en has 2 lines but .*news.de has 3: aligned"),
         ("encoding", r"news.en, line 2: not UTF-8 \(byte 0xff at position 4\)"),
         ("one missing", r"there is no file .*news.en"),
         ("binary", r"news.en, line 1: the line is longer"),
@@ -181,7 +291,7 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
         ("half an opus", r"there is no file .*opus.de-en-test.en"),
         ("whole name", r"news.en is a file itself: write 'path: .*/news', without the ending that names its language$"),
         ("whole name, compressed", r"news.en.gz is a file itself: write 'path: .*/news', without the ending"),
-        ("one line", r"news.en has 1 line but .*news.de has more"),
+        ("one line", r"news.en has 1 line but .*news.de has 3"),
         ("columns", r"x.tsv, line 2: 2 columns between tabs were expected, .*; found 1"),
         ("further columns", r"x.tsv, line 1: 2 columns .*, as there is no first line of language codes; found 3"),
         ("ragged", r"x.tsv, line 3: 3 columns between tabs were expected, as in line 1; found 4"),
@@ -190,6 +300,7 @@ def bad(tmp_path: Path, case: str) -> list[Part]:
             "no header",
             r"x.tsv, line 1 names no languages \(found 'Guten Morgen', 'Good morning'\): .*'source:' and 'target:' in the",
         ),
+        ("header in quotes", r"x.tsv, line 1 names no languages .*: quote marks are text here: write the table without quotes around"),
         ("one code", r"x.tsv, line 1 names no languages \(found 'de', 'notes'\)"),
         ("gzip cut", r"news.en.gz is damaged: gzip cannot read it"),
         ("no gzip", r"news.en.gz is damaged: gzip cannot read it"),

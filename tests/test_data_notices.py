@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_corpora import pairs, recipe, sentence, write_fetched, write_lines
@@ -16,6 +17,8 @@ from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.summary import show
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.texts import read_own
+from lsmoe_ds.languages import Direction
 from lsmoe_ds.notices import counted, listed
 
 SPELLED = {"deu_Latn": "de", "eng_Latn": "en", "fra_Latn": "fr", "por_Latn": "fr"}
@@ -196,6 +199,52 @@ def test_one_side_of_a_set_of_iwslt(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_lines(tmp_path / "m/IWSLT14.TED.tst2010.de-en.de.xml", [f"<seg>{sentence('de', 900)}</seg>"])
     (said,) = notices(recipe(tmp_path, corpora=[{"path": str(tmp_path / "m"), "format": "iwslt"}], languages=["de"]), capsys)
     assert "has IWSLT14.TED.tst2010.de-en.de.xml but no file for en beside it: no test set of de-en" in said
+
+
+def test_segments_of_iwslt_that_one_side_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said by `prepare` and `show`, and where the folder is a test set of `evaluate`."""
+    moses(tmp_path / "m", "train.tags.de-en", 200)
+    for code, numbers in (("de", range(11)), ("en", range(1, 12))):
+        segments = [f'<seg id="{number}">\n{sentence(code, 900 + number)}\n</seg>' for number in numbers]
+        write_lines(tmp_path / f"m/IWSLT14.TED.tst2010.de-en.{code}.xml", segments)
+    settings = recipe(tmp_path, corpora=[{"path": str(tmp_path / "m"), "format": "iwslt"}], languages=["de"])
+    said, serving = notices(settings, capsys)
+    assert said.startswith("warning: 2 segments are left out, whose docid and id only one file has: ") and "brings the test set" in serving
+    assert {row.pairs for row in show(settings).rows if row.split == "test"} == {10}
+    texts = read_own([str(tmp_path / "m")], "test", [Direction("de", "en")])
+    assert texts.by_direction[Direction("de", "en")][1] == [sentence("en", 900 + number) for number in range(1, 11)]
+    assert f"lsmoe: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("quoted", "says"), [(19, None), (20, "10% of the rows have a field"), (200, "100% of the rows have a field")])
+def test_fields_in_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str], quoted: int, says: str | None) -> None:
+    lines = [f'"{a}"\t{b}\t{a}' if number < quoted else f"{a}\t{b}\t" for number, (a, b) in enumerate(pairs("de", "en", 200))]
+    write_lines(tmp_path / "x.tsv", ["de\ten\tfr", *lines])
+    corpora = [{"path": str(tmp_path / "x.tsv"), "format": "tsv"}]
+    settings = recipe(tmp_path, corpora=corpora, languages=["de", "fr"], cleaning={"script_share": 0.0}, held_out={"dev": 0, "test": 0})
+    said = [each for each in notices(settings, capsys) if "quote" in each]
+    assert [each.startswith(f"warning: {tmp_path}/x.tsv: {says}") for each in said] == ([True] if says else [])
+
+
+def test_a_model_to_start_from_with_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said where sets are chosen by other settings than those that the base was prepared by."""
+    corpora = [table(tmp_path, "a.tsv", "de", "en", 200)]
+    base = recipe(tmp_path, "base", corpora=corpora, languages=["de"])
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/recipe.yaml").write_text(base.to_yaml(), encoding="utf-8")
+    vocabulary = {"file": str(prepare(base).folder / "vocabulary.model"), "size": 120}
+
+    def tuned(name: str, **data: Any) -> list[str]:
+        made = recipe(tmp_path, name, **{"corpora": corpora, "languages": ["de"], "vocabulary": vocabulary, **data})
+        training = made.training.model_copy(update={"start_from": tmp_path / "base"})
+        return notices(made.model_copy(update={"training": training}), capsys)
+
+    assert tuned("same") == []
+    same, there = (tmp_path / f"prepared/{name}/test/de-en/en.txt" for name in ("same", "base"))
+    assert same.read_text(encoding="utf-8") == there.read_text(encoding="utf-8")
+    (said,) = tuned("other", corpora=[table(tmp_path, "b.tsv", "de", "en", 150, start=100)], held_out={"dev": 5, "test": 5})
+    assert said.startswith(f"warning: 'data.corpora', 'data.held_out' are not as in {tmp_path}/base/recipe.yaml: that model may have been")
+    assert tuned("none", held_out={"dev": 0, "test": 0}) == []  # no set is chosen
 
 
 def test_languages_that_a_corpus_of_many_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_run
 from test_convert import EN_DE, FR_EN, PAIR_TOP2, global_weights, random_loaded
 
@@ -89,6 +90,15 @@ def test_directions_that_were_there_translate_as_before(run, tmp_path, encoder, 
         banks = [bank for name, bank in grown.model.named_modules() if name.endswith("_low_rank")]
         new = [bank.rows[grown.languages.id("cs")] for bank in banks]
         assert banks and all(not bank.flat[rows].any() and bank.vertical[rows].any() for bank, rows in zip(banks, new, strict=True))
+
+
+def test_directions_bring_their_languages(run, tmp_path):
+    """The languages that the trained model's recipe lists lack a new one."""
+    sparse = random_loaded(run, None, None)
+    assert sparse.recipe.data.languages == ["de", "fr"]
+    grown = grown_of(sparse, ["data.directions=[en-de,de-en,en-fr,fr-en,en-nl]"], tmp_path)
+    assert grown.languages.codes == ("de", "en", "fr", "nl")
+    assert Recipe.model_validate(yaml.safe_load(grown.recipe.to_yaml())) == grown.recipe
 
 
 def test_the_comparison_can_fail(run, tmp_path):

@@ -165,7 +165,7 @@ def test_what_is_no_test_set_is_refused(tmp_path) -> None:
     (tmp_path / "bad.en").write_bytes(b"\xff\n")
     write_lines(tmp_path / "bad.de", ["x"])
     for paths, message in (
-        (["set"], r"set\.de has 2 lines but .*set\.en has more"),
+        (["set"], r"set\.de has 2 lines but .*set\.en has 3"),
         (["none"], r"there is no such folder and there are no files .*none\.CODE: give a folder"),
         (["set.en"], r"set\.en is one file: give a folder, a TSV file, the common part of file names"),
         (["en=set.en"], "is the text of one language"),

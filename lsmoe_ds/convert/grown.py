@@ -64,6 +64,8 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
     anew: dict[str, Any] = {"name": name_of(out), "data": {"name": None}}  # what is prepared for it gets its own name
     if "data.languages" in given and "data.directions" not in given:
         anew["data"]["directions"] = []  # those of the trained model were made of its languages
+    if "data.directions" in given and "data.languages" not in given:
+        anew["data"]["languages"] = []  # those of the trained model may lack new ones
     after = load_recipe(stored.home / RECIPE, overrides, anew)
     if gone := sorted(set(before.languages.codes) - set(after.languages.codes)):
         raise UserError(f"the grown recipe lacks the language {gone[0]}, which the model has: languages can be added, not taken away")

@@ -68,7 +68,8 @@ class Bitext:
     ``common.npy`` (keys of sentences in too many pairs to be held out by choice), ``candidates.npy`` (see
     :meth:`candidates`) and ``fate.npy``: TRAIN, DEV, TEST or DROPPED for each pair. ``own`` are sets that a
     corpus brought along, ``also_out`` pairs of further such sets, kept out of training only; ``spans`` are
-    the cleaned pairs of each corpus: (corpus, first, end); ``empty`` are the parts without a line.
+    the cleaned pairs of each corpus: (corpus, first, end); ``empty`` are the parts without a line, ``remarks``
+    what is amiss with the files.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Bitext:
     counts: Counter[str] = field(default_factory=Counter)
     spans: list[tuple[str, int, int]] = field(default_factory=list)
     empty: list[Part] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def codes(self) -> Pair:
@@ -105,7 +107,7 @@ class Bitext:
         with (self.folder / "pairs.tsv").open("w", encoding="utf-8", newline="\n") as file:
             for part in parts:
                 start, before = end, self.counts["read"]
-                for done in workers.map(work, chunks(part.pairs(), CHUNK)):
+                for done in workers.map(work, chunks(part.pairs(self.remarks.append), CHUNK)):
                     file.writelines(f"{first}\t{second}\n" for first, second in done.pairs)
                     hashes.append(done.hashes)
                     for side in (0, 1):

@@ -1,32 +1,29 @@
 """Read parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses) and tables (TSV).
 
-Every file is read line by line, as UTF-8, compressed by gzip or not; a wrong byte is reported with its file
-and line.
+How single files are read is told in :mod:`lsmoe_ds.data.lines` and :mod:`lsmoe_ds.data.iwslt`.
 """
 
 from __future__ import annotations
 
-import gzip
-import html
+import glob
+import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import BinaryIO
 
+from lsmoe_ds.data.iwslt import pair_segments, read_tagged
+from lsmoe_ds.data.lines import read_aligned, read_lines
 from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.data.spelling import Half, Pair, Wanted, say_spellings
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import shown
 from lsmoe_ds.languages import find_code, is_known, normalize_code, same_language
-from lsmoe_ds.notices import counted
+from lsmoe_ds.notices import notice
 
 SPLITS = ("train", "dev", "test")
-LINE_LIMIT = 1 << 20
-GZIP = b"\x1f\x8b"  # how such files begin, and no UTF-8 text
+QUOTED = 0.1  # share of a table's rows from which on their quotes are said
 
 
 class MissingCorpus(UserError):
@@ -48,22 +45,22 @@ class Part:
     header: bool = False
     width: int = 2  # columns of a table
 
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield pairs of texts, in the order of the bitext's name, as the files have them."""
-        if self.reader == "table":
-            yield from self._table()
-            return
-        read = READERS[self.reader]
-        end = object()
-        sides = zip_longest(read(self.files[0]), read(self.files[1]), fillvalue=end)
-        for count, (first, second) in enumerate(sides):
-            if first is end or second is end:
-                shorter, longer = self.files if first is end else self.files[::-1]
-                lines = f"{shorter} has {counted(count, 'line')} but {longer} has more"
-                raise UserError(f"{lines}: aligned files need one line for each other's line")
-            yield first, second  # type: ignore[misc]
+    def pairs(self, tell: Callable[[str], None] = notice) -> Iterator[tuple[str, str]]:
+        """Yield pairs of texts, in the order of the bitext's name, as the files have them.
 
-    def _table(self) -> Iterator[tuple[str, str]]:
+        ``tell`` is told what may be wrong with files that can be read.
+        """
+        if self.reader == "table":
+            yield from self._table(tell)
+        elif self.reader == "segments":
+            yield from pair_segments(self.files[0], self.files[1], tell)
+        elif self.reader == "tagged":
+            yield from read_aligned(self.files[0], self.files[1], read_tagged, "text line")
+        else:
+            yield from read_aligned(self.files[0], self.files[1])
+
+    def _table(self, tell: Callable[[str], None]) -> Iterator[tuple[str, str]]:
+        rows = quoted = 0
         for number, line in enumerate(read_lines(self.files[0]), 1):
             if self.header and number == 1:
                 continue
@@ -72,67 +69,19 @@ class Part:
                 as_in = "as in line 1" if self.header else "as there is no first line of language codes"
                 what = f"{self.width} columns between tabs were expected, {as_in}"
                 raise UserError(f"{self.files[0]}, line {number}: {what}; found {len(cells)}")
+            rows += 1
+            quoted += any(map(_is_quoted, cells))
             yield cells[self.columns[0]], cells[self.columns[1]]
+        if rows and quoted / rows >= QUOTED:
+            tell(
+                f"warning: {self.files[0]}: {quoted / rows:.0%} of the rows have a field that begins and ends "
+                "with a quote mark: quote marks are text here; if they only enclose the fields, write the table "
+                "without them"
+            )
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a file, through gzip if its name or its first bytes say so."""
-    with path.open("rb") as file:
-        compressed = path.suffix == ".gz" or file.read(len(GZIP)) == GZIP
-    return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file without their ends.
-
-    Raises UserError for a file that is missing, unreadable, damaged or not UTF-8.
-    """
-    try:
-        with _open(path) as file:
-            number = 0
-            while line := file.readline(LINE_LIMIT):
-                number += 1
-                if len(line) == LINE_LIMIT:
-                    raise UserError(f"{path}, line {number}: the line is longer than {LINE_LIMIT} bytes: this is no file of sentences")
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
-                    ) from None
-    except FileNotFoundError:
-        raise UserError(f"there is no file {shown(path)}") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged: gzip cannot read it ({error})") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-IWSLT_TEXT = re.compile(r"\s*<(title|description)>(.*)</\1>\s*$")
-SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>")
-
-
-def _tagged(path: Path) -> Iterator[str]:
-    """Yield the sentences of IWSLT's ``train.tags`` files: plain lines, titles and descriptions; other tags
-    describe the talk.
-    """
-    for line in read_lines(path):
-        if match := IWSLT_TEXT.match(line):
-            yield match.group(2)
-        elif not line.lstrip().startswith("<"):
-            yield line
-
-
-def _segments(path: Path) -> Iterator[str]:
-    """Yield the sentences of IWSLT's XML sets. No XML parser reads the lines, so that no entity of the file
-    is ever expanded.
-    """
-    for line in read_lines(path):
-        for match in SEGMENT.finditer(line):
-            yield html.unescape(match.group(1)).strip()
-
-
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {"lines": read_lines, "tagged": _tagged, "segments": _segments}
+def _is_quoted(cell: str) -> bool:
+    return len(cell) > 1 and cell[0] == cell[-1] == '"'
 
 
 def name_of(corpus: str | Corpus) -> str:
@@ -178,7 +127,7 @@ def _search(corpus: str | Corpus, directory: Path, pairs: Mapping[str, Pair]) ->
 
 
 def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
-    check_source(name)
+    check_source(name, _hint_at_path(name))
     wrong = corpus_damage(name, directory)
     if wrong is not None:
         kind = UserError if corpus_folder(name, directory).exists() else MissingCorpus
@@ -187,6 +136,15 @@ def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
     for bitext, pair in wanted.items():
         if found := wanted.choose_all(_both_ways(files), pair):
             yield Part(name, bitext, "train", (found,), "table", (0, 1) if _in_order(found, pair) else (1, 0))
+
+
+def _hint_at_path(name: str) -> str:
+    """Return a hint at ``path:`` if the name of a source is that of files here, or an empty string."""
+    folder = os.path.isdir(os.path.dirname(name) or ".")
+    if not name or not (os.path.exists(name) or (folder and glob.glob(f"{glob.escape(name)}.*"))):
+        return ""
+    formats = ", ".join(FORMATS)
+    return f"; for the text in {name} write {{path: {name}, format: F}}, where F is one of {formats}"
 
 
 def _in_order(path: Path, pair: tuple[str, str]) -> bool:
@@ -315,20 +273,25 @@ def split_of(stem: str) -> str:
 
 def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     """Find aligned files. ``path`` is what two names have in common (``corpus/train`` for
-    ``corpus/train.de``), or their folder.
+    ``corpus/train.de``), or their folder; ``.txt`` may follow the code.
 
     In a folder the stems say what serves as dev and test (:func:`split_of`); a stem that is named itself is
     training text.
     """
     folder = corpus.path if corpus.path.is_dir() else corpus.path.parent
+    recipes = {code for pair in wanted.bitexts.values() for code in pair}
     stems: dict[str, list[tuple[str, Path]]] = {}
     for path in _readable(folder.glob("*.*") if folder.is_dir() else ()):
-        plain = _plain(path)
-        if path.is_file() and (corpus.path.is_dir() or plain.stem == corpus.path.name):
-            stems.setdefault(plain.stem, []).append((plain.suffix[1:], path))
+        stem, spelling, text = _stem_and_code(path, recipes)
+        bare = _plain(path).with_suffix("")  # which comes before the one with .txt
+        hidden = text and plain_or_gz(bare).is_file()
+        if path.is_file() and not hidden and (corpus.path.is_dir() or stem == corpus.path.name):
+            stems.setdefault(stem, []).append((spelling, path))
     if not stems:
         name = f"{corpus.path / 'STEM'}.CODE" if corpus.path.is_dir() else f"{corpus.path}.CODE"
-        raise MissingCorpus(f"there are no files {name}, such as {name.removesuffix('CODE')}en, in {folder.absolute()}{_hint(corpus.path)}")
+        raise MissingCorpus(
+            f"there are no files {name}, such as {name.removesuffix('CODE')}en, in {folder.absolute()}{_hint(corpus.path, recipes)}"
+        )
     wanted.restrict()
     if not corpus.path.is_dir():
         for code in (corpus.source, corpus.target):
@@ -339,12 +302,23 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
         yield from _aligned(wanted, split, "lines", stem, files)
 
 
-def _hint(path: Path) -> str:
+def _stem_and_code(path: Path, recipes: Iterable[str]) -> tuple[str, str, bool]:
+    """Return what the name of an aligned file has before the code of its language, that code, and whether
+    ``.txt`` follows it.
+    """
+    plain = _plain(path)
+    if text := plain.suffix == ".txt" and _names_language(Path(plain.stem).suffix[1:], recipes):
+        plain = Path(plain.stem)
+    return plain.stem, plain.suffix[1:], text
+
+
+def _hint(path: Path, recipes: Iterable[str]) -> str:
     """Return a hint at the ending if a ``path`` is that of one of two aligned files, or an empty string."""
-    code = _plain(path).suffix[1:]
+    stem, code, _ = _stem_and_code(path, recipes)
     if not plain_or_gz(path).is_file() or not is_known(normalize_code(code)):
         return ""
-    return f"; {path} is a file itself: write 'path: {_plain(path).with_suffix('')}', without the ending that names its language"
+    without = f"write 'path: {path.with_name(stem)}', without the ending that names its language"
+    return f"; {path} is a file itself: {without}"
 
 
 def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
@@ -361,10 +335,10 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
         recipes = {code for pair in wanted.bitexts.values() for code in pair}
         if sum(_names_language(cell, recipes) for cell in codes) < 2:
             found = ", ".join(repr(cell[:30]) for cell in codes[:2])
-            raise UserError(
-                f"{path}, line 1 names no languages (found {found}): write a first line of language codes between tabs, "
-                "or 'source:' and 'target:' in the recipe if there is none"
-            )
+            todo = "write a first line of language codes between tabs, or 'source:' and 'target:' in the recipe if there is none"
+            if sum(_names_language(cell.strip().strip('"'), recipes) for cell in codes) > 1:
+                todo = "quote marks are text here: write the table without quotes around its fields"
+            raise UserError(f"{path}, line 1 names no languages (found {found}): {todo}")
     for bitext, pair in wanted.items():
         columns = [wanted.choose([(code.strip(), i) for i, code in enumerate(codes)], member) for member in pair]
         if columns[0] is not None and columns[1] is not None:

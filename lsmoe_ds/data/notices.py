@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
+from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.bitext import Bitext
+from lsmoe_ds.data.comparison import settings_of
 from lsmoe_ds.data.formats import SPLITS, Part, Search, split_of
 from lsmoe_ds.data.held_out import HELD_OUT, Claims
 from lsmoe_ds.data.settings import Corpus, Data
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
+from lsmoe_ds.recipe_file import read_mapping
 
+# Settings that the choice of dev and test sentences depends on.
+CHOOSE = ("corpora", "directions", "cleaning", "held_out")
 OF_MANY = ("flores", "ntrex")  # layouts that have the same text in many languages
 
 
@@ -30,6 +37,11 @@ class Notices:
     def empty(self, part: Part) -> None:
         """Note training text, or a dev or test set, without a sentence."""
         self._empty.append(part)
+
+    def of_file(self, text: str) -> None:
+        """Write what is amiss with a file, once of one that serves several bitexts."""
+        if text not in self.texts:
+            self.texts.append(text)
 
     def published(self, bitext: Bitext, split: str, corpora: Sequence[str]) -> None:
         """Note which corpora bring a set of a bitext; the first one serves."""
@@ -128,6 +140,33 @@ class Notices:
         if both := claims.in_both():
             are = f"{counted(both, 'sentence')} {'is' if both == 1 else 'are'}"
             self.texts.append(f"warning: {are} in a dev set and in a test set that corpora bring: dev scores may flatter")
+
+    def of_start(self, recipe: Recipe, bitexts: Sequence[Bitext]) -> None:
+        """Write of a model to start from whose recipe has other data.
+
+        Its training text may hold sentences of the sets that are chosen here.
+        """
+        chosen = any(bitext.size(split) for bitext in bitexts for split in HELD_OUT if split not in bitext.own)
+        start = recipe.training.start_from
+        if start is None or not chosen or not (start / "recipe.yaml").is_file():
+            return
+        try:
+            stored, _ = read_mapping(start / "recipe.yaml", "recipe", Recipe)
+        except UserError:
+            return  # train says what is wrong with it
+        own, theirs = settings_of(recipe), stored.get("data")
+        if isinstance(theirs, dict) and (other := [f"'data.{key}'" for key in CHOOSE if _unlike(own[key], theirs.get(key))]):
+            self.texts.append(
+                f"warning: {listed(other)} {'is' if len(other) == 1 else 'are'} not as in {start / 'recipe.yaml'}: "
+                "that model may have been trained on dev and test sentences that were chosen here "
+                "(docs/recipe.md, Starting from a model)"
+            )
+
+
+def _unlike(first: Any, second: Any) -> bool:
+    """Tell whether two settings differ in more than their order."""
+    both = [sorted(map(repr, each)) if isinstance(each, list) else each for each in (first, second)]
+    return bool(both[0] != both[1])
 
 
 def _set(split: str) -> str:

@@ -146,6 +146,8 @@ class _Preparation:
                 self.progress.advance(task, count)
             for part in bitext.empty:
                 self.notices.empty(part)
+            for remark in bitext.remarks:
+                self.notices.of_file(remark)
             for split in HELD_OUT:
                 self._read_published(bitext, split)
         self.progress.remove_task(task)
@@ -159,7 +161,7 @@ class _Preparation:
         """
         found: dict[str, list[tuple[str, str]]] = {}
         for part in self._of(bitext.name, split):
-            pairs = list(part.pairs())
+            pairs = list(part.pairs(self.notices.of_file))
             if not any(first.strip() and second.strip() for first, second in pairs):
                 self.notices.empty(part)
                 continue
@@ -187,6 +189,7 @@ class _Preparation:
             )
         self.notices.of_corpora(self.found, self.bitexts)
         self.notices.of_sets(self.bitexts, claims)
+        self.notices.of_start(self.recipe, self.bitexts)
 
     def _make_vocabulary(self) -> Vocabulary:
         settings, codes = self.data.vocabulary, self.languages.codes

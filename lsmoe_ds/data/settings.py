@@ -125,6 +125,8 @@ class Data(Section):
         used = {code for direction in parsed for code in (direction.source, direction.target)}
         if unused := [code for code in self.languages if code not in used and not is_english(code)]:
             raise ValueError(f"'languages' names {unused[0]}, which none of 'directions' has: add one, or leave it out")
+        if self.languages and (lacking := sorted(code for code in used - set(self.languages) if not is_english(code))):
+            raise ValueError(f"'languages' lacks {lacking[0]}, which 'directions' has: add it, or leave 'languages' out")
         return self
 
 

@@ -99,9 +99,10 @@ SOURCES = {
 }
 
 
-def check_source(name: str) -> Source:
+def check_source(name: str, hint: str = "") -> Source:
+    """Return the source of this name. Raises UserError, which ends with the ``hint``, if there is none."""
     if name not in SOURCES:
-        raise UserError(f"there is no corpus '{name}' to fetch{nearest(name, SOURCES)}: known are {', '.join(SOURCES)}")
+        raise UserError(f"there is no corpus '{name}' to fetch{nearest(name, SOURCES)}: known are {', '.join(SOURCES)}{hint}")
     return SOURCES[name]
 
 
