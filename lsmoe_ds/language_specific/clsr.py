@@ -26,6 +26,9 @@ B sentences, T positions, H hidden, L languages.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,10 +36,12 @@ from torch import Tensor, nn
 from lsmoe_ds.config import Model, Recipe
 from lsmoe_ds.language_specific.low_rank import MultiplyRuns, slices_of
 from lsmoe_ds.language_specific.settings import Clsr, Sublayer
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.languages import Languages, SentenceIds
+from lsmoe_ds.methods.base import Method, StepSize
 from lsmoe_ds.model.guide import Guide
 
 ALPHA = 5.0
+NAME = "clsr"  # of the notes
 
 
 def alpha(number: int, steps: int) -> float:
@@ -45,12 +50,14 @@ def alpha(number: int, steps: int) -> float:
 
 
 class Projections(nn.Module):
-    """W_shared [H, H] of one side, and W_lang of all languages, one below the other [L H, H], unless each sublayer has its own.
-    All are transposed."""
+    """Hold W_shared [H, H] of one side, and W_lang of all languages, one below the other [L H, H], unless each
+    sublayer has its own. All are transposed.
+    """
 
     def __init__(self, hidden: int, settings: Clsr, languages: Languages, decoder: bool) -> None:
         super().__init__()
         self.settings, self.hidden, self.languages = settings, hidden, len(languages.codes)
+        self.noise = 0.0  # deviation of the gates' noise, set before each training step
         self.names = settings.sublayers(decoder)
         self.places = [slice(i * hidden, (i + 1) * hidden) for i in range(self.languages)]
         self.kind = "target" if decoder else "source"
@@ -88,15 +95,52 @@ class ConditionalRouting(nn.Module):
         (side,) = self._side
         logits = self.gate(z).squeeze(2).float()
         if self.training:
-            gates = torch.sigmoid(logits + guide.noise * torch.randn_like(logits) if guide.noise else logits)
+            gates = torch.sigmoid(logits + side.noise * torch.randn_like(logits) if side.noise else logits)
         else:
             gates = (logits >= 0).float()
-        if guide.gates is not None:
-            guide.gates.append((gates * real).sum())
+        guide.note(NAME, (gates * real).sum())
         rows = h.reshape(-1, side.hidden)
         matrices = side.specific if self.specific is None else self.specific
         specific = MultiplyRuns.apply(rows, matrices, slices_of(side.places, guide, side.kind, rows), side.hidden)
         return torch.lerp(F.linear(rows, side.shared), specific, gates.to(h.dtype).view(-1, 1)).view_as(h)
+
+
+class ConditionalLanguageSpecificRouting(Method):
+    """A note is a sublayer's sum of gates over its real tokens; the total is the sum over all of them."""
+
+    name = NAME
+    metrics = ("gates",)
+
+    def __init__(self, model: Model, settings: Clsr) -> None:
+        self.model, self.settings = model, settings
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> ConditionalLanguageSpecificRouting | None:
+        """Return None for a model without gates."""
+        settings = recipe.model.clsr
+        return None if settings is None else cls(recipe.model, settings)
+
+    def before_step(self, model: Any, number: int, steps: int) -> None:
+        for module in model.modules():
+            if isinstance(module, Projections):
+                module.noise = alpha(number, steps)
+
+    def count(self, notes: Sequence[Tensor]) -> list[Tensor]:
+        return [_sum(notes).detach().view(1)]
+
+    def count_ahead(self, model: Any, real: Mapping[str, Tensor], ids: SentenceIds) -> None:
+        """Return None: gates read hidden states."""
+
+    def losses(self, notes: Sequence[Tensor], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
+        count = gate_count(self.model, size.source_tokens, size.target_tokens)
+        return {"gate_budget": budget_loss(self.settings, _sum(notes), totals[0][0] / count, count)}
+
+    def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
+        return {"gates": float(totals[0]) / gate_count(self.model, size.source_tokens, size.target_tokens)}
+
+
+def _sum(notes: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(notes)).sum()
 
 
 def gate_count(model: Model, source_tokens: int, target_tokens: int) -> int:

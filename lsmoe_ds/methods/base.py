@@ -1,0 +1,66 @@
+"""The hooks by which training knows a method, and what passes through them.
+
+A forward pass leaves *notes*: each layer of a method appends one under the method's name. Some sums of notes
+must be known over the whole step before its first gradient, such as how many tokens chose each expert: these
+are the method's *totals*. From notes and totals it makes its losses, each by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from lsmoe_ds.languages import SentenceIds
+
+if TYPE_CHECKING:
+    from lsmoe_ds.model.transformer import Transformer
+
+Notes = dict[str, list[Any]]  # of one forward pass, by method, in the order in which the layers ran
+Totals = dict[str, list[Tensor]]  # of a step, by method
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """Real tokens of one optimizer step, over all ranks and micro-batches."""
+
+    source_tokens: int
+    target_tokens: int
+
+    def tokens(self, side: str) -> int:
+        """Return the tokens that the "encoder" or the "decoder" reads."""
+        return self.source_tokens if side == "encoder" else self.target_tokens
+
+
+class Method:
+    """What one method adds to a training. Each hook has a default that adds nothing."""
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
+
+    def before_step(self, model: Transformer, number: int, steps: int) -> None:
+        """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1."""
+
+    def count(self, notes: Sequence[Any]) -> list[Tensor]:
+        """Return a micro-batch's part of the totals, as vectors without gradient."""
+        return []
+
+    def count_ahead(self, model: Transformer, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
+        """Return the same as :meth:`count` without a forward pass, from the ids of B sentences and their real
+        positions [B, T] on each side; None if that takes a forward pass.
+        """
+        return []
+
+    def losses(self, notes: Sequence[Any], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
+        """Return a micro-batch's part of each loss. The parts of all micro-batches of a step sum to the loss."""
+        return {}
+
+    def sums(self, notes: Sequence[Any]) -> dict[str, float]:
+        """Return further numbers of a micro-batch that are summed over the step, by name."""
+        return {}
+
+    def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
+        """Return the step's :attr:`metrics`, from the sums over the step of :meth:`sums` and :meth:`losses`."""
+        return {}
