@@ -42,8 +42,9 @@ def trained_matrices():
     """Within, no low-rank matrix begins at zero, in whatever layout."""
     true = initialization.draw
 
-    def draw(name, shape, seed):
-        return 2 * true(f"{name}_low_rank.vertical", shape, seed) if name.endswith("_low_rank.flat") else true(name, shape, seed)
+    def draw(name, shape, seed, methods):
+        flat = name.endswith("_low_rank.flat")
+        return 2 * true(f"{name}_low_rank.vertical", shape, seed, methods) if flat else true(name, shape, seed, methods)
 
     return mock.patch.object(initialization, "draw", draw)
 

@@ -31,7 +31,8 @@ from lsmoe_ds.convert.subnetwork import FLAT, VERTICAL
 from lsmoe_ds.convert.tensors import Entry, Tensors
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.language_specific.low_rank import Banks
+from lsmoe_ds.language_specific.low_rank import LowRankMatrices
+from lsmoe_ds.methods.registry import methods_of
 from lsmoe_ds.model.initialization import draw, global_names
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.routers import deal
@@ -104,6 +105,7 @@ class _Grown:
     def __init__(self, weights: Tensors, before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness) -> None:
         self.weights, self.before, self.after, self.vocabulary = weights, before, after, vocabulary
         self.old, self.new = before.languages, after.languages
+        self.methods = methods_of(after, Topology.single())
         self.like = like if like.language is None else replace(like, language=self.old.own(like.language))
         for side, _, moe in before.model.moe_layers():
             self._check_tasks(side, moe, (after.model.encoder if side == "encoder" else after.model.decoder).moe)
@@ -168,7 +170,7 @@ class _Grown:
         return f"{at}experts.{source}.{rest}"
 
     def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return draw(name, list(shape), self.after.training.seed)
+        return draw(name, list(shape), self.after.training.seed, self.methods)
 
     def _embedding(self, shape: tuple[int, ...]) -> Tensor:
         """Return the embedding: rows keep their places, and those of new tags come last."""
@@ -210,7 +212,7 @@ class _Grown:
         settings = recipe.model.low_rank
         assert settings is not None
         with torch.device("meta"):  # it is made only to say which rows are whose
-            bank = Banks(settings, recipe.languages, name.startswith("decoder."), Topology.single()).make(1, 1, "column")
+            bank = LowRankMatrices(settings, recipe.languages, Topology.single()).make(1, 1, name.startswith("decoder."), "column")
         return dict(zip([*recipe.languages.codes, "shared"], bank.rows, strict=False))
 
     def _by_language(self, name: str, shape: tuple[int, ...], before: dict[str, slice], after: dict[str, slice]) -> Tensor:

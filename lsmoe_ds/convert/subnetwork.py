@@ -29,7 +29,7 @@ from lsmoe_ds.convert.tensors import Entry, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_fields
 from lsmoe_ds.inference.load import check_route, empty_model
-from lsmoe_ds.language_specific.low_rank import Banks
+from lsmoe_ds.language_specific.low_rank import LowRankMatrices
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.model.guide import SHARED
 from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
@@ -125,7 +125,7 @@ def fold_low_rank(weights: Tensors, recipe: Recipe, direction: Direction | None,
     def fold(at: str) -> Entry:
         outputs, inputs = weights.shape(f"{at}.weight")
         with torch.device("meta"):  # it is made only to say which rows are whose
-            bank = Banks(settings, languages, at.startswith("decoder."), Topology.single()).make(inputs, outputs, "column")
+            bank = LowRankMatrices(settings, languages, Topology.single()).make(inputs, outputs, at.startswith("decoder."), "column")
         of_vertical, of_flat = bank.rows[numbers[bank.vertical_of]], bank.rows[numbers[bank.flat_of]]
         return Entry(
             (outputs, inputs),

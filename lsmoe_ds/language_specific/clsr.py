@@ -31,14 +31,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from lsmoe_ds.config import Model, Recipe
 from lsmoe_ds.language_specific.low_rank import MultiplyRuns, slices_of
-from lsmoe_ds.language_specific.settings import Clsr, Sublayer
+from lsmoe_ds.language_specific.settings import Clsr
 from lsmoe_ds.languages import Languages, SentenceIds
-from lsmoe_ds.methods.base import Method, StepSize
+from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.model.sites import Site, SublayerSite
+from lsmoe_ds.parallel.topology import Topology
 
 ALPHA = 5.0
 NAME = "clsr"  # of the notes
@@ -64,13 +66,6 @@ class Projections(nn.Module):
         self.shared = nn.Parameter(torch.empty(hidden, hidden))
         self.specific = self.all_languages() if settings.shared else None
 
-    @classmethod
-    def of(cls, recipe: Recipe, decoder: bool) -> Projections | None:
-        """None where no sublayer of this side has gates."""
-        settings = recipe.model.clsr
-        gated = settings is not None and settings.sublayers(decoder)
-        return cls(recipe.model.hidden, settings, recipe.languages, decoder) if settings and gated else None
-
     def all_languages(self) -> nn.Parameter:
         return nn.Parameter(torch.empty(self.languages * self.hidden, self.hidden))
 
@@ -84,11 +79,6 @@ class ConditionalRouting(nn.Module):
         self.gate = nn.Sequential(nn.Linear(side.hidden, units), nn.ReLU(), nn.Linear(units, 1, bias=False))
         self.specific = None if side.settings.shared else side.all_languages()
         self._side = (side,)  # in a tuple, so that its parameters are the side's alone and have one name
-
-    @classmethod
-    def after(cls, sublayer: Sublayer, side: Projections | None) -> ConditionalRouting | None:
-        """None where this sublayer has no gate."""
-        return cls(side) if side is not None and sublayer in side.names else None
 
     def forward(self, h: Tensor, z: Tensor, real: Tensor, guide: Guide) -> Tensor:
         """h, what the sublayer gave, and z, what it read [B, T, H] -> [B, T, H]."""
@@ -111,19 +101,34 @@ class ConditionalLanguageSpecificRouting(Method):
     name = NAME
     metrics = ("gates",)
 
-    def __init__(self, model: Model, settings: Clsr) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, recipe: Recipe, settings: Clsr) -> None:
+        self.model, self.settings, self.languages = recipe.model, settings, recipe.languages
+        self.sides: dict[str, Projections] = {}
 
     @classmethod
-    def of(cls, recipe: Recipe) -> ConditionalLanguageSpecificRouting | None:
+    def of(cls, recipe: Recipe, topology: Topology) -> ConditionalLanguageSpecificRouting | None:
         """Return None for a model without gates."""
         settings = recipe.model.clsr
-        return None if settings is None else cls(recipe.model, settings)
+        return None if settings is None else cls(recipe, settings)
+
+    def shared_modules(self) -> list[tuple[str, nn.Module]]:
+        for side in ("encoder", "decoder"):
+            if self.settings.sublayers(side == "decoder"):
+                self.sides[side] = Projections(self.model.hidden, self.settings, self.languages, side == "decoder")
+        return [(f"{side}_{NAME}", projections) for side, projections in self.sides.items()]
+
+    def install(self, site: Site) -> None:
+        side = self.sides.get(site.side)
+        if isinstance(site, SublayerSite) and side is not None and site.sublayer in side.names:
+            site.add(NAME, ConditionalRouting(side))
+
+    def initial(self, name: str) -> Draw | None:
+        """Make projections the identity, so that a model begins as it would without them."""
+        return _fill_with_identities if name.endswith(("_clsr.specific", "_clsr.shared")) else None
 
     def before_step(self, model: Any, number: int, steps: int) -> None:
-        for module in model.modules():
-            if isinstance(module, Projections):
-                module.noise = alpha(number, steps)
+        for projections in self.sides.values():
+            projections.noise = alpha(number, steps)
 
     def count(self, notes: Sequence[Tensor]) -> list[Tensor]:
         return [_sum(notes).detach().view(1)]
@@ -137,6 +142,11 @@ class ConditionalLanguageSpecificRouting(Method):
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
         return {"gates": float(totals[0]) / gate_count(self.model, size.source_tokens, size.target_tokens)}
+
+
+def _fill_with_identities(value: Tensor, generator: Generator) -> None:
+    """Fill [N H, H] with N identities, one below the other."""
+    value.zero_().view(-1, value.shape[1], value.shape[1]).diagonal(dim1=1, dim2=2).fill_(1.0)
 
 
 def _sum(notes: Sequence[Tensor]) -> Tensor:

@@ -15,9 +15,8 @@ S rows (tokens), r rank, R the sum of the ranks of all matrices of a bank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,14 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config import LowRank, Recipe
 from lsmoe_ds.languages import Languages
+from lsmoe_ds.methods.base import Draw, Method
 from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.model.sites import LinearSite, Site, Split
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import copy_together, sum_together
 from lsmoe_ds.parallel.topology import Topology
 
+NAME = "low_rank"
 Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they are for
 
 
@@ -138,7 +140,7 @@ class LowRankBank(nn.Module):
         languages: Languages,
         decoder: bool,
         topology: Topology,
-        split: Literal["column", "row"],
+        split: Split,
     ) -> None:
         super().__init__()
         ranks = [settings.rank_of(code) for code in languages.codes] + [settings.shared_rank] * settings.fuse_distillation
@@ -171,29 +173,33 @@ class LowRankBank(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
-class Banks:
-    """Makes the banks of one side's layers."""
+class LowRankMatrices(Method):
+    """Banks beside the linear layers of attentions, or of feed-forwards that have no experts."""
 
-    settings: LowRank
-    languages: Languages
-    decoder: bool
-    topology: Topology
+    name = NAME
+
+    def __init__(self, settings: LowRank, languages: Languages, topology: Topology) -> None:
+        self.settings, self.languages, self.topology = settings, languages, topology
 
     @classmethod
-    def of(cls, recipe: Recipe, layer: int, place: str, decoder: bool, topology: Topology) -> Banks | None:
-        """None where the recipe has no banks in this place of the layer."""
+    def of(cls, recipe: Recipe, topology: Topology) -> LowRankMatrices | None:
+        """Return None for a model without banks."""
         settings = recipe.model.low_rank
-        return cls(settings, recipe.languages, decoder, topology) if settings and settings.is_in(layer, place) else None
+        return None if settings is None else cls(settings, recipe.languages, topology)
 
-    def make(self, inputs: int, outputs: int, split: Literal["column", "row"]) -> LowRankBank:
-        return LowRankBank(inputs, outputs, self.settings, self.languages, self.decoder, self.topology, split)
+    def install(self, site: Site) -> None:
+        if isinstance(site, LinearSite) and self.settings.is_in(site.layer, site.sublayer.removeprefix("cross_")):
+            site.add(NAME, self.make(site.inputs, site.outputs, site.side == "decoder", site.split))
 
+    def make(self, inputs: int, outputs: int, decoder: bool, split: Split) -> LowRankBank:
+        return LowRankBank(inputs, outputs, self.settings, self.languages, decoder, self.topology, split)
 
-def linear(base: nn.Module, bank: LowRankBank | None, x: Tensor, guide: Guide | None) -> Tensor:
-    """A linear layer, with the bank beside it if there is one; only the bank needs the guide."""
-    if bank is None:
-        out: Tensor = base(x)
-        return out
-    assert guide is not None
-    return bank(base, x, guide)
+    def initial(self, name: str) -> Draw | None:
+        """Make flat matrices 0, so that a model begins as it would without them, and draw vertical ones normal
+        with deviation 0.1.
+        """
+        if name.endswith("_low_rank.flat"):
+            return lambda value, generator: value.zero_()
+        if name.endswith("_low_rank.vertical"):
+            return lambda value, generator: value.normal_(0.0, 0.1, generator=generator)
+        return None

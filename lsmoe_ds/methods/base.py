@@ -7,17 +7,19 @@ are the method's *totals*. From notes and totals it makes its losses, each by na
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Generator, Tensor, nn
 
 from lsmoe_ds.languages import SentenceIds
 
 if TYPE_CHECKING:
+    from lsmoe_ds.model.sites import Site
     from lsmoe_ds.model.transformer import Transformer
 
+Draw = Callable[[Tensor, Generator], object]  # fills a whole parameter in place
 Notes = dict[str, list[Any]]  # of one forward pass, by method, in the order in which the layers ran
 Totals = dict[str, list[Tensor]]  # of a step, by method
 
@@ -39,6 +41,19 @@ class Method:
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
+
+    def shared_modules(self) -> list[tuple[str, nn.Module]]:
+        """Return modules that several sites share, by their name in the model; called before any is installed."""
+        return []
+
+    def install(self, site: Site) -> None:
+        """Add a module at a site, if this method has one there."""
+
+    def initial(self, name: str) -> Draw | None:
+        """Return how a parameter of this method is drawn, by its global name; None for all others, and for weights,
+        biases and norms that are drawn as the model's own are.
+        """
+        return None
 
     def before_step(self, model: Transformer, number: int, steps: int) -> None:
         """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1."""

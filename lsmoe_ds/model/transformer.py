@@ -5,6 +5,7 @@ Any feed-forward can be a mixture of experts. B sentences, T target positions, M
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.config import Recipe, Side
-from lsmoe_ds.language_specific.clsr import ConditionalRouting, Projections
 from lsmoe_ds.language_specific.fuse_distillation import FuseDistillation, twice
-from lsmoe_ds.language_specific.low_rank import Banks
 from lsmoe_ds.languages import PAD, Languages, SentenceIds
 from lsmoe_ds.methods.base import Notes, Totals
 from lsmoe_ds.methods.registry import methods_of
@@ -23,6 +22,7 @@ from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.model.guide import Guide, Route, mean_of_real
+from lsmoe_ds.model.sites import Linears, Site, Sublayer, SublayerSite, WithSublayers
 from lsmoe_ds.parallel.layers import cross_entropy, output_logits, project
 from lsmoe_ds.parallel.topology import Topology
 
@@ -69,7 +69,7 @@ class DecoderState:
         return DecoderState(cross, mask, self.guide.select(rows), own, self.length)
 
 
-class Layer(nn.Module):
+class Layer(WithSublayers):
     """An encoder or decoder layer: norm, attention, add; in the decoder the same over the source; norm, feed-forward, add."""
 
     def __init__(
@@ -80,15 +80,13 @@ class Layer(nn.Module):
         decoder: bool,
         languages: Languages,
         topology: Topology,
-        projections: Projections | None = None,
     ) -> None:
         super().__init__()
         hidden, heads, dropout = recipe.model.hidden, recipe.model.heads, recipe.training.attention_dropout
-        of_attention, of_feed_forward = (Banks.of(recipe, index, place, decoder, topology) for place in ("attention", "feed_forward"))
         self.attention_norm = nn.LayerNorm(hidden)
-        self.attention = Attention(hidden, heads, dropout, topology, of_attention)
+        self.attention = Attention(hidden, heads, dropout, topology)
         self.cross_norm = nn.LayerNorm(hidden) if decoder else None
-        self.cross_attention = Attention(hidden, heads, dropout, topology, of_attention) if decoder else None
+        self.cross_attention = Attention(hidden, heads, dropout, topology) if decoder else None
         self.feed_forward_norm = nn.LayerNorm(hidden)
         self.feed_forward: nn.Module
         if side.is_moe(index):
@@ -99,10 +97,7 @@ class Layer(nn.Module):
             shared = FeedForward(hidden, width, topology) if side.moe.fuse_distillation else None
             self.feed_forward = MixtureOfExperts(hidden, side.moe, lambda: FeedForward(hidden, width, alone), languages, topology, shared)
         else:
-            self.feed_forward = FeedForward(hidden, side.width(index), topology, of_feed_forward)
-        self.attention_clsr = ConditionalRouting.after("attention", projections)
-        self.cross_attention_clsr = ConditionalRouting.after("cross_attention", projections)
-        self.feed_forward_clsr = ConditionalRouting.after("feed_forward", projections)
+            self.feed_forward = FeedForward(hidden, side.width(index), topology)
         self.is_moe = side.is_moe(index)
         self.dropout = recipe.training.dropout
 
@@ -125,8 +120,7 @@ class Layer(nn.Module):
         query, new = self.attention.ask_itself(normed, guide)
         cache = extend(past, new)
         y = self.attention(query, cache, guide, own_mask, causal)
-        if self.attention_clsr is not None:
-            y = self.attention_clsr(y, normed, real, guide)
+        y = self.follow("attention", y, normed, real, guide)
         x = x + self._drop(y)
         if self.cross_attention is not None:
             assert self.cross_norm is not None and cross is not None
@@ -134,14 +128,24 @@ class Layer(nn.Module):
             normed = self.cross_norm(x)
             query = self.cross_attention.ask(normed.view(cross[0].shape[0], -1, x.shape[2]), guide)
             y = self.cross_attention(query, cross, guide, cross_mask).view_as(x)
-            if self.cross_attention_clsr is not None:
-                y = self.cross_attention_clsr(y, normed, real, guide)
+            y = self.follow("cross_attention", y, normed, real, guide)
             x = x + self._drop(y)
         normed = self.feed_forward_norm(x)
         y = self.feed_forward(normed, real, guide) if self.is_moe else self.feed_forward(normed, guide)
-        if self.feed_forward_clsr is not None:
-            y = self.feed_forward_clsr(y, normed, real, guide)
-        return x + self._drop(y), cache
+        return x + self._drop(self.follow("feed_forward", y, normed, real, guide)), cache
+
+    def sites(self, side: str, number: int) -> Iterator[Site]:
+        """Yield each sublayer and its linear layers. Those of experts are no sites."""
+        found: dict[Sublayer, nn.Module | None] = {
+            "attention": self.attention,
+            "cross_attention": self.cross_attention,
+            "feed_forward": self.feed_forward,
+        }
+        for name, module in found.items():
+            if module is not None:
+                yield SublayerSite(side, number, name, self)
+            if isinstance(module, Linears):
+                yield from module.linear_sites(side, number, name)
 
 
 class Transformer(nn.Module):
@@ -152,20 +156,21 @@ class Transformer(nn.Module):
         topology = topology or Topology.single()
         model, languages = recipe.model, recipe.languages
         self.embedding = Embedding(vocabulary, model.hidden, topology)
-        self.encoder_clsr, self.decoder_clsr = (Projections.of(recipe, decoder) for decoder in (False, True))
-        self.encoder = nn.ModuleList(
-            Layer(recipe, model.encoder, i, False, languages, topology, self.encoder_clsr) for i in range(model.encoder.layers)
-        )
-        self.decoder = nn.ModuleList(
-            Layer(recipe, model.decoder, i, True, languages, topology, self.decoder_clsr) for i in range(model.decoder.layers)
-        )
+        self.methods = methods_of(recipe, topology)
+        for method in self.methods:
+            for name, module in method.shared_modules():
+                self.add_module(name, module)
+        self.encoder = nn.ModuleList(Layer(recipe, model.encoder, i, False, languages, topology) for i in range(model.encoder.layers))
+        self.decoder = nn.ModuleList(Layer(recipe, model.decoder, i, True, languages, topology) for i in range(model.decoder.layers))
         self.encoder_norm = nn.LayerNorm(model.hidden)
         self.decoder_norm = nn.LayerNorm(model.hidden)
+        for site in self.sites():
+            for method in self.methods:
+                method.install(site)
         self.topology = topology
         self.dropout = recipe.training.dropout
         self.smoothing = recipe.training.label_smoothing
         self.distillation = FuseDistillation.of(recipe)
-        self.methods = methods_of(recipe)
         self.moe_names = [f"{side}.{layer}" for side, layer, _ in model.moe_layers()]
         self.summarize = model.decoder.moe is not None and model.decoder.moe.routing == "sentence"
 
@@ -248,6 +253,12 @@ class Transformer(nn.Module):
         notes: Notes = {}
         state = self.start(source, ids, notes if self.training else None, route)
         return self._decode(decoder_input, decoder_input != PAD, state), notes
+
+    def sites(self) -> Iterator[Site]:
+        """Yield the places at which methods add something, layer by layer."""
+        for side in ("encoder", "decoder"):
+            for number, layer in enumerate(getattr(self, side)):
+                yield from layer.sites(side, number)
 
     def pack(self) -> None:
         """For inference: see :meth:`Attention.pack`."""

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lsmoe_ds.config import Model, Recipe
 from lsmoe_ds.languages import SentenceIds
-from lsmoe_ds.methods.base import Method, StepSize
+from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.moe.losses import RoutingRecord, balance_loss, count_first_choices, z_loss
+from lsmoe_ds.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from lsmoe_ds.model.transformer import Transformer
@@ -33,9 +34,13 @@ class MixturesOfExperts(Method):
         self.sides = [side for side, _, _ in model.moe_layers()]
 
     @classmethod
-    def of(cls, recipe: Recipe) -> MixturesOfExperts | None:
+    def of(cls, recipe: Recipe, topology: Topology) -> MixturesOfExperts | None:
         """Return None for a model without experts."""
         return cls(recipe.model) if any(recipe.model.moe_layers()) else None
+
+    def initial(self, name: str) -> Draw | None:
+        """Draw routers normal with deviation 0.1."""
+        return (lambda value, generator: value.normal_(0.0, 0.1, generator=generator)) if ".router." in name else None
 
     def count(self, notes: Sequence[RoutingRecord]) -> list[Tensor]:
         return [record.counts for record in notes]
