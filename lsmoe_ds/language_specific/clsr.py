@@ -34,11 +34,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from lsmoe_ds.config import Model, Recipe
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.language_specific.low_rank import MultiplyRuns, slices_of
 from lsmoe_ds.language_specific.settings import Clsr
 from lsmoe_ds.languages import Languages, SentenceIds
 from lsmoe_ds.methods.base import Draw, Method, StepSize
-from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.model.guide import Guide, Route
 from lsmoe_ds.model.sites import Site, SublayerSite
 from lsmoe_ds.parallel.topology import Topology
 
@@ -100,6 +101,7 @@ class ConditionalLanguageSpecificRouting(Method):
 
     name = NAME
     metrics = ("gates",)
+    by_direction = True
 
     def __init__(self, recipe: Recipe, settings: Clsr) -> None:
         self.model, self.settings, self.languages = recipe.model, settings, recipe.languages
@@ -125,6 +127,17 @@ class ConditionalLanguageSpecificRouting(Method):
     def initial(self, name: str) -> Draw | None:
         """Make projections the identity, so that a model begins as it would without them."""
         return _fill_with_identities if name.endswith(("_clsr.specific", "_clsr.shared")) else None
+
+    def check_merge(self, route: Route) -> None:
+        raise UserError(
+            "the gates of model.clsr choose between two projections for each token at run time, so no dense model computes the same: "
+            "serve the trained model itself"
+        )
+
+    def language_rows(self, name: str, width: int) -> dict[str, slice]:
+        if not name.endswith("_clsr.specific"):
+            return {}
+        return {code: slice(i * width, (i + 1) * width) for i, code in enumerate(self.languages.codes)}
 
     def before_step(self, model: Any, number: int, steps: int) -> None:
         for projections in self.sides.values():

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
-from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.languages import Direction, SentenceIds
 
 if TYPE_CHECKING:
+    from lsmoe_ds.checkpoint.tensors import Tensors
+    from lsmoe_ds.model.guide import Route
     from lsmoe_ds.model.sites import Site
     from lsmoe_ds.model.transformer import Transformer
 
@@ -41,6 +43,11 @@ class Method:
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
+    by_direction: ClassVar[bool] = False  # whether what a sentence meets by the specific route depends on its languages
+
+    def owns(self, name: str) -> bool:
+        """Tell whether a parameter, by its global name, is this method's."""
+        return f"_{self.name}." in name
 
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
         """Return modules that several sites share, by their name in the model; called before any is installed."""
@@ -54,6 +61,22 @@ class Method:
         biases and norms that are drawn as the model's own are.
         """
         return None
+
+    def check_merge(self, route: Route) -> None:
+        """Raise UserError, with the reason, if no dense model computes the same by this route."""
+
+    def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
+        """Return weights of the whole model, by global name, with this method's merged into those beside them.
+
+        Only the specific route reads ``direction``.
+        """
+        return weights
+
+    def language_rows(self, name: str, width: int) -> dict[str, slice]:
+        """Return which rows of a parameter [R, width] of this method belong to each language, by code, and to
+        "shared": there a grown model puts them. Empty if none do.
+        """
+        return {}
 
     def before_step(self, model: Transformer, number: int, steps: int) -> None:
         """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1."""
