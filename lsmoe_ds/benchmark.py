@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 from lsmoe_ds import shipped
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import nearest
+from lsmoe_ds.parallel import interrupt
 from lsmoe_ds.parallel.launch import end
 
 FOLDER = shipped.ROOT / "benchmarks"
@@ -23,9 +25,9 @@ def run_benchmark(name: str, options: list[str]) -> int:
         raise UserError(f"there is no benchmark '{name}'{nearest(name, known)}: choose {', '.join(known[:-1])} or {known[-1]}")
     command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
     # Out of reach of the terminal's Ctrl-C, to which each of its processes would answer with a traceback: SIGTERM ends them quietly.
-    with subprocess.Popen(command, start_new_session=True) as script:
-        try:
-            return script.wait()
-        except BaseException:
-            end(script, signal.SIGTERM)
-            raise
+    with interrupt.collected() as received, subprocess.Popen(command, start_new_session=True) as script:
+        while not received:
+            with suppress(subprocess.TimeoutExpired):
+                return script.wait(0.2)
+        end(script, signal.SIGTERM)
+    raise interrupt.Interrupted(received[0][0])

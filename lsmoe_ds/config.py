@@ -140,6 +140,8 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _heads(self) -> Model:
+        if self.hidden < 4:
+            raise ValueError(f"'hidden' is {self.hidden}: it must be at least 4, so that positions have a sine and a cosine of two lengths")
         if self.hidden % self.heads or self.hidden % 2:
             raise ValueError(f"'hidden' is {self.hidden}: it must be even and a multiple of 'heads', which is {self.heads}")
         return self

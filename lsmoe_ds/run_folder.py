@@ -14,7 +14,7 @@ from typing import Any
 
 from lsmoe_ds.codes import mean_the_same
 from lsmoe_ds.config import Recipe
-from lsmoe_ds.data.comparison import MANIFEST, ORIGIN, check_trained_on, describe_origin
+from lsmoe_ds.data.comparison import MANIFEST, ORIGIN, check_trained_on, check_vocabulary, describe_origin, read_origin
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, explain_errors, read_json, resolved, sha256, write_whole
 from lsmoe_ds.recipe_file import load_recipe
@@ -61,7 +61,8 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
                 f"the run {run} was started with {key} {before.get(key)}, the recipe now has {now.get(key)}: "
                 f"{advice}, or write to another folder with --out"
             )
-    if not copied.is_file() or sha256(copied) != sha256(vocabulary):
+    check_vocabulary(run, read_origin(run).get("vocabulary"))
+    if sha256(copied) != sha256(vocabulary):
         raise UserError(f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder with --out")
     prepared = vocabulary.parent
     manifest = read_json(prepared / MANIFEST)

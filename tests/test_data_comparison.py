@@ -12,6 +12,7 @@ import pytest
 from small_corpora import pairs, recipe, write_fetched, write_lines, write_three_bitexts
 
 from lsmoe_ds.config import Recipe
+from lsmoe_ds.convert.folder import find_model
 from lsmoe_ds.data.comparison import ORIGIN, data_directories, settings_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
@@ -224,6 +225,42 @@ def test_where_was_looked_is_said(project: Path, tmp_path: Path) -> None:
     assert {project / "data", project / "out/data", tmp_path / "elsewhere/data"} <= set(looked)
     with pytest.raises(UserError, match=f"there is no prepared data in data/prepared/small .looked for {tmp_path}/elsewhere/data/prep"):
         PreparedData.of(loaded)
+
+
+def test_a_vocabulary_that_has_changed_is_damage_wherever_it_is_used(made: Path, tmp_path: Path) -> None:
+    """Another vocabulary of the same size would be read without a word, and every piece be another one."""
+    run, vocabulary = tmp_path / "run", made / "prepared" / "small" / "vocabulary.model"
+    open_run(recipe(made), run, vocabulary)
+    (run / "checkpoints" / "step-1").mkdir(parents=True)
+    content = bytearray((run / "vocabulary.model").read_bytes())
+    content[-5] ^= 1
+    (run / "vocabulary.model").write_bytes(content)
+    for read in (lambda: find_model(run), lambda: check_run(recipe(made), run, vocabulary)):
+        with pytest.raises(UserError, match=r"run is damaged: .*vocabulary\.model is not as it was written"):
+            read()
+    (run / "vocabulary.model").unlink()
+    for read in (lambda: find_model(run), lambda: check_run(recipe(made), run, vocabulary)):
+        with pytest.raises(UserError, match=r"run is damaged: .*vocabulary\.model is missing"):
+            read()
+    shutil.copy(vocabulary, run)
+    check_run(recipe(made), run, vocabulary)
+    assert find_model(run).home == run
+
+
+def test_held_out_text_of_the_same_size_and_other_bytes_is_damage(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(made, tmp_path / "copy")
+    small = recipe(tmp_path / "copy")
+    data, direction = PreparedData.of(small), small.languages.directions[0]
+    data.text(direction, "test")
+    file = data.folder / "test" / direction.bitext / f"{direction.target}.txt"
+    content = file.read_bytes()
+    file.write_bytes(content[:-2] + b"?\n")
+    with pytest.raises(UserError, match=r"prepared data is damaged: .*\.txt.*sha256 differs"):
+        data.text(direction, "test")
+    data.text(direction, "dev")
+    capsys.readouterr()
+    prepare(small)
+    assert "up to date" not in capsys.readouterr().err and file.read_bytes() == content
 
 
 def test_a_damaged_origin_is_one_sentence(project: Path) -> None:

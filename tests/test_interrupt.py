@@ -326,7 +326,8 @@ def test_a_job_in_the_background_goes_on_ignoring_ctrl_c():
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_benchmark_with_one_line():
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_a_benchmark_with_one_line(number, status):
     command = [sys.executable, "-m", "lsmoe_ds", "bench", "moe"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         script = None
@@ -335,9 +336,9 @@ def test_ctrl_c_ends_a_benchmark_with_one_line():
             script = next((child for child in psutil.Process(process.pid).children() if "moe.py" in " ".join(child.cmdline())), None)
             time.sleep(0.05)
         time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         said, _ = process.communicate(timeout=30)
-    assert (process.returncode, said) == (130, "lsmoe: stopped by SIGINT (Ctrl-C)\n")
+    assert (process.returncode, said) == (status, f"lsmoe: stopped by {interrupt.name_of(number)}\n")
     assert not psutil.pid_exists(script.pid) or script.status() == psutil.STATUS_ZOMBIE
 
 

@@ -135,6 +135,17 @@ def test_other_ranks_keep_the_averages_and_write_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_curves_that_cannot_be_written_end_no_training(tmp_path, capsys):
+    with Monitor(tmp_path, steps=3, every=1, main=True) as monitor:
+        monitor.start(0, None)
+        monitor.after_step(1, step(10), result(1.0))
+        monitor.writer = mock.Mock(add_scalar=mock.Mock(side_effect=OSError(28, "No space left on device")))
+        for number in (2, 3):
+            monitor.after_step(number, step(10), result(1.0))
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+    assert capsys.readouterr().err.count("TensorBoard's curves end at step 2: No space left on device") == 1
+
+
 def test_tensorboard_has_what_the_records_have(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -165,7 +165,7 @@ def read_routing(path: Path) -> list[LayerRouting]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except KeyError as error:
         raise UserError(f"{path} cannot be read: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     return sorted((layer.ordered() for layer in found), key=lambda layer: (layer.side != "encoder", layer.layer))
 

@@ -24,6 +24,7 @@ from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tenso
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.checkpoint import read_checkpoint
 from lsmoe_ds.convert.m2m_100 import restore
+from lsmoe_ds.data.comparison import check_vocabulary, read_origin
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import (
     check_can_write,
@@ -99,8 +100,12 @@ def find_model(path: str | Path) -> Stored:
     else:
         how = how_to_import(path) or f"it holds no {RECIPE}"
         raise UserError(f"{path} is neither a run folder, a checkpoint in it, nor a converted folder: {how}")
-    if not found.vocabulary.is_file():
-        raise UserError(f"{found.home} is damaged: {found.vocabulary} is missing")
+    if found.kind == "sparse":
+        check_vocabulary(found.home, read_origin(found.home).get("vocabulary"))
+    else:
+        files = provenance.get("files") if provenance is not None else None
+        noted = files.get(VOCABULARY) if isinstance(files, dict) else None
+        check_vocabulary(found.home, noted.get("sha256") if isinstance(noted, dict) else None)
     return found
 
 

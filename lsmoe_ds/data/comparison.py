@@ -134,7 +134,19 @@ def describe_origin(prepared: Path) -> dict[str, str] | None:
     manifest = read_json(prepared / MANIFEST)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         return None
-    return {"directory": str(Path.cwd()), "data": digest(manifest)}
+    vocabulary = (manifest["files"].get(VOCABULARY) or {}).get("sha256", "")
+    return {"directory": str(Path.cwd()), "data": digest(manifest), "vocabulary": vocabulary}
+
+
+def check_vocabulary(home: Path, sha: object) -> None:
+    """Raise UserError if the vocabulary of a run or converted folder is missing, or has not this checksum, where one
+    was noted: a model would read other pieces than it was trained on.
+    """
+    file = home / VOCABULARY
+    if not file.is_file():
+        raise UserError(f"{home} is damaged: {file} is missing")
+    if isinstance(sha, str) and sha and sha256(file) != sha:
+        raise UserError(f"{home} is damaged: {file} is not as it was written (sha256 differs): take it from a copy, or from the data")
 
 
 def check_trained_on(home: Path, folder: Path, manifest: Mapping[str, Any]) -> None:

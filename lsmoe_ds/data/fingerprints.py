@@ -106,7 +106,7 @@ def state_of(recipe: Recipe) -> State:
         check_manifest(folder / MANIFEST, manifest)
     except UserError as error:
         return State(str(error))
-    wrong = damage(folder, manifest["files"], verify=False)
+    wrong = damage(folder, manifest["files"], verify=True)
     if wrong is not None:
         return State(wrong)
     changed = next(differences(recipe.prepared, manifest["settings"], recipe), None)

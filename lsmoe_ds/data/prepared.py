@@ -178,7 +178,13 @@ class PreparedData:
         if direction.bitext not in self.manifest["bitexts"]:
             known = ", ".join(self.manifest["bitexts"])
             raise UserError(f"there is no prepared text for {direction} in {self.folder}: it has {known}")
-        return self.folder / split / direction.bitext
+        folder = self.folder / split / direction.bitext
+        if split != "train":  # small files, on which all scores rest: their bytes are compared, not only their sizes
+            inside = f"{split}/{direction.bitext}/"
+            files = {name: stamp for name, stamp in self.manifest["files"].items() if name.startswith(inside)}
+            if wrong := damage(self.folder, files, verify=True):
+                raise UserError(f"prepared data is damaged: {wrong}; {PREPARE}")
+        return folder
 
     def tokens(self, direction: Direction, split: str) -> TokenPairs:
         """Return the tokens of a direction in ``train``, ``dev`` or ``test``."""

@@ -14,6 +14,8 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, check_code, english_centric, is_english, normalize_code
 from lsmoe_ds.section import NAME, Positive, Section, Share
 
+SMALLEST = 64  # pieces of a vocabulary
+
 
 class Corpus(Section):
     """Describe a corpus on disk. ``source`` and ``target`` name the languages where the layout does not."""
@@ -34,7 +36,7 @@ class Vocabulary(Section):
     """Set up the vocabulary: one is trained on the text, or ``file`` is one (see :mod:`lsmoe_ds.data.vocabulary`)."""
 
     file: Path | None = None
-    size: Annotated[int, Field(ge=64, le=2**20)] = 16000
+    size: Annotated[int, Field(ge=SMALLEST, le=2**20)] = 16000
     type: Literal["unigram", "bpe"] = "unigram"
     character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 0.9995
     sentences: Positive = 1_000_000

@@ -12,6 +12,7 @@ import sentencepiece
 
 from lsmoe_ds.data import settings as data_settings
 from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.data.settings import SMALLEST
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, nearest, tag
 
@@ -182,7 +183,9 @@ def read_vocabulary(settings: data_settings.Vocabulary, codes: Sequence[str]) ->
 def _explain(message: str, settings: data_settings.Vocabulary) -> str:
     prefix = f"'data.vocabulary.size' is {settings.size}, but"
     if found := re.search(r"set it to a value <= (\d+)", message):
-        return f"{prefix} the text is too small for more than {found.group(1)} pieces: set it to at most {found.group(1)}"
+        most = int(found.group(1))
+        advice = f"set it to at most {most}" if most >= SMALLEST else f"give more text, as a vocabulary has at least {SMALLEST}"
+        return f"{prefix} the text is too small for more than {most} pieces: {advice}"
     if found := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
         return f"{prefix} the characters and tags alone need {found.group(1)} pieces: set it higher, or 'character_coverage' lower"
     return f"the vocabulary could not be trained: {' '.join(message.split())}"

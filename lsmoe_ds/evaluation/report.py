@@ -209,7 +209,7 @@ def read_progress(path: Path) -> Progress:
         try:
             record = json.loads(line)
             by_step.setdefault(int(record["step"]), {}).update(record)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             if index < len(lines) - 1:
                 raise UserError(f"{path} cannot be read: line {index + 1} is not a JSON object with a 'step'") from None
     progress, speeds = Progress(), []

@@ -254,7 +254,7 @@ class ScoreTable:
                 skipped=tuple(map(Direction.parse, value.get("skipped", ()))),
                 comet=None if value.get("comet") is None else str(value["comet"]),
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"these scores cannot be read: {error}") from None
         except KeyError as error:
             raise UserError(f"these scores cannot be read: {error} is missing") from None

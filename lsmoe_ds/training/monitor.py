@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -68,7 +69,8 @@ class Monitor:
         if self.progress is not None:
             self.progress.stop()
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):  # what is missing was said
+                self.writer.close()
 
     def state_dict(self) -> dict[str, float]:
         """The averages begun since the last record: part of a checkpoint, so that records do not depend on interruptions."""
@@ -142,9 +144,19 @@ class Monitor:
         path = self.run / "metrics.jsonl"
         with explain_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "tokens", "seconds") and value is not None:
-                self.writer.add_scalar(name, value, record["step"])
+        self._draw(record)
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        """Write a record to TensorBoard. A disk that is full ends its curves, not the training."""
+        if self.writer is None:
+            return
+        try:
+            for name, value in record.items():
+                if name not in ("step", "tokens", "seconds") and value is not None:
+                    self.writer.add_scalar(name, value, record["step"])
+        except OSError as error:
+            self.writer = None
+            self.say(f"TensorBoard's curves end at step {record['step']}: {error.strerror or error}")
 
 
 class _Line:
