@@ -89,7 +89,8 @@ class ConditionalRouting(nn.Module):
             gates = torch.sigmoid(logits + side.noise * torch.randn_like(logits) if side.noise else logits)
         else:
             gates = (logits >= 0).float()
-        guide.note(NAME, (gates * real).sum())
+        if guide.notes is not None:
+            guide.note(NAME, (gates * real).sum())
         rows = h.reshape(-1, side.hidden)
         matrices = side.specific if self.specific is None else self.specific
         specific = MultiplyRuns.apply(rows, matrices, slices_of(side.places, guide, side.kind, rows), side.hidden)

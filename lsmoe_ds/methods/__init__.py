@@ -1,1 +1,1 @@
-"""What stands beside the shared layers of a model: one room for each method, and the registry that knows them."""
+"""What stands beside the shared layers of a model: the hooks of a method, and the registry that knows them all."""

@@ -12,13 +12,11 @@ from lsmoe_ds.config import Model, Recipe
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.model.guide import Guide
-from lsmoe_ds.moe.losses import RoutingRecord, balance_loss, count_first_choices, z_loss
+from lsmoe_ds.moe.losses import NAME, RoutingRecord, balance_loss, count_first_choices, z_loss
 from lsmoe_ds.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from lsmoe_ds.model.transformer import Transformer
-
-NAME = "moe"  # of the notes
 
 
 class MixturesOfExperts(Method):
