@@ -84,7 +84,7 @@ def train(topology: Any, name: str, steps: int) -> dict[str, list[str]]:
         step = Step(batches[topology.data_rank :: topology.data], *tokens, 0, [])
         result = train_step(engine, step, number, recipe, topology)
         for key, curve in curves.items():
-            curve.append(float(getattr(result, key)).hex())
+            curve.append(float({"grad_norm": result.grad_norm, **result.metrics}.get(key, 0.0)).hex())
     engine.destroy()
     return curves
 

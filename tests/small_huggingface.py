@@ -12,8 +12,8 @@ import safetensors.torch
 import sentencepiece
 import torch
 
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.convert.importing import read_huggingface
-from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.vocabulary import Vocabulary
 
 DATA = ("data.corpora=[none]", "data.languages=[de,fr]")

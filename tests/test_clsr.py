@@ -61,9 +61,10 @@ def test_a_sublayer_follows_the_equations(shared, decoder, training, numbers):
     real = torch.rand(h.shape[:2], generator=generator) < 0.7
 
     def ours(h, z):
-        guide = Guide(ids, gates=[], noise=NOISE)
+        guide = Guide(ids, notes={})
+        side.noise = NOISE
         torch.manual_seed(5)
-        return routing(h, z, real, guide), guide.gates[0]
+        return routing(h, z, real, guide), guide.notes["clsr"][0]
 
     results = []
     for run in (ours, lambda h, z: reference(side, routing, decoder, training, h, z, real, ids)):
@@ -173,8 +174,9 @@ def test_a_mixed_batch_equals_one_batch_for_each_pair(shared):
     def results(rows: list[int]) -> list[torch.Tensor]:
         index = torch.tensor(rows)
         losses = model(source[index], target[index], target.roll(-1, 1)[index], ids.select(index))
-        loss = losses.loss + losses.gates
-        return [loss, losses.gates, *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
+        gates = sum(losses.notes["clsr"])
+        loss = losses.loss + gates
+        return [loss, gates, *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
 
     mixed = results(list(range(len(numbers))))
     parts = [results([i for i, n in enumerate(numbers) if n == number]) for number in sorted(set(numbers))]
@@ -193,7 +195,7 @@ def noise_in_steps(topology, recipe: Recipe) -> list[set[tuple[float, bool]]]:
     engine, seen = build_engine(recipe, VOCABULARY, topology), []
     for module in engine.module.modules():
         if isinstance(module, ConditionalRouting):
-            module.register_forward_pre_hook(lambda gate, args: seen[-1].add((args[3].noise, gate.training)))
+            module.register_forward_pre_hook(lambda gate, args: seen[-1].add((gate._side[0].noise, gate.training)))
     steps = steps_of(recipe, 0, 1)
     for number, step in enumerate(steps, start=1):
         seen.append(set())
@@ -292,7 +294,7 @@ def train_without_noise(topology, recipe: Recipe):
     }
     engine.destroy()
     clsr.ALPHA = 5.0
-    return [(r.loss, r.gates, r.grad_norm) for r in results], gradients, weights
+    return [(r.loss, r.metrics["gates"], r.grad_norm) for r in results], gradients, weights
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -325,11 +327,11 @@ def engine_and_autograd(topology, recipe: Recipe):
     results = [model(batch.source, batch.decoder_input, batch.labels, batch.ids) for batch in step.batches]
     loss = sum(result.loss for result in results) / step.target_tokens
     for i, side in enumerate((step.source_tokens, step.target_tokens)):
-        counts = sum(result.routing[i].counts for result in results)
+        counts = sum(result.notes["moe"][i].counts for result in results)
         for result in results:
-            record = result.routing[i]
+            record = result.notes["moe"][i]
             loss = loss + record.settings.balance * balance_loss(record, counts, side) + record.settings.z_loss * z_loss(record, side)
-    mean = sum(result.gates for result in results) / (2 * 2 * step.source_tokens + 2 * 3 * step.target_tokens)
+    mean = sum(sum(result.notes["clsr"]) for result in results) / (2 * 2 * step.source_tokens + 2 * 3 * step.target_tokens)
     settings = recipe.model.clsr
     names = [name for name, _ in model.named_parameters() if ".gate." in name]
     total = loss + settings.weight * (mean - settings.budget).abs()
@@ -356,12 +358,13 @@ def noisy_step(topology, recipe: Recipe):
     model, step, passes, found = engine.module, steps_of(recipe, 0, 1)[1], [], []
     true_encode = model.encode
     model.encode = lambda *arguments: passes.append(1) or true_encode(*arguments)
-    model.register_forward_hook(lambda model, inputs, losses: found.append(losses.totals))
+    model.register_forward_hook(lambda model, inputs, losses: found.append(model.count(losses.notes)))
     result = train_step(engine, step, 2, recipe, topology)
-    *counts, gates = (sum(each) for each in zip(*found, strict=True))
+    counts = [sum(each) for each in zip(*(totals["moe"] for totals in found), strict=True)]
+    gates = sum(totals["clsr"][0] for totals in found)
     mean = float(gates) / gate_count(recipe.model, step.source_tokens, step.target_tokens)
     engine.destroy()
-    return len(passes), [each.tolist() for each in result.counts], result.gates, [each.tolist() for each in counts], mean
+    return len(passes), [each.tolist() for each in result.totals["moe"]], result.metrics["gates"], [each.tolist() for each in counts], mean
 
 
 @pytest.mark.parametrize("routing", ["token", "target"])

@@ -12,13 +12,13 @@ from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_run, write_corpus
 from test_convert import EN_DE, PAIR_TOP2, global_weights, random_loaded
 from test_resharding import BOTH, EXPERTS, ONE, TENSOR, losses, recipe_in, train
 
+from lsmoe_ds.checkpoint import tensors
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.cli import main
-from lsmoe_ds.convert import tensors
 from lsmoe_ds.convert.checkpoint import read_checkpoint
 from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.convert.folder import Weights, find_model, read_weights
 from lsmoe_ds.convert.subnetwork import extract
-from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import build_model, load

@@ -42,8 +42,9 @@ def trained_matrices():
     """Within, no low-rank matrix begins at zero, in whatever layout."""
     true = initialization.draw
 
-    def draw(name, shape, seed):
-        return 2 * true(f"{name}_low_rank.vertical", shape, seed) if name.endswith("_low_rank.flat") else true(name, shape, seed)
+    def draw(name, shape, seed, methods):
+        flat = name.endswith("_low_rank.flat")
+        return 2 * true(f"{name}_low_rank.vertical", shape, seed, methods) if flat else true(name, shape, seed, methods)
 
     return mock.patch.object(initialization, "draw", draw)
 
@@ -61,7 +62,7 @@ def run_steps(topology, recipe: Recipe, teacher: bool):
     form = mock.patch.object(FuseDistillation, "of", lambda recipe: FuseDistillation(teacher)) if recipe.model.low_rank else nullcontext()
     with trained_matrices(), form, mock.patch.object(engine, "train_step", recorded):
         numbers, gradients, weights = train(topology, recipe)
-    return [(*each, result.distillation) for each, result in zip(numbers, results, strict=True)], gradients, weights
+    return [(*each, result.metrics["distillation"]) for each, result in zip(numbers, results, strict=True)], gradients, weights
 
 
 def model_of(recipe: Recipe, trained: bool = True) -> Transformer:
@@ -84,12 +85,14 @@ def equations(recipe: Recipe, teacher: bool) -> tuple[dict[str, float], dict[str
         real, logs = batch.labels != PAD, []
         labels = batch.labels[real]
         for route in ("specific", "shared"):
-            found: list = []
+            notes: dict = {}
             hidden = model._decode(
-                batch.decoder_input, batch.decoder_input != PAD, model.start(batch.source, batch.ids, found, route=route)
+                batch.decoder_input, batch.decoder_input != PAD, model.start(batch.source, batch.ids, notes, route=route)
             )
             logs.append((hidden @ model.embedding.tokens.weight.t())[real].log_softmax(-1))
-            for name, record in zip([name for name in records if route == "specific" or name not in apart], found, strict=True):
+            for name, record in zip(
+                [name for name in records if route == "specific" or name not in apart], notes.get("moe", []), strict=True
+            ):
                 records[name].append(record)
         specific, shared = logs
         entropies = [F.cross_entropy(each, labels, label_smoothing=0.1, reduction="sum") for each in logs]
@@ -216,9 +219,9 @@ def test_records_are_of_the_tokens_that_experts_get(routing, static):
     recipe.model.decoder.moe.jitter = 0.0 if static else 0.3
     model, batch = model_of(recipe).train(), steps_of(recipe, 0, 1)[0].batches[1]
     state = torch.get_rng_state()
-    ahead = model.totals_ahead(batch.source, batch.decoder_input, batch.ids)
+    ahead = model.totals_ahead(batch.source, batch.decoder_input, batch.ids)["moe"]
     torch.set_rng_state(state)
-    records = model(batch.source, batch.decoder_input, batch.labels, batch.ids).routing
+    records = model(batch.source, batch.decoder_input, batch.labels, batch.ids).notes["moe"]
     assert all(torch.equal(counts, record.counts) for counts, record in zip(ahead, records, strict=True))
     real = [int((ids != PAD).sum()) for ids in (batch.source, batch.decoder_input)]
     assert [int(record.counts.sum()) for record in records] == [real[0], real[1] if routing == "distilled" else 2 * real[1]]
@@ -266,7 +269,7 @@ def seeded(topology, recipe: Recipe) -> list[tuple]:
     steps = steps_of(recipe, topology.data_rank, topology.data)
     results = [train_step(engine, step, i + 1, recipe, topology) for i, step in enumerate(steps)]
     engine.destroy()
-    return [(r.loss, r.nll, r.distillation, r.dropped, r.grad_norm) for r in results]
+    return [(r.loss, *(r.metrics[name] for name in ("nll", "distillation", "dropped")), r.grad_norm) for r in results]
 
 
 def test_full_experts_dropout_and_bfloat16_together(pool):

@@ -20,7 +20,7 @@ from mutations import Mutation, in_bytes, in_header, in_json, in_model, in_yaml
 from small_run import PAIR_TOP1, TARGET_TOP2, make_recipe, make_run
 from test_bad_input import inside, tree
 
-from lsmoe_ds.convert import tensors
+from lsmoe_ds.checkpoint import tensors
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.folder import find_model, read_weights
 from lsmoe_ds.convert.optimizer import open_optimizer

@@ -15,11 +15,11 @@ import torch
 from small_huggingface import DATA, NLLB_CODES, imported, pieces_of, shard, tokenizer_of, write_m2m, write_nllb
 from small_run import write_corpus
 
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.folder import Weights, find_model, read_weights, write_folder
 from lsmoe_ds.convert.importing import M2M_100, read_huggingface
 from lsmoe_ds.convert.m2m_100 import rename
-from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.convert.tokenizer import tokenizer, tokenizer_config
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.cleaning import clean_text

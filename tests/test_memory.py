@@ -99,7 +99,7 @@ def kept_by_autograd(recipe: Recipe, logits: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         losses = model(source, decoder_input, decoder_input, ids)
-        losses.loss + sum(record.probabilities.square().sum() + record.squares for record in losses.routing)
+        losses.loss + sum(record.probabilities.square().sum() + record.squares for record in losses.notes.get("moe", []))
     return sum(value.untyped_storage().nbytes() for value in kept.values()) + 2 * logits * VOCABULARY * 4
 
 

@@ -124,8 +124,9 @@ def test_a_task_chooses_within_its_group_of_experts(routing):
 def test_no_token_at_all(routing):
     layer = layer_of(routing)
     x = torch.randn(2, 3, HIDDEN, requires_grad=True)
-    records: list[RoutingRecord] = []
-    out = layer(x, torch.zeros(2, 3, dtype=torch.bool), Guide(ids_of([0, 1]), None, records))
+    notes: dict[str, list[RoutingRecord]] = {}
+    out = layer(x, torch.zeros(2, 3, dtype=torch.bool), Guide(ids_of([0, 1]), None, notes))
+    records = notes["moe"]
     (out.sum() + balance_loss(records[0], records[0].counts, 1) + z_loss(records[0], 1)).backward()
     assert not out.any() and not records[0].counts.any() and not records[0].squares
 

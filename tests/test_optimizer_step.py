@@ -48,7 +48,7 @@ def take_steps(topology, recipe: Recipe):
     parameters = engine.module.named_parameters()
     weights = {names[name]: parameter.detach().float().numpy().copy() for name, parameter in parameters}
     engine.destroy()
-    return rates, groups, [(r.learning_rate, r.loss, r.nll, r.grad_norm) for r in results], weights
+    return rates, groups, [(r.learning_rate, r.loss, r.metrics["nll"], r.grad_norm) for r in results], weights
 
 
 def smoothed(model: Transformer, batch: Batch, smoothing: float, route: Route = "specific") -> torch.Tensor:
@@ -197,9 +197,9 @@ def dropped_share(topology, recipe: Recipe):
     step = steps_of(recipe, topology.data_rank, topology.data)[0]
     result = train_step(engine, step, 1, recipe, topology)
     engine.destroy()
-    counts = [each.sum().item() for each in result.counts]
+    counts = [each.sum().item() for each in result.totals["moe"]]
     choices = torch.cat([each.flatten() for each in found])
-    return result.dropped, counts, (int((choices == DROPPED).sum()), len(choices))
+    return result.metrics["dropped"], counts, (int((choices == DROPPED).sum()), len(choices))
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -117,7 +117,11 @@ def train(topology, recipe: Recipe):
         for name, parameter in engine.module.named_parameters()
     }
     engine.destroy()
-    return [(r.loss, r.nll, r.balance, r.z_loss, r.dropped, r.grad_norm) for r in results], gradients, weights
+    return (
+        [(*(r.metrics.get(name, 0.0) for name in ("loss", "nll", "balance", "z_loss", "dropped")), r.grad_norm) for r in results],
+        gradients,
+        weights,
+    )
 
 
 def whole(results, tensor: int, which: int) -> dict[str, torch.Tensor]:

@@ -323,7 +323,7 @@ def test_exchange_is_of_the_ranks_time_and_of_its_window(tmp_path):
         for number, scale in enumerate((1, 3, 0, 0), start=1):
             exchanged = {"encoder": Traffic(100 * scale, scale, 2.0 * scale), "decoder": Traffic(10 * scale, scale, 1.0 * scale)}
             monitor.pause(-10)
-            monitor.after_step(number, step, StepResult(1.0, 1.0, 0.0, 0.0, 0.0, None, 1.0, exchanged))
+            monitor.after_step(number, step, StepResult({"loss": 1.0}, None, 1.0, exchanged))
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     ends = ("", "_encoder", "_decoder")
     assert [first[f"exchanged_bytes{end}"] for end in ends] == [220, 200, 20]

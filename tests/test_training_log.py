@@ -35,7 +35,7 @@ def lines_of(
         for number, duration in enumerate(seconds, start=first + 1):
             clock.now += duration
             step = Step(batches=[], target_tokens=10 * number, source_tokens=10 * number, sentences=1, directions=[])
-            monitor.after_step(number, step, StepResult(float(number), 1.0, 0.0, 0.0, 0.0, None, 0.002, traffic))
+            monitor.after_step(number, step, StepResult({"loss": float(number)}, None, 0.002, traffic))
             if pause := (pauses or {}).get(number):
                 clock.now += pause
                 monitor.pause(pause)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lsmoe_ds.convert.tensors import Entry, Files, Tensors
+from lsmoe_ds.checkpoint.tensors import Entry, Files, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, damage, is_count, read_fields
 from lsmoe_ds.model.initialization import global_name

@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from lsmoe_ds import __version__
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.ctranslate2 import QUANTIZATIONS
 from lsmoe_ds.convert.folder import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
@@ -28,7 +29,6 @@ from lsmoe_ds.convert.huggingface import Exported
 from lsmoe_ds.convert.importing import read_huggingface
 from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.convert.subnetwork import ALL, describe, extract_stored
-from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors, save_tensors
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import Stored
 from lsmoe_ds.convert.optimizer import STATE, STEM, OptimizerState, open_optimizer
-from lsmoe_ds.convert.tensors import Entry, Tensors, save_tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_fields, write_json
 

@@ -1,6 +1,6 @@
 """Where a model lies: a run folder, a checkpoint in it, or a converted folder; and writing the latter.
 
-A converted folder holds the files of its kind (those of :func:`lsmoe_ds.convert.tensors.save_tensors`, for most), ``recipe.yaml``,
+A converted folder holds the files of its kind (those of :func:`lsmoe_ds.checkpoint.tensors.save_tensors`, for most), ``recipe.yaml``,
 ``vocabulary.model``, a model card ``README.md`` and ``provenance.json``::
 
     {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N, "direction": "en-de" or "all",
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.checkpoint import read_checkpoint
 from lsmoe_ds.convert.m2m_100 import restore
-from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.data.comparison import check_vocabulary, read_origin
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import (

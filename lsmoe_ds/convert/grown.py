@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors
 from lsmoe_ds.config import MoE, Recipe
 from lsmoe_ds.convert.folder import RECIPE, VOCABULARY, Stored, name_of
-from lsmoe_ds.convert.subnetwork import FLAT, VERTICAL
-from lsmoe_ds.convert.tensors import Entry, Tensors
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.language_specific.low_rank import Banks
+from lsmoe_ds.methods.base import Method
+from lsmoe_ds.methods.registry import methods_of
 from lsmoe_ds.model.initialization import draw, global_names
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.routers import deal
@@ -40,7 +40,7 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.recipe_file import load_recipe
 
 EXPERT = re.compile(r"(.+\.feed_forward\.)experts\.(\d+)\.(.+)")
-EMBEDDING, SPECIFIC = "embedding.tokens.weight", "_clsr.specific"
+EMBEDDING = "embedding.tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class _Grown:
     def __init__(self, weights: Tensors, before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness) -> None:
         self.weights, self.before, self.after, self.vocabulary = weights, before, after, vocabulary
         self.old, self.new = before.languages, after.languages
+        self.methods = methods_of(after, Topology.single())
         self.like = like if like.language is None else replace(like, language=self.old.own(like.language))
         for side, _, moe in before.model.moe_layers():
             self._check_tasks(side, moe, (after.model.encoder if side == "encoder" else after.model.decoder).moe)
@@ -137,14 +138,20 @@ class _Grown:
             return self._same(name, shape, self._expert(found[1], int(found[2]), found[3]))
         if name.endswith(".router.weight"):
             return Entry(shape, lambda: self._router(name, shape))
-        if name.endswith((FLAT, VERTICAL, SPECIFIC)) and name in self.weights:
-            places = [self._places(name, recipe, shape[1]) for recipe in (self.before, self.after)]
-            return Entry(shape, lambda: self._by_language(name, shape, *places))
         if ".feed_forward.shared." in name and name not in self.weights:
             return self._same(name, shape, name.replace(".shared.", "."))
-        if "_low_rank." in name or "_clsr." in name:
-            return self._same(name, shape, name) if name in self.weights else Entry(shape, lambda: self._drawn(name, shape))
+        for method in self.methods:
+            if method.owns(name):
+                return self._of_method(method, name, shape)
         return self._same(name, shape, name)
+
+    def _of_method(self, method: Method, name: str, shape: tuple[int, ...]) -> Entry:
+        """Return a method's parameter: with the rows that languages had, or drawn where the model had none."""
+        if name not in self.weights:
+            return Entry(shape, lambda: self._drawn(name, shape))
+        before = next(each for each in methods_of(self.before, Topology.single()) if each.name == method.name)
+        old, new = (each.language_rows(name, shape[-1]) for each in (before, method))
+        return self._same(name, shape, name) if not old else Entry(shape, lambda: self._by_language(name, shape, old, new))
 
     def _same(self, name: str, shape: tuple[int, ...], source: str) -> Entry:
         found = self.weights.shape(source) if source in self.weights else None
@@ -168,7 +175,7 @@ class _Grown:
         return f"{at}experts.{source}.{rest}"
 
     def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return draw(name, list(shape), self.after.training.seed)
+        return draw(name, list(shape), self.after.training.seed, self.methods)
 
     def _embedding(self, shape: tuple[int, ...]) -> Tensor:
         """Return the embedding: rows keep their places, and those of new tags come last."""
@@ -202,16 +209,6 @@ class _Grown:
             return None
         parts = [part if part in self.old.codes else self.like.language for part in task.split("-")]
         return "-".join(parts) if "-".join(parts) in before else None
-
-    def _places(self, name: str, recipe: Recipe, width: int) -> dict[str, slice]:
-        """Return the rows of each language's matrix, by code; those that all share have their own name."""
-        if name.endswith(SPECIFIC):
-            return {code: slice(i * width, (i + 1) * width) for i, code in enumerate(recipe.languages.codes)}
-        settings = recipe.model.low_rank
-        assert settings is not None
-        with torch.device("meta"):  # it is made only to say which rows are whose
-            bank = Banks(settings, recipe.languages, name.startswith("decoder."), Topology.single()).make(1, 1, "column")
-        return dict(zip([*recipe.languages.codes, "shared"], bank.rows, strict=False))
 
     def _by_language(self, name: str, shape: tuple[int, ...], before: dict[str, slice], after: dict[str, slice]) -> Tensor:
         old, whole = self.weights[name], self._drawn(name, shape)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.tensors import save_tensors
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import Stored
 from lsmoe_ds.convert.m2m_100 import rename, widest
-from lsmoe_ds.convert.tensors import save_tensors
 from lsmoe_ds.convert.tokenizer import special_tokens, tokenizer, tokenizer_config
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.vocabulary import Vocabulary

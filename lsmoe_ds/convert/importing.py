@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors
 from lsmoe_ds.codes import resolve_codes
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import RECIPE, VOCABULARY, name_of
 from lsmoe_ds.convert.m2m_100 import EMBEDDING, our_names, their_name
-from lsmoe_ds.convert.tensors import Entry, Tensors, open_tensors
 from lsmoe_ds.convert.tokenizer import is_ours, sentencepiece_model, set_specials
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, fill_up, parse_model
 from lsmoe_ds.errors import UserError

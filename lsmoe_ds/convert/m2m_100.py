@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors
 from lsmoe_ds.config import Recipe, Side
-from lsmoe_ds.convert.tensors import Entry, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted
 

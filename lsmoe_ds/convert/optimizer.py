@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.tensors import Files, open_tensors
 from lsmoe_ds.convert.checkpoint import check_size, explain_damage
-from lsmoe_ds.convert.tensors import Files, open_tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, is_count, is_plain, read_fields
 from lsmoe_ds.notices import counted

@@ -23,20 +23,18 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds import __version__
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors
 from lsmoe_ds.config import Model, MoE, Parallel, Recipe, Side
 from lsmoe_ds.convert.folder import PLAIN, PROVENANCE, READABLE, Stored, Weights, find_model, read_weights, write_folder
-from lsmoe_ds.convert.tensors import Entry, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_fields
 from lsmoe_ds.inference.load import check_route, empty_model
-from lsmoe_ds.language_specific.low_rank import Banks
 from lsmoe_ds.languages import Direction, Languages
-from lsmoe_ds.model.guide import SHARED
+from lsmoe_ds.methods.registry import methods_of
 from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
 from lsmoe_ds.parallel.topology import Topology
 
 ALL = "all"  # in the place of a direction
-FLAT, VERTICAL = "_low_rank.flat", "_low_rank.vertical"
 FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bias")
 
 
@@ -62,11 +60,8 @@ def check_convertible(recipe: Recipe, direction: Direction | None, route: str = 
         )
     if hybrid and not stays:
         raise UserError("--to hybrid is for models that route by token or sentence: this one has a plain equal, so use --to dense")
-    if model.clsr is not None:
-        raise UserError(
-            "the gates of model.clsr choose between two projections for each token at run time, so no dense model computes the same: "
-            "serve the trained model itself"
-        )
+    for method in methods_of(recipe, Topology.single()):
+        method.check_merge(check_route(route, recipe))
     if direction is None and any(moe.by_task for _, _, moe in layers):
         raise UserError("no dense model serves all directions, since each has experts of its own: name one, as in --direction en-de")
     if direction is None and not serves_all(recipe, route):
@@ -110,32 +105,6 @@ def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages,
     }
 
 
-def fold_low_rank(weights: Tensors, recipe: Recipe, direction: Direction | None, route: str) -> Tensors:
-    """Return the weights with every low-rank bank folded into the linear layer beside it: W + V F.
-
-    Only the specific route reads ``direction``.
-    """
-    settings, languages = recipe.model.low_rank, recipe.languages
-    if settings is None:
-        return weights
-    numbers = {"source": SHARED, "target": SHARED}
-    if route == "specific" and direction is not None:
-        numbers = {"source": languages.id(direction.source), "target": languages.id(direction.target)}
-
-    def fold(at: str) -> Entry:
-        outputs, inputs = weights.shape(f"{at}.weight")
-        with torch.device("meta"):  # it is made only to say which rows are whose
-            bank = Banks(settings, languages, at.startswith("decoder."), Topology.single()).make(inputs, outputs, "column")
-        of_vertical, of_flat = bank.rows[numbers[bank.vertical_of]], bank.rows[numbers[bank.flat_of]]
-        return Entry(
-            (outputs, inputs),
-            lambda: torch.addmm(weights[f"{at}.weight"], weights[f"{at}{VERTICAL}"][of_vertical].t(), weights[f"{at}{FLAT}"][of_flat]),
-        )
-
-    folded = {name: entry for name, entry in weights.entries.items() if not name.endswith((FLAT, VERTICAL))}
-    return Tensors(folded | {f"{at}.weight": fold(at) for at in (name.removesuffix(FLAT) for name in weights if name.endswith(FLAT))})
-
-
 def extract(
     weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False
 ) -> tuple[Tensors, Recipe]:
@@ -152,7 +121,10 @@ def extract(
     widths = {name: [side.width(layer) for layer in range(side.layers)] for name, side in sides.items()}
     whole = Tensors.of(weights)
     try:
-        dense = dict(fold_low_rank(whole, recipe, direction, route).entries)
+        merged = whole
+        for method in methods_of(recipe, Topology.single()):
+            merged = method.merge(merged, direction, check_route(route, recipe))
+        dense = dict(merged.entries)
         for side, layer, settings in recipe.model.moe_layers():
             at = f"{side}.{layer}.feed_forward."
             if settings.fuse_distillation and route == "shared":
@@ -172,7 +144,7 @@ def extract(
 
 def serves_all(recipe: Recipe, route: str) -> bool:
     """Tell whether one dense model serves every direction of the recipe: by the shared route, or where nothing is specific."""
-    specific = route == "specific" and (recipe.model.low_rank is not None or recipe.model.clsr is not None)
+    specific = route == "specific" and any(method.by_direction for method in methods_of(recipe, Topology.single()))
     return not specific and not any(expert_layers(recipe.model, route))
 
 

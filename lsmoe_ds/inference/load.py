@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import READABLE, Weights, find_model, read_weights
-from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.costs import Parts
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.vocabulary import Vocabulary

@@ -26,17 +26,25 @@ B sentences, T positions, H hidden, L languages.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from lsmoe_ds.config import Model, Recipe
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.language_specific.low_rank import MultiplyRuns, slices_of
-from lsmoe_ds.language_specific.settings import Clsr, Sublayer
-from lsmoe_ds.languages import Languages
-from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.language_specific.settings import Clsr
+from lsmoe_ds.languages import Languages, SentenceIds
+from lsmoe_ds.methods.base import Draw, Method, StepSize
+from lsmoe_ds.model.guide import Guide, Route
+from lsmoe_ds.model.sites import Site, SublayerSite
+from lsmoe_ds.parallel.topology import Topology
 
 ALPHA = 5.0
+NAME = "clsr"  # of the notes
 
 
 def alpha(number: int, steps: int) -> float:
@@ -45,24 +53,19 @@ def alpha(number: int, steps: int) -> float:
 
 
 class Projections(nn.Module):
-    """W_shared [H, H] of one side, and W_lang of all languages, one below the other [L H, H], unless each sublayer has its own.
-    All are transposed."""
+    """Hold W_shared [H, H] of one side, and W_lang of all languages, one below the other [L H, H], unless each
+    sublayer has its own. All are transposed.
+    """
 
     def __init__(self, hidden: int, settings: Clsr, languages: Languages, decoder: bool) -> None:
         super().__init__()
         self.settings, self.hidden, self.languages = settings, hidden, len(languages.codes)
+        self.noise = 0.0  # deviation of the gates' noise, set before each training step
         self.names = settings.sublayers(decoder)
         self.places = [slice(i * hidden, (i + 1) * hidden) for i in range(self.languages)]
         self.kind = "target" if decoder else "source"
         self.shared = nn.Parameter(torch.empty(hidden, hidden))
         self.specific = self.all_languages() if settings.shared else None
-
-    @classmethod
-    def of(cls, recipe: Recipe, decoder: bool) -> Projections | None:
-        """None where no sublayer of this side has gates."""
-        settings = recipe.model.clsr
-        gated = settings is not None and settings.sublayers(decoder)
-        return cls(recipe.model.hidden, settings, recipe.languages, decoder) if settings and gated else None
 
     def all_languages(self) -> nn.Parameter:
         return nn.Parameter(torch.empty(self.languages * self.hidden, self.hidden))
@@ -78,25 +81,90 @@ class ConditionalRouting(nn.Module):
         self.specific = None if side.settings.shared else side.all_languages()
         self._side = (side,)  # in a tuple, so that its parameters are the side's alone and have one name
 
-    @classmethod
-    def after(cls, sublayer: Sublayer, side: Projections | None) -> ConditionalRouting | None:
-        """None where this sublayer has no gate."""
-        return cls(side) if side is not None and sublayer in side.names else None
-
     def forward(self, h: Tensor, z: Tensor, real: Tensor, guide: Guide) -> Tensor:
         """h, what the sublayer gave, and z, what it read [B, T, H] -> [B, T, H]."""
         (side,) = self._side
         logits = self.gate(z).squeeze(2).float()
         if self.training:
-            gates = torch.sigmoid(logits + guide.noise * torch.randn_like(logits) if guide.noise else logits)
+            gates = torch.sigmoid(logits + side.noise * torch.randn_like(logits) if side.noise else logits)
         else:
             gates = (logits >= 0).float()
-        if guide.gates is not None:
-            guide.gates.append((gates * real).sum())
+        if guide.notes is not None:
+            guide.note(NAME, (gates * real).sum())
         rows = h.reshape(-1, side.hidden)
         matrices = side.specific if self.specific is None else self.specific
         specific = MultiplyRuns.apply(rows, matrices, slices_of(side.places, guide, side.kind, rows), side.hidden)
         return torch.lerp(F.linear(rows, side.shared), specific, gates.to(h.dtype).view(-1, 1)).view_as(h)
+
+
+class ConditionalLanguageSpecificRouting(Method):
+    """A note is a sublayer's sum of gates over its real tokens; the total is the sum over all of them."""
+
+    name = NAME
+    metrics = ("gates",)
+    by_direction = True
+
+    def __init__(self, recipe: Recipe, settings: Clsr) -> None:
+        self.model, self.settings, self.languages = recipe.model, settings, recipe.languages
+        self.sides: dict[str, Projections] = {}
+
+    @classmethod
+    def of(cls, recipe: Recipe, topology: Topology) -> ConditionalLanguageSpecificRouting | None:
+        """Return None for a model without gates."""
+        settings = recipe.model.clsr
+        return None if settings is None else cls(recipe, settings)
+
+    def shared_modules(self) -> list[tuple[str, nn.Module]]:
+        for side in ("encoder", "decoder"):
+            if self.settings.sublayers(side == "decoder"):
+                self.sides[side] = Projections(self.model.hidden, self.settings, self.languages, side == "decoder")
+        return [(f"{side}_{NAME}", projections) for side, projections in self.sides.items()]
+
+    def install(self, site: Site) -> None:
+        side = self.sides.get(site.side)
+        if isinstance(site, SublayerSite) and side is not None and site.sublayer in side.names:
+            site.add(NAME, ConditionalRouting(side))
+
+    def initial(self, name: str) -> Draw | None:
+        """Make projections the identity, so that a model begins as it would without them."""
+        return _fill_with_identities if name.endswith(("_clsr.specific", "_clsr.shared")) else None
+
+    def check_merge(self, route: Route) -> None:
+        raise UserError(
+            "the gates of model.clsr choose between two projections for each token at run time, so no dense model computes the same: "
+            "serve the trained model itself"
+        )
+
+    def language_rows(self, name: str, width: int) -> dict[str, slice]:
+        if not name.endswith("_clsr.specific"):
+            return {}
+        return {code: slice(i * width, (i + 1) * width) for i, code in enumerate(self.languages.codes)}
+
+    def before_step(self, model: Any, number: int, steps: int) -> None:
+        for projections in self.sides.values():
+            projections.noise = alpha(number, steps)
+
+    def count(self, notes: Sequence[Tensor]) -> list[Tensor]:
+        return [_sum(notes).detach().view(1)]
+
+    def count_ahead(self, model: Any, real: Mapping[str, Tensor], ids: SentenceIds) -> None:
+        """Return None: gates read hidden states."""
+
+    def losses(self, notes: Sequence[Tensor], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
+        count = gate_count(self.model, size.source_tokens, size.target_tokens)
+        return {"gate_budget": budget_loss(self.settings, _sum(notes), totals[0][0] / count, count)}
+
+    def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
+        return {"gates": float(totals[0]) / gate_count(self.model, size.source_tokens, size.target_tokens)}
+
+
+def _fill_with_identities(value: Tensor, generator: Generator) -> None:
+    """Fill [N H, H] with N identities, one below the other."""
+    value.zero_().view(-1, value.shape[1], value.shape[1]).diagonal(dim1=1, dim2=2).fill_(1.0)
+
+
+def _sum(notes: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(notes)).sum()
 
 
 def gate_count(model: Model, source_tokens: int, target_tokens: int) -> int:

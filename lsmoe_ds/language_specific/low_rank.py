@@ -15,21 +15,25 @@ S rows (tokens), r rank, R the sum of the ranks of all matrices of a bank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors
 from lsmoe_ds.config import LowRank, Recipe
-from lsmoe_ds.languages import Languages
-from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.methods.base import Draw, Method
+from lsmoe_ds.model.guide import SHARED, Guide, Route
+from lsmoe_ds.model.sites import LinearSite, Site, Split
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import copy_together, sum_together
 from lsmoe_ds.parallel.topology import Topology
 
+NAME = "low_rank"
+FLAT, VERTICAL = f"_{NAME}.flat", f"_{NAME}.vertical"  # after the name of the linear layer
 Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they are for
 
 
@@ -127,6 +131,12 @@ def indexes(settings: LowRank, decoder: bool) -> tuple[str, str]:
     return ("target", "target") if decoder else ("source", "source")
 
 
+def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
+    """Return the rows of each language's matrix in a bank [R, ...]; those that all share come last."""
+    ranks = [settings.rank_of(code) for code in languages.codes] + [settings.shared_rank] * settings.fuse_distillation
+    return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
+
+
 class LowRankBank(nn.Module):
     """The language-specific matrices of one linear layer, which is handed over with each call."""
 
@@ -138,18 +148,16 @@ class LowRankBank(nn.Module):
         languages: Languages,
         decoder: bool,
         topology: Topology,
-        split: Literal["column", "row"],
+        split: Split,
     ) -> None:
         super().__init__()
-        ranks = [settings.rank_of(code) for code in languages.codes] + [settings.shared_rank] * settings.fuse_distillation
-        ends = list(accumulate(ranks))
-        self.rows = [slice(end - rank, end) for rank, end in zip(ranks, ends, strict=True)]  # the shared matrices come last
-        self.rank = max(ranks)
+        self.rows = rows_of(settings, languages)
+        self.rank, total = max(rows.stop - rows.start for rows in self.rows), self.rows[-1].stop
         self.vertical_of, self.flat_of = indexes(settings, decoder)
         self.topology, self.split = topology, split
         tensor = topology.tensor
-        self.flat = nn.Parameter(torch.empty(ends[-1], inputs // tensor if split == "row" else inputs))
-        self.vertical = nn.Parameter(torch.empty(ends[-1], outputs // tensor if split == "column" else outputs))
+        self.flat = nn.Parameter(torch.empty(total, inputs // tensor if split == "row" else inputs))
+        self.vertical = nn.Parameter(torch.empty(total, outputs // tensor if split == "column" else outputs))
         if tensor > 1:
             compat.mark_tensor_parallel(self.flat if split == "row" else self.vertical, 1)
 
@@ -171,29 +179,54 @@ class LowRankBank(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
-class Banks:
-    """Makes the banks of one side's layers."""
+class LowRankMatrices(Method):
+    """Banks beside the linear layers of attentions, or of feed-forwards that have no experts."""
 
-    settings: LowRank
-    languages: Languages
-    decoder: bool
-    topology: Topology
+    name = NAME
+    by_direction = True
+
+    def __init__(self, settings: LowRank, languages: Languages, topology: Topology) -> None:
+        self.settings, self.languages, self.topology = settings, languages, topology
 
     @classmethod
-    def of(cls, recipe: Recipe, layer: int, place: str, decoder: bool, topology: Topology) -> Banks | None:
-        """None where the recipe has no banks in this place of the layer."""
+    def of(cls, recipe: Recipe, topology: Topology) -> LowRankMatrices | None:
+        """Return None for a model without banks."""
         settings = recipe.model.low_rank
-        return cls(settings, recipe.languages, decoder, topology) if settings and settings.is_in(layer, place) else None
+        return None if settings is None else cls(settings, recipe.languages, topology)
 
-    def make(self, inputs: int, outputs: int, split: Literal["column", "row"]) -> LowRankBank:
-        return LowRankBank(inputs, outputs, self.settings, self.languages, self.decoder, self.topology, split)
+    def install(self, site: Site) -> None:
+        if isinstance(site, LinearSite) and self.settings.is_in(site.layer, site.sublayer.removeprefix("cross_")):
+            site.add(NAME, self.make(site.inputs, site.outputs, site.side == "decoder", site.split))
 
+    def make(self, inputs: int, outputs: int, decoder: bool, split: Split) -> LowRankBank:
+        return LowRankBank(inputs, outputs, self.settings, self.languages, decoder, self.topology, split)
 
-def linear(base: nn.Module, bank: LowRankBank | None, x: Tensor, guide: Guide | None) -> Tensor:
-    """A linear layer, with the bank beside it if there is one; only the bank needs the guide."""
-    if bank is None:
-        out: Tensor = base(x)
-        return out
-    assert guide is not None
-    return bank(base, x, guide)
+    def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
+        """Return the weights with every bank merged into the linear layer beside it: W + V F."""
+        numbers = {"source": SHARED, "target": SHARED}
+        if route == "specific" and direction is not None:
+            numbers = {"source": self.languages.id(direction.source), "target": self.languages.id(direction.target)}
+        rows = rows_of(self.settings, self.languages)
+
+        def merged(at: str) -> Entry:
+            vertical, flat = (rows[numbers[kind]] for kind in indexes(self.settings, at.startswith("decoder.")))
+            base, of_vertical, of_flat = f"{at}.weight", f"{at}{VERTICAL}", f"{at}{FLAT}"
+            return Entry(
+                weights.shape(base), lambda: torch.addmm(weights[base], weights[of_vertical][vertical].t(), weights[of_flat][flat])
+            )
+
+        kept = {name: entry for name, entry in weights.entries.items() if not name.endswith((FLAT, VERTICAL))}
+        return Tensors(kept | {f"{at}.weight": merged(at) for at in (name.removesuffix(FLAT) for name in weights if name.endswith(FLAT))})
+
+    def language_rows(self, name: str, width: int) -> dict[str, slice]:
+        return dict(zip([*self.languages.codes, "shared"], rows_of(self.settings, self.languages), strict=False))
+
+    def initial(self, name: str) -> Draw | None:
+        """Make flat matrices 0, so that a model begins as it would without them, and draw vertical ones normal
+        with deviation 0.1.
+        """
+        if name.endswith(FLAT):
+            return lambda value, generator: value.zero_()
+        if name.endswith(VERTICAL):
+            return lambda value, generator: value.normal_(0.0, 0.1, generator=generator)
+        return None

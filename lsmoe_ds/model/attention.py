@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.language_specific.low_rank import Banks, linear
 from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.model.sites import Linears
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.layers import column_linear, row_linear
 from lsmoe_ds.parallel.topology import Topology
@@ -17,19 +17,16 @@ from lsmoe_ds.parallel.topology import Topology
 Cache = tuple[Tensor, Tensor]  # keys and values, each [B, A, T, D]
 
 
-class Attention(nn.Module):
+class Attention(Linears):
     """Attention over a memory [B, M, H]; heads are spread over the tensor-parallel ranks."""
 
-    def __init__(self, hidden: int, heads: int, dropout: float, topology: Topology, banks: Banks | None = None) -> None:
+    def __init__(self, hidden: int, heads: int, dropout: float, topology: Topology) -> None:
         super().__init__()
+        self.shapes = dict.fromkeys(("query", "key", "value"), (hidden, hidden, "column")) | {"output": (hidden, hidden, "row")}
         self.query = column_linear(hidden, hidden, topology)
         self.key = column_linear(hidden, hidden, topology)
         self.value = column_linear(hidden, hidden, topology)
         self.output = row_linear(hidden, hidden, topology)
-        self.query_low_rank = banks.make(hidden, hidden, "column") if banks else None
-        self.key_low_rank = banks.make(hidden, hidden, "column") if banks else None
-        self.value_low_rank = banks.make(hidden, hidden, "column") if banks else None
-        self.output_low_rank = banks.make(hidden, hidden, "row") if banks else None
         self.heads = heads // topology.tensor
         self.dropout = dropout
         self.tensor = topology.tensor
@@ -39,10 +36,10 @@ class Attention(nn.Module):
         return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
 
     def pack(self) -> None:
-        """For inference: query, key and value of one input become one product, whose weight theirs are views of. Where there
-        are banks or tensor-parallel peers, nothing happens."""
+        """For inference: query, key and value of one input become one product, whose weight theirs are views of. Where a
+        method stands beside one of them, or there are tensor-parallel peers, nothing happens."""
         parts = (self.query, self.key, self.value)
-        if self.query_low_rank is not None or self.tensor > 1:
+        if {"query", "key", "value"} & self.beside.keys() or self.tensor > 1:
             return
         for name in ("weight", "bias"):
             packed = torch.cat([getattr(part, name).detach() for part in parts])
@@ -52,12 +49,11 @@ class Attention(nn.Module):
 
     def ask(self, x: Tensor, guide: Guide) -> Tensor:
         """Queries of x [B, T, H]: [B, A, T, D]."""
-        return self._split(linear(self.query, self.query_low_rank, x, guide))
+        return self._split(self.linear("query", x, guide))
 
     def project(self, memory: Tensor, guide: Guide) -> Cache:
         """Keys and values of a memory [B, M, H]."""
-        key, value = linear(self.key, self.key_low_rank, memory, guide), linear(self.value, self.value_low_rank, memory, guide)
-        return self._split(key), self._split(value)
+        return self._split(self.linear("key", memory, guide)), self._split(self.linear("value", memory, guide))
 
     def ask_itself(self, x: Tensor, guide: Guide) -> tuple[Tensor, Cache]:
         """Queries, keys and values of x [B, T, H]."""
@@ -72,7 +68,7 @@ class Attention(nn.Module):
         # Each tensor-parallel rank drops in its own heads, so it needs its own random numbers there.
         with compat.tensor_parallel_random() if dropout and self.tensor > 1 else contextlib.nullcontext():
             mixed = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return linear(self.output, self.output_low_rank, mixed.transpose(1, 2).flatten(2), guide)
+        return self.linear("output", mixed.transpose(1, 2).flatten(2), guide)
 
 
 def extend(cache: Cache | None, new: Cache) -> Cache:

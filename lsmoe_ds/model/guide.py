@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from lsmoe_ds.languages import SentenceIds
-from lsmoe_ds.moe.losses import RoutingRecord
+from lsmoe_ds.methods.base import Notes
 
 SHARED = -1  # in place of a language: what all languages share
 Route = Literal["specific", "shared", "both"]
@@ -27,18 +27,21 @@ class Run(NamedTuple):
 class Guide:
     ids: SentenceIds
     summary: Tensor | None = None  # [B, H]: in the decoder the mean of the encoder's output, if sentence routing asks for it
-    records: list[RoutingRecord] | None = None  # one is appended by each MoE layer, in training
+    notes: Notes | None = None  # in training: what layers leave for their method; see lsmoe_ds/methods/base.py
     # Which matrices and feed-forwards a sentence uses: its languages', or the shared ones. "both": the second half of the
     # sentences repeats the first, and is shared.
     route: Route = "specific"
-    gates: list[Tensor] | None = None  # CLSR, in training: each sublayer appends the sum of its gates over the real tokens
-    noise: float = 0.0  # CLSR: deviation of the gates' noise in training
     _runs: dict[str, list[Run]] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> Guide:
         """For the sentences that ``index`` names, in that order."""
         summary = None if self.summary is None else self.summary[index]
-        return Guide(self.ids.select(index), summary, self.records, self.route, self.gates, self.noise)
+        return Guide(self.ids.select(index), summary, self.notes, self.route)
+
+    def note(self, method: str, value: Any) -> None:
+        """Leave a note for a method, in training."""
+        if self.notes is not None:
+            self.notes.setdefault(method, []).append(value)
 
     def runs(self, kind: str) -> list[Run]:
         """Runs of equal "source" or "target" language, in the order of the sentences. Waits for the device, once a kind."""

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lsmoe_ds.methods.base import Method
 from lsmoe_ds.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from lsmoe_ds.model.transformer import Transformer
 
 LOCAL_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
 
@@ -39,36 +45,35 @@ def global_names(model: nn.Module, topology: Topology) -> dict[str, str]:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int, topology: Topology) -> None:
-    """Linear weights Xavier-uniform, embeddings normal with deviation H^-1/2, norms 1, biases 0, routers normal 0.1; of low-rank
-    banks flat matrices 0, and vertical ones normal 0.1; of CLSR projections the identity: with either a model begins as it would
-    without them."""
+def initialize(model: Transformer, seed: int, topology: Topology) -> None:
+    """Draw linear weights Xavier-uniform, embeddings normal with deviation H^-1/2, norms 1, biases 0, and parameters
+    of methods as these say.
+    """
     names = global_names(model, topology)
     for name, parameter in model.named_parameters():
         dimension = partition_dimension(parameter)
         shape = list(parameter.shape)
         if dimension is not None:
             shape[dimension] *= topology.tensor
-        whole = draw(names[name], shape, seed)
+        whole = draw(names[name], shape, seed, model.methods)
         if dimension is not None:
             whole = whole.chunk(topology.tensor, dimension)[topology.tensor_rank]
         parameter.copy_(whole)
 
 
-def draw(name: str, shape: list[int], seed: int) -> Tensor:
-    """The initial value of the whole parameter of this global name."""
+def draw(name: str, shape: list[int], seed: int, methods: Sequence[Method] = ()) -> Tensor:
+    """Return the initial value of the whole parameter of this global name."""
     value = torch.empty(shape)
-    if name.endswith((".bias", "_low_rank.flat")):
+    if name.endswith(".bias"):
         return value.zero_()
     if "norm" in name:
         return value.fill_(1.0)
-    if name.endswith(("_clsr.specific", "_clsr.shared")):
-        value.zero_().view(-1, shape[1], shape[1]).diagonal(dim1=1, dim2=2).fill_(1.0)
-        return value
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     if name.startswith("embedding."):
         return value.normal_(0.0, shape[-1] ** -0.5, generator=generator)
-    if ".router." in name or name.endswith("_low_rank.vertical"):
-        return value.normal_(0.0, 0.1, generator=generator)
+    for method in methods:
+        if (fill := method.initial(name)) is not None:
+            fill(value, generator)
+            return value
     return nn.init.xavier_uniform_(value, generator=generator)

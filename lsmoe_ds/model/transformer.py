@@ -5,6 +5,7 @@ Any feed-forward can be a mixture of experts. B sentences, T target positions, M
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,39 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.config import Recipe, Side
-from lsmoe_ds.language_specific.clsr import ConditionalRouting, Projections
 from lsmoe_ds.language_specific.fuse_distillation import FuseDistillation, twice
-from lsmoe_ds.language_specific.low_rank import Banks
 from lsmoe_ds.languages import PAD, Languages, SentenceIds
+from lsmoe_ds.methods.base import Notes, Totals
+from lsmoe_ds.methods.registry import methods_of
 from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.model.guide import Guide, Route, mean_of_real
-from lsmoe_ds.moe.losses import RoutingRecord, count_first_choices
+from lsmoe_ds.model.sites import Linears, Site, Sublayer, SublayerSite, WithSublayers
 from lsmoe_ds.parallel.layers import cross_entropy, output_logits, project
 from lsmoe_ds.parallel.topology import Topology
 
 
 @dataclass
 class Losses:
-    """Of one micro-batch, as sums over its target tokens."""
+    """Losses of one micro-batch, as sums over its target tokens."""
 
     loss: Tensor  # label-smoothed cross-entropy, summed; with gradient; in fuse distillation the mean of both routes, and the gradient
     # also that of the divergence
     nll: Tensor  # negative log-likelihood, summed; without gradient; in fuse distillation of the specific route
     distillation: Tensor  # divergence of the two routes in fuse distillation, summed; without gradient; otherwise 0
-    routing: list[RoutingRecord]  # of each MoE layer, encoder first; what the auxiliary losses are made of
-    gates: Tensor | None = None  # CLSR, in training: sum of all gates over the real tokens; with gradient
-
-    @property
-    def totals(self) -> list[Tensor]:
-        """What must be known over the whole step before its first gradient: see :func:`totals_of`."""
-        return totals_of(self.routing, self.gates)
-
-
-def totals_of(records: list[RoutingRecord], gates: Tensor | None) -> list[Tensor]:
-    """Tokens whose first choice is each expert [E], of each MoE layer; with CLSR last the sum of its gates [1]. Without gradient."""
-    return [*(record.counts for record in records), *([] if gates is None else [gates.detach().view(1)])]
+    notes: Notes  # of each method, encoder first; what the auxiliary losses are made of. Empty in evaluation
 
 
 @dataclass
@@ -79,7 +69,7 @@ class DecoderState:
         return DecoderState(cross, mask, self.guide.select(rows), own, self.length)
 
 
-class Layer(nn.Module):
+class Layer(WithSublayers):
     """An encoder or decoder layer: norm, attention, add; in the decoder the same over the source; norm, feed-forward, add."""
 
     def __init__(
@@ -90,15 +80,13 @@ class Layer(nn.Module):
         decoder: bool,
         languages: Languages,
         topology: Topology,
-        projections: Projections | None = None,
     ) -> None:
         super().__init__()
         hidden, heads, dropout = recipe.model.hidden, recipe.model.heads, recipe.training.attention_dropout
-        of_attention, of_feed_forward = (Banks.of(recipe, index, place, decoder, topology) for place in ("attention", "feed_forward"))
         self.attention_norm = nn.LayerNorm(hidden)
-        self.attention = Attention(hidden, heads, dropout, topology, of_attention)
+        self.attention = Attention(hidden, heads, dropout, topology)
         self.cross_norm = nn.LayerNorm(hidden) if decoder else None
-        self.cross_attention = Attention(hidden, heads, dropout, topology, of_attention) if decoder else None
+        self.cross_attention = Attention(hidden, heads, dropout, topology) if decoder else None
         self.feed_forward_norm = nn.LayerNorm(hidden)
         self.feed_forward: nn.Module
         if side.is_moe(index):
@@ -109,10 +97,7 @@ class Layer(nn.Module):
             shared = FeedForward(hidden, width, topology) if side.moe.fuse_distillation else None
             self.feed_forward = MixtureOfExperts(hidden, side.moe, lambda: FeedForward(hidden, width, alone), languages, topology, shared)
         else:
-            self.feed_forward = FeedForward(hidden, side.width(index), topology, of_feed_forward)
-        self.attention_clsr = ConditionalRouting.after("attention", projections)
-        self.cross_attention_clsr = ConditionalRouting.after("cross_attention", projections)
-        self.feed_forward_clsr = ConditionalRouting.after("feed_forward", projections)
+            self.feed_forward = FeedForward(hidden, side.width(index), topology)
         self.is_moe = side.is_moe(index)
         self.dropout = recipe.training.dropout
 
@@ -135,8 +120,7 @@ class Layer(nn.Module):
         query, new = self.attention.ask_itself(normed, guide)
         cache = extend(past, new)
         y = self.attention(query, cache, guide, own_mask, causal)
-        if self.attention_clsr is not None:
-            y = self.attention_clsr(y, normed, real, guide)
+        y = self.follow("attention", y, normed, real, guide)
         x = x + self._drop(y)
         if self.cross_attention is not None:
             assert self.cross_norm is not None and cross is not None
@@ -144,14 +128,24 @@ class Layer(nn.Module):
             normed = self.cross_norm(x)
             query = self.cross_attention.ask(normed.view(cross[0].shape[0], -1, x.shape[2]), guide)
             y = self.cross_attention(query, cross, guide, cross_mask).view_as(x)
-            if self.cross_attention_clsr is not None:
-                y = self.cross_attention_clsr(y, normed, real, guide)
+            y = self.follow("cross_attention", y, normed, real, guide)
             x = x + self._drop(y)
         normed = self.feed_forward_norm(x)
         y = self.feed_forward(normed, real, guide) if self.is_moe else self.feed_forward(normed, guide)
-        if self.feed_forward_clsr is not None:
-            y = self.feed_forward_clsr(y, normed, real, guide)
-        return x + self._drop(y), cache
+        return x + self._drop(self.follow("feed_forward", y, normed, real, guide)), cache
+
+    def sites(self, side: str, number: int) -> Iterator[Site]:
+        """Yield each sublayer and its linear layers. Those of experts are no sites."""
+        found: dict[Sublayer, nn.Module | None] = {
+            "attention": self.attention,
+            "cross_attention": self.cross_attention,
+            "feed_forward": self.feed_forward,
+        }
+        for name, module in found.items():
+            if module is not None:
+                yield SublayerSite(side, number, name, self)
+            if isinstance(module, Linears):
+                yield from module.linear_sites(side, number, name)
 
 
 class Transformer(nn.Module):
@@ -162,21 +156,21 @@ class Transformer(nn.Module):
         topology = topology or Topology.single()
         model, languages = recipe.model, recipe.languages
         self.embedding = Embedding(vocabulary, model.hidden, topology)
-        self.encoder_clsr, self.decoder_clsr = (Projections.of(recipe, decoder) for decoder in (False, True))
-        self.encoder = nn.ModuleList(
-            Layer(recipe, model.encoder, i, False, languages, topology, self.encoder_clsr) for i in range(model.encoder.layers)
-        )
-        self.decoder = nn.ModuleList(
-            Layer(recipe, model.decoder, i, True, languages, topology, self.decoder_clsr) for i in range(model.decoder.layers)
-        )
+        self.methods = methods_of(recipe, topology)
+        for method in self.methods:
+            for name, module in method.shared_modules():
+                self.add_module(name, module)
+        self.encoder = nn.ModuleList(Layer(recipe, model.encoder, i, False, languages, topology) for i in range(model.encoder.layers))
+        self.decoder = nn.ModuleList(Layer(recipe, model.decoder, i, True, languages, topology) for i in range(model.decoder.layers))
         self.encoder_norm = nn.LayerNorm(model.hidden)
         self.decoder_norm = nn.LayerNorm(model.hidden)
+        for site in self.sites():
+            for method in self.methods:
+                method.install(site)
         self.topology = topology
         self.dropout = recipe.training.dropout
         self.smoothing = recipe.training.label_smoothing
         self.distillation = FuseDistillation.of(recipe)
-        self.routed = model.routed
-        self.gate_noise = 0.0  # CLSR: set before each training step
         self.moe_names = [f"{side}.{layer}" for side, layer, _ in model.moe_layers()]
         self.summarize = model.decoder.moe is not None and model.decoder.moe.routing == "sentence"
 
@@ -215,14 +209,13 @@ class Transformer(nn.Module):
         self,
         source: Tensor,
         ids: SentenceIds,
-        records: list[RoutingRecord] | None = None,
+        notes: Notes | None = None,
         route: Route = "specific",
-        gates: list[Tensor] | None = None,
     ) -> DecoderState:
-        """Encodes source [B, M] and prepares to decode."""
-        memory, mask = self.encode(source, Guide(ids, None, records, route, gates, self.gate_noise))
+        """Encode source [B, M] and prepare to decode."""
+        memory, mask = self.encode(source, Guide(ids, None, notes, route))
         summary = mean_of_real(memory, source != PAD) if self.summarize else None
-        guide = Guide(ids, summary, records, route, gates, self.gate_noise)
+        guide = Guide(ids, summary, notes, route)
         cross = [layer.cross_attention.project(memory, guide) for layer in self.decoder]  # type: ignore[union-attr, operator]
         return DecoderState(cross, mask, guide)
 
@@ -245,25 +238,27 @@ class Transformer(nn.Module):
         distillation = self.distillation if self.training else None
         if distillation is not None:
             (source, decoder_input, ids), labels, route = twice(source, decoder_input, ids), labels.repeat(2, 1), "both"
-        hidden, records, gates = self._recorded(source, decoder_input, ids, route)
+        hidden, notes = self._noted(source, decoder_input, ids, route)
         index = (labels.reshape(-1) != PAD).nonzero().squeeze(1)  # the vocabulary is projected for real tokens only
         hidden, labels = hidden.flatten(0, 1)[index], labels.reshape(-1)[index]
         tokens, smoothing = self.embedding.tokens, self.smoothing if self.training else 0.0
         if distillation is not None:
             loss, apart, nll = distillation.losses(hidden, labels, tokens, smoothing, self.topology)
-            return Losses(loss, nll, apart, records)
+            return Losses(loss, nll, apart, notes)
         loss, nll = cross_entropy(project(hidden, tokens, self.topology), labels, tokens, smoothing, self.topology)
-        return Losses(loss, nll.sum(), loss.new_zeros(()), records, gates)
+        return Losses(loss, nll.sum(), loss.new_zeros(()), notes)
 
-    def _recorded(
-        self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route
-    ) -> tuple[Tensor, list[RoutingRecord], Tensor | None]:
-        """Hidden states [B, T, H]; in training the record of each MoE layer and, with CLSR, the sum of its gates."""
-        records: list[RoutingRecord] = []
-        gates: list[Tensor] = []
-        state = self.start(source, ids, records if self.training else None, route, gates if self.training else None)
-        hidden = self._decode(decoder_input, decoder_input != PAD, state)
-        return hidden, records, torch.stack(gates).sum() if gates else None
+    def _noted(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route) -> tuple[Tensor, Notes]:
+        """Return hidden states [B, T, H], and in training the notes of all methods."""
+        notes: Notes = {}
+        state = self.start(source, ids, notes if self.training else None, route)
+        return self._decode(decoder_input, decoder_input != PAD, state), notes
+
+    def sites(self) -> Iterator[Site]:
+        """Yield the places at which methods add something, layer by layer."""
+        for side in ("encoder", "decoder"):
+            for number, layer in enumerate(getattr(self, side)):
+                yield from layer.sites(side, number)
 
     def pack(self) -> None:
         """For inference: see :meth:`Attention.pack`."""
@@ -276,16 +271,20 @@ class Transformer(nn.Module):
         return [(name.split(".")[0], self.get_submodule(f"{name}.feed_forward")) for name in self.moe_names]
 
     @torch.no_grad()
-    def totals_ahead(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> list[Tensor]:
-        """:attr:`Losses.totals` as :meth:`forward` will find them if the same random numbers follow. Nothing is computed for it
-        where there are no gates and no router reads hidden states."""
-        layers = self.moe_layers()
-        gated = self.encoder_clsr is not None or self.decoder_clsr is not None
-        if not gated and not any(layer.router.reads_tokens for _, layer in layers):
-            real = {"encoder": source != PAD, "decoder": decoder_input != PAD}
-            routes = [(layer.settings, layer.route(None, real[side], Guide(ids))[2]) for side, layer in layers]
-            return [self.routed(settings) * count_first_choices(each, settings.experts) for settings, each in routes]
+    def totals_ahead(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> Totals:
+        """Return a micro-batch's part of the totals as :meth:`forward` will find them if the same random numbers follow.
+
+        That takes a forward pass, unless all methods can tell from the ids.
+        """
+        real = {"encoder": source != PAD, "decoder": decoder_input != PAD}
+        ahead = {method.name: method.count_ahead(self, real, ids) for method in self.methods}
+        if None not in ahead.values():
+            return {name: totals for name, totals in ahead.items() if totals is not None}
         route: Route = "specific"
         if self.distillation is not None:
             (source, decoder_input, ids), route = twice(source, decoder_input, ids), "both"
-        return totals_of(*self._recorded(source, decoder_input, ids, route)[1:])
+        return self.count(self._noted(source, decoder_input, ids, route)[1])
+
+    def count(self, notes: Notes) -> Totals:
+        """Return a micro-batch's part of each method's totals."""
+        return {method.name: method.count(notes.get(method.name, [])) for method in self.methods}

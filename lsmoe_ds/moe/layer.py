@@ -11,7 +11,7 @@ from lsmoe_ds.config import MoE
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.model.guide import Guide, mean_of_real
 from lsmoe_ds.moe.dispatch import Dispatcher
-from lsmoe_ds.moe.losses import record_routing
+from lsmoe_ds.moe.losses import NAME, record_routing
 from lsmoe_ds.moe.routers import ROUTERS, Places, Routes, limit
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
@@ -82,8 +82,8 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         kept, capacity = chosen, self.settings.capacity
         if capacity is not None and (factor := capacity.training if self.training else capacity.evaluation) is not None:
             kept = limit(chosen, capacity, factor)
-        if guide.records is not None:
-            guide.records.append(record_routing(self.settings, chosen, kept))
+        if guide.notes is not None:
+            guide.note(NAME, record_routing(self.settings, chosen, kept))
         if self.observer is not None:
             self.observer(guide.ids.task(self.settings.task)[index // x.shape[1]], kept)
         out = self.deepspeed_moe(tokens, kept.experts, kept.weights, dropped=kept is not chosen)

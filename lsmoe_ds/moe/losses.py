@@ -15,6 +15,8 @@ from torch import Tensor
 from lsmoe_ds.config import MoE
 from lsmoe_ds.moe.routers import DROPPED, Routes
 
+NAME = "moe"  # of its notes
+
 
 @dataclass
 class RoutingRecord:

@@ -16,18 +16,18 @@ from lsmoe_ds.config import Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.deepspeed_config import HALF
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.language_specific import clsr
 from lsmoe_ds.memory import STAGE_0_BUCKET
+from lsmoe_ds.methods.base import StepSize, Totals
 from lsmoe_ds.model.guide import Route
 from lsmoe_ds.model.initialization import initialize, partition_dimension
 from lsmoe_ds.model.transformer import Losses, Transformer
-from lsmoe_ds.moe.losses import balance_loss, z_loss
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")
+OF_TOKENS = ("loss", "nll", "distillation")  # what the model itself computes, per target token
 BETAS, EPSILON = (0.9, 0.98), 1e-9  # "Attention is all you need", section 5.3
 
 # What the recipe decides; in a DeepSpeed configuration these would be a second, silent answer.
@@ -47,19 +47,17 @@ class NonFinite(Exception):
 
 @dataclass
 class StepResult:
-    """Of one optimizer step, over all ranks: per-token means, and the gradient norm before clipping."""
+    """What one optimizer step computed, over all ranks."""
 
-    loss: float
-    nll: float
-    balance: float  # sum over MoE layers of coefficient x balance loss
-    z_loss: float  # sum over MoE layers of coefficient x z-loss
-    dropped: float  # share of all choices of experts that a capacity dropped
-    grad_norm: float | None
+    metrics: dict[str, float]  # per-token means of OF_TOKENS, and what each method measures
+    grad_norm: float | None  # before clipping
     learning_rate: float
     exchanged: dict[str, Traffic]  # of each side, to and from its experts, summed over all ranks
-    counts: list[Tensor] = field(default_factory=list)  # of each MoE layer, first choices of each expert [E]
-    distillation: float = 0.0  # divergence of the two routes in fuse distillation
-    gates: float = 0.0  # CLSR: mean gate
+    totals: Totals = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return self.metrics["loss"]
 
 
 def accumulation_steps(recipe: Recipe, topology: Topology) -> int:
@@ -178,38 +176,36 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     model: Transformer = engine.module
-    tokens = {"encoder": step.source_tokens, "decoder": step.target_tokens}
+    size = StepSize(step.source_tokens, step.target_tokens)
     batches = [batch.to(topology.device) for batch in step.batches]
-    layers, settings = model.moe_layers(), recipe.model.clsr
-    gates = clsr.gate_count(recipe.model, step.source_tokens, step.target_tokens)
-    model.gate_noise = clsr.alpha(number, recipe.training.steps)  # before any pass
+    for method in model.methods:
+        method.before_step(model, number, recipe.training.steps)
     totals = _totals_ahead(model, batches, topology) if len(batches) > 1 else None
-    sums = torch.zeros(7, dtype=torch.float64, device=topology.device)
+    sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
         result: Losses = engine(batch.source, batch.decoder_input, batch.labels, batch.ids)
         if totals is None:
-            totals = _over_data_ranks(result.totals, topology)
-        balance = z = result.loss.new_zeros(())
-        for (side, _), record, chosen in zip(layers, result.routing, totals[: len(layers)], strict=True):
-            routed = recipe.model.routed(record.settings) * tokens[side]
-            balance = balance + record.settings.balance * balance_loss(record, chosen, routed)
-            z = z + record.settings.z_loss * z_loss(record, routed)
-        loss = (result.loss + result.distillation) / step.target_tokens + balance + z
-        if settings is not None:
-            assert result.gates is not None
-            loss = loss + clsr.budget_loss(settings, result.gates, totals[-1] / gates, gates)
+            totals = _over_data_ranks(model.count(result.notes), topology)
+        loss = (result.loss + result.distillation) / step.target_tokens
+        parts = {name: getattr(result, name).detach() / step.target_tokens for name in OF_TOKENS}
+        for method in model.methods:
+            notes = result.notes.get(method.name, [])
+            auxiliary = method.losses(notes, totals[method.name], size)
+            for each in auxiliary.values():
+                loss = loss + each
+            parts |= {name: each.detach() for name, each in auxiliary.items()} | method.sums(notes)
         # DeepSpeed averages gradients over the data-parallel ranks; these losses are parts of a global mean already.
         engine.backward(loss * topology.data, scale_wrt_gas=False)
-        dropped, choices = sum(int(r.dropped) for r in result.routing), sum(r.choices for r in result.routing)
-        of_tokens = [part.detach() / step.target_tokens for part in (result.loss, result.nll, result.distillation)]
-        parts = [*of_tokens, balance.detach(), z.detach()]
-        sums += torch.stack([*(part.double() for part in parts), *sums.new_tensor([dropped, choices])])
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0.0) + torch.as_tensor(part, dtype=torch.float64, device=topology.device)
         if i + 1 < len(batches):
             engine.step()  # counts the micro-batch
-    if topology.data > 1:
-        dist.all_reduce(sums, group=topology.data_group)
-    mean_loss, nll, distillation, mean_balance, mean_z, all_dropped, all_choices = sums.tolist()
-    total = mean_loss + distillation + mean_balance + mean_z
+    assert totals is not None
+    found = _sum_over_data_ranks(sums, topology)
+    measured = {name: found[name] for name in OF_TOKENS}
+    for method in model.methods:
+        measured |= method.measure(found, totals[method.name], size)
+    total = math.fsum(found.values())
     if not math.isfinite(total):
         raise NonFinite(f"the loss is {total}")
     if topology.world == 1:
@@ -219,34 +215,38 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     norm = None if norm is None else float(norm)
     if norm is not None and not (math.isfinite(norm) and norm >= 0):
         raise NonFinite("the gradient norm is not finite")
-    exchanged = _take_traffic(model, topology)
-    share = all_dropped / max(all_choices, 1)
-    assert totals is not None
-    mean = 0.0 if settings is None else float(totals[-1]) / gates
-    counts = totals[: len(layers)]
-    return StepResult(mean_loss, nll, mean_balance, mean_z, share, norm, rate, exchanged, counts, distillation, mean)
+    return StepResult(measured, norm, rate, _take_traffic(model, topology), totals)
 
 
-def _totals_ahead(model: Transformer, batches: list[Batch], topology: Topology) -> list[Tensor]:
-    """:attr:`Losses.totals` of the whole step before its first gradient; the random numbers stay as they were.
+def _sum_over_data_ranks(sums: dict[str, Tensor], topology: Topology) -> dict[str, float]:
+    """Sum named numbers in one all-reduce."""
+    joined = torch.stack(list(sums.values()))
+    if topology.data > 1:
+        dist.all_reduce(joined, group=topology.data_group)
+    return dict(zip(sums, joined.tolist(), strict=True))
 
-    With several micro-batches a rank, routers that read hidden states and CLSR's gates cost one more forward pass, which
-    stores nothing.
+
+def _totals_ahead(model: Transformer, batches: list[Batch], topology: Topology) -> Totals:
+    """Compute the totals of the whole step before its first gradient; the random numbers stay as they were.
+
+    With several micro-batches a rank, methods that read hidden states cost one more forward pass, which stores nothing.
     """
     state = compat.random_state(topology.tensor)
     found = [model.totals_ahead(batch.source, batch.decoder_input, batch.ids) for batch in batches]
     compat.restore_random_state(state, topology.tensor)
-    return _over_data_ranks([torch.stack(each).sum(0) for each in zip(*found, strict=True)], topology)
+    sums = {name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in found), strict=True)] for name in found[0]}
+    return _over_data_ranks(sums, topology)
 
 
-def _over_data_ranks(totals: list[Tensor], topology: Topology) -> list[Tensor]:
-    """Sums of vectors in one all-reduce, as float64, in which counts stay exact."""
-    if topology.data == 1 or not totals:
+def _over_data_ranks(totals: Totals, topology: Topology) -> Totals:
+    """Sum vectors in one all-reduce, as float64, in which counts stay exact."""
+    vectors = [each for several in totals.values() for each in several]
+    if topology.data == 1 or not vectors:
         return totals
-    joined = torch.cat([each.double() for each in totals])
+    joined = torch.cat([each.double() for each in vectors])
     dist.all_reduce(joined, group=topology.data_group)
-    sums = joined.split([len(each) for each in totals])
-    return [whole.to(each.dtype) for whole, each in zip(sums, totals, strict=True)]
+    sums = iter(joined.split([len(each) for each in vectors]))
+    return {name: [next(sums).to(each.dtype) for each in several] for name, several in totals.items()}
 
 
 def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:

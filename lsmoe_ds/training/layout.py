@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import RECIPE, Stored, check_writable, find_model, read_weights
 from lsmoe_ds.convert.optimizer import STATE, open_optimizer
-from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.comparison import ORIGIN
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, locked, read_fields, replaced

@@ -20,15 +20,13 @@ from lsmoe_ds.notices import LINE_EVERY
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.training.engine import SIDES, StepResult
 
-SUMMED = ("loss", "nll", "distillation", "balance", "z_loss", "dropped", "gates")
-
 
 class Monitor:
     """Averages over ``every`` steps and shows them. Only the main rank shows anything; all keep the averages."""
 
     def __init__(self, run: Path, steps: int, every: int, main: bool, world: int = 1) -> None:
         self.run, self.steps, self.every, self.main, self.world = run, steps, every, main, world
-        self.sums = dict.fromkeys(("weight", *SUMMED), 0.0)
+        self.sums: dict[str, float] = {"weight": 0.0}  # of target tokens, and of each metric times its step's
         self.tokens, self.since = 0, time.perf_counter()
         self.exchanged = {side: Traffic() for side in SIDES}
         self.away, self.steps_in_window = 0, 0
@@ -80,8 +78,8 @@ class Monitor:
 
     def after_step(self, number: int, step: Step, result: StepResult) -> None:
         self.sums["weight"] += step.target_tokens
-        for name in SUMMED:
-            self.sums[name] += getattr(result, name) * step.target_tokens
+        for name, value in result.metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * step.target_tokens
         self.tokens += step.source_tokens + step.target_tokens
         self.exchanged = {side: Traffic.sum([so_far, result.exchanged[side]]) for side, so_far in self.exchanged.items()}
         self.away += step.away
@@ -95,7 +93,7 @@ class Monitor:
         seconds = time.perf_counter() - self.since
         record = {
             "step": number,
-            **{name: self.sums[name] / self.sums["weight"] for name in SUMMED},
+            **{name: self.sums[name] / self.sums["weight"] for name in result.metrics},
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
             "tokens": self.tokens,

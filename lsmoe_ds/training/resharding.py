@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.convert.optimizer import VALUES, OptimizerState
-from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.model.initialization import global_names, partition_dimension
 from lsmoe_ds.parallel import compat

@@ -9,9 +9,9 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config import Recipe
 from lsmoe_ds.convert.folder import PROVENANCE, Stored, find_model, read_weights
-from lsmoe_ds.convert.tensors import Tensors
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import SharedError, UserError

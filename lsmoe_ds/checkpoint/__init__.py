@@ -1,0 +1,1 @@
+"""Stored weights and optimizer state: reading, writing and resharding them."""

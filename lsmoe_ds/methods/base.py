@@ -1,0 +1,104 @@
+"""The hooks by which training knows a method, and what passes through them.
+
+A forward pass leaves *notes*: each layer of a method appends one under the method's name. Some sums of notes
+must be known over the whole step before its first gradient, such as how many tokens chose each expert: these
+are the method's *totals*. From notes and totals it makes its losses, each by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Generator, Tensor, nn
+
+from lsmoe_ds.languages import Direction, SentenceIds
+
+if TYPE_CHECKING:
+    from lsmoe_ds.checkpoint.tensors import Tensors
+    from lsmoe_ds.model.guide import Route
+    from lsmoe_ds.model.sites import Site
+    from lsmoe_ds.model.transformer import Transformer
+
+Draw = Callable[[Tensor, Generator], object]  # fills a whole parameter in place
+Notes = dict[str, list[Any]]  # of one forward pass, by method, in the order in which the layers ran
+Totals = dict[str, list[Tensor]]  # of a step, by method
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """Real tokens of one optimizer step, over all ranks and micro-batches."""
+
+    source_tokens: int
+    target_tokens: int
+
+    def tokens(self, side: str) -> int:
+        """Return the tokens that the "encoder" or the "decoder" reads."""
+        return self.source_tokens if side == "encoder" else self.target_tokens
+
+
+class Method:
+    """What one method adds to a training. Each hook has a default that adds nothing."""
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
+    by_direction: ClassVar[bool] = False  # whether what a sentence meets by the specific route depends on its languages
+
+    def owns(self, name: str) -> bool:
+        """Tell whether a parameter, by its global name, is this method's."""
+        return f"_{self.name}." in name
+
+    def shared_modules(self) -> list[tuple[str, nn.Module]]:
+        """Return modules that several sites share, by their name in the model; called before any is installed."""
+        return []
+
+    def install(self, site: Site) -> None:
+        """Add a module at a site, if this method has one there."""
+
+    def initial(self, name: str) -> Draw | None:
+        """Return how a parameter of this method is drawn, by its global name; None for all others, and for weights,
+        biases and norms that are drawn as the model's own are.
+        """
+        return None
+
+    def check_merge(self, route: Route) -> None:
+        """Raise UserError, with the reason, if no dense model computes the same by this route."""
+
+    def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
+        """Return weights of the whole model, by global name, with this method's merged into those beside them.
+
+        Only the specific route reads ``direction``.
+        """
+        return weights
+
+    def language_rows(self, name: str, width: int) -> dict[str, slice]:
+        """Return which rows of a parameter [R, width] of this method belong to each language, by code, and to
+        "shared": there a grown model puts them. Empty if none do.
+        """
+        return {}
+
+    def before_step(self, model: Transformer, number: int, steps: int) -> None:
+        """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1."""
+
+    def count(self, notes: Sequence[Any]) -> list[Tensor]:
+        """Return a micro-batch's part of the totals, as vectors without gradient."""
+        return []
+
+    def count_ahead(self, model: Transformer, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
+        """Return the same as :meth:`count` without a forward pass, from the ids of B sentences and their real
+        positions [B, T] on each side; None if that takes a forward pass.
+        """
+        return []
+
+    def losses(self, notes: Sequence[Any], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
+        """Return a micro-batch's part of each loss. The parts of all micro-batches of a step sum to the loss."""
+        return {}
+
+    def sums(self, notes: Sequence[Any]) -> dict[str, float]:
+        """Return further numbers of a micro-batch that are summed over the step, by name."""
+        return {}
+
+    def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
+        """Return the step's :attr:`metrics`, from the sums over the step of :meth:`sums` and :meth:`losses`."""
+        return {}

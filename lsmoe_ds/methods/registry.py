@@ -1,0 +1,16 @@
+"""The methods that there are. Nothing else in training and model code knows them by name."""
+
+from __future__ import annotations
+
+from lsmoe_ds.config import Recipe
+from lsmoe_ds.language_specific.clsr import ConditionalLanguageSpecificRouting
+from lsmoe_ds.language_specific.low_rank import LowRankMatrices
+from lsmoe_ds.methods.base import Method
+from lsmoe_ds.moe.method import MixturesOfExperts
+from lsmoe_ds.parallel.topology import Topology
+
+
+def methods_of(recipe: Recipe, topology: Topology) -> list[Method]:
+    """Return the methods that a recipe's model uses, in the order in which their losses are added."""
+    found = (kind.of(recipe, topology) for kind in (MixturesOfExperts, LowRankMatrices, ConditionalLanguageSpecificRouting))
+    return [method for method in found if method is not None]

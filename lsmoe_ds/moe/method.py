@@ -1,0 +1,67 @@
+"""What mixtures of experts add to a training: balance loss and z-loss of each layer, and the share of dropped choices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds.config import Model, Recipe
+from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.methods.base import Draw, Method, StepSize
+from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.moe.losses import NAME, RoutingRecord, balance_loss, count_first_choices, z_loss
+from lsmoe_ds.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from lsmoe_ds.model.transformer import Transformer
+
+
+class MixturesOfExperts(Method):
+    """A note is the :class:`RoutingRecord` of a layer; the totals are tokens whose first choice is each expert [E]
+    of each layer.
+    """
+
+    name = NAME
+    metrics = ("balance", "z_loss", "dropped")
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.sides = [side for side, _, _ in model.moe_layers()]
+
+    @classmethod
+    def of(cls, recipe: Recipe, topology: Topology) -> MixturesOfExperts | None:
+        """Return None for a model without experts."""
+        return cls(recipe.model) if any(recipe.model.moe_layers()) else None
+
+    def initial(self, name: str) -> Draw | None:
+        """Draw routers normal with deviation 0.1."""
+        return (lambda value, generator: value.normal_(0.0, 0.1, generator=generator)) if ".router." in name else None
+
+    def count(self, notes: Sequence[RoutingRecord]) -> list[Tensor]:
+        return [record.counts for record in notes]
+
+    def count_ahead(self, model: Transformer, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
+        """Return None if a router reads hidden states."""
+        layers = model.moe_layers()
+        if any(layer.router.reads_tokens for _, layer in layers):
+            return None
+        routes = [(layer.settings, layer.route(None, real[side], Guide(ids))[2]) for side, layer in layers]
+        return [self.model.routed(settings) * count_first_choices(each, settings.experts) for settings, each in routes]
+
+    def losses(self, notes: Sequence[RoutingRecord], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
+        balance = z = torch.zeros((), device=totals[0].device)
+        for side, record, chosen in zip(self.sides, notes, totals, strict=True):
+            routed = self.model.routed(record.settings) * size.tokens(side)
+            balance = balance + record.settings.balance * balance_loss(record, chosen, routed)
+            z = z + record.settings.z_loss * z_loss(record, routed)
+        return {"balance": balance, "z_loss": z}
+
+    def sums(self, notes: Sequence[RoutingRecord]) -> dict[str, float]:
+        return {"dropped": sum(int(record.dropped) for record in notes), "choices": sum(record.choices for record in notes)}
+
+    def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
+        share = sums["dropped"] / max(sums["choices"], 1)
+        return {"balance": sums["balance"], "z_loss": sums["z_loss"], "dropped": share}
