@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.languages import Direction, SentenceIds
-
-if TYPE_CHECKING:
-    from lsmoe_ds.checkpoint.tensors import Tensors
-    from lsmoe_ds.model.guide import Route
-    from lsmoe_ds.model.sites import Site
-    from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.model.guide import Route
+from lsmoe_ds.model.sites import Site
 
 Draw = Callable[[Tensor, Generator], object]  # fills a whole parameter in place
-Notes = dict[str, list[Any]]  # of one forward pass, by method, in the order in which the layers ran
 Totals = dict[str, list[Tensor]]  # of a step, by method
 
 
@@ -78,14 +74,14 @@ class Method:
         """
         return {}
 
-    def before_step(self, model: Transformer, number: int, steps: int) -> None:
+    def before_step(self, model: nn.Module, number: int, steps: int) -> None:
         """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1."""
 
     def count(self, notes: Sequence[Any]) -> list[Tensor]:
         """Return a micro-batch's part of the totals, as vectors without gradient."""
         return []
 
-    def count_ahead(self, model: Transformer, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
+    def count_ahead(self, model: nn.Module, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
         """Return the same as :meth:`count` without a forward pass, from the ids of B sentences and their real
         positions [B, T] on each side; None if that takes a forward pass.
         """

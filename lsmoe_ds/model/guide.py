@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lsmoe_ds.languages import SentenceIds
-from lsmoe_ds.methods.base import Notes
 
 SHARED = -1  # in place of a language: what all languages share
 Route = Literal["specific", "shared", "both"]
+Notes = dict[str, list[Any]]  # of one forward pass, by method, in the order in which the layers ran
 
 
 class Run(NamedTuple):

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lsmoe_ds.config import Recipe, Side
 from lsmoe_ds.language_specific.fuse_distillation import FuseDistillation, twice
 from lsmoe_ds.languages import PAD, Languages, SentenceIds
-from lsmoe_ds.methods.base import Notes, Totals
+from lsmoe_ds.methods.base import Totals
 from lsmoe_ds.methods.registry import methods_of
 from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.model.guide import Guide, Route, mean_of_real
+from lsmoe_ds.model.guide import Guide, Notes, Route, mean_of_real
 from lsmoe_ds.model.sites import Linears, Site, Sublayer, SublayerSite, WithSublayers
 from lsmoe_ds.parallel.layers import cross_entropy, output_logits, project
 from lsmoe_ds.parallel.topology import Topology

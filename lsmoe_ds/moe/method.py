@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.moe.losses import NAME, RoutingRecord, balance_loss, count_first_choices, z_loss
 from lsmoe_ds.parallel.topology import Topology
-
-if TYPE_CHECKING:
-    from lsmoe_ds.model.transformer import Transformer
 
 
 class MixturesOfExperts(Method):
@@ -43,7 +40,7 @@ class MixturesOfExperts(Method):
     def count(self, notes: Sequence[RoutingRecord]) -> list[Tensor]:
         return [record.counts for record in notes]
 
-    def count_ahead(self, model: Transformer, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
+    def count_ahead(self, model: Any, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
         """Return None if a router reads hidden states."""
         layers = model.moe_layers()
         if any(layer.router.reads_tokens for _, layer in layers):
