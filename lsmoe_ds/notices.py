@@ -1,6 +1,4 @@
-"""Notices to the person on standard error: each once, and of several ranks only the first one's. And how they
-list and count.
-"""
+"""Tell the user something on standard error, once and by the first rank only; list and count in its sentences."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_moses_and_tsv(tmp_path: Path) -> None:
 
 
 def test_txt_may_follow_the_code(tmp_path: Path) -> None:
-    """Of two files of one language the one without .txt is read; what is no code before .txt is part of the stem."""
+    """Prefer a file without .txt to one with it. A name before .txt that is no language code belongs to the stem."""
     write_aligned(tmp_path / "train", "de", "en", 3)
     for code in ("de", "en"):
         (tmp_path / f"train.{code}").rename(tmp_path / f"train.{code}.txt")

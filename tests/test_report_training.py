@@ -31,7 +31,7 @@ def test_metrics_of_a_training_that_was_killed_and_resumed(tmp_path) -> None:
 
 
 def charts(page: Page) -> list[dict[str, list[tuple[float, float]]]]:
-    """Of each chart the points of its curves by their class."""
+    """Return the points of each curve of each chart, by the class of the curve."""
     found = []
     for drawing in re.findall(r'<div class="chart[^>]*>(<svg.*?</svg>)', page.source):
         paths = [(path.get("class", ""), path.get("d", "")) for path in ElementTree.fromstring(drawing).iter("path")]

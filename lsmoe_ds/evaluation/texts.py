@@ -21,10 +21,9 @@ from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import CODE, Direction, find_code, normalize_code
-from lsmoe_ds.notices import notice
+from lsmoe_ds.notices import listed, notice
 
 SPLITS = ("test", "dev")
-NAMED = 8  # directions that a notice names
 FORMS = (
     "give a folder, a TSV file, the common part of file names (mytest for mytest.de and mytest.en), or --test CODE=FILE for each language"
 )
@@ -102,8 +101,7 @@ def _skip_empty(split: str, texts: dict[Direction, Pairs], what: str) -> Texts:
 
 def say_skipped(skipped: Sequence[Direction], what: str) -> str:
     """Say in one line which directions have no text."""
-    more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
-    return f"{', '.join(map(str, skipped[:NAMED]))}{more} {'has' if len(skipped) == 1 else 'have'} no {what}"
+    return f"{listed(map(str, skipped))} {'has' if len(skipped) == 1 else 'have'} no {what}"
 
 
 def tell_skipped(texts: Texts) -> None:

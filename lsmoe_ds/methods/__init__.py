@@ -1,1 +1,1 @@
-"""What stands beside the shared layers of a model: the hooks of a method, and the registry that knows them all."""
+"""Define the hooks of a method (``base``), and list the methods that there are (``registry``)."""

@@ -36,8 +36,11 @@ class Attention(Linears):
         return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
 
     def pack(self) -> None:
-        """For inference: query, key and value of one input become one product, whose weight theirs are views of. Where a
-        method stands beside one of them, or there are tensor-parallel peers, nothing happens."""
+        """Compute query, key and value of one input by one product, for inference.
+
+        Their weights become views of the joint one. Does nothing if a method adds to one of them, or under tensor
+        parallelism.
+        """
         parts = (self.query, self.key, self.value)
         if {"query", "key", "value"} & self.beside.keys() or self.tensor > 1:
             return
