@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from common import argument_parser, ragged_batches, write
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.checkpoint.saving import Saver
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import Step
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.parallel import compat, joining
+from lsmoe_ds.launch import joining
+from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.training.checkpoints import Saver
 from lsmoe_ds.training.engine import build_engine, train_step
 
 VOCABULARY = 32000

@@ -25,7 +25,8 @@ import torch
 from lsmoe_ds.data.batching import Batch, DirectionIds, collate
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import Languages
-from lsmoe_ds.parallel import joining, launch
+from lsmoe_ds.launch import joining
+from lsmoe_ds.launch import processes as launch
 
 
 def machine() -> dict[str, Any]:

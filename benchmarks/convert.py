@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from common import argument_parser, write
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import train_vocabulary
 from lsmoe_ds.folders import describe_files, sha256, sync, write_json
 from lsmoe_ds.model.initialization import global_names

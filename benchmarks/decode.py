@@ -34,13 +34,14 @@ import torch.nn.functional as F
 from common import Tags, alternate, argument_parser, in_processes, write
 from torch import Tensor, nn
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import Batch, DirectionIds, collate
 from lsmoe_ds.languages import EOS
+from lsmoe_ds.launch import joining
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.routers import Routes
-from lsmoe_ds.parallel import compat, joining
+from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.topology import Topology
 

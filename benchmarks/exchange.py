@@ -1,10 +1,10 @@
-"""What expert parallelism costs a training step in the decoder, by how it is routed and how batches are dealt.
+"""What expert parallelism costs a training step in the decoder, by how it is routed and how batches are assigned to ranks.
 
     python benchmarks/exchange.py [--rounds 20]
 
 Two processes through the deepspeed launcher, expert parallelism 2, ZeRO stage 1; models alike but for the decoder's
 routing take turns in the same processes. The encoder is dense, so all that is exchanged for experts is the decoder's.
-Sentences are made up, of 16 languages to and from English with equally many pairs each; their batches and the dealing to
+Sentences are made up, of 16 languages to and from English with equally many pairs each; their batches and the assignment to
 ranks are those of `lsmoe train`. A step has one batch for each rank, so no router needs a pass ahead of it.
 
 The share of the time is measured twice, in alternate steps: as `lsmoe train` tells it, with the time a rank waits for the
@@ -28,11 +28,12 @@ from common import argument_parser, in_processes, write
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.assignment import affinity
 from lsmoe_ds.data.batching import BatchStream
-from lsmoe_ds.data.dealing import affinity
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.parallel import collectives, compat, joining
+from lsmoe_ds.launch import joining
+from lsmoe_ds.parallel import collectives, compat
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import build_engine, train_step
 

@@ -81,7 +81,7 @@ def _sentences(store: Any) -> list[bytes]:
 
 def measure(folder: Path) -> dict[str, Any]:
     """Prepares the text in the folder, in this process."""
-    from lsmoe_ds.config import Recipe
+    from lsmoe_ds.config.recipe import Recipe
     from lsmoe_ds.data import prepare as module
 
     codes = json.loads((folder / "codes.json").read_text(encoding="utf-8"))

@@ -24,14 +24,15 @@ import torch.nn.functional as F
 from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
 from torch import Tensor, nn
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import Batch, Step
-from lsmoe_ds.language_specific.low_rank import LowRankBank
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.model.guide import Guide
-from lsmoe_ds.parallel import compat, joining
+from lsmoe_ds.launch import joining
+from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.low_rank.bank import LowRankBank
+from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.training.engine import build_engine, train_step
 
@@ -58,13 +59,13 @@ def recipe_of(languages: list[str], low_rank: dict[str, Any] | None) -> Recipe:
     )
 
 
-def formed(self: LowRankBank, base: nn.Module, x: Tensor, guide: Guide) -> Tensor:
+def formed(self: LowRankBank, base: nn.Module, x: Tensor, context: LanguageContext) -> Tensor:
     """Of each pair of neighbors the product, added to the weight."""
     rows, kinds = x.reshape(-1, x.shape[-1]), (self.vertical_of, self.flat_of)
-    ends = sorted({run.stop for kind in kinds for run in guide.runs(kind)})
+    ends = sorted({segment.stop for kind in kinds for segment in context.segments(kind)})
     each, parts, start = rows.shape[0] // ends[-1], [], 0
     for end in ends:
-        i, j = (next(run.language for run in guide.runs(kind) if run.stop > start) for kind in kinds)
+        i, j = (next(each.language for each in context.segments(kind) if each.stop > start) for kind in kinds)
         weight = base.weight + self.vertical[self.rows[i]].t() @ self.flat[self.rows[j]]
         parts.append(F.linear(rows[start * each : end * each], weight, base.bias))  # type: ignore[arg-type]
         start = end

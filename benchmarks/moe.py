@@ -20,12 +20,14 @@ import torch
 from common import alternate, argument_parser, write
 from torch import Tensor
 
-from lsmoe_ds.config import MoE
+from lsmoe_ds.config.recipe import MoE
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
+from lsmoe_ds.launch import joining
+from lsmoe_ds.launch import processes as launch
+from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.moe.layer import MixtureOfExperts
-from lsmoe_ds.parallel import compat, joining, launch
+from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
 
 EXPERTS, HIDDEN, WIDTH, TOP_K, SENTENCES, LENGTH = 128, 512, 1024, 2, 128, 32
@@ -51,10 +53,10 @@ def ours(routing: str, tasks: int, x: Tensor) -> tuple[Callable[[], object], int
     torch.nn.init.normal_(layer.router.weight, std=0.1)
     directions = torch.arange(SENTENCES) % tasks
     target = torch.tensor([languages.id(code) for code in CODES])[directions]
-    guide = Guide(SentenceIds(target, target, directions))
+    context = LanguageContext(SentenceIds(target, target, directions))
     real = torch.ones(SENTENCES, LENGTH, dtype=torch.bool)
-    used = int(layer.route(x.detach(), real, guide)[2].experts.unique().numel())
-    return contestant(lambda y: layer(y, real, guide), list(layer.parameters()), x), used
+    used = int(layer.route(x.detach(), real, context)[2].experts.unique().numel())
+    return contestant(lambda y: layer(y, real, context), list(layer.parameters()), x), used
 
 
 def deepspeeds(x: Tensor, **options: Any) -> Callable[[], object]:

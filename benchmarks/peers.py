@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert import ctranslate2
-from lsmoe_ds.convert.huggingface import widest
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import Batch
 from lsmoe_ds.data.vocabulary import SPECIALS
+from lsmoe_ds.export import ctranslate2
+from lsmoe_ds.export.huggingface import widest
 from lsmoe_ds.languages import BOS, EOS, PAD
 from lsmoe_ds.model.embedding import FIRST_POSITION, sinusoids
 from lsmoe_ds.training.engine import BETAS, EPSILON

@@ -27,10 +27,11 @@ import torch
 from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
 from torch import nn
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.parallel import compat, joining
+from lsmoe_ds.launch import joining
+from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import build_engine, train_step
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from lsmoe_ds.parallel import interrupt
+from lsmoe_ds.launch import interrupt
 
 
 def main() -> None:

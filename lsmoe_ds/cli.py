@@ -30,7 +30,7 @@ from lsmoe_ds.cli_options import (
 )
 from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table, standard_input
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.parallel import interrupt
+from lsmoe_ds.launch import interrupt
 
 ABOUT = "Train mixture-of-experts translation models on DeepSpeed, and extract small dense models from them."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -67,8 +67,8 @@ def data_prepare(
     """Clean, deduplicate, hold out, train the vocabulary and store tokens; does nothing if that is done
     already.
     """
+    from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.data.prepare import prepare
-    from lsmoe_ds.recipe_file import load_recipe
 
     print(prepare(load_recipe(recipe, overrides or ()), force=force).folder)
 
@@ -76,8 +76,8 @@ def data_prepare(
 @data_app.command("show")
 def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
+    from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.data.summary import show
-    from lsmoe_ds.recipe_file import load_recipe
 
     shown = show(load_recipe(recipe, overrides or ()))
     if as_json:
@@ -96,8 +96,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
-    from lsmoe_ds.planning import plan as make_plan
-    from lsmoe_ds.recipe_file import load_recipe
+    from lsmoe_ds.config.file import load_recipe
+    from lsmoe_ds.planning.plan import plan as make_plan
 
     made = make_plan(load_recipe(recipe, overrides or ()), world)
     if as_json:
@@ -121,10 +121,10 @@ def train(
     """
     interrupt.leave_before_training()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with long stacks of its own where a rank is lost
-    from lsmoe_ds.imports import quick_import
+    from lsmoe_ds.parallel.imports import quick_import
 
     with quick_import():
-        from lsmoe_ds.recipe_file import load_recipe
+        from lsmoe_ds.config.file import load_recipe
         from lsmoe_ds.training.start import train as train_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -234,7 +234,7 @@ def slurm_begin(
     attempts: Annotated[int, typer.Option(min=1, help="Attempts of one job in a row that may end without a newer checkpoint.")] = 4,
 ) -> None:
     """Print the run folder of a recipe and note that an attempt begins; refuse one too many."""
-    from lsmoe_ds.slurm import begin
+    from lsmoe_ds.launch.slurm import begin
 
     print(begin(recipe, overrides or (), out, attempts))
 
@@ -247,7 +247,7 @@ def slurm_end(
     """Exit with the status that the job should end with: 0 if the last step is saved, 75 to be requeued, 2 to
     give up; say why.
     """
-    from lsmoe_ds.slurm import end
+    from lsmoe_ds.launch.slurm import end
 
     raise typer.Exit(end(run, status))
 
@@ -255,7 +255,7 @@ def slurm_end(
 @slurm_app.command("scripts")
 def slurm_scripts(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
     """Copy the batch scripts to DIR. Edit DIR/site.sh for the cluster; then DIR/submit.sh submits a training."""
-    from lsmoe_ds.slurm import copy_scripts
+    from lsmoe_ds.launch.slurm import copy_scripts
 
     copy_scripts(directory)
 
@@ -276,7 +276,7 @@ def bench(
     """Measure this machine beside a peer or the physical limit; 'bench NAME --help' shows what else a
     benchmark takes.
     """
-    from lsmoe_ds.benchmark import run_benchmark
+    from lsmoe_ds.launch.benchmark import run_benchmark
 
     if name in ("--help", "-h"):
         typer.echo(context.get_help())
@@ -289,7 +289,7 @@ def doctor(as_json: AsJson = False) -> None:
     """Show what is installed, what this machine can run and what is missing; under srun or mpirun, whether
     the ranks meet.
     """
-    from lsmoe_ds.doctor import examine
+    from lsmoe_ds.launch.doctor import examine
 
     findings = examine()
     if findings is None:

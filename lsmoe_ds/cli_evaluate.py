@@ -11,7 +11,7 @@ import typer
 from lsmoe_ds.cli_options import AsJson, Beam, CometFile, LengthPenalty, Route, Run, Share, Split, Tokenize
 from lsmoe_ds.console import print_json, show_table
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.part import MOST
+from lsmoe_ds.evaluation.part import MOST
 
 
 def evaluate(

@@ -10,8 +10,8 @@ import typer
 
 from lsmoe_ds.codes import asked_direction, read_direction
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.part import Part
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, or the name of one that comes with lsmoe_ds: demo.")]
 Overrides = Annotated[

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.parallel import interrupt
-from lsmoe_ds.parallel.membership import guess_rank
+from lsmoe_ds.launch import interrupt
+from lsmoe_ds.launch.membership import guess_rank
 
 CLOSED = "standard output is closed, so there is nowhere to print to: leave out '>&-', or redirect it"
 BROKEN_PIPE = 141  # as a shell says of a process that SIGPIPE ended

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 
-from lsmoe_ds.parallel.membership import guess_rank
+from lsmoe_ds.launch.membership import guess_rank
 
 SHOWN = 8  # names in one sentence
 LINE_EVERY = 30.0  # seconds between two lines of progress in a log that is no terminal

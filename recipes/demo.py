@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.config.file import load_recipe
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = PROJECT / "recipes" / "demo.yaml"

@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, 
 
 
 def recipe_of(name: str, tensor: int = 1, expert: int = 1) -> Any:
-    from lsmoe_ds.config import Recipe
+    from lsmoe_ds.config.recipe import Recipe
 
     encoder, decoder, more = MODELS[name]
     return Recipe.model_validate(

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.folders import describe_files, write_json
 
 SYLLABLES = {

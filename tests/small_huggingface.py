@@ -13,8 +13,8 @@ import sentencepiece
 import torch
 
 from lsmoe_ds.checkpoint.tensors import Tensors
-from lsmoe_ds.convert.importing import read_huggingface
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.export.importing import read_huggingface
 
 DATA = ("data.corpora=[none]", "data.languages=[de,fr]")
 NLLB_CODES = ["ace_Arab", "deu_Latn", "eng_Latn", "fra_Latn", "zho_Hans", "zho_Hant", "arb_Arab", "ars_Arab", "nob_Latn", "ger_Latn"]

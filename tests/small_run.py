@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.languages import PAD
 
 TARGET_TOP2 = {"routing": "task", "task": "target", "experts": 4, "every": 2, "top_k": 2}
@@ -58,9 +58,9 @@ def train_and_save(topology: Any, recipe: Recipe, run: Path, vocabulary: int) ->
     import torch
     from test_sameness import ragged_batch
 
+    from lsmoe_ds.checkpoint import saving as checkpoints
     from lsmoe_ds.data.batching import Step
     from lsmoe_ds.model.initialization import global_names, partition_dimension
-    from lsmoe_ds.training import checkpoints
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine = build_engine(recipe, vocabulary, topology)
@@ -80,8 +80,8 @@ def train_and_save(topology: Any, recipe: Recipe, run: Path, vocabulary: int) ->
 
 def make_run(pool: Any, folder: Path, encoder: dict | None, decoder: dict | None, world: int = 1, **layout: Any) -> tuple[Path, list[Any]]:
     """Prepares, trains and saves below ``folder``; returns the run and the weights of its ranks."""
+    from lsmoe_ds.checkpoint.run_folder import open_run
     from lsmoe_ds.data.prepare import prepare
-    from lsmoe_ds.run_folder import open_run
 
     if not (folder / "text.tsv").exists():
         write_corpus(folder)

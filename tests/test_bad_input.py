@@ -159,7 +159,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("top-k beyond experts", recipe(lambda r: r["model"]["encoder"]["moe"].update(top_k=9)), TRAIN, "'top_k' is 9, more than the 4 experts"),
     ("unknown routing", recipe(lambda r: r["model"]["encoder"]["moe"].update(routing="magic")), TRAIN, "should be token, sentence, task or static, found 'magic'"),
     ("groups do not fit", recipe(lambda r: r["model"]["encoder"]["moe"].update(expert_groups=3)), TRAIN, "which does not divide the 4 experts"),
-    ("groups of tokens", recipe(lambda r: r["model"]["encoder"]["moe"].update(expert_groups=2, routing="token")), TRAIN, "there are no tasks to deal"),
+    ("groups of tokens", recipe(lambda r: r["model"]["encoder"]["moe"].update(expert_groups=2, routing="token")), TRAIN, "there are no tasks to assign"),
     ("top-k beyond a group", recipe(lambda r: r["model"]["encoder"]["moe"].update(expert_groups=4)), TRAIN, "more than the 1 expert of a group"),
     ("nothing to shake", recipe(lambda r: r["model"]["encoder"]["moe"].update(jitter=0.1)), TRAIN, "reads nothing that it could shake"),
     ("no affinity", recipe(lambda r: (r["data"]["batch"].update(languages="task-affine"), r.update(parallel={"expert": 2}))), TRAIN, "a multiple of it"),

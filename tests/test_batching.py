@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lsmoe_ds.config.data import Batch as BatchSettings
 from lsmoe_ds.data.batching import EOS, PAD, Batch, BatchStream, DirectionIds, Step, by_length, collate, cut
-from lsmoe_ds.data.settings import Batch as BatchSettings
 from lsmoe_ds.data.shuffling import _mix, choose, permute, thresholds_of
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError

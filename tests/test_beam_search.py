@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search
 from lsmoe_ds.languages import BOS, EOS, PAD, SentenceIds

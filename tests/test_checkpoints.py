@@ -9,10 +9,10 @@ import pytest
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 from test_sameness import VOCABULARY
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.run_folder import list_checkpoints
 from lsmoe_ds.training.start import check
 
 
@@ -21,7 +21,7 @@ def save_twice(topology, recipe: Recipe, run: Path) -> list[tuple[str, str, list
     import shutil
     from unittest import mock
 
-    from lsmoe_ds.training import checkpoints
+    from lsmoe_ds.checkpoint import saving as checkpoints
     from lsmoe_ds.training.engine import build_engine
 
     engine, events, synced = build_engine(recipe, VOCABULARY, topology), [], {}

@@ -13,15 +13,15 @@ from test_planning import step_traffic
 from test_sameness import VOCABULARY, close, recipe_for, steps_of, whole
 from torch import nn
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.costs import bytes_per_row
-from lsmoe_ds.language_specific.clsr import ConditionalRouting, Projections, alpha, budget_loss, gate_count
-from lsmoe_ds.language_specific.settings import Clsr
-from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.methods.clsr.method import ConditionalRouting, Projections, alpha, budget_loss, gate_count
+from lsmoe_ds.methods.clsr.settings import Clsr
+from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.planning import plan
+from lsmoe_ds.planning.costs import bytes_per_row
+from lsmoe_ds.planning.plan import plan
 
 HIDDEN, LENGTH, NOISE = 6, 4, 1.5
 
@@ -61,10 +61,10 @@ def test_a_sublayer_follows_the_equations(shared, decoder, training, numbers):
     real = torch.rand(h.shape[:2], generator=generator) < 0.7
 
     def ours(h, z):
-        guide = Guide(ids, notes={})
+        context = LanguageContext(ids, notes={})
         side.noise = NOISE
         torch.manual_seed(5)
-        return routing(h, z, real, guide), guide.notes["clsr"][0]
+        return routing(h, z, real, context), context.notes["clsr"][0]
 
     results = []
     for run in (ours, lambda h, z: reference(side, routing, decoder, training, h, z, real, ids)):
@@ -215,7 +215,7 @@ def test_a_gate_that_is_undecided_is_open_at_inference():
     side, routing = routing_of(Clsr(gate=3), False)
     nn.init.zeros_(routing.gate[2].weight)
     h, real = torch.randn(2, LENGTH, HIDDEN), torch.ones(2, LENGTH, dtype=torch.bool)
-    out = routing.eval()(h, h, real, Guide(ids_of([1, 1])))
+    out = routing.eval()(h, h, real, LanguageContext(ids_of([1, 1])))
     own = side.specific.view(-1, HIDDEN, HIDDEN)[int(ids_of([1]).source)]
     torch.testing.assert_close(out, h @ own.t())
 
@@ -267,7 +267,7 @@ def train_without_noise(topology, recipe: Recipe):
     """Mean gates, gradient norms, the first step's gradients and the final weights, by global name."""
     from deepspeed.utils import safe_get_full_grad
 
-    from lsmoe_ds.language_specific import clsr
+    from lsmoe_ds.methods.clsr import method as clsr
     from lsmoe_ds.model.initialization import global_names, partition_dimension
     from lsmoe_ds.training.engine import build_engine, train_step
 

@@ -19,8 +19,9 @@ from click import Command
 from test_bad_input import main
 from typer.main import get_command
 
-from lsmoe_ds import __version__, benchmark
+from lsmoe_ds import __version__
 from lsmoe_ds.cli import app
+from lsmoe_ds.launch import benchmark
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 BENCHMARKS = [path for path in sorted(PROJECT.glob("benchmarks/*.py")) if "def main(" in path.read_text()]

@@ -12,17 +12,17 @@ import pytest
 import torch
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run
 
-from lsmoe_ds.convert.command import compare, convert
-from lsmoe_ds.convert.folder import Weights
-from lsmoe_ds.convert.subnetwork import check_convertible, convert_to_dense, extract
+from lsmoe_ds.checkpoint.stored import Weights
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.command import compare, convert
+from lsmoe_ds.export.subnetwork import check_convertible, convert_to_dense, extract
 from lsmoe_ds.inference.load import Loaded, build_model, load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.model.initialization import global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.recipe_file import load_recipe
 
 EN_DE, FR_EN = Direction("en", "de"), Direction("fr", "en")
 TARGET_TOP1 = TARGET_TOP2 | {"top_k": 1, "every": 1}
@@ -160,7 +160,7 @@ def test_a_failure_leaves_the_earlier_folder(run, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lsmoe_ds.convert.folder.write_json", fail)
+    monkeypatch.setattr("lsmoe_ds.checkpoint.stored.write_json", fail)
     with pytest.raises(UserError, match="disk is full"):
         convert_to_dense(run, FR_EN, out)
     assert (out / "model.safetensors").read_bytes() == before

@@ -10,14 +10,14 @@ import torch
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run, train_and_save, write_corpus
 from test_sameness import whole
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.checkpoint import read_checkpoint
-from lsmoe_ds.costs import Parts
+from lsmoe_ds.checkpoint.reading import read_checkpoint
+from lsmoe_ds.checkpoint.run_folder import open_run
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.memory import local_parameters
-from lsmoe_ds.run_folder import open_run
+from lsmoe_ds.planning.costs import Parts
+from lsmoe_ds.planning.memory import local_parameters
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,20 @@ from small_run import TARGET_TOP2, make_recipe, write_corpus
 from test_bad_input import main
 from test_convert import PAIR_TOP3, global_weights
 
-from lsmoe_ds.convert.command import _logits, convert
-from lsmoe_ds.convert.ctranslate2 import write_files
-from lsmoe_ds.convert.folder import write_folder
-from lsmoe_ds.convert.subnetwork import extract
+from lsmoe_ds.checkpoint.stored import write_folder
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.command import _logits, convert
+from lsmoe_ds.export.ctranslate2 import write_files
+from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.ctranslate2 import CTranslate2
 from lsmoe_ds.inference.engine import load_engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate, translate_tokens
-from lsmoe_ds.language_specific.settings import LowRank
 from lsmoe_ds.languages import EOS, Direction
+from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology

@@ -11,15 +11,15 @@ from test_convert import global_weights, random_loaded
 from test_convert_low_rank import EN_DE, FR_EN, LINES, dense_of
 from test_sameness import whole
 
-from lsmoe_ds.convert.checkpoint import read_checkpoint
-from lsmoe_ds.convert.command import compare, convert
-from lsmoe_ds.convert.subnetwork import check_convertible, extract
-from lsmoe_ds.costs import Parts
+from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.command import compare, convert
+from lsmoe_ds.export.subnetwork import check_convertible, extract
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.memory import local_parameters
+from lsmoe_ds.planning.costs import Parts
+from lsmoe_ds.planning.memory import local_parameters
 
 FUSE = {"fuse_distillation": True}
 # Of the paper: a feed-forward for each language in every layer, the source's in the encoder and the target's in the decoder.

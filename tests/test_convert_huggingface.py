@@ -15,17 +15,18 @@ from test_convert_checkpoint import with_banks
 from torch import nn
 from typer.testing import CliRunner
 
+from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.cli import app
-from lsmoe_ds.convert.command import compare, convert
-from lsmoe_ds.convert.folder import find_model, write_folder
-from lsmoe_ds.convert.huggingface import Exported, write_files
-from lsmoe_ds.convert.m2m_100 import our_names, rename
-from lsmoe_ds.convert.subnetwork import extract
-from lsmoe_ds.convert.tokenizer import tokenizer, tokenizer_config
+from lsmoe_ds.config.data import Vocabulary as VocabularySettings
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.data.cleaning import clean_text
-from lsmoe_ds.data.settings import Vocabulary as VocabularySettings
 from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.command import compare, convert
+from lsmoe_ds.export.huggingface import Exported, write_files
+from lsmoe_ds.export.m2m_100 import our_names, rename
+from lsmoe_ds.export.subnetwork import extract
+from lsmoe_ds.export.tokenizer import tokenizer, tokenizer_config
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import Loaded, load
@@ -34,7 +35,6 @@ from lsmoe_ds.languages import EOS, Direction
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.recipe_file import load_recipe
 
 EN_DE, EN_FR, FR_EN = Direction("en", "de"), Direction("en", "fr"), Direction("fr", "en")
 LINES = ["ba de fi", "ko la mi nobu", "su", "tabi refu", "de de  de ", "<2fr> ba </s>"]

@@ -13,19 +13,19 @@ from test_convert_checkpoint import make_banked_run, with_banks
 from torch import nn
 from typer.testing import CliRunner
 
+from lsmoe_ds.checkpoint.stored import Weights
 from lsmoe_ds.cli import app
-from lsmoe_ds.convert.command import compare, convert
-from lsmoe_ds.convert.folder import Weights
-from lsmoe_ds.convert.subnetwork import check_convertible, extract
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.command import compare, convert
+from lsmoe_ds.export.subnetwork import check_convertible, extract
 from lsmoe_ds.inference.load import Loaded, build_model, load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.language_specific.settings import Clsr
 from lsmoe_ds.languages import Direction
+from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.recipe_file import load_recipe
 
 EN_DE, FR_EN = Direction("en", "de"), Direction("fr", "en")
 PAIR, LANGUAGE = {"rank": 3}, {"rank": 3, "index": "language"}

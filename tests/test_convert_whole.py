@@ -13,16 +13,16 @@ from test_convert import EN_DE, PAIR_TOP2, global_weights, random_loaded
 from test_resharding import BOTH, EXPERTS, ONE, TENSOR, losses, recipe_in, train
 
 from lsmoe_ds.checkpoint import tensors
+from lsmoe_ds.checkpoint.reading import read_checkpoint
+from lsmoe_ds.checkpoint.run_folder import open_run
+from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.cli import main
-from lsmoe_ds.convert.checkpoint import read_checkpoint
-from lsmoe_ds.convert.command import compare, convert
-from lsmoe_ds.convert.folder import Weights, find_model, read_weights
-from lsmoe_ds.convert.subnetwork import extract
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.command import compare, convert
+from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.load import build_model, load
-from lsmoe_ds.run_folder import open_run
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +157,12 @@ def test_the_mean_of_the_last_checkpoints(begun, tmp_path):
         convert(tmp_path / "mean", "consolidated", None, tmp_path / "again", average=2)
 
 
-def deal(topology, path, recipe, run):
-    from lsmoe_ds.training.layout import deal
+def reshard_into(topology, path, recipe, run):
+    from lsmoe_ds.export.layout import reshard
 
     if topology.is_main:
         open_run(recipe, run, recipe.prepared / "vocabulary.model")
-    deal(find_model(path), recipe, run, topology)
+    reshard(find_model(path), recipe, run, topology)
 
 
 @pytest.mark.parametrize("after", [ONE, TENSOR, BOTH])
@@ -174,7 +174,7 @@ def test_a_run_goes_on_in_another_layout_that_was_made_offline(pool, begun, tmp_
         convert(begun / "run", "consolidated", None, source, check=0, optimizer=True)
     tensor, expert, world, _ = after
     recipe = recipe_in(begun, after, 6)
-    pool.run(world, deal, source, recipe, tmp_path / "run", tensor=tensor, expert=expert)
+    pool.run(world, reshard_into, source, recipe, tmp_path / "run", tensor=tensor, expert=expert)
     shutil.copy(begun / "run" / "metrics.jsonl", tmp_path / "run")
     train(pool, recipe, tmp_path / "run", after)
     assert losses(tmp_path / "run") == pytest.approx(losses(begun / "undisturbed"), rel=1e-5)
@@ -211,7 +211,7 @@ def test_layouts_on_the_command_line(begun, tmp_path, monkeypatch, capsys):
 
 
 def test_a_consolidated_folder_without_optimizer_has_no_layout(run, tmp_path):
-    from lsmoe_ds.training.layout import convert_layout
+    from lsmoe_ds.export.layout import convert_layout
 
     convert(run, "consolidated", None, tmp_path / "whole", check=0)
     with pytest.raises(UserError, match="holds no optimizer state"):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from small_corpora import pairs, write_lines
 
+from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.data import bitext as module
 from lsmoe_ds.data.bitext import DROPPED, TRAIN, Bitext
 from lsmoe_ds.data.cleaning import hash64
 from lsmoe_ds.data.formats import Part
-from lsmoe_ds.data.settings import Cleaning
 from lsmoe_ds.data.workers import Workers
 
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.data.catalogues import read_catalogue, without_tags, without_wiki_markup
 from lsmoe_ds.data.cleaning import RULES, PairFilter, clean_text, count_words, near_duplicate_form, script_share
-from lsmoe_ds.data.settings import Cleaning
 from lsmoe_ds.languages import family, language_name, normalize_code, script, table
 
 GOOD = ("Save all of the changes", "Alle Änderungen jetzt sichern")

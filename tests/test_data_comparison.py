@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from small_corpora import pairs, recipe, write_fetched, write_lines, write_three_bitexts
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import find_model
+from lsmoe_ds.checkpoint.run_folder import check_run, open_run
+from lsmoe_ds.checkpoint.stored import find_model
+from lsmoe_ds.config.data import Data
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import ORIGIN, data_directories, settings_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
-from lsmoe_ds.data.settings import Data
 from lsmoe_ds.data.summary import show
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import open_data
-from lsmoe_ds.recipe_file import load_recipe
-from lsmoe_ds.run_folder import check_run, open_run
 from lsmoe_ds.training.start import check
 
 COVERAGE = {"character_coverage": 1.0}

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from small_corpora import pairs, sentence, write_lines
 
+from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.data.formats import MissingCorpus, Part, find_parts
-from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.errors import UserError
 
 

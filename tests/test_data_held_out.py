@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lsmoe_ds.config.data import HeldOut
 from lsmoe_ds.data import held_out
 from lsmoe_ds.data.held_out import HELD_OUT, Claims, choose, mixed, other, published, quota
-from lsmoe_ds.data.settings import HeldOut
 
 Bitexts = dict[str, np.ndarray]
 

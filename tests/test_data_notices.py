@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from small_corpora import pairs, recipe, sentence, write_fetched, write_lines
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.formats import split_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from small_corpora import pairs, recipe, sentence, write_fetched, write_lines, write_three_bitexts
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data import prepare as prepare_module
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.cleaning import near_duplicate_form
@@ -197,7 +197,7 @@ KILLED = """
 import signal, sys, time, yaml
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
 from pathlib import Path
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data import prepare as module
 step, recipe = sys.argv[1], Recipe.model_validate(yaml.safe_load(sys.argv[2]))
 def wait(*_):

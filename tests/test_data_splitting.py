@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from small_corpora import pairs, recipe, sentence, write_lines
 
+from lsmoe_ds.config.data import HeldOut
 from lsmoe_ds.data.bitext import COMMON, DEV, RARE, TEST, Bitext, key
 from lsmoe_ds.data.held_out import Claims
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
-from lsmoe_ds.data.settings import HeldOut
 from lsmoe_ds.data.splitting import hold_out
 from lsmoe_ds.data.summary import show
 from lsmoe_ds.languages import Direction

@@ -10,9 +10,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from lsmoe_ds.config import Capacity, MoE, Recipe
-from lsmoe_ds.language_specific.settings import Clsr, LowRank
-from lsmoe_ds.section import is_section
+from lsmoe_ds.config.recipe import Capacity, MoE, Recipe
+from lsmoe_ds.config.section import is_section
+from lsmoe_ds.methods.clsr.settings import Clsr
+from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 SHORT = {

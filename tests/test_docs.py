@@ -11,10 +11,10 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from lsmoe_ds.cli import app
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.section import is_section
 from lsmoe_ds.data.sources import SOURCES
-from lsmoe_ds.recipe_file import load_recipe
-from lsmoe_ds.section import is_section
 from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study.settings import load_study
 

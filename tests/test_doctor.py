@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from lsmoe_ds import cli, doctor
+from lsmoe_ds import cli
+from lsmoe_ds.launch import doctor
 from lsmoe_ds.parallel import compat
 
 

@@ -11,7 +11,7 @@ from test_sameness import VOCABULARY, ragged_batch, recipe_for
 from torch import Tensor, nn
 
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
@@ -74,14 +74,14 @@ def test_the_output_of_each_sublayer_is_dropped_before_it_is_added(name):
     layer, last = last_layers(model)[name]
     last.bias.fill_(1.0)
     x = torch.randn(SENTENCES, LENGTH, HIDDEN)
-    real, guide = (
+    real, context = (
         torch.ones(SENTENCES, LENGTH, dtype=torch.bool),
-        Guide(ragged_batch(torch.Generator(), recipe_for("dense", 1, 1, 0), 2).ids),
+        LanguageContext(ragged_batch(torch.Generator(), recipe_for("dense", 1, 1, 0), 2).ids),
     )
-    cross = layer.cross_attention.project(x, guide) if layer.cross_attention is not None else None
-    added = layer(x, real, guide, cross=cross)[0] - x
+    cross = layer.cross_attention.project_kv(x, context) if layer.cross_attention is not None else None
+    added = layer(x, real, context, cross=cross)[0] - x
     assert_half_is_dropped(added.round(decimals=4), torch.ones_like(x))
-    torch.testing.assert_close(layer.eval()(x, real, guide, cross=cross)[0] - x, torch.ones_like(x))
+    torch.testing.assert_close(layer.eval()(x, real, context, cross=cross)[0] - x, torch.ones_like(x))
 
 
 @pytest.mark.parametrize("which", ["attention", "cross_attention"])
@@ -93,13 +93,13 @@ def test_attention_drops_probabilities(which):
     attention.output.weight.copy_(torch.eye(HIDDEN)), attention.output.bias.zero_()
     shape = (SENTENCES, attention.heads, LENGTH, HIDDEN // attention.heads)
     query, keys, values = torch.zeros(shape), torch.zeros(shape), torch.ones(shape)
-    found = attention(query, (keys, values), Guide(None))
+    found = attention(query, (keys, values), LanguageContext(None))
     eighths = found * LENGTH / 2
     torch.testing.assert_close(eighths, eighths.round(), rtol=0, atol=1e-5)
     kept = eighths.view(SENTENCES, LENGTH, attention.heads, -1)
     assert (kept == kept[..., :1]).all(), "a probability is dropped for all of a head's values"
     assert 3.8 < kept.mean() < 4.2 and kept.std() > 1
-    torch.testing.assert_close(attention.eval()(query, (keys, values), Guide(None)), torch.ones_like(found))
+    torch.testing.assert_close(attention.eval()(query, (keys, values), LanguageContext(None)), torch.ones_like(found))
 
 
 @pytest.mark.parametrize(("dropout", "attention_dropout"), [(0.5, 0.0), (0.0, 0.5)])
@@ -133,7 +133,7 @@ def dropped_by_peers(topology):
         linear = getattr(layer.attention, part)
         linear.weight.data.zero_(), linear.bias.data.fill_(value)
     with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", recorded):
-        out, _ = layer(x, torch.ones(4, LENGTH, dtype=torch.bool), Guide(None))
+        out, _ = layer(x, torch.ones(4, LENGTH, dtype=torch.bool), LanguageContext(None))
     return mixed[0].numpy(), out.numpy()
 
 

@@ -10,8 +10,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from test_sameness import VOCABULARY, recipe_for, steps_of
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.deepspeed_config import KEYS
+from lsmoe_ds.config.deepspeed import KEYS
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.shipped import ROOT as PROJECT

@@ -9,10 +9,12 @@ import torch
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, train_and_save, write_corpus
 
 from lsmoe_ds.analysis.routing import read_routing
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.checkpoint.run_folder import open_run
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
+from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import merge
 from lsmoe_ds.evaluation.report import render_report
 from lsmoe_ds.evaluation.scores import ScoreTable
@@ -20,8 +22,6 @@ from lsmoe_ds.inference.beam_search import Search, beam_search, never_generated
 from lsmoe_ds.inference.engine import find_direction
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import EOS, Direction, SentenceIds
-from lsmoe_ds.part import Part
-from lsmoe_ds.run_folder import open_run
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ from small_run import TARGET_TOP2, make_recipe, write_corpus
 from test_bad_input import main
 from test_sameness import VOCABULARY, close, recipe_for, steps_of, train, whole
 
-from lsmoe_ds.config import LowRank, Recipe
+from lsmoe_ds.checkpoint.run_folder import open_run
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import LowRank, Recipe
 from lsmoe_ds.inference.beam_search import Search, beam_search
-from lsmoe_ds.language_specific import fuse_distillation
-from lsmoe_ds.language_specific.fuse_distillation import FuseDistillation
 from lsmoe_ds.languages import PAD, SentenceIds
+from lsmoe_ds.methods import fuse_distillation
+from lsmoe_ds.methods.fuse_distillation import FuseDistillation
 from lsmoe_ds.model import initialization
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.recipe_file import load_recipe
-from lsmoe_ds.run_folder import open_run
 
 
 def fused(routing: str, tensor: int = 1, expert: int = 1, stage: int = 0, every: int = 1) -> Recipe:

@@ -21,19 +21,19 @@ from small_run import PAIR_TOP1, TARGET_TOP2, make_recipe, make_run
 from test_bad_input import inside, tree
 
 from lsmoe_ds.checkpoint import tensors
-from lsmoe_ds.convert.command import convert
-from lsmoe_ds.convert.folder import find_model, read_weights
-from lsmoe_ds.convert.optimizer import open_optimizer
-from lsmoe_ds.convert.subnetwork import convert_to_dense
+from lsmoe_ds.checkpoint.optimizer import open_optimizer
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole, to_remove
+from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.data.fingerprints import reason_to_prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.command import convert
+from lsmoe_ds.export.subnetwork import convert_to_dense
 from lsmoe_ds.folders import describe_files
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.recipe_file import load_recipe
-from lsmoe_ds.run_folder import list_checkpoints, newest_whole, to_remove
 
 SECONDS = 10  # for one file; a reader that hangs is stopped
 MEMORY = 2 << 30  # bytes that a reader may ask for beyond what the process has

@@ -11,12 +11,12 @@ import yaml
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_run
 from test_convert import EN_DE, FR_EN, PAIR_TOP2, global_weights, random_loaded
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.command import compare, convert
-from lsmoe_ds.convert.folder import Weights, find_model
-from lsmoe_ds.convert.grown import Likeness, grow, grown_recipe
+from lsmoe_ds.checkpoint.stored import Weights, find_model
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.command import compare, convert
+from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.inference.load import Loaded, build_model, load
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
@@ -187,7 +187,7 @@ REFUSED = [
     (None, TARGET_TOP2, ["model.decoder.moe.every=3"], None, "has no place for"),
     (None, None, ["model.encoder.moe={experts: 4, top_k: 1}"], None, "need 'top_k' of 2 or more"),
     (None, PAIR_TOP2 | {"expert_groups": 2}, ["model.decoder.moe.experts=6"], None, "stand in groups"),
-    (None, STATIC, MORE, None, "static routing would deal other experts"),
+    (None, STATIC, MORE, None, "static routing would assign other experts"),
     (None, TARGET_TOP2, ["model.decoder.moe.experts=6"], Likeness(7), "there is no expert 7"),
     (None, TARGET_TOP2, MORE, Likeness(None, "pl"), "'pl' is not in this system"),
 ]

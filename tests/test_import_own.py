@@ -17,18 +17,18 @@ from test_convert import PAIR_TOP3, global_weights
 from test_convert_ctranslate2 import random_model
 from test_convert_huggingface import ALPHABET
 
-from lsmoe_ds.convert.command import convert
-from lsmoe_ds.convert.folder import find_model, read_weights, write_folder
-from lsmoe_ds.convert.subnetwork import extract
-from lsmoe_ds.convert.tokenizer import is_ours, sentencepiece_model, tokenizer
+from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
+from lsmoe_ds.config.data import Vocabulary as VocabularySettings
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.data.cleaning import clean_text
-from lsmoe_ds.data.settings import Vocabulary as VocabularySettings
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags, train_vocabulary
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.command import convert
+from lsmoe_ds.export.subnetwork import extract
+from lsmoe_ds.export.tokenizer import is_ours, sentencepiece_model, tokenizer
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.recipe_file import load_recipe
 
 EN_DE = Direction("en", "de")
 LINES = ["ba de fi", "ko la mi nobu", "e\u0301 su", "tabi\u00adrefu", "<2fr> ba </s>"]

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from small_huggingface import DATA, imported, shard, write_m2m
 
-from lsmoe_ds.convert.importing import read_huggingface
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.importing import read_huggingface
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_sameness import recipe_for
 
-from lsmoe_ds.config import LowRank, Recipe
-from lsmoe_ds.language_specific.settings import Clsr
+from lsmoe_ds.config.recipe import LowRank, Recipe
+from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.model.initialization import draw, global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology

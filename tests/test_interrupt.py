@@ -20,12 +20,13 @@ from small_run import write_corpus
 from test_training import assert_same_end, loop, recipe_in, records
 from workers import PRELOAD
 
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints, step_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.workers import Workers
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.parallel import interrupt, launch
-from lsmoe_ds.parallel.launch import free_port
-from lsmoe_ds.run_folder import list_checkpoints, step_of
+from lsmoe_ds.launch import interrupt
+from lsmoe_ds.launch import processes as launch
+from lsmoe_ds.launch.processes import free_port
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 
 def interrupted(topology, recipe, run, number: int, at_step: int = 4) -> int | None:
     """Train; the last rank alone gets a signal in a step, or before the first. Returns what training returns."""
-    from lsmoe_ds.run_folder import open_run
+    from lsmoe_ds.checkpoint.run_folder import open_run
     from lsmoe_ds.training import loop as module
 
     true_step = module.train_step
@@ -189,7 +190,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(folder):
 
 
 def note_that_it_joins() -> None:
-    from lsmoe_ds.parallel import joining
+    from lsmoe_ds.launch import joining
 
     true_open = joining._open_store
 
@@ -218,7 +219,7 @@ def test_while_others_are_missing_it_leaves_at_once(folder, tmp_path, rank, numb
 
 
 def slow_imports() -> None:
-    from lsmoe_ds import recipe_file
+    from lsmoe_ds.config.recipe import file as recipe_file
 
     def load_recipe(*arguments):
         Path(os.environ["REACHED"]).touch()

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.parallel import joining
-from lsmoe_ds.parallel.joining import Party, free_port
-from lsmoe_ds.parallel.membership import Membership
+from lsmoe_ds.launch import joining
+from lsmoe_ds.launch.joining import Party, free_port
+from lsmoe_ds.launch.membership import Membership
 
 
 def meet(notes: dict[int, dict], worlds: dict[int, int] | None = None, ranks: list[int] | None = None) -> list:

@@ -20,13 +20,14 @@ from small_run import write_corpus
 from test_training import recipe_in, records
 from workers import PRELOAD
 
+from lsmoe_ds.checkpoint.run_folder import find_damage, list_checkpoints, step_of
+from lsmoe_ds.checkpoint.saving import UNFINISHED
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_json
-from lsmoe_ds.parallel import compat, watchdog
-from lsmoe_ds.parallel.launch import free_port
-from lsmoe_ds.run_folder import find_damage, list_checkpoints, step_of
-from lsmoe_ds.training.checkpoints import UNFINISHED
+from lsmoe_ds.launch import watchdog
+from lsmoe_ds.launch.processes import free_port
+from lsmoe_ds.parallel import compat
 
 EVERY, KEEP = 2, 2
 PATIENCE = 120.0
@@ -256,8 +257,8 @@ def save_beside_training(topology, recipe, run: Path) -> None:
     """Syncing waits until it is told, and the third time finds the disk full."""
     from threading import Event, Timer
 
+    from lsmoe_ds.checkpoint import saving as checkpoints
     from lsmoe_ds.data.prepared import PreparedData
-    from lsmoe_ds.training import checkpoints
     from lsmoe_ds.training.engine import build_engine
 
     engine = build_engine(recipe, PreparedData.open(recipe.prepared).vocabulary.size, topology)
@@ -298,8 +299,8 @@ def save_where(topology, recipe, run: Path, memory: int, failing: bool) -> str |
     from types import SimpleNamespace
     from unittest import mock
 
+    from lsmoe_ds.checkpoint import saving as checkpoints
     from lsmoe_ds.data.prepared import PreparedData
-    from lsmoe_ds.training import checkpoints
     from lsmoe_ds.training.engine import build_engine
 
     engine = build_engine(recipe, PreparedData.open(recipe.prepared).vocabulary.size, topology)
@@ -338,7 +339,7 @@ def save_where(topology, recipe, run: Path, memory: int, failing: bool) -> str |
 
 @pytest.mark.parametrize("memory", [2**40, 0], ids=["copied", "no room for copies"])
 def test_what_is_saved_is_what_was_there(pool, folder, memory):
-    from lsmoe_ds.convert.checkpoint import read_checkpoint
+    from lsmoe_ds.checkpoint.reading import read_checkpoint
 
     run, recipe = folder / f"memory-{memory}", recipe_of(folder, 2, expert=2)
     assert pool.run(2, save_where, recipe, run, memory, False, expert=2) == [None, None]

@@ -14,12 +14,13 @@ from small_corpora import recipe as small_recipe
 
 from lsmoe_ds import notices
 from lsmoe_ds.codes import asked_direction, read_code, read_direction, read_directions, resolve_codes
-from lsmoe_ds.convert.importing import M2M_100
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.data.cleaning import PairFilter
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import membership
 from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.scores import score_direction
+from lsmoe_ds.export.importing import M2M_100
 from lsmoe_ds.languages import (
     Direction,
     Languages,
@@ -33,7 +34,6 @@ from lsmoe_ds.languages import (
     task_language,
     task_order,
 )
-from lsmoe_ds.recipe_file import load_recipe
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 

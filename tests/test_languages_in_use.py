@@ -14,20 +14,20 @@ from small_run import TARGET_TOP2, make_recipe, train_and_save, write_corpus
 from test_languages import NLLB
 
 from lsmoe_ds import cli, notices
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import find_model
-from lsmoe_ds.convert.subnetwork import extract_stored
+from lsmoe_ds.checkpoint.run_folder import check_run, open_run
+from lsmoe_ds.checkpoint.stored import find_model
+from lsmoe_ds.config.data import Corpus
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.formats import Part, find_parts, search
 from lsmoe_ds.data.notices import why_no_text
 from lsmoe_ds.data.prepare import prepare
-from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.scores import ScoreTable
+from lsmoe_ds.export.subnetwork import extract_stored
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import Direction, normalize_code
-from lsmoe_ds.recipe_file import load_recipe
-from lsmoe_ds.run_folder import check_run, open_run
 
 
 @pytest.fixture(autouse=True)

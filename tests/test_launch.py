@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.parallel import launcher
-from lsmoe_ds.parallel.launch import _accelerators, smallest_world
+from lsmoe_ds.launch import launcher
+from lsmoe_ds.launch.processes import _accelerators, smallest_world
 
 
 @pytest.mark.parametrize(("left", "status", "says"), [(-9, 137, "a rank was killed by SIGKILL, perhaps for lack of memory"), (75, 75, "")])

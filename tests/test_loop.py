@@ -10,9 +10,9 @@ import torch
 from small_run import TOKEN_TOP2, write_corpus
 from test_training import loop, recipe_in, records
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
-from lsmoe_ds.run_folder import list_checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lsmoe_ds.config import LowRank, Recipe
-from lsmoe_ds.language_specific.low_rank import LowRankBank, indexes
+from lsmoe_ds.config.recipe import LowRank, Recipe
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
-from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.low_rank.bank import LowRankBank, indexes
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
@@ -56,7 +56,7 @@ def test_bank_follows_the_equation(settings, decoder, numbers):
     base, bank = bank_of(settings, decoder)
     ids = ids_of(numbers)
     results = []
-    for run in (lambda x: bank(base, x, Guide(ids)), lambda x: reference(base, bank, settings, decoder, x, ids)):
+    for run in (lambda x: bank(base, x, LanguageContext(ids)), lambda x: reference(base, bank, settings, decoder, x, ids)):
         x = torch.randn(len(numbers), LENGTH, INPUTS, generator=torch.Generator().manual_seed(2)).requires_grad_()
         out = run(x)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
@@ -70,8 +70,8 @@ def test_hypotheses_of_a_sentence_share_its_matrices():
     """As a beam search asks: rows [B W, 1, H] seen as [B, W, H]."""
     base, bank = bank_of(PAIR, True)
     x = torch.randn(6, 1, INPUTS)
-    guide = Guide(ids_of([0, 0, 0, 3, 3, 3]))
-    torch.testing.assert_close(bank(base, x.view(2, 3, INPUTS), guide).view(6, 1, OUTPUTS), bank(base, x, guide))
+    context = LanguageContext(ids_of([0, 0, 0, 3, 3, 3]))
+    torch.testing.assert_close(bank(base, x.view(2, 3, INPUTS), context).view(6, 1, OUTPUTS), bank(base, x, context))
 
 
 def test_indexes():
@@ -172,6 +172,6 @@ def test_what_is_left_beyond_a_smaller_rank_is_never_read(monkeypatch, numbers):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **o: true_like(*a, **o).fill_(float("nan")))
     base, bank = bank_of(RANKS, True)
     x = torch.randn(len(numbers), LENGTH, INPUTS, requires_grad=True)
-    out = bank(base, x, Guide(ids_of(numbers)))
+    out = bank(base, x, LanguageContext(ids_of(numbers)))
     gradients = torch.autograd.grad(out.square().sum(), [x, base.weight, bank.flat, bank.vertical])
     assert all(value.isfinite().all() for value in (out, *gradients))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.parallel.membership import PORTS, Membership, find, first_host, guess_rank, tasks_of
+from lsmoe_ds.launch.membership import PORTS, Membership, find, first_host, guess_rank, tasks_of
 
 # As they were seen in processes that these launchers had started.
 SRUN = {

@@ -9,14 +9,14 @@ import torch
 from test_planning import VOCABULARY, recipe_of
 from test_sameness import ragged_batch
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.costs import Parts
-from lsmoe_ds.language_specific.settings import Clsr
-from lsmoe_ds.memory import STAGE_0_BUCKET, activations, local_parameters, memory
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.planning import plan
+from lsmoe_ds.planning.costs import Parts
+from lsmoe_ds.planning.memory import STAGE_0_BUCKET, activations, local_parameters, memory
+from lsmoe_ds.planning.plan import plan
 
 
 def partitions(topology, recipe):
@@ -149,7 +149,7 @@ def test_buffers_are_what_is_copied_to_be_reduced(pool, world, expert, gates, mo
         bucket, recipe.model.clsr = 1, Clsr(gate=4)
         recipe.data.directions = [f"en-{code}" for code in ("cs", "da", "de", "fr", "it", "nl", "pl", "sv")]
         assert len(recipe.languages.codes) * recipe.model.hidden > VOCABULARY
-        monkeypatch.setattr("lsmoe_ds.memory.STAGE_0_BUCKET", bucket)
+        monkeypatch.setattr("lsmoe_ds.planning.memory.STAGE_0_BUCKET", bucket)
     assert pool.run(world, reduction_copies, recipe, bucket, expert=expert) == [memory(recipe, world, 0, "float32").buffers] * world
 
 

@@ -11,8 +11,8 @@ from test_sameness import VOCABULARY, ragged_batch, recipe_for
 from torch import nn
 
 from lsmoe_ds.languages import PAD
+from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.embedding import Embedding, sinusoids
-from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.model.initialization import global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
@@ -98,11 +98,11 @@ def test_positions_beyond_the_table_and_the_scale_of_embeddings():
 
 def test_decoder_sentences_are_summed_up_by_the_mean_of_the_encoders_output():
     model, batch = model_of("sentence").eval(), batch_of("sentence")
-    memory, _ = model.encode(batch.source, Guide(batch.ids))
-    summary = model.start(batch.source, batch.ids).guide.summary
+    memory, _ = model.encode(batch.source, LanguageContext(batch.ids))
+    summary = model.start(batch.source, batch.ids).context.summary
     for row, source in enumerate(batch.source):
         torch.testing.assert_close(summary[row], memory[row, : int((source != PAD).sum())].mean(0))
-    assert model_of("target").start(batch.source, batch.ids).guide.summary is None
+    assert model_of("target").start(batch.source, batch.ids).context.summary is None
 
 
 @pytest.mark.parametrize("routing", ["dense", "token", "sentence", "target", "pair", "static"])

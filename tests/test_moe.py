@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lsmoe_ds.config import Capacity, MoE
-from lsmoe_ds.costs import bytes_per_row
+from lsmoe_ds.config.recipe import Capacity, MoE
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
+from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.model.guide import Guide
 from lsmoe_ds.moe.layer import MixtureOfExperts
 from lsmoe_ds.moe.losses import RoutingRecord, balance_loss, record_routing, z_loss
 from lsmoe_ds.moe.routers import DROPPED, ROUTERS, Routes, choose, limit
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.planning.costs import bytes_per_row
 
 HIDDEN, WIDTH, EXPERTS = 6, 10, 5
 LANGUAGES = Languages(tuple(english_centric(["de", "fr"])))
@@ -75,7 +75,7 @@ def test_layer_follows_the_equation(routing, task, with_summary, top_k):
     x = torch.randn(4, 3, HIDDEN)
     weight = torch.randn(4, 3, HIDDEN)
     results = []
-    for compute in (lambda y: layer(y, real, Guide(ids, summary)), lambda y: reference(layer, y, real, ids, summary)):
+    for compute in (lambda y: layer(y, real, LanguageContext(ids, summary)), lambda y: reference(layer, y, real, ids, summary)):
         y = x.clone().requires_grad_()
         layer.zero_grad()
         out = compute(y)
@@ -85,20 +85,20 @@ def test_layer_follows_the_equation(routing, task, with_summary, top_k):
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(dx, wanted_dx)
     assert not out[~real].any()
-    used = {int(e) for e in routes_of(layer, x, real, Guide(ids, summary)).experts.flatten()}
+    used = {int(e) for e in routes_of(layer, x, real, LanguageContext(ids, summary)).experts.flatten()}
     wanted_names = {n for n, _ in layer.named_parameters() if "experts" not in n or int(n.split(".")[3]) in used}
     assert gradients.keys() == wanted_names, "the router's and the used experts' gradients; training fills in the others' zeros"
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted_gradients[name], msg=name)
 
 
-def routes_of(layer: MixtureOfExperts, x: Tensor, real: Tensor, guide: Guide) -> Routes:
-    return layer.route(x, real, guide)[2]
+def routes_of(layer: MixtureOfExperts, x: Tensor, real: Tensor, context: LanguageContext) -> Routes:
+    return layer.route(x, real, context)[2]
 
 
 def test_static_routing_deals_tasks_to_experts_with_equal_weights():
     layer, ids = layer_of("static", "pair"), ids_of([0, 1, 2, 3])
-    routes = routes_of(layer, torch.randn(4, 1, HIDDEN), torch.ones(4, 1, dtype=torch.bool), Guide(ids))
+    routes = routes_of(layer, torch.randn(4, 1, HIDDEN), torch.ones(4, 1, dtype=torch.bool), LanguageContext(ids))
     assert routes.experts.tolist() == [[0, 1], [2, 3], [4, 0], [1, 2]]
     assert routes.weights.tolist() == [[0.5, 0.5]] * 4
     assert not list(layer.router.parameters())
@@ -125,7 +125,7 @@ def test_no_token_at_all(routing):
     layer = layer_of(routing)
     x = torch.randn(2, 3, HIDDEN, requires_grad=True)
     notes: dict[str, list[RoutingRecord]] = {}
-    out = layer(x, torch.zeros(2, 3, dtype=torch.bool), Guide(ids_of([0, 1]), None, notes))
+    out = layer(x, torch.zeros(2, 3, dtype=torch.bool), LanguageContext(ids_of([0, 1]), None, notes))
     records = notes["moe"]
     (out.sum() + balance_loss(records[0], records[0].counts, 1) + z_loss(records[0], 1)).backward()
     assert not out.any() and not records[0].counts.any() and not records[0].squares
@@ -178,9 +178,9 @@ def test_capacity_holds_in_training_and_is_off_in_evaluation_unless_asked_for():
     x, real, ids = torch.randn(4, 6, HIDDEN), torch.ones(4, 6, dtype=torch.bool), ids_of([0, 1, 2, 3])
     free, limited = layer_of("token"), layer_of("token", capacity={"training": 0.5})
     both = layer_of("token", capacity={"training": 0.5, "evaluation": 0.5})
-    torch.testing.assert_close(limited.eval()(x, real, Guide(ids)), free.eval()(x, real, Guide(ids)))
-    assert not torch.equal(limited.train()(x, real, Guide(ids)), free(x, real, Guide(ids)))
-    torch.testing.assert_close(both.eval()(x, real, Guide(ids)), limited(x, real, Guide(ids)))
+    torch.testing.assert_close(limited.eval()(x, real, LanguageContext(ids)), free.eval()(x, real, LanguageContext(ids)))
+    assert not torch.equal(limited.train()(x, real, LanguageContext(ids)), free(x, real, LanguageContext(ids)))
+    torch.testing.assert_close(both.eval()(x, real, LanguageContext(ids)), limited(x, real, LanguageContext(ids)))
 
 
 def noise_of(routing: str, jitter: float, training: bool) -> tuple[Tensor, MixtureOfExperts]:
@@ -194,7 +194,7 @@ def noise_of(routing: str, jitter: float, training: bool) -> tuple[Tensor, Mixtu
         return true(x, weight)
 
     with mock.patch.object(torch.nn.functional, "linear", recorded):
-        layer.route(ones, torch.ones(1250, 8, dtype=torch.bool), Guide(ids_of([0] * 1250)))
+        layer.route(ones, torch.ones(1250, 8, dtype=torch.bool), LanguageContext(ids_of([0] * 1250)))
     return factors[0].flatten(), layer
 
 
@@ -216,7 +216,7 @@ def test_jitter_does_not_reach_the_experts():
     torch.nn.init.normal_(layer.router.weight)
     x, real = torch.randn(4, 6, HIDDEN), torch.ones(4, 6, dtype=torch.bool)
     (expert,) = layer.deepspeed_moe.experts.deepspeed_experts
-    torch.testing.assert_close(layer(x, real, Guide(ids_of([0, 1, 2, 3]))), expert(x))
+    torch.testing.assert_close(layer(x, real, LanguageContext(ids_of([0, 1, 2, 3]))), expert(x))
 
 
 def test_gates_of_two_sum_to_one_and_of_one_are_probabilities():

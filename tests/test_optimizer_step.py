@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from test_sameness import VOCABULARY, close, ragged_batch, recipe_for, steps_of
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import Batch
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.model.guide import Route
+from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from lsmoe_ds import __version__, cli, shipped
-from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.study.settings import load_study
 
 PROJECT = Path(__file__).resolve().parents[1]
 LOAD_ALL = """
 import json, lsmoe_ds
-from lsmoe_ds import shipped, slurm
-from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds import shipped
+from lsmoe_ds.launch import slurm
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.study.settings import load_study
 from pathlib import Path
 recipes = [load_recipe(name).name for name in shipped.names("recipe")]

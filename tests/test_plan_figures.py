@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from test_planning import recipe_of
 
-from lsmoe_ds.costs import flops
-from lsmoe_ds.planning import human, in_bytes, plan
+from lsmoe_ds.planning.costs import flops
+from lsmoe_ds.planning.plan import human, in_bytes, plan
 
 
 def test_sentences_are_taken_to_have_32_tokens():

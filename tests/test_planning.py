@@ -14,16 +14,16 @@ from test_sameness import ragged_batch, steps_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lsmoe_ds.config import MoE, Recipe
-from lsmoe_ds.convert.subnetwork import extract
-from lsmoe_ds.costs import Parts, bytes_per_row, flops, rows_at_home, rows_at_random
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import MoE, Recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.languages import EOS, Direction
 from lsmoe_ds.model.initialization import global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.planning import in_bytes, plan
-from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.planning.costs import Parts, bytes_per_row, flops, rows_at_home, rows_at_random
+from lsmoe_ds.planning.plan import in_bytes, plan
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 VOCABULARY = 96
@@ -359,7 +359,7 @@ def test_stage_and_precision_are_the_recipes():
 
 def test_plan_of_thirteen_billion_needs_no_torch(tmp_path):
     code = (
-        "import sys; from lsmoe_ds.planning import plan; from lsmoe_ds.recipe_file import load_recipe;"
+        "import sys; from lsmoe_ds.planning.plan import plan; from lsmoe_ds.config.file import load_recipe;"
         "made = plan(load_recipe(sys.argv[1])); made.table(); print(made.parameters.whole.total, 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(PAPERS / "web-big-128.yaml")]

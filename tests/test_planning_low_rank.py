@@ -8,16 +8,16 @@ from test_convert_checkpoint import with_banks
 from test_memory import kept_by_autograd, small_batches
 from test_planning import PAPERS, VOCABULARY, flops_by_torch, millions, recipe_of, sizes, traffic
 
-from lsmoe_ds.convert.subnetwork import extract
-from lsmoe_ds.costs import Parts, flops
-from lsmoe_ds.language_specific.settings import Clsr
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.memory import activations
+from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.model.initialization import global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.planning import Plan, plan
-from lsmoe_ds.recipe_file import load_recipe
+from lsmoe_ds.planning.costs import Parts, flops
+from lsmoe_ds.planning.memory import activations
+from lsmoe_ds.planning.plan import Plan, plan
 
 RANKS = {"rank": {"de": 1, "en": 4, "fr": 2, "ru": 3}, "index": "language", "at": "both", "fuse_distillation": True}
 BANKS = {

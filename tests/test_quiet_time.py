@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from lsmoe_ds.parallel import watchdog
+from lsmoe_ds.launch import watchdog
 
 
 class Left(Exception):

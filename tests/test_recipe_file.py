@@ -12,11 +12,11 @@ from typing import Any, get_args, get_origin
 import pytest
 import yaml
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.explain import _annotation, _items, _members, allowed_keys
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.section import is_section
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.explain import _annotation, _items, _members, allowed_keys
-from lsmoe_ds.recipe_file import load_recipe
-from lsmoe_ds.section import is_section
 from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study.settings import load_study
 

@@ -10,9 +10,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from test_report import Page, make_run
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.evaluation.report import read_progress, write_report
-from lsmoe_ds.recipe_file import load_recipe
 
 
 def test_metrics_of_a_training_that_was_killed_and_resumed(tmp_path) -> None:

@@ -10,7 +10,7 @@ import torch
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 from test_training import loop
 
-from lsmoe_ds.convert.optimizer import PIECES, open_optimizer
+from lsmoe_ds.checkpoint.optimizer import PIECES, open_optimizer
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 
@@ -44,8 +44,8 @@ def train(pool, recipe, run, layout):
 
 def load_and_save(topology, recipe, checkpoint, run):
     """Without a step between."""
+    from lsmoe_ds.checkpoint import saving as checkpoints
     from lsmoe_ds.data.prepared import PreparedData
-    from lsmoe_ds.training import checkpoints
     from lsmoe_ds.training.engine import build_engine
 
     engine = build_engine(recipe, PreparedData.open(recipe.prepared).vocabulary.size, topology)
@@ -81,7 +81,7 @@ def begun(pool, folder):
 
 
 def states(checkpoint, shapes) -> dict[str, dict[str, torch.Tensor]]:
-    from lsmoe_ds.convert.checkpoint import read_checkpoint
+    from lsmoe_ds.checkpoint.reading import read_checkpoint
 
     state, weights = open_optimizer(checkpoint), read_checkpoint(checkpoint).weights
     return {name: {**state.whole(name, shape), "weight": weights[name]} for name, shape in shapes.items()}
@@ -90,7 +90,7 @@ def states(checkpoint, shapes) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("before", "after"), PAIRS[:5])
 def test_every_value_is_dealt_anew(pool, folder, begun, before, after, bf16, tmp_path):
-    from lsmoe_ds.convert.checkpoint import read_checkpoint
+    from lsmoe_ds.checkpoint.reading import read_checkpoint
 
     first = begun(before, bf16) / "checkpoints" / "step-10"
     tensor, expert, world, _ = after

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from small_run import make_recipe
 
-from lsmoe_ds import run_folder
+from lsmoe_ds.checkpoint import run_folder
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints, open_run, to_remove
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import locked, replaced, write_whole
-from lsmoe_ds.run_folder import list_checkpoints, open_run, to_remove
 
 DEV_LOSS = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: 2.5}
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.languages import EOS, PAD
 

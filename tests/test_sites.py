@@ -7,10 +7,11 @@ import torch
 from test_sameness import VOCABULARY, recipe_for, steps_of
 from torch import nn
 
-from lsmoe_ds.language_specific.settings import Clsr, LowRank
+from lsmoe_ds.methods.clsr.settings import Clsr
+from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.methods.registry import methods_of
+from lsmoe_ds.methods.sites import LinearSite, SublayerSite
 from lsmoe_ds.model.initialization import initialize
-from lsmoe_ds.model.sites import LinearSite, SublayerSite
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
 
@@ -36,12 +37,12 @@ def test_a_model_names_its_linear_layers_and_sublayers():
 
 
 class Add(nn.Module):
-    def forward(self, base, x, guide):
+    def forward(self, base, x, context):
         return base(x) + 1
 
 
 class Double(nn.Module):
-    def forward(self, y, x, real, guide):
+    def forward(self, y, x, real, context):
         return 2 * y
 
 

@@ -9,7 +9,7 @@ from small_run import make_recipe
 
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, write_json
-from lsmoe_ds.slurm import begin, end
+from lsmoe_ds.launch.slurm import begin, end
 
 
 def save(run: Path, step: int) -> Path:

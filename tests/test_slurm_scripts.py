@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from small_run import make_recipe
 
-from lsmoe_ds.parallel.launch import KEEP_LARGE_BLOCKS
+from lsmoe_ds.launch.processes import KEEP_LARGE_BLOCKS
 
 SLURM = Path(__file__).resolve().parents[1] / "slurm"
 SCRIPTS = sorted(path.name for path in SLURM.iterdir())

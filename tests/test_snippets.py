@@ -15,15 +15,15 @@ from test_bad_input import main
 from test_convert_ctranslate2 import global_weights, random_model
 from test_translate import EN_DE
 
-from lsmoe_ds.convert.command import convert
-from lsmoe_ds.convert.folder import find_model, write_folder
-from lsmoe_ds.convert.huggingface import Exported
-from lsmoe_ds.convert.subnetwork import extract
+from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.export.command import convert
+from lsmoe_ds.export.huggingface import Exported
+from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.language_specific.settings import LowRank
 from lsmoe_ds.languages import EOS, PAD, Direction
+from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 # Decomposed letters, a soft hyphen, a no-break space, a word joiner, a byte order mark, a tab, an ideographic space.

@@ -19,11 +19,11 @@ from test_report import HOSTILE, Page
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import Metrics
+from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable
 from lsmoe_ds.folders import locked
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.part import Part
-from lsmoe_ds.planning import plan
+from lsmoe_ds.planning.plan import plan
 from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study import command
 from lsmoe_ds.study.command import run_study

@@ -1,4 +1,4 @@
-"""Task-affine batches: one expert group each, the same whatever the layout, dealt to where their experts live."""
+"""Task-affine batches: one expert group each, the same whatever the layout, assigned to where their experts live."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from small_run import make_recipe
 from test_batching import LANGUAGES, SIZES, Pairs, Prepared, Store, Vocabulary, prepare, same, sentences
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.data import Batch as BatchSettings
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.assignment import affinity, assign
 from lsmoe_ds.data.batching import BatchStream, Step
-from lsmoe_ds.data.dealing import affinity, deal
-from lsmoe_ds.data.settings import Batch as BatchSettings
 from lsmoe_ds.errors import UserError
 
 GROUPS = [0, 0, 1, 1, 1, 1]  # of en-de, de-en, en-fr, fr-en, en-zh_Hans, zh_Hans-en
@@ -87,11 +87,11 @@ def test_places_in_a_step_do_not_follow_from_the_direction() -> None:
 
 
 def best(groups: list[int], at_home: list[set[int]]) -> int:
-    """Most units that can be at home, by trying every dealing."""
+    """Most units that can be at home, by trying every assignment."""
     share = len(groups) // len(at_home)
     slots = [rank for rank in range(len(at_home)) for _ in range(share)]
-    dealings = set(itertools.permutations(slots)) if len(slots) <= 6 else ()
-    return max(sum(g in at_home[r] for g, r in zip(groups, dealing, strict=True)) for dealing in dealings)
+    assignments = set(itertools.permutations(slots)) if len(slots) <= 6 else ()
+    return max(sum(g in at_home[r] for g, r in zip(groups, each, strict=True)) for each in assignments)
 
 
 @settings(max_examples=150, deadline=None)
@@ -100,21 +100,21 @@ def test_dealing_is_the_best_there_is(data: st.DataObject, ranks: int, kinds: in
     share = data.draw(st.integers(1, 6 // ranks))
     groups = data.draw(st.lists(st.integers(0, kinds - 1), min_size=ranks * share, max_size=ranks * share))
     at_home = [data.draw(st.sets(st.integers(0, kinds - 1))) for _ in range(ranks)]
-    dealt, away = deal(groups, at_home)
-    assert [len(own) for own in dealt] == [share] * ranks
-    assert sorted(unit for own in dealt for unit in own) == list(range(len(groups)))
-    assert all(own == sorted(own) for own in dealt)
-    assert away == sum(groups[unit] not in at_home[rank] for rank, own in enumerate(dealt) for unit in own)
+    assigned, away = assign(groups, at_home)
+    assert [len(own) for own in assigned] == [share] * ranks
+    assert sorted(unit for own in assigned for unit in own) == list(range(len(groups)))
+    assert all(own == sorted(own) for own in assigned)
+    assert away == sum(groups[unit] not in at_home[rank] for rank, own in enumerate(assigned) for unit in own)
     assert len(groups) - away == best(groups, at_home)
-    assert (dealt, away) == deal(tuple(groups), [frozenset(home) for home in at_home])
+    assert (assigned, away) == assign(tuple(groups), [frozenset(home) for home in at_home])
 
 
 def test_dealing_moves_a_chain_of_units() -> None:
     """The first two could stay where they are put first only at the cost of the last, which has one home."""
-    assert deal([0, 1, 2], [{0, 2}, {0, 1}, {1}]) == ([[2], [0], [1]], 0)
-    assert deal([0, 0, 0, 0, 1, 1], [{0}, {1}]) == ([[0, 1, 2], [3, 4, 5]], 1)
+    assert assign([0, 1, 2], [{0, 2}, {0, 1}, {1}]) == ([[2], [0], [1]], 0)
+    assert assign([0, 0, 0, 0, 1, 1], [{0}, {1}]) == ([[0, 1, 2], [3, 4, 5]], 1)
     many = [unit % 16 for unit in range(2048)]
-    assert deal(many, [{2 * (rank % 8), 2 * (rank % 8) + 1} for rank in range(64)])[1] == 0
+    assert assign(many, [{2 * (rank % 8), 2 * (rank % 8) + 1} for rank in range(64)])[1] == 0
 
 
 def affine_recipe(folder: Path, groups: int, expert: int, tensor: int = 1, kind: str = "pair") -> Recipe:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small_corpora import write_lines
 
+from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.data.formats import find_parts
-from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.texts import read_own
 from lsmoe_ds.languages import Direction

@@ -16,15 +16,15 @@ import pytest
 import torch
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 
-from lsmoe_ds.config import MoE
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole, open_run, step_of
+from lsmoe_ds.config.recipe import MoE
 from lsmoe_ds.data.batching import Step
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, locked, write_json
-from lsmoe_ds.language_specific.settings import Clsr
+from lsmoe_ds.launch.processes import free_port
+from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.parallel.collectives import Traffic
-from lsmoe_ds.parallel.launch import free_port
-from lsmoe_ds.run_folder import list_checkpoints, newest_whole, open_run, step_of
 from lsmoe_ds.training.engine import StepResult
 from lsmoe_ds.training.monitor import Monitor
 from lsmoe_ds.training.schedules import inverse_square_root
@@ -92,7 +92,7 @@ def records(run: Path, with_bytes: bool = False) -> list[dict]:
 
 
 def weights(run: Path, step: int) -> dict:
-    from lsmoe_ds.convert.checkpoint import read_checkpoint
+    from lsmoe_ds.checkpoint.reading import read_checkpoint
 
     return read_checkpoint(run / "checkpoints" / f"step-{step}").weights
 

@@ -10,16 +10,16 @@ import time
 
 import pytest
 
-from lsmoe_ds.parallel import watchdog
-from lsmoe_ds.parallel.joining import free_port
+from lsmoe_ds.launch import watchdog
+from lsmoe_ds.launch.joining import free_port
 
 RANK = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from lsmoe_ds.parallel.joining import Party
-from lsmoe_ds.parallel.membership import Membership
-from lsmoe_ds.parallel.watchdog import beat, watch
+from lsmoe_ds.launch.joining import Party
+from lsmoe_ds.launch.membership import Membership
+from lsmoe_ds.launch.watchdog import beat, watch
 
 rank, port, beats = map(int, sys.argv[1:4])
 patience, ends = float(sys.argv[4]), len(sys.argv) > 5

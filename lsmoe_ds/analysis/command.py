@@ -34,7 +34,7 @@ def analyze_routing(run: str | Path, out: str | Path, split: str = "test", route
     """
     # These import torch.
     from lsmoe_ds.analysis.measuring import measure_routing
-    from lsmoe_ds.convert.folder import find_model
+    from lsmoe_ds.checkpoint.stored import find_model
     from lsmoe_ds.evaluation.evaluate import SPLITS, open_data
     from lsmoe_ds.inference.load import load
 

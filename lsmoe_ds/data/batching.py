@@ -1,7 +1,7 @@
 """Batching: which sentence pairs each step trains on, and their tensors.
 
 A step is ``batch.count`` units of at most ``batch.tokens`` padded tokens. Rank r of D takes units r, r + D, ..., or those
-that :mod:`lsmoe_ds.data.dealing` deals it; every rank plans all of them (numbers only, no text), so all know the totals of
+that :mod:`lsmoe_ds.data.assignment` assigns it; every rank plans all of them (numbers only, no text), so all know the totals of
 the step without communication.
 
 Everything random is a hash of (seed, purpose, counters), never the state of a generator: any position of the plan can be
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from lsmoe_ds.data.dealing import check_affinity, deal
-from lsmoe_ds.data.settings import Batch as BatchSettings
+from lsmoe_ds.config.data import Batch as BatchSettings
+from lsmoe_ds.data.assignment import assign, check_affinity
 from lsmoe_ds.data.shuffling import Integers, Words, choose, hash_words, permute, thresholds_of
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import EOS, PAD, Direction, Languages, SentenceIds
@@ -276,8 +276,8 @@ class BatchStream:
         units = [self._take(number) for number in pools]
         mine, away = list(range(self._rank, len(units), self._world)), 0
         if self._at_home is not None:
-            dealt, away = deal([self._labels[number] for number in pools], self._at_home)
-            mine = dealt[self._rank]
+            assigned, away = assign([self._labels[number] for number in pools], self._at_home)
+            mine = assigned[self._rank]
         self._step += 1
         return Step(
             batches=[self._build(units[place]) for place in mine],

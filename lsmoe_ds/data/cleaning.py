@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 import regex
 
-from lsmoe_ds.data.settings import Cleaning
+from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.languages import script
 
 # Invisible characters without meaning: controls, zero-width space, word joiner, byte order mark, soft hyphen, direction marks.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, differences
 from lsmoe_ds.data.formats import MissingCorpus, Part, name_of, search
 from lsmoe_ds.data.prepared import check_manifest

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.data.iwslt import pair_segments, read_tagged
 from lsmoe_ds.data.lines import read_aligned, read_lines
-from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.data.spelling import Half, Pair, Wanted, say_spellings
 from lsmoe_ds.errors import UserError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lsmoe_ds.data.settings import HeldOut
+from lsmoe_ds.config.data import HeldOut
 
 Keys = NDArray[np.uint64]
 HELD_OUT = ("dev", "test")

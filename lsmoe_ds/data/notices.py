@@ -10,15 +10,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.data import Corpus, Data
+from lsmoe_ds.config.file import read_mapping
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.comparison import settings_of
 from lsmoe_ds.data.formats import SPLITS, Part, Search, split_of
 from lsmoe_ds.data.held_out import HELD_OUT, Claims
-from lsmoe_ds.data.settings import Corpus, Data
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
-from lsmoe_ds.recipe_file import read_mapping
 
 # Settings that the choice of dev and test sentences depends on.
 CHOOSE = ("corpora", "directions", "cleaning", "held_out")

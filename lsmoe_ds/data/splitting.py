@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lsmoe_ds.config.data import HeldOut
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.held_out import Claims, choose, quota
-from lsmoe_ds.data.settings import HeldOut
 from lsmoe_ds.languages import is_english
 
 

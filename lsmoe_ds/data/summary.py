@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.fingerprints import state_of
 from lsmoe_ds.data.formats import SPLITS
 from lsmoe_ds.data.prepared import PreparedData

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from lsmoe_ds.config.data import Batch as BatchSettings
 from lsmoe_ds.data.batching import OVERHEAD, Batch, DirectionIds, Prepared, Tags, TokenPairs, by_length, collate, cut
-from lsmoe_ds.data.settings import Batch as BatchSettings
 from lsmoe_ds.languages import PAD, Direction, Languages
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import sentencepiece
 
-from lsmoe_ds.data import settings as data_settings
+from lsmoe_ds.config import data as data_settings
+from lsmoe_ds.config.data import SMALLEST
 from lsmoe_ds.data.cleaning import clean_text
-from lsmoe_ds.data.settings import SMALLEST
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, nearest, tag
 

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TypeVar
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.parallel import interrupt
+from lsmoe_ds.launch import interrupt
 
 T = TypeVar("T")
 R = TypeVar("R")

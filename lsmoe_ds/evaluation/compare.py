@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lsmoe_ds.codes import read_directions
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics
 from lsmoe_ds.evaluation.parts import RECIPE, find_home
@@ -22,7 +23,6 @@ from lsmoe_ds.evaluation.score_folder import SCORES, ScoreFolder, fullest
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.significance import TRIALS, Outcome, Trials, run_trials
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.recipe_file import load_recipe
 
 TEXT = ("split", "limit")  # what must be the same for scores to be comparable at all
 SEARCH = ("route", "beam", "length_penalty")  # what must be, too, unless records are named that differ in it

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lsmoe_ds.analysis.measuring import measure_routing
-from lsmoe_ds.convert.folder import Stored, find_model
+from lsmoe_ds.checkpoint.stored import Stored, find_model
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.comet import Comet
 from lsmoe_ds.evaluation.groups import resource_groups
 from lsmoe_ds.evaluation.metrics import Tokenizer
+from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
@@ -28,7 +29,6 @@ from lsmoe_ds.inference.engine import Engine, load_engine, say_untrained
 from lsmoe_ds.inference.load import Loaded, check_route, with_direction
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.notices import LINE_EVERY
-from lsmoe_ds.part import Part
 
 __all__ = ["SPLITS", "evaluate", "open_data"]
 

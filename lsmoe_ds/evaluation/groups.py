@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from lsmoe_ds.data.settings import Groups
+from lsmoe_ds.config.data import Groups
 from lsmoe_ds.languages import Direction, is_english
 
 RESOURCES = ("high", "medium", "low")

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lsmoe_ds.checkpoint.run_folder import step_of
 from lsmoe_ds.codes import read_directions
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import Tokenizer
+from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable
 from lsmoe_ds.evaluation.texts import read_own
 from lsmoe_ds.languages import Direction, Languages
-from lsmoe_ds.part import Part
-from lsmoe_ds.recipe_file import load_recipe
-from lsmoe_ds.run_folder import step_of
 
 RECIPE = "recipe.yaml"
 

@@ -23,7 +23,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.page import measures_table, reading
 from lsmoe_ds.analysis.routing import read_routing, task_name
-from lsmoe_ds.config import Model, Recipe
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Model, Recipe
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
@@ -34,7 +35,6 @@ from lsmoe_ds.evaluation.scores import AVERAGES, WEAK, DirectionScore, ScoreTabl
 from lsmoe_ds.folders import check_can_write, write_whole
 from lsmoe_ds.languages import Direction, is_english, language_name, script, task_order
 from lsmoe_ds.pages import duration, open_template
-from lsmoe_ds.recipe_file import load_recipe
 
 T = TypeVar("T")
 SOFTWARE = ("lsmoe_ds", "torch", "deepspeed", "megatron-core", "sentencepiece", "sacrebleu")
@@ -170,7 +170,7 @@ def _question(scores: ScoreTable, progress: Progress | None, recipe: Recipe) -> 
 
 def _inconvertible(recipe: Recipe) -> str | None:
     """Say why no dense model can be taken out of a run; None if one can."""
-    from lsmoe_ds.convert.subnetwork import check_convertible
+    from lsmoe_ds.export.subnetwork import check_convertible
 
     try:
         check_convertible(recipe, recipe.languages.directions[0])

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.data.formats import Part, find_parts
 from lsmoe_ds.data.prepared import PreparedData
-from lsmoe_ds.data.settings import Corpus
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import CODE, Direction, find_code, normalize_code
 from lsmoe_ds.notices import listed, notice

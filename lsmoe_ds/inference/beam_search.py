@@ -21,7 +21,7 @@ from torch import Tensor
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, SentenceIds
-from lsmoe_ds.model.guide import Route
+from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.transformer import Transformer
 
 NOT_FINITE = "the model computes values that are not finite numbers: its training went astray before this checkpoint"

@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.ctranslate2 import PIECES, library
-from lsmoe_ds.convert.folder import PROVENANCE, Stored
+from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.ctranslate2 import PIECES, library
 from lsmoe_ds.folders import damage, read_fields
 from lsmoe_ds.inference.beam_search import NOT_FINITE, Hypothesis, Search, never_generated
 from lsmoe_ds.languages import EOS, Direction, Languages
-from lsmoe_ds.model.guide import Route
+from lsmoe_ds.methods.context import Route
 
 END = SPECIALS[EOS]
 Scored = tuple[list[str], float]  # pieces, with their end if they have ended, and their score
@@ -60,7 +60,7 @@ class CTranslate2:
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe, vocabulary: Path, step: int, home: Path, route: Route = "specific") -> CTranslate2:
-        """Loads the files that :func:`lsmoe_ds.convert.ctranslate2.write_files` wrote into ``folder``, which may go afterwards."""
+        """Loads the files that :func:`lsmoe_ds.export.ctranslate2.write_files` wrote into ``folder``, which may go afterwards."""
         module = library()
         device = "cuda" if module.get_cuda_device_count() else "cpu"
         translator = module.Translator(str(folder), device=device, intra_threads=torch.get_num_threads())

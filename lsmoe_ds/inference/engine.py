@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import READABLE, find_model
+from lsmoe_ds.checkpoint.stored import READABLE, find_model
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.ctranslate2 import CTranslate2
 from lsmoe_ds.inference.load import Loaded, check_route, load, with_direction
 from lsmoe_ds.languages import Direction, Languages, nearest
-from lsmoe_ds.model.guide import Route
+from lsmoe_ds.methods.context import Route
 from lsmoe_ds.notices import listed, notice
 
 ENGINES = ("torch", "ctranslate2")
@@ -62,7 +62,7 @@ def say_untrained(directions: Iterable[Direction]) -> None:
 
 
 def load_engine(path: str | Path, route: str = "specific", engine: str | None = None, direction: Direction | None = None) -> Engine:
-    """Loads whatever :func:`lsmoe_ds.convert.folder.find_model` finds into the engine that it is for, or into ``engine``.
+    """Loads whatever :func:`lsmoe_ds.checkpoint.stored.find_model` finds into the engine that it is for, or into ``engine``.
 
     For CTranslate2, a run or dense folder is converted on the way, for ``direction``. Raises UserError where a path, route,
     engine or conversion is not possible.
@@ -74,8 +74,8 @@ def load_engine(path: str | Path, route: str = "specific", engine: str | None = 
         return CTranslate2.load(stored, check_route(route, stored.recipe))
     if engine != "ctranslate2" or stored.kind not in READABLE:
         return load(path, route=route)
-    from lsmoe_ds.convert.ctranslate2 import write_files  # what only converts, torch's engine does without
-    from lsmoe_ds.convert.subnetwork import extract_stored
+    from lsmoe_ds.export.ctranslate2 import write_files  # what only converts, torch's engine does without
+    from lsmoe_ds.export.subnetwork import extract_stored
 
     tensors, recipe, made = extract_stored(stored, direction, route)
     with tempfile.TemporaryDirectory() as folder:

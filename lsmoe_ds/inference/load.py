@@ -8,26 +8,26 @@ from pathlib import Path
 
 import torch
 
+from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import READABLE, Weights, find_model, read_weights
-from lsmoe_ds.costs import Parts
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated
 from lsmoe_ds.languages import Direction, Languages
-from lsmoe_ds.model.guide import Route
+from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.initialization import global_names
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.planning.costs import Parts
 
 WHOLE = ("sparse", "consolidated")  # kinds that hold the parameters of all languages
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to translate. ``kind`` is that of :class:`lsmoe_ds.convert.folder.Stored`;
+    """A model ready to translate. ``kind`` is that of :class:`lsmoe_ds.checkpoint.stored.Stored`;
     ``home`` is the run or converted folder that it belongs to; ``route`` is what its sentences take."""
 
     model: Transformer

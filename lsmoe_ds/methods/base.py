@@ -15,8 +15,8 @@ from torch import Generator, Tensor, nn
 
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.languages import Direction, SentenceIds
-from lsmoe_ds.model.guide import Route
-from lsmoe_ds.model.sites import Site
+from lsmoe_ds.methods.context import Route
+from lsmoe_ds.methods.sites import Site
 
 Draw = Callable[[Tensor, Generator], object]  # fills a whole parameter in place
 Totals = dict[str, list[Tensor]]  # of a step, by method

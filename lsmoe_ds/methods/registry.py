@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.language_specific.clsr import ConditionalLanguageSpecificRouting
-from lsmoe_ds.language_specific.low_rank import LowRankMatrices
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.methods.base import Method
+from lsmoe_ds.methods.clsr.method import ConditionalLanguageSpecificRouting
+from lsmoe_ds.methods.low_rank.bank import LowRankMatrices
 from lsmoe_ds.moe.method import MixturesOfExperts
 from lsmoe_ds.parallel.topology import Topology
 

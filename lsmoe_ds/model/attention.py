@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.model.guide import Guide
-from lsmoe_ds.model.sites import Linears
+from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.sites import Linears
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.layers import column_linear, row_linear
 from lsmoe_ds.parallel.topology import Topology
@@ -50,28 +50,30 @@ class Attention(Linears):
                 setattr(part, name, nn.Parameter(view, requires_grad=False))
             self.packed = (*self.packed, packed)
 
-    def ask(self, x: Tensor, guide: Guide) -> Tensor:
+    def project_q(self, x: Tensor, context: LanguageContext) -> Tensor:
         """Queries of x [B, T, H]: [B, A, T, D]."""
-        return self._split(self.linear("query", x, guide))
+        return self._split(self.linear("query", x, context))
 
-    def project(self, memory: Tensor, guide: Guide) -> Cache:
+    def project_kv(self, memory: Tensor, context: LanguageContext) -> Cache:
         """Keys and values of a memory [B, M, H]."""
-        return self._split(self.linear("key", memory, guide)), self._split(self.linear("value", memory, guide))
+        return self._split(self.linear("key", memory, context)), self._split(self.linear("value", memory, context))
 
-    def ask_itself(self, x: Tensor, guide: Guide) -> tuple[Tensor, Cache]:
+    def project_qkv(self, x: Tensor, context: LanguageContext) -> tuple[Tensor, Cache]:
         """Queries, keys and values of x [B, T, H]."""
         if not self.packed:
-            return self.ask(x, guide), self.project(x, guide)
+            return self.project_q(x, context), self.project_kv(x, context)
         query, key, value = (self._split(part) for part in F.linear(x, *self.packed).chunk(3, -1))
         return query, (key, value)
 
-    def forward(self, query: Tensor, keys_values: Cache, guide: Guide, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(
+        self, query: Tensor, keys_values: Cache, context: LanguageContext, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         """Queries [B, A, T, D] -> [B, T, H]. ``mask`` [B, 1, 1, M] is true where a key may be seen."""
         dropout = self.dropout if self.training else 0.0
         # Each tensor-parallel rank drops in its own heads, so it needs its own random numbers there.
         with compat.tensor_parallel_random() if dropout and self.tensor > 1 else contextlib.nullcontext():
             mixed = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return self.linear("output", mixed.transpose(1, 2).flatten(2), guide)
+        return self.linear("output", mixed.transpose(1, 2).flatten(2), context)
 
 
 def extend(cache: Cache | None, new: Cache) -> Cache:

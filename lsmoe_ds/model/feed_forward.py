@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsmoe_ds.model.guide import Guide
-from lsmoe_ds.model.sites import Linears
+from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.sites import Linears
 from lsmoe_ds.parallel.layers import column_linear, row_linear
 from lsmoe_ds.parallel.topology import Topology
 
@@ -20,6 +20,6 @@ class FeedForward(Linears):
         self.expand = column_linear(hidden, width, topology)
         self.contract = row_linear(width, hidden, topology)
 
-    def forward(self, x: Tensor, guide: Guide | None = None) -> Tensor:
-        """x [..., H] -> [..., H]; only what methods have added needs the guide."""
-        return self.linear("contract", F.relu(self.linear("expand", x, guide)), guide)
+    def forward(self, x: Tensor, context: LanguageContext | None = None) -> Tensor:
+        """x [..., H] -> [..., H]; only what methods have added needs the context."""
+        return self.linear("contract", F.relu(self.linear("expand", x, context)), context)

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.config import Recipe, Side
-from lsmoe_ds.language_specific.fuse_distillation import FuseDistillation, twice
+from lsmoe_ds.config.recipe import Recipe, Side
 from lsmoe_ds.languages import PAD, Languages, SentenceIds
 from lsmoe_ds.methods.base import Totals
+from lsmoe_ds.methods.context import LanguageContext, Notes, Route, mean_of_real
+from lsmoe_ds.methods.fuse_distillation import FuseDistillation, twice
 from lsmoe_ds.methods.registry import methods_of
+from lsmoe_ds.methods.sites import Linears, Site, Sublayer, SublayerSite, WithSublayers
 from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.model.guide import Guide, Notes, Route, mean_of_real
-from lsmoe_ds.model.sites import Linears, Site, Sublayer, SublayerSite, WithSublayers
 from lsmoe_ds.parallel.layers import cross_entropy, output_logits, project
 from lsmoe_ds.parallel.topology import Topology
 
@@ -42,13 +42,13 @@ class Losses:
 class DecoderState:
     """What the decoder remembers of B sentences while decoding.
 
-    In a beam search each sentence has the same number W of hypotheses, one after the other: ``guide`` and ``own`` then have
+    In a beam search each sentence has the same number W of hypotheses, one after the other: ``context`` and ``own`` then have
     B W rows, ``cross`` and ``mask`` stay at B.
     """
 
     cross: list[Cache]
     mask: Tensor  # [B, 1, 1, M], true where the source is real
-    guide: Guide
+    context: LanguageContext
     own: list[Cache | None] = field(default_factory=list)
     length: int = 0
 
@@ -66,7 +66,7 @@ class DecoderState:
         cross = self.cross if sentences is None else [of(cache, sentences) for cache in self.cross]
         mask = self.mask if sentences is None else self.mask[sentences]
         own = [None if cache is None else of(cache, rows) for cache in self.own]
-        return DecoderState(cross, mask, self.guide.select(rows), own, self.length)
+        return DecoderState(cross, mask, self.context.select(rows), own, self.length)
 
 
 class Layer(WithSublayers):
@@ -108,7 +108,7 @@ class Layer(WithSublayers):
         self,
         x: Tensor,
         real: Tensor,
-        guide: Guide,
+        context: LanguageContext,
         own_mask: Tensor | None = None,
         causal: bool = False,
         cross: Cache | None = None,
@@ -117,22 +117,22 @@ class Layer(WithSublayers):
     ) -> tuple[Tensor, Cache]:
         """x [B, T, H] -> [B, T, H], and the keys and values of all positions so far."""
         normed = self.attention_norm(x)
-        query, new = self.attention.ask_itself(normed, guide)
+        query, new = self.attention.project_qkv(normed, context)
         cache = extend(past, new)
-        y = self.attention(query, cache, guide, own_mask, causal)
-        y = self.follow("attention", y, normed, real, guide)
+        y = self.attention(query, cache, context, own_mask, causal)
+        y = self.follow("attention", y, normed, real, context)
         x = x + self._drop(y)
         if self.cross_attention is not None:
             assert self.cross_norm is not None and cross is not None
             # The hypotheses of a sentence are queries over one memory: [B W, T, H] -> [B, W T, H] and back.
             normed = self.cross_norm(x)
-            query = self.cross_attention.ask(normed.view(cross[0].shape[0], -1, x.shape[2]), guide)
-            y = self.cross_attention(query, cross, guide, cross_mask).view_as(x)
-            y = self.follow("cross_attention", y, normed, real, guide)
+            query = self.cross_attention.project_q(normed.view(cross[0].shape[0], -1, x.shape[2]), context)
+            y = self.cross_attention(query, cross, context, cross_mask).view_as(x)
+            y = self.follow("cross_attention", y, normed, real, context)
             x = x + self._drop(y)
         normed = self.feed_forward_norm(x)
-        y = self.feed_forward(normed, real, guide) if self.is_moe else self.feed_forward(normed, guide)
-        return x + self._drop(self.follow("feed_forward", y, normed, real, guide)), cache
+        y = self.feed_forward(normed, real, context) if self.is_moe else self.feed_forward(normed, context)
+        return x + self._drop(self.follow("feed_forward", y, normed, real, context)), cache
 
     def sites(self, side: str, number: int) -> Iterator[Site]:
         """Yield each sublayer and its linear layers. Those of experts are no sites."""
@@ -177,13 +177,13 @@ class Transformer(nn.Module):
     def _embed(self, ids: Tensor, offset: int = 0) -> Tensor:
         return F.dropout(self.embedding(ids, offset), self.dropout, self.training)
 
-    def encode(self, source: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
+    def encode(self, source: Tensor, context: LanguageContext) -> tuple[Tensor, Tensor]:
         """Source [B, M] -> memory [B, M, H] and its mask [B, 1, 1, M]."""
         real = source != PAD
         mask = real[:, None, None, :]
         x = self._embed(source)
         for layer in self.encoder:
-            x, _ = layer(x, real, guide, own_mask=mask)
+            x, _ = layer(x, real, context, own_mask=mask)
         return self.encoder_norm(x), mask
 
     def _decode(self, tokens: Tensor, real: Tensor, state: DecoderState) -> Tensor:
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
             x, state.own[i] = layer(
                 x,
                 real,
-                state.guide,
+                state.context,
                 causal=tokens.shape[1] > 1,
                 cross=state.cross[i],
                 cross_mask=state.mask,
@@ -213,11 +213,11 @@ class Transformer(nn.Module):
         route: Route = "specific",
     ) -> DecoderState:
         """Encode source [B, M] and prepare to decode."""
-        memory, mask = self.encode(source, Guide(ids, None, notes, route))
+        memory, mask = self.encode(source, LanguageContext(ids, None, notes, route))
         summary = mean_of_real(memory, source != PAD) if self.summarize else None
-        guide = Guide(ids, summary, notes, route)
-        cross = [layer.cross_attention.project(memory, guide) for layer in self.decoder]  # type: ignore[union-attr, operator]
-        return DecoderState(cross, mask, guide)
+        context = LanguageContext(ids, summary, notes, route)
+        cross = [layer.cross_attention.project_kv(memory, context) for layer in self.decoder]  # type: ignore[union-attr, operator]
+        return DecoderState(cross, mask, context)
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """The next tokens [B, T] of each sentence -> logits [B, V] after the last of them; extends the state."""

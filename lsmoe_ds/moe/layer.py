@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lsmoe_ds.config import MoE
+from lsmoe_ds.config.recipe import MoE
 from lsmoe_ds.languages import Languages
-from lsmoe_ds.model.guide import Guide, mean_of_real
+from lsmoe_ds.methods.context import LanguageContext, mean_of_real
 from lsmoe_ds.moe.dispatch import Dispatcher
 from lsmoe_ds.moe.losses import NAME, record_routing
-from lsmoe_ds.moe.routers import ROUTERS, Places, Routes, limit
+from lsmoe_ds.moe.routers import ROUTERS, RouterInputs, Routes, limit
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
 
@@ -50,42 +50,42 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """The groups are built already, by Topology."""
 
-    def route(self, x: Tensor | None, real: Tensor, guide: Guide) -> tuple[Tensor, Tensor, Routes]:
+    def route(self, x: Tensor | None, real: Tensor, context: LanguageContext) -> tuple[Tensor, Tensor, Routes]:
         """Index of the real positions among B T, their hidden states, and their routes. Without ``x``, of a router that reads the
-        task alone. The B sentences are the first of the guide's."""
+        task alone. The B sentences are the first of the context's."""
         batch, length = real.shape
         index = real.reshape(-1).nonzero().squeeze(1)
         sentences = index // length
-        tasks = guide.ids.task(self.settings.task)[sentences]
-        summary = None if guide.summary is None else guide.summary[:batch]
+        tasks = context.ids.task(self.settings.task)[sentences]
+        summary = None if context.summary is None else context.summary[:batch]
         if self.settings.routing == "sentence" and summary is None:
             assert x is not None
             summary = mean_of_real(x, real)
         tokens = real.new_empty(0) if x is None else x.reshape(batch * length, -1)
         if x is not None and index.shape[0] < batch * length:
             tokens = tokens.index_select(0, index)
-        return index, tokens, self.router(tokens, Places(sentences, tasks, summary))
+        return index, tokens, self.router(tokens, RouterInputs(sentences, tasks, summary))
 
-    def forward(self, x: Tensor, real: Tensor, guide: Guide) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
         """x [B, T, H] -> [B, T, H]. Only positions where ``real`` [B, T] is true are routed; the others give zeros, or on the shared
         route mean nothing."""
-        if self.shared is None or guide.route == "specific":
-            return self._by_experts(x, real, guide)
-        if guide.route == "shared":
+        if self.shared is None or context.route == "specific":
+            return self._by_experts(x, real, context)
+        if context.route == "shared":
             out: Tensor = self.shared(x)
             return out
         half = x.shape[0] // 2
-        return torch.cat([self._by_experts(x[:half], real[:half], guide), self.shared(x[half:])])
+        return torch.cat([self._by_experts(x[:half], real[:half], context), self.shared(x[half:])])
 
-    def _by_experts(self, x: Tensor, real: Tensor, guide: Guide) -> Tensor:
-        index, tokens, chosen = self.route(x, real, guide)
+    def _by_experts(self, x: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
+        index, tokens, chosen = self.route(x, real, context)
         kept, capacity = chosen, self.settings.capacity
         if capacity is not None and (factor := capacity.training if self.training else capacity.evaluation) is not None:
             kept = limit(chosen, capacity, factor)
-        if guide.notes is not None:
-            guide.note(NAME, record_routing(self.settings, chosen, kept))
+        if context.notes is not None:
+            context.note(NAME, record_routing(self.settings, chosen, kept))
         if self.observer is not None:
-            self.observer(guide.ids.task(self.settings.task)[index // x.shape[1]], kept)
+            self.observer(context.ids.task(self.settings.task)[index // x.shape[1]], kept)
         out = self.deepspeed_moe(tokens, kept.experts, kept.weights, dropped=kept is not chosen)
         if out.shape[0] < real.numel():
             out = x.new_zeros(real.numel(), x.shape[2]).index_copy(0, index, out)

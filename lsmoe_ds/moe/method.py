@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsmoe_ds.config import Model, Recipe
+from lsmoe_ds.config.recipe import Model, Recipe
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.base import Draw, Method, StepSize
-from lsmoe_ds.model.guide import Guide
+from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.moe.losses import NAME, RoutingRecord, balance_loss, count_first_choices, z_loss
 from lsmoe_ds.parallel.topology import Topology
 
@@ -45,7 +45,7 @@ class MixturesOfExperts(Method):
         layers = model.moe_layers()
         if any(layer.router.reads_tokens for _, layer in layers):
             return None
-        routes = [(layer.settings, layer.route(None, real[side], Guide(ids))[2]) for side, layer in layers]
+        routes = [(layer.settings, layer.route(None, real[side], LanguageContext(ids))[2]) for side, layer in layers]
         return [self.model.routed(settings) * count_first_choices(each, settings.experts) for settings, each in routes]
 
     def losses(self, notes: Sequence[RoutingRecord], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:

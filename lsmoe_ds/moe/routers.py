@@ -3,7 +3,7 @@
 - token:     probabilities = softmax(W x_s)                each token chooses by its own hidden state
 - sentence:  probabilities = softmax(W mean_s(x_s))        all tokens of a sentence choose alike, by their mean
 - task:      probabilities = softmax(W[task_s])            all tokens of a task choose alike, so its experts can be taken out
-- static:    the tasks are dealt to the experts, K each, with weights 1 / K; nothing is learned
+- static:    the tasks are assigned to the experts, K each, with weights 1 / K; nothing is learned
 
 S tokens, B sentences, H hidden, E experts, K top-k.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lsmoe_ds.config import Capacity, MoE
+from lsmoe_ds.config.recipe import Capacity, MoE
 from lsmoe_ds.languages import Languages
 
 DROPPED = -1
@@ -38,7 +38,7 @@ class Routes:
 
 
 @dataclass
-class Places:
+class RouterInputs:
     """Where the S routed tokens stand, and what stands for each of the B sentences."""
 
     sentences: Tensor  # [S]
@@ -83,7 +83,7 @@ def limit(routes: Routes, settings: Capacity, factor: float) -> Routes:
 
 
 class Router(nn.Module):
-    """``forward(tokens [S, H], places)`` -> :class:`Routes`."""
+    """``forward(tokens [S, H], inputs)`` -> :class:`Routes`."""
 
     reads_tokens = True  # whether the choice depends on hidden states, or on the task alone
 
@@ -105,7 +105,7 @@ class TokenRouter(Router):
         super().__init__(hidden, settings, languages)
         self.weight = nn.Parameter(torch.empty(settings.experts, hidden))
 
-    def forward(self, tokens: Tensor, places: Places) -> Routes:
+    def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
         return choose(nn.functional.linear(self._shake(tokens), self.weight), self.top_k)
 
 
@@ -113,9 +113,9 @@ class SentenceRouter(TokenRouter):
     """All tokens of a sentence choose by what stands for it: in the encoder the mean of its real tokens at this layer, in
     the decoder the mean of the *encoder's output*, because a mean over decoder positions would look into the future."""
 
-    def forward(self, tokens: Tensor, places: Places) -> Routes:
-        assert places.summary is not None
-        return super().forward(places.summary, places).of(places.sentences)
+    def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
+        assert inputs.summary is not None
+        return super().forward(inputs.summary, inputs).of(inputs.sentences)
 
 
 class RouterByTask(Router):
@@ -127,8 +127,8 @@ class RouterByTask(Router):
         """Routes of all tasks, [tasks, K]."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, places: Places) -> Routes:
-        return self.of_tasks().of(places.tasks)
+    def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
+        return self.of_tasks().of(inputs.tasks)
 
 
 class TaskRouter(RouterByTask):
@@ -158,28 +158,28 @@ class StaticRouter(RouterByTask):
 
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
         super().__init__(hidden, settings, languages)
-        self.dealt = deal(settings, languages)
+        self.assigned = assign(settings, languages)
         self.experts = settings.experts
 
     def of_tasks(self) -> Routes:
-        chosen = torch.tensor(self.dealt)  # [tasks, K]
+        chosen = torch.tensor(self.assigned)  # [tasks, K]
         weights = torch.full(chosen.shape, 1 / self.top_k)
         probabilities = torch.zeros(chosen.shape[0], self.experts).scatter_(1, chosen, weights)
         return Routes(chosen, weights, probabilities, weights.new_zeros(chosen.shape[0]))
 
-    def forward(self, tokens: Tensor, places: Places) -> Routes:
-        return self.of_tasks().of(places.tasks.cpu()).to(places.tasks.device)
+    def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
+        return self.of_tasks().of(inputs.tasks.cpu()).to(inputs.tasks.device)
 
 
-def deal(settings: MoE, languages: Languages) -> list[list[int]]:
+def assign(settings: MoE, languages: Languages) -> list[list[int]]:
     """Experts of each task under static routing, [tasks][K]."""
     groups = languages.task_groups(settings.task, settings.expert_groups)
-    each, met, dealt = settings.experts // settings.expert_groups, [0] * settings.expert_groups, []
+    each, met, assigned = settings.experts // settings.expert_groups, [0] * settings.expert_groups, []
     for group in groups:
         first = met[group] * settings.top_k
-        dealt.append([group * each + (first + k) % each for k in range(settings.top_k)])
+        assigned.append([group * each + (first + k) % each for k in range(settings.top_k)])
         met[group] += 1
-    return dealt
+    return assigned
 
 
 ROUTERS: dict[str, type[Router]] = {"token": TokenRouter, "sentence": SentenceRouter, "task": TaskRouter, "static": StaticRouter}

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.imports import quick_import
+from lsmoe_ds.parallel.imports import quick_import
 
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
 

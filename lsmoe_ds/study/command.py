@@ -15,21 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from lsmoe_ds.checkpoint.run_folder import check_run, newest_whole, step_of
 from lsmoe_ds.data.prepared import MANIFEST, PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
+from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.report import Progress, read_progress
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import explain_errors, locked, write_whole
 from lsmoe_ds.inference.load import check_route
 from lsmoe_ds.languages import nearest
+from lsmoe_ds.launch import processes as launch
+from lsmoe_ds.launch.processes import KEEP_LARGE_BLOCKS, smallest_world
 from lsmoe_ds.notices import counted
-from lsmoe_ds.parallel import launch
-from lsmoe_ds.parallel.launch import KEEP_LARGE_BLOCKS, smallest_world
 from lsmoe_ds.parallel.topology import Topology, check_world
-from lsmoe_ds.part import Part
-from lsmoe_ds.planning import plan
-from lsmoe_ds.run_folder import check_run, newest_whole, step_of
+from lsmoe_ds.planning.plan import plan
 from lsmoe_ds.study.page import render_page
 from lsmoe_ds.study.settings import Study, load_study
 from lsmoe_ds.study.table import Comparison, Costs, Spread, compare

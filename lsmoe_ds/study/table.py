@@ -15,7 +15,7 @@ from lsmoe_ds.evaluation.groups import GROUPS, Metrics
 from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, ScoreTable
 from lsmoe_ds.languages import is_english, task_order
 from lsmoe_ds.notices import counted
-from lsmoe_ds.planning import human
+from lsmoe_ds.planning.plan import human
 
 MAIN = "chrfpp"  # the score of gains and win ratios
 MISSING = "missing"

@@ -12,18 +12,18 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from lsmoe_ds.config import Recipe
+from lsmoe_ds.config.deepspeed import HALF
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import Batch, Step
-from lsmoe_ds.deepspeed_config import HALF
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.memory import STAGE_0_BUCKET
 from lsmoe_ds.methods.base import StepSize, Totals
-from lsmoe_ds.model.guide import Route
+from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.initialization import initialize, partition_dimension
 from lsmoe_ds.model.transformer import Losses, Transformer
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.planning.memory import STAGE_0_BUCKET
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")

@@ -5,23 +5,24 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import find_model, read_weights
+from lsmoe_ds.checkpoint import saving as checkpoints
+from lsmoe_ds.checkpoint.resharding import load_weights
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole
+from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.assignment import affinity
 from lsmoe_ds.data.batching import BatchStream
-from lsmoe_ds.data.dealing import affinity
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import SharedError
-from lsmoe_ds.model.guide import Route
-from lsmoe_ds.parallel import compat, interrupt
-from lsmoe_ds.parallel.joining import on_main
+from lsmoe_ds.launch import interrupt
+from lsmoe_ds.launch.joining import on_main
+from lsmoe_ds.launch.watchdog import beat
+from lsmoe_ds.methods.context import Route
+from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.parallel.watchdog import beat
-from lsmoe_ds.run_folder import list_checkpoints, newest_whole
-from lsmoe_ds.training import checkpoints
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
 from lsmoe_ds.training.monitor import Monitor
-from lsmoe_ds.training.resharding import load_weights
 
 
 def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
@@ -29,7 +30,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     begin with the weights of ``training.start_from``, or with random ones.
 
     Killed at any instant and started again in the same layout, it ends with the same losses and weights, to the bit. Returns None
-    after the last step; asked to stop (see :mod:`lsmoe_ds.parallel.interrupt`), it saves and returns the signal.
+    after the last step; asked to stop (see :mod:`lsmoe_ds.launch.interrupt`), it saves and returns the signal.
     """
     training, data = recipe.training, recipe.data
     prepared = PreparedData.of(recipe)

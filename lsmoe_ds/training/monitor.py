@@ -100,7 +100,7 @@ class Monitor:
             "tokens_per_second": self.tokens / seconds,
             "seconds": seconds,
             # Over all ranks, to and from experts: bytes a step, the share of the ranks' time, and batches a step that a
-            # task-affine stream could not deal to the rank of their experts.
+            # task-affine stream could not assign to the rank of their experts.
             **self._exchange(seconds),
             "away": self.away / self.steps_in_window,
         }

@@ -9,19 +9,21 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from lsmoe_ds.checkpoint.run_folder import check_run, list_checkpoints, newest_whole, open_run
+from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
-from lsmoe_ds.config import Recipe
-from lsmoe_ds.convert.folder import PROVENANCE, Stored, find_model, read_weights
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import damage, locked, read_fields, sha256
 from lsmoe_ds.inference.load import empty_model
+from lsmoe_ds.launch import interrupt, joining, watchdog
+from lsmoe_ds.launch import processes as launch
+from lsmoe_ds.launch.membership import Membership, find
 from lsmoe_ds.notices import counted, listed
-from lsmoe_ds.parallel import compat, interrupt, joining, launch, watchdog
-from lsmoe_ds.parallel.membership import Membership, find
+from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology, check_world
-from lsmoe_ds.run_folder import check_run, list_checkpoints, newest_whole, open_run
 from lsmoe_ds.training.engine import engine_config
 from lsmoe_ds.training.schedules import inverse_square_root
 

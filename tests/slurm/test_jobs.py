@@ -16,7 +16,7 @@ import pytest
 from cluster import Cluster, wait_until
 from small_training import BIN, STEPS
 
-from lsmoe_ds.run_folder import list_checkpoints
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints
 
 OF_LOSSES = ("loss", "nll", "balance", "grad_norm", "learning_rate")
 pytestmark = pytest.mark.slow

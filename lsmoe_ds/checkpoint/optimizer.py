@@ -1,0 +1,164 @@
+"""The optimizer's state in a checkpoint or consolidated folder, of whole parameters, read one parameter at a
+time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds.checkpoint.reading import check_size, explain_damage
+from lsmoe_ds.checkpoint.tensors import Files, open_tensors
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import checker, is_count, is_plain, read_fields
+from lsmoe_ds.notices import counted
+from lsmoe_ds.parallel import compat
+
+VALUES = "values"  # beside the optimizer's own names: the float32 values that it steps
+PIECES = re.compile(r"pieces-rank-\d+\.json")
+STATE, STEM = "state.json", "optimizer"  # of a consolidated folder
+
+
+class OptimizerState(Protocol):
+    """By global name of a parameter."""
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Return each state tensor of a parameter, in its whole ``shape``. Raises UserError if anything is
+        missing.
+        """
+        ...
+
+    @property
+    def step(self) -> float:
+        """The optimizer's own count, once all parameters were read. Raises UserError if theirs differ."""
+        ...
+
+
+def open_optimizer(folder: Path, verify: bool = False) -> OptimizerState:
+    """Open the optimizer's state of a checkpoint or a consolidated folder. Raises UserError if it holds none
+    that can be read.
+
+    With ``verify`` the sum of each file is compared before anything is read of it.
+    """
+    consolidated = (folder / "provenance.json").exists()
+    check = None
+    if verify:
+        files = read_fields(folder / ("provenance.json" if consolidated else "manifest.json"), files=dict)["files"]
+        check = checker(folder, files)
+        for path in folder.glob("*.json"):
+            if path.name in files or PIECES.fullmatch(path.name) or path.name == STATE:
+                check(path)
+    return Consolidated(folder, check) if consolidated else Pieces(folder, check)
+
+
+class Consolidated:
+    """In ``optimizer*.safetensors``, see :mod:`lsmoe_ds.export.consolidated`."""
+
+    def __init__(self, folder: Path, check: Callable[[Path], None] | None = None) -> None:
+        if not (folder / STATE).exists():
+            raise UserError(f"{folder} holds no optimizer state: convert with --to consolidated --optimizer to keep it")
+        self.step = float(read_fields(folder / STATE, optimizer_step=float)["optimizer_step"])
+        self._tensors = open_tensors(folder, STEM, check)
+        self._keys: dict[str, list[str]] = {}
+        for each in self._tensors:
+            name, _, key = each.rpartition(".")
+            self._keys.setdefault(name, []).append(key)
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        found = {key: self._tensors[f"{name}.{key}"] for key in self._keys.get(name, [])}
+        if not found or any(tuple(value.shape) != tuple(shape) for value in found.values()):
+            raise UserError(f"the optimizer state holds nothing of {name} in the shape {tuple(shape)}")
+        return found
+
+
+def _read(path: Path) -> Any:
+    with explain_damage(path):
+        return compat.read_optimizer_file(path)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of ``length`` values from ``start`` of a tensor-parallel part, flattened."""
+
+    start: int
+    length: int
+    file: Path
+    number: int
+    offset: int
+
+
+class Pieces:
+    """In DeepSpeed's files of a checkpoint, by the ``pieces-rank-N.json`` beside them."""
+
+    def __init__(self, checkpoint: Path, check: Callable[[Path], None] | None = None) -> None:
+        """Open the state. Raises UserError if the checkpoint does not say where its parts are."""
+        self.places: dict[str, dict[int, dict[int, _Place]]] = {}  # by name, tensor-parallel part and start
+        self.steps: set[float] = set()
+        self.partition: dict[str, int] = read_fields(checkpoint / STATE, partition=dict)["partition"]
+        listed = sorted(path for path in checkpoint.iterdir() if PIECES.fullmatch(path.name))
+        if not listed:
+            raise UserError(f"{checkpoint} cannot go on in another layout: it was written by a version that did not note what lies where")
+        for path in listed:
+            index = read_fields(path, file=str, pieces=dict)
+            if not is_plain(index["file"]):
+                raise UserError(f"{path} names the file '{index['file']}': only files beside it are read")
+            for name, piece in index["pieces"].items():
+                if not isinstance(piece, list) or len(piece) != 5 or not all(map(is_count, piece)):
+                    raise UserError(f"{path} is damaged: of '{name}' it should have five counts")
+                part, start, length, number, offset = piece
+                # Ranks may hold the same: the first is taken.
+                place = _Place(start, length, checkpoint / index["file"], number, offset)
+                self.places.setdefault(name, {}).setdefault(part, {}).setdefault(start, place)
+        self._files = Files(_read, check)
+
+    @property
+    def step(self) -> float:
+        if len(self.steps) != 1:
+            raise UserError(f"the checkpoint is damaged: its optimizer states are of the steps {sorted(self.steps)}")
+        return next(iter(self.steps))
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        parts, dimension = self.places.get(name, {}), self.partition.get(name)
+        sizes = list(shape)
+        if name in self.partition and parts:
+            if not is_count(dimension) or dimension >= len(sizes) or sizes[dimension] % len(parts):
+                of = f"{counted(len(parts), 'part')} of the optimizer state of {name}"
+                raise UserError(f"the checkpoint is damaged: its {of} cannot make a whole")
+            sizes[dimension] //= len(parts)
+        found = [self._part(name, parts[part], torch.Size(sizes)) for part in sorted(parts)]
+        if not found:
+            raise UserError(f"the checkpoint holds no optimizer state of {name}")
+        if dimension is None:
+            return found[0]
+        if len({frozenset(each) for each in found}) > 1:
+            raise UserError(f"the checkpoint is damaged: parts of the optimizer state of {name} differ in kind")
+        return {key: torch.cat([each[key] for each in found], dimension) for key in found[0]}
+
+    def _part(self, name: str, places: dict[int, _Place], shape: torch.Size) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        filled = 0
+        for _, place in sorted(places.items()):
+            if place.start != filled:
+                break
+            with explain_damage(place.file):
+                states, holders = self._files.get(place.file, 12 * place.length)
+                held = {key: value for key, value in states[place.number].items() if key != "step"}
+                self.steps.add(float(states[place.number]["step"]))
+                if holders is not None:
+                    held[VALUES] = holders[place.number]
+                check_size(place.file, held.values())
+                for key, value in held.items():
+                    whole = values.setdefault(key, torch.zeros(shape.numel()))
+                    part = value.reshape(-1)[place.offset : place.offset + place.length]
+                    whole[place.start : place.start + place.length] = part
+            filled += place.length
+        if filled != shape.numel():
+            wanted = counted(shape.numel(), "value")
+            raise UserError(f"the checkpoint holds the optimizer state of {filled:,} of {wanted} of {name}")
+        return {key: value.view(shape) for key, value in values.items()}

@@ -1,0 +1,78 @@
+"""Resume in another layout: reshard weights and optimizer state of a checkpoint to other ranks.
+
+Each rank's checkpoint has ``pieces-rank-N.json``: which run of values of which parameter lies where in DeepSpeed's file of that
+rank's optimizer state. By these the state of a whole parameter is put together, one parameter at a time, and each rank of the
+new layout takes its own pieces. Random numbers begin anew, as no rank of the old layout is one of the new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsmoe_ds.checkpoint.optimizer import VALUES, OptimizerState
+from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.folders import write_json
+from lsmoe_ds.model.initialization import global_names, partition_dimension
+from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.topology import Topology
+
+
+def write_pieces(engine: Any, folder: Path, topology: Topology) -> None:
+    """Writes what this rank's file of optimizer state holds. Called by every rank."""
+    local = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names, pieces = global_names(engine.module, topology), {}
+    for piece in compat.optimizer_pieces(engine):
+        # Of what all tensor-parallel ranks hold alike, the part is 0.
+        part = topology.tensor_rank if partition_dimension(piece.parameter) is not None else 0
+        pieces[names[local[piece.parameter]]] = [part, piece.start, piece.length, piece.number, piece.offset]
+    file = compat.optimizer_file(engine, folder.name, topology.expert_rank)
+    write_json(folder / f"pieces-rank-{topology.rank:05d}.json", {"file": file, "pieces": pieces})
+
+
+@torch.no_grad()
+def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topology: Topology) -> None:
+    """Weights and optimizer state into an engine of any layout. Called by every rank; raises UserError for what is damaged."""
+    load_weights(engine, weights, topology)
+    model: nn.Module = engine.module
+    names = global_names(model, topology)
+    local = {parameter: name for name, parameter in model.named_parameters()}
+    states = compat.optimizer_states(engine)
+    for piece in compat.optimizer_pieces(engine):
+        name = names[local[piece.parameter]]
+        held = states[piece.holder]
+        for key, value in state.whole(name, weights.shape(name)).items():
+            target = piece.holder if key == VALUES else held.setdefault(key, torch.zeros_like(piece.holder, dtype=torch.float32))
+            _fill(target, value, piece, topology)
+    for held in states.values():
+        held["step"] = torch.tensor(state.step, dtype=torch.float32, device=topology.device)
+
+
+@torch.no_grad()
+def load_weights(engine: Any, weights: Mapping[str, Tensor], topology: Topology) -> None:
+    """Whole weights by global name into an engine of any layout, and into the float32 copies that its optimizer steps. Called by
+    every rank."""
+    model: nn.Module = engine.module
+    names = global_names(model, topology)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(_own(weights[names[name]], parameter, topology))
+    local = {parameter: name for name, parameter in model.named_parameters()}
+    for piece in compat.optimizer_pieces(engine):
+        if piece.holder is not piece.parameter:
+            _fill(piece.holder, weights[names[local[piece.parameter]]], piece, topology)
+
+
+def _fill(target: Tensor, whole: Tensor, piece: compat.Piece, topology: Topology) -> None:
+    """The values of a piece, out of those of its whole parameter, into what lies as its holder does."""
+    own = _own(whole, piece.parameter, topology).reshape(-1)[piece.start : piece.start + piece.length]
+    target.view(-1)[piece.offset : piece.offset + piece.length] = own
+
+
+def _own(whole: Tensor, parameter: Tensor, topology: Topology) -> Tensor:
+    """This rank's part of a whole parameter."""
+    dimension = partition_dimension(parameter)
+    return whole if dimension is None else whole.chunk(topology.tensor, dimension)[topology.tensor_rank]

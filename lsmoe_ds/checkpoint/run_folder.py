@@ -1,0 +1,149 @@
+"""Open the run folder: ``recipe.yaml``, ``vocabulary.model``, ``origin.json``, ``checkpoints/step-N/``,
+``metrics.jsonl``, ...
+
+This module knows who may write it, and which of its checkpoints are whole; training knows what is in a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds.codes import mean_the_same
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.comparison import MANIFEST, ORIGIN, check_trained_on, check_vocabulary, describe_origin, read_origin
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import damage, explain_errors, read_json, resolved, sha256, write_whole
+
+# What may differ when a run is resumed: it changes neither the model nor any step already taken.
+MAY_CHANGE = {
+    "data.directory",
+    "data.name",  # that the data are the same is checked
+    "parallel",  # a checkpoint is resharded to other ranks
+    "deepspeed.zero_optimization",
+    "training.steps",
+    "training.log_every",
+    "training.validate_every",
+    "training.checkpoint_every",
+    "training.keep",
+    "training.keep_best",
+    "training.patience",
+}
+
+BEGUN = (".vocabulary.model.", f".{ORIGIN}.", ".recipe.yaml.")  # how files are called until they are whole
+
+
+def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
+    """Raise UserError if the folder belongs to another recipe, vocabulary or text, or to somebody else; write
+    nothing.
+
+    ``vocabulary`` is that of the prepared data, in their folder.
+    """
+    stored, copied = run / "recipe.yaml", run / "vocabulary.model"
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file: choose a folder with --out")
+    if not stored.exists():
+        if run.exists() and any(not _is_begun(path, vocabulary) for path in run.iterdir()):
+            raise UserError(f"{run} is not empty and holds no run: choose another folder with --out")
+        return
+    before = _flat(load_recipe(stored).model_dump(mode="json"))
+    now = _flat(recipe.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
+            advice = "set it back"
+            if mean_the_same(before.get(key), now.get(key)):
+                advice = f"the run keeps the codes that it was started with, so continue it with its own recipe, {stored}"
+            raise UserError(
+                f"the run {run} was started with {key} {before.get(key)}, the recipe now has {now.get(key)}: "
+                f"{advice}, or write to another folder with --out"
+            )
+    check_vocabulary(run, read_origin(run).get("vocabulary"))
+    if sha256(copied) != sha256(vocabulary):
+        raise UserError(f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder with --out")
+    prepared = vocabulary.parent
+    manifest = read_json(prepared / MANIFEST)
+    if manifest is not None and describe_origin(prepared) is not None:
+        check_trained_on(run, prepared, manifest)
+
+
+def _is_begun(path: Path, vocabulary: Path) -> bool:
+    """Tell whether a file in a folder without recipe is what :func:`open_run` leaves when it is killed."""
+    if path.name == "vocabulary.model":
+        return path.is_file() and sha256(path) == sha256(vocabulary)
+    return path.name == ORIGIN or path.name.startswith(BEGUN)
+
+
+def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
+    """Make the run folder of a recipe if need be, after :func:`check_run`; store the recipe, and where and on
+    what it is trained.
+    """
+    check_run(recipe, run, vocabulary)
+    stored, text, origin = run / "recipe.yaml", recipe.to_yaml(), describe_origin(vocabulary.parent)
+    with explain_errors(run):
+        resolved(run).mkdir(parents=True, exist_ok=True)
+        if origin is not None and origin != read_json(run / ORIGIN):
+            write_whole(run / ORIGIN, json.dumps(origin) + "\n")
+        if not stored.exists():
+            partial = run / f"{BEGUN[0]}partial"
+            shutil.copyfile(vocabulary, partial)
+            partial.replace(run / "vocabulary.model")
+        if not stored.exists() or stored.read_text(encoding="utf-8") != text:
+            write_whole(stored, text)  # the last file that a new run gets
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested mappings."""
+    if not isinstance(value, dict):
+        return {at: value}
+    return {key: leaf for name, child in value.items() for key, leaf in _flat(child, f"{at}.{name}" if at else name).items()}
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; what was cut off while being written is not among them."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def to_remove(checkpoints: list[Path], keep: int, best: int) -> list[Path]:
+    """Those of a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the
+    ``best`` of least dev loss. Without a validation in their step they have none.
+    """
+    losses = {path: (read_json(path / "state.json") or {}).get("dev_loss") for path in checkpoints}
+    scored = sorted((loss, path) for path, loss in losses.items() if isinstance(loss, float | int))
+    kept = {*checkpoints[-keep:], *(path for _, path in scored[:best])}
+    return [path for path in checkpoints if path not in kept]
+
+
+def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words, or None."""
+    manifest, state = read_json(checkpoint / "manifest.json"), read_json(checkpoint / "state.json")
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        return f"{checkpoint / 'manifest.json'} is missing or damaged"
+    if state is None or state.get("step") != step_of(checkpoint):
+        return f"{checkpoint / 'state.json'} is missing or damaged"
+    return damage(checkpoint, manifest["files"], checksums)
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint of a run, and what is wrong with each newer one.
+
+    Raises UserError if there are checkpoints and all are damaged: going on would mean to start over silently.
+    """
+    complaints: list[str] = []
+    for checkpoint in reversed(list_checkpoints(run)):
+        wrong = find_damage(checkpoint)
+        if wrong is None:
+            return checkpoint, complaints
+        complaints.append(wrong)
+    if complaints:
+        raise UserError(f"no checkpoint in {run / 'checkpoints'} is whole ({'; '.join(complaints)}): remove the folder to start over")
+    return None, complaints

@@ -1,0 +1,235 @@
+"""Checkpoints: whole or absent, and exact.
+
+``checkpoints/step-N/`` holds DeepSpeed's files (weights, experts, optimizer), the random state of every rank,
+``state.json`` (step, layout, position in the data) and ``manifest.json`` (sizes and checksums of all of them). It is
+written under another name, synced, and renamed when it is whole; a run killed at any instant keeps its last one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from threading import Event
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from lsmoe_ds.checkpoint.optimizer import open_optimizer
+from lsmoe_ds.checkpoint.reading import read_checkpoint
+from lsmoe_ds.checkpoint.resharding import load_resharded, write_pieces
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints, to_remove
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import describe_files, read_json, sync, write_json
+from lsmoe_ds.model.initialization import global_names, partition_dimension
+from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.topology import Topology
+
+UNFINISHED = ".writing-"
+WRITTEN = "written-"  # a rank's note to the main one, and what went wrong
+POLL, PATIENCE = 0.02, 10.0  # seconds; how long the ranks' notes are waited for after an error
+
+
+class Saver:
+    """Writes the checkpoints of a run and keeps the newest ``keep`` and the ``best`` by dev loss.
+
+    Training stands still while the state is copied in memory, or, where there is no room for copies, while it is written. Writing,
+    sums, syncing and renaming go on beside the next steps, in a thread of each rank. Leaving the context waits for it. All methods
+    are called by every rank.
+    """
+
+    def __init__(self, run: Path, topology: Topology, keep: int, best: int = 0) -> None:
+        self.run, self.topology, self.keep, self.best = run, topology, keep, best
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writes: list[Future[None]] = []
+        self._unfinished: Future[None] | None = None
+        self._failed = Event()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # After an error the ranks may be out of step: no barrier then, and the first error is the one to tell.
+        with self._thread:
+            if kind is None:
+                self.finish()
+            else:
+                self._failed.set()
+
+    def save(self, engine: Any, step: int, position: dict[str, Any], dev_loss: float | None = None) -> None:
+        """Begins ``checkpoints/step-N``, after finishing the one before; when it returns the weights may change.
+
+        Raises UserError, here or in :meth:`finish`, if it cannot be written.
+        """
+        self.finish()
+        topology, folder = self.topology, self.run / "checkpoints"
+        partial, final = folder / f"{UNFINISHED}step-{step}", folder / f"step-{step}"
+        if topology.is_main:
+            for leftover in folder.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        with _explained(partial, final, topology.is_main):
+            compat.save_engine(engine, folder, partial.name, self._write)
+            torch.save(compat.random_state(topology.tensor), partial / f"random-rank-{topology.rank:05d}.pt")
+            write_pieces(engine, partial, topology)
+            partition = _gather_partition(engine.module, topology)
+            if topology.is_main:
+                state = {"step": step, **layout(engine, topology), "dev_loss": dev_loss, "position": position, "partition": partition}
+                write_json(partial / "state.json", state)
+            dist.barrier()
+        self._unfinished = self._thread.submit(self._complete, partial, final)
+
+    def finish(self) -> None:
+        """Waits until what was saved is whole, or raises what went wrong."""
+        if self._unfinished is not None:
+            unfinished, self._unfinished = self._unfinished, None
+            unfinished.result()
+        dist.barrier()
+
+    def _write(self, state: Any, path: str) -> None:
+        """A file of the engine's: in the background, of a copy, if there is the memory for it on every rank of the machine."""
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.topology.world))
+        copied = 2 * ranks * _size(state) < psutil.virtual_memory().available
+        alone = _alone(state, copied)
+        if copied:
+            self._writes.append(self._thread.submit(torch.save, alone, path))
+        else:
+            torch.save(alone, path)
+
+    def _complete(self, partial: Path, final: Path) -> None:
+        writes, self._writes = self._writes, []
+        own = partial / f"{WRITTEN}{self.topology.rank:05d}"
+        with _explained(partial, final, self.topology.is_main):
+            try:
+                for write in writes:
+                    write.result()
+            except (OSError, RuntimeError) as error:
+                note = own.with_name(f".{own.name}")
+                note.write_text(str(error))
+                note.rename(own)  # whole: an empty one says that all is well
+                raise
+            own.touch()
+            if not self.topology.is_main:
+                return
+            self._wait_for_all(partial)
+            write_json(partial / "manifest.json", {"files": describe_files(partial, (p.name for p in partial.iterdir()))})
+            sync(partial)
+            if final.exists():  # damaged, or training would have gone on from it
+                _remove(final)
+            partial.rename(final)
+            sync(final.parent, contents=False)
+            for old in to_remove(list_checkpoints(self.run), self.keep, self.best):
+                _remove(old)
+
+    def _wait_for_all(self, partial: Path) -> None:
+        """Until each rank has noted that its files are written; collectives belong to training. Raises OSError if one could not."""
+        patience = PATIENCE / POLL
+        for rank in range(self.topology.world):
+            note = partial / f"{WRITTEN}{rank:05d}"
+            while not note.exists():
+                time.sleep(POLL)
+                patience -= self._failed.is_set()
+                if patience < 0:
+                    raise OSError(f"rank {rank} did not end")
+            if wrong := note.read_text():
+                raise OSError(f"on rank {rank}: {wrong}")
+            note.unlink()
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if type(value) in (list, tuple) else ()
+    return sum(_size(part) for part in parts)
+
+
+def _alone(value: Any, copied: bool) -> Any:
+    """The same, with no part that is a view of something larger, which torch would write; with ``copied`` none that training will
+    change. Tensors come to the CPU."""
+    if isinstance(value, torch.Tensor):
+        whole = value.untyped_storage().nbytes() == value.nbytes
+        return value.detach().to("cpu", copy=copied or not whole)
+    if isinstance(value, dict):
+        return type(value)((key, _alone(part, copied)) for key, part in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_alone(part, copied) for part in value)
+    return copy(value) if copied else value
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: a checkpoint is whole or absent while it goes, too."""
+    leftover = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}-removed")
+    checkpoint.rename(leftover)
+    shutil.rmtree(leftover)
+
+
+@contextmanager
+def _explained(partial: Path, final: Path, main: bool) -> Iterator[None]:
+    """What keeps a checkpoint from being written, as a UserError; the main rank removes what there was of it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its archive writer.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(final.parent).free < 2**20
+        if not full and isinstance(error, RuntimeError):
+            raise
+        if main:  # others may still tell it what went wrong
+            shutil.rmtree(partial, ignore_errors=True)
+        reason = "the disk is full" if full else str(error)
+        raise UserError(f"checkpoint {final} cannot be written: {reason}; earlier checkpoints are untouched") from error
+
+
+def _gather_partition(model: torch.nn.Module, topology: Topology) -> dict[str, int]:
+    """Dimension of each parameter that is spread over tensor-parallel ranks, by global name."""
+    names = global_names(model, topology)
+    dimensions = {names[name]: partition_dimension(parameter) for name, parameter in model.named_parameters()}
+    return {name: dimension for name, dimension in dimensions.items() if dimension is not None}
+
+
+def layout(engine: Any, topology: Topology) -> dict[str, int]:
+    """What decides which rank holds what."""
+    sizes = {"world": topology.world, "tensor": topology.tensor, "expert": topology.expert}
+    return {**sizes, "stage": int(engine.zero_optimization_stage())}
+
+
+def describe_change(engine: Any, checkpoint: Path, topology: Topology) -> str | None:
+    """In words, if the checkpoint was written by another layout."""
+    now = layout(engine, topology)
+    before = {key: (read_json(checkpoint / "state.json") or {}).get(key, value) for key, value in now.items()}
+
+    def named(sizes: dict[str, int]) -> str:
+        return "{world} x (tensor {tensor}, expert {expert}, ZeRO {stage})".format(**sizes)
+
+    return None if before == now else f"written by {named(before)}, resharded to {named(now)}"
+
+
+def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
+    """Restores weights and optimizer; returns ``state.json``. Called by every rank.
+
+    In the layout that wrote the checkpoint, this rank's random state too; in another one random numbers begin anew.
+    """
+    state = read_json(checkpoint / "state.json")
+    try:
+        if describe_change(engine, checkpoint, topology) is not None:
+            load_resharded(engine, read_checkpoint(checkpoint).weights, open_optimizer(checkpoint), topology)
+        else:
+            with compat.trusted_checkpoint_loading():
+                engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+                random = torch.load(checkpoint / f"random-rank-{topology.rank:05d}.pt")
+            compat.restore_random_state(random, topology.tensor)
+    except pickle.UnpicklingError:
+        raise UserError(f"{checkpoint} holds something other than tensors and settings, which could run code: it is not loaded") from None
+    assert state is not None
+    return state

@@ -1,0 +1,248 @@
+"""Where a model lies: a run folder, a checkpoint in it, or a converted folder; and writing the latter.
+
+A converted folder holds the files of its kind (those of :func:`lsmoe_ds.checkpoint.tensors.save_tensors`, for most), ``recipe.yaml``,
+``vocabulary.model``, a model card ``README.md`` and ``provenance.json``::
+
+    {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N, "direction": "en-de" or "all",
+     "route": "specific" or "shared", "source_files": {name: sha256}, "sparse_parameters": N, "dense_parameters": N,
+     "files": {name: {"bytes", "sha256"}}}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds.checkpoint.reading import read_checkpoint
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints, step_of
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.comparison import check_vocabulary, read_origin
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.m2m_100 import restore
+from lsmoe_ds.folders import (
+    check_can_write,
+    checker,
+    damage,
+    describe_files,
+    explain_errors,
+    how_to_import,
+    locked,
+    read_fields,
+    read_json,
+    replaced,
+    write_json,
+)
+from lsmoe_ds.notices import counted, listed, notice
+
+RECIPE, VOCABULARY, PROVENANCE = "recipe.yaml", "vocabulary.model", "provenance.json"
+READABLE = ("sparse", "consolidated", "hybrid", "dense", "huggingface")  # kinds whose weights are read here
+PLAIN = ("dense", "huggingface")  # those of them that are a dense model
+CARD = "README.md"
+FORMAT = "lsmoe_ds"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model on disk. ``home`` holds its recipe and vocabulary, ``weights_in`` its weights; ``kind`` is
+    "sparse" for a training checkpoint (whatever its layers are) and otherwise what it was converted to.
+    """
+
+    kind: str
+    home: Path
+    weights_in: Path
+    recipe: Recipe
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.home / VOCABULARY
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All parameters by global name, float32, and the step and files they come from."""
+
+    tensors: Mapping[str, Tensor]
+    step: int
+    files: dict[str, str]
+
+    @property
+    def parameters(self) -> int:
+        return Tensors.of(self.tensors).numbers
+
+
+def find_model(path: str | Path) -> Stored:
+    """Find the model at a path that a person gave; in a run, the newest checkpoint. Raises UserError if there
+    is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}: give a run folder, a checkpoint in it, or a converted folder")
+    provenance = read_json(path / PROVENANCE)
+    if provenance is not None and provenance.get("format") == FORMAT:
+        found = Stored(str(provenance.get("kind")), path, path, load_recipe(path / RECIPE))
+    elif (path / "manifest.json").is_file() and path.resolve().parent.name == "checkpoints":
+        home = path.resolve().parent.parent
+        found = Stored("sparse", home, path, load_recipe(home / RECIPE))
+    elif (path / RECIPE).is_file():
+        checkpoints = list_checkpoints(path)
+        if not checkpoints:
+            raise UserError(f"the run {path} has no checkpoint yet: `lsmoe train` writes the first after training.checkpoint_every steps")
+        found = Stored("sparse", path, checkpoints[-1], load_recipe(path / RECIPE))
+    else:
+        how = how_to_import(path) or f"it holds no {RECIPE}"
+        raise UserError(f"{path} is neither a run folder, a checkpoint in it, nor a converted folder: {how}")
+    if found.kind == "sparse":
+        check_vocabulary(found.home, read_origin(found.home).get("vocabulary"))
+    else:
+        files = provenance.get("files") if provenance is not None else None
+        noted = files.get(VOCABULARY) if isinstance(files, dict) else None
+        check_vocabulary(found.home, noted.get("sha256") if isinstance(noted, dict) else None)
+    return found
+
+
+def read_weights(stored: Stored, average: int = 1) -> Weights:
+    """Return the weights, read when they are asked for; in a run also the mean of the last ``average``
+    checkpoints up to this one.
+
+    Raises UserError if they are damaged, or there are not that many checkpoints.
+    """
+    if average > 1:
+        return _mean(stored, average)
+    if stored.kind == "sparse":
+        with _naming_another(stored):
+            whole = read_checkpoint(stored.weights_in)
+
+        def entry(before: Entry) -> Entry:
+            def make() -> Tensor:
+                with _naming_another(stored):
+                    return before.make()
+
+            return Entry(before.shape, make)
+
+        return Weights(Tensors({name: entry(each) for name, each in whole.weights.entries.items()}), whole.step, whole.files)
+    if stored.kind not in READABLE:
+        raise UserError(
+            f"{stored.home} was made by `lsmoe convert --to {stored.kind}`: give the run, or a folder that was made with --to dense"
+        )
+    provenance = read_fields(stored.home / PROVENANCE, step=int, files=dict)
+    files = provenance["files"]
+    small = {name: each for name, each in files.items() if not str(name).endswith(".safetensors")}
+    if wrong := damage(stored.home, files, verify=False) or damage(stored.home, small, verify=True):
+        raise UserError(f"{stored.home} is damaged: {wrong}")
+    sums = {name: each["sha256"] for name, each in files.items() if name.startswith("model")}
+    if not sums:
+        raise UserError(f"{stored.home} is damaged: {PROVENANCE} lists no weights")
+    tensors = open_tensors(stored.home, check=checker(stored.home, files))
+    return Weights(restore(tensors, stored.recipe) if stored.kind == "huggingface" else tensors, provenance["step"], sums)
+
+
+@contextmanager
+def _naming_another(stored: Stored) -> Iterator[None]:
+    """Name an earlier checkpoint, if there is one, in errors about a damaged one."""
+    try:
+        yield
+    except UserError as error:
+        earlier = [c for c in list_checkpoints(stored.home) if c.resolve() != stored.weights_in.resolve()]
+        raise UserError(f"{error}; an earlier checkpoint is {earlier[-1]}" if earlier else str(error)) from None
+
+
+def _mean(stored: Stored, average: int) -> Weights:
+    if stored.kind != "sparse":
+        raise UserError(f"--average is for the checkpoints of a run: {stored.home} holds one model")
+    here = stored.weights_in.resolve()
+    chosen = [each for each in list_checkpoints(stored.home) if step_of(each) <= step_of(here)][-average:]
+    if len(chosen) < average:
+        raise UserError(
+            f"--average {average} asks for more than the {counted(len(chosen), 'checkpoint')} that {stored.home} has up to "
+            f"{here.name}: training.keep says how many a run keeps"
+        )
+    parts = [read_checkpoint(each) for each in chosen]
+
+    def entry(name: str, shape: tuple[int, ...]) -> Entry:
+        def make() -> Tensor:
+            total = torch.zeros(shape, dtype=torch.float64)
+            for part in parts:
+                total += part.weights[name]
+            return (total / average).float()
+
+        return Entry(shape, make)
+
+    mean = Tensors({name: entry(name, each.shape) for name, each in parts[-1].weights.entries.items()})
+    files = {f"{path.name}/{name}": value for path, part in zip(chosen, parts, strict=True) for name, value in part.files.items()}
+    return Weights(mean, parts[-1].step, files)
+
+
+Writer = Callable[..., list[str]]
+"""``write_files(folder, tensors, recipe, vocabulary, **options)`` writes a dense model (tensors by global
+name) into a folder in the way of one kind, and returns the names of its files.
+"""
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path) -> list[str]:
+    """Write the kinds whose weights are stored under our names."""
+    return save_tensors(tensors, folder)
+
+
+def write_folder(
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    recipe: Recipe,
+    vocabulary: Path | bytes,
+    provenance: Mapping[str, Any],
+    card: str = "",
+    write: Writer = write_files,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Write a converted folder completely or not at all, and return its files; one that was converted earlier
+    is replaced, any other is refused.
+
+    ``write``, which gets the ``options``, makes the files of its kind; ``card`` is the text of README.md,
+    without one there is none.
+    """
+    check_writable(out)
+    if (replaced_one := read_json(out / PROVENANCE)) is not None:
+        notice(f"{out} is replaced: it held {_describe(replaced_one)}")
+    with locked(out), replaced(out) as new, explain_errors(out):
+        (new / VOCABULARY).write_bytes(vocabulary if isinstance(vocabulary, bytes) else vocabulary.read_bytes())
+        names = write(new, tensors, recipe, new / VOCABULARY, **options)
+        (new / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        files = describe_files(new, (*names, RECIPE, VOCABULARY))
+        if card:  # a text for people, who may change it
+            (new / CARD).write_text(card, encoding="utf-8")
+        write_json(new / PROVENANCE, {"format": FORMAT, **provenance, "files": files})
+    return files
+
+
+def _describe(provenance: Mapping[str, Any]) -> str:
+    """Say what a converted folder holds: ``dense, en-de, of step 200``."""
+    kind, direction, step = (provenance.get(key) for key in ("kind", "direction", "step"))
+    return ", ".join(str(each) for each in (kind, direction, None if step is None else f"of step {step}") if each is not None)
+
+
+def name_of(out: Path) -> str:
+    """Return the name of a recipe for a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", out.name).lstrip("._-") or "model"
+
+
+def check_writable(out: Path) -> None:
+    """Raise UserError if the path holds something that `lsmoe convert` did not make, or nothing can be written there."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose a folder with --out")
+    if out.is_dir() and any(out.iterdir()):
+        provenance = read_json(out / PROVENANCE) or {}
+        if provenance.get("format") != FORMAT:
+            raise UserError(f"{out} is not empty and was not made by `lsmoe convert`: choose another folder with --out")
+        files = provenance.get("files")
+        ours = {*(name.split("/")[0] for name in files or ()), PROVENANCE, CARD}
+        if others := sorted(path.name for path in out.iterdir() if path.name not in ours):
+            raise UserError(f"{out} holds {listed(others)}, which would be lost: choose another folder with --out, or remove this one")
+    check_can_write(out.absolute().parent, "choose another folder with --out")

@@ -1,0 +1,1 @@
+"""The recipe: its sections, how the file is read, and how errors are told."""

@@ -1,0 +1,234 @@
+"""Reads recipes and other YAML files made of sections. What is wrong with one is told as the key, its line or
+option, what was found and what is allowed (:mod:`lsmoe_ds.config.explain`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from lsmoe_ds import shipped
+from lsmoe_ds.codes import resolve_codes, tags_of
+from lsmoe_ds.config.explain import At, Place, Places, explain, name
+from lsmoe_ds.config.recipe import Recipe, Section
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import how_to_import
+
+S = TypeVar("S", bound=Section)
+PlaceOf = Callable[[int], Place]  # of a line of the text
+DEEPEST, MOST = 40, 20_000  # levels and values in a file
+MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""Numbers that YAML 1.1 reads in base 8 (``010``) or base 60 (``1:30``)."""
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None, changed_by: str = "this command"
+) -> Recipe:
+    """Read a recipe file, or one that comes with lsmoe_ds by its name. ``changes`` are merged into it, ``overrides`` are
+    ``a.b=value`` strings with YAML values.
+
+    Raises UserError with the key, its line or option, what was found and what is allowed.
+    """
+    path = shipped.choose("recipe", path)
+    value, places = read_mapping(path, "recipe", Recipe)
+    own = tags_of(value, path)
+    _mark(changes or {}, f"{path}, changed by {changed_by}", (), places)
+    merge(value, changes or {})
+    for override in overrides:
+        apply_override(value, override, places)
+    take_from_start(value, path, places)
+    if wrong := resolve_codes(value, {*own, *tags_of(value, path)}):
+        key, sentence = wrong
+        at = tuple(key.split("."))
+        raise UserError(f"{places[at].where if at in places else path}: {name(at)}: {sentence}")
+    return validate(Recipe, value, path, places)
+
+
+def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
+    """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model`` as a whole, and the keys of
+    ``data.vocabulary``. Whether what it does say fits the folder is checked when training starts.
+
+    Raises UserError if something is left out and the folder holds no recipe.
+    """
+    training, data = value.get("training"), value.get("data")
+    start = training.get("start_from") if isinstance(training, dict) else None
+    if not isinstance(start, str) or start == "None" or not isinstance(data, dict):
+        return  # the recipe's own checks say what is wrong with it
+    vocabulary = data.get("vocabulary") or {}
+    if "model" in value and (not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()):
+        return
+    stored_recipe, at = Path(start) / "recipe.yaml", ("training", "start_from")
+    said = f"{places[at].where if at in places else path}: 'training.start_from' is {start}"
+    if not stored_recipe.is_file():
+        how = how_to_import(Path(start)) or "give a folder that `lsmoe convert` made"
+        raise UserError(f"{said}: there is no {stored_recipe}: {how}")
+    try:
+        known, _ = read_mapping(stored_recipe, "recipe", Recipe)
+    except UserError as error:
+        raise UserError(f"{said}: {error}") from None
+    value.setdefault("model", known.get("model"))
+    stored = known.get("data", {}).get("vocabulary", {})
+    data["vocabulary"] = {**stored, "file": str(Path(start) / "vocabulary.model"), **vocabulary}
+
+
+def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[str, Any], Places]:
+    """Read the mapping in a YAML file and the places of its keys; ``kind`` is what errors call it,
+    ``section`` what it should hold.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no {kind} {path}{shipped.hint(kind)}") from None
+    except OSError as error:
+        raise UserError(f"{kind} {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{kind} {path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+    try:
+        value, places = _read_yaml(text, (), lambda line: Place(f"{path}, line {line}"))
+    except UserError:
+        raise
+    except Exception as error:  # PyYAML has errors of its own, but also lets pass those of int(), dates and dictionaries
+        tab = next((n for n, line in enumerate(text.split("\n"), start=1) if re.match(r" *\t[\t ]*\S", line)), None)
+        why = f"line {tab} is indented with a tab: use spaces" if tab else " ".join(str(error).split())
+        raise UserError(f"{kind} {path} is not valid YAML: {why}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{kind} {path} must be a mapping with the keys {', '.join(section.model_fields)}")
+    return value, places
+
+
+def validate(section: type[S], value: dict[str, Any], path: Path, places: Places) -> S:
+    """Turn what :func:`read_mapping` found into its section. Raises UserError."""
+    try:
+        return section.model_validate(value)
+    except ValidationError as error:
+        raise UserError(explain(error, section, value, path, places)) from None
+
+
+def merge(value: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Change the keys of ``value`` in place: mappings key by key, all else is replaced."""
+    for key, change in changes.items():
+        if isinstance(change, Mapping) and isinstance(value.get(key), dict):
+            merge(value[key], change)
+        else:
+            value[key] = deepcopy(change)
+
+
+def apply_override(value: dict[str, Any], override: str, places: Places) -> None:
+    """Change one key of ``value`` in place as a ``--set`` option asks, and note in ``places`` that it did."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"'--set {override}' is not understood: write --set a.b=value")
+    at = tuple(key.strip().split("."))
+    place = Place(f"'--set {override}'", by_option=True)
+    for level, parent in enumerate(at[:-1], 1):
+        if parent not in value:
+            places[at[:level]] = place
+        value = value.setdefault(parent, {})
+        if not isinstance(value, dict):
+            raise UserError(f"'--set {override}': '{parent}' holds no keys")
+    try:
+        value[at[-1]], found = _read_yaml(text, at, lambda line: place)
+    except UserError:
+        raise
+    except Exception:  # as in read_mapping
+        raise UserError(f"{place.where}: '{text}' is not a YAML value") from None
+    for replaced in [key for key in places if key[: len(at)] == at]:
+        del places[replaced]
+    places.update({at: place, **found})
+
+
+def _read_yaml(text: str, at: At, place: PlaceOf) -> tuple[Any, Places]:
+    """Read the value in a YAML text that stands at ``at`` in a whole, and the place of every key in it."""
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    places: Places = {}
+    if node is None:
+        return None, places
+    _add_places(node, at, places, place)
+    return _unshare(loader.construct_document(node)), places
+
+
+def _unshare(value: Any) -> Any:
+    """Copy what aliases stand for, so that a change in one place changes no other."""
+    if isinstance(value, dict):
+        return {key: _unshare(child) for key, child in value.items()}
+    return [_unshare(child) for child in value] if isinstance(value, list) else value
+
+
+def _add_places(node: yaml.Node, at: At, found: Places, place: PlaceOf) -> None:
+    """Note the place of each key; refuse a key written twice, keys that are no text, numbers in base 8 or 60,
+    and too large a file.
+    """
+    line = node.start_mark.line + 1
+    if len(at) > DEEPEST or len(found) > MOST:
+        many = f"it has values in more than {DEEPEST} levels" if len(at) > DEEPEST else f"it has more than {MOST} values"
+        raise UserError(f"{place(line).where}: {many}")
+    if isinstance(node, yaml.ScalarNode):
+        _check_number(node, at, place(line).where)
+        found[at] = replace(place(line), written=node.value)
+    elif isinstance(node, yaml.MappingNode):
+        found.setdefault(at, place(line))
+        keys: dict[str, int] = {}
+        _check_thousands(node, at, place(line).where)
+        for key, child in node.value:
+            line = key.start_mark.line + 1
+            _check_key(key, (*at, str(key.value)), keys, place(line).where)
+            keys[key.value] = line
+            found[*at, key.value] = place(line)
+            _add_places(child, (*at, key.value), found, place)
+    elif isinstance(node, yaml.SequenceNode):
+        found.setdefault(at, place(line))
+        for index, child in enumerate(node.value):
+            _add_places(child, (*at, str(index)), found, place)
+
+
+def _check_key(key: yaml.Node, at: At, known: Mapping[str, int], where: str) -> None:
+    """Refuse a key that is no text or stands in ``known``, the lines of the keys before it."""
+    if not isinstance(key, yaml.ScalarNode):
+        raise UserError(f"{where}: a key is not text")
+    if not key.tag.endswith((":str", ":merge", ":value")):
+        raise UserError(f"{where}: the key {key.value or '(nothing)'} is not text to YAML: write '{key.value}' in quotes")
+    if key.value in known:
+        raise UserError(f"{where}: {name(at)} is written twice, on lines {known[key.value]} and {key.start_mark.line + 1}")
+
+
+def _check_thousands(node: yaml.MappingNode, at: At, where: str) -> None:
+    """Refuse ``{steps: 1,000}``, in which the comma begins another key, 000."""
+    for (key, value), following in pairwise(node.value):
+        if node.flow_style and _is_number(value) and _is_number(following[0]) and following[1].value == "":
+            written = f"{value.value},{following[0].value}"
+            number = f"{name((*at, key.value))} is {written}"
+            raise UserError(f"{where}: {number}, but a comma ends a number in braces: write digits only")
+
+
+def _is_number(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value.isdecimal()
+
+
+def _check_number(node: yaml.ScalarNode, at: At, where: str) -> None:
+    """Refuse a number that YAML 1.1 does not read as a person does."""
+    if node.style is not None or not node.tag.endswith((":int", ":float")):
+        return
+    key, written = name(at) if at else "a number", node.value
+    if len(written) > 100:
+        raise UserError(f"{where}: {key} is a number of {len(written)} digits, which is too long")
+    if found := MISREAD.fullmatch(written):
+        base, read = (8, int(written, 8)) if found[1].startswith("0") and ":" not in written else (60, yaml.safe_load(written))
+        if base == 60 or read != int(written):
+            choices = f"{read}, or" if base == 60 else f"{read} or {int(written)}, or for text"
+            raise UserError(f"{where}: {key} is {written}, which YAML reads in base {base}: write {choices} '{written}' in quotes")
+
+
+def _mark(changes: Any, where: str, at: At, places: Places) -> None:
+    """Note where changes come from."""
+    for key, change in changes.items() if isinstance(changes, Mapping) else ():
+        places[*at, str(key)] = Place(where)
+        _mark(change, where, (*at, str(key)), places)

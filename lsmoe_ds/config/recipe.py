@@ -1,0 +1,296 @@
+"""The recipe: everything a run depends on, as one YAML file.
+
+These are its keys, defaults and limits, but for those of the text (:mod:`lsmoe_ds.config.data`);
+:mod:`lsmoe_ds.config.file` reads the file. The resolved recipe is stored in the run
+and can be loaded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from lsmoe_ds.config.data import Data
+from lsmoe_ds.config.deepspeed import read_deepspeed_config
+from lsmoe_ds.config.section import NAME, Positive, Section, Share
+from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.methods.clsr.settings import Clsr
+from lsmoe_ds.methods.low_rank.settings import LowRank
+from lsmoe_ds.notices import counted
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "transformer-tiny": {"hidden": 256, "heads": 4, "encoder": (3, 1024), "decoder": (2, 1024)},
+    "transformer-small": {"hidden": 512, "heads": 8, "encoder": (6, 1024), "decoder": (6, 1024)},
+    "transformer-base": {"hidden": 512, "heads": 8, "encoder": (6, 2048), "decoder": (6, 2048)},
+    "transformer-big": {"hidden": 1024, "heads": 16, "encoder": (6, 4096), "decoder": (6, 4096)},
+}
+
+
+class Capacity(Section):
+    """At most ``ceil(factor x top_k x tokens / experts)`` tokens of one batch for each expert; what is over is dropped.
+
+    ``training`` and ``evaluation`` are the factors; without one for evaluation nothing is dropped there, and a
+    translation does not depend on what else is in the batch.
+    ``drop`` keeps the choices of highest ``probability``, or those of first ``position`` (GShard: all first choices come
+    before all second ones).
+    """
+
+    training: Annotated[float, Field(gt=0.0)] = 1.25
+    evaluation: Annotated[float, Field(gt=0.0)] | None = None
+    drop: Literal["probability", "position"] = "probability"
+
+
+class MoE(Section):
+    """Every ``every``-th layer's feed-forward becomes ``experts`` experts, of which each token uses ``top_k``.
+
+    ``routing`` says who chooses ("Beyond Distillation", section 3.1): each ``token``, the mean of the ``sentence``, the
+    ``task`` (target language, source language or pair), or nobody: ``static`` assigns the tasks to the experts.
+    With ``expert_groups`` G the experts stand in G equal groups, and the tasks are assigned to them, relatives together: a
+    task chooses within its own group, so that task-affine batches find their experts at home.
+    With ``fuse_distillation`` one more feed-forward of the same width stands beside the experts, which all languages share and
+    which learns from them ("Condensing Multilingual Knowledge", section 3.1).
+    """
+
+    experts: Positive
+    every: Positive = 2
+    top_k: Positive = 2
+    routing: Literal["token", "sentence", "task", "static"] = "token"
+    task: Literal["target", "source", "pair"] = "target"
+    expert_groups: Positive = 1
+    balance: Annotated[float, Field(ge=0.0)] = 0.01
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    jitter: Share = 0.0
+    capacity: Capacity | None = None
+    fuse_distillation: bool = False
+
+    @property
+    def by_task(self) -> bool:
+        """Whether all tokens of a task use the same experts, whatever they are."""
+        return self.routing in ("task", "static")
+
+    @model_validator(mode="after")
+    def _experts(self) -> MoE:
+        if self.experts % self.expert_groups:
+            experts = counted(self.experts, "expert")
+            raise ValueError(f"'expert_groups' is {self.expert_groups}, which does not divide the {experts}")
+        if self.expert_groups > 1 and not self.by_task:
+            raise ValueError(
+                f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no tasks to assign to them"
+            )
+        if self.jitter and self.by_task:
+            raise ValueError(f"'jitter' is {self.jitter}, but 'routing: {self.routing}' reads nothing that it could shake")
+        each = self.experts // self.expert_groups
+        if self.top_k > each:
+            of_group = " of a group" if self.expert_groups > 1 else ""
+            raise ValueError(f"'top_k' is {self.top_k}, more than the {counted(each, 'expert')}{of_group}")
+        return self
+
+
+class Side(Section):
+    """Encoder or decoder. ``feed_forward`` is one width, or one for each layer (as in an extracted sub-network)."""
+
+    layers: Annotated[int, Field(ge=1, le=1000)]
+    feed_forward: Positive | list[Positive]
+    moe: MoE | None = None
+
+    @model_validator(mode="after")
+    def _widths(self) -> Side:
+        if isinstance(self.feed_forward, list) and len(self.feed_forward) != self.layers:
+            widths, layers = counted(len(self.feed_forward), "width"), counted(self.layers, "layer")
+            raise ValueError(f"'feed_forward' lists {widths} for {layers}")
+        if self.moe is not None and self.moe.every > self.layers:
+            layers = counted(self.layers, "layer")
+            raise ValueError(f"'moe.every' is {self.moe.every}, more than the {layers}: none would have experts")
+        return self
+
+    def width(self, layer: int) -> int:
+        """Width F of the feed-forward of a layer counted from 0."""
+        return self.feed_forward[layer] if isinstance(self.feed_forward, list) else self.feed_forward
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer counted from 0 holds experts: with ``every: 2`` the second, fourth, ..."""
+        return self.moe is not None and (layer + 1) % self.moe.every == 0
+
+
+class Model(Section):
+    preset: Literal["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"] | None = None
+    hidden: Positive
+    heads: Positive
+    encoder: Side
+    decoder: Side
+    low_rank: LowRank | None = None
+    clsr: Clsr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("preset"), str) or value["preset"] not in PRESETS:
+            return value
+        preset = PRESETS[value["preset"]]
+        value = {"hidden": preset["hidden"], "heads": preset["heads"], **value}
+        for side in ("encoder", "decoder"):
+            layers, width = preset[side]
+            given = value.get(side)
+            if given is None or isinstance(given, dict):
+                value[side] = {"layers": layers, "feed_forward": width, **(given or {})}
+        return value
+
+    @model_validator(mode="after")
+    def _heads(self) -> Model:
+        if self.hidden < 4:
+            raise ValueError(f"'hidden' is {self.hidden}: it must be at least 4, so that positions have a sine and a cosine of two lengths")
+        if self.hidden % self.heads or self.hidden % 2:
+            raise ValueError(f"'hidden' is {self.hidden}: it must be even and a multiple of 'heads', which is {self.heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _low_rank(self) -> Model:
+        settings = self.low_rank
+        if settings is not None and settings.at == "feed_forward":
+            sides = (self.encoder, self.decoder)
+            if not any(settings.is_in(i, "feed_forward") and not side.is_moe(i) for side in sides for i in range(side.layers)):
+                raise ValueError(
+                    f"'low_rank' stands beside dense feed-forwards, but every layer that 'every: {settings.every}' names has experts "
+                    "or does not exist: choose another 'every', or 'at: attention'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _clsr(self) -> Model:
+        if self.clsr is not None and self.distills:
+            raise ValueError("'clsr' has nothing to distill: leave it out, or 'fuse_distillation'")
+        return self
+
+    @model_validator(mode="after")
+    def _distillation(self) -> Model:
+        if self.low_rank is not None and self.teaches:
+            raise ValueError(
+                "'low_rank' and 'moe.fuse_distillation' exclude each other: low-rank matrices distill by another loss, or have nothing "
+                "for the shared route: leave one out"
+            )
+        return self
+
+    @property
+    def teaches(self) -> bool:
+        """Whether experts teach shared feed-forwards: fuse distillation in its first form."""
+        return any(moe.fuse_distillation for _, _, moe in self.moe_layers())
+
+    @property
+    def distills(self) -> bool:
+        """Whether there are two routes, a specific and a shared one, both of which each batch takes in training."""
+        return self.teaches or (self.low_rank is not None and self.low_rank.fuse_distillation)
+
+    def routed(self, moe: MoE) -> int:
+        """Count the routes of training that use these experts: both, unless a shared feed-forward takes the second."""
+        return 2 if self.distills and not moe.fuse_distillation else 1
+
+    @property
+    def affine(self) -> MoE | None:
+        """The settings that task-affine batches follow: the decoder's if it is routed by task, otherwise the encoder's."""
+        settings = [side.moe for side in (self.decoder, self.encoder) if side.moe is not None and side.moe.by_task]
+        return settings[0] if settings else None
+
+    def moe_layers(self) -> Iterator[tuple[str, int, MoE]]:
+        """(side, layer, settings) of each layer that holds experts."""
+        for name, side in (("encoder", self.encoder), ("decoder", self.decoder)):
+            for layer in range(side.layers):
+                if side.moe is not None and side.is_moe(layer):
+                    yield name, layer, side.moe
+
+
+class Training(Section):
+    steps: Positive
+    start_from: Path | None = None
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
+    warmup: Annotated[int, Field(ge=0)] = 4000
+    label_smoothing: Share = 0.1
+    dropout: Share = 0.1
+    attention_dropout: Share = 0.0
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    log_every: Positive = 20
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every: Positive = 500
+    keep: Positive = 2
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    patience: Annotated[float, Field(gt=0, le=1e6)] = 900.0
+
+
+class Parallel(Section):
+    """World = tensor x data; experts are spread over ``expert`` ranks of the world."""
+
+    tensor: Positive = 1
+    expert: Positive = 1
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=NAME)]
+    data: Data
+    model: Model
+    training: Training
+    parallel: Parallel = Parallel()
+    deepspeed: str | dict[str, Any] = "ds_configs/zero1.json"
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _read_deepspeed(cls, value: str | dict[str, Any]) -> dict[str, Any]:
+        return read_deepspeed_config(value)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        tensor, expert, hidden = self.parallel.tensor, self.parallel.expert, self.model
+        if hidden.heads % tensor:
+            heads = counted(hidden.heads, "head")
+            raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide the {heads} of 'model.heads'")
+        if self.data.vocabulary.size % tensor:
+            raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide 'data.vocabulary.size' {self.data.vocabulary.size}")
+        for name, side in (("encoder", hidden.encoder), ("decoder", hidden.decoder)):
+            for layer in range(side.layers):
+                dense = not side.is_moe(layer) or (side.moe is not None and side.moe.fuse_distillation)
+                if dense and side.width(layer) % tensor:
+                    raise ValueError(
+                        f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width {side.width(layer)} of the {name}"
+                    )
+        for name, _, moe in hidden.moe_layers():
+            if moe.experts % expert:
+                experts = counted(moe.experts, "expert")
+                raise ValueError(f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}")
+        if hidden.low_rank is not None and isinstance(hidden.low_rank.rank, dict):
+            named, known = set(hidden.low_rank.rank), set(self.languages.codes)
+            if named != known:
+                wrong = sorted(named ^ known)[0]
+                raise ValueError(
+                    f"'low_rank.rank' {'lacks' if wrong in known else 'names'} {wrong}: it must have each of {', '.join(sorted(known))}"
+                )
+        if self.data.batch.languages == "task-affine":
+            affine = self.model.affine
+            if affine is None:
+                raise ValueError("'data.batch.languages' is task-affine, but neither side has 'routing: task' or 'routing: static'")
+            if affine.expert_groups % expert:
+                raise ValueError(
+                    f"'data.batch.languages' is task-affine and 'parallel.expert' is {expert}: 'moe.expert_groups' must be a multiple "
+                    f"of it, so that a task's experts live on one rank; found {affine.expert_groups}"
+                )
+        return self
+
+    @property
+    def languages(self) -> Languages:
+        return Languages(tuple(Direction.parse(d) for d in self.data.directions))
+
+    @property
+    def data_name(self) -> str:
+        """Name the prepared data, which recipes may share."""
+        return self.data.name or self.name
+
+    @property
+    def prepared(self) -> Path:
+        """Say where the prepared data of this recipe lie."""
+        return self.data.directory / "prepared" / self.data_name
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

@@ -1,1 +1,0 @@
-"""Checkpoints to consolidated and dense models."""

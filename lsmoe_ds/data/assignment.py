@@ -1,0 +1,86 @@
+"""Dealing: which data-parallel rank takes which unit of a step, so that task-affine units find their experts at home.
+
+The units of a step are the same in every layout; only who takes which depends on where the experts live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Languages
+
+
+def affinity(
+    recipe: Recipe, languages: Languages, tensor: int, expert: int, data: int
+) -> tuple[list[int], list[frozenset[int]]] | tuple[None, None]:
+    """The expert group of each direction, and the home groups of each of the ``data`` data-parallel ranks.
+
+    ``tensor``, ``expert`` and ``data`` are sizes of the layout. Expert rank r of R holds experts [r E/R, (r + 1) E/R), so
+    group g of G lives on expert rank g R // G; world rank w, of data rank w // ``tensor``, has expert rank w % R.
+    (None, None) where the batches are not task-affine.
+    """
+    affine = recipe.model.affine
+    if affine is None or recipe.data.batch.languages != "task-affine":
+        return None, None
+    of_task = languages.task_groups(affine.task, affine.expert_groups)
+    groups = [of_task[languages.task_id(affine.task, direction)] for direction in languages.directions]
+    lives = [group * expert // affine.expert_groups for group in range(affine.expert_groups)]
+    held = [{rank % expert for rank in range(first, first + tensor)} for first in range(0, data * tensor, tensor)]
+    return groups, [frozenset(g for g, rank in enumerate(lives) if rank in ranks) for ranks in held]
+
+
+def check_affinity(kind: str, directions: int, ranks: int, groups: Sequence[int] | None, at_home: Sequence[Collection[int]] | None) -> None:
+    """Raises UserError unless what :func:`affinity` gives suits ``data.batch.languages``, the directions and the ranks."""
+    wanted = kind == "task-affine"
+    if (groups is not None) != wanted or (at_home is not None) != wanted:
+        raise UserError(f"'data.batch.languages' is {kind}: expert groups and homes are given both for task-affine, for others neither")
+    if groups is not None and len(groups) != directions:
+        raise UserError(f"there are {len(groups)} expert groups for {directions} directions: give each direction one")
+    if at_home is not None and len(at_home) != ranks:
+        raise UserError(f"there are home groups of {len(at_home)} ranks for {ranks} data-parallel ranks: give each rank its own")
+
+
+def assign(groups: Sequence[int], at_home: Sequence[Collection[int]]) -> tuple[list[list[int]], int]:
+    """Deals units of ``groups`` [count] to ranks with the home groups ``at_home``: (units of each rank in order, number away).
+
+    Every rank gets ``count / ranks`` units (which must divide), and as many units as possible are at home: a maximum
+    matching. Which of those it is depends on nothing but the arguments.
+    """
+    share = len(groups) // len(at_home)
+    homes = {group: [rank for rank, own in enumerate(at_home) if group in own] for group in groups}
+    assigned: list[list[int]] = [[] for _ in at_home]
+    away: list[int] = []
+    full: set[int] = set()  # groups that found no place: what they could reach is full, and stays so
+    for unit, group in enumerate(groups):
+        if group in full or not _place(unit, groups, homes, assigned, share):
+            full.add(group)
+            away.append(unit)
+    places = [rank for rank, own in enumerate(assigned) for _ in range(share - len(own))]
+    for unit, rank in zip(away, places, strict=True):
+        assigned[rank].append(unit)
+    return [sorted(own) for own in assigned], len(away)
+
+
+def _place(unit: int, groups: Sequence[int], homes: dict[int, list[int]], assigned: list[list[int]], share: int) -> bool:
+    """Puts a unit on one of its home ranks; where all are full, along the shortest chain of units that move to another
+    home of theirs (an augmenting path). False, with nothing moved, where there is none: then the matching is maximum."""
+    enters: dict[int, tuple[int, int | None]] = dict.fromkeys(homes[groups[unit]], (unit, None))  # who, and from where
+    queue = sorted(enters, key=lambda rank: len(assigned[rank]))  # the emptiest first
+    for rank in queue:  # grows
+        if len(assigned[rank]) < share:
+            to: int | None = rank
+            while to is not None:
+                moved, left = enters[to]
+                assigned[to].append(moved)
+                if left is not None:
+                    assigned[left].remove(moved)
+                to = left
+            return True
+        for group, other in {groups[other]: other for other in assigned[rank]}.items():  # units of a group are alike
+            for next_rank in homes[group]:
+                if next_rank not in enters:
+                    enters[next_rank] = other, rank
+                    queue.append(next_rank)
+    return False

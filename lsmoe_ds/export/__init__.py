@@ -1,0 +1,1 @@
+"""Models in other forms: exports, imports, and what becomes of a run."""

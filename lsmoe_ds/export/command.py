@@ -1,0 +1,281 @@
+"""The conversion as the command does it: convert, load the result, compare it with what it came from, write
+that down.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lsmoe_ds import __version__
+from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
+from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.ctranslate2 import QUANTIZATIONS
+from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
+from lsmoe_ds.export.huggingface import Exported
+from lsmoe_ds.export.importing import read_huggingface
+from lsmoe_ds.export.model_card import model_card
+from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
+from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
+from lsmoe_ds.inference.beam_search import Search
+from lsmoe_ds.inference.engine import Engine, load_engine
+from lsmoe_ds.inference.load import Loaded, load
+from lsmoe_ds.inference.translate import cut_line, translate_tokens
+from lsmoe_ds.languages import Direction, nearest, normalize_code, table
+
+BATCH = 16  # sentences whose logits are held at once
+
+
+WRITERS = {
+    "consolidated": "lsmoe_ds.export.consolidated",
+    "grown": "lsmoe_ds.export.consolidated",
+    "hybrid": "lsmoe_ds.checkpoint.stored",
+    "dense": "lsmoe_ds.checkpoint.stored",
+    "huggingface": "lsmoe_ds.export.huggingface",
+    "ctranslate2": "lsmoe_ds.export.ctranslate2",
+}
+"""What a model can be converted to: the module whose ``write_files`` is its
+:class:`~lsmoe_ds.checkpoint.stored.Writer`.
+"""
+SERVED = ("dense", "huggingface", "ctranslate2")  # kinds without experts, which a run's report tells of
+OPTIONS = {"quantization": "ctranslate2", "optimizer": "consolidated"}  # and the kind that has them
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and beam-5
+    translations.
+    """
+
+    largest_logit_difference: float | None
+    same_translations: int
+    sentences: int
+
+
+def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequence[str]) -> Agreement:
+    """Compare the logits of both models along the sparse model's translations, and the translations
+    themselves.
+
+    A model with a tokenizer of its own reads the sentences with that.
+    """
+    parts = [cut_line(line, sparse) for line in sentences]
+    sources = [part for each in parts for part in each]
+    theirs = sources
+    if isinstance(other, Exported):
+        theirs = [part for line, each in zip(sentences, parts, strict=True) for part in (each if len(each) != 1 else [other.encode(line)])]
+    first, second = translate_tokens(sparse, direction, sources, Search()), translate_tokens(other, direction, theirs, Search())
+    same = sum(a.tokens == b.tokens for a, b in zip(first, second, strict=True))
+    if not isinstance(other, Loaded | Exported):
+        return Agreement(None, same, len(sources))
+    largest = 0.0
+    for start in range(0, len(sources), BATCH):
+        targets = [hypothesis.tokens for hypothesis in first[start : start + BATCH]]
+        logits = [_logits(model, direction, sources[start : start + BATCH], targets) for model in (sparse, other)]
+        both = min(each.shape[1] for each in logits)  # a grown model has further tags, at the end
+        largest = max(largest, (logits[0][:, :both] - logits[1][:, :both]).abs().max().item())
+    return Agreement(largest, same, len(sources))
+
+
+@torch.inference_mode()
+def _logits(
+    engine: Loaded | Exported, direction: Direction, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Return teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
+    number = engine.languages.direction_id(direction)
+    ids = DirectionIds.of(engine.languages, engine.vocabulary)
+    batch = collate(sources, targets, [number] * len(sources), ids).to(engine.device)
+    if isinstance(engine, Exported):
+        logits = engine.logits(batch.source, batch.decoder_input)
+    else:
+        logits = engine.model.logits(batch.source, batch.decoder_input, batch.ids, engine.route)
+    return logits[batch.decoder_input != engine.vocabulary.PAD].cpu()
+
+
+def convert(
+    run: str | Path,
+    to: str,
+    direction: Direction | None,
+    out: str | Path,
+    check: int = 100,
+    route: str = "specific",
+    average: int = 1,
+    overrides: Sequence[str] = (),
+    like: Likeness | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Convert a run, a checkpoint, a converted folder or one of Hugging Face, and return what was written.
+
+    For one direction, or by the shared route for all; a dense folder is taken as it is. ``average``
+    checkpoints are averaged. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
+    new parts begin as. ``options`` are those of the kind's writer: ``quantization`` of ctranslate2,
+    ``optimizer`` of consolidated. The first ``check`` held-out sentences of the direction, or as many spread
+    over all, are translated by both models. If that is not possible, the record says why. What is made of a
+    run for serving is also noted in the run's folder (:func:`_note`). Raises UserError for a target,
+    direction, route, option or folder that is not possible.
+    """
+    if to not in WRITERS:
+        language = "; a language goes into --direction, as in --direction en-de" if normalize_code(to) in table() else ""
+        known = f"choose {', '.join(WRITERS)} or layout"
+        raise UserError(f"'{to}' is nothing to convert to{nearest(to, [*WRITERS, 'layout'])}: {known}{language}")
+    options = {name: value for name, value in options.items() if value}
+    for name in options:
+        if OPTIONS[name] != to:
+            raise UserError(f"--{name} is for --to {OPTIONS[name]}, not for {to}")
+    whole = to in ("consolidated", "grown")
+    imported = is_huggingface(Path(run)) or bool(to == "consolidated" and overrides and find_model(run).kind == "huggingface")
+    if overrides and to != "grown" and not (imported and whole):
+        raise UserError("--set is for --to grown and layout, and for --to consolidated of a Hugging Face folder")
+    if whole and (direction is not None or route != "specific"):
+        raise UserError(f"--to {to} keeps the whole model: leave out --direction and --route, or choose --to dense")
+    if like and to != "grown":
+        raise UserError("--like-language and --like-expert are for --to grown")
+    out = Path(out)
+    check_writable(out)
+    began = time.perf_counter()
+    if imported:
+        if average > 1 or options:
+            raise UserError(f"{run} is a Hugging Face model, which has no checkpoints to average and no optimizer's state")
+        return _import(Path(run), to, overrides, out)
+    stored = find_model(run)
+    direction = stored.recipe.languages.find(direction) if direction else None
+    vocabulary: Path | bytes = stored.vocabulary
+    if whole:
+        tensors, recipe, made = consolidate_stored(stored, average)
+    else:
+        tensors, recipe, made = extract_stored(stored, direction, route, to == "hybrid", average)
+    if to == "grown":
+        recipe, vocabulary = grown_recipe(stored, overrides, out)
+        tensors = grow(tensors, stored.recipe, recipe, Vocabulary.load(stored.vocabulary), like or Likeness())
+        made |= {"run": recipe.name, "grown_from": made["run"], "direction": ALL, "dense_parameters": tensors.numbers}
+    if options.pop("optimizer", False):
+        options["optimizer_of"] = stored
+    shown = {"quantization": options.get("quantization", QUANTIZATIONS[0])} if to == "ctranslate2" else {}
+    kind = "consolidated" if whole else to
+    provenance = {"kind": kind, **made, **shown, **({"average": average} if average > 1 else {})}
+    card = model_card(kind, recipe, provenance, stored.home)
+    write = importlib.import_module(WRITERS[to]).write_files
+    files = write_folder(out, tensors, recipe, vocabulary, provenance, card, write, **options)
+    seconds = time.perf_counter() - began
+    found = _compare(stored, to, direction, out, check, route if average == 1 else None, made)
+    sizes = {"bytes": _bytes(files), "seconds": round(seconds, 3), "folder": str(out)}
+    if to not in SERVED:
+        return {"kind": to, "parameters": tensors.numbers, **found, **sizes}
+    record: dict[str, Any] = {"kind": to, **shown}
+    record |= {name: made[name] for name in ("direction", "route", "step", "sparse_parameters", "dense_parameters")}
+    record |= {"average": average} if average > 1 else {}
+    record |= {**found, **{name if name == "seconds" else f"dense_{name}": value for name, value in sizes.items()}}
+    record["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    if stored.kind == "sparse":
+        _note(record, stored.home)
+    return record
+
+
+def _note(record: Mapping[str, Any], run: Path) -> None:
+    """Keep a record in ``RUN/conversions``, beside those of other kinds, directions, routes and
+    quantizations, and as the run's latest in ``conversion.json``.
+
+    A run that cannot be written is no error: the model has been written, and the record is printed.
+    """
+    parts = [record["kind"], record.get("quantization"), record["direction"], record["route"], f"of-{record.get('average', 1)}"]
+    dull = (None, "float32", "specific", "of-1")
+    name = "-".join(part for part in parts if part not in dull)
+    folder = run / "conversions"
+    try:
+        with explain_errors(folder):
+            folder.mkdir(exist_ok=True)
+        for path in (folder / f"{name}.json", run / "conversion.json"):
+            write_whole(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    except UserError as error:
+        print(f"lsmoe: the model is written, its record for the run's report is not: {error}", file=sys.stderr, flush=True)
+
+
+def _bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the size of the weights among the files of a folder."""
+    return sum(each["bytes"] for name, each in files.items() if name.startswith("model"))
+
+
+def _import(folder: Path, to: str, overrides: Sequence[str], out: Path) -> dict[str, Any]:
+    """Write a model of Hugging Face in our form, from which a training starts, and return what was written."""
+    if to != "consolidated":
+        raise UserError(f"{folder} is a Hugging Face model: import it first, by `lsmoe convert {folder} --to consolidated`")
+    tensors, recipe, vocabulary = read_huggingface(folder, overrides, out)
+    made = {"run": recipe.name, "imported_from": folder.resolve().name, "direction": ALL, "route": "specific", "step": 0}
+    made |= {"version": __version__, "source_files": {}, "sparse_parameters": tensors.numbers, "dense_parameters": tensors.numbers}
+    provenance = {"kind": to, **made}
+    write = importlib.import_module(WRITERS[to]).write_files
+    files = write_folder(out, tensors, recipe, vocabulary, provenance, model_card(to, recipe, provenance, folder), write)
+    return {"kind": to, "parameters": tensors.numbers, "bytes": _bytes(files), "folder": str(out), "recipe": str(out / RECIPE)}
+
+
+def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recipe, dict[str, Any]]:
+    """Return the whole model as it is, with its recipe and the ``provenance.json`` of the result, except kind
+    and files.
+    """
+    whole = read_weights(stored, average)
+    tensors = Tensors.of(whole.tensors)
+    of_all = len(stored.recipe.data.directions) > 1
+    direction = ALL if of_all else stored.recipe.data.directions[0]
+    return tensors, stored.recipe, describe(stored, whole, direction, "specific", tensors.numbers)
+
+
+def _compare(
+    stored: Stored, to: str, direction: Direction | None, out: Path, check: int, route: str | None, made: dict[str, Any]
+) -> dict[str, Any]:
+    """Compare both models on held-out sentences, or say why that is not possible; ``route`` is None for a
+    mean of checkpoints.
+    """
+    if not check:
+        return {}
+    if route is None:
+        return {"not_checked": "no trained model is the mean of several checkpoints"}
+    needed = 4 * (made["sparse_parameters"] + made["dense_parameters"])
+    if needed > (free := psutil.virtual_memory().available):
+        return {"not_checked": f"both models need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"}
+    if to == "huggingface" and importlib.util.find_spec("transformers") is None:
+        return {"not_checked": "transformers is not installed: pip install transformers"}
+    directions = [direction] if direction else stored.recipe.languages.directions
+    try:
+        data = PreparedData.of(stored.recipe, stored.home)
+        texts = {each: _held_out(data, each, ceil(check / len(directions))) for each in directions}
+    except UserError as error:
+        return {"not_checked": f"no held-out text to compare on: {error}"}
+    if not any(texts.values()):
+        return {"not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"}
+    # The run may go on training meanwhile: what is compared is this checkpoint.
+    sparse, other = load(stored.weights_in, "cpu", route), _open(to, out)
+    found = [compare(sparse, other, each, sentences) for each, sentences in texts.items() if sentences]
+    differences = [each.largest_logit_difference for each in found if each.largest_logit_difference is not None]
+    record: dict[str, Any] = {"largest_logit_difference": max(differences)} if differences else {}
+    return record | {
+        "same_translations": sum(each.same_translations for each in found),
+        "sentences": sum(each.sentences for each in found),
+    }
+
+
+def _open(kind: str, folder: Path) -> Engine:
+    """Load what was just written, as its users do."""
+    if kind == "huggingface":
+        return Exported.load(find_model(folder))
+    return load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
+
+
+def _held_out(data: PreparedData, direction: Direction, count: int) -> list[str]:
+    """Return up to ``count`` source sentences of the test set, or where that is empty of the dev set."""
+    return data.text(direction, "test")[0][:count] or data.text(direction, "dev")[0][:count]

@@ -1,0 +1,55 @@
+"""The consolidated form of a model: whole and independent of any layout, in safetensors.
+
+Beside the weights it may hold the optimizer's state: ``optimizer*.safetensors`` with tensors named
+``PARAMETER.exp_avg`` and so on, and ``state.json`` with the step, the optimizer's step and the position in
+the data. With that it resumes in any layout (see :mod:`lsmoe_ds.export.layout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from lsmoe_ds.checkpoint.optimizer import STATE, STEM, OptimizerState, open_optimizer
+from lsmoe_ds.checkpoint.stored import Stored
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors, save_tensors
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import read_fields, write_json
+
+
+def write_files(
+    folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path, optimizer_of: Stored | None = None
+) -> list[str]:
+    """Write the kind ``consolidated``, and the optimizer's state of the run ``optimizer_of`` if there is one.
+
+    Raises UserError if it has none.
+    """
+    weights = Tensors.of(tensors)
+    names = save_tensors(weights, folder)
+    if optimizer_of is None:
+        return names
+    if optimizer_of.kind != "sparse":
+        raise UserError(f"--optimizer needs a run: {optimizer_of.home} is a converted folder")
+    state = read_fields(optimizer_of.weights_in / STATE, step=int, position=dict)
+    optimizer = open_optimizer(optimizer_of.weights_in, verify=True)
+    names += save_tensors(_tensors(optimizer, weights), folder, STEM)
+    write_json(folder / STATE, {"step": state["step"], "optimizer_step": optimizer.step, "position": state["position"]})
+    return [*names, STATE]
+
+
+def _tensors(optimizer: OptimizerState, weights: Tensors) -> Tensors:
+    """Return all tensors of the optimizer; those of one parameter are read together."""
+
+    @lru_cache(maxsize=1)
+    def of(name: str) -> dict[str, Tensor]:
+        return optimizer.whole(name, weights.shape(name))
+
+    def entry(name: str, key: str) -> Entry:
+        return Entry(weights.shape(name), lambda: of(name)[key])
+
+    keys = list(of(next(iter(weights))))
+    return Tensors({f"{name}.{key}": entry(name, key) for name in weights for key in keys})

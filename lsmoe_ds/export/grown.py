@@ -1,0 +1,220 @@
+"""A larger model that begins where a trained one is: more experts, experts in the place of dense feed-forwards, more languages,
+low-rank matrices or gates beside what there was.
+
+Whatever has a place in the trained model keeps its values. What is new:
+
+- an expert is a copy: of another one, or of the dense feed-forward that it stands in for;
+- in a router by task the tasks that were there give new experts less than any other, so that with K > 1 they choose as before;
+  a new task takes the choices of a language like it, or they are drawn;
+- the tag of a new language takes the embedding of a language like it, or the mean of all tags;
+- all else is drawn as for a new training, where flat matrices are zero and gated projections the identity: at first a new language
+  has no matrices of its own.
+
+So directions that were there translate as before, but for new experts of routers that read tokens or sentences. H hidden, E experts,
+L languages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds.checkpoint.stored import RECIPE, VOCABULARY, Stored, name_of
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import MoE, Recipe
+from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.methods.base import Method
+from lsmoe_ds.methods.registry import methods_of
+from lsmoe_ds.model.initialization import draw, global_names
+from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.moe.routers import assign
+from lsmoe_ds.notices import counted
+from lsmoe_ds.parallel.topology import Topology
+
+EXPERT = re.compile(r"(.+\.feed_forward\.)experts\.(\d+)\.(.+)")
+EMBEDDING = "embedding.tokens.weight"
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What new parts are like: the number of an expert, and the code of a language. Without an expert they
+    follow one another.
+    """
+
+    expert: int | None = None
+    language: str | None = None
+
+
+def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[Recipe, bytes]:
+    """Return the recipe of a training that starts from the grown model in ``out``, and its vocabulary with
+    the tags of new languages.
+
+    Raises UserError for overrides that take something away or that nothing here can follow.
+    """
+    before = stored.recipe
+    given = {override.partition("=")[0].strip() for override in overrides}
+    anew: dict[str, Any] = {"name": name_of(out), "data": {"name": None}}  # what is prepared for it gets its own name
+    if "data.languages" in given and "data.directions" not in given:
+        anew["data"]["directions"] = []  # those of the trained model were made of its languages
+    if "data.directions" in given and "data.languages" not in given:
+        anew["data"]["languages"] = []  # those of the trained model may lack new ones
+    after = load_recipe(stored.home / RECIPE, overrides, anew)
+    if gone := sorted(set(before.languages.codes) - set(after.languages.codes)):
+        raise UserError(f"the grown recipe lacks the language {gone[0]}, which the model has: languages can be added, not taken away")
+    vocabulary = Vocabulary.load(stored.vocabulary)
+    new = [code for code in after.languages.codes if code not in vocabulary.codes]
+    model = add_tags(stored.vocabulary.read_bytes(), new)
+    of_vocabulary = {"size": Vocabulary(model).size, "type": vocabulary.type, "file": str(out / VOCABULARY)}
+    changes = {**anew, "data": {**anew["data"], "vocabulary": of_vocabulary}, "training": {"start_from": str(out)}}
+    return load_recipe(stored.home / RECIPE, overrides, changes), model
+
+
+def grow(weights: Mapping[str, Tensor], before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness) -> Tensors:
+    """Return the tensors of the grown model, by global name, each made when it is asked for.
+
+    ``vocabulary`` is the trained model's. Raises UserError where the recipes differ in more than can be
+    grown.
+    """
+    old, shapes = Tensors.of(weights), _shapes(after)
+    grown = _Grown(old, before, after, vocabulary, like)
+    for name in old:
+        at, _, rest = name.rpartition("feed_forward.")
+        if name not in shapes and f"{at}feed_forward.experts.0.{rest}" not in shapes:
+            raise UserError(f"the grown model has no place for {name}: nothing that the model has can be taken away")
+    return Tensors({name: grown.entry(name, shape) for name, shape in shapes.items()})
+
+
+def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    topology = Topology.single()
+    with torch.device("meta"):
+        model = Transformer(recipe, recipe.data.vocabulary.size, topology)
+    names = global_names(model, topology)
+    return {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+class _Grown:
+    def __init__(self, weights: Tensors, before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness) -> None:
+        self.weights, self.before, self.after, self.vocabulary = weights, before, after, vocabulary
+        self.old, self.new = before.languages, after.languages
+        self.methods = methods_of(after, Topology.single())
+        self.like = like if like.language is None else replace(like, language=self.old.own(like.language))
+        for side, _, moe in before.model.moe_layers():
+            self._check_tasks(side, moe, (after.model.encoder if side == "encoder" else after.model.decoder).moe)
+        for side, layer, moe in after.model.moe_layers():
+            if f"{side}.{layer}.feed_forward.expand.weight" in weights and moe.top_k == 1:
+                raise UserError(
+                    f"experts in the place of the {side}'s dense feed-forwards need 'top_k' of 2 or more: with 1 the output is multiplied "
+                    f"by a probability, about 1 / {moe.experts} at first"
+                )
+
+    def _check_tasks(self, side: str, old: MoE, new: MoE | None) -> None:
+        """Raise UserError if existing tasks would be assigned to other experts."""
+        if new is None or (old.routing, old.task, old.expert_groups) != (new.routing, new.task, new.expert_groups):
+            raise UserError(f"the {side} of the model has other experts: 'routing', 'task' and 'expert_groups' must stay as they are")
+        if new.experts < old.experts:
+            raise UserError(f"the {side} has {counted(old.experts, 'expert')}: they can be more, not {new.experts}")
+        tasks = self.old.tasks(old.task), self.new.tasks(old.task)
+        if old.expert_groups > 1 and (old.experts != new.experts or tasks[0] != tasks[1]):
+            raise UserError(f"the experts of the {side} stand in groups, to which tasks would be assigned anew: nothing can be added")
+        if old.routing != "static":
+            return
+        assigned = [dict(zip(which.tasks(old.task), assign(moe, which), strict=True)) for moe, which in ((old, self.old), (new, self.new))]
+        if moved := [task for task, experts in assigned[0].items() if assigned[1].get(task) != experts]:
+            raise UserError(f"static routing would assign other experts of the {side} to the task {moved[0]}, which has its own already")
+
+    def entry(self, name: str, shape: tuple[int, ...]) -> Entry:
+        """Return the entry of the grown model's tensor of this name."""
+        if name == EMBEDDING:
+            return Entry(shape, lambda: self._embedding(shape))
+        if found := EXPERT.fullmatch(name):
+            return self._same(name, shape, self._expert(found[1], int(found[2]), found[3]))
+        if name.endswith(".router.weight"):
+            return Entry(shape, lambda: self._router(name, shape))
+        if ".feed_forward.shared." in name and name not in self.weights:
+            return self._same(name, shape, name.replace(".shared.", "."))
+        for method in self.methods:
+            if method.owns(name):
+                return self._of_method(method, name, shape)
+        return self._same(name, shape, name)
+
+    def _of_method(self, method: Method, name: str, shape: tuple[int, ...]) -> Entry:
+        """Return a method's parameter: with the rows that languages had, or drawn where the model had none."""
+        if name not in self.weights:
+            return Entry(shape, lambda: self._drawn(name, shape))
+        before = next(each for each in methods_of(self.before, Topology.single()) if each.name == method.name)
+        old, new = (each.language_rows(name, shape[-1]) for each in (before, method))
+        return self._same(name, shape, name) if not old else Entry(shape, lambda: self._by_language(name, shape, old, new))
+
+    def _same(self, name: str, shape: tuple[int, ...], source: str) -> Entry:
+        found = self.weights.shape(source) if source in self.weights else None
+        if found != shape:
+            raise UserError(
+                f"{name} should be {shape}, the model has {found or 'none'}: experts, languages, low-rank matrices and gates can be added, "
+                f"all else must stay as it is"
+            )
+        return self.weights.entries[source]
+
+    def _expert(self, at: str, number: int, rest: str) -> str:
+        """Return the name of the tensor that an expert's comes from."""
+        if (name := f"{at}experts.{number}.{rest}") in self.weights:
+            return name
+        if (dense := f"{at}{rest}") in self.weights:
+            return dense
+        count = sum(each.startswith(f"{at}experts.") and each.endswith(f".{rest}") for each in self.weights)
+        source = number % max(count, 1) if self.like.expert is None else self.like.expert
+        if self.like.expert is not None and not 0 <= source < count:
+            raise UserError(f"there is no expert {source} for new ones to be like: the model has experts 0 to {count - 1}")
+        return f"{at}experts.{source}.{rest}"
+
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return draw(name, list(shape), self.after.training.seed, self.methods)
+
+    def _embedding(self, shape: tuple[int, ...]) -> Tensor:
+        """Return the embedding: rows keep their places, and those of new tags come last."""
+        old = self.weights[EMBEDDING]
+        tags = [self.vocabulary.tag_id(code) for code in ([self.like.language] if self.like.language else self.vocabulary.codes)]
+        return torch.cat([old, old[tags].mean(0, keepdim=True).expand(shape[0] - len(old), -1)])
+
+    def _router(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a router's weights [E, H], or by task [tasks, E]."""
+        whole = self._drawn(name, shape)
+        if name not in self.weights:
+            return whole
+        old, settings = self.weights[name], (self.after.model.encoder if name.startswith("encoder") else self.after.model.decoder).moe
+        assert settings is not None
+        if not settings.by_task:
+            whole[: len(old)] = old
+            return whole
+        before, after = self.old.tasks(settings.task), self.new.tasks(settings.task)
+        whole[:, old.shape[1] :] -= 1.0
+        for row, task in enumerate(after):
+            source = task if task in before else self._task_like(task, before)
+            if source is not None:
+                known = old[before.index(source)]
+                whole[row, : len(known)] = known
+                whole[row, len(known) :] = known.min() - 1.0
+        return whole
+
+    def _task_like(self, task: str, before: Sequence[str]) -> str | None:
+        """Return the task whose choices a new one takes: the same with the language that new ones are like."""
+        if self.like.language is None:
+            return None
+        parts = [part if part in self.old.codes else self.like.language for part in task.split("-")]
+        return "-".join(parts) if "-".join(parts) in before else None
+
+    def _by_language(self, name: str, shape: tuple[int, ...], before: dict[str, slice], after: dict[str, slice]) -> Tensor:
+        old, whole = self.weights[name], self._drawn(name, shape)
+        for code, rows in before.items():
+            if code not in after or after[code].stop - after[code].start != rows.stop - rows.start:
+                size = counted(rows.stop - rows.start, "row")
+                raise UserError(f"the matrices of {name} for {code} have {size}, which cannot change")
+            whole[after[code]] = old[rows]
+        return whole

@@ -1,0 +1,81 @@
+"""A run in another layout, without training: ``lsmoe convert --to layout``.
+
+Each process of the new layout takes its part of weights and optimizer state and saves it, as if it had trained until there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds.checkpoint.optimizer import STATE, open_optimizer
+from lsmoe_ds.checkpoint.run_folder import check_run, open_run
+from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights
+from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.comparison import ORIGIN
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import explain_errors, locked, read_fields, replaced
+from lsmoe_ds.launch import joining
+from lsmoe_ds.launch import processes as launch
+from lsmoe_ds.parallel.topology import Topology, check_world
+from lsmoe_ds.training.engine import engine_config
+
+
+def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: int | None) -> dict[str, Any]:
+    """Writes the run folder ``out``, whole or not at all, and returns what was written; called once, it starts the processes.
+
+    ``path`` is a run, a checkpoint, or a consolidated folder with the optimizer's state; ``overrides`` change its recipe where
+    a run that goes on may (``parallel.tensor=2``). Raises UserError for what is not possible.
+    """
+    stored = find_model(path)
+    recipe = load_recipe(stored.home / RECIPE, overrides)
+    check_run(recipe, stored.home, stored.vocabulary)
+    if stored.kind not in ("sparse", "consolidated"):
+        raise UserError(
+            f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder goes on in another layout"
+        )
+    open_optimizer(stored.weights_in, verify=True)
+    world = processes or launch.smallest_world(recipe)
+    layout = recipe.parallel
+    check_world(world, layout.tensor, layout.expert)
+    engine_config(recipe, Topology(world=world, tensor=layout.tensor, data=world // layout.tensor, expert=layout.expert))
+    check_writable(out)
+    with locked(out) as lock, replaced(out) as new, explain_errors(out):
+        open_run(recipe, new, stored.vocabulary)
+        for name in ("metrics.jsonl", ORIGIN):
+            if (stored.home / name).exists():
+                shutil.copyfile(stored.home / name, new / name)
+        arguments = ["convert", str(stored.weights_in), "--to", "layout", "--out", str(new)]
+        if status := launch.start(arguments, world, lock):
+            raise UserError(f"the processes of the new layout failed with status {status}: {out} was not written")
+    return {"kind": "layout", "processes": world, "tensor": layout.tensor, "expert": layout.expert, "run": str(out)}
+
+
+def write_layout(path: Path, run: Path) -> None:
+    """What each of the started processes does: its part of the model at ``path`` becomes a checkpoint of ``run``."""
+    import torch.distributed as dist
+
+    joining.join()
+    recipe = load_recipe(run / RECIPE)
+    topology = Topology.build(recipe.parallel.tensor, recipe.parallel.expert, joining.device())
+    reshard(find_model(path), recipe, run, topology)
+    dist.destroy_process_group()
+
+
+def reshard(stored: Stored, recipe: Recipe, run: Path, topology: Topology) -> None:
+    """Loads a model into an engine of this recipe's layout and saves that. Called by every rank."""
+    from lsmoe_ds.checkpoint.resharding import load_resharded
+    from lsmoe_ds.checkpoint.saving import Saver
+    from lsmoe_ds.data.vocabulary import Vocabulary
+    from lsmoe_ds.training.engine import build_engine
+
+    weights, state = read_weights(stored), read_fields(stored.weights_in / STATE, step=int, position=dict)
+    engine = build_engine(recipe, Vocabulary.load(stored.vocabulary).size, topology)
+    load_resharded(engine, Tensors.of(weights.tensors), open_optimizer(stored.weights_in, verify=True), topology)
+    with Saver(run, topology, keep=1) as saver:
+        saver.save(engine, state["step"], state["position"])
+    engine.destroy()

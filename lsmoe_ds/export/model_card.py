@@ -1,0 +1,261 @@
+"""The model card of a converted folder, ``README.md``: what the model is, what it was trained on, how good it
+is, how to use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.cleaning import INVISIBLE
+from lsmoe_ds.data.comparison import find_directory
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.score_folder import ScoreFolder
+from lsmoe_ds.evaluation.scores import ScoreTable
+from lsmoe_ds.folders import read_json
+from lsmoe_ds.languages import Direction, language_name, tag
+from lsmoe_ds.notices import counted
+
+TRANSLATE = """With lsmoe_ds installed:
+
+```sh
+echo "Text to translate." | lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}
+```"""
+USES = {
+    "dense": TRANSLATE,
+    "hybrid": TRANSLATE,
+    "consolidated": TRANSLATE
+    + """
+
+`lsmoe convert FOLDER` takes the model of one direction out of it; with `training.start_from: FOLDER` a training begins with it.""",
+    "huggingface": """```python
+from transformers import AutoTokenizer, M2M100ForConditionalGeneration
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = M2M100ForConditionalGeneration.from_pretrained("FOLDER")
+inputs = tokenizer(["Text to translate."], return_tensors="pt", padding=True)
+{%- if targets|length > 1 %}
+inputs["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids("{{ tags[-1] }}")  # the target; without this line it is {{ targets[0] }}
+{%- endif %}
+print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
+```
+
+To train it further, remove the tag from the labels: a translation begins without one, but the tokenizer puts it before whatever
+text it gets, `text_target` included.
+
+```python
+batch = tokenizer(["Text to translate."], text_target=["Its translation."])
+batch["labels"] = [ids[1:] for ids in batch["labels"]]
+```
+
+`generation_config.json` holds the beam search by which the model is scored. A source begins with the tag of its target language
+({{ tags|join(', ') }}), which the tokenizer puts there, and ends with `</s>`. Sentences are translated one by one: cut longer text
+at their ends.""",
+    "ctranslate2": """```python
+import re
+import unicodedata
+
+import ctranslate2
+import sentencepiece
+
+{{ clean }}
+
+vocabulary = sentencepiece.SentencePieceProcessor(model_file="FOLDER/vocabulary.model")
+translator = ctranslate2.Translator("FOLDER")
+pieces = vocabulary.id_to_piece(vocabulary.encode(clean("Text to translate.")))
+source = ["{{ tags[0] }}", *pieces]  # the tag of the target language goes first
+found = translator.translate_batch([source], beam_size=5, return_end_token=True)[0].hypotheses[0]
+print(vocabulary.decode(found[:-1]))  # without the end, which counts in the length that scores are divided by
+```
+
+Or `lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}`.""",
+}
+"""How a folder of each kind is used."""
+
+CLEAN = f"""
+def clean(text):
+    \"\"\"Make text what the model was trained on: composed characters, no invisible ones, single spaces.\"\"\"
+    text = unicodedata.normalize("NFC", text)
+    invisible = {ascii(INVISIBLE.pattern).replace("'", '"')}
+    return " ".join(re.sub(invisible, "", text).split())
+"""
+"""Python that does what :func:`lsmoe_ds.data.cleaning.clean_text` does, for those who have no lsmoe_ds."""
+
+IMPORTED = """The model `{imported_from}` of Hugging Face in the form of lsmoe_ds {version}: a base for training, which begins with it by
+`training.start_from`."""
+GROWN = """The model `{grown_from}` with further experts, languages or matrices, made with lsmoe_ds {version}: a base for training, which
+begins with it by `training.start_from`."""
+WHOLE = "The whole model `{run}` as it was trained, written with lsmoe_ds {version}."
+HYBRID = """What of the model `{run}` this direction uses, taken out with lsmoe_ds {version}. Layers that choose their experts token by
+token or sentence by sentence keep them all; the others are dense. It computes what that model computes for this direction."""
+DENSE = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {version}: it
+computes what that model computes {of}."""
+FLOAT = "float32"
+ROUNDED = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {version}, with weights rounded to
+{quantization}: it computes what that model computes {of}, but for the rounding, which changes some translations."""
+
+CARD = """---
+language: [{% for code in codes %}"{{ code }}"{{ ", " if not loop.last }}{% endfor %}]
+pipeline_tag: translation
+{%- if kind == 'huggingface' %}
+library_name: transformers
+{%- endif %}
+tags: [translation, {{ kind }}]
+---
+
+# {{ provenance.run }}, {{ 'all directions' if directions|length > 1 else directions[0] }}
+
+Translates {{ names }}. {{ what }}
+
+| | |
+|---|---|
+{%- for name, value in facts %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+
+## Training data
+
+{% for corpus in corpora -%}
+- {{ corpus }}
+{% endfor -%}
+{% for name, pairs in pairs.items() -%}
+- {{ name }}: {{ pairs }} of sentences
+{% endfor %}
+The license of the model is not stated here: whoever publishes it decides it, with regard to the licenses of its data.
+
+## Scores
+
+{% if scores -%}
+{{ question }}{{ remarks }}
+
+| direction | BLEU | chrF++ | sentences |
+|---|---:|---:|---:|
+{%- for score in scored %}
+| {{ score.direction }} | {{ "%.1f"|format(score.metrics.bleu) }} | {{ "%.1f"|format(score.metrics.chrfpp) }} | {{ score.sentences }} |
+{%- endfor %}
+
+{{ signatures|join('; ') }}
+{%- else -%}
+None are known: `lsmoe evaluate` on the run writes them.
+{%- endif %}
+
+## Use
+
+{{ use }}
+"""
+
+
+HELD_OUT_ONLY = ("flores", "ntrex")  # layouts that have no training text
+MOST_NAMED = 12  # directions named in the first sentence
+
+
+def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: Path) -> str:
+    """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, which may hold scores."""
+    environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
+    directions = recipe.languages.directions
+    targets = list(dict.fromkeys(direction.target for direction in directions))
+    words = {"targets": targets, "tags": [tag(code) for code in targets], "clean": CLEAN.rstrip()}
+    use = environment.from_string(USES[kind]).render(first=directions[0], **words)
+    scores = _scores(home, directions, provenance)
+    scored = [score for score in scores.directions if score.direction in directions] if scores else []
+    return environment.from_string(CARD).render(
+        kind=kind,
+        provenance=provenance,
+        what=_what(kind, provenance).format(
+            **provenance,
+            of="by what all languages share" if provenance["route"] == "shared" else "for this direction",
+        ),
+        codes=sorted({code.split("_")[0] for code in recipe.languages.codes}),
+        directions=directions,
+        remarks=_remarks(scores, provenance),
+        names=_names(directions),
+        facts=list(_facts(kind, recipe, provenance)),
+        corpora=[_corpus(corpus, find_directory(recipe, home)) for corpus in recipe.data.corpora],
+        pairs={name: counted(pairs, "pair") for name, pairs in _pairs(recipe, home).items()},
+        scores=scores if scored else None,
+        question=replace(scores, directions=tuple(scored)).describe(directions) if scores else "",
+        scored=scored,
+        signatures=list(dict.fromkeys(score.signatures[metric] for score in scored for metric in ("bleu", "chrfpp"))),
+        use=use,
+    )
+
+
+def _what(kind: str, provenance: Mapping[str, Any]) -> str:
+    if kind == "consolidated":
+        return IMPORTED if "imported_from" in provenance else GROWN if "grown_from" in provenance else WHOLE
+    return HYBRID if kind == "hybrid" else ROUNDED if provenance.get("quantization", FLOAT) != FLOAT else DENSE
+
+
+def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any]) -> str:
+    """Say in what the scored model is not quite this one."""
+    remarks = []
+    if scores is not None and scores.step != provenance["step"]:
+        remarks.append(f" They are of another step than this model, which is of step {provenance['step']:,}.")
+    if provenance.get("quantization", FLOAT) != FLOAT:
+        remarks.append(" They are of the model before its weights were rounded.")
+    return "".join(remarks)
+
+
+def _names(directions: tuple[Direction, ...]) -> str:
+    if len(directions) > MOST_NAMED:
+        return f"in {len(directions)} directions"
+    return ", ".join(f"{language_name(direction.source)} to {language_name(direction.target)}" for direction in directions)
+
+
+def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    model = recipe.model
+    yield "format", ", ".join([kind, *([provenance["quantization"]] if "quantization" in provenance else [])])
+    yield "direction", ", ".join(map(str, recipe.languages.directions))
+    yield "route", provenance["route"]
+    averaged = f", the mean of {provenance['average']} checkpoints up to it" if "average" in provenance else ""
+    yield "trained steps", f"{provenance['step']:,}{averaged}"
+    before = "" if provenance["dense_parameters"] == provenance["sparse_parameters"] else f"{provenance['sparse_parameters']:,}"
+    whole = f" ({'before' if 'grown_from' in provenance else 'the whole model'}: {before})" if before else ""
+    yield "parameters", f"{provenance['dense_parameters']:,}{whole}"
+    for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
+        widths = sorted({side.width(layer) for layer in range(side.layers)})
+        experts = ""
+        if side.moe is not None:
+            every = "layer" if side.moe.every == 1 else counted(side.moe.every, "layer")
+            experts = f", {counted(side.moe.experts, 'expert')} by {side.moe.routing} every {every}"
+        yield name, f"{counted(side.layers, 'layer')}, feed-forward {' and '.join(map(str, widths))}{experts}"
+    yield "hidden size, heads", f"{model.hidden}, {model.heads}"
+    yield "vocabulary", f"{recipe.data.vocabulary.size:,} pieces ({recipe.data.vocabulary.type})"
+    yield "longest source", f"{recipe.data.batch.max_length} tokens"
+
+
+def _corpus(corpus: Any, directory: Path) -> str:
+    """Describe a corpus and its license, from its ``PROVENANCE.json``."""
+    if not isinstance(corpus, str):
+        held_out = " (held-out text only)" if corpus.format in HELD_OUT_ONLY else ""
+        return f"{corpus.path.name}{held_out}, from the trainer's own disk; license unknown"  # where it lay is nobody's business
+    found = read_json(corpus_folder(corpus, directory) / PROVENANCE)
+    if found is None:
+        return f"{corpus}; version and license unknown"
+    package, version, license, date = (found.get(key, "unknown") for key in ("package", "version", "license", "date"))
+    return f"{corpus}: {package} {version}, license {license}, fetched {date}"
+
+
+def _pairs(recipe: Recipe, home: Path) -> dict[str, int]:
+    """Return the number of training pairs of each bitext; empty if the prepared data are not the run's."""
+    try:
+        bitexts = PreparedData.of(recipe, home).manifest["bitexts"]
+    except UserError:
+        return {}
+    names = dict.fromkeys(direction.bitext for direction in recipe.languages.directions)
+    return {name: bitexts[name]["train"]["pairs"] for name in names if name in bitexts}
+
+
+def _scores(home: Path, directions: Sequence[Direction], provenance: Mapping[str, Any]) -> ScoreTable | None:
+    """Find the fullest scores of these directions by the model's route; None if there are none that can be read."""
+    try:
+        return ScoreFolder(home).best(directions, provenance["route"], provenance["step"])
+    except UserError:
+        return None

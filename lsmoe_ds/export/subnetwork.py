@@ -1,0 +1,231 @@
+"""The dense sub-network of one direction: what a sparse model computes for it, exactly, as a plain Transformer.
+
+For a fixed direction every task-routed layer uses the same K experts with the same weights g, and their sum is one
+feed-forward of width K F ("Beyond Distillation", section 3.1, extracts such sub-networks for serving)::
+
+    sum_k g_k (relu(x W1_k + b1_k) W2_k + b2_k) = relu(x [W1_1 .. W1_K] + [b1_1 .. b1_K]) [g_1 W2_1; ..; g_K W2_K] + sum_k g_k b2_k
+
+Low-rank matrices beside a linear layer become part of its weight, W + V F, whatever their rank: by the ``specific`` route
+those of the direction's languages, by the ``shared`` route (after Fuse Distillation) those that all languages share. Where a
+feed-forward was distilled beside the experts, by the shared route it takes the layer's place, whatever the routing, and by
+the specific route it falls away.
+
+H hidden, F width of an expert, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds import __version__
+from lsmoe_ds.checkpoint.stored import PLAIN, PROVENANCE, READABLE, Stored, Weights, find_model, read_weights, write_folder
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.config.recipe import Model, MoE, Parallel, Recipe, Side
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import read_fields
+from lsmoe_ds.inference.load import check_route, empty_model
+from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.methods.registry import methods_of
+from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
+from lsmoe_ds.parallel.topology import Topology
+
+ALL = "all"  # in the place of a direction
+FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bias")
+
+
+def check_convertible(recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False) -> None:
+    """Raise UserError, with the reason, if the model has no dense equivalent for this direction and route.
+
+    Without a direction: for all directions of the recipe at once. With ``hybrid`` layers whose experts are
+    chosen token by token or sentence by sentence may stay as they are.
+    """
+    model = recipe.model
+    check_route(route, recipe)
+    if direction is not None:
+        recipe.languages.direction_id(direction)
+    layers = list(expert_layers(model, route))
+    stays = [(side, str(layer + 1), moe.routing) for side, layer, moe in layers if not moe.by_task]
+    if stays and not hybrid:
+        name, _, routing = stays[0]
+        numbers = [layer for side, layer, _ in stays if side == name]
+        place = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {', '.join(numbers)}"
+        raise UserError(
+            f"the {name} routes by {routing} in {place}: {routing}s choose their experts at run time, so no fixed sub-network exists; "
+            f"train with model.{name}.moe.routing: task to extract one, keep the {name}'s experts with --to hybrid, or serve all of it"
+        )
+    if hybrid and not stays:
+        raise UserError("--to hybrid is for models that route by token or sentence: this one has a plain equal, so use --to dense")
+    for method in methods_of(recipe, Topology.single()):
+        method.check_merge(check_route(route, recipe))
+    if direction is None and any(moe.by_task for _, _, moe in layers):
+        raise UserError("no dense model serves all directions, since each has experts of its own: name one, as in --direction en-de")
+    if direction is None and not serves_all(recipe, route):
+        raise UserError("the specific route needs a direction: name one, as in --direction en-de")
+
+
+def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
+    """Yield (side, layer, settings) of each layer whose experts the route uses."""
+    return ((side, layer, moe) for side, layer, moe in model.moe_layers() if route == "specific" or not moe.fuse_distillation)
+
+
+def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages, task: int) -> dict[str, Entry]:
+    """Return one feed-forward that equals a layer routed by task, for one task; ``at`` is the layer's name up
+    to ``feed_forward.``.
+
+    Gives ``expand`` [K F, H] with bias [K F] and ``contract`` [H, K F] with bias [H].
+    """
+    router = ROUTERS[settings.routing](0, settings, languages)
+    if list(router.parameters()):
+        router.load_state_dict({"weight": weights[f"{at}router.weight"]}, assign=True)
+    assert isinstance(router, RouterByTask)
+    routes = router.requires_grad_(False).of_tasks()
+    experts, gates = routes.experts[task].tolist(), routes.weights[task]
+
+    def of(name: str) -> list[Tensor]:
+        return [weights[f"{at}experts.{expert}.{name}"] for expert in experts]
+
+    def shape(name: str) -> tuple[int, ...]:
+        return weights.shape(f"{at}experts.{experts[0]}.{name}")
+
+    def weighted(name: str) -> list[Tensor]:
+        return [gate * each for gate, each in zip(gates, of(name), strict=True)]
+
+    count = len(experts)
+    width, hidden = shape("expand.weight")
+    return {
+        f"{at}expand.weight": Entry((count * width, hidden), lambda: torch.cat(of("expand.weight"))),
+        f"{at}expand.bias": Entry((count * width,), lambda: torch.cat(of("expand.bias"))),
+        f"{at}contract.weight": Entry((hidden, count * width), lambda: torch.cat(weighted("contract.weight"), 1)),
+        f"{at}contract.bias": Entry(shape("contract.bias"), lambda: torch.stack(weighted("contract.bias")).sum(0)),
+    }
+
+
+def extract(
+    weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False
+) -> tuple[Tensors, Recipe]:
+    """Return weights (by global name) and recipe of the dense model that equals the given one for
+    ``direction``.
+
+    Each kind of language-specific layer has its function here; all else is taken over. The vocabulary stays
+    as it is. By the shared route and where that uses no experts the model is the same for every direction:
+    its recipe keeps them all. With ``hybrid`` only what is chosen by the direction becomes dense; layers
+    routed by token or sentence keep their experts.
+    """
+    check_convertible(recipe, direction, route, hybrid)
+    sides = {"encoder": recipe.model.encoder, "decoder": recipe.model.decoder}
+    widths = {name: [side.width(layer) for layer in range(side.layers)] for name, side in sides.items()}
+    whole = Tensors.of(weights)
+    try:
+        merged = whole
+        for method in methods_of(recipe, Topology.single()):
+            merged = method.merge(merged, direction, check_route(route, recipe))
+        dense = dict(merged.entries)
+        for side, layer, settings in recipe.model.moe_layers():
+            at = f"{side}.{layer}.feed_forward."
+            if settings.fuse_distillation and route == "shared":
+                made = {f"{at}{name}": whole.entries[f"{at}shared.{name}"] for name in FEED_FORWARD}
+            elif settings.by_task:
+                assert direction is not None
+                made = join_experts(whole, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction))
+                widths[side][layer] *= settings.top_k
+            else:
+                made = {name: entry for name, entry in dense.items() if name.startswith((f"{at}router.", f"{at}experts."))}
+            dense = {name: entry for name, entry in dense.items() if not name.startswith(at)} | made
+    except KeyError as error:
+        raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
+    kept = {side for side, _, moe in expert_layers(recipe.model, route) if not moe.by_task}
+    return Tensors(dense), _dense_recipe(recipe, None if serves_all(recipe, route) else direction, widths, kept)
+
+
+def serves_all(recipe: Recipe, route: str) -> bool:
+    """Tell whether one dense model serves every direction of the recipe: by the shared route, or where nothing is specific."""
+    specific = route == "specific" and any(method.by_direction for method in methods_of(recipe, Topology.single()))
+    return not specific and not any(expert_layers(recipe.model, route))
+
+
+def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]], kept: set[str]) -> Recipe:
+    """Return the recipe with a dense model, except for the sides in ``kept``, and with one direction, or all
+    if ``direction`` is None.
+    """
+
+    def side(name: str, before: Side) -> Side:
+        moe = before.moe.model_copy(update={"fuse_distillation": False}) if before.moe is not None and name in kept else None
+        return Side(layers=len(widths[name]), feed_forward=list(widths[name]), moe=moe)
+
+    before = recipe.model
+    encoder, decoder = side("encoder", before.encoder), side("decoder", before.decoder)
+    model = Model(preset=None, hidden=before.hidden, heads=before.heads, encoder=encoder, decoder=decoder)
+    changes: dict[str, Any] = {"batch": recipe.data.batch.model_copy(update={"languages": "mixed"})}  # no tasks: no affinity
+    if direction is not None:
+        changes |= {"languages": [direction.source, direction.target], "directions": [str(direction)]}
+    data = recipe.data.model_copy(update=changes)
+    changed = recipe.model_copy(update={"model": model, "data": data, "parallel": Parallel()})
+    return Recipe.model_validate(changed.model_dump())
+
+
+def extract_stored(
+    stored: Stored, direction: Direction | None, route: str = "specific", hybrid: bool = False, average: int = 1
+) -> tuple[Tensors, Recipe, dict[str, Any]]:
+    """Apply :func:`extract` to a run, a checkpoint or a folder; also return the ``provenance.json`` of the
+    result, except kind and files.
+
+    A dense folder is taken as it is; one for all directions can be narrowed to one of them.
+    """
+    direction = stored.recipe.languages.find(direction) if direction else None
+    dense = stored.kind in PLAIN
+    if dense and hybrid:
+        raise UserError(f"{stored.home} is dense: there are no experts to keep")
+    if not dense and stored.kind in READABLE:
+        check_convertible(stored.recipe, direction, route, hybrid)
+    whole = read_weights(stored, average)
+    empty_model(stored.recipe, stored.recipe.data.vocabulary.size, Tensors.of(whole.tensors), Topology.single())
+    if dense and direction is None:
+        check_route(route, stored.recipe)
+        tensors, recipe = Tensors.of(whole.tensors), stored.recipe
+    else:
+        tensors, recipe = extract(whole.tensors, stored.recipe, direction, route, hybrid)
+    of_all = len(recipe.data.directions) > 1 if dense else serves_all(stored.recipe, route)
+    made = describe(stored, whole, ALL if of_all else recipe.data.directions[0], route, tensors.numbers)
+    return tensors, recipe, made
+
+
+def describe(stored: Stored, whole: Weights, direction: str, route: str, parameters: int) -> dict[str, Any]:
+    """Return the ``provenance.json`` of what is made of a model, except kind and files; what it was made of
+    itself is kept.
+    """
+    provenance = {
+        "version": __version__,
+        "run": stored.recipe.name,
+        "step": whole.step,
+        "direction": direction,
+        "route": route,
+        "source_files": whole.files,
+        "sparse_parameters": whole.parameters,
+        "dense_parameters": parameters,
+    }
+    fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int}
+    plain = dict.fromkeys(PLAIN, ("run", "route", "sparse_parameters"))
+    carried = {**plain, "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
+    if stored.kind not in carried:
+        return provenance
+    before = read_fields(stored.home / PROVENANCE, **{key: fields[key] for key in carried[stored.kind]})
+    return provenance | {key: before[key] for key in carried[stored.kind]}
+
+
+def convert_to_dense(run: str | Path, direction: Direction | None, out: str | Path, route: str = "specific") -> dict[str, Any]:
+    """Write the dense model of ``direction`` as a folder (without a card) and return its ``provenance.json``,
+    except the files.
+
+    ``run`` is a run folder or a checkpoint in it. Raises UserError if there is no dense equal, or ``out`` is
+    not ours to write.
+    """
+    stored = find_model(run)
+    tensors, recipe, made = extract_stored(stored, direction, route)
+    provenance = {"kind": "dense", **made}
+    write_folder(Path(out), tensors, recipe, stored.vocabulary, provenance)
+    return provenance

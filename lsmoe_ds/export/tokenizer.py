@@ -1,0 +1,191 @@
+"""Our vocabulary as ``tokenizer.json`` of the tokenizers library, and back: the same ids for the same text."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sentencepiece
+
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.cleaning import INVISIBLE
+from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, parse_model
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import BOS, EOS, PAD, UNK, tag
+
+KINDS = {"Unigram": 1, "BPE": 2}  # by the numbers of sentencepiece
+TAG = re.compile(r"<2[a-z]{2,3}(_[A-Za-z0-9]+)*>")
+SPACE = "\u2581"
+LESS_THAN = "\u2060"
+"""Stands for ``<`` in the pieces of the tokenizer: no text holds this invisible character once it is
+normalized, and without a ``<`` no text spells a tag.
+"""
+
+
+def special_tokens() -> dict[str, str]:
+    return {name: SPECIALS[index] for name, index in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD), ("unk_token", UNK))}
+
+
+def tokenizer_config(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special_tokens(),
+        "model_max_length": recipe.data.batch.max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "right",
+        "truncation_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # a tag or </s> that is written in a text is text
+    }
+
+
+def tokenizer(vocabulary: Vocabulary, model: bytes, target: str, kind: str = "unigram") -> dict[str, Any]:
+    """Return ``tokenizer.json`` of a vocabulary (``model`` is its sentencepiece model): a source is the tag
+    of ``target``, the pieces, EOS.
+
+    The normalizer is :func:`lsmoe_ds.data.cleaning.clean_text` and sentencepiece's own treatment of spaces.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    tags = [tag(code) for code in vocabulary.codes]
+    silent = (*SPECIALS, *(vocabulary.tag_id(code) for code in vocabulary.codes), *vocabulary.unused)
+    special = {index: processor.id_to_piece(index) for index in silent}
+    pieces = [special.get(index) or processor.id_to_piece(index).replace("<", LESS_THAN) for index in range(vocabulary.size)]
+    head = tag(target)
+    assert head in tags
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            for index, piece in special.items()
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(parse_model(model).normalizer_spec.precompiled_charsmap))},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [_special(head), {"Sequence": {"id": "A", "type_id": 0}}, _special(SPECIALS[EOS])],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {
+                piece: {"id": piece, "ids": [index], "tokens": [piece]}
+                for piece, index in ((head, vocabulary.tag_id(target)), (SPECIALS[EOS], EOS))
+            },
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                _replace(SPACE, " "),
+                _replace(LESS_THAN, "<"),
+                {"type": "Fuse"},
+                _replace(" +", " ", regex=True),
+                _replace("^ | $", "", regex=True),
+            ],
+        },
+        "model": _bpe(pieces, set(special)) if kind == "bpe" else _unigram(pieces, [processor.get_score(i) for i in range(len(pieces))]),
+    }
+
+
+def _unigram(pieces: list[str], scores: list[float]) -> dict[str, Any]:
+    return {"type": "Unigram", "unk_id": UNK, "vocab": list(zip(pieces, scores, strict=True)), "byte_fallback": False}
+
+
+def _bpe(pieces: list[str], special: set[int]) -> dict[str, Any]:
+    """Return a BPE model: sentencepiece joins whatever makes a piece, the earliest piece first; here each way
+    to make one is listed.
+    """
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    parts = ids.keys() - {pieces[index] for index in special}
+    merges = [
+        [piece[:cut], piece[cut:]]
+        for index, piece in enumerate(pieces)
+        if index not in special
+        for cut in range(1, len(piece))
+        if piece[:cut] in parts and piece[cut:] in parts
+    ]
+    return {"type": "BPE", "unk_token": SPECIALS[UNK], "fuse_unk": True, "byte_fallback": False, "vocab": ids, "merges": merges}
+
+
+def _normalizers(charsmap: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the normalizers; ``charsmap`` is sentencepiece's own normalization: empty in our vocabularies,
+    not in imported ones.
+    """
+    spaces = "".join(rf"\x{{{code:x}}}" for code in range(0x10000) if chr(code).isspace())
+    yield {"type": "NFC"}
+    yield _replace(INVISIBLE.pattern, "", regex=True)
+    yield _replace(f"[{spaces}]+", " ", regex=True)
+    yield (strip := {"type": "Strip", "strip_left": True, "strip_right": True})
+    if charsmap:
+        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+        yield _replace(" +", " ", regex=True)
+        yield strip
+    yield _replace("<", LESS_THAN)
+    # As sentencepiece: a space in front of what is not empty, spaces made visible, and none at the end.
+    yield {"type": "Prepend", "prepend": SPACE}
+    yield _replace(" ", SPACE)
+    yield _replace(f"{SPACE}+$", "", regex=True)
+
+
+def _replace(pattern: str, content: str, regex: bool = False) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex" if regex else "String": pattern}, "content": content}
+
+
+def _special(piece: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": piece, "type_id": 0}}
+
+
+def is_ours(made: Any) -> bool:
+    """Whether the content of a ``tokenizer.json`` was made by :func:`tokenizer`, whoever has saved it since."""
+    try:
+        added = {token["id"]: token["content"] for token in made["added_tokens"]}
+        kind = made["model"]["type"]
+    except (KeyError, TypeError):
+        return False
+    ours = all(added.get(index) == piece for index, piece in SPECIALS.items())
+    return ours and kind in KINDS and any(TAG.fullmatch(str(piece)) for piece in added.values())
+
+
+def sentencepiece_model(made: dict[str, Any]) -> bytes:
+    """Return the sentencepiece model of a ``tokenizer.json`` that :func:`is_ours`; it cuts text into the same
+    pieces.
+
+    Raises UserError if the file is damaged.
+    """
+    try:
+        special = {int(token["id"]): str(token["content"]) for token in made["added_tokens"]}
+        pieces = list(_scored_pieces(made["model"]))
+        charsmap = [each["precompiled_charsmap"] for each in made["normalizer"]["normalizers"] if each["type"] == "Precompiled"]
+        normalizer = base64.b64decode(charsmap[0]) if charsmap else b""
+        proto = parse_model(b"")
+        kinds = type(proto).SentencePiece
+        for index, (piece, score) in enumerate(pieces):
+            kind = kinds.NORMAL if index not in special else kinds.UNKNOWN if index == UNK else kinds.CONTROL
+            proto.pieces.add(piece=special.get(index, piece.replace(LESS_THAN, "<")), score=score, type=kind)
+        proto.trainer_spec.model_type = KINDS[made["model"]["type"]]
+        proto.normalizer_spec.name = "charsmap" if charsmap else "identity"
+        proto.normalizer_spec.precompiled_charsmap = normalizer
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"tokenizer.json is damaged: {error}") from None
+    set_specials(proto, [piece for piece in special.values() if TAG.fullmatch(piece)])
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _scored_pieces(model: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the pieces of a tokenizer's model in the order of their ids. BPE joins the earliest piece first,
+    by its score.
+    """
+    if model["type"] == "Unigram":
+        yield from ((str(piece), float(score)) for piece, score in model["vocab"])
+        return
+    ids = {int(index): str(piece) for piece, index in model["vocab"].items()}
+    yield from ((ids[index], -float(index)) for index in range(len(ids)))
+
+
+def set_specials(proto: Any, tags: Sequence[str]) -> None:
+    """Note in a sentencepiece model which pieces are special and which are ``tags``."""
+    spec = proto.trainer_spec
+    spec.vocab_size = len(proto.pieces)
+    spec.bos_id, spec.pad_id, spec.eos_id, spec.unk_id = BOS, PAD, EOS, UNK
+    spec.bos_piece, spec.pad_piece, spec.eos_piece, spec.unk_piece = (SPECIALS[index] for index in (BOS, PAD, EOS, UNK))
+    spec.control_symbols[:] = tags

@@ -1,1 +1,0 @@
-"""Parameters that belong to languages, chosen by the ids of each sentence."""

@@ -1,0 +1,1 @@
+"""Launchers, the processes that they start, and what they say to one another."""

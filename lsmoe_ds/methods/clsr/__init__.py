@@ -1,0 +1,1 @@
+"""Conditional language-specific routing."""

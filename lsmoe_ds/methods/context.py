@@ -1,0 +1,64 @@
+"""Tell layers and methods which languages the sentences of a batch have. B sentences, T positions, H hidden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from lsmoe_ds.languages import SentenceIds
+
+SHARED = -1  # in place of a language: what all languages share
+Route = Literal["specific", "shared", "both"]
+Notes = dict[str, list[Any]]  # of one forward pass, by method, in the order in which the layers ran
+
+
+class Segment(NamedTuple):
+    """Neighboring sentences, from ``start`` to before ``stop``, of one language."""
+
+    language: int  # its number, or SHARED
+    start: int
+    stop: int
+
+
+@dataclass
+class LanguageContext:
+    """What the layers of one side read beside the hidden states of B sentences."""
+
+    ids: SentenceIds
+    summary: Tensor | None = None  # [B, H]: in the decoder the mean of the encoder's output, for sentence routing
+    notes: Notes | None = None  # in training: what layers leave for their method; see lsmoe_ds/methods/base.py
+    # Which parameters a sentence uses: its languages', or the shared ones. "both": the second half of the
+    # sentences repeats the first, and uses the shared ones.
+    route: Route = "specific"
+    _segments: dict[str, list[Segment]] = field(default_factory=dict)
+
+    def select(self, index: Tensor) -> LanguageContext:
+        """Return the context of the sentences that ``index`` names, in that order."""
+        summary = None if self.summary is None else self.summary[index]
+        return LanguageContext(self.ids.select(index), summary, self.notes, self.route)
+
+    def note(self, method: str, value: Any) -> None:
+        """Leave a note for a method, in training."""
+        if self.notes is not None:
+            self.notes.setdefault(method, []).append(value)
+
+    def segments(self, kind: str) -> list[Segment]:
+        """Split the batch into segments of equal "source" or "target" language. Waits for the device, once a kind."""
+        if kind not in self._segments:
+            languages = self.ids.task(kind).tolist()
+            specific = {"specific": len(languages), "shared": 0, "both": len(languages) // 2}[self.route]
+            segments, start = [], 0
+            for language, same in groupby(languages[:specific] + [SHARED] * (len(languages) - specific)):
+                stop = start + sum(1 for _ in same)
+                segments.append(Segment(language, start, stop))
+                start = stop
+            self._segments[kind] = segments
+        return self._segments[kind]
+
+
+def mean_of_real(x: Tensor, real: Tensor) -> Tensor:
+    """Average [B, T, H] over the positions where ``real`` [B, T] is true -> [B, H]; zero where none is."""
+    return (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)

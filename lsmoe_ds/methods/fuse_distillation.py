@@ -1,0 +1,137 @@
+"""Fuse distillation: what language-specific feed-forwards or matrices know, condensed into shared ones ("Condensing Multilingual
+Knowledge", sections 3 and 4).
+
+Each batch goes through the model twice, by way of the specific parameters (probabilities p_l) and of the shared ones (p_s); here
+both at once, as one batch whose second half repeats the first. The loss is (equation 3)
+
+    1/2 (CE(y || p_l) + CE(y || p_s)) + D
+
+where D is, of low-rank matrices, the symmetric divergence 1/2 (KL(p_l || p_s) + KL(p_s || p_l)) (equation 4), from which both
+sides learn; of feed-forwards, with ``teacher``, KL(p_l || p_s) without gradient for p_l (equation 2), from which the shared side
+alone learns. The shared feed-forward stands beside a layer's experts (``moe.fuse_distillation``), whatever routes these: by a
+static router of as many experts as languages they are the paper's language-specific ones.
+
+N tokens of the single batch, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.parallel.layers import project, smoothing_loss
+from lsmoe_ds.parallel.topology import Topology
+
+AT_ONCE = 2**20  # logits that are computed with at a time: they and what is made of them should stay in a processor's cache
+
+
+class _RouteLosses(torch.autograd.Function):
+    """Logits [2 N, V / tensor] of this rank's part of the vocabulary, specific then shared, and labels [2 N] -> the summed loss
+    1/2 (CE + CE) + D, and of each token, without gradient, -log p(label) [2, N] and D [N].
+
+    With d = log p_l - log p_s, a = E_l[d] = KL(p_l || p_s) and b = E_s[d] = -KL(p_s || p_l), the symmetric divergence of a token
+    is (a - b) / 2 and the gradients of its loss are, y being 1 at the label,
+
+        of z_l:  1/2 (p_l (d - a + 2) - p_s - y)        of z_s:  -1/2 (p_s (d - b - 2) + p_l + y)
+
+    With ``teacher`` D is a, and the gradients are 1/2 (p_l - y) and 3/2 p_s - p_l - 1/2 y. All is computed for a few tokens at
+    a time and the gradient takes the place of the logits, so that no further [2 N, V] is ever stored. Only the normalizers,
+    a, b and the labels' logits are sums over the vocabulary: the ranks exchange the largest logits and then six numbers a
+    token; the gradients need no exchange.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, topology: Topology, teacher: bool) -> tuple[Tensor, Tensor, Tensor]:
+        group = topology.tensor_group if topology.tensor > 1 else None
+        halves, labels = logits.view(2, -1, logits.shape[1]), labels.view(2, -1, 1)
+        local = labels - topology.tensor_rank * logits.shape[1]
+        here = (local >= 0) & (local < logits.shape[1])
+        local = local.where(here, 0)
+        largest = halves.amax(2)
+        if group is not None:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        sums = halves.new_empty(3, 2, halves.shape[1])
+        for z, tokens in _few(halves):
+            p = z - largest[:, tokens, None]
+            d = p[0] - p[1]
+            p.exp_()
+            sums[0, :, tokens] = p.sum(2)
+            sums[1, :, tokens] = torch.linalg.vecdot(p, d)
+        sums[2] = (halves.gather(2, local) * here).squeeze(2)
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        normalizers, weighted, of_label = sums
+        log_sums = largest + normalizers.log()
+        a, b = weighted / normalizers + (log_sums - largest).diff(dim=0)  # d above was of the shifted logits
+        apart = a if teacher else (a - b) / 2
+        nll = log_sums - of_label
+        ctx.save_for_backward(logits, local, here, log_sums, a, b)
+        ctx.teacher = teacher
+        ctx.mark_non_differentiable(nll, apart)
+        return nll.sum() / 2 + apart.sum(), nll, apart
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, local, here, log_sums, a, b = ctx.saved_tensors
+        half = gradients[0] / 2
+        halves = logits.view(2, -1, logits.shape[1])
+        for p, tokens in _few(halves):
+            p -= log_sums[:, tokens, None]
+            if ctx.teacher:
+                p.exp_()
+                p[1].mul_(3).sub_(p[0], alpha=2)
+            else:
+                d = p[0] - p[1]
+                p.exp_()
+                of_specific = (d + (2 - a[tokens, None])).mul_(p[0]).sub_(p[1])
+                p[1] = d.sub_(2 + b[tokens, None]).mul_(p[1]).add_(p[0]).neg_()
+                p[0] = of_specific
+            p *= half
+        halves.scatter_add_(2, local, here * -half)
+        return logits, None, None, None
+
+
+def _few(halves: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """[2, N, V] in parts of a few tokens each, and which tokens they are."""
+    each = max(1, AT_ONCE // halves.shape[2])
+    for start in range(0, halves.shape[1], each):
+        tokens = slice(start, start + each)
+        yield halves[:, tokens], tokens
+
+
+@dataclass(frozen=True)
+class FuseDistillation:
+    """How a model is trained on both routes."""
+
+    teacher: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> FuseDistillation | None:
+        """None where the recipe asks for none. Low-rank matrices stand beside shared weights, so they learn from each other."""
+        return cls(recipe.model.teaches) if recipe.model.distills else None
+
+    def losses(
+        self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [2 N, H] and labels [2 N] of both routes -> mean of the two smoothed cross-entropies, divergence, and the
+        specific route's negative log-likelihood; each summed over N tokens. The first has the gradient of the first two."""
+        projected = project(hidden, embedding, topology)
+        loss, nll, apart = _RouteLosses.apply(projected.logits, labels, topology, self.teacher)
+        if smoothing:
+            loss = loss + smoothing_loss(projected, labels, embedding, smoothing, topology) / 2
+        return loss - apart.sum(), apart.sum(), nll[0].sum()
+
+
+def twice(source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> tuple[Tensor, Tensor, SentenceIds]:
+    """The batch, and once more the batch: [B, ...] -> [2 B, ...]."""
+    again = torch.arange(source.shape[0], device=source.device).repeat(2)
+    return source[again], decoder_input[again], ids.select(again)

@@ -1,0 +1,1 @@
+"""Low-rank matrices of languages beside linear layers."""

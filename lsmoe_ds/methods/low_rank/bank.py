@@ -1,0 +1,232 @@
+"""The low-rank bank: language-specific matrices beside a linear layer ("Condensing Multilingual Knowledge", equation 1).
+
+    y = (W + V_i F_j) x
+
+V_i [outputs, r] is the *vertical* and F_j [r, inputs] the *flat* matrix; methods differ only in how the sentence chooses i
+and j (:func:`indexes`). The product V F is never formed: ``V (F x)``. Each sentence of a batch chooses for itself: rows of
+neighboring sentences with the same choice, a *run*, are multiplied together, in place, without gathering any weights. Batches
+are sorted by language, so that runs are few.
+
+With tensor parallelism a column-parallel layer shards V by its rows, a row-parallel one F by its columns, and what the bank
+adds to sum over the ranks, r numbers a token, travels in the same all-reduce as the layer's own.
+
+S rows (tokens), r rank, R the sum of the ranks of all matrices of a bank.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.config.recipe import LowRank, Recipe
+from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.methods.base import Draw, Method
+from lsmoe_ds.methods.context import SHARED, LanguageContext, Route
+from lsmoe_ds.methods.sites import LinearSite, Site, Split
+from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.collectives import copy_together, sum_together
+from lsmoe_ds.parallel.topology import Topology
+
+NAME = "low_rank"
+FLAT, VERTICAL = f"_{NAME}.flat", f"_{NAME}.vertical"  # after the name of the linear layer
+Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they are for
+
+
+class _Rows:
+    """The gradient of a bank's matrix [R, ...], product by product. Large banks would otherwise be filled with zeros and then
+    added to."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.whole = torch.empty_like(matrix)
+        self.written: list[tuple[int, int]] = []
+
+    def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
+        """Adds the product of a and b to ``rows``, which are the same as earlier ones or apart from them."""
+        if (rows.start, rows.stop) in self.written:
+            self.whole[rows].addmm_(a, b)
+        else:
+            torch.mm(a, b, out=self.whole[rows])
+            self.written.append((rows.start, rows.stop))
+
+    def done(self) -> Tensor:
+        end = 0
+        for start, stop in [*sorted(self.written), (self.whole.shape[0],) * 2]:
+            if end < start:
+                self.whole[end:start] = 0
+            end = stop
+        return self.whole
+
+
+class MultiplySegments(torch.autograd.Function):
+    """Multiply each token by its run's rows of ``flat``: x [S, inputs], flat [R, inputs] -> z [S, r].
+
+    r is the largest rank. Columns beyond the rank of a token's run are not written: whoever reads z knows the
+    rank. Tokens stand in ``slices`` without a gap.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flat: Tensor, slices: Slices, rank: int) -> Tensor:
+        ctx.save_for_backward(x, flat)
+        ctx.slices = slices
+        z = x.new_empty(x.shape[0], rank)
+        for rows, tokens in slices:
+            torch.mm(x[tokens], flat[rows].t(), out=z[tokens, : rows.stop - rows.start])
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (gradient,), (x, flat) = gradients, ctx.saved_tensors
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        of_flat = _Rows(flat)
+        for rows, tokens in ctx.slices:
+            given = gradient[tokens, : rows.stop - rows.start]
+            if of_x is not None:
+                torch.mm(given, flat[rows], out=of_x[tokens])
+            of_flat.add(rows, given.t(), x[tokens])
+        return of_x, of_flat.done(), None, None
+
+
+class _AddVertical(torch.autograd.Function):
+    """Add z V to y in place: y [S, outputs], z [S, r], vertical [R, outputs] (each V transposed)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, vertical: Tensor, slices: Slices) -> Tensor:
+        ctx.save_for_backward(z, vertical)
+        ctx.slices = slices
+        ctx.mark_dirty(y)
+        for rows, tokens in slices:
+            y[tokens].addmm_(z[tokens, : rows.stop - rows.start], vertical[rows])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (gradient,), (z, vertical) = gradients, ctx.saved_tensors
+        of_z, of_vertical = torch.empty_like(z), _Rows(vertical)
+        for rows, tokens in ctx.slices:
+            torch.mm(gradient[tokens], vertical[rows].t(), out=of_z[tokens, : rows.stop - rows.start])
+            of_vertical.add(rows, z[tokens, : rows.stop - rows.start].t(), gradient[tokens])
+        return gradient, of_z, of_vertical.done(), None
+
+
+def slices_of(places: list[slice], context: LanguageContext, kind: str, rows: Tensor) -> Slices:
+    """The matrix of each run of "source" or "target" language, by the ``places`` of the languages, and its tokens among ``rows``
+    [S, ...]: all sentences have the same number of them."""
+    segments = context.segments(kind)
+    each = rows.shape[0] // segments[-1].stop if segments else 0
+    return [(places[segment.language], slice(segment.start * each, segment.stop * each)) for segment in segments]
+
+
+def indexes(settings: LowRank, decoder: bool) -> tuple[str, str]:
+    """Which language of a sentence chooses its vertical and its flat matrix: "source" or "target" (section 2.1).
+
+    Pair-wise V[source] F[target]; language-wise both by the source in the encoder and by the target in the decoder.
+    """
+    if settings.index == "pair":
+        return "source", "target"
+    return ("target", "target") if decoder else ("source", "source")
+
+
+def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
+    """Return the rows of each language's matrix in a bank [R, ...]; those that all share come last."""
+    ranks = [settings.rank_of(code) for code in languages.codes] + [settings.shared_rank] * settings.fuse_distillation
+    return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
+
+
+class LowRankBank(nn.Module):
+    """The language-specific matrices of one linear layer, which is handed over with each call."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        settings: LowRank,
+        languages: Languages,
+        decoder: bool,
+        topology: Topology,
+        split: Split,
+    ) -> None:
+        super().__init__()
+        self.rows = rows_of(settings, languages)
+        self.rank, total = max(rows.stop - rows.start for rows in self.rows), self.rows[-1].stop
+        self.vertical_of, self.flat_of = indexes(settings, decoder)
+        self.topology, self.split = topology, split
+        tensor = topology.tensor
+        self.flat = nn.Parameter(torch.empty(total, inputs // tensor if split == "row" else inputs))
+        self.vertical = nn.Parameter(torch.empty(total, outputs // tensor if split == "column" else outputs))
+        if tensor > 1:
+            compat.mark_tensor_parallel(self.flat if split == "row" else self.vertical, 1)
+
+    def forward(self, base: nn.Module, x: Tensor, context: LanguageContext) -> Tensor:
+        """``base`` with this bank beside it: x [..., inputs] -> [..., outputs], rows in the order of the context's sentences."""
+        rows = x.reshape(-1, x.shape[-1])
+        z = MultiplySegments.apply(rows, self.flat, slices_of(self.rows, context, self.flat_of, rows), self.rank)
+        group = self.topology.tensor_group
+        if group is None or self.topology.tensor == 1:
+            y = base(rows)
+        elif self.split == "column":
+            rows, z = copy_together((rows, z), group)
+            y = F.linear(rows, base.weight, base.bias)  # type: ignore[arg-type]
+        else:
+            y, z = sum_together((F.linear(rows, base.weight), z), group)  # type: ignore[arg-type]
+            y = torch.add(y, base.bias)  # type: ignore[arg-type]
+        y = _AddVertical.apply(y, z, self.vertical, slices_of(self.rows, context, self.vertical_of, rows))
+        out: Tensor = y.view(*x.shape[:-1], y.shape[-1])
+        return out
+
+
+class LowRankMatrices(Method):
+    """Banks beside the linear layers of attentions, or of feed-forwards that have no experts."""
+
+    name = NAME
+    by_direction = True
+
+    def __init__(self, settings: LowRank, languages: Languages, topology: Topology) -> None:
+        self.settings, self.languages, self.topology = settings, languages, topology
+
+    @classmethod
+    def of(cls, recipe: Recipe, topology: Topology) -> LowRankMatrices | None:
+        """Return None for a model without banks."""
+        settings = recipe.model.low_rank
+        return None if settings is None else cls(settings, recipe.languages, topology)
+
+    def install(self, site: Site) -> None:
+        if isinstance(site, LinearSite) and self.settings.is_in(site.layer, site.sublayer.removeprefix("cross_")):
+            site.add(NAME, self.make(site.inputs, site.outputs, site.side == "decoder", site.split))
+
+    def make(self, inputs: int, outputs: int, decoder: bool, split: Split) -> LowRankBank:
+        return LowRankBank(inputs, outputs, self.settings, self.languages, decoder, self.topology, split)
+
+    def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
+        """Return the weights with every bank merged into the linear layer beside it: W + V F."""
+        numbers = {"source": SHARED, "target": SHARED}
+        if route == "specific" and direction is not None:
+            numbers = {"source": self.languages.id(direction.source), "target": self.languages.id(direction.target)}
+        rows = rows_of(self.settings, self.languages)
+
+        def merged(at: str) -> Entry:
+            vertical, flat = (rows[numbers[kind]] for kind in indexes(self.settings, at.startswith("decoder.")))
+            base, of_vertical, of_flat = f"{at}.weight", f"{at}{VERTICAL}", f"{at}{FLAT}"
+            return Entry(
+                weights.shape(base), lambda: torch.addmm(weights[base], weights[of_vertical][vertical].t(), weights[of_flat][flat])
+            )
+
+        kept = {name: entry for name, entry in weights.entries.items() if not name.endswith((FLAT, VERTICAL))}
+        return Tensors(kept | {f"{at}.weight": merged(at) for at in (name.removesuffix(FLAT) for name in weights if name.endswith(FLAT))})
+
+    def language_rows(self, name: str, width: int) -> dict[str, slice]:
+        return dict(zip([*self.languages.codes, "shared"], rows_of(self.settings, self.languages), strict=False))
+
+    def initial(self, name: str) -> Draw | None:
+        """Make flat matrices 0, so that a model begins as it would without them, and draw vertical ones normal
+        with deviation 0.1.
+        """
+        if name.endswith(FLAT):
+            return lambda value, generator: value.zero_()
+        if name.endswith(VERTICAL):
+            return lambda value, generator: value.normal_(0.0, 0.1, generator=generator)
+        return None

@@ -1,0 +1,91 @@
+"""The places of a model at which methods add something: its linear layers and its sublayers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lsmoe_ds.methods.context import LanguageContext
+
+Sublayer = Literal["attention", "cross_attention", "feed_forward"]
+Split = Literal["column", "row"]  # what tensor-parallel ranks share out: the outputs, or the inputs
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear layer [inputs -> outputs]. Its ``module`` calls what is added instead, with the layer, its input
+    and the context: ``added(base, x, context)``.
+    """
+
+    side: str
+    layer: int
+    sublayer: Sublayer
+    name: str
+    inputs: int
+    outputs: int
+    split: Split
+    module: Linears
+
+    def add(self, method: str, added: nn.Module) -> None:
+        """Add a method's module; its parameters are called ``NAME_METHOD``."""
+        if self.name in self.module.beside:
+            raise ValueError(f"{self.side}.{self.layer}.{self.sublayer}.{self.name} has two methods beside it")
+        self.module.add_module(f"{self.name}_{method}", added)
+        self.module.beside[self.name] = added
+
+
+@dataclass(frozen=True)
+class SublayerSite:
+    """A sublayer of a layer. What is added follows it, before the residual: ``y = added(y, x, real, context)`` of
+    what it gave, y, and what it read, x, both [B, T, H].
+    """
+
+    side: str
+    layer: int
+    sublayer: Sublayer
+    module: WithSublayers
+
+    def add(self, method: str, added: nn.Module) -> None:
+        """Add a method's module; its parameters are called ``SUBLAYER_METHOD``."""
+        self.module.add_module(f"{self.sublayer}_{method}", added)
+        self.module.after.setdefault(self.sublayer, []).append(added)
+
+
+Site = LinearSite | SublayerSite
+
+
+class Linears(nn.Module):
+    """A module whose linear layers, named in ``shapes``, are sites."""
+
+    shapes: dict[str, tuple[int, int, Split]]  # inputs, outputs and split of each linear layer, by attribute
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside: dict[str, nn.Module] = {}
+
+    def linear(self, name: str, x: Tensor, context: LanguageContext | None) -> Tensor:
+        """Apply a linear layer, with what was added beside it; only that needs the context."""
+        base, added = getattr(self, name), self.beside.get(name)
+        out: Tensor = base(x) if added is None else added(base, x, context)
+        return out
+
+    def linear_sites(self, side: str, layer: int, sublayer: Sublayer) -> Iterator[LinearSite]:
+        for name, (inputs, outputs, split) in self.shapes.items():
+            yield LinearSite(side, layer, sublayer, name, inputs, outputs, split, self)
+
+
+class WithSublayers(nn.Module):
+    """A layer whose sublayers are sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after: dict[str, list[nn.Module]] = {}
+
+    def follow(self, sublayer: Sublayer, y: Tensor, x: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
+        """Apply what was added after a sublayer that read x and gave y."""
+        for added in self.after.get(sublayer, ()):
+            y = added(y, x, real, context)
+        return y

@@ -1,0 +1,1 @@
+"""What a recipe costs, computed from the recipe alone."""

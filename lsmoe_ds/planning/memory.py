@@ -1,0 +1,167 @@
+"""What a rank's memory must hold in training. Each formula stands with its function.
+
+B sentences, T positions, S tokens, H hidden, F feed-forward width, E experts, K top-k, V vocabulary; t tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from lsmoe_ds.config.recipe import Recipe, Side
+from lsmoe_ds.planning.costs import VALUE_BYTES, Count, Parts, passes
+
+BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
+STAGE_0_BUCKET = 2**24  # values: ours, where DeepSpeed would copy up to 5e8
+PROCESS = 480 * 2**20  # measured on Linux: Python, torch, DeepSpeed, Megatron-core and their threads, with nothing loaded
+# Measured on a CPU: of every micro-batch's shapes some blocks stay behind that fit none of the next one's.
+ALLOCATOR = 1.4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each rank: what lasts from step to step (gradients: from backward to the optimizer step), and what comes and goes."""
+
+    precision: str
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """What lasts."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """What lasts, the process itself, and ALLOCATOR times what comes and goes. Activations and buffers are not needed at
+        the same moment, but the blocks that one leaves behind rarely fit the other."""
+        return self.total + PROCESS + round(ALLOCATOR * (self.activations + self.buffers))
+
+
+def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
+    """(dense, expert) parameters of one rank: split / tensor + whole, and expert / R."""
+    return count.split // tensor + count.whole, count.expert // expert
+
+
+def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
+    """Memory of one rank, with v bytes a value (4 or 2), d dense and e expert parameters of it (:func:`local_parameters`).
+
+    ZeRO partitions dense state over the D = world / tensor data ranks, experts' over the X = world / expert ranks that
+    hold the same ones; p = d / D + e / X::
+
+        weights     v (d + e)            in every stage
+        gradients   v (d + e)            stages 0 and 1;    v p   in stage 2
+        optimizer   8 (d + e)            stage 0 in float32: Adam's two float32 moments
+                    12 (d + e)           stage 0 in bfloat16: and a float32 copy of the weights
+                    12 p                 stages 1 and 2: DeepSpeed keeps that copy of its part even of a float32 model
+
+    What comes and goes: :func:`activations` and :func:`buffers`.
+    """
+    value, layout, count = VALUE_BYTES[precision], recipe.parallel, Parts.of(recipe).whole
+    dense, experts = local_parameters(count, layout.tensor, layout.expert)
+    own = dense + experts
+    part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
+    state = (8 if value == 4 else 12) * own if stage == 0 else 12 * part
+    return Memory(
+        precision=precision,
+        stage=stage,
+        weights=value * own,
+        gradients=value * (part if stage == 2 else own),
+        optimizer=state,
+        activations=activations(recipe, value),
+        buffers=buffers(recipe, dense, experts, part, world, stage, value),
+    )
+
+
+def activations(recipe: Recipe, value: int) -> int:
+    """What one micro-batch leaves for its backward pass, with v bytes a ``value``: ``data.batch.tokens`` padded tokens S, half
+    of them source and half target. Per token, in values, with a factor 1 / t for what tensor-parallel ranks share::
+
+        self-attention      3 H + 4 H / t        in and out of its norm, dropout's mask; query, key, value, and their mixture
+        over the source     3 H + 2 H / t        the same for a target token, and 2 H / t for a source token's key and value
+        feed-forward        3 H + F / t
+        experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
+        a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
+        output layer        H + 3 V / t float32  per target token: log-probabilities, and at their gradient two more
+        low-rank matrices   r of each linear     what a token's flat matrix makes of it; beside a row linear with t > 1 also H, as it
+                                                 was sent with the layer's own
+        CLSR                3 H + G + 1          of each sublayer with gates: its output, two products of that, the gate's hidden
+                                                 units, the gate
+
+    In Fuse Distillation all this twice, for both routes, but only V / t float32 at the output layer, as the gradient takes the
+    place of the logits; by the shared route a feed-forward in place of the experts that it is distilled from.
+    Attention probabilities are not stored: ``scaled_dot_product_attention`` computes them again (with
+    ``training.attention_dropout`` on a CPU it stores them). Approximate: the split into source and target (a batch with longer
+    target sentences takes more); dropout's masks, counted as values as on a CPU (on a GPU they are bytes); even load of the
+    experts over their ranks. With several micro-batches each starts when the last one's are gone. Nothing is computed twice.
+    """
+    model, tensor, settings, clsr = recipe.model, recipe.parallel.tensor, recipe.model.low_rank, recipe.model.clsr
+    hidden, mask = model.hidden, int(recipe.training.dropout > 0)
+    row = hidden if tensor > 1 else 0
+
+    def side_values(side: Side, blocks: int) -> float:
+        """Values of a token of the side: its layers with ``blocks`` attentions, and its ends."""
+        total = float((2 + mask) * hidden)
+        for layer in range(side.layers):
+            total += (blocks + 1) * (2 + mask) * hidden
+            total += (4 * hidden + (blocks - 1) * 2 * hidden + feed_forward_values(side, layer)) / tensor
+            total += low_rank_values(side, layer, blocks)
+            if clsr is not None:
+                total += len(clsr.sublayers(decoder=blocks == 2)) * (3 * hidden + clsr.gate + 1)
+        return total
+
+    def low_rank_values(side: Side, layer: int, blocks: int) -> int:
+        if settings is None:
+            return 0
+        rank, total = settings.shared_rank, 0
+        if settings.is_in(layer, "feed_forward") and not side.is_moe(layer):
+            total += 2 * rank + row
+        if settings.is_in(layer, "attention"):  # keys and values of the source are a source token's
+            total += blocks * (4 * rank + row) - (blocks - 1) * 2 * rank
+        return total
+
+    def feed_forward_values(side: Side, layer: int) -> float:
+        """The mean of both routes, where they differ."""
+        width, moe = side.width(layer), side.moe if side.is_moe(layer) else None
+        if moe is None:
+            return width
+        experts = moe.top_k * (2 * hidden + width)
+        return (experts + width) / 2 if moe.fuse_distillation else experts
+
+    source = side_values(model.encoder, 1) + model.decoder.layers * 2 * hidden / tensor
+    if settings is not None:
+        source += 2 * settings.shared_rank * sum(settings.is_in(layer, "attention") for layer in range(model.decoder.layers))
+    target = side_values(model.decoder, 2) + hidden
+    twice = passes(recipe)
+    logits = 3 if twice == 1 else 1
+    floats = logits * recipe.data.vocabulary.size / tensor
+    floats += sum(2 * moe.experts * model.routed(moe) / twice for _, _, moe in model.moe_layers() if moe.routing == "token")
+    return round(twice * recipe.data.batch.tokens / 2 * (value * (source + target) + 4 * floats))
+
+
+def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:
+    """Return the bytes that DeepSpeed takes to reduce gradients and to step.
+
+    d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
+
+        stage 0     v min(2^24, max(d, e))          copies of dense, then of expert gradients; none on one rank alone
+                    4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32
+        stages 1, 2 v min(b, d + e) + 4 p           the bucket; float32 gradients of the rank's own part
+
+    A stage-0 bucket holds at least one whole gradient, so V H / t values where those are more, or L H^2 for the projections
+    of CLSR's L languages. On a GPU the bucket of stages 1 and 2 takes all its b values even where there are fewer gradients.
+    Left out, as small beside the rest: rows on their way to experts and back, ZeRO's padding.
+    """
+    if stage == 0:
+        model, languages = recipe.model, len(recipe.languages.codes)
+        largest = recipe.data.vocabulary.size * model.hidden // recipe.parallel.tensor
+        largest = max(largest, languages * model.hidden**2 if model.clsr is not None else 0)
+        copies = min(max(STAGE_0_BUCKET, largest), max(dense, experts)) if world > 1 else 0
+        return value * copies if value == 4 else 4 * (copies + dense + experts)
+    config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
+    bucket = int(config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
+    return value * min(bucket, dense + experts) + 4 * part

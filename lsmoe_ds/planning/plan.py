@@ -1,0 +1,193 @@
+"""``lsmoe plan``: what a recipe costs, computed from the recipe alone. The formulas are in :mod:`lsmoe_ds.planning.costs` and
+:mod:`lsmoe_ds.planning.memory`.
+
+No model is built and torch is not imported, so a plan of many billion parameters takes no time and little memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+from lsmoe_ds.config.deepspeed import HALF
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import counted
+from lsmoe_ds.planning.costs import LENGTH, VALUE_BYTES, Exchange, Flops, Parts, exchanges, flops, step_bytes
+from lsmoe_ds.planning.memory import PROCESS, Memory, memory
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+STAGES = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything :func:`plan` computes; see there."""
+
+    name: str
+    world: int
+    tensor: int
+    expert: int
+    precision: str  # what the recipe's DeepSpeed configuration asks for
+    stage: int
+    parameters: Parts
+    serving: Parts
+    routes: dict[str, Parts]  # what serves all directions by the specific, and by the shared route, where these are not the whole
+    memory: list[Memory]
+    exchanges: list[Exchange]
+    step_bytes: int
+    step_bytes_home: int | None  # None where no side can have its batches at home
+    task_affine: bool  # whether the recipe's batches are
+    flops: Flops
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: counts of parameters, bytes, and floating-point operations."""
+        flops = asdict(self.flops) | {"source_training": self.flops.source_training, "target_training": self.flops.target_training}
+        return {
+            "name": self.name,
+            "layout": {"world": self.world, "tensor": self.tensor, "expert": self.expert, "data": self.world // self.tensor},
+            "parameters": self.parameters.to_dict(),
+            "serving": self.serving.to_dict(),
+            "routes": {route: parts.to_dict() for route, parts in self.routes.items()},
+            "recipe_precision": self.precision,
+            "recipe_stage": self.stage,
+            "memory": [asdict(each) | {"total": each.total, "process": PROCESS, "peak": each.peak} for each in self.memory],
+            "exchanges": [
+                asdict(each)
+                | {
+                    "token_bytes": each.token_bytes(),
+                    "token_bytes_home": None if each.rows_home is None else each.token_bytes(at_home=True),
+                }
+                for each in self.exchanges
+            ],
+            "step_bytes": self.step_bytes,
+            "step_bytes_home": self.step_bytes_home,
+            "task_affine": self.task_affine,
+            "flops": flops,
+        }
+
+    def table(self) -> Group:
+        """For people: what :meth:`to_dict` has, in units to read."""
+        from rich.console import Group
+        from rich.table import Table
+
+        def table(title: str, *columns: str) -> Table:
+            made = Table(title=title, title_justify="left")
+            for i, column in enumerate(columns):
+                made.add_column(column, justify="right" if i else "left")
+            return made
+
+        ranks, data = counted(self.world, "rank"), self.world // self.tensor
+        layout = f"{ranks}: tensor {self.tensor}, data {data}, expert {self.expert}"
+        routes = [f"all directions, {route} route" for route in self.routes]
+        sizes = table(f"{self.name}: parameters", "part", "whole model", "one direction served", *routes)
+        counts = [each.to_dict() for each in (self.parameters, self.serving, *self.routes.values())]
+        for part in counts[0]:
+            sizes.add_row(part, *("tied" if part == "output" else human(count[part]) for count in counts))
+        parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak")
+        memories = table(f"memory of each rank; {layout}; peak with {in_bytes(PROCESS)} of the process itself", "", *parts)
+        for each in self.memory:
+            own = " <- recipe" if (each.precision, each.stage) == (self.precision, self.stage) else ""
+            cells = [in_bytes(getattr(each, part)) for part in parts]
+            memories.add_row(f"{each.precision} ZeRO {each.stage}{own}", *cells)
+        made: list[Any] = [sizes, memories]
+        if self.exchanges:
+            columns = ("side", "layers", "rows leaving / token", "all at home", "bytes / row", "bytes / token", "all at home")
+            traffic = table(f"expert parallelism in {self.precision}: forward and backward", *columns)
+            for side in self.exchanges:
+                home = ["-", "-"]
+                if side.rows_home is not None:
+                    home = [f"{side.rows_home:.2f}", in_bytes(side.token_bytes(at_home=True))]
+                cells = [str(side.layers), f"{side.rows:.2f}", home[0], f"{side.row_bytes:,}", in_bytes(side.token_bytes()), home[1]]
+                traffic.add_row(side.side, *cells)
+            step = f"one step between all ranks, at most: {in_bytes(self.step_bytes)} with experts chosen at random"
+            if self.step_bytes_home is not None:
+                step += f", {in_bytes(self.step_bytes_home)} with all batches at home"
+                step += " (the recipe's are task-affine)" if self.task_affine else " (needs data.batch.languages: task-affine)"
+            made += [traffic, step]
+        work = table(
+            f"floating-point operations of a token, sentences of {self.flops.length}", "", "forward", "of it attention", "training"
+        )
+        work.add_row("source token", human(self.flops.source), human(self.flops.source_attention), human(self.flops.source_training))
+        work.add_row("target token", human(self.flops.target), human(self.flops.target_attention), human(self.flops.target_training))
+        return Group(*made, work)
+
+
+def human(number: float) -> str:
+    """``533M``, ``6.52B``, ``12.3k``: three digits."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * limit:
+            value = number / limit
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{unit}"
+    return f"{number:.0f}"
+
+
+def in_bytes(number: float) -> str:
+    """``4.98 GiB``, ``20.1 KiB``, ``12 B``."""
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if number >= 2**exponent:
+            return f"{number / 2**exponent:.2f} {unit}"
+    return f"{number:.0f} B"
+
+
+def check(recipe: Recipe, world: int) -> None:
+    """Raises UserError unless ``world`` ranks can train the recipe; torch is imported only to say what is wrong."""
+    tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
+    if world < 1:
+        raise UserError(f"a world of {counted(world, 'rank')} was asked for: at least 1 is needed")
+    if world % tensor or world % expert:
+        from lsmoe_ds.parallel.topology import check_world
+
+        check_world(world, tensor, expert)
+    if recipe.data.batch.count % (world // tensor):
+        from lsmoe_ds.parallel.topology import Topology
+        from lsmoe_ds.training.engine import accumulation_steps
+
+        accumulation_steps(recipe, Topology(world=world, tensor=tensor, data=world // tensor, expert=expert))
+
+
+def routes(recipe: Recipe) -> dict[str, Parts]:
+    """What must be loaded to serve all directions, low-rank matrices beside their layers, by each route that there is."""
+    model = recipe.model
+    if model.low_rank is None and not model.distills:
+        return {}
+    found = {"specific": Parts.of(recipe, matrices="specific")}
+    return found | {"shared": Parts.of(recipe, matrices="shared")} if model.distills else found
+
+
+def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan:
+    """Parameters, memory, traffic and arithmetic of a recipe on ``world`` ranks (by default as few as its layout needs).
+
+    Raises UserError if that many ranks cannot hold the layout or share a step's batches evenly.
+    """
+    tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
+    world = lcm(tensor, expert) if world is None else world
+    check(recipe, world)
+    config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
+    half = any(config.get(kind, {}).get("enabled") for kind in HALF)
+    # One rank alone runs stage 0 in float32, whatever is asked for: see training.engine.engine_config.
+    stage = 0 if world == 1 and not half else int(config.get("zero_optimization", {}).get("stage", 0))
+    precision = "bfloat16" if half else "float32"
+    parts = Parts.of(recipe)
+    found = exchanges(recipe, VALUE_BYTES[precision])
+    homes = any(each.rows_home is not None for each in found)
+    return Plan(
+        name=recipe.name,
+        world=world,
+        tensor=tensor,
+        expert=expert,
+        precision=precision,
+        stage=stage,
+        parameters=parts,
+        serving=Parts.of(recipe, serving=True),
+        routes=routes(recipe),
+        memory=[memory(recipe, world, stage, precision) for precision in VALUE_BYTES for stage in STAGES],
+        exchanges=found,
+        step_bytes=step_bytes(recipe, found, world),
+        step_bytes_home=step_bytes(recipe, found, world, at_home=True) if homes else None,
+        task_affine=recipe.data.batch.languages == "task-affine",
+        flops=flops(recipe, length),
+    )
