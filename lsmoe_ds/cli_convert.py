@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lsmoe_ds.cli_options import NPROC, AsJson, InOneWord, Route, Run, direction_of
-from lsmoe_ds.codes import read_code
+from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.console import print_json
 from lsmoe_ds.errors import UserError
 

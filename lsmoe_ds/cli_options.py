@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lsmoe_ds.codes import asked_direction, read_direction
+from lsmoe_ds.config.codes import asked_direction, read_direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.languages import Direction
@@ -23,7 +23,7 @@ Route = Annotated[
     str,
     typer.Option(
         metavar="specific|shared",
-        help="shared: use only what all languages share (models trained with fuse distillation); specific: use the languages' own.",
+        help="shared: use only what all languages share (models with a shared route); specific: use the languages' own.",
     ),
 ]
 Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept at each step of the search.")]

@@ -2,7 +2,7 @@
 
 A language code is an ISO 639 code with optional parts after underscores (``de``, ``zh_Hans``, ``sr_Latn``); a direction
 is written ``en-de``. :func:`normalize_code` gives the code of languages.tsv for codes of other conventions; codes that a person
-wrote are read by :mod:`lsmoe_ds.codes`, which also says so.
+wrote are read by :mod:`lsmoe_ds.config.codes`, which also says so.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class Direction:
 
     @classmethod
     def parse(cls, text: str) -> Direction:
-        """Return the direction that ``str`` wrote. What a person wrote is read by :func:`lsmoe_ds.codes.read_direction`."""
+        """Return the direction that ``str`` wrote. What a person wrote is read by :func:`lsmoe_ds.config.codes.read_direction`."""
         parts = text.split("-")
         if len(parts) != 2 or parts[0] == parts[1] or not all(CODE.match(p) for p in parts):
             raise UserError(f"'{text}' is not a direction: write source-target with two different codes, such as en-de")

@@ -14,16 +14,22 @@ from test_sameness import VOCABULARY, close, recipe_for, steps_of, whole
 from torch import nn
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.methods.clsr.method import ConditionalRouting, Projections, alpha, budget_loss, gate_count
+from lsmoe_ds.methods.base import StepSize
+from lsmoe_ds.methods.clsr.method import ConditionalLanguageSpecificRouting, ConditionalRouting, Projections, alpha, budget_loss
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.moe.costs import bytes_per_row
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.planning.costs import bytes_per_row
 from lsmoe_ds.planning.plan import plan
 
 HIDDEN, LENGTH, NOISE = 6, 4, 1.5
+
+
+def build(recipe: Recipe) -> ConditionalLanguageSpecificRouting:
+    """Make the method of a recipe, without a model."""
+    return ConditionalLanguageSpecificRouting(recipe, recipe.model.clsr)
 
 
 def routing_of(settings: Clsr, decoder: bool) -> tuple[Projections, ConditionalRouting]:
@@ -231,10 +237,11 @@ def test_the_parts_of_the_budget_loss_have_its_gradient(budget):
 
 
 def test_gates_are_counted():
-    recipe = recipe_of({})
-    assert gate_count(recipe.model, 7, 5) == 2 * 2 * 7 + 2 * 3 * 5
-    assert gate_count(recipe_of({"at": ["cross_attention"]}).model, 7, 5) == 2 * 5
-    assert gate_count(recipe_of(None).model, 7, 5) == 0
+    def gates(**clsr) -> int:
+        return build(recipe_of(clsr)).gate_count(StepSize(7, 5))
+
+    assert gates() == 2 * 2 * 7 + 2 * 3 * 5
+    assert gates(at=["cross_attention"]) == 2 * 5
 
 
 @pytest.mark.parametrize(
@@ -362,7 +369,7 @@ def noisy_step(topology, recipe: Recipe):
     result = train_step(engine, step, 2, recipe, topology)
     counts = [sum(each) for each in zip(*(totals["moe"] for totals in found), strict=True)]
     gates = sum(totals["clsr"][0] for totals in found)
-    mean = float(gates) / gate_count(recipe.model, step.source_tokens, step.target_tokens)
+    mean = float(gates) / build(recipe).gate_count(StepSize(step.source_tokens, step.target_tokens))
     engine.destroy()
     return len(passes), [each.tolist() for each in result.totals["moe"]], result.metrics["gates"], [each.tolist() for each in counts], mean
 

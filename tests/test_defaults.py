@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from lsmoe_ds.config.recipe import Capacity, MoE, Recipe
+from lsmoe_ds.config.moe import Capacity, MoE
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.section import is_section
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.low_rank.settings import LowRank

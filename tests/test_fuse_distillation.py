@@ -17,11 +17,13 @@ from test_sameness import VOCABULARY, close, recipe_for, steps_of, train, whole
 
 from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.config.recipe import LowRank, Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.inference.beam_search import Search, beam_search
 from lsmoe_ds.languages import PAD, SentenceIds
 from lsmoe_ds.methods import fuse_distillation
 from lsmoe_ds.methods.fuse_distillation import FuseDistillation
+from lsmoe_ds.methods.low_rank.settings import LowRank
+from lsmoe_ds.methods.objective import Objective
 from lsmoe_ds.model import initialization
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
@@ -197,7 +199,7 @@ def test_experts_learn_nothing_from_the_shared_feed_forward():
         return {name: p.grad for name, p in model.named_parameters() if ".deepspeed_moe." in name or ".router." in name}
 
     def half(model: Transformer) -> None:
-        model.distillation = None
+        model.objective = Objective()
         (model(batch.source, batch.decoder_input, batch.labels, batch.ids).loss / 2).backward()
 
     def both(model: Transformer) -> None:
@@ -234,9 +236,9 @@ def test_a_new_model_has_nothing_to_distill():
     losses = model_of(recipe, trained=False).train()(batch.source, batch.decoder_input, batch.labels, batch.ids)
     recipe.model.low_rank = None
     plain = model_of(recipe).train()(batch.source, batch.decoder_input, batch.labels, batch.ids)
-    assert abs(float(losses.distillation.detach())) < 1e-5
+    assert abs(float(losses.further["distillation"].detach())) < 1e-5
     torch.testing.assert_close((losses.loss, losses.nll), (plain.loss, plain.nll))
-    assert plain.distillation == 0
+    assert not plain.further
 
 
 def test_the_shared_route_knows_no_languages():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_sameness import recipe_for
 
-from lsmoe_ds.config.recipe import LowRank, Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.methods.clsr.settings import Clsr
+from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.model.initialization import draw, global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology

@@ -13,7 +13,7 @@ import yaml
 from small_corpora import recipe as small_recipe
 
 from lsmoe_ds import notices
-from lsmoe_ds.codes import asked_direction, read_code, read_direction, read_directions, resolve_codes
+from lsmoe_ds.config.codes import asked_direction, read_code, read_direction, read_directions, resolve_codes
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.data.cleaning import PairFilter
 from lsmoe_ds.errors import UserError

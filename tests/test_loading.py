@@ -7,7 +7,8 @@ import torch
 from test_sameness import VOCABULARY, ragged_batch, recipe_for
 
 from lsmoe_ds.checkpoint.stored import Weights
-from lsmoe_ds.config.recipe import Capacity, Recipe
+from lsmoe_ds.config.moe import Capacity
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import build_model
 from lsmoe_ds.model.initialization import global_names, initialize

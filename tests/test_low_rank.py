@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lsmoe_ds.config.recipe import LowRank, Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.low_rank.bank import LowRankBank, indexes
+from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology

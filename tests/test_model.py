@@ -154,7 +154,7 @@ def test_loss_is_label_smoothed_cross_entropy():
     torch.testing.assert_close(losses.nll, nll)
     evaluated = model.eval()(batch.source, batch.decoder_input, batch.labels, batch.ids)
     torch.testing.assert_close((evaluated.loss.detach(), evaluated.nll), (nll, nll))  # nothing is smoothed
-    assert not evaluated.notes and evaluated.distillation == 0
+    assert not evaluated.notes and not evaluated.further
 
 
 def initial(topology, recipe):

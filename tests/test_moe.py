@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lsmoe_ds.config.recipe import Capacity, MoE
+from lsmoe_ds.config.moe import Capacity, MoE
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.feed_forward import FeedForward
+from lsmoe_ds.moe.costs import bytes_per_row
 from lsmoe_ds.moe.layer import MixtureOfExperts
 from lsmoe_ds.moe.losses import RoutingRecord, balance_loss, record_routing, z_loss
 from lsmoe_ds.moe.routers import DROPPED, ROUTERS, Routes, choose, limit
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.planning.costs import bytes_per_row
 
 HIDDEN, WIDTH, EXPERTS = 6, 10, 5
 LANGUAGES = Languages(tuple(english_centric(["de", "fr"])))

@@ -15,14 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.config.recipe import MoE, Recipe
+from lsmoe_ds.config.moe import MoE
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.languages import EOS, Direction
 from lsmoe_ds.model.initialization import global_names, initialize
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.moe.costs import bytes_per_row, rows_at_home, rows_at_random
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.planning.costs import Parts, bytes_per_row, flops, rows_at_home, rows_at_random
+from lsmoe_ds.planning.costs import Parts, flops
 from lsmoe_ds.planning.plan import in_bytes, plan
 from lsmoe_ds.shipped import ROOT as PROJECT
 

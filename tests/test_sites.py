@@ -9,9 +9,9 @@ from torch import nn
 
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.low_rank.settings import LowRank
-from lsmoe_ds.methods.registry import methods_of
 from lsmoe_ds.methods.sites import LinearSite, SublayerSite
 from lsmoe_ds.model.initialization import initialize
+from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
 

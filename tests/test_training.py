@@ -17,7 +17,7 @@ import torch
 from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole, open_run, step_of
-from lsmoe_ds.config.recipe import MoE
+from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.data.batching import Step
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.analysis.routing import LayerRouting, Routing
-from lsmoe_ds.config.recipe import MoE
+from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.inference.load import Loaded

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lsmoe_ds.codes import mean_the_same
+from lsmoe_ds.config.codes import mean_the_same
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, ORIGIN, check_trained_on, check_vocabulary, describe_origin, read_origin

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from lsmoe_ds import shipped
-from lsmoe_ds.codes import resolve_codes, tags_of
+from lsmoe_ds.config.codes import resolve_codes, tags_of
 from lsmoe_ds.config.explain import At, Place, Places, explain, name
 from lsmoe_ds.config.recipe import Recipe, Section
 from lsmoe_ds.errors import UserError

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from lsmoe_ds.config.data import Data
 from lsmoe_ds.config.deepspeed import read_deepspeed_config
+from lsmoe_ds.config.method import MethodSection, sections
+from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.section import NAME, Positive, Section, Share
 from lsmoe_ds.languages import Direction, Languages
-from lsmoe_ds.methods.clsr.settings import Clsr
-from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.notices import counted
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -28,66 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "transformer-base": {"hidden": 512, "heads": 8, "encoder": (6, 2048), "decoder": (6, 2048)},
     "transformer-big": {"hidden": 1024, "heads": 16, "encoder": (6, 4096), "decoder": (6, 4096)},
 }
-
-
-class Capacity(Section):
-    """At most ``ceil(factor x top_k x tokens / experts)`` tokens of one batch for each expert; what is over is dropped.
-
-    ``training`` and ``evaluation`` are the factors; without one for evaluation nothing is dropped there, and a
-    translation does not depend on what else is in the batch.
-    ``drop`` keeps the choices of highest ``probability``, or those of first ``position`` (GShard: all first choices come
-    before all second ones).
-    """
-
-    training: Annotated[float, Field(gt=0.0)] = 1.25
-    evaluation: Annotated[float, Field(gt=0.0)] | None = None
-    drop: Literal["probability", "position"] = "probability"
-
-
-class MoE(Section):
-    """Every ``every``-th layer's feed-forward becomes ``experts`` experts, of which each token uses ``top_k``.
-
-    ``routing`` says who chooses ("Beyond Distillation", section 3.1): each ``token``, the mean of the ``sentence``, the
-    ``task`` (target language, source language or pair), or nobody: ``static`` assigns the tasks to the experts.
-    With ``expert_groups`` G the experts stand in G equal groups, and the tasks are assigned to them, relatives together: a
-    task chooses within its own group, so that task-affine batches find their experts at home.
-    With ``fuse_distillation`` one more feed-forward of the same width stands beside the experts, which all languages share and
-    which learns from them ("Condensing Multilingual Knowledge", section 3.1).
-    """
-
-    experts: Positive
-    every: Positive = 2
-    top_k: Positive = 2
-    routing: Literal["token", "sentence", "task", "static"] = "token"
-    task: Literal["target", "source", "pair"] = "target"
-    expert_groups: Positive = 1
-    balance: Annotated[float, Field(ge=0.0)] = 0.01
-    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
-    jitter: Share = 0.0
-    capacity: Capacity | None = None
-    fuse_distillation: bool = False
-
-    @property
-    def by_task(self) -> bool:
-        """Whether all tokens of a task use the same experts, whatever they are."""
-        return self.routing in ("task", "static")
-
-    @model_validator(mode="after")
-    def _experts(self) -> MoE:
-        if self.experts % self.expert_groups:
-            experts = counted(self.experts, "expert")
-            raise ValueError(f"'expert_groups' is {self.expert_groups}, which does not divide the {experts}")
-        if self.expert_groups > 1 and not self.by_task:
-            raise ValueError(
-                f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no tasks to assign to them"
-            )
-        if self.jitter and self.by_task:
-            raise ValueError(f"'jitter' is {self.jitter}, but 'routing: {self.routing}' reads nothing that it could shake")
-        each = self.experts // self.expert_groups
-        if self.top_k > each:
-            of_group = " of a group" if self.expert_groups > 1 else ""
-            raise ValueError(f"'top_k' is {self.top_k}, more than the {counted(each, 'expert')}{of_group}")
-        return self
 
 
 class Side(Section):
@@ -116,14 +56,14 @@ class Side(Section):
         return self.moe is not None and (layer + 1) % self.moe.every == 0
 
 
-class Model(Section):
+class _Model(Section):
+    """The host, and beside these keys one for each method."""
+
     preset: Literal["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"] | None = None
     hidden: Positive
     heads: Positive
     encoder: Side
     decoder: Side
-    low_rank: LowRank | None = None
-    clsr: Clsr | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -140,7 +80,7 @@ class Model(Section):
         return value
 
     @model_validator(mode="after")
-    def _heads(self) -> Model:
+    def _heads(self) -> _Model:
         if self.hidden < 4:
             raise ValueError(f"'hidden' is {self.hidden}: it must be at least 4, so that positions have a sine and a cosine of two lengths")
         if self.hidden % self.heads or self.hidden % 2:
@@ -148,45 +88,30 @@ class Model(Section):
         return self
 
     @model_validator(mode="after")
-    def _low_rank(self) -> Model:
-        settings = self.low_rank
-        if settings is not None and settings.at == "feed_forward":
-            sides = (self.encoder, self.decoder)
-            if not any(settings.is_in(i, "feed_forward") and not side.is_moe(i) for side in sides for i in range(side.layers)):
-                raise ValueError(
-                    f"'low_rank' stands beside dense feed-forwards, but every layer that 'every: {settings.every}' names has experts "
-                    "or does not exist: choose another 'every', or 'at: attention'"
-                )
+    def _methods(self) -> _Model:
+        for method in self.methods:
+            method.check(self)
         return self
 
-    @model_validator(mode="after")
-    def _clsr(self) -> Model:
-        if self.clsr is not None and self.distills:
-            raise ValueError("'clsr' has nothing to distill: leave it out, or 'fuse_distillation'")
-        return self
-
-    @model_validator(mode="after")
-    def _distillation(self) -> Model:
-        if self.low_rank is not None and self.teaches:
-            raise ValueError(
-                "'low_rank' and 'moe.fuse_distillation' exclude each other: low-rank matrices distill by another loss, or have nothing "
-                "for the shared route: leave one out"
-            )
-        return self
+    @property
+    def methods(self) -> list[MethodSection]:
+        """List the sections of the methods that the model has."""
+        found = (getattr(self, name, None) for name in sections())
+        return [section for section in found if section is not None]
 
     @property
     def teaches(self) -> bool:
         """Whether experts teach shared feed-forwards: fuse distillation in its first form."""
-        return any(moe.fuse_distillation for _, _, moe in self.moe_layers())
+        return any(moe.has_shared for _, _, moe in self.moe_layers())
 
     @property
     def distills(self) -> bool:
         """Whether there are two routes, a specific and a shared one, both of which each batch takes in training."""
-        return self.teaches or (self.low_rank is not None and self.low_rank.fuse_distillation)
+        return self.teaches or any(method.distills for method in self.methods)
 
     def routed(self, moe: MoE) -> int:
         """Count the routes of training that use these experts: both, unless a shared feed-forward takes the second."""
-        return 2 if self.distills and not moe.fuse_distillation else 1
+        return 2 if self.distills and not moe.has_shared else 1
 
     @property
     def affine(self) -> MoE | None:
@@ -200,6 +125,13 @@ class Model(Section):
             for layer in range(side.layers):
                 if side.moe is not None and side.is_moe(layer):
                     yield name, layer, side.moe
+
+
+if TYPE_CHECKING:
+    Model = _Model
+else:
+    _sections = {name: (kind | None, None) for name, kind in sections().items()}
+    Model = create_model("Model", __base__=_Model, __module__=__name__, **_sections)
 
 
 class Training(Section):
@@ -251,7 +183,7 @@ class Recipe(Section):
             raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide 'data.vocabulary.size' {self.data.vocabulary.size}")
         for name, side in (("encoder", hidden.encoder), ("decoder", hidden.decoder)):
             for layer in range(side.layers):
-                dense = not side.is_moe(layer) or (side.moe is not None and side.moe.fuse_distillation)
+                dense = not side.is_moe(layer) or (side.moe is not None and side.moe.has_shared)
                 if dense and side.width(layer) % tensor:
                     raise ValueError(
                         f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width {side.width(layer)} of the {name}"
@@ -260,13 +192,8 @@ class Recipe(Section):
             if moe.experts % expert:
                 experts = counted(moe.experts, "expert")
                 raise ValueError(f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}")
-        if hidden.low_rank is not None and isinstance(hidden.low_rank.rank, dict):
-            named, known = set(hidden.low_rank.rank), set(self.languages.codes)
-            if named != known:
-                wrong = sorted(named ^ known)[0]
-                raise ValueError(
-                    f"'low_rank.rank' {'lacks' if wrong in known else 'names'} {wrong}: it must have each of {', '.join(sorted(known))}"
-                )
+        for method in hidden.methods:
+            method.check_languages(self.languages)
         if self.data.batch.languages == "task-affine":
             affine = self.model.affine
             if affine is None:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lsmoe_ds.codes import read_directions
+from lsmoe_ds.config.codes import read_directions
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics

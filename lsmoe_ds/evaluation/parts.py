@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lsmoe_ds.checkpoint.run_folder import step_of
-from lsmoe_ds.codes import read_directions
+from lsmoe_ds.config.codes import read_directions
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import Tokenizer

@@ -11,7 +11,8 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.page import measures_table, reading
 from lsmoe_ds.analysis.routing import read_routing, task_name
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.config.recipe import Model, Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
@@ -40,7 +41,6 @@ T = TypeVar("T")
 SOFTWARE = ("lsmoe_ds", "torch", "deepspeed", "megatron-core", "sentencepiece", "sacrebleu")
 SHORT_TRAINING = 2 * 3600
 USABLE = 0.1
-CURVES = ("nll", "dev_loss", "dev_loss_shared", "learning_rate", "distillation", "gates")
 OPEN_SAMPLES = 5
 
 
@@ -92,7 +92,7 @@ class Progress:
     totals.
     """
 
-    curves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {name: [] for name in CURVES})
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
@@ -219,9 +219,8 @@ def read_progress(path: Path) -> Progress:
         # The loss that is trained on holds label smoothing and balance; nll is what compares with dev.
         if "loss" in value:
             value.setdefault("nll", value["loss"])
-        for name, curve in progress.curves.items():
-            if name in value:
-                curve.append((step, value[name]))
+        for name in value.keys() - {"step"}:
+            progress.curves[name].append((step, value[name]))
         if "tokens_per_second" in value:
             speeds.append(value["tokens_per_second"])
         progress.seconds += value.get("seconds", 0.0)
@@ -238,7 +237,7 @@ class TrainingCharts:
 
 
 def _curves(progress: Progress, recipe: Recipe) -> TrainingCharts:
-    curve, clsr = progress.curves, recipe.model.clsr
+    curve = progress.curves
     loss, dev, shared = curve["nll"], curve["dev_loss"], curve["dev_loss_shared"]
     series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []
     # What is drawn first is wider, so that it is seen beside what covers it: the two routes often have the same losses.
@@ -247,9 +246,9 @@ def _curves(progress: Progress, recipe: Recipe) -> TrainingCharts:
     low = [("Learning rate", [Series(curve["learning_rate"])])]
     if recipe.model.distills:  # other runs record zeros
         low.append(("Divergence of the two routes, in nats a target token", [Series(curve["distillation"])]))
-    if clsr is not None:
-        aim = Series([(0, clsr.budget), (progress.steps, clsr.budget)], "aim")
-        low.append((f"Mean gate; dashed its budget, {number(clsr.budget)}", [aim, Series(curve["gates"])]))
+    for chart in (chart for method in recipe.model.methods for chart in method.charts()):
+        aim = [] if chart.aim is None else [Series([(0, chart.aim), (progress.steps, chart.aim)], "aim")]
+        low.append((chart.title, [*aim, Series(curve[chart.metric])]))
     return TrainingCharts(
         line_chart(series, f"Loss over {progress.steps:,} steps") if series else None,
         bool(shared),
@@ -268,22 +267,10 @@ def _summary(recipe: Recipe, progress: Progress | None) -> str:
     ]
     if len(sparse) == 2 and sparse[0].replace("encoder", "decoder") == sparse[1]:
         sparse = [sparse[0].replace("the encoder", "encoder and decoder")]
-    parts = [*sparse, *_language_specific(model)]
+    parts = [*sparse, *(method.describe() for method in model.methods)]
     what = f"{model.preset or 'transformer'} {'with ' + ' and '.join(parts) if parts else 'without experts'}"
     steps = f", trained for {progress.steps:,} steps" if progress and progress.steps else ""
     return f"{len(languages.codes)} languages in {len(languages.directions)} directions: {what}{steps}."
-
-
-def _language_specific(model: Model) -> Iterator[str]:
-    """Name what a model has for each language beside experts."""
-    if (banks := model.low_rank) is not None:
-        ranks = {banks.rank} if isinstance(banks.rank, int) else set(banks.rank.values())
-        rank = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
-        place = {"feed_forward": "feed-forwards", "attention": "attentions", "both": "feed-forwards and attentions"}[banks.at]
-        by = "language pair" if banks.index == "pair" else "language"
-        yield f"low-rank matrices of each {by} ({rank}) beside its {place}"
-    if model.clsr is not None:
-        yield "gates between each language's projection and a shared one (CLSR)"
 
 
 def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:

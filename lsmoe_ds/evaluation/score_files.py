@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from lsmoe_ds.codes import read_code
+from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.data.formats import read_lines
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.comet import Comet

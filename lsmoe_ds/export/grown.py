@@ -28,12 +28,13 @@ from torch import Tensor
 from lsmoe_ds.checkpoint.stored import RECIPE, VOCABULARY, Stored, name_of
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.config.recipe import MoE, Recipe
+from lsmoe_ds.config.moe import MoE
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
-from lsmoe_ds.methods.registry import methods_of
 from lsmoe_ds.model.initialization import draw, global_names
+from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.routers import assign
 from lsmoe_ds.notices import counted

@@ -18,7 +18,7 @@ import torch
 
 from lsmoe_ds.checkpoint.stored import RECIPE, VOCABULARY, name_of
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors
-from lsmoe_ds.codes import resolve_codes
+from lsmoe_ds.config.codes import resolve_codes
 from lsmoe_ds.config.explain import Places
 from lsmoe_ds.config.file import apply_override, merge, validate
 from lsmoe_ds.config.recipe import Recipe

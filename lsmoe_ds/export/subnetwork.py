@@ -25,12 +25,13 @@ from torch import Tensor
 from lsmoe_ds import __version__
 from lsmoe_ds.checkpoint.stored import PLAIN, PROVENANCE, READABLE, Stored, Weights, find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors
-from lsmoe_ds.config.recipe import Model, MoE, Parallel, Recipe, Side
+from lsmoe_ds.config.moe import MoE
+from lsmoe_ds.config.recipe import Model, Parallel, Recipe, Side
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_fields
 from lsmoe_ds.inference.load import check_route, empty_model
 from lsmoe_ds.languages import Direction, Languages
-from lsmoe_ds.methods.registry import methods_of
+from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
 from lsmoe_ds.parallel.topology import Topology
 
@@ -70,7 +71,7 @@ def check_convertible(recipe: Recipe, direction: Direction | None, route: str = 
 
 def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
     """Yield (side, layer, settings) of each layer whose experts the route uses."""
-    return ((side, layer, moe) for side, layer, moe in model.moe_layers() if route == "specific" or not moe.fuse_distillation)
+    return ((side, layer, moe) for side, layer, moe in model.moe_layers() if route == "specific" or not moe.has_shared)
 
 
 def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages, task: int) -> dict[str, Entry]:
@@ -127,7 +128,7 @@ def extract(
         dense = dict(merged.entries)
         for side, layer, settings in recipe.model.moe_layers():
             at = f"{side}.{layer}.feed_forward."
-            if settings.fuse_distillation and route == "shared":
+            if settings.has_shared and route == "shared":
                 made = {f"{at}{name}": whole.entries[f"{at}shared.{name}"] for name in FEED_FORWARD}
             elif settings.by_task:
                 assert direction is not None
@@ -154,7 +155,7 @@ def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str,
     """
 
     def side(name: str, before: Side) -> Side:
-        moe = before.moe.model_copy(update={"fuse_distillation": False}) if before.moe is not None and name in kept else None
+        moe = before.moe.without_shared() if before.moe is not None and name in kept else None
         return Side(layers=len(widths[name]), feed_forward=list(widths[name]), moe=moe)
 
     before = recipe.model

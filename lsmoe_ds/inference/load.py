@@ -10,6 +10,7 @@ import torch
 
 from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.config.method import shared_route_keys
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.vocabulary import Vocabulary
@@ -98,8 +99,8 @@ def check_route(route: str, recipe: Recipe) -> Route:
         raise UserError(f"'{route}' is no route: choose specific or shared")
     if not recipe.model.distills:
         raise UserError(
-            "the model has no shared matrices or feed-forwards for the route 'shared': they come of 'fuse_distillation: true' in "
-            "model.low_rank or moe"
+            "the model has no parameters for the route 'shared': a model gets them by "
+            f"{' or '.join(f'{key}: true' for key in shared_route_keys())}"
         )
     return "shared"
 

@@ -17,7 +17,6 @@ N tokens of the single batch, V vocabulary, H hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.methods.objective import Objective, TokenLosses
 from lsmoe_ds.parallel.layers import project, smoothing_loss
 from lsmoe_ds.parallel.topology import Topology
 
@@ -108,30 +107,27 @@ def _few(halves: Tensor) -> Iterator[tuple[Tensor, slice]]:
         yield halves[:, tokens], tokens
 
 
-@dataclass(frozen=True)
-class FuseDistillation:
-    """How a model is trained on both routes."""
+class FuseDistillation(Objective):
+    """Train a model on both routes; with ``teacher`` the shared route alone learns from the divergence."""
 
-    teacher: bool = False
+    routes = ("specific", "shared")
+    route = "both"
 
-    @classmethod
-    def of(cls, recipe: Recipe) -> FuseDistillation | None:
-        """None where the recipe asks for none. Low-rank matrices stand beside shared weights, so they learn from each other."""
-        return cls(recipe.model.teaches) if recipe.model.distills else None
+    def __init__(self, teacher: bool) -> None:
+        self.teacher = teacher
 
-    def losses(
-        self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [2 N, H] and labels [2 N] of both routes -> mean of the two smoothed cross-entropies, divergence, and the
-        specific route's negative log-likelihood; each summed over N tokens. The first has the gradient of the first two."""
+    def expand(self, batch: tuple[Tensor, ...], ids: SentenceIds) -> tuple[tuple[Tensor, ...], SentenceIds]:
+        """Repeat the sentences: [B, ...] -> [2 B, ...]. The second half takes the shared route."""
+        again = torch.arange(batch[0].shape[0], device=batch[0].device).repeat(2)
+        return tuple(each[again] for each in batch), ids.select(again)
+
+    def losses(self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> TokenLosses:
+        """Return the mean of the two smoothed cross-entropies, the specific route's negative log-likelihood and the
+        divergence as ``distillation``, from hidden states [2 N, H] and labels [2 N] of both routes; each is summed
+        over N tokens.
+        """
         projected = project(hidden, embedding, topology)
         loss, nll, apart = _RouteLosses.apply(projected.logits, labels, topology, self.teacher)
         if smoothing:
             loss = loss + smoothing_loss(projected, labels, embedding, smoothing, topology) / 2
-        return loss - apart.sum(), apart.sum(), nll[0].sum()
-
-
-def twice(source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> tuple[Tensor, Tensor, SentenceIds]:
-    """The batch, and once more the batch: [B, ...] -> [2 B, ...]."""
-    again = torch.arange(source.shape[0], device=source.device).repeat(2)
-    return source[again], decoder_input[again], ids.select(again)
+        return TokenLosses(loss - apart.sum(), nll[0].sum(), {"distillation": apart.sum()})

@@ -1,32 +1,22 @@
-"""The places of a model at which methods add something: its linear layers and its sublayers."""
+"""Name the places of a model at which methods add something: its linear layers and its sublayers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
+from lsmoe_ds.config.shapes import LinearShape, LinearShapes, SideName, Sublayer, SublayerShape
 from lsmoe_ds.methods.context import LanguageContext
-
-Sublayer = Literal["attention", "cross_attention", "feed_forward"]
-Split = Literal["column", "row"]  # what tensor-parallel ranks share out: the outputs, or the inputs
 
 
 @dataclass(frozen=True)
-class LinearSite:
+class LinearSite(LinearShape):
     """A linear layer [inputs -> outputs]. Its ``module`` calls what is added instead, with the layer, its input
     and the context: ``added(base, x, context)``.
     """
 
-    side: str
-    layer: int
-    sublayer: Sublayer
-    name: str
-    inputs: int
-    outputs: int
-    split: Split
     module: Linears
 
     def add(self, method: str, added: nn.Module) -> None:
@@ -38,14 +28,11 @@ class LinearSite:
 
 
 @dataclass(frozen=True)
-class SublayerSite:
+class SublayerSite(SublayerShape):
     """A sublayer of a layer. What is added follows it, before the residual: ``y = added(y, x, real, context)`` of
     what it gave, y, and what it read, x, both [B, T, H].
     """
 
-    side: str
-    layer: int
-    sublayer: Sublayer
     module: WithSublayers
 
     def add(self, method: str, added: nn.Module) -> None:
@@ -60,7 +47,7 @@ Site = LinearSite | SublayerSite
 class Linears(nn.Module):
     """A module whose linear layers, named in ``shapes``, are sites."""
 
-    shapes: dict[str, tuple[int, int, Split]]  # inputs, outputs and split of each linear layer, by attribute
+    shapes: LinearShapes  # inputs, outputs and split of each linear layer, by attribute
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +59,7 @@ class Linears(nn.Module):
         out: Tensor = base(x) if added is None else added(base, x, context)
         return out
 
-    def linear_sites(self, side: str, layer: int, sublayer: Sublayer) -> Iterator[LinearSite]:
+    def linear_sites(self, side: SideName, layer: int, sublayer: Sublayer) -> Iterator[LinearSite]:
         for name, (inputs, outputs, split) in self.shapes.items():
             yield LinearSite(side, layer, sublayer, name, inputs, outputs, split, self)
 

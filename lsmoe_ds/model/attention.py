@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsmoe_ds.config.shapes import attention_linears
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.sites import Linears
 from lsmoe_ds.parallel import compat
@@ -22,7 +23,7 @@ class Attention(Linears):
 
     def __init__(self, hidden: int, heads: int, dropout: float, topology: Topology) -> None:
         super().__init__()
-        self.shapes = dict.fromkeys(("query", "key", "value"), (hidden, hidden, "column")) | {"output": (hidden, hidden, "row")}
+        self.shapes = attention_linears(hidden)
         self.query = column_linear(hidden, hidden, topology)
         self.key = column_linear(hidden, hidden, topology)
         self.value = column_linear(hidden, hidden, topology)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from lsmoe_ds.config.shapes import feed_forward_linears
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.sites import Linears
 from lsmoe_ds.parallel.layers import column_linear, row_linear
@@ -16,7 +17,7 @@ class FeedForward(Linears):
 
     def __init__(self, hidden: int, width: int, topology: Topology) -> None:
         super().__init__()
-        self.shapes = {"expand": (hidden, width, "column"), "contract": (width, hidden, "row")}
+        self.shapes = feed_forward_linears(hidden, width)
         self.expand = column_linear(hidden, width, topology)
         self.contract = row_linear(width, hidden, topology)
 

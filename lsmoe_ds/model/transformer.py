@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.config.recipe import Recipe, Side
+from lsmoe_ds.config.shapes import SideName, Sublayer
 from lsmoe_ds.languages import PAD, Languages, SentenceIds
 from lsmoe_ds.methods.base import Totals
 from lsmoe_ds.methods.context import LanguageContext, Notes, Route, mean_of_real
-from lsmoe_ds.methods.fuse_distillation import FuseDistillation, twice
-from lsmoe_ds.methods.registry import methods_of
-from lsmoe_ds.methods.sites import Linears, Site, Sublayer, SublayerSite, WithSublayers
+from lsmoe_ds.methods.objective import Objective
+from lsmoe_ds.methods.sites import Linears, Site, SublayerSite, WithSublayers
 from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.parallel.layers import cross_entropy, output_logits, project
+from lsmoe_ds.model.methods import methods_of, objective_of
+from lsmoe_ds.parallel.layers import output_logits
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -31,10 +32,9 @@ from lsmoe_ds.parallel.topology import Topology
 class Losses:
     """Losses of one micro-batch, as sums over its target tokens."""
 
-    loss: Tensor  # label-smoothed cross-entropy, summed; with gradient; in fuse distillation the mean of both routes, and the gradient
-    # also that of the divergence
-    nll: Tensor  # negative log-likelihood, summed; without gradient; in fuse distillation of the specific route
-    distillation: Tensor  # divergence of the two routes in fuse distillation, summed; without gradient; otherwise 0
+    loss: Tensor  # those of TokenLosses
+    nll: Tensor
+    further: dict[str, Tensor]
     notes: Notes  # of each method, encoder first; what the auxiliary losses are made of. Empty in evaluation
 
 
@@ -83,6 +83,7 @@ class Layer(WithSublayers):
     ) -> None:
         super().__init__()
         hidden, heads, dropout = recipe.model.hidden, recipe.model.heads, recipe.training.attention_dropout
+        self.hidden = hidden
         self.attention_norm = nn.LayerNorm(hidden)
         self.attention = Attention(hidden, heads, dropout, topology)
         self.cross_norm = nn.LayerNorm(hidden) if decoder else None
@@ -94,7 +95,7 @@ class Layer(WithSublayers):
 
             assert side.moe is not None
             width, alone = side.width(index), Topology.single(topology.device)
-            shared = FeedForward(hidden, width, topology) if side.moe.fuse_distillation else None
+            shared = FeedForward(hidden, width, topology) if side.moe.has_shared else None
             self.feed_forward = MixtureOfExperts(hidden, side.moe, lambda: FeedForward(hidden, width, alone), languages, topology, shared)
         else:
             self.feed_forward = FeedForward(hidden, side.width(index), topology)
@@ -134,7 +135,7 @@ class Layer(WithSublayers):
         y = self.feed_forward(normed, real, context) if self.is_moe else self.feed_forward(normed, context)
         return x + self._drop(self.follow("feed_forward", y, normed, real, context)), cache
 
-    def sites(self, side: str, number: int) -> Iterator[Site]:
+    def sites(self, side: SideName, number: int) -> Iterator[Site]:
         """Yield each sublayer and its linear layers. Those of experts are no sites."""
         found: dict[Sublayer, nn.Module | None] = {
             "attention": self.attention,
@@ -143,7 +144,7 @@ class Layer(WithSublayers):
         }
         for name, module in found.items():
             if module is not None:
-                yield SublayerSite(side, number, name, self)
+                yield SublayerSite(side, number, name, self.hidden, self)
             if isinstance(module, Linears):
                 yield from module.linear_sites(side, number, name)
 
@@ -170,7 +171,7 @@ class Transformer(nn.Module):
         self.topology = topology
         self.dropout = recipe.training.dropout
         self.smoothing = recipe.training.label_smoothing
-        self.distillation = FuseDistillation.of(recipe)
+        self.objective = objective_of(recipe)
         self.moe_names = [f"{side}.{layer}" for side, layer, _ in model.moe_layers()]
         self.summarize = model.decoder.moe is not None and model.decoder.moe.routing == "sentence"
 
@@ -230,23 +231,20 @@ class Transformer(nn.Module):
         return output_logits(hidden.flatten(0, 1), self.embedding.tokens, self.topology).unflatten(0, hidden.shape[:2])
 
     def forward(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds, route: Route = "specific") -> Losses:
-        """Source [B, M], decoder input and labels [B, T] -> losses, summed over the real labels.
+        """Compute the losses of sources [B, M], decoder inputs and labels [B, T], summed over the real labels.
 
-        In training, fuse distillation takes both routes. An MoE layer's record is then of twice the tokens, unless the layer has
-        a shared feed-forward for the second.
+        In training the objective says which routes the sentences take: fuse distillation takes both, and an MoE
+        layer's record is then of twice the tokens, unless the layer has a shared feed-forward for the second route.
         """
-        distillation = self.distillation if self.training else None
-        if distillation is not None:
-            (source, decoder_input, ids), labels, route = twice(source, decoder_input, ids), labels.repeat(2, 1), "both"
+        objective = self.objective if self.training else Objective()
+        if self.training:
+            (source, decoder_input, labels), ids = objective.expand((source, decoder_input, labels), ids)
+            route = objective.route
         hidden, notes = self._noted(source, decoder_input, ids, route)
         index = (labels.reshape(-1) != PAD).nonzero().squeeze(1)  # the vocabulary is projected for real tokens only
         hidden, labels = hidden.flatten(0, 1)[index], labels.reshape(-1)[index]
-        tokens, smoothing = self.embedding.tokens, self.smoothing if self.training else 0.0
-        if distillation is not None:
-            loss, apart, nll = distillation.losses(hidden, labels, tokens, smoothing, self.topology)
-            return Losses(loss, nll, apart, notes)
-        loss, nll = cross_entropy(project(hidden, tokens, self.topology), labels, tokens, smoothing, self.topology)
-        return Losses(loss, nll.sum(), loss.new_zeros(()), notes)
+        smoothing = self.smoothing if self.training else 0.0
+        return Losses(*objective.losses(hidden, labels, self.embedding.tokens, smoothing, self.topology), notes)
 
     def _noted(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route) -> tuple[Tensor, Notes]:
         """Return hidden states [B, T, H], and in training the notes of all methods."""
@@ -256,7 +254,8 @@ class Transformer(nn.Module):
 
     def sites(self) -> Iterator[Site]:
         """Yield the places at which methods add something, layer by layer."""
-        for side in ("encoder", "decoder"):
+        sides: tuple[SideName, ...] = ("encoder", "decoder")
+        for side in sides:
             for number, layer in enumerate(getattr(self, side)):
                 yield from layer.sites(side, number)
 
@@ -280,10 +279,8 @@ class Transformer(nn.Module):
         ahead = {method.name: method.count_ahead(self, real, ids) for method in self.methods}
         if None not in ahead.values():
             return {name: totals for name, totals in ahead.items() if totals is not None}
-        route: Route = "specific"
-        if self.distillation is not None:
-            (source, decoder_input, ids), route = twice(source, decoder_input, ids), "both"
-        return self.count(self._noted(source, decoder_input, ids, route)[1])
+        (source, decoder_input), ids = self.objective.expand((source, decoder_input), ids)
+        return self.count(self._noted(source, decoder_input, ids, self.objective.route)[1])
 
     def count(self, notes: Notes) -> Totals:
         """Return a micro-batch's part of each method's totals."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lsmoe_ds.config.recipe import MoE
+from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.methods.context import LanguageContext, mean_of_real
 from lsmoe_ds.moe.dispatch import Dispatcher

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsmoe_ds.config.recipe import MoE
+from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.moe.routers import DROPPED, Routes
 
 NAME = "moe"  # of its notes

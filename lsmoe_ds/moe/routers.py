@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lsmoe_ds.config.recipe import Capacity, MoE
+from lsmoe_ds.config.moe import Capacity, MoE
 from lsmoe_ds.languages import Languages
 
 DROPPED = -1

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from lsmoe_ds.config.recipe import Recipe, Side
-from lsmoe_ds.planning.costs import VALUE_BYTES, Count, Parts, passes
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.shapes import Count, SideName, SublayerShape, shapes_of
+from lsmoe_ds.moe import costs as experts
+from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, passes
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 STAGE_0_BUCKET = 2**24  # values: ours, where DeepSpeed would copy up to 5e8
@@ -78,69 +80,47 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
 
 
 def activations(recipe: Recipe, value: int) -> int:
-    """What one micro-batch leaves for its backward pass, with v bytes a ``value``: ``data.batch.tokens`` padded tokens S, half
-    of them source and half target. Per token, in values, with a factor 1 / t for what tensor-parallel ranks share::
+    """Count the bytes that one micro-batch leaves for its backward pass, with v bytes a ``value``.
 
-        self-attention      3 H + 4 H / t        in and out of its norm, dropout's mask; query, key, value, and their mixture
-        over the source     3 H + 2 H / t        the same for a target token, and 2 H / t for a source token's key and value
+    ``data.batch.tokens`` padded tokens S, half of them source and half target. Per token, in values, with a factor
+    1 / t for what tensor-parallel ranks share::
+
+        self-attention      3 H + 4 H / t        in and out of its norm, dropout's mask; query, key, value, mixture
+        over the source     3 H + 2 H / t        the same for a target token, and 2 H / t for a source token's key
+                                                 and value
         feed-forward        3 H + F / t
         experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
         output layer        H + 3 V / t float32  per target token: log-probabilities, and at their gradient two more
-        low-rank matrices   r of each linear     what a token's flat matrix makes of it; beside a row linear with t > 1 also H, as it
-                                                 was sent with the layer's own
-        CLSR                3 H + G + 1          of each sublayer with gates: its output, two products of that, the gate's hidden
-                                                 units, the gate
+        methods                                  as each says (``values``)
 
-    In Fuse Distillation all this twice, for both routes, but only V / t float32 at the output layer, as the gradient takes the
-    place of the logits; by the shared route a feed-forward in place of the experts that it is distilled from.
+    In fuse distillation all this twice, for both routes, but only V / t float32 at the output layer, as the gradient
+    takes the place of the logits; by the shared route a feed-forward in place of the experts that it is distilled from.
     Attention probabilities are not stored: ``scaled_dot_product_attention`` computes them again (with
-    ``training.attention_dropout`` on a CPU it stores them). Approximate: the split into source and target (a batch with longer
-    target sentences takes more); dropout's masks, counted as values as on a CPU (on a GPU they are bytes); even load of the
-    experts over their ranks. With several micro-batches each starts when the last one's are gone. Nothing is computed twice.
+    ``training.attention_dropout`` on a CPU it stores them). Approximate: the split into source and target (a batch
+    with longer target sentences takes more); dropout's masks, counted as values as on a CPU (on a GPU they are bytes);
+    even load of the experts over their ranks. With several micro-batches each starts when the last one's are gone.
+    Nothing is computed twice.
     """
-    model, tensor, settings, clsr = recipe.model, recipe.parallel.tensor, recipe.model.low_rank, recipe.model.clsr
-    hidden, mask = model.hidden, int(recipe.training.dropout > 0)
-    row = hidden if tensor > 1 else 0
-
-    def side_values(side: Side, blocks: int) -> float:
-        """Values of a token of the side: its layers with ``blocks`` attentions, and its ends."""
-        total = float((2 + mask) * hidden)
-        for layer in range(side.layers):
-            total += (blocks + 1) * (2 + mask) * hidden
-            total += (4 * hidden + (blocks - 1) * 2 * hidden + feed_forward_values(side, layer)) / tensor
-            total += low_rank_values(side, layer, blocks)
-            if clsr is not None:
-                total += len(clsr.sublayers(decoder=blocks == 2)) * (3 * hidden + clsr.gate + 1)
-        return total
-
-    def low_rank_values(side: Side, layer: int, blocks: int) -> int:
-        if settings is None:
-            return 0
-        rank, total = settings.shared_rank, 0
-        if settings.is_in(layer, "feed_forward") and not side.is_moe(layer):
-            total += 2 * rank + row
-        if settings.is_in(layer, "attention"):  # keys and values of the source are a source token's
-            total += blocks * (4 * rank + row) - (blocks - 1) * 2 * rank
-        return total
-
-    def feed_forward_values(side: Side, layer: int) -> float:
-        """The mean of both routes, where they differ."""
-        width, moe = side.width(layer), side.moe if side.is_moe(layer) else None
-        if moe is None:
-            return width
-        experts = moe.top_k * (2 * hidden + width)
-        return (experts + width) / 2 if moe.fuse_distillation else experts
-
-    source = side_values(model.encoder, 1) + model.decoder.layers * 2 * hidden / tensor
-    if settings is not None:
-        source += 2 * settings.shared_rank * sum(settings.is_in(layer, "attention") for layer in range(model.decoder.layers))
-    target = side_values(model.decoder, 2) + hidden
+    model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
+    norm = (2 + (recipe.training.dropout > 0)) * hidden  # in and out of a norm, and dropout's mask
+    found: dict[SideName, float] = {"encoder": norm, "decoder": norm + hidden}
+    for site in shapes_of(model):
+        side = model.encoder if site.side == "encoder" else model.decoder
+        if isinstance(site, SublayerShape):
+            found[site.side] += norm
+            if site.sublayer == "feed_forward":
+                width, moe = side.width(site.layer), side.moe if side.is_moe(site.layer) else None
+                found[site.side] += (width if moe is None else experts.values(hidden, width, moe)) / tensor
+        elif site.sublayer != "feed_forward":  # query, key, value, and the mixture that the output layer reads
+            found[site.reads] += hidden / tensor
+        found[site.reads] += sum(method.values(site, tensor) for method in model.methods)
     twice = passes(recipe)
     logits = 3 if twice == 1 else 1
     floats = logits * recipe.data.vocabulary.size / tensor
     floats += sum(2 * moe.experts * model.routed(moe) / twice for _, _, moe in model.moe_layers() if moe.routing == "token")
-    return round(twice * recipe.data.batch.tokens / 2 * (value * (source + target) + 4 * floats))
+    values = sum(found.values())
+    return round(twice * recipe.data.batch.tokens / 2 * (value * values + 4 * floats))
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:
@@ -152,14 +132,13 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
                     4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32
         stages 1, 2 v min(b, d + e) + 4 p           the bucket; float32 gradients of the rank's own part
 
-    A stage-0 bucket holds at least one whole gradient, so V H / t values where those are more, or L H^2 for the projections
-    of CLSR's L languages. On a GPU the bucket of stages 1 and 2 takes all its b values even where there are fewer gradients.
+    A stage-0 bucket holds at least one whole gradient, so V H / t values where those are more, or as many as
+    a method says. On a GPU the bucket of stages 1 and 2 takes all its b values even where there are fewer gradients.
     Left out, as small beside the rest: rows on their way to experts and back, ZeRO's padding.
     """
     if stage == 0:
-        model, languages = recipe.model, len(recipe.languages.codes)
-        largest = recipe.data.vocabulary.size * model.hidden // recipe.parallel.tensor
-        largest = max(largest, languages * model.hidden**2 if model.clsr is not None else 0)
+        largest = recipe.data.vocabulary.size * recipe.model.hidden // recipe.parallel.tensor
+        largest = max([largest, *(method.largest(recipe.model, recipe.languages) for method in recipe.model.methods)])
         copies = min(max(STAGE_0_BUCKET, largest), max(dense, experts)) if world > 1 else 0
         return value * copies if value == 4 else 4 * (copies + dense + experts)
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from lsmoe_ds.config.deepspeed import HALF
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.moe.costs import Exchange, exchanges
 from lsmoe_ds.notices import counted
-from lsmoe_ds.planning.costs import LENGTH, VALUE_BYTES, Exchange, Flops, Parts, exchanges, flops, step_bytes
+from lsmoe_ds.planning.costs import LENGTH, VALUE_BYTES, Flops, Parts, flops, step_bytes
 from lsmoe_ds.planning.memory import PROCESS, Memory, memory
 
 if TYPE_CHECKING:
@@ -150,12 +151,12 @@ def check(recipe: Recipe, world: int) -> None:
 
 
 def routes(recipe: Recipe) -> dict[str, Parts]:
-    """What must be loaded to serve all directions, low-rank matrices beside their layers, by each route that there is."""
+    """Count what must be loaded to serve all directions by each route; empty where that is the whole model."""
     model = recipe.model
-    if model.low_rank is None and not model.distills:
-        return {}
-    found = {"specific": Parts.of(recipe, matrices="specific")}
-    return found | {"shared": Parts.of(recipe, matrices="shared")} if model.distills else found
+    found = {"specific": Parts.of(recipe, held="specific")}
+    if model.distills:
+        return found | {"shared": Parts.of(recipe, held="shared")}
+    return found if Parts.of(recipe, held="merged") != Parts.of(recipe) else {}
 
 
 def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan:

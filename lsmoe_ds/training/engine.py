@@ -27,7 +27,6 @@ from lsmoe_ds.planning.memory import STAGE_0_BUCKET
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")
-OF_TOKENS = ("loss", "nll", "distillation")  # what the model itself computes, per target token
 BETAS, EPSILON = (0.9, 0.98), 1e-9  # "Attention is all you need", section 5.3
 
 # What the recipe decides; in a DeepSpeed configuration these would be a second, silent answer.
@@ -49,7 +48,7 @@ class NonFinite(Exception):
 class StepResult:
     """What one optimizer step computed, over all ranks."""
 
-    metrics: dict[str, float]  # per-token means of OF_TOKENS, and what each method measures
+    metrics: dict[str, float]  # per-token means of the objective's losses, and what each method measures
     grad_norm: float | None  # before clipping
     learning_rate: float
     exchanged: dict[str, Traffic]  # of each side, to and from its experts, summed over all ranks
@@ -186,14 +185,16 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
         result: Losses = engine(batch.source, batch.decoder_input, batch.labels, batch.ids)
         if totals is None:
             totals = _over_data_ranks(model.count(result.notes), topology)
-        loss = (result.loss + result.distillation) / step.target_tokens
-        parts = {name: getattr(result, name).detach() / step.target_tokens for name in OF_TOKENS}
+        of_tokens = {"loss": result.loss, "nll": result.nll, **result.further}
+        loss = sum(result.further.values(), start=result.loss) / step.target_tokens
+        parts: dict[str, Tensor | float] = {name: each.detach() / step.target_tokens for name, each in of_tokens.items()}
         for method in model.methods:
             notes = result.notes.get(method.name, [])
             auxiliary = method.losses(notes, totals[method.name], size)
             for each in auxiliary.values():
                 loss = loss + each
-            parts |= {name: each.detach() for name, each in auxiliary.items()} | method.sums(notes)
+            parts |= {name: each.detach() for name, each in auxiliary.items()}
+            parts |= method.sums(notes)
         # DeepSpeed averages gradients over the data-parallel ranks; these losses are parts of a global mean already.
         engine.backward(loss * topology.data, scale_wrt_gas=False)
         for name, part in parts.items():
@@ -202,7 +203,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
             engine.step()  # counts the micro-batch
     assert totals is not None
     found = _sum_over_data_ranks(sums, topology)
-    measured = {name: found[name] for name in OF_TOKENS}
+    measured = {name: found[name] for name in of_tokens}
     for method in model.methods:
         measured |= method.measure(found, totals[method.name], size)
     total = math.fsum(found.values())

@@ -51,7 +51,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
     beat("building the model")
     engine = build_engine(recipe, vocabulary.size, topology)
-    routes: list[Route] = ["specific"] if engine.module.distillation is None else ["specific", "shared"]
+    routes: tuple[Route, ...] = engine.module.objective.routes
     beat("looking for the newest whole checkpoint")
     found, complaints = on_main(lambda: newest_whole(run))
     done, window = 0, None

@@ -27,13 +27,13 @@ B sentences, T positions, H hidden, L languages.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from lsmoe_ds.config.recipe import Model, Recipe
+from lsmoe_ds.config.shapes import SideName
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Languages, SentenceIds
 from lsmoe_ds.methods.base import Draw, Method, StepSize
@@ -41,10 +41,13 @@ from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.context import LanguageContext, Route
 from lsmoe_ds.methods.low_rank.bank import MultiplySegments, slices_of
 from lsmoe_ds.methods.sites import Site, SublayerSite
-from lsmoe_ds.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Recipe
 
 ALPHA = 5.0
 NAME = "clsr"  # of the notes
+SIDES: tuple[SideName, ...] = ("encoder", "decoder")
 
 
 def alpha(number: int, steps: int) -> float:
@@ -61,7 +64,6 @@ class Projections(nn.Module):
         super().__init__()
         self.settings, self.hidden, self.languages = settings, hidden, len(languages.codes)
         self.noise = 0.0  # deviation of the gates' noise, set before each training step
-        self.names = settings.sublayers(decoder)
         self.places = [slice(i * hidden, (i + 1) * hidden) for i in range(self.languages)]
         self.kind = "target" if decoder else "source"
         self.shared = nn.Parameter(torch.empty(hidden, hidden))
@@ -108,22 +110,15 @@ class ConditionalLanguageSpecificRouting(Method):
         self.model, self.settings, self.languages = recipe.model, settings, recipe.languages
         self.sides: dict[str, Projections] = {}
 
-    @classmethod
-    def of(cls, recipe: Recipe, topology: Topology) -> ConditionalLanguageSpecificRouting | None:
-        """Return None for a model without gates."""
-        settings = recipe.model.clsr
-        return None if settings is None else cls(recipe, settings)
-
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
-        for side in ("encoder", "decoder"):
-            if self.settings.sublayers(side == "decoder"):
+        for side in SIDES:
+            if self.settings.gates(self.model, side):
                 self.sides[side] = Projections(self.model.hidden, self.settings, self.languages, side == "decoder")
         return [(f"{side}_{NAME}", projections) for side, projections in self.sides.items()]
 
     def install(self, site: Site) -> None:
-        side = self.sides.get(site.side)
-        if isinstance(site, SublayerSite) and side is not None and site.sublayer in side.names:
-            site.add(NAME, ConditionalRouting(side))
+        if isinstance(site, SublayerSite) and self.settings.is_at(site):
+            site.add(NAME, ConditionalRouting(self.sides[site.side]))
 
     def initial(self, name: str) -> Draw | None:
         """Make projections the identity, so that a model begins as it would without them."""
@@ -151,11 +146,15 @@ class ConditionalLanguageSpecificRouting(Method):
         """Return None: gates read hidden states."""
 
     def losses(self, notes: Sequence[Tensor], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
-        count = gate_count(self.model, size.source_tokens, size.target_tokens)
+        count = self.gate_count(size)
         return {"gate_budget": budget_loss(self.settings, _sum(notes), totals[0][0] / count, count)}
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
-        return {"gates": float(totals[0]) / gate_count(self.model, size.source_tokens, size.target_tokens)}
+        return {"gates": float(totals[0]) / self.gate_count(size)}
+
+    def gate_count(self, size: StepSize) -> int:
+        """Count the gates of a step: those of each side times the real tokens that they read."""
+        return sum(self.settings.gates(self.model, side) * size.tokens(side) for side in SIDES)
 
 
 def _fill_with_identities(value: Tensor, generator: Generator) -> None:
@@ -165,15 +164,6 @@ def _fill_with_identities(value: Tensor, generator: Generator) -> None:
 
 def _sum(notes: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(notes)).sum()
-
-
-def gate_count(model: Model, source_tokens: int, target_tokens: int) -> int:
-    """Gates of a step with so many real tokens."""
-    settings = model.clsr
-    if settings is None:
-        return 0
-    encoder, decoder = (len(settings.sublayers(decoder)) for decoder in (False, True))
-    return encoder * model.encoder.layers * source_tokens + decoder * model.decoder.layers * target_tokens
 
 
 def budget_loss(settings: Clsr, gates: Tensor, mean: Tensor, count: int) -> Tensor:

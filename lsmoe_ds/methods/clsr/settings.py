@@ -1,23 +1,34 @@
-"""The section ``model.clsr`` of a recipe."""
+"""The section ``model.clsr`` of a recipe, and what gates and projections cost.
+
+H hidden, L languages, G units of a gate.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from lsmoe_ds.config.section import Positive, Section
+from lsmoe_ds.config.method import Chart, Held, MethodSection
+from lsmoe_ds.config.section import Positive
+from lsmoe_ds.config.shapes import Count, Shape, SideName, Sublayer, SublayerShape, shapes_of
+from lsmoe_ds.languages import Languages
 
-Sublayer = Literal["attention", "cross_attention", "feed_forward"]
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Model, Recipe
 
 
-class Clsr(Section):
+class Clsr(MethodSection):
     """Conditional language-specific routing after each sublayer (CLSR; :mod:`lsmoe_ds.methods.clsr.method`).
 
-    Gates, of ``gate`` hidden units each, choose for each token between its language's projection and one for all languages,
-    so that the mean gate of a step comes to ``budget``; ``weight`` is that of this loss. ``shared`` makes one set of the
-    languages' projections for all sublayers of a side; otherwise each sublayer has its own (CLSR*). ``at`` names the sublayers.
+    Gates, of ``gate`` hidden units each, choose for each token between its language's projection and one for all
+    languages, so that the mean gate of a step comes to ``budget``; ``weight`` is that of this loss. ``shared``
+    makes one set of the languages' projections for all sublayers of a side; otherwise each sublayer has its own
+    (CLSR*). ``at`` names the sublayers.
     """
+
+    name: ClassVar[str] = "clsr"
+    reads_states: ClassVar[bool] = True
 
     budget: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
     shared: bool = True
@@ -25,7 +36,53 @@ class Clsr(Section):
     weight: Annotated[float, Field(ge=0.0)] = 1.0
     at: Annotated[tuple[Sublayer, ...], Field(min_length=1)] = ("attention", "cross_attention", "feed_forward")
 
-    def sublayers(self, decoder: bool) -> list[Sublayer]:
-        """Of one layer, those that are followed by gates: the encoder has no cross-attention."""
-        names: tuple[Sublayer, ...] = ("attention", "cross_attention", "feed_forward")
-        return [name for name in names if name in self.at and (decoder or name != "cross_attention")]
+    def is_at(self, site: Shape) -> bool:
+        """Tell whether a gate follows a site."""
+        return isinstance(site, SublayerShape) and site.sublayer in self.at
+
+    def gates(self, model: Model, side: SideName) -> int:
+        """Count the gates of a side."""
+        return sum(self.is_at(site) and site.side == side for site in shapes_of(model))
+
+    def check(self, model: Model) -> None:
+        if model.distills:
+            raise ValueError("'clsr' has nothing to distill: leave it out, or 'fuse_distillation'")
+
+    def build(self, recipe: Recipe, topology: Any) -> Any:
+        from lsmoe_ds.methods.clsr.method import ConditionalLanguageSpecificRouting
+
+        return ConditionalLanguageSpecificRouting(recipe, self)
+
+    def count(self, site: Shape, languages: Languages, held: Held = "all") -> Count:
+        """Count a gate, (H + 2) G, and W_lang, L H^2, where each sublayer has its own. None can be merged."""
+        if not isinstance(site, SublayerShape) or not self.is_at(site):
+            return Count()
+        specific = 0 if self.shared else len(languages.codes) * site.hidden**2
+        return Count(whole=(site.hidden + 2) * self.gate + specific)
+
+    def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
+        """Count W_shared, H^2, and W_lang, L H^2, where the sublayers share it."""
+        if not self.gates(model, side):
+            return Count()
+        return Count(whole=model.hidden**2 * (1 + len(languages.codes) * self.shared))
+
+    def largest(self, model: Model, languages: Languages) -> int:
+        return len(languages.codes) * model.hidden**2
+
+    def flops(self, site: Shape) -> int:
+        """Count two projections, 4 H^2, and the gate, 2 G (H + 1)."""
+        if not isinstance(site, SublayerShape) or not self.is_at(site):
+            return 0
+        return 4 * site.hidden**2 + 2 * self.gate * (site.hidden + 1)
+
+    def values(self, site: Shape, tensor: int) -> int:
+        """Count the output, two products of it, the gate's hidden units and the gate: 3 H + G + 1."""
+        if not isinstance(site, SublayerShape) or not self.is_at(site):
+            return 0
+        return 3 * site.hidden + self.gate + 1
+
+    def describe(self) -> str:
+        return "gates between each language's projection and a shared one (CLSR)"
+
+    def charts(self) -> list[Chart]:
+        return [Chart(f"Mean gate; dashed its budget, {self.budget:g}", "gates", self.budget)]

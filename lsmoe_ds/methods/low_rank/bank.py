@@ -22,12 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors
-from lsmoe_ds.config.recipe import LowRank, Recipe
-from lsmoe_ds.languages import Direction, Languages
-from lsmoe_ds.methods.base import Draw, Method
-from lsmoe_ds.methods.context import SHARED, LanguageContext, Route
-from lsmoe_ds.methods.sites import LinearSite, Site, Split
+from lsmoe_ds.config.shapes import Split
+from lsmoe_ds.languages import Languages
+from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import copy_together, sum_together
 from lsmoe_ds.parallel.topology import Topology
@@ -177,56 +175,3 @@ class LowRankBank(nn.Module):
         y = _AddVertical.apply(y, z, self.vertical, slices_of(self.rows, context, self.vertical_of, rows))
         out: Tensor = y.view(*x.shape[:-1], y.shape[-1])
         return out
-
-
-class LowRankMatrices(Method):
-    """Banks beside the linear layers of attentions, or of feed-forwards that have no experts."""
-
-    name = NAME
-    by_direction = True
-
-    def __init__(self, settings: LowRank, languages: Languages, topology: Topology) -> None:
-        self.settings, self.languages, self.topology = settings, languages, topology
-
-    @classmethod
-    def of(cls, recipe: Recipe, topology: Topology) -> LowRankMatrices | None:
-        """Return None for a model without banks."""
-        settings = recipe.model.low_rank
-        return None if settings is None else cls(settings, recipe.languages, topology)
-
-    def install(self, site: Site) -> None:
-        if isinstance(site, LinearSite) and self.settings.is_in(site.layer, site.sublayer.removeprefix("cross_")):
-            site.add(NAME, self.make(site.inputs, site.outputs, site.side == "decoder", site.split))
-
-    def make(self, inputs: int, outputs: int, decoder: bool, split: Split) -> LowRankBank:
-        return LowRankBank(inputs, outputs, self.settings, self.languages, decoder, self.topology, split)
-
-    def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
-        """Return the weights with every bank merged into the linear layer beside it: W + V F."""
-        numbers = {"source": SHARED, "target": SHARED}
-        if route == "specific" and direction is not None:
-            numbers = {"source": self.languages.id(direction.source), "target": self.languages.id(direction.target)}
-        rows = rows_of(self.settings, self.languages)
-
-        def merged(at: str) -> Entry:
-            vertical, flat = (rows[numbers[kind]] for kind in indexes(self.settings, at.startswith("decoder.")))
-            base, of_vertical, of_flat = f"{at}.weight", f"{at}{VERTICAL}", f"{at}{FLAT}"
-            return Entry(
-                weights.shape(base), lambda: torch.addmm(weights[base], weights[of_vertical][vertical].t(), weights[of_flat][flat])
-            )
-
-        kept = {name: entry for name, entry in weights.entries.items() if not name.endswith((FLAT, VERTICAL))}
-        return Tensors(kept | {f"{at}.weight": merged(at) for at in (name.removesuffix(FLAT) for name in weights if name.endswith(FLAT))})
-
-    def language_rows(self, name: str, width: int) -> dict[str, slice]:
-        return dict(zip([*self.languages.codes, "shared"], rows_of(self.settings, self.languages), strict=False))
-
-    def initial(self, name: str) -> Draw | None:
-        """Make flat matrices 0, so that a model begins as it would without them, and draw vertical ones normal
-        with deviation 0.1.
-        """
-        if name.endswith(FLAT):
-            return lambda value, generator: value.zero_()
-        if name.endswith(VERTICAL):
-            return lambda value, generator: value.normal_(0.0, 0.1, generator=generator)
-        return None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lsmoe_ds.config.method import sections
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import CODE, Direction, check_code, find_code, is_known, language_name, normalize_code, not_a_code
 from lsmoe_ds.notices import listed, notice
@@ -113,21 +114,23 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
     ``corpora`` keep theirs, which say how files are named. Values of other types are left to the recipe's own checks.
     Returns the key of a wrong code, or of two codes for one language, and what is wrong with it, or None.
     """
-    data, low_rank = _section(recipe, "data"), _section(_section(recipe, "model"), "low_rank")
+    data, model = _section(recipe, "data"), _section(recipe, "model")
     with Reader(own) as reader:
-        places = (
-            ("data.languages", data, reader.code),
-            ("data.directions", data, lambda text: str(reader.direction(text))),
-            ("model.low_rank.rank", low_rank, reader.code),
-        )
-        for key, section, read in places:
+        places: list[tuple[str, dict[str, Any], type, Callable[[str], str]]] = [
+            ("data.languages", data, list, reader.code),
+            ("data.directions", data, list, lambda text: str(reader.direction(text))),
+        ]
+        for method, kind in sections().items():
+            given = _section(model, method)
+            places += [(f"model.{method}.{name}", given, dict, reader.code) for name in kind.by_language]
+        for key, section, shape, read in places:
             name = key.rpartition(".")[2]
-            given = section.get(name)
+            value = section.get(name)
             try:
-                if name != "rank" and isinstance(given, list):
-                    section[name] = _read_all(given, read)
-                elif name == "rank" and isinstance(given, dict):
-                    section[name] = dict(zip(_read_all(list(given), read), given.values(), strict=True))
+                if shape is list and isinstance(value, list):
+                    section[name] = _read_all(value, read)
+                elif shape is dict and isinstance(value, dict):
+                    section[name] = dict(zip(_read_all(list(value), read), value.values(), strict=True))
             except UserError as error:
                 return key, str(error)
     return _wrong_code_of_corpora(data.get("corpora"))

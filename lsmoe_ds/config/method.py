@@ -1,0 +1,143 @@
+"""The sections by which a recipe turns methods on, and the registry that finds them.
+
+``model.NAME`` in a recipe is the section of the method in the room ``lsmoe_ds/methods/NAME/``, or of a file
+``NAME.py`` in one of the folders that the environment variable ``LSMOE_METHODS`` lists. Nothing else knows which
+methods there are. No torch here: what a method costs is computed without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lsmoe_ds.config.section import Section
+from lsmoe_ds.config.shapes import Count, Shape, SideName
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Languages
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Model, Recipe
+
+ROOMS = "lsmoe_ds.methods"
+VARIABLE = "LSMOE_METHODS"
+# Which of a method's parameters are counted: all; those of the languages; those that all languages share; or
+# none, because they are merged into the layers beside which they stand.
+Held = Literal["all", "specific", "shared", "merged"]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A metric that the report draws over the steps, with the value that it aims at, if it has one."""
+
+    title: str
+    metric: str
+    aim: float | None = None
+
+
+class MethodSection(Section):
+    """What a recipe says of one method, and what the method costs. Each default says that it adds nothing."""
+
+    name: ClassVar[str]  # the key in ``model``
+    shared_route: ClassVar[str | None] = None  # a key that, if true, gives the model a second route: the shared one
+    by_language: ClassVar[tuple[str, ...]] = ()  # keys whose mappings have language codes as keys
+    reads_states: ClassVar[bool] = False  # whether what it must count over a whole step depends on hidden states
+
+    @property
+    def distills(self) -> bool:
+        """Whether it trains a shared route beside the specific one."""
+        return self.shared_route is not None and bool(getattr(self, self.shared_route))
+
+    def check(self, model: Model) -> None:
+        """Raise ValueError if the method does not fit the model."""
+
+    def check_languages(self, languages: Languages) -> None:
+        """Raise ValueError if the method does not fit the recipe's languages."""
+
+    def build(self, recipe: Recipe, topology: Any) -> Any:
+        """Return the :class:`lsmoe_ds.methods.base.Method` of a model of this recipe."""
+        raise NotImplementedError
+
+    def count(self, site: Shape, languages: Languages, held: Held = "all") -> Count:
+        """Count the parameters that it adds at a site."""
+        return Count()
+
+    def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
+        """Count the parameters that several sites of a side share."""
+        return Count()
+
+    def largest(self, model: Model, languages: Languages) -> int:
+        """Count the values of its largest parameter, if that may be larger than the embedding."""
+        return 0
+
+    def flops(self, site: Shape) -> int:
+        """Count the floating-point operations that a site adds for each token that it reads, forward."""
+        return 0
+
+    def values(self, site: Shape, tensor: int) -> int:
+        """Count the values that a site stores of each token for the backward pass, on one of ``tensor`` ranks."""
+        return 0
+
+    def describe(self) -> str:
+        """Say in a few words what the model has by this method: "gates after each sublayer"."""
+        return self.name
+
+    def charts(self) -> list[Chart]:
+        """Return what the report draws of it."""
+        return []
+
+
+@cache
+def sections() -> Mapping[str, type[MethodSection]]:
+    """Return the section of every method by name, in the order in which models install them.
+
+    Raises UserError for a folder or a file of ``LSMOE_METHODS`` that holds no method.
+    """
+    own = Path(__file__).parent.parent / "methods"
+    found = {path.parent.name: f"{ROOMS}.{path.parent.name}.settings" for path in sorted(own.glob("*/settings.py"))}
+    kinds = {name: _only_section(importlib.import_module(module)) for name, module in found.items()}
+    for folder in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        if not Path(folder).is_dir():
+            raise UserError(f"{VARIABLE} lists {folder}, which is no folder")
+        for path in sorted(Path(folder).glob("[!_]*.py")):
+            kinds[path.stem] = _only_section(_load(path))
+    return {kind.name: kind for kind in kinds.values()}
+
+
+def _load(path: Path) -> ModuleType:
+    """Import a file as the module ``lsmoe_ds.methods.NAME``, by which its objects can be pickled."""
+    name = f"{ROOMS}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or importlib.util.find_spec(name) is not None:
+        raise UserError(f"{path}, of {VARIABLE}, cannot be a method: lsmoe_ds has a module of this name")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path}, of {VARIABLE}, cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _only_section(module: ModuleType) -> type[MethodSection]:
+    """Return the one section that a module defines."""
+    kinds = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, MethodSection) and value.__module__ == module.__name__
+    ]
+    if len(kinds) != 1:
+        where, wanted = getattr(module, "__file__", module.__name__), "one subclass of MethodSection, with a name"
+        raise UserError(f"{where} defines {len(kinds)} sections of a recipe: a method has {wanted}")
+    return kinds[0]
+
+
+def shared_route_keys() -> list[str]:
+    """Return the keys that give a model a shared route."""
+    return ["moe.fuse_distillation"] + [f"model.{name}.{kind.shared_route}" for name, kind in sections().items() if kind.shared_route]

@@ -1,0 +1,79 @@
+"""The section ``moe`` of a side: experts in place of feed-forwards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lsmoe_ds.config.section import Positive, Section, Share
+from lsmoe_ds.notices import counted
+
+
+class Capacity(Section):
+    """At most ``ceil(factor x top_k x tokens / experts)`` tokens of one batch for each expert; what is over is dropped.
+
+    ``training`` and ``evaluation`` are the factors; without one for evaluation nothing is dropped there, and a
+    translation does not depend on what else is in the batch.
+    ``drop`` keeps the choices of highest ``probability``, or those of first ``position`` (GShard: all first choices come
+    before all second ones).
+    """
+
+    training: Annotated[float, Field(gt=0.0)] = 1.25
+    evaluation: Annotated[float, Field(gt=0.0)] | None = None
+    drop: Literal["probability", "position"] = "probability"
+
+
+class MoE(Section):
+    """Every ``every``-th layer's feed-forward becomes ``experts`` experts, of which each token uses ``top_k``.
+
+    ``routing`` says who chooses ("Beyond Distillation", section 3.1): each ``token``, the mean of the ``sentence``, the
+    ``task`` (target language, source language or pair), or nobody: ``static`` assigns the tasks to the experts.
+    With ``expert_groups`` G the experts stand in G equal groups, and the tasks are assigned to them, relatives together: a
+    task chooses within its own group, so that task-affine batches find their experts at home.
+    With ``fuse_distillation`` one more feed-forward of the same width stands beside the experts, which all languages share and
+    which learns from them ("Condensing Multilingual Knowledge", section 3.1).
+    """
+
+    experts: Positive
+    every: Positive = 2
+    top_k: Positive = 2
+    routing: Literal["token", "sentence", "task", "static"] = "token"
+    task: Literal["target", "source", "pair"] = "target"
+    expert_groups: Positive = 1
+    balance: Annotated[float, Field(ge=0.0)] = 0.01
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    jitter: Share = 0.0
+    capacity: Capacity | None = None
+    fuse_distillation: bool = False
+
+    @property
+    def has_shared(self) -> bool:
+        """Tell whether a feed-forward that all languages share stands beside the experts."""
+        return self.fuse_distillation
+
+    def without_shared(self) -> MoE:
+        """Return the same without the shared feed-forward."""
+        return self.model_copy(update={"fuse_distillation": False})
+
+    @property
+    def by_task(self) -> bool:
+        """Whether all tokens of a task use the same experts, whatever they are."""
+        return self.routing in ("task", "static")
+
+    @model_validator(mode="after")
+    def _experts(self) -> MoE:
+        if self.experts % self.expert_groups:
+            experts = counted(self.experts, "expert")
+            raise ValueError(f"'expert_groups' is {self.expert_groups}, which does not divide the {experts}")
+        if self.expert_groups > 1 and not self.by_task:
+            raise ValueError(
+                f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no tasks to assign to them"
+            )
+        if self.jitter and self.by_task:
+            raise ValueError(f"'jitter' is {self.jitter}, but 'routing: {self.routing}' reads nothing that it could shake")
+        each = self.experts // self.expert_groups
+        if self.top_k > each:
+            of_group = " of a group" if self.expert_groups > 1 else ""
+            raise ValueError(f"'top_k' is {self.top_k}, more than the {counted(each, 'expert')}{of_group}")
+        return self

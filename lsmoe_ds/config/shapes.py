@@ -1,0 +1,116 @@
+"""List the sites of our Transformer with their shapes, and count parameters.
+
+Sites are what methods add to, and what planning counts. The model itself is built from the same shapes. No torch
+here: a plan of billions of parameters must take no time. H hidden, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Model
+
+SideName = Literal["encoder", "decoder"]
+Sublayer = Literal["attention", "cross_attention", "feed_forward"]
+Split = Literal["column", "row"]  # what tensor-parallel ranks share out: the outputs, or the inputs
+LinearShapes = Mapping[str, tuple[int, int, Split]]  # inputs, outputs and split of each linear layer, by name
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters by how ranks hold them."""
+
+    split: int = 0  # spread over the tensor-parallel ranks
+    whole: int = 0  # on every rank
+    expert: int = 0  # spread over the expert-parallel ranks
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.split + other.split, self.whole + other.whole, self.expert + other.expert)
+
+    @property
+    def total(self) -> int:
+        return self.split + self.whole + self.expert
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer [inputs -> outputs]."""
+
+    side: SideName
+    layer: int
+    sublayer: Sublayer
+    name: str
+    inputs: int
+    outputs: int
+    split: Split
+
+    @property
+    def reads(self) -> SideName:
+        """Say whose tokens it reads: keys and values of the cross-attention are the encoder's."""
+        across = self.sublayer == "cross_attention" and self.name in ("key", "value")
+        return "encoder" if across else self.side
+
+
+@dataclass(frozen=True)
+class SublayerShape:
+    """A sublayer of a layer, whose input and output are [B, T, H]."""
+
+    side: SideName
+    layer: int
+    sublayer: Sublayer
+    hidden: int
+
+    @property
+    def reads(self) -> SideName:
+        """Say whose tokens it reads."""
+        return self.side
+
+
+Shape = LinearShape | SublayerShape
+
+
+def attention_linears(hidden: int) -> LinearShapes:
+    """Return the linear layers of an attention."""
+    return {
+        "query": (hidden, hidden, "column"),
+        "key": (hidden, hidden, "column"),
+        "value": (hidden, hidden, "column"),
+        "output": (hidden, hidden, "row"),
+    }
+
+
+def feed_forward_linears(hidden: int, width: int) -> LinearShapes:
+    """Return the linear layers of a feed-forward."""
+    return {"expand": (hidden, width, "column"), "contract": (width, hidden, "row")}
+
+
+def shapes_of(model: Model) -> Iterator[Shape]:
+    """Yield the shape of every site of a model, layer by layer. Linear layers of experts are no sites."""
+    sides: tuple[SideName, ...] = ("encoder", "decoder")
+    for side in sides:
+        settings = model.encoder if side == "encoder" else model.decoder
+        for layer in range(settings.layers):
+            dense = feed_forward_linears(model.hidden, settings.width(layer))
+            found: dict[Sublayer, LinearShapes] = {"attention": attention_linears(model.hidden)}
+            if side == "decoder":
+                found["cross_attention"] = attention_linears(model.hidden)
+            found["feed_forward"] = {} if settings.is_moe(layer) else dense
+            for sublayer, linears in found.items():
+                yield SublayerShape(side, layer, sublayer, model.hidden)
+                for name, (inputs, outputs, split) in linears.items():
+                    yield LinearShape(side, layer, sublayer, name, inputs, outputs, split)
+
+
+def count_linears(linears: LinearShapes) -> Count:
+    """Count weights and biases: column linears and row weights are spread over ranks, row biases are not."""
+    split = sum(inputs * outputs + outputs * (kind == "column") for inputs, outputs, kind in linears.values())
+    whole = sum(outputs for _, outputs, kind in linears.values() if kind == "row")
+    return Count(split=split, whole=whole)
+
+
+def count_feed_forward(hidden: int, width: int) -> Count:
+    """Count a feed-forward: 2 H F + F + H."""
+    return count_linears(feed_forward_linears(hidden, width))

@@ -1,0 +1,24 @@
+"""Build the methods of a model, mixtures of experts and those that the recipe names, and what it is trained on."""
+
+from __future__ import annotations
+
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.methods.base import Method
+from lsmoe_ds.methods.fuse_distillation import FuseDistillation
+from lsmoe_ds.methods.objective import Objective
+from lsmoe_ds.moe.method import MixturesOfExperts
+from lsmoe_ds.parallel.topology import Topology
+
+
+def methods_of(recipe: Recipe, topology: Topology) -> list[Method]:
+    """Return the methods that a recipe's model uses, in the order in which their losses are added."""
+    experts: list[Method] = [MixturesOfExperts(recipe.model)] if any(recipe.model.moe_layers()) else []
+    return experts + [section.build(recipe, topology) for section in recipe.model.methods]
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """Return what the recipe's model is trained on.
+
+    Matrices stand beside shared weights, so both routes learn from each other; experts teach a shared feed-forward.
+    """
+    return FuseDistillation(teacher=recipe.model.teaches) if recipe.model.distills else Objective()
