@@ -29,7 +29,7 @@ HIDDEN, LENGTH, NOISE = 6, 4, 1.5
 
 def build(recipe: Recipe) -> ConditionalLanguageSpecificRouting:
     """Make the method of a recipe, without a model."""
-    return ConditionalLanguageSpecificRouting(recipe, recipe.model.clsr)
+    return ConditionalLanguageSpecificRouting(recipe.model.clsr, recipe, Topology.single())
 
 
 def routing_of(settings: Clsr, decoder: bool) -> tuple[Projections, ConditionalRouting]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.shapes import LinearShape
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.low_rank.bank import LowRankBank, indexes
@@ -31,8 +32,10 @@ def ids_of(numbers: list[int]) -> SentenceIds:
 
 
 def bank_of(settings: LowRank, decoder: bool) -> tuple[nn.Linear, LowRankBank]:
+    side = "decoder" if decoder else "encoder"
+    site = LinearShape(side, 0, "feed_forward", "expand", INPUTS, OUTPUTS, "column")
     torch.manual_seed(1)
-    bank = LowRankBank(INPUTS, OUTPUTS, settings, LANGUAGES, decoder, Topology.single(), "column")
+    bank = LowRankBank(site, settings, LANGUAGES, Topology.single())
     for parameter in bank.parameters():
         nn.init.normal_(parameter)
     return nn.Linear(INPUTS, OUTPUTS), bank
@@ -76,8 +79,8 @@ def test_hypotheses_of_a_sentence_share_its_matrices():
 
 
 def test_indexes():
-    assert [indexes(PAIR, decoder) for decoder in (False, True)] == [("source", "target")] * 2
-    assert [indexes(LANGUAGE, decoder) for decoder in (False, True)] == [("source", "source"), ("target", "target")]
+    assert [indexes(PAIR, side) for side in ("encoder", "decoder")] == [("source", "target")] * 2
+    assert [indexes(LANGUAGE, side) for side in ("encoder", "decoder")] == [("source", "source"), ("target", "target")]
 
 
 def recipe_of(**low_rank) -> Recipe:

@@ -61,6 +61,10 @@ class MethodSection(Section):
     def check_languages(self, languages: Languages) -> None:
         """Raise ValueError if the method does not fit the recipe's languages."""
 
+    def is_at(self, site: Shape) -> bool:
+        """Tell whether the method adds a module at a site."""
+        return False
+
     def build(self, recipe: Recipe, topology: Any) -> Any:
         """Return the :class:`lsmoe_ds.methods.base.Method` of a model of this recipe."""
         raise NotImplementedError

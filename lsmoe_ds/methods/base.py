@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
-from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.checkpoint.tensors import Entry, Tensors
 from lsmoe_ds.languages import Direction, SentenceIds
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.methods.sites import Site
+from lsmoe_ds.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Recipe
 
 Draw = Callable[[Tensor, Generator], object]  # fills a whole parameter in place
 Totals = dict[str, list[Tensor]]  # of a step, by method
@@ -41,6 +45,10 @@ class Method:
     metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
     by_direction: ClassVar[bool] = False  # whether what a sentence meets by the specific route depends on its languages
 
+    def __init__(self, section: Any, recipe: Recipe, topology: Topology) -> None:
+        self.section, self.recipe, self.topology = section, recipe, topology
+        self.languages = recipe.languages
+
     def owns(self, name: str) -> bool:
         """Tell whether a parameter, by its global name, is this method's."""
         return f"_{self.name}." in name
@@ -50,7 +58,13 @@ class Method:
         return []
 
     def install(self, site: Site) -> None:
-        """Add a module at a site, if this method has one there."""
+        """Add a module at a site, if the section says that this method has one there."""
+        if self.section is not None and self.section.is_at(site):
+            site.add(self.name, self.make(site))
+
+    def make(self, site: Any) -> nn.Module:
+        """Return the module for a site at which the section says that there is one."""
+        raise NotImplementedError
 
     def initial(self, name: str) -> Draw | None:
         """Return how a parameter of this method is drawn, by its global name; None for all others, and for weights,
@@ -62,11 +76,19 @@ class Method:
         """Raise UserError, with the reason, if no dense model computes the same by this route."""
 
     def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
-        """Return weights of the whole model, by global name, with this method's merged into those beside them.
+        """Return weights of the whole model, by global name, with this method's merged into those beside them."""
+        own = [name for name in weights if self.owns(name)]
+        entries = {name: weights.entries[name] for name in weights.keys() - set(own)}
+        for at in dict.fromkeys(name.partition(f"_{self.name}.")[0] for name in own):
+            entries |= self.merge_at(weights, at, direction, route)
+        return Tensors(entries)
 
-        Only the specific route reads ``direction``.
+    def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, Entry]:
+        """Return what takes the place of the tensors of the layer ``at``, beside which this method's stand.
+
+        Only the specific route of a method that is ``by_direction`` reads ``direction``.
         """
-        return weights
+        raise NotImplementedError
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
         """Return which rows of a parameter [R, width] of this method belong to each language, by code, and to
@@ -85,7 +107,7 @@ class Method:
         """Return the same as :meth:`count` without a forward pass, from the ids of B sentences and their real
         positions [B, T] on each side; None if that takes a forward pass.
         """
-        return []
+        return [] if type(self).count is Method.count else None
 
     def losses(self, notes: Sequence[Any], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
         """Return a micro-batch's part of each loss. The parts of all micro-batches of a step sum to the loss."""

@@ -12,7 +12,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 def methods_of(recipe: Recipe, topology: Topology) -> list[Method]:
     """Return the methods that a recipe's model uses, in the order in which their losses are added."""
-    experts: list[Method] = [MixturesOfExperts(recipe.model)] if any(recipe.model.moe_layers()) else []
+    experts: list[Method] = [MixturesOfExperts(recipe, topology)] if any(recipe.model.moe_layers()) else []
     return experts + [section.build(recipe, topology) for section in recipe.model.methods]
 
 

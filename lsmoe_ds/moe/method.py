@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsmoe_ds.config.recipe import Model, Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.methods.context import LanguageContext
@@ -24,14 +24,10 @@ class MixturesOfExperts(Method):
     name = NAME
     metrics = ("balance", "z_loss", "dropped")
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.sides = [side for side, _, _ in model.moe_layers()]
-
-    @classmethod
-    def of(cls, recipe: Recipe, topology: Topology) -> MixturesOfExperts | None:
-        """Return None for a model without experts."""
-        return cls(recipe.model) if any(recipe.model.moe_layers()) else None
+    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+        super().__init__(None, recipe, topology)
+        self.model = recipe.model
+        self.sides = [side for side, _, _ in recipe.model.moe_layers()]
 
     def initial(self, name: str) -> Draw | None:
         """Draw routers normal with deviation 0.1."""

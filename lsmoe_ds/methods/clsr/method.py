@@ -35,12 +35,13 @@ from torch import Generator, Tensor, nn
 
 from lsmoe_ds.config.shapes import SideName
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Languages, SentenceIds
+from lsmoe_ds.languages import Languages
 from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.context import LanguageContext, Route
 from lsmoe_ds.methods.low_rank.bank import MultiplySegments, slices_of
-from lsmoe_ds.methods.sites import Site, SublayerSite
+from lsmoe_ds.methods.sites import SublayerSite
+from lsmoe_ds.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Recipe
@@ -106,19 +107,22 @@ class ConditionalLanguageSpecificRouting(Method):
     metrics = ("gates",)
     by_direction = True
 
-    def __init__(self, recipe: Recipe, settings: Clsr) -> None:
-        self.model, self.settings, self.languages = recipe.model, settings, recipe.languages
-        self.sides: dict[str, Projections] = {}
+    section: Clsr
+
+    def __init__(self, section: Clsr, recipe: Recipe, topology: Topology) -> None:
+        super().__init__(section, recipe, topology)
+        self.model = recipe.model
+        self.sides: dict[SideName, Projections] = {}
 
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
         for side in SIDES:
-            if self.settings.gates(self.model, side):
-                self.sides[side] = Projections(self.model.hidden, self.settings, self.languages, side == "decoder")
+            if self.section.gates(self.model, side):
+                self.sides[side] = Projections(self.model.hidden, self.section, self.languages, side == "decoder")
         return [(f"{side}_{NAME}", projections) for side, projections in self.sides.items()]
 
-    def install(self, site: Site) -> None:
-        if isinstance(site, SublayerSite) and self.settings.is_at(site):
-            site.add(NAME, ConditionalRouting(self.sides[site.side]))
+    def make(self, site: SublayerSite) -> ConditionalRouting:
+        """Return what follows one sublayer."""
+        return ConditionalRouting(self.sides[site.side])
 
     def initial(self, name: str) -> Draw | None:
         """Make projections the identity, so that a model begins as it would without them."""
@@ -142,19 +146,16 @@ class ConditionalLanguageSpecificRouting(Method):
     def count(self, notes: Sequence[Tensor]) -> list[Tensor]:
         return [_sum(notes).detach().view(1)]
 
-    def count_ahead(self, model: Any, real: Mapping[str, Tensor], ids: SentenceIds) -> None:
-        """Return None: gates read hidden states."""
-
     def losses(self, notes: Sequence[Tensor], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
         count = self.gate_count(size)
-        return {"gate_budget": budget_loss(self.settings, _sum(notes), totals[0][0] / count, count)}
+        return {"gate_budget": budget_loss(self.section, _sum(notes), totals[0][0] / count, count)}
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
         return {"gates": float(totals[0]) / self.gate_count(size)}
 
     def gate_count(self, size: StepSize) -> int:
         """Count the gates of a step: those of each side times the real tokens that they read."""
-        return sum(self.settings.gates(self.model, side) * size.tokens(side) for side in SIDES)
+        return sum(self.section.gates(self.model, side) * size.tokens(side) for side in SIDES)
 
 
 def _fill_with_identities(value: Tensor, generator: Generator) -> None:

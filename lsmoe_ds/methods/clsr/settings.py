@@ -51,7 +51,7 @@ class Clsr(MethodSection):
     def build(self, recipe: Recipe, topology: Any) -> Any:
         from lsmoe_ds.methods.clsr.method import ConditionalLanguageSpecificRouting
 
-        return ConditionalLanguageSpecificRouting(recipe, self)
+        return ConditionalLanguageSpecificRouting(self, recipe, topology)
 
     def count(self, site: Shape, languages: Languages, held: Held = "all") -> Count:
         """Count a gate, (H + 2) G, and W_lang, L H^2, where each sublayer has its own. None can be merged."""

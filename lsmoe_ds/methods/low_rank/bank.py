@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.config.shapes import Split
+from lsmoe_ds.config.shapes import LinearShape, SideName
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.low_rank.settings import LowRank
@@ -119,14 +119,14 @@ def slices_of(places: list[slice], context: LanguageContext, kind: str, rows: Te
     return [(places[segment.language], slice(segment.start * each, segment.stop * each)) for segment in segments]
 
 
-def indexes(settings: LowRank, decoder: bool) -> tuple[str, str]:
-    """Which language of a sentence chooses its vertical and its flat matrix: "source" or "target" (section 2.1).
+def indexes(settings: LowRank, side: SideName) -> tuple[str, str]:
+    """Return which language of a sentence chooses its vertical and its flat matrix: "source" or "target" (section 2.1).
 
     Pair-wise V[source] F[target]; language-wise both by the source in the encoder and by the target in the decoder.
     """
     if settings.index == "pair":
         return "source", "target"
-    return ("target", "target") if decoder else ("source", "source")
+    return ("target", "target") if side == "decoder" else ("source", "source")
 
 
 def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
@@ -138,26 +138,17 @@ def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
 class LowRankBank(nn.Module):
     """The language-specific matrices of one linear layer, which is handed over with each call."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        settings: LowRank,
-        languages: Languages,
-        decoder: bool,
-        topology: Topology,
-        split: Split,
-    ) -> None:
+    def __init__(self, site: LinearShape, settings: LowRank, languages: Languages, topology: Topology) -> None:
         super().__init__()
         self.rows = rows_of(settings, languages)
         self.rank, total = max(rows.stop - rows.start for rows in self.rows), self.rows[-1].stop
-        self.vertical_of, self.flat_of = indexes(settings, decoder)
-        self.topology, self.split = topology, split
-        tensor = topology.tensor
-        self.flat = nn.Parameter(torch.empty(total, inputs // tensor if split == "row" else inputs))
-        self.vertical = nn.Parameter(torch.empty(total, outputs // tensor if split == "column" else outputs))
+        self.vertical_of, self.flat_of = indexes(settings, site.side)
+        self.topology, self.split = topology, site.split
+        tensor, inputs, outputs = topology.tensor, site.inputs, site.outputs
+        self.flat = nn.Parameter(torch.empty(total, inputs // tensor if self.split == "row" else inputs))
+        self.vertical = nn.Parameter(torch.empty(total, outputs // tensor if self.split == "column" else outputs))
         if tensor > 1:
-            compat.mark_tensor_parallel(self.flat if split == "row" else self.vertical, 1)
+            compat.mark_tensor_parallel(self.flat if self.split == "row" else self.vertical, 1)
 
     def forward(self, base: nn.Module, x: Tensor, context: LanguageContext) -> Tensor:
         """``base`` with this bank beside it: x [..., inputs] -> [..., outputs], rows in the order of the context's sentences."""

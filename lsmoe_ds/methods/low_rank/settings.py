@@ -5,9 +5,9 @@ R is the sum of the ranks r of the matrices that a bank holds.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lsmoe_ds.config.method import Held, MethodSection
 from lsmoe_ds.config.section import Positive
@@ -25,7 +25,8 @@ class LowRank(MethodSection):
 
     ``index`` says which languages choose them: ``pair``, the source and the target; ``language``, the source in
     the encoder and the target in the decoder. ``rank`` is one number, or (``index: language``) one for each
-    language. They stand beside the dense feed-forwards, the attentions or both, in every ``every``-th layer. With
+    language. ``init_std`` is the deviation of the vertical matrices before training; flat ones begin at 0.
+    They stand beside the dense feed-forwards, the attentions or both, in every ``every``-th layer. With
     ``fuse_distillation`` all languages share further matrices, which learn from the specific ones (section 4).
     """
 
@@ -37,6 +38,7 @@ class LowRank(MethodSection):
     index: Literal["pair", "language"] = "pair"
     at: Literal["feed_forward", "attention", "both"] = "feed_forward"
     every: Positive = 1
+    init_std: Annotated[float, Field(gt=0.0)] = 0.1
     fuse_distillation: bool = False
 
     @property
@@ -95,7 +97,7 @@ class LowRank(MethodSection):
     def build(self, recipe: Recipe, topology: Any) -> Any:
         from lsmoe_ds.methods.low_rank.method import LowRankMatrices
 
-        return LowRankMatrices(self, recipe.languages, topology)
+        return LowRankMatrices(self, recipe, topology)
 
     def rank_sum(self, languages: Languages, held: Held = "all") -> int:
         """Return R ("Condensing Multilingual Knowledge", sections 2.2 and 4)."""
