@@ -33,7 +33,6 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.report import read_progress
 from lsmoe_ds.export.command import compare, convert
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import check_convertible
@@ -44,6 +43,7 @@ from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.model.attention import Attention
+from lsmoe_ds.report.report import read_progress
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 BASE = PROJECT / "recipes" / "prose-8.yaml"

@@ -301,7 +301,7 @@ def training(model: nn.Module, recipe: Recipe, batches: list[Batch]) -> Callable
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
             model(batch).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.training.clip)
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.training.max_grad_norm)
             optimizer.step()
 
     return run

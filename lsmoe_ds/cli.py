@@ -199,7 +199,7 @@ def report(
     scores: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder given to `evaluate --out`; RUN by default.")] = None,
 ) -> None:
     """Write one self-contained page: curves, scores, expert choices, samples, parameters, times."""
-    from lsmoe_ds.evaluation.report import write_report
+    from lsmoe_ds.report.report import write_report
 
     print(write_report(run, out, scores))
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.launch import interrupt
-from lsmoe_ds.launch.membership import guess_rank
+from lsmoe_ds.notices import guess_rank
 
 CLOSED = "standard output is closed, so there is nowhere to print to: leave out '>&-', or redirect it"
 BROKEN_PIPE = 141  # as a shell says of a process that SIGPIPE ended

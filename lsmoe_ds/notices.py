@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
-
-from lsmoe_ds.launch.membership import guess_rank
 
 SHOWN = 8  # names in one sentence
 LINE_EVERY = 30.0  # seconds between two lines of progress in a log that is no terminal
@@ -23,6 +21,14 @@ def listed(names: Iterable[str], between: str = ", ") -> str:
 def counted(number: int, noun: str) -> str:
     """Return ``1 bitext``, ``1,000 bitexts`` or ``2 processes``."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def guess_rank(environment: Mapping[str, str]) -> int:
+    """Guess the rank before the ranks have met, so that an error is printed once."""
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        if environment.get(name, "").isdecimal():
+            return int(environment[name])
+    return 0
 
 
 @cache

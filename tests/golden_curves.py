@@ -20,7 +20,7 @@ WORLDS = {"one": 1, "tensor-2-expert-2": 4}
 STEPS, VOCABULARY = 30, 48
 NAMES = ("loss", "nll", "balance", "z_loss", "gates", "distillation", "grad_norm")
 
-MOE = {"experts": 4, "every": 2, "top_k": 2, "balance": 0.05, "z_loss": 0.01}
+MOE = {"experts": 4, "every": 2, "top_k": 2, "balance_loss_weight": 0.05, "z_loss_weight": 0.01}
 TARGET = {**MOE, "routing": "task", "task": "target"}
 STATIC = {**MOE, "routing": "static", "task": "source", "fuse_distillation": True}
 # By name: what the encoder's and the decoder's experts are, and the other sections of the model.

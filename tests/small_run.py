@@ -35,7 +35,7 @@ def make_recipe(
                 "encoder": {"layers": 2, "feed_forward": 24, "moe": encoder},
                 "decoder": {"layers": 3, "feed_forward": [24, 16, 24], "moe": decoder},
             },
-            "training": {"steps": 2, "learning_rate": 0.05, "warmup": 1, "dropout": 0.0, "clip": 0.0},
+            "training": {"steps": 2, "learning_rate": 0.05, "warmup": 1, "dropout": 0.0, "max_grad_norm": 0.0},
             "parallel": {"tensor": tensor, "expert": expert},
             "deepspeed": {"zero_optimization": {"stage": stage}, **precision},
         }

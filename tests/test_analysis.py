@@ -18,8 +18,8 @@ from lsmoe_ds.analysis.heat_map import as_file, heat_map, largest_share
 from lsmoe_ds.analysis.measures import measure_layer, similarity
 from lsmoe_ds.analysis.measuring import Counts, choose_pairs
 from lsmoe_ds.analysis.routing import LayerRouting, Routing, read_routing
+from lsmoe_ds.data.prepared import open_data
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.evaluate import open_data
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import Direction, Languages, table
 
@@ -201,7 +201,7 @@ def test_an_earlier_analysis_is_replaced_and_anything_else_refused(tmp_path: Pat
         analyze_routing(tmp_path / "nothing", run)
     with pytest.raises(UserError, match="is a file"):
         analyze_routing(tmp_path / "nothing", run / "routing.json")
-    with pytest.raises(UserError, match="'train' is no held-out text: choose test or dev"):
+    with pytest.raises(UserError, match="'train' is no held-out text: choose dev or test"):
         analyze_routing(tmp_path / "nothing", out, "train")
 
 

@@ -188,7 +188,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("name with a slash", recipe(lambda r: r.update(name="../up")), TRAIN, "'name'"),
     ("no such DeepSpeed file", recipe(lambda r: r.update(deepspeed="none.json")), TRAIN, "there is no file none.json"),
     ("ZeRO 3", recipe(lambda r: r.update(deepspeed={"zero_optimization": {"stage": 3}})), TRAIN, "ZeRO stage 3: 0, 1 and 2 are supported"),
-    ("clipping twice", recipe(lambda r: r.update(deepspeed={"gradient_clipping": 1})), TRAIN, "which the recipe decides by training.clip"),
+    ("clipping twice", recipe(lambda r: r.update(deepspeed={"gradient_clipping": 1})), TRAIN, "which the recipe decides by training.max_grad_norm"),
     ("--set without value", NOTHING, ["train", "good.yaml", "--set", "training.steps"], "write --set a.b=value"),
     ("--set of nothing known", NOTHING, ["train", "good.yaml", "--set", "training.step=3"], "(did you mean 'steps'?)"),
     # corpora

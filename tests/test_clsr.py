@@ -337,7 +337,11 @@ def engine_and_autograd(topology, recipe: Recipe):
         counts = sum(result.notes["moe"][i].counts for result in results)
         for result in results:
             record = result.notes["moe"][i]
-            loss = loss + record.settings.balance * balance_loss(record, counts, side) + record.settings.z_loss * z_loss(record, side)
+            loss = (
+                loss
+                + record.settings.balance_loss_weight * balance_loss(record, counts, side)
+                + record.settings.z_loss_weight * z_loss(record, side)
+            )
     mean = sum(sum(result.notes["clsr"]) for result in results) / (2 * 2 * step.source_tokens + 2 * 3 * step.target_tokens)
     settings = recipe.model.clsr
     names = [name for name, _ in model.named_parameters() if ".gate." in name]
@@ -350,7 +354,7 @@ def engine_and_autograd(topology, recipe: Recipe):
 
 def test_the_engine_adds_the_budget_loss(pool):
     recipe = recipe_with_experts(1, {"weight": 3.0})
-    recipe.training.clip = 0.0
+    recipe.training.max_grad_norm = 0.0
     gates, mean, apart = pool.run(1, engine_and_autograd, recipe)[0]
     assert gates == pytest.approx(mean, rel=1e-5)
     assert apart < 1e-5

@@ -15,6 +15,7 @@ from test_convert_checkpoint import with_banks
 from torch import nn
 from typer.testing import CliRunner
 
+from lsmoe_ds.checkpoint.m2m_100 import our_names, rename
 from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.cli import app
 from lsmoe_ds.config.data import Vocabulary as VocabularySettings
@@ -24,7 +25,6 @@ from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.command import compare, convert
 from lsmoe_ds.export.huggingface import Exported, write_files
-from lsmoe_ds.export.m2m_100 import our_names, rename
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.export.tokenizer import tokenizer, tokenizer_config
 from lsmoe_ds.folders import write_json

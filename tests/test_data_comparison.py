@@ -18,10 +18,9 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import ORIGIN, data_directories, settings_of
 from lsmoe_ds.data.prepare import prepare
-from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.prepared import PreparedData, open_data
 from lsmoe_ds.data.summary import show
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.evaluate import open_data
 from lsmoe_ds.training.start import check
 
 COVERAGE = {"character_coverage": 1.0}

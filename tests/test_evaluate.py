@@ -22,13 +22,13 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate, open_data
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import merge
-from lsmoe_ds.evaluation.report import render_report, write_report
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.export.command import convert
 from lsmoe_ds.export.subnetwork import convert_to_dense
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.report.report import render_report, write_report
 
 TOKEN_BY_PAIR = TOKEN_TOP2 | {"task": "pair", "every": 1}
 

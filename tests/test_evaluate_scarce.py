@@ -16,12 +16,12 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import merge
-from lsmoe_ds.evaluation.report import render_report
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.inference.beam_search import Search, beam_search, never_generated
 from lsmoe_ds.inference.engine import find_direction
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import EOS, Direction, SentenceIds
+from lsmoe_ds.report.report import render_report
 
 
 @pytest.fixture(scope="module")

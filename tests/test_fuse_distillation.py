@@ -111,8 +111,10 @@ def equations(recipe: Recipe, teacher: bool) -> tuple[dict[str, float], dict[str
         share = sum(record.counts for record in layer) / tokens
         assert share.sum() == pytest.approx(1)
         settings = layer[0].settings
-        losses["balance"] += settings.balance * settings.experts * (share * sum(record.probabilities for record in layer) / tokens).sum()
-        losses["z_loss"] += settings.z_loss * sum(record.squares for record in layer) / tokens
+        losses["balance"] += (
+            settings.balance_loss_weight * settings.experts * (share * sum(record.probabilities for record in layer) / tokens).sum()
+        )
+        losses["z_loss"] += settings.z_loss_weight * sum(record.squares for record in layer) / tokens
     (losses["loss"] + losses["distillation"] + losses["balance"] + losses["z_loss"]).backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     return {name: value.item() for name, value in losses.items()}, gradients

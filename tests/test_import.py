@@ -15,6 +15,7 @@ import torch
 from small_huggingface import DATA, NLLB_CODES, imported, pieces_of, shard, tokenizer_of, write_m2m, write_nllb
 from small_run import write_corpus
 
+from lsmoe_ds.checkpoint.m2m_100 import rename
 from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.file import load_recipe
@@ -25,7 +26,6 @@ from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.command import convert
 from lsmoe_ds.export.importing import M2M_100, read_huggingface
-from lsmoe_ds.export.m2m_100 import rename
 from lsmoe_ds.export.tokenizer import tokenizer, tokenizer_config
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.inference.load import build_model

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.launch.membership import PORTS, Membership, find, first_host, guess_rank, tasks_of
+from lsmoe_ds.launch.membership import PORTS, Membership, find, first_host, tasks_of
+from lsmoe_ds.notices import guess_rank
 
 # As they were seen in processes that these launchers had started.
 SRUN = {

@@ -61,7 +61,7 @@ def recipe_of(encoder: str, decoder: str, tensor: int = 1, expert: int = 1, stag
                 "encoder": {"layers": 3, "feed_forward": [24, 20, 12], "moe": moe(encoder)},
                 "decoder": {"layers": 4, "feed_forward": [8, 24, 16, 28], "moe": moe(decoder)},
             },
-            "training": {"steps": 3, "dropout": 0.0, "clip": 0.0},
+            "training": {"steps": 3, "dropout": 0.0, "max_grad_norm": 0.0},
             "parallel": {"tensor": tensor, "expert": expert},
             "deepspeed": {"zero_optimization": {"stage": stage}, **({"bf16": {"enabled": True}} if bf16 else {})},
         }

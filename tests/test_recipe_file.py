@@ -81,8 +81,15 @@ WRITTEN = [
     (STEPS, "{steps: 0}", "line 8: 'training.steps' should be at least 1, found 0"),
     (STEPS, "{steps: }", "line 8: 'training.steps' should be a whole number, found nothing"),
     (STEPS, "{steps: 4, dropout: 1.5}", "line 8: 'training.dropout' should be less than 1.0, found 1.5"),
-    (STEPS, "{steps: 4, clip: .inf}", "line 8: 'training.clip' should be a finite number, found .inf"),
-    (STEPS, "{steps: 4, clip: on}", "line 8: 'training.clip' should be a number, found on"),
+    (STEPS, "{steps: 4, clip: 1}", "line 8: 'training.clip' is now called 'training.max_grad_norm'"),
+    (STEPS, "{steps: 4, patience: 9}", "line 8: 'training.patience' is now called 'training.hang_timeout'"),
+    (
+        "encoder: {layers: 2,",
+        "encoder: {moe: {experts: 2, balance: 0.1}, layers: 2,",
+        "line 6: 'model.encoder.moe.balance' is now called 'model.encoder.moe.balance_loss_weight'",
+    ),
+    (STEPS, "{steps: 4, max_grad_norm: .inf}", "line 8: 'training.max_grad_norm' should be a finite number, found .inf"),
+    (STEPS, "{steps: 4, max_grad_norm: on}", "line 8: 'training.max_grad_norm' should be a number, found on"),
     (
         STEPS,
         "{steps: 4, start_from: None}",
@@ -200,9 +207,9 @@ def test_a_member_of_a_study_is_blamed_for_what_it_changes(tmp_path):
 
 
 def test_numbers_as_people_write_them_are_read(tmp_path):
-    (tmp_path / "r.yaml").write_text(GOOD.replace(STEPS, "{steps: 1_000, learning_rate: 1e-4, warmup: 1.0e+3, clip: 1, seed: 0}"))
+    (tmp_path / "r.yaml").write_text(GOOD.replace(STEPS, "{steps: 1_000, learning_rate: 1e-4, warmup: 1.0e+3, max_grad_norm: 1, seed: 0}"))
     training = load_recipe(tmp_path / "r.yaml", ["training.label_smoothing=2e-1"]).training
-    assert (training.steps, training.learning_rate, training.warmup, training.clip, training.label_smoothing) == (
+    assert (training.steps, training.learning_rate, training.warmup, training.max_grad_norm, training.label_smoothing) == (
         1000,
         1e-4,
         1000,

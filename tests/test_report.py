@@ -15,9 +15,9 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import Metrics
-from lsmoe_ds.evaluation.report import Progress, _caveat, write_report
 from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
 from lsmoe_ds.languages import english_centric
+from lsmoe_ds.report.report import Progress, _caveat, write_report
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=1>&amp;\u202e\x00{{ 7*7 }} https://evil.example/x.js"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -26,7 +26,7 @@ def recipe_in(folder, layout, steps: int = 20, bf16: bool = False):
     tensor, expert, _, stage = layout
     sides = TOKEN_TOP2 | EIGHT, TARGET_TOP2
     recipe = make_recipe(folder, *sides, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
-    training = {"steps": steps, "checkpoint_every": 10, "log_every": 1, "clip": 1.0, "keep": 2, "learning_rate": 0.01}
+    training = {"steps": steps, "checkpoint_every": 10, "log_every": 1, "max_grad_norm": 1.0, "keep": 2, "learning_rate": 0.01}
     batch = recipe.data.batch.model_copy(update={"tokens": 96, "count": 4})
     return recipe.model_copy(
         update={

@@ -16,7 +16,7 @@ UNITS = 4
 
 
 def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float = 0.5) -> Recipe:
-    moe = {"every": 2, "experts": 8, "top_k": 2, "balance": 0.05, "z_loss": 0.01}
+    moe = {"every": 2, "experts": 8, "top_k": 2, "balance_loss_weight": 0.05, "z_loss_weight": 0.01}
     token, target = {"routing": "token"}, {"routing": "task", "task": "target"}
     full = {"capacity": {"training": 0.75, "drop": "probability"}}
     sides = {
@@ -48,7 +48,7 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
                 "decoder": {"layers": 2, "feed_forward": 24, **decoder},
                 "low_rank": {"rank": 3, "at": "both"} if routing == "lms" else None,
             },
-            "training": {"steps": 3, "learning_rate": 0.01, "warmup": 2, "dropout": 0.0, "label_smoothing": 0.1, "clip": clip},
+            "training": {"steps": 3, "learning_rate": 0.01, "warmup": 2, "dropout": 0.0, "label_smoothing": 0.1, "max_grad_norm": clip},
             "parallel": {"tensor": tensor, "expert": expert},
             "deepspeed": {"zero_optimization": {"stage": stage}},
         }

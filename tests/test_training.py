@@ -41,7 +41,7 @@ def recipe_in(folder: Path, steps: int = 6, every: int = 3, moe: dict | None = T
         "validate_every": 3,
         "dropout": 0.1,
         "attention_dropout": 0.1,
-        "clip": 1.0,
+        "max_grad_norm": 1.0,
         "keep": 2,
     }
     languages = "task-affine" if moe is PAIR_GROUPS else "mixed"
@@ -219,7 +219,7 @@ SPOILED = [("loss", 1, 1, 1.0), ("gradient", 1, 0, 1.0), ("gradient", 1, 0, 0.0)
 @pytest.mark.parametrize(("what", "world", "stage", "clip"), SPOILED)
 def test_non_finite_stops_with_step_directions_and_last_checkpoint(pool, folder, what, world, stage, clip):
     recipe, run = recipe_in(folder, stage=stage), folder / f"run-spoiled-{what}-{world}-{clip}"
-    recipe.training.clip = clip
+    recipe.training.max_grad_norm = clip
     messages = pool.run(world, spoil_worker, recipe, run, what)
     for message in messages:
         assert message.startswith("step 5: the "), message

@@ -35,16 +35,18 @@ def analyze_routing(run: str | Path, out: str | Path, split: str = "test", route
     # These import torch.
     from lsmoe_ds.analysis.measuring import measure_routing
     from lsmoe_ds.checkpoint.stored import find_model
-    from lsmoe_ds.evaluation.evaluate import SPLITS, open_data
+    from lsmoe_ds.data.held_out import HELD_OUT
+    from lsmoe_ds.data.prepared import open_data
     from lsmoe_ds.inference.load import load
 
-    if split not in SPLITS:
-        raise UserError(f"'{split}' is no held-out text: choose {' or '.join(SPLITS)}")
+    if split not in HELD_OUT:
+        raise UserError(f"'{split}' is no held-out text: choose {' or '.join(HELD_OUT)}")
     check_out(Path(out))
     if not any(find_model(run).recipe.model.moe_layers()):
         raise UserError(f"{run} is a dense model: it has no experts whose routing could be analyzed")
     loaded = load(run, route=route)
-    return write_analysis(Path(out), loaded.recipe.name, loaded.step, measure_routing(loaded, open_data(loaded), split))
+    layers = measure_routing(loaded, open_data(loaded), split)
+    return write_analysis(Path(out), loaded.recipe.name, loaded.step, layers)
 
 
 def check_out(out: Path) -> None:

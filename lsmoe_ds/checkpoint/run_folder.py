@@ -31,7 +31,7 @@ MAY_CHANGE = {
     "training.checkpoint_every",
     "training.keep",
     "training.keep_best",
-    "training.patience",
+    "training.hang_timeout",
 }
 
 BEGUN = (".vocabulary.model.", f".{ORIGIN}.", ".recipe.yaml.")  # how files are called until they are whole

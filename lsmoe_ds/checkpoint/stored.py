@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.m2m_100 import restore
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, step_of
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
@@ -27,7 +28,6 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import check_vocabulary, read_origin
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.m2m_100 import restore
 from lsmoe_ds.folders import (
     check_can_write,
     checker,

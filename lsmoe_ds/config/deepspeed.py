@@ -66,6 +66,16 @@ SECTIONS = {
     "aio": "block_size intra_op_parallelism overlap_events queue_depth single_submit use_gds",
 }
 HALF = ("bf16", "fp16")  # the sections that choose 16-bit numbers
+STAGE_0_BUCKET = 2**24  # values: ours, where DeepSpeed would copy up to 5e8
+# What the recipe decides; in a DeepSpeed configuration these would be a second, silent answer.
+RECIPE_KEYS = {
+    "train_batch_size": "data.batch",
+    "train_micro_batch_size_per_gpu": "data.batch",
+    "gradient_accumulation_steps": "data.batch.count and the number of processes",
+    "gradient_clipping": "training.max_grad_norm",
+    "optimizer": "training.learning_rate",
+    "scheduler": "training.warmup",
+}
 KEYS = {section: frozenset(keys.split()) for section, keys in {"": TOP, **SECTIONS}.items()}
 
 
@@ -91,6 +101,15 @@ def read_deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
             fits, having = is_mapping, ""
         if not fits:
             raise ValueError(f"{source}'{section}' is {value!r}: it should be a mapping{having}")
+    for key, place in RECIPE_KEYS.items():
+        if key in config:
+            raise ValueError(f"{source}it sets '{key}', which the recipe decides by {place}: remove it there")
+    if config.get("wall_clock_breakdown") or config.get("flops_profiler", {}).get("enabled"):
+        key = "wall_clock_breakdown" if config.get("wall_clock_breakdown") else "flops_profiler"
+        raise ValueError(f"{source}it sets '{key}', whose timers DeepSpeed cannot run here: remove it there")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ValueError(f"{source}it asks for ZeRO stage {stage}: 0, 1 and 2 are supported")
     if all(config.get(kind, {}).get("enabled") for kind in HALF):
         raise ValueError(f"{source}'bf16' and 'fp16' are both enabled: enable one of them")
     return config

@@ -59,6 +59,8 @@ def explain(error: ValidationError, section: type[Section], value: Mapping[str, 
         at, found = (*at, str(key)), found[key]
     where = _where(at, path, places)
     if first["type"] == "extra_forbidden":
+        if (new := _renamed(at, section)) is not None:
+            return f"{where}: {name(at)} is now called {name((*at[:-1], new))}"
         known = allowed_keys(at[:-1], section)
         return f"{where}: unknown key {name(at)}{nearest(at[-1], known)}; allowed here: {', '.join(known)}"
     annotation = _annotation(at, section)
@@ -163,6 +165,12 @@ def allowed_keys(at: At, section: type[Section]) -> list[str]:
     """Return the keys that are allowed at a place."""
     found = is_section(_annotation(at, section))
     return list(found.model_fields) if found else []
+
+
+def _renamed(at: At, section: type[Section]) -> str | None:
+    """Return the name that a key of earlier versions has now; None if it was none."""
+    found = is_section(_annotation(at[:-1], section))
+    return found.renamed.get(at[-1]) if found else None
 
 
 def _annotation(at: At, annotation: Any) -> Any:

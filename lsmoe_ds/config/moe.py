@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,14 +36,16 @@ class MoE(Section):
     which learns from them ("Condensing Multilingual Knowledge", section 3.1).
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"balance": "balance_loss_weight", "z_loss": "z_loss_weight"}
+
     experts: Positive
     every: Positive = 2
     top_k: Positive = 2
     routing: Literal["token", "sentence", "task", "static"] = "token"
     task: Literal["target", "source", "pair"] = "target"
     expert_groups: Positive = 1
-    balance: Annotated[float, Field(ge=0.0)] = 0.01
-    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    balance_loss_weight: Annotated[float, Field(ge=0.0)] = 0.01
+    z_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
     jitter: Share = 0.0
     capacity: Capacity | None = None
     fuse_distillation: bool = False

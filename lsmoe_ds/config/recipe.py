@@ -7,9 +7,9 @@ and can be loaded again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, create_model, field_validator, model_validator
@@ -135,6 +135,8 @@ else:
 
 
 class Training(Section):
+    renamed: ClassVar[Mapping[str, str]] = {"clip": "max_grad_norm", "patience": "hang_timeout"}
+
     steps: Positive
     start_from: Path | None = None
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
@@ -142,7 +144,7 @@ class Training(Section):
     label_smoothing: Share = 0.1
     dropout: Share = 0.1
     attention_dropout: Share = 0.0
-    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     log_every: Positive = 20
@@ -150,7 +152,7 @@ class Training(Section):
     checkpoint_every: Positive = 500
     keep: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 0
-    patience: Annotated[float, Field(gt=0, le=1e6)] = 900.0
+    hang_timeout: Annotated[float, Field(gt=0, le=1e6)] = 900.0
 
 
 class Parallel(Section):

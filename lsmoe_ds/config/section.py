@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -20,6 +20,8 @@ class Section(BaseModel):
     """A mapping of a YAML file. Unknown keys are refused, and so is what pydantic would silently turn into a
     number or a truth value.
     """
+
+    renamed: ClassVar[Mapping[str, str]] = {}  # keys of earlier versions, and what they are called now
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 

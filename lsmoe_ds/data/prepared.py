@@ -11,7 +11,7 @@ import resource
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -216,3 +216,18 @@ def _allow_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < count + 512:
         wanted = count + 512 if hard == resource.RLIM_INFINITY else min(hard, count + 512)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class Model(Protocol):
+    """A model on disk or in memory, which knows its recipe and the folder that holds it."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def home(self) -> Path: ...
+
+
+def open_data(model: Model) -> PreparedData:
+    """Open the prepared data of a model. Raises UserError if they were prepared anew since it was trained."""
+    return PreparedData.of(model.recipe, model.home)

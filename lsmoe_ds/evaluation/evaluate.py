@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lsmoe_ds.analysis.measuring import measure_routing
 from lsmoe_ds.checkpoint.stored import Stored, find_model
-from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.prepared import PreparedData, open_data
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.comet import Comet
 from lsmoe_ds.evaluation.groups import resource_groups
@@ -23,14 +23,12 @@ from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
-from lsmoe_ds.evaluation.texts import SPLITS, Texts, check_split, read_held_out, read_own, tell_skipped
+from lsmoe_ds.evaluation.texts import Texts, check_split, read_held_out, read_own, tell_skipped
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, load_engine, say_untrained
 from lsmoe_ds.inference.load import Loaded, check_route, with_direction
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.notices import LINE_EVERY
-
-__all__ = ["SPLITS", "evaluate", "open_data"]
 
 
 def evaluate(
@@ -187,8 +185,3 @@ def _tell_place(folder: ScoreFolder, table: ScoreTable, part: Part | None, data:
     path = folder.part(table.question, part) if part else folder.record(table.question)
     held_out = f", {table.split} set of {data.folder}" if data else ""
     print(f"lsmoe: scores in {path}, text in {folder.folder(table.question)}{held_out}", file=sys.stderr, flush=True)
-
-
-def open_data(loaded: Engine | Stored) -> PreparedData:
-    """Open the prepared data of a model. Raises UserError if they were prepared anew since it was trained."""
-    return PreparedData.of(loaded.recipe, loaded.home)

@@ -24,6 +24,7 @@ from lsmoe_ds.languages import CODE, Direction, find_code, normalize_code
 from lsmoe_ds.notices import listed, notice
 
 SPLITS = ("test", "dev")
+
 FORMS = (
     "give a folder, a TSV file, the common part of file names (mytest for mytest.de and mytest.en), or --test CODE=FILE for each language"
 )

@@ -8,7 +8,6 @@ stands in ``config.json``.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,14 @@ from torch import Tensor
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import SPECIALS
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.inference.ctranslate2 import PIECES, library
 from lsmoe_ds.languages import BOS, EOS, UNK, nearest
 from lsmoe_ds.model.embedding import FIRST_POSITION, sinusoids
 from lsmoe_ds.notices import counted
 
-PIECES = "shared_vocabulary.json"
 FILES = ["model.bin", "config.json", PIECES]
 QUANTIZATIONS = ("float32", "int8", "int8_float32")  # of the stored weights
 POSITIONS = 1024  # CTranslate2 cuts sources there
-
-
-def library() -> Any:
-    """Import the module. Raises UserError if it is not installed."""
-    try:
-        return importlib.import_module("ctranslate2")
-    except ImportError:
-        raise UserError("CTranslate2 is not installed: pip install ctranslate2") from None
 
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path, quantization: str = "float32") -> list[str]:

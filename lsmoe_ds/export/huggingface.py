@@ -1,7 +1,7 @@
 """A dense model as ``transformers`` loads it: M2M-100 with a fast tokenizer that gives our ids. Written
 without transformers.
 
-Its weights are :mod:`lsmoe_ds.export.m2m_100`, its tokenizer :mod:`lsmoe_ds.export.tokenizer`. V
+Its weights are :mod:`lsmoe_ds.checkpoint.m2m_100`, its tokenizer :mod:`lsmoe_ds.export.tokenizer`. V
 vocabulary.
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.m2m_100 import rename, widest
 from lsmoe_ds.checkpoint.stored import Stored
 from lsmoe_ds.checkpoint.tensors import save_tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.vocabulary import Vocabulary
-from lsmoe_ds.export.m2m_100 import rename, widest
 from lsmoe_ds.export.tokenizer import special_tokens, tokenizer, tokenizer_config
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, never_generated

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lsmoe_ds.checkpoint.m2m_100 import EMBEDDING, our_names, their_name
 from lsmoe_ds.checkpoint.stored import RECIPE, VOCABULARY, name_of
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors
 from lsmoe_ds.config.codes import resolve_codes
@@ -24,7 +25,6 @@ from lsmoe_ds.config.file import apply_override, merge, validate
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, fill_up, parse_model
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.m2m_100 import EMBEDDING, our_names, their_name
 from lsmoe_ds.export.tokenizer import is_ours, sentencepiece_model, set_specials
 from lsmoe_ds.folders import is_count, read_json
 from lsmoe_ds.languages import CODE, UNK, normalize_code, tag

@@ -15,14 +15,15 @@ from lsmoe_ds.checkpoint.run_folder import check_run, open_run
 from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import ORIGIN
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, locked, read_fields, replaced
 from lsmoe_ds.launch import joining
 from lsmoe_ds.launch import processes as launch
-from lsmoe_ds.parallel.topology import Topology, check_world
-from lsmoe_ds.training.engine import engine_config
+from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.engine import check_precision
 
 
 def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: int | None) -> dict[str, Any]:
@@ -41,8 +42,8 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
     open_optimizer(stored.weights_in, verify=True)
     world = processes or launch.smallest_world(recipe)
     layout = recipe.parallel
-    check_world(world, layout.tensor, layout.expert)
-    engine_config(recipe, Topology(world=world, tensor=layout.tensor, data=world // layout.tensor, expert=layout.expert))
+    check_layout(recipe, world)
+    check_precision(recipe)
     check_writable(out)
     with locked(out) as lock, replaced(out) as new, explain_errors(out):
         open_run(recipe, new, stored.vocabulary)

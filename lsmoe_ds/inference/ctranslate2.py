@@ -14,6 +14,7 @@ are never generated have a share, and CTranslate2 returns of what was cut only a
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Sequence
@@ -27,14 +28,22 @@ from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.ctranslate2 import PIECES, library
 from lsmoe_ds.folders import damage, read_fields
 from lsmoe_ds.inference.beam_search import NOT_FINITE, Hypothesis, Search, never_generated
 from lsmoe_ds.languages import EOS, Direction, Languages
 from lsmoe_ds.methods.context import Route
 
 END = SPECIALS[EOS]
+PIECES = "shared_vocabulary.json"
 Scored = tuple[list[str], float]  # pieces, with their end if they have ended, and their score
+
+
+def library() -> Any:
+    """Import the module. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module("ctranslate2")
+    except ImportError:
+        raise UserError("CTranslate2 is not installed: pip install ctranslate2") from None
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def examine() -> Findings | None:
 
 
 def _is_first() -> bool:
-    from lsmoe_ds.launch.membership import guess_rank
+    from lsmoe_ds.notices import guess_rank
 
     return guess_rank(os.environ) == 0
 

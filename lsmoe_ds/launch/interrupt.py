@@ -156,7 +156,8 @@ def _note_alone(number: int) -> None:
 
 
 def _leave(number: int) -> None:
-    from lsmoe_ds.launch.membership import guess_rank, is_one_of_several
+    from lsmoe_ds.launch.membership import is_one_of_several
+    from lsmoe_ds.notices import guess_rank
 
     if number == signal.SIGTERM and not _State.waiting_for and is_one_of_several(os.environ):
         return

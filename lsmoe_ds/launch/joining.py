@@ -47,12 +47,12 @@ class Party:
         return f"{counted(len(self.hosts), 'rank')} on {', '.join(shown)}, started by {self.membership.launcher}"
 
 
-def join(membership: Membership | None = None, alike: Mapping[str, str] | None = None, patience: float = 1800.0) -> Party:
+def join(membership: Membership | None = None, alike: Mapping[str, str] | None = None, timeout: float = 1800.0) -> Party:
     """Meet the others and initialize torch.distributed and DeepSpeed. Called by every process, with what :func:`find` finds.
 
     What must be ``alike`` on all ranks is compared, beside versions and sizes. Raises UserError, on all ranks within seconds, if
     they do not fit together; and after :data:`PATIENCE` seconds if some have not come. A collective ends with an error after
-    ``patience`` seconds.
+    ``timeout`` seconds.
     """
     from lsmoe_ds.parallel import compat
 
@@ -87,7 +87,7 @@ def join(membership: Membership | None = None, alike: Mapping[str, str] | None =
         store=dist.PrefixStore("group", store),
         rank=membership.rank,
         world_size=membership.world,
-        timeout=timedelta(seconds=patience),
+        timeout=timedelta(seconds=timeout),
     )
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # adopts it
     return Party(membership, store, hosts)

@@ -81,14 +81,6 @@ def find(environment: Mapping[str, str]) -> Membership:
     return Membership(innermost.launcher, innermost.rank, innermost.world, innermost.local_rank, innermost.local_world, address, port)
 
 
-def guess_rank(environment: Mapping[str, str]) -> int:
-    """Guess the rank where :func:`find` may have failed, so that an error is printed once."""
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if environment.get(name, "").isdecimal():
-            return int(environment[name])
-    return 0
-
-
 def is_one_of_several(environment: Mapping[str, str]) -> bool:
     """Whether a launcher has started this process, also where :func:`find` raises."""
     try:

@@ -1,7 +1,7 @@
 """The hang timeout: a rank that is stopped, dead or stuck would keep all others waiting in a collective for ever.
 
 Every rank counts its progress; the sum over all ranks is in the store that they share. When no rank has made progress for
-``patience`` seconds, each prints the stacks of its threads and leaves; rank 0 names those that did not answer any more.
+``hang_timeout`` seconds, each prints the stacks of its threads and leaves; rank 0 names those that did not answer any more.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def beat(doing: str) -> None:
 
 
 @contextlib.contextmanager
-def watch(party: Party, patience: float) -> Iterator[None]:
-    """End the process with :data:`STATUS` once no rank has called :func:`beat` for ``patience`` seconds, inside the context."""
+def watch(party: Party, hang_timeout: float) -> Iterator[None]:
+    """End the process with :data:`STATUS` once no rank has called :func:`beat` for ``hang_timeout`` seconds, inside the context."""
     beat("starting")
-    ended, poll = threading.Event(), min(MOST, max(LEAST, patience / 8))
+    ended, poll = threading.Event(), min(MOST, max(LEAST, hang_timeout / 8))
     # Each with a connection of its own, made now: a main rank that is stopped holds the store and answers nobody.
     telling, leaving = (cast(Any, party.store).clone() for _ in range(2))
-    for work, arguments in ((_tell, (telling,)), (_look, (party, leaving, patience))):
+    for work, arguments in ((_tell, (telling,)), (_look, (party, leaving, hang_timeout))):
         threading.Thread(target=work, args=(*arguments, poll, ended), daemon=True, name=work.__name__).start()
     try:
         yield
@@ -67,26 +67,26 @@ def _tell(store: Any, poll: float, ended: threading.Event) -> None:
             told = count
 
 
-def _look(party: Party, store: Any, patience: float, poll: float, ended: threading.Event) -> None:
+def _look(party: Party, store: Any, hang_timeout: float, poll: float, ended: threading.Event) -> None:
     known, quiet = -1, 0.0
     while not ended.wait(poll):
         # Should nothing in Python get to run any more, not even this thread: then at least it is seen where.
-        faulthandler.dump_traceback_later(patience + 2 * poll)
+        faulthandler.dump_traceback_later(hang_timeout + 2 * poll)
         quiet += poll  # no clock: a job that was suspended as a whole has not stood still
         if _Progress.of_all != known:
             known, quiet = _Progress.of_all, 0.0
-        if quiet >= patience:
-            _leave(party, store, patience, poll)
+        if quiet >= hang_timeout:
+            _leave(party, store, hang_timeout, poll)
 
 
-def _leave(party: Party, store: Any, patience: float, poll: float) -> NoReturn:
+def _leave(party: Party, store: Any, hang_timeout: float, poll: float) -> NoReturn:
     """Print the stacks of this rank, at once so that ranks do not mix their lines, and end the process. No rank ends before rank 0
     has heard from all, or its launcher would end the others."""
     _Progress.leaving = True
     rank = party.membership.rank
     waited = time.monotonic() - _Progress.since
-    passed, own = (counted(round(seconds), "second") for seconds in (patience, waited))
-    head = f"no rank has made progress for {passed} (training.patience); rank {rank} on {socket.gethostname()} is"
+    passed, own = (counted(round(seconds), "second") for seconds in (hang_timeout, waited))
+    head = f"no rank has made progress for {passed} (training.hang_timeout); rank {rank} on {socket.gethostname()} is"
     _say(f"{head} {_Progress.doing} for {own}:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks()))
     _within(HEARING, lambda: store.set(f"standing/{rank}", "here"))
     hearing = poll + HEARING  # they look once in a while

@@ -15,6 +15,8 @@ from lsmoe_ds.parallel.topology import Topology
 class FeedForward(Linears):
     """``relu(x W_1 + b_1) W_2 + b_2``, [..., H] -> [..., H]; F is spread over the tensor-parallel ranks."""
 
+    is_plain = True  # relu between two linear layers: the experts of a rank may be computed by grouped products
+
     def __init__(self, hidden: int, width: int, topology: Topology) -> None:
         super().__init__()
         self.shapes = feed_forward_linears(hidden, width)

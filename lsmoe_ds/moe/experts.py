@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.moe.routers import DROPPED
 from lsmoe_ds.parallel.compat import mark_expert_parameter
 from lsmoe_ds.parallel.topology import Topology
@@ -151,7 +150,7 @@ def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
 
 
 def _fits(expert: nn.Module) -> bool:
-    if type(expert) is not FeedForward or type(expert.expand) is not nn.Linear or type(expert.contract) is not nn.Linear:
+    if not getattr(expert, "is_plain", False) or type(expert.expand) is not nn.Linear or type(expert.contract) is not nn.Linear:
         return False
     weight = expert.expand.weight  # [F, H]
     return weight.dtype == torch.bfloat16 and not any(size * weight.element_size() % ALIGNMENT for size in weight.shape)

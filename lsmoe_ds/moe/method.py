@@ -48,8 +48,8 @@ class MixturesOfExperts(Method):
         balance = z = torch.zeros((), device=totals[0].device)
         for side, record, chosen in zip(self.sides, notes, totals, strict=True):
             routed = self.model.routed(record.settings) * size.tokens(side)
-            balance = balance + record.settings.balance * balance_loss(record, chosen, routed)
-            z = z + record.settings.z_loss * z_loss(record, routed)
+            balance = balance + record.settings.balance_loss_weight * balance_loss(record, chosen, routed)
+            z = z + record.settings.z_loss_weight * z_loss(record, routed)
         return {"balance": balance, "z_loss": z}
 
     def sums(self, notes: Sequence[RoutingRecord]) -> dict[str, float]:

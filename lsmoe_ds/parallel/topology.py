@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from lsmoe_ds.errors import UserError
-from lsmoe_ds.notices import counted
+from lsmoe_ds.config.layout import check_world
 from lsmoe_ds.parallel import compat
 
 
@@ -64,12 +63,3 @@ class Topology:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def check_world(world: int, tensor: int, expert: int) -> None:
-    """Raises UserError unless ``world`` processes can hold this layout."""
-    started = counted(world, "process")
-    if world % tensor:
-        raise UserError(f"parallel.tensor is {tensor}, which does not divide the {started}: start a multiple of {tensor}")
-    if world % expert:
-        raise UserError(f"parallel.expert is {expert}, which does not divide the {started}: start a multiple of {expert}")

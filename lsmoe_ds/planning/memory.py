@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from lsmoe_ds.config.deepspeed import STAGE_0_BUCKET
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, SideName, SublayerShape, shapes_of
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, passes
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
-STAGE_0_BUCKET = 2**24  # values: ours, where DeepSpeed would copy up to 5e8
 PROCESS = 480 * 2**20  # measured on Linux: Python, torch, DeepSpeed, Megatron-core and their threads, with nothing loaded
 # Measured on a CPU: of every micro-batch's shapes some blocks stay behind that fit none of the next one's.
 ALLOCATOR = 1.4

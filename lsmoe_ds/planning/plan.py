@@ -11,8 +11,8 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from lsmoe_ds.config.deepspeed import HALF
+from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.errors import UserError
 from lsmoe_ds.moe.costs import Exchange, exchanges
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.costs import LENGTH, VALUE_BYTES, Flops, Parts, flops, step_bytes
@@ -134,22 +134,6 @@ def in_bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def check(recipe: Recipe, world: int) -> None:
-    """Raises UserError unless ``world`` ranks can train the recipe; torch is imported only to say what is wrong."""
-    tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
-    if world < 1:
-        raise UserError(f"a world of {counted(world, 'rank')} was asked for: at least 1 is needed")
-    if world % tensor or world % expert:
-        from lsmoe_ds.parallel.topology import check_world
-
-        check_world(world, tensor, expert)
-    if recipe.data.batch.count % (world // tensor):
-        from lsmoe_ds.parallel.topology import Topology
-        from lsmoe_ds.training.engine import accumulation_steps
-
-        accumulation_steps(recipe, Topology(world=world, tensor=tensor, data=world // tensor, expert=expert))
-
-
 def routes(recipe: Recipe) -> dict[str, Parts]:
     """Count what must be loaded to serve all directions by each route; empty where that is the whole model."""
     model = recipe.model
@@ -166,7 +150,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     """
     tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
     world = lcm(tensor, expert) if world is None else world
-    check(recipe, world)
+    check_layout(recipe, world)
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     half = any(config.get(kind, {}).get("enabled") for kind in HALF)
     # One rank alone runs stage 0 in float32, whatever is asked for: see training.engine.engine_config.

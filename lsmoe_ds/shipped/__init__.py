@@ -10,7 +10,7 @@ import sys
 from os.path import isfile
 from pathlib import Path
 
-from lsmoe_ds.launch.membership import guess_rank
+from lsmoe_ds.notices import guess_rank
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE if (HERE / "recipes").is_dir() else HERE.parent.parent

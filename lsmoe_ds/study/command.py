@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from lsmoe_ds.checkpoint.run_folder import check_run, newest_whole, step_of
+from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.data.prepared import MANIFEST, PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.part import Part
-from lsmoe_ds.evaluation.report import Progress, read_progress
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import explain_errors, locked, write_whole
 from lsmoe_ds.inference.load import check_route
@@ -28,12 +28,12 @@ from lsmoe_ds.languages import nearest
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.processes import KEEP_LARGE_BLOCKS, smallest_world
 from lsmoe_ds.notices import counted
-from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.planning.plan import plan
+from lsmoe_ds.report.report import Progress, read_progress
 from lsmoe_ds.study.page import render_page
 from lsmoe_ds.study.settings import Study, load_study
 from lsmoe_ds.study.table import Comparison, Costs, Spread, compare
-from lsmoe_ds.training.engine import engine_config
+from lsmoe_ds.training.engine import check_precision
 
 T = TypeVar("T", str, int)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # a member is trained by processes of its own, whatever this one is part of
@@ -93,12 +93,12 @@ class Runs:
     def check(self, member: str, seed: int, processes: int | None) -> None:
         """Raise UserError for what training or evaluation would refuse later."""
         recipe = self.study.recipe(member, seed)
-        layout, world = recipe.parallel, processes or smallest_world(recipe)
+        world = processes or smallest_world(recipe)
         try:
             for route in self.study.settings.members[member].routes:
                 check_route(route, recipe)
-            check_world(world, layout.tensor, layout.expert)
-            engine_config(recipe, Topology(world=world, tensor=layout.tensor, data=world // layout.tensor, expert=layout.expert))
+            check_layout(recipe, world)
+            check_precision(recipe)
         except UserError as error:
             raise UserError(f"member '{member}': {error}") from None
         check_run(recipe, self.folder(member, seed), self.prepared.folder / "vocabulary.model")

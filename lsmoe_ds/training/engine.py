@@ -12,7 +12,8 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from lsmoe_ds.config.deepspeed import HALF
+from lsmoe_ds.config.deepspeed import HALF, STAGE_0_BUCKET
+from lsmoe_ds.config.layout import accumulation_steps
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.errors import SharedError, UserError
@@ -23,21 +24,10 @@ from lsmoe_ds.model.transformer import Losses, Transformer
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.planning.memory import STAGE_0_BUCKET
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")
 BETAS, EPSILON = (0.9, 0.98), 1e-9  # "Attention is all you need", section 5.3
-
-# What the recipe decides; in a DeepSpeed configuration these would be a second, silent answer.
-RECIPE_KEYS = {
-    "train_batch_size": "data.batch",
-    "train_micro_batch_size_per_gpu": "data.batch",
-    "gradient_accumulation_steps": "data.batch.count and the number of processes",
-    "gradient_clipping": "training.clip",
-    "optimizer": "training.learning_rate",
-    "scheduler": "training.warmup",
-}
 
 
 class NonFinite(Exception):
@@ -59,26 +49,12 @@ class StepResult:
         return self.metrics["loss"]
 
 
-def accumulation_steps(recipe: Recipe, topology: Topology) -> int:
-    """Micro-batches of a step on each data-parallel rank; raises UserError if the ranks cannot share a step evenly."""
-    count = recipe.data.batch.count
-    if count % topology.data:
-        raise UserError(
-            f"data.batch.count is {count}, which {topology.data} data-parallel ranks cannot share evenly: "
-            f"set it to a multiple of {topology.data}, or start another number of processes"
-        )
-    return count // topology.data
+def check_precision(recipe: Recipe) -> str | None:
+    """Return "bf16" or "fp16", whichever the recipe enables, or None for float32.
 
-
-def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
-    """The recipe's DeepSpeed configuration, completed by what the recipe itself decides."""
-    given = dict(recipe.deepspeed) if isinstance(recipe.deepspeed, dict) else {}
-    for key, place in RECIPE_KEYS.items():
-        if key in given:
-            raise UserError(f"the DeepSpeed configuration sets '{key}', which the recipe decides by {place}: remove it there")
-    stage = given.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise UserError(f"the DeepSpeed configuration asks for ZeRO stage {stage}: 0, 1 and 2 are supported")
+    Raises UserError if this machine cannot train in it.
+    """
+    given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     half = next((kind for kind in HALF if given.get(kind, {}).get("enabled")), None)
     if half is not None and not compat.trains_in(half):
         device, other = "GPU" if torch.cuda.is_available() else "CPU", next(kind for kind in HALF if kind != half)
@@ -86,13 +62,20 @@ def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
             f"the DeepSpeed configuration enables '{half}', in which this machine's {device} cannot train: "
             f"enable '{other}', or neither, which is float32"
         )
+    return half
+
+
+def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
+    """The recipe's DeepSpeed configuration, completed by what the recipe itself decides."""
+    given = dict(recipe.deepspeed) if isinstance(recipe.deepspeed, dict) else {}
+    half = check_precision(recipe)
     if topology.world == 1 and half is None:
         # One rank has nothing to partition, and ZeRO's copies would cost it a third of its speed.
         given["zero_optimization"] = {"stage": 0}
     return {
         **given,
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation_steps(recipe, topology),
+        "gradient_accumulation_steps": accumulation_steps(recipe, topology.data),
         "gradient_clipping": clipping_limit(recipe),
         "steps_per_print": 2**31,
     }
@@ -126,11 +109,11 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
 
 
 def clipping_limit(recipe: Recipe) -> float:
-    """Return the largest gradient norm of a step, infinite where ``training.clip`` is 0.
+    """Return the largest gradient norm of a step, infinite where ``training.max_grad_norm`` is 0.
 
     By a limit of 0, DeepSpeed would compute no norm, and a gradient of NaN would reach the weights.
     """
-    return recipe.training.clip or math.inf
+    return recipe.training.max_grad_norm or math.inf
 
 
 @torch.no_grad()

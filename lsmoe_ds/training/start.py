@@ -12,6 +12,7 @@ from pathlib import Path
 from lsmoe_ds.checkpoint.run_folder import check_run, list_checkpoints, newest_whole, open_run
 from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
@@ -23,8 +24,8 @@ from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
 from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat
-from lsmoe_ds.parallel.topology import Topology, check_world
-from lsmoe_ds.training.engine import engine_config
+from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.engine import check_precision
 from lsmoe_ds.training.schedules import inverse_square_root
 
 STARTS = ("consolidated", "hybrid", "dense", "huggingface")  # kinds of converted folders that a training begins with
@@ -52,12 +53,11 @@ def _check_validation(recipe: Recipe, prepared: PreparedData) -> None:
         )
 
 
-def check_layout(recipe: Recipe, world: int) -> None:
-    """Raises SharedError unless ``world`` processes can share the recipe's steps, experts and tensors."""
-    layout = recipe.parallel
+def _check_processes(recipe: Recipe, world: int) -> None:
+    """Raise SharedError unless ``world`` processes can share the recipe's steps, experts and tensors."""
     try:
-        check_world(world, layout.tensor, layout.expert)
-        engine_config(recipe, Topology(world=world, tensor=layout.tensor, data=world // layout.tensor, expert=layout.expert))
+        check_layout(recipe, world)
+        check_precision(recipe)
     except UserError as error:
         raise SharedError(str(error)) from None
 
@@ -108,7 +108,7 @@ def train(recipe: Recipe, run: Path, processes: int | None) -> int:
     if processes not in (None, membership.world):
         started = counted(membership.world, "process")
         raise SharedError(f"--nproc is {processes}, but {membership.launcher} has started {started}: leave --nproc out")
-    check_layout(recipe, membership.world)
+    _check_processes(recipe, membership.world)
     return _join_and_train(recipe, run, membership)
 
 
@@ -126,7 +126,7 @@ def _notice(recipe: Recipe) -> None:
 def _start(recipe: Recipe, run: Path, processes: int | None) -> int:
     world = processes or launch.smallest_world(recipe)
     with locked(run) as lock:
-        check_layout(recipe, world)
+        _check_processes(recipe, world)
         check(recipe, run)
         _notice(recipe)
         if world == 1:
@@ -146,14 +146,14 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
 
     from lsmoe_ds.training.loop import train as train_on_this_rank
 
-    layout, patience = recipe.parallel, recipe.training.patience
-    party = joining.join(membership, {"the recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()}, 2 * patience)
+    layout, hang_timeout = recipe.parallel, recipe.training.hang_timeout
+    party = joining.join(membership, {"the recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()}, 2 * hang_timeout)
     told = not membership.is_alone and membership.rank == 0
     if told:
         print(f"{party.describe()}; tensor {layout.tensor}, expert {layout.expert}", file=sys.stderr, flush=True)
     interrupt.save_and_leave(alone=membership.is_alone)
     here = Topology.build(layout.tensor, layout.expert, joining.device())
-    with ExitStack() as held, watchdog.watch(party, patience):
+    with ExitStack() as held, watchdog.watch(party, hang_timeout):
         try:
             if not membership.is_alone:
                 joining.on_main(lambda: _open(recipe, run, held))

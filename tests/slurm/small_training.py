@@ -29,7 +29,14 @@ def write_recipe(folder: Path) -> None:
     """``recipe.yaml`` in the folder, and prepared data."""
     write_corpus(folder)
     recipe = make_recipe(folder, TARGET_TOP2, TARGET_TOP2, expert=2)
-    training = {"steps": STEPS, "checkpoint_every": 10, "log_every": 1, "clip": 1.0, "patience": PATIENCE, "learning_rate": 0.005}
+    training = {
+        "steps": STEPS,
+        "checkpoint_every": 10,
+        "log_every": 1,
+        "max_grad_norm": 1.0,
+        "hang_timeout": PATIENCE,
+        "learning_rate": 0.005,
+    }
     changes = {
         "training": recipe.training.model_copy(update=training),
         "data": recipe.data.model_copy(update={"batch": recipe.data.batch.model_copy(update={"tokens": 64})}),
