@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from lsmoe_ds.config.recipe import Recipe
+from typing import TYPE_CHECKING
+
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Recipe
 
 
 def check_world(world: int, tensor: int, expert: int) -> None:

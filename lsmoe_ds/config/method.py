@@ -119,7 +119,8 @@ def _load(path: Path) -> ModuleType:
     """Import a file as the module ``lsmoe_ds.methods.NAME``, by which its objects can be pickled."""
     name = f"{ROOMS}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or importlib.util.find_spec(name) is not None:
+    own = Path(__file__).parent.parent / "methods" / path.stem
+    if spec is None or spec.loader is None or own.is_dir() or own.with_suffix(".py").exists():
         raise UserError(f"{path}, of {VARIABLE}, cannot be a method: lsmoe_ds has a module of this name")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:

@@ -1,0 +1,147 @@
+"""The example of docs/adding_a_method.md goes through all that lsmoe does, and nothing else names it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_run import make_recipe, write_corpus
+
+from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.shipped import ROOT as PROJECT
+
+METHODS = PROJECT / "docs" / "methods"
+PART = "contract_output_bias"
+
+
+def lsmoe(*arguments: str | Path) -> str:
+    """Run the command with the example's folder; return what it printed."""
+    command = [sys.executable, "-m", "lsmoe_ds", *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, "LSMOE_METHODS": str(METHODS)}, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def losses(run: Path) -> dict[int, list[float]]:
+    """Return loss, gradient norm and the method's metric of each step."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {each["step"]: [each[name] for name in ("loss", "grad_norm", "bias_square")] for each in records if "loss" in each}
+
+
+def halfway(run: Path, copy: Path) -> Path:
+    """Copy a run as it was after its second step."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-4")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of four steps, with checkpoints after the second and the last."""
+    folder = tmp_path_factory.mktemp("method")
+    write_corpus(folder)
+    recipe = yaml.safe_load(make_recipe(folder, None, None).to_yaml())
+    recipe["model"]["output_bias"] = {"weight": 0.5}
+    recipe["training"] |= {"steps": 4, "log_every": 1, "checkpoint_every": 2}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    lsmoe("data", "prepare", folder / "recipe.yaml")
+    lsmoe("train", folder / "recipe.yaml", "--out", folder / "run")
+    return folder / "run"
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Read weights and masks as the example's own processes do."""
+    code = (
+        "import sys, torch; from lsmoe_ds.checkpoint.stored import find_model, read_weights; "
+        "torch.save(dict(read_weights(find_model(sys.argv[1])).tensors), sys.argv[2])"
+    )
+    out = folder.parent / "weights.pt"
+    environment = {**os.environ, "LSMOE_METHODS": str(METHODS)}
+    subprocess.run([sys.executable, "-c", code, str(folder), str(out)], env=environment, check=True)
+    return torch.load(out)
+
+
+def test_training_follows_the_schedule_the_mask_and_the_loss(trained):
+    weights = weights_of(trained)
+    rows, mask = weights[f"decoder.0.feed_forward.{PART}.rows"], weights[f"decoder.0.feed_forward.{PART}.mask"]
+    assert rows.shape == (3, 16) and mask.shape == (16,) and 0 < mask.sum() < 16
+    assert rows[:, mask > 0].any() and not rows[:, mask == 0].any()
+    squares = [each[2] for each in losses(trained).values()]
+    # In the first step the scale is 0 and the rows are: only from the second one on a gradient reaches them.
+    assert squares[:2] == [0, 0] and squares[2] > 0
+    assert sum(PART in name for name in weights) == 2 * 3
+
+
+def test_it_resumes_to_the_bit_and_reshards(trained, tmp_path):
+    resumed = halfway(trained, tmp_path / "resumed")
+    lsmoe("train", resumed / "recipe.yaml", "--out", resumed)
+    assert losses(resumed) == losses(trained)
+    spread = halfway(trained, tmp_path / "spread")
+    lsmoe("train", spread / "recipe.yaml", "--set", "parallel.tensor=2", "--out", spread)
+    for step, found in losses(spread).items():
+        assert found == pytest.approx(losses(trained)[step], rel=1e-4), step
+    whole, other = weights_of(trained), weights_of(spread)
+    assert whole.keys() == other.keys()
+    apart = {
+        name: float((whole[name] - other[name]).abs().max()) for name in whole if not name.endswith("key.bias")
+    }  # these have no gradient
+    assert max(apart.values()) < 1e-4, apart
+
+
+def test_a_plan_counts_it(trained):
+    planned = json.loads(lsmoe("plan", trained / "recipe.yaml", "--json"))
+    weights = weights_of(trained)
+    assert planned["parameters"]["total"] == sum(each.numel() for name, each in weights.items() if not name.endswith(".mask"))
+    assert planned["parameters"]["total"] - planned["serving"]["total"] == 3 * 3 * 16
+
+
+def test_it_grows_by_a_language(trained, tmp_path):
+    grown = tmp_path / "grown"
+    settings = ["--set", "data.languages=[de,fr,nl]", "--like-language", "de"]
+    lsmoe("convert", trained, "--to", "grown", *settings, "--out", grown)
+    before, after = (weights_of(each)[f"decoder.1.feed_forward.{PART}.rows"] for each in (trained, grown))
+    assert after.shape == (4, 16)
+    assert torch.equal(after[:3], before) and torch.equal(after[3], before[0])  # de, en, fr, and nl like de
+
+
+@pytest.mark.parametrize("kind", ["dense", "huggingface"])
+def test_it_merges_into_a_dense_model(trained, tmp_path, kind):
+    """``lsmoe convert`` itself compares the logits and translations of both."""
+    lsmoe("convert", trained, "--to", kind, "--from", "en", "--to-language", "de", "--out", tmp_path / kind)
+    (record,) = [json.loads(path.read_text()) for path in (trained / "conversions").glob(f"{kind}*.json")]
+    assert record["largest_logit_difference"] < 1e-4 and record["same_translations"] == record["sentences"] > 0
+    stored = find_model(tmp_path / kind)  # needs the example no more
+    assert not any(PART in name for name in read_weights(stored).tensors)
+
+
+def test_the_report_tells_of_it(trained):
+    lsmoe("report", trained)
+    page = (trained / "report.html").read_text()
+    assert "an output bias of each target language" in page and "Mean square of the output biases" in page
+
+
+def test_no_other_file_names_it():
+    found = subprocess.run(["git", "grep", "-l", "output_bias"], cwd=PROJECT, capture_output=True, text=True).stdout.split()
+    assert [path for path in found if not path.startswith(("docs/", "tests/"))] == []
+
+
+def test_what_is_no_method_is_refused(tmp_path, monkeypatch):
+    method = importlib.import_module("lsmoe_ds.config.method")
+    (tmp_path / "two.py").write_text("x = 1\n")
+    monkeypatch.setenv("LSMOE_METHODS", str(tmp_path))
+    with pytest.raises(method.UserError, match=r"two.py defines 0 sections of a recipe: a method has one subclass"):
+        method.sections.__wrapped__()
+    (tmp_path / "two.py").write_text("x = \n")
+    with pytest.raises(method.UserError, match=r"two.py, of LSMOE_METHODS, cannot be imported: SyntaxError"):
+        method.sections.__wrapped__()
+    monkeypatch.setenv("LSMOE_METHODS", str(tmp_path / "nowhere"))
+    with pytest.raises(method.UserError, match="nowhere, which is no folder"):
+        method.sections.__wrapped__()
