@@ -31,14 +31,15 @@ from lsmoe_ds.checkpoint.run_folder import newest_whole, step_of
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import compare, convert
+from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import check_convertible
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.inference.beam_search import Search
-from lsmoe_ds.inference.engine import Engine, load_engine
+from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.languages import Direction

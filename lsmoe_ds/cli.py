@@ -159,7 +159,8 @@ def translate(
     if chosen is None:
         raise UserError("name the languages: --from en --to de, or --direction en-de")
     text = standard_input()
-    from lsmoe_ds.inference.engine import find_direction, load_engine
+    from lsmoe_ds.export.engine import load_engine
+    from lsmoe_ds.inference.engine import find_direction
     from lsmoe_ds.inference.stream import read_chunks
     from lsmoe_ds.inference.translate import translate_chunks
 

@@ -50,13 +50,13 @@ def convert(
     """Take the sub-network of one direction out of a sparse model, or bring the whole model into another
     form.
     """
-    from lsmoe_ds.export.command import convert as convert_run
+    from lsmoe_ds.convert.command import convert as convert_run
     from lsmoe_ds.export.grown import Likeness
 
     chosen = direction_of(direction, source, target, "--to-language")
     like_language = None if like_language is None else read_code(like_language, of_system=True)
     if to == "layout":
-        from lsmoe_ds.export.layout import convert_layout, write_layout
+        from lsmoe_ds.convert.layout import convert_layout, write_layout
         from lsmoe_ds.launch.processes import LOCKED
 
         if chosen or route != "specific" or average > 1 or quantization or optimizer or like_language or like_expert is not None:

@@ -14,8 +14,8 @@ from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run
 
 from lsmoe_ds.checkpoint.stored import Weights
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import compare, convert
 from lsmoe_ds.export.subnetwork import check_convertible, convert_to_dense, extract
 from lsmoe_ds.inference.load import Loaded, build_model, load
 from lsmoe_ds.inference.translate import translate

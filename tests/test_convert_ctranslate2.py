@@ -16,15 +16,15 @@ from test_bad_input import main
 from test_convert import PAIR_TOP3, global_weights
 
 from lsmoe_ds.checkpoint.stored import write_folder
+from lsmoe_ds.convert.command import _logits, convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import _logits, convert
 from lsmoe_ds.export.ctranslate2 import write_files
+from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.ctranslate2 import CTranslate2
-from lsmoe_ds.inference.engine import load_engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate, translate_tokens
 from lsmoe_ds.languages import EOS, Direction

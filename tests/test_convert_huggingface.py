@@ -20,10 +20,10 @@ from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.cli import app
 from lsmoe_ds.config.data import Vocabulary as VocabularySettings
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import compare, convert
 from lsmoe_ds.export.huggingface import Exported, write_files
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.export.tokenizer import tokenizer, tokenizer_config

@@ -18,9 +18,9 @@ from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
 from lsmoe_ds.cli import main
+from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import compare, convert
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.load import build_model, load
 
@@ -158,7 +158,7 @@ def test_the_mean_of_the_last_checkpoints(begun, tmp_path):
 
 
 def reshard_into(topology, path, recipe, run):
-    from lsmoe_ds.export.layout import reshard
+    from lsmoe_ds.convert.layout import reshard
 
     if topology.is_main:
         open_run(recipe, run, recipe.prepared / "vocabulary.model")
@@ -211,7 +211,7 @@ def test_layouts_on_the_command_line(begun, tmp_path, monkeypatch, capsys):
 
 
 def test_a_consolidated_folder_without_optimizer_has_no_layout(run, tmp_path):
-    from lsmoe_ds.export.layout import convert_layout
+    from lsmoe_ds.convert.layout import convert_layout
 
     convert(run, "consolidated", None, tmp_path / "whole", check=0)
     with pytest.raises(UserError, match="holds no optimizer state"):

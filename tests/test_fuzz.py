@@ -25,11 +25,11 @@ from lsmoe_ds.checkpoint.optimizer import open_optimizer
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole, to_remove
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.fingerprints import reason_to_prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import convert
 from lsmoe_ds.export.subnetwork import convert_to_dense
 from lsmoe_ds.folders import describe_files
 from lsmoe_ds.inference.load import load

@@ -13,9 +13,9 @@ from test_convert import EN_DE, FR_EN, PAIR_TOP2, global_weights, random_loaded
 
 from lsmoe_ds.checkpoint.stored import Weights, find_model
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import compare, convert
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.inference.load import Loaded, build_model, load
 from lsmoe_ds.model.transformer import Transformer

@@ -19,12 +19,12 @@ from lsmoe_ds.checkpoint.m2m_100 import rename
 from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import convert
 from lsmoe_ds.export.importing import M2M_100, read_huggingface
 from lsmoe_ds.export.tokenizer import tokenizer, tokenizer_config
 from lsmoe_ds.folders import write_json

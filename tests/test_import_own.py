@@ -20,10 +20,10 @@ from test_convert_huggingface import ALPHABET
 from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
 from lsmoe_ds.config.data import Vocabulary as VocabularySettings
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags, train_vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import convert
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.export.tokenizer import is_ours, sentencepiece_model, tokenizer
 from lsmoe_ds.inference.load import load

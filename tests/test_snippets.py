@@ -16,8 +16,8 @@ from test_convert_ctranslate2 import global_weights, random_model
 from test_translate import EN_DE
 
 from lsmoe_ds.checkpoint.stored import find_model, write_folder
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.batching import DirectionIds, collate
-from lsmoe_ds.export.command import convert
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.load import Loaded, load

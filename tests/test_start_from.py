@@ -16,9 +16,9 @@ from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.command import convert
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.training import start
 

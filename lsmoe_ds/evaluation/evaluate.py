@@ -24,8 +24,9 @@ from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
 from lsmoe_ds.evaluation.texts import Texts, check_split, read_held_out, read_own, tell_skipped
+from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.beam_search import Search
-from lsmoe_ds.inference.engine import Engine, load_engine, say_untrained
+from lsmoe_ds.inference.engine import Engine, say_untrained
 from lsmoe_ds.inference.load import Loaded, check_route, with_direction
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.notices import LINE_EVERY

@@ -2,7 +2,7 @@
 
 Beside the weights it may hold the optimizer's state: ``optimizer*.safetensors`` with tensors named
 ``PARAMETER.exp_avg`` and so on, and ``state.json`` with the step, the optimizer's step and the position in
-the data. With that it resumes in any layout (see :mod:`lsmoe_ds.export.layout`).
+the data. With that it resumes in any layout (see :mod:`lsmoe_ds.convert.layout`).
 """
 
 from __future__ import annotations

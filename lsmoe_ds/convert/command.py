@@ -23,19 +23,20 @@ from lsmoe_ds import __version__
 from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.ctranslate2 import QUANTIZATIONS
+from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.importing import read_huggingface
-from lsmoe_ds.export.model_card import model_card
 from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
 from lsmoe_ds.inference.beam_search import Search
-from lsmoe_ds.inference.engine import Engine, load_engine
+from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
 from lsmoe_ds.languages import Direction, nearest, normalize_code, table

@@ -1,0 +1,1 @@
+"""`lsmoe convert`: what it makes, checks and records."""

@@ -1,0 +1,36 @@
+"""A model in the engine that is asked for: torch, or CTranslate2, into which it is converted on the way."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from lsmoe_ds.checkpoint.stored import READABLE, find_model
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.ctranslate2 import write_files
+from lsmoe_ds.export.subnetwork import extract_stored
+from lsmoe_ds.inference.ctranslate2 import CTranslate2
+from lsmoe_ds.inference.engine import Engine
+from lsmoe_ds.inference.load import check_route, load
+from lsmoe_ds.languages import Direction, nearest
+
+ENGINES = ("torch", "ctranslate2")
+
+
+def load_engine(path: str | Path, route: str = "specific", engine: str | None = None, direction: Direction | None = None) -> Engine:
+    """Load a model into the engine that it is for, or into ``engine``.
+
+    For CTranslate2, a run or dense folder is converted on the way, for ``direction``. Raises UserError where a path,
+    route, engine or conversion is not possible.
+    """
+    if engine is not None and engine not in ENGINES:
+        raise UserError(f"'{engine}' is no engine{nearest(engine, ENGINES)}: choose {' or '.join(ENGINES)}")
+    stored = find_model(path)
+    if stored.kind == "ctranslate2" and engine != "torch":
+        return CTranslate2.load(stored, check_route(route, stored.recipe))
+    if engine != "ctranslate2" or stored.kind not in READABLE:
+        return load(path, route=route)
+    tensors, recipe, made = extract_stored(stored, direction, route)
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), tensors, recipe, stored.vocabulary)
+        return CTranslate2.open(Path(folder), recipe, stored.vocabulary, int(made["step"]), stored.home)
