@@ -28,8 +28,8 @@ from common import argument_parser, write
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import train_vocabulary
 from lsmoe_ds.folders import describe_files, sha256, sync, write_json
-from lsmoe_ds.model.initialization import global_names
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 
 VOCABULARY = 12000

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from lsmoe_ds.launch import interrupt
+from lsmoe_ds import interrupt
 
 
 def main() -> None:

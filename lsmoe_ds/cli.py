@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lsmoe_ds import __version__
+from lsmoe_ds import __version__, interrupt
 from lsmoe_ds.cli_convert import convert
 from lsmoe_ds.cli_evaluate import compare, evaluate, score
 from lsmoe_ds.cli_options import (
@@ -30,7 +30,6 @@ from lsmoe_ds.cli_options import (
 )
 from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table, standard_input
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.launch import interrupt
 
 ABOUT = "Train mixture-of-experts translation models on DeepSpeed, and extract small dense models from them."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

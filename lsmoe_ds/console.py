@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from lsmoe_ds import interrupt
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.launch import interrupt
 from lsmoe_ds.notices import guess_rank
 
 CLOSED = "standard output is closed, so there is nowhere to print to: leave out '>&-', or redirect it"

@@ -60,7 +60,7 @@ def train_and_save(topology: Any, recipe: Recipe, run: Path, vocabulary: int) ->
 
     from lsmoe_ds.checkpoint import saving as checkpoints
     from lsmoe_ds.data.batching import Step
-    from lsmoe_ds.model.initialization import global_names, partition_dimension
+    from lsmoe_ds.parallel.parameters import global_names, partition_dimension
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine = build_engine(recipe, vocabulary, topology)

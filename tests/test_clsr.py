@@ -275,7 +275,7 @@ def train_without_noise(topology, recipe: Recipe):
     from deepspeed.utils import safe_get_full_grad
 
     from lsmoe_ds.methods.clsr import method as clsr
-    from lsmoe_ds.model.initialization import global_names, partition_dimension
+    from lsmoe_ds.parallel.parameters import global_names, partition_dimension
     from lsmoe_ds.training.engine import build_engine, train_step
 
     clsr.ALPHA = 0.0  # other ranks draw other noise

@@ -20,8 +20,9 @@ from lsmoe_ds.export.subnetwork import check_convertible, convert_to_dense, extr
 from lsmoe_ds.inference.load import Loaded, build_model, load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.model.initialization import global_names, initialize
+from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 
 EN_DE, FR_EN = Direction("en", "de"), Direction("fr", "en")

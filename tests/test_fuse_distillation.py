@@ -24,8 +24,9 @@ from lsmoe_ds.methods import fuse_distillation
 from lsmoe_ds.methods.fuse_distillation import FuseDistillation
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.methods.objective import Objective
-from lsmoe_ds.model import initialization
+from lsmoe_ds.model import initialization, transformer
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel import parameters
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -61,7 +62,9 @@ def run_steps(topology, recipe: Recipe, teacher: bool):
         results.append(true(*arguments))
         return results[-1]
 
-    form = mock.patch.object(FuseDistillation, "of", lambda recipe: FuseDistillation(teacher)) if recipe.model.low_rank else nullcontext()
+    form = (
+        mock.patch.object(transformer, "objective_of", lambda recipe: FuseDistillation(teacher)) if recipe.model.low_rank else nullcontext()
+    )
     with trained_matrices(), form, mock.patch.object(engine, "train_step", recorded):
         numbers, gradients, weights = train(topology, recipe)
     return [(*each, result.metrics["distillation"]) for each, result in zip(numbers, results, strict=True)], gradients, weights
@@ -144,7 +147,7 @@ def test_a_step_follows_the_equations(alone, routing, teacher):
     assert named == pytest.approx(losses, rel=1e-5)
     assert distillation > 0.01, "the routes must differ, or nothing is tested"
     ours = whole(found, 1, 1)
-    names = initialization.global_names(model_of(fused(routing)), Topology.single())
+    names = parameters.global_names(model_of(fused(routing)), Topology.single())
     assert ours.keys() == {names[name] for name in gradients}
     for name, wanted in gradients.items():
         close(ours[names[name]], wanted, name)
@@ -183,7 +186,7 @@ def test_losses_of_both_routes(monkeypatch, teacher, smoothing):
     entropy = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / 2
     nll = F.nll_loss(specific, labels[:7], reduction="sum")
     found = FuseDistillation(teacher).losses(hidden, labels, embedding, smoothing, Topology.single())
-    torch.testing.assert_close(found, (entropy, apart, nll))
+    torch.testing.assert_close((found.loss, found.further["distillation"], found.nll), (entropy, apart, nll))
     parameters = [hidden, embedding.weight]
     expected = torch.autograd.grad(3 * (entropy + apart), parameters)
     for name, gradient, wanted in zip(("hidden", "embedding"), torch.autograd.grad(3 * found[0], parameters), expected, strict=True):

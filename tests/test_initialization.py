@@ -11,8 +11,9 @@ from test_sameness import recipe_for
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.low_rank.settings import LowRank
-from lsmoe_ds.model.initialization import draw, global_names, initialize
+from lsmoe_ds.model.initialization import draw, initialize
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 
 HIDDEN, WIDTH, VOCABULARY = 64, 128, 500

@@ -20,11 +20,11 @@ from small_run import write_corpus
 from test_training import assert_same_end, loop, recipe_in, records
 from workers import PRELOAD
 
+from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, step_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.workers import Workers
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.launch import interrupt
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.processes import free_port
 

@@ -11,8 +11,9 @@ from lsmoe_ds.config.moe import Capacity
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import build_model
-from lsmoe_ds.model.initialization import global_names, initialize
+from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.embedding import Embedding, sinusoids
-from lsmoe_ds.model.initialization import global_names, initialize
+from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 
 

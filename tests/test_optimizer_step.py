@@ -34,7 +34,7 @@ def recipe_of(
 
 def take_steps(topology, recipe: Recipe):
     """Return each group's rates in both steps, its other settings, the steps' results, and the weights."""
-    from lsmoe_ds.model.initialization import global_names
+    from lsmoe_ds.parallel.parameters import global_names
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine = build_engine(recipe, VOCABULARY, topology)

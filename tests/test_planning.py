@@ -20,9 +20,10 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.languages import EOS, Direction
-from lsmoe_ds.model.initialization import global_names, initialize
+from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.costs import bytes_per_row, rows_at_home, rows_at_random
+from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts, flops
 from lsmoe_ds.planning.plan import in_bytes, plan

@@ -12,8 +12,9 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.clsr.settings import Clsr
-from lsmoe_ds.model.initialization import global_names, initialize
+from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts, flops
 from lsmoe_ds.planning.memory import activations

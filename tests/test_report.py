@@ -278,7 +278,7 @@ def test_the_report_of_a_model_without_experts_speaks_of_none(tmp_path) -> None:
     (run / "timings.json").unlink()
     text = Page(write_report(run)).text
     assert "transformer with low-rank matrices of each language (ranks 2 to 4) beside its feed-forwards, trained for 100 steps" in text
-    assert "The matrices of a direction folded into the layers beside which they stood" in text
+    assert "What a direction has of its own merged into plain layers" in text
     assert not re.search(r"\b[Ee]xperts?\b|[Ss]parse|make demo", text.partition("name: demo")[0])
 
 

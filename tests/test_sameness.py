@@ -88,7 +88,7 @@ def train(topology, recipe: Recipe):
     """Losses, gradient norms, the first step's gradients and the final weights of the whole model, by global name."""
     from deepspeed.utils import safe_get_full_grad
 
-    from lsmoe_ds.model.initialization import global_names, partition_dimension
+    from lsmoe_ds.parallel.parameters import global_names, partition_dimension
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine = build_engine(recipe, VOCABULARY, topology)

@@ -29,8 +29,8 @@ LAYOUTS = [ONE, (1, 1, 1, 1, True), FOUR, (2, 2, 4, 0, True), FOUR_ZERO, FOUR_BF
 
 def first_steps(topology: Any, recipe: Recipe, run: Path) -> dict[str, Any]:
     """Trains; returns the weights before the first step, the float32 copies as (name, start, values), losses, and what was said."""
-    from lsmoe_ds.model.initialization import global_names, partition_dimension
     from lsmoe_ds.parallel import compat
+    from lsmoe_ds.parallel.parameters import global_names, partition_dimension
     from lsmoe_ds.training import loop as module
 
     true_step, true_say = module.train_step, module.Monitor.say

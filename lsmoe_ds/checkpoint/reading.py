@@ -19,8 +19,8 @@ from torch import Tensor
 from lsmoe_ds.checkpoint.tensors import Entry, Files, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, damage, is_count, read_fields
-from lsmoe_ds.model.initialization import global_name
 from lsmoe_ds.notices import counted
+from lsmoe_ds.parallel.parameters import global_name
 
 MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")

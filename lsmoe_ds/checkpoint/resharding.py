@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lsmoe_ds.checkpoint.optimizer import VALUES, OptimizerState
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.folders import write_json
-from lsmoe_ds.model.initialization import global_names, partition_dimension
 from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.parameters import global_names, partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 
 

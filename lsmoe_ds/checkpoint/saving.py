@@ -31,8 +31,8 @@ from lsmoe_ds.checkpoint.resharding import load_resharded, write_pieces
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, to_remove
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, read_json, sync, write_json
-from lsmoe_ds.model.initialization import global_names, partition_dimension
 from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.parameters import global_names, partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 
 UNFINISHED = ".writing-"

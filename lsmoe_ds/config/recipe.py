@@ -101,7 +101,7 @@ class _Model(Section):
 
     @property
     def teaches(self) -> bool:
-        """Whether experts teach shared feed-forwards: fuse distillation in its first form."""
+        """Tell whether experts teach shared feed-forwards."""
         return any(moe.has_shared for _, _, moe in self.moe_layers())
 
     @property

@@ -13,8 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
+from lsmoe_ds import interrupt
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.launch import interrupt
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -1,5 +1,4 @@
-"""A larger model that begins where a trained one is: more experts, experts in the place of dense feed-forwards, more languages,
-low-rank matrices or gates beside what there was.
+"""Grow a trained model: more experts, experts in the place of dense feed-forwards, more languages, more methods.
 
 Whatever has a place in the trained model keeps its values. What is new:
 
@@ -7,8 +6,7 @@ Whatever has a place in the trained model keeps its values. What is new:
 - in a router by task the tasks that were there give new experts less than any other, so that with K > 1 they choose as before;
   a new task takes the choices of a language like it, or they are drawn;
 - the tag of a new language takes the embedding of a language like it, or the mean of all tags;
-- all else is drawn as for a new training, where flat matrices are zero and gated projections the identity: at first a new language
-  has no matrices of its own.
+- all else is drawn as for a new training, in which what methods add changes nothing at first.
 
 So directions that were there translate as before, but for new experts of routers that read tokens or sentences. H hidden, E experts,
 L languages.
@@ -33,11 +31,12 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
-from lsmoe_ds.model.initialization import draw, global_names
+from lsmoe_ds.model.initialization import draw
 from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.routers import assign
 from lsmoe_ds.notices import counted
+from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 
 EXPERT = re.compile(r"(.+\.feed_forward\.)experts\.(\d+)\.(.+)")
@@ -158,7 +157,7 @@ class _Grown:
         found = self.weights.shape(source) if source in self.weights else None
         if found != shape:
             raise UserError(
-                f"{name} should be {shape}, the model has {found or 'none'}: experts, languages, low-rank matrices and gates can be added, "
+                f"{name} should be {shape}, the model has {found or 'none'}: experts, languages and methods can be added, "
                 f"all else must stay as it is"
             )
         return self.weights.entries[source]

@@ -5,10 +5,9 @@ feed-forward of width K F ("Beyond Distillation", section 3.1, extracts such sub
 
     sum_k g_k (relu(x W1_k + b1_k) W2_k + b2_k) = relu(x [W1_1 .. W1_K] + [b1_1 .. b1_K]) [g_1 W2_1; ..; g_K W2_K] + sum_k g_k b2_k
 
-Low-rank matrices beside a linear layer become part of its weight, W + V F, whatever their rank: by the ``specific`` route
-those of the direction's languages, by the ``shared`` route (after Fuse Distillation) those that all languages share. Where a
-feed-forward was distilled beside the experts, by the shared route it takes the layer's place, whatever the routing, and by
-the specific route it falls away.
+Methods merge what they added into the layers beside it (``Method.merge``): by the ``specific`` route that of the
+direction's languages, by the ``shared`` route what all languages share. A shared feed-forward beside experts takes the
+layer's place by the shared route, whatever the routing, and falls away by the specific one.
 
 H hidden, F width of an expert, K top-k.
 """

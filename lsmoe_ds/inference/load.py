@@ -18,8 +18,8 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.context import Route
-from lsmoe_ds.model.initialization import global_names
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts
 

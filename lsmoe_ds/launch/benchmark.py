@@ -7,10 +7,9 @@ import subprocess
 import sys
 from contextlib import suppress
 
-from lsmoe_ds import shipped
+from lsmoe_ds import interrupt, shipped
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import nearest
-from lsmoe_ds.launch import interrupt
 from lsmoe_ds.launch.processes import end
 
 FOLDER = shipped.ROOT / "benchmarks"

@@ -15,9 +15,8 @@ from datetime import timedelta
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lsmoe_ds import __version__
+from lsmoe_ds import __version__, interrupt
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.launch import interrupt
 from lsmoe_ds.launch.membership import PORTS, Membership, find
 from lsmoe_ds.notices import counted
 

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from lsmoe_ds.launch import interrupt
+from lsmoe_ds import interrupt
 
 
 class _Signals:

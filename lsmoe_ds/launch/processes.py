@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 
+from lsmoe_ds import interrupt
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.launch import interrupt
 from lsmoe_ds.launch.joining import free_port
 from lsmoe_ds.notices import counted
 

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from json import dumps
 from pathlib import Path
 
-from lsmoe_ds import shipped
+from lsmoe_ds import interrupt, shipped
 from lsmoe_ds.checkpoint.run_folder import find_damage, list_checkpoints, step_of
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, read_fields, resolved, write_whole
-from lsmoe_ds.launch import interrupt
 from lsmoe_ds.notices import counted
 
 REFUSED = 2  # the status of a UserError

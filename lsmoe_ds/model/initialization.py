@@ -7,7 +7,6 @@ keeps its part. Experts are named by their global number.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,33 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lsmoe_ds.methods.base import Method
+from lsmoe_ds.parallel.parameters import global_names, partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from lsmoe_ds.model.transformer import Transformer
-
-LOCAL_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
-
-
-def global_name(name: str, local_experts: int, expert_rank: int) -> str:
-    """Name of a parameter in the whole model: ``...deepspeed_moe.experts.deepspeed_experts.1.`` on expert rank 2 of a
-    layer with 4 local experts is ``...experts.9.``."""
-    return LOCAL_EXPERT.sub(lambda m: f".experts.{expert_rank * local_experts + int(m.group(1))}.", name)
-
-
-def partition_dimension(parameter: Tensor) -> int | None:
-    """The dimension that is spread over tensor-parallel ranks, or None."""
-    return int(parameter.partition_dim) if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
-
-
-def global_names(model: nn.Module, topology: Topology) -> dict[str, str]:
-    """Global name of each of the model's parameters, by local name."""
-    names = {}
-    for name, _ in model.named_parameters():
-        layer = name.split(".deepspeed_moe.")[0]
-        local = model.get_submodule(layer).num_local_experts if ".deepspeed_moe." in name else 0
-        names[name] = global_name(name, int(local), topology.expert_rank)  # type: ignore[arg-type]
-    return names
 
 
 @torch.no_grad()

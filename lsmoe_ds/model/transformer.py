@@ -233,7 +233,7 @@ class Transformer(nn.Module):
     def forward(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds, route: Route = "specific") -> Losses:
         """Compute the losses of sources [B, M], decoder inputs and labels [B, T], summed over the real labels.
 
-        In training the objective says which routes the sentences take: fuse distillation takes both, and an MoE
+        In training the objective says which routes the sentences take. By both, an MoE
         layer's record is then of twice the tokens, unless the layer has a shared feed-forward for the second route.
         """
         objective = self.objective if self.training else Objective()

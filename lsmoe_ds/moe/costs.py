@@ -112,7 +112,7 @@ class Exchange:
     row_bytes_inference: int
     rows: float  # that leave, per token and layer, experts chosen at random
     rows_home: float | None  # the same with all task-affine batches at home
-    routed: int  # times, of each token in training: twice in Fuse Distillation, unless a shared feed-forward takes one route
+    routed: int  # times, of each token in training: twice where both routes are trained, unless a shared feed-forward takes one route
     count_bytes: int  # leaving each rank, per layer and micro-batch: one int64 for each other rank
 
     def token_bytes(self, at_home: bool = False) -> float:

@@ -18,7 +18,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
-    """E feed-forwards, of which each token uses K; in fuse distillation beside one that all languages share (``shared``).
+    """E feed-forwards, of which each token uses K; where both routes are trained beside one that all languages share (``shared``).
 
     A subclass of ``deepspeed.moe.layer.MoE`` so that the engine reduces expert gradients over the right ranks and files
     each expert's weights under its global number; the parent's constructor, gate and dispatch are not used.

@@ -19,7 +19,7 @@ LENGTH = 32  # tokens of a sentence, where nothing else is said
 
 
 def passes(recipe: Recipe) -> int:
-    """Count the passes of each token through the model in training: fuse distillation takes both routes."""
+    """Count the passes of each token through the model in training: one of each route."""
     return 2 if recipe.model.distills else 1
 
 

@@ -94,7 +94,7 @@ def activations(recipe: Recipe, value: int) -> int:
         output layer        H + 3 V / t float32  per target token: log-probabilities, and at their gradient two more
         methods                                  as each says (``values``)
 
-    In fuse distillation all this twice, for both routes, but only V / t float32 at the output layer, as the gradient
+    Where both routes are trained all this twice, but only V / t float32 at the output layer, as the gradient
     takes the place of the logits; by the shared route a feed-forward in place of the experts that it is distilled from.
     Attention probabilities are not stored: ``scaled_dot_product_attention`` computes them again (with
     ``training.attention_dropout`` on a CPU it stores them). Approximate: the split into source and target (a batch

@@ -18,7 +18,7 @@ FOLDERS = {"recipe": ("recipes", ".yaml"), "study": ("studies", ".yaml"), "DeepS
 
 
 def names(kind: str) -> list[str]:
-    """Return the names of what comes with lsmoe_ds, such as ``demo`` and ``papers/iwslt14-lms``."""
+    """Return the names of what comes with lsmoe_ds, such as ``demo`` and ``papers/iwslt14-switch-16``."""
     folder, suffix = FOLDERS[kind]
     return sorted(str(path.relative_to(ROOT / folder).with_suffix("")) for path in (ROOT / folder).rglob(f"*{suffix}"))
 

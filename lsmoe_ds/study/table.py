@@ -184,7 +184,7 @@ class Comparison:
         rows = [[row.title, *_costs(row.costs), f"{len(row.seeds)} of {len(self.seeds)}"] for row in self.rows]
         about = (
             "Parameters that are trained, that are loaded to serve all directions by the row's route, and that serve one direction "
-            "once low-rank matrices are folded into their layers and experts of the task taken out. Tokens of both sides a second in "
+            "once methods are merged into their layers and experts of the task taken out. Tokens of both sides a second in "
             "training (median of a run), minutes of training, and how many seeds are scored." + spread
         )
         grids = [Grid("Size and speed", about, columns, rows)]

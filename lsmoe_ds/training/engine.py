@@ -19,10 +19,11 @@ from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.methods.base import StepSize, Totals
 from lsmoe_ds.methods.context import Route
-from lsmoe_ds.model.initialization import initialize, partition_dimension
+from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Losses, Transformer
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
+from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.schedules import inverse_square_root
 

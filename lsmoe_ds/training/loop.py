@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint import saving as checkpoints
 from lsmoe_ds.checkpoint.resharding import load_weights
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole
@@ -15,7 +16,6 @@ from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import SharedError
-from lsmoe_ds.launch import interrupt
 from lsmoe_ds.launch.joining import on_main
 from lsmoe_ds.launch.watchdog import beat
 from lsmoe_ds.methods.context import Route
@@ -30,7 +30,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     begin with the weights of ``training.start_from``, or with random ones.
 
     Killed at any instant and started again in the same layout, it ends with the same losses and weights, to the bit. Returns None
-    after the last step; asked to stop (see :mod:`lsmoe_ds.launch.interrupt`), it saves and returns the signal.
+    after the last step; asked to stop (see :mod:`lsmoe_ds.interrupt`), it saves and returns the signal.
     """
     training, data = recipe.training, recipe.data
     prepared = PreparedData.of(recipe)

@@ -9,6 +9,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint.run_folder import check_run, list_checkpoints, newest_whole, open_run
 from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
@@ -19,7 +20,7 @@ from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import damage, locked, read_fields, sha256
 from lsmoe_ds.inference.load import empty_model
-from lsmoe_ds.launch import interrupt, joining, watchdog
+from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
 from lsmoe_ds.notices import counted, listed

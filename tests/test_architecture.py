@@ -1,0 +1,64 @@
+"""Rooms import each other without circles, and only the rooms of methods name methods."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from lsmoe_ds.shipped import ROOT as PROJECT
+
+PACKAGE = PROJECT / "lsmoe_ds"
+NAMES = re.compile(r"(?i)(?<![a-z])(clsr|low[-_]rank|lms|fuse(_distillation| distillation)?)(?![a-z_])")
+# What may name a method outside its room, and why.
+ALLOWED = {
+    "cli.py": "names of a study and of a benchmark in help texts",
+    "config/moe.py": "moe.fuse_distillation is a key of experts, beside which the shared feed-forward stands",
+    "config/method.py": "the registry",
+    "model/methods.py": "the registry: what a model is trained on",
+    "export/tokenizer.py": "Fuse is a decoder of the tokenizers library",
+}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the modules of lsmoe_ds that a file imports when it runs, not only for type checking."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    only_types = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for each in block.body
+        for node in ast.walk(each)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node not in only_types:
+            if node.module == "lsmoe_ds":
+                yield from (f"lsmoe_ds.{alias.name}" for alias in node.names)
+            elif node.module.startswith("lsmoe_ds."):
+                yield node.module
+
+
+def test_rooms_import_each_other_without_circles():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    arrows: dict[str, set[str]] = defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0]
+        if room in rooms:
+            arrows[room] |= {name for module in imports_of(path) if (name := module.split(".")[1]) in rooms - {room}}
+    assert len(rooms) > 12 and arrows["training"] >= {"checkpoint", "model"}
+    while free := [room for room in rooms if not arrows[room] & rooms]:
+        rooms -= set(free)
+    assert not rooms, {room: arrows[room] & rooms for room in rooms}
+
+
+def test_only_their_rooms_name_methods():
+    found = {}
+    for path in sorted(PACKAGE.rglob("*")):
+        name = str(path.relative_to(PACKAGE))
+        if path.suffix not in (".py", ".html") or name.startswith("methods/"):
+            continue
+        if lines := [line for line in path.read_text(encoding="utf-8").splitlines() if NAMES.search(line)]:
+            found[name] = lines
+    assert found.keys() == ALLOWED.keys(), found
