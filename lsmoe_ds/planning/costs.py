@@ -47,9 +47,9 @@ def feed_forward(hidden: int, width: int) -> Count:
 
 
 def router(hidden: int, settings: MoE, tasks: int) -> Count:
-    """Token and sentence routing: E H. Task routing: tasks E. Static: nothing."""
+    """Token and sentence routing: E H, with a bias E (H + 1). Task routing: tasks E. Static: nothing."""
     rows = {"token": hidden, "sentence": hidden, "task": tasks, "static": 0}[settings.routing]
-    return Count(whole=rows * settings.experts)
+    return Count(whole=(rows + settings.router_bias) * settings.experts)
 
 
 def rank_sum(recipe: Recipe, matrices: Matrices) -> int:
