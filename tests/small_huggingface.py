@@ -80,7 +80,7 @@ def write_nllb(folder: Path) -> None:
 
 
 def write_nllb_moe(folder: Path, **changed: Any) -> None:
-    """Write a random NLLB-MoE: :data:`CONFIG` and :data:`SPARSE`, ``changed`` by keys of ``NllbMoeConfig``."""
+    """Write a random NLLB-MoE of :data:`CONFIG` and :data:`SPARSE`; ``changed`` are keys of ``NllbMoeConfig``."""
     from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 
     rows = write_nllb_vocabulary(folder)

@@ -1,11 +1,12 @@
 """The weights and routing of NLLB-MoE (``NllbMoeForConditionalGeneration`` of transformers) as ours.
 
-Its layers are those of M2M-100 under other names; every n-th has experts, of which each token takes the two most
-probable, with their probabilities scaled to sum to 1.
+Its layers are those of M2M-100 under other names; every n-th has experts, of which each token takes the two
+most probable, with their probabilities scaled to sum to 1.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ DEFAULTS: dict[str, Any] = {
     "moe_eval_capacity_token_fraction": 1.0,
 }
 """The routing in ``config.json``, and what transformers takes where a key is missing."""
+TRAINING = {
+    "balance": "router_aux_loss_coef",
+    "z_loss": "router_z_loss_coef",
+    "jitter": "router_jitter_noise",
+}
+"""Settings of training by our key."""
 COUNTS = {"num_experts": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 0}  # and their least values
 NUMBERS = tuple(key for key, value in DEFAULTS.items() if isinstance(value, float))
 
@@ -48,31 +55,29 @@ def routing(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     transformers drops tokens at evaluation.
     """
     found = {key: config.get(key, value) for key, value in DEFAULTS.items()}
+
+    def wrong(key: str, should: str) -> UserError:
+        return UserError(f"{folder}: '{key}' in config.json should be {should}, found {found[key]!r}")
+
     for key, least in COUNTS.items():
         if type(found[key]) is not int or not least <= found[key] < 2**31:
-            raise UserError(f"{folder}: '{key}' in config.json should be a number from {least} to {2**31 - 1}, found {found[key]!r}")
+            raise wrong(key, f"a number from {least} to {2**31 - 1}")
     for key in NUMBERS:
         if type(found[key]) not in (int, float):
-            raise UserError(f"{folder}: '{key}' in config.json should be a number, found {found[key]!r}")
+            raise wrong(key, "a number")
     if not 0 <= found["moe_token_dropout"] < 1:
-        masked = found["moe_token_dropout"]
-        raise UserError(f"{folder}: 'moe_token_dropout' in config.json should be from 0 to below 1, found {masked!r}")
+        raise wrong("moe_token_dropout", "from 0 to below 1")
     if type(found["router_bias"]) is not bool:
-        raise UserError(f"{folder}: 'router_bias' in config.json should be true or false, found {found['router_bias']!r}")
-    if (policy := found["second_expert_policy"]) != "all":
-        raise UserError(
-            f"{folder} has 'second_expert_policy' {policy!r} in config.json, by which second experts are drawn at random even at "
-            "evaluation: lsmoe_ds has 'all' only, which takes the second most probable one"
-        )
-    if (dtype := found["router_dtype"]) != "float32":
-        raise UserError(
-            f"{folder} has 'router_dtype' {dtype!r} in config.json, whose rounding changes which experts are chosen: lsmoe_ds has "
-            "'float32' only"
-        )
+        raise wrong("router_bias", "true or false")
+    if found["second_expert_policy"] != "all":
+        raise wrong("second_expert_policy", "'all': others draw second experts at random, even at evaluation")
+    if found["router_dtype"] != "float32":
+        raise wrong("router_dtype", "'float32': the rounding of others changes which experts are chosen")
     if not (fraction := found["moe_eval_capacity_token_fraction"]) >= 1:  # not a number counts as less
         notice(
-            f"{folder} drops tokens at evaluation ('moe_eval_capacity_token_fraction' is {fraction}), depending on what else is in "
-            "the batch; the imported model drops none, and gives the same logits only where transformers drops none either"
+            f"{folder} drops tokens at evaluation ('moe_eval_capacity_token_fraction' is {fraction}), which "
+            "depends on what else is in the batch; the imported model drops none, and gives the same logits "
+            "only where transformers drops none either"
         )
     return found
 
@@ -89,13 +94,12 @@ def _sparse_layers(config: Mapping[str, Any], side: str) -> int:
 
 
 def experts(config: Mapping[str, Any], side: str) -> dict[str, Any]:
-    """Return what a side's section of the recipe says about experts, after :func:`routing`: ``moe``, or nothing."""
+    """Return ``moe`` of a side's section of the recipe, after :func:`routing`; nothing for a dense side."""
     if not _sparse_layers(config, side):
         return {}
-    training = {"balance": "router_aux_loss_coef", "z_loss": "router_z_loss_coef", "jitter": "router_jitter_noise"}
-    given = {key: config[theirs] for key, theirs in training.items()}
-    chosen = {"experts": config["num_experts"], "every": config[f"{side}_sparse_step"], "top_k": 2, "routing": "token"}
-    return {"moe": {**chosen, "router_bias": config["router_bias"], **given}}
+    given = {key: config[theirs] for key, theirs in TRAINING.items()}
+    chosen = {"experts": config["num_experts"], "every": config[f"{side}_sparse_step"], "top_k": 2}
+    return {"moe": {**chosen, "routing": "token", "router_bias": config["router_bias"], **given}}
 
 
 def names(recipe: Recipe) -> dict[str, str]:
@@ -121,14 +125,14 @@ def names(recipe: Recipe) -> dict[str, str]:
 
 
 def without_masking(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Entry]:
-    """Return entries by our names, in which the experts' outputs are multiplied by ``1 - moe_token_dropout``.
+    """Multiply each expert's second matrix [H, F] and bias [H] by ``1 - moe_token_dropout``.
 
-    NLLB-MoE masks them in training and multiplies by that share at evaluation; here the second matrix and bias
-    of each expert, [H, F] and [H], have the factor.
+    NLLB-MoE masks outputs of experts in training, and at evaluation multiplies them by that share.
     """
     kept = 1 - config["moe_token_dropout"]
 
     def scaled(entry: Entry) -> Entry:
         return Entry(entry.shape, lambda: entry.make() * kept)
 
-    return {name: scaled(each) if ".experts." in name and ".contract." in name else each for name, each in entries.items()}
+    scaling = re.compile(r".+\.experts\.\d+\.contract\..+")
+    return {name: scaled(each) if scaling.fullmatch(name) else each for name, each in entries.items()}
