@@ -41,14 +41,25 @@ def pieces_of(kind: str) -> bytes:
     return model.getvalue()
 
 
+SPARSE = {"encoder_layers": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 3, "num_experts": 6}
+
+
 def write_model(folder: Path, rows: int) -> None:
     """Weights and config.json of a random model."""
     from transformers import M2M100Config, M2M100ForConditionalGeneration
 
+    save_random(M2M100ForConditionalGeneration, M2M100Config(vocab_size=rows, dropout=0.0, **CONFIG), folder)
+
+
+def save_random(kind: Any, config: Any, folder: Path) -> None:
     torch.manual_seed(7)
-    model = M2M100ForConditionalGeneration(M2M100Config(vocab_size=rows, dropout=0.0, **CONFIG))
+    model = kind(config)
     for parameter in model.parameters():  # norms and biases too
         torch.nn.init.normal_(parameter, std=0.3)
+    for module in model.modules():
+        if getattr(module, "is_sparse", False):  # what all tokens have in common would make them choose alike
+            torch.nn.init.zeros_(module.ff_layer_norm.bias)
+            torch.nn.init.ones_(module.ff_layer_norm.weight)
     model.save_pretrained(folder)
 
 
@@ -65,9 +76,23 @@ def write_m2m(folder: Path) -> None:
 
 
 def write_nllb(folder: Path) -> None:
+    write_model(folder, write_nllb_vocabulary(folder))
+
+
+def write_nllb_moe(folder: Path, **changed: Any) -> None:
+    """Write a random NLLB-MoE of :data:`CONFIG` and :data:`SPARSE`; ``changed`` are keys of ``NllbMoeConfig``."""
+    from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
+
+    rows = write_nllb_vocabulary(folder)
+    settings = {"vocab_size": rows, "dropout": 0.0, "attention_dropout": 0.0, **CONFIG, **SPARSE, **changed}
+    save_random(NllbMoeForConditionalGeneration, NllbMoeConfig(**settings), folder)
+
+
+def write_nllb_vocabulary(folder: Path) -> int:
+    """Write the vocabulary of an NLLB, and return how many rows its embedding has."""
     (folder / "sentencepiece.bpe.model").write_bytes(pieces_of("bpe"))
     (folder / "special_tokens_map.json").write_text(json.dumps({"mask_token": "<mask>", "additional_special_tokens": NLLB_CODES}))
-    write_model(folder, 301 + len(NLLB_CODES) + 1 + 2)
+    return 301 + len(NLLB_CODES) + 1 + 2
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -91,4 +116,4 @@ def shard(folder: Path) -> None:
     for file, held in parts.items():
         safetensors.torch.save_file({name: tensors[name].half() for name in held}, folder / file)
     places = {name: file for file, held in parts.items() for name in held}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))

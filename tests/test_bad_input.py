@@ -162,6 +162,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("groups of tokens", recipe(lambda r: r["model"]["encoder"]["moe"].update(expert_groups=2, routing="token")), TRAIN, "there are no tasks to assign"),
     ("top-k beyond a group", recipe(lambda r: r["model"]["encoder"]["moe"].update(expert_groups=4)), TRAIN, "more than the 1 expert of a group"),
     ("nothing to shake", recipe(lambda r: r["model"]["encoder"]["moe"].update(jitter=0.1)), TRAIN, "reads nothing that it could shake"),
+    ("a bias to nothing", recipe(lambda r: r["model"]["encoder"]["moe"].update(router_bias=True)), TRAIN, "has nothing to add it to"),
     ("no affinity", recipe(lambda r: (r["data"]["batch"].update(languages="task-affine"), r.update(parallel={"expert": 2}))), TRAIN, "a multiple of it"),
     ("two distillations", recipe(lambda r: (r["model"]["encoder"]["moe"].update(fuse_distillation=True), r["model"].update(low_rank={"rank": 2, "fuse_distillation": True}))), TRAIN, "'moe.fuse_distillation' exclude each other"),
     ("gates beside distilled experts", recipe(lambda r: (r["model"]["encoder"]["moe"].update(fuse_distillation=True), r["model"].update(clsr={}))), TRAIN, "'clsr' has nothing to distill"),

@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (writing("config.json", None), "is no Hugging Face model: config.json is missing"),
     "config is no JSON": (writing("config.json", "{"), "config.json is missing or damaged"),
     "config is a list": (writing("config.json", "[]"), "config.json is missing or damaged"),
-    "experts": (in_config(model_type="nllb-moe"), "is an NLLB with experts: only dense M2M-100 and NLLB"),
+    "said to have experts": (in_config(model_type="nllb-moe"), "lacks model.decoder.layers.0.cross_attention.k_proj.bias"),
     "another model": (in_config(model_type="mbart"), "is of the type 'mbart': only dense M2M-100 and NLLB"),
     "gelu": (in_config(activation_function="gelu"), "'activation_function' 'gelu' in config.json: lsmoe_ds has 'relu' only"),
     "no scale": (in_config(scale_embedding=False), "'scale_embedding' False in config.json: lsmoe_ds has True only"),

@@ -40,11 +40,11 @@ def ids_of(directions: list[int]) -> SentenceIds:
 
 
 def logits_of(layer: MixtureOfExperts, x: Tensor, real: Tensor, ids: SentenceIds, summary: Tensor | None, b: int, t: int) -> Tensor:
-    """W x_s, W mean(x_s) or W[task]: "Beyond Distillation", section 3.1."""
-    if layer.settings.routing == "token":
-        return layer.router.weight @ x[b, t]
-    if layer.settings.routing == "sentence":
-        return layer.router.weight @ (x[b, real[b]].mean(0) if summary is None else summary[b])
+    """W x_s, W mean(x_s), each with a bias or without, or W[task]: "Beyond Distillation", section 3.1."""
+    if layer.settings.routing in ("token", "sentence"):
+        mean = x[b, real[b]].mean(0) if summary is None else summary[b]
+        product = layer.router.weight @ (x[b, t] if layer.settings.routing == "token" else mean)
+        return product + layer.router.bias if layer.settings.router_bias else product
     return layer.router.weight[{"target": ids.target, "source": ids.source, "pair": ids.direction}[layer.settings.task][b]]
 
 
@@ -61,15 +61,16 @@ def reference(layer: MixtureOfExperts, x: Tensor, real: Tensor, ids: SentenceIds
     return out
 
 
-# Routing, task, and whether a summary is given, which sentence routing reads in the decoder.
-KINDS = [("token", "target", False), ("sentence", "target", False), ("sentence", "target", True)]
-KINDS += [("task", task, False) for task in ("target", "source", "pair")]
+# Routing, task, whether a summary is given, which sentence routing reads in the decoder, and whether there is a bias.
+KINDS = [("token", "target", False, False), ("sentence", "target", False, False), ("sentence", "target", True, False)]
+KINDS += [("task", task, False, False) for task in ("target", "source", "pair")]
+KINDS += [("token", "target", False, True), ("sentence", "target", False, True)]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize(("routing", "task", "with_summary"), KINDS)
-def test_layer_follows_the_equation(routing, task, with_summary, top_k):
-    layer, ids = layer_of(routing, task, top_k), ids_of([0, 3, 1, 0])
+@pytest.mark.parametrize(("routing", "task", "with_summary", "bias"), KINDS)
+def test_layer_follows_the_equation(routing, task, with_summary, bias, top_k):
+    layer, ids = layer_of(routing, task, top_k, router_bias=bias), ids_of([0, 3, 1, 0])
     summary = torch.randn(4, HIDDEN) if with_summary else None
     real = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]]).bool()
     x = torch.randn(4, 3, HIDDEN)
@@ -189,9 +190,9 @@ def noise_of(routing: str, jitter: float, training: bool) -> tuple[Tensor, Mixtu
     layer.train(training)
     true, ones = torch.nn.functional.linear, torch.ones(1250, 8, HIDDEN)
 
-    def recorded(x: Tensor, weight: Tensor) -> Tensor:
+    def recorded(x: Tensor, *parameters: Tensor | None) -> Tensor:
         factors.append(x)
-        return true(x, weight)
+        return true(x, *parameters)
 
     with mock.patch.object(torch.nn.functional, "linear", recorded):
         layer.route(ones, torch.ones(1250, 8, dtype=torch.bool), LanguageContext(ids_of([0] * 1250)))

@@ -47,6 +47,7 @@ class MoE(Section):
     balance_loss_weight: Annotated[float, Field(ge=0.0)] = 0.01
     z_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
     jitter: Share = 0.0
+    router_bias: bool = False
     capacity: Capacity | None = None
     fuse_distillation: bool = False
 
@@ -75,6 +76,8 @@ class MoE(Section):
             )
         if self.jitter and self.by_task:
             raise ValueError(f"'jitter' is {self.jitter}, but 'routing: {self.routing}' reads nothing that it could shake")
+        if self.router_bias and self.by_task:
+            raise ValueError(f"'router_bias' is true, but 'routing: {self.routing}' has nothing to add it to")
         each = self.experts // self.expert_groups
         if self.top_k > each:
             of_group = " of a group" if self.expert_groups > 1 else ""

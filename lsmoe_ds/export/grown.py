@@ -136,7 +136,7 @@ class _Grown:
             return Entry(shape, lambda: self._embedding(shape))
         if found := EXPERT.fullmatch(name):
             return self._same(name, shape, self._expert(found[1], int(found[2]), found[3]))
-        if name.endswith(".router.weight"):
+        if name.endswith((".router.weight", ".router.bias")):
             return Entry(shape, lambda: self._router(name, shape))
         if ".feed_forward.shared." in name and name not in self.weights:
             return self._same(name, shape, name.replace(".shared.", "."))
@@ -184,7 +184,7 @@ class _Grown:
         return torch.cat([old, old[tags].mean(0, keepdim=True).expand(shape[0] - len(old), -1)])
 
     def _router(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a router's weights [E, H], or by task [tasks, E]."""
+        """Return a router's weights [E, H] or bias [E], or by task its weights [tasks, E]."""
         whole = self._drawn(name, shape)
         if name not in self.weights:
             return whole

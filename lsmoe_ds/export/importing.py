@@ -1,4 +1,5 @@
-"""Dense M2M-100 and NLLB models of Hugging Face as ours: the reverse of :mod:`lsmoe_ds.export.huggingface`.
+"""M2M-100, NLLB and NLLB-MoE models of Hugging Face as ours; of dense ones :mod:`lsmoe_ds.export.huggingface`
+is the reverse.
 
 Weights and segmentation of text stay what they were. A model that we exported, perhaps saved again by
 transformers, stays as it was. Of any other the vocabulary is put into our order, and with it the rows of the
@@ -25,6 +26,7 @@ from lsmoe_ds.config.file import apply_override, merge, validate
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, fill_up, parse_model
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export import nllb_moe
 from lsmoe_ds.export.tokenizer import is_ours, sentencepiece_model, set_specials
 from lsmoe_ds.folders import is_count, read_json
 from lsmoe_ds.languages import CODE, UNK, normalize_code, tag
@@ -33,6 +35,7 @@ from lsmoe_ds.notices import counted
 SENTENCEPIECE, PIECE_IDS = "sentencepiece.bpe.model", "vocab.json"
 TIED = (EMBEDDING[1], "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
 """Names under which the one embedding may be stored."""
+KINDS = {"m2m_100": "dense M2M-100", nllb_moe.TYPE: "NLLB-MoE of this config.json"}
 COMPUTED = re.compile(r"model\.(encoder|decoder)\.embed_positions\.weights")
 WIDTHS = ("d_model", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads", "decoder_layers", "decoder_ffn_dim")
 TRAINING = {"steps": 10000, "learning_rate": 1e-4, "warmup": 500}
@@ -59,33 +62,39 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
         if config[f"{side}_layers"] > len(theirs):  # as good as endless for whatever counts them
             layers, tensors = config[f"{side}_layers"], counted(len(theirs), "tensor")
             raise UserError(f"{folder}: '{side}_layers' in config.json is {layers}, but the folder has {tensors}")
+    sparse = config["model_type"] == nllb_moe.TYPE
+    if sparse and (experts := nllb_moe.count_experts(config)) > len(theirs):
+        tensors = counted(len(theirs), "tensor")
+        raise UserError(f"{folder} should have {experts:,} experts by config.json, but has {tensors}")
     model, rows = _vocabulary(folder, config["vocab_size"])
     recipe = _recipe(config, overrides, out, model, _longest(folder))
-    shapes = _shapes(recipe, config["vocab_size"])
+    names = nllb_moe.names(recipe) if sparse else {name: str(their_name(name)) for name in our_names(recipe)}
+    shapes = {names[name]: shape for name, shape in _shapes(recipe, config["vocab_size"], names).items()}
     if odd := sorted(shapes.keys() ^ theirs.keys()):
-        raise UserError(f"{folder} {'lacks' if odd[0] in shapes else 'has a tensor that no dense M2M-100 has:'} {odd[0]}")
+        no_part = f"has a tensor that no {KINDS[config['model_type']]} has:"
+        raise UserError(f"{folder} {'lacks' if odd[0] in shapes else no_part} {odd[0]}")
     for name, shape in shapes.items():
         if theirs.shape(name) != shape:
             raise UserError(f"{folder}: {name} should be {shape} by config.json, found {theirs.shape(name)}")
-    entries = {}
-    for name in our_names(recipe):
-        source = their_name(name)
-        assert source is not None
-        entries[name] = theirs.entries[source]
+    entries = {name: theirs.entries[source] for name, source in names.items()}
+    if sparse:
+        entries = nllb_moe.without_masking(entries, config)
     whole = entries[EMBEDDING[0]]
     entries[EMBEDDING[0]] = Entry((len(rows), whole.shape[1]), lambda: whole.make()[torch.tensor(rows)])
     return Tensors(entries), recipe, model
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json``. Raises UserError if it is of an architecture that is not ours."""
+    """Read ``config.json``, of NLLB-MoE with the defaults of its routing. Raises UserError if it is of an
+    architecture that is not ours.
+    """
     config = read_json(folder / "config.json")
     if config is None:
         raise UserError(f"{folder} is no Hugging Face model: config.json is missing or damaged")
     kind = config.get("model_type")
-    if kind != "m2m_100":
-        only = "only dense M2M-100 and NLLB models (m2m_100) are imported"
-        raise UserError(f"{folder} is {'an NLLB with experts' if kind == 'nllb-moe' else f'of the type {kind!r}'}: {only}")
+    if kind not in KINDS:
+        only = f"only dense M2M-100 and NLLB models (m2m_100) and NLLB-MoE ({nllb_moe.TYPE}) are imported"
+        raise UserError(f"{folder} is of the type {kind!r}: {only}")
     for key, wanted in (("activation_function", "relu"), ("scale_embedding", True), ("tie_word_embeddings", True)):
         if config.get(key, wanted) != wanted:
             raise UserError(f"{folder} has '{key}' {config[key]!r} in config.json: lsmoe_ds has {wanted!r} only")
@@ -98,7 +107,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has {config['encoder_attention_heads']} attention heads in the encoder and {config['decoder_attention_heads']} in "
             f"the decoder: lsmoe_ds has one number for both"
         )
-    return config
+    return {**config, **nllb_moe.routing(config, folder)} if kind == nllb_moe.TYPE else config
 
 
 def _open_weights(folder: Path) -> Tensors:
@@ -121,22 +130,23 @@ def _open_weights(folder: Path) -> Tensors:
     return Tensors(entries)
 
 
-def _shapes(recipe: Recipe, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor by M2M-100's name."""
+def _shapes(recipe: Recipe, vocabulary: int, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of our tensors."""
     model = recipe.model
     hidden, found = model.hidden, {}
-    for name in our_names(recipe):
-        width = (model.encoder if name.startswith("encoder") else model.decoder).width(0)
-        into, out = (hidden, width) if ".expand." in name else (width, hidden) if ".contract." in name else (hidden, hidden)
+    for name in names:
+        side = model.encoder if name.startswith("encoder") else model.decoder
+        into = side.width(0) if ".contract." in name else hidden
+        out = side.width(0) if ".expand." in name else hidden
+        if ".router." in name and side.moe is not None:
+            out = side.moe.experts
         if name == EMBEDDING[0]:
             shape: tuple[int, ...] = (vocabulary, hidden)
         elif "norm." in name:
             shape = (hidden,)
         else:
             shape = (out, into) if name.endswith("weight") else (out,)
-        theirs = their_name(name)
-        assert theirs is not None
-        found[theirs] = shape
+        found[name] = shape
     return found
 
 
@@ -164,6 +174,8 @@ def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, mode
     if not value["data"].get("languages") and not value["data"].get("directions"):
         raise UserError("nothing says which languages are to be trained: add --set data.languages=[de,fr] or --set data.directions=[en-de]")
     sides = {side: {"layers": config[f"{side}_layers"], "feed_forward": config[f"{side}_ffn_dim"]} for side in ("encoder", "decoder")}
+    if config["model_type"] == nllb_moe.TYPE:
+        sides = {side: {**section, **nllb_moe.experts(config, side)} for side, section in sides.items()}
     merge(
         value,
         {

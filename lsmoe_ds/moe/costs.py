@@ -15,9 +15,9 @@ from lsmoe_ds.config.shapes import Count, count_feed_forward
 
 
 def count_router(hidden: int, settings: MoE, tasks: int) -> Count:
-    """Count a router: token and sentence routing E H, task routing tasks E, static nothing."""
+    """Count a router: token and sentence routing E H, with a bias E (H + 1), task routing tasks E, static nothing."""
     rows = {"token": hidden, "sentence": hidden, "task": tasks, "static": 0}[settings.routing]
-    return Count(whole=rows * settings.experts)
+    return Count(whole=(rows + settings.router_bias) * settings.experts)
 
 
 def count_layer(hidden: int, width: int, settings: MoE, tasks: int, serving: bool = False, held: Held = "all") -> Count:

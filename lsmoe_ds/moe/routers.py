@@ -5,6 +5,8 @@
 - task:      probabilities = softmax(W[task_s])            all tokens of a task choose alike, so its experts can be taken out
 - static:    the tasks are assigned to the experts, K each, with weights 1 / K; nothing is learned
 
+Routers that read tokens or sentences add a bias b [E] to W x with ``router_bias``.
+
 S tokens, B sentences, H hidden, E experts, K top-k.
 """
 
@@ -104,9 +106,10 @@ class TokenRouter(Router):
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
         super().__init__(hidden, settings, languages)
         self.weight = nn.Parameter(torch.empty(settings.experts, hidden))
+        self.bias = nn.Parameter(torch.empty(settings.experts)) if settings.router_bias else None
 
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
-        return choose(nn.functional.linear(self._shake(tokens), self.weight), self.top_k)
+        return choose(nn.functional.linear(self._shake(tokens), self.weight, self.bias), self.top_k)
 
 
 class SentenceRouter(TokenRouter):
