@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lsmoe_ds import __version__, interrupt
-from lsmoe_ds.cli_convert import convert
+from lsmoe_ds.cli_convert import convert, write_layout
 from lsmoe_ds.cli_evaluate import compare, evaluate, score
 from lsmoe_ds.cli_options import (
     NPROC,
@@ -170,6 +170,7 @@ def translate(
 
 
 app.command()(convert)
+app.command("write-layout", hidden=True)(write_layout)
 
 
 @analyze_app.command("routing")

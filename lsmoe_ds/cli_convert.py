@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,13 @@ import typer
 from lsmoe_ds.cli_options import NPROC, AsJson, InOneWord, Route, Run, direction_of
 from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.console import print_json
-from lsmoe_ds.errors import UserError
+
+
+def write_layout(source: Path, run: Path) -> None:
+    """Write one rank's part of a run in another layout; started by ``lsmoe convert --to layout`` on every rank."""
+    from lsmoe_ds.convert.layout import write_layout as write_own_part
+
+    write_own_part(source, run)
 
 
 def convert(
@@ -55,21 +60,9 @@ def convert(
 
     chosen = direction_of(direction, source, target, "--to-language")
     like_language = None if like_language is None else read_code(like_language, of_system=True)
-    if to == "layout":
-        from lsmoe_ds.convert.layout import convert_layout, write_layout
-        from lsmoe_ds.launch.processes import LOCKED
-
-        if chosen or route != "specific" or average > 1 or quantization or optimizer or like_language or like_expert is not None:
-            raise UserError("--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only")
-        if LOCKED in os.environ:
-            return write_layout(run, out)
-        summary = convert_layout(run, overrides or (), out, processes)
-    else:
-        if processes:
-            raise UserError("--nproc is for --to layout")
-        like = None if like_language is None and like_expert is None else Likeness(like_expert, like_language)
-        options = {"quantization": quantization, "optimizer": optimizer}
-        summary = convert_run(run, to, chosen, out, check, route, average, overrides or (), like, **options)
+    like = None if like_language is None and like_expert is None else Likeness(like_expert, like_language)
+    options = {"quantization": quantization, "optimizer": optimizer, "nproc": processes}
+    summary = convert_run(run, to, chosen, out, check, route, average, overrides or (), like, **options)
     if as_json:
         print_json(summary)
     else:

@@ -23,6 +23,7 @@ from lsmoe_ds import __version__
 from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.data.batching import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
@@ -56,7 +57,7 @@ WRITERS = {
 :class:`~lsmoe_ds.checkpoint.stored.Writer`.
 """
 SERVED = ("dense", "huggingface", "ctranslate2")  # kinds without experts, which a run's report tells of
-OPTIONS = {"quantization": "ctranslate2", "optimizer": "consolidated"}  # and the kind that has them
+OPTIONS = {"quantization": "ctranslate2", "optimizer": "consolidated", "nproc": "layout"}  # and the kind that has them
 
 
 @dataclass(frozen=True)
@@ -126,19 +127,24 @@ def convert(
     For one direction, or by the shared route for all; a dense folder is taken as it is. ``average``
     checkpoints are averaged. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
     new parts begin as. ``options`` are those of the kind's writer: ``quantization`` of ctranslate2,
-    ``optimizer`` of consolidated. The first ``check`` held-out sentences of the direction, or as many spread
+    ``optimizer`` of consolidated, ``nproc`` of layout. The first ``check`` held-out sentences of the direction, or as many spread
     over all, are translated by both models. If that is not possible, the record says why. What is made of a
     run for serving is also noted in the run's folder (:func:`_note`). Raises UserError for a target,
     direction, route, option or folder that is not possible.
     """
-    if to not in WRITERS:
+    kinds = [*WRITERS, "layout"]
+    if to not in kinds:
         language = "; a language goes into --direction, as in --direction en-de" if normalize_code(to) in table() else ""
-        known = f"choose {', '.join(WRITERS)} or layout"
-        raise UserError(f"'{to}' is nothing to convert to{nearest(to, [*WRITERS, 'layout'])}: {known}{language}")
+        known = f"choose {', '.join(kinds[:-1])} or {kinds[-1]}"
+        raise UserError(f"'{to}' is nothing to convert to{nearest(to, kinds)}: {known}{language}")
     options = {name: value for name, value in options.items() if value}
     for name in options:
         if OPTIONS[name] != to:
             raise UserError(f"--{name} is for --to {OPTIONS[name]}, not for {to}")
+    if to == "layout":
+        if direction or route != "specific" or average > 1 or like:
+            raise UserError("--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only")
+        return convert_layout(Path(run), overrides, Path(out), options.get("nproc"))
     whole = to in ("consolidated", "grown")
     imported = is_huggingface(Path(run)) or bool(to == "consolidated" and overrides and find_model(run).kind == "huggingface")
     if overrides and to != "grown" and not (imported and whole):

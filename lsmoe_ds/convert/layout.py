@@ -27,7 +27,7 @@ from lsmoe_ds.training.engine import check_precision
 
 
 def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: int | None) -> dict[str, Any]:
-    """Writes the run folder ``out``, whole or not at all, and returns what was written; called once, it starts the processes.
+    """Write the run folder ``out``, whole or not at all, by processes that it starts; return what was written.
 
     ``path`` is a run, a checkpoint, or a consolidated folder with the optimizer's state; ``overrides`` change its recipe where
     a run that goes on may (``parallel.tensor=2``). Raises UserError for what is not possible.
@@ -50,7 +50,7 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
         for name in ("metrics.jsonl", ORIGIN):
             if (stored.home / name).exists():
                 shutil.copyfile(stored.home / name, new / name)
-        arguments = ["convert", str(stored.weights_in), "--to", "layout", "--out", str(new)]
+        arguments = ["write-layout", str(stored.weights_in), str(new)]
         if status := launch.start(arguments, world, lock):
             raise UserError(f"the processes of the new layout failed with status {status}: {out} was not written")
     return {"kind": "layout", "processes": world, "tensor": layout.tensor, "expert": layout.expert, "run": str(out)}
