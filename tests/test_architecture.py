@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,17 +39,16 @@ def imports_of(path: Path) -> Iterator[str]:
                 yield node.module
 
 
-def test_rooms_import_each_other_without_circles():
-    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    arrows: dict[str, set[str]] = defaultdict(set)
+def test_rooms_import_those_below_them_only():
+    page = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```\n(study\n.*?)```", page, re.S)
+    height = {room: -number for number, line in enumerate(lines.splitlines()) for room in line.split(" · ")}
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} - {"shipped"}
+    assert rooms == height.keys()
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0]
-        if room in rooms:
-            arrows[room] |= {name for module in imports_of(path) if (name := module.split(".")[1]) in rooms - {room}}
-    assert len(rooms) > 12 and arrows["training"] >= {"checkpoint", "model"}
-    while free := [room for room in rooms if not arrows[room] & rooms]:
-        rooms -= set(free)
-    assert not rooms, {room: arrows[room] & rooms for room in rooms}
+        for other in {module.split(".")[1] for module in imports_of(path)} & rooms - {room}:
+            assert room not in rooms or height[other] < height[room], f"{path} imports {other}, which is not below {room}"
 
 
 def test_only_their_rooms_name_methods():
