@@ -212,9 +212,21 @@ def m2m100(recipe: Recipe, vocabulary: int) -> nn.Module:
 
 
 def nllb_moe(recipe: Recipe, vocabulary: int, experts: int, every: int) -> nn.Module:
-    """With ``experts`` of the recipe's width in every ``every``-th layer, top-2, no capacity that could drop a token."""
-    from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
+    """Make transformers' NLLB-MoE: ``experts`` of the recipe's width in every ``every``-th layer, top-2, none full.
 
+    transformers 5 hands its experts a mask where they read numbers of experts, so that every token takes experts 0 and
+    1 (tests/test_import_nllb_moe.py); here it gets the numbers, or the comparison would be with a model of two experts.
+    """
+    from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
+
+    def forward(self: Any, hidden_states: Tensor, padding_mask: Any = None) -> Tensor:
+        tokens = hidden_states.flatten(0, 1)
+        weights, chosen = self.router(tokens, padding_mask)[1].topk(2, -1)
+        out: Tensor = self.experts(tokens, chosen, weights)
+        return out.view_as(hidden_states)
+
+    NllbMoeSparseMLP.forward = forward
     sparse = {"num_experts": experts, "encoder_sparse_step": every, "decoder_sparse_step": every, "expert_capacity": 2**20}
     return Transformers(NllbMoeForConditionalGeneration(NllbMoeConfig(**_shape(recipe, vocabulary), **sparse)))
 
