@@ -33,6 +33,10 @@ class MixturesOfExperts(Method):
         """Return None for a model without experts."""
         return cls(recipe.model) if any(recipe.model.moe_layers()) else None
 
+    def owns(self, name: str) -> bool:
+        """Tell whether a parameter belongs to an expert, a router, or a feed-forward that learns from experts."""
+        return any(f".feed_forward.{part}." in name for part in ("experts", "router", "shared"))
+
     def initial(self, name: str) -> Draw | None:
         """Draw routers normal with deviation 0.1."""
         return (lambda value, generator: value.normal_(0.0, 0.1, generator=generator)) if ".router." in name else None

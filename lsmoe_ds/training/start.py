@@ -21,10 +21,12 @@ from lsmoe_ds.inference.load import empty_model
 from lsmoe_ds.launch import interrupt, joining, watchdog
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
+from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology, check_world
 from lsmoe_ds.training.engine import engine_config
+from lsmoe_ds.training.freezing import freeze
 from lsmoe_ds.training.schedules import inverse_square_root
 
 STARTS = ("consolidated", "hybrid", "dense", "huggingface")  # kinds of converted folders that a training begins with
@@ -34,6 +36,8 @@ def check(recipe: Recipe, run: Path) -> None:
     """Opens the run folder; raises UserError for whatever training could only fail on later."""
     prepared = PreparedData.of(recipe)
     _check_validation(recipe, prepared)
+    if recipe.training.trainable != "all":
+        freeze(outline(recipe, prepared.vocabulary.size), recipe, Topology.single())
     vocabulary = prepared.folder / "vocabulary.model"
     check_run(recipe, run, vocabulary)
     found, _ = newest_whole(run)
