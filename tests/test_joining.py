@@ -13,6 +13,7 @@ from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.launch import joining
 from lsmoe_ds.launch.joining import Party, free_port
 from lsmoe_ds.launch.membership import Membership
+from lsmoe_ds.parallel import collectives
 
 
 def meet(notes: dict[int, dict], worlds: dict[int, int] | None = None, ranks: list[int] | None = None) -> list:
@@ -95,13 +96,13 @@ def fails_on_main(topology):
             raise UserError("the main rank says so")
 
     try:
-        joining.on_main(work)
+        collectives.on_main(work)
     except SharedError as error:
         return str(error)
 
 
 def counts_on_main(topology):
-    return joining.on_main(lambda: topology.rank + 7)
+    return collectives.on_main(lambda: topology.rank + 7)
 
 
 def test_what_the_main_rank_finds_is_told_to_all(pool):

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.frozen import open_frozen
+from lsmoe_ds.checkpoint.run_folder import FROZEN, frozen_damage
 from lsmoe_ds.checkpoint.tensors import Entry, Files, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, damage, is_count, read_fields
@@ -35,6 +37,7 @@ class Consolidated:
     step: int
     weights: Tensors
     files: dict[str, str]  # name and sha256 of the files it is read from
+    frozen: frozenset[str] = frozenset()  # of the weights those that did not train
 
 
 def read_checkpoint(checkpoint: Path) -> Consolidated:
@@ -49,7 +52,8 @@ def read_checkpoint(checkpoint: Path) -> Consolidated:
     present = {path.name for path in checkpoint.iterdir()} | described.keys()
     names = sorted(name for name in present if MODEL_FILE.fullmatch(name) or EXPERT_FILE.fullmatch(name))
     wrong = damage(checkpoint, described | {name: described.get(name) for name in names}, verify=False)
-    if wrong := wrong or damage(checkpoint, {"state.json": described.get("state.json")}, verify=True):
+    wrong = wrong or damage(checkpoint, {"state.json": described.get("state.json")}, verify=True)
+    if wrong := wrong or frozen_damage(checkpoint, state, checksums=False):
         raise UserError(f"{checkpoint} is damaged: {wrong}")
     tensor = state["tensor"]
     collector = _Collector(tensor, state["partition"], Files(_load, checker(checkpoint, described)))
@@ -59,7 +63,12 @@ def read_checkpoint(checkpoint: Path) -> Consolidated:
     if sorted(collector.ranks) != list(range(len(collector.ranks))) or len(collector.ranks) != tensor:
         ranks = f"{len(collector.ranks)} of {counted(tensor, 'tensor-parallel rank')}"
         raise UserError(f"{checkpoint} is damaged: it holds the weights of {ranks}")
-    return Consolidated(state["step"], collector.tensors(checkpoint), {name: described[name]["sha256"] for name in names})
+    weights, files = collector.tensors(checkpoint), {name: described[name]["sha256"] for name in names}
+    if state.get(FROZEN) is None:
+        return Consolidated(state["step"], weights, files)
+    frozen, files_of_frozen = open_frozen(checkpoint.resolve().parent.parent)
+    whole = Tensors(frozen.entries | weights.entries)
+    return Consolidated(state["step"], whole, files_of_frozen | files, frozenset(frozen))
 
 
 class _Part(NamedTuple):

@@ -18,7 +18,7 @@ from lsmoe_ds.checkpoint.optimizer import VALUES, OptimizerState
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.parallel import compat
-from lsmoe_ds.parallel.parameters import global_names, partition_dimension
+from lsmoe_ds.parallel.parameters import global_names, named_state, partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -54,16 +54,27 @@ def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topolog
 
 @torch.no_grad()
 def load_weights(engine: Any, weights: Mapping[str, Tensor], topology: Topology) -> None:
-    """Whole weights by global name into an engine of any layout, and into the float32 copies that its optimizer steps. Called by
-    every rank."""
+    """Load whole weights and buffers, by global name, into an engine of any layout, and into the float32 copies
+    that its optimizer steps. Called by every rank.
+    """
     model: nn.Module = engine.module
     names = global_names(model, topology)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(_own(weights[names[name]], parameter, topology))
+    for name, value in named_state(model):
+        value.copy_(_own(weights[names[name]], value, topology))
     local = {parameter: name for name, parameter in model.named_parameters()}
     for piece in compat.optimizer_pieces(engine):
         if piece.holder is not piece.parameter:
             _fill(piece.holder, weights[names[local[piece.parameter]]], piece, topology)
+
+
+@torch.no_grad()
+def load_frozen(engine: Any, weights: Mapping[str, Tensor], topology: Topology) -> None:
+    """Load whole weights, by global name, into the frozen parameters of an engine. Called by every rank."""
+    model: nn.Module = engine.module
+    names = global_names(model, topology)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            parameter.copy_(_own(weights[names[name]], parameter, topology))
 
 
 def _fill(target: Tensor, whole: Tensor, piece: compat.Piece, topology: Topology) -> None:

@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "training.hang_timeout",
 }
 
+FROZEN = "frozen"  # the folder of what does not train, see :mod:`lsmoe_ds.checkpoint.frozen`
 BEGUN = (".vocabulary.model.", f".{ORIGIN}.", ".recipe.yaml.")  # how files are called until they are whole
 
 
@@ -130,7 +131,25 @@ def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
         return f"{checkpoint / 'manifest.json'} is missing or damaged"
     if state is None or state.get("step") != step_of(checkpoint):
         return f"{checkpoint / 'state.json'} is missing or damaged"
-    return damage(checkpoint, manifest["files"], checksums)
+    return damage(checkpoint, manifest["files"], checksums) or frozen_damage(checkpoint, state, checksums)
+
+
+def frozen_damage(checkpoint: Path, state: dict[str, Any], checksums: bool) -> str | None:
+    """Say what is wrong with the frozen base that a checkpoint's ``state.json`` refers to; None if nothing is, or
+    it refers to none.
+    """
+    wanted = state.get(FROZEN)
+    if wanted is None:
+        return None
+    folder = checkpoint.resolve().parent.parent / FROZEN
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        what = f"{folder} has the weights that do not train, and belongs to every checkpoint of the run"
+        return f"{manifest} is missing: {what}"
+    if sha256(manifest) != wanted:
+        other = f"{folder} has other weights than those beside which the checkpoint was trained"
+        return f"{other} (the sha256 of {manifest.name} differs)"
+    return damage(folder, (read_json(manifest) or {}).get("files"), checksums)
 
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:

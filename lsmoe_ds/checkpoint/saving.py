@@ -25,14 +25,15 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from lsmoe_ds.checkpoint.frozen import frozen_parameters, open_frozen, write_frozen
 from lsmoe_ds.checkpoint.optimizer import open_optimizer
 from lsmoe_ds.checkpoint.reading import read_checkpoint
-from lsmoe_ds.checkpoint.resharding import load_resharded, write_pieces
-from lsmoe_ds.checkpoint.run_folder import list_checkpoints, to_remove
+from lsmoe_ds.checkpoint.resharding import load_frozen, load_resharded, write_pieces
+from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, to_remove
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, read_json, sync, write_json
 from lsmoe_ds.parallel import compat
-from lsmoe_ds.parallel.parameters import global_names, partition_dimension
+from lsmoe_ds.parallel.parameters import global_name, global_names, partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 
 UNFINISHED = ".writing-"
@@ -43,13 +44,23 @@ POLL, PATIENCE = 0.02, 10.0  # seconds; how long the ranks' notes are waited for
 class Saver:
     """Writes the checkpoints of a run and keeps the newest ``keep`` and the ``best`` by dev loss.
 
+    ``frozen`` is the checksum of the frozen base, as the checkpoint has it that the run goes on from. Without
+    one the base, if there is any, is written with the first checkpoint.
+
     Training stands still while the state is copied in memory, or, where there is no room for copies, while it is written. Writing,
     sums, syncing and renaming go on beside the next steps, in a thread of each rank. Leaving the context waits for it. All methods
     are called by every rank.
     """
 
-    def __init__(self, run: Path, topology: Topology, keep: int, best: int = 0) -> None:
-        self.run, self.topology, self.keep, self.best = run, topology, keep, best
+    def __init__(
+        self,
+        run: Path,
+        topology: Topology,
+        keep: int,
+        best: int = 0,
+        frozen: str | None = None,
+    ) -> None:
+        self.run, self.topology, self.keep, self.best, self.frozen = run, topology, keep, best, frozen
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writes: list[Future[None]] = []
         self._unfinished: Future[None] | None = None
@@ -79,13 +90,20 @@ class Saver:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
+        if self.frozen is None:
+            self.frozen = write_frozen(engine, self.run, topology)
+        frozen = frozen_parameters(engine, topology)
         with _explained(partial, final, topology.is_main):
-            compat.save_engine(engine, folder, partial.name, self._write)
+            # DeepSpeed has put the global number of the expert into its names.
+            left_out = lambda name: global_name(name, 0, 0) in frozen  # noqa: E731
+            compat.save_engine(engine, folder, partial.name, self._write, left_out)
             torch.save(compat.random_state(topology.tensor), partial / f"random-rank-{topology.rank:05d}.pt")
             write_pieces(engine, partial, topology)
             partition = _gather_partition(engine.module, topology)
             if topology.is_main:
-                state = {"step": step, **layout(engine, topology), "dev_loss": dev_loss, "position": position, "partition": partition}
+                state: dict[str, Any] = {"step": step, **layout(engine, topology), "dev_loss": dev_loss}
+                state |= {"position": position, "partition": partition}
+                state |= {} if self.frozen is None else {FROZEN: self.frozen}
                 write_json(partial / "state.json", state)
             dist.barrier()
         self._unfinished = self._thread.submit(self._complete, partial, final)
@@ -225,8 +243,10 @@ def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
         if describe_change(engine, checkpoint, topology) is not None:
             load_resharded(engine, read_checkpoint(checkpoint).weights, open_optimizer(checkpoint), topology)
         else:
+            compat.load_engine(engine, checkpoint)
+            if frozen_parameters(engine, topology):
+                load_frozen(engine, open_frozen(checkpoint.resolve().parent.parent)[0], topology)
             with compat.trusted_checkpoint_loading():
-                engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
                 random = torch.load(checkpoint / f"random-rank-{topology.rank:05d}.pt")
             compat.restore_random_state(random, topology.tensor)
     except pickle.UnpicklingError:

@@ -126,7 +126,7 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
                 with _naming_another(stored):
                     return before.make()
 
-            return Entry(before.shape, make)
+            return before._replace(make=make)
 
         return Weights(Tensors({name: entry(each) for name, each in whole.weights.entries.items()}), whole.step, whole.files)
     if stored.kind not in READABLE:
@@ -176,7 +176,9 @@ def _mean(stored: Stored, average: int) -> Weights:
 
         return Entry(shape, make)
 
-    mean = Tensors({name: entry(name, each.shape) for name, each in parts[-1].weights.entries.items()})
+    last = parts[-1]
+    entries = last.weights.entries
+    mean = Tensors({name: each if name in last.frozen else entry(name, each.shape) for name, each in entries.items()})
     files = {f"{path.name}/{name}": value for path, part in zip(chosen, parts, strict=True) for name, value in part.files.items()}
     return Weights(mean, parts[-1].step, files)
 

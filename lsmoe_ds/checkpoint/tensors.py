@@ -24,18 +24,26 @@ from lsmoe_ds.folders import is_plain, read_json, write_json
 
 SHARD = 2**29  # bytes of a file, unless one tensor alone has more
 AT_ONCE = 2**28  # bytes that are read of mapped files before they are opened anew
+# Types that stay what they are when they are read, by safetensors' names; others, of weights, become float32.
+KEPT = {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+KEPT |= {"U8": torch.uint8, "BOOL": torch.bool}
 T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """A tensor to come: float32, on the CPU."""
+    """A tensor to come, on the CPU."""
 
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
 
     @property
     def numbers(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * self.dtype.itemsize
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -49,7 +57,11 @@ class Tensors(Mapping[str, Tensor]):
         """Return any mapping as this one."""
         if isinstance(tensors, Tensors):
             return tensors
-        return cls({name: Entry(tuple(value.shape), lambda value=value: value) for name, value in tensors.items()})  # type: ignore[misc]
+
+        def entry(value: Tensor) -> Entry:
+            return Entry(tuple(value.shape), lambda: value, value.dtype)
+
+        return cls({name: entry(value) for name, value in tensors.items()})
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].make()
@@ -113,11 +125,11 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str = "model
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in whole.entries.items():
-        if shards[-1] and size + 4 * entry.numbers > SHARD:
+        if shards[-1] and size + entry.bytes > SHARD:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += 4 * entry.numbers
+        size += entry.bytes
     if len(shards) == 1:
         _save(whole, shards[0], folder / f"{stem}.safetensors")
         return [f"{stem}.safetensors"]
@@ -126,7 +138,8 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str = "model
         _save(whole, names, folder / file)
     index = f"{stem}.safetensors.index.json"
     places = {name: file for file, names in files.items() for name in names}
-    write_json(folder / index, {"metadata": {"total_size": 4 * whole.numbers}, "weight_map": places})
+    size = sum(entry.bytes for entry in whole.entries.values())
+    write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": places})
     return [*files, index]
 
 
@@ -148,8 +161,8 @@ def _apart(value: Tensor) -> Tensor:
 
 
 def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None] | None = None) -> Tensors:
-    """Open what :func:`save_tensors` or ``transformers`` has written; ``check`` as in :class:`Files`. Raises
-    UserError if it is missing or damaged.
+    """Open what :func:`save_tensors` or ``transformers`` has written; ``check`` as in :class:`Files`. Half
+    precision becomes float32. Raises UserError if it is missing or damaged.
     """
     files: Files[Any] = Files(_open, check)
     index = folder / f"{stem}.safetensors.index.json"
@@ -170,22 +183,24 @@ def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None
         opened = files.get(path)
         for key in opened.keys():  # noqa: SIM118
             if wanted is None or wanted.get(key) == name:
-                entries[key] = _entry(files, path, key, tuple(opened.get_slice(key).get_shape()))
+                part = opened.get_slice(key)
+                dtype = KEPT.get(part.get_dtype(), torch.float32)
+                entries[key] = _entry(files, path, key, tuple(part.get_shape()), dtype)
     missing = [] if wanted is None else sorted(wanted.keys() - entries.keys())
     if missing:
         raise UserError(f"{folder} is damaged: {wanted[missing[0]]} lacks {missing[0]}")  # type: ignore[index]
     return Tensors(entries)
 
 
-def _entry(files: Files[Any], path: Path, name: str, shape: tuple[int, ...]) -> Entry:
+def _entry(files: Files[Any], path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
     def make() -> Tensor:
         try:
-            value: Tensor = files.get(path, 4 * math.prod(shape)).get_tensor(name)
+            value: Tensor = files.get(path, dtype.itemsize * math.prod(shape)).get_tensor(name)
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
-        return value.to(torch.float32, copy=True)
+        return value.to(dtype, copy=True)
 
-    return Entry(shape, make)
+    return Entry(shape, make, dtype)
 
 
 def _open(path: Path) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import yaml
 from pydantic import ValidationError
 
 from lsmoe_ds.config.section import KIND, NAME, Section, is_section
@@ -88,7 +89,9 @@ def _sentence(error: Mapping[str, Any], annotation: Any, found: Any, place: Plac
     if kind == "literal_error":
         choices = _choices(annotation) or [str(context.get("expected"))]
         guess = nearest(found, choices) if isinstance(found, str) else ""
-        return f"should be {_one_of(choices)}{shown}{guess or (_hint(str, found, place) if place.written in choices else '')}"
+        hint = _hint(str, found, place) if place.written in choices else _hint(annotation, found, place)
+        admitted = expected(annotation) if _choices(annotation) else choices[0]
+        return f"should be {admitted}{shown}{guess or hint}"
     if kind in ("too_short", "string_too_short"):
         what = "character" if kind.startswith("string") else "entry"
         return f"should have at least {context['min_length']} {what}{shown}"
@@ -112,7 +115,9 @@ def _choose(errors: Sequence[Any], value: Any) -> tuple[Any, At]:
     if root is None:
         return first, at
     members = [(error, path) for error, path, _ in placed if path[: len(root)] == root]
-    return next(((error, path) for error, path in members if len(path) > len(root) or error["type"] not in KINDS), (first, root))
+    deeper = [(error, path) for error, path in members if len(path) > len(root)]
+    telling = [(error, path) for error, path in members if error["type"] not in KINDS]
+    return next(iter(deeper + telling), (first, root))
 
 
 def _path(error: Mapping[str, Any], value: Any) -> tuple[At, At | None]:
@@ -259,5 +264,5 @@ def _hint(annotation: Any, found: Any, place: Place) -> str:
             return ""
         return f": write {int(number)}" if number.is_integer() and abs(number) < 1e15 else ""
     if isinstance(found, str) and any(get_origin(member) in (list, tuple) for member in members):
-        return f": write [{found}]"
+        return f": write {yaml.safe_dump([found], default_flow_style=True, allow_unicode=True).strip()}"
     return ""

@@ -135,10 +135,15 @@ else:
 
 
 class Training(Section):
+    """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names match
+    one of the glob patterns.
+    """
+
     renamed: ClassVar[Mapping[str, str]] = {"clip": "max_grad_norm", "patience": "hang_timeout"}
 
     steps: Positive
     start_from: Path | None = None
+    trainable: Literal["all", "methods"] | list[str] = "all"
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     warmup: Annotated[int, Field(ge=0)] = 4000
     label_smoothing: Share = 0.1

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lsmoe_ds.checkpoint.optimizer import STATE, STEM, OptimizerState, open_optimizer
+from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.stored import Stored
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors, save_tensors
 from lsmoe_ds.config.recipe import Recipe
@@ -36,13 +37,15 @@ def write_files(
         raise UserError(f"--optimizer needs a run: {optimizer_of.home} is a converted folder")
     state = read_fields(optimizer_of.weights_in / STATE, step=int, position=dict)
     optimizer = open_optimizer(optimizer_of.weights_in, verify=True)
-    names += save_tensors(_tensors(optimizer, weights), folder, STEM)
+    frozen = read_checkpoint(optimizer_of.weights_in).frozen
+    trained = Tensors({name: each for name, each in weights.entries.items() if name not in frozen})
+    names += save_tensors(_tensors(optimizer, trained), folder, STEM)
     write_json(folder / STATE, {"step": state["step"], "optimizer_step": optimizer.step, "position": state["position"]})
     return [*names, STATE]
 
 
 def _tensors(optimizer: OptimizerState, weights: Tensors) -> Tensors:
-    """Return all tensors of the optimizer; those of one parameter are read together."""
+    """Return the optimizer's tensors of these weights; those of one parameter are read together."""
 
     @lru_cache(maxsize=1)
     def of(name: str) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
 from lsmoe_ds.model.initialization import draw
 from lsmoe_ds.model.methods import methods_of
-from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.moe.routers import assign
 from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel.parameters import global_names
@@ -93,10 +93,8 @@ def grow(weights: Mapping[str, Tensor], before: Recipe, after: Recipe, vocabular
 
 
 def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    topology = Topology.single()
-    with torch.device("meta"):
-        model = Transformer(recipe, recipe.data.vocabulary.size, topology)
-    names = global_names(model, topology)
+    model = outline(recipe, recipe.data.vocabulary.size)
+    names = global_names(model, Topology.single())
     return {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

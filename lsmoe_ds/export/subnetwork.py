@@ -164,7 +164,10 @@ def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str,
     if direction is not None:
         changes |= {"languages": [direction.source, direction.target], "directions": [str(direction)]}
     data = recipe.data.model_copy(update=changes)
-    changed = recipe.model_copy(update={"model": model, "data": data, "parallel": Parallel()})
+    # What trained may be among what is gone.
+    training = recipe.training.model_copy(update={"trainable": "all"})
+    sections = {"model": model, "data": data, "training": training, "parallel": Parallel()}
+    changed = recipe.model_copy(update=sections)
     return Recipe.model_validate(changed.model_dump())
 
 

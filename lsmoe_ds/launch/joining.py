@@ -9,7 +9,7 @@ import platform
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -90,24 +90,6 @@ def join(membership: Membership | None = None, alike: Mapping[str, str] | None =
     )
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # adopts it
     return Party(membership, store, hosts)
-
-
-def on_main(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 and return its result, or raise its UserError, on all ranks. Called by every rank."""
-    import torch.distributed as dist
-
-    told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            told[0] = function()
-        except UserError as error:
-            told[1] = str(error)
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise SharedError(told[1])
-    value: T = told[0]
-    return value
 
 
 def device() -> str:

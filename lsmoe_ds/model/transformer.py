@@ -149,6 +149,12 @@ class Layer(WithSublayers):
                 yield from module.linear_sites(side, number, name)
 
 
+def outline(recipe: Recipe, vocabulary: int) -> Transformer:
+    """Return the whole model on no device: names and shapes without weights."""
+    with torch.device("meta"):
+        return Transformer(recipe, vocabulary)
+
+
 class Transformer(nn.Module):
     """The whole model. ``recipe`` gives its shape, ``vocabulary`` its number of tokens V."""
 

@@ -74,12 +74,18 @@ class _Combine(torch.autograd.Function):
         return torch.bmm(weights[:, None].to(copies.dtype), _pick(copies, assignment)).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         assignment: Assignment = ctx.assignment
         (gradient,), (copies, weights) = gradients, ctx.saved_tensors
-        of_weights = torch.bmm(_pick(copies, assignment), gradient[:, :, None]).squeeze(2).to(weights.dtype)
-        each = weights.reshape(-1)[assignment.choices][:, None].to(gradient.dtype)
-        return gradient.index_select(0, assignment.choices // assignment.copies.shape[1]) * each, of_weights, None
+        of_copies = of_weights = None
+        if ctx.needs_input_grad[1]:
+            of_weights = torch.bmm(_pick(copies, assignment), gradient[:, :, None]).squeeze(2)
+            of_weights = of_weights.to(weights.dtype)
+        if ctx.needs_input_grad[0]:
+            each = weights.reshape(-1)[assignment.choices][:, None].to(gradient.dtype)
+            rows = assignment.choices // assignment.copies.shape[1]
+            of_copies = gradient.index_select(0, rows) * each
+        return of_copies, of_weights, None
 
 
 def _pick(copies: Tensor, assignment: Assignment) -> Tensor:
@@ -130,8 +136,10 @@ class _AddBias(torch.autograd.Function):
         return rows.add_(biases.index_select(0, assignment.experts))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         gradient = gradients[0].contiguous()
+        if not ctx.needs_input_grad[1]:
+            return gradient, None, None
         ones = gradient.new_ones(gradient.shape[0], ALIGNMENT // gradient.element_size())  # the fewest columns that are aligned
         return gradient, _grouped_mm(ones.t(), gradient, offs=ctx.assignment.ends)[:, 0], None
 
@@ -178,7 +186,8 @@ class Experts(nn.Module):
         super().__init__()
         self.deepspeed_experts = nn.ModuleList(experts)
         # Where ranks reduce gradients together, every parameter must have one on every rank, so in training an expert
-        # without tokens runs over zero rows. One rank alone fills in the missing ones once a step, which is cheaper.
+        # without tokens runs over zero rows, unless all are frozen. One rank alone fills in the missing ones once
+        # a step, which is cheaper.
         self.run_idle = topology.world > 1
         for parameter in self.parameters():
             mark_expert_parameter(parameter, topology.expert)
@@ -195,7 +204,8 @@ class Experts(nn.Module):
         return out
 
     def _one_by_one(self, experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) -> Tensor:
-        idle = self.training and self.run_idle
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        idle = self.training and self.run_idle and trained
         parts = rows.split(assignment.counts())
         outputs = [expert(part) for expert, part in zip(experts, parts, strict=True) if idle or len(part)]
         return torch.cat(outputs) if outputs else rows

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.languages import Direction, SentenceIds
 from lsmoe_ds.methods.base import Draw, Method, StepSize
-from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.context import LanguageContext, Route
 from lsmoe_ds.moe.losses import NAME, RoutingRecord, balance_loss, count_first_choices, z_loss
 from lsmoe_ds.parallel.topology import Topology
 
@@ -29,9 +30,17 @@ class MixturesOfExperts(Method):
         self.model = recipe.model
         self.sides = [side for side, _, _ in recipe.model.moe_layers()]
 
+    def owns(self, name: str) -> bool:
+        """Tell whether a parameter belongs to an expert, a router, or a feed-forward that learns from experts."""
+        return any(f".feed_forward.{part}." in name for part in ("experts", "router", "shared"))
+
     def initial(self, name: str) -> Draw | None:
         """Draw routers normal with deviation 0.1."""
         return (lambda value, generator: value.normal_(0.0, 0.1, generator=generator)) if ".router." in name else None
+
+    def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
+        """Return the weights as they are: :mod:`lsmoe_ds.export.subnetwork` joins experts."""
+        return weights
 
     def count(self, notes: Sequence[RoutingRecord]) -> list[Tensor]:
         return [record.counts for record in notes]

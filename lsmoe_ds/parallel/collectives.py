@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lsmoe_ds.errors import SharedError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -161,12 +165,30 @@ class _SumTogether(torch.autograd.Function):
 
 
 def copy_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Tensors that all ranks hold alike, for each to do its part with; their gradients are summed, by one all-reduce."""
-    out: tuple[Tensor, ...] = _CopyTogether.apply(group, *tensors)
-    return out
+    """Return tensors that all ranks hold alike, for each to do its part with; their gradients are summed, by one
+    all-reduce, in which those take no part that need none.
+    """
+    copies = iter(_CopyTogether.apply(group, *[tensor for tensor in tensors if tensor.requires_grad]))
+    return tuple(next(copies) if tensor.requires_grad else tensor for tensor in tensors)
 
 
 def sum_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     """Sums over the ranks of tensors of which each holds a part, by one all-reduce; their gradients stay as they are."""
     out: tuple[Tensor, ...] = _SumTogether.apply(group, *tensors)
     return out
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 and return its result, or raise its UserError, on all ranks. Called by every rank."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = function()
+        except UserError as error:
+            told[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise SharedError(told[1])
+    value: T = told[0]
+    return value

@@ -275,16 +275,41 @@ def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
 
 
 def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups as DeepSpeed wants them: expert parameters apart, under the name of their groups."""
+    """Return groups of the parameters that train, as DeepSpeed wants them: those of experts apart, under the name
+    of their process groups.
+    """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "parameters"})
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    both = {"params": parameters, "name": "parameters"}
+    groups = split_params_into_different_moe_groups_for_optimizer(both)
     return [group for group in groups if group["params"]]
 
 
 def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
     """Whether :func:`mark_expert_parameter` has marked it."""
     return not getattr(parameter, "allreduce", True)
+
+
+@contextlib.contextmanager
+def knowing_what_trains(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, an engine whose optimizer steps no experts takes its model for a dense one, as soon as the expert
+    groups are known: DeepSpeed insists that a model with layers of experts trains some.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    configure = DeepSpeedEngine._configure_optimizer
+    experts = any(is_expert_parameter(each) for group in optimizer.param_groups for each in group["params"])
+
+    def configure_optimizer(engine: Any, *arguments: Any) -> None:
+        engine.has_moe_layers = experts
+        configure(engine, *arguments)
+
+    DeepSpeedEngine._configure_optimizer = configure_optimizer
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._configure_optimizer = configure
 
 
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
@@ -312,12 +337,43 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
     engine._copy_recovery_script = lambda folder: None
 
 
-def save_engine(engine: Any, folder: Path, name: str, write: Callable[[Any, str], None]) -> None:
+def save_engine(
+    engine: Any,
+    folder: Path,
+    name: str,
+    write: Callable[[Any, str], None],
+    frozen: Callable[[str], bool],
+) -> None:
     """Writes the engine's checkpoint into ``folder / name``, each of its files by ``write(state_dict, path)``, which must not take
-    views for wholes: torch would write all that a view is a part of."""
+    views for wholes: torch would write all that a view is a part of.
+
+    Parameters that do not train are left out; ``frozen`` tells them in the files of experts, which DeepSpeed
+    writes whole.
+    """
+
+    def save(state: dict[str, Any], path: str) -> None:
+        write({key: value for key, value in state.items() if not frozen(key)}, path)
+
     engine.checkpoint_engine.preserves_storage_sharing = lambda: False  # else all is copied before it is handed over
-    engine.checkpoint_engine.save = lambda state_dict, path: write(state_dict, path)
-    engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+    engine.checkpoint_engine.save = lambda state_dict, path: save(state_dict, path)
+    engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
+
+
+def load_engine(engine: Any, checkpoint: Path) -> None:
+    """Load a checkpoint that :func:`save_engine` wrote; parameters that do not train keep their values.
+
+    Raises UserError if it is not one of the engine's model.
+    """
+
+    def load(src: dict[str, Any], dst: torch.nn.Module) -> None:
+        found = dst.load_state_dict(src, strict=False)
+        frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+        if wrong := sorted({*found.unexpected_keys, *found.missing_keys} - frozen):
+            what = "has no place for" if wrong[0] in found.unexpected_keys else "finds nothing of"
+            raise UserError(f"{checkpoint} does not belong to the model: it {what} {wrong[0]}")
+
+    with trusted_checkpoint_loading():
+        engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, custom_load_fn=load)
 
 
 class Piece(NamedTuple):
@@ -346,8 +402,8 @@ def optimizer_pieces(engine: Any) -> list[Piece]:
         return [Piece(parameter, 0, parameter.numel(), holder, number, 0) for number, (parameter, holder) in both]
     pieces = []
     for parameter in engine.module.parameters():
-        mapping = parameter._hp_mapping
-        if mapping is not None:  # else it lies with other ranks
+        mapping = parameter._hp_mapping if parameter.requires_grad else None
+        if mapping is not None:  # else it lies with other ranks, or does not train
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             number = mapping.param_group_index
             pieces.append(Piece(parameter, here.start, here.numel, partitions[number], number, there.start))

@@ -35,9 +35,16 @@ def column_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
     if topology.tensor == 1:
         return nn.Linear(inputs, outputs)
     from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
     class ColumnLinear(_WithoutTuple, ColumnParallelLinear):
-        pass
+        def forward(self, x: Tensor) -> Tensor:
+            if self.weight.requires_grad:
+                return super().forward(x)
+            # Megatron's own layer with a frozen weight would give a bias that trains no gradient.
+            copied = copy_to_tensor_model_parallel_region(x)
+            out: Tensor = F.linear(copied, self.weight, self.bias)  # type: ignore[arg-type]
+            return out
 
     layer = ColumnLinear(inputs, outputs, config=compat.megatron_config(), init_method=nn.init.zeros_, bias=True, gather_output=False)
     compat.mark_tensor_parallel(layer.weight, 0)

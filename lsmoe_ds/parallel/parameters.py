@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -22,11 +24,29 @@ def partition_dimension(parameter: Tensor) -> int | None:
     return int(parameter.partition_dim) if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
 
 
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what is stored of a model: its parameters and persistent buffers, by local name."""
+    yield from model.named_parameters()
+    stored = model.state_dict()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
+
+
 def global_names(model: nn.Module, topology: Topology) -> dict[str, str]:
-    """Global name of each of the model's parameters, by local name."""
+    """Return the global name of each of the model's parameters and persistent buffers, by local name."""
     names = {}
-    for name, _ in model.named_parameters():
+    for name, _ in named_state(model):
         layer = name.split(".deepspeed_moe.")[0]
         local = model.get_submodule(layer).num_local_experts if ".deepspeed_moe." in name else 0
         names[name] = global_name(name, int(local), topology.expert_rank)  # type: ignore[arg-type]
     return names
+
+
+def places(model: nn.Module, topology: Topology) -> dict[str, tuple[str, int]]:
+    """Return local name and first expert-parallel rank of all parameters and persistent buffers that the ranks
+    hold together, by global name.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    for rank in range(topology.expert):
+        for local, name in global_names(model, replace(topology, expert_rank=rank)).items():
+            found.setdefault(name, (local, rank))
+    return found

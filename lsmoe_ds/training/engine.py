@@ -25,6 +25,7 @@ from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.freezing import freeze
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")
@@ -88,6 +89,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     config = engine_config(recipe, topology)
     model = Transformer(recipe, vocabulary, topology)
     initialize(model, recipe.training.seed, topology)
+    freeze(model, recipe, topology)
     training = recipe.training
     optimizer = torch.optim.AdamW(
         compat.optimizer_groups(model),
@@ -99,7 +101,8 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     )
     try:
         layout = compat.ModelParallelUnit()
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
+        with compat.knowing_what_trains(optimizer):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
     except ValidationError as error:  # of a section that is a pydantic model
         wrong = error.errors()[0]
         key, found, why = ".".join(map(str, wrong["loc"])), wrong["input"], wrong["msg"].lower()
@@ -250,7 +253,7 @@ def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:
 def _fill_in_gradients(model: Transformer) -> None:
     """Zeros for experts that no token of the step has used: Adam goes on with their averages, as on several ranks."""
     for parameter in model.parameters():
-        if parameter.grad is None and compat.is_expert_parameter(parameter):
+        if parameter.grad is None and parameter.requires_grad and compat.is_expert_parameter(parameter):
             parameter.grad = torch.zeros_like(parameter)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint import saving as checkpoints
 from lsmoe_ds.checkpoint.resharding import load_weights
-from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole
+from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, newest_whole
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity
@@ -16,10 +16,10 @@ from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import SharedError
-from lsmoe_ds.launch.joining import on_main
 from lsmoe_ds.launch.watchdog import beat
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
 from lsmoe_ds.training.monitor import Monitor
@@ -54,18 +54,18 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     routes: tuple[Route, ...] = engine.module.objective.routes
     beat("looking for the newest whole checkpoint")
     found, complaints = on_main(lambda: newest_whole(run))
-    done, window = 0, None
+    done, window, frozen = 0, None, None
     if found is not None:
         beat(f"loading {found}")
         state = checkpoints.load(engine, found, topology)
         stream.load_state_dict(state["position"]["stream"])
-        done, window = state["step"], state["position"]["window"]
+        done, window, frozen = state["step"], state["position"]["window"], state.get(FROZEN)
     elif training.start_from is not None:
         load_weights(engine, read_weights(find_model(training.start_from)).tensors, topology)
     last_step = done >= training.steps
     with (
         Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
-        checkpoints.Saver(run, topology, training.keep, training.keep_best) as saver,
+        checkpoints.Saver(run, topology, training.keep, training.keep_best, frozen) as saver,
     ):
         monitor.start(done, window)
         for complaint in complaints:

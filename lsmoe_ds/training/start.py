@@ -23,10 +23,13 @@ from lsmoe_ds.inference.load import empty_model
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
+from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import check_precision
+from lsmoe_ds.training.freezing import freeze
 from lsmoe_ds.training.schedules import inverse_square_root
 
 STARTS = ("consolidated", "hybrid", "dense", "huggingface")  # kinds of converted folders that a training begins with
@@ -36,6 +39,8 @@ def check(recipe: Recipe, run: Path) -> None:
     """Opens the run folder; raises UserError for whatever training could only fail on later."""
     prepared = PreparedData.of(recipe)
     _check_validation(recipe, prepared)
+    if recipe.training.trainable != "all":
+        freeze(outline(recipe, prepared.vocabulary.size), recipe, Topology.single())
     vocabulary = prepared.folder / "vocabulary.model"
     check_run(recipe, run, vocabulary)
     found, _ = newest_whole(run)
@@ -157,7 +162,7 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
     with ExitStack() as held, watchdog.watch(party, hang_timeout):
         try:
             if not membership.is_alone:
-                joining.on_main(lambda: _open(recipe, run, held))
+                on_main(lambda: _open(recipe, run, held))
             asked = train_on_this_rank(recipe, run, here)
         except RuntimeError as error:
             if compat.is_lost_peer(error):

@@ -80,13 +80,14 @@ class MultiplySegments(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (gradient,), (x, flat) = gradients, ctx.saved_tensors
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        of_flat = _Rows(flat)
+        of_flat = _Rows(flat) if ctx.needs_input_grad[1] else None
         for rows, tokens in ctx.slices:
             given = gradient[tokens, : rows.stop - rows.start]
             if of_x is not None:
                 torch.mm(given, flat[rows], out=of_x[tokens])
-            of_flat.add(rows, given.t(), x[tokens])
-        return of_x, of_flat.done(), None, None
+            if of_flat is not None:
+                of_flat.add(rows, given.t(), x[tokens])
+        return of_x, None if of_flat is None else of_flat.done(), None, None
 
 
 class _AddVertical(torch.autograd.Function):
@@ -102,13 +103,16 @@ class _AddVertical(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         (gradient,), (z, vertical) = gradients, ctx.saved_tensors
-        of_z, of_vertical = torch.empty_like(z), _Rows(vertical)
+        of_z = torch.empty_like(z) if ctx.needs_input_grad[1] else None
+        of_vertical = _Rows(vertical) if ctx.needs_input_grad[2] else None
         for rows, tokens in ctx.slices:
-            torch.mm(gradient[tokens], vertical[rows].t(), out=of_z[tokens, : rows.stop - rows.start])
-            of_vertical.add(rows, z[tokens, : rows.stop - rows.start].t(), gradient[tokens])
-        return gradient, of_z, of_vertical.done(), None
+            if of_z is not None:
+                torch.mm(gradient[tokens], vertical[rows].t(), out=of_z[tokens, : rows.stop - rows.start])
+            if of_vertical is not None:
+                of_vertical.add(rows, z[tokens, : rows.stop - rows.start].t(), gradient[tokens])
+        return gradient, of_z, None if of_vertical is None else of_vertical.done(), None
 
 
 def slices_of(places: list[slice], context: LanguageContext, kind: str, rows: Tensor) -> Slices:

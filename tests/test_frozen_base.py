@@ -1,0 +1,304 @@
+"""What does not train is stored once for a run, and every reader of the run finds it there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
+from test_resharding import BOTH, EXPERTS, ONE, TENSOR, load_and_save, losses, states
+from test_training import assert_same_end, loop
+
+from lsmoe_ds.checkpoint.reading import read_checkpoint
+from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole
+from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.config.recipe import MoE, Recipe
+from lsmoe_ds.convert.command import convert
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.evaluate import evaluate
+from lsmoe_ds.inference.load import load
+from lsmoe_ds.inference.translate import translate
+from lsmoe_ds.languages import Direction
+from lsmoe_ds.training.start import check
+
+EN_DE = Direction("en", "de")
+PATTERNS = ["encoder.*_low_rank.*", "decoder.2.*"]  # the experts, which the second layer has, are frozen
+
+
+def recipe_in(
+    folder: Path,
+    layout: tuple,
+    steps: int = 6,
+    trainable: Any = "methods",
+    bf16: bool = False,
+    **training: Any,
+) -> Recipe:
+    tensor, expert, _, stage = layout
+    value = make_recipe(folder, None, {**TARGET_TOP2, "experts": 8}, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
+    given = value.model_dump(mode="json", exclude_none=True)
+    given["model"]["low_rank"] = {"rank": 2, "at": "both"}
+    given["data"]["batch"] |= {"tokens": 96, "count": 4}
+    given["training"] |= {
+        "steps": steps, "checkpoint_every": 3, "log_every": 1, "validate_every": 3, "max_grad_norm": 1.0,
+        "dropout": 0.1, "learning_rate": 0.01, "trainable": trainable, "keep": 9, **training,
+    }  # fmt: skip
+    return Recipe.model_validate(given)
+
+
+def train(pool, recipe, run, layout, *arguments) -> None:
+    tensor, expert, world, _ = layout
+    assert pool.run(world, loop, recipe, run, *arguments, tensor=tensor, expert=expert) == [None] * world
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("frozen")
+    write_corpus(path)
+    prepare(recipe_in(path, ONE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def begun(pool, folder):
+    """Run folders after three steps, or as many as are asked for."""
+    known: dict[Any, Path] = {}
+
+    def of(layout, trainable: Any = "methods", bf16: bool = False, steps: int = 3, **training) -> Path:
+        key = layout, str(trainable), bf16, steps, str(training)
+        if key not in known:
+            known[key] = folder / f"begun-{len(known)}"
+            train(pool, recipe_in(folder, layout, steps, trainable, bf16, **training), known[key], layout)
+        return known[key]
+
+    return of
+
+
+def stored_in(checkpoint: Path) -> set[str]:
+    """Names of all weights in DeepSpeed's files."""
+    found = set()
+    for path in checkpoint.glob("*model_states.pt"):
+        values = torch.load(path, weights_only=False)
+        assert values.get("frozen_param_fragments") is None
+        values = values.get("module", values)
+        found |= {name for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return found
+
+
+CASES = [
+    (ONE, "methods", False),
+    (TENSOR, "methods", False),
+    (EXPERTS, "methods", False),
+    (BOTH, "methods", False),
+]
+CASES += [
+    (EXPERTS, PATTERNS, False),
+    (BOTH, PATTERNS, False),
+    (ONE, "methods", True),
+    ((2, 2, 4, 0), PATTERNS, True),
+    (BOTH, "methods", True),
+]
+
+
+@pytest.mark.parametrize(("layout", "trainable", "bf16"), CASES, ids=str)
+def test_an_interrupted_run_ends_bit_equal(pool, folder, begun, layout, trainable, bf16, tmp_path):
+    whole = begun(layout, trainable, bf16, 6)
+    cut, recipe = tmp_path / "cut", recipe_in(folder, layout, 6, trainable, bf16)
+    train(pool, recipe, cut, layout, 5, KeyboardInterrupt())
+    assert [path.name for path in list_checkpoints(cut)] == ["step-3"]
+    written = {path: path.stat().st_mtime_ns for path in (cut / "frozen").iterdir()}
+    train(pool, recipe, cut, layout)
+    assert_same_end(whole, cut, 6)
+    assert written == {path: path.stat().st_mtime_ns for path in (cut / "frozen").iterdir()}, "once for a run"
+    first, last = (read_checkpoint(whole / "checkpoints" / f"step-{step}") for step in (3, 6))
+    moved = {name for name in first.weights if not torch.equal(first.weights[name], last.weights[name])}
+    assert moved and moved <= first.weights.keys() - first.frozen
+    assert first.frozen == last.frozen and first.frozen
+    names = stored_in(whole / "checkpoints" / "step-6")
+    assert names and len(names) < len(first.weights)
+    for name in names:
+        assert "_low_rank." in name or "experts" in name or "router" in name or name.startswith("decoder.2."), name
+
+
+def test_a_checkpoint_is_as_small_as_what_trains(pool, folder, begun):
+    """Weights, float32 values and two moments of it; the base is written once."""
+    run = begun(ONE, ["encoder.0.*_low_rank.flat"], steps=6)
+    whole = read_checkpoint(run / "checkpoints" / "step-6")
+    trained = sum(whole.weights.shape(name)[0] * whole.weights.shape(name)[1] for name in whole.weights if name not in whole.frozen)
+    assert len(whole.weights) - len(whole.frozen) == 6
+    sizes = {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in (run / "checkpoints").iterdir()}
+    base = (run / "frozen" / "model.safetensors").stat().st_size
+    assert base > 4 * (whole.weights.numbers - trained) and len(sizes) == 2
+    assert max(sizes.values()) < 12 * trained + 70_000 < base  # names, and what DeepSpeed notes for each
+
+
+@pytest.mark.parametrize(("before", "after"), [(ONE, BOTH), (BOTH, EXPERTS), (EXPERTS, TENSOR), (TENSOR, ONE)], ids=str)
+@pytest.mark.parametrize("trainable", ["methods", PATTERNS], ids=["methods", "patterns"])
+def test_every_value_is_dealt_anew(pool, folder, begun, before, after, trainable, tmp_path):
+    first = begun(before, trainable) / "checkpoints" / "step-3"
+    tensor, expert, world, _ = after
+    pool.run(
+        world,
+        load_and_save,
+        recipe_in(folder, after, 6, trainable),
+        first,
+        tmp_path,
+        tensor=tensor,
+        expert=expert,
+    )
+    second = tmp_path / "checkpoints" / "step-3"
+    whole, again = read_checkpoint(first), read_checkpoint(second)
+    assert whole.frozen == again.frozen and whole.weights.keys() == again.weights.keys()
+    for name in whole.weights:
+        assert torch.equal(whole.weights[name], again.weights[name]), name
+    shapes = {name: value.shape for name, value in whole.weights.items() if name not in whole.frozen}
+    wanted, found = states(first, shapes), states(second, shapes)
+    for name, values in wanted.items():
+        for key in values.keys() & found[name].keys():
+            assert torch.equal(values[key], found[name][key]), (name, key)
+
+
+def test_a_training_goes_on_in_another_layout(pool, folder, begun, tmp_path):
+    quiet = {"dropout": 0.0}
+    shutil.copytree(begun(BOTH, **quiet), tmp_path / "run")
+    train(pool, recipe_in(folder, EXPERTS, 6, **quiet), tmp_path / "run", EXPERTS)
+    assert losses(tmp_path / "run") == pytest.approx(losses(begun(ONE, steps=6, **quiet)), rel=1e-5)
+    kept = [json.loads((path / "state.json").read_text())["frozen"] for path in list_checkpoints(tmp_path / "run")]
+    assert len(kept) == 2 and kept[0] == kept[1]
+
+
+def test_a_copied_run_is_whole(begun, tmp_path):
+    shutil.copytree(begun(EXPERTS), tmp_path / "elsewhere")
+    found, complaints = newest_whole(tmp_path / "elsewhere")
+    assert found is not None and not complaints
+    assert len(read_weights(find_model(found)).tensors) == len(read_checkpoint(found).weights)
+
+
+def spoil(path: Path) -> None:
+    value = bytearray(path.read_bytes())
+    value[-1] ^= 1
+    path.write_bytes(value)
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (
+            lambda base: shutil.rmtree(base),
+            "frozen/manifest.json is missing: .* has the weights that do not train",
+        ),
+        (lambda base: (base / "model.safetensors").unlink(), "frozen/model.safetensors is missing"),
+        (
+            lambda base: spoil(base / "model.safetensors"),
+            r"model.safetensors is not what was written \(its sha256 differs\)",
+        ),
+        (
+            lambda base: (base / "manifest.json").write_text('{"files": {}}'),
+            "frozen has other weights than those beside which",
+        ),
+    ],
+    ids=["removed", "a file missing", "a bit changed", "another base"],
+)
+def test_a_lost_or_changed_base_is_one_sentence(begun, tmp_path, harm, sentence):
+    run = tmp_path / "run"
+    shutil.copytree(begun(ONE), run)
+    harm(run / "frozen")
+    with pytest.raises(UserError, match=sentence):
+        newest_whole(run)
+    with pytest.raises(UserError, match=sentence):
+        whole = read_checkpoint(run / "checkpoints" / "step-3")
+        [whole.weights[name] for name in whole.weights]
+
+
+def test_what_trains_cannot_change_in_a_run(folder, begun):
+    with pytest.raises(
+        UserError,
+        match=r"was started with training.trainable methods, the recipe now has all: set it back, or write to",
+    ):
+        check(recipe_in(folder, ONE, 6, "all"), begun(ONE))
+
+
+def test_a_pattern_is_refused_before_a_process_is_started(folder, tmp_path):
+    with pytest.raises(UserError, match=r"'decoder.2.\*bias', which|'decoder.7.\*', which matches no parameter"):
+        check(recipe_in(folder, ONE, 6, ["decoder.7.*"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_readers_and_converters(begun, tmp_path):
+    """Each takes the run as one whose every weight is in its checkpoints."""
+    run = begun(EXPERTS)
+    weights = read_checkpoint(run / "checkpoints" / "step-3").weights
+    same = {"check": 6}
+    whole = convert(run, "consolidated", None, tmp_path / "whole", optimizer=True, **same)
+    assert whole["largest_logit_difference"] == 0 and whole["same_translations"] == whole["sentences"] > 0
+    again = read_weights(find_model(tmp_path / "whole")).tensors
+    assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
+    for kind in ("dense", "huggingface", "ctranslate2"):
+        record = convert(run, kind, EN_DE, tmp_path / kind, **same)
+        assert record["same_translations"] == record["sentences"] > 0, kind
+    assert yaml.safe_load((tmp_path / "dense" / "recipe.yaml").read_text())["training"]["trainable"] == "all"
+    grown = convert(run, "grown", None, tmp_path / "grown", overrides=["model.decoder.moe.experts=10"], **same)
+    assert grown["parameters"] > whole["parameters"]
+    assert list(translate(load(run, "cpu"), EN_DE, ["bado"])) == list(translate(load(tmp_path / "whole", "cpu"), EN_DE, ["bado"]))
+    table = evaluate(run, ["en-de"], beam=1, limit=2, progress=False)
+    assert table and list((run / "scores").glob("step-3.*.json"))
+
+
+def test_a_hybrid_of_frozen_experts(pool, folder, tmp_path):
+    recipe = recipe_in(folder, ONE, 3, ["decoder.*_low_rank.*"])
+    recipe.model.encoder.moe = MoE(**TOKEN_TOP2)
+    train(pool, recipe, tmp_path / "run", ONE)
+    record = convert(tmp_path / "run", "hybrid", EN_DE, tmp_path / "hybrid", check=6)
+    assert record["largest_logit_difference"] < 1e-5
+    assert any(".experts." in name for name in read_weights(find_model(tmp_path / "hybrid")).tensors)
+
+
+def test_the_mean_of_checkpoints_keeps_the_base(begun, tmp_path):
+    run = begun(ONE, steps=6)
+    first, last = (read_checkpoint(run / "checkpoints" / f"step-{step}") for step in (3, 6))
+    mean = read_weights(find_model(run), average=2).tensors
+    for name in last.weights:
+        both = (first.weights[name].double() + last.weights[name].double()) / 2
+        assert torch.equal(mean[name], last.weights[name] if name in last.frozen else both.float()), name
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_another_layout_offline(pool, folder, begun, tmp_path, consolidated):
+    from lsmoe_ds.convert.layout import reshard
+
+    stored = find_model(begun(EXPERTS))
+    if consolidated:
+        convert(begun(EXPERTS), "consolidated", None, tmp_path / "whole", check=0, optimizer=True)
+        stored = find_model(tmp_path / "whole")
+    shutil.copytree(begun(EXPERTS), tmp_path / "run", ignore=lambda *_: ["checkpoints", "frozen"])
+    pool.run(2, offline, reshard, stored, recipe_in(folder, TENSOR), tmp_path / "run", tensor=2)
+    before, after = (read_checkpoint(run / "checkpoints" / "step-3") for run in (begun(EXPERTS), tmp_path / "run"))
+    assert before.frozen == after.frozen and before.weights.keys() == after.weights.keys()
+    assert all(torch.equal(before.weights[name], after.weights[name]) for name in before.weights)
+
+
+def offline(topology, reshard, stored, recipe, run):
+    reshard(stored, recipe, run, topology)
+
+
+def test_matrices_beside_a_trained_model(pool, folder, begun, tmp_path):
+    """The usual way: grow a model, start from it, and train what is new."""
+    from test_start_from import first_steps
+
+    convert(begun(ONE), "consolidated", None, tmp_path / "base", check=0)
+    recipe = recipe_in(folder, BOTH, 3, ["*_low_rank.*"], start_from=tmp_path / "base")
+    recipe.data.vocabulary.file = tmp_path / "base" / "vocabulary.model"
+    recipe.data.name = "matrices"
+    prepare(recipe)
+    pool.run(4, first_steps, recipe, tmp_path / "run", tensor=2, expert=2)
+    base, after = (
+        read_weights(find_model(tmp_path / "base")).tensors,
+        read_checkpoint(tmp_path / "run" / "checkpoints" / "step-3"),
+    )
+    assert {name for name in base if not torch.equal(base[name], after.weights[name])} <= {name for name in base if "_low_rank." in name}
+    assert after.frozen == {name for name in base if "_low_rank." not in name}
