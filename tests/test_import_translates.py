@@ -4,6 +4,7 @@ exported again.
 
 from __future__ import annotations
 
+import ast
 import random
 import shutil
 from pathlib import Path
@@ -13,22 +14,28 @@ import pytest
 import safetensors.torch
 import torch
 from small_huggingface import shard, tokenizer_of, write_m2m, write_nllb
+from small_run import write_corpus
 from test_bad_input import main
+from test_convert_ctranslate2 import global_weights, random_model
+from test_snippets import blocks, run
+from test_translate import EN_DE
 from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 
-from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
 from lsmoe_ds.export.command import convert
 from lsmoe_ds.export.huggingface import Exported
+from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import load_engine
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate_all, translate_tokens
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.languages import EOS, Direction
 
 NAMES = {"m2m": {code: f"__{code}__" for code in ("en", "de", "fr")}, "nllb": {"en": "eng_Latn", "de": "deu_Latn", "fr": "fra_Latn"}}
 DIRECTIONS = [Direction(*pair.split("-")) for pair in ("en-de", "de-en", "en-fr", "fr-en", "de-fr", "fr-de")]
 CORPUS = ["data.corpora=[none]", f"data.directions=[{','.join(map(str, DIRECTIONS))}]"]
 KINDS = ("m2m", "nllb")
+ENDS = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +152,66 @@ def test_the_command_translates_between_any_of_its_languages(root, tmp_path, cap
     told = capsys.readouterr()
     _, texts = in_transformers(root / "nllb", "nllb", AutoTokenizer.from_pretrained(root / "nllb"), Direction("de", "fr"))
     assert told.out.splitlines() == texts and "zero-shot" not in told.err
+
+
+def card(folder: Path, line: str) -> list[str]:
+    """The code blocks of a model card, for one line of text."""
+    return [
+        each.replace("FOLDER", str(folder)).replace('"Text to translate."', repr(line))
+        for each in blocks((folder / "README.md").read_text())
+    ]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ours"])
+def test_the_cards_code_translates(root, own, kind, capsys):
+    """In each engine's own words; ``own`` is a model that was never imported, whose tokenizer has our tags."""
+    base, exported = (root / f"{kind}-base", root / f"{kind}-huggingface") if kind != "ours" else (own / "base", own / "huggingface")
+    for line in lines()[:3] if kind != "ours" else ("ba de fi", "ko la mi"):
+        use, train = card(exported, line)
+        found = run(use, {})
+        said = capsys.readouterr().out
+        ours = load(base, "cpu")
+        last = Direction("en", "fr")
+        assert ast.literal_eval(said) == translate_all(ours, last, [line], Search())
+        labels = run(train, found)["batch"]["labels"][0]
+        assert labels == [ours.vocabulary.tag_id(last.target), *ours.vocabulary.encode("Its translation."), 2]
+        ctranslate2 = exported.with_name(exported.name.replace("huggingface", "ctranslate2"))
+        run(card(ctranslate2, line)[0], {})
+        said = capsys.readouterr().out.strip()
+        assert said == translate_all(ours, ours.languages.directions[0], [line], Search())[0]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """A model of our own that reads the tags of both languages, and its exports."""
+    folder = tmp_path_factory.mktemp("own")
+    write_corpus(folder)
+    made = random_model(folder, None, None)
+    with torch.no_grad():  # whatever is cut at its greatest length, CTranslate2 may cut otherwise
+        end = made.model.embedding.tokens.weight[EOS]
+        made.model.decoder_norm.bias += ENDS * end / end.square().sum()
+    recipe = made.recipe.model_copy(update={"data": made.recipe.data.model_copy(update={"tags": "source-target"})})
+    tensors, recipe = extract(global_weights(made.model), recipe, EN_DE)
+    record = {"kind": "dense", "run": "own", "step": 2, "direction": "all", "route": "specific", "sparse_parameters": 1}
+    write_folder(folder / "base", tensors, recipe, made.home / "vocabulary.model", record)
+    for to in ("huggingface", "ctranslate2"):
+        convert(folder / "base", to, None, folder / to, check=0)
+    return folder
+
+
+def test_an_export_of_ones_own_gives_the_same(own, tmp_path):
+    """In transformers, in CTranslate2, and read back from what transformers has saved."""
+    ours, exported = load(own / "base", "cpu"), Exported.load(find_model(own / "huggingface"))
+    direction = ours.languages.directions[0]
+    sources = [ours.vocabulary.encode(line) for line in ("ba de fi", "ko la mi nobu", "tabi refu", "ba")]
+    wanted = translate_tokens(ours, direction, sources, Search())
+    for engine in (exported, load_engine(own / "ctranslate2")):
+        found = translate_tokens(engine, direction, sources, Search())
+        assert [each.tokens for each in found] == [each.tokens for each in wanted], type(engine)
+    assert [each.score for each in found] == pytest.approx([each.score for each in wanted], abs=1e-4)  # CTranslate2's
+    exported.model.save_pretrained(tmp_path / "saved")
+    exported.tokenizer.save_pretrained(tmp_path / "saved")
+    convert(tmp_path / "saved", "consolidated", None, tmp_path / "again", overrides=["data.corpora=[none]", "data.directions=[en-de]"])
+    again = load(tmp_path / "again", "cpu")
+    assert again.recipe.data.tags == "source-target" and not again.vocabulary.their_tags
+    assert translate_tokens(again, direction, sources, Search()) == wanted
