@@ -31,7 +31,7 @@ UNKNOWN = "Unknown"  # family
 
 
 def tag(code: str) -> str:
-    """Return the piece that heads a source sentence and asks for translation into ``code``: ``<2de>``."""
+    """Return the piece that stands for a language before a sentence: ``<2de>``."""
     return f"<2{code}>"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lsmoe_ds.export.importing import read_huggingface
 
 DATA = ("data.corpora=[none]", "data.languages=[de,fr]")
 NLLB_CODES = ["ace_Arab", "deu_Latn", "eng_Latn", "fra_Latn", "zho_Hans", "zho_Hant", "arb_Arab", "ars_Arab", "nob_Latn", "ger_Latn"]
+SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
 CONFIG = {
     "d_model": 16,
     "encoder_layers": 2,
@@ -44,15 +46,18 @@ def pieces_of(kind: str) -> bytes:
 SPARSE = {"encoder_layers": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 3, "num_experts": 6}
 
 
-def write_model(folder: Path, rows: int) -> None:
-    """Weights and config.json of a random model."""
+def write_model(folder: Path, rows: int, text: Sequence[int] = ()) -> None:
+    """Weights and config.json of a random model; with ids of ``text`` one that is fluent (:func:`make_fluent`)."""
     from transformers import M2M100Config, M2M100ForConditionalGeneration
 
-    save_random(M2M100ForConditionalGeneration, M2M100Config(vocab_size=rows, dropout=0.0, **CONFIG), folder)
+    config = M2M100Config(vocab_size=rows, dropout=0.0, **CONFIG)
+    save_random(M2M100ForConditionalGeneration, config, folder, 4, text)
 
 
-def save_random(kind: Any, config: Any, folder: Path) -> None:
-    torch.manual_seed(7)
+def save_random(kind: Any, config: Any, folder: Path, seed: int = 7, text: Sequence[int] = ()) -> None:
+    from transformers import GenerationConfig
+
+    torch.manual_seed(seed)
     model = kind(config)
     for parameter in model.parameters():  # norms and biases too
         torch.nn.init.normal_(parameter, std=0.3)
@@ -60,10 +65,36 @@ def save_random(kind: Any, config: Any, folder: Path) -> None:
         if getattr(module, "is_sparse", False):  # what all tokens have in common would make them choose alike
             torch.nn.init.zeros_(module.ff_layer_norm.bias)
             torch.nn.init.ones_(module.ff_layer_norm.weight)
+    if text:
+        make_fluent(model, text)
+    model.generation_config = GenerationConfig(**{name: getattr(model.config, name) for name in SPECIAL_IDS})
     model.save_pretrained(folder)
 
 
-def write_m2m(folder: Path) -> None:
+@torch.no_grad()
+def make_fluent(model: Any, text: Sequence[int]) -> None:
+    """Make a random model translate like a trained one: into ``text`` and nothing else, differently for each source and
+    language, and with an end that grows likelier from the tenth token on.
+    """
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(1.0)  # what layers find in the source reaches the output
+    norm, embedding = model.model.decoder.layer_norm, model.model.shared.weight
+    embedding *= 0.3  # a token is followed by others than itself
+    norm.weight *= 8
+    norm.weight[0], norm.bias[0] = 0.0, 80.0  # the first value of an embedding becomes a bias of its logit
+    embedding[:, 0] = -0.3
+    embedding[torch.tensor(text), 0] = embedding[2, 0] = 0.0
+    position = [2, 2 + embedding.shape[1] // 2]  # a slow sine and its cosine, to which no layer may add
+    embedding[:, position] = 0.0
+    embedding[2, position] = torch.tensor([1.0, -1.0])
+    norm.weight[position], norm.bias[position] = 60.0, 0.0
+    for layer in model.model.decoder.layers:
+        for linear in (layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2):
+            linear.weight[position], linear.bias[position] = 0.0, 0.0
+
+
+def write_m2m(folder: Path, fluent: bool = False) -> None:
     """Ids in another order than the pieces, three pieces without an id and three ids without a piece, eight rows for made-up words."""
     model = pieces_of("bpe")
     (folder / "sentencepiece.bpe.model").write_bytes(model)
@@ -72,11 +103,12 @@ def write_m2m(folder: Path) -> None:
     random.Random(5).shuffle(pieces)
     ids = ["<s>", "<pad>", "</s>", "<unk>", *pieces[:-3], "no_piece", "nor_this", "▁nor_that"]
     (folder / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(ids)}))
-    write_model(folder, len(ids) + 100 + 8)
+    spoken = [index for index, piece in enumerate(ids) if index > 3 and piece in pieces]
+    write_model(folder, len(ids) + 100 + 8, spoken if fluent else ())
 
 
-def write_nllb(folder: Path) -> None:
-    write_model(folder, write_nllb_vocabulary(folder))
+def write_nllb(folder: Path, fluent: bool = False) -> None:
+    write_model(folder, write_nllb_vocabulary(folder), range(4, 301) if fluent else ())
 
 
 def write_nllb_moe(folder: Path, **changed: Any) -> None:

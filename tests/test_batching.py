@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.data.batching import EOS, PAD, Batch, BatchStream, DirectionIds, Step, by_length, collate, cut
+from lsmoe_ds.data.batching import EOS, PAD, Batch, BatchStream, DirectionIds, Step, collate
 from lsmoe_ds.data.shuffling import _mix, choose, permute, thresholds_of
+from lsmoe_ds.data.units import by_length, cut
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, Languages, english_centric
@@ -108,7 +109,7 @@ def test_sources_only_and_empty_sentences() -> None:
     ids = DirectionIds.of(LANGUAGES, Vocabulary())
     batch = collate([[], [9]], None, [0, 0], ids)
     assert batch.source.tolist() == [[5, EOS, PAD], [5, 9, EOS]]
-    assert batch.labels.shape == batch.decoder_input.shape == (2, 0)
+    assert batch.labels.shape == (2, 0) and batch.decoder_input.tolist() == [[EOS], [EOS]]
     assert collate([[]], [[]], [0], ids).labels.tolist() == [[EOS]]
 
 

@@ -55,14 +55,14 @@ def sentences(lengths, vocabulary=VOCABULARY, seed=0) -> tuple[torch.Tensor, Sen
     return source, SentenceIds(codes[:, 0], codes[:, 1], direction)
 
 
-def slow_search(model, source, ids, banned, search) -> Hypothesis:
+def slow_search(model, source, ids, banned, search, begin=(EOS,)) -> Hypothesis:
     """The definition, word by word, for one sentence [1, M]: the whole prefix through the model at every step."""
     limit = max(1, int(search.per_source_token * source.shape[1] + search.extra))
     running, finished = [([], 0.0)], []
     for position in range(limit + 1):
         continuations = []
         for prefix, total in running:
-            logits = model.logits(source, torch.tensor([[EOS, *prefix]]), ids)[0, -1]
+            logits = model.logits(source, torch.tensor([[*begin, *prefix]]), ids)[0, -1]
             logits[[*banned, EOS] if position == 0 else banned] = -torch.inf
             logs = logits.log_softmax(0)
             for word in range(len(logs)):
@@ -71,7 +71,7 @@ def slow_search(model, source, ids, banned, search) -> Hypothesis:
         continuations.sort(key=lambda c: -c[1])
         for words, total in continuations[: search.beam]:
             if words[-1] == EOS and len(finished) < search.beam:
-                finished.append(Hypothesis(words[:-1], total / len(words) ** search.length_penalty))
+                finished.append(Hypothesis(words[:-1], total / (len(begin) - 1 + len(words)) ** search.length_penalty))
         if len(finished) == search.beam:
             break
         running = [c for c in continuations if c[0][-1] != EOS][: search.beam]

@@ -169,7 +169,7 @@ def test_what_cannot_be_done_is_refused(dense, tmp_path, monkeypatch):
         load_engine(tmp_path / "model", engine="torch")
     with pytest.raises(UserError, match="'torhc' is no engine"):
         load_engine(dense, engine="torhc")
-    with pytest.raises(UserError, match="has no shared matrices"):
+    with pytest.raises(UserError, match="has no parameters for the route 'shared'"):
         load_engine(tmp_path / "model", "shared")
     with pytest.raises(UserError, match="'fr' is not in this system"):
         translate(load_engine(tmp_path / "model"), FR_EN, [])

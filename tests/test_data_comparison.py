@@ -16,6 +16,7 @@ from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.data import Data
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.batching import DirectionIds
 from lsmoe_ds.data.comparison import ORIGIN, data_directories, settings_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData, open_data
@@ -76,7 +77,7 @@ def test_all_that_shapes_the_data_is_compared() -> None:
     depend on.
     """
     compared = {change[1].split(".")[1] for change in CHANGES}
-    free = {"name", "directory", "languages", "groups", "batch"}  # languages become directions
+    free = {"name", "directory", "languages", "groups", "batch", "tags"}  # languages become directions, and all have tags
     assert compared | free == set(Data.model_fields)
     for section in ("vocabulary", "cleaning", "held_out"):
         tried = {change[1].split(".")[2] for change in CHANGES if change[1].startswith(f"data.{section}.")}
@@ -85,8 +86,10 @@ def test_all_that_shapes_the_data_is_compared() -> None:
 
 def test_what_prepared_data_do_not_depend_on_may_differ(made: Path) -> None:
     changed = recipe(made, "other", languages=["ru", "fr", "de"], batch={"tokens": 64}, groups={"high": 7, "medium": 7}, name="small")
+    changed = changed.model_copy(update={"data": changed.data.model_copy(update={"tags": "source-target"})})
     assert PreparedData.of(changed).languages.directions == changed.languages.directions
     assert show(changed).folder == str(made / "prepared" / "small")
+    DirectionIds.of(changed.languages, PreparedData.of(changed).vocabulary, changed.data.tags)
 
 
 def test_a_given_vocabulary_does_not_depend_on_how_one_would_be_trained(made: Path) -> None:

@@ -338,9 +338,9 @@ def test_the_dev_loss_that_a_checkpoint_is_kept_for_is_that_of_the_specific_rout
 def test_an_evaluation_keeps_its_route(run, capsys):
     seen = []
 
-    def spy(model, source, ids, banned, search, route):
+    def spy(model, source, ids, banned, search, route, begin):
         seen.append(route)
-        return beam_search(model, source, ids, banned, search, route)
+        return beam_search(model, source, ids, banned, search, route, begin)
 
     with mock.patch("lsmoe_ds.inference.load.beam_search", spy):
         for given, route in (([], "specific"), (["--route", "shared"], "shared")):

@@ -25,7 +25,8 @@ from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags, train_vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import extract
-from lsmoe_ds.export.tokenizer import is_ours, sentencepiece_model, tokenizer
+from lsmoe_ds.export.their_vocabulary import read_vocabulary
+from lsmoe_ds.export.tokenizer import is_ours, tokenizer
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.languages import Direction
@@ -110,7 +111,7 @@ def test_an_export_begins_a_training(dense, saved, tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_the_vocabulary_of_a_tokenizer_is_the_one_that_it_was_made_of(kind):
+def test_the_vocabulary_of_a_tokenizer_is_the_one_that_it_was_made_of(tmp_path, kind):
     chosen = random.Random(1)
     texts = [clean_text("".join(chosen.choice(ALPHABET) for _ in range(chosen.randint(1, 30)))) for _ in range(200)]
     texts = [text for text in [*texts, *["ba de ko <2x> größer"] * 20] if text]
@@ -118,9 +119,12 @@ def test_the_vocabulary_of_a_tokenizer_is_the_one_that_it_was_made_of(kind):
     trained = train_vocabulary(iter(texts), settings, ["de", "en"])
     model = add_tags(trained._model, ["zh_Hans", "fr"])
     before = Vocabulary(model)
-    made = json.loads(json.dumps(tokenizer(before, model, "de", kind)))
+    made = tokenizer(before, model, "de", kind)
     assert is_ours(made)
-    after = Vocabulary(sentencepiece_model(made))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    content, rows = read_vocabulary(tmp_path, before.size)
+    after = Vocabulary(content)
+    assert rows == list(range(before.size)) and not after.their_tags
     assert (after.codes, after.unused, after.size, after.type) == (before.codes, before.unused, before.size, kind)
     for index in range(before.size):
         assert after._processor.id_to_piece(index) == before._processor.id_to_piece(index)
@@ -134,12 +138,10 @@ def test_the_vocabulary_of_a_tokenizer_is_the_one_that_it_was_made_of(kind):
     ("change", "says"),
     [
         (lambda made: made["model"].update(vocab=5), "tokenizer.json is damaged"),
-        (
-            lambda made: made["model"].update(vocab=made["model"]["vocab"][:-1]),
-            "has 139 pieces, but 'vocab_size' in config.json",
-        ),
+        (lambda made: made["model"].update(vocab=made["model"]["vocab"] * 2), "tokenizer.json is damaged: a piece is there twice"),
+        (lambda made: made["model"].update(byte_fallback=True), "is of the kind 'byte fallback': allowed are Unigram and BPE"),
         (lambda made: made.update(normalizer=None), "tokenizer.json is damaged"),
-        (lambda made: made["added_tokens"].clear(), "from tokenizer.json alone none is made"),
+        (lambda made: made["added_tokens"].clear(), "names no languages"),
     ],
 )
 def test_a_damaged_tokenizer_is_refused(saved, tmp_path, change: Any, says):

@@ -57,6 +57,17 @@ def pytorch_only(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def pickled(more: Any) -> Callable[[Path], None]:
+    """Weights as torch saves them, beside something that is no tensor."""
+
+    def write(folder: Path) -> None:
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save({**tensors, "more": more}, folder / "pytorch_model.bin")
+
+    return write
+
+
 def outside(folder: Path) -> None:
     shard(folder)
     index = folder / "model.safetensors.index.json"
@@ -101,7 +112,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "layers": (in_config(decoder_layers=10**9), r"'decoder_layers' in config.json is 1000000000, but the folder has \d+ tensors"),
     "feed forward": (in_config(encoder_ffn_dim=10**9), r"fc1.*should be \(1000000000,.* by config.json, found"),
     "vocabulary": (in_config(vocab_size=10**9), r"model.shared.weight should be \(1000000000, 16\) by config.json, found \(409, 16\)"),
-    "few rows": (in_config(vocab_size=5), "a piece has the id .*, but 'vocab_size' in config.json is 5"),
+    "few rows": (in_config(vocab_size=5), r"model.shared.weight should be \(5, 16\) by config.json, found \(409, 16\)"),
     "dropout": (in_config(dropout=7), "training.dropout.*found 7"),
     "one more layer": (in_config(decoder_layers=2), "has a tensor that no dense M2M-100 has: model.decoder.layers.2"),
     "a layer less": (in_config(decoder_layers=4), "lacks model.decoder.layers.3"),
@@ -109,19 +120,22 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no embedding": (with_weights(lambda t: t.pop("model.shared.weight")), "lacks model.shared.weight"),
     "a tensor more": (with_weights(lambda t: t.update({"adapter": torch.zeros(2)})), "no dense M2M-100 has: adapter"),
     "a narrow tensor": (with_weights(lambda t: t.update({LONGEST: torch.zeros(40, 8)})), r"fc1.weight should be \(40, 16\) by config"),
-    "pickled": (pytorch_only, r"weights in pytorch_model.bin, which could run code: write them as safetensors by .*save_pretrained"),
+    "no pickle": (pytorch_only, r"pytorch_model.bin is damaged, or holds more than tensors, which could run code: it is not read"),
+    "a pickle that runs": (pickled(print), r"pytorch_model.bin is damaged, or holds more than tensors, which could run code"),
+    "a pickled number": (pickled(5), "pytorch_model.bin should hold tensors by name and nothing else"),
     "no weights": (writing("model.safetensors", None), "model.safetensors is missing"),
     "damaged weights": (writing("model.safetensors", b"\xff" * 40), "model.safetensors is damaged"),
     "a shard elsewhere": (outside, "names the file '../x.safetensors': only safetensors files beside it"),
     "a shard less": (without_shard, "model-00002-of-00002.safetensors is missing"),
-    "no vocabulary": (writing("sentencepiece.bpe.model", None), "has no sentencepiece.bpe.model$"),
-    "tokenizer.json only": (tokenizer_json_only, "has no sentencepiece.bpe.model, and from tokenizer.json alone none is made"),
+    "no vocabulary": (writing("sentencepiece.bpe.model", None), "has neither sentencepiece.bpe.model nor a tokenizer.json$"),
+    "tokenizer.json only, damaged": (tokenizer_json_only, "has neither sentencepiece.bpe.model nor a tokenizer.json$"),
     "damaged vocabulary": (writing("sentencepiece.bpe.model", b"\xff\x00"), "sentencepiece.bpe.model: the vocabulary is damaged"),
     "damaged ids": (writing("vocab.json", "[1]"), "vocab.json is damaged"),
     "ids that are none": (writing("vocab.json", '{"<s>": "a"}'), "vocab.json is damaged"),
     "no unknown piece": (vocabulary_json(**{"<unk>": None}), "vocab.json is damaged: it should give ids to pieces, <s>, <pad>"),
-    "a row below": (vocabulary_json(**{"<s>": -1}), "a piece has the id -1"),
-    "a row above": (vocabulary_json(**{"<s>": 10**20}), "a piece has the id 100000000000000000000"),
+    "a special piece elsewhere": (vocabulary_json(**{"<s>": -1}), "gives <s> the id -1: M2M-100 and NLLB give it 0"),
+    "a row below": (vocabulary_json(**{"\u2581": -1}), "a piece has the id -1"),
+    "a row above": (vocabulary_json(**{"\u2581": 10**20}), "a piece has the id 100000000000000000000"),
     "neither kind": (writing("vocab.json", None), "names no languages"),
     "languages unknown": (writing("tokenizer_config.json", '{"language_codes": "wmt21"}'), "names no languages"),
     "odd tokens": (writing("tokenizer.json", '{"added_tokens": [5]}'), "is damaged: its tokenizer's files are not understood"),

@@ -234,7 +234,8 @@ def short_recipe(root: Path, file: Path, **sections: Any) -> Path:
     """A recipe that leaves out what the folder knows."""
     value = yaml.safe_load(recipe_from(root).to_yaml())
     value.pop("model")
-    value["data"].pop("vocabulary")
+    for key in ("vocabulary", "tags"):
+        value["data"].pop(key)
     for name, section in sections.items():
         value[name] = {**value.get(name, {}), **section} if isinstance(section, dict) else section
     file.write_text(yaml.safe_dump(value))
@@ -252,6 +253,19 @@ def test_model_and_vocabulary_default_to_the_folders(root, tmp_path):
     assert again == recipe
     by_override = short_recipe(root, tmp_path / "override.yaml", training={"start_from": None})
     assert load_recipe(by_override, [f"training.start_from={root / 'model'}"]) == recipe
+
+
+def test_tags_default_to_the_folders(root, tmp_path, capfd):
+    shutil.copytree(root / "model", tmp_path / "base")
+    stored = load_recipe(tmp_path / "base" / "recipe.yaml", ["data.tags=source-target"])
+    (tmp_path / "base" / "recipe.yaml").write_text(stored.to_yaml())
+    file = short_recipe(root, tmp_path / "short.yaml", training={"start_from": str(tmp_path / "base")})
+    inherited, other = load_recipe(file), load_recipe(file, ["data.tags=target"])
+    assert (inherited.data.tags, other.data.tags) == ("source-target", "target")
+    start._notice(inherited)
+    assert "data.tags" not in capfd.readouterr().err
+    start._notice(other)
+    assert "data.tags is target, but the model in" in capfd.readouterr().err
 
 
 def test_what_the_recipe_says_is_not_replaced(root, tmp_path):

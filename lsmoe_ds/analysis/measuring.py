@@ -102,7 +102,7 @@ def observed(loaded: Loaded) -> Iterator[dict[tuple[str, int], Counts]]:
 @torch.inference_mode()
 def run_pairs(loaded: Loaded, data: PreparedData, split: str, chosen: dict[Direction, list[int]]) -> None:
     """Run the model over held-out pairs, in batches of one direction."""
-    ids = DirectionIds.of(loaded.languages, loaded.vocabulary)
+    ids = DirectionIds.of(loaded.languages, loaded.vocabulary, loaded.recipe.data.tags)
     for direction, places in chosen.items():
         pairs, number = data.tokens(direction, split), loaded.languages.direction_id(direction)
         for start in range(0, len(places), BATCH):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -165,9 +166,37 @@ def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None
     precision becomes float32. Raises UserError if it is missing or damaged.
     """
     files: Files[Any] = Files(_open, check)
-    index = folder / f"{stem}.safetensors.index.json"
-    if (folder / f"{stem}.safetensors").exists() or not index.exists():
-        listed = {f"{stem}.safetensors"}
+
+    def entries(path: Path) -> dict[str, Entry]:
+        opened = files.get(path)
+        found = {}
+        for name in opened.keys():  # noqa: SIM118
+            part = opened.get_slice(name)
+            found[name] = _entry(files, path, name, tuple(part.get_shape()), KEPT.get(part.get_dtype(), torch.float32))
+        return found
+
+    return _join(folder, stem, "safetensors", entries)
+
+
+def open_pickled(folder: Path, stem: str) -> Tensors:
+    """Open what torch has saved, ``stem.bin`` or shards with an index. Raises UserError if it is missing or
+    damaged, or holds anything but tensors: nothing in it is run.
+    """
+    files: Files[dict[str, Tensor]] = Files(_unpickle)
+
+    def entry(path: Path, name: str, value: Tensor) -> Entry:
+        numbers = value.numel()
+        return Entry(tuple(value.shape), lambda: files.get(path, 4 * numbers)[name].to(torch.float32, copy=True))
+
+    return _join(folder, stem, "bin", lambda path: {name: entry(path, name, value) for name, value in files.get(path).items()})
+
+
+def _join(folder: Path, stem: str, ending: str, read: Callable[[Path], dict[str, Entry]]) -> Tensors:
+    """Join the entries of ``stem.ending``, or of the files that its index lists."""
+    whole = f"{stem}.{ending}"
+    index = folder / f"{whole}.index.json"
+    if (folder / whole).exists() or not index.exists():
+        listed = {whole}
         wanted = None
     else:
         wanted = (read_json(index) or {}).get("weight_map")
@@ -175,17 +204,11 @@ def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None
             raise UserError(f"{index} is damaged: it has no 'weight_map' from tensors to files")
         listed = set(wanted.values())
         for name in listed:
-            if not is_plain(name) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{index} names the file '{name}': only safetensors files beside it are read")
+            if not is_plain(name) or Path(name).name != name or not name.endswith(f".{ending}"):
+                raise UserError(f"{index} names the file '{name}': only {ending} files beside it are read")
     entries: dict[str, Entry] = {}
     for name in sorted(listed):
-        path = folder / name
-        opened = files.get(path)
-        for key in opened.keys():  # noqa: SIM118
-            if wanted is None or wanted.get(key) == name:
-                part = opened.get_slice(key)
-                dtype = KEPT.get(part.get_dtype(), torch.float32)
-                entries[key] = _entry(files, path, key, tuple(part.get_shape()), dtype)
+        entries |= {key: entry for key, entry in read(folder / name).items() if wanted is None or wanted.get(key) == name}
     missing = [] if wanted is None else sorted(wanted.keys() - entries.keys())
     if missing:
         raise UserError(f"{folder} is damaged: {wanted[missing[0]]} lacks {missing[0]}")  # type: ignore[index]
@@ -209,3 +232,16 @@ def _open(path: Path) -> Any:
     except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
         what = f"{path} is missing" if not path.is_file() else f"{path} is damaged: {error}"
         raise UserError(what) from None
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # of unpickling, of torch's own reader, or of the system
+        why = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is damaged, or holds more than tensors, which could run code: it is not read ({why})") from None
+    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
+        raise UserError(f"{path} should hold tensors by name and nothing else")
+    return found

@@ -15,6 +15,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, check_code, english_centric, is_english, normalize_code
 
 SMALLEST = 64  # pieces of a vocabulary
+TagConvention = Literal["target", "source-target"]
 
 
 class Corpus(Section):
@@ -85,7 +86,12 @@ class Groups(Section):
 
 
 class Data(Section):
-    """Describe the text of a run. ``name`` names the prepared data, by default as the recipe is named."""
+    """Describe the text of a run.
+
+    ``name`` names the prepared data, by default as the recipe is named. ``tags`` says which tags a model reads:
+    that of the ``target`` before the source and none before the translation, or that of the source language
+    before the source and that of the target language before the translation, which is given and not learned.
+    """
 
     name: Annotated[str, Field(pattern=NAME)] | None = None
     corpora: Annotated[list[str | Corpus], Field(min_length=1)]
@@ -98,6 +104,7 @@ class Data(Section):
     groups: Groups = Groups()
     temperature: Annotated[float, Field(ge=1.0)] = 5.0
     batch: Batch = Batch()
+    tags: TagConvention = "target"
 
     @field_validator("corpora")
     @classmethod

@@ -53,8 +53,9 @@ def load_recipe(
 
 
 def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
-    """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model`` as a whole, and the keys of
-    ``data.vocabulary``. Whether what it does say fits the folder is checked when training starts.
+    """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model`` as a whole,
+    the keys of ``data.vocabulary``, and ``data.tags``. A recipe that has the first two is complete without the
+    folder. Whether what it does say fits the folder is checked when training starts.
 
     Raises UserError if something is left out and the folder holds no recipe.
     """
@@ -75,7 +76,10 @@ def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
     except UserError as error:
         raise UserError(f"{said}: {error}") from None
     value.setdefault("model", known.get("model"))
-    stored = known.get("data", {}).get("vocabulary", {})
+    known_data = known.get("data", {})
+    if "tags" in known_data:
+        data.setdefault("tags", known_data["tags"])
+    stored = known_data.get("vocabulary", {})
     data["vocabulary"] = {**stored, "file": str(Path(start) / "vocabulary.model"), **vocabulary}
 
 

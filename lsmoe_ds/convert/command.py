@@ -101,7 +101,7 @@ def _logits(
 ) -> torch.Tensor:
     """Return teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
     number = engine.languages.direction_id(direction)
-    ids = DirectionIds.of(engine.languages, engine.vocabulary)
+    ids = DirectionIds.of(engine.languages, engine.vocabulary, engine.recipe.data.tags)
     batch = collate(sources, targets, [number] * len(sources), ids).to(engine.device)
     if isinstance(engine, Exported):
         logits = engine.logits(batch.source, batch.decoder_input)

@@ -11,14 +11,17 @@ from typing import Any
 
 from jinja2 import Environment
 
+from lsmoe_ds.checkpoint.stored import VOCABULARY
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.cleaning import INVISIBLE
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
+from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
+from lsmoe_ds.export.their_tokenizer import style_of
 from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import Direction, language_name, tag
 from lsmoe_ds.notices import counted
@@ -40,7 +43,34 @@ from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = M2M100ForConditionalGeneration.from_pretrained("FOLDER")
+{%- if given and style %}
+tokenizer.src_lang = "{{ style.languages[last.source] }}"
+{%- endif %}
 inputs = tokenizer(["Text to translate."], return_tensors="pt", padding=True)
+{%- if given %}
+{%- if not style %}
+inputs["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids("<2{{ last.source }}>")  # the source
+{%- endif %}
+target = tokenizer.convert_tokens_to_ids("{{ style.tokens[last.target] if style else tags[-1] }}")
+print(tokenizer.batch_decode(model.generate(**inputs, forced_bos_token_id=target), skip_special_tokens=True))
+```
+
+A source begins with the tag of its own language and ends with `</s>`; a translation begins with the tag of the target language, which
+is forced. To train it further, let the labels begin with that tag too{{ ":" if not style else ", as they do once `tgt_lang` is set:" }}
+
+```python
+{%- if style %}
+tokenizer.tgt_lang = "{{ style.languages[last.target] }}"
+{%- endif %}
+batch = tokenizer(["Text to translate."], text_target=["Its translation."])
+{%- if not style %}
+batch["labels"] = [[target, *ids[1:]] for ids in batch["labels"]]
+{%- endif %}
+```
+
+`generation_config.json` holds the beam search by which the model is scored. Sentences are translated one by one: cut longer text
+at their ends.
+{%- else %}
 {%- if targets|length > 1 %}
 inputs["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids("{{ tags[-1] }}")  # the target; without this line it is {{ targets[0] }}
 {%- endif %}
@@ -57,7 +87,8 @@ batch["labels"] = [ids[1:] for ids in batch["labels"]]
 
 `generation_config.json` holds the beam search by which the model is scored. A source begins with the tag of its target language
 ({{ tags|join(', ') }}), which the tokenizer puts there, and ends with `</s>`. Sentences are translated one by one: cut longer text
-at their ends.""",
+at their ends.
+{%- endif %}""",
     "ctranslate2": """```python
 import re
 import unicodedata
@@ -70,9 +101,16 @@ import sentencepiece
 vocabulary = sentencepiece.SentencePieceProcessor(model_file="FOLDER/vocabulary.model")
 translator = ctranslate2.Translator("FOLDER")
 pieces = vocabulary.id_to_piece(vocabulary.encode(clean("Text to translate.")))
+{%- if given %}
+source = ["<2{{ first.source }}>", *pieces]  # the tag of its own language goes first
+prefix = ["{{ tags[0] }}"]  # and that of the target language before the translation
+found = translator.translate_batch([source], target_prefix=[prefix], beam_size=5, return_end_token=True)[0].hypotheses[0]
+print(vocabulary.decode(found[1:-1]))  # without the end, which counts in the length that scores are divided by, as the tag does
+{%- else %}
 source = ["{{ tags[0] }}", *pieces]  # the tag of the target language goes first
 found = translator.translate_batch([source], beam_size=5, return_end_token=True)[0].hypotheses[0]
 print(vocabulary.decode(found[:-1]))  # without the end, which counts in the length that scores are divided by
+{%- endif %}
 ```
 
 Or `lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}`.""",
@@ -88,8 +126,8 @@ def clean(text):
 """
 """Python that does what :func:`lsmoe_ds.data.cleaning.clean_text` does, for those who have no lsmoe_ds."""
 
-IMPORTED = """The model `{imported_from}` of Hugging Face in the form of lsmoe_ds {version}: a base for training, which begins with it by
-`training.start_from`."""
+IMPORTED = """The model `{imported_from}` of Hugging Face in the form of lsmoe_ds {version}: it translates as it did there, and a training
+begins with it by `training.start_from`."""
 GROWN = """The model `{grown_from}` with further experts, languages or matrices, made with lsmoe_ds {version}: a base for training, which
 begins with it by `training.start_from`."""
 WHOLE = "The whole model `{run}` as it was trained, written with lsmoe_ds {version}."
@@ -157,12 +195,17 @@ MOST_NAMED = 12  # directions named in the first sentence
 
 
 def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: Path) -> str:
-    """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, which may hold scores."""
+    """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, which may hold scores,
+    and holds the vocabulary of what is exported.
+    """
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
     directions = recipe.languages.directions
     targets = list(dict.fromkeys(direction.target for direction in directions))
     words = {"targets": targets, "tags": [tag(code) for code in targets], "clean": CLEAN.rstrip()}
-    use = environment.from_string(USES[kind]).render(first=directions[0], **words)
+    given = recipe.data.tags == "source-target"
+    style = style_of(Vocabulary.load(home / VOCABULARY), recipe) if given and kind == "huggingface" else None
+    last = next(direction for direction in directions if direction.target == targets[-1])
+    use = environment.from_string(USES[kind]).render(first=directions[0], last=last, given=given, style=style, **words)
     scores = _scores(home, directions, provenance)
     scored = [score for score in scores.directions if score.direction in directions] if scores else []
     return environment.from_string(CARD).render(

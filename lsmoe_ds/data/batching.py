@@ -19,12 +19,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from lsmoe_ds.config.data import Batch as BatchSettings
+from lsmoe_ds.config.data import TagConvention
 from lsmoe_ds.data.assignment import assign, check_affinity
 from lsmoe_ds.data.shuffling import Integers, Words, choose, hash_words, permute, thresholds_of
+from lsmoe_ds.data.units import by_length, cut
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import EOS, PAD, Direction, Languages, SentenceIds
 
-OVERHEAD = 2, 1  # tag and EOS around a source, EOS after a target
 CHUNK_UNITS = 200  # units' worth of sentences that are sorted together: padding stays under 10 % on real text
 SMALLEST_CHUNK_UNITS = 48  # in small data a chunk shrinks so that no sentence is in it twice, down to this
 SHARES, STEPS, UNITS, TIES, ORDER, PLACES = range(6)  # purposes, the second part of every hash
@@ -55,9 +56,9 @@ class Tags(Protocol):
 class Batch:
     """Sentence pairs of any directions. All tensors are int64; ids of languages and directions are those of ``Languages``."""
 
-    source: torch.Tensor  # [B, Ts]  tag of the target language, tokens, EOS, PAD ...
-    decoder_input: torch.Tensor  # [B, Tt]  EOS, tokens, PAD ...
-    labels: torch.Tensor  # [B, Tt]  tokens, EOS, PAD ...
+    source: torch.Tensor  # [B, Ts]  tag, tokens, EOS, PAD ...
+    decoder_input: torch.Tensor  # [B, Tt]  EOS, given tag if any, tokens, PAD ...
+    labels: torch.Tensor  # [B, Tt]  PAD for a given tag, tokens, EOS, PAD ...
     source_language: torch.Tensor  # [B]
     target_language: torch.Tensor  # [B]
     direction: torch.Tensor  # [B]
@@ -79,7 +80,8 @@ class Batch:
 class Step:
     """One rank's share of a step, and the totals of the whole step over all ranks (tags and EOS counted, padding not).
 
-    ``away`` units of the step are on a rank that is not the home of their expert group; 0 unless batches are task-affine.
+    ``target_tokens`` are the labels; the decoder reads ``given_tokens`` more, the tags before translations. ``away`` units of
+    the step are on a rank that is not the home of their expert group; 0 unless batches are task-affine.
     """
 
     batches: list[Batch]
@@ -88,41 +90,55 @@ class Step:
     sentences: int
     directions: list[int]
     away: int = 0
+    given_tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class DirectionIds:
-    """What a batch holds for each direction id, as tables [directions] of int64."""
+    """What a batch holds for each direction id, as tables of int64."""
 
-    source_language: Integers
-    target_language: Integers
-    tag: Integers
+    source_language: Integers  # [directions]
+    target_language: Integers  # [directions]
+    source_tag: Integers  # [directions] before a source
+    begin: Integers  # [directions, 1 or 2] before a translation: EOS, and the tag that is given, if any
 
     @classmethod
-    def of(cls, languages: Languages, vocabulary: Tags) -> DirectionIds:
-        columns = [(languages.id(d.source), languages.id(d.target), vocabulary.tag_id(d.target)) for d in languages.directions]
-        return cls(*np.array(columns, dtype=np.int64).T)
+    def of(cls, languages: Languages, vocabulary: Tags, tags: TagConvention = "target") -> DirectionIds:
+        """Make the tables. Raises UserError if the vocabulary lacks a tag that is read."""
+        ids = [(languages.id(d.source), languages.id(d.target)) for d in languages.directions]
+        targets = [vocabulary.tag_id(d.target) for d in languages.directions]
+        own = targets if tags == "target" else [vocabulary.tag_id(d.source) for d in languages.directions]
+        begin = [[EOS] if tags == "target" else [EOS, tag] for tag in targets]
+        return cls(*np.array(ids, dtype=np.int64).T, *(np.array(each, dtype=np.int64) for each in (own, begin)))
+
+    @property
+    def overhead(self) -> tuple[int, int]:
+        """Positions beside the tokens: tag and EOS around a source; what begins a translation, or its end."""
+        return 2, self.begin.shape[1]
 
 
 def collate(sources: Sequence[ArrayLike], targets: Sequence[ArrayLike] | None, directions: ArrayLike, ids: DirectionIds) -> Batch:
     """Makes a batch of B token sequences without tag and EOS; ``directions`` are B direction ids.
 
-    Without ``targets`` (translation) ``decoder_input`` and ``labels`` are [B, 0].
+    Without ``targets`` (translation) ``decoder_input`` is what translations begin with [B, 1 or 2], and
+    ``labels`` are [B, 0].
     """
     chosen = np.asarray(directions, dtype=np.int64)
     flat, mask = _flatten(sources)
-    source = _padding(mask, OVERHEAD[0])
+    source = _padding(mask, ids.overhead[0])
     source[:, 1:-1][mask] = flat
-    source[:, 0] = ids.tag[chosen]
+    source[:, 0] = ids.source_tag[chosen]
     source[np.arange(len(chosen)), mask.sum(axis=1) + 1] = EOS
-    decoder_input = labels = np.empty((len(chosen), 0), dtype=np.int64)
+    decoder_input, labels = ids.begin[chosen], np.empty((len(chosen), 0), dtype=np.int64)
     if targets is not None:
         flat, mask = _flatten(targets)
-        decoder_input, labels = _padding(mask, OVERHEAD[1]), _padding(mask, OVERHEAD[1])
-        decoder_input[:, 1:][mask] = flat
-        decoder_input[:, 0] = EOS
-        labels[:, :-1][mask] = flat
-        labels[np.arange(len(chosen)), mask.sum(axis=1)] = EOS
+        begin = decoder_input.shape[1]
+        labels = _padding(mask, begin)
+        labels[:, begin - 1 : -1][mask] = flat
+        labels[np.arange(len(chosen)), mask.sum(axis=1) + begin - 1] = EOS
+        tokens = _padding(mask, 0)
+        tokens[mask] = flat
+        decoder_input = np.concatenate([decoder_input, tokens], axis=1)
     arrays = source, decoder_input, labels, ids.source_language[chosen], ids.target_language[chosen], chosen
     return Batch(*(torch.from_numpy(array) for array in arrays))
 
@@ -136,32 +152,6 @@ def _flatten(sequences: Sequence[Any]) -> tuple[Integers, NDArray[np.bool_]]:
 
 def _padding(mask: NDArray[np.bool_], more: int) -> Integers:
     return np.full((mask.shape[0], mask.shape[1] + more), PAD, dtype=np.int64)
-
-
-def by_length(source: Integers, target: Integers, tokens: int) -> Integers:
-    """An order in which neighbors have like lengths on both sides.
-
-    Bands of source length, each with the same number of tokens; in a band by target length, up and down in turn, so
-    that a unit that straddles two bands does not mix the longest with the shortest.
-    """
-    order = np.argsort(source, kind="stable")
-    total = np.cumsum((source + target)[order])
-    bands = max(1, round(1.6 * (total[-1] / tokens) ** 0.5))
-    band = np.empty_like(order)
-    band[order] = np.minimum(total * bands // total[-1], bands - 1)
-    return np.lexsort((np.where(band % 2, -target, target), band))
-
-
-def cut(source: Integers, target: Integers, tokens: int) -> Integers:
-    """Ends of consecutive units of at most ``tokens`` padded tokens; a pair that is longer has a unit for itself."""
-    ends, start = [], 0
-    while start < len(source):
-        stop = start + max(1, tokens // int(source[start] + target[start]))
-        padded = np.maximum.accumulate(source[start:stop]) + np.maximum.accumulate(target[start:stop])
-        padded *= np.arange(1, len(padded) + 1)
-        start += max(1, int(np.searchsorted(padded, tokens, side="right")))
-        ends.append(start)
-    return np.array(ends, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -217,18 +207,20 @@ class BatchStream:
         split: str = "train",
         groups: Sequence[int] | None = None,
         at_home: Sequence[Collection[int]] | None = None,
+        tags: TagConvention = "target",
     ) -> None:
         if batch.count % world:
             allowed = f"allowed: {world}, {2 * world}, {3 * world}, ..."
             raise UserError(f"'data.batch.count' is {batch.count}, which the {world} data-parallel ranks cannot share evenly; {allowed}")
         check_affinity(batch.languages, len(languages.directions), world, groups, at_home)
         self._at_home = at_home
-        self._ids = DirectionIds.of(languages, vocabulary)
+        self._ids = DirectionIds.of(languages, vocabulary, tags)
         self._batch, self._seed, self._rank, self._world = batch, seed, rank, world
         self._pairs = [prepared.tokens(d, split) for d in languages.directions]
         self._lengths = [(pairs.source.lengths, pairs.target.lengths) for pairs in self._pairs]
         self._sizes = np.array([len(source) for source, _ in self._lengths], dtype=np.int64)
-        counts = [_count_fitting(d, *lengths, batch) for d, lengths in zip(languages.directions, self._lengths, strict=True)]
+        overhead = self._ids.overhead
+        counts = [_count_fitting(d, *lengths, overhead, batch) for d, lengths in zip(languages.directions, self._lengths, strict=True)]
         fitting, tokens = np.array(counts, dtype=np.float64).T
         self.skipped = {str(d): int(n - f) for d, n, f in zip(languages.directions, self._sizes, fitting, strict=True)}
 
@@ -252,6 +244,7 @@ class BatchStream:
         self._plan = {
             "data.directions": [str(d) for d in languages.directions],
             "number of training pairs": self._sizes.tolist(),
+            "data.tags": tags,
             "data.temperature": float(temperature),
             "data.batch.tokens": batch.tokens,
             "data.batch.max_length": batch.max_length,
@@ -279,13 +272,16 @@ class BatchStream:
             assigned, away = assign([self._labels[number] for number in pools], self._at_home)
             mine = assigned[self._rank]
         self._step += 1
+        sentences = sum(len(unit.index) for unit in units)
+        given = sentences * (self._ids.overhead[1] - 1)
         return Step(
             batches=[self._build(units[place]) for place in mine],
-            target_tokens=sum(unit.target_tokens for unit in units),
+            target_tokens=sum(unit.target_tokens for unit in units) - given,
             source_tokens=sum(unit.source_tokens for unit in units),
-            sentences=sum(len(unit.index) for unit in units),
+            sentences=sentences,
             directions=np.unique(np.concatenate([unit.direction for unit in units])).tolist(),
             away=away,
+            given_tokens=given,
         )
 
     def _choose_pools(self) -> Integers:
@@ -315,7 +311,7 @@ class BatchStream:
         Raises UserError if something else has changed that the order of the data depends on.
         """
         for key, now in self._plan.items():
-            saved = state["plan"].get(key)
+            saved = state["plan"].get(key, "target" if key == "data.tags" else None)  # earlier versions had no other
             if saved != now:
                 raise UserError(f"the data position was saved with {key} {saved}, now it is {now}: set it back, or start a new run")
         self._step = state["step"]
@@ -349,8 +345,8 @@ class BatchStream:
         for one, start, end in zip(pool.directions.tolist(), (ends - drawn).tolist(), ends.tolist(), strict=True):
             source[start:end] = self._lengths[one][0][index[start:end]]
             target[start:end] = self._lengths[one][1][index[start:end]]
-        source += OVERHEAD[0]
-        target += OVERHEAD[1]
+        source += self._ids.overhead[0]
+        target += self._ids.overhead[1]
         fits = np.flatnonzero(_fits(source, target, self._batch))
         if not len(fits):
             return _Chunk([], drawn)
@@ -378,12 +374,14 @@ def _fits(source: Integers, target: Integers, batch: BatchSettings) -> NDArray[n
     return (np.maximum(source, target) <= batch.max_length) & (source + target <= batch.tokens)
 
 
-def _count_fitting(direction: Direction, source: NDArray[Any], target: NDArray[Any], batch: BatchSettings) -> tuple[int, int]:
+def _count_fitting(
+    direction: Direction, source: NDArray[Any], target: NDArray[Any], overhead: tuple[int, int], batch: BatchSettings
+) -> tuple[int, int]:
     """Pairs that fit, and their tokens. Goes through in blocks: a direction may have 10^8 pairs."""
     pairs, tokens, block = 0, 0, 2**22
     for start in range(0, len(source), block):
-        s = source[start : start + block].astype(np.int64) + OVERHEAD[0]
-        t = target[start : start + block].astype(np.int64) + OVERHEAD[1]
+        s = source[start : start + block].astype(np.int64) + overhead[0]
+        t = target[start : start + block].astype(np.int64) + overhead[1]
         fits = _fits(s, t, batch)
         pairs += int(fits.sum())
         tokens += int((s + t)[fits].sum())

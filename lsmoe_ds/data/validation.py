@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.data.batching import OVERHEAD, Batch, DirectionIds, Prepared, Tags, TokenPairs, by_length, collate, cut
+from lsmoe_ds.config.data import TagConvention
+from lsmoe_ds.data.batching import Batch, DirectionIds, Prepared, Tags, TokenPairs, collate
+from lsmoe_ds.data.units import by_length, cut
 from lsmoe_ds.languages import PAD, Direction, Languages
 
 
@@ -23,6 +25,7 @@ def validation_batches(
     limit: int | None = None,
     rank: int = 0,
     world: int = 1,
+    tags: TagConvention = "target",
 ) -> Iterator[Batch]:
     """Every held-out pair once over all ranks, in batches of one direction, always the same.
 
@@ -30,12 +33,12 @@ def validation_batches(
     ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since experts are exchanged between
     them: where units run out the last batch of a rank repeats one pair with all labels PAD, and counts for nothing.
     """
-    ids = DirectionIds.of(languages, vocabulary)
+    ids = DirectionIds.of(languages, vocabulary, tags)
     units: list[tuple[int, TokenPairs, list[int]]] = []
     for direction in languages.directions if directions is None else directions:
         pairs = prepared.tokens(direction, split)
-        source = pairs.source.lengths[:limit].astype(np.int64) + OVERHEAD[0]
-        target = pairs.target.lengths[:limit].astype(np.int64) + OVERHEAD[1]
+        source = pairs.source.lengths[:limit].astype(np.int64) + ids.overhead[0]
+        target = pairs.target.lengths[:limit].astype(np.int64) + ids.overhead[1]
         if len(source):
             order = by_length(source, target, batch.tokens)
             ends = cut(source[order], target[order], batch.tokens)

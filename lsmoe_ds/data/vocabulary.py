@@ -23,7 +23,10 @@ THREADS = 4
 
 
 class Vocabulary:
-    """Text to ids and back. Ids 0 to 3 are BOS, PAD, EOS, UNK; tags follow; then pieces of text."""
+    """Text to ids and back. Ids 0 to 3 are BOS, PAD, EOS, UNK; then come tags and pieces of text.
+
+    ``unused`` are ids that no text is cut into and that are no tag.
+    """
 
     PAD, BOS, EOS, UNK = PAD, BOS, EOS, UNK
 
@@ -41,7 +44,7 @@ class Vocabulary:
         self._model = model
         controls = {index: piece for index, piece in enumerate(pieces) if self._processor.is_control(index)}
         self._tags = {piece[2:-1]: index for index, piece in controls.items() if piece.startswith("<2")}
-        self.unused = tuple(index for index, piece in controls.items() if piece.startswith(UNUSED))
+        self.unused = tuple(sorted(controls.keys() - SPECIALS.keys() - {*self._tags.values()}))
         self._silent = frozenset({BOS, PAD, EOS, *self._tags.values(), *self.unused})
 
     @classmethod
@@ -76,8 +79,13 @@ class Vocabulary:
         """Languages that have a tag."""
         return tuple(self._tags)
 
+    @property
+    def their_tags(self) -> dict[str, str]:
+        """What the tags are called in the model that the vocabulary was imported from, by language; empty for others."""
+        return dict(zip(self._tags, parse_model(self._model).trainer_spec.accept_language, strict=False))
+
     def tag_id(self, code: str) -> int:
-        """Id of the tag that asks for translation into ``code``."""
+        """Id of the tag of a language."""
         if code not in self._tags:
             raise UserError(f"the vocabulary has no tag for '{code}'{nearest(code, self._tags)}: it has {', '.join(self._tags)}")
         return self._tags[code]

@@ -77,9 +77,10 @@ def evaluate(
         folder.claim(stored.home)
     judge = Comet.open(comet) if comet is not None else None
     tell_skipped(whole)
-    if untrained := [direction for direction in whole.by_direction if direction not in languages]:
-        say_untrained(untrained)
     loaded = load_engine(run, route)
+    untrained = [direction for direction in whole.by_direction if direction not in languages]
+    if untrained and loaded.step:  # of what an imported model has learned, nothing is known
+        say_untrained(untrained)
     table = ScoreTable(
         loaded.recipe.name,
         loaded.step,

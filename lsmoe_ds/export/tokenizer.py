@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sentencepiece
@@ -41,9 +41,9 @@ def tokenizer_config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def tokenizer(vocabulary: Vocabulary, model: bytes, target: str, kind: str = "unigram") -> dict[str, Any]:
+def tokenizer(vocabulary: Vocabulary, model: bytes, language: str, kind: str = "unigram") -> dict[str, Any]:
     """Return ``tokenizer.json`` of a vocabulary (``model`` is its sentencepiece model): a source is the tag
-    of ``target``, the pieces, EOS.
+    of ``language``, the pieces, EOS.
 
     The normalizer is :func:`lsmoe_ds.data.cleaning.clean_text` and sentencepiece's own treatment of spaces.
     """
@@ -52,27 +52,17 @@ def tokenizer(vocabulary: Vocabulary, model: bytes, target: str, kind: str = "un
     silent = (*SPECIALS, *(vocabulary.tag_id(code) for code in vocabulary.codes), *vocabulary.unused)
     special = {index: processor.id_to_piece(index) for index in silent}
     pieces = [special.get(index) or processor.id_to_piece(index).replace("<", LESS_THAN) for index in range(vocabulary.size)]
-    head = tag(target)
+    scores = [processor.get_score(index) for index in range(vocabulary.size)]
+    head = tag(language)
     assert head in tags
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-            for index, piece in special.items()
-        ],
+        "added_tokens": added_tokens(special),
         "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(parse_model(model).normalizer_spec.precompiled_charsmap))},
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [_special(head), {"Sequence": {"id": "A", "type_id": 0}}, _special(SPECIALS[EOS])],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {
-                piece: {"id": piece, "ids": [index], "tokens": [piece]}
-                for piece, index in ((head, vocabulary.tag_id(target)), (SPECIALS[EOS], EOS))
-            },
-        },
+        "post_processor": template(head, vocabulary.tag_id(language)),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -83,7 +73,23 @@ def tokenizer(vocabulary: Vocabulary, model: bytes, target: str, kind: str = "un
                 _replace("^ | $", "", regex=True),
             ],
         },
-        "model": _bpe(pieces, set(special)) if kind == "bpe" else _unigram(pieces, [processor.get_score(i) for i in range(len(pieces))]),
+        "model": bpe(pieces, scores, set(special)) if kind == "bpe" else _unigram(pieces, scores),
+    }
+
+
+def added_tokens(special: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Return the tokens of these ids as ``tokenizer.json`` lists those that stand beside text."""
+    shape = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return [{"id": index, "content": piece, **shape} for index, piece in special.items()]
+
+
+def template(head: str, index: int) -> dict[str, Any]:
+    """Return the post-processor that puts the tag ``head``, whose id is ``index``, before a text, and EOS after it."""
+    return {
+        "type": "TemplateProcessing",
+        "single": [_special(head), {"Sequence": {"id": "A", "type_id": 0}}, _special(SPECIALS[EOS])],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {piece: {"id": piece, "ids": [each], "tokens": [piece]} for piece, each in ((head, index), (SPECIALS[EOS], EOS))},
     }
 
 
@@ -91,15 +97,15 @@ def _unigram(pieces: list[str], scores: list[float]) -> dict[str, Any]:
     return {"type": "Unigram", "unk_id": UNK, "vocab": list(zip(pieces, scores, strict=True)), "byte_fallback": False}
 
 
-def _bpe(pieces: list[str], special: set[int]) -> dict[str, Any]:
-    """Return a BPE model: sentencepiece joins whatever makes a piece, the earliest piece first; here each way
-    to make one is listed.
+def bpe(pieces: list[str], scores: list[float], special: set[int]) -> dict[str, Any]:
+    """Return a BPE model: sentencepiece joins whatever makes a piece, that of the highest score first; here each
+    way to make one is listed.
     """
     ids = {piece: index for index, piece in enumerate(pieces)}
     parts = ids.keys() - {pieces[index] for index in special}
     merges = [
         [piece[:cut], piece[cut:]]
-        for index, piece in enumerate(pieces)
+        for index, piece in sorted(enumerate(pieces), key=lambda each: -scores[each[0]])
         if index not in special
         for cut in range(1, len(piece))
         if piece[:cut] in parts and piece[cut:] in parts
@@ -146,40 +152,50 @@ def is_ours(made: Any) -> bool:
     return ours and kind in KINDS and any(TAG.fullmatch(str(piece)) for piece in added.values())
 
 
-def sentencepiece_model(made: dict[str, Any]) -> bytes:
-    """Return the sentencepiece model of a ``tokenizer.json`` that :func:`is_ours`; it cuts text into the same
-    pieces.
+def read_tokenizer(made: dict[str, Any]) -> tuple[Any, dict[str, int]]:
+    """Return the pieces of text of a ``tokenizer.json`` as a sentencepiece model, which cuts text into the same,
+    and the id of every piece and token.
 
-    Raises UserError if the file is damaged.
+    Raises UserError if the file is damaged, or of a kind that sentencepiece has not.
     """
     try:
-        special = {int(token["id"]): str(token["content"]) for token in made["added_tokens"]}
-        pieces = list(_scored_pieces(made["model"]))
-        charsmap = [each["precompiled_charsmap"] for each in made["normalizer"]["normalizers"] if each["type"] == "Precompiled"]
-        normalizer = base64.b64decode(charsmap[0]) if charsmap else b""
+        ids = {str(token["content"]): int(token["id"]) for token in made["added_tokens"]}
+        model = made["model"]
+        if model["type"] not in KINDS or model.get("byte_fallback"):
+            kind = model["type"] if model["type"] not in KINDS else "byte fallback"
+            raise UserError(f"tokenizer.json is of the kind {kind!r}: allowed are {' and '.join(KINDS)} without byte fallback")
+        normalizer = made["normalizer"]
+        steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+        charsmap = [each["precompiled_charsmap"] for each in steps if each["type"] == "Precompiled"]
+        replaced = any(each == _replace("<", LESS_THAN) for each in steps)
         proto = parse_model(b"")
-        kinds = type(proto).SentencePiece
-        for index, (piece, score) in enumerate(pieces):
-            kind = kinds.NORMAL if index not in special else kinds.UNKNOWN if index == UNK else kinds.CONTROL
-            proto.pieces.add(piece=special.get(index, piece.replace(LESS_THAN, "<")), score=score, type=kind)
-        proto.trainer_spec.model_type = KINDS[made["model"]["type"]]
+        pieces = list(_scored_pieces(model))
+        if len({piece for _, piece, _ in pieces}) < len(pieces):
+            raise ValueError("a piece is there twice")
+        for index, piece, score in pieces:
+            if piece not in ids and piece not in SPECIALS.values():
+                text = piece.replace(LESS_THAN, "<") if replaced else piece
+                proto.pieces.add(piece=text, score=score, type=type(proto).SentencePiece.NORMAL)
+                ids[text] = index
+            ids.setdefault(piece, index)
+        proto.trainer_spec.model_type = KINDS[model["type"]]
         proto.normalizer_spec.name = "charsmap" if charsmap else "identity"
-        proto.normalizer_spec.precompiled_charsmap = normalizer
+        proto.normalizer_spec.precompiled_charsmap = base64.b64decode(charsmap[0]) if charsmap else b""
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"tokenizer.json is damaged: {error}") from None
-    set_specials(proto, [piece for piece in special.values() if TAG.fullmatch(piece)])
-    return bytes(proto.SerializeToString(deterministic=True))
+    return proto, ids
 
 
-def _scored_pieces(model: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the pieces of a tokenizer's model in the order of their ids. BPE joins the earliest piece first,
-    by its score.
-    """
+def _scored_pieces(model: dict[str, Any]) -> Iterator[tuple[int, str, float]]:
+    """Yield id, piece and score of the pieces of a tokenizer's model. BPE joins first what its first merges make."""
     if model["type"] == "Unigram":
-        yield from ((str(piece), float(score)) for piece, score in model["vocab"])
+        yield from ((index, str(piece), float(score)) for index, (piece, score) in enumerate(model["vocab"]))
         return
-    ids = {int(index): str(piece) for piece, index in model["vocab"].items()}
-    yield from ((ids[index], -float(index)) for index in range(len(ids)))
+    joined: dict[str, int] = {}
+    for merge in model["merges"]:
+        first, second = merge.split(" ") if isinstance(merge, str) else merge
+        joined.setdefault(first + second, len(joined))
+    yield from ((int(index), str(piece), -float(joined.get(piece, len(joined)))) for piece, index in model["vocab"].items())
 
 
 def set_specials(proto: Any, tags: Sequence[str]) -> None:

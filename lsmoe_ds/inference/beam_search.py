@@ -1,10 +1,12 @@
 """Batched beam search with key-value caches.
 
 The score of a hypothesis is fairseq's: the sum of its tokens' log-probabilities divided by ``length ** length_penalty``,
-where the length counts the generated tokens, EOS included. As in fairseq, of the continuations of a sentence's
-hypotheses the best ``beam`` are looked at: those that end in EOS are finished, and the best ``beam`` that do not end go
-on. A sentence is done when ``beam`` hypotheses are finished or, which changes no result, when none that goes on can still
-win. (transformers' ``early_stopping=True`` counts in the same way; its default searches longer.)
+where the length counts the generated tokens, EOS included. A tag that is given before the translation counts in the
+length, and its probability not in the sum, as with transformers' ``forced_bos_token_id`` and CTranslate2's
+``target_prefix``. As in fairseq, of the continuations of a sentence's hypotheses the best ``beam`` are looked at: those
+that end in EOS are finished, and the best ``beam`` that do not end go on. A sentence is done when ``beam`` hypotheses are
+finished or, which changes no result, when none that goes on can still win. (transformers' ``early_stopping=True`` counts
+in the same way; its default searches longer.)
 
 B sentences, W hypotheses a sentence, M source positions, V vocabulary, C candidates a sentence.
 """
@@ -67,11 +69,18 @@ def never_generated(vocabulary: Vocabulary) -> list[int]:
 
 @torch.inference_mode()
 def beam_search(
-    model: Transformer, source: Tensor, ids: SentenceIds, banned: Sequence[int], search: Search, route: Route = "specific"
+    model: Transformer,
+    source: Tensor,
+    ids: SentenceIds,
+    banned: Sequence[int],
+    search: Search,
+    route: Route = "specific",
+    begin: Tensor | None = None,
 ) -> list[Hypothesis]:
     """The best translation of each sentence of ``source`` [B, M], whatever else is in the batch.
 
     ``banned`` are tokens that are never generated (PAD, BOS, tags): the others share all the probability, as in CTranslate2.
+    Each translation follows what ``begin`` [B, 1 or 2] says of its sentence, EOS and perhaps a tag; by default EOS alone.
     Raises UserError if the model computes values that are not finite.
     """
     batch, device = source.shape[0], source.device
@@ -91,11 +100,12 @@ def beam_search(
     finished = torch.zeros(batch, dtype=torch.long, device=device)
     sums = torch.zeros(batch, 1, device=device)  # [B, W]
     tokens = torch.empty(batch, 1, 0, dtype=torch.long, device=device)  # [B, W, position]
-    latest = torch.full((batch, 1), EOS, device=device)  # [B, W]
+    latest = torch.full((batch, 1), EOS, device=device) if begin is None else begin  # [B W, positions]
+    given = latest.shape[1] - 1
 
     for position in range(last_limit + 1):
         width = sums.shape[1]
-        logits = model.step(latest.reshape(-1, 1), state).float()  # [B W, V]
+        logits = model.step(latest, state).float()  # [B W, V]
         logits[:, forbidden if position else forbidden_first] = -torch.inf
         logs = logits.log_softmax(1)
         if position >= first_limit:
@@ -117,7 +127,7 @@ def beam_search(
         looked_at = torch.arange(scores.shape[1], device=device) < search.beam
         finishing = ends_here & looked_at & scores.isfinite()
         finished += finishing.sum(1)
-        scored = (scores / (position + 1) ** search.length_penalty).masked_fill(~finishing, -torch.inf)
+        scored = (scores / (given + position + 1) ** search.length_penalty).masked_fill(~finishing, -torch.inf)
         score, which = scored.max(1)
         better = score > best[place]
         improved, parent = place[better], parents[better].gather(1, which[better, None])  # [I], [I, 1]
@@ -129,7 +139,8 @@ def beam_search(
         going = ends_here.to(torch.int8).argsort(dim=1, stable=True)[:, : search.beam]  # [B, W']: the best that do not end
         sums = scores.masked_fill(ends_here, -torch.inf).gather(1, going)
         # A sum can only fall, so divided by the most favorable length it bounds what can still be reached.
-        most = ((limits + 1).float() ** search.length_penalty).clamp(min=(position + 2) ** search.length_penalty)  # [B]
+        next_length, longest = given + position + 2, (given + limits + 1).float()
+        most = (longest**search.length_penalty).clamp(min=next_length**search.length_penalty)  # [B]
         done = (finished >= search.beam) | (sums[:, 0] / most <= best[place])
         words, parents = words.gather(1, going), parents.gather(1, going)
         rows = parents + torch.arange(len(place), device=device)[:, None] * width  # [B, W']
@@ -143,7 +154,7 @@ def beam_search(
             sums, tokens, words, rows = sums[stay], tokens[stay], words[stay], rows[stay]
         if some_done or search.beam > 1:
             state = state.select(stay if some_done else None, rows.flatten())
-        latest = words
+        latest = words.reshape(-1, 1)
 
     if not bool(best.isfinite().all()):
         raise UserError(NOT_FINITE)

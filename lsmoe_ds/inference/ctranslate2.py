@@ -79,33 +79,41 @@ class CTranslate2:
     def search(self, sources: Sequence[Sequence[int]], direction: Direction, search: Search) -> list[Hypothesis]:
         """See :class:`lsmoe_ds.inference.engine.Engine`."""
         self.languages.direction_id(direction)
-        tag = self.vocabulary.tag_id(direction.target)
+        source_target = self.recipe.data.tags == "source-target"
+        tag = self.vocabulary.tag_id(direction.source if source_target else direction.target)
+        given = [self.pieces[self.vocabulary.tag_id(direction.target)]] if source_target else []
         texts = [[self.pieces[index] for index in (tag, *source)] for source in sources]
         limits = search.limits(torch.tensor([len(text) + 1 for text in texts])).tolist()
-        found = [best for (best,) in self._translate(texts, max(limits) + 1, search.beam, search.length_penalty)]
+        found = [best for (best,) in self._translate(texts, given, max(limits) + 1, search.beam, search.length_penalty)]
         over: dict[int, list[int]] = {}  # by greatest length, the sentences whose translation is longer
         for i, (pieces, _) in enumerate(found):
-            if pieces[-1] != END or len(pieces) > limits[i] + 1:
+            if pieces[-1] != END or len(pieces) > len(given) + limits[i] + 1:
                 over.setdefault(limits[i], []).append(i)
         for limit, which in over.items():
             # By sums, which only fall, what ended comes before what was cut: none of it is missing among the beam's best.
-            results = self._translate([texts[i] for i in which], limit, search.beam, 0.0, search.beam)
+            results = self._translate([texts[i] for i in which], given, limit, search.beam, 0.0, search.beam)
             for i, result in zip(which, results, strict=True):
                 ended = [self._end(texts[i], pieces, total) for pieces, total in result]
                 scored = [(pieces, total / len(pieces) ** search.length_penalty) for pieces, total in ended]
                 found[i] = max(scored, key=lambda each: each[1])
         ids = {piece: index for index, piece in enumerate(self.pieces)}
-        return [Hypothesis([ids[piece] for piece in pieces[:-1]], score) for pieces, score in found]
+        return [Hypothesis([ids[piece] for piece in pieces[len(given) : -1]], score) for pieces, score in found]
 
-    def _translate(self, texts: list[list[str]], limit: int, beam: int, penalty: float, count: int = 1) -> list[list[Scored]]:
-        """The ``count`` best of each text; what has ``limit`` pieces and no end was cut. UserError: scores that are not finite."""
+    def _translate(
+        self, texts: list[list[str]], given: list[str], limit: int, beam: int, penalty: float, count: int = 1
+    ) -> list[list[Scored]]:
+        """The ``count`` best of each text, which begin with what is ``given``; what has ``limit`` further pieces and no end
+        was cut. Raises UserError for scores that are not finite.
+        """
         results = self.translator.translate_batch(
             texts,
             beam_size=beam,
             num_hypotheses=count,
             length_penalty=penalty or 1e-9,
             max_input_length=0,
-            max_decoding_length=limit,
+            max_decoding_length=len(given) + limit,
+            min_decoding_length=len(given) + 1,
+            target_prefix=[given] * len(texts) if given else None,
             suppress_sequences=[[self.pieces[index]] for index in never_generated(self.vocabulary)],
             return_end_token=True,
             return_scores=True,

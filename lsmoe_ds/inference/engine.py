@@ -37,7 +37,17 @@ class Engine(Protocol):
 
 
 def find_direction(engine: Engine, direction: Direction) -> Direction:
-    """Return a direction in the codes of the engine's system. One that it was not trained on (zero-shot) is said on standard error.
+    """Return a direction as :func:`own_direction`. One that the model was not trained on (zero-shot) is said on standard error;
+    of what a model has learned that was imported and not trained here, nothing is known.
+    """
+    own = own_direction(engine, direction)
+    if own not in engine.languages.directions and engine.step:
+        say_untrained([own])
+    return own
+
+
+def own_direction(engine: Engine, direction: Direction) -> Direction:
+    """Return a direction in the codes of the engine's system.
 
     Raises UserError for languages that the system lacks, and for a zero-shot direction that the model cannot take.
     """
@@ -46,7 +56,6 @@ def find_direction(engine: Engine, direction: Direction) -> Direction:
     if own in languages.directions or not isinstance(engine, Loaded):
         return languages.find(own)
     with_direction(engine.recipe, engine.kind, own)
-    say_untrained([own])
     return own
 
 

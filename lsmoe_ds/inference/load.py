@@ -52,8 +52,10 @@ class Loaded:
         """See :class:`lsmoe_ds.inference.engine.Engine`."""
         languages = with_direction(self.recipe, self.kind, direction)
         number = languages.direction_id(direction)
-        batch = collate(sources, None, [number] * len(sources), DirectionIds.of(languages, self.vocabulary)).to(self.device)
-        return beam_search(self.model, batch.source, batch.ids, never_generated(self.vocabulary), search, self.route)
+        ids = DirectionIds.of(languages, self.vocabulary, self.recipe.data.tags)
+        batch = collate(sources, None, [number] * len(sources), ids).to(self.device)
+        banned = never_generated(self.vocabulary)
+        return beam_search(self.model, batch.source, batch.ids, banned, search, self.route, batch.decoder_input)
 
 
 def load(path: str | Path, device: torch.device | str | None = None, route: str = "specific") -> Loaded:

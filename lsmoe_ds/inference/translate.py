@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
-from lsmoe_ds.inference.engine import Engine
+from lsmoe_ds.inference.engine import Engine, own_direction
 from lsmoe_ds.inference.stream import in_chunks
 from lsmoe_ds.languages import Direction, script
 
@@ -51,7 +51,7 @@ def translate_chunks(
     sentences, and its parts' translations are joined. Raises UserError for a direction that is not the
     model's.
     """
-    engine.languages.direction_id(direction)  # now, not when the first line is asked for
+    own_direction(engine, direction)  # now, not when the first line is asked for
     search = Search(beam, length_penalty)
     return (text for chunk in chunks for text in translate_all(engine, direction, chunk, search, batch_tokens))
 

@@ -28,7 +28,7 @@ Totals = dict[str, list[Tensor]]  # of a step, by method
 
 @dataclass(frozen=True)
 class StepSize:
-    """Real tokens of one optimizer step, over all ranks and micro-batches."""
+    """Real tokens of one optimizer step that each side reads, over all ranks and micro-batches."""
 
     source_tokens: int
     target_tokens: int

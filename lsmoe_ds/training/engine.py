@@ -162,7 +162,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     model: Transformer = engine.module
-    size = StepSize(step.source_tokens, step.target_tokens)
+    size = StepSize(step.source_tokens, step.target_tokens + step.given_tokens)
     batches = [batch.to(topology.device) for batch in step.batches]
     for method in model.methods:
         method.before_step(model, number, recipe.training.steps)

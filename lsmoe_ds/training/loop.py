@@ -47,6 +47,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
         world=topology.data,
         groups=groups,
         at_home=at_home,
+        tags=data.tags,
     )
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
     beat("building the model")
@@ -100,7 +101,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             if training.validate_every and (number % training.validate_every == 0 or last_step):
                 for route in routes:
                     beat(f"validating after step {number}")
-                    batches = validation_batches(prepared, languages, vocabulary, data.batch, rank=topology.data_rank, world=topology.data)
+                    rank, world = topology.data_rank, topology.data
+                    batches = validation_batches(prepared, languages, vocabulary, data.batch, rank=rank, world=world, tags=data.tags)
                     losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(engine, batches, topology, route)
                 monitor.record_dev_loss(number, losses)
             if number % training.checkpoint_every == 0 or last_step or asked:

@@ -6,13 +6,14 @@ import hashlib
 import os
 import shlex
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint.run_folder import check_run, list_checkpoints, newest_whole, open_run
-from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, find_model, read_weights
+from lsmoe_ds.checkpoint.stored import PROVENANCE, RECIPE, Stored, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepared import PreparedData
@@ -127,6 +128,13 @@ def _notice(recipe: Recipe) -> None:
             f"training.warmup is {training.warmup}, more than the {training.steps} training.steps: the learning rate rises to "
             f"{reached:.2e} and never reaches training.learning_rate, {training.learning_rate:.2e}"
         )
+    base = training.start_from
+    with suppress(UserError):  # a run that goes on needs the folder no more
+        if base is not None and (learned := load_recipe(base / RECIPE).data.tags) != recipe.data.tags:
+            interrupt.say(
+                f"data.tags is {recipe.data.tags}, but the model in {base} was trained with {learned}: "
+                f"it has to learn another use of its tags"
+            )
 
 
 def _start(recipe: Recipe, run: Path, processes: int | None) -> int:

@@ -1,0 +1,33 @@
+"""Units: how sentence pairs are cut into batches of like lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lsmoe_ds.data.shuffling import Integers
+
+
+def by_length(source: Integers, target: Integers, tokens: int) -> Integers:
+    """An order in which neighbors have like lengths on both sides.
+
+    Bands of source length, each with the same number of tokens; in a band by target length, up and down in turn, so
+    that a unit that straddles two bands does not mix the longest with the shortest.
+    """
+    order = np.argsort(source, kind="stable")
+    total = np.cumsum((source + target)[order])
+    bands = max(1, round(1.6 * (total[-1] / tokens) ** 0.5))
+    band = np.empty_like(order)
+    band[order] = np.minimum(total * bands // total[-1], bands - 1)
+    return np.lexsort((np.where(band % 2, -target, target), band))
+
+
+def cut(source: Integers, target: Integers, tokens: int) -> Integers:
+    """Ends of consecutive units of at most ``tokens`` padded tokens; a pair that is longer has a unit for itself."""
+    ends, start = [], 0
+    while start < len(source):
+        stop = start + max(1, tokens // int(source[start] + target[start]))
+        padded = np.maximum.accumulate(source[start:stop]) + np.maximum.accumulate(target[start:stop])
+        padded *= np.arange(1, len(padded) + 1)
+        start += max(1, int(np.searchsorted(padded, tokens, side="right")))
+        ends.append(start)
+    return np.array(ends, dtype=np.int64)
