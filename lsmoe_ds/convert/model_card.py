@@ -104,7 +104,8 @@ pieces = vocabulary.id_to_piece(vocabulary.encode(clean("Text to translate.")))
 {%- if given %}
 source = ["<2{{ first.source }}>", *pieces]  # the tag of its own language goes first
 prefix = ["{{ tags[0] }}"]  # and that of the target language before the translation
-found = translator.translate_batch([source], target_prefix=[prefix], beam_size=5, return_end_token=True)[0].hypotheses[0]
+options = {"beam_size": 5, "min_decoding_length": 2, "return_end_token": True}
+found = translator.translate_batch([source], target_prefix=[prefix], **options)[0].hypotheses[0]
 print(vocabulary.decode(found[1:-1]))  # without the end, which counts in the length that scores are divided by, as the tag does
 {%- else %}
 source = ["{{ tags[0] }}", *pieces]  # the tag of the target language goes first
