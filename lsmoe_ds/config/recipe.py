@@ -203,8 +203,8 @@ class Model(Section):
 
 
 class Training(Section):
-    """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names match
-    one of the glob patterns.
+    """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
+    match one of the glob patterns.
     """
 
     steps: Positive

@@ -53,8 +53,8 @@ def global_names(model: nn.Module, topology: Topology) -> dict[str, str]:
 
 
 def places(model: nn.Module, topology: Topology) -> dict[str, tuple[str, int]]:
-    """Return local name and first expert-parallel rank of all parameters and persistent buffers that the ranks
-    hold together, by global name.
+    """Return local name and first expert-parallel rank of all parameters and persistent buffers that the
+    ranks hold together, by global name.
     """
     found: dict[str, tuple[str, int]] = {}
     for rank in range(topology.expert):
@@ -69,15 +69,22 @@ def initialize(model: Transformer, seed: int, topology: Topology) -> None:
     of methods as these say.
     """
     names = global_names(model, topology)
-    for name, parameter in model.named_parameters():
-        dimension = partition_dimension(parameter)
-        shape = list(parameter.shape)
+    for name, value in named_state(model):
+        if not isinstance(value, nn.Parameter) and not is_drawn(names[name], model.methods):
+            continue
+        dimension = partition_dimension(value)
+        shape = list(value.shape)
         if dimension is not None:
             shape[dimension] *= topology.tensor
         whole = draw(names[name], shape, seed, model.methods)
         if dimension is not None:
             whole = whole.chunk(topology.tensor, dimension)[topology.tensor_rank]
-        parameter.copy_(whole)
+        value.copy_(whole)
+
+
+def is_drawn(name: str, methods: Sequence[Method]) -> bool:
+    """Tell whether one of the methods says how a parameter or buffer of this global name is drawn."""
+    return any(method.initial(name) is not None for method in methods)
 
 
 def draw(name: str, shape: list[int], seed: int, methods: Sequence[Method] = ()) -> Tensor:

@@ -107,6 +107,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     model = Transformer(recipe, vocabulary, topology)
     initialize(model, recipe.training.seed, topology)
     freeze(model, recipe, topology)
+    spread = {name: partition_dimension(buffer) for name, buffer in model.named_buffers()}
     training = recipe.training
     optimizer = torch.optim.AdamW(
         compat.optimizer_groups(model),
@@ -124,6 +125,9 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         wrong = error.errors()[0]
         key, found, why = ".".join(map(str, wrong["loc"])), wrong["input"], wrong["msg"].lower()
         raise SharedError(f"the DeepSpeed configuration has {found!r} for '{key}': {why}") from None
+    for name, buffer in model.named_buffers():  # without its mark where DeepSpeed changed type or device
+        if (dimension := spread[name]) is not None:
+            compat.mark_tensor_parallel(buffer, dimension)
     limit = clipping_limit(recipe)
     compat.complete_engine(engine, lambda: clip_gradients(model, limit, topology), STAGE_0_BUCKET)
     return engine
