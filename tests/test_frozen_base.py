@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -220,6 +221,34 @@ def test_a_lost_or_changed_base_is_one_sentence(begun, tmp_path, harm, sentence)
     with pytest.raises(UserError, match=sentence):
         whole = read_checkpoint(run / "checkpoints" / "step-3")
         [whole.weights[name] for name in whole.weights]
+
+
+def save_on_a_full_disk(topology, recipe, run):
+    """What a rank is told when the disk is full after three tensors, and whether it can still talk to the others."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from lsmoe_ds.checkpoint import frozen
+    from lsmoe_ds.checkpoint.saving import Saver
+    from lsmoe_ds.training.engine import build_engine
+
+    def save(tensors, folder):
+        for name in list(tensors)[:3]:
+            tensors[name]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    engine = build_engine(recipe, 140, topology)
+    with mock.patch.object(frozen, "save_tensors", save), pytest.raises(UserError) as error:
+        Saver(run, topology, keep=1).save(engine, 1, {})
+    dist.barrier()
+    return str(error.value)
+
+
+def test_a_full_disk_is_one_sentence_on_every_rank(pool, folder, tmp_path):
+    found = pool.run(2, save_on_a_full_disk, recipe_in(folder, TENSOR), tmp_path / "run", tensor=2)
+    assert found[0] == found[1] and found[0].startswith(f"the disk is full: {tmp_path / 'run' / 'frozen'} cannot be written")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_what_trains_cannot_change_in_a_run(folder, begun):

@@ -84,6 +84,8 @@ class Saver:
         Raises UserError, here or in :meth:`finish`, if it cannot be written.
         """
         self.finish()
+        if self.frozen is None:
+            self.frozen = write_frozen(engine, self.run, self.topology)
         topology, folder = self.topology, self.run / "checkpoints"
         partial, final = folder / f"{UNFINISHED}step-{step}", folder / f"step-{step}"
         if topology.is_main:
@@ -91,8 +93,6 @@ class Saver:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        if self.frozen is None:
-            self.frozen = write_frozen(engine, self.run, topology)
         frozen = frozen_parameters(engine, topology)
         with _explained(partial, final, topology.is_main):
             # DeepSpeed has put the global number of the expert into its names.
