@@ -224,7 +224,7 @@ def test_a_lost_or_changed_base_is_one_sentence(begun, tmp_path, harm, sentence)
 
 
 def save_on_a_full_disk(topology, recipe, run):
-    """What a rank is told when the disk is full after three tensors, and whether it can still talk to the others."""
+    """What a rank is told when the disk is full after three tensors; afterwards it can still talk to the others."""
     from unittest import mock
 
     import torch.distributed as dist
@@ -247,7 +247,8 @@ def save_on_a_full_disk(topology, recipe, run):
 
 def test_a_full_disk_is_one_sentence_on_every_rank(pool, folder, tmp_path):
     found = pool.run(2, save_on_a_full_disk, recipe_in(folder, TENSOR), tmp_path / "run", tensor=2)
-    assert found[0] == found[1] and found[0].startswith(f"the disk is full: {tmp_path / 'run' / 'frozen'} cannot be written")
+    wanted = f"the disk is full: {tmp_path / 'run' / 'frozen'} cannot be written"
+    assert found[0] == found[1] and found[0].startswith(wanted)
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -41,7 +41,7 @@ def column_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             if self.weight.requires_grad and self.bias.requires_grad:
                 return super().forward(x)
-            # Megatron's layer gives the bias no gradient if the weight is frozen, and otherwise always computes one.
+            # Megatron's layer gives no gradient to a bias beside a frozen weight, and else computes one always.
             copied = copy_to_tensor_model_parallel_region(x)
             out: Tensor = F.linear(copied, self.weight, self.bias)  # type: ignore[arg-type]
             return out

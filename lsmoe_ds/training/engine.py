@@ -125,7 +125,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         wrong = error.errors()[0]
         key, found, why = ".".join(map(str, wrong["loc"])), wrong["input"], wrong["msg"].lower()
         raise SharedError(f"the DeepSpeed configuration has {found!r} for '{key}': {why}") from None
-    for name, buffer in model.named_buffers():  # without its mark where DeepSpeed changed type or device
+    for name, buffer in model.named_buffers():  # without its mark where DeepSpeed has moved it
         if (dimension := spread[name]) is not None:
             compat.mark_tensor_parallel(buffer, dimension)
     limit = clipping_limit(recipe)
