@@ -91,7 +91,7 @@ def test_it_resumes_to_the_bit_and_reshards(trained, tmp_path):
     whole, other = weights_of(trained), weights_of(spread)
     assert whole.keys() == other.keys()
     apart = {
-        name: float((whole[name] - other[name]).abs().max()) for name in whole if not name.endswith("key.bias")
+        name: float((whole[name].float() - other[name].float()).abs().max()) for name in whole if not name.endswith("key.bias")
     }  # these have no gradient
     assert max(apart.values()) < 1e-4, apart
 
@@ -109,7 +109,7 @@ def test_it_grows_by_a_language(trained, tmp_path):
     lsmoe("convert", trained, "--to", "grown", *settings, "--out", grown)
     before, after = (weights_of(each)[f"decoder.1.feed_forward.{PART}.rows"] for each in (trained, grown))
     assert after.shape == (4, 16)
-    assert torch.equal(after[:3], before) and torch.equal(after[3], before[0])  # de, en, fr, and nl like de
+    assert torch.equal(after[:3], before) and not after[3].any()  # de, en, fr, and nl, which begins as drawn
 
 
 @pytest.mark.parametrize("kind", ["dense", "huggingface"])

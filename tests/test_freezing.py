@@ -1,4 +1,4 @@
-"""``training.trainable``: what is frozen takes no gradient, and what trains learns as it does beside a base frozen by hand."""
+"""``training.trainable``: what is frozen takes no gradient; what trains learns as beside a base frozen by hand."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from test_sameness import UNITS, VOCABULARY, close, in_units, recipe_for, steps_
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.model.freezing import choose, freeze
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.training.freezing import choose, freeze
 
 BIASES = ["*.expand.bias", "decoder.*.query.bias", "*_norm.weight"]
 ATTENTION = ["decoder.*attention*"]  # no expert trains, and nothing below the decoder
 
 
-def frozen_recipe(routing: str, trainable: Any, tensor: int = 1, expert: int = 1, stage: int = 0, bf16: bool = False) -> Recipe:
+def frozen_recipe(routing: str, trainable: Any, tensor=1, expert=1, stage=0, bf16=False) -> Recipe:
     value = recipe_for(routing, tensor, expert, stage).model_dump(mode="json", exclude_none=True)
     value["training"]["trainable"] = trainable
     value["deepspeed"] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
@@ -34,7 +34,7 @@ def frozen_recipe(routing: str, trainable: Any, tensor: int = 1, expert: int = 1
 
 
 def train(topology, recipe: Recipe):
-    """Losses, gradient norms, gradients of the first step and final weights, by global name; bytes of the optimizer's moments."""
+    """Losses, norms, the first step's gradients and the final weights by global name, and Adam's moments' size."""
     from deepspeed.utils import safe_get_full_grad
 
     from lsmoe_ds.parallel import compat
@@ -62,18 +62,18 @@ def train(topology, recipe: Recipe):
 
     engine.step = step
     results = [
-        train_step(engine, each, i + 1, recipe, topology) for i, each in enumerate(steps_of(recipe, topology.data_rank, topology.data))
+        train_step(engine, each, number, recipe, topology)
+        for number, each in enumerate(steps_of(recipe, topology.data_rank, topology.data), start=1)
     ]
-    weights = {names[name]: (p.detach().float().numpy().copy(), partition_dimension(p)) for name, p in engine.module.named_parameters()}
+    weights = {
+        names[name]: (parameter.detach().float().numpy().copy(), partition_dimension(parameter))
+        for name, parameter in engine.module.named_parameters()
+    }
     states = compat.optimizer_states(engine).values()
-    moments = sum(value.numel() for state in states for key, value in state.items() if key != "step" and torch.is_tensor(value))
+    moments = sum(state[key].numel() for state in states for key in ("exp_avg", "exp_avg_sq"))
     engine.destroy()
-    return (
-        [(r.loss, r.metrics["nll"], r.metrics.get("balance", 0.0), r.grad_norm) for r in results],
-        gradients,
-        weights,
-        moments,
-    )
+    numbers = [(r.loss, r.metrics["nll"], r.metrics.get("balance", 0.0), r.grad_norm) for r in results]
+    return numbers, gradients, weights, moments
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_frozen_by_hand_in_plain_torch(pool):
 
 
 def test_no_gradient_work_for_what_is_frozen():
-    """Below the first layer that trains nothing is recorded, and no product has the shape of a frozen weight's gradient."""
+    """Below the first layer that trains nothing is recorded, and above it no gradient of a weight is made."""
     recipe = frozen_recipe("lms", ["decoder.1.*_low_rank.*"])
     recipe.model.decoder.moe = None
     model = Transformer(recipe, VOCABULARY)
@@ -198,7 +198,7 @@ def test_no_gradient_work_for_what_is_frozen():
     with torch.autograd.profiler.profile(record_shapes=True) as profile:
         loss.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert trained and all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+    assert trained and all((each.grad is not None) == each.requires_grad for each in model.parameters())
     names = {event.name for event in profile.function_events}
     assert "MultiplySegmentsBackward" in names and not any("Embedding" in name for name in names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -40,7 +41,8 @@ def recipe_in(
     **training: Any,
 ) -> Recipe:
     tensor, expert, _, stage = layout
-    value = make_recipe(folder, None, {**TARGET_TOP2, "experts": 8}, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
+    decoder = {**TARGET_TOP2, "experts": 8}
+    value = make_recipe(folder, None, decoder, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
     given = value.model_dump(mode="json", exclude_none=True)
     given["model"]["low_rank"] = {"rank": 2, "at": "both"}
     given["data"]["batch"] |= {"tokens": 96, "count": 4}
@@ -122,22 +124,27 @@ def test_an_interrupted_run_ends_bit_equal(pool, folder, begun, layout, trainabl
     names = stored_in(whole / "checkpoints" / "step-6")
     assert names and len(names) < len(first.weights)
     for name in names:
-        assert "_low_rank." in name or "experts" in name or "router" in name or name.startswith("decoder.2."), name
+        of_methods = any(part in name for part in ("_low_rank.", "experts", "router"))
+        assert of_methods or name.startswith("decoder.2."), name
 
 
 def test_a_checkpoint_is_as_small_as_what_trains(pool, folder, begun):
     """Weights, float32 values and two moments of it; the base is written once."""
     run = begun(ONE, ["encoder.0.*_low_rank.flat"], steps=6)
     whole = read_checkpoint(run / "checkpoints" / "step-6")
-    trained = sum(whole.weights.shape(name)[0] * whole.weights.shape(name)[1] for name in whole.weights if name not in whole.frozen)
+    entries = whole.weights.entries
+    trained = sum(entry.numbers for name, entry in entries.items() if name not in whole.frozen)
     assert len(whole.weights) - len(whole.frozen) == 6
-    sizes = {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in (run / "checkpoints").iterdir()}
+    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in list_checkpoints(run)]
     base = (run / "frozen" / "model.safetensors").stat().st_size
     assert base > 4 * (whole.weights.numbers - trained) and len(sizes) == 2
-    assert max(sizes.values()) < 12 * trained + 70_000 < base  # names, and what DeepSpeed notes for each
+    assert max(sizes) < 12 * trained + 70_000 < base  # names, and what DeepSpeed notes for each
 
 
-@pytest.mark.parametrize(("before", "after"), [(ONE, BOTH), (BOTH, EXPERTS), (EXPERTS, TENSOR), (TENSOR, ONE)], ids=str)
+CHANGES = [(ONE, BOTH), (BOTH, EXPERTS), (EXPERTS, TENSOR), (TENSOR, ONE)]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES, ids=str)
 @pytest.mark.parametrize("trainable", ["methods", PATTERNS], ids=["methods", "patterns"])
 def test_every_value_is_dealt_anew(pool, folder, begun, before, after, trainable, tmp_path):
     first = begun(before, trainable) / "checkpoints" / "step-3"
@@ -168,8 +175,9 @@ def test_a_training_goes_on_in_another_layout(pool, folder, begun, tmp_path):
     shutil.copytree(begun(BOTH, **quiet), tmp_path / "run")
     train(pool, recipe_in(folder, EXPERTS, 6, **quiet), tmp_path / "run", EXPERTS)
     assert losses(tmp_path / "run") == pytest.approx(losses(begun(ONE, steps=6, **quiet)), rel=1e-5)
-    kept = [json.loads((path / "state.json").read_text())["frozen"] for path in list_checkpoints(tmp_path / "run")]
-    assert len(kept) == 2 and kept[0] == kept[1]
+    paths = list_checkpoints(tmp_path / "run")
+    first, last = (json.loads((path / "state.json").read_text()) for path in paths)
+    assert first["frozen"] == last["frozen"]
 
 
 def test_a_copied_run_is_whole(begun, tmp_path):
@@ -215,16 +223,45 @@ def test_a_lost_or_changed_base_is_one_sentence(begun, tmp_path, harm, sentence)
         [whole.weights[name] for name in whole.weights]
 
 
+def save_on_a_full_disk(topology, recipe, run):
+    """What a rank is told when the disk is full after three tensors; afterwards it can still talk to the others."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from lsmoe_ds.checkpoint import frozen
+    from lsmoe_ds.checkpoint.saving import Saver
+    from lsmoe_ds.training.engine import build_engine
+
+    def save(tensors, folder):
+        for name in list(tensors)[:3]:
+            tensors[name]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    engine = build_engine(recipe, 140, topology)
+    with mock.patch.object(frozen, "save_tensors", save), pytest.raises(UserError) as error:
+        Saver(run, topology, keep=1).save(engine, 1, {})
+    dist.barrier()
+    return str(error.value)
+
+
+def test_a_full_disk_is_one_sentence_on_every_rank(pool, folder, tmp_path):
+    found = pool.run(2, save_on_a_full_disk, recipe_in(folder, TENSOR), tmp_path / "run", tensor=2)
+    wanted = f"the disk is full: {tmp_path / 'run' / 'frozen'} cannot be written"
+    assert found[0] == found[1] and found[0].startswith(wanted)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_what_trains_cannot_change_in_a_run(folder, begun):
     with pytest.raises(
         UserError,
-        match=r"was started with training.trainable methods, the recipe now has all: set it back, or write to",
+        match=r"was started with training.trainable methods, the recipe now has all: set it back, or write",
     ):
         check(recipe_in(folder, ONE, 6, "all"), begun(ONE))
 
 
 def test_a_pattern_is_refused_before_a_process_is_started(folder, tmp_path):
-    with pytest.raises(UserError, match=r"'decoder.2.\*bias', which|'decoder.7.\*', which matches no parameter"):
+    with pytest.raises(UserError, match=r"'decoder.7.\*', which matches no parameter"):
         check(recipe_in(folder, ONE, 6, ["decoder.7.*"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -242,9 +279,11 @@ def test_readers_and_converters(begun, tmp_path):
         record = convert(run, kind, EN_DE, tmp_path / kind, **same)
         assert record["same_translations"] == record["sentences"] > 0, kind
     assert yaml.safe_load((tmp_path / "dense" / "recipe.yaml").read_text())["training"]["trainable"] == "all"
-    grown = convert(run, "grown", None, tmp_path / "grown", overrides=["model.decoder.moe.experts=10"], **same)
+    more = ["model.decoder.moe.experts=10"]
+    grown = convert(run, "grown", None, tmp_path / "grown", overrides=more, **same)
     assert grown["parameters"] > whole["parameters"]
-    assert list(translate(load(run, "cpu"), EN_DE, ["bado"])) == list(translate(load(tmp_path / "whole", "cpu"), EN_DE, ["bado"]))
+    said = [list(translate(load(path, "cpu"), EN_DE, ["bado"])) for path in (run, tmp_path / "whole")]
+    assert said[0] == said[1]
     table = evaluate(run, ["en-de"], beam=1, limit=2, progress=False)
     assert table and list((run / "scores").glob("step-3.*.json"))
 
@@ -277,7 +316,8 @@ def test_another_layout_offline(pool, folder, begun, tmp_path, consolidated):
         stored = find_model(tmp_path / "whole")
     shutil.copytree(begun(EXPERTS), tmp_path / "run", ignore=lambda *_: ["checkpoints", "frozen"])
     pool.run(2, offline, reshard, stored, recipe_in(folder, TENSOR), tmp_path / "run", tensor=2)
-    before, after = (read_checkpoint(run / "checkpoints" / "step-3") for run in (begun(EXPERTS), tmp_path / "run"))
+    runs = begun(EXPERTS), tmp_path / "run"
+    before, after = (read_checkpoint(run / "checkpoints" / "step-3") for run in runs)
     assert before.frozen == after.frozen and before.weights.keys() == after.weights.keys()
     assert all(torch.equal(before.weights[name], after.weights[name]) for name in before.weights)
 
@@ -300,5 +340,6 @@ def test_matrices_beside_a_trained_model(pool, folder, begun, tmp_path):
         read_weights(find_model(tmp_path / "base")).tensors,
         read_checkpoint(tmp_path / "run" / "checkpoints" / "step-3"),
     )
-    assert {name for name in base if not torch.equal(base[name], after.weights[name])} <= {name for name in base if "_low_rank." in name}
+    moved = {name for name in base if not torch.equal(base[name], after.weights[name])}
+    assert moved and all("_low_rank." in name for name in moved)
     assert after.frozen == {name for name in base if "_low_rank." not in name}

@@ -10,6 +10,7 @@ from test_planning import VOCABULARY, recipe_of
 from test_sameness import ragged_batch
 
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
@@ -17,6 +18,7 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts
 from lsmoe_ds.planning.memory import STAGE_0_BUCKET, activations, local_parameters, memory
 from lsmoe_ds.planning.plan import plan
+from lsmoe_ds.planning.trained import count_trained
 
 
 def partitions(topology, recipe):
@@ -39,12 +41,17 @@ def partitions(topology, recipe):
     return sum(parameter.numel() for parameter in weights), *in_bytes
 
 
-@pytest.mark.parametrize(
-    ("tensor", "expert", "stage", "bf16"),
-    [(1, 2, 0, False), (1, 2, 0, True), (1, 2, 1, False), (2, 2, 1, False), (1, 1, 2, False), (1, 2, 2, True)],
-)
-def test_memory_is_that_of_an_engine(pool, tensor, expert, stage, bf16):
+CASES = [(1, 2, 0, False, "all"), (1, 2, 0, True, "all"), (1, 2, 1, False, "all"), (2, 2, 1, False, "all")]
+CASES += [(1, 1, 2, False, "all"), (1, 2, 2, True, "all")]
+CASES += [(2, 2, 1, False, "methods"), (1, 2, 0, True, "methods"), (1, 1, 0, False, "methods")]
+CASES += [(2, 2, 0, False, ["decoder.*attention*"]), (1, 1, 2, True, ["*.bias", "embedding.*"])]
+CASES += [(2, 1, 2, False, ["*.output.*"])]
+
+
+@pytest.mark.parametrize(("tensor", "expert", "stage", "bf16", "trainable"), CASES)
+def test_memory_is_that_of_an_engine(pool, tensor, expert, stage, bf16, trainable):
     recipe = recipe_of("token", "target", tensor, expert, stage, bf16)
+    recipe.training.trainable = trainable
     planned = plan(recipe, 2)
     (wanted,) = [each for each in planned.memory if (each.precision, each.stage) == (planned.precision, planned.stage)]
     assert planned.stage == stage
@@ -52,6 +59,41 @@ def test_memory_is_that_of_an_engine(pool, tensor, expert, stage, bf16):
         assert parameters == sum(local_parameters(planned.parameters.whole, tensor, expert))
         assert weights == wanted.weights
         assert optimizer == pytest.approx(wanted.optimizer, abs=200)  # ZeRO's padding
+
+
+LOW_RANK = {"rank": 4, "at": "both", "fuse_distillation": True}
+MODELS = [
+    (recipe_of("token", "target"), {}),
+    (recipe_of("dense", "target", fuse_distillation=True), {}),
+    (recipe_of("dense", "dense"), {"low_rank": LOW_RANK}),
+    (recipe_of("dense", "dense"), {"clsr": {"gate": 8}}),
+    (recipe_of("dense", "target"), {"low_rank": LOW_RANK}),
+]
+
+
+@pytest.mark.parametrize(("base", "methods"), MODELS)
+def test_what_trains_is_counted_as_ranks_hold_it(base, methods):
+    given = base.model_dump(exclude_none=True)
+    given["model"] |= methods
+    given["training"]["trainable"] = ["*"]
+    recipe = Recipe.model_validate(given)
+    whole = Parts.of(recipe).whole
+    assert count_trained(recipe) == whole, "by names as by formulas"
+    recipe.training.trainable = "methods"
+    found = count_trained(recipe)
+    assert 0 < found.total < whole.total and found.expert == whole.expert
+    if methods and not whole.expert:
+        assert found.total == whole.total - Parts.of(base).whole.total
+
+
+def test_a_plan_says_how_many_train_and_refuses_patterns():
+    recipe = recipe_of("token", "target")
+    assert "train" not in str(plan(recipe).table().renderables[0].columns[0]._cells)
+    recipe.training.trainable = ["encoder.*"]
+    assert "of these train" in plan(recipe).table().renderables[0].columns[0]._cells
+    recipe.training.trainable = ["encoder.77.*"]
+    with pytest.raises(UserError, match="which matches no parameter"):
+        plan(recipe)
 
 
 def test_memory_formulas():

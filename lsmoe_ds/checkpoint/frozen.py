@@ -2,8 +2,8 @@
 
 ``RUN/frozen/`` holds them whole, by global name and in the type in which the run computes, as
 :func:`lsmoe_ds.checkpoint.tensors.save_tensors` writes them, with a ``manifest.json`` of sizes and checksums.
-Each checkpoint's ``state.json`` has the checksum of that manifest: any of them tells a base that was changed or
-lost, and a run folder can be copied elsewhere.
+Each checkpoint's ``state.json`` has the checksum of that manifest: any of them tells a base that was changed
+or lost, and a run folder can be copied elsewhere.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def frozen_parameters(engine: Any, topology: Topology) -> dict[str, tuple[nn.Par
 
 
 def write_frozen(engine: Any, run: Path, topology: Topology) -> str | None:
-    """Write the frozen base of a run and return the sha256 of its manifest, or None where all parameters train.
+    """Write the frozen base of a run and return the sha256 of its manifest; None where all parameters train.
 
     Called by every rank: the main one collects the parameters from the others, one after another. Raises
     UserError, on all of them, if it cannot be written.

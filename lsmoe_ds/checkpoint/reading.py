@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lsmoe_ds.checkpoint.frozen import open_frozen
 from lsmoe_ds.checkpoint.run_folder import FROZEN, frozen_damage
-from lsmoe_ds.checkpoint.tensors import Entry, Files, Tensors
+from lsmoe_ds.checkpoint.tensors import BUFFERS, KEPT, Entry, Files, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, damage, is_count, read_fields
 from lsmoe_ds.notices import counted
@@ -56,19 +56,22 @@ def read_checkpoint(checkpoint: Path) -> Consolidated:
     if wrong := wrong or frozen_damage(checkpoint, state, checksums=False):
         raise UserError(f"{checkpoint} is damaged: {wrong}")
     tensor = state["tensor"]
-    collector = _Collector(tensor, state["partition"], Files(_load, checker(checkpoint, described)))
+    buffers, files = state.get(BUFFERS, []), Files(_load, checker(checkpoint, described))
+    if not isinstance(buffers, list):
+        raise UserError(f"{checkpoint} is damaged: '{BUFFERS}' of state.json should be a list")
+    collector = _Collector(tensor, state["partition"], buffers, files)
     for name in names:
         part = MODEL_FILE.fullmatch(name)
         collector.add(checkpoint / name, None if part is None else int(part.group(1)))
     if sorted(collector.ranks) != list(range(len(collector.ranks))) or len(collector.ranks) != tensor:
         ranks = f"{len(collector.ranks)} of {counted(tensor, 'tensor-parallel rank')}"
         raise UserError(f"{checkpoint} is damaged: it holds the weights of {ranks}")
-    weights, files = collector.tensors(checkpoint), {name: described[name]["sha256"] for name in names}
+    weights, sums = collector.tensors(checkpoint), {name: described[name]["sha256"] for name in names}
     if state.get(FROZEN) is None:
-        return Consolidated(state["step"], weights, files)
-    frozen, files_of_frozen = open_frozen(checkpoint.resolve().parent.parent)
+        return Consolidated(state["step"], weights, sums)
+    frozen, sums_of_frozen = open_frozen(checkpoint.resolve().parent.parent)
     whole = Tensors(frozen.entries | weights.entries)
-    return Consolidated(state["step"], whole, files_of_frozen | files, frozenset(frozen))
+    return Consolidated(state["step"], whole, sums_of_frozen | sums, frozenset(frozen))
 
 
 class _Part(NamedTuple):
@@ -77,12 +80,14 @@ class _Part(NamedTuple):
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass
 class _Collector:
     tensor: int
     partition: dict[str, int]  # dimension that is spread over tensor-parallel ranks, by global name
+    buffers: list[str]
     files: Files[dict[str, Tensor]]
     parts: dict[str, dict[int, _Part]] = field(default_factory=dict)  # by tensor-parallel rank
     ranks: set[int] = field(default_factory=set)
@@ -96,7 +101,8 @@ class _Collector:
             whole = global_name(name, 0, 0) if rank is None else name
             # What is the same on all ranks is taken from the first.
             number = (rank or 0) if whole in self.partition else 0
-            self.parts.setdefault(whole, {}).setdefault(number, _Part(file, name, tuple(value.shape)))
+            part = _Part(file, name, tuple(value.shape), value.dtype)
+            self.parts.setdefault(whole, {}).setdefault(number, part)
 
     def tensors(self, checkpoint: Path) -> Tensors:
         entries = {}
@@ -109,18 +115,21 @@ class _Collector:
                     found = counted(len(parts), "part")
                     raise UserError(f"{checkpoint} is damaged: its {found} of {name} cannot make a whole")
                 shape[dimension] *= self.tensor
-            entries[name] = self._entry(tuple(shape), dimension, [parts[rank] for rank in sorted(parts)])
+            entry = self._entry(tuple(shape), dimension, [parts[rank] for rank in sorted(parts)])
+            entries[name] = entry._replace(is_buffer=name in self.buffers)
         return Tensors(entries)
 
     def _entry(self, shape: tuple[int, ...], dimension: int | None, parts: list[_Part]) -> Entry:
+        dtype = parts[0].dtype if parts[0].dtype in KEPT.values() else torch.float32
+
         def make() -> Tensor:
-            whole = torch.empty(shape)
+            whole = torch.empty(shape, dtype=dtype)
             into = [whole] if dimension is None else whole.chunk(len(parts), dimension)
             for part, place in zip(parts, into, strict=True):
-                place.copy_(self.files.get(part.file, 4 * place.numel())[part.name])
+                place.copy_(self.files.get(part.file, place.nbytes)[part.name])
             return whole
 
-        return Entry(shape, make)
+        return Entry(shape, make, dtype)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -54,8 +54,8 @@ def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topolog
 
 @torch.no_grad()
 def load_weights(engine: Any, weights: Mapping[str, Tensor], topology: Topology) -> None:
-    """Load whole weights and buffers, by global name, into an engine of any layout, and into the float32 copies
-    that its optimizer steps. Called by every rank.
+    """Load whole weights and buffers, by global name, into an engine of any layout, and into the float32
+    copies that its optimizer steps. Called by every rank.
     """
     model: nn.Module = engine.module
     names = global_names(model, topology)

@@ -135,8 +135,8 @@ def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
 
 
 def frozen_damage(checkpoint: Path, state: dict[str, Any], checksums: bool) -> str | None:
-    """Say what is wrong with the frozen base that a checkpoint's ``state.json`` refers to; None if nothing is, or
-    it refers to none.
+    """Say what is wrong with the frozen base that a checkpoint's ``state.json`` refers to; None if nothing
+    is, or it refers to none.
     """
     wanted = state.get(FROZEN)
     if wanted is None:

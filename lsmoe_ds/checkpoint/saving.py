@@ -30,10 +30,11 @@ from lsmoe_ds.checkpoint.optimizer import open_optimizer
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.resharding import load_frozen, load_resharded, write_pieces
 from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, to_remove
+from lsmoe_ds.checkpoint.tensors import BUFFERS
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, read_json, sync, write_json
 from lsmoe_ds.parallel import compat
-from lsmoe_ds.parallel.parameters import global_name, global_names, partition_dimension
+from lsmoe_ds.parallel.parameters import global_name, global_names, named_state, partition_dimension, places
 from lsmoe_ds.parallel.topology import Topology
 
 UNFINISHED = ".writing-"
@@ -83,6 +84,8 @@ class Saver:
         Raises UserError, here or in :meth:`finish`, if it cannot be written.
         """
         self.finish()
+        if self.frozen is None:
+            self.frozen = write_frozen(engine, self.run, self.topology)
         topology, folder = self.topology, self.run / "checkpoints"
         partial, final = folder / f"{UNFINISHED}step-{step}", folder / f"step-{step}"
         if topology.is_main:
@@ -90,8 +93,6 @@ class Saver:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        if self.frozen is None:
-            self.frozen = write_frozen(engine, self.run, topology)
         frozen = frozen_parameters(engine, topology)
         with _explained(partial, final, topology.is_main):
             # DeepSpeed has put the global number of the expert into its names.
@@ -104,6 +105,10 @@ class Saver:
                 state: dict[str, Any] = {"step": step, **layout(engine, topology), "dev_loss": dev_loss}
                 state |= {"position": position, "partition": partition}
                 state |= {} if self.frozen is None else {FROZEN: self.frozen}
+                held = {name for name, _ in engine.module.named_buffers()}
+                stored = places(engine.module, topology).items()
+                buffers = sorted(name for name, (local, _) in stored if local in held)
+                state |= {BUFFERS: buffers} if buffers else {}
                 write_json(partial / "state.json", state)
             dist.barrier()
         self._unfinished = self._thread.submit(self._complete, partial, final)
@@ -210,9 +215,9 @@ def _explained(partial: Path, final: Path, main: bool) -> Iterator[None]:
 
 
 def _gather_partition(model: torch.nn.Module, topology: Topology) -> dict[str, int]:
-    """Dimension of each parameter that is spread over tensor-parallel ranks, by global name."""
+    """Dimension of each parameter and buffer that is spread over tensor-parallel ranks, by global name."""
     names = global_names(model, topology)
-    dimensions = {names[name]: partition_dimension(parameter) for name, parameter in model.named_parameters()}
+    dimensions = {names[name]: partition_dimension(value) for name, value in named_state(model)}
     return {name: dimension for name, dimension in dimensions.items() if dimension is not None}
 
 

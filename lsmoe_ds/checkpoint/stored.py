@@ -68,7 +68,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Weights:
-    """All parameters by global name, float32, and the step and files they come from."""
+    """All parameters, float32, and buffers by global name, and the step and files they come from."""
 
     tensors: Mapping[str, Tensor]
     step: int
@@ -176,9 +176,14 @@ def _mean(stored: Stored, average: int) -> Weights:
 
         return Entry(shape, make)
 
-    last = parts[-1]
-    entries = last.weights.entries
-    mean = Tensors({name: each if name in last.frozen else entry(name, each.shape) for name, each in entries.items()})
+    last, whole = parts[-1], parts[-1].weights.entries
+    for name in [name for name, each in whole.items() if each.is_buffer]:
+        for path, part in zip(chosen, parts, strict=True):
+            if not torch.equal(part.weights[name], last.weights[name]):
+                both = f"--average: {name} differs between checkpoints {path.name} and {here.name}"
+                raise UserError(f"{both}, and is no weight that has a mean: leave --average out")
+    kept = {name: each for name, each in whole.items() if each.is_buffer or name in last.frozen}
+    mean = Tensors({name: entry(name, each.shape) for name, each in whole.items()} | kept)
     files = {f"{path.name}/{name}": value for path, part in zip(chosen, parts, strict=True) for name, value in part.files.items()}
     return Weights(mean, parts[-1].step, files)
 

@@ -28,6 +28,7 @@ AT_ONCE = 2**28  # bytes that are read of mapped files before they are opened an
 # Types that stay what they are when they are read, by safetensors' names; others, of weights, become float32.
 KEPT = {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 KEPT |= {"U8": torch.uint8, "BOOL": torch.bool}
+BUFFERS = "buffers"  # in the metadata of a file: which of its tensors are no parameters
 T = TypeVar("T")
 
 
@@ -37,6 +38,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
     dtype: torch.dtype = torch.float32
+    is_buffer: bool = False  # state that is no parameter
 
     @property
     def numbers(self) -> int:
@@ -82,8 +84,8 @@ class Tensors(Mapping[str, Tensor]):
 
     @property
     def numbers(self) -> int:
-        """The number of values in all tensors."""
-        return sum(entry.numbers for entry in self.entries.values())
+        """The number of values in all parameters."""
+        return sum(entry.numbers for entry in self.entries.values() if not entry.is_buffer)
 
 
 class Files(Generic[T]):
@@ -145,8 +147,10 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str = "model
 
 
 def _save(tensors: Tensors, names: list[str], path: Path) -> None:
+    buffers = [name for name in names if tensors.entries[name].is_buffer]
+    metadata = {"format": "pt"} | ({BUFFERS: json.dumps(buffers)} if buffers else {})
     try:
-        safetensors.torch.save_file({name: _apart(tensors[name]) for name in names}, path, {"format": "pt"})
+        safetensors.torch.save_file({name: _apart(tensors[name]) for name in names}, path, metadata)
     except safetensors.SafetensorError as error:
         if "No space left" in str(error):  # it reports a full disk as an error of its own
             raise OSError(errno.ENOSPC, str(error)) from None
@@ -169,10 +173,11 @@ def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None
 
     def entries(path: Path) -> dict[str, Entry]:
         opened = files.get(path)
-        found = {}
+        buffers, found = _buffers(path, opened), {}
         for name in opened.keys():  # noqa: SIM118
             part = opened.get_slice(name)
-            found[name] = _entry(files, path, name, tuple(part.get_shape()), KEPT.get(part.get_dtype(), torch.float32))
+            entry = _entry(files, path, name, tuple(part.get_shape()), KEPT.get(part.get_dtype(), torch.float32))
+            found[name] = entry._replace(is_buffer=name in buffers)
         return found
 
     return _join(folder, stem, "safetensors", entries)
@@ -213,6 +218,17 @@ def _join(folder: Path, stem: str, ending: str, read: Callable[[Path], dict[str,
     if missing:
         raise UserError(f"{folder} is damaged: {wanted[missing[0]]} lacks {missing[0]}")  # type: ignore[index]
     return Tensors(entries)
+
+
+def _buffers(path: Path, opened: Any) -> list[str]:
+    """Return which tensors of an open file are buffers."""
+    try:
+        names = json.loads((opened.metadata() or {}).get(BUFFERS, "[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is damaged: its '{BUFFERS}' should be a list of names")
+    return names
 
 
 def _entry(files: Files[Any], path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:

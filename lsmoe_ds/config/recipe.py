@@ -135,8 +135,8 @@ else:
 
 
 class Training(Section):
-    """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names match
-    one of the glob patterns.
+    """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
+    match one of the glob patterns.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"clip": "max_grad_norm", "patience": "hang_timeout"}

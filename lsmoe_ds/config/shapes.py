@@ -6,7 +6,7 @@ here: a plan of billions of parameters must take no time. H hidden, F feed-forwa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SideName = Literal["encoder", "decoder"]
 Sublayer = Literal["attention", "cross_attention", "feed_forward"]
 Split = Literal["column", "row"]  # what tensor-parallel ranks share out: the outputs, or the inputs
-LinearShapes = Mapping[str, tuple[int, int, Split]]  # inputs, outputs and split of each linear layer, by name
+LinearShapes = dict[str, tuple[int, int, Split]]  # inputs, outputs and split of each linear layer, by name
 
 
 @dataclass(frozen=True)

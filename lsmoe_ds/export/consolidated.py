@@ -38,8 +38,9 @@ def write_files(
     state = read_fields(optimizer_of.weights_in / STATE, step=int, position=dict)
     optimizer = open_optimizer(optimizer_of.weights_in, verify=True)
     frozen = read_checkpoint(optimizer_of.weights_in).frozen
-    trained = Tensors({name: each for name, each in weights.entries.items() if name not in frozen})
-    names += save_tensors(_tensors(optimizer, trained), folder, STEM)
+    entries = weights.entries.items()
+    stepped = {name: each for name, each in entries if name not in frozen and not each.is_buffer}
+    names += save_tensors(_tensors(optimizer, Tensors(stepped)), folder, STEM)
     write_json(folder / STATE, {"step": state["step"], "optimizer_step": optimizer.step, "position": state["position"]})
     return [*names, STATE]
 

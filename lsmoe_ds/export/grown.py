@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsmoe_ds.checkpoint.stored import RECIPE, VOCABULARY, Stored, name_of
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors
@@ -31,12 +31,12 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
-from lsmoe_ds.model.initialization import draw
+from lsmoe_ds.model.initialization import draw, is_drawn
 from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.moe.routers import assign
 from lsmoe_ds.notices import counted
-from lsmoe_ds.parallel.parameters import global_names
+from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
 
 EXPERT = re.compile(r"(.+\.feed_forward\.)experts\.(\d+)\.(.+)")
@@ -83,8 +83,9 @@ def grow(weights: Mapping[str, Tensor], before: Recipe, after: Recipe, vocabular
     ``vocabulary`` is the trained model's. Raises UserError where the recipes differ in more than can be
     grown.
     """
-    old, shapes = Tensors.of(weights), _shapes(after)
-    grown = _Grown(old, before, after, vocabulary, like)
+    old, state = Tensors.of(weights), _state(after)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    grown = _Grown(old, before, after, vocabulary, like, state)
     for name in old:
         at, _, rest = name.rpartition("feed_forward.")
         if name not in shapes and f"{at}feed_forward.experts.0.{rest}" not in shapes:
@@ -92,14 +93,24 @@ def grow(weights: Mapping[str, Tensor], before: Recipe, after: Recipe, vocabular
     return Tensors({name: grown.entry(name, shape) for name, shape in shapes.items()})
 
 
-def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+def _state(recipe: Recipe) -> dict[str, Tensor]:
+    """Return parameters and buffers of a recipe's model, on no device, by global name."""
     model = outline(recipe, recipe.data.vocabulary.size)
     names = global_names(model, Topology.single())
-    return {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {names[name]: value for name, value in named_state(model)}
 
 
 class _Grown:
-    def __init__(self, weights: Tensors, before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness) -> None:
+    def __init__(
+        self,
+        weights: Tensors,
+        before: Recipe,
+        after: Recipe,
+        vocabulary: Vocabulary,
+        like: Likeness,
+        state: Mapping[str, Tensor],
+    ) -> None:
+        self.state = state
         self.weights, self.before, self.after, self.vocabulary = weights, before, after, vocabulary
         self.old, self.new = before.languages, after.languages
         self.methods = methods_of(after, Topology.single())
@@ -146,10 +157,19 @@ class _Grown:
     def _of_method(self, method: Method, name: str, shape: tuple[int, ...]) -> Entry:
         """Return a method's parameter: with the rows that languages had, or drawn where the model had none."""
         if name not in self.weights:
-            return Entry(shape, lambda: self._drawn(name, shape))
+            value = self.state[name]
+            is_buffer = not isinstance(value, nn.Parameter)
+            if is_buffer and not is_drawn(name, self.methods):
+                raise UserError(f"{name} cannot be added: nothing says what it begins as")
+            return Entry(shape, lambda: self._drawn(name, shape), value.dtype, is_buffer)
+        if len(shape) != 2:
+            return self._same(name, shape, name)
         before = next(each for each in methods_of(self.before, Topology.single()) if each.name == method.name)
         old, new = (each.language_rows(name, shape[-1]) for each in (before, method))
-        return self._same(name, shape, name) if not old else Entry(shape, lambda: self._by_language(name, shape, old, new))
+        if not old:
+            return self._same(name, shape, name)
+        entry = self.weights.entries[name]
+        return entry._replace(shape=shape, make=lambda: self._by_language(name, shape, old, new))
 
     def _same(self, name: str, shape: tuple[int, ...], source: str) -> Entry:
         found = self.weights.shape(source) if source in self.weights else None
@@ -173,7 +193,7 @@ class _Grown:
         return f"{at}experts.{source}.{rest}"
 
     def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return draw(name, list(shape), self.after.training.seed, self.methods)
+        return draw(name, list(shape), self.after.training.seed, self.methods).to(self.state[name].dtype)
 
     def _embedding(self, shape: tuple[int, ...]) -> Tensor:
         """Return the embedding: rows keep their places, and those of new tags come last."""

@@ -19,7 +19,7 @@ from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, neve
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.transformer import Transformer
-from lsmoe_ds.parallel.parameters import global_names
+from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts
 
@@ -113,9 +113,19 @@ def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch
     model = empty_model(recipe, vocabulary, tensors, topology)
     names = global_names(model, topology)
     model.load_state_dict({local: tensors[name] for local, name in names.items()}, assign=True)
+    _make_buffers(model, recipe, vocabulary)
     model.to(device).eval().requires_grad_(False)
     model.pack()
     return model
+
+
+def _make_buffers(model: Transformer, recipe: Recipe, vocabulary: int) -> None:
+    """Give a model the buffers that are not stored, as its modules make them."""
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    made = dict(Transformer(recipe, vocabulary).named_buffers()) if left else {}
+    for name in left:
+        at, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(at), attribute, made[name])
 
 
 def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Topology) -> Transformer:
@@ -126,7 +136,7 @@ def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Top
     with torch.device("meta"):  # without drawing weights that are replaced at once
         model = Transformer(recipe, vocabulary, topology)
     names = global_names(model, topology)
-    shapes = {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {names[name]: tuple(value.shape) for name, value in named_state(model)}
     for name in sorted(shapes.keys() | tensors.keys()):
         wanted = shapes.get(name)
         found = tensors.shape(name) if name in tensors else None

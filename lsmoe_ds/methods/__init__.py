@@ -1,1 +1,1 @@
-"""Define the hooks of a method (``base``), and list the methods that there are (``registry``)."""
+"""The hooks of a method (``base``), what layers know of the sentences, and a room for each method."""

@@ -39,7 +39,12 @@ class StepSize:
 
 
 class Method:
-    """What one method adds to a training. Each hook has a default that adds nothing."""
+    """What one method adds to a training. Each hook has a default that adds nothing.
+
+    Its modules may have state that is no parameter, such as masks: persistent buffers are stored, resumed,
+    resharded and exported as parameters are, in their own type. If a buffer is spread over tensor-parallel
+    ranks, each holds its part, marked by :func:`lsmoe_ds.parallel.compat.mark_tensor_parallel`.
+    """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
@@ -68,9 +73,13 @@ class Method:
 
     def initial(self, name: str) -> Draw | None:
         """Return how a parameter of this method is drawn, by its global name; None for all others, and for weights,
-        biases and norms that are drawn as the model's own are.
+        biases and norms that are drawn as the model's own are. A buffer without one stays as it was made.
         """
         return None
+
+    def is_spread(self, name: str) -> bool:
+        """Tell whether tensor-parallel ranks share out a parameter of this method, by its global name."""
+        return False
 
     def check_merge(self, route: Route) -> None:
         """Raise UserError, with the reason, if no dense model computes the same by this route."""

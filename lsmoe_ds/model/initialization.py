@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lsmoe_ds.methods.base import Method
-from lsmoe_ds.parallel.parameters import global_names, partition_dimension
+from lsmoe_ds.parallel.parameters import global_names, named_state, partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -27,15 +27,22 @@ def initialize(model: Transformer, seed: int, topology: Topology) -> None:
     of methods as these say.
     """
     names = global_names(model, topology)
-    for name, parameter in model.named_parameters():
-        dimension = partition_dimension(parameter)
-        shape = list(parameter.shape)
+    for name, value in named_state(model):
+        if not isinstance(value, nn.Parameter) and not is_drawn(names[name], model.methods):
+            continue
+        dimension = partition_dimension(value)
+        shape = list(value.shape)
         if dimension is not None:
             shape[dimension] *= topology.tensor
         whole = draw(names[name], shape, seed, model.methods)
         if dimension is not None:
             whole = whole.chunk(topology.tensor, dimension)[topology.tensor_rank]
-        parameter.copy_(whole)
+        value.copy_(whole)
+
+
+def is_drawn(name: str, methods: Sequence[Method]) -> bool:
+    """Tell whether one of the methods says how a parameter or buffer of this global name is drawn."""
+    return any(method.initial(name) is not None for method in methods)
 
 
 def draw(name: str, shape: list[int], seed: int, methods: Sequence[Method] = ()) -> Tensor:

@@ -186,8 +186,8 @@ class Experts(nn.Module):
         super().__init__()
         self.deepspeed_experts = nn.ModuleList(experts)
         # Where ranks reduce gradients together, every parameter must have one on every rank, so in training an expert
-        # without tokens runs over zero rows, unless all are frozen. One rank alone fills in the missing ones once
-        # a step, which is cheaper.
+        # without tokens runs over zero rows, unless all are frozen. One rank alone fills in the missing ones
+        # once a step, which is cheaper.
         self.run_idle = topology.world > 1
         for parameter in self.parameters():
             mark_expert_parameter(parameter, topology.expert)

@@ -165,8 +165,8 @@ class _SumTogether(torch.autograd.Function):
 
 
 def copy_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Return tensors that all ranks hold alike, for each to do its part with; their gradients are summed, by one
-    all-reduce, in which those take no part that need none.
+    """Return tensors that all ranks hold alike, for each to do its part with; their gradients are summed, by
+    one all-reduce, in which those take no part that need none.
     """
     copies = iter(_CopyTogether.apply(group, *[tensor for tensor in tensors if tensor.requires_grad]))
     return tuple(next(copies) if tensor.requires_grad else tensor for tensor in tensors)

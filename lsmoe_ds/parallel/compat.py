@@ -275,8 +275,8 @@ def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
 
 
 def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Return groups of the parameters that train, as DeepSpeed wants them: those of experts apart, under the name
-    of their process groups.
+    """Return groups of the parameters that train, as DeepSpeed wants them: those of experts apart, under the
+    name of their process groups.
     """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
@@ -293,7 +293,7 @@ def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
 
 @contextlib.contextmanager
 def knowing_what_trains(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, an engine whose optimizer steps no experts takes its model for a dense one, as soon as the expert
+    """Inside, an engine whose optimizer steps no experts takes its model for a dense one, once the expert
     groups are known: DeepSpeed insists that a model with layers of experts trains some.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine

@@ -39,9 +39,9 @@ def column_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
 
     class ColumnLinear(_WithoutTuple, ColumnParallelLinear):
         def forward(self, x: Tensor) -> Tensor:
-            if self.weight.requires_grad:
+            if self.weight.requires_grad and self.bias.requires_grad:
                 return super().forward(x)
-            # Megatron's own layer with a frozen weight would give a bias that trains no gradient.
+            # Megatron's layer gives no gradient to a bias beside a frozen weight, and else computes one always.
             copied = copy_to_tensor_model_parallel_region(x)
             out: Tensor = F.linear(copied, self.weight, self.bias)  # type: ignore[arg-type]
             return out

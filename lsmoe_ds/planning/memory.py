@@ -13,6 +13,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, SideName, SublayerShape, shapes_of
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, passes
+from lsmoe_ds.planning.trained import count_trained
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 PROCESS = 480 * 2**20  # measured on Linux: Python, torch, DeepSpeed, Megatron-core and their threads, with nothing loaded
@@ -50,12 +51,13 @@ def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
 
 
 def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
-    """Memory of one rank, with v bytes a value (4 or 2), d dense and e expert parameters of it (:func:`local_parameters`).
+    """Memory of one rank, with v bytes a value (4 or 2) and n parameters of it (:func:`local_parameters`), of
+    which d dense ones and e of experts train (:func:`lsmoe_ds.planning.trained.count_trained`).
 
     ZeRO partitions dense state over the D = world / tensor data ranks, experts' over the X = world / expert ranks that
     hold the same ones; p = d / D + e / X::
 
-        weights     v (d + e)            in every stage
+        weights     v n                  in every stage
         gradients   v (d + e)            stages 0 and 1;    v p   in stage 2
         optimizer   8 (d + e)            stage 0 in float32: Adam's two float32 moments
                     12 (d + e)           stage 0 in bfloat16: and a float32 copy of the weights
@@ -63,15 +65,16 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
 
     What comes and goes: :func:`activations` and :func:`buffers`.
     """
-    value, layout, count = VALUE_BYTES[precision], recipe.parallel, Parts.of(recipe).whole
-    dense, experts = local_parameters(count, layout.tensor, layout.expert)
+    value, layout = VALUE_BYTES[precision], recipe.parallel
+    held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
+    dense, experts = local_parameters(count_trained(recipe), layout.tensor, layout.expert)
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
     state = (8 if value == 4 else 12) * own if stage == 0 else 12 * part
     return Memory(
         precision=precision,
         stage=stage,
-        weights=value * own,
+        weights=value * held,
         gradients=value * (part if stage == 2 else own),
         optimizer=state,
         activations=activations(recipe, value),

@@ -1,7 +1,8 @@
 """``lsmoe plan``: what a recipe costs, computed from the recipe alone. The formulas are in :mod:`lsmoe_ds.planning.costs` and
 :mod:`lsmoe_ds.planning.memory`.
 
-No model is built and torch is not imported, so a plan of many billion parameters takes no time and little memory.
+No model is built and torch is not imported, so a plan of many billion parameters takes no time and little
+memory; only where not all parameters train, an outline of the model tells which.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lsmoe_ds.moe.costs import Exchange, exchanges
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.costs import LENGTH, VALUE_BYTES, Flops, Parts, flops, step_bytes
 from lsmoe_ds.planning.memory import PROCESS, Memory, memory
+from lsmoe_ds.planning.trained import count_trained
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,6 +37,7 @@ class Plan:
     precision: str  # what the recipe's DeepSpeed configuration asks for
     stage: int
     parameters: Parts
+    trained: int  # of the parameters
     serving: Parts
     routes: dict[str, Parts]  # what serves all directions by the specific, and by the shared route, where these are not the whole
     memory: list[Memory]
@@ -51,6 +54,7 @@ class Plan:
             "name": self.name,
             "layout": {"world": self.world, "tensor": self.tensor, "expert": self.expert, "data": self.world // self.tensor},
             "parameters": self.parameters.to_dict(),
+            "trained": self.trained,
             "serving": self.serving.to_dict(),
             "routes": {route: parts.to_dict() for route, parts in self.routes.items()},
             "recipe_precision": self.precision,
@@ -88,6 +92,8 @@ class Plan:
         counts = [each.to_dict() for each in (self.parameters, self.serving, *self.routes.values())]
         for part in counts[0]:
             sizes.add_row(part, *("tied" if part == "output" else human(count[part]) for count in counts))
+        if self.trained < self.parameters.whole.total:
+            sizes.add_row("of these train", human(self.trained), *("-" for _ in counts[1:]))
         parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak")
         memories = table(f"memory of each rank; {layout}; peak with {in_bytes(PROCESS)} of the process itself", "", *parts)
         for each in self.memory:
@@ -167,6 +173,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         precision=precision,
         stage=stage,
         parameters=parts,
+        trained=count_trained(recipe).total,
         serving=Parts.of(recipe, serving=True),
         routes=routes(recipe),
         memory=[memory(recipe, world, stage, precision) for precision in VALUE_BYTES for stage in STAGES],

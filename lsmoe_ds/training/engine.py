@@ -19,13 +19,13 @@ from lsmoe_ds.data.batching import Batch, Step
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.methods.base import StepSize, Totals
 from lsmoe_ds.methods.context import Route
+from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Losses, Transformer
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
-from lsmoe_ds.training.freezing import freeze
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")
@@ -90,6 +90,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     model = Transformer(recipe, vocabulary, topology)
     initialize(model, recipe.training.seed, topology)
     freeze(model, recipe, topology)
+    spread = {name: partition_dimension(buffer) for name, buffer in model.named_buffers()}
     training = recipe.training
     optimizer = torch.optim.AdamW(
         compat.optimizer_groups(model),
@@ -107,6 +108,9 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         wrong = error.errors()[0]
         key, found, why = ".".join(map(str, wrong["loc"])), wrong["input"], wrong["msg"].lower()
         raise SharedError(f"the DeepSpeed configuration has {found!r} for '{key}': {why}") from None
+    for name, buffer in model.named_buffers():  # without its mark where DeepSpeed has moved it
+        if (dimension := spread[name]) is not None:
+            compat.mark_tensor_parallel(buffer, dimension)
     limit = clipping_limit(recipe)
     compat.complete_engine(engine, lambda: clip_gradients(model, limit, topology), STAGE_0_BUCKET)
     return engine

@@ -24,13 +24,13 @@ from lsmoe_ds.inference.load import empty_model
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
+from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import check_precision
-from lsmoe_ds.training.freezing import freeze
 from lsmoe_ds.training.schedules import inverse_square_root
 
 STARTS = ("consolidated", "hybrid", "dense", "huggingface")  # kinds of converted folders that a training begins with

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.config.shapes import attention_linears, feed_forward_linears
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Draw, Method
 from lsmoe_ds.methods.context import SHARED, Route
 from lsmoe_ds.methods.low_rank.bank import FLAT, NAME, VERTICAL, LowRankBank, indexes, rows_of
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.methods.sites import LinearSite
+
+SPLITS = {name: split for name, (_, _, split) in (attention_linears(1) | feed_forward_linears(1, 1)).items()}
 
 
 class LowRankMatrices(Method):
@@ -25,6 +28,12 @@ class LowRankMatrices(Method):
     def make(self, site: LinearSite) -> LowRankBank:
         """Return the bank of one linear layer."""
         return LowRankBank(site, self.section, self.languages, self.topology)
+
+    def is_spread(self, name: str) -> bool:
+        """Tell whether it is the vertical matrix beside a column linear, or the flat one beside a row linear."""
+        at, _, matrix = name.rpartition(".")
+        linear = at.removesuffix(f"_{NAME}").rpartition(".")[2]
+        return matrix == ("vertical" if SPLITS.get(linear) == "column" else "flat") and self.owns(name)
 
     def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, Entry]:
         """Return W + V F."""

@@ -39,8 +39,8 @@ def choose(
     for pattern in trainable:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
-            found = f"'training.trainable' has '{pattern}', which matches no parameter{nearest(pattern, names)}"
-            raise UserError(f"{found}: give patterns of global names")
+            found = f"'training.trainable' has '{pattern}', which matches no parameter"
+            raise UserError(f"{found}{nearest(pattern, names)}: give patterns of global names")
         chosen |= matched
     if not chosen:
         found = "'training.trainable' is an empty list, by which nothing trains"
@@ -58,7 +58,7 @@ def choose(
 
 
 def freeze(model: Transformer, recipe: Recipe, topology: Topology) -> None:
-    """Freeze all parameters but those that train. Raises SharedError, on every rank, where :func:`choose` raises."""
+    """Freeze all parameters but those that train. Raises SharedError on all ranks as :func:`choose` does."""
     trainable = recipe.training.trainable
     if trainable == "all":
         return

@@ -1,0 +1,43 @@
+"""Count what trains of a recipe's model, by ``training.trainable``."""
+
+from __future__ import annotations
+
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.shapes import Count
+from lsmoe_ds.planning.costs import Parts
+
+
+def count_trained(recipe: Recipe) -> Count:
+    """Count the parameters that train, by how ranks hold them.
+
+    Unless all do, that takes the names of all parameters: an outline of the model is made, without weights.
+    Raises UserError where :func:`lsmoe_ds.model.freezing.choose` does.
+    """
+    if recipe.training.trainable == "all":
+        return Parts.of(recipe).whole
+    # torch is not imported for a plan that does without.
+    from lsmoe_ds.methods.sites import Linears
+    from lsmoe_ds.model.freezing import freeze
+    from lsmoe_ds.model.transformer import outline
+    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.parallel.topology import Topology
+
+    model = outline(recipe, recipe.data.vocabulary.size)
+    freeze(model, recipe, Topology.single())
+    spread = {"embedding.tokens.weight"}
+    for at, module in model.named_modules():
+        if isinstance(module, Linears):
+            for name, (_, _, split) in module.shapes.items():
+                own = (".weight", ".bias") if split == "column" else (".weight",)
+                spread |= {f"{at}.{name}{part}" for part in own}
+    total = Count()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if compat.is_expert_parameter(parameter):
+            total += Count(expert=parameter.numel())
+        elif name in spread or any(method.is_spread(name) for method in model.methods):
+            total += Count(split=parameter.numel())
+        else:
+            total += Count(whole=parameter.numel())
+    return total
