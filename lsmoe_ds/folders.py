@@ -1,4 +1,4 @@
-"""Folders and files that are whole or absent: written beside their place, synced, then renamed."""
+"""Write folders and files whole or not at all: beside their place, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted
 
 BLOCK = 1 << 20
-# What a path can be guilty of, so that it is told in a sentence; anything else is a fault of the program or the machine.
+# Errors that a wrong path can cause; these become a UserError. Others are faults of the program or the
+# machine.
 UNWRITABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 }
@@ -34,26 +35,25 @@ def sha256(path: Path) -> str:
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size in bytes and sha256 of each file, by its name below ``folder``."""
+    """Return the size in bytes and the sha256 of each file, by its name below ``folder``."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
 
 
 def is_plain(name: object) -> bool:
-    """Whether this is the name of a file below a folder, as we write them: ``train/de-en/de.txt``, not
-    ``../x`` or ``/x``.
-    """
+    """Tell whether this names a file below a folder: ``train/de-en/de.txt``, not ``../x`` or ``/x``."""
     plain = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256
     return plain and all(part.strip(".") for part in str(name).split("/"))
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether this, out of a JSON file, is a whole number that counts something."""
+    """Tell whether a value from a JSON file is a count: a whole number from 0 to below 2^63."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def damage(folder: Path, files: Any, verify: bool) -> str | None:
-    """What is wrong with the files of a folder, by :func:`describe_files`; sums are compared only with
-    ``verify``.
+    """Describe what is wrong with the files of a folder, or return None.
+
+    ``files`` is what :func:`describe_files` recorded. Checksums are compared only with ``verify``.
     """
     if not isinstance(files, dict):
         return f"{folder} does not say which files it has"
@@ -74,7 +74,10 @@ def damage(folder: Path, files: Any, verify: bool) -> str | None:
 
 
 def checker(folder: Path, files: dict[str, dict[str, Any]]) -> Callable[[Path], None]:
-    """Of a file in the folder: raises UserError if its sum is not what :func:`describe_files` noted."""
+    """Return a function that checks a file of the folder against the checksum in ``files``.
+
+    It raises UserError if the checksum is not the one that :func:`describe_files` recorded.
+    """
 
     def check(path: Path) -> None:
         if wrong := damage(folder, {path.name: files.get(path.name)}, verify=True):
@@ -84,7 +87,7 @@ def checker(folder: Path, files: dict[str, dict[str, Any]]) -> Callable[[Path], 
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file or it holds none."""
+    """Return the JSON object in a file; None if the file does not exist or holds no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -96,7 +99,7 @@ KINDS = {int: "a count", float: "a number", str: "text", dict: "an object"}
 
 
 def read_fields(path: Path, **fields: type) -> dict[str, Any]:
-    """The JSON object in a file, after :func:`check_fields`. Raises UserError also if there is none."""
+    """Return a file's JSON object, checked by :func:`check_fields`. Raises UserError if there is none."""
     value = read_json(path)
     if value is None:
         raise UserError(f"{path} is damaged: it holds no JSON object" if path.exists() else f"{path} is missing")
@@ -105,9 +108,7 @@ def read_fields(path: Path, **fields: type) -> dict[str, Any]:
 
 
 def check_fields(path: Path, value: Any, **fields: type) -> None:
-    """Raises UserError unless a value out of a file is an object with these ``fields`` and each is what
-    :data:`KINDS` says.
-    """
+    """Raise UserError unless a value from a file is an object with these ``fields`` of the given types."""
     for name, kind in fields.items():
         if not isinstance(value, dict) or not _is(value.get(name), kind):
             raise UserError(f"{path} is damaged: '{name}' should be {KINDS[kind]}")
@@ -124,15 +125,15 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place, synced, then renamed. Symbolic links stay and are
-    written through.
+    """Write a file whole or not at all: beside its place, synced, then renamed.
 
-    Raises UserError if it cannot be written.
+    A symbolic link stays, and its target is written. Raises UserError if the file cannot be written.
     """
     given, path = path, resolved(path)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # two nodes may write at once
     try:
-        # A lone surrogate, which a JSON file can smuggle in, is not worth losing the scores for.
+        # A lone surrogate, which a JSON file can contain, is replaced rather than losing the whole file for
+        # it.
         with temporary.open("w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
@@ -146,13 +147,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def is_huggingface(folder: Path) -> bool:
-    """Tell whether a folder is one of Hugging Face, and not as ``lsmoe convert`` leaves it."""
+    """Tell whether a folder is a Hugging Face model that ``lsmoe convert`` did not write."""
     ours = any((folder / name).exists() for name in ("provenance.json", "recipe.yaml"))
     return (folder / "config.json").is_file() and not ours
 
 
 def how_to_import(folder: Path) -> str | None:
-    """Say how a folder of Hugging Face becomes one of ours; None for any other folder."""
+    """Say how to import a Hugging Face folder; None for any other folder."""
     if not is_huggingface(folder):
         return None
     made = f"`lsmoe convert {folder} --to consolidated --out DIR --set data.corpora=... --set data.languages=...`"
@@ -160,17 +161,18 @@ def how_to_import(folder: Path) -> str | None:
 
 
 def shown(path: Path) -> str:
-    """Write a path as it was given, and where that is relative, also as an absolute one."""
+    """Return a path as it was given and, if that is relative, also the absolute path."""
     return str(path) if path.is_absolute() else f"{path} ({path.absolute()})"
 
 
 def resolved(path: Path) -> Path:
-    """Follow symbolic links, so that whatever a folder is called it has one lock, and is replaced where it
-    really is.
+    """Follow symbolic links. Raises UserError if that is impossible.
+
+    A folder then has one lock under all its names, and is replaced at its real place.
     """
     try:
         return path.resolve()
-    except (RuntimeError, OSError) as error:  # which of them a loop of links raises depends on Python's version
+    except (RuntimeError, OSError) as error:  # for a loop of links, one or the other, by Python's version
         reason = "its symbolic links lead in a circle"
         if isinstance(error, OSError) and error.errno != errno.ELOOP:
             reason = str(error.strerror)
@@ -178,7 +180,10 @@ def resolved(path: Path) -> Path:
 
 
 def check_can_write(folder: Path, instead: str, make: bool = True) -> None:
-    """Raise UserError that says what to do ``instead`` unless files can be made in a folder; makes it if it may."""
+    """Raise UserError, which says what to do ``instead``, unless files can be made in a folder.
+
+    With ``make`` a folder that does not exist is made.
+    """
     try:
         if make and not folder.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +194,7 @@ def check_can_write(folder: Path, instead: str, make: bool = True) -> None:
 
 
 def recover(path: Path) -> None:
-    """Put back a folder whose replacement was cut off between its two renames. Call it under the lock."""
+    """Restore a folder whose replacement was interrupted between its two renames. Call it under the lock."""
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)
@@ -197,11 +202,11 @@ def recover(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[int]:
-    """Hold the right to write ``path``, by whatever name, against other processes; if another has it, wait,
-    or raise UserError.
+    """Hold the lock on ``path``, under all its names, inside the block.
 
-    Yields a descriptor: a process that inherits it holds the right as long as it lives. The file that is
-    locked lies beside ``path`` as long as anyone holds it.
+    If another process holds it, this waits, or without ``wait`` raises UserError. Yields the lock's file
+    descriptor: a process that inherits it holds the lock as long as it lives. The lock file is beside
+    ``path`` and exists as long as a process holds the lock.
     """
     given, path = path, resolved(path)
     with explain_errors(given):
@@ -216,13 +221,13 @@ def locked(path: Path, wait: bool = False) -> Iterator[int]:
 
 
 def _lock(place: Path, given: Path, wait: bool) -> TextIO:
-    """Open the file of a lock and lock it; once more if whoever held it has removed it meanwhile."""
+    """Open a lock file and lock it; repeat if its last holder has removed it meanwhile."""
     while True:
         file = place.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # the file system has no locks
                 return file
             file.close()
             raise UserError(f"another process is writing {given}: wait for it, or stop it") from None
@@ -232,18 +237,18 @@ def _lock(place: Path, given: Path, wait: bool) -> TextIO:
 
 
 def _unlock(file: TextIO, place: Path) -> None:
-    """Give up a lock; remove its file unless somebody has it, who waited for it or inherited the descriptor."""
+    """Release a lock. Remove its file unless a process that waited, or inherited the lock, holds it."""
     with file, suppress(OSError):
         again = place.open()
         file.close()
         with again:
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(again, place):  # and stays so: only who has locked it removes it
+            if _is_at(again, place):  # this cannot change now: only the holder of the lock removes the file
                 place.unlink()
 
 
 def _is_at(file: TextIO, place: Path) -> bool:
-    """Whether an open file is the one that has this name now."""
+    """Tell whether an open file is the one that has this name now."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), place.stat())
     except OSError:
@@ -252,11 +257,10 @@ def _is_at(file: TextIO, place: Path) -> bool:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``path`` when the block ends well; otherwise ``path``
-    stays as it was.
+    """Yield an empty folder that replaces ``path`` if the block ends without an exception.
 
-    Use it under :func:`locked`. A symbolic link stays: the folder that it leads to is replaced. A full disk
-    or missing permission is a UserError; what was half written is removed.
+    After an exception ``path`` stays as it was, and the new folder is removed. Use it under :func:`locked`. A
+    symbolic link stays, and its target is replaced. A full disk or a missing permission raises UserError.
     """
     given, path = path, resolved(path)
     new, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
@@ -280,10 +284,11 @@ def replaced(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def explain_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a UserError about ``path``, if disk or path is the cause."""
     try:
         yield
     except OSError as error:
-        # numpy tells of a write that came short without an errno
+        # numpy reports an incomplete write without an errno.
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
             raise UserError(f"the disk is full: {path} cannot be written; what was there before is untouched") from None
         if error.errno in UNWRITABLE:
@@ -292,7 +297,7 @@ def explain_errors(path: Path) -> Iterator[None]:
 
 
 def sync(folder: Path, contents: bool = True) -> None:
-    """Forces a folder, and with ``contents`` everything below it, to the disk."""
+    """Force a folder, and with ``contents`` everything below it, to the disk."""
     for root, _, files in os.walk(folder, topdown=False) if contents else ():
         for name in files:
             _sync_file(Path(root, name))

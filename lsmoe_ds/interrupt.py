@@ -1,10 +1,11 @@
-"""Signals that ask a command to stop, and the status it leaves with.
+"""Signals that ask a command to stop, and its exit status.
 
-Training saves after the current step: 130 on SIGINT (Ctrl-C), as shells expect, and 75 on SIGTERM and SIGUSR1. Before the first
-step there is nothing to save, and it leaves at once. Every other command cleans up and leaves with 130 on SIGINT.
+Training saves after the current step and exits with 130 on SIGINT (Ctrl-C), as shells expect, and with 75 on
+SIGTERM and SIGUSR1. Before the first step there is nothing to save, and training exits at once. Every other
+command cleans up and exits with 130 on SIGINT.
 
-This module imports nothing heavy, so that the handlers are in place before torch is: a signal during an import would kill the
-process without a word.
+This module imports nothing heavy, so that the handlers are installed before torch is imported: a signal
+during an import would kill the process without a message.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ if TYPE_CHECKING:
     from lsmoe_ds.parallel.topology import Topology
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-STATUS = 75  # EX_TEMPFAIL of sysexits.h: what was begun is saved, the same command continues it
+STATUS = 75  # EX_TEMPFAIL of sysexits.h: the work is saved, the same command resumes it
 CTRL_C = 128 + signal.SIGINT
 SHIELDED = "LSMOE_SHIELDED"  # tells ranks that SIGINT is ignored only until they have a handler
 AGAIN = 0.5  # seconds: a second SIGINT within this time is the first one, delivered twice
 GRACE = 5.0  # seconds that a command has to clean up
-GRACE_BEFORE_TRAINING = 1.0  # where nothing is to be cleaned up
+GRACE_BEFORE_TRAINING = 1.0  # seconds, where there is nothing to clean up
 
 
 class Interrupted(BaseException):
-    """A signal has asked this command to stop. Raised in the main thread.
+    """Raised in the main thread when a signal asks this command to stop.
 
-    No Exception, so that no library swallows it; no KeyboardInterrupt, to which libraries have answers of their own.
+    It is not an Exception, so that no library swallows it, and not a KeyboardInterrupt, which some libraries
+    handle in their own way.
     """
 
     def __init__(self, number: int) -> None:
@@ -44,11 +46,11 @@ class Interrupted(BaseException):
 
 
 class _State:
-    """What this process does when a signal arrives, and all that have arrived: (signal, time)."""
+    """What this process does when a signal arrives, and all signals that have arrived: (signal, time)."""
 
     action: Callable[[int], None] | None = None
     received: list[tuple[int, float]] = []  # noqa: RUF012  there is one process
-    told = 0  # how many of them :func:`agreed` has looked at
+    told = 0  # how many of the received signals :func:`agreed` has read
     watched = False
     waiting_for = ""
 
@@ -68,28 +70,35 @@ def name_of(number: int) -> str:
 
 
 def clean_up_and_leave() -> None:
-    """From here on SIGINT raises :class:`Interrupted` in the main thread; a second one ends the process at once."""
-    if SHIELDED not in os.environ:  # a rank is ended by its command
+    """Let SIGINT raise :class:`Interrupted` in the main thread; a second one ends the process at once."""
+    if SHIELDED not in os.environ:  # the command that started a rank stops it
         _act(_raise, (signal.SIGINT,))
 
 
 def leave_before_training() -> None:
-    """From here on each of :data:`SIGNALS` ends the process at once, with one line: there is nothing to save yet.
+    """Let each of :data:`SIGNALS` end the process at once, with one line: there is nothing to save yet.
 
-    A rank of several does so on SIGTERM only while it is :func:`waiting` for others. Launchers send it to the rest when
-    one rank has failed, and srun takes the highest status for all: a recipe that is refused with 2 must not end as 75.
+    With several ranks SIGTERM does so only while the rank is :func:`waiting` for others. When one rank fails,
+    launchers send SIGTERM to the rest, and srun returns the highest status of all ranks: a refused recipe,
+    status 2, must not become status 75.
     """
     _act(_leave, SIGNALS)
 
 
 def save_and_leave(alone: bool) -> None:
-    """From here on each of :data:`SIGNALS` is noted for :func:`agreed`. ``alone``: a second SIGINT ends the process at once."""
+    """Let each of :data:`SIGNALS` be recorded for :func:`agreed`.
+
+    If the process is ``alone``, a second SIGINT ends it at once.
+    """
     _act(_note_alone if alone else _note, SIGNALS)
 
 
 @contextlib.contextmanager
 def cleaning_up() -> Iterator[None]:
-    """Inside, what :func:`clean_up_and_leave` says holds, unless something else was chosen before; then all is as it was."""
+    """Handle SIGINT inside the block as :func:`clean_up_and_leave` says, and restore the handlers afterwards.
+
+    Does nothing if the process has chosen its handlers before, or outside the main thread.
+    """
     if _State.action is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -100,8 +109,10 @@ def cleaning_up() -> Iterator[None]:
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[tuple[int, float]]]:
-    """Inside, each of :data:`SIGNALS` is added, with its time, to the list that is yielded, and nothing else: for a command that
-    waits for other processes and tells them."""
+    """Only append each of :data:`SIGNALS`, with its time, to the yielded list, inside the block.
+
+    This is for a command that waits for other processes and passes signals on to them.
+    """
     with _restored():
         _State.received.clear()
         _act(_note, SIGNALS)
@@ -123,7 +134,10 @@ def _restored() -> Iterator[None]:
 
 
 def _act(action: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> None:
-    """Take ``action`` on ``signals`` from now on. Only the main thread may call it."""
+    """Take ``action`` on ``signals`` from now on; SIGINT stays ignored in a background job.
+
+    Only the main thread may call it.
+    """
     _State.action = action
     in_background = signal.getsignal(signal.SIGINT) is signal.SIG_IGN and SHIELDED not in os.environ
     for each in signals:
@@ -146,7 +160,7 @@ def _raise(number: int) -> None:
 
 
 def _note(number: int) -> None:
-    """Do nothing more: it is in the list."""
+    """Do nothing more: the signal is in the list."""
 
 
 def _note_alone(number: int) -> None:
@@ -162,7 +176,7 @@ def _leave(number: int) -> None:
     if number == signal.SIGTERM and not _State.waiting_for and is_one_of_several(os.environ):
         return
     rank, missing = guess_rank(os.environ), f", waiting for {_State.waiting_for}" if _State.waiting_for else ""
-    if rank == 0 or _State.waiting_for.startswith("rank 0"):  # which is not there to say anything
+    if rank == 0 or _State.waiting_for.startswith("rank 0"):  # rank 0 has not joined and cannot print it
         who = f"rank {rank}: " if rank else ""
         say(f"{who}{name_of(number)} before the first step{missing}: nothing to save; the same command starts again")
     os._exit(status_of(number))
@@ -170,7 +184,10 @@ def _leave(number: int) -> None:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Inside, this rank waits for ``what``. It leaves on any signal, also on one that came before."""
+    """Mark inside the block that this rank waits for ``what``.
+
+    It then exits on any signal before training, also on one that came earlier.
+    """
     _State.waiting_for = what
     try:
         if _State.action is _leave and _State.received:
@@ -189,13 +206,16 @@ def _stop(number: int) -> None:
 
 
 def insisted(received: list[tuple[int, float]]) -> bool:
-    """Whether SIGINT has come a second time: the person does not want to wait any longer."""
+    """Tell whether SIGINT has come a second time: the user does not want to wait any longer."""
     times = [when for number, when in received if number == signal.SIGINT]
     return len(times) > 1 and times[-1] - times[0] >= AGAIN
 
 
 def agreed(topology: Topology) -> int | None:
-    """Return the first signal that any rank has noted since the last call, the same on all ranks. Called by every rank."""
+    """Return a signal that a rank has recorded since the last call, the same on all ranks, or None.
+
+    Called by every rank. Each rank contributes its first signal; the highest number wins.
+    """
     number = next((each for each, _ in _State.received[_State.told :]), 0)
     _State.told = len(_State.received)
     if topology.world > 1:
@@ -219,7 +239,10 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Inside, signals wait. A process that is started here begins with them blocked, until it calls :func:`shield`."""
+    """Block signals inside the block; they are delivered after it.
+
+    A process started here inherits the blocked signals until it calls :func:`shield`.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -228,7 +251,7 @@ def blocked() -> Iterator[None]:
 
 
 def shield() -> None:
-    """Ignore :data:`SIGNALS` in this process, and in those it starts until they have handlers of their own."""
+    """Ignore :data:`SIGNALS` in this process, and in the processes it starts until these install handlers."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         os.environ[SHIELDED] = "1"
     for each in SIGNALS:
@@ -236,24 +259,31 @@ def shield() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-# --- where the main thread cannot
+# --- when the main thread cannot run handlers
 
 
 def _watch() -> None:
-    """Start a thread that ends the process when the main thread does not: Python's handlers run between two of its instructions,
-    and a call into C may last for minutes (a vocabulary is trained, rank 0 has not come)."""
+    """Start a thread that ends the process if the main thread does not.
+
+    Python runs handlers only between two bytecode instructions, and a call into C may last for minutes, such
+    as the training of a vocabulary or the wait for rank 0.
+    """
     _State.watched = True
     ends = os.pipe()
     reader, writer = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in ends)
-    for end in ends:  # 0 to 2 where a standard stream is closed: what is printed there would be taken for signals
+    # If a standard stream is closed, the pipe may have got numbers 0 to 2, and output would be taken for
+    # signals; the duplicates have higher ones.
+    for end in ends:
         os.close(end)
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # or we would hear the signals of a child
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # not a child's signals
     threading.Thread(target=_look, args=(reader,), daemon=True, name="signals").start()
     hook = sys.unraisablehook
 
-    def unraisable(told: Any) -> None:  # raised within a callback of an import's locks it is lost: the thread will see to it
+    # Interrupted is lost if it is raised within a callback of an import's locks; the thread then ends the
+    # process.
+    def unraisable(told: Any) -> None:
         if not isinstance(told.exc_value, Interrupted):
             hook(told)
 

@@ -1,8 +1,8 @@
-"""Language codes, tags, directions and tasks: the ids that everything language-specific is a function of.
+"""Language codes, tags, directions and tasks, on whose ids everything language-specific depends.
 
 A language code is an ISO 639 code with optional parts after underscores (``de``, ``zh_Hans``, ``sr_Latn``); a direction
-is written ``en-de``. :func:`normalize_code` gives the code of languages.tsv for codes of other conventions; codes that a person
-wrote are read by :mod:`lsmoe_ds.config.codes`, which also says so.
+is written ``en-de``. :func:`normalize_code` maps codes of other conventions to those of languages.tsv.
+:mod:`lsmoe_ds.config.codes` reads codes that a user wrote, and reports what it has replaced.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ BOS, PAD, EOS, UNK = range(4)
 CODE = re.compile(r"([a-z]{2,3}|x(?=_))(_[A-Za-z0-9]+)*\Z")
 TABLE = Path(__file__).with_name("languages.tsv")
 SCRIPTS = {"latin": "Latn", "cyrillic": "Cyrl", "arabic": "Arab", "devanagari": "Deva"}  # as locales spell them (sr@latin)
-NO_REGION = ("XX", "ZZ")  # as mBART-50 and CLDR write that there is none
+NO_REGION = ("XX", "ZZ")  # "no region" in mBART-50 and in CLDR
 UNKNOWN = "Unknown"  # family
 
 
 def tag(code: str) -> str:
-    """Return the piece that stands for a language before a sentence: ``<2de>``."""
+    """Return the tag of a language, which no text can spell: ``<2de>``."""
     return f"<2{code}>"
 
 
@@ -43,7 +43,7 @@ def check_code(code: str) -> str:
 
 
 def not_a_code(text: str) -> str:
-    """Return the sentence that refuses a text as a language code, with the code of the language that it may name."""
+    """Return the sentence that rejects a text as a language code; it suggests the code of a similar name."""
     return f"'{text}' is not a language code{_named(text)}: write an ISO 639 code such as de, pt_BR or zh_Hans"
 
 
@@ -54,9 +54,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def _named(word: str) -> str:
-    """Return `` (did you mean 'de', German?)`` for a word that is like the name of a language, or an empty
-    string.
-    """
+    """Return `` (did you mean 'de', German?)`` for a word similar to a language's name, or nothing."""
     names = _by_name()
     found = difflib.get_close_matches(word.casefold(), list(names), n=1, cutoff=0.75)
     return f" (did you mean '{names[found[0]].code}', {names[found[0]].name}?)" if found else ""
@@ -64,10 +62,10 @@ def _named(word: str) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold a row of languages.tsv: code, ISO 15924 script, main region, family with branch, English name, names
-    in the language itself, codes used elsewhere.
+    """Hold a row of languages.tsv.
 
-    Region, family and own names are empty where they are not known.
+    The columns are code, ISO 15924 script, main region, family with branch, English name, names in the
+    language itself, and codes used elsewhere. Region, family and own names are empty if they are not known.
     """
 
     code: str
@@ -92,17 +90,17 @@ def table() -> dict[str, Entry]:
 
 @cache
 def _by_any_code() -> dict[str, str]:
-    """Map codes in lower case, the table's and others', to the table's; where both exist, the table's wins."""
+    """Map lower-case codes, the table's own and aliases, to the table's codes; own codes take precedence."""
     others = {alias.lower(): entry.code for entry in table().values() for alias in entry.aliases}
     return others | {code.lower(): code for code in table()}
 
 
 @cache
 def _by_name() -> dict[str, Entry]:
-    """Map names of languages, without case, to rows of the table.
+    """Map case-folded names of languages to rows of the table.
 
-    An English name comes before an own one, and this before one without its addition (``Chinese`` of
-    ``Chinese (Simplified)``).
+    An English name takes precedence over a language's own name, and that over an English name without the
+    part in parentheses (``Chinese`` for ``Chinese (Simplified)``).
     """
     entries = table().values()
     names = [(entry.name, entry) for entry in entries]
@@ -113,16 +111,16 @@ def _by_name() -> dict[str, Entry]:
 
 @cache
 def normalize_code(code: str) -> str:
-    """Return the table's code for one of another convention, or the code with its parts in the usual spelling.
+    """Return the table's code for a code of another convention, or else the code in the usual spelling.
 
-    ``deu_Latn`` and ``de-DE`` are ``de``, ``zh-CN`` is ``zh_Hans``, ``sr@latin`` is ``sr_Latn``, ``es-MX`` is ``es_MX``. The script and the
-    region that a language has by default are left out.
+    ``deu_Latn`` and ``de-DE`` become ``de``, ``zh-CN`` becomes ``zh_Hans``, ``sr@latin`` becomes ``sr_Latn``
+    and ``es-MX`` becomes ``es_MX``. A language's default script and region are left out.
     """
     subtags = code.split(".")[0].replace("@", "_").replace("-", "_").strip("_").split("_")
     (language, *parts), known = _usual_spelling(subtags), _by_any_code()
     if (whole := "_".join([language, *parts]).lower()) in known:
         return known[whole]
-    default = known.get(language, language)  # what the language alone is: zh_Hans for zho
+    default = known.get(language, language)  # the code of the language alone: zh_Hans for zho
     stem = default.split("_")[0]
     if (whole := "_".join([stem, *parts]).lower()) in known:
         return known[whole]
@@ -138,7 +136,7 @@ def normalize_code(code: str) -> str:
 
 
 def _usual_spelling(subtags: list[str]) -> list[str]:
-    """Return ``zh_Hant_TW`` for ``ZH_hant_tw``; what follows a single letter (``x_mine``) is private and in lower case."""
+    """Return ``zh_Hant_TW`` for ``ZH_hant_tw``; parts after a single letter (``x_mine``) in lower case."""
     found: list[str] = []
     for part in (subtag.lower() for subtag in subtags):
         if not found or any(len(before) == 1 for before in found):
@@ -159,7 +157,10 @@ def _is_region(part: str) -> bool:
 
 
 def _adds_nothing(region: str, code: str) -> bool:
-    """Tell whether a region is the language's own (``de_DE``, ``ja_JP``, ``zh_Hans_CN``). English has no varieties here."""
+    """Tell whether a region is the language's default one (``de_DE``, ``ja_JP``, ``zh_Hans_CN``).
+
+    Every region of English counts as default.
+    """
     language, entry = code.split("_")[0], table().get(code)
     if region in NO_REGION or language == "en" or region.lower() == code:
         return True
@@ -167,7 +168,7 @@ def _adds_nothing(region: str, code: str) -> bool:
 
 
 def _entry(code: str) -> Entry | None:
-    """Return the row of a normalized code, or of the language that it is a variety of."""
+    """Return the row of a normalized code, or of the language of which it is a variety."""
     while code not in table() and "_" in code:
         code = code.rpartition("_")[0]
     return table().get(code)
@@ -180,21 +181,25 @@ def _script_of(code: str) -> str | None:
 
 
 def script(code: str) -> str | None:
-    """Return the ISO 15924 script that a language is written in (``Latn``), or None where it is not known."""
+    """Return the ISO 15924 script of a language (``Latn``), or None if it is not known."""
     return _script_of(normalize_code(code))
 
 
 def family(code: str) -> str:
-    """Return family and branch, ``Indo-European, Germanic``; ``Unknown`` where they are not known.
+    """Return family and branch, ``Indo-European, Germanic``; ``Unknown`` if they are not known.
 
-    Sorted by it, relatives stand side by side.
+    Sorting by it groups related languages.
     """
     entry = _entry(normalize_code(code))
     return (entry.family if entry else "") or UNKNOWN
 
 
 def language_name(code: str) -> str:
-    """Return the English name: of a variety that the table lacks, with its parts (``Spanish (MX)``); of an unknown language, the code."""
+    """Return the English name of a language.
+
+    A variety that is not in the table has its parts in parentheses (``Spanish (MX)``). For an unknown
+    language the result is the code.
+    """
     normal = normalize_code(code)
     entry = _entry(normal)
     if entry is None:
@@ -204,7 +209,7 @@ def language_name(code: str) -> str:
 
 
 def is_known(code: str) -> bool:
-    """Tell whether the table has a language, so that it has a name and a script."""
+    """Tell whether the table has a language, or the language of which the code is a variety."""
     return _entry(normalize_code(code)) is not None
 
 
@@ -219,12 +224,12 @@ def same_language(code: str, other: str) -> bool:
 
 
 def stands_in(code: str, other: str) -> bool:
-    """Tell whether two codes are different but text of one passes for the other: Norwegian, and Bokmål as most of it is."""
+    """Tell whether text of one code passes for the other: Norwegian, and Bokmål, as most of it is."""
     return {normalize_code(code), normalize_code(other)} == {"no", "nb"}
 
 
 def find_code(code: str, codes: Iterable[str]) -> str | None:
-    """Return the one of ``codes`` that means the same as ``code`` or stands in for it, the closest; None if there is none."""
+    """Return the closest of ``codes`` that means the same as ``code`` or stands in for it, or None."""
     codes = list(codes)
     alike = [code] if code in codes else [other for other in codes if same_language(code, other)]
     return next(iter(alike or [other for other in codes if stands_in(code, other)]), None)
@@ -239,7 +244,10 @@ class Direction:
 
     @classmethod
     def parse(cls, text: str) -> Direction:
-        """Return the direction that ``str`` wrote. What a person wrote is read by :func:`lsmoe_ds.config.codes.read_direction`."""
+        """Parse the result of ``str``. Raises UserError if ``text`` is not a direction.
+
+        :func:`lsmoe_ds.config.codes.read_direction` reads what a user wrote.
+        """
         parts = text.split("-")
         if len(parts) != 2 or parts[0] == parts[1] or not all(CODE.match(p) for p in parts):
             raise UserError(f"'{text}' is not a direction: write source-target with two different codes, such as en-de")
@@ -268,16 +276,16 @@ TASKS = ("target", "source", "pair")
 
 
 def task_language(task: str) -> str:
-    """Return the language that marks a task: of a language itself, of a pair the one that is not English."""
+    """Return the language of a task: a language itself, or the language of a pair that is not English."""
     source, _, target = task.partition("-")
     return target if target and is_english(source) else source
 
 
 def task_order(task: str) -> tuple[str, str, str, str]:
-    """Return a sorting key that puts the tasks of related languages side by side: family, script, name.
+    """Return a sort key that groups the tasks of related languages: family, script, name.
 
-    Static routing and groups of experts follow this order, so it must never change for a trained model. Codes are therefore
-    looked up as they are written, not as what they mean, and languages without a family stay at the end, by code.
+    Static routing and expert groups follow this order, so it must never change for a trained model. Codes are
+    therefore looked up as written, without normalization, and languages without a family are last, by code.
     """
     source, _, target = task.partition("-")
     code = target if target and source == "en" else source
@@ -292,9 +300,10 @@ def task_order(task: str) -> tuple[str, str, str, str]:
 
 @dataclass(frozen=True)
 class Languages:
-    """The directions of one system, and the numbering of its languages, directions and tasks.
+    """The directions of one system, and the numbers of its languages, directions and tasks.
 
-    The number of a language is its place in ``codes`` (sorted), of a direction its place in ``directions``.
+    The number of a language is its index in ``codes`` (sorted); that of a direction is its index in
+    ``directions``.
     """
 
     directions: tuple[Direction, ...]
@@ -304,7 +313,7 @@ class Languages:
         return tuple(sorted({code for d in self.directions for code in (d.source, d.target)}))
 
     def find(self, direction: Direction) -> Direction:
-        """Return the system's direction that means the same, in the system's own codes. Raises UserError if there is none."""
+        """Return the same direction in the system's own codes. Raises UserError if there is none."""
         found = Direction(self.own(direction.source), self.own(direction.target))
         if found not in self.directions:
             known = ", ".join(str(d) for d in self.directions)
@@ -312,7 +321,7 @@ class Languages:
         return found
 
     def own(self, code: str) -> str:
-        """Return the system's own code of a language, by any code for it. Raises UserError for a language that the system lacks."""
+        """Return the system's own code for a language. Raises UserError if the system lacks the language."""
         found = find_code(code, self.codes)
         if found is None:
             raise UserError(f"language '{code}' is not in this system{nearest(code, self.codes)}: it knows {', '.join(self.codes)}")
@@ -327,16 +336,19 @@ class Languages:
         return self.directions.index(self.find(direction))
 
     def tasks(self, kind: str) -> tuple[str, ...]:
-        """Names of the tasks of a task-routed layer: languages (as targets or sources), or pairs (directions)."""
+        """Return the names of a task-routed layer's tasks: languages, or for ``kind`` "pair" directions."""
         return tuple(str(d) for d in self.directions) if kind == "pair" else self.codes
 
     def task_id(self, kind: str, direction: Direction) -> int:
-        """Number of the task that ``direction`` belongs to; a place in ``tasks(kind)``."""
+        """Return the number of the task of ``direction``: an index into ``tasks(kind)``."""
         return self.direction_id(direction) if kind == "pair" else self.id(direction.target if kind == "target" else direction.source)
 
     def task_groups(self, kind: str, groups: int) -> tuple[int, ...]:
-        """Group of experts that each task belongs to, from 0: in the order of their families the tasks are cut into
-        ``groups`` parts of equal size, so that relatives can share experts."""
+        """Return the expert group of each task, from 0.
+
+        The tasks, in the order of their families, are split into ``groups`` parts of equal size, so that
+        related languages can share experts.
+        """
         names = self.tasks(kind)
         order = sorted(range(len(names)), key=lambda task: task_order(names[task]))
         place = {task: position for position, task in enumerate(order)}
@@ -349,9 +361,9 @@ class Languages:
 
 @dataclass(frozen=True)
 class SentenceIds:
-    """Source language, target language and direction of each of the B sentences of a batch, as numbers [B].
+    """Source language, target language and direction of each of B sentences, as numbers [B].
 
-    Everything language-specific in the model is a function of these.
+    Everything language-specific in the model depends on these.
     """
 
     source: Tensor
@@ -359,9 +371,9 @@ class SentenceIds:
     direction: Tensor
 
     def task(self, kind: str) -> Tensor:
-        """Task of each sentence [B]: places in ``Languages.tasks(kind)``."""
+        """Return the task of each sentence [B]: indexes into ``Languages.tasks(kind)``."""
         return {"target": self.target, "source": self.source, "pair": self.direction}[kind]
 
     def select(self, index: Tensor) -> SentenceIds:
-        """The ids of the sentences ``index`` names, in that order."""
+        """Return the ids of the sentences in ``index``, in that order."""
         return SentenceIds(self.source[index], self.target[index], self.direction[index])

@@ -1,4 +1,4 @@
-"""Tell the user something on standard error, once and by the first rank only; list and count in its sentences."""
+"""Print notices on standard error, once and by the first rank only; list and count things in sentences."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 
 SHOWN = 8  # names in one sentence
-LINE_EVERY = 30.0  # seconds between two lines of progress in a log that is no terminal
+LINE_EVERY = 30.0  # seconds between two lines of progress if standard error is not a terminal
 
 
 def listed(names: Iterable[str], between: str = ", ") -> str:
-    """Join names, of many only the first ones and how many more there are."""
+    """Join distinct names; if there are many, only the first ones and the number of the others."""
     found = list(dict.fromkeys(names))
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return between.join(found[:SHOWN]) + more
@@ -33,6 +33,6 @@ def guess_rank(environment: Mapping[str, str]) -> int:
 
 @cache
 def notice(text: str) -> None:
-    """Print ``lsmoe: TEXT`` unless this process, or a rank before this one, has done so."""
+    """Print ``lsmoe: TEXT``, on the first rank only and once per process."""
     if guess_rank(os.environ) == 0:
         print(f"lsmoe: {text}", file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Launchers, the processes that they start, and what they say to one another."""
+"""Launchers, the processes that they start, and how these processes meet and watch each other."""

@@ -1,4 +1,4 @@
-"""Runs the scripts of ``benchmarks/``, which stand beside the package in a checkout."""
+"""Run the scripts of ``benchmarks/``, a folder beside the package in a checkout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def run_benchmark(name: str, options: list[str]) -> int:
     if name not in known:
         raise UserError(f"there is no benchmark '{name}'{nearest(name, known)}: choose {', '.join(known[:-1])} or {known[-1]}")
     command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
-    # Out of reach of the terminal's Ctrl-C, to which each of its processes would answer with a traceback: SIGTERM ends them quietly.
+    # In its own session, so that the terminal's Ctrl-C does not reach the script's processes, each of which
+    # would print a traceback. SIGTERM ends them quietly.
     with interrupt.collected() as received, subprocess.Popen(command, start_new_session=True) as script:
         while not received:
             with suppress(subprocess.TimeoutExpired):

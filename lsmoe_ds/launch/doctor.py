@@ -1,4 +1,7 @@
-"""``lsmoe doctor``: what is installed, what this machine can run, what is missing; started by a launcher, whether the ranks meet."""
+"""``lsmoe doctor``: report what is installed, what this machine can run and what is missing.
+
+Started by a launcher, it also checks whether the ranks can join.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ MESSAGE = 2**24  # bytes of the test message
 
 @dataclass(frozen=True)
 class Finding:
-    """``verdict``: ok, missing (something optional cannot be done) or wrong (training cannot work so)."""
+    """One line of the report.
+
+    ``verdict`` is "ok", "missing" (something optional cannot be done) or "wrong" (training cannot work).
+    """
 
     part: str
     name: str
@@ -60,6 +66,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
+    """The whole report."""
+
     findings: list[Finding]
 
     @property
@@ -84,7 +92,7 @@ class Findings:
 
 
 def examine() -> Findings | None:
-    """Of this process; under a launcher all ranks join, and only the first gets the findings."""
+    """Examine this process and machine. Under a launcher all ranks join; all but the first return None."""
     findings = [*_software(), *_machine(), *_programs(), *_storage(Path.cwd())]
     try:
         membership = find(os.environ)
@@ -178,7 +186,7 @@ def _first_line(command: list[str]) -> str:
 
 
 def _storage(folder: Path) -> list[Finding]:
-    """Of the folder it is called in: where runs would lie."""
+    """Examine the working directory, in which runs would be written."""
     mounts = [each for each in psutil.disk_partitions(all=True) if folder.is_relative_to(each.mountpoint)]
     kind = max(mounts, key=lambda each: len(each.mountpoint)).fstype if mounts else "unknown"
     free = f"{shutil.disk_usage(folder).free / GIB:.0f} GiB free"
@@ -199,7 +207,7 @@ def _process(membership: Membership) -> Finding:
 
 
 def _together(membership: Membership) -> list[Finding]:
-    """Joins the others, sums, and times a message. Called by every rank."""
+    """Join the other ranks, check a sum over all ranks, and time an all-reduce. Called by every rank."""
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,7 @@
-"""Join the other processes of a training: they meet in a store that rank 0 holds, compare notes, and start together or not at all."""
+"""Join the other processes of a training.
+
+The processes meet in a store on rank 0, compare versions and sizes, and start together or not at all.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,20 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 T = TypeVar("T")
-PATIENCE = float(os.environ.get("LSMOE_JOIN_SECONDS", "300"))  # until the last process must have come
+PATIENCE = float(os.environ.get("LSMOE_JOIN_SECONDS", "300"))  # seconds until all processes must have joined
 POLL = 0.05  # seconds
 
 
 @dataclass(frozen=True)
 class Party:
-    """The processes that have met: the ``store`` they share, and the host of each by rank."""
+    """The processes that have joined: the ``store`` they share, and the host of each by rank."""
 
     membership: Membership
     store: dist.Store
     hosts: tuple[str, ...]
 
     def describe(self) -> str:
-        """``4 ranks on node1 (0-1), node2 (2-3), started by srun``."""
+        """Describe the processes: ``4 ranks on node1 (0-1), node2 (2-3), started by srun``."""
         if self.membership.is_alone:
             return f"one process on {self.hosts[0]}"
         runs = [(host, [rank for rank, _ in ranks]) for host, ranks in groupby(enumerate(self.hosts), key=lambda each: each[1])]
@@ -47,11 +50,11 @@ class Party:
 
 
 def join(membership: Membership | None = None, alike: Mapping[str, str] | None = None, timeout: float = 1800.0) -> Party:
-    """Meet the others and initialize torch.distributed and DeepSpeed. Called by every process, with what :func:`find` finds.
+    """Join the other processes and initialize torch.distributed and DeepSpeed. Called by every process.
 
-    What must be ``alike`` on all ranks is compared, beside versions and sizes. Raises UserError, on all ranks within seconds, if
-    they do not fit together; and after :data:`PATIENCE` seconds if some have not come. A collective ends with an error after
-    ``timeout`` seconds.
+    ``membership`` is what :func:`find` returns, by default. All ranks compare versions, sizes and the values
+    of ``alike``. Raises UserError on all ranks, within seconds if these differ, and after :data:`PATIENCE`
+    seconds if some processes have not joined. A collective fails after ``timeout`` seconds.
     """
     from lsmoe_ds.parallel import compat
 
@@ -88,20 +91,24 @@ def join(membership: Membership | None = None, alike: Mapping[str, str] | None =
         world_size=membership.world,
         timeout=timedelta(seconds=timeout),
     )
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # adopts it
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # uses the process group that exists
     return Party(membership, store, hosts)
 
 
 def device() -> str:
-    """Where this process computes, once it has joined."""
+    """Return the device on which this process computes, after it has joined."""
     import torch
 
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def _choose_device(membership: Membership) -> str:
-    """Take a GPU of this rank's own: the one of its local rank if it sees several, or the only one that it sees. Returns what tells
-    this device from others on the host."""
+    """Choose this rank's own GPU and return an identifier that is unique on the host.
+
+    If the rank sees several GPUs, it takes the one with its local rank as index; otherwise the only one that
+    it sees. Without GPUs the identifier is that of the process. Raises UserError if there are fewer GPUs than
+    local ranks.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -113,7 +120,7 @@ def _choose_device(membership: Membership) -> str:
             f"start as many ranks on a node as it has GPUs"
         )
     index = local_rank if count > 1 else 0
-    os.environ["LOCAL_RANK"] = str(index)  # by which DeepSpeed chooses
+    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed chooses its device by this variable
     torch.cuda.set_device(index)
     return str(torch.cuda.get_device_properties(index).uuid)
 
@@ -124,7 +131,7 @@ def _open_store(membership: Membership) -> dist.Store:
     if membership.is_alone:
         return dist.HashStore()
     address, port = str(membership.address), int(membership.port or 0)
-    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it, also for those that it starts anew
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it, across restarts
     try:
         with interrupt.waiting(f"rank 0 at {address}:{port}" if membership.rank else "the other ranks"):
             store = dist.TCPStore(
@@ -149,7 +156,11 @@ def _open_store(membership: Membership) -> dist.Store:
 
 
 def _compare(membership: Membership, store: dist.Store, note: dict[str, Any]) -> tuple[str, ...]:
-    """Return the hosts by rank. Raises SharedError where rank 0 finds something wrong in what all have noted."""
+    """Publish this rank's note and return the hosts by rank, once rank 0 has compared all notes.
+
+    Raises SharedError if rank 0 finds a difference, and UserError if this rank exists twice, was told another
+    number of processes, or gets no answer from rank 0.
+    """
     rank = membership.rank
     if store.add(f"taken/{rank}", 1) > 1:
         raise UserError(f"two processes say that they are rank {rank} of {membership.world}: start each once")
@@ -161,11 +172,11 @@ def _compare(membership: Membership, store: dist.Store, note: dict[str, Any]) ->
         except UserError as error:
             wrong = str(error)
         store.set("verdict", json.dumps({"wrong": wrong, "hosts": hosts}))
-    deadline = time.monotonic() + 2 * PATIENCE  # the main rank waits for the others first
+    deadline = time.monotonic() + 2 * PATIENCE  # rank 0 may itself wait PATIENCE seconds for the others
     while not store.check(["verdict"]):
         if time.monotonic() > deadline:
             raise UserError(f"rank 0 at {membership.address}:{membership.port} says nothing: has it died?")
-        time.sleep(4 * POLL)  # there may be a thousand who ask
+        time.sleep(4 * POLL)  # a thousand ranks may be polling
     verdict = json.loads(store.get("verdict"))
     if verdict["wrong"]:
         raise SharedError(verdict["wrong"])
@@ -176,7 +187,7 @@ def _compare(membership: Membership, store: dist.Store, note: dict[str, Any]) ->
 
 
 def _read_notes(world: int, store: dist.Store) -> list[str]:
-    """Return the hosts of all ranks, if all of them have come and fit together."""
+    """Return the hosts of all ranks. Raises UserError if some do not join, differ, or share a GPU."""
     notes: dict[int, dict[str, Any]] = {}
     deadline = time.monotonic() + PATIENCE
     while len(notes) < world:
@@ -203,7 +214,7 @@ def _read_notes(world: int, store: dist.Store) -> list[str]:
 
 
 def _meet_by_mpi(membership: Membership) -> Membership:
-    """Tell all ranks through MPI where rank 0 is, which mpirun does not; MPI has then done its part."""
+    """Tell all ranks through MPI where rank 0 is, since mpirun does not, and then shut MPI down."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -223,8 +234,11 @@ def _meet_by_mpi(membership: Membership) -> Membership:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, of those that the kernel gives to no outgoing connection: ranks may need seconds until
-    they listen there, and any other would be somebody's by then."""
+    """Return a port on which nobody listens.
+
+    It is none of those that the kernel gives to outgoing connections: rank 0 may need seconds until it
+    listens, and by then such a port could be taken.
+    """
     while True:
         port = secrets.choice(PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -1,8 +1,9 @@
 """The process between ``lsmoe train`` and its ranks on this machine: DeepSpeed's launcher, with signals ignored.
 
-Its own answer to a signal would be to end the ranks after 30 seconds, saved or not, and to leave with status 1. Here whoever
-started it hands signals to the ranks (:mod:`lsmoe_ds.launch.processes`), which ignore them until they have handlers. The
-``deepspeed`` command itself would import everything once more, and take other GPUs than CUDA_VISIBLE_DEVICES names.
+On a signal DeepSpeed's launcher would kill the ranks after 30 seconds, saved or not, and exit with status 1.
+Here the process that started the launcher sends signals to the ranks instead
+(:mod:`lsmoe_ds.launch.processes`); ranks ignore signals until they have handlers. The ``deepspeed`` command
+would import everything once more, and use other GPUs than CUDA_VISIBLE_DEVICES names.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from lsmoe_ds import interrupt
 
 
 class _Signals:
-    """What DeepSpeed's launcher takes for the module ``signal``."""
+    """Replace the module ``signal`` inside DeepSpeed's launcher."""
 
     SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 
     @staticmethod
     def signal(number: int, handler: Any) -> None:
-        """Leave the signal ignored."""
+        """Install no handler: the signal stays ignored."""
 
 
 def run(arguments: list[str]) -> int:
-    """Start the ranks and wait for them; return the status of the first that failed, 128 + N if signal N killed it."""
+    """Start the ranks and wait for them.
+
+    Returns the exit status of the first rank that failed, 128 + N if signal N killed it; 0 if none failed.
+    """
     from lsmoe_ds.parallel import compat
 
     compat.import_deepspeed()

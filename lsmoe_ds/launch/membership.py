@@ -1,7 +1,7 @@
-"""Which rank this process is, of how many, and who says so: a pure function of the environment.
+"""Find this process's rank, the number of ranks and the launcher: a pure function of the environment.
 
-Launchers nest: srun may start one torchrun a node, mpirun its daemons by srun. The innermost, which started this very process, is
-asked; those around it must not contradict it.
+Launchers nest: srun may start one torchrun per node, mpirun may start its daemons by srun. The innermost
+launcher, which started this process, decides; the outer ones must not contradict it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from lsmoe_ds.errors import UserError
 
 ALONE = "alone"
-BY_HAND = "the environment"  # RANK and WORLD_SIZE, set by nobody that we know
-PORTS = range(15000, 30000)  # below those that Linux gives to outgoing connections
+BY_HAND = "the environment"  # RANK and WORLD_SIZE, set by no launcher that we know
+PORTS = range(15000, 30000)  # below the ports that Linux gives to outgoing connections
 
 
 @dataclass(frozen=True)
 class Membership:
-    """One of ``world`` processes. ``address`` and ``port`` are where rank 0 listens; None under mpirun, which does not tell."""
+    """One of ``world`` processes.
+
+    Rank 0 listens at ``address`` and ``port``. They are None under mpirun, which does not say.
+    """
 
     launcher: str = ALONE
     rank: int = 0
@@ -34,7 +37,7 @@ class Membership:
         return self.launcher == ALONE
 
     def environment(self) -> dict[str, str]:
-        """The variables by which torch, DeepSpeed and Megatron know these."""
+        """Return the environment variables that torch, DeepSpeed and Megatron read."""
         values = {
             "RANK": self.rank,
             "WORLD_SIZE": self.world,
@@ -48,7 +51,7 @@ class Membership:
 
 @dataclass(frozen=True)
 class _Said:
-    """What one launcher says."""
+    """The ranks according to one launcher."""
 
     launcher: str
     rank: int
@@ -58,10 +61,13 @@ class _Said:
 
 
 def find(environment: Mapping[str, str]) -> Membership:
-    """Raises UserError for variables that are no numbers, that are incomplete, or that contradict each other."""
+    """Return the membership that the environment variables of the launchers describe.
+
+    Raises UserError for variables that are not numbers, are incomplete, or contradict each other.
+    """
     srun, mpirun, named = _srun(environment), _mpirun(environment), _named(environment)
     launchers = [said for said in (mpirun, srun) if said is not None]
-    if named is not None and named.launcher == BY_HAND:  # as scripts set it that repeat what their launcher says
+    if named is not None and named.launcher == BY_HAND:  # perhaps a script repeated what its launcher says
         named = next((said for said in launchers if (said.rank, said.world) == (named.rank, named.world)), named)
     innermost = named or mpirun or srun
     if innermost is None:
@@ -82,7 +88,7 @@ def find(environment: Mapping[str, str]) -> Membership:
 
 
 def is_one_of_several(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher has started this process, also where :func:`find` raises."""
+    """Tell whether a launcher has started this process; true also if :func:`find` raises."""
     try:
         return not find(environment).is_alone
     except UserError:
@@ -90,7 +96,7 @@ def is_one_of_several(environment: Mapping[str, str]) -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of SLURM's list: ``gpu[03-07,9],login`` -> ``gpu03``."""
+    """Return the first host of SLURM's list: ``gpu[03-07,9],login`` -> ``gpu03``. UserError if empty."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
         raise UserError("srun does not say which nodes it runs on (SLURM_STEP_NODELIST): set MASTER_ADDR to the host of rank 0")
@@ -98,7 +104,10 @@ def first_host(nodes: str) -> str:
 
 
 def tasks_of(node: int, counts: str) -> int | None:
-    """SLURM's list of tasks on each node: the first in ``4(x2),1`` -> 4, the third -> 1; None where it does not say."""
+    """Return the tasks on a node by SLURM's list ``counts``, or None if the list does not say.
+
+    ``4(x2),1`` means 4 tasks on nodes 0 and 1, and 1 task on node 2.
+    """
     known: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         known += [int(count)] * int(times or 1)
@@ -125,7 +134,7 @@ def _refuse_contradictions(environment: Mapping[str, str], inner: _Said, outer: 
 
 
 def _named(environment: Mapping[str, str]) -> _Said | None:
-    """By the variables of torch. Only torchrun and the deepspeed launcher leave traces of their own beside them."""
+    """Read torch's variables. Further variables tell torchrun and deepspeed from other launchers."""
     rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     if rank is None or world is None:
         return None
@@ -136,7 +145,10 @@ def _named(environment: Mapping[str, str]) -> _Said | None:
 
 
 def _mpirun(environment: Mapping[str, str]) -> _Said | None:
-    """Open MPI, or MPICH and its kin; srun speaks their PMI too, without a local rank."""
+    """Read the variables of Open MPI, or of MPICH and its relatives.
+
+    srun sets MPICH's PMI variables too, but without a local rank; those are ignored.
+    """
     for rank, world, local_rank, local_world in (
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -148,7 +160,10 @@ def _mpirun(environment: Mapping[str, str]) -> _Said | None:
 
 
 def _srun(environment: Mapping[str, str]) -> _Said | None:
-    """A step of several tasks: the batch script is none, and a step of one task is a place to start from."""
+    """Read srun's variables, in a step of several tasks.
+
+    None in a batch script, and in a step of one task: both are places from which a training is started.
+    """
     rank, world = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
     if "SLURM_STEP_ID" not in environment or rank is None or world is None or world == 1:
         return None
@@ -157,7 +172,7 @@ def _srun(environment: Mapping[str, str]) -> _Said | None:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """The same on all ranks of a step, and seldom that of another step on the same node."""
+    """Return a port that all ranks of a step agree on; another step on the same node rarely has the same."""
     job, step = _number(environment, "SLURM_JOB_ID") or 0, _number(environment, "SLURM_STEP_ID") or 0
     return PORTS[(job * 31 + step) % len(PORTS)]
 

@@ -23,28 +23,30 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.launch.joining import free_port
 from lsmoe_ds.notices import counted
 
-# glibc gives large blocks back to the system at once, by default; kept, they make CPU training about a fifth faster.
+# By default glibc returns large blocks to the system at once; keeping them makes CPU training about a fifth
+# faster.
 KEEP_LARGE_BLOCKS = {
     "MALLOC_TRIM_THRESHOLD_": "-1",
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
 
-LOCKED = "LSMOE_LOCKED"  # tells ranks that whoever started them holds the right to write
+LOCKED = "LSMOE_LOCKED"  # tells ranks that the process that started them holds the lock
 
 
 def smallest_world(recipe: Recipe) -> int:
-    """Return the fewest processes that hold the recipe's layout."""
+    """Return the smallest number of processes that can hold the recipe's layout."""
     return math.lcm(recipe.parallel.tensor, recipe.parallel.expert)
 
 
 def start(arguments: list[str], processes: int, lock: int) -> int:
-    """Run ``lsmoe ARGUMENTS`` on ``processes`` processes of this machine through DeepSpeed's launcher; return its status.
+    """Run ``lsmoe ARGUMENTS`` in several processes on this machine; return their exit status.
 
-    The launcher inherits ``lock`` (see :func:`lsmoe_ds.folders.locked`): should this process be killed alone, nobody else begins to
-    write where its ranks still do. Signals that ask to stop are handed to the ranks.
+    DeepSpeed's launcher starts them. It inherits ``lock`` (see :func:`lsmoe_ds.folders.locked`): if only this
+    process is killed, no other process can write the folder while the ranks still do. Signals that ask to
+    stop are passed on to the ranks.
 
-    Raises Interrupted where no rank can hear such a signal yet, and on a second Ctrl-C.
+    Raises Interrupted if such a signal comes before any rank has a handler for it, and on a second Ctrl-C.
     """
     import torch
 
@@ -64,10 +66,11 @@ def start(arguments: list[str], processes: int, lock: int) -> int:
 
 
 def run(command: list[str], **options: Any) -> int:
-    """Run a command that saves when it is asked to stop, and return its status; ``options`` are those of Popen. Each
-    signal is handed on to it once: it takes a second Ctrl-C as the wish to lose what is not saved.
+    """Run a command that saves when it is asked to stop, and return its status.
 
-    Raises Interrupted once the command has left, if there was a signal.
+    ``options`` are those of Popen. Each signal is passed on exactly once, because the command takes a second
+    Ctrl-C as the wish to quit without saving. Raises Interrupted after the command has ended, if there was a
+    signal.
     """
     told = 0
 
@@ -78,7 +81,8 @@ def run(command: list[str], **options: Any) -> int:
             told += 1
 
     with interrupt.collected() as received, subprocess.Popen(command, **options) as process:
-        # The terminal may have sent it the same Ctrl-C: this one must come soon enough not to be a second one.
+        # The terminal may have sent the command the same Ctrl-C; pass it on soon enough not to count as a
+        # second one.
         status = attend(process, received, hand_on, every=interrupt.AGAIN / 10)
     if received:
         raise interrupt.Interrupted(received[0][0])
@@ -86,10 +90,10 @@ def run(command: list[str], **options: Any) -> int:
 
 
 def attend(process: subprocess.Popen[Any], received: list[tuple[int, float]], hand_on: Callable[[], None], every: float = 0.5) -> int:
-    """Wait for a process and return its status, 128 + N if signal N killed it. ``hand_on`` is called ``every`` so many seconds, to
-    tell the process of the signals that this one has ``received``.
+    """Wait for a process and return its status, 128 + N if signal N killed it.
 
-    Raises Interrupted on a second Ctrl-C. Whatever ends this wait ends the process, with all that it has started.
+    Calls ``hand_on`` every ``every`` seconds, to pass on the signals that this process has ``received``.
+    Raises Interrupted on a second Ctrl-C. Any exception here kills the process and all its descendants.
     """
     try:
         while True:
@@ -105,7 +109,7 @@ def attend(process: subprocess.Popen[Any], received: list[tuple[int, float]], ha
 
 
 def end(process: subprocess.Popen[Any], number: int = signal.SIGKILL) -> None:
-    """Send a signal to a process and to all that it has started."""
+    """Send a signal to a process and to all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
@@ -115,15 +119,16 @@ def end(process: subprocess.Popen[Any], number: int = signal.SIGKILL) -> None:
 
 
 class _Ranks:
-    """The ranks that a launcher has started: those of its descendants that have started no others."""
+    """The ranks that a launcher has started: its descendants that handle SIGUSR1."""
 
     def __init__(self, launcher: int) -> None:
         self.launcher, self.heard = psutil.Process(launcher), False
 
     def hand_on(self, received: list[tuple[int, float]]) -> None:
-        """Send the first signal to all ranks that have a handler for it. They may be told again and again: some may only start.
+        """Send the first received signal to all ranks that have a handler for it.
 
-        Raises Interrupted as long as none of them has ever had one.
+        Each call repeats it, because some ranks may still be starting. Raises Interrupted if there is a
+        signal and no rank has ever had a handler.
         """
         if self.heard and not received:
             return
@@ -137,7 +142,7 @@ class _Ranks:
 
 
 def _hears(process: int) -> bool:
-    """Whether a process has a handler for SIGUSR1, which nobody has who does not install one."""
+    """Tell whether a process has a handler for SIGUSR1; a process has none unless it installs one."""
     try:
         caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
     except OSError:
@@ -146,9 +151,9 @@ def _hears(process: int) -> bool:
 
 
 def _accelerators(processes: int, gpus: bool) -> str:
-    """Encode which accelerators the ranks get, as the launcher wants it: those that CUDA_VISIBLE_DEVICES names, if it is set.
+    """Encode the ranks' accelerators for DeepSpeed's launcher: those in CUDA_VISIBLE_DEVICES, if it is set.
 
-    Raises UserError if these are too few.
+    Raises UserError if CUDA_VISIBLE_DEVICES names fewer than one per process.
     """
     chosen: list[int | str] = list(range(processes))
     if gpus and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):

@@ -1,7 +1,8 @@
-"""``lsmoe slurm``: what a batch script asks before its ranks run, and after: where the run is, and whether to go on. Imports no torch.
+"""``lsmoe slurm``: tell a batch script where its run is and whether to requeue the job.
 
-Beside the run folder NAME lies ``.NAME.attempts``: which job tries, how far it is to come, and how often in a row it began at the
-same checkpoint. A job that SLURM requeues keeps its number; a new job counts anew.
+Imports no torch. The file ``.NAME.attempts`` beside the run folder NAME holds the job's number, the last step
+of the training, and how many attempts in a row started from the same checkpoint. A job that SLURM requeues
+keeps its number; for a new job the count starts again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NOT_FOUND = {126: "a command cannot be run", 127: "a command was not found"}  # 
 
 @dataclass(frozen=True)
 class Attempts:
-    """``tries`` of a ``job`` in a row, at most ``allowed``, began at ``step`` of ``steps``."""
+    """Attempts of a ``job``: ``tries`` in a row, of at most ``allowed``, started at ``step`` of ``steps``."""
 
     job: str
     step: int
@@ -38,7 +39,7 @@ class Attempts:
 
     @classmethod
     def read(cls, run: Path) -> Attempts:
-        """Raises UserError if there are none."""
+        """Read the attempts of a run. Raises UserError if there are none."""
         fields = read_fields(_file(run), job=str, step=int, steps=int, tries=int, allowed=int)
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
 
@@ -47,9 +48,10 @@ class Attempts:
 
 
 def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, allowed: int = 4) -> Path:
-    """Notes that an attempt begins and returns the run folder, which need not be there yet.
+    """Record that an attempt starts and return the run folder, which need not exist yet.
 
-    Raises UserError for a bad recipe, and once ``allowed`` attempts of this job in a row have brought no newer checkpoint.
+    Raises UserError for a bad recipe, and if ``allowed`` attempts of this job in a row have saved no newer
+    checkpoint.
     """
     loaded = load_recipe(recipe, overrides)
     run = out or Path("runs") / loaded.name
@@ -71,10 +73,10 @@ def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, 
 
 
 def end(run: Path, status: int) -> int:
-    """What the job should end with, after training left with ``status``: 0 if the run is at its last step, whatever the status; 75 to
-    be requeued; 2 to give up. Says why.
+    """Return the job's exit status after training has ended with ``status``, and print the reason.
 
-    Raises UserError unless :func:`begin` noted an attempt.
+    The result is 0 if the run is at its last step, whatever ``status`` is; 75 if the job should be requeued;
+    2 if it should give up. Raises UserError unless :func:`begin` recorded an attempt.
     """
     attempt, step = Attempts.read(run), newest_step(run)
     at = f"{run} is at step {step} of {attempt.steps}"
@@ -96,12 +98,18 @@ def end(run: Path, status: int) -> int:
 
 
 def newest_step(run: Path) -> int:
-    """The step of the newest checkpoint whose files all have their size, 0 without one. Sums are training's to compare."""
+    """Return the step of the newest checkpoint whose files all have the right size; 0 if there is none.
+
+    Checksums are not compared here; training compares them.
+    """
     return next((step_of(path) for path in reversed(list_checkpoints(run)) if find_damage(path, checksums=False) is None), 0)
 
 
 def copy_scripts(folder: Path) -> None:
-    """Copy the batch scripts that come with lsmoe_ds into a new folder, to be adapted there. Raises UserError if it is not empty."""
+    """Copy the batch scripts that come with lsmoe_ds into a new folder, where the user adapts them.
+
+    Raises UserError if the folder is not empty.
+    """
     with explain_errors(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is there already and not empty: give another folder for the scripts")
@@ -113,7 +121,7 @@ def copy_scripts(folder: Path) -> None:
 
 
 def _file(run: Path) -> Path:
-    run = resolved(run)  # one file, whatever the run is called
+    run = resolved(run)  # one file, by whatever path the run is named
     return run.with_name(f".{run.name}.attempts")
 
 

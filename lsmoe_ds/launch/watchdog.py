@@ -1,7 +1,9 @@
-"""The hang timeout: a rank that is stopped, dead or stuck would keep all others waiting in a collective for ever.
+"""The hang timeout: end a run in which no rank makes progress.
 
-Every rank counts its progress; the sum over all ranks is in the store that they share. When no rank has made progress for
-``hang_timeout`` seconds, each prints the stacks of its threads and leaves; rank 0 names those that did not answer any more.
+Without it a stopped, dead or stuck rank would keep all others waiting in a collective for ever. Every rank
+counts its progress and adds it to a total in the shared store. When no rank has made progress for
+``hang_timeout`` seconds, each rank prints the stacks of its threads and exits; rank 0 names the ranks that no
+longer answer.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from lsmoe_ds.launch.joining import Party
 from lsmoe_ds.notices import counted
 
 STATUS = 70  # EX_SOFTWARE of sysexits.h: another rank died, or none made progress
-MOST, LEAST = 10.0, 0.1  # seconds between two looks
-HEARING = 3.0  # seconds for which ranks wait for one another's last words
+MOST, LEAST = 10.0, 0.1  # limits of the polling interval, in seconds
+HEARING = 3.0  # seconds for which ranks wait for each other's last message
 
 
 class _Progress:
-    """Progress of this process, and of all. Plain counts, so that the threads need no lock between them."""
+    """Progress of this process and of all ranks, in plain counts, so that threads need no lock."""
 
     count = 0
     doing = "starting"
@@ -36,17 +38,21 @@ class _Progress:
 
 
 def beat(doing: str) -> None:
-    """Note that this rank has made progress, and what it begins. Costs nothing worth counting."""
+    """Record that this rank has made progress, and what it does next. The cost is negligible."""
     _Progress.count += 1
     _Progress.doing, _Progress.since = doing, time.monotonic()
 
 
 @contextlib.contextmanager
 def watch(party: Party, hang_timeout: float) -> Iterator[None]:
-    """End the process with :data:`STATUS` once no rank has called :func:`beat` for ``hang_timeout`` seconds, inside the context."""
+    """Watch for hangs inside the block.
+
+    Once no rank has called :func:`beat` for ``hang_timeout`` seconds, the process exits with :data:`STATUS`.
+    """
     beat("starting")
     ended, poll = threading.Event(), min(MOST, max(LEAST, hang_timeout / 8))
-    # Each with a connection of its own, made now: a main rank that is stopped holds the store and answers nobody.
+    # Each thread opens its own connection now: a stopped rank 0, which holds the store, would not accept one
+    # later.
     telling, leaving = (cast(Any, party.store).clone() for _ in range(2))
     for work, arguments in ((_tell, (telling,)), (_look, (party, leaving, hang_timeout))):
         threading.Thread(target=work, args=(*arguments, poll, ended), daemon=True, name=work.__name__).start()
@@ -58,9 +64,9 @@ def watch(party: Party, hang_timeout: float) -> Iterator[None]:
 
 
 def _tell(store: Any, poll: float, ended: threading.Event) -> None:
-    """Add this rank's progress to that of all, in a thread that may wait for ever."""
+    """Add this rank's progress to the total of all ranks, in a thread that may block for ever."""
     told = 0
-    with contextlib.suppress(RuntimeError):  # the main rank is gone
+    with contextlib.suppress(RuntimeError):  # rank 0 is gone
         while not ended.wait(poll):
             count = _Progress.count
             _Progress.of_all = store.add("beats", count - told)
@@ -70,9 +76,9 @@ def _tell(store: Any, poll: float, ended: threading.Event) -> None:
 def _look(party: Party, store: Any, hang_timeout: float, poll: float, ended: threading.Event) -> None:
     known, quiet = -1, 0.0
     while not ended.wait(poll):
-        # Should nothing in Python get to run any more, not even this thread: then at least it is seen where.
+        # If no Python code can run any more, not even this thread, at least the stacks are printed.
         faulthandler.dump_traceback_later(hang_timeout + 2 * poll)
-        quiet += poll  # no clock: a job that was suspended as a whole has not stood still
+        quiet += poll  # instead of a clock, so that the suspension of a whole job is no hang
         if _Progress.of_all != known:
             known, quiet = _Progress.of_all, 0.0
         if quiet >= hang_timeout:
@@ -80,8 +86,11 @@ def _look(party: Party, store: Any, hang_timeout: float, poll: float, ended: thr
 
 
 def _leave(party: Party, store: Any, hang_timeout: float, poll: float) -> NoReturn:
-    """Print the stacks of this rank, at once so that ranks do not mix their lines, and end the process. No rank ends before rank 0
-    has heard from all, or its launcher would end the others."""
+    """Print the stacks of this rank and end the process.
+
+    The stacks are one write, so that the lines of different ranks do not mix. No rank exits before rank 0 has
+    heard from all, because the launcher would then kill the others.
+    """
     _Progress.leaving = True
     rank = party.membership.rank
     waited = time.monotonic() - _Progress.since
@@ -89,7 +98,7 @@ def _leave(party: Party, store: Any, hang_timeout: float, poll: float) -> NoRetu
     head = f"no rank has made progress for {passed} (training.hang_timeout); rank {rank} on {socket.gethostname()} is"
     _say(f"{head} {_Progress.doing} for {own}:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks()))
     _within(HEARING, lambda: store.set(f"standing/{rank}", "here"))
-    hearing = poll + HEARING  # they look once in a while
+    hearing = poll + HEARING  # the other ranks notice the hang up to ``poll`` seconds later
     if rank == 0:
         _within(hearing + 1, lambda: _say(_silent(party, store, hearing)))
         _within(1, lambda: store.set("heard", ""))
@@ -103,7 +112,7 @@ def _say(text: str) -> None:
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Do something that may never end, and wait no longer than that; it may also fail, where rank 0 has left already."""
+    """Run ``work``, which may never return, and wait at most ``seconds``. RuntimeErrors in it are ignored."""
 
     def try_it() -> None:
         with contextlib.suppress(RuntimeError):
@@ -115,7 +124,7 @@ def _within(seconds: float, work: Callable[[], None]) -> None:
 
 
 def _stacks() -> list[str]:
-    """Return the stacks of the main thread and of others that are in our own code; the newest call is last."""
+    """Return the stacks of the main thread and of threads in this package's code; the newest call is last."""
     frames, lines, package = sys._current_frames(), [], os.path.dirname(os.path.dirname(__file__))
     for thread in threading.enumerate():
         if thread is threading.current_thread() or thread.ident not in frames or thread.name == _tell.__name__:
@@ -127,7 +136,7 @@ def _stacks() -> list[str]:
 
 
 def _silent(party: Party, store: Any, hearing: float) -> str:
-    """Say which ranks do not answer any more."""
+    """Describe the ranks that no longer answer."""
     deadline, silent = time.monotonic() + hearing, list(range(party.membership.world))
     while silent and time.monotonic() < deadline:
         silent = [rank for rank in silent if not store.check([f"standing/{rank}"])]
@@ -138,9 +147,11 @@ def _silent(party: Party, store: Any, hearing: float) -> str:
 
 
 def leave_behind(party: Party) -> NoReturn:
-    """End the process after a collective that broke: another rank has died, and its own output says why. The usual handshakes at
-    the end of a process would wait for it."""
-    while _Progress.leaving:  # the other thread says more
+    """End the process after a broken collective: another rank has died, and its own output says why.
+
+    A normal exit would wait for the dead rank in the usual handshakes.
+    """
+    while _Progress.leaving:  # the watching thread is about to print more and exit
         time.sleep(1)
     _say(f"rank {party.membership.rank} on {socket.gethostname()} has lost another rank ({_Progress.doing})")
     os._exit(STATUS)

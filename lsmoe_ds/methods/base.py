@@ -1,8 +1,8 @@
-"""The hooks by which training knows a method, and what passes through them.
+"""The hooks through which training calls a method.
 
-A forward pass leaves *notes*: each layer of a method appends one under the method's name. Some sums of notes
-must be known over the whole step before its first gradient, such as how many tokens chose each expert: these
-are the method's *totals*. From notes and totals it makes its losses, each by name.
+In a forward pass each layer of a method appends a *note* under the method's name. The method's *totals* are
+sums of notes that must be known over the whole step before its first gradient, such as how many tokens chose
+each expert. From notes and totals the method computes its losses, each with a name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Totals = dict[str, list[Tensor]]  # of a step, by method
 
 @dataclass(frozen=True)
 class StepSize:
-    """Real tokens of one optimizer step that each side reads, over all ranks and micro-batches."""
+    """The real tokens of one optimizer step, over all ranks and micro-batches."""
 
     source_tokens: int
     target_tokens: int
@@ -39,7 +39,7 @@ class StepSize:
 
 
 class Method:
-    """What one method adds to a training. Each hook has a default that adds nothing.
+    """What one method adds to training. The default of each hook adds nothing.
 
     Its modules may have state that is no parameter, such as masks: persistent buffers are stored, resumed,
     resharded and exported as parameters are, in their own type. If a buffer is spread over tensor-parallel
@@ -48,32 +48,34 @@ class Method:
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
-    by_direction: ClassVar[bool] = False  # whether what a sentence meets by the specific route depends on its languages
+    by_direction: ClassVar[bool] = False  # whether languages choose the parameters of the specific route
 
     def __init__(self, section: Any, recipe: Recipe, topology: Topology) -> None:
         self.section, self.recipe, self.topology = section, recipe, topology
         self.languages = recipe.languages
 
     def owns(self, name: str) -> bool:
-        """Tell whether a parameter, by its global name, is this method's."""
+        """Tell whether the parameter with this global name belongs to this method."""
         return f"_{self.name}." in name
 
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
-        """Return modules that several sites share, by their name in the model; called before any is installed."""
+        """Return modules that several sites share, by name in the model. Called before :meth:`install`."""
         return []
 
     def install(self, site: Site) -> None:
-        """Add a module at a site, if the section says that this method has one there."""
+        """Add a module at a site, if the recipe's section asks for one there."""
         if self.section is not None and self.section.is_at(site):
             site.add(self.name, self.make(site))
 
     def make(self, site: Any) -> nn.Module:
-        """Return the module for a site at which the section says that there is one."""
+        """Return the module for a site at which the recipe's section asks for one."""
         raise NotImplementedError
 
     def initial(self, name: str) -> Draw | None:
-        """Return how a parameter of this method is drawn, by its global name; None for all others, and for weights,
-        biases and norms that are drawn as the model's own are. A buffer without one stays as it was made.
+        """Return the function that initializes the parameter with this global name.
+
+        None for parameters of others, and for weights, biases and norms that are initialized like the model's
+        own. A buffer without one stays as it was made.
         """
         return None
 
@@ -82,10 +84,10 @@ class Method:
         return False
 
     def check_merge(self, route: Route) -> None:
-        """Raise UserError, with the reason, if no dense model computes the same by this route."""
+        """Raise UserError, with the reason, if no dense model computes the same as this route."""
 
     def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
-        """Return weights of the whole model, by global name, with this method's merged into those beside them."""
+        """Return the whole model's weights, by global name, with this method's merged into their layers."""
         own = [name for name in weights if self.owns(name)]
         entries = {name: weights.entries[name] for name in weights.keys() - set(own)}
         for at in dict.fromkeys(name.partition(f"_{self.name}.")[0] for name in own):
@@ -93,15 +95,17 @@ class Method:
         return Tensors(entries)
 
     def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, Entry]:
-        """Return what takes the place of the tensors of the layer ``at``, beside which this method's stand.
+        """Return the tensors that replace those of the layer ``at`` when this method is merged into it.
 
-        Only the specific route of a method that is ``by_direction`` reads ``direction``.
+        Only the specific route of a ``by_direction`` method reads ``direction``.
         """
         raise NotImplementedError
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
-        """Return which rows of a parameter [R, width] of this method belong to each language, by code, and to
-        "shared": there a grown model puts them. Empty if none do.
+        """Return the rows of a parameter [R, width] that belong to each language code and to "shared".
+
+        A model that grows by further languages copies these rows to the new places. Empty if no rows belong
+        to a language.
         """
         return {}
 
@@ -113,8 +117,9 @@ class Method:
         return []
 
     def count_ahead(self, model: nn.Module, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
-        """Return the same as :meth:`count` without a forward pass, from the ids of B sentences and their real
-        positions [B, T] on each side; None if that takes a forward pass.
+        """Return the same as :meth:`count` without a forward pass; None if that is impossible.
+
+        ``ids`` are those of B sentences, ``real`` their real positions [B, T] on each side.
         """
         return [] if type(self).count is Method.count else None
 
@@ -123,7 +128,7 @@ class Method:
         return {}
 
     def sums(self, notes: Sequence[Any]) -> dict[str, float]:
-        """Return further numbers of a micro-batch that are summed over the step, by name."""
+        """Return further numbers of a micro-batch, by name, to be summed over the step."""
         return {}
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Tell layers and methods which languages the sentences of a batch have. B sentences, T positions, H hidden."""
+"""The context that tells layers and methods the languages of a batch. B sentences, T positions, H hidden."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lsmoe_ds.languages import SentenceIds
 
-SHARED = -1  # in place of a language: what all languages share
+SHARED = -1  # stands for a language where the parameters shared by all languages are used
 Route = Literal["specific", "shared", "both"]
 Notes = dict[str, list[Any]]  # of one forward pass, by method, in the order in which the layers ran
 
 
 class Segment(NamedTuple):
-    """Neighboring sentences, from ``start`` to before ``stop``, of one language."""
+    """Consecutive sentences of one language, from ``start`` to before ``stop``."""
 
     language: int  # its number, or SHARED
     start: int
@@ -25,13 +25,13 @@ class Segment(NamedTuple):
 
 @dataclass
 class LanguageContext:
-    """What the layers of one side read beside the hidden states of B sentences."""
+    """Hold what the layers of one side need besides the hidden states of B sentences."""
 
     ids: SentenceIds
     summary: Tensor | None = None  # [B, H]: in the decoder the mean of the encoder's output, for sentence routing
-    notes: Notes | None = None  # in training: what layers leave for their method; see lsmoe_ds/methods/base.py
-    # Which parameters a sentence uses: its languages', or the shared ones. "both": the second half of the
-    # sentences repeats the first, and uses the shared ones.
+    notes: Notes | None = None  # in training: what layers record for methods; see lsmoe_ds/methods/base.py
+    # Which parameters a sentence uses: "specific", those of its languages; "shared", the shared ones; "both":
+    # the second half of the sentences repeats the first and uses the shared ones.
     route: Route = "specific"
     _segments: dict[str, list[Segment]] = field(default_factory=dict)
 
@@ -41,12 +41,15 @@ class LanguageContext:
         return LanguageContext(self.ids.select(index), summary, self.notes, self.route)
 
     def note(self, method: str, value: Any) -> None:
-        """Leave a note for a method, in training."""
+        """Record a note for a method; does nothing outside training."""
         if self.notes is not None:
             self.notes.setdefault(method, []).append(value)
 
     def segments(self, kind: str) -> list[Segment]:
-        """Split the batch into segments of equal "source" or "target" language. Waits for the device, once a kind."""
+        """Split the batch into segments of equal "source" or "target" language.
+
+        Waits for the device at the first call for each ``kind``.
+        """
         if kind not in self._segments:
             languages = self.ids.task(kind).tolist()
             specific = {"specific": len(languages), "shared": 0, "both": len(languages) // 2}[self.route]

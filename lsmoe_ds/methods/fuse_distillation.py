@@ -1,15 +1,16 @@
-"""Fuse distillation: what language-specific feed-forwards or matrices know, condensed into shared ones ("Condensing Multilingual
-Knowledge", sections 3 and 4).
+"""Fuse distillation: condense language-specific feed-forwards or matrices into shared ones.
 
-Each batch goes through the model twice, by way of the specific parameters (probabilities p_l) and of the shared ones (p_s); here
-both at once, as one batch whose second half repeats the first. The loss is (equation 3)
+The method is from "Condensing Multilingual Knowledge", sections 3 and 4. Each batch goes through the model by
+two routes, the specific parameters (probabilities p_l) and the shared ones (p_s). Both routes run at once, as
+one batch whose second half repeats the first. The loss is (equation 3)
 
     1/2 (CE(y || p_l) + CE(y || p_s)) + D
 
-where D is, of low-rank matrices, the symmetric divergence 1/2 (KL(p_l || p_s) + KL(p_s || p_l)) (equation 4), from which both
-sides learn; of feed-forwards, with ``teacher``, KL(p_l || p_s) without gradient for p_l (equation 2), from which the shared side
-alone learns. The shared feed-forward stands beside a layer's experts (``moe.fuse_distillation``), whatever routes these: by a
-static router of as many experts as languages they are the paper's language-specific ones.
+For low-rank matrices D is the symmetric divergence 1/2 (KL(p_l || p_s) + KL(p_s || p_l)) (equation 4), from
+which both routes learn. For feed-forwards, with ``teacher``, D is KL(p_l || p_s) without gradient for p_l
+(equation 2), from which only the shared route learns. The shared feed-forward is beside a layer's experts
+(``moe.fuse_distillation``), with any router. A static router with as many experts as languages gives the
+paper's language-specific feed-forwards.
 
 N tokens of the single batch, V vocabulary, H hidden.
 """
@@ -29,22 +30,25 @@ from lsmoe_ds.methods.objective import Objective, TokenLosses
 from lsmoe_ds.parallel.layers import project, smoothing_loss
 from lsmoe_ds.parallel.topology import Topology
 
-AT_ONCE = 2**20  # logits that are computed with at a time: they and what is made of them should stay in a processor's cache
+AT_ONCE = 2**20  # logits per block: a block and the values computed from it should fit a processor's cache
 
 
 class _RouteLosses(torch.autograd.Function):
-    """Logits [2 N, V / tensor] of this rank's part of the vocabulary, specific then shared, and labels [2 N] -> the summed loss
-    1/2 (CE + CE) + D, and of each token, without gradient, -log p(label) [2, N] and D [N].
+    """Compute the summed loss 1/2 (CE + CE) + D and, without gradient, each token's -log p(label) and D.
 
-    With d = log p_l - log p_s, a = E_l[d] = KL(p_l || p_s) and b = E_s[d] = -KL(p_s || p_l), the symmetric divergence of a token
-    is (a - b) / 2 and the gradients of its loss are, y being 1 at the label,
+    The last two are [2, N] and [N]. ``logits`` [2 N, V / tensor] are of this rank's part of the vocabulary,
+    first the specific route, then the shared one; ``labels`` [2 N].
 
-        of z_l:  1/2 (p_l (d - a + 2) - p_s - y)        of z_s:  -1/2 (p_s (d - b - 2) + p_l + y)
+    Let z_l and z_s be the logits of the two routes, d = log p_l - log p_s,
+    a = E_l[d] = KL(p_l || p_s) and b = E_s[d] = -KL(p_s || p_l). Then the symmetric divergence of a token is
+    (a - b) / 2. The gradients of its loss, with y equal to 1 at the label and 0 elsewhere, are
 
-    With ``teacher`` D is a, and the gradients are 1/2 (p_l - y) and 3/2 p_s - p_l - 1/2 y. All is computed for a few tokens at
-    a time and the gradient takes the place of the logits, so that no further [2 N, V] is ever stored. Only the normalizers,
-    a, b and the labels' logits are sums over the vocabulary: the ranks exchange the largest logits and then six numbers a
-    token; the gradients need no exchange.
+        for z_l:  1/2 (p_l (d - a + 2) - p_s - y)        for z_s:  -1/2 (p_s (d - b - 2) + p_l + y)
+
+    With ``teacher`` D is a, and the gradients are 1/2 (p_l - y) and 3/2 p_s - p_l - 1/2 y. The computation
+    takes a few tokens at a time, and the gradient overwrites the logits, so that no second [2 N, V] tensor is
+    ever stored. Only the normalizers, a, b and the labels' logits are sums over the vocabulary: the ranks
+    exchange the largest logits and then six numbers per token. The gradients need no exchange.
     """
 
     @staticmethod
@@ -67,15 +71,15 @@ class _RouteLosses(torch.autograd.Function):
         sums[2] = (halves.gather(2, local) * here).squeeze(2)
         if group is not None:
             dist.all_reduce(sums, group=group)
-        normalizers, weighted, of_label = sums
+        normalizers, weighted, label_logits = sums
         log_sums = largest + normalizers.log()
-        a, b = weighted / normalizers + (log_sums - largest).diff(dim=0)  # d above was of the shifted logits
-        apart = a if teacher else (a - b) / 2
-        nll = log_sums - of_label
+        a, b = weighted / normalizers + (log_sums - largest).diff(dim=0)  # d above used the shifted logits
+        divergence = a if teacher else (a - b) / 2
+        nll = log_sums - label_logits
         ctx.save_for_backward(logits, local, here, log_sums, a, b)
         ctx.teacher = teacher
-        ctx.mark_non_differentiable(nll, apart)
-        return nll.sum() / 2 + apart.sum(), nll, apart
+        ctx.mark_non_differentiable(nll, divergence)
+        return nll.sum() / 2 + divergence.sum(), nll, divergence
 
     @staticmethod
     @once_differentiable
@@ -91,16 +95,16 @@ class _RouteLosses(torch.autograd.Function):
             else:
                 d = p[0] - p[1]
                 p.exp_()
-                of_specific = (d + (2 - a[tokens, None])).mul_(p[0]).sub_(p[1])
+                grad_specific = (d + (2 - a[tokens, None])).mul_(p[0]).sub_(p[1])
                 p[1] = d.sub_(2 + b[tokens, None]).mul_(p[1]).add_(p[0]).neg_()
-                p[0] = of_specific
+                p[0] = grad_specific
             p *= half
         halves.scatter_add_(2, local, here * -half)
         return logits, None, None, None
 
 
 def _few(halves: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """[2, N, V] in parts of a few tokens each, and which tokens they are."""
+    """Yield blocks of a few tokens of ``halves`` [2, N, V], each with the slice of its tokens."""
     each = max(1, AT_ONCE // halves.shape[2])
     for start in range(0, halves.shape[1], each):
         tokens = slice(start, start + each)
@@ -108,7 +112,7 @@ def _few(halves: Tensor) -> Iterator[tuple[Tensor, slice]]:
 
 
 class FuseDistillation(Objective):
-    """Train a model on both routes; with ``teacher`` the shared route alone learns from the divergence."""
+    """Train a model on both routes; with ``teacher`` only the shared route learns from the divergence."""
 
     routes = ("specific", "shared")
     route = "both"
@@ -122,12 +126,14 @@ class FuseDistillation(Objective):
         return tuple(each[again] for each in batch), ids.select(again)
 
     def losses(self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> TokenLosses:
-        """Return the mean of the two smoothed cross-entropies, the specific route's negative log-likelihood and the
-        divergence as ``distillation``, from hidden states [2 N, H] and labels [2 N] of both routes; each is summed
-        over N tokens.
+        """Return the losses of hidden states [2 N, H] with labels [2 N] of both routes, summed over N tokens.
+
+        ``loss`` is the mean of the two smoothed cross-entropies; its gradient includes that of the
+        divergence. ``nll`` is the specific route's negative log-likelihood, and ``further`` has the
+        divergence as ``distillation``.
         """
         projected = project(hidden, embedding, topology)
-        loss, nll, apart = _RouteLosses.apply(projected.logits, labels, topology, self.teacher)
+        loss, nll, divergence = _RouteLosses.apply(projected.logits, labels, topology, self.teacher)
         if smoothing:
             loss = loss + smoothing_loss(projected, labels, embedding, smoothing, topology) / 2
-        return TokenLosses(loss - apart.sum(), nll[0].sum(), {"distillation": apart.sum()})
+        return TokenLosses(loss - divergence.sum(), nll[0].sum(), {"distillation": divergence.sum()})

@@ -1,4 +1,4 @@
-"""What a model is trained on: the label-smoothed cross-entropy of one route, unless an objective says otherwise.
+"""The training objective: the label-smoothed cross-entropy of one route, unless a subclass says otherwise.
 
 N target tokens, V vocabulary, H hidden.
 """
@@ -16,9 +16,9 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 class TokenLosses(NamedTuple):
-    """Losses of the N target tokens of a micro-batch, summed."""
+    """The losses of a micro-batch, each summed over its N target tokens."""
 
-    loss: Tensor  # label-smoothed cross-entropy; its gradient is also that of ``further``
+    loss: Tensor  # label-smoothed cross-entropy; its gradient includes the gradient of ``further``
     nll: Tensor  # negative log-likelihood by the specific route, without gradient
     further: dict[str, Tensor]  # other losses by name, without gradient; the step adds them to ``loss``
 
@@ -26,14 +26,14 @@ class TokenLosses(NamedTuple):
 class Objective:
     """Train on the label-smoothed cross-entropy by the specific route."""
 
-    routes: ClassVar[tuple[Route, ...]] = ("specific",)  # those that are trained, and so validated
-    route: ClassVar[Route] = "specific"  # the one that a training batch takes, after :meth:`expand`
+    routes: ClassVar[tuple[Route, ...]] = ("specific",)  # the routes that are trained and validated
+    route: ClassVar[Route] = "specific"  # the route of a training batch after :meth:`expand`
 
     def expand(self, batch: tuple[Tensor, ...], ids: SentenceIds) -> tuple[tuple[Tensor, ...], SentenceIds]:
-        """Return the sentences [B, ...] as the model is to read them in training."""
+        """Return the sentences [B, ...] that the model reads in training."""
         return batch, ids
 
     def losses(self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> TokenLosses:
-        """Return the losses of hidden states [N, H] with labels [N], by the tied output layer ``embedding``."""
+        """Return the losses of hidden states [N, H] with labels [N]; ``embedding`` is the output layer."""
         loss, nll = cross_entropy(project(hidden, embedding, topology), labels, embedding, smoothing, topology)
         return TokenLosses(loss, nll.sum(), {})

@@ -13,14 +13,16 @@ from lsmoe_ds.methods.context import LanguageContext
 
 @dataclass(frozen=True)
 class LinearSite(LinearShape):
-    """A linear layer [inputs -> outputs]. Its ``module`` calls what is added instead, with the layer, its input
-    and the context: ``added(base, x, context)``.
+    """A linear layer [inputs -> outputs].
+
+    If a method adds a module here, ``module`` calls ``added(base, x, context)``, with the linear layer as
+    ``base``, instead of the layer itself.
     """
 
     module: Linears
 
     def add(self, method: str, added: nn.Module) -> None:
-        """Add a method's module; its parameters are called ``NAME_METHOD``."""
+        """Add a method's module under the name ``NAME_METHOD``. Raises ValueError for a second method."""
         if self.name in self.module.beside:
             raise ValueError(f"{self.side}.{self.layer}.{self.sublayer}.{self.name} has two methods beside it")
         self.module.add_module(f"{self.name}_{method}", added)
@@ -29,14 +31,16 @@ class LinearSite(LinearShape):
 
 @dataclass(frozen=True)
 class SublayerSite(SublayerShape):
-    """A sublayer of a layer. What is added follows it, before the residual: ``y = added(y, x, real, context)`` of
-    what it gave, y, and what it read, x, both [B, T, H].
+    """A sublayer of a layer.
+
+    An added module runs after the sublayer, before the residual: ``y = added(y, x, real, context)``, where
+    the sublayer read x and returned y, both [B, T, H].
     """
 
     module: WithSublayers
 
     def add(self, method: str, added: nn.Module) -> None:
-        """Add a method's module; its parameters are called ``SUBLAYER_METHOD``."""
+        """Add a method's module under the name ``SUBLAYER_METHOD``."""
         self.module.add_module(f"{self.sublayer}_{method}", added)
         self.module.after.setdefault(self.sublayer, []).append(added)
 
@@ -54,7 +58,7 @@ class Linears(nn.Module):
         self.beside: dict[str, nn.Module] = {}
 
     def linear(self, name: str, x: Tensor, context: LanguageContext | None) -> Tensor:
-        """Apply a linear layer, with what was added beside it; only that needs the context."""
+        """Apply a linear layer, or the module added beside it; only the added module needs the context."""
         base, added = getattr(self, name), self.beside.get(name)
         out: Tensor = base(x) if added is None else added(base, x, context)
         return out
@@ -72,7 +76,7 @@ class WithSublayers(nn.Module):
         self.after: dict[str, list[nn.Module]] = {}
 
     def follow(self, sublayer: Sublayer, y: Tensor, x: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
-        """Apply what was added after a sublayer that read x and gave y."""
+        """Apply the modules added after a sublayer that read x and returned y, both [B, T, H]."""
         for added in self.after.get(sublayer, ()):
             y = added(y, x, real, context)
         return y

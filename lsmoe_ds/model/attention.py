@@ -19,7 +19,7 @@ Cache = tuple[Tensor, Tensor]  # keys and values, each [B, A, T, D]
 
 
 class Attention(Linears):
-    """Attention over a memory [B, M, H]; heads are spread over the tensor-parallel ranks."""
+    """Attention over a memory [B, M, H]. The heads are spread over the tensor-parallel ranks."""
 
     def __init__(self, hidden: int, heads: int, dropout: float, topology: Topology) -> None:
         super().__init__()
@@ -31,16 +31,16 @@ class Attention(Linears):
         self.heads = heads // topology.tensor
         self.dropout = dropout
         self.tensor = topology.tensor
-        self.packed: tuple[Tensor, ...] = ()  # weight [3 H, H] and bias [3 H] of query, key and value, if :meth:`pack` was called
+        self.packed: tuple[Tensor, ...] = ()  # after :meth:`pack`: joint weight [3 H, H] and bias [3 H]
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
 
     def pack(self) -> None:
-        """Compute query, key and value of one input by one product, for inference.
+        """Prepare to compute query, key and value of one input by one product, for inference.
 
-        Their weights become views of the joint one. Does nothing if a method adds to one of them, or under tensor
-        parallelism.
+        Their weights become views of a joint weight. Does nothing under tensor parallelism, or if a method
+        has added a module beside one of the three.
         """
         parts = (self.query, self.key, self.value)
         if {"query", "key", "value"} & self.beside.keys() or self.tensor > 1:
@@ -52,15 +52,15 @@ class Attention(Linears):
             self.packed = (*self.packed, packed)
 
     def project_q(self, x: Tensor, context: LanguageContext) -> Tensor:
-        """Queries of x [B, T, H]: [B, A, T, D]."""
+        """Compute the queries of x [B, T, H]: [B, A, T, D]."""
         return self._split(self.linear("query", x, context))
 
     def project_kv(self, memory: Tensor, context: LanguageContext) -> Cache:
-        """Keys and values of a memory [B, M, H]."""
+        """Compute the keys and values of a memory [B, M, H]: each [B, A, M, D]."""
         return self._split(self.linear("key", memory, context)), self._split(self.linear("value", memory, context))
 
     def project_qkv(self, x: Tensor, context: LanguageContext) -> tuple[Tensor, Cache]:
-        """Queries, keys and values of x [B, T, H]."""
+        """Compute the queries, keys and values of x [B, T, H]: each [B, A, T, D]."""
         if not self.packed:
             return self.project_q(x, context), self.project_kv(x, context)
         query, key, value = (self._split(part) for part in F.linear(x, *self.packed).chunk(3, -1))
@@ -69,14 +69,17 @@ class Attention(Linears):
     def forward(
         self, query: Tensor, keys_values: Cache, context: LanguageContext, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """Queries [B, A, T, D] -> [B, T, H]. ``mask`` [B, 1, 1, M] is true where a key may be seen."""
+        """Attend from queries [B, A, T, D] to keys and values: [B, T, H].
+
+        ``mask`` [B, 1, 1, M] is true where queries may attend to a key.
+        """
         dropout = self.dropout if self.training else 0.0
-        # Each tensor-parallel rank drops in its own heads, so it needs its own random numbers there.
+        # Each tensor-parallel rank applies dropout to its own heads, so it needs its own random numbers.
         with compat.tensor_parallel_random() if dropout and self.tensor > 1 else contextlib.nullcontext():
             mixed = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.linear("output", mixed.transpose(1, 2).flatten(2), context)
 
 
 def extend(cache: Cache | None, new: Cache) -> Cache:
-    """A cache with the keys and values of further positions."""
+    """Append the keys and values of further positions to a cache."""
     return new if cache is None else (torch.cat([cache[0], new[0]], 2), torch.cat([cache[1], new[1]], 2))

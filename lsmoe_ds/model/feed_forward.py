@@ -15,7 +15,7 @@ from lsmoe_ds.parallel.topology import Topology
 class FeedForward(Linears):
     """``relu(x W_1 + b_1) W_2 + b_2``, [..., H] -> [..., H]; F is spread over the tensor-parallel ranks."""
 
-    is_plain = True  # relu between two linear layers: the experts of a rank may be computed by grouped products
+    is_plain = True  # relu between two linear layers: grouped products may compute the experts of a rank
 
     def __init__(self, hidden: int, width: int, topology: Topology) -> None:
         super().__init__()
@@ -24,5 +24,5 @@ class FeedForward(Linears):
         self.contract = row_linear(width, hidden, topology)
 
     def forward(self, x: Tensor, context: LanguageContext | None = None) -> Tensor:
-        """x [..., H] -> [..., H]; only what methods have added needs the context."""
+        """Apply the network, x [..., H] -> [..., H]. Only modules added by methods need the context."""
         return self.linear("contract", F.relu(self.linear("expand", x, context)), context)

@@ -1,7 +1,7 @@
 """Initial weights that do not depend on the parallel layout.
 
-Every parameter is drawn whole, from a generator seeded by the run's seed and the parameter's global name; each rank
-keeps its part. Experts are named by their global number.
+Every rank draws each whole parameter, from a generator seeded by the run's seed and the parameter's global
+name, and keeps its own part. Experts are named by their global number.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def initialize(model: Transformer, seed: int, topology: Topology) -> None:
-    """Draw linear weights Xavier-uniform, embeddings normal with deviation H^-1/2, norms 1, biases 0, and parameters
-    of methods as these say.
+    """Initialize all parameters of a model.
+
+    Linear weights are Xavier-uniform, embeddings normal with standard deviation H^-1/2, norms 1 and biases 0.
+    Methods initialize their own parameters.
     """
     names = global_names(model, topology)
     for name, value in named_state(model):
@@ -46,7 +48,7 @@ def is_drawn(name: str, methods: Sequence[Method]) -> bool:
 
 
 def draw(name: str, shape: list[int], seed: int, methods: Sequence[Method] = ()) -> Tensor:
-    """Return the initial value of the whole parameter of this global name."""
+    """Return the initial value of the whole parameter with this global name."""
     value = torch.empty(shape)
     if name.endswith(".bias"):
         return value.zero_()

@@ -1,4 +1,4 @@
-"""Build the methods of a model, mixtures of experts and those that the recipe names, and what it is trained on."""
+"""Build a model's methods (mixtures of experts, and those that the recipe names) and its objective."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def methods_of(recipe: Recipe, topology: Topology) -> list[Method]:
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    """Return what the recipe's model is trained on.
+    """Return the training objective of the recipe's model.
 
-    Matrices stand beside shared weights, so both routes learn from each other; experts teach a shared feed-forward.
+    In fuse distillation of low-rank matrices both routes learn from each other; experts teach a shared
+    feed-forward.
     """
     return FuseDistillation(teacher=recipe.model.teaches) if recipe.model.distills else Objective()

@@ -30,32 +30,32 @@ from lsmoe_ds.parallel.topology import Topology
 
 @dataclass
 class Losses:
-    """Losses of one micro-batch, as sums over its target tokens."""
+    """The losses of one micro-batch, summed over its target tokens."""
 
-    loss: Tensor  # those of TokenLosses
+    loss: Tensor  # this and the next two: see TokenLosses
     nll: Tensor
     further: dict[str, Tensor]
-    notes: Notes  # of each method, encoder first; what the auxiliary losses are made of. Empty in evaluation
+    notes: Notes  # of each method, encoder first, for the auxiliary losses; empty in evaluation
 
 
 @dataclass
 class DecoderState:
-    """What the decoder remembers of B sentences while decoding.
+    """The decoder's state for B sentences.
 
-    In a beam search each sentence has the same number W of hypotheses, one after the other: ``context`` and ``own`` then have
-    B W rows, ``cross`` and ``mask`` stay at B.
+    In beam search each sentence has the same number W of consecutive hypotheses: ``context`` and ``own`` then
+    have B W rows, while ``cross`` and ``mask`` keep B.
     """
 
-    cross: list[Cache]
+    cross: list[Cache]  # of each layer: keys and values of the source
     mask: Tensor  # [B, 1, 1, M], true where the source is real
     context: LanguageContext
-    own: list[Cache | None] = field(default_factory=list)
-    length: int = 0
+    own: list[Cache | None] = field(default_factory=list)  # of each layer: those of the target so far
+    length: int = 0  # target positions so far
 
     def select(self, sentences: Tensor | None, hypotheses: Tensor | None = None) -> DecoderState:
-        """The state of the ``sentences`` that an index [B'] names, in that order; None keeps all.
+        """Return the state of the ``sentences`` in an index [B'], in that order; None keeps all.
 
-        ``hypotheses`` [B' W'] names rows of the earlier hypotheses that go on, W' for each of these sentences.
+        ``hypotheses`` [B' W'] are the rows of the hypotheses to continue, W' for each of these sentences.
         """
 
         def of(cache: Cache, index: Tensor) -> Cache:
@@ -70,7 +70,10 @@ class DecoderState:
 
 
 class Layer(WithSublayers):
-    """An encoder or decoder layer: norm, attention, add; in the decoder the same over the source; norm, feed-forward, add."""
+    """An encoder or decoder layer: attention, in the decoder cross-attention, and a feed-forward.
+
+    Each sublayer is norm, sublayer, add.
+    """
 
     def __init__(
         self,
@@ -116,7 +119,11 @@ class Layer(WithSublayers):
         cross_mask: Tensor | None = None,
         past: Cache | None = None,
     ) -> tuple[Tensor, Cache]:
-        """x [B, T, H] -> [B, T, H], and the keys and values of all positions so far."""
+        """Apply the layer, x [B, T, H] -> [B, T, H]; also return the keys and values of all positions so far.
+
+        ``real`` [B, T] is true at real tokens. ``cross`` holds the source's keys and values, ``past`` those
+        of the earlier positions.
+        """
         normed = self.attention_norm(x)
         query, new = self.attention.project_qkv(normed, context)
         cache = extend(past, new)
@@ -125,7 +132,7 @@ class Layer(WithSublayers):
         x = x + self._drop(y)
         if self.cross_attention is not None:
             assert self.cross_norm is not None and cross is not None
-            # The hypotheses of a sentence are queries over one memory: [B W, T, H] -> [B, W T, H] and back.
+            # All hypotheses of a sentence query one memory: [B W, T, H] -> [B, W T, H] and back.
             normed = self.cross_norm(x)
             query = self.cross_attention.project_q(normed.view(cross[0].shape[0], -1, x.shape[2]), context)
             y = self.cross_attention(query, cross, context, cross_mask).view_as(x)
@@ -136,7 +143,7 @@ class Layer(WithSublayers):
         return x + self._drop(self.follow("feed_forward", y, normed, real, context)), cache
 
     def sites(self, side: SideName, number: int) -> Iterator[Site]:
-        """Yield each sublayer and its linear layers. Those of experts are no sites."""
+        """Yield each sublayer and its linear layers. The linear layers of experts are not sites."""
         found: dict[Sublayer, nn.Module | None] = {
             "attention": self.attention,
             "cross_attention": self.cross_attention,
@@ -156,7 +163,7 @@ def outline(recipe: Recipe, vocabulary: int) -> Transformer:
 
 
 class Transformer(nn.Module):
-    """The whole model. ``recipe`` gives its shape, ``vocabulary`` its number of tokens V."""
+    """The whole model, with the recipe's shape and ``vocabulary`` tokens V."""
 
     def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
         super().__init__()
@@ -185,7 +192,7 @@ class Transformer(nn.Module):
         return F.dropout(self.embedding(ids, offset), self.dropout, self.training)
 
     def encode(self, source: Tensor, context: LanguageContext) -> tuple[Tensor, Tensor]:
-        """Source [B, M] -> memory [B, M, H] and its mask [B, 1, 1, M]."""
+        """Encode source ids [B, M]: return the memory [B, M, H] and its mask [B, 1, 1, M]."""
         real = source != PAD
         mask = real[:, None, None, :]
         x = self._embed(source)
@@ -194,12 +201,15 @@ class Transformer(nn.Module):
         return self.encoder_norm(x), mask
 
     def _decode(self, tokens: Tensor, real: Tensor, state: DecoderState) -> Tensor:
-        """Decoder input [B, T], after ``state.length`` earlier positions -> hidden states [B, T, H]; extends the state."""
+        """Decode input ids [B, T] after ``state.length`` earlier positions: hidden states [B, T, H].
+
+        Extends the state.
+        """
         x = self._embed(tokens, state.length)
         state.own = state.own or [None] * len(self.decoder)
         for i, layer in enumerate(self.decoder):
-            # Padding stands at the end, so a causal mask alone hides it from every real position; and a single new
-            # position may see all earlier ones.
+            # Padding is at the end, so the causal mask alone hides it from every real position. A single new
+            # position may attend to all earlier ones.
             x, state.own[i] = layer(
                 x,
                 real,
@@ -219,7 +229,7 @@ class Transformer(nn.Module):
         notes: Notes | None = None,
         route: Route = "specific",
     ) -> DecoderState:
-        """Encode source [B, M] and prepare to decode."""
+        """Encode source ids [B, M] and return the initial decoder state."""
         memory, mask = self.encode(source, LanguageContext(ids, None, notes, route))
         summary = mean_of_real(memory, source != PAD) if self.summarize else None
         context = LanguageContext(ids, summary, notes, route)
@@ -227,20 +237,20 @@ class Transformer(nn.Module):
         return DecoderState(cross, mask, context)
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """The next tokens [B, T] of each sentence -> logits [B, V] after the last of them; extends the state."""
+        """Decode the next tokens [B, T]; return the logits [B, V] after the last one. Extends the state."""
         hidden = self._decode(tokens, torch.ones_like(tokens, dtype=torch.bool), state)
         return output_logits(hidden[:, -1], self.embedding.tokens, self.topology)
 
     def logits(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
-        """Teacher-forced logits [B, T, V]; those at padding mean nothing."""
+        """Return teacher-forced logits [B, T, V]; those at padding are meaningless."""
         hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, route=route))
         return output_logits(hidden.flatten(0, 1), self.embedding.tokens, self.topology).unflatten(0, hidden.shape[:2])
 
     def forward(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds, route: Route = "specific") -> Losses:
         """Compute the losses of sources [B, M], decoder inputs and labels [B, T], summed over the real labels.
 
-        In training the objective says which routes the sentences take. By both, an MoE
-        layer's record is then of twice the tokens, unless the layer has a shared feed-forward for the second route.
+        In training the objective chooses the routes. If it trains both, an MoE layer's record is of twice the
+        tokens, unless the layer has a shared feed-forward for the second route.
         """
         objective = self.objective if self.training else Objective()
         if self.training:
@@ -253,33 +263,33 @@ class Transformer(nn.Module):
         return Losses(*objective.losses(hidden, labels, self.embedding.tokens, smoothing, self.topology), notes)
 
     def _noted(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route) -> tuple[Tensor, Notes]:
-        """Return hidden states [B, T, H], and in training the notes of all methods."""
+        """Return the decoder's hidden states [B, T, H], and in training the notes of all methods."""
         notes: Notes = {}
         state = self.start(source, ids, notes if self.training else None, route)
         return self._decode(decoder_input, decoder_input != PAD, state), notes
 
     def sites(self) -> Iterator[Site]:
-        """Yield the places at which methods add something, layer by layer."""
+        """Yield the sites at which methods can add modules, layer by layer."""
         sides: tuple[SideName, ...] = ("encoder", "decoder")
         for side in sides:
             for number, layer in enumerate(getattr(self, side)):
                 yield from layer.sites(side, number)
 
     def pack(self) -> None:
-        """For inference: see :meth:`Attention.pack`."""
+        """Pack all attentions, for inference (see :meth:`Attention.pack`)."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.pack()
 
     def moe_layers(self) -> list[tuple[str, Any]]:
-        """(side, MixtureOfExperts), in the order in which they run."""
+        """Return (side, MixtureOfExperts) of each MoE layer, in the order in which they run."""
         return [(name.split(".")[0], self.get_submodule(f"{name}.feed_forward")) for name in self.moe_names]
 
     @torch.no_grad()
     def totals_ahead(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> Totals:
-        """Return a micro-batch's part of the totals as :meth:`forward` will find them if the same random numbers follow.
+        """Return the part of the totals that :meth:`forward` will find if it draws the same random numbers.
 
-        That takes a forward pass, unless all methods can tell from the ids.
+        This runs a forward pass, unless all methods can count from the ids.
         """
         real = {"encoder": source != PAD, "decoder": decoder_input != PAD}
         ahead = {method.name: method.count_ahead(self, real, ids) for method in self.methods}

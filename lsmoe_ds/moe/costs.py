@@ -23,10 +23,11 @@ def count_router(hidden: int, settings: MoE, tasks: int) -> Count:
 def count_layer(hidden: int, width: int, settings: MoE, tasks: int, serving: bool = False, held: Held = "all") -> Count:
     """Count a layer of experts of ``width`` F, its router and its shared feed-forward, if it has one.
 
-    ``serving``: what must be loaded to translate one direction ("Beyond Distillation", section 3.2). A layer that is
-    routed by token or sentence needs all its experts and the router; of one that is routed by task or statically the
-    K experts are known beforehand, and joined into one feed-forward of width K F. A shared feed-forward is left out
-    where ``held`` is "specific" or "merged", and stands alone where it is "shared".
+    ``serving`` counts what must be loaded to translate one direction ("Beyond Distillation", section 3.2). A
+    layer routed by token or sentence needs all its experts and the router. In a layer routed by task or
+    statically the K experts are known beforehand and joined into one feed-forward of width K F. The shared
+    feed-forward is left out if ``held`` is "specific" or "merged"; it is all that counts if ``held`` is
+    "shared".
     """
     if settings.has_shared and held == "shared":
         return count_feed_forward(hidden, width)
@@ -40,8 +41,10 @@ def count_layer(hidden: int, width: int, settings: MoE, tasks: int, serving: boo
 
 
 def flops(hidden: int, width: int, settings: MoE, length: int, shared: bool) -> int:
-    """Count the operations of a token, of sentences of ``length`` L: experts K (4 H F + 2 H), a token router 2 H E, a
-    sentence router 2 H E / L. By the ``shared`` route that has a feed-forward of its own: 4 H F.
+    """Count the floating-point operations of one token, in sentences of ``length`` L tokens.
+
+    Experts take K (4 H F + 2 H), a token router 2 H E, a sentence router 2 H E / L. The ``shared`` route of a
+    layer that has a shared feed-forward takes 4 H F.
     """
     each = 4 * hidden * width
     if shared and settings.has_shared:
@@ -51,31 +54,33 @@ def flops(hidden: int, width: int, settings: MoE, length: int, shared: bool) -> 
 
 
 def values(hidden: int, width: int, settings: MoE) -> float:
-    """Count the values that a token leaves for the backward pass, K (2 H + F); the mean of both routes, where the
-    shared one has a feed-forward of its own.
+    """Count the values that a token stores for the backward pass, K (2 H + F).
+
+    In a layer with a shared feed-forward: the mean of both routes.
     """
     experts = settings.top_k * (2 * hidden + width)
     return (experts + width) / 2 if settings.has_shared else experts
 
 
 def bytes_per_row(hidden: int, top_k: int, value_bytes: int, training: bool, learned: bool = True) -> int:
-    """Bytes that one row costs which leaves its rank for another that holds experts of it.
+    """Count the bytes sent for one row that travels to another rank's experts and back.
 
-    Out and back: 2 H values. The numbers and weights of its experts go out as 2 K float32. In training the gradients of all
-    this take the same ways: 4 H values + 4 K float32. Static routing has no ``learned`` weights, so no gradient of them.
+    The row and its result are 2 H values. Its experts' numbers and weights are 2 K float32. In training the
+    gradients travel too: 4 H values + 4 K float32 in all. Without ``learned`` weights (static routing) the
+    weights have no gradient.
     """
     ways = 2 if training else 1
     return ways * 2 * hidden * value_bytes + (ways if learned else 1) * 2 * top_k * 4
 
 
 def rows_at_random(experts: int, top_k: int, ranks: int, groups: int = 1) -> float:
-    """Rows that leave their rank per token and layer, expected where K distinct experts are chosen at random.
+    """Return the expected rows that leave their rank, per token and layer, for K random distinct experts.
 
-    A token goes once to each rank that holds at least one of its experts, and a row to its own rank costs nothing::
+    A token goes once to each rank that holds at least one of its experts; to its own rank it costs nothing::
 
         (R - 1) (1 - C(E - E/R, K) / C(E, K))
 
-    With ``groups`` the choice is among the E / groups experts of a random group, which stand side by side.
+    With ``groups`` the choice is among the E / groups consecutive experts of a random group.
     """
     each, block = experts // groups, experts // ranks
     reached = 0.0
@@ -87,9 +92,11 @@ def rows_at_random(experts: int, top_k: int, ranks: int, groups: int = 1) -> flo
 
 
 def rows_at_home(settings: MoE, affine: MoE | None, ranks: int, tensor: int) -> float | None:
-    """The same where every task-affine batch is on a rank that holds its task's experts; None where no such rank exists.
+    """Return the rows that leave their rank, per token and layer, if each batch is on its experts' rank.
 
-    That is 0, but for tensor-parallel peers: they share a batch's tokens, and only some of them hold the experts.
+    ``affine`` are the experts that task-affine batches follow. The result is 0, except with tensor-parallel
+    peers: they share a batch's tokens, and only some of them hold the experts. None if no rank holds all
+    experts of a task, or the batches do not follow this layer's experts.
     """
     follows = affine is not None and (settings.task, settings.expert_groups) == (affine.task, affine.expert_groups)
     if not settings.by_task or not follows or settings.expert_groups % ranks:
@@ -110,19 +117,21 @@ class Exchange:
     layers: int
     row_bytes: int  # training
     row_bytes_inference: int
-    rows: float  # that leave, per token and layer, experts chosen at random
-    rows_home: float | None  # the same with all task-affine batches at home
-    routed: int  # times, of each token in training: twice where both routes are trained, unless a shared feed-forward takes one route
-    count_bytes: int  # leaving each rank, per layer and micro-batch: one int64 for each other rank
+    rows: float  # rows that leave their rank, per token and layer, with experts chosen at random
+    rows_home: float | None  # the same if each task-affine batch is on a rank that holds its experts
+    # How often each token is routed in training: twice where both routes are trained, unless a shared
+    # feed-forward takes one of them.
+    routed: int
+    count_bytes: int  # that leave each rank, per layer and micro-batch: one int64 count for each other rank
 
     def token_bytes(self, at_home: bool = False) -> float:
-        """Per token of this side that is routed, through all its layers, forward and backward."""
+        """Return the bytes per routed token of this side, over all its layers, forward and backward."""
         rows = self.rows_home if at_home and self.rows_home is not None else self.rows
         return self.layers * rows * self.row_bytes
 
 
 def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
-    """Of each side that has experts; nothing without expert parallelism."""
+    """Return the exchange of each side that has experts; an empty list without expert parallelism."""
     model, layout = recipe.model, recipe.parallel
     found = []
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):

@@ -1,8 +1,8 @@
-"""Dispatch: tokens to the ranks of their experts and back. No token is padded, and none is dropped that the router has not dropped.
+"""Dispatch: send tokens to the ranks of their experts and back, without padding and without drops of its own.
 
-With expert parallelism a token travels once to each rank that holds any of its experts, with the numbers and weights of
-these; there its experts' outputs are added with their weights, and one row travels back. Counts are exchanged once, rows
-by uneven all-to-all. Tensor-parallel peers, which hold the same tokens, each dispatch a share of them.
+With expert parallelism a token travels once to each rank that holds any of its experts, with these experts'
+numbers and weights. That rank returns one row: the weighted sum of its experts' outputs. Counts are exchanged
+once, rows by uneven all-to-all. Tensor-parallel peers hold the same tokens; each dispatches a share of them.
 
 S tokens, H hidden, K top-k, R expert-parallel ranks.
 """
@@ -19,7 +19,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 class Dispatcher(nn.Module):
-    """Sends tokens to their experts, wherever these live, and combines what comes back."""
+    """Send tokens to their experts, on whichever rank, and combine the outputs."""
 
     def __init__(self, experts: list[nn.Module], total: int, topology: Topology) -> None:
         super().__init__()
@@ -29,9 +29,10 @@ class Dispatcher(nn.Module):
         self.traffic = Traffic()
 
     def forward(self, tokens: Tensor, experts: Tensor, weights: Tensor, dropped: bool = True) -> Tensor:
-        """Tokens [S, H], expert numbers or DROPPED [S, K], weights [S, K] -> the weighted sum of the experts' outputs [S, H].
+        """Return the weighted sum of each token's expert outputs [S, H].
 
-        With ``dropped`` false no number may be DROPPED.
+        ``tokens`` [S, H]; ``experts`` [S, K] are expert numbers or DROPPED; ``weights`` [S, K]. If
+        ``dropped`` is false, no number may be DROPPED.
         """
         group = self.topology.tensor_group
         if self.topology.tensor == 1 or group is None:
@@ -53,7 +54,8 @@ class Dispatcher(nn.Module):
         send, receive = torch.stack([send_counts, receive_counts]).tolist()  # waits for the device once
         self.traffic.rows += sum(send) - send[self.topology.expert_rank]
 
-        # Of each row that travels: the numbers of its experts on the rank it goes to, or DROPPED, and their weights.
+        # Each row travels with the local numbers of its experts on the target rank (DROPPED for experts
+        # elsewhere) and their weights.
         here = rank_of[rows] == ranks_of_rows[:, None]
         local = torch.where(here, experts[rows] % self.local, DROPPED)
         told = torch.cat([local.float(), weights.float().index_select(0, rows)], 1)  # whole numbers are exact in float32

@@ -1,6 +1,7 @@
-"""The experts of one rank: rows sorted by expert, through their experts, and summed with their weights.
+"""The experts of one rank: sort rows by expert, apply the experts, sum the outputs with their weights.
 
-On a GPU in bfloat16 all experts are computed by one grouped product a layer, elsewhere one after another.
+On a GPU in bfloat16 one grouped product per linear layer computes all experts; elsewhere they run one after
+another.
 
 n rows with N choices of a local expert, K top-k, H hidden, F feed-forward width, E local experts.
 """
@@ -21,12 +22,12 @@ from lsmoe_ds.parallel.compat import mark_expert_parameter
 from lsmoe_ds.parallel.topology import Topology
 
 _grouped_mm: Any = getattr(F, "grouped_mm", None)  # since torch 2.10
-ALIGNMENT = 16  # bytes: of addresses and strides in a grouped product
+ALIGNMENT = 16  # bytes; a grouped product needs addresses and strides that are multiples of it
 
 
 @dataclass
 class Assignment:
-    """Which copy of which row goes to which expert. Copies are sorted by expert; a choice is a place in [n K]."""
+    """Map copies of rows to experts. Copies are sorted by expert; a choice is an index into [n K]."""
 
     experts: Tensor  # [N]: the local expert of each copy, ascending
     ends: Tensor  # [E] int32: where each expert's copies end; the last is N
@@ -36,7 +37,11 @@ class Assignment:
 
     @classmethod
     def of(cls, chosen: Tensor, experts: int, dropped: bool) -> Assignment:
-        """``chosen`` [n, K]: local expert numbers or, only if ``dropped``, DROPPED. Without it, nothing waits for the device."""
+        """Sort the choices by expert.
+
+        ``chosen`` [n, K] holds local expert numbers or, only if ``dropped``, DROPPED. If ``dropped`` is
+        false, this does not wait for the device.
+        """
         flat = chosen.reshape(-1)
         numbers, choices = flat.sort(stable=True)  # DROPPED first
         ends = torch.searchsorted(numbers, torch.arange(DROPPED, experts, device=flat.device), right=True, out_int32=True)
@@ -47,12 +52,15 @@ class Assignment:
         return cls(numbers, ends[1:] - none, choices, copies.view_as(chosen), chosen != DROPPED if none else None)
 
     def counts(self) -> list[int]:
-        """Copies of each local expert. Waits for the device."""
+        """Count the copies that go to each local expert. Waits for the device."""
         return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
 
 
 class _Gather(torch.autograd.Function):
-    """Rows [n, H] -> a copy for each choice [N, H]. The gradient is gathered too: scattering it would be several times slower."""
+    """Copy rows [n, H] once for each choice: [N, H].
+
+    The backward pass gathers as well: scattering the gradient would be several times slower.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, assignment: Assignment) -> Tensor:
@@ -65,7 +73,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Copies [N, H], weights [n, K] -> the weighted sum of each row's copies [n, H]."""
+    """Sum the copies [N, H] of each row with weights [n, K]: [n, H]."""
 
     @staticmethod
     def forward(ctx: Any, copies: Tensor, weights: Tensor, assignment: Assignment) -> Tensor:
@@ -77,19 +85,19 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         assignment: Assignment = ctx.assignment
         (gradient,), (copies, weights) = gradients, ctx.saved_tensors
-        of_copies = of_weights = None
+        grad_copies = grad_weights = None
         if ctx.needs_input_grad[1]:
-            of_weights = torch.bmm(_pick(copies, assignment), gradient[:, :, None]).squeeze(2)
-            of_weights = of_weights.to(weights.dtype)
+            grad_weights = torch.bmm(_pick(copies, assignment), gradient[:, :, None]).squeeze(2)
+            grad_weights = grad_weights.to(weights.dtype)
         if ctx.needs_input_grad[0]:
             each = weights.reshape(-1)[assignment.choices][:, None].to(gradient.dtype)
             rows = assignment.choices // assignment.copies.shape[1]
-            of_copies = gradient.index_select(0, rows) * each
-        return of_copies, of_weights, None
+            grad_copies = gradient.index_select(0, rows) * each
+        return grad_copies, grad_weights, None
 
 
 def _pick(copies: Tensor, assignment: Assignment) -> Tensor:
-    """[N, H] -> the copy of each choice [n, K, H], zero where the choice is none."""
+    """Return the copy of each choice [n, K, H] out of copies [N, H]; zero where the choice was dropped."""
     if not copies.shape[0]:
         return copies.new_zeros(*assignment.copies.shape, copies.shape[1])
     picked = copies.index_select(0, assignment.copies.reshape(-1)).view(*assignment.copies.shape, -1)
@@ -97,8 +105,11 @@ def _pick(copies: Tensor, assignment: Assignment) -> Tensor:
 
 
 class _Stack(torch.autograd.Function):
-    """E tensors of one shape -> [E, ...]: a view where they lie at one distance in one storage, as DeepSpeed's ZeRO lays
-    out experts that are alike; else a copy."""
+    """Stack E tensors of one shape: [E, ...].
+
+    The result is a view if the tensors lie at equal distances in one storage, as DeepSpeed's ZeRO lays out
+    experts of equal shape; otherwise a copy.
+    """
 
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> Tensor:
@@ -113,21 +124,27 @@ class _Stack(torch.autograd.Function):
 
 
 def _distance(parts: tuple[Tensor, ...]) -> int | None:
-    """Elements from the start of each part to that of the next, or None where a view cannot hold them all, aligned."""
+    """Return the elements from the start of each part to the start of the next.
+
+    None if no aligned view can hold all parts.
+    """
     first, places = parts[0], [part.data_ptr() for part in parts]
     distances = {after - before for before, after in pairwise(places)} or {first.nbytes}
     distance, storage = distances.pop(), first.untyped_storage()
     if distances or distance < first.nbytes or distance % ALIGNMENT or places[0] % ALIGNMENT:
         return None
-    # Storages of their own can lie at one distance by chance; a view must not leave the first one's.
+    # Separate storages can lie at equal distances by chance; a view must not leave the first storage.
     if places[-1] + first.nbytes > storage.data_ptr() + storage.nbytes() or not all(part.is_contiguous() for part in parts):
         return None
     return distance // first.element_size()
 
 
 class _AddBias(torch.autograd.Function):
-    """Adds the bias of its expert [E, F] to each row [N, F], in place. The gradient is a grouped product with ones: adding
-    up rows by index would make thousands of them wait for one another at the same few places."""
+    """Add to each row [N, F] the bias of its expert [E, F], in place.
+
+    The gradient is a grouped product with ones: an indexed add would make thousands of rows contend for the
+    same few addresses.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, biases: Tensor, assignment: Assignment) -> Tensor:
@@ -145,13 +162,14 @@ class _AddBias(torch.autograd.Function):
 
 
 def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
-    """Whether :func:`grouped` can compute these experts for rows [N, H], and faster than one after another."""
-    # Only compute capability 9 and 10 have the kernel; elsewhere torch itself goes through the groups, and waits for the device.
+    """Tell whether :func:`grouped` can compute these experts for rows [N, H], and faster than a loop."""
+    # Only compute capability 9 and 10 have the kernel; elsewhere torch loops over the groups and waits for
+    # the device.
     return (
         _grouped_mm is not None
         and rows.is_cuda
         and rows.dtype == torch.bfloat16
-        and rows.shape[0] > 0  # the kernel takes no product over zero rows
+        and rows.shape[0] > 0  # the kernel rejects products over zero rows
         and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
         and all(_fits(expert) for expert in experts)
     )
@@ -165,7 +183,7 @@ def _fits(expert: nn.Module) -> bool:
 
 
 def grouped(experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) -> Tensor:
-    """Rows [N, H], N > 0, sorted by expert -> their experts' outputs [N, H]. Every expert gets a gradient."""
+    """Apply the experts to rows [N, H], N > 0, sorted by expert: [N, H]. Every expert gets a gradient."""
     expand, contract = [[getattr(expert, part) for expert in experts] for part in ("expand", "contract")]
     return _linear(contract, F.relu(_linear(expand, rows, assignment)), assignment)
 
@@ -178,24 +196,27 @@ def _linear(parts: list[nn.Linear], rows: Tensor, assignment: Assignment) -> Ten
 
 
 class Experts(nn.Module):
-    """The local experts. Kept as separate parameters: DeepSpeed files and reduces each by itself, under the name
-    ``deepspeed_experts``, and indexing one stacked parameter would make autograd write a gradient of full size for every
-    expert."""
+    """The local experts, as separate parameters.
+
+    DeepSpeed saves and reduces each one separately, under the name ``deepspeed_experts``; and indexing one
+    stacked parameter would make autograd write a full-size gradient for every expert.
+    """
 
     def __init__(self, experts: list[nn.Module], topology: Topology) -> None:
         super().__init__()
         self.deepspeed_experts = nn.ModuleList(experts)
-        # Where ranks reduce gradients together, every parameter must have one on every rank, so in training an expert
-        # without tokens runs over zero rows, unless all are frozen. One rank alone fills in the missing ones
-        # once a step, which is cheaper.
+        # When several ranks reduce gradients, every parameter needs a gradient on every rank, so in training
+        # an expert without tokens runs over zero rows, unless all are frozen. A single rank fills in the missing gradients once a
+        # step, which is cheaper.
         self.run_idle = topology.world > 1
         for parameter in self.parameters():
             mark_expert_parameter(parameter, topology.expert)
 
     def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor, dropped: bool = True) -> Tensor:
-        """Rows [n, H], local expert numbers or DROPPED [n, K], weights [n, K] -> weighted sums of the outputs [n, H].
+        """Return the weighted sum of each row's expert outputs [n, H].
 
-        With ``dropped`` false no number may be DROPPED.
+        ``rows`` [n, H]; ``chosen`` [n, K] are local expert numbers or DROPPED; ``weights`` [n, K]. If
+        ``dropped`` is false, no number may be DROPPED.
         """
         assignment = Assignment.of(chosen, len(self.deepspeed_experts), dropped)
         copies = _Gather.apply(rows, assignment)

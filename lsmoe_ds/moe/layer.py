@@ -18,10 +18,11 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
-    """E feed-forwards, of which each token uses K; where both routes are trained beside one that all languages share (``shared``).
+    """E feed-forwards, of which each token uses K, and with ``shared`` one more for the shared route.
 
-    A subclass of ``deepspeed.moe.layer.MoE`` so that the engine reduces expert gradients over the right ranks and files
-    each expert's weights under its global number; the parent's constructor, gate and dispatch are not used.
+    The class derives from ``deepspeed.moe.layer.MoE`` so that the engine reduces expert gradients over the
+    right ranks and saves each expert's weights under its global number. The parent's constructor, gate and
+    dispatch are not used.
     """
 
     def __init__(
@@ -41,18 +42,22 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         self.expert_group_name = compat.expert_group_name(topology.expert)
         self.deepspeed_moe = Dispatcher([expert() for _ in range(self.num_local_experts)], settings.experts, topology)
         self.settings = settings
-        # The router stands beside the dispatcher: DeepSpeed drops or misfiles router weights below a name with "expert".
+        # The router is outside the dispatcher: DeepSpeed drops or misfiles router weights below a name with
+        # "expert".
         self.router = ROUTERS[settings.routing](hidden, settings, languages)
         self.shared = shared
-        # Called with the task of each token [S] and its Routes: analysis looks on through it.
+        # Analysis sets this: a function that gets the task of each token [S] and its Routes.
         self.observer: Callable[[Tensor, Routes], None] | None = None
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups are built already, by Topology."""
+        """Do nothing: Topology has built the groups already."""
 
     def route(self, x: Tensor | None, real: Tensor, context: LanguageContext) -> tuple[Tensor, Tensor, Routes]:
-        """Index of the real positions among B T, their hidden states, and their routes. Without ``x``, of a router that reads the
-        task alone. The B sentences are the first of the context's."""
+        """Return the index of the real positions among B T, their hidden states, and their routes.
+
+        ``x`` [B, T, H] may be None if the router uses only the task. ``real`` [B, T]. The B sentences are the
+        first B of ``context``.
+        """
         batch, length = real.shape
         index = real.reshape(-1).nonzero().squeeze(1)
         sentences = index // length
@@ -67,8 +72,11 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         return index, tokens, self.router(tokens, RouterInputs(sentences, tasks, summary))
 
     def forward(self, x: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
-        """x [B, T, H] -> [B, T, H]. Only positions where ``real`` [B, T] is true are routed; the others give zeros, or on the shared
-        route mean nothing."""
+        """Apply the experts, the shared feed-forward, or each to half of the batch, as the route says.
+
+        ``x`` [B, T, H] -> [B, T, H]. Only positions where ``real`` [B, T] is true are routed. At the others
+        the specific route returns zeros and the shared route returns meaningless values.
+        """
         if self.shared is None or context.route == "specific":
             return self._by_experts(x, real, context)
         if context.route == "shared":

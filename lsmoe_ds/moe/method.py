@@ -1,4 +1,4 @@
-"""What mixtures of experts add to a training: balance loss and z-loss of each layer, and the share of dropped choices."""
+"""Mixtures of experts as a method: each layer's balance loss and z-loss, and the share of dropped choices."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 class MixturesOfExperts(Method):
-    """A note is the :class:`RoutingRecord` of a layer; the totals are tokens whose first choice is each expert [E]
-    of each layer.
+    """Add the auxiliary losses of routing.
+
+    A note is the :class:`RoutingRecord` of one layer. The totals are, for each layer, the number of tokens
+    whose first choice is each expert [E].
     """
 
     name = NAME
@@ -35,7 +37,7 @@ class MixturesOfExperts(Method):
         return any(f".feed_forward.{part}." in name for part in ("experts", "router", "shared"))
 
     def initial(self, name: str) -> Draw | None:
-        """Draw routers normal with deviation 0.1."""
+        """Draw router weights from a normal distribution with standard deviation 0.1."""
         return (lambda value, generator: value.normal_(0.0, 0.1, generator=generator)) if ".router." in name else None
 
     def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
@@ -46,7 +48,7 @@ class MixturesOfExperts(Method):
         return [record.counts for record in notes]
 
     def count_ahead(self, model: Any, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
-        """Return None if a router reads hidden states."""
+        """Count first choices from the tasks alone; None if a router reads hidden states."""
         layers = model.moe_layers()
         if any(layer.router.reads_tokens for _, layer in layers):
             return None

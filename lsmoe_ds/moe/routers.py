@@ -1,9 +1,9 @@
 """Routers: which experts a token uses, and with which weights ("Beyond Distillation", section 3.1).
 
-- token:     probabilities = softmax(W x_s)                each token chooses by its own hidden state
-- sentence:  probabilities = softmax(W mean_s(x_s))        all tokens of a sentence choose alike, by their mean
-- task:      probabilities = softmax(W[task_s])            all tokens of a task choose alike, so its experts can be taken out
-- static:    the tasks are assigned to the experts, K each, with weights 1 / K; nothing is learned
+- token:     softmax(W x_s)            each token chooses by its own hidden state
+- sentence:  softmax(W mean_s(x_s))    all tokens of a sentence choose alike, by their mean
+- task:      softmax(W[task_s])        all tokens of a task choose alike, so its experts can be extracted
+- static:    each task is assigned K experts, with weights 1 / K; nothing is learned
 
 Routers that read tokens or sentences add a bias b [E] to W x with ``router_bias``.
 
@@ -25,13 +25,15 @@ DROPPED = -1
 
 @dataclass
 class Routes:
+    """The experts that each of S tokens chose, and their weights."""
+
     experts: Tensor  # [S, K] int64, or DROPPED where an expert was full
-    weights: Tensor  # [S, K]; of K > 1 each row summed to 1 before anything was dropped; 0 where dropped
+    weights: Tensor  # [S, K]; with K > 1 each row sums to 1 before choices are dropped; 0 where dropped
     probabilities: Tensor  # [S, E], float32
     log_sums: Tensor  # [S], float32: log sum_e exp(logit_e), which the z-loss keeps small
 
     def of(self, index: Tensor) -> Routes:
-        """The rows that ``index`` names."""
+        """Return the routes of the rows in ``index``."""
         parts = (self.experts, self.weights, self.probabilities, self.log_sums)
         return Routes(*(part.index_select(0, index) for part in parts))
 
@@ -41,18 +43,18 @@ class Routes:
 
 @dataclass
 class RouterInputs:
-    """Where the S routed tokens stand, and what stands for each of the B sentences."""
+    """The sentence and the task of each of S routed tokens, and a summary of each of B sentences."""
 
-    sentences: Tensor  # [S]
+    sentences: Tensor  # [S]: the sentence that each token is from
     tasks: Tensor  # [S]
     summary: Tensor | None = None  # [B, H]: read by sentence routing only
 
 
 def choose(logits: Tensor, top_k: int) -> Routes:
-    """The ``top_k`` most probable experts of each row of [S, E].
+    """Choose the ``top_k`` most probable experts for each row of ``logits`` [S, E].
 
-    For K > 1 their weights are their probabilities scaled to sum to 1 (GShard); for K = 1 the weight is the probability
-    itself (Switch), without which the router would get no gradient.
+    For K > 1 the weights are the probabilities, scaled to sum to 1 (GShard). For K = 1 the weight is the
+    probability itself (Switch); otherwise the router would get no gradient.
     """
     logits = logits.float()
     probabilities = logits.softmax(-1)
@@ -63,10 +65,10 @@ def choose(logits: Tensor, top_k: int) -> Routes:
 
 
 def limit(routes: Routes, settings: Capacity, factor: float) -> Routes:
-    """Drops the choices that are over ``ceil(factor K S / E)`` tokens of one expert.
+    """Drop choices so that each expert has at most ``ceil(factor K S / E)`` tokens.
 
-    The S tokens are those of one batch, whatever number of ranks shares it: what is dropped does not depend on the layout.
-    The weights of a token's other experts stay as they are (GShard, algorithm 1).
+    S counts the tokens of one batch, however many ranks share it, so the parallel layout does not change what
+    is dropped. The weights of a token's other experts do not change (GShard, algorithm 1).
     """
     count, top_k = routes.experts.shape
     experts = routes.probabilities.shape[1]
@@ -85,23 +87,23 @@ def limit(routes: Routes, settings: Capacity, factor: float) -> Routes:
 
 
 class Router(nn.Module):
-    """``forward(tokens [S, H], inputs)`` -> :class:`Routes`."""
+    """Choose experts for tokens: ``forward(tokens [S, H], inputs)`` returns :class:`Routes`."""
 
-    reads_tokens = True  # whether the choice depends on hidden states, or on the task alone
+    reads_tokens = True  # true: the choice depends on hidden states; false: on the task alone
 
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
         super().__init__()
         self.top_k, self.jitter = settings.top_k, settings.jitter
 
     def _shake(self, x: Tensor) -> Tensor:
-        """Multiplies by uniform noise in [1 - jitter, 1 + jitter], in training (Switch Transformer, section 2.4)."""
+        """Multiply by uniform noise in [1 - jitter, 1 + jitter] in training (Switch, section 2.4)."""
         if not self.jitter or not self.training:
             return x
         return x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
 
 
 class TokenRouter(Router):
-    """Each token chooses by its own hidden state."""
+    """Let each token choose by its own hidden state."""
 
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
         super().__init__(hidden, settings, languages)
@@ -113,8 +115,11 @@ class TokenRouter(Router):
 
 
 class SentenceRouter(TokenRouter):
-    """All tokens of a sentence choose by what stands for it: in the encoder the mean of its real tokens at this layer, in
-    the decoder the mean of the *encoder's output*, because a mean over decoder positions would look into the future."""
+    """Let all tokens of a sentence choose by its summary.
+
+    In the encoder the summary is the mean of the sentence's real tokens at this layer. In the decoder it is
+    the mean of the *encoder's output*, because a mean over decoder positions would include future tokens.
+    """
 
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
         assert inputs.summary is not None
@@ -122,12 +127,12 @@ class SentenceRouter(TokenRouter):
 
 
 class RouterByTask(Router):
-    """A router that reads the task alone: one row of routes for each task."""
+    """A router that reads only the task and has one row of routes for each task."""
 
     reads_tokens = False
 
     def of_tasks(self) -> Routes:
-        """Routes of all tasks, [tasks, K]."""
+        """Return the routes of all tasks, [tasks, K]."""
         raise NotImplementedError
 
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
@@ -135,8 +140,10 @@ class RouterByTask(Router):
 
 
 class TaskRouter(RouterByTask):
-    """The task chooses; the weight has one row of expert logits for each task, [tasks, E]. Where the experts stand in
-    groups, those outside the task's own have probability 0."""
+    """Choose by learned expert logits of each task, [tasks, E].
+
+    If the experts are divided into groups, experts outside the task's group have probability 0.
+    """
 
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
         super().__init__(hidden, settings, languages)
@@ -144,20 +151,20 @@ class TaskRouter(RouterByTask):
         self.groups = languages.task_groups(settings.task, settings.expert_groups) if settings.expert_groups > 1 else None
 
     def logits(self) -> Tensor:
-        """[tasks, E], minus infinity outside a task's group."""
+        """Return the expert logits of all tasks [tasks, E], minus infinity outside a task's group."""
         if self.groups is None:
             return self.weight
-        of_task = torch.tensor(self.groups, device=self.weight.device)
+        group_of_task = torch.tensor(self.groups, device=self.weight.device)
         each = self.weight.shape[1] // (max(self.groups) + 1)
-        of_expert = torch.arange(self.weight.shape[1], device=self.weight.device) // each
-        return self.weight.masked_fill(of_task[:, None] != of_expert, -torch.inf)
+        group_of_expert = torch.arange(self.weight.shape[1], device=self.weight.device) // each
+        return self.weight.masked_fill(group_of_task[:, None] != group_of_expert, -torch.inf)
 
     def of_tasks(self) -> Routes:
         return choose(self.logits(), self.top_k)
 
 
 class StaticRouter(RouterByTask):
-    """The n-th task of a group uses the K experts of the group after those of the (n - 1)-th, in a circle."""
+    """Assign to each task of a group the next K experts of the group, cyclically."""
 
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
         super().__init__(hidden, settings, languages)
@@ -175,7 +182,7 @@ class StaticRouter(RouterByTask):
 
 
 def assign(settings: MoE, languages: Languages) -> list[list[int]]:
-    """Experts of each task under static routing, [tasks][K]."""
+    """Return the experts of each task under static routing, [tasks][K]."""
     groups = languages.task_groups(settings.task, settings.expert_groups)
     each, met, assigned = settings.experts // settings.expert_groups, [0] * settings.expert_groups, []
     for group in groups:

@@ -1,1 +1,1 @@
-"""Process groups, launching, collectives, and the adapters to DeepSpeed and Megatron-core."""
+"""Process groups, collectives, tensor-parallel layers, and the adapters to DeepSpeed and Megatron-core."""

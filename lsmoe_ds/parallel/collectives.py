@@ -22,25 +22,26 @@ T = TypeVar("T")
 
 @dataclass
 class Traffic:
-    """What this rank has sent to others, and how long it was at it: waiting for the slowest counts, as it does for the step.
+    """What this rank has sent to other ranks, and the seconds that it spent in the exchanges.
 
-    On a GPU ``seconds`` is the time until the exchange was queued, not the time it took.
+    ``seconds`` includes the wait for the slowest rank. On a GPU it is the time to queue the exchange, not the
+    time the exchange takes.
     """
 
     bytes: int = 0
-    rows: int = 0  # that left in a forward pass
+    rows: int = 0  # sent in forward passes
     seconds: float = 0.0
 
     @classmethod
     def sum(cls, parts: Iterable[Traffic]) -> Traffic:
-        """All of them together."""
+        """Add up several records."""
         total = cls()
         for part in parts:
             total.bytes, total.rows, total.seconds = total.bytes + part.bytes, total.rows + part.rows, total.seconds + part.seconds
         return total
 
     def take(self) -> Traffic:
-        """What has gathered since the last time."""
+        """Return the traffic since the last call, and reset it."""
         taken = Traffic(self.bytes, self.rows, self.seconds)
         self.bytes, self.rows, self.seconds = 0, 0, 0.0
         return taken
@@ -57,7 +58,7 @@ def _exchange(tensor: Tensor, send: list[int], receive: list[int], group: dist.P
 
 
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
-    """[R] integers, one for each rank -> [R], one from each rank."""
+    """Send one integer of ``counts`` [R] to each rank; return the one received from each rank [R]."""
     ones = [1] * counts.shape[0]
     return _exchange(counts, ones, ones, group, traffic)
 
@@ -74,21 +75,22 @@ class _AllToAll(torch.autograd.Function):
 
 
 def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
-    """Uneven exchange: ``send[r]`` rows of [S, H] go to rank r, ``receive[r]`` rows come from it, in rank order.
+    """Send ``send[r]`` rows of [S, H] to each rank r and receive ``receive[r]`` rows from it, in rank order.
 
-    The gradient takes the same way back. Any count may be zero; every rank of the group must call it. ``traffic`` is added to.
+    The gradient travels the same way back. Any count may be zero. Every rank of the group must call it. Adds
+    to ``traffic``.
     """
     out: Tensor = _AllToAll.apply(rows, send, receive, group, traffic)
     return out
 
 
 def share(total: int, ranks: int, rank: int) -> tuple[int, int]:
-    """First and last-plus-one of the contiguous share of ``total`` items that belongs to ``rank`` of ``ranks``."""
+    """Return the bounds, first and last plus one, of the contiguous share of ``total`` items of one rank."""
     return total * rank // ranks, total * (rank + 1) // ranks
 
 
 def _gather_rows(part: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
-    """Concatenates the ranks' uneven shares; padded to the largest, since gloo gathers only equal shapes."""
+    """Concatenate the ranks' uneven shares, padded to the largest, since gloo gathers only equal shapes."""
     ranks = dist.get_world_size(group)
     bounds = [share(total, ranks, r) for r in range(ranks)]
     longest = max(end - start for start, end in bounds)
@@ -124,19 +126,22 @@ class _JoinRows(torch.autograd.Function):
 
 
 def split_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's share of rows [S, ...] that all ranks of the group hold alike; the gradient is gathered back."""
+    """Return this rank's share of rows [S, ...] that are equal on all ranks of the group.
+
+    The backward pass gathers the gradient from all ranks.
+    """
     out: Tensor = _SplitRows.apply(rows, group)
     return out
 
 
 def join_rows(part: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
-    """Inverse of :func:`split_rows`: all [S, ...] rows on every rank, from each rank's share."""
+    """Return all rows [S, ...] on every rank, from each rank's share: the inverse of :func:`split_rows`."""
     out: Tensor = _JoinRows.apply(part, total, group)
     return out
 
 
 def _sum_over(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """The sums over the ranks of several tensors, by one all-reduce."""
+    """Sum each of several tensors over the ranks, by one all-reduce."""
     message = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(message, group=group)
     parts = message.split([tensor.numel() for tensor in tensors])
@@ -165,15 +170,19 @@ class _SumTogether(torch.autograd.Function):
 
 
 def copy_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Return tensors that all ranks hold alike, for each to do its part with; their gradients are summed, by
-    one all-reduce, in which those take no part that need none.
+    """Return tensors that are equal on all ranks; the backward pass sums their gradients, by one all-reduce.
+
+    Each rank computes its own part of a result with them. Tensors that need no gradient take no part.
     """
     copies = iter(_CopyTogether.apply(group, *[tensor for tensor in tensors if tensor.requires_grad]))
     return tuple(next(copies) if tensor.requires_grad else tensor for tensor in tensors)
 
 
 def sum_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Sums over the ranks of tensors of which each holds a part, by one all-reduce; their gradients stay as they are."""
+    """Sum tensors over the ranks, by one all-reduce; the backward pass leaves the gradients as they are.
+
+    Each rank holds one summand.
+    """
     out: tuple[Tensor, ...] = _SumTogether.apply(group, *tensors)
     return out
 

@@ -1,4 +1,4 @@
-"""Importing large libraries in less time."""
+"""Import large libraries in less time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quick_import() -> Iterator[None]:
-    """Without warnings, and without looking for garbage among the hundreds of thousands of objects that are made and stay: neither
-    now, nor later, nor at the end of the process."""
+    """Suppress warnings and garbage collection while the block imports.
+
+    An import makes hundreds of thousands of objects that stay. The garbage collector never examines them:
+    neither during the import, nor later, nor at the end of the process.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,8 @@
 """Linear layers, embedding and cross-entropy, tensor-parallel through Megatron-core.
 
-With one tensor-parallel rank the same functions give torch's own modules: same parameter names and shapes, no process
-group, and no Megatron import when a model is only served. H hidden, V vocabulary, N tokens.
+With one tensor-parallel rank the same functions return torch's own modules, with the same parameter names and
+shapes; they need no process group, and serving a model does not import Megatron. H hidden, V vocabulary, N
+tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 class _WithoutTuple(nn.Module):
-    """Mixed into Megatron's linear layers, which return (output, bias) and carry empty extra state."""
+    """Adapt Megatron's linear layers, which return (output, bias) and have empty extra state."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
@@ -31,7 +32,10 @@ class _WithoutTuple(nn.Module):
 
 
 def column_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
-    """[..., inputs] -> [..., outputs / tensor]: each rank computes its share of the outputs."""
+    """Build a column-parallel linear layer, [..., inputs] -> [..., outputs / tensor].
+
+    Each rank computes its share of the outputs.
+    """
     if topology.tensor == 1:
         return nn.Linear(inputs, outputs)
     from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -53,7 +57,10 @@ def column_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
 
 
 def row_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
-    """[..., inputs / tensor] -> [..., outputs]: the ranks' partial sums are added by one all-reduce."""
+    """Build a row-parallel linear layer, [..., inputs / tensor] -> [..., outputs].
+
+    One all-reduce adds up the ranks' partial sums.
+    """
     if topology.tensor == 1:
         return nn.Linear(inputs, outputs)
     from megatron.core.tensor_parallel import RowParallelLinear
@@ -75,7 +82,7 @@ def row_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
 
 
 def vocabulary_embedding(size: int, hidden: int, topology: Topology) -> nn.Module:
-    """Ids [...] -> [..., H], the rows of the table spread over the tensor-parallel ranks."""
+    """Build an embedding, ids [...] -> [..., H], its rows spread over the tensor-parallel ranks."""
     if topology.tensor == 1:
         return nn.Embedding(size, hidden)
     from megatron.core.tensor_parallel import VocabParallelEmbedding
@@ -86,15 +93,15 @@ def vocabulary_embedding(size: int, hidden: int, topology: Topology) -> nn.Modul
 
 
 class Projected(NamedTuple):
-    """What N tokens' losses are made of."""
+    """Hold what the losses of N tokens are computed from."""
 
     hidden: Tensor  # [N, H]
-    copied: Tensor  # [N, H]: the same; what each rank makes of it with its part of the vocabulary, the gradient sums
-    logits: Tensor  # [N, V / tensor], float32: of this rank's part of the vocabulary
+    copied: Tensor  # [N, H]: the same, with its gradient summed over the ranks' parts of the vocabulary
+    logits: Tensor  # [N, V / tensor], float32: this rank's part of the vocabulary
 
 
 def project(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Projected:
-    """hidden [N, H] through the output layer, which is ``embedding`` itself, tied."""
+    """Apply the output layer, which is the tied ``embedding``, to hidden states [N, H]."""
     weight: Tensor = embedding.weight  # type: ignore[assignment]
     copied = hidden
     if topology.tensor > 1:
@@ -107,11 +114,12 @@ def project(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Project
 def cross_entropy(
     projected: Projected, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
 ) -> tuple[Tensor, Tensor]:
-    """Summed label-smoothed cross-entropy against labels [N], and each token's negative log-likelihood [N] without gradient.
+    """Return the summed label-smoothed cross-entropy, and each token's negative log-likelihood [N].
 
-    The smoothed loss is ``(1 - s) nll + s mean_v(-log p_v)``, computed as nll and :func:`smoothing_loss`. (Megatron's own label
-    smoothing averages over the local part of the vocabulary only, so its loss changes with the number of ranks.)
-    The logits are used up: Megatron computes in place.
+    ``labels`` [N]. The second result has no gradient. The smoothed loss is ``(1 - s) nll + s mean_v(-log
+    p_v)``, computed as nll plus :func:`smoothing_loss`. (Megatron's own label smoothing averages over the
+    local part of the vocabulary only, so its loss changes with the number of ranks.) Do not use the logits
+    afterwards: Megatron computes in place.
     """
     if topology.tensor == 1:
         nll = F.cross_entropy(projected.logits, labels, reduction="none")
@@ -126,9 +134,10 @@ def cross_entropy(
 
 
 def smoothing_loss(projected: Projected, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> Tensor:
-    """What label smoothing adds to the summed negative log-likelihood: ``s (z_label - mean_v z_v)`` of each token.
+    """Return what label smoothing adds to the summed negative log-likelihood.
 
-    By linearity of the output layer ``z_label = h . E[label]`` and ``mean_v z_v = h . mean_v E_v`` need no pass over the logits.
+    It is the sum over tokens of ``s (z_label - mean_v z_v)``. The output layer is linear, so
+    ``z_label = h . E[label]`` and ``mean_v z_v = h . mean_v E_v`` need no pass over the logits.
     """
     weight: Tensor = embedding.weight  # type: ignore[assignment]
     hidden, copied, _ = projected
@@ -145,7 +154,7 @@ def smoothing_loss(projected: Projected, labels: Tensor, embedding: nn.Module, s
 
 
 def output_logits(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Tensor:
-    """[N, H] -> logits [N, V] over the whole vocabulary, on every rank; without gradient."""
+    """Return logits [N, V] of hidden states [N, H] over the whole vocabulary, on every rank; no gradient."""
     logits = F.linear(hidden, embedding.weight)  # type: ignore[arg-type]
     if topology.tensor == 1:
         return logits

@@ -1,4 +1,4 @@
-"""Names of parameters in the whole model, and how ranks hold them."""
+"""The names of parameters in the whole model, and how parameters are split over ranks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ LOCAL_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.
 
 
 def global_name(name: str, local_experts: int, expert_rank: int) -> str:
-    """Name of a parameter in the whole model: ``...deepspeed_moe.experts.deepspeed_experts.1.`` on expert rank 2 of a
-    layer with 4 local experts is ``...experts.9.``."""
+    """Return a parameter's name in the whole model.
+
+    ``...deepspeed_moe.experts.deepspeed_experts.1.`` on expert rank 2 of a layer with 4 local experts becomes
+    ``...experts.9.``.
+    """
     return LOCAL_EXPERT.sub(lambda m: f".experts.{expert_rank * local_experts + int(m.group(1))}.", name)
 
 
 def partition_dimension(parameter: Tensor) -> int | None:
-    """The dimension that is spread over tensor-parallel ranks, or None."""
+    """Return the dimension that is spread over tensor-parallel ranks, or None."""
     return int(parameter.partition_dim) if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
 
 
@@ -32,7 +35,7 @@ def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def global_names(model: nn.Module, topology: Topology) -> dict[str, str]:
-    """Return the global name of each of the model's parameters and persistent buffers, by local name."""
+    """Map the local name of each of the model's parameters and persistent buffers to its global name."""
     names = {}
     for name, _ in named_state(model):
         layer = name.split(".deepspeed_moe.")[0]

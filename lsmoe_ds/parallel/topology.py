@@ -1,7 +1,8 @@
-"""Who computes what: every group, size and rank of a run, in one object.
+"""The parallel layout: every group, size and rank of a run, in one object.
 
-World = tensor x data. Experts are spread over ``expert`` consecutive ranks of the world, which may span tensor-parallel
-peers (world 4, tensor 2, expert 2: tensor groups [0,1] [2,3], data [0,2] [1,3], expert [0,1] [2,3], expert-data [0,2] [1,3]).
+World = tensor x data. Experts are spread over ``expert`` consecutive ranks of the world, which may include
+tensor-parallel peers. Example: world 4, tensor 2, expert 2 has tensor groups [0,1] [2,3], data groups [0,2]
+[1,3], expert groups [0,1] [2,3] and expert-data groups [0,2] [1,3].
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lsmoe_ds.parallel import compat
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes and ranks; the groups are ``None`` exactly where their size is 1 and no process group was built."""
+    """Hold sizes, ranks and groups. A group is ``None`` exactly if its size is 1 and none was built."""
 
     world: int = 1
     rank: int = 0
@@ -34,12 +35,12 @@ class Topology:
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Topology:
-        """One process, no process groups: for inference and conversion."""
+        """Return the topology of one process without process groups, for inference and conversion."""
         return cls(device=torch.device(device))
 
     @classmethod
     def build(cls, tensor: int = 1, expert: int = 1, device: torch.device | str = "cpu") -> Topology:
-        """Builds the groups over the initialized world, in Megatron, and hands the expert groups to DeepSpeed."""
+        """Build the groups of the initialized world in Megatron and pass the expert groups to DeepSpeed."""
         world = dist.get_world_size()
         check_world(world, tensor, expert)
         state = compat.initialize_megatron(tensor, expert)

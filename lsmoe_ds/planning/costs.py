@@ -1,5 +1,7 @@
-"""What a model costs: parameters, traffic between ranks, arithmetic. Each formula stands with its function; memory has
-:mod:`lsmoe_ds.planning.memory`, experts :mod:`lsmoe_ds.moe.costs`, and each method its section.
+"""The costs of a model: parameters, traffic between ranks, arithmetic, each with its formula.
+
+Memory is in :mod:`lsmoe_ds.planning.memory`, experts in :mod:`lsmoe_ds.moe.costs`, and each method's costs
+are in its section.
 
 H hidden, F feed-forward width, V vocabulary, L sentence length.
 """
@@ -15,19 +17,19 @@ from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.moe.costs import Exchange
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
-LENGTH = 32  # tokens of a sentence, where nothing else is said
+LENGTH = 32  # default tokens per sentence
 
 
 def passes(recipe: Recipe) -> int:
-    """Count the passes of each token through the model in training: one of each route."""
+    """Count the passes of each token through the model in training: one per route."""
     return 2 if recipe.model.distills else 1
 
 
 def count_side(recipe: Recipe, side: SideName, serving: bool = False, held: Held = "all") -> Count:
-    """Count the encoder or the decoder with its final norm. A norm has 2 H; each sublayer has one.
+    """Count the encoder or the decoder with its final norm. Each sublayer has a norm; a norm has 2 H.
 
-    ``serving``: what must be loaded to translate one direction; methods are merged then, as far as they can be,
-    whatever ``held`` says (see :mod:`lsmoe_ds.export.subnetwork`).
+    ``serving`` counts what must be loaded to translate one direction. Methods that can be merged are then
+    counted as merged, whatever ``held`` says (see :mod:`lsmoe_ds.export.subnetwork`).
     """
     model, languages = recipe.model, recipe.languages
     held = "merged" if serving else held
@@ -52,7 +54,7 @@ def count_side(recipe: Recipe, side: SideName, serving: bool = False, held: Held
 
 @dataclass(frozen=True)
 class Parts:
-    """Parameters by part. The output layer is the embedding itself, tied, and adds none."""
+    """The parameters by part. The output layer is tied to the embedding and adds none."""
 
     vocabulary: Count
     encoder: Count
@@ -83,11 +85,13 @@ class Parts:
 
 
 def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool = False) -> int:
-    """Expected bytes of one step between all ranks, at most: no padding, and all tokens on the dearer side.
+    """Return an upper bound on the expected bytes that all ranks exchange in one step.
 
-    tokens x count of ``data.batch``, as often as they are routed, times :meth:`Exchange.token_bytes`, and the counts: each
-    of the ``count`` micro-batches is dispatched by all its tensor-parallel peers. Where a rank has several micro-batches a step
-    and a router or a method counts by hidden states, that is summed ahead of the step by one more forward pass.
+    The bound assumes no padding and all tokens on the more expensive side. The bytes are tokens x count of
+    ``data.batch``, times how often each token is routed, times :meth:`Exchange.token_bytes`, plus the counts:
+    all tensor-parallel peers dispatch each of the ``count`` micro-batches. If a rank has several
+    micro-batches per step and a router or a method counts by hidden states, one more forward pass computes
+    these counts ahead of the step.
     """
     batch, tensor, model = recipe.data.batch, recipe.parallel.tensor, recipe.model
     reads = any(method.reads_states for method in model.methods)
@@ -100,15 +104,17 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one token in a forward pass; a multiply-add counts as 2. Training takes about 3 times that, of
-    each route that a token takes."""
+    """Floating-point operations of one token in a forward pass; a multiply-add counts as 2.
+
+    Training takes about 3 times as many, for each route that a token takes.
+    """
 
     length: int
-    source: int  # per source token: the encoder, and the decoder's keys and values of it
+    source: int  # per source token: the encoder, and the decoder's keys and values of the source
     target: int  # per target token: the decoder and the output layer
-    source_attention: int  # of these, what grows with the sentence length
+    source_attention: int  # the part of ``source`` that grows with the sentence length
     target_attention: int
-    source_shared: int  # by the shared route, if the model trains one; otherwise 0
+    source_shared: int  # by the shared route if the model trains one, otherwise 0
     target_shared: int
 
     @property
@@ -121,13 +127,15 @@ class Flops:
 
 
 def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
-    """Count matrix products of the forward pass, source and target both of ``length`` L tokens::
+    """Count the operations of the forward pass's matrix products.
+
+    Source and target both have ``length`` L tokens::
 
         linear          2 inputs outputs          attention       4 L H over L positions
-        output layer    2 H V                     experts, methods: as these say
+        output layer    2 H V                     experts, methods: see their own functions
 
-    Keys and values of the source for the decoder's layers are computed once per source token and counted there. The
-    causal mask saves nothing here: all L positions are counted. Norms, softmax, dropout and sums are left out.
+    The decoder's keys and values of the source are computed once per source token and counted there. All L
+    positions are counted, as if there were no causal mask. Norms, softmax, dropout and sums are left out.
     """
     model, hidden = recipe.model, recipe.model.hidden
 

@@ -1,4 +1,4 @@
-"""What a rank's memory must hold in training. Each formula stands with its function.
+"""The memory that a rank needs in training. Each function's docstring has its formula.
 
 B sentences, T positions, S tokens, H hidden, F feed-forward width, E experts, K top-k, V vocabulary; t tensor-parallel ranks.
 """
@@ -17,13 +17,18 @@ from lsmoe_ds.planning.trained import count_trained
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 PROCESS = 480 * 2**20  # measured on Linux: Python, torch, DeepSpeed, Megatron-core and their threads, with nothing loaded
-# Measured on a CPU: of every micro-batch's shapes some blocks stay behind that fit none of the next one's.
+# Allocator fragmentation, measured on a CPU: some blocks of one micro-batch's shapes fit none of the next
+# one's.
 ALLOCATOR = 1.4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each rank: what lasts from step to step (gradients: from backward to the optimizer step), and what comes and goes."""
+    """The bytes on each rank.
+
+    ``weights``, ``gradients`` and ``optimizer`` are permanent (gradients from the backward pass to the
+    optimizer step); ``activations`` and ``buffers`` are temporary.
+    """
 
     precision: str
     stage: int
@@ -35,35 +40,38 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """What lasts."""
+        """Return the permanent bytes."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def peak(self) -> int:
-        """What lasts, the process itself, and ALLOCATOR times what comes and goes. Activations and buffers are not needed at
-        the same moment, but the blocks that one leaves behind rarely fit the other."""
+        """Return the permanent bytes, the process itself, and ALLOCATOR times the temporary bytes.
+
+        Activations and buffers are not needed at the same moment, but the memory blocks that one frees rarely
+        fit the other.
+        """
         return self.total + PROCESS + round(ALLOCATOR * (self.activations + self.buffers))
 
 
 def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
-    """(dense, expert) parameters of one rank: split / tensor + whole, and expert / R."""
+    """Return the (dense, expert) parameters of one rank: split / tensor + whole, and expert / R."""
     return count.split // tensor + count.whole, count.expert // expert
 
 
 def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
-    """Memory of one rank, with v bytes a value (4 or 2) and n parameters of it (:func:`local_parameters`), of
-    which d dense ones and e of experts train (:func:`lsmoe_ds.planning.trained.count_trained`).
+    """Compute the memory of one rank.
 
-    ZeRO partitions dense state over the D = world / tensor data ranks, experts' over the X = world / expert ranks that
-    hold the same ones; p = d / D + e / X::
+    v is the bytes per value (4 or 2); n is the number of the rank's parameters (:func:`local_parameters`), of
+    which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`). ZeRO partitions dense state over the D = world / tensor data ranks, and expert
+    state over the X = world / expert ranks that hold the same experts; p = d / D + e / X::
 
         weights     v n                  in every stage
         gradients   v (d + e)            stages 0 and 1;    v p   in stage 2
         optimizer   8 (d + e)            stage 0 in float32: Adam's two float32 moments
-                    12 (d + e)           stage 0 in bfloat16: and a float32 copy of the weights
-                    12 p                 stages 1 and 2: DeepSpeed keeps that copy of its part even of a float32 model
+                    12 (d + e)           stage 0 in bfloat16: also a float32 copy of the weights
+                    12 p                 stages 1 and 2: DeepSpeed keeps such a copy even of a float32 model
 
-    What comes and goes: :func:`activations` and :func:`buffers`.
+    :func:`activations` and :func:`buffers` compute the temporary memory.
     """
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
@@ -83,10 +91,10 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
 
 
 def activations(recipe: Recipe, value: int) -> int:
-    """Count the bytes that one micro-batch leaves for its backward pass, with v bytes a ``value``.
+    """Count the bytes that one micro-batch stores for its backward pass, with ``value`` bytes v per value.
 
-    ``data.batch.tokens`` padded tokens S, half of them source and half target. Per token, in values, with a factor
-    1 / t for what tensor-parallel ranks share::
+    The micro-batch has ``data.batch.tokens`` padded tokens S, half source and half target. The table is per
+    token, in values, with a factor 1 / t for what is split over tensor-parallel ranks::
 
         self-attention      3 H + 4 H / t        in and out of its norm, dropout's mask; query, key, value, mixture
         over the source     3 H + 2 H / t        the same for a target token, and 2 H / t for a source token's key
@@ -95,15 +103,18 @@ def activations(recipe: Recipe, value: int) -> int:
         experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
         output layer        H + 3 V / t float32  per target token: log-probabilities, and at their gradient two more
-        methods                                  as each says (``values``)
+        methods                                  see each method's ``values``
 
-    Where both routes are trained all this twice, but only V / t float32 at the output layer, as the gradient
-    takes the place of the logits; by the shared route a feed-forward in place of the experts that it is distilled from.
-    Attention probabilities are not stored: ``scaled_dot_product_attention`` computes them again (with
-    ``training.attention_dropout`` on a CPU it stores them). Approximate: the split into source and target (a batch
-    with longer target sentences takes more); dropout's masks, counted as values as on a CPU (on a GPU they are bytes);
-    even load of the experts over their ranks. With several micro-batches each starts when the last one's are gone.
-    Nothing is computed twice.
+    If both routes are trained, everything counts twice, except that the output layer stores only V / t
+    float32, because the gradient overwrites the logits. On the shared route a feed-forward takes the place of
+    the experts from which it is distilled. Attention probabilities are not stored:
+    ``scaled_dot_product_attention`` recomputes them (with ``training.attention_dropout`` on a CPU it stores
+    them).
+
+    Three things are approximate: the split into source and target (a batch with longer target sentences takes
+    more); the dropout masks, counted as values as on a CPU (on a GPU they are bytes); and the even load of
+    the experts over their ranks. With several micro-batches each starts after the last one's activations are
+    freed. There is no activation checkpointing.
     """
     model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
     norm = (2 + (recipe.training.dropout > 0)) * hidden  # in and out of a norm, and dropout's mask
@@ -127,7 +138,7 @@ def activations(recipe: Recipe, value: int) -> int:
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:
-    """Return the bytes that DeepSpeed takes to reduce gradients and to step.
+    """Return the bytes of the buffers in which DeepSpeed reduces gradients and updates the weights.
 
     d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
 
@@ -135,9 +146,9 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
                     4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32
         stages 1, 2 v min(b, d + e) + 4 p           the bucket; float32 gradients of the rank's own part
 
-    A stage-0 bucket holds at least one whole gradient, so V H / t values where those are more, or as many as
-    a method says. On a GPU the bucket of stages 1 and 2 takes all its b values even where there are fewer gradients.
-    Left out, as small beside the rest: rows on their way to experts and back, ZeRO's padding.
+    A stage-0 bucket holds at least one whole gradient: if that is more, V H / t values or as many as a
+    method's largest parameter. On a GPU the bucket of stages 1 and 2 always takes all its b values. Rows in
+    exchange with other ranks' experts and ZeRO's padding are left out, because they are small.
     """
     if stage == 0:
         largest = recipe.data.vocabulary.size * recipe.model.hidden // recipe.parallel.tensor

@@ -1,8 +1,8 @@
-"""``lsmoe plan``: what a recipe costs, computed from the recipe alone. The formulas are in :mod:`lsmoe_ds.planning.costs` and
-:mod:`lsmoe_ds.planning.memory`.
+"""``lsmoe plan``: compute the costs of a recipe from the recipe alone.
 
-No model is built and torch is not imported, so a plan of many billion parameters takes no time and little
-memory; only where not all parameters train, an outline of the model tells which.
+The formulas are in :mod:`lsmoe_ds.planning.costs` and :mod:`lsmoe_ds.planning.memory`. No model is built and
+torch is not imported, so a plan of many billion parameters takes no time and little memory;
+only where not all parameters train, an outline of the model tells which do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STAGES = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything :func:`plan` computes; see there."""
+    """The result of :func:`plan`."""
 
     name: str
     world: int
@@ -39,16 +39,16 @@ class Plan:
     parameters: Parts
     trained: int  # of the parameters
     serving: Parts
-    routes: dict[str, Parts]  # what serves all directions by the specific, and by the shared route, where these are not the whole
+    routes: dict[str, Parts]  # what must be loaded to serve all directions by each route; see :func:`routes`
     memory: list[Memory]
     exchanges: list[Exchange]
     step_bytes: int
-    step_bytes_home: int | None  # None where no side can have its batches at home
-    task_affine: bool  # whether the recipe's batches are
+    step_bytes_home: int | None  # with all batches on their experts' ranks; None if no side's can be
+    task_affine: bool  # whether the recipe's batches are task-affine
     flops: Flops
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: counts of parameters, bytes, and floating-point operations."""
+        """Return the plan for JSON: counts of parameters, bytes, and floating-point operations."""
         flops = asdict(self.flops) | {"source_training": self.flops.source_training, "target_training": self.flops.target_training}
         return {
             "name": self.name,
@@ -75,7 +75,7 @@ class Plan:
         }
 
     def table(self) -> Group:
-        """For people: what :meth:`to_dict` has, in units to read."""
+        """Return the content of :meth:`to_dict` as tables, in human-readable units."""
         from rich.console import Group
         from rich.table import Table
 
@@ -124,7 +124,7 @@ class Plan:
 
 
 def human(number: float) -> str:
-    """``533M``, ``6.52B``, ``12.3k``: three digits."""
+    """Format a count with three digits: ``533M``, ``6.52B``, ``12.3k``."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * limit:
             value = number / limit
@@ -133,7 +133,7 @@ def human(number: float) -> str:
 
 
 def in_bytes(number: float) -> str:
-    """``4.98 GiB``, ``20.1 KiB``, ``12 B``."""
+    """Format bytes: ``4.98 GiB``, ``20.10 KiB``, ``12 B``."""
     for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if number >= 2**exponent:
             return f"{number / 2**exponent:.2f} {unit}"
@@ -141,7 +141,7 @@ def in_bytes(number: float) -> str:
 
 
 def routes(recipe: Recipe) -> dict[str, Parts]:
-    """Count what must be loaded to serve all directions by each route; empty where that is the whole model."""
+    """Count what must be loaded to serve all directions by each route; empty if that is the whole model."""
     model = recipe.model
     found = {"specific": Parts.of(recipe, held="specific")}
     if model.distills:
@@ -150,16 +150,18 @@ def routes(recipe: Recipe) -> dict[str, Parts]:
 
 
 def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan:
-    """Parameters, memory, traffic and arithmetic of a recipe on ``world`` ranks (by default as few as its layout needs).
+    """Compute the parameters, memory, traffic and arithmetic of a recipe on ``world`` ranks.
 
-    Raises UserError if that many ranks cannot hold the layout or share a step's batches evenly.
+    The default is the smallest number of ranks that can hold the recipe's layout. Raises UserError if
+    ``world`` ranks cannot hold the layout or cannot share a step's batches evenly.
     """
     tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
     world = lcm(tensor, expert) if world is None else world
     check_layout(recipe, world)
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     half = any(config.get(kind, {}).get("enabled") for kind in HALF)
-    # One rank alone runs stage 0 in float32, whatever is asked for: see training.engine.engine_config.
+    # A single rank in float32 always runs stage 0, whatever the recipe says: see
+    # training.engine.engine_config.
     stage = 0 if world == 1 and not half else int(config.get("zero_optimization", {}).get("stage", 0))
     precision = "bfloat16" if half else "float32"
     parts = Parts.of(recipe)

@@ -1,4 +1,4 @@
-"""What a person sees of a training: progress bar, ``metrics.jsonl``, TensorBoard."""
+"""Show the progress of a training: progress bar, ``metrics.jsonl``, TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lsmoe_ds.training.engine import SIDES, StepResult
 
 
 class Monitor:
-    """Averages over ``every`` steps and shows them. Only the main rank shows anything; all keep the averages."""
+    """Average metrics over ``every`` steps, on all ranks, and show them, on the main rank only."""
 
     def __init__(self, run: Path, steps: int, every: int, main: bool, world: int = 1) -> None:
         self.run, self.steps, self.every, self.main, self.world = run, steps, every, main, world
-        self.sums: dict[str, float] = {"weight": 0.0}  # of target tokens, and of each metric times its step's
+        self.sums: dict[str, float] = {"weight": 0.0}  # target tokens; by name, metrics times target tokens
         self.tokens, self.since = 0, time.perf_counter()
         self.exchanged = {side: Traffic() for side in SIDES}
         self.away, self.steps_in_window = 0, 0
@@ -35,7 +35,10 @@ class Monitor:
         self.writer: Any = None
 
     def start(self, step: int, window: dict[str, float] | None) -> None:
-        """Begins after ``step``; ``window`` is :meth:`state_dict` of the checkpoint. Records of later steps are removed."""
+        """Start or resume after ``step``, and remove the records of later steps.
+
+        ``window`` is the :meth:`state_dict` of the checkpoint.
+        """
         self.sums = {**self.sums, **(window or {})}
         if not self.main:
             return
@@ -69,11 +72,14 @@ class Monitor:
         if self.progress is not None:
             self.progress.stop()
         if self.writer is not None:
-            with suppress(OSError):  # what is missing was said
+            with suppress(OSError):  # :meth:`_draw` has reported it already
                 self.writer.close()
 
     def state_dict(self) -> dict[str, float]:
-        """The averages begun since the last record: part of a checkpoint, so that records do not depend on interruptions."""
+        """Return the sums since the last record.
+
+        They are part of a checkpoint, so that the averages do not depend on interruptions.
+        """
         return dict(self.sums)
 
     def after_step(self, number: int, step: Step, result: StepResult) -> None:
@@ -99,8 +105,8 @@ class Monitor:
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / seconds,
             "seconds": seconds,
-            # Over all ranks, to and from experts: bytes a step, the share of the ranks' time, and batches a step that a
-            # task-affine stream could not assign to the rank of their experts.
+            # Traffic of experts over all ranks: bytes per step and share of the ranks' time; then the batches
+            # per step that a task-affine stream could not assign to the rank of their experts.
             **self._exchange(seconds),
             "away": self.away / self.steps_in_window,
         }
@@ -114,26 +120,29 @@ class Monitor:
             self.progress.update(self.task, description=text)
 
     def _exchange(self, seconds: float) -> dict[str, float]:
-        """Of all layers, and of each side's: bytes a step, and the share of the ranks' time in a window of ``seconds``."""
+        """Return the all-to-all traffic of all layers and of each side.
+
+        It is bytes per step, and the share of the ranks' time in a window of ``seconds``.
+        """
         parts = {"": Traffic.sum(self.exchanged.values()), **{f"_{side}": traffic for side, traffic in self.exchanged.items()}}
         sent = {f"exchanged_bytes{end}": traffic.bytes / self.steps_in_window for end, traffic in parts.items()}
         return {**sent, **{f"exchange_share{end}": traffic.seconds / (seconds * self.world) for end, traffic in parts.items()}}
 
     def pause(self, seconds: float) -> None:
-        """Take time that was not training (a checkpoint, a validation) out of the rate."""
+        """Exclude time that was not training (a checkpoint, a validation) from the rate."""
         self.since += seconds
         self.line.since += seconds
 
     def record_dev_loss(self, number: int, losses: dict[str, float]) -> None:
-        """Losses by name, ``dev_loss`` first."""
+        """Record the dev losses by name, ``dev_loss`` first."""
         self._write({"step": number, **losses})
 
     def record_save(self, number: int, seconds: float) -> None:
-        """How long training stood still for a checkpoint."""
+        """Record how long training waited for a checkpoint."""
         self._write({"step": number, "save_seconds": seconds})
 
     def say(self, text: str) -> None:
-        """A line for the person, above the progress bar."""
+        """Print a line for the user, above the progress bar."""
         if self.main:
             console = self.progress.console if self.progress is not None else Console(stderr=True)
             console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -147,7 +156,7 @@ class Monitor:
         self._draw(record)
 
     def _draw(self, record: dict[str, Any]) -> None:
-        """Write a record to TensorBoard. A disk that is full ends its curves, not the training."""
+        """Write a record to TensorBoard. A write error, such as a full disk, does not end the training."""
         if self.writer is None:
             return
         try:
@@ -160,8 +169,7 @@ class Monitor:
 
 
 class _Line:
-    """What a log says of the steps since its last line: one after the first step, then one every :data:`LINE_EVERY` seconds, and
-    one after the last step."""
+    """The lines of a log: after the first step, then every :data:`LINE_EVERY` seconds, and after the last."""
 
     def __init__(self, step: int, now: float) -> None:
         self.first, self.begun = step, now
@@ -172,8 +180,11 @@ class _Line:
         self.loss, self.weight, self.tokens, self.since = 0.0, 0, 0, now
 
     def after_step(self, number: int, steps: int, step: Step, result: StepResult) -> str | None:
-        """Return the line if it is time for one: mean loss, tokens per second, and the time left at the pace so far, which
-        includes validations and checkpoints."""
+        """Return a line if it is time for one, otherwise None.
+
+        It has the mean loss, tokens per second, and the time left. The latter is estimated from the time per
+        step so far, which includes validations and checkpoints.
+        """
         self.loss += result.loss * step.target_tokens
         self.weight += step.target_tokens
         self.tokens += step.source_tokens + step.target_tokens
@@ -188,7 +199,7 @@ class _Line:
 
 
 def _step(line: str) -> float:
-    """Step of a record; a line cut off by a kill belongs to no step that was saved."""
+    """Return the step of a record; infinity for a line cut off by a kill, which belongs to no saved step."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

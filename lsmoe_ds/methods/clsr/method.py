@@ -1,25 +1,31 @@
-"""Conditional language-specific routing, CLSR (Zhang et al. 2021, "Share or not? Learning to schedule language-specific capacity
-for multilingual translation"), a baseline of "Condensing Multilingual Knowledge" (section 5.1).
+"""Conditional language-specific routing (CLSR).
+
+The method is from Zhang et al. 2021, "Share or not? Learning to schedule language-specific capacity for
+multilingual translation"; it is a baseline of "Condensing Multilingual Knowledge" (section 5.1).
 
 After each sublayer f, before its output is added to the residual, for a token that the sublayer read as z [H]:
 
     h = f(z)        clsr(h) = g h W_lang + (1 - g) h W_shared        G(z) = relu(z W_1 + b) w_2
 
-In training ``g = sigmoid(G(z) + alpha noise)`` with normal noise, and alpha grows linearly from 0 to 5 over the training, which
-drives the gates apart; at inference g is 1 where G(z) >= 0, otherwise 0. The loss ``weight |mean g - budget|`` takes the mean
-over all real tokens of the step and all sublayers of both sides. The language is the source in the encoder and the target in
-the decoder. The authors' code (bzhangGo/zero) says that the gate reads the sublayer's input (here the normed one), that the
-largest alpha is 5 and that 128 is the gate's hidden size. There W_shared is each sublayer's own, and stands in place of the
-attention's output projection; here it follows a whole sublayer and, as any sublayer's last layer could take in a matrix of
-its own, there is one a side.
+In training ``g = sigmoid(G(z) + alpha noise)`` with normal noise. Alpha grows linearly from 0 to 5 during
+training, which drives the gates apart. At inference g is 1 where G(z) >= 0, otherwise 0. The loss
+``weight |mean g - budget|`` takes the mean over all real tokens of the step and all sublayers of both sides.
+The language is the source in the encoder and the target in the decoder.
 
-Parameters: naive + 2 (L + 1) H^2 with the languages' projections shared by a side's sublayers (CLSR), and naive + (N L + 2) H^2
-where each of N sublayers has its own (CLSR*), and the gates' N (H + 2) ``gate``. The paper's 53M and 105M (48M naive, L = 9,
-H = 512) and 443M (242M naive, L = 95, H = 1024) say that N is 24 rather than 30, so attention and feed-forward without the
-cross-attention (``at``), and leave gates less than 128 units: with 8 this gives 53.3M, 105.2M and 443.4M, and with 64, had the
-paper no W_shared at all, 53.4M, 105.3M and 442.7M. With 128 units after 24 sublayers it is 54.8M, 106.7M and 446.4M.
+In the authors' code (bzhangGo/zero) the gate reads the sublayer's input (here the normed one), the largest
+alpha is 5 and the gate's hidden size is 128. There each sublayer has its own W_shared, in place of the
+attention's output projection. Here W_shared follows the whole sublayer, and there is one per side: the
+sublayer's last layer could absorb a W_shared of its own.
 
-With tensor parallelism every rank has all of it: h, z, and so the gradients, are whole and equal on all of them.
+Parameters beyond the naive model: 2 (L + 1) H^2 if a side's sublayers share the language projections (CLSR),
+or (N L + 2) H^2 if each of N sublayers has its own (CLSR*), plus N (H + 2) ``gate`` for the gates. The
+paper's totals are 53M and 105M (48M naive, L = 9, H = 512) and 443M (242M naive, L = 95, H = 1024). They
+imply that N is 24 rather than 30, that is attention and feed-forward without cross-attention (``at``), and
+gates of fewer than 128 units: 8 units give 53.3M, 105.2M and 443.4M; 64 units, if the paper has no W_shared
+at all, give 53.4M, 105.3M and 442.7M. 128 units after 24 sublayers give 54.8M, 106.7M and 446.4M.
+
+With tensor parallelism every rank holds all these parameters: h, z and so the gradients are whole and equal
+on all ranks.
 
 B sentences, T positions, H hidden, L languages.
 """
@@ -47,24 +53,25 @@ if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Recipe
 
 ALPHA = 5.0
-NAME = "clsr"  # of the notes
+NAME = "clsr"  # under which layers leave their notes
 SIDES: tuple[SideName, ...] = ("encoder", "decoder")
 
 
 def alpha(number: int, steps: int) -> float:
-    """Deviation of the noise in the ``number``-th of ``steps`` training steps, counted from 1."""
+    """Return the noise's standard deviation in the ``number``-th of ``steps`` training steps, from 1."""
     return ALPHA * min((number - 1) / steps, 1.0)
 
 
 class Projections(nn.Module):
-    """Hold W_shared [H, H] of one side, and W_lang of all languages, one below the other [L H, H], unless each
-    sublayer has its own. All are transposed.
+    """Hold W_shared [H, H] of one side and, unless each sublayer has its own, W_lang [L H, H].
+
+    The matrices of the languages are stacked along the rows. All matrices are transposed.
     """
 
     def __init__(self, hidden: int, settings: Clsr, languages: Languages, decoder: bool) -> None:
         super().__init__()
         self.settings, self.hidden, self.languages = settings, hidden, len(languages.codes)
-        self.noise = 0.0  # deviation of the gates' noise, set before each training step
+        self.noise = 0.0  # standard deviation of the gates' noise, set before each training step
         self.places = [slice(i * hidden, (i + 1) * hidden) for i in range(self.languages)]
         self.kind = "target" if decoder else "source"
         self.shared = nn.Parameter(torch.empty(hidden, hidden))
@@ -75,17 +82,20 @@ class Projections(nn.Module):
 
 
 class ConditionalRouting(nn.Module):
-    """What follows one sublayer."""
+    """The gate after one sublayer, with the sublayer's own language projections if there are any."""
 
     def __init__(self, side: Projections) -> None:
         super().__init__()
         units = side.settings.gate
         self.gate = nn.Sequential(nn.Linear(side.hidden, units), nn.ReLU(), nn.Linear(units, 1, bias=False))
         self.specific = None if side.settings.shared else side.all_languages()
-        self._side = (side,)  # in a tuple, so that its parameters are the side's alone and have one name
+        self._side = (side,)  # in a tuple, so that torch does not register the side's parameters once more
 
     def forward(self, h: Tensor, z: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
-        """h, what the sublayer gave, and z, what it read [B, T, H] -> [B, T, H]."""
+        """Mix both projections of the sublayer's output ``h``, with gates that read its input ``z``.
+
+        ``h`` and ``z`` [B, T, H] -> [B, T, H].
+        """
         (side,) = self._side
         logits = self.gate(z).squeeze(2).float()
         if self.training:
@@ -101,7 +111,10 @@ class ConditionalRouting(nn.Module):
 
 
 class ConditionalLanguageSpecificRouting(Method):
-    """A note is a sublayer's sum of gates over its real tokens; the total is the sum over all of them."""
+    """Add CLSR after sublayers, and its budget loss.
+
+    A note is the sum of one sublayer's gates over its real tokens; the total is the sum of all notes.
+    """
 
     name = NAME
     metrics = ("gates",)
@@ -121,11 +134,11 @@ class ConditionalLanguageSpecificRouting(Method):
         return [(f"{side}_{NAME}", projections) for side, projections in self.sides.items()]
 
     def make(self, site: SublayerSite) -> ConditionalRouting:
-        """Return what follows one sublayer."""
+        """Return the gate for one sublayer."""
         return ConditionalRouting(self.sides[site.side])
 
     def initial(self, name: str) -> Draw | None:
-        """Make projections the identity, so that a model begins as it would without them."""
+        """Initialize projections to the identity, so that a new model computes the same as without them."""
         return _fill_with_identities if name.endswith(("_clsr.specific", "_clsr.shared")) else None
 
     def check_merge(self, route: Route) -> None:
@@ -154,12 +167,12 @@ class ConditionalLanguageSpecificRouting(Method):
         return {"gates": float(totals[0]) / self.gate_count(size)}
 
     def gate_count(self, size: StepSize) -> int:
-        """Count the gates of a step: those of each side times the real tokens that they read."""
+        """Count the gate values of a step: the gates of each side times the real tokens that they read."""
         return sum(self.section.gates(self.model, side) * size.tokens(side) for side in SIDES)
 
 
 def _fill_with_identities(value: Tensor, generator: Generator) -> None:
-    """Fill [N H, H] with N identities, one below the other."""
+    """Fill [N H, H] with N identity matrices, stacked along the rows."""
     value.zero_().view(-1, value.shape[1], value.shape[1]).diagonal(dim1=1, dim2=2).fill_(1.0)
 
 
@@ -168,6 +181,9 @@ def _sum(notes: Sequence[Tensor]) -> Tensor:
 
 
 def budget_loss(settings: Clsr, gates: Tensor, mean: Tensor, count: int) -> Tensor:
-    """A micro-batch's part of ``weight |mean - budget|`` but for a constant: ``gates``, its sum of gates, has the gradient. ``mean``
-    is that of the whole step, which has ``count`` gates; the parts of all micro-batches have the gradient of the loss."""
+    """Return a micro-batch's part of ``weight |mean - budget|``, up to a constant.
+
+    ``gates`` is the micro-batch's sum of gates, with gradient; ``mean`` and ``count`` are the mean and the
+    number of gates of the whole step. The gradients of all parts sum to the gradient of the loss.
+    """
     return settings.weight * torch.sign(mean - settings.budget) * gates / count

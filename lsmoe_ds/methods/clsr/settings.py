@@ -1,4 +1,4 @@
-"""The section ``model.clsr`` of a recipe, and what gates and projections cost.
+"""The section ``model.clsr`` of a recipe, and the costs of gates and projections.
 
 H hidden, L languages, G units of a gate.
 """
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class Clsr(MethodSection):
     """Conditional language-specific routing after each sublayer (CLSR; :mod:`lsmoe_ds.methods.clsr.method`).
 
-    Gates, of ``gate`` hidden units each, choose for each token between its language's projection and one for all
-    languages, so that the mean gate of a step comes to ``budget``; ``weight`` is that of this loss. ``shared``
-    makes one set of the languages' projections for all sublayers of a side; otherwise each sublayer has its own
-    (CLSR*). ``at`` names the sublayers.
+    A gate with ``gate`` hidden units chooses for each token between the projection of its language and a
+    projection for all languages. A loss with the weight ``weight`` pulls the mean gate of a step to
+    ``budget``. If ``shared``, all sublayers of a side share one set of language projections (CLSR); otherwise
+    each sublayer has its own (CLSR*). ``at`` names the sublayers that have gates.
     """
 
     name: ClassVar[str] = "clsr"
@@ -54,14 +54,14 @@ class Clsr(MethodSection):
         return ConditionalLanguageSpecificRouting(self, recipe, topology)
 
     def count(self, site: Shape, languages: Languages, held: Held = "all") -> Count:
-        """Count a gate, (H + 2) G, and W_lang, L H^2, where each sublayer has its own. None can be merged."""
+        """Count the gate, (H + 2) G, and a sublayer's own W_lang, L H^2, if any. None can be merged."""
         if not isinstance(site, SublayerShape) or not self.is_at(site):
             return Count()
         specific = 0 if self.shared else len(languages.codes) * site.hidden**2
         return Count(whole=(site.hidden + 2) * self.gate + specific)
 
     def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
-        """Count W_shared, H^2, and W_lang, L H^2, where the sublayers share it."""
+        """Count W_shared, H^2, and if the sublayers share W_lang also L H^2."""
         if not self.gates(model, side):
             return Count()
         return Count(whole=model.hidden**2 * (1 + len(languages.codes) * self.shared))
@@ -70,13 +70,13 @@ class Clsr(MethodSection):
         return len(languages.codes) * model.hidden**2
 
     def flops(self, site: Shape) -> int:
-        """Count two projections, 4 H^2, and the gate, 2 G (H + 1)."""
+        """Count the operations of two projections, 4 H^2, and of the gate, 2 G (H + 1)."""
         if not isinstance(site, SublayerShape) or not self.is_at(site):
             return 0
         return 4 * site.hidden**2 + 2 * self.gate * (site.hidden + 1)
 
     def values(self, site: Shape, tensor: int) -> int:
-        """Count the output, two products of it, the gate's hidden units and the gate: 3 H + G + 1."""
+        """Count the stored values, 3 H + G + 1: output, its two products, gate and its hidden units."""
         if not isinstance(site, SublayerShape) or not self.is_at(site):
             return 0
         return 3 * site.hidden + self.gate + 1

@@ -2,13 +2,13 @@
 
     y = (W + V_i F_j) x
 
-V_i [outputs, r] is the *vertical* and F_j [r, inputs] the *flat* matrix; methods differ only in how the sentence chooses i
-and j (:func:`indexes`). The product V F is never formed: ``V (F x)``. Each sentence of a batch chooses for itself: rows of
-neighboring sentences with the same choice, a *run*, are multiplied together, in place, without gathering any weights. Batches
-are sorted by language, so that runs are few.
+V_i [outputs, r] is the *vertical* and F_j [r, inputs] the *flat* matrix. The variants differ only in how a
+sentence chooses i and j (:func:`indexes`). The product V F is never formed; the bank computes ``V (F x)``.
+Neighboring sentences with the same choice form a *segment*: their rows are multiplied together, in place,
+without gathering any weights. Batches are sorted by language, so that segments are few.
 
-With tensor parallelism a column-parallel layer shards V by its rows, a row-parallel one F by its columns, and what the bank
-adds to sum over the ranks, r numbers a token, travels in the same all-reduce as the layer's own.
+With tensor parallelism a column-parallel layer shards V by its rows and a row-parallel layer shards F by its
+columns. The bank's own sum over ranks, r numbers per token, travels in the same all-reduce as the layer's.
 
 S rows (tokens), r rank, R the sum of the ranks of all matrices of a bank.
 """
@@ -32,19 +32,18 @@ from lsmoe_ds.parallel.topology import Topology
 
 NAME = "low_rank"
 FLAT, VERTICAL = f"_{NAME}.flat", f"_{NAME}.vertical"  # after the name of the linear layer
-Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they are for
+Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they multiply
 
 
 class _Rows:
-    """The gradient of a bank's matrix [R, ...], product by product. Large banks would otherwise be filled with zeros and then
-    added to."""
+    """Build the gradient of a bank's matrix [R, ...] from products, without first filling it with zeros."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.whole = torch.empty_like(matrix)
         self.written: list[tuple[int, int]] = []
 
     def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
-        """Adds the product of a and b to ``rows``, which are the same as earlier ones or apart from them."""
+        """Add the product of a and b to ``rows``, which must equal earlier rows or not overlap them."""
         if (rows.start, rows.stop) in self.written:
             self.whole[rows].addmm_(a, b)
         else:
@@ -52,6 +51,7 @@ class _Rows:
             self.written.append((rows.start, rows.stop))
 
     def done(self) -> Tensor:
+        """Zero the rows that no product wrote, and return the gradient."""
         end = 0
         for start, stop in [*sorted(self.written), (self.whole.shape[0],) * 2]:
             if end < start:
@@ -61,10 +61,10 @@ class _Rows:
 
 
 class MultiplySegments(torch.autograd.Function):
-    """Multiply each token by its run's rows of ``flat``: x [S, inputs], flat [R, inputs] -> z [S, r].
+    """Multiply each token by its segment's rows of ``flat``: x [S, inputs], flat [R, inputs] -> z [S, r].
 
-    r is the largest rank. Columns beyond the rank of a token's run are not written: whoever reads z knows the
-    rank. Tokens stand in ``slices`` without a gap.
+    r is the largest rank. Columns beyond the rank of a token's segment stay uninitialized; readers of z must
+    use only the first ones. ``slices`` must cover all tokens.
     """
 
     @staticmethod
@@ -79,15 +79,15 @@ class MultiplySegments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (gradient,), (x, flat) = gradients, ctx.saved_tensors
-        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        of_flat = _Rows(flat) if ctx.needs_input_grad[1] else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_flat = _Rows(flat) if ctx.needs_input_grad[1] else None
         for rows, tokens in ctx.slices:
             given = gradient[tokens, : rows.stop - rows.start]
-            if of_x is not None:
-                torch.mm(given, flat[rows], out=of_x[tokens])
-            if of_flat is not None:
-                of_flat.add(rows, given.t(), x[tokens])
-        return of_x, None if of_flat is None else of_flat.done(), None, None
+            if grad_x is not None:
+                torch.mm(given, flat[rows], out=grad_x[tokens])
+            if grad_flat is not None:
+                grad_flat.add(rows, given.t(), x[tokens])
+        return grad_x, None if grad_flat is None else grad_flat.done(), None, None
 
 
 class _AddVertical(torch.autograd.Function):
@@ -105,19 +105,21 @@ class _AddVertical(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         (gradient,), (z, vertical) = gradients, ctx.saved_tensors
-        of_z = torch.empty_like(z) if ctx.needs_input_grad[1] else None
-        of_vertical = _Rows(vertical) if ctx.needs_input_grad[2] else None
+        grad_z = torch.empty_like(z) if ctx.needs_input_grad[1] else None
+        grad_vertical = _Rows(vertical) if ctx.needs_input_grad[2] else None
         for rows, tokens in ctx.slices:
-            if of_z is not None:
-                torch.mm(gradient[tokens], vertical[rows].t(), out=of_z[tokens, : rows.stop - rows.start])
-            if of_vertical is not None:
-                of_vertical.add(rows, z[tokens, : rows.stop - rows.start].t(), gradient[tokens])
-        return gradient, of_z, None if of_vertical is None else of_vertical.done(), None
+            if grad_z is not None:
+                torch.mm(gradient[tokens], vertical[rows].t(), out=grad_z[tokens, : rows.stop - rows.start])
+            if grad_vertical is not None:
+                grad_vertical.add(rows, z[tokens, : rows.stop - rows.start].t(), gradient[tokens])
+        return gradient, grad_z, None if grad_vertical is None else grad_vertical.done(), None
 
 
 def slices_of(places: list[slice], context: LanguageContext, kind: str, rows: Tensor) -> Slices:
-    """The matrix of each run of "source" or "target" language, by the ``places`` of the languages, and its tokens among ``rows``
-    [S, ...]: all sentences have the same number of them."""
+    """Return for each segment of equal "source" or "target" language its rows of the matrix, and its tokens.
+
+    ``places`` are the rows of each language. ``rows`` [S, ...] holds equally many tokens of each sentence.
+    """
     segments = context.segments(kind)
     each = rows.shape[0] // segments[-1].stop if segments else 0
     return [(places[segment.language], slice(segment.start * each, segment.stop * each)) for segment in segments]
@@ -134,13 +136,13 @@ def indexes(settings: LowRank, side: SideName) -> tuple[str, str]:
 
 
 def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
-    """Return the rows of each language's matrix in a bank [R, ...]; those that all share come last."""
+    """Return the rows of each language's matrix in a bank [R, ...]; the shared matrix's rows come last."""
     ranks = [settings.rank_of(code) for code in languages.codes] + [settings.shared_rank] * settings.fuse_distillation
     return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
 
 
 class LowRankBank(nn.Module):
-    """The language-specific matrices of one linear layer, which is handed over with each call."""
+    """The language-specific matrices of one linear layer, which each call passes as ``base``."""
 
     def __init__(self, site: LinearShape, settings: LowRank, languages: Languages, topology: Topology) -> None:
         super().__init__()
@@ -155,7 +157,10 @@ class LowRankBank(nn.Module):
             compat.mark_tensor_parallel(self.flat if self.split == "row" else self.vertical, 1)
 
     def forward(self, base: nn.Module, x: Tensor, context: LanguageContext) -> Tensor:
-        """``base`` with this bank beside it: x [..., inputs] -> [..., outputs], rows in the order of the context's sentences."""
+        """Apply the linear layer ``base`` with this bank beside it: x [..., inputs] -> [..., outputs].
+
+        The rows of ``x`` are in the order of the context's sentences.
+        """
         rows = x.reshape(-1, x.shape[-1])
         z = MultiplySegments.apply(rows, self.flat, slices_of(self.rows, context, self.flat_of, rows), self.rank)
         group = self.topology.tensor_group

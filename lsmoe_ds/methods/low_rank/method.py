@@ -1,4 +1,4 @@
-"""Low-rank matrices as a method: where banks stand, how they begin, and how they merge into linear layers."""
+"""Low-rank matrices as a method: where banks are added, how they are initialized and merged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPLITS = {name: split for name, (_, _, split) in (attention_linears(1) | feed_fo
 
 
 class LowRankMatrices(Method):
-    """Banks beside the linear layers of attentions, or of feed-forwards that have no experts."""
+    """Add banks beside the linear layers of attentions, or of feed-forwards without experts."""
 
     name = NAME
     by_direction = True
@@ -36,16 +36,16 @@ class LowRankMatrices(Method):
         return matrix == ("vertical" if SPLITS.get(linear) == "column" else "flat") and self.owns(name)
 
     def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, Entry]:
-        """Return W + V F."""
+        """Return the merged weight W + V F of the linear layer ``at``."""
         numbers = {"source": SHARED, "target": SHARED}
         if route == "specific" and direction is not None:
             numbers = {"source": self.languages.id(direction.source), "target": self.languages.id(direction.target)}
         rows = rows_of(self.section, self.languages)
         vertical, flat = (rows[numbers[kind]] for kind in indexes(self.section, "decoder" if at.startswith("decoder.") else "encoder"))
-        base, of_vertical, of_flat = f"{at}.weight", f"{at}{VERTICAL}", f"{at}{FLAT}"
+        base, vertical_name, flat_name = f"{at}.weight", f"{at}{VERTICAL}", f"{at}{FLAT}"
 
         def make() -> Tensor:
-            return torch.addmm(weights[base], weights[of_vertical][vertical].t(), weights[of_flat][flat])
+            return torch.addmm(weights[base], weights[vertical_name][vertical].t(), weights[flat_name][flat])
 
         return {base: Entry(weights.shape(base), make)}
 
@@ -53,8 +53,9 @@ class LowRankMatrices(Method):
         return dict(zip([*self.languages.codes, "shared"], rows_of(self.section, self.languages), strict=False))
 
     def initial(self, name: str) -> Draw | None:
-        """Make flat matrices 0, so that a model begins as it would without them, and draw vertical ones normal
-        with deviation ``init_std``.
+        """Initialize flat matrices to 0, so that a new model computes the same as without them.
+
+        Vertical matrices are drawn from a normal distribution with standard deviation ``init_std``.
         """
         if name.endswith(FLAT):
             return lambda value, generator: value.zero_()

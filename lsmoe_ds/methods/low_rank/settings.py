@@ -1,6 +1,6 @@
-"""The section ``model.low_rank`` of a recipe, and what low-rank matrices cost.
+"""The section ``model.low_rank`` of a recipe, and the costs of low-rank matrices.
 
-R is the sum of the ranks r of the matrices that a bank holds.
+R is the sum of the ranks r of a bank's matrices.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ PLACES = {"feed_forward": "feed-forwards", "attention": "attentions", "both": "f
 class LowRank(MethodSection):
     """Low-rank language-specific matrices beside linear layers (LMS, "Condensing Multilingual Knowledge", section 2).
 
-    ``index`` says which languages choose them: ``pair``, the source and the target; ``language``, the source in
-    the encoder and the target in the decoder. ``rank`` is one number, or (``index: language``) one for each
-    language. ``init_std`` is the deviation of the vertical matrices before training; flat ones begin at 0.
-    They stand beside the dense feed-forwards, the attentions or both, in every ``every``-th layer. With
-    ``fuse_distillation`` all languages share further matrices, which learn from the specific ones (section 4).
+    ``index`` says which languages choose the matrices: ``pair``, the source and the target; ``language``, the
+    source in the encoder and the target in the decoder. ``rank`` is one number, or with ``index: language``
+    one number for each language. ``init_std`` is the standard deviation of the vertical matrices before
+    training; flat matrices start at 0. ``at`` places them beside the dense feed-forwards, the attentions or
+    both, in every ``every``-th layer. With ``fuse_distillation`` all languages share one more matrix pair,
+    which learns from the specific ones (section 4).
     """
 
     name: ClassVar[str] = "low_rank"
@@ -43,7 +44,7 @@ class LowRank(MethodSection):
 
     @property
     def ranks(self) -> list[int]:
-        """List the ranks that are given."""
+        """List the ranks that the recipe gives."""
         return [self.rank] if isinstance(self.rank, int) else list(self.rank.values())
 
     def rank_of(self, language: str) -> int:
@@ -100,12 +101,16 @@ class LowRank(MethodSection):
         return LowRankMatrices(self, recipe, topology)
 
     def rank_sum(self, languages: Languages, held: Held = "all") -> int:
-        """Return R ("Condensing Multilingual Knowledge", sections 2.2 and 4)."""
+        """Return R, the sum of the ranks of the ``held`` matrices (the paper's sections 2.2 and 4)."""
         specific = sum(self.rank_of(code) for code in languages.codes) if held in ("all", "specific") else 0
         return specific + (self.shared_rank if self.fuse_distillation and held in ("all", "shared") else 0)
 
     def count(self, site: Shape, languages: Languages, held: Held = "all") -> Count:
-        """Count flat R inputs and vertical R outputs; ranks share out the one on the side of the layer's split."""
+        """Count flat, R inputs, and vertical, R outputs.
+
+        Tensor parallelism splits the vertical matrix of a column-parallel layer and the flat one of a
+        row-parallel layer.
+        """
         if not isinstance(site, LinearShape) or not self.is_at(site):
             return Count()
         total = self.rank_sum(languages, held)
@@ -113,13 +118,13 @@ class LowRank(MethodSection):
         return Count(split=total * split, whole=total * whole)
 
     def flops(self, site: Shape) -> int:
-        """Count 2 r (inputs + outputs), with the largest rank of a language."""
+        """Count the operations, 2 r (inputs + outputs), with the largest rank of a language."""
         if not isinstance(site, LinearShape) or not self.is_at(site):
             return 0
         return 2 * self.shared_rank * (site.inputs + site.outputs)
 
     def values(self, site: Shape, tensor: int) -> int:
-        """Count r, what a token's flat matrix gives; beside a row linear of several ranks also the outputs."""
+        """Count the stored values: the flat product, r, and beside a split row linear also the outputs."""
         if not isinstance(site, LinearShape) or not self.is_at(site):
             return 0
         return self.shared_rank + (site.outputs if site.split == "row" and tensor > 1 else 0)
