@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 from small_run import TARGET_TOP2, make_recipe, write_corpus
 from test_resharding import BOTH, EXPERTS, ONE, TENSOR, losses
@@ -332,3 +333,11 @@ def test_types_survive_a_file(tmp_path):
         half = name in ("torch.bfloat16", "torch.float16")
         assert value.dtype == (torch.float32 if half else values[name].dtype)
         assert torch.equal(value, values[name].to(value.dtype))
+
+
+@pytest.mark.parametrize("header", ["[[", "[" * 100_000, '{"a": 1}', "[1]", "null"], ids=range(5))
+def test_a_hostile_list_of_buffers(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2)}, path, {"buffers": header})
+    with pytest.raises(UserError, match=r"is damaged: its 'buffers' should be a list of names"):
+        open_tensors(tmp_path)

@@ -20,7 +20,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import membership
 from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.scores import score_direction
-from lsmoe_ds.export.importing import M2M_100
+from lsmoe_ds.export.their_vocabulary import M2M_100
 from lsmoe_ds.languages import (
     Direction,
     Languages,

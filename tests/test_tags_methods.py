@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lsmoe_ds.export.command import convert
 from small_run import TARGET_TOP2, make_recipe, write_corpus
 from test_training import loop
 
 from lsmoe_ds.config.recipe import MoE, Recipe
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.evaluation.evaluate import evaluate
-from lsmoe_ds.inference.engine import load_engine
+from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.languages import Direction

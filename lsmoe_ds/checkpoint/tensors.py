@@ -224,7 +224,7 @@ def _buffers(path: Path, opened: Any) -> list[str]:
     """Return which tensors of an open file are buffers."""
     try:
         names = json.loads((opened.metadata() or {}).get(BUFFERS, "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is damaged: its '{BUFFERS}' should be a list of names")

@@ -62,8 +62,9 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     """Compute the memory of one rank.
 
     v is the bytes per value (4 or 2); n is the number of the rank's parameters (:func:`local_parameters`), of
-    which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`). ZeRO partitions dense state over the D = world / tensor data ranks, and expert
-    state over the X = world / expert ranks that hold the same experts; p = d / D + e / X::
+    which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`).
+    ZeRO partitions dense state over the D = world / tensor data ranks, and expert state over the X = world /
+    expert ranks that hold the same experts; p = d / D + e / X::
 
         weights     v n                  in every stage
         gradients   v (d + e)            stages 0 and 1;    v p   in stage 2
