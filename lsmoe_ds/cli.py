@@ -21,10 +21,10 @@ from lsmoe_ds.cli_options import (
     LengthPenalty,
     Out,
     Overrides,
+    PartOption,
     RecipeFile,
     Route,
     Run,
-    Share,
     Split,
     direction_of,
 )
@@ -212,7 +212,7 @@ def study(
     members: Annotated[list[str] | None, typer.Option("--member", metavar="NAME", help="Run only this member; may be repeated.")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Run only this seed; may be repeated.")] = None,
     processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Processes of each training, as for 'lsmoe train'.")] = None,
-    part: Share = None,
+    part: PartOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Train and score a family of recipes on the same data and steps, and write one comparison; run again, it

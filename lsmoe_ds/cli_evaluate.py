@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lsmoe_ds.cli_options import AsJson, Beam, CometFile, LengthPenalty, Route, Run, Share, Split, Tokenize
+from lsmoe_ds.cli_options import AsJson, Beam, CometFile, LengthPenalty, PartOption, Route, Run, Split, Tokenize
 from lsmoe_ds.console import print_json, show_table
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.part import MOST
@@ -36,7 +36,7 @@ def evaluate(
     tokenize: Tokenize = None,
     comet: CometFile = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where scores and text are written; RUN by default.")] = None,
-    part: Share = None,
+    part: PartOption = None,
     merge: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, max=MOST, help="Put together N parts that were scored with the same options."),

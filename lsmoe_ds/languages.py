@@ -61,7 +61,7 @@ def _named(word: str) -> str:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LanguageEntry:
     """Hold a row of languages.tsv.
 
     The columns are code, ISO 15924 script, main region, family with branch, English name, names in the
@@ -78,13 +78,13 @@ class Entry:
 
 
 @cache
-def table() -> dict[str, Entry]:
+def table() -> dict[str, LanguageEntry]:
     """Return the known languages by code, those with a family first."""
     entries = []
     for line in TABLE.read_text(encoding="utf-8").splitlines()[1:]:
         code, script, region, family, name, *lists = line.split("\t")
         own_names, aliases = (tuple(filter(None, names.split(","))) for names in lists)
-        entries.append(Entry(code, script, region, family, name, own_names, aliases))
+        entries.append(LanguageEntry(code, script, region, family, name, own_names, aliases))
     return {entry.code: entry for entry in sorted(entries, key=lambda entry: not entry.family)}
 
 
@@ -96,7 +96,7 @@ def _by_any_code() -> dict[str, str]:
 
 
 @cache
-def _by_name() -> dict[str, Entry]:
+def _by_name() -> dict[str, LanguageEntry]:
     """Map case-folded names of languages to rows of the table.
 
     An English name takes precedence over a language's own name, and that over an English name without the
@@ -167,7 +167,7 @@ def _adds_nothing(region: str, code: str) -> bool:
     return entry is not None and (region == entry.region or _by_any_code().get(f"{language}_{region}".lower()) == code)
 
 
-def _entry(code: str) -> Entry | None:
+def _entry(code: str) -> LanguageEntry | None:
     """Return the row of a normalized code, or of the language of which it is a variety."""
     while code not in table() and "_" in code:
         code = code.rpartition("_")[0]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config import recipe as recipe_module
 from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.recipe import Recipe
@@ -88,7 +88,7 @@ class Structure(Method):
     def merge(self, weights: Tensors, direction: Direction | None, route: Any) -> Tensors:
         kept = {name: entry for name, entry in weights.entries.items() if not self.owns(name)}
 
-        def factor(at: str, part: str) -> Entry:
+        def factor(at: str, part: str) -> LazyTensor:
             def make() -> Tensor:
                 each = weights[f"{at}_structure.scale"] * weights[f"{at}_structure.mask"]
                 value = weights[f"{at}.{part}"]

@@ -16,7 +16,7 @@ from lsmoe_ds.checkpoint import tensors
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.cli import main
 from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.data.prepare import prepare
@@ -82,7 +82,7 @@ def test_only_one_shard_is_in_memory(tmp_path, monkeypatch):
         most = max(most, len(alive))
         return torch.ones(100).as_subclass(Counted)
 
-    names = save_tensors(Tensors({f"t{i}": Entry((100,), make) for i in range(20)}), tmp_path)
+    names = save_tensors(Tensors({f"t{i}": LazyTensor((100,), make) for i in range(20)}), tmp_path)
     assert len(names) == 11 and most == 2
     assert same(open_tensors(tmp_path), {f"t{i}": torch.ones(100) for i in range(20)})
 

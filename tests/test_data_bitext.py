@@ -12,7 +12,7 @@ from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.data import bitext as module
 from lsmoe_ds.data.bitext import DROPPED, TRAIN, Bitext
 from lsmoe_ds.data.cleaning import hash64
-from lsmoe_ds.data.formats import Part
+from lsmoe_ds.data.formats import TextPart
 from lsmoe_ds.data.workers import Workers
 
 
@@ -21,7 +21,7 @@ def cleaned(folder: Path, name: str, *corpora: list[tuple[str, str]], **settings
     parts = []
     for number, content in enumerate(corpora):
         write_lines(folder / f"c{number}.tsv", ["\t".join(pair) for pair in content])
-        parts.append(Part(f"c{number}", name, "train", (folder / f"c{number}.tsv",), "table"))
+        parts.append(TextPart(f"c{number}", name, "train", (folder / f"c{number}.tsv",), "table"))
     bitext = Bitext(name, folder / name)
     assert sum(bitext.clean(parts, Cleaning.model_validate(settings), Workers(0))) == sum(map(len, corpora))
     return bitext

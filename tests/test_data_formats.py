@@ -6,11 +6,11 @@ import pytest
 from small_corpora import pairs, sentence, write_lines
 
 from lsmoe_ds.config.data import Corpus
-from lsmoe_ds.data.formats import MissingCorpus, Part, find_parts
+from lsmoe_ds.data.formats import MissingCorpus, TextPart, find_parts
 from lsmoe_ds.errors import UserError
 
 
-def found(path: Path, format: Any, *bitexts: str, **given: str) -> list[Part]:
+def found(path: Path, format: Any, *bitexts: str, **given: str) -> list[TextPart]:
     return find_parts([Corpus(path=path, format=format, **given)], path, bitexts)
 
 
@@ -198,7 +198,7 @@ def write_compressed(path: Path) -> None:
     path.unlink()
 
 
-def bad(tmp_path: Path, case: str) -> list[Part]:
+def bad(tmp_path: Path, case: str) -> list[TextPart]:
     stem = tmp_path / "news"
     write_aligned(stem, "de", "en", 3)
     match case:

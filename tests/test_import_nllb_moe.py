@@ -22,7 +22,7 @@ from small_run import write_corpus
 from test_start_from import first_steps
 
 from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.convert.command import convert
@@ -168,12 +168,12 @@ def test_tensors_are_read_when_they_are_asked_for(home, monkeypatch):
     read: list[str] = []
 
     def opened(folder: Path) -> Tensors:
-        def noted(name: str, entry: Entry) -> Entry:
+        def noted(name: str, entry: LazyTensor) -> LazyTensor:
             def make() -> torch.Tensor:
                 read.append(name)
                 return entry.make()
 
-            return Entry(entry.shape, make)
+            return LazyTensor(entry.shape, make)
 
         return Tensors({name: noted(name, each) for name, each in opening(folder).entries.items()})
 

@@ -19,7 +19,7 @@ from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.formats import Part, find_parts, search
+from lsmoe_ds.data.formats import TextPart, find_parts, search
 from lsmoe_ds.data.notices import why_no_text
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary
@@ -38,11 +38,11 @@ def nothing_said_yet():
 # Corpora.
 
 
-def found(path: Path, layout: Any, *bitexts: str, **given: str) -> list[Part]:
+def found(path: Path, layout: Any, *bitexts: str, **given: str) -> list[TextPart]:
     return find_parts([Corpus(path=path, format=layout, **given)], path, bitexts)
 
 
-def names(parts: list[Part]) -> list[list[str]]:
+def names(parts: list[TextPart]) -> list[list[str]]:
     return [[file.name for file in part.files] for part in parts]
 
 

@@ -8,7 +8,7 @@ The scale s rises linearly from 0 to 1 over the first half of the training; the 
 import torch
 from torch import nn
 
-from lsmoe_ds.checkpoint.tensors import Entry
+from lsmoe_ds.checkpoint.tensors import LazyTensor
 from lsmoe_ds.config.method import Chart, MethodSection
 from lsmoe_ds.config.shapes import Count, LinearShape
 from lsmoe_ds.methods.base import Method
@@ -77,4 +77,4 @@ class OutputBiases(Method):
     def merge_at(self, weights, at, direction, route):  # into the bias of the layer ``at``, for one direction
         base, rows, mask = (weights.entries[f"{at}{end}"] for end in (".bias", "_output_bias.rows", "_output_bias.mask"))
         language = self.languages.id(direction.target)
-        return {f"{at}.bias": Entry(base.shape, lambda: base.make() + rows.make()[language] * mask.make())}
+        return {f"{at}.bias": LazyTensor(base.shape, lambda: base.make() + rows.make()[language] * mask.make())}

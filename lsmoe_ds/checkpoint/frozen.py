@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lsmoe_ds.checkpoint.run_folder import FROZEN
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, describe_files, read_fields, replaced, sha256, write_json
 from lsmoe_ds.parallel import compat
@@ -62,12 +62,12 @@ def write_frozen(engine: Any, run: Path, topology: Topology) -> str | None:
         assert waiting.pop(0) == name, "the ranks take the parameters in one order"
         return _whole(*parameters[name], topology)
 
-    def entry(name: str) -> Entry:
+    def entry(name: str) -> LazyTensor:
         parameter = parameters[name][0]
         dimension, shape = partition_dimension(parameter), list(parameter.shape)
         if dimension is not None:
             shape[dimension] *= topology.tensor
-        return Entry(tuple(shape), lambda: collect(name).cpu(), parameter.dtype)
+        return LazyTensor(tuple(shape), lambda: collect(name).cpu(), parameter.dtype)
 
     def write() -> str:
         with replaced(folder) as new:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.recipe import Recipe, Side
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted
@@ -99,13 +99,13 @@ def restore(theirs: Tensors, recipe: Recipe) -> Tensors:
     return Tensors(restored)
 
 
-def _narrowed(theirs: Tensors, source: str, name: str, width: int) -> Entry:
+def _narrowed(theirs: Tensors, source: str, name: str, width: int) -> LazyTensor:
     """Return a feed-forward's tensor without what is beyond ``width``; any other as it is."""
     shape, dimension = list(theirs.shape(source)), _padded(name)
     if dimension is None or shape[dimension] <= width:
         return theirs.entries[source]
     shape[dimension] = width
-    return Entry(tuple(shape), lambda: theirs[source].narrow(dimension, 0, width))
+    return LazyTensor(tuple(shape), lambda: theirs[source].narrow(dimension, 0, width))
 
 
 def _padded(name: str) -> int | None:
@@ -113,7 +113,7 @@ def _padded(name: str) -> int | None:
     return 0 if "feed_forward.expand" in name else 1 if name.endswith("feed_forward.contract.weight") else None
 
 
-def _widened(tensors: Tensors, name: str, width: int) -> Entry:
+def _widened(tensors: Tensors, name: str, width: int) -> LazyTensor:
     """Return a feed-forward's tensor with zeros up to ``width``; any other as it is."""
     shape, dimension = list(tensors.shape(name)), _padded(name)
     if dimension is None or shape[dimension] == width:
@@ -121,4 +121,4 @@ def _widened(tensors: Tensors, name: str, width: int) -> Entry:
     missing = width - shape[dimension]
     shape[dimension] = width
     at_end = (0, missing) if dimension == len(shape) - 1 else (0, 0, 0, missing)
-    return Entry(tuple(shape), lambda: F.pad(tensors[name], at_end))
+    return LazyTensor(tuple(shape), lambda: F.pad(tensors[name], at_end))

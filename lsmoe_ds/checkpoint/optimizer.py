@@ -54,10 +54,10 @@ def open_optimizer(folder: Path, verify: bool = False) -> OptimizerState:
         for path in folder.glob("*.json"):
             if path.name in files or PIECES.fullmatch(path.name) or path.name == STATE:
                 check(path)
-    return Consolidated(folder, check) if consolidated else Pieces(folder, check)
+    return ConsolidatedOptimizer(folder, check) if consolidated else Pieces(folder, check)
 
 
-class Consolidated:
+class ConsolidatedOptimizer:
     """In ``optimizer*.safetensors``, see :mod:`lsmoe_ds.export.consolidated`."""
 
     def __init__(self, folder: Path, check: Callable[[Path], None] | None = None) -> None:

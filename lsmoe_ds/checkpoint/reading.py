@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lsmoe_ds.checkpoint.frozen import open_frozen
 from lsmoe_ds.checkpoint.run_folder import FROZEN, frozen_damage
-from lsmoe_ds.checkpoint.tensors import BUFFERS, KEPT, Entry, Files, Tensors
+from lsmoe_ds.checkpoint.tensors import BUFFERS, KEPT, Files, LazyTensor, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, damage, is_count, read_fields
 from lsmoe_ds.notices import counted
@@ -29,7 +29,7 @@ EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
 
 
 @dataclass
-class Consolidated:
+class WholeCheckpoint:
     """A whole model by global parameter name (see :mod:`lsmoe_ds.model.initialization`); each tensor is read
     when it is asked for.
     """
@@ -40,7 +40,7 @@ class Consolidated:
     frozen: frozenset[str] = frozenset()  # of the weights those that did not train
 
 
-def read_checkpoint(checkpoint: Path) -> Consolidated:
+def read_checkpoint(checkpoint: Path) -> WholeCheckpoint:
     """Open ``checkpoints/step-N`` of a run; file sizes are checked now, each file's checksum when its first
     tensor is read.
 
@@ -68,10 +68,10 @@ def read_checkpoint(checkpoint: Path) -> Consolidated:
         raise UserError(f"{checkpoint} is damaged: it holds the weights of {ranks}")
     weights, sums = collector.tensors(checkpoint), {name: described[name]["sha256"] for name in names}
     if state.get(FROZEN) is None:
-        return Consolidated(state["step"], weights, sums)
+        return WholeCheckpoint(state["step"], weights, sums)
     frozen, sums_of_frozen = open_frozen(checkpoint.resolve().parent.parent)
     whole = Tensors(frozen.entries | weights.entries)
-    return Consolidated(state["step"], whole, sums_of_frozen | sums, frozenset(frozen))
+    return WholeCheckpoint(state["step"], whole, sums_of_frozen | sums, frozenset(frozen))
 
 
 class _Part(NamedTuple):
@@ -119,7 +119,7 @@ class _Collector:
             entries[name] = entry._replace(is_buffer=name in self.buffers)
         return Tensors(entries)
 
-    def _entry(self, shape: tuple[int, ...], dimension: int | None, parts: list[_Part]) -> Entry:
+    def _entry(self, shape: tuple[int, ...], dimension: int | None, parts: list[_Part]) -> LazyTensor:
         dtype = parts[0].dtype if parts[0].dtype in KEPT.values() else torch.float32
 
         def make() -> Tensor:
@@ -129,7 +129,7 @@ class _Collector:
                 place.copy_(self.files.get(part.file, place.nbytes)[part.name])
             return whole
 
-        return Entry(shape, make, dtype)
+        return LazyTensor(shape, make, dtype)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from lsmoe_ds.checkpoint.m2m_100 import restore
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, step_of
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_tensors, save_tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import check_vocabulary, read_origin
@@ -121,7 +121,7 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
         with _naming_another(stored):
             whole = read_checkpoint(stored.weights_in)
 
-        def entry(before: Entry) -> Entry:
+        def entry(before: LazyTensor) -> LazyTensor:
             def make() -> Tensor:
                 with _naming_another(stored):
                     return before.make()
@@ -167,14 +167,14 @@ def _mean(stored: Stored, average: int) -> Weights:
         )
     parts = [read_checkpoint(each) for each in chosen]
 
-    def entry(name: str, shape: tuple[int, ...]) -> Entry:
+    def entry(name: str, shape: tuple[int, ...]) -> LazyTensor:
         def make() -> Tensor:
             total = torch.zeros(shape, dtype=torch.float64)
             for part in parts:
                 total += part.weights[name]
             return (total / average).float()
 
-        return Entry(shape, make)
+        return LazyTensor(shape, make)
 
     last, whole = parts[-1], parts[-1].weights.entries
     for name in [name for name, each in whole.items() if each.is_buffer]:

@@ -32,7 +32,7 @@ BUFFERS = "buffers"  # in the metadata of a file: which of its tensors are no pa
 T = TypeVar("T")
 
 
-class Entry(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor to come, on the CPU."""
 
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 class Tensors(Mapping[str, Tensor]):
     """Each tensor is made anew whenever it is asked for."""
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
         self.entries = dict(entries)
 
     @classmethod
@@ -61,8 +61,8 @@ class Tensors(Mapping[str, Tensor]):
         if isinstance(tensors, Tensors):
             return tensors
 
-        def entry(value: Tensor) -> Entry:
-            return Entry(tuple(value.shape), lambda: value, value.dtype)
+        def entry(value: Tensor) -> LazyTensor:
+            return LazyTensor(tuple(value.shape), lambda: value, value.dtype)
 
         return cls({name: entry(value) for name, value in tensors.items()})
 
@@ -171,7 +171,7 @@ def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None
     """
     files: Files[Any] = Files(_open, check)
 
-    def entries(path: Path) -> dict[str, Entry]:
+    def entries(path: Path) -> dict[str, LazyTensor]:
         opened = files.get(path)
         buffers, found = _buffers(path, opened), {}
         for name in opened.keys():  # noqa: SIM118
@@ -189,14 +189,14 @@ def open_pickled(folder: Path, stem: str) -> Tensors:
     """
     files: Files[dict[str, Tensor]] = Files(_unpickle)
 
-    def entry(path: Path, name: str, value: Tensor) -> Entry:
+    def entry(path: Path, name: str, value: Tensor) -> LazyTensor:
         numbers = value.numel()
-        return Entry(tuple(value.shape), lambda: files.get(path, 4 * numbers)[name].to(torch.float32, copy=True))
+        return LazyTensor(tuple(value.shape), lambda: files.get(path, 4 * numbers)[name].to(torch.float32, copy=True))
 
     return _join(folder, stem, "bin", lambda path: {name: entry(path, name, value) for name, value in files.get(path).items()})
 
 
-def _join(folder: Path, stem: str, ending: str, read: Callable[[Path], dict[str, Entry]]) -> Tensors:
+def _join(folder: Path, stem: str, ending: str, read: Callable[[Path], dict[str, LazyTensor]]) -> Tensors:
     """Join the entries of ``stem.ending``, or of the files that its index lists."""
     whole = f"{stem}.{ending}"
     index = folder / f"{whole}.index.json"
@@ -211,7 +211,7 @@ def _join(folder: Path, stem: str, ending: str, read: Callable[[Path], dict[str,
         for name in listed:
             if not is_plain(name) or Path(name).name != name or not name.endswith(f".{ending}"):
                 raise UserError(f"{index} names the file '{name}': only {ending} files beside it are read")
-    entries: dict[str, Entry] = {}
+    entries: dict[str, LazyTensor] = {}
     for name in sorted(listed):
         entries |= {key: entry for key, entry in read(folder / name).items() if wanted is None or wanted.get(key) == name}
     missing = [] if wanted is None else sorted(wanted.keys() - entries.keys())
@@ -231,7 +231,7 @@ def _buffers(path: Path, opened: Any) -> list[str]:
     return names
 
 
-def _entry(files: Files[Any], path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
+def _entry(files: Files[Any], path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
     def make() -> Tensor:
         try:
             value: Tensor = files.get(path, dtype.itemsize * math.prod(shape)).get_tensor(name)
@@ -239,7 +239,7 @@ def _entry(files: Files[Any], path: Path, name: str, shape: tuple[int, ...], dty
             raise UserError(f"{path} is damaged: {error}") from None
         return value.to(dtype, copy=True)
 
-    return Entry(shape, make, dtype)
+    return LazyTensor(shape, make, dtype)
 
 
 def _open(path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lsmoe_ds.config.section import NAME, Positive, Section, Share
+from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, check_code, english_centric, is_english, normalize_code
 
@@ -48,7 +48,7 @@ class Cleaning(Section):
 
     min_words: Positive = 3
     max_words: Positive = 200
-    script_share: Share = 0.5
+    script_share: Fraction = 0.5
 
 
 class HeldOut(Section):

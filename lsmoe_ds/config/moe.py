@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lsmoe_ds.config.section import Positive, Section, Share
+from lsmoe_ds.config.section import Fraction, Positive, Section
 from lsmoe_ds.notices import counted
 
 
@@ -46,7 +46,7 @@ class MoE(Section):
     expert_groups: Positive = 1
     balance_loss_weight: Annotated[float, Field(ge=0.0)] = 0.01
     z_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    jitter: Share = 0.0
+    jitter: Fraction = 0.0
     router_bias: bool = False
     capacity: Capacity | None = None
     fuse_distillation: bool = False

@@ -18,7 +18,7 @@ from lsmoe_ds.config.data import Data
 from lsmoe_ds.config.deepspeed import read_deepspeed_config
 from lsmoe_ds.config.method import MethodSection, sections
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.config.section import NAME, Positive, Section, Share
+from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.notices import counted
 
@@ -146,9 +146,9 @@ class Training(Section):
     trainable: Literal["all", "methods"] | list[str] = "all"
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     warmup: Annotated[int, Field(ge=0)] = 4000
-    label_smoothing: Share = 0.1
-    dropout: Share = 0.1
-    attention_dropout: Share = 0.0
+    label_smoothing: Fraction = 0.1
+    dropout: Fraction = 0.1
+    attention_dropout: Fraction = 0.0
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a run, and of prepared data
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 KIND = "kind"  # the type of an error that a value is of another kind than its field
 
 

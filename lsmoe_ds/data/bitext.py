@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.data.cleaning import PairFilter, clean_text, hash64, near_duplicate_form
-from lsmoe_ds.data.formats import Part
+from lsmoe_ds.data.formats import TextPart
 from lsmoe_ds.data.held_out import HELD_OUT, Claims, Keys, contains, mixed, other, published
 from lsmoe_ds.data.workers import Workers, chunks
 from lsmoe_ds.languages import is_english
@@ -78,7 +78,7 @@ class Bitext:
     also_out: dict[str, list[Pair]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     spans: list[tuple[str, int, int]] = field(default_factory=list)
-    empty: list[Part] = field(default_factory=list)
+    empty: list[TextPart] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -94,7 +94,7 @@ class Bitext:
     def english(self) -> bool:
         return any(map(is_english, self.codes))
 
-    def clean(self, parts: Sequence[Part], settings: Cleaning, workers: Workers) -> Iterator[int]:
+    def clean(self, parts: Sequence[TextPart], settings: Cleaning, workers: Workers) -> Iterator[int]:
         """Clean the training text and drop exact copies of pairs; yield the pairs read, for a progress bar.
 
         In memory: some chunks of pairs, and 40 bytes for each cleaned pair of this bitext.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, differences
-from lsmoe_ds.data.formats import MissingCorpus, Part, name_of, search
+from lsmoe_ds.data.formats import MissingCorpus, TextPart, name_of, search
 from lsmoe_ds.data.prepared import check_manifest
 from lsmoe_ds.data.sources import PROVENANCE, SOURCES
 from lsmoe_ds.errors import UserError
@@ -28,7 +28,7 @@ class State:
     remarks: tuple[str, ...] = ()
 
 
-def _stamps(parts: Sequence[Part]) -> Fingerprint:
+def _stamps(parts: Sequence[TextPart]) -> Fingerprint:
     """Return size and time of change of every file, by its path; of a fetched corpus (``django/de-en.tsv``)
     the known checksum.
     """
@@ -43,7 +43,7 @@ def _stamps(parts: Sequence[Part]) -> Fingerprint:
     return found
 
 
-def corpora_fingerprint(parts: Sequence[Part]) -> Fingerprint:
+def corpora_fingerprint(parts: Sequence[TextPart]) -> Fingerprint:
     """Return size and sha256 of every file that is read, by its path."""
     stamps = _stamps(parts)
     for path, stamp in stamps.items():
@@ -74,7 +74,7 @@ def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
     on only: what was prepared of it is good as it is. One that is there and cannot be read is a reason to
     prepare, which will say the same.
     """
-    parts: list[Part] = []
+    parts: list[TextPart] = []
     remarks: list[str] = []
     missing: set[str] = set()
     bitexts = sorted({direction.bitext for direction in recipe.languages.directions})

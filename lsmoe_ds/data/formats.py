@@ -31,7 +31,7 @@ class MissingCorpus(UserError):
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Name the text of one corpus for one bitext and split: two aligned files, in the order of the bitext's
     name, or one table.
     """
@@ -94,7 +94,7 @@ class Search:
     """Hold what is wanted of one corpus and what it has of that."""
 
     wanted: Wanted
-    parts: list[Part]
+    parts: list[TextPart]
 
 
 def search(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Search]:
@@ -107,7 +107,7 @@ def search(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[s
     return [_search(corpus, directory, pairs) for corpus in corpora]
 
 
-def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Part]:
+def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[TextPart]:
     """List everything that the corpora have for the bitexts, and say how they spell the languages; see
     :func:`search`.
     """
@@ -126,7 +126,7 @@ def _search(corpus: str | Corpus, directory: Path, pairs: Mapping[str, Pair]) ->
     return Search(wanted, list(FORMATS[corpus.format](corpus, wanted)))
 
 
-def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
+def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[TextPart]:
     check_source(name, _hint_at_path(name))
     wrong = corpus_damage(name, directory)
     if wrong is not None:
@@ -135,7 +135,7 @@ def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[Part]:
     files = [path for path in sorted(corpus_folder(name, directory).glob("*-*.tsv")) if path.stem.count("-") == 1]
     for bitext, pair in wanted.items():
         if found := wanted.choose_all(_both_ways(files), pair):
-            yield Part(name, bitext, "train", (found,), "table", (0, 1) if _in_order(found, pair) else (1, 0))
+            yield TextPart(name, bitext, "train", (found,), "table", (0, 1) if _in_order(found, pair) else (1, 0))
 
 
 def _hint_at_path(name: str) -> str:
@@ -176,7 +176,7 @@ def _readable(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in found if path.suffix != ".gz" or _plain(path) not in found)
 
 
-def _aligned(wanted: Wanted, split: str, reader: str, name: str, files: list[tuple[str, Path]]) -> Iterator[Part]:
+def _aligned(wanted: Wanted, split: str, reader: str, name: str, files: list[tuple[str, Path]]) -> Iterator[TextPart]:
     """Find what aligned files, listed by their languages, have for each bitext; note of which they have one
     side only.
 
@@ -187,13 +187,13 @@ def _aligned(wanted: Wanted, split: str, reader: str, name: str, files: list[tup
         first, second = wanted.choose(files, pair[0]), wanted.choose(files, pair[1])
         if first and second:
             complete = True
-            yield Part(wanted.corpus, bitext, split, (first, second), reader)
+            yield TextPart(wanted.corpus, bitext, split, (first, second), reader)
         elif there := first or second:
             halves.append(Half(split, bitext, there.name, pair[1] if first else pair[0]))
     wanted.note_halves(halves, complete, name, [code for code, _ in files])
 
 
-def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     folders = [folder for name in ("supervised", "zero-shot") if (folder := corpus.path / name).is_dir()]
     if not folders:
         raise UserError(f"{corpus.path} is not laid out as OPUS-100: it has neither 'supervised' nor 'zero-shot' in it")
@@ -205,10 +205,10 @@ def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
             for split in SPLITS:
                 files = tuple(plain_or_gz(chosen / f"opus.{chosen.name}-{split}.{code}") for code in codes)
                 if any(file.exists() for file in files):
-                    yield Part(str(corpus.path), bitext, split, files, "lines")
+                    yield TextPart(str(corpus.path), bitext, split, files, "lines")
 
 
-def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     sets = {"dev": corpus.path / "dev", "devtest": corpus.path / "devtest"}
     if not any(folder.is_dir() for folder in sets.values()):
         raise UserError(f"{corpus.path} is not laid out as FLORES: it has neither 'dev' nor 'devtest' in it")
@@ -220,7 +220,7 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
 NTREX_FILE = re.compile(r"(.+)-(src|ref)\.([^.]+)\.txt")
 
 
-def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     """Find ``newstest2019-src.eng.txt`` and ``newstest2019-ref.deu.txt``, ``newstest2019-ref.zho-CN.txt``: one test set in many
     languages.
 
@@ -236,14 +236,14 @@ def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     for bitext, pair in wanted.items():
         first, second = (wanted.choose(found["src"], code) or wanted.choose(found["ref"], code) for code in pair)
         if first and second:
-            yield Part(str(corpus.path), bitext, "test", (first, second), "lines")
+            yield TextPart(str(corpus.path), bitext, "test", (first, second), "lines")
 
 
 IWSLT_TRAIN = re.compile(r"(?P<set>train\.tags\.[\w@-]+)\.(?P<code>[\w@-]+)")  # train.tags.en-pt-br.pt-br
 IWSLT_SET = re.compile(r"(?P<set>IWSLT\w*\.\w+\.(?P<kind>dev|tst)\w*\.[\w@-]+)\.(?P<code>[\w@-]+)\.xml")
 
 
-def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     found: dict[tuple[str, str, str], list[tuple[str, Path]]] = {}
     for path in _readable(corpus.path.rglob("*")):
         if match := IWSLT_TRAIN.fullmatch(_plain(path).name):
@@ -271,7 +271,7 @@ def split_of(stem: str) -> str:
     return "test" if words & TEST_WORDS else "dev" if words & DEV_WORDS else "train"
 
 
-def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     """Find aligned files. ``path`` is what two names have in common (``corpus/train`` for
     ``corpus/train.de``), or their folder; ``.txt`` may follow the code.
 
@@ -321,7 +321,7 @@ def _hint(path: Path, recipes: Iterable[str]) -> str:
     return f"; {path} is a file itself: {without}"
 
 
-def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
+def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     if bool(corpus.source) != bool(corpus.target):
         raise UserError(f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line names the columns)")
     path, codes = plain_or_gz(corpus.path), [corpus.source or "", corpus.target or ""]
@@ -342,7 +342,7 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[Part]:
     for bitext, pair in wanted.items():
         columns = [wanted.choose([(code.strip(), i) for i, code in enumerate(codes)], member) for member in pair]
         if columns[0] is not None and columns[1] is not None:
-            yield Part(str(corpus.path), bitext, "train", (path,), "table", (columns[0], columns[1]), header, len(codes))
+            yield TextPart(str(corpus.path), bitext, "train", (path,), "table", (columns[0], columns[1]), header, len(codes))
 
 
 def _names_language(cell: str, recipes: Iterable[str]) -> bool:
@@ -351,7 +351,7 @@ def _names_language(cell: str, recipes: Iterable[str]) -> bool:
     return 0 < len(code) <= 20 and (find_code(code, recipes) is not None or is_known(normalize_code(code)))
 
 
-FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[Part]]] = {
+FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[TextPart]]] = {
     "opus100": _opus100,
     "flores": _flores,
     "ntrex": _ntrex,

@@ -15,7 +15,7 @@ from lsmoe_ds.config.file import read_mapping
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.comparison import settings_of
-from lsmoe_ds.data.formats import SPLITS, Part, Search, split_of
+from lsmoe_ds.data.formats import SPLITS, Search, TextPart, split_of
 from lsmoe_ds.data.held_out import HELD_OUT, Claims
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
@@ -32,9 +32,9 @@ class Notices:
         self.data, self.texts = data, list[str]()
         self._serving: dict[tuple[str, str], list[str]] = defaultdict(list)  # bitexts, by split and the corpus whose set serves
         self._others: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # also by the corpus whose set does not
-        self._empty: list[Part] = []
+        self._empty: list[TextPart] = []
 
-    def empty(self, part: Part) -> None:
+    def empty(self, part: TextPart) -> None:
         """Note training text, or a dev or test set, without a sentence."""
         self._empty.append(part)
 
@@ -94,7 +94,7 @@ class Notices:
             but = f"; it has {others}, which is another variety" if others else ""
             self.texts.append(f"corpus {found.wanted.corpus} has no text in {listed(lacking)}{but}")
 
-    def _of_published(self, parts: Sequence[Part]) -> None:
+    def _of_published(self, parts: Sequence[TextPart]) -> None:
         for (split, brings), names in self._serving.items():
             own = [part for part in parts if (part.split, part.corpus) == (split, brings) and part.bitext in names]
             files = listed(file.name for part in own for file in part.files)

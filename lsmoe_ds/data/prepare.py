@@ -22,7 +22,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.comparison import MANIFEST, settings_of
 from lsmoe_ds.data.fingerprints import State, corpora_fingerprint, state_of
-from lsmoe_ds.data.formats import SPLITS, Part, name_of, search
+from lsmoe_ds.data.formats import SPLITS, TextPart, name_of, search
 from lsmoe_ds.data.held_out import HELD_OUT
 from lsmoe_ds.data.notices import Notices, why_no_text
 from lsmoe_ds.data.prepared import FORMAT, PreparedData
@@ -132,7 +132,7 @@ class _Preparation:
             "files": describe_files(self.folder, files),
         }
 
-    def _of(self, bitext: str, split: str) -> list[Part]:
+    def _of(self, bitext: str, split: str) -> list[TextPart]:
         return [part for part in self.parts if (part.bitext, part.split) == (bitext, split)]
 
     def _clean(self) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from lsmoe_ds.config.data import Corpus
-from lsmoe_ds.data.formats import Part, find_parts
+from lsmoe_ds.data.formats import TextPart, find_parts
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import CODE, Direction, find_code, normalize_code
@@ -122,7 +122,7 @@ def _names_language(text: str) -> bool:
     return bool(equals) and not Path(text).exists() and re.fullmatch(r"[A-Za-z0-9@_-]+", code) is not None
 
 
-def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str, list[Part]]]:
+def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str, list[TextPart]]]:
     """Find a folder, a table or aligned files with one stem; returns the set's name and its parts by bitext."""
     layout = _layout(path)
     found = find_parts([Corpus(path=path, format=layout)], Path(), bitexts)
@@ -130,7 +130,7 @@ def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str
     chosen = [part for part in found if part.split == split] or [part for part in found if part.split == "train"]
     if chosen and split != SPLITS[0] and chosen[0].split != split:
         raise _one_set(str(path))
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[TextPart]] = {}
     for part in chosen:
         parts.setdefault(part.bitext, []).append(part)
         if layout == "moses" and len(parts[part.bitext]) > 1:
@@ -161,7 +161,7 @@ def _layout(path: Path) -> Literal["opus100", "flores", "ntrex", "iwslt", "moses
     return "iwslt" if any(path.rglob("IWSLT*.xml")) else "moses"
 
 
-def _name_files(paths: Sequence[str], bitexts: Iterable[str]) -> tuple[str, dict[str, list[Part]]]:
+def _name_files(paths: Sequence[str], bitexts: Iterable[str]) -> tuple[str, dict[str, list[TextPart]]]:
     """Read ``CODE=FILE`` or ``NAME.CODE`` for each language; returns the set's name and its parts by bitext."""
     files: dict[str, Path] = {}
     for text in paths:
@@ -186,5 +186,5 @@ def _name_files(paths: Sequence[str], bitexts: Iterable[str]) -> tuple[str, dict
     for bitext in bitexts:
         chosen = [files.get(find_code(code, files) or code) for code in bitext.split("-")]
         if chosen[0] and chosen[1]:
-            parts[bitext] = [Part(str(chosen[0]), bitext, "test", (chosen[0], chosen[1]), "lines")]
+            parts[bitext] = [TextPart(str(chosen[0]), bitext, "test", (chosen[0], chosen[1]), "lines")]
     return next(iter(files.values())).name.split(".")[0], parts

@@ -16,7 +16,7 @@ from torch import Tensor
 from lsmoe_ds.checkpoint.optimizer import STATE, STEM, OptimizerState, open_optimizer
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.stored import Stored
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors, save_tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, save_tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_fields, write_json
@@ -52,8 +52,8 @@ def _tensors(optimizer: OptimizerState, weights: Tensors) -> Tensors:
     def of(name: str) -> dict[str, Tensor]:
         return optimizer.whole(name, weights.shape(name))
 
-    def entry(name: str, key: str) -> Entry:
-        return Entry(weights.shape(name), lambda: of(name)[key])
+    def entry(name: str, key: str) -> LazyTensor:
+        return LazyTensor(weights.shape(name), lambda: of(name)[key])
 
     keys = list(of(next(iter(weights))))
     return Tensors({f"{name}.{key}": entry(name, key) for name in weights for key in keys})

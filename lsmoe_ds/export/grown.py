@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lsmoe_ds.checkpoint.stored import RECIPE, VOCABULARY, Stored, name_of
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Recipe
@@ -139,14 +139,14 @@ class _Grown:
         if moved := [task for task, experts in assigned[0].items() if assigned[1].get(task) != experts]:
             raise UserError(f"static routing would assign other experts of the {side} to the task {moved[0]}, which has its own already")
 
-    def entry(self, name: str, shape: tuple[int, ...]) -> Entry:
+    def entry(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
         """Return the entry of the grown model's tensor of this name."""
         if name == EMBEDDING:
-            return Entry(shape, lambda: self._embedding(shape))
+            return LazyTensor(shape, lambda: self._embedding(shape))
         if found := EXPERT.fullmatch(name):
             return self._same(name, shape, self._expert(found[1], int(found[2]), found[3]))
         if name.endswith((".router.weight", ".router.bias")):
-            return Entry(shape, lambda: self._router(name, shape))
+            return LazyTensor(shape, lambda: self._router(name, shape))
         if ".feed_forward.shared." in name and name not in self.weights:
             return self._same(name, shape, name.replace(".shared.", "."))
         for method in self.methods:
@@ -154,14 +154,14 @@ class _Grown:
                 return self._of_method(method, name, shape)
         return self._same(name, shape, name)
 
-    def _of_method(self, method: Method, name: str, shape: tuple[int, ...]) -> Entry:
+    def _of_method(self, method: Method, name: str, shape: tuple[int, ...]) -> LazyTensor:
         """Return a method's parameter: with the rows that languages had, or drawn where the model had none."""
         if name not in self.weights:
             value = self.state[name]
             is_buffer = not isinstance(value, nn.Parameter)
             if is_buffer and not is_drawn(name, self.methods):
                 raise UserError(f"{name} cannot be added: nothing says what it begins as")
-            return Entry(shape, lambda: self._drawn(name, shape), value.dtype, is_buffer)
+            return LazyTensor(shape, lambda: self._drawn(name, shape), value.dtype, is_buffer)
         if len(shape) != 2:
             return self._same(name, shape, name)
         before = next(each for each in methods_of(self.before, Topology.single()) if each.name == method.name)
@@ -171,7 +171,7 @@ class _Grown:
         entry = self.weights.entries[name]
         return entry._replace(shape=shape, make=lambda: self._by_language(name, shape, old, new))
 
-    def _same(self, name: str, shape: tuple[int, ...], source: str) -> Entry:
+    def _same(self, name: str, shape: tuple[int, ...], source: str) -> LazyTensor:
         found = self.weights.shape(source) if source in self.weights else None
         if found != shape:
             raise UserError(

@@ -17,7 +17,7 @@ import torch
 
 from lsmoe_ds.checkpoint.m2m_100 import EMBEDDING, our_names, their_name
 from lsmoe_ds.checkpoint.stored import RECIPE, VOCABULARY, name_of
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors, open_pickled, open_tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_pickled, open_tensors
 from lsmoe_ds.config.codes import resolve_codes
 from lsmoe_ds.config.explain import Places
 from lsmoe_ds.config.file import apply_override, merge, validate
@@ -74,7 +74,7 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
     if sparse:
         entries = nllb_moe.without_masking(entries, config)
     whole = entries[EMBEDDING[0]]
-    entries[EMBEDDING[0]] = Entry((len(rows), whole.shape[1]), lambda: whole.make()[torch.tensor(rows)])
+    entries[EMBEDDING[0]] = LazyTensor((len(rows), whole.shape[1]), lambda: whole.make()[torch.tensor(rows)])
     return Tensors(entries), recipe, model
 
 

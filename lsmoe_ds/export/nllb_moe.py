@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.checkpoint.m2m_100 import our_names, their_name
-from lsmoe_ds.checkpoint.tensors import Entry
+from lsmoe_ds.checkpoint.tensors import LazyTensor
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import notice
@@ -124,15 +124,15 @@ def names(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def without_masking(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Entry]:
+def without_masking(entries: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> dict[str, LazyTensor]:
     """Multiply each expert's second matrix [H, F] and bias [H] by ``1 - moe_token_dropout``.
 
     NLLB-MoE masks outputs of experts in training, and at evaluation multiplies them by that share.
     """
     kept = 1 - config["moe_token_dropout"]
 
-    def scaled(entry: Entry) -> Entry:
-        return Entry(entry.shape, lambda: entry.make() * kept)
+    def scaled(entry: LazyTensor) -> LazyTensor:
+        return LazyTensor(entry.shape, lambda: entry.make() * kept)
 
     scaling = re.compile(r".+\.experts\.\d+\.contract\..+")
     return {name: scaled(each) if scaling.fullmatch(name) else each for name, each in entries.items()}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lsmoe_ds import __version__
 from lsmoe_ds.checkpoint.stored import PLAIN, PROVENANCE, READABLE, Stored, Weights, find_model, read_weights, write_folder
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Model, Parallel, Recipe, Side
 from lsmoe_ds.errors import UserError
@@ -73,7 +73,7 @@ def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
     return ((side, layer, moe) for side, layer, moe in model.moe_layers() if route == "specific" or not moe.has_shared)
 
 
-def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages, task: int) -> dict[str, Entry]:
+def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages, task: int) -> dict[str, LazyTensor]:
     """Return one feed-forward that equals a layer routed by task, for one task; ``at`` is the layer's name up
     to ``feed_forward.``.
 
@@ -98,10 +98,10 @@ def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages,
     count = len(experts)
     width, hidden = shape("expand.weight")
     return {
-        f"{at}expand.weight": Entry((count * width, hidden), lambda: torch.cat(of("expand.weight"))),
-        f"{at}expand.bias": Entry((count * width,), lambda: torch.cat(of("expand.bias"))),
-        f"{at}contract.weight": Entry((hidden, count * width), lambda: torch.cat(weighted("contract.weight"), 1)),
-        f"{at}contract.bias": Entry(shape("contract.bias"), lambda: torch.stack(weighted("contract.bias")).sum(0)),
+        f"{at}expand.weight": LazyTensor((count * width, hidden), lambda: torch.cat(of("expand.weight"))),
+        f"{at}expand.bias": LazyTensor((count * width,), lambda: torch.cat(of("expand.bias"))),
+        f"{at}contract.weight": LazyTensor((hidden, count * width), lambda: torch.cat(weighted("contract.weight"), 1)),
+        f"{at}contract.bias": LazyTensor(shape("contract.bias"), lambda: torch.stack(weighted("contract.bias")).sum(0)),
     }
 
 

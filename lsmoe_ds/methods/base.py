@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.languages import Direction, SentenceIds
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.methods.sites import Site
@@ -94,7 +94,7 @@ class Method:
             entries |= self.merge_at(weights, at, direction, route)
         return Tensors(entries)
 
-    def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, Entry]:
+    def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, LazyTensor]:
         """Return the tensors that replace those of the layer ``at`` when this method is merged into it.
 
         Only the specific route of a ``by_direction`` method reads ``direction``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lsmoe_ds.checkpoint.tensors import Entry, Tensors
+from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.shapes import attention_linears, feed_forward_linears
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Draw, Method
@@ -35,7 +35,7 @@ class LowRankMatrices(Method):
         linear = at.removesuffix(f"_{NAME}").rpartition(".")[2]
         return matrix == ("vertical" if SPLITS.get(linear) == "column" else "flat") and self.owns(name)
 
-    def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, Entry]:
+    def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, LazyTensor]:
         """Return the merged weight W + V F of the linear layer ``at``."""
         numbers = {"source": SHARED, "target": SHARED}
         if route == "specific" and direction is not None:
@@ -47,7 +47,7 @@ class LowRankMatrices(Method):
         def make() -> Tensor:
             return torch.addmm(weights[base], weights[vertical_name][vertical].t(), weights[flat_name][flat])
 
-        return {base: Entry(weights.shape(base), make)}
+        return {base: LazyTensor(weights.shape(base), make)}
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
         return dict(zip([*self.languages.codes, "shared"], rows_of(self.section, self.languages), strict=False))
