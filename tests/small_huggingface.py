@@ -72,7 +72,7 @@ def save_random(kind: Any, config: Any, folder: Path, seed: int = 7, text: Seque
 
 
 @torch.no_grad()
-def make_fluent(model: Any, text: Sequence[int]) -> None:
+def make_fluent(model: Any, text: Sequence[int], ending: float = 60.0) -> None:
     """Make a random model translate like a trained one: into ``text`` and nothing else, differently for each source and
     language, and with an end that grows likelier from the tenth token on.
     """
@@ -85,10 +85,12 @@ def make_fluent(model: Any, text: Sequence[int]) -> None:
     norm.weight[0], norm.bias[0] = 0.0, 80.0  # the first value of an embedding becomes a bias of its logit
     embedding[:, 0] = -0.3
     embedding[torch.tensor(text), 0] = embedding[2, 0] = 0.0
-    position = [2, 2 + embedding.shape[1] // 2]  # a slow sine and its cosine, to which no layer may add
+    half = embedding.shape[1] // 2
+    slow = round((half - 1) * 0.286)  # a sine with a period of some 90 tokens
+    position = [slow, slow + half]  # and its cosine, to which no layer may add
     embedding[:, position] = 0.0
     embedding[2, position] = torch.tensor([1.0, -1.0])
-    norm.weight[position], norm.bias[position] = 60.0, 0.0
+    norm.weight[position], norm.bias[position] = ending, 0.0
     for layer in model.model.decoder.layers:
         for linear in (layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2):
             linear.weight[position], linear.bias[position] = 0.0, 0.0

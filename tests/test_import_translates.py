@@ -30,6 +30,7 @@ from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate_all, translate_tokens
 from lsmoe_ds.languages import EOS, Direction
+from lsmoe_ds.shipped import ROOT as PROJECT
 
 NAMES = {"m2m": {code: f"__{code}__" for code in ("en", "de", "fr")}, "nllb": {"en": "eng_Latn", "de": "deu_Latn", "fr": "fra_Latn"}}
 DIRECTIONS = [Direction(*pair.split("-")) for pair in ("en-de", "de-en", "en-fr", "fr-en", "de-fr", "fr-de")]
@@ -215,3 +216,29 @@ def test_an_export_of_ones_own_gives_the_same(own, tmp_path):
     again = load(tmp_path / "again", "cpu")
     assert again.recipe.data.tags == "source-target" and not again.vocabulary.their_tags
     assert translate_tokens(again, direction, sources, Search()) == wanted
+
+
+def test_a_grown_import_keeps_what_it_has_learned(root, tmp_path):
+    """A language that its tokenizer's class does not know takes the place of that class: the export has our tags."""
+    convert(root / "nllb-base", "grown", None, tmp_path / "grown", check=0, overrides=["data.languages=[de,fr,cs]", "data.directions=[]"])
+    before, after = load(root / "nllb-base", "cpu"), load(tmp_path / "grown", "cpu")
+    assert after.vocabulary.their_tags == before.vocabulary.their_tags and after.vocabulary.codes == (*before.vocabulary.codes, "cs")
+    assert translate_all(after, EN_DE, lines(), Search()) == translate_all(before, EN_DE, lines(), Search())
+    convert(tmp_path / "grown", "huggingface", None, tmp_path / "exported", check=0)
+    exported = Exported.load(find_model(tmp_path / "exported"))
+    assert exported.tokenizer.convert_tokens_to_ids("<2cs>") == after.vocabulary.tag_id("cs")
+    sources = [exported.encode(line) for line in lines()]
+    assert sources == [after.vocabulary.encode(line) for line in lines()]
+    new = Direction("en", "cs")
+    found = [[each.tokens for each in translate_tokens(engine, new, sources, Search())] for engine in (after, exported)]
+    assert found[0] == found[1]
+
+
+def test_the_code_of_the_documentation_for_imported_models(root, capsys):
+    page = (PROJECT / "docs" / "convert.md").read_text(encoding="utf-8")
+    first, *_, imported = blocks(page[page.index("## Hugging Face") : page.index("## CTranslate2")])
+    found = run(first.replace("DIR", str(root / "nllb-huggingface")), {})
+    capsys.readouterr()
+    run(imported.replace("Ein Satz.", lines()[0]), found)
+    wanted = translate_all(load(root / "nllb-base", "cpu"), Direction("de", "fr"), lines()[:1], Search())
+    assert ast.literal_eval(capsys.readouterr().out) == wanted
