@@ -1,4 +1,4 @@
-"""Whether imported M2M-100 and NLLB models compute and translate as they did in transformers, before any training.
+"""Whether imported M2M-100, NLLB and NLLB-MoE models compute and translate as they did in transformers, before any training.
 
     python benchmarks/imports.py [--corpus build/imports/data/corpora/django] [--work build/imports]
 
@@ -6,7 +6,8 @@ Makes a random model of each class of transformers, with the vocabulary that sen
 English, German and French, so set that it translates into text, with an end. Each is imported, and exported again. In each
 of 6 directions 200 lines are translated with beam 5: by the original model and tokenizer, in the way that its page shows,
 and by ours in torch, by transformers with the exported folder and its own tokenizer, and by CTranslate2. Counted are equal
-translations, token by token; the largest difference of any logit is that of ours in torch along the original translations.
+translations, token by token; the largest difference of any logit is that of ours in torch along the original translations. An NLLB-MoE
+has no dense equal, so it is not exported; transformers 5 is mended to use the experts that its router chose.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from lsmoe_ds.languages import EOS, PAD, Direction
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 sys.path.insert(0, str(PROJECT / "tests"))
-from small_huggingface import make_fluent
+from small_huggingface import make_fluent, use_chosen_experts
 
 DIRECTIONS = [Direction(*pair.split("-")) for pair in ("en-de", "de-en", "en-fr", "fr-en", "de-fr", "fr-de")]
 LINES, WORDS, BATCH = 200, (3, 25), 20  # of each direction; words of a line; lines that transformers translates at once
@@ -80,6 +81,7 @@ class Kind:
     rows: int
     model: type[Any] = transformers.M2M100ForConditionalGeneration
     config: type[Any] = transformers.M2M100Config
+    sparse: dict[str, int] = field(default_factory=dict)  # experts; a model that has some is not exported
 
 
 CODES = ("en", "de", "fr")
@@ -87,6 +89,16 @@ NAMES = dict(zip(CODES, ("eng_Latn", "deu_Latn", "fra_Latn"), strict=True))
 KINDS = {
     "m2m_100": Kind("M2M-100", write_m2m_100, {code: code for code in CODES}, {code: f"__{code}__" for code in CODES}, 108),
     "nllb": Kind("NLLB", write_nllb, NAMES, NAMES, len(NLLB) + 4),
+    "nllb_moe": Kind(
+        "NLLB-MoE",
+        write_nllb,
+        NAMES,
+        NAMES,
+        len(NLLB) + 4,
+        transformers.NllbMoeForConditionalGeneration,
+        transformers.NllbMoeConfig,
+        {"num_experts": 8, "encoder_sparse_step": 3, "decoder_sparse_step": 3, "moe_eval_capacity_token_fraction": 1.0},
+    ),
 }
 
 
@@ -114,7 +126,7 @@ def make(kind: Kind, folder: Path, text: dict[str, list[str]]) -> None:
     )
     ids = kind.tokenizer(folder, pieces.getvalue())
     torch.manual_seed(4)
-    model = kind.model(kind.config(vocab_size=4 + len(ids) + kind.rows, dropout=0.0, **SIZES))
+    model = kind.model(kind.config(vocab_size=4 + len(ids) + kind.rows, dropout=0.0, **SIZES, **kind.sparse))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     make_fluent(model, ids, ending=200.0)
@@ -159,7 +171,8 @@ def measure(kind: Kind, work: Path, text: dict[str, list[str]]) -> dict[str, Any
     make(kind, folder, text)
     overrides = ["data.corpora=[none]", f"data.directions=[{','.join(map(str, DIRECTIONS))}]"]
     convert(folder, "consolidated", None, base, overrides=overrides)
-    for to in ("huggingface", "ctranslate2"):
+    exported = () if kind.sparse else ("huggingface", "ctranslate2")
+    for to in exported:
         convert(base, to, None, work / to, check=0)
     same: Counter[str] = Counter()
     difference, lengths, distinct = 0.0, [], 0
@@ -169,8 +182,11 @@ def measure(kind: Kind, work: Path, text: dict[str, list[str]]) -> dict[str, Any
         lengths += [len(each) for each in wanted]
         distinct += len({tuple(each) for each in wanted})
         difference = max(difference, largest_difference(folder, base, kind, direction, sources, wanted))
-        found = {"transformers": in_transformers(work / "huggingface", kind, direction, lines)[1]}
-        for name, engine in (("torch", load_engine(base)), ("ctranslate2", load_engine(work / "ctranslate2"))):
+        found, engines = {}, {"torch": load_engine(base)}
+        if exported:
+            found["transformers"] = in_transformers(work / "huggingface", kind, direction, lines)[1]
+            engines["ctranslate2"] = load_engine(work / "ctranslate2")
+        for name, engine in engines.items():
             own = [engine.vocabulary.encode(line) for line in lines]
             same[f"pieces, {name}"] += sum(first == second for first, second in zip(own, sources, strict=True))
             found[name] = [each.tokens for each in translate_tokens(engine, direction, own, Search())]
@@ -182,7 +198,7 @@ def measure(kind: Kind, work: Path, text: dict[str, list[str]]) -> dict[str, Any
         "lines": len(DIRECTIONS) * LINES,
         "largest logit difference": difference,
         "same pieces": same["pieces, torch"],
-        "same translations": {name: same[name] for name in ("torch", "transformers", "ctranslate2")},
+        "same translations": {name: same.get(name) for name in ("torch", "transformers", "ctranslate2")},
         "distinct translations": distinct,
         "tokens of a translation": {"least": min(lengths), "mean": round(sum(lengths) / len(lengths), 1), "most": max(lengths)},
     }
@@ -195,6 +211,7 @@ def main() -> None:
     about = "where models are kept (default: build/imports)"
     parser.add_argument("--work", type=Path, default=PROJECT / "build" / "imports", metavar="DIR", help=about)
     arguments = parser.parse_args()
+    use_chosen_experts()
     work, corpus = arguments.work.resolve(), arguments.corpus
     if corpus is None:
         corpus = work / "data" / "corpora" / "django"

@@ -7,6 +7,7 @@ not installed are left out by name: see ``benchmarks/README.md``.
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import tempfile
 import types
 from collections.abc import Callable
@@ -23,7 +24,11 @@ from lsmoe_ds.export import ctranslate2
 from lsmoe_ds.export.huggingface import widest
 from lsmoe_ds.languages import BOS, EOS, PAD
 from lsmoe_ds.model.embedding import FIRST_POSITION, sinusoids
+from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.training.engine import BETAS, EPSILON
+
+sys.path.insert(0, str(PROJECT / "tests"))
+from small_huggingface import use_chosen_experts
 
 
 def installed(distribution: str) -> bool:
@@ -214,19 +219,11 @@ def m2m100(recipe: Recipe, vocabulary: int) -> nn.Module:
 def nllb_moe(recipe: Recipe, vocabulary: int, experts: int, every: int) -> nn.Module:
     """Make transformers' NLLB-MoE: ``experts`` of the recipe's width in every ``every``-th layer, top-2, none full.
 
-    transformers 5 hands its experts a mask where they read numbers of experts, so that every token takes experts 0 and
-    1 (tests/test_import_nllb_moe.py); here it gets the numbers, or the comparison would be with a model of two experts.
+    Mended as tests/small_huggingface.py does, or the comparison would be with a model of two experts.
     """
     from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
-    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
-    def forward(self: Any, hidden_states: Tensor, padding_mask: Any = None) -> Tensor:
-        tokens = hidden_states.flatten(0, 1)
-        weights, chosen = self.router(tokens, padding_mask)[1].topk(2, -1)
-        out: Tensor = self.experts(tokens, chosen, weights)
-        return out.view_as(hidden_states)
-
-    NllbMoeSparseMLP.forward = forward
+    use_chosen_experts()
     sparse = {"num_experts": experts, "encoder_sparse_step": every, "decoder_sparse_step": every, "expert_capacity": 2**20}
     return Transformers(NllbMoeForConditionalGeneration(NllbMoeConfig(**_shape(recipe, vocabulary), **sparse)))
 

@@ -91,9 +91,24 @@ def make_fluent(model: Any, text: Sequence[int], ending: float = 60.0) -> None:
     embedding[:, position] = 0.0
     embedding[2, position] = torch.tensor([1.0, -1.0])
     norm.weight[position], norm.bias[position] = ending, 0.0
-    for layer in model.model.decoder.layers:
-        for linear in (layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2):
+    for name, linear in model.model.decoder.named_modules():  # of attentions and feed-forwards, experts too
+        if name.endswith((".out_proj", ".fc2")):
             linear.weight[position], linear.bias[position] = 0.0, 0.0
+
+
+def use_chosen_experts() -> None:
+    """Mend NLLB-MoE of transformers 5, which reads a mask as numbers of experts: every token would take experts 0 and 1."""
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
+
+    NllbMoeSparseMLP.forward = right_experts
+
+
+def right_experts(self: Any, hidden_states: torch.Tensor, padding_mask: Any = None) -> torch.Tensor:
+    """Give the experts of a layer what they are written for: numbers of experts, and their weights."""
+    tokens = hidden_states.flatten(0, 1)
+    weights, chosen = self.router(tokens, padding_mask)[1].topk(2, -1)
+    out: torch.Tensor = self.experts(tokens, chosen, weights)
+    return out.view_as(hidden_states)
 
 
 def write_m2m(folder: Path, fluent: bool = False) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from small_huggingface import DATA, imported, shard, write_nllb_moe
+from small_huggingface import DATA, imported, right_experts, shard, write_nllb_moe
 from small_run import write_corpus
 from test_start_from import first_steps
 
@@ -44,14 +44,6 @@ LENGTHS = [
 ]
 """Tokens of the sources and targets of each batch; two batches are without padding."""
 EN_DE = Direction("en", "de")
-
-
-def right_experts(self: Any, hidden_states: torch.Tensor, padding_mask: Any = None) -> torch.Tensor:
-    """Give the experts of a layer what they are written for: numbers of experts, and their weights."""
-    tokens = hidden_states.flatten(0, 1)
-    weights, chosen = self.router(tokens, padding_mask)[1].topk(2, -1)
-    out: torch.Tensor = self.experts(tokens, chosen, weights)
-    return out.view_as(hidden_states)
 
 
 @pytest.fixture
