@@ -1,1 +1,1 @@
-"""What the trained model learned to do."""
+"""Analyze which experts a trained model uses for which tasks."""

@@ -1,8 +1,7 @@
-"""``lsmoe analyze routing``: measures which experts a model's tasks use, and writes numbers, tables, pictures
-and a page.
+"""``lsmoe analyze routing``: measure which experts a model's tasks use.
 
-The folder holds ``routing.json`` (see :mod:`lsmoe_ds.analysis.routing`), ``routing.csv`` (share of each
-expert), ``similarity.csv`` (overlap of every two tasks), ``SIDE-LAYER.svg``, ``index.html`` and
+The output folder holds ``routing.json`` (see :mod:`lsmoe_ds.analysis.routing`), ``routing.csv`` (share of
+each expert), ``similarity.csv`` (overlap of every two tasks), ``SIDE-LAYER.svg``, ``index.html`` and
 ``summary.json``. Layers and experts count from 0 in JSON and CSV, from 1 in file names and pictures.
 """
 
@@ -26,11 +25,10 @@ SUMMARY = "summary.json"
 
 
 def analyze_routing(run: str | Path, out: str | Path, split: str = "test", route: str = "specific") -> dict[str, Any]:
-    """Analyze a run (its newest checkpoint), a checkpoint or a converted folder, and return what
-    ``summary.json`` holds.
+    """Analyze a run (its newest checkpoint), a checkpoint or a converted folder.
 
-    Raises UserError for a model without experts or without that route, and for an ``out`` that holds
-    something else.
+    Returns the content of ``summary.json``. Raises UserError for a model without experts or without that
+    route, and if ``out`` holds files that were not written here.
     """
     # These import torch.
     from lsmoe_ds.analysis.measuring import measure_routing
@@ -50,9 +48,7 @@ def analyze_routing(run: str | Path, out: str | Path, split: str = "test", route
 
 
 def check_out(out: Path) -> None:
-    """Raise UserError if the folder may not be replaced: it is a file, or holds anything that was not written
-    here.
-    """
+    """Raise UserError if ``out`` is a file, or holds anything that was not written here."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
     check_can_write(out.absolute().parent, "choose another folder with --out")
@@ -67,7 +63,7 @@ def check_out(out: Path) -> None:
 
 
 def write_analysis(out: Path, name: str, step: int, routing: Routing) -> dict[str, Any]:
-    """Write the folder completely or not at all, replacing an earlier analysis, and return the summary."""
+    """Write the folder whole or not at all, replacing an earlier analysis, and return the summary."""
     check_out(out)
     layers = sorted((layer.ordered() for layer in routing.layers), key=lambda layer: (layer.side != "encoder", layer.layer))
     routing = Routing(routing.split, routing.multiway, routing.pairs, tuple(layers))

@@ -1,4 +1,4 @@
-"""The shares of a layer as an SVG picture: a row for each task, a column for each expert."""
+"""Draw the shares of a layer as an SVG picture, with a row for each task and a column for each expert."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from markupsafe import Markup
 
 from lsmoe_ds.analysis.routing import LayerRouting, task_family, task_name, task_section
 
-# Beyond these, rows are low, shares are not written out, and the cells of a row are drawn together by steps of color: a map
-# of 204 tasks and 128 experts has to be looked at as a whole, and its 26,112 cells one by one would be megabytes.
+# In larger maps rows are low, shares are not written as numbers, and the cells of a row are grouped by color:
+# a map of 204 tasks and 128 experts must fit on a page, and its 26,112 cells one by one would be megabytes.
 MOST_TASKS, MOST_CELLS = 60, 4000
 STEPS = 20
 NAMED = 5  # experts that the title of a low row names
-# Colors come from custom properties, so that a page can set them for light and dark; the fallbacks serve a page that does not.
+# Colors come from custom properties, which a page can set for light and dark; otherwise the fallbacks apply.
 STYLE = """
 .heat text{font:12px system-ui,sans-serif;fill:var(--text,#1d2329)}
 .heat .quiet{fill:var(--quiet,#5c6670)}
@@ -31,14 +31,14 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Look:
-    """Sizes in pixels; ``letter`` is what a letter takes, on average at most, in the usual system fonts."""
+    """Sizes in pixels. ``letter`` is the largest average width of a letter in the usual system fonts."""
 
     width: int
     height: int
     heading: int
-    base: int  # of a row's text below its top
+    base: int  # the baseline of a row's text below the row's top
     letter: float
-    numbers: bool  # shares are written out
+    numbers: bool  # whether shares are written as numbers
 
     @classmethod
     def of(cls, layer: LayerRouting) -> Look:
@@ -53,18 +53,16 @@ def is_large(layer: LayerRouting) -> bool:
 
 
 def largest_share(layers: Iterable[LayerRouting]) -> float:
-    """Return the largest share of any task in any of the layers: maps that stand together are drawn on one
-    scale.
-    """
+    """Return the largest share of any task in any of the layers, so that maps on one page have one scale."""
     return max((share for layer in layers for row in layer.shares for share in row), default=0.0) or 1.0
 
 
 def heat_map(layer: LayerRouting, full: float) -> Markup:
-    """Return an SVG element: a row for each task (grouped by section and family), a column for each expert,
-    the darker the larger the share; ``full`` is the share in full color.
+    """Draw a layer as an SVG element, with a row for each task and a column for each expert.
 
-    Where all tokens of a task use the same experts, these are framed. Shares are written in percent as long
-    as there are 16 experts or fewer, and not too many tasks.
+    Rows are grouped by section and family. A cell is darker the larger its share; ``full`` is the share in
+    full color. If all tokens of a task use the same experts, these are framed. Shares are written in percent
+    if there are at most 16 experts, and not too many tasks.
     """
     look, large = Look.of(layer), is_large(layer)
     names = [task_name(task) for task in layer.tasks]
@@ -88,18 +86,19 @@ def heat_map(layer: LayerRouting, full: float) -> Markup:
 
 
 def as_file(svg: Markup) -> str:
-    """Return the element as a file of its own, on a white ground."""
+    """Return the element as the text of a separate file, on a white background."""
     opened, closed, rest = str(svg).partition("</style>")
     opened = opened.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return f'{opened}{closed}<rect width="100%" height="100%" style="fill:#fff"/>{rest}\n'
 
 
 def _headings(tasks: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
-    """Yield, for each task, the headings that begin before it, with their classes; a heading that would cover
-    all tasks is left out.
+    """Yield for each task the headings before it, with their classes.
+
+    A heading that would cover all tasks is left out.
     """
     sections = [task_section(task)[1] for task in tasks]
-    # Of "Indo-European, Slavic" the branch, of "Niger-Congo, other" the whole.
+    # "Indo-European, Slavic" is shown as its branch, "Niger-Congo, other" as a whole.
     families = [whole if whole.endswith(", other") else whole.split(", ")[-1] for whole in map(task_family, tasks)]
     for index in range(len(tasks)):
         section = index == 0 or sections[index] != sections[index - 1]
@@ -125,8 +124,9 @@ def _row(layer: LayerRouting, index: int, name: str, left: float, y: float, larg
 
 
 def _low_row(layer: LayerRouting, index: int, name: str, left: float, y: float, largest: float, look: Look) -> Iterator[Markup]:
-    """Yield the cells of each step of color as one path, over one pale rectangle; the row's title names its
-    first experts.
+    """Yield the cells of each step of color as one path, over one pale rectangle.
+
+    The row's title names the experts with the largest shares.
     """
     row, chosen = layer.shares[index], layer.chosen(index) if layer.by_task else frozenset()
     steps: dict[int, list[int]] = {}
@@ -152,9 +152,7 @@ def _cells(experts: Sequence[int], left: float, y: float, look: Look) -> str:
 
 
 def _ink(strength: float) -> str:
-    """Return the class of a number on a cell: the text color while the cell is pale, dark at half strength,
-    the inverse at full.
-    """
+    """Return the class of a number on a cell, so that it is legible on pale, medium and full color."""
     return "n over" if strength > 0.8 else "n half" if strength > 0.55 else "n"
 
 

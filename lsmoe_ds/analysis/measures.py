@@ -1,6 +1,4 @@
-"""Numbers about a MoE layer's routing: how evenly its experts are used, how focused a task is, how alike
-relatives are.
-"""
+"""Measure a MoE layer's routing: how even its load, how focused a task, how similar related tasks are."""
 
 from __future__ import annotations
 
@@ -19,17 +17,20 @@ Shares = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """E experts. Entropies are in bits, the relative ones parts of log2 E; experts are counted from 0."""
+    """The measures of a layer with E experts, counted from 0.
+
+    Entropies are in bits; relative ones are divided by log2 E.
+    """
 
     load: tuple[float, ...]  # share of all tokens that each expert receives [E]
-    balance: float  # the largest load times E: 1 is even, E is one expert for everything
-    variation: float  # standard deviation of the load over its mean: 0 is even
+    balance: float  # the largest load times E: 1 is even, E means that one expert receives everything
+    variation: float  # standard deviation of the load divided by its mean: 0 is even
     entropy: float  # of the load
     relative_entropy: float
-    task_entropy: float | None  # of the shares of a task, mean over tasks; None without tasks
+    task_entropy: float | None  # of a task's shares, mean over tasks; None without tasks
     relative_task_entropy: float | None
     unused: tuple[int, ...]  # experts that receive nothing
-    same_family: float | None  # mean similarity of two tasks of one family; None without such two
+    same_family: float | None  # mean similarity of two tasks of one family; None if there are no two
     different_families: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,8 +59,9 @@ def measure_layer(layer: LayerRouting) -> LayerMeasures:
 
 
 def total_load(layer: LayerRouting) -> Shares:
-    """Return the share of all tokens that each expert receives [E], as measured; if it was not, tasks are
-    weighted by their tokens, or equally.
+    """Return the share of all tokens that each expert receives [E].
+
+    If it was not measured, it is the mean over tasks, weighted by their tokens if these are known.
     """
     if layer.load is not None and any(layer.load):
         return np.array(layer.load, dtype=np.float64)
@@ -75,8 +77,9 @@ def entropy_of(shares: Iterable[float]) -> float:
 
 
 def similarity(layer: LayerRouting) -> Shares:
-    """Return the overlap of the shares of every two tasks [tasks, tasks]: sum over experts of min(p_t(e),
-    p_u(e)), 1 if they are the same.
+    """Return the overlap of every two tasks' shares [tasks, tasks].
+
+    It is the sum over experts of min(p_t(e), p_u(e)), which is 1 for equal shares.
     """
     shares = np.array(layer.shares, dtype=np.float64).reshape(len(layer.tasks), layer.experts)
     return np.array([np.minimum(row, shares).sum(axis=1) for row in shares]).reshape(len(layer.tasks), len(layer.tasks))

@@ -1,4 +1,4 @@
-"""Measures on held-out text which experts a model's tasks use."""
+"""Measure on held-out text which experts a model's tasks use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lsmoe_ds.moe.routers import Routes
 
 SENTENCES = 200  # of each direction
 BATCH = 32
-MULTIWAY_LEAST = 20  # common sentences; fewer would say little about a task
+MULTIWAY_LEAST = 20  # common sentences; fewer say little about a task
 
 
 @dataclass
 class Counts:
-    """What the experts of one layer received, in choices: K a token."""
+    """Count what the experts of one layer receive, in choices: K per token."""
 
     received: Tensor  # [tasks, E] float64
     tokens: Tensor  # [tasks] int64
@@ -35,9 +35,7 @@ class Counts:
         return cls(torch.zeros(tasks, experts, dtype=torch.float64), torch.zeros(tasks, dtype=torch.int64))
 
     def add(self, tasks: Tensor, routes: Routes) -> None:
-        """Add the routes of S tokens of these tasks [S]; expert -1 marks a choice that was dropped for lack
-        of capacity.
-        """
+        """Add the routes of S tokens of these tasks [S]; expert -1 marks a choice dropped by capacity."""
         chosen = routes.experts.cpu()
         number, experts = self.received.shape
         tasks = tasks.cpu()
@@ -50,12 +48,12 @@ class Counts:
 def measure_routing(loaded: Loaded, data: PreparedData, split: str) -> Routing:
     """Measure the expert shares of each MoE layer over held-out pairs, up to 200 from every direction.
 
-    A task that has no pairs is left out, but under task routing, where the shares are the router's
-    probabilities, only a task that no direction of the recipe belongs to.
+    A task without pairs is left out. Under task routing, where the shares are the router's probabilities,
+    only a task without a direction in the recipe is left out.
 
-    As in "Beyond Distillation", section 5.4, all directions are measured on the same sentences, so that their
-    meaning makes no difference, if at least 20 English sentences are common to all bitexts; otherwise each on
-    its own.
+    If at least 20 English sentences are common to all bitexts, all directions are measured on the same
+    sentences, as in "Beyond Distillation", section 5.4, so that their meaning makes no difference. Otherwise
+    each direction is measured on its own sentences.
     """
     pairs, multiway = choose_pairs(data, loaded.languages, split)
     with observed(loaded) as counts:
@@ -65,15 +63,16 @@ def measure_routing(loaded: Loaded, data: PreparedData, split: str) -> Routing:
 
 
 def choose_pairs(data: PreparedData, languages: Languages, split: str) -> tuple[dict[Direction, list[int]], int | None]:
-    """Return the pairs of each direction to measure on, as places in its held-out text, and the number of
-    multi-way ones, if they are.
+    """Choose the pairs of each direction, as indexes into its held-out text.
+
+    Also returns their number per direction if all directions have the same sentences, otherwise None.
     """
     places: dict[str, dict[str, int]] = {}
     for direction in languages.directions:
         if direction.bitext not in places and (is_english(direction.source) or is_english(direction.target)):
             source, target = data.text(direction, split)
             english = source if is_english(direction.source) else target
-            # Of a sentence that stands there twice, the first.
+            # If a sentence occurs twice, its first place counts.
             places[direction.bitext] = {sentence: place for place, sentence in reversed(list(enumerate(english)))}
     if all(direction.bitext in places for direction in languages.directions):
         first, *others = places.values()
@@ -85,7 +84,7 @@ def choose_pairs(data: PreparedData, languages: Languages, split: str) -> tuple[
 
 @contextmanager
 def observed(loaded: Loaded) -> Iterator[dict[tuple[str, int], Counts]]:
-    """Count, by side and layer, what passes through the model within the block."""
+    """Count, by side and layer, the routes of all tokens that pass through the model inside the block."""
     counts: dict[tuple[str, int], Counts] = {}
     modules = []
     for side, layer, moe in loaded.recipe.model.moe_layers():

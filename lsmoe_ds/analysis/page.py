@@ -1,4 +1,4 @@
-"""The analysis in words, as a table and as a page of its own."""
+"""Render the analysis in words, as a table and as a page."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def _share(value: float | None) -> str:
 
 
 def reading(layer: LayerRouting) -> str | None:
-    """Say in words what the map shows: which tasks share experts. None if experts are not chosen for a whole
-    task.
-    """
+    """Describe which tasks share experts; None if a layer does not choose experts for whole tasks."""
     if not layer.by_task:
         return None
     alike = "; ".join(", ".join(task_name(task) for task in tasks) for tasks in layer.alike())
@@ -78,7 +76,7 @@ def reading(layer: LayerRouting) -> str | None:
 
 
 def render_page(name: str, step: int, routing: Routing) -> str:
-    """Return the page as text; it needs nothing beside itself. Everything that comes from data is escaped."""
+    """Return the self-contained page as text. The template escapes everything that comes from data."""
     full = largest_share(routing.layers)
     maps = [(layer, heat_map(layer, full), reading(layer)) for layer in routing.layers]
     measures = measures_table(routing.layers)

@@ -1,4 +1,4 @@
-"""Which experts each task uses: the shares of a model's MoE layers, ordered so that kin stand together.
+"""The expert shares of each task in a model's MoE layers, ordered so that related tasks are neighbors.
 
 ``routing.json`` holds them::
 
@@ -8,13 +8,14 @@
                  "tasks": ["de", ...], "shares": [[E floats], ...],
                  "tokens": [N, ...] | null, "load": [E floats] | null, "dropped": float | null}]}
 
-``layer`` counts from 0, and so do the experts. A row of ``shares`` belongs to a task and sums to 1. Under task routing it
-is the router's probability of each expert (the softmax before the top-k is taken), so the ``top_k`` largest are the experts
-the task uses. Under any other routing it is the share of the task's tokens that each expert received, every one of a token's
-top-k choices counting alike. ``tokens`` are those of each task that were routed, ``load`` the share of all of them that each
-expert received, ``dropped`` the share of choices that found their expert full; null where nothing was measured.
-``multiway`` is the number of English sentences measured on if all bitexts have them, otherwise null; ``pairs`` the number of
-sentence pairs.
+``layer`` and experts count from 0. A row of ``shares`` belongs to one task and sums to 1. Under task routing
+it is the router's probability of each expert (the softmax before the top-k), so the ``top_k`` largest are the
+experts that the task uses. Under any other routing it is the share of the task's tokens that each expert
+received; all top-k choices of a token count equally. ``tokens`` is the number of routed tokens of each task.
+``load`` is the share of all tokens that each expert received. ``dropped`` is the share of choices dropped
+because their expert was full. These three are null if nothing was measured. ``multiway`` is the number of
+English sentences that all bitexts have in common, if the routing was measured on these, otherwise null.
+``pairs`` is the number of sentence pairs.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ ROUTINGS = ("token", "sentence", "task", "static")
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Expert shares of one MoE layer: ``shares[t][e]`` of task t for expert e; the fields are those of
-    ``routing.json``.
+    """The expert shares of one MoE layer, ``shares[t][e]`` for task t and expert e.
+
+    The fields are those of ``routing.json``.
     """
 
     side: str
@@ -59,32 +61,34 @@ class LayerRouting:
 
     @property
     def name(self) -> str:
-        """The name in files: ``encoder-2``, counted from 1 as in the title."""
+        """Return the name in file names, ``encoder-2``, counted from 1 as in the title."""
         return f"{self.side}-{self.layer + 1}"
 
     @property
     def by_task(self) -> bool:
-        """Whether all tokens of a task use the same experts."""
+        """Tell whether all tokens of a task use the same experts."""
         return self.routing in ("task", "static")
 
     def ordered(self) -> LayerRouting:
-        """Return the same with its tasks ordered by section (of pairs), family, script and name."""
+        """Return a copy whose tasks are ordered by section (of pairs), family, script and name."""
         order = sorted(range(len(self.tasks)), key=lambda index: (task_section(self.tasks[index])[0], task_order(self.tasks[index])))
         tokens = self.tokens and tuple(self.tokens[index] for index in order)
         tasks, shares = tuple(self.tasks[index] for index in order), tuple(self.shares[index] for index in order)
         return replace(self, tasks=tasks, shares=shares, tokens=tokens)
 
     def chosen(self, index: int) -> frozenset[int]:
-        """Return the ``top_k`` experts with the largest shares of a task; of equal ones the first, as
-        ``torch.topk`` does on CPU.
+        """Return the ``top_k`` experts with the largest shares of a task.
+
+        Among equal shares the first expert wins, as with ``torch.topk`` on a CPU.
         """
         row = self.shares[index]
         best = sorted(range(self.experts), key=lambda expert: (-row[expert], expert))[: self.top_k]
         return frozenset(expert for expert in best if row[expert] > 0)
 
     def used(self, index: int) -> tuple[float, ...]:
-        """Return the share of a task's tokens that goes to each expert [E]: under task routing, equal parts
-        for the chosen ones.
+        """Return the share of a task's tokens that each expert receives [E].
+
+        Under task routing the chosen experts receive equal shares.
         """
         if self.routing != "task":
             return self.shares[index]
@@ -92,19 +96,17 @@ class LayerRouting:
         return tuple(1 / len(chosen) if expert in chosen else 0.0 for expert in range(self.experts))
 
     def alike(self) -> list[tuple[str, ...]]:
-        """Return the tasks that use exactly the same experts, in groups of two and more, in the order of
-        ``tasks``.
-        """
+        """Return groups of two or more tasks that use exactly the same experts, in the order of ``tasks``."""
         groups: dict[frozenset[int], list[str]] = {}
         for index, task in enumerate(self.tasks):
             groups.setdefault(self.chosen(index), []).append(task)
         return [tuple(tasks) for tasks in groups.values() if len(tasks) > 1]
 
     def kin(self) -> list[tuple[int, int, bool]]:
-        """Return the places of every two tasks that can be compared, and whether they are of the same family.
+        """Return the indexes of every two comparable tasks, and whether they are of one family.
 
-        Languages of unknown family are left out, and pairs are compared only with pairs of the same section:
-        translation out of English with the same.
+        Languages of unknown family are left out. Pairs are compared only within a section, such as out of
+        English.
         """
         families = [task_family(task) for task in self.tasks]
         sections = [task_section(task) for task in self.tasks]
@@ -112,8 +114,10 @@ class LayerRouting:
         return [(a, b, families[a] == families[b]) for a, b in combinations(known, 2) if sections[a] == sections[b]]
 
     def overlap(self) -> tuple[float | None, float | None]:
-        """Return the mean number of chosen experts that two tasks of one family share, and two of different
-        families; None if there are none.
+        """Return the mean number of chosen experts that two tasks share.
+
+        The first value is for tasks of one family, the second for different families; None if there are no
+        such tasks.
         """
         shared: dict[bool, list[int]] = {True: [], False: []}
         chosen = [self.chosen(index) for index in range(len(self.tasks))]
@@ -141,8 +145,9 @@ def task_family(task: str) -> str:
 
 
 def task_section(task: str) -> tuple[int, str]:
-    """Return place and heading of a task's section: pairs out of English, into it, between others; "" for
-    languages.
+    """Return the rank and heading of a task's section.
+
+    The sections are pairs out of English, into English and between others; languages have the heading "".
     """
     source, _, target = task.partition("-")
     if not target:
@@ -155,9 +160,7 @@ def task_name(task: str) -> str:
 
 
 def read_routing(path: Path) -> list[LayerRouting]:
-    """Read the layers of a ``routing.json``, the encoder's first, each ordered. Raises UserError if it is not
-    one.
-    """
+    """Read the layers of a ``routing.json``, the encoder's first, each ordered. UserError if it is damaged."""
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         found = [_layer(layer) for layer in layers]
@@ -181,7 +184,7 @@ def _layer(value: Mapping[str, Any]) -> LayerRouting:
         task=str(value["task"]),
         tasks=tuple(str(task) for task in value["tasks"]),
         shares=shares,
-        # Those that earlier versions wrote have none of these.
+        # Files of earlier versions have none of these.
         tokens=None if value.get("tokens") is None else tuple(int(count) for count in value["tokens"]),
         load=None if value.get("load") is None else tuple(float(share) for share in value["load"]),
         dropped=None if value.get("dropped") is None else float(value["dropped"]),

@@ -1,4 +1,7 @@
-"""Opening wheels and Debian packages: members are read into memory within limits, nothing is written under an archive's names."""
+"""Open wheels and Debian packages.
+
+Members are read into memory, within size limits; nothing is written under the names in an archive.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,15 @@ from lsmoe_ds.folders import BLOCK
 MEMBER_LIMIT = 64 << 20
 ARCHIVE_LIMIT = 2 << 30
 
-Members = dict[str, Callable[[], bytes]]  # what reads a member, by its name, in the order of the names
+Members = dict[str, Callable[[], bytes]]  # a function that reads a member, by its name, ordered by name
 
 
 @contextmanager
 def opened(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]:
-    """The files of a wheel or a Debian package whose whole names match.
+    """Yield the files of a wheel or a Debian package whose whole names match ``wanted``.
 
-    A damaged archive, and a ValueError about what one of its files holds, is a UserError; so is one that unpacks to too much.
+    Raises UserError for a damaged archive, for one that unpacks to too much, and in place of a ValueError
+    that the block raises about a file's content.
     """
     try:
         with (_wheel if archive.suffix == ".whl" else _debian_package)(archive, wanted) as members:

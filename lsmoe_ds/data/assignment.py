@@ -1,6 +1,7 @@
-"""Dealing: which data-parallel rank takes which unit of a step, so that task-affine units find their experts at home.
+"""Assign the micro-batches of a step to data-parallel ranks, so that task-affine ones meet their experts.
 
-The units of a step are the same in every layout; only who takes which depends on where the experts live.
+The micro-batches of a step are the same in every layout. Only their assignment depends on which rank holds
+which experts.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from lsmoe_ds.languages import Languages
 def affinity(
     recipe: Recipe, languages: Languages, tensor: int, expert: int, data: int
 ) -> tuple[list[int], list[frozenset[int]]] | tuple[None, None]:
-    """The expert group of each direction, and the home groups of each of the ``data`` data-parallel ranks.
+    """Return the expert group of each direction, and the home groups of each data-parallel rank.
 
-    ``tensor``, ``expert`` and ``data`` are sizes of the layout. Expert rank r of R holds experts [r E/R, (r + 1) E/R), so
-    group g of G lives on expert rank g R // G; world rank w, of data rank w // ``tensor``, has expert rank w % R.
-    (None, None) where the batches are not task-affine.
+    A rank's home groups are the expert groups that it or a tensor-parallel peer holds. ``tensor``, ``expert``
+    and ``data`` are the sizes of the layout. Expert rank r of R holds experts [r E/R, (r + 1) E/R), so group
+    g of G is on expert rank g R // G. World rank w, of data rank w // ``tensor``, has expert rank w % R.
+    Returns (None, None) if the batches are not task-affine.
     """
     affine = recipe.model.affine
     if affine is None or recipe.data.batch.languages != "task-affine":
@@ -32,7 +34,10 @@ def affinity(
 
 
 def check_affinity(kind: str, directions: int, ranks: int, groups: Sequence[int] | None, at_home: Sequence[Collection[int]] | None) -> None:
-    """Raises UserError unless what :func:`affinity` gives suits ``data.batch.languages``, the directions and the ranks."""
+    """Raise UserError unless groups and homes fit ``data.batch.languages``, the directions and the ranks.
+
+    ``groups`` and ``at_home`` are the result of :func:`affinity`.
+    """
     wanted = kind == "task-affine"
     if (groups is not None) != wanted or (at_home is not None) != wanted:
         raise UserError(f"'data.batch.languages' is {kind}: expert groups and homes are given both for task-affine, for others neither")
@@ -43,16 +48,17 @@ def check_affinity(kind: str, directions: int, ranks: int, groups: Sequence[int]
 
 
 def assign(groups: Sequence[int], at_home: Sequence[Collection[int]]) -> tuple[list[list[int]], int]:
-    """Deals units of ``groups`` [count] to ranks with the home groups ``at_home``: (units of each rank in order, number away).
+    """Assign micro-batches of the expert groups ``groups`` [count] to ranks with the home groups ``at_home``.
 
-    Every rank gets ``count / ranks`` units (which must divide), and as many units as possible are at home: a maximum
-    matching. Which of those it is depends on nothing but the arguments.
+    Returns the micro-batches of each rank, in order, and the number of those away from home. Every rank gets
+    ``count / ranks`` of them (``ranks`` must divide ``count``), and as many as possible are at home: a
+    maximum matching. The result depends only on the arguments.
     """
     share = len(groups) // len(at_home)
     homes = {group: [rank for rank, own in enumerate(at_home) if group in own] for group in groups}
     assigned: list[list[int]] = [[] for _ in at_home]
     away: list[int] = []
-    full: set[int] = set()  # groups that found no place: what they could reach is full, and stays so
+    full: set[int] = set()  # groups without a place: all ranks that they can reach are full, and stay so
     for unit, group in enumerate(groups):
         if group in full or not _place(unit, groups, homes, assigned, share):
             full.add(group)
@@ -64,11 +70,15 @@ def assign(groups: Sequence[int], at_home: Sequence[Collection[int]]) -> tuple[l
 
 
 def _place(unit: int, groups: Sequence[int], homes: dict[int, list[int]], assigned: list[list[int]], share: int) -> bool:
-    """Puts a unit on one of its home ranks; where all are full, along the shortest chain of units that move to another
-    home of theirs (an augmenting path). False, with nothing moved, where there is none: then the matching is maximum."""
-    enters: dict[int, tuple[int, int | None]] = dict.fromkeys(homes[groups[unit]], (unit, None))  # who, and from where
+    """Place a micro-batch on one of its home ranks; return whether that was possible.
+
+    If all are full, others move to another of their home ranks along the shortest augmenting path. If there
+    is no such path, nothing moves, and the matching is maximum.
+    """
+    # By rank: the micro-batch that enters it, and the rank that this one leaves.
+    enters: dict[int, tuple[int, int | None]] = dict.fromkeys(homes[groups[unit]], (unit, None))
     queue = sorted(enters, key=lambda rank: len(assigned[rank]))  # the emptiest first
-    for rank in queue:  # grows
+    for rank in queue:  # the queue grows meanwhile
         if len(assigned[rank]) < share:
             to: int | None = rank
             while to is not None:
@@ -78,7 +88,7 @@ def _place(unit: int, groups: Sequence[int], homes: dict[int, list[int]], assign
                     assigned[left].remove(moved)
                 to = left
             return True
-        for group, other in {groups[other]: other for other in assigned[rank]}.items():  # units of a group are alike
+        for group, other in {groups[other]: other for other in assigned[rank]}.items():  # one of each
             for next_rank in homes[group]:
                 if next_rank not in enters:
                     enters[next_rank] = other, rank

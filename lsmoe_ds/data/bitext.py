@@ -1,4 +1,4 @@
-"""Take one bitext through preparing: cleaned pairs on disk, with their keys, and what becomes of each pair."""
+"""Prepare one bitext: write cleaned pairs and their keys to disk, and decide the fate of each pair."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lsmoe_ds.data.workers import Workers, chunks
 from lsmoe_ds.languages import is_english
 
 CHUNK = 10_000
-# A sentence in more pairs than RARE and than one in COMMON pairs of its bitext ("Yes.") is not chosen:
-# training would lose them all.
+# A sentence in more than RARE pairs, and in more than one of every COMMON pairs of its bitext ("Yes."), is
+# not chosen: training would lose all these pairs.
 RARE, COMMON = 5, 100
 TRAIN, DEV, TEST, DROPPED = range(4)
 Pair = tuple[str, str]
@@ -29,13 +29,13 @@ Places = NDArray[np.int64]
 
 
 def key(text: str) -> int:
-    """Return what near-duplicates have in common, as 64 bits."""
+    """Return a 64-bit key that near-duplicates share."""
     return hash64(near_duplicate_form(text))
 
 
 @dataclass
 class Cleaned:
-    """Hold what is left of a chunk: pairs, their hashes and keys, and what was dropped by which rule."""
+    """Hold a cleaned chunk: its pairs, their hashes and keys, and how many pairs each rule dropped."""
 
     pairs: list[Pair]
     hashes: Keys
@@ -61,15 +61,16 @@ def _clean_chunk(pairs: list[Pair], codes: Pair, settings: Cleaning, pivot: int)
 
 @dataclass
 class Bitext:
-    """Hold the text of two languages. ``pivot`` is the side by which sentences are chosen to be held out:
-    English, or the first.
+    """Hold the text of two languages during preparation.
 
-    In ``folder`` are ``pairs.tsv`` (cleaned), ``key0.npy`` and ``key1.npy`` (keys of its sides),
-    ``common.npy`` (keys of sentences in too many pairs to be held out by choice), ``candidates.npy`` (see
-    :meth:`candidates`) and ``fate.npy``: TRAIN, DEV, TEST or DROPPED for each pair. ``own`` are sets that a
-    corpus brought along, ``also_out`` pairs of further such sets, kept out of training only; ``spans`` are
-    the cleaned pairs of each corpus: (corpus, first, end); ``empty`` are the parts without a line, ``remarks``
-    what is amiss with the files.
+    ``pivot`` is the side by which sentences are chosen to be held out: English, or the first. ``folder`` has
+    ``pairs.tsv`` (cleaned), ``key0.npy`` and ``key1.npy`` (keys of its sides), ``common.npy`` (keys of
+    sentences in too many pairs to be held out by choice), ``candidates.npy`` (see :meth:`candidates`) and
+    ``fate.npy``: TRAIN, DEV, TEST or DROPPED for each pair.
+
+    ``own`` are dev and test sets from a corpus; ``also_out`` are pairs of further such sets, only kept out of
+    training. ``spans`` are the cleaned pairs of each corpus: (corpus, first, end). ``empty`` are the parts
+    without a line, and ``remarks`` describe faults of files.
     """
 
     name: str
@@ -95,9 +96,10 @@ class Bitext:
         return any(map(is_english, self.codes))
 
     def clean(self, parts: Sequence[TextPart], settings: Cleaning, workers: Workers) -> Iterator[int]:
-        """Clean the training text and drop exact copies of pairs; yield the pairs read, for a progress bar.
+        """Clean the training text and drop exact copies of pairs.
 
-        In memory: some chunks of pairs, and 40 bytes for each cleaned pair of this bitext.
+        Yields the numbers of pairs read, for a progress bar. Memory holds some chunks of pairs, and 40 bytes
+        for each cleaned pair of this bitext.
         """
         self.folder.mkdir(parents=True)
         hashes: list[Keys] = []
@@ -140,8 +142,9 @@ class Bitext:
         return array
 
     def candidates(self, claims: Claims) -> Keys:
-        """Return the sorted distinct keys of the pivot side that may be chosen, memory-mapped: no side is
-        common or claimed yet.
+        """Return the sorted distinct keys of the pivot side that may be chosen, memory-mapped.
+
+        They are of pairs of which no side is common or claimed already.
         """
         common, bad = self.load("common"), self.load("fate") != TRAIN
         for side in (0, 1):
@@ -151,18 +154,17 @@ class Bitext:
         return np.asarray(np.load(self.folder / "candidates.npy", mmap_mode="r"))
 
     def claim_published(self, claims: Claims) -> None:
-        """Claim both sides of the sets that corpora brought along."""
+        """Claim both sides of the dev and test sets that corpora provide."""
         for split in HELD_OUT:
             pairs = self.own.get(split, []) + self.also_out.get(split, [])
             keys = [key(clean_text(text)) for pair in pairs for text in pair]
             claims.add(published(split), np.array(keys, dtype=np.uint64))
 
     def adopt(self, quotas: dict[str, int], claims: Claims, seed: int) -> dict[str, int]:
-        """Hold out first what other bitexts hold out already, which training has lost anyway; return what is
-        left of the quotas.
+        """Hold out first what other bitexts hold out already; return the rest of the quotas.
 
-        Pairs of which both sides are in the dev (or test) set of others come first, then those of which one
-        is.
+        Training has lost these pairs anyway. Pairs of which both sides are in the dev (or test) set of other
+        bitexts come first, then pairs of which one side is.
         """
         left = dict(quotas)
         for split in HELD_OUT:
@@ -179,9 +181,9 @@ class Bitext:
         return left
 
     def decide(self, chosen: dict[str, Keys], claims: Claims) -> None:
-        """Give a pair of each chosen key to its set, and claim both its sides.
+        """Put one pair of each chosen key into its set, and claim both sides of the pair.
 
-        A pair of which a side is in the other set already is left out, so that no sentence is in both.
+        A pair of which a side is in the other set is left out, so that no sentence is in both.
         """
         fate, keys = self.load("fate"), (self.load("key0"), self.load("key1"))
         for split in HELD_OUT:
@@ -195,8 +197,9 @@ class Bitext:
         return pairs[~(bad[0] | bad[1])]
 
     def _rarest(self, pairs: Places, keys: tuple[Keys, Keys]) -> Places:
-        """Keep one pair of each pivot key: of which the other side is in the fewest pairs, since all those
-        are lost to training.
+        """Keep one pair of each pivot key: the one whose other side is in the fewest pairs.
+
+        Training loses all pairs of that other side.
         """
         second = keys[1 - self.pivot]
         wanted = np.unique(second[pairs])
@@ -212,7 +215,7 @@ class Bitext:
         np.save(self.folder / "fate.npy", fate)
 
     def leave_out(self, claims: Claims) -> None:
-        """Drop the training pairs of which a side is held out, of whatever bitext."""
+        """Drop the training pairs of which a side is held out in any bitext."""
         fate = self.load("fate")
         train = fate == TRAIN
         for side in (0, 1):
@@ -231,7 +234,7 @@ class Bitext:
         return int((self.load("fate") == FATES[split]).sum())
 
     def pairs(self, split: str) -> Iterator[Pair]:
-        """Yield the pairs of a split, as they stand where a corpus brought the set along, else cleaned."""
+        """Yield the pairs of a split: unchanged if a corpus provides the set, otherwise cleaned."""
         if split in self.own:
             yield from self.own[split]
             return

@@ -1,4 +1,4 @@
-"""English and its translations out of software: gettext catalogues and MediaWiki's message files, markup removed."""
+"""Read translated messages of software, without markup: gettext catalogues and MediaWiki's files."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ WIKI_LINE_MARKS = re.compile(r"^[*#:;= ]+|=+ *$", re.MULTILINE)
 GAME_CONTEXT = re.compile(r"^[^^<>]{1,60}\^")
 GAME_ELEMENT = re.compile(r"<(ref|header|bold|italic|format|img|jump)>(.*?)</\1>", re.DOTALL)
 GAME_TEXT = re.compile(r"\btext=(['\"])(.*?)(?<!\\)\1", re.DOTALL)
-GAME_LIST = re.compile(r"([^\s,|]+[,|]){4}")  # what names are made of
+GAME_LIST = re.compile(r"([^\s,|]+[,|]){4}")  # lists from which the game makes names
 GAME_TAG = re.compile(r"</?(i|b|u|span|small|big|tt)\b[^<>]{0,400}>")
 
 
 def without_tags(text: str, accelerator: str = "") -> str:
-    """Text of a message written in HTML, on one line; ``accelerator`` is the character before a menu's key, if there is one."""
+    """Return the text of an HTML message on one line.
+
+    ``accelerator`` is the character that marks a menu's key, if there is one; it is removed.
+    """
     if accelerator and accelerator in text:
-        # "Datei (_F)" in scripts that lack the key, "_File" elsewhere
+        # "Datei (_F)" in scripts that lack the letter of the key, "_File" in others
         text = re.sub(rf"\s*\({accelerator}\w\)", "", text)
         text = re.sub(rf"(?<!\w){accelerator}(?=\w)|(?<=\w){accelerator}(?=\w)", "", text, count=1)
     if "<" in text or "&" in text:
@@ -39,9 +42,9 @@ def without_tags(text: str, accelerator: str = "") -> str:
 
 
 def without_wiki_markup(text: str) -> str:
-    """Text of a message written in MediaWiki's markup, on one line.
+    """Return the text of a message in MediaWiki's markup on one line.
 
-    Variables (``$1``, ``{{PLURAL:...}}``) stay: cleaning drops such pairs.
+    Variables (``$1``, ``{{PLURAL:...}}``) stay; cleaning drops such pairs.
     """
     if "[" in text:
         text = WIKI_LINK.sub(lambda match: match.group(1) or match.group(2) or " ", text)
@@ -51,7 +54,10 @@ def without_wiki_markup(text: str) -> str:
 
 
 def without_game_markup(text: str) -> str:
-    """Text of a message of The Battle for Wesnoth, on one line, without the context that stands before ``^``; empty for lists of names."""
+    """Return the text of a message of The Battle for Wesnoth on one line; empty for lists of names.
+
+    The context before ``^`` is removed.
+    """
 
     def words(match: re.Match[str]) -> str:
         found = GAME_TEXT.search(match.group(2))
@@ -61,9 +67,10 @@ def without_game_markup(text: str) -> str:
 
 
 def read_catalogue(data: bytes) -> Iterator[tuple[str, str]]:
-    """(English, translation) of a compiled gettext catalogue (.mo), which holds neither fuzzy nor obsolete entries; plurals are left out.
+    """Yield (English, translation) of each entry of a compiled gettext catalogue (.mo).
 
-    Raises ValueError if the bytes are no such catalogue.
+    Such a catalogue holds neither fuzzy nor obsolete entries. Entries with plurals are left out. Raises
+    ValueError if the bytes are not such a catalogue.
     """
     magic = data[:4]
     if magic not in (b"\xde\x12\x04\x95", b"\x95\x04\x12\xde") or len(data) < 20:
@@ -83,7 +90,7 @@ def read_catalogue(data: bytes) -> Iterator[tuple[str, str]]:
 
 
 def read_messages(data: bytes) -> dict[str, str]:
-    """Messages of a MediaWiki ``i18n/CODE.json`` by key. Raises ValueError if the bytes are no JSON object."""
+    """Return the messages of a MediaWiki ``i18n/CODE.json`` by key. ValueError if it is no JSON object."""
     value = json.loads(data.decode("utf-8"))
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")

@@ -1,4 +1,4 @@
-"""Which pairs of sentences are fit for training, and when two sentences are the same for the purpose of holding out."""
+"""Decide which sentence pairs are fit for training, and which sentences are near-duplicates."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from lsmoe_ds.languages import script
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\u00ad]")
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-# In scripts without spaces a run of letters is many words: about two characters a word in Chinese and Japanese, four in the others.
+# In scripts without spaces consecutive letters are many words: about two characters per word in Chinese and
+# Japanese, four in the others.
 IDEOGRAPHS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
 UNSPACED = regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]")
 
 LETTERS = regex.compile(r"[\p{L}\p{M}]")
 NOT_LETTERS = regex.compile(r"[^\p{L}\p{M}]+")
 
-# What a program fills in (printf, Python, shell, MediaWiki, Qt) and markup that a source's own rules left.
+# Placeholders of programs (printf, Python, shell, MediaWiki, Qt), and markup that a source's own rules did
+# not remove.
 PLACEHOLDER = re.compile(
     r"%\([^)]*\)[a-z]|%[-#0 +]*\d*(?:\.\d+)?(?:\d+\$)?l{0,2}[sdiufxXcgen@]\b|%L?\d+|%\$?\w+%|\{\{?[^{}\n]{0,60}\}|\$\{|\$\(\w+\)"
     r"|\$\d+|\$[A-Za-z_]\w*|@\w+@|&#?[A-Za-z0-9][\w.-]*;|\[\[|\]\]|#\w+#|__\w+__|</?[A-Za-z][^<>]{0,400}>"
@@ -35,12 +37,15 @@ RULES = ("empty", "copy", "short", "long", "letters", "ratio", "placeholder", "a
 
 
 def clean_text(text: str) -> str:
-    """The text on one line, in Unicode's composed form (NFC), without invisible characters; what the vocabulary sees."""
+    """Return the text on one line, in Unicode's composed form (NFC), without invisible characters.
+
+    The vocabulary is trained on, and encodes, only such text.
+    """
     return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
 
 
 def count_words(text: str) -> int:
-    """Words by Unicode's letters; in scripts without spaces estimated from the number of characters."""
+    """Count words by Unicode's letters; in scripts without spaces estimate them from the characters."""
     if text.isascii():
         return len(WORD.findall(text))
     rest = UNSPACED.sub(" ", IDEOGRAPHS.sub(" ", text))
@@ -51,14 +56,14 @@ def count_words(text: str) -> int:
 
 @cache
 def _script_patterns(name: str) -> tuple[regex.Pattern[str], regex.Pattern[str]]:
-    """Characters of a script, and letters of other scripts."""
+    """Return patterns for the characters of a script, and for the letters of other scripts."""
     parts = {"Hans": ("Han",), "Hant": ("Han",), "Jpan": ("Han", "Hira", "Kana"), "Kore": ("Hang", "Han")}.get(name, (name,))
     inside = "".join(rf"\p{{Script={part}}}" for part in parts)
     return regex.compile(f"[{inside}]"), regex.compile(rf"(?V1)[\p{{L}}--[{inside}]]")
 
 
 def script_share(text: str, name: str) -> float:
-    """Share of the letters of ``text`` that belong to the ISO 15924 script ``name``; 1 where there are no letters."""
+    """Return the share of letters in the ISO 15924 script ``name``; 1 if ``text`` has no letters."""
     inside, outside = _script_patterns(name)
     own = len(text) - len(inside.sub("", text))
     other = len(text) - len(outside.sub("", text))
@@ -70,14 +75,17 @@ def _share_of_letters(text: str) -> float:
 
 
 class PairFilter:
-    """The rules for one bitext. Words are counted on the first text given, which is the English one where there is English."""
+    """The cleaning rules for one bitext.
+
+    Words are counted in the first text, which is the English one if there is one.
+    """
 
     def __init__(self, settings: Cleaning, first: str, second: str) -> None:
         self.settings = settings
         self.scripts = (script(first), script(second))
 
     def rule_against(self, first: str, second: str) -> str | None:
-        """Name of the first of ``RULES`` that a pair of cleaned texts breaks, None if it is fit."""
+        """Return the name of the first rule that a pair of cleaned texts breaks, or None if it is fit."""
         if not first or not second:
             return "empty"
         if first.lower() == second.lower():
@@ -106,9 +114,9 @@ class PairFilter:
 
 
 def near_duplicate_form(text: str) -> str:
-    """Return the text without case, punctuation, blanks and digits: near-duplicates have this in common.
+    """Return the text without case, punctuation, blanks and digits, which near-duplicates share.
 
-    The letter i counts as one with and without its dot: in Turkish and Azerbaijani I is the capital of ı, and
+    The letter i with and without its dot counts as one: in Turkish and Azerbaijani I is the capital of ı, and
     İ that of i.
     """
     folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i").replace("ı", "i")

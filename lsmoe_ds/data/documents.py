@@ -1,4 +1,4 @@
-"""Translated documents: their blocks of text (paragraphs, titles, cells), and the sentences of two texts side by side."""
+"""Align translated documents by their blocks of text (paragraphs, titles, cells) and by sentences."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from lxml import etree
 Block = tuple[str, str]  # kind, such as "p", and text on one line
 Pair = tuple[str, str]  # English, translation
 
-# After a mark that ends sentences and what closes behind it, before a letter that is not lower-case. Not after a single letter
-# ("e.g.", "z. B.", "J. Doe"). Chinese and Japanese write no blank there.
+# A sentence ends after its final mark and closing quotes or brackets, before a letter that is not lower-case,
+# but not after a single letter ("e.g.", "z. B.", "J. Doe"). Chinese and Japanese have no blank there.
 SENTENCE_BREAK = regex.compile(
     r"""(?<=[.!?…؟।]["”»’)\]]*)(?<!\b\p{L}\.)\s+(?=["“„«‘(\[¿¡]*[\p{Lu}\p{Lo}\p{N}])|(?<=[。！？][」』”）]*)(?![」』”）])\s*(?=\S)"""
 )
-NOT_TEXT = regex.compile(r"^\d+(\.\d+)+\.\s+|(\s*→\s*https?://\S+)+$")  # the number of a section, addresses behind a paragraph
-BETWEEN = {"keyseq": "+", "guiseq": " ▸ "}  # what a reader sees between the keys or menus that such an element holds
+# The number of a section, and addresses after a paragraph.
+NOT_TEXT = regex.compile(r"^\d+(\.\d+)+\.\s+|(\s*→\s*https?://\S+)+$")
+BETWEEN = {"keyseq": "+", "guiseq": " ▸ "}  # what is displayed between the keys or menus of such an element
 
 
 @dataclass(frozen=True)
 class Markup:
-    """How a kind of document is written. Elements are named ``div``, or ``div.para`` with one of their classes.
+    """The markup of a kind of document.
 
-    ``blocks`` hold text, unless other blocks stand inside them; ``skipped`` are left out with all that they hold, be it within a block.
+    Elements are named ``div``, or ``div.para`` with one of their classes. ``blocks`` are the elements that
+    hold text, unless they contain other blocks. ``skipped`` elements are left out with their content, also
+    within a block.
     """
 
     html: bool
@@ -32,8 +35,8 @@ class Markup:
     skipped: frozenset[str]
 
     def read(self, data: bytes) -> list[Block] | None:
-        """The blocks of a document in their order, None if it cannot be parsed."""
-        # Nothing outside the document is ever read, entities stay as they are, and depth and size are limited.
+        """Return the blocks of a document in their order, or None if it cannot be parsed."""
+        # Nothing outside the document is read, entities are not expanded, and depth and size are limited.
         parser = (
             etree.HTMLParser(encoding="utf-8", no_network=True, huge_tree=False, remove_comments=True, remove_pis=True)
             if self.html
@@ -74,14 +77,17 @@ def _names(element: etree._Element) -> set[str]:
 
 
 def align_documents(english: list[Block], translated: list[Block]) -> list[Pair] | None:
-    """Pairs of two documents, block by block; None unless both have the same kinds of blocks in the same order."""
+    """Align two documents block by block; None unless both have the same sequence of kinds of blocks."""
     if [kind for kind, _ in english] != [kind for kind, _ in translated]:
         return None
     return [pair for (_, first), (_, second) in zip(english, translated, strict=True) for pair in align_sentences(first, second)]
 
 
 def align_sentences(english: str, translated: str) -> list[Pair]:
-    """The sentences of two texts, if both have as many and no two differ much in length; otherwise the texts as they are."""
+    """Pair the sentences of two texts; return the whole texts as one pair if that is not safe.
+
+    It is safe if both have the same number of sentences and no two differ much in length.
+    """
     first, second = SENTENCE_BREAK.split(english), SENTENCE_BREAK.split(translated)
     if len(first) == len(second):
         pairs = list(zip(first, second, strict=True))

@@ -1,4 +1,4 @@
-"""Note what prepared data were made of, and tell whether that is still so."""
+"""Record from which files data were prepared, and tell whether they must be prepared again."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ Fingerprint = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class State:
-    """Say why data must be prepared (again), None if they need not be; and what their reader should know of
-    their corpora.
-    """
+    """Hold the reason why data must be prepared (None if they need not be), and remarks on their corpora."""
 
     reason: str | None
     remarks: tuple[str, ...] = ()
 
 
 def _stamps(parts: Sequence[TextPart]) -> Fingerprint:
-    """Return size and time of change of every file, by its path; of a fetched corpus (``django/de-en.tsv``)
-    the known checksum.
+    """Return the size and modification time of every file, by its path.
+
+    Files of a fetched corpus (``django/de-en.tsv``) have their known checksum instead.
     """
     found: Fingerprint = {}
     for name, path in dict.fromkeys((part.corpus, file) for part in parts for file in part.files):
@@ -44,7 +43,7 @@ def _stamps(parts: Sequence[TextPart]) -> Fingerprint:
 
 
 def corpora_fingerprint(parts: Sequence[TextPart]) -> Fingerprint:
-    """Return size and sha256 of every file that is read, by its path."""
+    """Return the size and sha256 of every file that is read, by its path."""
     stamps = _stamps(parts)
     for path, stamp in stamps.items():
         if "sha256" not in stamp:
@@ -70,9 +69,10 @@ def _same_bytes(path: Path, stamp: dict[str, Any], old: dict[str, Any]) -> bool:
 
 
 def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
-    """Compare the corpora with those that were prepared. One that is not on this machine any more is remarked
-    on only: what was prepared of it is good as it is. One that is there and cannot be read is a reason to
-    prepare, which will say the same.
+    """Compare the corpora with those that were prepared.
+
+    A corpus that is no longer on this machine only gives a remark: the data prepared from it remain valid. A
+    corpus that exists and cannot be read is a reason to prepare, which will report the same error.
     """
     parts: list[TextPart] = []
     remarks: list[str] = []
@@ -91,10 +91,9 @@ def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
 
 
 def state_of(recipe: Recipe) -> State:
-    """Tell whether the data of a recipe must be prepared, and what is to be said of its corpora.
+    """Tell whether the data of a recipe must be prepared, with remarks on its corpora.
 
-    Prepared data whose corpora, or file of the vocabulary, are no longer on this machine are good as they
-    are.
+    Prepared data remain valid if their corpora, or the vocabulary's file, are no longer on this machine.
     """
     folder = recipe.prepared
     if not folder.exists():
@@ -124,5 +123,5 @@ def state_of(recipe: Recipe) -> State:
 
 
 def reason_to_prepare(recipe: Recipe) -> str | None:
-    """Return why the data of a recipe must be prepared (again), None if they need not be."""
+    """Return the reason why the data of a recipe must be prepared (again), or None if they need not be."""
     return state_of(recipe).reason

@@ -1,6 +1,6 @@
 """Read parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses) and tables (TSV).
 
-How single files are read is told in :mod:`lsmoe_ds.data.lines` and :mod:`lsmoe_ds.data.iwslt`.
+:mod:`lsmoe_ds.data.lines` and :mod:`lsmoe_ds.data.iwslt` read the single files.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from lsmoe_ds.languages import find_code, is_known, normalize_code, same_languag
 from lsmoe_ds.notices import notice
 
 SPLITS = ("train", "dev", "test")
-QUOTED = 0.1  # share of a table's rows from which on their quotes are said
+QUOTED = 0.1  # smallest share of a table's rows with quotes that is reported
 
 
 class MissingCorpus(UserError):
-    """Say that a corpus is not on this machine, unlike one that is there and cannot be read."""
+    """Raised for a corpus that is not on this machine, unlike one that exists and cannot be read."""
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """Name the text of one corpus for one bitext and split: two aligned files, in the order of the bitext's
-    name, or one table.
+    """The text of one corpus for one bitext and split.
+
+    It is two aligned files, in the order of the bitext's name, or one table.
     """
 
     corpus: str
@@ -46,9 +47,9 @@ class TextPart:
     width: int = 2  # columns of a table
 
     def pairs(self, tell: Callable[[str], None] = notice) -> Iterator[tuple[str, str]]:
-        """Yield pairs of texts, in the order of the bitext's name, as the files have them.
+        """Yield pairs of texts, in the order of the bitext's name, unchanged from the files.
 
-        ``tell`` is told what may be wrong with files that can be read.
+        ``tell`` is called with a sentence about each possible fault of a readable file.
         """
         if self.reader == "table":
             yield from self._table(tell)
@@ -85,31 +86,32 @@ def _is_quoted(cell: str) -> bool:
 
 
 def name_of(corpus: str | Corpus) -> str:
-    """Return what a corpus is called in messages, and as ``Part.corpus``: its name, or its path."""
+    """Return the name of a corpus in messages and in ``Part.corpus``: its name, or its path."""
     return corpus if isinstance(corpus, str) else str(corpus.path)
 
 
 @dataclass(frozen=True)
 class Search:
-    """Hold what is wanted of one corpus and what it has of that."""
+    """Hold what is wanted from one corpus, and what was found."""
 
     wanted: Wanted
     parts: list[TextPart]
 
 
 def search(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[Search]:
-    """Look for everything that the corpora have for the bitexts, in the order of the recipe.
+    """Find everything that the corpora have for the bitexts, in the order of the recipe.
 
-    Raises MissingCorpus for one that is not here, UserError for one that is damaged or not laid out as it
-    should be.
+    Raises MissingCorpus for a corpus that is not on this machine, UserError for one that is damaged or has a
+    wrong layout.
     """
     pairs = {name: (pair[0], pair[1]) for name in bitexts if (pair := name.split("-"))}
     return [_search(corpus, directory, pairs) for corpus in corpora]
 
 
 def find_parts(corpora: Iterable[str | Corpus], directory: Path, bitexts: Iterable[str]) -> list[TextPart]:
-    """List everything that the corpora have for the bitexts, and say how they spell the languages; see
-    :func:`search`.
+    """List everything that the corpora have for the bitexts, and report how they spell codes.
+
+    See :func:`search`.
     """
     found = search(corpora, directory, bitexts)
     say_spellings(each.wanted for each in found)
@@ -139,7 +141,7 @@ def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[TextPart]:
 
 
 def _hint_at_path(name: str) -> str:
-    """Return a hint at ``path:`` if the name of a source is that of files here, or an empty string."""
+    """Return a hint at ``path:`` if a corpus' name is that of local files, otherwise an empty string."""
     folder = os.path.isdir(os.path.dirname(name) or ".")
     if not name or not (os.path.exists(name) or (folder and glob.glob(f"{glob.escape(name)}.*"))):
         return ""
@@ -148,19 +150,19 @@ def _hint_at_path(name: str) -> str:
 
 
 def _in_order(path: Path, pair: tuple[str, str]) -> bool:
-    """Tell whether a path that serves a pair of languages names the first one first."""
+    """Tell whether the name of a pair's path has the pair's first language first."""
     return find_code(path.stem.split("-")[0], pair) == pair[0]
 
 
 def _both_ways(paths: Iterable[Path]) -> Iterator[tuple[tuple[str, ...], Path]]:
-    """Yield each path with the two codes in its name (``de-en``), and again with these the other way round."""
+    """Yield each path with the two codes in its name (``de-en``), and again with the codes reversed."""
     for path in paths:
         codes = tuple(path.stem.split("-"))
         yield from ((codes, path), (codes[::-1], path))
 
 
 def plain_or_gz(path: Path) -> Path:
-    """Return the path, or where there is no such file but ``PATH.gz``, that one."""
+    """Return the path, or ``PATH.gz`` if only that file exists."""
     compressed = path.parent / f"{path.name}.gz"
     return compressed if not path.exists() and compressed.exists() else path
 
@@ -171,16 +173,16 @@ def _plain(path: Path) -> Path:
 
 
 def _readable(paths: Iterable[Path]) -> list[Path]:
-    """Sort the paths, without compressed copies of files that are there uncompressed."""
+    """Sort the paths, without compressed copies of uncompressed files."""
     found = set(paths)
     return sorted(path for path in found if path.suffix != ".gz" or _plain(path) not in found)
 
 
 def _aligned(wanted: Wanted, split: str, reader: str, name: str, files: list[tuple[str, Path]]) -> Iterator[TextPart]:
-    """Find what aligned files, listed by their languages, have for each bitext; note of which they have one
-    side only.
+    """Find what aligned files, listed by their languages, have for each bitext.
 
-    ``name`` is what they have in common.
+    ``name`` is the common part of their names. Bitexts of which there is only one side are recorded in
+    ``wanted``.
     """
     halves, complete = [], False
     for bitext, pair in wanted.items():
@@ -221,10 +223,10 @@ NTREX_FILE = re.compile(r"(.+)-(src|ref)\.([^.]+)\.txt")
 
 
 def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
-    """Find ``newstest2019-src.eng.txt`` and ``newstest2019-ref.deu.txt``, ``newstest2019-ref.zho-CN.txt``: one test set in many
-    languages.
+    """Find the files of one test set in many languages.
 
-    English is the file of the sources, not one of the translations from it into British or Indian English.
+    They are ``newstest2019-src.eng.txt`` and ``newstest2019-ref.deu.txt``, ``newstest2019-ref.zho-CN.txt``,
+    and so on. English is the file of the sources, not one of its translations into British or Indian English.
     """
     folder = corpus.path / "NTREX-128" if (corpus.path / "NTREX-128").is_dir() else corpus.path
     found: dict[str, list[tuple[str, Path]]] = {"src": [], "ref": []}
@@ -264,26 +266,24 @@ TEST_WORDS = {"test", "testset", "newstest", "tst", "devtest"}
 
 
 def split_of(stem: str) -> str:
-    """Return the split that the files ``STEM.CODE`` of a folder serve as, by the words in ``STEM``
-    (docs/data.md lists them).
-    """
+    """Return the split of files ``STEM.CODE`` by the words in ``STEM``, which docs/data.md lists."""
     words = set(re.findall(r"[a-z]+", stem.lower()))
     return "test" if words & TEST_WORDS else "dev" if words & DEV_WORDS else "train"
 
 
 def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
-    """Find aligned files. ``path`` is what two names have in common (``corpus/train`` for
-    ``corpus/train.de``), or their folder; ``.txt`` may follow the code.
+    """Find aligned files.
 
-    In a folder the stems say what serves as dev and test (:func:`split_of`); a stem that is named itself is
-    training text.
+    ``path`` is the common part of two names (``corpus/train`` for ``corpus/train.de``), or the files' folder;
+    ``.txt`` may follow the code. In a folder the stems decide which files are dev and test sets
+    (:func:`split_of`). If ``path`` is a stem, its files are training text.
     """
     folder = corpus.path if corpus.path.is_dir() else corpus.path.parent
     recipes = {code for pair in wanted.bitexts.values() for code in pair}
     stems: dict[str, list[tuple[str, Path]]] = {}
     for path in _readable(folder.glob("*.*") if folder.is_dir() else ()):
         stem, spelling, text = _stem_and_code(path, recipes)
-        bare = _plain(path).with_suffix("")  # which comes before the one with .txt
+        bare = _plain(path).with_suffix("")  # takes precedence over the file with .txt
         hidden = text and plain_or_gz(bare).is_file()
         if path.is_file() and not hidden and (corpus.path.is_dir() or stem == corpus.path.name):
             stems.setdefault(stem, []).append((spelling, path))
@@ -303,9 +303,7 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
 
 
 def _stem_and_code(path: Path, recipes: Iterable[str]) -> tuple[str, str, bool]:
-    """Return what the name of an aligned file has before the code of its language, that code, and whether
-    ``.txt`` follows it.
-    """
+    """Split the name of an aligned file: return its stem, its language code, and whether ``.txt`` follows."""
     plain = _plain(path)
     if text := plain.suffix == ".txt" and _names_language(Path(plain.stem).suffix[1:], recipes):
         plain = Path(plain.stem)
@@ -313,7 +311,7 @@ def _stem_and_code(path: Path, recipes: Iterable[str]) -> tuple[str, str, bool]:
 
 
 def _hint(path: Path, recipes: Iterable[str]) -> str:
-    """Return a hint at the ending if a ``path`` is that of one of two aligned files, or an empty string."""
+    """Return a hint at the ending if ``path`` is one of two aligned files, otherwise an empty string."""
     stem, code, _ = _stem_and_code(path, recipes)
     if not plain_or_gz(path).is_file() or not is_known(normalize_code(code)):
         return ""
@@ -326,7 +324,8 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
         raise UserError(f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line names the columns)")
     path, codes = plain_or_gz(corpus.path), [corpus.source or "", corpus.target or ""]
     first = next(read_lines(path), "").split("\t")
-    # A first line that names both languages is a header although the recipe names them too: it is no text, and its order holds.
+    # A first line that names both languages is a header even if the recipe names them: it is no text, and its
+    # order decides.
     header = not corpus.source or all(find_code(code, map(str.strip, first)) for code in codes)
     if header:
         codes = first

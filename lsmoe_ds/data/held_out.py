@@ -1,7 +1,7 @@
 """Choose dev and test sentences by key, so that one string is held out of every bitext at once.
 
-A key is the 64-bit hash of a sentence without case, punctuation, blanks and digits: what is chosen by key is
-held out with its near-duplicates, in whatever language. Sentences are chosen by the key of a bitext's English
+A key is the 64-bit hash of a sentence without case, punctuation, blanks and digits. So a sentence is held out
+together with its near-duplicates, in every bitext. Sentences are chosen by the key of a bitext's English
 side, or of its first side if it has none.
 """
 
@@ -17,22 +17,20 @@ from lsmoe_ds.config.data import HeldOut
 
 Keys = NDArray[np.uint64]
 HELD_OUT = ("dev", "test")
-# Keys are compared over all bitexts one range at a time, so that about this many are in memory.
+# Keys of all bitexts are compared one range at a time, so that only about this many are in memory.
 KEYS_AT_ONCE = 1 << 24
-BLOCK = 1 << 20  # keys that are looked up at once
+BLOCK = 1 << 20  # keys per look-up
 
 
 def quota(settings: HeldOut, pairs: int) -> dict[str, int]:
-    """Return how many sentences to hold out of a bitext of ``pairs`` pairs: as the recipe says, but each set
-    at most a tenth.
-    """
+    """Return how many sentences to hold out of ``pairs`` pairs: by the recipe, but at most a tenth each."""
     return {"dev": min(settings.dev, pairs // 10), "test": min(settings.test, pairs // 10)}
 
 
 class Claims:
-    """Hold the keys of all held-out sentences, of both sides and all bitexts, by the set that they are in.
+    """Hold the keys of all held-out sentences, of both sides and all bitexts, by their set.
 
-    Beside the sets that are chosen here there are those that corpora brought along (:func:`published`).
+    The sets are those chosen here and those that corpora provide (:func:`published`).
     """
 
     def __init__(self) -> None:
@@ -42,35 +40,35 @@ class Claims:
         self._keys[name] = np.unique(np.concatenate([self._keys[name], *keys]))
 
     def has(self, keys: Keys, *names: str) -> NDArray[np.bool_]:
-        """Tell which of ``keys`` are in one of the sets ``names``; in any set, if none are named."""
+        """Tell which of ``keys`` are in one of the sets ``names``, or in any set if there are no names."""
         return contains(np.unique(np.concatenate([self._keys[name] for name in names or self._keys])), keys)
 
     def count(self, name: str) -> int:
         return len(self._keys[name])
 
     def in_both(self) -> int:
-        """Count the sentences that stand in a published dev set and in a published test set."""
+        """Count the sentences that are in both a published dev set and a published test set."""
         return int(self.has(self._keys[published("dev")], published("test")).sum())
 
 
 def published(split: str) -> str:
-    """Return the name, in :class:`Claims`, of the dev or test sets that corpora brought along."""
+    """Return the name, in :class:`Claims`, of the dev or test sets that corpora provide."""
     return f"published {split}"
 
 
 def other(split: str) -> str:
-    """Return the other one of the two held-out sets."""
+    """Return the other held-out set."""
     return HELD_OUT[1 - HELD_OUT.index(split)]
 
 
 def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], seed: int) -> dict[str, dict[str, Keys]]:
     """Choose the keys of the dev and test set of each bitext.
 
-    ``keys`` are each bitext's own, sorted and distinct (memory-mapped ones will do); ``quotas`` how many it
-    wants in each set. Keys that the most bitexts have come first, so the sets are as multi-way parallel as
-    the corpora allow; a key is in the same set everywhere. A chosen key leaves the training text of all
-    bitexts that have it, and none may lose more than its quota and a tenth of its keys: a small bitext is not
-    emptied by the wishes of large ones. So a set may end smaller than its quota. The same keys, quotas and
+    ``keys`` are each bitext's own, sorted and distinct, possibly memory-mapped; ``quotas`` are the wanted
+    sizes of its sets. Keys that most bitexts have come first, so the sets are as multi-way parallel as the
+    corpora allow. A key is in the same set in all bitexts. A chosen key is removed from the training text of
+    all bitexts that have it. No bitext may lose more than its quota plus a tenth of its keys, so that large
+    bitexts do not empty a small one; therefore a set may be smaller than its quota. The same keys, quotas and
     seed give the same choice.
     """
     names = sorted(keys)
@@ -104,8 +102,9 @@ def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], se
 
 
 def _candidates(keys: Mapping[str, Keys], limits: Mapping[str, int | None], seed: int) -> Keys:
-    """List for each bitext in ``limits`` that many of its keys (all where None), those first that most
-    bitexts have.
+    """Return the best keys of each bitext in ``limits``, at most so many (None: all), as one sorted list.
+
+    The best keys are those that most bitexts have.
     """
     best: dict[str, NDArray[Any]] = {name: np.empty(0, dtype=RANKED) for name in limits}
     ranges = max(1, -(-sum(map(len, keys.values())) // KEYS_AT_ONCE))
@@ -127,7 +126,7 @@ RANKED = np.dtype([("fewer", np.int64), ("chance", np.uint64), ("key", np.uint64
 
 
 def mixed(keys: Keys, seed: int) -> Keys:
-    """Return a number for each key that looks random and depends on the seed (the finalizer of splitmix64)."""
+    """Return a pseudo-random number for each key and the seed (the finalizer of splitmix64)."""
     with np.errstate(over="ignore"):
         words = keys + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % (1 << 64))
         words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
-"""Read the two kinds of files that IWSLT has: ``train.tags.de-en.de``, lines between tags, and the XML sets.
+"""Read IWSLT's two kinds of files: ``train.tags.de-en.de``, lines between tags, and the XML sets.
 
-The files are not always well-formed XML (a bare ``&`` or ``<``). No XML parser reads them, so that no entity
-of a file is ever expanded, either.
+The files are not always well-formed XML (a bare ``&`` or ``<``), so no XML parser reads them. This also means
+that no entity of a file is ever expanded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lsmoe_ds.data.lines import read_aligned, read_lines
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted
 
-# Lines about a talk. Titles and descriptions are translated, and count as text, as is usual with IWSLT's data.
+# Lines about a talk. Titles and descriptions are translated and count as text, as is usual for IWSLT.
 ABOUT = re.compile(
     r"\s*(<\?xml\b|</?(doc|url|keywords|speaker|talkid|videourl|videopath|date"
     r"|transcript|transcription|reviewers?|translators?)(\s[^<>]*)?/?>)",
@@ -28,7 +28,7 @@ TAG = re.compile(r"<(/?)(seg|doc)\b([^<>]*)>", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Segment:
-    """Hold one segment of a set and the ids of its document and of itself, empty where there are none."""
+    """Hold one segment of a set, with the ids of its document and of itself, which may be empty."""
 
     document: str
     number: str
@@ -40,9 +40,9 @@ class Segment:
 
 
 def read_tagged(path: Path) -> Iterator[str]:
-    """Yield the sentences of a ``train.tags`` file: all lines but those about the talk.
+    """Yield the sentences of a ``train.tags`` file: all lines except those about the talk.
 
-    Titles and descriptions have lost their tags.
+    The tags of titles and descriptions are removed.
     """
     for line in read_lines(path):
         if not ABOUT.match(line):
@@ -50,7 +50,7 @@ def read_tagged(path: Path) -> Iterator[str]:
 
 
 def read_segments(path: Path) -> Iterator[Segment]:
-    """Yield the segments of an XML set, each on one line; one without text is there, too."""
+    """Yield the segments of an XML set, each on one line, including those without text."""
     content, document = "\n".join(read_lines(path)), ""
     tags = list(TAG.finditer(content))
     for tag, following in zip(tags, [*tags[1:], None], strict=False):
@@ -73,9 +73,9 @@ def _attribute(attributes: str, name: str) -> str:
 def pair_segments(first: Path, second: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, str]]:
     """Yield the segments of two files that have the same docid and id.
 
-    ``tell`` is told of those that only one file has.
-    Unless each segment of both has an id of its own, they are paired in their order. Raises UserError if then
-    their counts differ, and if no segment has a counterpart.
+    ``tell`` is called with a sentence about segments that only one file has. Unless every segment has an id
+    of its own, segments are paired in order. Raises UserError if then their counts differ, and if no segment
+    has a counterpart.
     """
     sides = [list(read_segments(path)) for path in (first, second)]
     texts = [{segment.key: segment.text for segment in side if segment.number} for side in sides]

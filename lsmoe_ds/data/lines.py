@@ -1,6 +1,6 @@
-"""Read files line by line, as UTF-8, compressed by gzip or not.
+"""Read UTF-8 files line by line, with or without gzip compression.
 
-A wrong byte is reported with its file and line.
+An error names the file and line of a wrong byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lsmoe_ds.folders import shown
 from lsmoe_ds.notices import counted
 
 LINE_LIMIT = 1 << 20
-GZIP = b"\x1f\x8b"  # how such files begin, and no UTF-8 text
+GZIP = b"\x1f\x8b"  # the first bytes of gzip files, with which no UTF-8 text begins
 
 
 def _open(path: Path) -> BinaryIO:
@@ -28,7 +28,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file without their ends.
+    """Yield the lines of a UTF-8 file without their line ends.
 
     Raises UserError for a file that is missing, unreadable, damaged or not UTF-8.
     """
@@ -56,9 +56,10 @@ def read_lines(path: Path) -> Iterator[str]:
 def read_aligned(
     first: Path, second: Path, read: Callable[[Path], Iterator[str]] = read_lines, what: str = "line"
 ) -> Iterator[tuple[str, str]]:
-    """Yield the lines of two files side by side, or what else ``read`` finds in them, called ``what``.
+    """Yield the lines of two files side by side.
 
-    Raises UserError with both counts if they are not equal.
+    ``read`` may yield other items, which errors call ``what``. Raises UserError with both counts if they are
+    not equal.
     """
     sides = read(first), read(second)
     for count, (left, right) in enumerate(zip_longest(*sides)):

@@ -1,7 +1,7 @@
-"""Say what a reader of prepared data might not expect: which files serve as dev and test, what adds nothing,
-which sets are small.
+"""Report what a user of prepared data might not expect.
 
-``prepare`` prints the sentences and keeps them in the manifest, ``data show`` prints them again.
+Examples are which files serve as dev and test sets, which corpora add nothing, and which sets are small.
+``prepare`` prints the sentences and keeps them in the manifest; ``data show`` prints them again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lsmoe_ds.data.held_out import HELD_OUT, Claims
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
 
-# Settings that the choice of dev and test sentences depends on.
+# Settings on which the choice of dev and test sentences depends.
 CHOOSE = ("corpora", "directions", "cleaning", "held_out")
 OF_MANY = ("flores", "ntrex")  # layouts that have the same text in many languages
 
@@ -30,21 +30,23 @@ class Notices:
 
     def __init__(self, data: Data) -> None:
         self.data, self.texts = data, list[str]()
-        self._serving: dict[tuple[str, str], list[str]] = defaultdict(list)  # bitexts, by split and the corpus whose set serves
-        self._others: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # also by the corpus whose set does not
+        # Bitexts, by split and the corpus whose set is used; in ``_others`` also by a corpus whose set is
+        # not.
+        self._serving: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self._others: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         self._empty: list[TextPart] = []
 
     def empty(self, part: TextPart) -> None:
-        """Note training text, or a dev or test set, without a sentence."""
+        """Record training text, or a dev or test set, without a sentence."""
         self._empty.append(part)
 
     def of_file(self, text: str) -> None:
-        """Write what is amiss with a file, once of one that serves several bitexts."""
+        """Report a fault of a file, only once if the file serves several bitexts."""
         if text not in self.texts:
             self.texts.append(text)
 
     def published(self, bitext: Bitext, split: str, corpora: Sequence[str]) -> None:
-        """Note which corpora bring a set of a bitext; the first one serves."""
+        """Record which corpora provide a set of a bitext; the first one's is used."""
         for number, corpus in enumerate(corpora):
             if number:
                 self._others[split, corpora[0], corpus].append(bitext.name)
@@ -52,7 +54,7 @@ class Notices:
                 self._serving[split, corpus].append(bitext.name)
 
     def of_corpora(self, found: Sequence[Search], bitexts: Sequence[Bitext]) -> None:
-        """Write of corpora that add nothing or lack a part, and of the sets that corpora bring along."""
+        """Report corpora that add nothing or lack a part, and the sets that corpora provide."""
         for corpus, each in zip(self.data.corpora, found, strict=True):
             name, own = each.wanted.corpus, each.parts
             if not own:
@@ -72,7 +74,7 @@ class Notices:
             self._of_stem(corpus)
 
     def _of_halves(self, found: Search) -> None:
-        """Write of files that are not read because the corpus lacks the other side."""
+        """Report files that are not read because the corpus lacks the other side."""
         served = {(part.bitext, part.split) for part in found.parts}
         perhaps = [half for half in found.wanted.perhaps_lacking if any(half.bitext == bitext for bitext, _ in served)]
         for split in SPLITS:
@@ -86,7 +88,7 @@ class Notices:
                 )
 
     def _of_languages(self, found: Search, of_many: bool) -> None:
-        """Write of languages of the recipe that a corpus of many languages lacks, or has in another variety."""
+        """Report languages of the recipe that a corpus of many languages lacks, or has in another variety."""
         relatives = {code: found.wanted.relatives(code) for code in found.wanted.unserved}
         lacking = [code for code, others in relatives.items() if others or (of_many and found.parts)]
         if lacking:
@@ -115,9 +117,7 @@ class Notices:
                 )
 
     def of_sets(self, bitexts: Sequence[Bitext], claims: Claims) -> None:
-        """Write of dev and test sets that are smaller than asked for or empty, and of bitexts without
-        training text.
-        """
+        """Report dev and test sets that are empty or too small, and bitexts without training text."""
         asked, empty, small = self.data.held_out, defaultdict(list), list[str]()
         for bitext in bitexts:
             sizes = {split: bitext.size(split) for split in HELD_OUT}
@@ -142,9 +142,9 @@ class Notices:
             self.texts.append(f"warning: {are} in a dev set and in a test set that corpora bring: dev scores may flatter")
 
     def of_start(self, recipe: Recipe, bitexts: Sequence[Bitext]) -> None:
-        """Write of a model to start from whose recipe has other data.
+        """Report that the model to start from was trained on other data.
 
-        Its training text may hold sentences of the sets that are chosen here.
+        Its training text may include sentences of the sets that are chosen here.
         """
         chosen = any(bitext.size(split) for bitext in bitexts for split in HELD_OUT if split not in bitext.own)
         start = recipe.training.start_from
@@ -153,7 +153,7 @@ class Notices:
         try:
             stored, _ = read_mapping(start / "recipe.yaml", "recipe", Recipe)
         except UserError:
-            return  # train says what is wrong with it
+            return  # training reports this error
         own, theirs = settings_of(recipe), stored.get("data")
         if isinstance(theirs, dict) and (other := [f"'data.{key}'" for key in CHOOSE if _unlike(own[key], theirs.get(key))]):
             self.texts.append(
@@ -174,7 +174,7 @@ def _set(split: str) -> str:
 
 
 def why_no_text(found: Sequence[Search], bitext: str) -> str:
-    """Return `` (corpus a has pt ...)``, what corpora without text for a bitext have of it, or an empty string."""
+    """Return what corpora without text for a bitext have instead, `` (corpus a has pt ...)``, or nothing."""
     said = []
     for each in found:
         corpus = f"corpus {each.wanted.corpus} has"

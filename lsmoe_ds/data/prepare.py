@@ -1,8 +1,7 @@
-"""Turn corpora into tokens: clean, hold out, train the vocabulary and write the folder that PreparedData
-opens.
+"""Turn corpora into tokens: clean, hold out, train the vocabulary and write PreparedData's folder.
 
-Memory: a few chunks of text for each core; 40 bytes for each pair of the largest bitext; 16 million keys
-while the held-out sentences are chosen; and sentencepiece's own copy of ``vocabulary.sentences`` sentences.
+Memory holds a few chunks of text for each core, 40 bytes for each pair of the largest bitext, 16 million keys
+while the held-out sentences are chosen, and sentencepiece's own copy of ``vocabulary.sentences`` sentences.
 The corpus itself is streamed.
 """
 
@@ -41,11 +40,10 @@ SMALL = 4 << 20
 
 
 def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
-    """Prepare the data of a recipe, unless that is done already; say why when it is done again, and what a
-    reader might not expect.
+    """Prepare the data of a recipe, unless they are up to date.
 
-    Stopped at any moment it leaves what was there before. Raises UserError for corpora that are missing,
-    damaged, badly encoded or too small.
+    Prints why data are prepared again, and the notices on them. If it is stopped at any moment, the earlier
+    data stay. Raises UserError for corpora that are missing, damaged, badly encoded or too small.
     """
     console, folder = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False), recipe.prepared
     if not force and (state := state_of(recipe)).reason is None:
@@ -72,7 +70,7 @@ def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
 
 
 def _cleaned(counts: Iterable[Mapping[str, int]]) -> str:
-    """Say how many pairs were read and how many each rule has dropped, the most first."""
+    """Describe how many pairs were read and how many each rule has dropped, in decreasing order."""
     total: Counter[str] = Counter()
     for each in counts:
         total.update(each)
@@ -112,7 +110,7 @@ class _Preparation:
 
     def run(self) -> dict[str, Any]:
         if self.data.vocabulary.file is not None:
-            read_vocabulary(self.data.vocabulary, self.languages.codes)  # what is wrong with it is said before hours of cleaning
+            read_vocabulary(self.data.vocabulary, self.languages.codes)  # fails before hours of cleaning
         fingerprint = corpora_fingerprint(self.parts)
         self.work.mkdir()
         with self.workers, self.progress:
@@ -156,8 +154,9 @@ class _Preparation:
         return ", ".join(map(name_of, self.data.corpora))
 
     def _read_published(self, bitext: Bitext, split: str) -> None:
-        """Read the sets that corpora bring along: the first corpus' serves as it stands, those of others are
-        kept out of training.
+        """Read the sets that corpora provide.
+
+        The first corpus' set is used unchanged; those of others are only kept out of training.
         """
         found: dict[str, list[tuple[str, str]]] = {}
         for part in self._of(bitext.name, split):
@@ -200,10 +199,9 @@ class _Preparation:
         return vocabulary
 
     def _sample(self) -> Iterator[str]:
-        """Yield training sentences, each language's share proportional to (its number of
-        sentences)^(1/temperature).
+        """Yield training sentences; a language's share is proportional to (its sentences)^(1/temperature).
 
-        A language that should give more than it has gives sentences more than once.
+        If a language has fewer sentences than its share, some are repeated.
         """
         sizes = {bitext.name: bitext.size("train") for bitext in self.bitexts}
         total = {code: sum(sizes[b.name] for b in self.bitexts if code in b.codes) for code in self.languages.codes}
@@ -241,7 +239,7 @@ class _Preparation:
 
 
 def _nothing_left(bitexts: Sequence[Bitext]) -> str:
-    """Return the sentence that refuses bitexts whose training text is empty, or is dropped by cleaning as a whole."""
+    """Return the error for bitexts whose training text is empty, or which cleaning drops as a whole."""
     names = listed(bitext.name for bitext in bitexts)
     counts = sum((bitext.counts for bitext in bitexts), Counter[str]())
     if not counts["read"]:

@@ -1,4 +1,4 @@
-"""What reads pairs out of the members of an archive: catalogues, MediaWiki's messages, and translated documents."""
+"""Read pairs from the members of an archive: catalogues, MediaWiki's messages, and translated documents."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lsmoe_ds.languages import CODE, normalize_code
 Triple = tuple[str, str, str]  # our code, English, translation
 
 NO_LANGUAGES = ("qqq", "qqx")  # MediaWiki's notes for translators
-BOKMAL = ("no", "no_NO")  # what programs that are translated into Bokmål call it
+BOKMAL = ("no", "no_NO")  # codes that programs use for Bokmål
 
 MALLARD = Markup(
     html=False,
     blocks=frozenset({"p", "title", "subtitle", "desc", "td"}),
     skipped=frozenset({"comment", "credit", "license"}),
 )
-HTML = Markup(  # of DocBook's and LibreOffice's making
+HTML = Markup(  # as DocBook and LibreOffice write it
     html=True,
     blocks=frozenset({"h1", "h2", "h3", "h4", "h5", "h6", "p", "div.para", "dt", "dd", "li", "th", "td"}),
     skipped=frozenset({"head", "header", "aside", "footer", "nav", "script", "pre", "ul.docnav", "div.toc", "span.MAC"}),
@@ -30,7 +30,10 @@ HTML = Markup(  # of DocBook's and LibreOffice's making
 
 
 class Reader:
-    """Reads the archives of one source, one after another. ``members`` matches the names of the files that it needs."""
+    """Read the archives of one source, one after another.
+
+    ``members`` matches the names of the files that it needs.
+    """
 
     members: re.Pattern[str]
 
@@ -38,19 +41,22 @@ class Reader:
         self.counts: Counter[str] = Counter()  # for the provenance
 
     def pairs(self, members: Members) -> Iterator[Triple]:
-        """Pairs of an archive; either text may be empty. Raises ValueError for what is not as it should be."""
+        """Yield the pairs of an archive; either text may be empty. Raises ValueError for malformed files."""
         raise NotImplementedError
 
 
 def language(name: str) -> str | None:
-    """Our code of a locale; None for variants of English or of politeness, and for what is no language."""
+    """Return our code of a locale; None for English, for variants of politeness, and for other names."""
     code = "nb" if name in BOKMAL else normalize_code(name)
     wanted = CODE.match(code) and code.split("_")[0] != "en" and not name.lower().endswith("formal") and code not in NO_LANGUAGES
     return code if wanted else None
 
 
 class Catalogues(Reader):
-    """Compiled gettext catalogues. In those of ``prose`` an entry holds many sentences, and is split where both sides have as many."""
+    """Read compiled gettext catalogues.
+
+    With ``prose`` an entry holds many sentences; it is split if both sides have the same number.
+    """
 
     members = re.compile(r".*/locale/[^/]+/LC_MESSAGES/[^/]+\.mo")
 
@@ -73,7 +79,7 @@ class Catalogues(Reader):
 
 
 class Messages(Reader):
-    """MediaWiki's ``i18n/CODE.json``, joined with the English messages beside them by key."""
+    """Read MediaWiki's ``i18n/CODE.json``, joined by key with the English messages of the same folder."""
 
     members = re.compile(r"(\./)?usr/share/mediawiki/.*/i18n/(.*/)?[a-z][a-z-]*\.json")
 
@@ -93,9 +99,10 @@ class Messages(Reader):
 
 
 class Documents(Reader):
-    """Documents aligned with the English ones block by block; those whose blocks differ are left out, and counted.
+    """Read documents aligned with the English ones block by block.
 
-    ``members`` has the groups ``language`` and ``document``; the archive with the English documents comes first.
+    Documents whose blocks differ are left out, and counted. ``members`` has the groups ``language`` and
+    ``document``. The archive with the English documents must come first.
     """
 
     def __init__(self, markup: Markup, members: str, english: str) -> None:
@@ -116,5 +123,5 @@ class Documents(Reader):
             aligned = align_documents(self.english[document], blocks) if blocks else None
             self.counts["documents_left_out" if aligned is None else "documents"] += 1
             for english, translation in aligned or ():
-                if english != translation:  # what is not translated yet
+                if english != translation:  # equal texts are not translated yet
                     yield code, english, translation

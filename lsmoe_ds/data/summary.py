@@ -1,4 +1,4 @@
-"""Sum up prepared data: pairs, tokens and lengths by direction and split, and what a reader might not expect."""
+"""Summarize prepared data: pairs, tokens and lengths by direction and split, and the notices."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from lsmoe_ds.languages import language_name
 
 @dataclass(frozen=True)
 class Row:
-    """Describe one direction and split. Lengths are tokens a sentence; ``unknown`` is the share of tokens
-    that the vocabulary lacks.
+    """The numbers of one direction and split.
 
-    ``held_out`` is the number of training pairs that were dropped because a side of them is held out; 0 for
-    dev and test.
+    Lengths are tokens per sentence. ``unknown`` is the share of tokens that the vocabulary lacks.
+    ``held_out`` is the number of training pairs dropped because one side is held out; 0 for dev and test.
     """
 
     direction: str
@@ -38,6 +37,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
+    """The summary of prepared data."""
+
     folder: str
     vocabulary: int
     languages: tuple[str, ...]
@@ -46,11 +47,11 @@ class Summary:
     notices: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON holds."""
+        """Return the summary for JSON."""
         return asdict(self)
 
     def table(self) -> Table:
-        """Draw a line for each direction, with the pairs of all splits; the notices stand below."""
+        """Return a table with a line for each direction; the notices are below."""
         title = f"{self.folder}: {len(self.languages)} languages, vocabulary of {self.vocabulary:,}"
         caption = Text("\n".join(self.notices), justify="left") if self.notices else None
         table = Table(title=Text(title), caption=caption)
@@ -69,8 +70,9 @@ class Summary:
 
 
 def show(recipe: Recipe) -> Summary:
-    """Sum up the prepared data of a recipe. Raises UserError if they are not prepared, prepared otherwise or
-    damaged.
+    """Summarize the prepared data of a recipe.
+
+    Raises UserError if they are not prepared, prepared with other settings, or damaged.
     """
     data = PreparedData.of(recipe)
     state = state_of(recipe)

@@ -1,4 +1,4 @@
-"""Writing the token files of one bitext and split."""
+"""Write the token files of one bitext and split."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def _encode_chunk(pairs: list[tuple[str, str]], model: Path, stamp: int, dtype: 
 
 
 class _ArrayFile:
-    """A growing one-dimensional .npy file: the header is written again at the end, numpy leaves room in it for a longer shape."""
+    """A growing one-dimensional .npy file.
+
+    The header is rewritten at the end; numpy leaves room in it for a longer shape.
+    """
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.file: BinaryIO = path.open("wb")
@@ -62,7 +65,10 @@ class _ArrayFile:
 def write_tokens(
     folder: Path, codes: tuple[str, str], pairs: Iterator[tuple[str, str]], model: Path, size: int, text: bool, workers: Workers
 ) -> dict[str, dict[str, int]]:
-    """Writes ids, offsets and (with ``text``) sentences of both sides; returns tokens, unknown tokens and the longest sentence of each."""
+    """Write ids, offsets and (with ``text``) sentences of both sides.
+
+    Returns for each side the number of tokens, of unknown tokens, and the length of the longest sentence.
+    """
     folder.mkdir(parents=True)
     dtype = "<u2" if size <= 1 << 16 else "<u4"
     tokens = [_ArrayFile(folder / f"{code}.tokens.npy", dtype) for code in codes]

@@ -1,4 +1,4 @@
-"""Work on text in chunks, by all cores, in order, with few chunks in memory."""
+"""Process text in chunks on all cores, in order, with few chunks in memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a worker whose parent was killed would wait for work for ever."""
+    """Ignore Ctrl-C, which the parent handles, and exit when the parent ends.
+
+    Otherwise a worker whose parent was killed would wait for work for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
 
@@ -44,7 +47,10 @@ def _start_worker() -> None:
 
 
 class Workers:
-    """``count`` processes, or with 0 this one. They are started (spawned, so that no state is inherited) on first use."""
+    """A pool of ``count`` processes; with 0 the work is done in this process.
+
+    The processes start at first use; they are spawned, so that they inherit no state.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -58,7 +64,7 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Results in the order of the items; at most two items for each worker are under way."""
+        """Yield the results in the order of the items; about two items per worker are in progress."""
         if not self.count:
             yield from map(function, items)
             return

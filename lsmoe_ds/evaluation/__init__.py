@@ -1,1 +1,1 @@
-"""Scores and reports."""
+"""Evaluation: translate and score text, and test whether scores of systems differ."""

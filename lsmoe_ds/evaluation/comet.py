@@ -1,4 +1,4 @@
-"""COMET, where the package `unbabel-comet` and a checkpoint on disk are there. Nothing is downloaded by us."""
+"""Score with COMET, if the package `unbabel-comet` and a checkpoint on disk exist. We download nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lsmoe_ds.evaluation.scores import DirectionScore
 from lsmoe_ds.folders import sha256
 
 BATCH = 16
-CHECKPOINT = Path("checkpoints", "model.ckpt")  # in a folder as COMET's download leaves it
+CHECKPOINT = Path("checkpoints", "model.ckpt")  # where COMET's download puts it within its folder
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Comet:
 
     @classmethod
     def find(cls, path: str | Path) -> Comet:
-        """Find a checkpoint, a file or the folder around ``checkpoints/model.ckpt``; it is loaded when it is
-        needed.
+        """Find a checkpoint without loading it: a file, or the folder around ``checkpoints/model.ckpt``.
 
         Raises UserError if COMET is not installed or there is no such file.
         """
@@ -56,7 +55,7 @@ class Comet:
 
     def score(self, sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str]) -> float:
         """Compute the system score of N translations: the mean of their segment scores."""
-        import torch  # not to be loaded with this module, which merging parts reads
+        import torch  # here, because merging parts imports this module and needs no torch
 
         triples = zip(sources, hypotheses, references, strict=True)
         samples = [{"src": source, "mt": hypothesis, "ref": reference} for source, hypothesis, reference in triples]

@@ -1,4 +1,4 @@
-"""``lsmoe compare``: pairs the stored translations of several systems and tests whether their scores differ."""
+"""``lsmoe compare``: test whether the scores of several systems differ, from their stored translations."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.significance import TRIALS, Outcome, Trials, run_trials
 from lsmoe_ds.languages import Direction
 
-TEXT = ("split", "limit")  # what must be the same for scores to be comparable at all
-SEARCH = ("route", "beam", "length_penalty")  # what must be, too, unless records are named that differ in it
-BYTES = 10 * 8 + 24 * 4  # of each line and resample: ten randomizations, and the n-gram counts of chrF++
+TEXT = ("split", "limit")  # must be the same, or scores do not compare at all
+SEARCH = ("route", "beam", "length_penalty")  # must be the same, too, unless the user names records
+BYTES = 10 * 8 + 24 * 4  # per line and resample: ten randomizations, and the n-gram counts of chrF++
 
-Found = dict[str, list[Outcome]]  # by metric, for each system
+Found = dict[str, list[Outcome]]  # by metric, one outcome for each system
 
 
 @dataclass(frozen=True)
 class System:
-    """The stored translations of a system. ``named`` tells whether the record itself was named rather than
-    its run."""
+    """The stored translations of a system. ``named``: the user named the record rather than its run."""
 
     path: Path
     folder: ScoreFolder
@@ -48,7 +47,7 @@ class System:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Outcomes by direction and of the mean over ``directions``; the first system is the baseline."""
+    """The outcomes by direction and for the mean over ``directions``; the first system is the baseline."""
 
     systems: tuple[System, ...]
     directions: dict[Direction, Found]
@@ -59,8 +58,7 @@ class Comparison:
 
     @property
     def labels(self) -> list[str]:
-        """Name each system as shortly as tells them apart: by its run, by its path's last part, or by its
-        path."""
+        """Name the systems by run, by the last part of their paths, or by path: the first that differ."""
         choices = [
             [system.table.name for system in self.systems],
             [system.path.name for system in self.systems],
@@ -72,7 +70,7 @@ class Comparison:
 
     @property
     def rows(self) -> list[tuple[str, Found]]:
-        """Name what was compared: each direction, and the mean of several."""
+        """Return (title, outcomes) of each direction and, if there are several, of their mean."""
         mean = [(f"mean of {len(self.directions)} directions", self.mean)] if len(self.directions) > 1 else []
         return [*((str(direction), found) for direction, found in self.directions.items()), *mean]
 
@@ -102,8 +100,7 @@ class Comparison:
         }
 
     def table(self) -> Table:
-        """Make a table for a terminal: a line for each direction and each system that is compared with the
-        baseline."""
+        """Make a table for a terminal: a line for each direction and system."""
         first = self.systems[0]
         trials = f"{self.samples:,} bootstrap resamples, {TRIALS * self.samples:,} randomizations, seed {self.seed}"
         legend = "difference from the baseline [its 95 % interval], p by paired bootstrap / approximate randomization"
@@ -144,11 +141,11 @@ def compare_runs(
     seed: int = 12345,
     progress: bool = True,
 ) -> Comparison:
-    """Test the systems at ``paths`` against the first one, by direction and over all.
+    """Test the systems at ``paths`` against the first one, by direction and over all directions.
 
-    A path is a run (its complete evaluation, or else the fullest), a checkpoint in it, or a record in
-    RUN/scores. Raises UserError for systems that were not asked the same question on the same text; the
-    message names what differs.
+    A path is a run (which stands for its complete evaluation, or else the fullest), a checkpoint in it, or a
+    record in RUN/scores. Raises UserError if the systems' scores do not answer the same question on the same
+    text; the message names the difference.
     """
     if len(paths) < 2:
         raise UserError("there is nothing to compare: name two runs or more, the baseline first")
@@ -203,7 +200,7 @@ def find_system(path: Path) -> System:
 
 
 def _check_question(first: System, second: System, tokenized: bool) -> None:
-    """Raise UserError naming the first thing in which two systems were not asked the same."""
+    """Raise UserError, which names the first difference, if the questions of two systems differ."""
     keys = [*TEXT, *(() if tokenized else ("tokenize",)), *(() if first.named or second.named else SEARCH)]
     for key in keys:
         one, other = getattr(first.table, key), getattr(second.table, key)
@@ -216,7 +213,7 @@ def _check_question(first: System, second: System, tokenized: bool) -> None:
 
 
 def _tell_steps(systems: Sequence[System]) -> None:
-    """Say on standard error which steps are compared, where they differ and were not named themselves."""
+    """Say on standard error which steps are compared, if they differ and not all records were named."""
     steps = [system.table.step for system in systems]
     if len(set(steps)) > 1 and not all(system.named for system in systems):
         found = ", ".join(f"{system.path} of step {step:,}" for system, step in zip(systems, steps, strict=True))
@@ -224,7 +221,7 @@ def _tell_steps(systems: Sequence[System]) -> None:
 
 
 def _choose(systems: Sequence[System], asked: Sequence[str] | None) -> list[Direction]:
-    """Choose the directions. Raises UserError if one is not in all systems."""
+    """Choose the directions to compare. Raises UserError if a system lacks one."""
     own = {code for direction in systems[0].directions for code in (direction.source, direction.target)}
     chosen = systems[0].directions if asked is None else read_directions(asked, own)
     if not chosen:
@@ -238,7 +235,7 @@ def _choose(systems: Sequence[System], asked: Sequence[str] | None) -> list[Dire
 
 
 def _find_tokenizer(recorded: str | None, tokenize: str | None) -> Tokenizer | None:
-    """Read ``--tokenize``, or the tokenizer that the scores were made with."""
+    """Read the tokenizer that ``--tokenize`` names, or else the one that the scores were made with."""
     if tokenize is None and recorded is not None and recorded.startswith("spm-"):
         raise UserError(f"the scores were made with the sentencepiece model {recorded}: give that file with --tokenize spm:FILE")
     name = tokenize if tokenize is not None else recorded
@@ -246,8 +243,10 @@ def _find_tokenizer(recorded: str | None, tokenize: str | None) -> Tokenizer | N
 
 
 def _read(systems: Sequence[System], direction: Direction) -> tuple[list[list[str]], list[str]]:
-    """Read the translations of each system, and the references. Raises UserError if these or the sources
-    differ."""
+    """Read the translations of each system, and the references.
+
+    Raises UserError if the references or the sources of two systems differ.
+    """
     texts = [system.folder.read_text(system.table.question, direction) for system in systems]
     for system, text in zip(systems[1:], texts[1:], strict=True):
         for side, first, second in (("sources", texts[0][0], text[0]), ("references", texts[0][2], text[2])):

@@ -1,5 +1,4 @@
-"""The comparison of systems as one page that needs nothing beside itself: differences with their intervals,
-and all numbers."""
+"""Render a comparison of systems as one self-contained page: differences, intervals and all numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ def write_page(comparison: Comparison, out: Path) -> None:
 
 
 def render_page(comparison: Comparison) -> str:
-    """Render the page. Everything that comes from data is escaped by the template."""
+    """Render the page. The template escapes everything that comes from data."""
     rows = comparison.rows
     return open_template("lsmoe_ds.evaluation", "compare.html", number=number).render(
         comparison=comparison,

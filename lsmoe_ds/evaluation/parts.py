@@ -1,9 +1,8 @@
-"""Scores of the directions of a run that several processes share: what each wrote, put together. Needs no
-model and no torch.
+"""Merge the scores of directions that several processes have divided among themselves.
 
-A part's record is the :class:`ScoreTable` of every N-th direction, in the folder of its question. No two
-parts write the same file, so that they can be scored at the same time on any machines that share the folder.
-A part is scored anew whenever it is asked for.
+This needs no model and no torch. A part's record is the :class:`ScoreTable` of every N-th direction, in the
+folder of its question. No two parts write the same file, so that they can be scored at the same time on
+machines that share the folder. A part that is asked for is always scored again.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ RECIPE = "recipe.yaml"
 
 
 def choose_directions(asked: Sequence[str] | None, languages: Languages, untrained: bool = False) -> list[Direction]:
-    """List those asked for, each once, or all of the system.
+    """List the directions asked for, each once, or by default all of the system.
 
-    ``untrained`` also allows directions between the system's languages that it was not trained on. Raises
-    UserError for one that it lacks.
+    ``untrained`` also allows directions between the system's languages on which it was not trained. Raises
+    UserError for any other direction.
     """
     if asked is None:
         return list(languages.directions)
@@ -59,10 +58,10 @@ def merge(
     out: str | Path | None = None,
     comet: str | Path | None = None,
 ) -> ScoreTable:
-    """Write the scores that :func:`lsmoe_ds.evaluation.evaluate.evaluate` would write with the same options
-    at once, out of ``count`` parts of the latest step of which all are there; the parts stay.
+    """Merge ``count`` parts into the scores that one evaluation with the same options would write.
 
-    Raises UserError if a part is missing or damaged, and unless each direction is scored once.
+    The parts are those of the latest step for which all exist; they are kept. Raises UserError if a part is
+    missing or damaged, and unless each direction is scored once.
     """
     home, step = find_home(Path(run))
     languages = load_recipe(home / RECIPE).languages
@@ -97,15 +96,17 @@ def _show(value: object) -> str:
 
 
 def _name_comet(path: str | Path | None) -> str | None:
-    """Name a checkpoint without loading it."""
+    """Return the name of a COMET checkpoint without loading it."""
     from lsmoe_ds.evaluation.comet import Comet
 
     return None if path is None else Comet.find(path).name
 
 
 def _find_parts(folder: ScoreFolder, wanted: ScoreTable, step: int | None, count: int, run: str | Path) -> tuple[str, list[Part]]:
-    """Find the question, at ``step`` or the latest of which all parts are there, and its parts. Raises
-    UserError if there is none."""
+    """Find the question, at ``step`` or the latest step for which all parts exist, and its parts.
+
+    Raises UserError if there is none.
+    """
     found: dict[int, list[Part]] = {}
     others = []
     for question, parts in folder.parts(count):
@@ -142,8 +143,10 @@ def _by_direction(tables: dict[Part, ScoreTable]) -> dict[Direction, DirectionSc
 
 
 def find_home(run: Path) -> tuple[Path, int | None]:
-    """Find the folder that scores of a run, a checkpoint in it or a converted folder are written to, and the
-    checkpoint's step; the checkpoint may be gone since."""
+    """Return the folder to which scores are written, and the step if ``run`` is a checkpoint.
+
+    ``run`` is a run, a checkpoint in it or a converted folder. The checkpoint may have been removed since.
+    """
     checkpoints = run.resolve().parent
     if checkpoints.name == "checkpoints" and not (run / RECIPE).is_file():
         return checkpoints.parent, step_of(run.resolve()) if run.resolve().name.removeprefix("step-").isdecimal() else None

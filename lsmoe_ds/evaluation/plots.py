@@ -1,5 +1,6 @@
-"""Curves as inline SVG that stretches with the page: lines in the SVG, labels in HTML, so that text keeps its
-size.
+"""Draw curves as inline SVG that stretches with the page.
+
+Lines are in the SVG and labels in HTML, so that text keeps its size.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve of finite (x, y) points. ``kind``: a line, a faint thin line behind others, a thin line with
-    dots (dev, and dev by the shared route), or a dashed line at which another aims.
+    """One curve of finite (x, y) points.
+
+    ``kind`` is a line, a faint thin line behind others, a thin line with dots (dev, and dev by the shared
+    route), or a dashed line that marks another curve's target.
     """
 
     points: Points
@@ -25,8 +28,9 @@ class Series:
 
 
 def smooth(points: Points, window: int) -> list[tuple[float, float]]:
-    """Return the mean over the ``window`` points before and after each; near the ends fewer, but as many on
-    both sides, so it does not lag.
+    """Average each point with the ``window`` points before and after it.
+
+    Near the ends the window is smaller, but equal on both sides, so that the curve does not lag.
     """
     total = [0.0]
     for _, y in points:
@@ -39,9 +43,7 @@ def smooth(points: Points, window: int) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about ``count`` round numbers that span ``low`` to ``high``: the first is not above, the last
-    not below.
-    """
+    """Return about ``count`` round numbers, from ``low`` or below to ``high`` or above."""
     if high <= low:
         high = low + (abs(low) or 1.0)
     raw = (high - low) / count
@@ -53,7 +55,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis of differences, with 0 on it."""
+    """An axis for differences, which includes 0."""
 
     ticks: list[float]
 
@@ -64,7 +66,7 @@ class Scale:
         return cls(ticks(min(found), max(found)))
 
     def at(self, value: float) -> float:
-        """Return the place of a value, in percent from the left."""
+        """Return the position of a value, in percent from the left."""
         return 100 * (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
 
 
@@ -97,7 +99,7 @@ def line_chart(series: Sequence[Series], description: str, tall: bool = True) ->
             "dev",
             "dev wide",
             "shared",
-        ):  # a line of no length with round ends is a dot that stays round when the drawing is stretched
+        ):  # a line of zero length with round ends is a dot that stays round when the drawing is stretched
             dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in placed)
             marks.append(Markup('<path class="{} dots" d="{}"/>').format(one.kind, dots))
     label = Markup('<span class="{}" style="{}:{:.2f}%">{}</span>')
@@ -109,7 +111,7 @@ def line_chart(series: Sequence[Series], description: str, tall: bool = True) ->
 
 
 def number(value: float) -> str:
-    """Write a number as short as it can be read: ``12,500``, ``0.75``, ``1.5e-4``."""
+    """Format a number in a short, readable form: ``12,500``, ``0.75``, ``1.5e-4``."""
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"

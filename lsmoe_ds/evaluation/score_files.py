@@ -1,4 +1,4 @@
-"""``lsmoe score``: scores files of translations, whoever made them, as ``lsmoe evaluate`` scores a model's."""
+"""``lsmoe score``: score files of translations from any system, as ``lsmoe evaluate`` scores a model's."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from lsmoe_ds.languages import language_name
 
 @dataclass(frozen=True)
 class FileScore:
-    """Scores of one file of N lines; ``copy`` are those of its sources, ``exact`` and ``weak`` shares of
-    lines."""
+    """The scores of one file of N lines.
+
+    ``copy`` are the scores of copying the sources; ``exact`` and ``weak`` are shares of lines.
+    """
 
     hypothesis: Path
     to: str | None
@@ -74,10 +76,10 @@ def score_files(
     tokenize: str | None = None,
     comet: Path | None = None,
 ) -> FileScore:
-    """Score a file of translations against one file of references or several, line by line.
+    """Score a file of translations against one or several files of references, line by line.
 
-    ``to`` is the language, by which BLEU's tokenizer is chosen unless ``tokenize`` names it. Raises UserError
-    for files that cannot be read or have other numbers of lines.
+    ``to`` is the language; it decides BLEU's tokenizer unless ``tokenize`` names one. Raises UserError for
+    files that cannot be read or have different numbers of lines.
     """
     if to is None and tokenize is None:
         raise UserError("BLEU depends on how words are told apart: give the language of the translations with --to, or --tokenize")

@@ -1,4 +1,4 @@
-"""Where scores lie: one record and one folder of text for each question, so that none replaces another's.
+"""The layout of a scores folder: one record and one folder of text for each question.
 
 ::
 
@@ -8,7 +8,7 @@
     scores/step-200.test.beam-5/en-de.reference
     scores/step-200.test.beam-5/routing.json         expert shares, of a model with experts, on its held-out text
     scores/step-200.test.beam-5/part-3-of-8.json     of `lsmoe evaluate --part 3/8`
-    scores.json, routing.json                        those of the complete evaluation, for other programs
+    scores.json, routing.json                        of the complete evaluation, for other programs
 
 ``scores.json`` is replaced only by a complete evaluation (all directions, the whole test set, the specific
 route) of the same or a later step.
@@ -36,7 +36,7 @@ OWNER = "model.json"  # names the model, where the folder is not its own
 
 @dataclass(frozen=True)
 class ScoreFolder:
-    """The folder that holds ``scores.json``: a run, a converted folder, or what ``--out`` names."""
+    """The folder that holds ``scores.json``: a run, a converted folder, or the one that ``--out`` names."""
 
     home: Path
 
@@ -58,9 +58,9 @@ class ScoreFolder:
             check_can_write(folder, "give a folder for the scores with --out DIR")
 
     def claim(self, model: Path) -> None:
-        """Note which run or converted folder the scores here are of, when they lie elsewhere (``--out``).
+        """Record which model the scores in this folder are of, if it is not the model's own (``--out``).
 
-        Raises UserError if they are another model's: its scores would be replaced by those of the same question.
+        Raises UserError if they are another model's, whose scores on the same question would be replaced.
         """
         noted = self.home / "scores" / OWNER
         owner = (read_json(noted) or {}).get("model")
@@ -83,8 +83,7 @@ class ScoreFolder:
             write_whole(self.text(question, direction, side), "".join(f"{line}\n" for line in lines))
 
     def read_text(self, question: str, direction: Direction) -> tuple[list[str], list[str], list[str]]:
-        """Read the lines of :data:`SIDES`. Raises UserError if a file is missing or the numbers of lines
-        differ."""
+        """Read the lines of :data:`SIDES`. Raises UserError if a file is missing or line counts differ."""
         source, hypothesis, reference = (_read_lines(self.text(question, direction, side)) for side in SIDES)
         if not len(source) == len(hypothesis) == len(reference):
             counts = ", ".join(f"{len(lines)} {side}" for lines, side in zip((source, hypothesis, reference), SIDES, strict=True))
@@ -92,8 +91,10 @@ class ScoreFolder:
         return source, hypothesis, reference
 
     def write(self, table: ScoreTable, directions: Sequence[Direction]) -> None:
-        """Write the record of a question, and ``scores.json`` if this is the complete evaluation of the
-        system's ``directions``."""
+        """Write the record of a question, and ``scores.json`` if it is a complete evaluation.
+
+        It is complete if it covers the system's ``directions``, by the specific route.
+        """
         table.write(self.record(table.question))
         if table.route != "specific" or not table.covers(directions):
             return
@@ -106,14 +107,17 @@ class ScoreFolder:
             table.write(self.home / SCORES)
 
     def _keep(self, before: ScoreTable, directions: Sequence[Direction]) -> None:
-        """Write the record of a ``scores.json`` of an earlier version, which has none, before it is replaced."""
+        """Write the record of a ``scores.json`` before it is replaced, if an earlier version wrote none."""
         before = replace(before, asked=None) if before.covers(directions) else before
         if not self.record(before.question).exists():
             before.write(self.record(before.question))
 
     def write_routing(self, table: ScoreTable, routing: dict[str, Any]) -> None:
-        """Write the expert shares of a question on held-out text, and ``routing.json`` if they are the
-        specific route's on the test set, of the same or a later step. They depend on nothing else."""
+        """Write the expert shares of a question on held-out text.
+
+        Also writes ``routing.json`` if they are the specific route's on the test set, of the same or a later
+        step; the shares depend on nothing else.
+        """
         text = json.dumps({"step": table.step, "route": table.route, **routing}) + "\n"
         write_whole(self.folder(table.question) / ROUTING, text)
         if (table.route, table.split) != ("specific", "test"):
@@ -130,11 +134,11 @@ class ScoreFolder:
         return [ScoreTable.read(path) for path in paths if path.is_file()]
 
     def best(self, directions: Sequence[Direction], route: str | None = None, step: int | None = None) -> ScoreTable | None:
-        """Choose the :func:`fullest` of the scores here; ``route`` leaves out the others."""
+        """Choose the :func:`fullest` of the scores here, or with ``route`` of that route's scores."""
         return fullest([table for table in self.tables() if route in (None, table.route)], directions, step)
 
     def parts(self, count: int) -> Iterator[tuple[str, list[Part]]]:
-        """Find the questions of which parts of ``count`` were scored, and these parts."""
+        """Yield each question that has scored parts of ``count``, and these parts."""
         for folder in sorted((self.home / "scores").glob("step-*/")):
             names = [re.fullmatch(rf"part-([0-9]+)-of-{count}\.json", path.name) for path in folder.iterdir()]
             found = sorted(int(name[1]) for name in names if name)
@@ -149,11 +153,10 @@ class ScoreFolder:
 
 
 def fullest(tables: Iterable[ScoreTable], directions: Sequence[Direction], step: int | None = None) -> ScoreTable | None:
-    """Choose the complete evaluation of ``directions``, or else the one with most of them; None if none has
-    any.
+    """Choose the complete evaluation of ``directions``, or else the one with most of them, or None.
 
-    Of several complete ones that of ``step`` comes first, then the specific route, then the latest step, then
-    the usual search.
+    Among several complete ones the specific route comes first, then ``step``, then the latest step, then the
+    usual search.
     """
     wanted = set(directions)
 
@@ -174,7 +177,7 @@ def _rank(table: ScoreTable) -> tuple[int, bool]:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:  # a carriage return within a sentence is no end of it
+        with path.open(encoding="utf-8", newline="\n") as file:  # a carriage return does not end a line
             return file.read().split("\n")[:-1]
     except FileNotFoundError:
         raise UserError(f"there is no text {path}: `lsmoe evaluate` of this version keeps it beside the scores") from None

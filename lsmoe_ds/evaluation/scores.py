@@ -1,7 +1,7 @@
 """Scores of a model's translations, by direction, beside those of copying the source.
 
-A :class:`ScoreTable` answers one question: at which step, on which text, by which route and search, over
-which words. Its JSON::
+A :class:`ScoreTable` answers one question, which is the step, the text, the route, the search and BLEU's
+tokenizer. Its JSON::
 
     {"name", "question", "step", "split", "beam", "length_penalty", "route", "limit", "tokenize", "asked": [direction, ...] or null,
      "skipped": [direction, ...], "sentences", "signatures": {metric: [signature, ...]},
@@ -42,14 +42,14 @@ AVERAGES = {
     "low": "low resource",
 }
 WEAK = 30.0
-"""A translation whose own chrF is below this is seldom of any use."""
-BEAM, PENALTY = 5, 1.0  # the search that scores are usually stated for
+"""A translation whose own chrF is below this is rarely of any use."""
+BEAM, PENALTY = 5, 1.0  # the usual search
 LONGEST_NAME = 60  # characters of the directions in a question's name
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sentence of the test set, what the model made of it, and what it should be."""
+    """One sentence of the test set, the model's translation, and the reference."""
 
     source: str
     hypothesis: str
@@ -58,9 +58,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class DirectionScore:
-    """Scores of one direction. ``exact`` and ``weak`` are the shares of sentences, from 0 to 1, that equal
-    the reference and that have a chrF below :data:`WEAK`; ``seconds`` is the time it took to translate them;
-    ``comet`` is COMET's system score."""
+    """The scores of one direction.
+
+    ``exact`` and ``weak`` are the shares of sentences, from 0 to 1, that equal the reference and that have a
+    chrF below :data:`WEAK`. ``seconds`` is the time that translation took. ``comet`` is COMET's system score.
+    """
 
     direction: Direction
     metrics: Metrics
@@ -83,11 +85,10 @@ def score_direction(
     samples: int = 5,
     tokenizer: Tokenizer | None = None,
 ) -> DirectionScore:
-    """Score detokenized lines: N ``hypotheses`` against N ``references``, and the N ``sources`` against the
-    same.
+    """Score N detokenized ``hypotheses``, and the N ``sources`` as a copy, against N ``references``.
 
-    The samples are spread evenly over the lines, not picked. Raises UserError if there is no line, ValueError
-    if the numbers of lines differ.
+    The samples are spread evenly over the lines, not hand-picked. Raises UserError if there is no line,
+    ValueError if the numbers of lines differ.
     """
     if not len(sources) == len(hypotheses) == len(references):
         raise ValueError(f"{direction}: {len(sources)} sources, {len(hypotheses)} hypotheses and {len(references)} references")
@@ -110,8 +111,10 @@ def score_direction(
 
 
 def shares(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """Compute the shares of N hypotheses that equal a reference and that have a chrF below :data:`WEAK`; [R,
-    N] references."""
+    """Compute the shares of N hypotheses that equal a reference and that have a chrF below :data:`WEAK`.
+
+    ``references`` is [R, N].
+    """
     characters, several = CHRF(), list(zip(*references, strict=True))
     exact = sum(h.strip() in [r.strip() for r in each] for h, each in zip(hypotheses, several, strict=True))
     weak = sum(characters.sentence_score(h, list(each)).score < WEAK for h, each in zip(hypotheses, several, strict=True))
@@ -120,13 +123,13 @@ def shares(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tu
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of a model at one step, and the question that they answer.
+    """The scores of a model at one step, and the question that they answer.
 
     ``split`` is "test", "dev" or the name of the user's own test set; ``route`` is "specific" or "shared", as
-    for :func:`lsmoe_ds.inference.load.load`; the first ``limit`` sentences of each direction are scored;
-    ``tokenize`` names BLEU's tokenizer where it was chosen; ``asked`` are the directions that were asked for,
-    None for all; ``skipped`` are those of them without text; ``comet`` names COMET's checkpoint;
-    ``resources`` gives the resource group of each bitext, as far as it is known.
+    for :func:`lsmoe_ds.inference.load.load`; ``limit`` is the number of sentences scored in each direction,
+    None for all; ``tokenize`` is the name of BLEU's tokenizer if the user chose it; ``asked`` are the
+    directions that were asked for, None for all; ``skipped`` are those of them without text; ``comet`` is the
+    name of COMET's checkpoint; ``resources`` is the resource group of each bitext, as far as it is known.
     """
 
     name: str
@@ -145,8 +148,10 @@ class ScoreTable:
 
     @property
     def question(self) -> str:
-        """The name of the question in file names: ``step-200.test.beam-5``, and whatever differs from a
-        complete evaluation."""
+        """Return the question's name in file names.
+
+        It is ``step-200.test.beam-5``, plus whatever differs from a complete evaluation.
+        """
         parts = [f"step-{self.step}", self.split, f"beam-{self.beam}"]
         parts += [f"penalty-{self.length_penalty}"] if self.length_penalty != PENALTY else []
         parts += [self.route] if self.route != "specific" else []
@@ -157,8 +162,7 @@ class ScoreTable:
         return ".".join(parts)
 
     def covers(self, directions: Iterable[Direction]) -> bool:
-        """Tell whether this is a complete evaluation of these directions: all test sentences, BLEU's usual
-        words."""
+        """Tell whether this evaluates directions completely: all test sentences, default tokenizers."""
         answered = {*(score.direction for score in self.directions), *self.skipped}
         return self.split == "test" and self.limit is None and self.tokenize is None and answered.issuperset(directions)
 
@@ -167,8 +171,7 @@ class ScoreTable:
         return (self.beam, self.length_penalty) == (BEAM, PENALTY)
 
     def describe(self, directions: Sequence[Direction]) -> str:
-        """Say which question this answers, and what it lacks of a complete evaluation of the system's
-        ``directions``."""
+        """Describe the question, and how it falls short of a complete evaluation of ``directions``."""
         said = f"Step {self.step:,}, {self.split} set, {self.sentences:,} sentences, beam {self.beam}"
         said += f", length penalty {self.length_penalty:g}" if self.length_penalty != PENALTY else ""
         said += ", shared route." if self.route == "shared" else "."
@@ -193,7 +196,7 @@ class ScoreTable:
         return sum(score.sentences for score in self.directions)
 
     def share(self, name: str) -> float:
-        """Share, from 0 to 1, of all sentences that are ``exact`` or ``weak``."""
+        """Return the share, from 0 to 1, of all sentences that are ``name``: ``exact`` or ``weak``."""
         return sum(getattr(score, name) * score.sentences for score in self.directions) / max(self.sentences, 1)
 
     def signatures(self) -> dict[str, list[str]]:
@@ -225,10 +228,10 @@ class ScoreTable:
 
     @classmethod
     def from_json(cls, text: str, empty: bool = False) -> ScoreTable:
-        """Read what ``to_json`` wrote; averages and signatures are computed anew.
+        """Read the output of :meth:`to_json`. Averages and the lists of signatures are computed again.
 
-        Scores of earlier versions do not say which directions were asked for: those that they have. Raises
-        UserError on anything else, and on scores of no direction unless they may be ``empty``.
+        Scores of earlier versions do not say which directions were asked for; then it is the scored ones.
+        Raises UserError for anything else, and for scores of no direction unless they may be ``empty``.
         """
         try:
             value = json.loads(text)
@@ -265,7 +268,7 @@ class ScoreTable:
 
     @classmethod
     def read(cls, path: Path, empty: bool = False) -> ScoreTable:
-        """Read a file by :meth:`from_json`; the error names it."""
+        """Read a file by :meth:`from_json`. Raises UserError, which names the file."""
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -278,8 +281,10 @@ class ScoreTable:
             raise UserError(f"{path}: {error}") from None
 
     def render(self) -> Table:
-        """Make a table for a terminal: a line for each direction and each average, the score of copying in
-        parentheses."""
+        """Make a table for a terminal, with a line for each direction and each average.
+
+        The score of copying the source is in parentheses.
+        """
         title = f"{self.name}: {self.question}"
         table = Table(title=title, caption="in parentheses: copying the source")
         table.add_column("direction")
@@ -301,8 +306,7 @@ class ScoreTable:
 
 
 def _name_directions(directions: Iterable[Direction]) -> str:
-    """Name a choice of directions, in whatever order they were given: ``de-en+en-de``, or their number and a
-    checksum."""
+    """Name directions, in any order: ``de-en+en-de``, or if that is too long their number and a checksum."""
     names = sorted(map(str, directions))
     joined = "+".join(names)
     if len(joined) <= LONGEST_NAME:

@@ -1,11 +1,10 @@
-"""Whether two systems' scores on the same text differ by more than chance: sacrebleu's paired tests, and the
-mean over directions.
+"""Test whether two systems' scores on the same text differ by more than chance, by direction and in the mean.
 
 In one direction both tests are sacrebleu's :class:`~sacrebleu.significance.PairedTest`: paired bootstrap
 resampling (Koehn, 2004) and approximate randomization (Riezler and Maxwell, 2005). Over several directions
-the statistic is the plain mean of their scores, as in our averages: trial i of the mean is the mean of the
-directions' trials i. All directions use the same random numbers, so that the lines of a set that is parallel
-in many languages are resampled, or exchanged, together in all of them.
+the statistic is the plain mean of their scores, as in our averages: trial i of the mean is the mean of trial
+i of all directions. All directions use the same random numbers. So in a test set that is parallel in many
+languages a line is resampled, or exchanged, in all directions together.
 """
 
 from __future__ import annotations
@@ -21,15 +20,18 @@ from numpy.typing import NDArray
 from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest
 
-TRIALS = 10  # randomization trials for each bootstrap resample, as sacrebleu's defaults have them
+TRIALS = 10  # randomization trials per bootstrap resample, as in sacrebleu's defaults
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A system on one text by one metric. ``mean`` and ``ci`` (half of the 95 % interval) are the
-    bootstrap's; the other fields are against the baseline, which has none of them: the difference, its 95 %
-    interval, and the two p-values."""
+    """The score of a system on one text by one metric.
+
+    ``mean`` and ``ci`` (half of the 95 % interval) are from the bootstrap. The other fields compare the
+    system with the baseline, and are None for the baseline itself: the difference, its 95 % interval, and the
+    two p-values.
+    """
 
     score: float
     mean: float
@@ -45,14 +47,13 @@ class Outcome:
 
     @property
     def differs(self) -> bool:
-        """Whether both tests find the difference significant at 0.05."""
+        """Tell whether both tests find the difference significant at 0.05."""
         return self.p_bootstrap is not None and max(self.p_bootstrap, self.p_randomization or 0.0) < 0.05
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Scores of a baseline and a system, and those of N bootstrap resamples and of T randomizations of their
-    text."""
+    """The scores of a baseline and a system on their text, N bootstrap resamples and T randomizations."""
 
     scores: Floats  # [2]
     resampled: Floats  # [2, N]
@@ -71,10 +72,10 @@ class Trials:
     def outcome(self) -> Outcome:
         """Compare the system with the baseline as sacrebleu does.
 
-        The bootstrap's p is the share of resamples whose absolute difference, less the mean of these, exceeds
-        the observed one; the randomization's that of trials whose absolute difference exceeds it. Where
-        nothing differs both are 1: as nothing exceeds 0 there, sacrebleu's own would be the smallest
-        possible.
+        The bootstrap's p is the share of resamples whose absolute difference, minus the mean absolute
+        difference, exceeds the observed one. The randomization's p is the share of trials whose absolute
+        difference exceeds it. If the observed difference is 0, both are 1; sacrebleu's own values would be
+        the smallest possible if all trials were equal, too, because then nothing exceeds 0.
         """
         low, high = interval(self.resampled[1])
         differences = self.resampled[1] - self.resampled[0]
@@ -92,7 +93,7 @@ class Trials:
 
 
 def interval(values: Floats) -> tuple[float, float]:
-    """Find the 95 % interval of resampled values, at the places that sacrebleu takes."""
+    """Return the 95 % interval of resampled values, by the same order statistics as sacrebleu."""
     ordered, cut = np.sort(values), len(values) // 40
     return float(ordered[cut]), float(ordered[-cut - 1])
 
@@ -104,7 +105,7 @@ def _p_value(statistics: Floats, observed: float) -> float:
 
 
 class Recorder(Metric):
-    """A metric for sacrebleu's tests that keeps every score which they compute, in their order."""
+    """A metric for sacrebleu's tests that records every score they compute, in their order."""
 
     def __init__(self, metric: Metric) -> None:
         super().__init__()
@@ -115,8 +116,10 @@ class Recorder(Metric):
         return self.metric.get_signature()
 
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        """Count a system's n-grams once, as both tests ask for them; as floats, which numpy multiplies many
-        times faster."""
+        """Count a system's n-grams once, although both tests ask for them.
+
+        The counts are floats, which numpy multiplies many times faster.
+        """
         if id(hypotheses) not in self._statistics:
             counts = self.metric._extract_corpus_statistics(hypotheses, references)
             self._statistics[id(hypotheses)] = np.array(counts, dtype=np.float64)
@@ -149,10 +152,10 @@ def run_trials(
     samples: int,
     seed: int,
 ) -> tuple[dict[str, list[Trials]], dict[str, str]]:
-    """Run sacrebleu's two tests of S systems' N lines, the first of which is the baseline.
+    """Run sacrebleu's two tests on N lines of S systems; the first system is the baseline.
 
-    Returns by metric the trials of each of the S - 1 others, and the signature, which holds seed and numbers
-    of trials.
+    Returns by metric the trials of each of the S - 1 other systems, and the signature, which includes the
+    seed and the numbers of trials.
     """
     recorders = {name: Recorder(metric) for name, metric in metrics.items()}
     named = [(str(index), lines) for index, lines in enumerate(systems)]
@@ -164,7 +167,8 @@ def run_trials(
         for name, signature in zip(metrics, signed.values(), strict=True):
             extra = f"|ar:{TRIALS * samples}" if kind == "bs" else ""
             signatures.setdefault(name, f"{signature}{extra}")
-        # First the baseline's score, for the bootstrap also its resamples; then for each system its score and both sides' trials.
+        # Recorded are the baseline's score (for the bootstrap also its resamples), then for each system its
+        # score and both sides' trials.
         before = 1 + (count if kind == "bs" else 0)
         for name, recorder in recorders.items():
             found[name][kind] = np.array(recorder.scores[before:]).reshape(len(systems) - 1, 1 + 2 * count)
@@ -182,7 +186,7 @@ def run_trials(
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Give sacrebleu's tests a seed: they take it from the environment."""
+    """Give sacrebleu's tests a seed, which they read from the environment."""
     before = os.environ.get("SACREBLEU_SEED")
     os.environ["SACREBLEU_SEED"] = str(seed)
     try:

@@ -1,9 +1,8 @@
-"""The text that a model is evaluated on: the run's held-out text, or the user's own test set in any layout
-that corpora have.
+"""Read the text on which a model is evaluated: the run's held-out text, or the user's own test set.
 
-An own set is a folder (Moses files, FLORES, NTREX-128, OPUS-100, IWSLT), a table (TSV), what the names of
-aligned files have in common (``mytest`` for ``mytest.de`` and ``mytest.en``), or the file of each language.
-Its lines are scored as they stand: nothing is cleaned or left out, and an empty line keeps its place.
+An own set is a folder (Moses files, FLORES, NTREX-128, OPUS-100, IWSLT), a table (TSV), the common part of
+the names of aligned files (``mytest`` for ``mytest.de`` and ``mytest.en``), or a file for each language. Its
+lines are scored as they are: nothing is cleaned or left out, not even an empty line.
 """
 
 from __future__ import annotations
@@ -33,8 +32,10 @@ Pairs = tuple[list[str], list[str]]
 
 @dataclass(frozen=True)
 class Texts:
-    """Sources and references by direction. ``split`` names the set in scores; the ``skipped`` directions have
-    no sentence in it."""
+    """Sources and references by direction.
+
+    ``split`` is the set's name in scores; the ``skipped`` directions have no sentence in it.
+    """
 
     split: str
     by_direction: dict[Direction, Pairs]
@@ -53,8 +54,7 @@ class Texts:
 
 
 def read_held_out(data: PreparedData, split: str, directions: Sequence[Direction]) -> Texts:
-    """Read the ``test`` or ``dev`` text of a run's prepared data. Raises UserError if none of the directions
-    has any."""
+    """Read the ``test`` or ``dev`` text of prepared data. Raises UserError if no direction has any."""
     check_split(split)
     return _skip_empty(split, {direction: data.text(direction, split) for direction in directions}, f"{split} sentences")
 
@@ -65,12 +65,11 @@ def check_split(split: str) -> None:
 
 
 def read_own(paths: Sequence[str], split: str, directions: Sequence[Direction]) -> Texts:
-    """Read the user's own test set; of one that has several splits, such as FLORES, the ``test`` or ``dev``
-    one.
+    """Read the user's own test set; if it has several splits, such as FLORES, the ``test`` or ``dev`` one.
 
-    Its name ends with a checksum of its text in these directions, so that scores on two sets of one name are
-    not confused. Raises UserError for what is no test set, for files of unequal length, and if it has no text
-    in any of the directions.
+    The set's name ends with a checksum of its text in these directions, so that scores on two sets of one
+    name are not confused. Raises UserError if this is not a test set, for files of unequal length, and if the
+    set has no text in any of the directions.
     """
     check_split(split)
     bitexts = list(dict.fromkeys(direction.bitext for direction in directions))
@@ -101,7 +100,7 @@ def _skip_empty(split: str, texts: dict[Direction, Pairs], what: str) -> Texts:
 
 
 def say_skipped(skipped: Sequence[Direction], what: str) -> str:
-    """Say in one line which directions have no text."""
+    """Return one line that says which directions have no text."""
     return f"{listed(map(str, skipped))} {'has' if len(skipped) == 1 else 'have'} no {what}"
 
 
@@ -123,10 +122,10 @@ def _names_language(text: str) -> bool:
 
 
 def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str, list[TextPart]]]:
-    """Find a folder, a table or aligned files with one stem; returns the set's name and its parts by bitext."""
+    """Find a folder, a table or aligned files of one stem; return the set's name and its parts by bitext."""
     layout = _layout(path)
     found = find_parts([Corpus(path=path, format=layout)], Path(), bitexts)
-    # Where nothing is marked as dev or test, as in a table, all of it is the set.
+    # If nothing is marked as dev or test, as in a table, the whole text is the set.
     chosen = [part for part in found if part.split == split] or [part for part in found if part.split == "train"]
     if chosen and split != SPLITS[0] and chosen[0].split != split:
         raise _one_set(str(path))
@@ -162,7 +161,7 @@ def _layout(path: Path) -> Literal["opus100", "flores", "ntrex", "iwslt", "moses
 
 
 def _name_files(paths: Sequence[str], bitexts: Iterable[str]) -> tuple[str, dict[str, list[TextPart]]]:
-    """Read ``CODE=FILE`` or ``NAME.CODE`` for each language; returns the set's name and its parts by bitext."""
+    """Read ``CODE=FILE`` or ``NAME.CODE`` for each language; return the name and the parts by bitext."""
     files: dict[str, Path] = {}
     for text in paths:
         if _names_language(text):

@@ -1,1 +1,1 @@
-"""The page about a run."""
+"""The report of a run as a page."""

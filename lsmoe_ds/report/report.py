@@ -1,8 +1,8 @@
-"""The report of a run: one HTML page that needs nothing beside itself, from the files of the run folder.
+"""The report of a run: one self-contained HTML page from the files of the run folder.
 
-It reads ``recipe.yaml`` (required), ``metrics.jsonl``, the fullest scores that there are, ``routing.json``,
-``conversions/*.json``, ``timings.json`` and the provenance of the fetched corpora. A section whose file is absent says so in one
-line; what the model does not have, such as experts, has no section.
+It reads ``recipe.yaml`` (required), ``metrics.jsonl``, the fullest scores that exist, ``routing.json``,
+``conversions/*.json``, ``timings.json`` and the provenance of the fetched corpora. A section whose file is
+absent says so in one line. Parts that the model does not have, such as experts, have no section.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "C
 
 
 class Conversion(BaseModel):
-    """A record of ``lsmoe convert``: a model for serving against the run that it was taken from."""
+    """A record of ``lsmoe convert``: a converted model compared with its run."""
 
     kind: str = "dense"
     quantization: str | None = None
@@ -73,14 +73,14 @@ class Conversion(BaseModel):
 
     @property
     def made(self) -> str:
-        """When, of what and how fast it was made: ``2026-01-02, of step 100, in 3.0 s``."""
+        """Describe the conversion: ``2026-01-02, of step 100, in 3.0 s``."""
         parts = [self.date and self.date[:10], None if self.step is None else f"of step {self.step:,}"]
         parts.append(None if self.seconds is None else f"in {duration(self.seconds)}")
         return ", ".join(part for part in parts if part)
 
     @property
     def title(self) -> str:
-        """What it is: ``CTranslate2, int8, shared route``."""
+        """Describe the converted model: ``CTranslate2, int8, shared route``."""
         parts = [KIND_NAMES.get(self.kind, self.kind), self.quantization, "shared route" if self.route == "shared" else None]
         parts.append(f"mean of {self.average} checkpoints" if self.average > 1 else None)
         return ", ".join(part for part in parts if part)
@@ -88,8 +88,9 @@ class Conversion(BaseModel):
 
 @dataclass
 class Progress:
-    """What ``metrics.jsonl`` tells. Losses are nats a target token, by step; ``seconds`` and ``tokens`` are
-    totals.
+    """The content of ``metrics.jsonl``.
+
+    Curves are by step; losses are in nats per target token. ``seconds`` and ``tokens`` are totals.
     """
 
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
@@ -102,8 +103,8 @@ class Progress:
 def write_report(run_folder: str | Path, out: str | Path | None = None, scores: str | Path | None = None) -> Path:
     """Write the page, by default as ``report.html`` of the run, and return its path.
 
-    ``scores`` is the folder that `lsmoe evaluate --out` wrote to, if not the run. Raises UserError if the
-    run holds no recipe, ``scores`` no scores, or if a file cannot be read.
+    ``scores`` is the folder to which `lsmoe evaluate --out` wrote, if not the run. Raises UserError if the
+    run has no recipe, if ``scores`` has no scores, or if a file cannot be read.
     """
     run = Path(run_folder)
     if not (run / "recipe.yaml").is_file():
@@ -115,7 +116,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None, scores: 
 
 
 def render_report(run: Path, scores_in: Path | None = None) -> str:
-    """Return the page as text. Everything that comes from data is escaped by the template."""
+    """Return the page as text. The template escapes everything that comes from data."""
     recipe = load_recipe(run / "recipe.yaml")
     progress = _if_there(run / "metrics.jsonl", read_progress)
     folder = ScoreFolder(scores_in if scores_in is not None else run)
@@ -134,7 +135,7 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
         curves=_curves(progress, recipe) if progress else None,
         scores=scores,
         question=_question(scores, progress, recipe) if scores else "",
-        # Without held-out pairs there may be no test set: one that a corpus brings is not known here.
+        # Without held-out pairs there may be no test set: this cannot know whether a corpus provides one.
         evaluation="lsmoe evaluate" if recipe.data.held_out.test else "lsmoe evaluate --test FILES",
         averages=scores.averages() if scores else {},
         average_names=AVERAGES,
@@ -161,7 +162,7 @@ def _if_there(path: Path, read: Callable[[Path], T]) -> T | None:
 
 
 def _question(scores: ScoreTable, progress: Progress | None, recipe: Recipe) -> str:
-    """Say what the scores are of, and if training has gone on since."""
+    """Describe the question of the scores, and whether training has continued since."""
     said = scores.describe(recipe.languages.directions)
     if progress is not None and progress.steps > scores.step:
         said += f" Training has gone on to step {progress.steps:,} since."
@@ -169,7 +170,7 @@ def _question(scores: ScoreTable, progress: Progress | None, recipe: Recipe) -> 
 
 
 def _inconvertible(recipe: Recipe) -> str | None:
-    """Say why no dense model can be taken out of a run; None if one can."""
+    """Return the reason why a run cannot be converted to a dense model; None if it can."""
     from lsmoe_ds.export.subnetwork import check_convertible
 
     try:
@@ -180,9 +181,7 @@ def _inconvertible(recipe: Recipe) -> str | None:
 
 
 def _conversions(run: Path) -> list[Conversion]:
-    """Return the records of all conversions, dense ones first; of a run of an earlier version the only one
-    that it has.
-    """
+    """Return the records of all conversions, dense ones first. A run of an earlier version has only one."""
     paths = sorted((run / "conversions").glob("*.json")) or [path for path in [run / "conversion.json"] if path.is_file()]
     found = [_read(path, TypeAdapter(Conversion)) for path in paths]
     return sorted(found, key=lambda each: list(KIND_NAMES).index(each.kind) if each.kind in KIND_NAMES else len(KIND_NAMES))
@@ -200,8 +199,9 @@ def _read(path: Path, kind: TypeAdapter[T]) -> T:
 
 
 def read_progress(path: Path) -> Progress:
-    """Read ``metrics.jsonl``. If a resumed training repeated a step, the last line counts; an unfinished last
-    line is ignored.
+    """Read ``metrics.jsonl``. Raises UserError for a damaged line.
+
+    If a resumed training repeated a step, its last line counts. An incomplete last line is ignored.
     """
     by_step: dict[int, dict[str, Any]] = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -216,7 +216,8 @@ def read_progress(path: Path) -> Progress:
     for step, record in sorted(by_step.items()):
         value = {key: float(number) for key, number in record.items() if isinstance(number, int | float) and math.isfinite(number)}
         progress.steps = step
-        # The loss that is trained on holds label smoothing and balance; nll is what compares with dev.
+        # The training loss includes label smoothing and the balance loss; nll is comparable with the dev
+        # loss.
         if "loss" in value:
             value.setdefault("nll", value["loss"])
         for name in value.keys() - {"step"}:
@@ -231,16 +232,19 @@ def read_progress(path: Path) -> Progress:
 
 @dataclass(frozen=True)
 class TrainingCharts:
+    """The charts of a training's curves."""
+
     loss: Markup | None
     both_routes: bool  # whether dev losses of the shared route are drawn
-    low: list[tuple[str, Markup]]  # (what it shows, chart) below
+    low: list[tuple[str, Markup]]  # (title, chart) of the low charts below
 
 
 def _curves(progress: Progress, recipe: Recipe) -> TrainingCharts:
     curve = progress.curves
     loss, dev, shared = curve["nll"], curve["dev_loss"], curve["dev_loss_shared"]
     series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []
-    # What is drawn first is wider, so that it is seen beside what covers it: the two routes often have the same losses.
+    # The two routes often have the same losses, so the curve drawn first is wider and stays visible behind
+    # the other.
     series += [Series(dev, "dev wide" if shared else "dev")] if dev else []
     series += [Series(shared, "shared")] if shared else []
     low = [("Learning rate", [Series(curve["learning_rate"])])]
@@ -257,7 +261,7 @@ def _curves(progress: Progress, recipe: Recipe) -> TrainingCharts:
 
 
 def _summary(recipe: Recipe, progress: Progress | None) -> str:
-    """Say in one line what was trained on what."""
+    """Describe in one line which model was trained, on how many languages and directions."""
     model, languages = recipe.model, recipe.languages
     unit = {"target": "target language", "source": "source language", "pair": "language pair"}
     mixtures = {(side, moe.experts, moe.top_k, unit[moe.task] if moe.by_task else moe.routing) for side, _, moe in model.moe_layers()}
@@ -274,8 +278,10 @@ def _summary(recipe: Recipe, progress: Progress | None) -> str:
 
 
 def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
-    """Say what a short training can and cannot do, in its own figures; None if the training was long, or good
-    all the same, or if the scores are of an earlier step than its time.
+    """Describe, in its own figures, what a short training achieved.
+
+    None if the training was long or its translations are good all the same, or if the scores are of an
+    earlier step.
     """
     if progress is None or not 0 < progress.seconds < SHORT_TRAINING or scores.share("weak") < USABLE or scores.step < progress.steps:
         return None
@@ -292,7 +298,7 @@ def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
 
 @dataclass(frozen=True)
 class SideScores:
-    """Directions that stand together, relatives side by side, with the average of their group."""
+    """The directions of one group, ordered so that related languages are neighbors."""
 
     title: str
     group: str
@@ -319,8 +325,9 @@ def _sides(scores: ScoreTable) -> list[SideScores]:
 
 
 def _open_samples(scores: ScoreTable) -> set[str]:
-    """Return the directions whose samples are open: one into English and one into each other script, up to a
-    limit.
+    """Return the directions whose samples are shown open.
+
+    They are one into English and one into each other script, up to a limit.
     """
     shown: dict[str, str] = {}
     for score in sorted(scores.directions, key=lambda score: task_order(str(score.direction))):
@@ -330,7 +337,7 @@ def _open_samples(scores: ScoreTable) -> set[str]:
 
 
 class Provenance(BaseModel):
-    """What the page shows of a fetched corpus' ``PROVENANCE.json``."""
+    """The fields of a fetched corpus' ``PROVENANCE.json`` that the page shows."""
 
     name: str
     package: str

@@ -1,1 +1,1 @@
-"""Studies: a family of recipes on the same data and steps, and one table that compares them."""
+"""Studies: train a family of recipes on the same data for the same steps, and compare them in one table."""

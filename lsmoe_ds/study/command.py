@@ -1,9 +1,8 @@
-"""``lsmoe study``: trains and evaluates the members of a study one by one, and keeps the tables up to date.
+"""``lsmoe study``: train and evaluate the members of a study one by one, and keep the tables up to date.
 
-``OUT/MEMBER-seedN/`` are run folders, with ``scores-ROUTE.json`` beside what training leaves there;
-``OUT/recipes/`` holds the whole recipe of each; ``OUT/study.json``, ``study.md`` and ``study.html`` are
-written anew after each member. Several processes may work on one study as long as each takes a part of its
-own.
+``OUT/MEMBER-seedN/`` are run folders, which also hold ``scores-ROUTE.json``; ``OUT/recipes/`` holds the whole
+recipe of each run; ``OUT/study.json``, ``study.md`` and ``study.html`` are rewritten after each member.
+Several processes may work on one study if each takes its own part.
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ from lsmoe_ds.study.table import Comparison, Costs, Spread, compare
 from lsmoe_ds.training.engine import check_precision
 
 T = TypeVar("T", str, int)
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # a member is trained by processes of its own, whatever this one is part of
+# Not passed on to training: its processes belong together, whatever launcher started this one.
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def run_study(
@@ -47,11 +47,11 @@ def run_study(
     processes: int | None = None,
     part: Part | None = None,
 ) -> Comparison:
-    """Do what is missing for ``members`` and ``seeds`` (all, if none are named), or for a ``part`` of these
-    pairs, and return the comparison of all.
+    """Train and evaluate what is missing, and return the comparison of the whole study.
 
-    Raises UserError for a bad study, for what cannot be trained as it stands, before anything is trained, and
-    for a training that failed; what was done stays.
+    ``members`` and ``seeds`` default to all; ``part`` takes a share of their pairs. Raises UserError for a
+    bad study and, before the first training, for runs that cannot be trained. Raises UserError also if a
+    training fails; finished runs are kept.
     """
     study = load_study(file)
     chosen_members = _choose(members, list(study.settings.members), "member")
@@ -61,7 +61,7 @@ def run_study(
     runs = Runs(study, out or Path("runs") / study.settings.name)
     for member, seed in pairs:
         runs.check(member, seed, processes)
-    runs.compare()  # refuses runs of another study before the first training, not after it
+    runs.compare()  # rejects runs of another study before the first training, not after it
     for member, seed in pairs:
         runs.train(member, seed, processes)
         for route in study.settings.members[member].routes:
@@ -91,7 +91,7 @@ class Runs:
         return self.out / f"{member}-seed{seed}"
 
     def check(self, member: str, seed: int, processes: int | None) -> None:
-        """Raise UserError for what training or evaluation would refuse later."""
+        """Raise UserError for anything that training or evaluation would reject later."""
         recipe = self.study.recipe(member, seed)
         world = processes or smallest_world(recipe)
         try:
@@ -105,9 +105,9 @@ class Runs:
         self.is_trained(member, seed)
 
     def is_there(self, member: str, seed: int) -> bool:
-        """Whether a run was begun; raises UserError if it is one of another recipe."""
+        """Tell whether a run was started. Raises UserError if it is of another recipe."""
         folder = self.folder(member, seed)
-        if not (folder / "recipe.yaml").exists():  # the last file that a new run gets
+        if not (folder / "recipe.yaml").exists():  # the last file that a new run writes
             return False
         check_run(self.study.recipe(member, seed), folder, self.prepared.folder / "vocabulary.model")
         return True
@@ -121,7 +121,7 @@ class Runs:
         return found is not None and step_of(found) == steps
 
     def train(self, member: str, seed: int, processes: int | None) -> None:
-        """Train in separate processes, so that memory and process groups end with them."""
+        """Train in separate processes, whose memory and process groups end with them."""
         name, folder = f"{member}, seed {seed}", self.folder(member, seed)
         if self.is_trained(member, seed):
             return _say(f"{name}: trained already")
@@ -147,8 +147,9 @@ class Runs:
         table.write(folder / f"scores-{route}.json")
 
     def scores(self, member: str, seed: int, route: str) -> ScoreTable | None:
-        """Return the scores of the last step, by the study's options; None if there are none. Scores of
-        another run are an error.
+        """Return the scores of the last step with the study's options, or None if there are none.
+
+        Raises UserError if the run is of another recipe.
         """
         folder, options = self.folder(member, seed), self.study.settings.evaluate
         path = folder / f"scores-{route}.json"
@@ -162,7 +163,7 @@ class Runs:
         return table if found == wanted and counts == {str(s.direction): s.sentences for s in table.directions} else None
 
     def costs(self, member: str, route: str) -> Costs:
-        """Return parameters by plan, and speed and time of the runs that are trained to their end."""
+        """Return the planned parameters, and the speed and time of the runs that are fully trained."""
         planned = self.plans[member]
         serving = planned.routes.get(route, planned.parameters)
         done: list[Progress] = []
@@ -180,7 +181,7 @@ class Runs:
         )
 
     def compare(self) -> Comparison:
-        """Compare what the files that exist say."""
+        """Compare the scores that exist."""
         study, settings = self.study, self.study.settings
         scores = {}
         for member, route in study.rows():
@@ -198,8 +199,10 @@ class Runs:
         )
 
     def write_tables(self) -> None:
-        """Read and write under a lock: if two processes finish at once, the later one sees what the other
-        did.
+        """Write the tables.
+
+        Reading and writing is under a lock: if two processes finish at once, the later one includes the
+        other's scores.
         """
         with locked(self.out / "study.json", wait=True):
             comparison = self.compare()

@@ -1,4 +1,4 @@
-"""The comparison as one page that needs nothing beside itself."""
+"""Render the comparison as one self-contained page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lsmoe_ds.study.table import Comparison
 
 
 def render_page(comparison: Comparison) -> str:
-    """Return the page as text. Everything that comes from data is escaped by the template."""
+    """Return the page as text. The template escapes everything that comes from data."""
     rows = comparison.rows
     compared = [row for row in rows if not row.is_baseline]
     of_baseline = next((list(row.gain_by_seed.values()) for row in rows if row.is_baseline), [])

@@ -1,4 +1,4 @@
-"""The study file: a base recipe, and what each member of the family changes in it."""
+"""The study file: a base recipe, and the changes that each member makes to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIXED = {
 
 
 class Evaluate(Section):
-    """As the options of ``lsmoe evaluate``."""
+    """The options of ``lsmoe evaluate``."""
 
     beam: Positive = 5
     length_penalty: float = 1.0
@@ -36,7 +36,7 @@ class Evaluate(Section):
 
 
 class Member(Section):
-    """``set`` is merged into the base recipe; by each of ``routes`` the trained model is evaluated."""
+    """A member of a study: ``set`` is merged into the base recipe, and each of ``routes`` is evaluated."""
 
     title: Annotated[str, Field(min_length=1)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
@@ -60,7 +60,7 @@ class Member(Section):
 
 
 class Settings(Section):
-    """The file itself. ``recipe`` is relative to it; a run's ``training.seed`` is one of ``seeds``."""
+    """The study file. ``recipe`` is relative to the file; a run's ``training.seed`` is one of ``seeds``."""
 
     name: Name
     recipe: Path
@@ -83,7 +83,7 @@ class Settings(Section):
 
 @dataclass(frozen=True)
 class Study:
-    """A study file with the recipe of each member, whose seed is not set yet."""
+    """A study file with the recipe of each member; :meth:`recipe` sets the seed."""
 
     settings: Settings
     base: Path
@@ -103,7 +103,7 @@ class Study:
         return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
 
     def title(self, member: str, route: str) -> str:
-        """Return the title of a row; the route is named if a member has several."""
+        """Return the title of a row; it names the route if the member has several."""
         chosen = self.settings.members[member]
         return (chosen.title or member) + (f", {route}" if len(chosen.routes) > 1 else "")
 
@@ -113,16 +113,16 @@ class Study:
 
 
 def load_study(path: str | Path) -> Study:
-    """Read a study, or one that comes with lsmoe_ds by its name, and the recipe of every member.
+    """Read a study, by its path or the name of one that comes with lsmoe_ds, and the recipe of every member.
 
-    Raises UserError with the place of what is wrong, and what is allowed.
+    Raises UserError, which says where the error is and what is allowed.
     """
     path = shipped.choose("study", path)
     value, places = read_mapping(path, "study", Settings)
     settings = validate(Settings, value, path, places)
     base = path.parent / settings.recipe
     base = base if base.exists() else shipped.find("recipe", settings.recipe) or base
-    load_recipe(base)  # an error of the base recipe is no member's
+    load_recipe(base)  # first, so that its errors are not reported as a member's
     recipes = {}
     for name, member in settings.members.items():
         try:
@@ -133,7 +133,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def _keys(value: Mapping[str, Any], at: str = "") -> list[str]:
-    """Return the key ``a.b`` of every value that is no mapping, or an empty one."""
+    """Return the key ``a.b`` of every value that is not a mapping, or is an empty one."""
     found = []
     for key, child in value.items():
         here = f"{at}{key}"

@@ -1,8 +1,7 @@
-"""The comparison of a study's members: means over seeds with their spread, gains over the baseline, win
-ratios.
+"""Compare a study's members: means over seeds with their spread, gains over the baseline, win ratios.
 
-A row is a member by one of its routes. What was not measured is None here, null in JSON and "missing" in the
-tables.
+A row is a member by one of its routes. A value that was not measured is None here, null in JSON and "missing"
+in the tables.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from lsmoe_ds.languages import is_english, task_order
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.plan import human
 
-MAIN = "chrfpp"  # the score of gains and win ratios
+MAIN = "chrfpp"  # the metric for gains and win ratios
 MISSING = "missing"
 SHORT = {"into_english": "into en", "out_of_english": "out of en", "between_others": "others", "all": "all"}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean over seeds, and the smallest and largest of them."""
+    """The mean over seeds, and the smallest and the largest value."""
 
     mean: float
     smallest: float
@@ -33,12 +32,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread | None:
-        """Return the spread of values, None if there are none."""
+        """Return the spread of values, or None if there are none."""
         found = list(values)
         return cls(sum(found) / len(found), min(found), max(found), len(found)) if found else None
 
     def text(self, form: str = ",.1f") -> str:
-        """Write ``31.2 ±0.4``: with half the range, if there are several seeds."""
+        """Format the mean and, if there are several seeds, half the range: ``31.2 ±0.4``."""
         half = f" ±{format((self.largest - self.smallest) / 2, form)}" if self.seeds > 1 else ""
         return f"{format(self.mean, form)}{half}"
 
@@ -48,8 +47,11 @@ Scores = dict[str, Spread]  # by metric
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters trained, loaded to serve all directions, and left for one direction once folded or
-    extracted; measured speed (tokens a second, median of a run's records) and minutes of training.
+    """The costs of a row.
+
+    Parameters are those trained, those loaded to serve all directions, and those that serve one direction
+    after merging or extraction. The measured speed is tokens per second, the median of a run's records;
+    ``minutes`` are of training.
     """
 
     parameters: int
@@ -61,13 +63,13 @@ class Costs:
 
 @dataclass(frozen=True)
 class Row:
-    """Scores over the seeds that are there. Gains are chrF++ over the baseline's mean: of all directions by
-    seed, and of each direction; ``win_ratio`` is the share of directions, from 0 to 1, whose mean over
-    seeds is above the baseline's.
+    """The scores of a row over the seeds that exist.
 
-    ``beyond_seeds`` says whether the gain is larger than what seeds do: every seed of the row scores above
-    every seed of the baseline, or every one below. It is None of the baseline itself, and where either has
-    fewer than two seeds.
+    Gains are in chrF++ over the baseline's mean, for all directions by seed and for each direction.
+    ``win_ratio`` is the share of directions, from 0 to 1, whose mean over seeds is above the baseline's.
+    ``beyond_seeds`` is true if the gain exceeds the variation between seeds: every seed of the row scores
+    above every seed of the baseline, or every one below. It is None for the baseline itself, and if either
+    has fewer than two seeds.
     """
 
     member: str
@@ -80,13 +82,13 @@ class Row:
     gain: float | None
     gain_by_seed: dict[int, float]
     gain_by_direction: dict[str, float]
-    win_ratio: float | None  # None of the baseline itself
+    win_ratio: float | None  # None for the baseline itself
     beyond_seeds: bool | None = None
     is_baseline: bool = False
 
     @property
     def certainty(self) -> str:
-        """What the seeds say of the gain, in a word or two; empty where there is no gain."""
+        """Say in a few words whether the gain exceeds seed noise; empty if there is no gain."""
         if self.is_baseline or self.gain is None:
             return ""
         if self.beyond_seeds is None:
@@ -94,7 +96,7 @@ class Row:
         return "beyond seed noise" if self.beyond_seeds else "within seed noise"
 
     def to_dict(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """Return what ``study.json`` holds of it."""
+        """Return the row as ``study.json`` holds it."""
         return asdict(self) | {"missing_seeds": [seed for seed in seeds if seed not in self.seeds]}
 
     @classmethod
@@ -109,7 +111,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of texts: the first column is left-aligned."""
+    """A table of text cells. The first column is left-aligned."""
 
     title: str
     about: str
@@ -124,31 +126,32 @@ class Grid:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a study's tables and page show. ``copy`` is what copying the source scores, by group
-    and by direction.
+    """Everything that a study's tables and page show.
+
+    ``copy`` and ``copy_by_direction`` are the scores of copying the source.
     """
 
     name: str
     steps: int
     seeds: tuple[int, ...]
     evaluate: dict[str, Any]
-    baseline: str  # title of the row that gains and win ratios are against
+    baseline: str  # title of the row with which gains and win ratios compare
     rows: tuple[Row, ...]
     copy: dict[str, Metrics]
     copy_by_direction: dict[str, Metrics]
 
     @property
     def groups(self) -> list[str]:
-        """The groups that have a direction."""
+        """Return the groups that have a direction."""
         return [group for group in GROUPS if group in self.copy]
 
     @property
     def runs_missing(self) -> int:
-        """The number of scores, of all rows and seeds, that do not exist yet."""
+        """Count the scores, over all rows and seeds, that do not exist yet."""
         return sum(len(self.seeds) - len(row.seeds) for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``study.json`` holds."""
+        """Return the content of ``study.json``."""
         return asdict(self) | {"score_of_gains": MAIN, "rows": [row.to_dict(self.seeds) for row in self.rows]}
 
     @classmethod
@@ -159,7 +162,7 @@ class Comparison:
         return cls(**kept | copies | {"seeds": tuple(value["seeds"]), "rows": tuple(Row.from_dict(row) for row in value["rows"])})
 
     def about(self) -> str:
-        """Say in one line what was done."""
+        """Describe in one line what was trained and evaluated."""
         options = f"{self.evaluate['split']} set, beam {self.evaluate['beam']}"
         if limit := self.evaluate["limit"]:
             options += f", the first {counted(limit, 'sentence')} of each direction"
@@ -169,7 +172,7 @@ class Comparison:
         return f"{counted(self.steps, 'step')} each on the same data, {seeds}; {options}.{missing}"
 
     def about_seeds(self) -> str:
-        """Say how far a gain and a win ratio can be trusted."""
+        """Explain how far gains and win ratios can be trusted."""
         if len(self.seeds) < 2:
             return "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add seeds."
         return (
@@ -266,9 +269,7 @@ def compare(
     costs: Mapping[tuple[str, str], Costs],
     scores: Mapping[tuple[str, str], Mapping[int, ScoreTable]],
 ) -> Comparison:
-    """Compare the rows (member, route) of ``titles``, whose ``scores`` by seed may exist or not, with the row
-    ``baseline``.
-    """
+    """Compare the rows (member, route) of ``titles`` with the row ``baseline``; scores may be missing."""
     against = scores.get(baseline, {})
     means, reference = _by_direction(against.values()), _group_scores(against.values())
     rows = []
@@ -284,7 +285,7 @@ def compare(
         rows.append(Row(*key, title, costs[key], tuple(tables), groups, directions, gain, by_seed, gains, ratio, beyond, key == baseline))
     any_table = next((table for tables in scores.values() for table in tables.values()), None)
     copy = {group: average.copy for group, average in any_table.averages().items()} if any_table else {}
-    # Into English first, relatives side by side.
+    # Into English first; related languages are neighbors.
     ordered = (
         sorted(any_table.directions, key=lambda s: (not is_english(s.direction.target), task_order(str(s.direction)))) if any_table else []
     )
@@ -293,8 +294,9 @@ def compare(
 
 
 def _apart(one: Spread, other: Spread) -> bool | None:
-    """Whether the seeds of one all score above, or all below, those of the other; None where either has one
-    seed only.
+    """Tell whether all seeds of one score above, or all below, those of the other.
+
+    None if either has only one seed.
     """
     if min(one.seeds, other.seeds) < 2:
         return None
