@@ -163,5 +163,5 @@ def test_tensorboard_has_what_the_records_have(tmp_path):
 def test_what_is_said_is_one_line_as_it_is(tmp_path, capsys):
     with Monitor(tmp_path, steps=2, every=1, main=True) as monitor:
         monitor.start(0, None)
-        monitor.say(said := f"going on from [bold]/{'long/' * 40}:smile:")
+        monitor.say(said := f"resuming from [bold]/{'long/' * 40}:smile:")
     assert capsys.readouterr().err == f"{said}\n"

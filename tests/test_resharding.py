@@ -125,5 +125,5 @@ def test_a_checkpoint_that_does_not_say_what_lies_where(pool, folder, begun, tmp
     for path in (tmp_path / "run" / "checkpoints" / "step-10").iterdir():
         if PIECES.fullmatch(path.name):
             path.unlink()
-    with pytest.raises(UserError, match="cannot go on in another layout"):
+    with pytest.raises(UserError, match="cannot resume in another layout"):
         open_optimizer(tmp_path / "run" / "checkpoints" / "step-10")

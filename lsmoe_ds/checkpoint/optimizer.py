@@ -103,7 +103,7 @@ class Pieces:
         self.partition: dict[str, int] = read_fields(checkpoint / STATE, partition=dict)["partition"]
         listed = sorted(path for path in checkpoint.iterdir() if PIECES.fullmatch(path.name))
         if not listed:
-            raise UserError(f"{checkpoint} cannot go on in another layout: it was written by a version that did not note what lies where")
+            raise UserError(f"{checkpoint} cannot resume in another layout: it was written by a version that did not note what lies where")
         for path in listed:
             index = read_fields(path, file=str, pieces=dict)
             if not is_plain(index["file"]):

@@ -155,7 +155,7 @@ def frozen_damage(checkpoint: Path, state: dict[str, Any], checksums: bool) -> s
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint of a run, and what is wrong with each newer one.
 
-    Raises UserError if there are checkpoints and all are damaged: going on would mean to start over silently.
+    Raises UserError if there are checkpoints and all are damaged: resuming would mean to start over silently.
     """
     complaints: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):

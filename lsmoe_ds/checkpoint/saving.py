@@ -45,11 +45,11 @@ POLL, PATIENCE = 0.02, 10.0  # seconds; how long the ranks' notes are waited for
 class Saver:
     """Writes the checkpoints of a run and keeps the newest ``keep`` and the ``best`` by dev loss.
 
-    ``frozen`` is the checksum of the frozen base, as the checkpoint has it that the run goes on from. Without
+    ``frozen`` is the checksum of the frozen base, as the checkpoint has it from which the run resumes. Without
     one the base, if there is any, is written with the first checkpoint.
 
     Training stands still while the state is copied in memory, or, where there is no room for copies, while it is written. Writing,
-    sums, syncing and renaming go on beside the next steps, in a thread of each rank. Leaving the context waits for it. All methods
+    checksums, syncing and renaming continue beside the next steps, in a thread of each rank. Leaving the context waits for it. All methods
     are called by every rank.
     """
 

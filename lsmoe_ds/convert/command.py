@@ -265,7 +265,7 @@ def _compare(
         return {"not_checked": f"no held-out text to compare on: {error}"}
     if not any(texts.values()):
         return {"not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"}
-    # The run may go on training meanwhile: what is compared is this checkpoint.
+    # The run may continue training meanwhile: what is compared is this checkpoint.
     sparse, other = load(stored.weights_in, "cpu", route), _open(to, out)
     found = [compare(sparse, other, each, sentences) for each, sentences in texts.items() if sentences]
     differences = [each.largest_logit_difference for each in found if each.largest_logit_difference is not None]

@@ -30,14 +30,14 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
     """Write the run folder ``out``, whole or not at all, by processes that it starts; return what was written.
 
     ``path`` is a run, a checkpoint, or a consolidated folder with the optimizer's state; ``overrides`` change its recipe where
-    a run that goes on may (``parallel.tensor=2``). Raises UserError for what is not possible.
+    a resumed run may (``parallel.tensor=2``). Raises UserError for what is not possible.
     """
     stored = find_model(path)
     recipe = load_recipe(stored.home / RECIPE, overrides)
     check_run(recipe, stored.home, stored.vocabulary)
     if stored.kind not in ("sparse", "consolidated"):
         raise UserError(
-            f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder goes on in another layout"
+            f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder resumes in another layout"
         )
     open_optimizer(stored.weights_in, verify=True)
     world = processes or launch.smallest_world(recipe)

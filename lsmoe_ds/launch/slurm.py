@@ -93,7 +93,7 @@ def end(run: Path, status: int) -> int:
         tries = counted(attempt.tries, "attempt")
         _say(f"{at}: {left}; given up, as {tries} in a row saved nothing newer")
         return REFUSED
-    _say(f"{at}: {left}; the job may go on from there")
+    _say(f"{at}: {left}; the job may resume from there")
     return AGAIN
 
 

@@ -135,7 +135,7 @@ class Runs:
         environment = {**KEEP_LARGE_BLOCKS, **{key: value for key, value in os.environ.items() if key not in LAUNCHED}}
         status = launch.run(command, env=environment, stdout=2)  # standard output is for the table
         if status or not self.is_trained(member, seed):
-            raise UserError(f"training {name} ended with status {status}; what was done is in {self.out}, and the same command goes on")
+            raise UserError(f"training {name} ended with status {status}; what was done is in {self.out}, and the same command resumes")
 
     def evaluate(self, member: str, seed: int, route: str) -> None:
         name, options = f"{member}, seed {seed}, {route} route", self.study.settings.evaluate

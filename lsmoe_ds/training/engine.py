@@ -255,7 +255,7 @@ def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:
 
 
 def _fill_in_gradients(model: Transformer) -> None:
-    """Zeros for experts that no token of the step has used: Adam goes on with their averages, as on several ranks."""
+    """Zeros for experts that no token of the step has used: Adam continues with their averages, as on several ranks."""
     for parameter in model.parameters():
         if parameter.grad is None and parameter.requires_grad and compat.is_expert_parameter(parameter):
             parameter.grad = torch.zeros_like(parameter)

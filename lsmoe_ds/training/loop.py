@@ -73,7 +73,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             monitor.say(f"damaged checkpoint: {complaint}")
         if found is not None:
             change = checkpoints.describe_change(engine, found, topology)
-            monitor.say(f"going on from {found}" + (f", {change}" if change else ""))
+            monitor.say(f"resuming from {found}" + (f", {change}" if change else ""))
             if done >= training.steps:
                 beyond = f"of {training.steps:,}" if done == training.steps else f"beyond training.steps, which is {training.steps:,}"
                 monitor.say(f"{run} is at step {done:,} {beyond}: nothing is left to train")

@@ -129,7 +129,7 @@ def _notice(recipe: Recipe) -> None:
             f"{reached:.2e} and never reaches training.learning_rate, {training.learning_rate:.2e}"
         )
     base = training.start_from
-    with suppress(UserError):  # a run that goes on needs the folder no more
+    with suppress(UserError):  # a resumed run needs the folder no more
         if base is not None and (learned := load_recipe(base / RECIPE).data.tags) != recipe.data.tags:
             interrupt.say(
                 f"data.tags is {recipe.data.tags}, but the model in {base} was trained with {learned}: "

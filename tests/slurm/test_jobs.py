@@ -100,7 +100,7 @@ def test_three_interruptions_leave_no_trace(cluster, work, submit, alone):
     assert_undisturbed(cluster, job, run, alone)
     said = cluster.log(job)
     saved = [int(step) for step in re.findall(r"SIGUSR1: saved after step (\d+)", said)]
-    resumed = [int(step) for step in re.findall(r"going on from \S+step-(\d+)", said)]
+    resumed = [int(step) for step in re.findall(r"resuming from \S+step-(\d+)", said)]
     assert len(saved) == 3 and saved == resumed and cluster.requeues(job) == 3
     assert "Terminated" not in said
 
