@@ -269,7 +269,7 @@ def bench(
         str,
         typer.Argument(
             metavar="NAME",
-            help="The benchmark: checkpoint, convert, decode, exchange, exports, held_out, imports, low_rank, moe or train.",
+            help="The benchmark: checkpoint, convert, decode, exchange, exports, frozen, held_out, imports, low_rank, moe or train.",
             show_default=False,
         ),
     ] = "--help",
