@@ -160,7 +160,7 @@ def task_name(task: str) -> str:
 
 
 def read_routing(path: Path) -> list[LayerRouting]:
-    """Read the layers of a ``routing.json``, the encoder's first, each ordered. UserError if it is damaged."""
+    """Read the layers of a ``routing.json``, the encoder's first, each ordered. UserError if damaged."""
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         found = [_layer(layer) for layer in layers]
