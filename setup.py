@@ -1,4 +1,6 @@
-"""Packaging of lsmoe_ds. DeepSpeed and Megatron-core are pinned exactly: lsmoe_ds/parallel/compat.py adapts their internals."""
+"""Packaging of lsmoe_ds. DeepSpeed and Megatron-core are pinned exactly: lsmoe_ds/parallel/compat.py adapts
+their internals.
+"""
 
 import re
 from pathlib import Path
@@ -6,8 +8,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-VERSION = re.search(r'^__version__ = "(.+)"$', Path(__file__).with_name("lsmoe_ds").joinpath("__init__.py").read_text(), re.MULTILINE)
-# Folders of the checkout that an installed package has in lsmoe_ds/shipped/, and what of them: see lsmoe_ds/shipped/__init__.py.
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    Path(__file__).with_name("lsmoe_ds").joinpath("__init__.py").read_text(),
+    re.MULTILINE,
+)
+# Folders of the checkout that an installed package has in lsmoe_ds/shipped/, and what of them: see
+# lsmoe_ds/shipped/__init__.py.
 SHIPPED = {
     "recipes": ["*.yaml"],
     "recipes/papers": ["*.yaml"],
@@ -25,18 +32,26 @@ class WithoutScripts(build_py):
     """Leaves recipes/demo.py out, which belongs to the checkout."""
 
     def find_package_modules(self, package, folder):
-        return [] if package.startswith("lsmoe_ds.shipped.") else super().find_package_modules(package, folder)
+        return (
+            [] if package.startswith("lsmoe_ds.shipped.") else super().find_package_modules(package, folder)
+        )
 
 
 setup(
     name="lsmoe_ds",
     version=VERSION[1],
-    description="Language-specific mixture-of-experts training for multilingual machine translation, on DeepSpeed and Megatron-core",
+    description=(
+        "Language-specific mixture-of-experts training for multilingual machine translation, on DeepSpeed and"
+        " Megatron-core"
+    ),
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["lsmoe_ds", "lsmoe_ds.*"]), *map(package_of, SHIPPED)],
     package_dir={package_of(folder): folder for folder in SHIPPED},
-    package_data={"lsmoe_ds": ["**/*.tsv", "**/*.html"], **{package_of(folder): files for folder, files in SHIPPED.items()}},
+    package_data={
+        "lsmoe_ds": ["**/*.tsv", "**/*.html"],
+        **{package_of(folder): files for folder, files in SHIPPED.items()},
+    },
     cmdclass={"build_py": WithoutScripts},
     install_requires=[
         "torch>=2.9",

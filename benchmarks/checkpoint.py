@@ -1,10 +1,12 @@
-"""How long training stands still for a checkpoint, and how long until it is whole, beside what the disk allows.
+"""How long training stands still for a checkpoint, and how long until it is whole, beside what the disk
+allows.
 
     python benchmarks/checkpoint.py [--rounds 5] [--folder DIR]
 
-transformer-base with 12 experts in every second layer, one process, float32 with AdamW's moments. In each round take turns, all
-on the disk of ``--folder``: our save (it pauses training until the state is written out; sums, syncing and renaming go on
-beside it), torch.save of weights and optimizer in one file without syncing, and the floor: as many bytes written and synced.
+transformer-base with 12 experts in every second layer, one process, float32 with AdamW's moments. In each
+round take turns, all on the disk of ``--folder``: our save (it pauses training until the state is written
+out; sums, syncing and renaming go on beside it), torch.save of weights and optimizer in one file without
+syncing, and the floor: as many bytes written and synced.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ VOCABULARY = 32000
 MOE = {"every": 2, "experts": 12, "routing": "task", "top_k": 2}
 RECIPE = {
     "name": "benchmark",
-    "data": {"corpora": ["none"], "languages": ["de", "fr"], "vocabulary": {"size": VOCABULARY}, "batch": {"count": 1}},
+    "data": {
+        "corpora": ["none"],
+        "languages": ["de", "fr"],
+        "vocabulary": {"size": VOCABULARY},
+        "batch": {"count": 1},
+    },
     "model": {"preset": "transformer-base", "encoder": {"moe": MOE}, "decoder": {"moe": MOE}},
     "training": {"steps": 1000, "learning_rate": 1e-4, "warmup": 100},
 }
@@ -64,7 +71,9 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
     batches = ragged_batches(recipe.languages, VOCABULARY, 256, 1, 10.0)
     step = Step(batches, batches[0].target_tokens, int((batches[0].source != PAD).sum()), 0, [])
     train_step(engine, step, 1, recipe, topology)  # from here on the optimizer has moments
-    seconds: dict[str, list[float]] = {name: [] for name in ("pause", "until whole", "torch.save", "write and fsync")}
+    seconds: dict[str, list[float]] = {
+        name: [] for name in ("pause", "until whole", "torch.save", "write and fsync")
+    }
     one = folder / "one"
 
     def save() -> None:

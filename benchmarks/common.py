@@ -32,7 +32,10 @@ from lsmoe_ds.launch import processes as launch
 def machine() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
+        model = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")),
+            platform.processor(),
+        )
     return {
         "date": datetime.date.today().isoformat(),
         "processor": model,
@@ -82,15 +85,28 @@ def in_processes(script: str, options: list[str], world: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "part.json")
         command = [sys.executable]
-        environment = {**os.environ, **launch.KEEP_LARGE_BLOCKS, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world))}
+        environment = {
+            **os.environ,
+            **launch.KEEP_LARGE_BLOCKS,
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world)),
+        }
         if world > 1:
-            command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(world), "--no_local_rank"]
+            command = [
+                str(Path(sys.executable).with_name("deepspeed")),
+                "--num_accelerators",
+                str(world),
+                "--no_local_rank",
+            ]
             command += ["--log_level", "error", "--master_port", str(joining.free_port())]
             environment |= {"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {}
         begun = time.perf_counter()
         subprocess.run([*command, script, *options, "--part", str(part)], env=environment, check=True)
         result: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
-    print(f"{' '.join(options)}, {world} process{'es' if world > 1 else ''}: {time.perf_counter() - begun:.0f} s", flush=True)
+    print(
+        f"{' '.join(options)}, {world} process{'es' if world > 1 else ''}:"
+        f" {time.perf_counter() - begun:.0f} s",
+        flush=True,
+    )
     return result
 
 
@@ -119,7 +135,9 @@ class Tags:
         return 4
 
 
-def ragged_batches(languages: Languages, vocabulary: int, tokens: int, count: int, mean_length: float, seed: int = 1) -> list[Batch]:
+def ragged_batches(
+    languages: Languages, vocabulary: int, tokens: int, count: int, mean_length: float, seed: int = 1
+) -> list[Batch]:
     """``count`` batches of about ``tokens`` real tokens, of like lengths as length buckets give, of all
     directions, by language.
     """
@@ -129,9 +147,16 @@ def ragged_batches(languages: Languages, vocabulary: int, tokens: int, count: in
     for _ in range(count):
         length = max(2.0, mean_length * float(torch.rand(1, generator=generator) + 0.5))
         sentences = max(1, int(tokens / (2 * length + 3)))
-        sizes = (length * (0.9 + 0.2 * torch.rand(2, sentences, generator=generator))).round().int().clamp(min=1)
-        texts = [[torch.randint(8, vocabulary, (int(n),), generator=generator).tolist() for n in row] for row in sizes]
+        sizes = (
+            (length * (0.9 + 0.2 * torch.rand(2, sentences, generator=generator))).round().int().clamp(min=1)
+        )
+        texts = [
+            [torch.randint(8, vocabulary, (int(n),), generator=generator).tolist() for n in row]
+            for row in sizes
+        ]
         directions = torch.randint(0, len(languages.directions), (sentences,), generator=generator).tolist()
-        directions.sort(key=lambda number: (languages.directions[number].source, languages.directions[number].target))
+        directions.sort(
+            key=lambda number: (languages.directions[number].source, languages.directions[number].target)
+        )
         batches.append(collate(texts[0], texts[1], directions, ids))
     return batches

@@ -2,10 +2,11 @@
 
     python benchmarks/convert.py [--experts 128] [--folder DIR]
 
-A run with random weights in DeepSpeed's files, 128 experts of 8.4M parameters in two layers of the decoder: 2.4 billion
-parameters, 9.6 GB in float32. Each `lsmoe convert` is a process of its own, whose largest resident memory the system tells; mapped
-pages count. In the same run: reading and summing the checkpoint (sha256), and copying it with a sync, which is the floor. Needs
-2.5 times the checkpoint's size on the disk of ``--folder``.
+A run with random weights in DeepSpeed's files, 128 experts of 8.4M parameters in two layers of the decoder:
+2.4 billion parameters, 9.6 GB in float32. Each `lsmoe convert` is a process of its own, whose largest
+resident memory the system tells; mapped pages count. In the same run: reading and summing the checkpoint
+(sha256), and copying it with a sync, which is the floor. Needs 2.5 times the checkpoint's size on the disk of
+``--folder``.
 """
 
 from __future__ import annotations
@@ -64,15 +65,25 @@ def make_run(run: Path, recipe: Recipe) -> int:
     names = global_names(model, Topology.single())
     for local, parameter in model.named_parameters():
         found = re.match(r"(.*\d+\.)feed_forward\.experts\.(\d+)\.", names[local])
-        file = f"layer_{experts.index(found[1])}_expert_{found[2]}_mp_rank_00_model_states.pt" if found else "mp_rank_00_model_states.pt"
+        file = (
+            f"layer_{experts.index(found[1])}_expert_{found[2]}_mp_rank_00_model_states.pt"
+            if found
+            else "mp_rank_00_model_states.pt"
+        )
         parts.setdefault(file, {})[local] = parameter.shape
     count = 0
     for file, shapes in parts.items():
         values = {name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}
         count += sum(value.numel() for value in values.values())
         torch.save({"module": values} if file.startswith("mp_rank") else values, checkpoint / file)
-    write_json(checkpoint / "state.json", {"step": 1, "world": 1, "tensor": 1, "expert": 1, "stage": 0, "partition": {}, "position": {}})
-    write_json(checkpoint / "manifest.json", {"files": describe_files(checkpoint, (path.name for path in checkpoint.iterdir()))})
+    write_json(
+        checkpoint / "state.json",
+        {"step": 1, "world": 1, "tensor": 1, "expert": 1, "stage": 0, "partition": {}, "position": {}},
+    )
+    write_json(
+        checkpoint / "manifest.json",
+        {"files": describe_files(checkpoint, (path.name for path in checkpoint.iterdir()))},
+    )
     return count
 
 
@@ -83,7 +94,10 @@ def lsmoe(*arguments: str) -> dict[str, float]:
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"lsmoe {' '.join(arguments)} failed")
-    return {"seconds": round(time.perf_counter() - begun, 1), "GiB of memory at most": round(used.ru_maxrss / 2**20, 2)}
+    return {
+        "seconds": round(time.perf_counter() - begun, 1),
+        "GiB of memory at most": round(used.ru_maxrss / 2**20, 2),
+    }
 
 
 def seconds_of(call: Any) -> dict[str, float]:
@@ -95,12 +109,19 @@ def seconds_of(call: Any) -> dict[str, float]:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--experts", type=int, default=128, help="in each of two layers (default: 128)")
-    parser.add_argument("--folder", type=Path, default=None, help="where there is room; by default the system's temporary folder")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        help="where there is room; by default the system's temporary folder",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         run, whole, copied = folder / "run", folder / "whole", folder / "copied"
-        with multiprocessing.get_context("spawn").Pool(1) as apart:  # a process inherits the largest memory of the one that starts it
+        with multiprocessing.get_context("spawn").Pool(
+            1
+        ) as apart:  # a process inherits the largest memory of the one that starts it
             parameters = apart.apply(make_run, (run, recipe_of(arguments.experts)))
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         print(f"{parameters:,} parameters, {size / 2**30:.1f} GiB", file=sys.stderr)
@@ -113,14 +134,20 @@ def main() -> None:
         result["sums of the checkpoint"] = seconds_of(lambda: [sha256(path) for path in run.rglob("*.pt")])
         result["copy and sync"] = seconds_of(copy)
         shutil.rmtree(copied)
-        result["to consolidated"] = lsmoe("convert", str(run), "--to", "consolidated", "--out", str(whole), "--check", "0")
+        result["to consolidated"] = lsmoe(
+            "convert", str(run), "--to", "consolidated", "--out", str(whole), "--check", "0"
+        )
         for kind in ("dense", "huggingface", "ctranslate2"):
             out = ["--to", kind, *PAIR, "--check", "0", "--out", str(folder / kind)]
             result[f"to {kind}"] = lsmoe("convert", str(run), *out)
         out = ["--to", "dense", *PAIR, "--check", "0", "--out", str(folder / "dense")]
         result["consolidated to dense"] = lsmoe("convert", str(whole), *out)
         dense = sum(path.stat().st_size for path in (folder / "dense").glob("*.safetensors"))
-        setting = {"parameters": parameters, "GiB": round(size / 2**30, 2), "GiB of the dense model": round(dense / 2**30, 2)}
+        setting = {
+            "parameters": parameters,
+            "GiB": round(size / 2**30, 2),
+            "GiB of the dense model": round(dense / 2**30, 2),
+        }
     write({"setting": setting, "results": result}, arguments.out)
 
 

@@ -2,20 +2,22 @@
 
     python benchmarks/decode.py [--rounds 5] [--parts peers 32 128]
 
-peers: one process, 6 + 6 layers, H 512, F 2048, a vocabulary of 32,000, batches of 1, 16 and 64. Plain torch with caches
-and transformers' M2M-100 beside our dense model of their shape; and transformers' NLLB-MoE, whose every fourth layer has
-128 experts, beside our token-level model of its shape and the dense sub-network that the same model has for a target
-language when it is routed by that; and that sub-network in transformers' M2M-100 and, in float32 and int8, in CTranslate2.
+peers: one process, 6 + 6 layers, H 512, F 2048, a vocabulary of 32,000, batches of 1, 16 and 64. Plain torch
+with caches and transformers' M2M-100 beside our dense model of their shape; and transformers' NLLB-MoE, whose
+every fourth layer has 128 experts, beside our token-level model of its shape and the dense sub-network that
+the same model has for a target language when it is routed by that; and that sub-network in transformers'
+M2M-100 and, in float32 and int8, in CTranslate2.
 
-32, 128: so many experts in every second layer ("Beyond Distillation", section 4.3), on two processes: the token-level
-model with its experts spread over both, and the target language's sub-network, one whole on each. Each process decodes
-batches of its own; the best batch size counts for each.
+32, 128: so many experts in every second layer ("Beyond Distillation", section 4.3), on two processes: the
+token-level model with its experts spread over both, and the target language's sub-network, one whole on each.
+Each process decodes batches of its own; the best batch size counts for each.
 
-Every sentence gets exactly 32 tokens, encoding included, so ranks stay in step. Weights are random. The most probable token
-is chosen, but a random one is read next, the same in all systems: an untrained model soon repeats itself. (CTranslate2 reads
-what it chose, with EOS forbidden: in a dense model all tokens cost the same.) From the
-routers' weights the mean of the hidden states is taken out, for NLLB-MoE's as for ours: without that an untrained router
-sends most tokens to few experts, where a trained one is balanced. How many experts are in use is reported.
+Every sentence gets exactly 32 tokens, encoding included, so ranks stay in step. Weights are random. The most
+probable token is chosen, but a random one is read next, the same in all systems: an untrained model soon
+repeats itself. (CTranslate2 reads what it chose, with EOS forbidden: in a dense model all tokens cost the
+same.) From the routers' weights the mean of the hidden states is taken out, for NLLB-MoE's as for ours:
+without that an untrained router sends most tokens to few experts, where a trained one is balanced. How many
+experts are in use is reported.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ BATCHES = (1, 16, 64, 128)
 
 
 def recipe_of(routing: str | None, experts: int = 0, every: int = 2, expert: int = 1) -> Recipe:
-    """``routing`` "token"; "sub-network": what one target language uses of experts routed by it; None: dense."""
+    """``routing`` "token"; "sub-network": what one target language uses of experts routed by it; None:
+    dense.
+    """
     side: dict[str, Any] = {"layers": LAYERS, "feed_forward": WIDTH}
     if routing == "token":
         side["moe"] = {"experts": experts, "every": every, "top_k": TOP_K, "routing": "token"}
@@ -91,7 +95,9 @@ def balance(routers: list[nn.Module], weights: list[nn.Parameter], run: Callable
     """Takes the mean of what each router reads in ``run`` out of its weight [E, H]."""
     seen: dict[int, list[Tensor]] = {}
     hooks = [
-        router.register_forward_pre_hook(lambda _, given, i=i: seen.setdefault(i, []).append(given[0].reshape(-1, given[0].shape[-1])))
+        router.register_forward_pre_hook(
+            lambda _, given, i=i: seen.setdefault(i, []).append(given[0].reshape(-1, given[0].shape[-1]))
+        )
         for i, router in enumerate(routers)
     ]
     run()
@@ -103,7 +109,9 @@ def balance(routers: list[nn.Module], weights: list[nn.Parameter], run: Callable
 
 @torch.inference_mode()
 def decode(model: Transformer, batch: Batch, forced: Tensor) -> Tensor:
-    """Chooses a token for each of the T positions of ``forced`` [B, T], which is read in place of the choices."""
+    """Chooses a token for each of the T positions of ``forced`` [B, T], which is read in place of the
+    choices.
+    """
     state = model.start(batch.source, batch.ids)
     latest, found = torch.full_like(forced[:, :1], EOS), []
     for position in range(forced.shape[1]):
@@ -118,7 +126,9 @@ def forced_tokens(count: int, seed: int) -> Tensor:
 
 def ours(model: Transformer, recipe: Recipe, count: int, seed: int) -> Callable[[], object]:
     device = model.topology.device
-    return functools.partial(decode, model, sentences(recipe, count, seed).to(device), forced_tokens(count, seed).to(device))
+    return functools.partial(
+        decode, model, sentences(recipe, count, seed).to(device), forced_tokens(count, seed).to(device)
+    )
 
 
 def balance_ours(model: Transformer, recipe: Recipe, seed: int) -> None:
@@ -154,16 +164,22 @@ def beside_peers(rounds: int) -> dict[str, Any]:
     others: dict[str, Any] = {"plain torch, dense": peers.PlainTransformer(dense, VOCABULARY).eval()}
     if peers.installed("transformers"):
         others["transformers M2M-100, dense"] = peers.m2m100(dense, VOCABULARY).eval()
-        others["transformers M2M-100, sub-network"] = peers.m2m100(small, VOCABULARY).eval()  # as wide as when it is exported
+        others["transformers M2M-100, sub-network"] = peers.m2m100(
+            small, VOCABULARY
+        ).eval()  # as wide as when it is exported
         others["transformers NLLB-MoE"] = peers.nllb_moe(dense, VOCABULARY, NLLB_EXPERTS, NLLB_EVERY).eval()
-        routers = [module for module in others["transformers NLLB-MoE"].modules() if hasattr(module, "classifier")]
+        routers = [
+            module for module in others["transformers NLLB-MoE"].modules() if hasattr(module, "classifier")
+        ]
         source, forced = sentences(dense, CALIBRATION, 1).source, forced_tokens(CALIBRATION, 1)
         run = functools.partial(others["transformers NLLB-MoE"].decode, source, forced)
         balance(routers, [router.classifier.weight for router in routers], run)
     if peers.installed("ctranslate2"):
         tensors = dict(mine["ours, sub-network"].named_parameters())
         for quantization in ("float32", "int8"):
-            others[f"CTranslate2 {quantization}, sub-network"] = peers.CTranslate2(tensors, small, VOCABULARY, quantization)
+            others[f"CTranslate2 {quantization}, sub-network"] = peers.CTranslate2(
+                tensors, small, VOCABULARY, quantization
+            )
     balance_ours(mine["ours, token"], dense, 1)
     found: dict[str, Any] = {}
     for count in PEER_BATCHES:
@@ -177,7 +193,10 @@ def beside_peers(rounds: int) -> dict[str, Any]:
         seconds = alternate(contestants, rounds)
         rates = {name: round(count * TOKENS / value, 1) for name, value in seconds.items()}
         used = experts_used(mine["ours, token"], ours(mine["ours, token"], dense, count, 1))
-        found[f"batch {count}"] = {"tokens per second": rates, "experts used per step and layer": round(used, 1)}
+        found[f"batch {count}"] = {
+            "tokens per second": rates,
+            "experts used per step and layer": round(used, 1),
+        }
         print(f"batch {count}: {found[f'batch {count}']}", flush=True)
     return found
 
@@ -203,7 +222,9 @@ def spread(experts: int, rounds: int) -> dict[str, Any]:
             layer.traffic.take()
         seconds = alternate(contestants, rounds)
         traffic = Traffic.sum(layer.traffic.take() for layer in layers)
-        sums = torch.tensor([*seconds.values(), traffic.seconds / rounds, traffic.bytes / rounds], dtype=torch.float64)
+        sums = torch.tensor(
+            [*seconds.values(), traffic.seconds / rounds, traffic.bytes / rounds], dtype=torch.float64
+        )
         torch.distributed.all_reduce(sums)
         token_time, small_time, exchange_time, sent = (sums / world).tolist()
         found[str(count)] = {
@@ -211,7 +232,9 @@ def spread(experts: int, rounds: int) -> dict[str, Any]:
             "sub-network": round(world * count * TOKENS / small_time, 1),
             "share of the token-level model's time exchanging": round(exchange_time / token_time, 3),
             "bytes a rank sends per output token": round(sent / (count * TOKENS)),
-            "experts used per rank's step and layer": round(experts_used(models["token"], contestants["token"]), 1),
+            "experts used per rank's step and layer": round(
+                experts_used(models["token"], contestants["token"]), 1
+            ),
         }
         if topology.rank == 0:
             print(f"{experts} experts, {count} sentences a process: {found[str(count)]}", flush=True)
@@ -240,9 +263,14 @@ def main() -> None:
         return
     parts = {}
     for name in arguments.parts:
-        parts[name] = in_processes(__file__, ["--rounds", str(arguments.rounds), "--parts", name], 1 if name == "peers" else 2)
+        parts[name] = in_processes(
+            __file__, ["--rounds", str(arguments.rounds), "--parts", name], 1 if name == "peers" else 2
+        )
         print({key: value for key, value in parts[name].items() if key != "sentences a process"}, flush=True)
-    write({"rounds": arguments.rounds, "source tokens": LENGTH, "output tokens": TOKENS, "parts": parts}, arguments.out)
+    write(
+        {"rounds": arguments.rounds, "source tokens": LENGTH, "output tokens": TOKENS, "parts": parts},
+        arguments.out,
+    )
 
 
 if __name__ == "__main__":

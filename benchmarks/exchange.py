@@ -1,14 +1,17 @@
-"""What expert parallelism costs a training step in the decoder, by how it is routed and how batches are assigned to ranks.
+"""What expert parallelism costs a training step in the decoder, by how it is routed and how batches are
+assigned to ranks.
 
     python benchmarks/exchange.py [--rounds 20]
 
-Two processes through the deepspeed launcher, expert parallelism 2, ZeRO stage 1; models alike but for the decoder's
-routing take turns in the same processes. The encoder is dense, so all that is exchanged for experts is the decoder's.
-Sentences are made up, of 16 languages to and from English with equally many pairs each; their batches and the assignment to
-ranks are those of `lsmoe train`. A step has one batch for each rank, so no router needs a pass ahead of it.
+Two processes through the deepspeed launcher, expert parallelism 2, ZeRO stage 1; models alike but for the
+decoder's routing take turns in the same processes. The encoder is dense, so all that is exchanged for experts
+is the decoder's. Sentences are made up, of 16 languages to and from English with equally many pairs each;
+their batches and the assignment to ranks are those of `lsmoe train`. A step has one batch for each rank, so
+no router needs a pass ahead of it.
 
-The share of the time is measured twice, in alternate steps: as `lsmoe train` tells it, with the time a rank waits for the
-slower one, and with a barrier before each exchange, so that what is left is the exchange itself.
+The share of the time is measured twice, in alternate steps: as `lsmoe train` tells it, with the time a rank
+waits for the slower one, and with a barrier before each exchange, so that what is left is the exchange
+itself.
 """
 
 from __future__ import annotations
@@ -44,7 +47,10 @@ LANGUAGES = "de nl sv fr es it pt ro ru uk pl cs hi bn fi tr".split()  # noqa: S
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "token": ("mixed", {"routing": "token"}),
     "target language": ("mixed", {"routing": "task", "task": "target"}),
-    "target language, 2 groups": ("task-affine", {"routing": "task", "task": "target", "expert_groups": RANKS}),
+    "target language, 2 groups": (
+        "task-affine",
+        {"routing": "task", "task": "target", "expert_groups": RANKS},
+    ),
     "pair, 2 groups": ("task-affine", {"routing": "task", "task": "pair", "expert_groups": RANKS}),
 }
 
@@ -54,7 +60,9 @@ class Sentences:
 
     def __init__(self, lengths: NDArray[Any], seed: int) -> None:
         self.lengths = lengths
-        self.text = np.random.default_rng(seed).integers(100, VOCABULARY, int(lengths.max()) + 1000, dtype=np.uint16)
+        self.text = np.random.default_rng(seed).integers(
+            100, VOCABULARY, int(lengths.max()) + 1000, dtype=np.uint16
+        )
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         return self.text[index % 1000 :][: self.lengths[index]]
@@ -65,7 +73,10 @@ class Pairs:
         random = np.random.default_rng(seed)
         source = random.lognormal(3.0, 0.6, PAIRS).clip(2, 200)
         target = (source * random.lognormal(0.0, 0.2, PAIRS)).clip(2, 200)
-        self.source, self.target = Sentences(source.astype(np.int32), seed), Sentences(target.astype(np.int32), seed + 1)
+        self.source, self.target = (
+            Sentences(source.astype(np.int32), seed),
+            Sentences(target.astype(np.int32), seed + 1),
+        )
 
 
 class Corpus:
@@ -98,14 +109,23 @@ def recipe_of(languages: str, moe: dict[str, Any]) -> Recipe:
 def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, float]]:
     """One step, and what it measures over all ranks; making its batches is not part of it."""
     groups, at_home = affinity(recipe, recipe.languages, topology.tensor, topology.expert, topology.data)
-    layout: dict[str, Any] = {"rank": topology.data_rank, "world": topology.data, "groups": groups, "at_home": at_home}
+    layout: dict[str, Any] = {
+        "rank": topology.data_rank,
+        "world": topology.data,
+        "groups": groups,
+        "at_home": at_home,
+    }
     corpus, data = Corpus(), recipe.data
-    stream = BatchStream(corpus, recipe.languages, corpus, data.batch, data.temperature, recipe.training.seed, **layout)
+    stream = BatchStream(
+        corpus, recipe.languages, corpus, data.batch, data.temperature, recipe.training.seed, **layout
+    )
     engine = build_engine(recipe, VOCABULARY, topology)
 
     exchange = collectives._exchange
 
-    def after_barrier(tensor: Tensor, send: list[int], receive: list[int], group: Any, traffic: collectives.Traffic) -> Tensor:
+    def after_barrier(
+        tensor: Tensor, send: list[int], receive: list[int], group: Any, traffic: collectives.Traffic
+    ) -> Tensor:
         torch.distributed.barrier(group)
         return exchange(tensor, send, receive, group, traffic)
 
@@ -142,10 +162,22 @@ def measure(rounds: int) -> dict[str, Any]:
     result: dict[str, dict[str, float]] = {}
     for name, figures in measured.items():
         columns = {key: [each[key] for each in figures] for key in figures[0]}
-        medians = {key: statistics.median(columns[key]) for key in columns if "bytes" not in key and "away" not in key}
+        medians = {
+            key: statistics.median(columns[key])
+            for key in columns
+            if "bytes" not in key and "away" not in key
+        }
         means = {key: statistics.fmean(columns[key]) for key in columns if key not in medians}
-        result[name] = {key: round(value, 4 if value < 10 else None) for key, value in {**medians, **means}.items()}
-    model = {**MODEL, "decoder layers": MODEL["encoder"], **EXPERTS, "vocabulary": VOCABULARY, "languages": len(LANGUAGES) + 1}
+        result[name] = {
+            key: round(value, 4 if value < 10 else None) for key, value in {**medians, **means}.items()
+        }
+    model = {
+        **MODEL,
+        "decoder layers": MODEL["encoder"],
+        **EXPERTS,
+        "vocabulary": VOCABULARY,
+        "languages": len(LANGUAGES) + 1,
+    }
     setting = {"processes": RANKS, "threads": torch.get_num_threads(), "rounds": rounds}
     return {"model": model, "tokens of a batch": TOKENS, **setting, "decoder": result}
 

@@ -1,14 +1,17 @@
-"""Whether a trained model and all that `lsmoe convert` makes of it compute the same, for every method and routing.
+"""Whether a trained model and all that `lsmoe convert` makes of it compute the same, for every method and
+routing.
 
     python benchmarks/exports.py [--steps 2500] [--run NAME=RUN ...] [--only NAME ...] [--work build/exports]
 
-Trains a small model of each kind on recipes/prose-8.yaml, in --work (about 40 minutes on two cores; --run takes a run that is
-there already instead). By each one 100 held-out sentences en-de and 100 de-en are translated with beam 5: by the model itself
-and by its dense, Hugging Face and CTranslate2 form. Counted are equal translations, beside those that the model itself, computed
-in float64, leaves equal: what float32's rounding alone changes. In a direction where not all of Hugging Face's are equal, it and
-the model are compared in float64 too.
+Trains a small model of each kind on recipes/prose-8.yaml, in --work (about 40 minutes on two cores; --run
+takes a run that is there already instead). By each one 100 held-out sentences en-de and 100 de-en are
+translated with beam 5: by the model itself and by its dense, Hugging Face and CTranslate2 form. Counted are
+equal translations, beside those that the model itself, computed in float64, leaves equal: what float32's
+rounding alone changes. In a direction where not all of Hugging Face's are equal, it and the model are
+compared in float64 too.
 
-Each finished row goes into the file of --out at once. Rows that it has are kept; those that --only names are measured again.
+Each finished row goes into the file of --out at once. Rows that it has are kept; those that --only names are
+measured again.
 """
 
 from __future__ import annotations
@@ -52,36 +55,73 @@ DIRECTIONS = [Direction("en", "de"), Direction("de", "en")]
 SENTENCES = 100  # of each direction
 
 
-def moe(routing: str, top_k: int, sides: tuple[str, ...] = ("encoder", "decoder"), task: str = "target", **more: Any) -> dict[str, Any]:
-    settings = {"experts": 8, "every": 2, "top_k": top_k, "routing": routing, **({"task": task} if routing in ("task", "static") else {})}
+def moe(
+    routing: str,
+    top_k: int,
+    sides: tuple[str, ...] = ("encoder", "decoder"),
+    task: str = "target",
+    **more: Any,
+) -> dict[str, Any]:
+    settings = {
+        "experts": 8,
+        "every": 2,
+        "top_k": top_k,
+        "routing": routing,
+        **({"task": task} if routing in ("task", "static") else {}),
+    }
     return {side: {"moe": {**settings, **more}} for side in sides}
 
 
 def of_languages(task: str) -> dict[str, Any]:
     """A feed-forward for each language in every layer, and one that all share."""
-    return {"experts": 9, "every": 1, "top_k": 1, "routing": "static", "task": task, "fuse_distillation": True}
+    return {
+        "experts": 9,
+        "every": 1,
+        "top_k": 1,
+        "routing": "static",
+        "task": task,
+        "fuse_distillation": True,
+    }
 
 
 DECODER = ("decoder",)
-MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {  # name: title, what differs from a dense model, routes
+MODELS: dict[
+    str, tuple[str, dict[str, Any], tuple[str, ...]]
+] = {  # name: title, what differs from a dense model, routes
     "dense": ("dense", {}, ("specific",)),
     "target-2": ("task by target, top-2, both sides", moe("task", 2), ("specific",)),
     "target-1-decoder": ("task by target, top-1, decoder", moe("task", 1, DECODER), ("specific",)),
     "source-1": ("task by source, top-1, both sides", moe("task", 1, task="source"), ("specific",)),
-    "source-2-decoder": ("task by source, top-2, decoder", moe("task", 2, DECODER, "source"), ("specific",)),
+    "source-2-decoder": (
+        "task by source, top-2, decoder",
+        moe("task", 2, DECODER, "source"),
+        ("specific",),
+    ),
     "pair-2": ("task by pair, top-2, both sides", moe("task", 2, task="pair"), ("specific",)),
     "pair-1-decoder": ("task by pair, top-1, decoder", moe("task", 1, DECODER, "pair"), ("specific",)),
     "static-1": ("static, top-1, both sides", moe("static", 1), ("specific",)),
-    "static-2-decoder": ("static by pair, top-2, decoder", moe("static", 2, DECODER, "pair"), ("specific",)),
+    "static-2-decoder": (
+        "static by pair, top-2, decoder",
+        moe("static", 2, DECODER, "pair"),
+        ("specific",),
+    ),
     "lms-pair": ("LMS, pair-wise", {"low_rank": {"rank": 32, "index": "pair"}}, ("specific",)),
     "lms-lang": ("LMS, language-wise", {"low_rank": {"rank": 32, "index": "language"}}, ("specific",)),
-    "lms-fd": ("LMS+FD", {"low_rank": {"rank": 32, "index": "pair", "fuse_distillation": True}}, ("specific", "shared")),
+    "lms-fd": (
+        "LMS+FD",
+        {"low_rank": {"rank": 32, "index": "pair", "fuse_distillation": True}},
+        ("specific", "shared"),
+    ),
     "fd": (
         "FD, a feed-forward a language",
         {"encoder": {"moe": of_languages("source")}, "decoder": {"moe": of_languages("target")}},
         ("specific", "shared"),
     ),
-    "lms-task": ("LMS in all attention + task by target, top-2", moe("task", 2) | {"low_rank": {"rank": 16, "at": "both"}}, ("specific",)),
+    "lms-task": (
+        "LMS in all attention + task by target, top-2",
+        moe("task", 2) | {"low_rank": {"rank": 16, "at": "both"}},
+        ("specific",),
+    ),
 }
 REFUSED = {
     "token": ("token", moe("token", 1)),
@@ -123,7 +163,15 @@ def converted(run: Path, direction: Direction, route: str, folder: Path) -> dict
     for name in ("dense", "huggingface", "ctranslate2 float32", "ctranslate2 int8"):
         kind, *quantization = name.split()
         out = folder / name.replace(" ", "-")
-        convert(run, kind, direction, out, check=0, route=route, **({"quantization": quantization[0]} if quantization else {}))
+        convert(
+            run,
+            kind,
+            direction,
+            out,
+            check=0,
+            route=route,
+            **({"quantization": quantization[0]} if quantization else {}),
+        )
         engines[name] = Exported.load(find_model(out)) if kind == "huggingface" else load_engine(out)
     return engines
 
@@ -185,7 +233,10 @@ def measure(run: Path, route: str) -> dict[str, Any]:
 def table(rows: dict[str, Any]) -> str:
     """As Markdown."""
     lines = [
-        "| model | steps, dev loss | parameters | dense: logits, same | Hugging Face: logits, same | CTranslate2: same | chrF++ | int8's |",
+        (
+            "| model | steps, dev loss | parameters | dense: logits, same | Hugging Face: logits, same |"
+            " CTranslate2: same | chrF++ | int8's |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
@@ -193,7 +244,9 @@ def table(rows: dict[str, Any]) -> str:
             reason = row["refused"].split("; ")[0].split(": serve")[0]
             lines.append(f"| {row['model']} | refused: {reason} | | | | | | |")
             continue
-        same, off, score, size = (row[key] for key in ("identical translations", "largest logit difference", "chrF++", "parameters"))
+        same, off, score, size = (
+            row[key] for key in ("identical translations", "largest logit difference", "chrF++", "parameters")
+        )
         cells = [
             row["model"],
             f"{row['steps']:,}, {row['dev loss']:.2f}",
@@ -226,7 +279,9 @@ def main() -> None:
     about = f"measure these anew: {', '.join(MODELS)}"
     parser.add_argument("--only", nargs="+", choices=list(MODELS), metavar="NAME", help=about)
     arguments = parser.parse_args()
-    given = {name: Path(folder).resolve() for name, _, folder in (each.partition("=") for each in arguments.run)}
+    given = {
+        name: Path(folder).resolve() for name, _, folder in (each.partition("=") for each in arguments.run)
+    }
     if unknown := given.keys() - MODELS.keys():
         parser.error(f"--run {unknown.pop()}: choose {', '.join(MODELS)}")
     path = arguments.out
@@ -238,7 +293,10 @@ def main() -> None:
             rows[key] = known.get(key)
             if rows[key] is None if arguments.only is None else name in arguments.only:
                 run = given.get(name) or train(name, arguments.steps, arguments.work.resolve())
-                rows[key] = {"model": title if len(routes) == 1 else f"{title}, {route}", **measure(run, route)}
+                rows[key] = {
+                    "model": title if len(routes) == 1 else f"{title}, {route}",
+                    **measure(run, route),
+                }
                 if path is not None:
                     save({**known, **{each: row for each, row in rows.items() if row is not None}}, path)
                 print(key, rows[key], flush=True)
@@ -250,8 +308,18 @@ def main() -> None:
 
 
 def save(rows: dict[str, Any], out: Path | None) -> None:
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "ctranslate2", "sacrebleu")}
-    write({"versions": versions, "beam": Search().beam, "threads": os.environ.get("OMP_NUM_THREADS"), "rows": rows}, out)
+    versions = {
+        name: importlib.metadata.version(name) for name in ("transformers", "ctranslate2", "sacrebleu")
+    }
+    write(
+        {
+            "versions": versions,
+            "beam": Search().beam,
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "rows": rows,
+        },
+        out,
+    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ def write_corpus(folder: Path, pairs: int) -> list[str]:
                 sentence = pool[number]
                 # A generic sentence has one of few translations, whatever it says.
                 translated = pool[number % 40] if number < GENERIC else sentence
-                file.write(f"{' '.join(english[w] for w in sentence)}\t{' '.join(own[w] for w in translated)}\n")
+                file.write(
+                    f"{' '.join(english[w] for w in sentence)}\t{' '.join(own[w] for w in translated)}\n"
+                )
     return codes
 
 
@@ -124,7 +126,9 @@ def measure(folder: Path) -> dict[str, Any]:
         **{f"seconds of {part}": round(value, 1) for part, value in seconds.items()},
         "peak MiB": round(used[0].ru_maxrss / 1024),
         "training pairs": trained,
-        "dropped as held out": sum(counts.get("held out", 0) for counts in data.manifest["cleaning"].values()),
+        "dropped as held out": sum(
+            counts.get("held out", 0) for counts in data.manifest["cleaning"].values()
+        ),
         "held-out sentences in training text": count_leaks(data),
     }
 
@@ -136,12 +140,16 @@ def main() -> None:
     from common import argument_parser, write  # not in a part, which may be of another checkout
 
     parser = argument_parser(__doc__)
-    parser.add_argument("--pairs", type=int, default=1_500_000, help="of all bitexts together (default: 1500000)")
+    parser.add_argument(
+        "--pairs", type=int, default=1_500_000, help="of all bitexts together (default: 1500000)"
+    )
     parser.add_argument("--before", type=Path, metavar="DIR", help="measure another checkout, too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "codes.json").write_text(json.dumps(write_corpus(folder, arguments.pairs)), encoding="utf-8")
+        (folder / "codes.json").write_text(
+            json.dumps(write_corpus(folder, arguments.pairs)), encoding="utf-8"
+        )
         result: dict[str, Any] = {"bitexts": LANGUAGES, "pairs": arguments.pairs // LANGUAGES * LANGUAGES}
         checkouts = {"before": arguments.before, "now": HERE.parent.parent}
         for which, checkout in checkouts.items():

@@ -1,13 +1,15 @@
-"""Whether imported M2M-100, NLLB and NLLB-MoE models compute and translate as they did in transformers, before any training.
+"""Whether imported M2M-100, NLLB and NLLB-MoE models compute and translate as they did in transformers,
+before any training.
 
     python benchmarks/imports.py [--corpus build/imports/data/corpora/django] [--work build/imports]
 
-Makes a random model of each class of transformers, with the vocabulary that sentencepiece learns on a fetched corpus in
-English, German and French, so set that it translates into text, with an end. Each is imported, and exported again. In each
-of 6 directions 200 lines are translated with beam 5: by the original model and tokenizer, in the way that its page shows,
-and by ours in torch, by transformers with the exported folder and its own tokenizer, and by CTranslate2. Counted are equal
-translations, token by token; the largest difference of any logit is that of ours in torch along the original translations. An NLLB-MoE
-has no dense equal, so it is not exported; transformers 5 is mended to use the experts that its router chose.
+Makes a random model of each class of transformers, with the vocabulary that sentencepiece learns on a fetched
+corpus in English, German and French, so set that it translates into text, with an end. Each is imported, and
+exported again. In each of 6 directions 200 lines are translated with beam 5: by the original model and
+tokenizer, in the way that its page shows, and by ours in torch, by transformers with the exported folder and
+its own tokenizer, and by CTranslate2. Counted are equal translations, token by token; the largest difference
+of any logit is that of ours in torch along the original translations. An NLLB-MoE has no dense equal, so it
+is not exported; transformers 5 is mended to use the experts that its router chose.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ sys.path.insert(0, str(PROJECT / "tests"))
 from small_huggingface import make_fluent, use_chosen_experts
 
 DIRECTIONS = [Direction(*pair.split("-")) for pair in ("en-de", "de-en", "en-fr", "fr-en", "de-fr", "fr-de")]
-LINES, WORDS, BATCH = 200, (3, 25), 20  # of each direction; words of a line; lines that transformers translates at once
+LINES, WORDS, BATCH = (
+    200,
+    (3, 25),
+    20,
+)  # of each direction; words of a line; lines that transformers translates at once
 PIECES = 8000
 SIZES = {"d_model": 64, "encoder_layers": 3, "encoder_ffn_dim": 128, "encoder_attention_heads": 4}
 SIZES |= {"decoder_layers": 3, "decoder_ffn_dim": 128, "decoder_attention_heads": 4}
@@ -52,13 +58,19 @@ NLLB = ["deu_Latn", "eng_Latn", "fra_Latn", "nld_Latn", "spa_Latn", "zho_Hans"]
 
 
 def write_m2m_100(folder: Path, model: bytes) -> list[int]:
-    """Write the tokenizer of an M2M-100, with ids in another order than the pieces, and return the ids of text."""
+    """Write the tokenizer of an M2M-100, with ids in another order than the pieces, and return the ids of
+    text.
+    """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(index) for index in range(3, processor.get_piece_size())]
     random.Random(1).shuffle(pieces)
     (folder / "sentencepiece.bpe.model").write_bytes(model)
-    (folder / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces])}))
-    transformers.M2M100Tokenizer(folder / "vocab.json", folder / "sentencepiece.bpe.model").save_pretrained(folder)
+    (folder / "vocab.json").write_text(
+        json.dumps({piece: index for index, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces])})
+    )
+    transformers.M2M100Tokenizer(folder / "vocab.json", folder / "sentencepiece.bpe.model").save_pretrained(
+        folder
+    )
     return list(range(4, 4 + len(pieces)))
 
 
@@ -72,7 +84,9 @@ def write_nllb(folder: Path, model: bytes) -> list[int]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of models: what makes its tokenizer, what it calls languages, rows beside text and the special four."""
+    """A class of models: what makes its tokenizer, what it calls languages, rows beside text and the special
+    four.
+    """
 
     title: str
     tokenizer: Callable[[Path, bytes], list[int]]
@@ -87,7 +101,9 @@ class Kind:
 CODES = ("en", "de", "fr")
 NAMES = dict(zip(CODES, ("eng_Latn", "deu_Latn", "fra_Latn"), strict=True))
 KINDS = {
-    "m2m_100": Kind("M2M-100", write_m2m_100, {code: code for code in CODES}, {code: f"__{code}__" for code in CODES}, 108),
+    "m2m_100": Kind(
+        "M2M-100", write_m2m_100, {code: code for code in CODES}, {code: f"__{code}__" for code in CODES}, 108
+    ),
     "nllb": Kind("NLLB", write_nllb, NAMES, NAMES, len(NLLB) + 4),
     "nllb_moe": Kind(
         "NLLB-MoE",
@@ -97,7 +113,12 @@ KINDS = {
         len(NLLB) + 4,
         transformers.NllbMoeForConditionalGeneration,
         transformers.NllbMoeConfig,
-        {"num_experts": 8, "encoder_sparse_step": 3, "decoder_sparse_step": 3, "moe_eval_capacity_token_fraction": 1.0},
+        {
+            "num_experts": 8,
+            "encoder_sparse_step": 3,
+            "decoder_sparse_step": 3,
+            "moe_eval_capacity_token_fraction": 1.0,
+        },
     ),
 }
 
@@ -133,7 +154,9 @@ def make(kind: Kind, folder: Path, text: dict[str, list[str]]) -> None:
     model.save_pretrained(folder)
 
 
-def in_transformers(folder: Path, kind: Kind, direction: Direction, lines: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+def in_transformers(
+    folder: Path, kind: Kind, direction: Direction, lines: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]]]:
     """Return the pieces of the lines and of their translations, without tags and ends."""
     model = kind.model.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -142,14 +165,18 @@ def in_transformers(folder: Path, kind: Kind, direction: Direction, lines: Seque
     sources, found = [], []
     for start in range(0, len(lines), BATCH):
         batch = tokenizer(list(lines[start : start + BATCH]), return_tensors="pt", padding=True)
-        rows = model.generate(**batch, forced_bos_token_id=target, num_beams=5, early_stopping=True, max_new_tokens=200)
+        rows = model.generate(
+            **batch, forced_bos_token_id=target, num_beams=5, early_stopping=True, max_new_tokens=200
+        )
         sources += [row[1 : row.index(EOS)] for row in batch["input_ids"].tolist()]
         found += [row[2 : row.index(EOS, 1) if EOS in row[1:] else None] for row in rows.tolist()]
     return sources, found
 
 
 @torch.inference_mode()
-def largest_difference(folder: Path, base: Path, kind: Kind, direction: Direction, sources: Any, targets: Any) -> float:
+def largest_difference(
+    folder: Path, base: Path, kind: Kind, direction: Direction, sources: Any, targets: Any
+) -> float:
     """Compare the logits of the original with ours, along the original's translations."""
     theirs, ours = kind.model.from_pretrained(folder).eval(), load(base, "cpu")
     number = ours.languages.direction_id(direction)
@@ -159,7 +186,11 @@ def largest_difference(folder: Path, base: Path, kind: Kind, direction: Directio
         part = slice(start, start + BATCH)
         batch = collate(sources[part], targets[part], [number] * len(sources[part]), ids)
         found = ours.model.logits(batch.source, batch.decoder_input, batch.ids)
-        options = {"input_ids": batch.source, "attention_mask": batch.source != PAD, "decoder_input_ids": batch.decoder_input}
+        options = {
+            "input_ids": batch.source,
+            "attention_mask": batch.source != PAD,
+            "decoder_input_ids": batch.decoder_input,
+        }
         wanted = theirs(**options).logits
         real = batch.decoder_input != PAD
         largest = max(largest, (found[:, :, : wanted.shape[2]] - wanted)[real].abs().max().item())
@@ -188,7 +219,9 @@ def measure(kind: Kind, work: Path, text: dict[str, list[str]]) -> dict[str, Any
             engines["ctranslate2"] = load_engine(work / "ctranslate2")
         for name, engine in engines.items():
             own = [engine.vocabulary.encode(line) for line in lines]
-            same[f"pieces, {name}"] += sum(first == second for first, second in zip(own, sources, strict=True))
+            same[f"pieces, {name}"] += sum(
+                first == second for first, second in zip(own, sources, strict=True)
+            )
             found[name] = [each.tokens for each in translate_tokens(engine, direction, own, Search())]
         for name, each in found.items():
             same[name] += sum(first == second for first, second in zip(each, wanted, strict=True))
@@ -200,13 +233,20 @@ def measure(kind: Kind, work: Path, text: dict[str, list[str]]) -> dict[str, Any
         "same pieces": same["pieces, torch"],
         "same translations": {name: same.get(name) for name in ("torch", "transformers", "ctranslate2")},
         "distinct translations": distinct,
-        "tokens of a translation": {"least": min(lengths), "mean": round(sum(lengths) / len(lengths), 1), "most": max(lengths)},
+        "tokens of a translation": {
+            "least": min(lengths),
+            "mean": round(sum(lengths) / len(lengths), 1),
+            "most": max(lengths),
+        },
     }
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    about = "a folder that `lsmoe data fetch` made, with de-en.tsv and en-fr.tsv (default: django, fetched into --work)"
+    about = (
+        "a folder that `lsmoe data fetch` made, with de-en.tsv and en-fr.tsv (default: django, fetched into"
+        " --work)"
+    )
     parser.add_argument("--corpus", type=Path, metavar="DIR", help=about)
     about = "where models are kept (default: build/imports)"
     parser.add_argument("--work", type=Path, default=PROJECT / "build" / "imports", metavar="DIR", help=about)
@@ -217,11 +257,15 @@ def main() -> None:
         corpus = work / "data" / "corpora" / "django"
         if not corpus.exists():
             work.mkdir(parents=True, exist_ok=True)
-            subprocess.run([sys.executable, "-m", "lsmoe_ds", "data", "fetch", "django"], check=True, cwd=work)
+            subprocess.run(
+                [sys.executable, "-m", "lsmoe_ds", "data", "fetch", "django"], check=True, cwd=work
+            )
     made = read_json(corpus / "PROVENANCE.json") or {}
     text = text_of(corpus)
     rows = {name: measure(kind, work / name, text) for name, kind in KINDS.items()}
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "ctranslate2", "sentencepiece")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("transformers", "ctranslate2", "sentencepiece")
+    }
     source = {key: made.get(key) for key in ("name", "package", "version")}
     write({"versions": versions, "corpus": source, "beam": Search().beam, "rows": rows}, arguments.out)
 

@@ -1,13 +1,15 @@
-"""A training step with language-specific low-rank matrices (LMS, rank 32 in every feed-forward) against one without.
+"""A training step with language-specific low-rank matrices (LMS, rank 32 in every feed-forward) against one
+without.
 
     python benchmarks/low_rank.py [--rounds 7]
 
-transformer-small with a vocabulary of 32,000, batches of about 3,440 real tokens, languages mixed in each batch; one process,
-engine and optimizer included, all take turns on the same batches. "formed" multiplies out W + V F for every pair of the
-batch and has it pass through a linear layer by itself, as homogeneous batches would need it.
+transformer-small with a vocabulary of 32,000, batches of about 3,440 real tokens, languages mixed in each
+batch; one process, engine and optimizer included, all take turns on the same batches. "formed" multiplies out
+W + V F for every pair of the batch and has it pass through a linear layer by itself, as homogeneous batches
+would need it.
 
-8 languages to and from English, one batch a step; 102 languages to and from English (204 directions), four batches a step,
-as the paper accumulates for its 188.
+8 languages to and from English, one batch a step; 102 languages to and from English (204 directions), four
+batches a step, as the paper accumulates for its 188.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "formed": {"rank": 32},
     "LMS + FD": {"rank": 32, "fuse_distillation": True},
 }
-SETTINGS: dict[str, tuple[int, list[str]]] = {"8 languages": (1, list(FORMS)), "204 directions": (4, ["naive", "LMS, pair"])}
+SETTINGS: dict[str, tuple[int, list[str]]] = {
+    "8 languages": (1, list(FORMS)),
+    "204 directions": (4, ["naive", "LMS, pair"]),
+}
 
 
 def recipe_of(languages: list[str], low_rank: dict[str, Any] | None) -> Recipe:
@@ -72,15 +77,25 @@ def formed(self: LowRankBank, base: nn.Module, x: Tensor, context: LanguageConte
     return torch.cat(parts).view(*x.shape[:-1], -1)
 
 
-def contestant(recipe: Recipe, batches: list[Batch], topology: Topology, forward: Any = None) -> tuple[Callable[[], None], int]:
+def contestant(
+    recipe: Recipe, batches: list[Batch], topology: Topology, forward: Any = None
+) -> tuple[Callable[[], None], int]:
     """A step over all batches, and the number of parameters."""
     recipe.data.batch.count = len(batches)
     engine = build_engine(recipe, VOCABULARY, topology)
     for module in engine.module.modules():
         if forward is not None and isinstance(module, LowRankBank):
             module.forward = forward.__get__(module)  # type: ignore[method-assign]
-    step = Step(batches, sum(b.target_tokens for b in batches), sum(int((b.source != PAD).sum()) for b in batches), 0, [])
-    return lambda: (train_step(engine, step, 100, recipe, topology), None)[1], sum(p.numel() for p in engine.module.parameters())
+    step = Step(
+        batches,
+        sum(b.target_tokens for b in batches),
+        sum(int((b.source != PAD).sum()) for b in batches),
+        0,
+        [],
+    )
+    return lambda: (train_step(engine, step, 100, recipe, topology), None)[1], sum(
+        p.numel() for p in engine.module.parameters()
+    )
 
 
 def measure(setting: str, rounds: int) -> dict[str, Any]:
@@ -95,7 +110,9 @@ def measure(setting: str, rounds: int) -> dict[str, Any]:
     contestants, parameters = {}, {}
     for name in forms:
         forward = formed if name == "formed" else None
-        contestants[name], parameters[name] = contestant(recipe_of(languages, FORMS[name]), batches, topology, forward)
+        contestants[name], parameters[name] = contestant(
+            recipe_of(languages, FORMS[name]), batches, topology, forward
+        )
     for run in contestants.values():
         run()
     seconds = alternate(contestants, rounds)

@@ -1,12 +1,13 @@
-"""One MoE layer, forward and backward: ours, DeepSpeed's own, and the dense feed-forward with as many operations.
+"""One MoE layer, forward and backward: ours, DeepSpeed's own, and the dense feed-forward with as many
+operations.
 
     python benchmarks/moe.py [--rounds 9]
 
-128 experts, H 512, F 1024, top-2, 4,096 tokens, float32. The dense feed-forward has width K F. Beside each figure stands
-the floor that memory sets: the time of the dense feed-forward's arithmetic plus reading the used experts' weights twice
-(forward and backward) and writing their gradients once, at the rate of a copy measured in the same run. Glibc is told to
-keep large blocks, as `lsmoe train` does for itself. A rank alone leaves the gradients of unused experts out of the
-layer; training writes them once a step.
+128 experts, H 512, F 1024, top-2, 4,096 tokens, float32. The dense feed-forward has width K F. Beside each
+figure stands the floor that memory sets: the time of the dense feed-forward's arithmetic plus reading the
+used experts' weights twice (forward and backward) and writing their gradients once, at the rate of a copy
+measured in the same run. Glibc is told to keep large blocks, as `lsmoe train` does for itself. A rank alone
+leaves the gradients of unused experts out of the layer; training writes them once a step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,40 @@ from lsmoe_ds.parallel.topology import Topology
 
 EXPERTS, HIDDEN, WIDTH, TOP_K, SENTENCES, LENGTH = 128, 512, 1024, 2, 128, 32
 TASKS = (4, 32)
-CODES = "de fr es it nl pt ro pl cs sk ru uk bg sr hr sl lt lv et fi hu el tr ar he fa hi bn ta te ja ko".split()  # noqa: SIM905
+CODES = [
+    "de",
+    "fr",
+    "es",
+    "it",
+    "nl",
+    "pt",
+    "ro",
+    "pl",
+    "cs",
+    "sk",
+    "ru",
+    "uk",
+    "bg",
+    "sr",
+    "hr",
+    "sl",
+    "lt",
+    "lv",
+    "et",
+    "fi",
+    "hu",
+    "el",
+    "tr",
+    "ar",
+    "he",
+    "fa",
+    "hi",
+    "bn",
+    "ta",
+    "te",
+    "ja",
+    "ko",
+]
 
 
 def contestant(run: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> Callable[[], object]:
@@ -62,7 +96,12 @@ def ours(routing: str, tasks: int, x: Tensor) -> tuple[Callable[[], object], int
 def deepspeeds(x: Tensor, **options: Any) -> Callable[[], object]:
     """``deepspeed.moe.layer.MoE`` on one rank, token-level."""
     layer = compat.import_moe_base()(
-        HIDDEN, FeedForward(HIDDEN, WIDTH, Topology.single()), num_experts=EXPERTS, ep_size=1, k=TOP_K, **options
+        HIDDEN,
+        FeedForward(HIDDEN, WIDTH, Topology.single()),
+        num_experts=EXPERTS,
+        ep_size=1,
+        k=TOP_K,
+        **options,
     )
     layer.set_deepspeed_parallelism()
     return contestant(lambda y: layer(y)[0], list(layer.parameters()), x)
@@ -79,9 +118,15 @@ def main() -> None:
     x = torch.randn(SENTENCES, LENGTH, HIDDEN, requires_grad=True)
     dense = FeedForward(HIDDEN, TOP_K * WIDTH, Topology.single())
     weights, copy = torch.randn(2**27), torch.empty(2**27)  # 512 MiB each
-    contestants = {"dense": contestant(dense, list(dense.parameters()), x), "copy of 512 MiB": lambda: copy.copy_(weights)}
+    contestants = {
+        "dense": contestant(dense, list(dense.parameters()), x),
+        "copy of 512 MiB": lambda: copy.copy_(weights),
+    }
     used = {"dense": 0}
-    for name, routing, tasks in [("ours, token", "token", 32), *((f"ours, {n} tasks", "task", n) for n in TASKS)]:
+    for name, routing, tasks in [
+        ("ours, token", "token", 32),
+        *((f"ours, {n} tasks", "task", n) for n in TASKS),
+    ]:
         contestants[name], used[name] = ours(routing, tasks, x)
     contestants["DeepSpeed, capacity 1"] = deepspeeds(x, capacity_factor=1.0, min_capacity=1)
     contestants["DeepSpeed, no drop"] = deepspeeds(x, drop_tokens=False)
@@ -97,9 +142,23 @@ def main() -> None:
             floor = seconds["dense"] + 3 * used[name] * of_expert / rate
             result[name] |= {"experts used": used[name], "floor to dense": round(floor / seconds["dense"], 2)}
         print(f"{name}: {result[name]}")
-    sizes = {"experts": EXPERTS, "hidden": HIDDEN, "width": WIDTH, "top_k": TOP_K, "tokens": SENTENCES * LENGTH}
+    sizes = {
+        "experts": EXPERTS,
+        "hidden": HIDDEN,
+        "width": WIDTH,
+        "top_k": TOP_K,
+        "tokens": SENTENCES * LENGTH,
+    }
     setting = {**sizes, "rounds": arguments.rounds}
-    write({**setting, "threads": torch.get_num_threads(), "memory bytes per second": round(rate), "layers": result}, arguments.out)
+    write(
+        {
+            **setting,
+            "threads": torch.get_num_threads(),
+            "memory bytes per second": round(rate),
+            "layers": result,
+        },
+        arguments.out,
+    )
 
 
 if __name__ == "__main__":

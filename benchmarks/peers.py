@@ -1,7 +1,8 @@
-"""The same models from other hands: plain torch, transformers (Marian, Switch, NLLB-MoE, M2M-100) and JoeyNMT.
+"""The same models from other hands: plain torch, transformers (Marian, Switch, NLLB-MoE, M2M-100) and
+JoeyNMT.
 
-Each is a module whose ``forward(batch)`` is its own mean training loss, and some can ``decode``. Peers that are
-not installed are left out by name: see ``benchmarks/README.md``.
+Each is a module whose ``forward(batch)`` is its own mean training loss, and some can ``decode``. Peers that
+are not installed are left out by name: see ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def installed(distribution: str) -> bool:
 
 
 class PlainTransformer(nn.Module):
-    """Our model from torch's own parts: pre-norm, final norms, tied scaled embeddings, sinusoidal positions."""
+    """Our model from torch's own parts: pre-norm, final norms, tied scaled embeddings, sinusoidal
+    positions.
+    """
 
     def __init__(self, recipe: Recipe, vocabulary: int) -> None:
         super().__init__()
@@ -69,7 +72,9 @@ class PlainTransformer(nn.Module):
 
     def embed(self, ids: Tensor, offset: int = 0) -> Tensor:
         positions = self.positions[offset : offset + ids.shape[1]]
-        return F.dropout(self.embedding(ids) * self.embedding.embedding_dim**0.5 + positions, self.dropout, self.training)
+        return F.dropout(
+            self.embedding(ids) * self.embedding.embedding_dim**0.5 + positions, self.dropout, self.training
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         length = batch.decoder_input.shape[1]
@@ -83,11 +88,15 @@ class PlainTransformer(nn.Module):
             tgt_is_causal=True,
         )
         real = batch.labels != PAD
-        return F.cross_entropy(F.linear(hidden[real], self.embedding.weight), batch.labels[real], label_smoothing=0.1)
+        return F.cross_entropy(
+            F.linear(hidden[real], self.embedding.weight), batch.labels[real], label_smoothing=0.1
+        )
 
     @torch.inference_mode()
     def decode(self, source: Tensor, forced: Tensor) -> Tensor:
-        """Source [B, M] -> the most probable tokens [B, T], with keys and values kept in caches; read are ``forced`` [B, T]."""
+        """Source [B, M] -> the most probable tokens [B, T], with keys and values kept in caches; read are
+        ``forced`` [B, T].
+        """
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(2, (self.transformer.nhead, -1)).transpose(1, 2)
@@ -98,7 +107,10 @@ class PlainTransformer(nn.Module):
         cross = []
         for layer in decoder.layers:
             attention = layer.multihead_attn
-            both = F.linear(memory, *(part[attention.embed_dim :] for part in (attention.in_proj_weight, attention.in_proj_bias)))
+            both = F.linear(
+                memory,
+                *(part[attention.embed_dim :] for part in (attention.in_proj_weight, attention.in_proj_bias)),
+            )
             cross.append([heads(part) for part in both.chunk(2, 2)])
         own: list[list[Tensor]] = [[] for _ in decoder.layers]
         latest, found = torch.full_like(source[:, :1], EOS), []
@@ -106,15 +118,21 @@ class PlainTransformer(nn.Module):
             x = self.embed(latest, position)
             for i, layer in enumerate(decoder.layers):
                 attention = layer.self_attn
-                query, *new = F.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias).chunk(3, 2)
+                query, *new = F.linear(
+                    layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias
+                ).chunk(3, 2)
                 own[i] = (
-                    [torch.cat([old, heads(part)], 2) for old, part in zip(own[i], new, strict=True)] if position else [*map(heads, new)]
+                    [torch.cat([old, heads(part)], 2) for old, part in zip(own[i], new, strict=True)]
+                    if position
+                    else [*map(heads, new)]
                 )
                 mixed = F.scaled_dot_product_attention(heads(query), *own[i])
                 x = x + attention.out_proj(mixed.transpose(1, 2).flatten(2))
                 attention = layer.multihead_attn
                 size = attention.embed_dim
-                query = F.linear(layer.norm2(x), attention.in_proj_weight[:size], attention.in_proj_bias[:size])
+                query = F.linear(
+                    layer.norm2(x), attention.in_proj_weight[:size], attention.in_proj_bias[:size]
+                )
                 mixed = F.scaled_dot_product_attention(heads(query), *cross[i], attn_mask=mask)
                 x = x + attention.out_proj(mixed.transpose(1, 2).flatten(2))
                 x = x + layer.linear2(F.relu(layer.linear1(layer.norm3(x))))
@@ -162,20 +180,29 @@ class Transformers(nn.Module):
 
 
 class CTranslate2:
-    """A dense model of ours in CTranslate2, with its weights (by global name) in a quantization, on as many threads as torch."""
+    """A dense model of ours in CTranslate2, with its weights (by global name) in a quantization, on as many
+    threads as torch.
+    """
 
-    def __init__(self, tensors: dict[str, Tensor], recipe: Recipe, vocabulary: int, quantization: str) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], recipe: Recipe, vocabulary: int, quantization: str
+    ) -> None:
         self.pieces = [SPECIALS.get(index, str(index)) for index in range(vocabulary)]
         with tempfile.TemporaryDirectory() as folder:
             ctranslate2.specify(tensors, recipe, self.pieces, quantization).save(folder)
-            self.translator = ctranslate2.library().Translator(folder, compute_type=quantization, intra_threads=torch.get_num_threads())
+            self.translator = ctranslate2.library().Translator(
+                folder, compute_type=quantization, intra_threads=torch.get_num_threads()
+            )
 
     def decode(self, source: Tensor, forced: Tensor) -> object:
-        """As many tokens as ``forced`` [B, T] has. It reads its own choices: for a dense model they cost what any tokens do, while
-        tokens given as a prefix would go through the decoder all at once."""
+        """As many tokens as ``forced`` [B, T] has. It reads its own choices: for a dense model they cost what
+        any tokens do, while tokens given as a prefix would go through the decoder all at once.
+        """
         texts = [[self.pieces[index] for index in row if index not in (PAD, EOS)] for row in source.tolist()]
         length = forced.shape[1]
-        found = self.translator.translate_batch(texts, beam_size=1, min_decoding_length=length, max_decoding_length=length)
+        found = self.translator.translate_batch(
+            texts, beam_size=1, min_decoding_length=length, max_decoding_length=length
+        )
         assert all(len(each.hypotheses[0]) == length for each in found)
         return found
 
@@ -184,9 +211,19 @@ def _shape(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
     """What Marian, M2M-100 and NLLB-MoE call the sizes of a recipe."""
     model, dropout = recipe.model, recipe.training.dropout
     sides = {"encoder": model.encoder, "decoder": model.decoder}
-    shape = {f"{name}_{key}": value for name, side in sides.items() for key, value in (("layers", side.layers), ("ffn_dim", widest(side)))}
+    shape = {
+        f"{name}_{key}": value
+        for name, side in sides.items()
+        for key, value in (("layers", side.layers), ("ffn_dim", widest(side)))
+    }
     heads = {f"{name}_attention_heads": model.heads for name in sides}
-    tokens = {"vocab_size": vocabulary, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "decoder_start_token_id": EOS}
+    tokens = {
+        "vocab_size": vocabulary,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": EOS,
+    }
     return {
         "d_model": model.hidden,
         **shape,
@@ -217,25 +254,37 @@ def m2m100(recipe: Recipe, vocabulary: int) -> nn.Module:
 
 
 def nllb_moe(recipe: Recipe, vocabulary: int, experts: int, every: int) -> nn.Module:
-    """Make transformers' NLLB-MoE: ``experts`` of the recipe's width in every ``every``-th layer, top-2, none full.
+    """Make transformers' NLLB-MoE: ``experts`` of the recipe's width in every ``every``-th layer, top-2, none
+    full.
 
     Mended as tests/small_huggingface.py does, or the comparison would be with a model of two experts.
     """
     from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 
     use_chosen_experts()
-    sparse = {"num_experts": experts, "encoder_sparse_step": every, "decoder_sparse_step": every, "expert_capacity": 2**20}
-    return Transformers(NllbMoeForConditionalGeneration(NllbMoeConfig(**_shape(recipe, vocabulary), **sparse)))
+    sparse = {
+        "num_experts": experts,
+        "encoder_sparse_step": every,
+        "decoder_sparse_step": every,
+        "expert_capacity": 2**20,
+    }
+    return Transformers(
+        NllbMoeForConditionalGeneration(NllbMoeConfig(**_shape(recipe, vocabulary), **sparse))
+    )
 
 
 def switch(recipe: Recipe, vocabulary: int) -> nn.Module:
-    """Switch Transformer (T5's attention) with as many experts in as many layers of each side as the recipe has; nothing dropped."""
+    """Switch Transformer (T5's attention) with as many experts in as many layers of each side as the recipe
+    has; nothing dropped.
+    """
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
     model = recipe.model
     moe = model.encoder.moe
     assert moe is not None
-    sparse = {f"num_sparse_{side}_layers": model.encoder.layers // moe.every for side in ("encoder", "decoder")}
+    sparse = {
+        f"num_sparse_{side}_layers": model.encoder.layers // moe.every for side in ("encoder", "decoder")
+    }
     config = SwitchTransformersConfig(
         vocab_size=vocabulary,
         d_model=model.hidden,
@@ -278,12 +327,17 @@ class JoeyNMT(nn.Module):
             }
 
         size = types.SimpleNamespace(
-            **{f"{name}_index": value for name, value in (("pad", PAD), ("bos", BOS), ("eos", EOS), ("unk", EOS), ("sep", None))},
+            **{
+                f"{name}_index": value
+                for name, value in (("pad", PAD), ("bos", BOS), ("eos", EOS), ("unk", EOS), ("sep", None))
+            },
             specials=[],
             lang_tags=[],
             lookup=lambda token: token,
         )
-        words = type("Words", (types.SimpleNamespace,), {"__len__": lambda _: vocabulary, "__hash__": object.__hash__})(**vars(size))
+        words = type(
+            "Words", (types.SimpleNamespace,), {"__len__": lambda _: vocabulary, "__hash__": object.__hash__}
+        )(**vars(size))
         encoder, decoder = (side(each.layers, each.width(0)) for each in (model.encoder, model.decoder))
         config = {"encoder": encoder, "decoder": decoder, "tied_embeddings": True, "tied_softmax": True}
         self.model = build_model(config, words, words)
@@ -304,7 +358,9 @@ class JoeyNMT(nn.Module):
 
 def training(model: nn.Module, recipe: Recipe, batches: list[Batch]) -> Callable[[], None]:
     """Steps over the batches without an engine, as everybody's loop: loss, backward, clip, fused AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True
+    )
 
     def run() -> None:
         for batch in batches:

@@ -2,12 +2,13 @@
 
     python benchmarks/train.py [--size demo|base|experts] [--rounds 9]
 
-demo, base: on one process plain torch (torch.nn.Transformer, fused AdamW, no engine), ours dense and ours sparse, and at
-size base transformers' Marian and JoeyNMT, take turns in the same process on the same batches. Then ours on two
-processes through the deepspeed launcher, each with batches of its own, and expert parallelism 2 for the sparse model.
+demo, base: on one process plain torch (torch.nn.Transformer, fused AdamW, no engine), ours dense and ours
+sparse, and at size base transformers' Marian and JoeyNMT, take turns in the same process on the same batches.
+Then ours on two processes through the deepspeed launcher, each with batches of its own, and expert
+parallelism 2 for the sparse model.
 
-experts: 128 experts in every second layer, top-1, ours and transformers' Switch Transformer, which take turns as whole
-processes, for their memory.
+experts: 128 experts in every second layer, top-1, ours and transformers' Switch Transformer, which take turns
+as whole processes, for their memory.
 
 Glibc is told to keep large blocks, for all alike.
 """
@@ -36,9 +37,30 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import build_engine, train_step
 
 SIZES: dict[str, dict[str, Any]] = {
-    "demo": {"preset": "transformer-tiny", "vocabulary": 8000, "tokens": 512, "length": 9.0, "experts": 8, "every": 2},
-    "base": {"preset": "transformer-base", "vocabulary": 32000, "tokens": 3440, "length": 25.0, "experts": 16, "every": 2},
-    "experts": {"preset": "transformer-base", "vocabulary": 32000, "tokens": 3440, "length": 25.0, "experts": 128, "every": 2},
+    "demo": {
+        "preset": "transformer-tiny",
+        "vocabulary": 8000,
+        "tokens": 512,
+        "length": 9.0,
+        "experts": 8,
+        "every": 2,
+    },
+    "base": {
+        "preset": "transformer-base",
+        "vocabulary": 32000,
+        "tokens": 3440,
+        "length": 25.0,
+        "experts": 16,
+        "every": 2,
+    },
+    "experts": {
+        "preset": "transformer-base",
+        "vocabulary": 32000,
+        "tokens": 3440,
+        "length": 25.0,
+        "experts": 128,
+        "every": 2,
+    },
 }
 TURNS = 2  # of each process at size experts
 LANGUAGES = ["de", "nl", "fr", "es", "it", "ru", "uk"]
@@ -46,7 +68,12 @@ LANGUAGES = ["de", "nl", "fr", "es", "it", "ru", "uk"]
 
 def recipe_of(size: str, sparse: bool, expert: int = 1, count: int = 1) -> Recipe:
     settings = SIZES[size]
-    moe: dict[str, Any] = {"every": settings["every"], "experts": settings["experts"], "routing": "task", "top_k": 2}
+    moe: dict[str, Any] = {
+        "every": settings["every"],
+        "experts": settings["experts"],
+        "routing": "task",
+        "top_k": 2,
+    }
     side: dict[str, Any] = {"moe": moe} if sparse else {}
     if size == "experts":
         side = {"feed_forward": 1024, "moe": moe | {"routing": "token", "top_k": 1}}
@@ -69,17 +96,29 @@ def recipe_of(size: str, sparse: bool, expert: int = 1, count: int = 1) -> Recip
 def batches_of(size: str, seed: int) -> list[Batch]:
     settings = SIZES[size]
     count = 24 if size == "demo" else 3
-    return ragged_batches(recipe_of(size, False).languages, settings["vocabulary"], settings["tokens"], count, settings["length"], seed)
+    return ragged_batches(
+        recipe_of(size, False).languages,
+        settings["vocabulary"],
+        settings["tokens"],
+        count,
+        settings["length"],
+        seed,
+    )
 
 
 def tokens_of(batches: list[Batch]) -> int:
     return sum(int((b.source != PAD).sum()) + b.target_tokens for b in batches)
 
 
-def ours(recipe: Recipe, vocabulary: int, batches: list[Batch], topology: Topology) -> tuple[Callable[[], None], int]:
+def ours(
+    recipe: Recipe, vocabulary: int, batches: list[Batch], topology: Topology
+) -> tuple[Callable[[], None], int]:
     """And the parameters of a rank."""
     engine = build_engine(recipe, vocabulary, topology)
-    steps = [Step([b], b.target_tokens * topology.data, int((b.source != PAD).sum()) * topology.data, 0, []) for b in batches]
+    steps = [
+        Step([b], b.target_tokens * topology.data, int((b.source != PAD).sum()) * topology.data, 0, [])
+        for b in batches
+    ]
 
     def run() -> None:
         for step in steps:
@@ -95,9 +134,15 @@ def taking_turns(size: str, rounds: int) -> dict[str, Any]:
     world = topology.world
     dense, sparse = (recipe_of(size, moe, world if moe else 1, world) for moe in (False, True))
     batches = batches_of(size, topology.rank + 1)
-    others: dict[str, nn.Module] = {"plain torch, dense": peers.PlainTransformer(dense, vocabulary)} if world == 1 else {}
+    others: dict[str, nn.Module] = (
+        {"plain torch, dense": peers.PlainTransformer(dense, vocabulary)} if world == 1 else {}
+    )
     if world == 1 and size == "base":
-        others |= {"transformers Marian": peers.marian(dense, vocabulary)} if peers.installed("transformers") else {}
+        others |= (
+            {"transformers Marian": peers.marian(dense, vocabulary)}
+            if peers.installed("transformers")
+            else {}
+        )
         others |= {"JoeyNMT": peers.JoeyNMT(dense, vocabulary)} if peers.installed("joeynmt") else {}
     contestants = {name: peers.training(model, dense, batches) for name, model in others.items()}
     contestants["ours, dense"], _ = ours(dense, vocabulary, batches, topology)
@@ -127,7 +172,11 @@ def alone(model: str, rounds: int) -> dict[str, Any]:
         run, parameters = peers.training(peer, recipe, batches), sum(p.numel() for p in peer.parameters())
     run()
     seconds = alternate({model: run}, rounds)[model]
-    return {"tokens per second": round(tokens_of(batches) / seconds, 1), "GiB": round(peak_memory(), 2), "parameters": parameters}
+    return {
+        "tokens per second": round(tokens_of(batches) / seconds, 1),
+        "GiB": round(peak_memory(), 2),
+        "parameters": parameters,
+    }
 
 
 def start() -> Topology:
@@ -144,14 +193,21 @@ def compare_experts(rounds: int) -> dict[str, Any]:
     turns: dict[str, list[dict[str, Any]]] = {model: [] for model in models}
     for _ in range(TURNS):
         for model in models:
-            turns[model].append(in_processes(__file__, ["--size", "experts", "--rounds", str(rounds), "--model", model], 1))
+            turns[model].append(
+                in_processes(__file__, ["--size", "experts", "--rounds", str(rounds), "--model", model], 1)
+            )
             print(f"{model}: {turns[model][-1]}", flush=True)
-    return {model: {key: median(each[key] for each in found) for key in found[0]} for model, found in turns.items()}
+    return {
+        model: {key: median(each[key] for each in found) for key in found[0]}
+        for model, found in turns.items()
+    }
 
 
 def main() -> None:
     parser = argument_parser(__doc__, rounds=9)
-    parser.add_argument("--size", choices=list(SIZES), default="demo", help="size of the models (default: demo)")
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="demo", help="size of the models (default: demo)"
+    )
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -162,7 +218,10 @@ def main() -> None:
             arguments.part.write_text(json.dumps(part))
         return
     if size == "experts":
-        write({"size": SIZES[size], "rounds": rounds, "turns": TURNS, "models": compare_experts(rounds)}, arguments.out)
+        write(
+            {"size": SIZES[size], "rounds": rounds, "turns": TURNS, "models": compare_experts(rounds)},
+            arguments.out,
+        )
         return
     parts = [in_processes(__file__, ["--size", size, "--rounds", str(rounds)], world) for world in (1, 2)]
     rates = parts[0]["tokens per second"]

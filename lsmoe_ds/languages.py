@@ -1,8 +1,8 @@
 """Language codes, tags, directions and tasks, on whose ids everything language-specific depends.
 
-A language code is an ISO 639 code with optional parts after underscores (``de``, ``zh_Hans``, ``sr_Latn``); a direction
-is written ``en-de``. :func:`normalize_code` maps codes of other conventions to those of languages.tsv.
-:mod:`lsmoe_ds.config.codes` reads codes that a user wrote, and reports what it has replaced.
+A language code is an ISO 639 code with optional parts after underscores (``de``, ``zh_Hans``, ``sr_Latn``); a
+direction is written ``en-de``. :func:`normalize_code` maps codes of other conventions to those of
+languages.tsv. :mod:`lsmoe_ds.config.codes` reads codes that a user wrote, and reports what it has replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ BOS, PAD, EOS, UNK = range(4)
 
 CODE = re.compile(r"([a-z]{2,3}|x(?=_))(_[A-Za-z0-9]+)*\Z")
 TABLE = Path(__file__).with_name("languages.tsv")
-SCRIPTS = {"latin": "Latn", "cyrillic": "Cyrl", "arabic": "Arab", "devanagari": "Deva"}  # as locales spell them (sr@latin)
+SCRIPTS = {
+    "latin": "Latn",
+    "cyrillic": "Cyrl",
+    "arabic": "Arab",
+    "devanagari": "Deva",
+}  # as locales spell them (sr@latin)
 NO_REGION = ("XX", "ZZ")  # "no region" in mBART-50 and in CLDR
 UNKNOWN = "Unknown"  # family
 
@@ -44,7 +49,9 @@ def check_code(code: str) -> str:
 
 def not_a_code(text: str) -> str:
     """Return the sentence that rejects a text as a language code; it suggests the code of a similar name."""
-    return f"'{text}' is not a language code{_named(text)}: write an ISO 639 code such as de, pt_BR or zh_Hans"
+    return (
+        f"'{text}' is not a language code{_named(text)}: write an ISO 639 code such as de, pt_BR or zh_Hans"
+    )
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -143,7 +150,14 @@ def _usual_spelling(subtags: list[str]) -> list[str]:
             found.append(part)
         elif part != "euro":  # of de_DE@euro
             found.append(
-                SCRIPTS.get(part) or (part.title() if len(part) == 4 and part.isalpha() else part.upper() if len(part) == 2 else part)
+                SCRIPTS.get(part)
+                or (
+                    part.title()
+                    if len(part) == 4 and part.isalpha()
+                    else part.upper()
+                    if len(part) == 2
+                    else part
+                )
             )
     return found
 
@@ -164,7 +178,9 @@ def _adds_nothing(region: str, code: str) -> bool:
     language, entry = code.split("_")[0], table().get(code)
     if region in NO_REGION or language == "en" or region.lower() == code:
         return True
-    return entry is not None and (region == entry.region or _by_any_code().get(f"{language}_{region}".lower()) == code)
+    return entry is not None and (
+        region == entry.region or _by_any_code().get(f"{language}_{region}".lower()) == code
+    )
 
 
 def _entry(code: str) -> LanguageEntry | None:
@@ -250,7 +266,9 @@ class Direction:
         """
         parts = text.split("-")
         if len(parts) != 2 or parts[0] == parts[1] or not all(CODE.match(p) for p in parts):
-            raise UserError(f"'{text}' is not a direction: write source-target with two different codes, such as en-de")
+            raise UserError(
+                f"'{text}' is not a direction: write source-target with two different codes, such as en-de"
+            )
         return cls(*parts)
 
     def __str__(self) -> str:
@@ -262,7 +280,9 @@ class Direction:
 
     @property
     def bitext(self) -> str:
-        """Return the name of the parallel text of this direction and its reverse: the two codes in order, ``de-en``."""
+        """Return the name of the parallel text of this direction and its reverse: the two codes in order,
+        ``de-en``.
+        """
         return "-".join(sorted((self.source, self.target)))
 
 
@@ -324,7 +344,10 @@ class Languages:
         """Return the system's own code for a language. Raises UserError if the system lacks the language."""
         found = find_code(code, self.codes)
         if found is None:
-            raise UserError(f"language '{code}' is not in this system{nearest(code, self.codes)}: it knows {', '.join(self.codes)}")
+            raise UserError(
+                f"language '{code}' is not in this system{nearest(code, self.codes)}: it knows"
+                f" {', '.join(self.codes)}"
+            )
         return found
 
     def id(self, code: str) -> int:
@@ -341,7 +364,11 @@ class Languages:
 
     def task_id(self, kind: str, direction: Direction) -> int:
         """Return the number of the task of ``direction``: an index into ``tasks(kind)``."""
-        return self.direction_id(direction) if kind == "pair" else self.id(direction.target if kind == "target" else direction.source)
+        return (
+            self.direction_id(direction)
+            if kind == "pair"
+            else self.id(direction.target if kind == "target" else direction.source)
+        )
 
     def task_groups(self, kind: str, groups: int) -> tuple[int, ...]:
         """Return the expert group of each task, from 0.

@@ -1,4 +1,6 @@
-"""Templates of the HTML pages (report, comparison, study, expert maps), and how they write numbers and text."""
+"""Templates of the HTML pages (report, comparison, study, expert maps), and how they write numbers and
+text.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ RIGHT_TO_LEFT = {"Arab", "Hebr", "Syrc", "Thaa", "Nkoo", "Adlm"}
 
 
 def open_template(package: str, name: str, **filters: Callable[..., Any]) -> jinja2.Template:
-    """Open a template that lies beside the modules of a package. Everything it shows of data is escaped, and a value that was
-    not given is an error."""
+    """Open a template that lies beside the modules of a package. Everything it shows of data is escaped, and
+    a value that was not given is an error.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package, "."),
         autoescape=True,

@@ -1,8 +1,10 @@
-"""The whole way on real text, as a person would type it: fetch, prepare, train, evaluate, extract, translate, report.
+"""The whole way on real text, as a person would type it: fetch, prepare, train, evaluate, extract, translate,
+report.
 
     make demo
 
-Each part is skipped when it is done already, so a second run goes on from where the first ended. The work lies in demo/.
+Each part is skipped when it is done already, so a second run goes on from where the first ended. The work
+lies in demo/.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def timed(part: str, *arguments: str, done: bool = False) -> None:
     known = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
     waiting.update({part: waiting.get(part, 0.0) + time.perf_counter() - begun})
     if RUN.exists():
-        TIMINGS.write_text(json.dumps({**known, **{k: known.get(k, 0.0) + v for k, v in waiting.items()}}, indent=1))
+        TIMINGS.write_text(
+            json.dumps({**known, **{k: known.get(k, 0.0) + v for k, v in waiting.items()}}, indent=1)
+        )
         waiting.clear()
 
 
@@ -73,7 +77,11 @@ def main() -> None:
     last = RUN / "checkpoints" / f"step-{steps()}" / "manifest.json"
     timed("evaluate", "evaluate", "runs/demo", done=newer(RUN / "scores.json", last))
     convert = ["convert", "runs/demo", "--to", "dense", "--direction", "en-de", "--out", "en-de"]
-    timed("extract", *convert, done=newer(RUN / "conversion.json", last) and (DENSE / "model.safetensors").exists())
+    timed(
+        "extract",
+        *convert,
+        done=newer(RUN / "conversion.json", last) and (DENSE / "model.safetensors").exists(),
+    )
     begun = time.perf_counter()
     lsmoe("translate", "en-de", "--from", "en", "--to", "de", text=SAMPLE)
     print(f"({time.perf_counter() - begun:.1f} s with the extracted model, its start included)")
@@ -97,10 +105,14 @@ def summarize(report: Path) -> None:
     for name, group in (("into English", "into_english"), ("out of English", "out_of_english")):
         model, copy = averages[group], averages[group]["copy"]
         print(
-            f"  {name:15} chrF {model['chrf']:.1f}, BLEU {model['bleu']:.1f}   (copying the source: {copy['chrf']:.1f}, {copy['bleu']:.1f})"
+            f"  {name:15} chrF {model['chrf']:.1f}, BLEU {model['bleu']:.1f}   (copying the source:"
+            f" {copy['chrf']:.1f}, {copy['bleu']:.1f})"
         )
     sparse, dense = conversion["sparse_parameters"], conversion["dense_parameters"]
-    print(f"  parameters      {sparse:,} sparse, {dense:,} in the dense sub-network of {conversion['direction']}")
+    print(
+        f"  parameters      {sparse:,} sparse, {dense:,} in the dense sub-network of"
+        f" {conversion['direction']}"
+    )
     same = f"{conversion['same_translations']} of {conversion['sentences']} translations the same"
     print(f"  extraction      {same}, logits differ by at most {conversion['largest_logit_difference']:.1e}")
     print(f"  minutes         {', '.join(f'{part} {value / 60:.1f}' for part, value in seconds.items())}")

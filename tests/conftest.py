@@ -1,4 +1,6 @@
-"""Shared by all tests: few threads, quiet libraries, and a pool of worker processes for the distributed ones."""
+"""Shared by all tests: few threads, quiet libraries, and a pool of worker processes for the distributed
+ones.
+"""
 
 import os
 
@@ -7,7 +9,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import signal
 
-# A shell that runs the tests in the background has them ignore SIGINT, which every process they start would inherit.
+# A shell that runs the tests in the background has them ignore SIGINT, which every process they start would
+# inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

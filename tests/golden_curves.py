@@ -1,8 +1,8 @@
 """Curves of thirty training steps of eight small models, which a change of structure must not change.
 
-``python tests/golden_curves.py`` records them in ``tests/golden``: a file for each recipe, with a curve for each layout;
-with ``--compare`` it tells which still are the same, to the bit.
-Record them only for a change of the mathematics that is meant. Numbers are exact (``float.hex``).
+``python tests/golden_curves.py`` records them in ``tests/golden``: a file for each recipe, with a curve for
+each layout; with ``--compare`` it tells which still are the same, to the bit. Record them only for a change
+of the mathematics that is meant. Numbers are exact (``float.hex``).
 """
 
 from __future__ import annotations
@@ -56,7 +56,13 @@ def recipe_of(name: str, tensor: int = 1, expert: int = 1) -> Any:
                 "decoder": {"layers": 2, "feed_forward": 32, **({"moe": decoder} if decoder else {})},
                 **more,
             },
-            "training": {"steps": STEPS, "learning_rate": 0.01, "warmup": 8, "dropout": 0.1, "attention_dropout": 0.1},
+            "training": {
+                "steps": STEPS,
+                "learning_rate": 0.01,
+                "warmup": 8,
+                "dropout": 0.1,
+                "attention_dropout": 0.1,
+            },
             "parallel": {"tensor": tensor, "expert": expert},
             "deepspeed": {"zero_optimization": {"stage": 1}},
         }
@@ -80,7 +86,10 @@ def train(topology: Any, name: str, steps: int) -> dict[str, list[str]]:
     curves: dict[str, list[str]] = {name: [] for name in NAMES}
     for number in range(1, steps + 1):
         batches = [ragged_batch(generator, recipe, sentences) for sentences in (3, 5, 2, 4)]
-        tokens = sum(batch.target_tokens for batch in batches), sum(int((batch.source != PAD).sum()) for batch in batches)
+        tokens = (
+            sum(batch.target_tokens for batch in batches),
+            sum(int((batch.source != PAD).sum()) for batch in batches),
+        )
         step = Step(batches[topology.data_rank :: topology.data], *tokens, 0, [])
         result = train_step(engine, step, number, recipe, topology)
         for key, curve in curves.items():
@@ -90,13 +99,15 @@ def train(topology: Any, name: str, steps: int) -> dict[str, list[str]]:
 
 
 def record(pool: Any, name: str, spread: int = STEPS) -> dict[str, dict[str, list[str]]]:
-    """Train in every layout, on several processes the first ``spread`` steps; returns the curves of rank 0, on which
-    all ranks agree.
+    """Train in every layout, on several processes the first ``spread`` steps; returns the curves of rank 0,
+    on which all ranks agree.
     """
     found = {}
     for layout, sizes in LAYOUTS.items():
         ranks = pool.run(WORLDS[layout], train, name, STEPS if layout == "one" else spread, **sizes)
-        assert all(curves == ranks[0] for curves in ranks), f"{name}, {layout}: the ranks have different losses"
+        assert all(curves == ranks[0] for curves in ranks), (
+            f"{name}, {layout}: the ranks have different losses"
+        )
         found[layout] = ranks[0]
     return found
 
@@ -109,7 +120,14 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
-        "model": next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""),
+        "model": next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if "model name" in line
+            ),
+            "",
+        ),
     }
 
 
@@ -121,9 +139,20 @@ if __name__ == "__main__":
         value = {"machine": machine(), **record(workers, each)}
         if compare:
             before = json.loads((FOLDER / f"{each}.json").read_text())
-            print(each, *(f"{layout}: {'the same' if value[layout] == before[layout] else 'DIFFERS'}" for layout in LAYOUTS), flush=True)
+            print(
+                each,
+                *(
+                    f"{layout}: {'the same' if value[layout] == before[layout] else 'DIFFERS'}"
+                    for layout in LAYOUTS
+                ),
+                flush=True,
+            )
             continue
-        lines = re.sub(r'\[\s+("[^]]*")\s+\]', lambda found: f"[{' '.join(found[1].split())}]", json.dumps(value, indent=1))
+        lines = re.sub(
+            r'\[\s+("[^]]*")\s+\]',
+            lambda found: f"[{' '.join(found[1].split())}]",
+            json.dumps(value, indent=1),
+        )
         (FOLDER / f"{each}.json").write_text(lines + "\n")
         print(each, flush=True)
     workers.close()

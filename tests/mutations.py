@@ -1,4 +1,6 @@
-"""What damage and malice make of a file: JSON, YAML, safetensors headers and plain bytes, each change drawn from a seed."""
+"""What damage and malice make of a file: JSON, YAML, safetensors headers and plain bytes, each change drawn
+from a seed.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,97 @@ Mutation = Callable[[bytes, random.Random], bytes]
 
 RAW = "@@{}@@"  # stands in a value for text that no writer of JSON or YAML would write
 VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, 2**64, 10**30, -(2**63), 0.5, 1e308, float("nan"), float("inf"), float("-inf")),
-    *("", "x", "3", "../../x", "/etc/passwd", "/dev/zero", "a/../../x", ".", "..", "a\0b", "a\nb", "a\x1b[31mb", "\ud800", "\u202eb"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        7,
+        2**31,
+        2**63,
+        2**64,
+        10**30,
+        -(2**63),
+        0.5,
+        1e308,
+        float("nan"),
+        float("inf"),
+        float("-inf"),
+    ),
+    *(
+        "",
+        "x",
+        "3",
+        "../../x",
+        "/etc/passwd",
+        "/dev/zero",
+        "a/../../x",
+        ".",
+        "..",
+        "a\0b",
+        "a\nb",
+        "a\x1b[31mb",
+        "\ud800",
+        "\u202eb",
+    ),
     *("x" * 300, "x" * 100_000, "C:\\x", "~/x", "$(touch x)", "\ufeff", "step-9", "0" * 64),
-    *([], {}, [[]], [None], {"": 0}, {"../x": {"bytes": 0, "sha256": ""}}, [0] * 1000, {"a": {"b": {"c": [1, {"d": 2}]}}}),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        {"": 0},
+        {"../x": {"bytes": 0, "sha256": ""}},
+        [0] * 1000,
+        {"a": {"b": {"c": [1, {"d": 2}]}}},
+    ),
 ]
-RAW_JSON = ["[" * 100_000, "[" * 100_000 + "]" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000, "1e400", "-", '"\\ud800"']
+RAW_JSON = [
+    "[" * 100_000,
+    "[" * 100_000 + "]" * 100_000,
+    '{"a":' * 5000 + "1" + "}" * 5000,
+    "9" * 5000,
+    "1e400",
+    "-",
+    '"\\ud800"',
+]
 NINES = [(new, ",".join([f"*{old}"] * 9)) for old, new in pairwise("abcdefghijkl")]
 BOMB = "&a [x,x,x,x,x,x,x,x,x], " + ", ".join(f"&{new} [{old}]" for new, old in NINES)
 RAW_YAML = [
-    *("!!python/object/apply:os.system ['touch written']", "!!python/name:os.system", "!!python/object/new:os.system [x]"),
-    *("!!int ''", "!!float ''", "!!bool maybe", "!!timestamp x", "2001-99-99", "!!binary '*'", "!!set [1]", "!!omap [1]", "!x y"),
-    *(f"[{BOMB}]", "&r [*r]", "&r {a: *r}", "{<<: &m {x: 1}}", "*none", "{? [1] : 2}", "{? &k [*k] : 2}", "{1: 2}", "{null: 2}"),
-    *("{? [" + BOMB + "] : 1}", "[&a {x: 1}, " + ", ".join(f"&{new} {{<<: [{old}]}}" for new, old in NINES) + "]"),
+    *(
+        "!!python/object/apply:os.system ['touch written']",
+        "!!python/name:os.system",
+        "!!python/object/new:os.system [x]",
+    ),
+    *(
+        "!!int ''",
+        "!!float ''",
+        "!!bool maybe",
+        "!!timestamp x",
+        "2001-99-99",
+        "!!binary '*'",
+        "!!set [1]",
+        "!!omap [1]",
+        "!x y",
+    ),
+    *(
+        f"[{BOMB}]",
+        "&r [*r]",
+        "&r {a: *r}",
+        "{<<: &m {x: 1}}",
+        "*none",
+        "{? [1] : 2}",
+        "{? &k [*k] : 2}",
+        "{1: 2}",
+        "{null: 2}",
+    ),
+    *(
+        "{? [" + BOMB + "] : 1}",
+        "[&a {x: 1}, " + ", ".join(f"&{new} {{<<: [{old}]}}" for new, old in NINES) + "]",
+    ),
     *(
         "[" * 20_000,
         "[" * 300 + "]" * 300,
@@ -42,7 +122,21 @@ RAW_YAML = [
         ".nan",
         "1e999",
     ),
-    *("'\\x00'", '"\\0"', '"\\ud800"', '"\\UFFFFFFFF"', "|\n  x", "%YAML 9", "---\n", "...\n", "\t", "\x00", "@", "`", "x" * 100_000),
+    *(
+        "'\\x00'",
+        '"\\0"',
+        '"\\ud800"',
+        '"\\UFFFFFFFF"',
+        "|\n  x",
+        "%YAML 9",
+        "---\n",
+        "...\n",
+        "\t",
+        "\x00",
+        "@",
+        "`",
+        "x" * 100_000,
+    ),
 ]
 
 
@@ -53,7 +147,9 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def change(value: Any, chance: random.Random, raw: int) -> Any:
-    """One change somewhere in a nested value. Of ``raw`` texts, which :data:`RAW` numbers, one may take the place of a value."""
+    """One change somewhere in a nested value. Of ``raw`` texts, which :data:`RAW` numbers, one may take the
+    place of a value.
+    """
     value = deepcopy(value)
     container, key = chance.choice(places(value))
     what = chance.random()
@@ -85,7 +181,9 @@ def in_json(content: bytes, chance: random.Random) -> bytes:
     for number, raw in enumerate(RAW_JSON):
         text = text.replace(f'"{RAW.format(number)}"', raw)
     if chance.random() < 0.05:
-        text = chance.choice(["", "null", "[]", "3", "{}", '"x"', *RAW_JSON, text + text, text[:-5], "\ufeff" + text])
+        text = chance.choice(
+            ["", "null", "[]", "3", "{}", '"x"', *RAW_JSON, text + text, text[:-5], "\ufeff" + text]
+        )
     if chance.random() < 0.1:
         return in_bytes(text.encode(), chance)
     return text.encode()
@@ -138,10 +236,14 @@ def in_header(content: bytes, chance: random.Random) -> bytes:
     name = chance.choice([each for each in header if each != "__metadata__"])
     entry, other = header[name], header[chance.choice([each for each in header if each != "__metadata__"])]
     if what == 2:
-        entry["dtype"] = chance.choice(["F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "F128", "", 3, None])
+        entry["dtype"] = chance.choice(
+            ["F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "F128", "", 3, None]
+        )
     elif what == 3:
         huge = chance.choice([0, -1, 2**31, 2**40, 2**63, 2**64, 1.5, "3"])
-        entry["shape"] = chance.choice([[huge], [huge, huge], [huge, *entry["shape"]], entry["shape"][::-1], [], [1] * 2000, None])
+        entry["shape"] = chance.choice(
+            [[huge], [huge, huge], [huge, *entry["shape"]], entry["shape"][::-1], [], [1] * 2000, None]
+        )
     elif what == 4:
         begin, end = entry["data_offsets"]
         wrong = [
@@ -175,19 +277,50 @@ def in_model(content: bytes, chance: random.Random) -> bytes:
         elif what == 1:
             piece.type = chance.choice([1, 2, 3, 4, 5, 6])
         elif what == 2:
-            piece.piece = chance.choice(["", "x" * 100_000, "\0", "<s>", "<2xx>", "<0x41>", "\u2581", chance.choice(model.pieces).piece])
+            piece.piece = chance.choice(
+                [
+                    "",
+                    "x" * 100_000,
+                    "\0",
+                    "<s>",
+                    "<2xx>",
+                    "<0x41>",
+                    "\u2581",
+                    chance.choice(model.pieces).piece,
+                ]
+            )
         elif what == 3:
             model.pieces.remove(piece)
         elif what == 4:
             model.pieces.add().CopyFrom(piece)
         elif what == 5:
             spec = model.trainer_spec
-            field = chance.choice(["model_type", "vocab_size", "bos_id", "pad_id", "unk_id", "eos_id", "max_sentencepiece_length"])
-            setattr(spec, field, chance.choice([1, 2, 3, 4]) if field == "model_type" else chance.choice([-1, 0, 1, 2**31 - 1, -(2**31)]))
+            field = chance.choice(
+                [
+                    "model_type",
+                    "vocab_size",
+                    "bos_id",
+                    "pad_id",
+                    "unk_id",
+                    "eos_id",
+                    "max_sentencepiece_length",
+                ]
+            )
+            setattr(
+                spec,
+                field,
+                chance.choice([1, 2, 3, 4])
+                if field == "model_type"
+                else chance.choice([-1, 0, 1, 2**31 - 1, -(2**31)]),
+            )
         elif what == 6:
-            blob = struct.pack("<I", chance.choice([0, 4, 1024, 2**31])) + chance.randbytes(chance.choice([0, 4, 1024, 2048]))
+            blob = struct.pack("<I", chance.choice([0, 4, 1024, 2**31])) + chance.randbytes(
+                chance.choice([0, 4, 1024, 2048])
+            )
             chance.choice([model.normalizer_spec, model.denormalizer_spec]).precompiled_charsmap = blob
         else:
-            model.trainer_spec.byte_fallback = model.trainer_spec.treat_whitespace_as_suffix = chance.random() < 0.5
+            model.trainer_spec.byte_fallback = model.trainer_spec.treat_whitespace_as_suffix = (
+                chance.random() < 0.5
+            )
             model.normalizer_spec.add_dummy_prefix = chance.random() < 0.5
     return bytes(model.SerializeToString())

@@ -20,7 +20,12 @@ SYLLABLES = {
 def sentence(code: str, number: int, words: int = 5) -> str:
     """The translation of sentence ``number`` into a made language: the same words for the same number."""
     chance = random.Random(f"{code}{number}")
-    return " ".join("".join(chance.choices(SYLLABLES[code], k=chance.randint(2, 4))) for _ in range(words)).capitalize() + "."
+    return (
+        " ".join(
+            "".join(chance.choices(SYLLABLES[code], k=chance.randint(2, 4))) for _ in range(words)
+        ).capitalize()
+        + "."
+    )
 
 
 def pairs(first: str, second: str, count: int, start: int = 0) -> list[tuple[str, str]]:

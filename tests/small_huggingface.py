@@ -18,7 +18,18 @@ from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.export.importing import read_huggingface
 
 DATA = ("data.corpora=[none]", "data.languages=[de,fr]")
-NLLB_CODES = ["ace_Arab", "deu_Latn", "eng_Latn", "fra_Latn", "zho_Hans", "zho_Hant", "arb_Arab", "ars_Arab", "nob_Latn", "ger_Latn"]
+NLLB_CODES = [
+    "ace_Arab",
+    "deu_Latn",
+    "eng_Latn",
+    "fra_Latn",
+    "zho_Hans",
+    "zho_Hant",
+    "arb_Arab",
+    "ars_Arab",
+    "nob_Latn",
+    "ger_Latn",
+]
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
 CONFIG = {
     "d_model": 16,
@@ -32,13 +43,27 @@ CONFIG = {
 
 
 def pieces_of(kind: str) -> bytes:
-    """A sentencepiece model as those of M2M-100 and NLLB: ids 0 to 2 <unk>, <s>, </s>; text is normalized by it."""
+    """A sentencepiece model as those of M2M-100 and NLLB: ids 0 to 2 <unk>, <s>, </s>; text is normalized by
+    it.
+    """
     chosen, model = random.Random(3), io.BytesIO()
     letters = ("bdfgklmnprst", "aeiouäéжが")
-    words = ["".join(chosen.choice(letters[0]) + chosen.choice(letters[1]) for _ in range(chosen.randint(1, 4))) for _ in range(200)]
-    lines = (" ".join(chosen.choice(words) for _ in range(chosen.randint(2, 9))).capitalize() + chosen.choice(".?!") for _ in range(2000))
+    words = [
+        "".join(chosen.choice(letters[0]) + chosen.choice(letters[1]) for _ in range(chosen.randint(1, 4)))
+        for _ in range(200)
+    ]
+    lines = (
+        " ".join(chosen.choice(words) for _ in range(chosen.randint(2, 9))).capitalize()
+        + chosen.choice(".?!")
+        for _ in range(2000)
+    )
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, model_type=kind, vocab_size=300, minloglevel=2, num_threads=1
+        sentence_iterator=lines,
+        model_writer=model,
+        model_type=kind,
+        vocab_size=300,
+        minloglevel=2,
+        num_threads=1,
     )
     return model.getvalue()
 
@@ -47,7 +72,9 @@ SPARSE = {"encoder_layers": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 
 
 
 def write_model(folder: Path, rows: int, text: Sequence[int] = ()) -> None:
-    """Weights and config.json of a random model; with ids of ``text`` one that is fluent (:func:`make_fluent`)."""
+    """Weights and config.json of a random model; with ids of ``text`` one that is fluent
+    (:func:`make_fluent`).
+    """
     from transformers import M2M100Config, M2M100ForConditionalGeneration
 
     config = M2M100Config(vocab_size=rows, dropout=0.0, **CONFIG)
@@ -73,8 +100,8 @@ def save_random(kind: Any, config: Any, folder: Path, seed: int = 7, text: Seque
 
 @torch.no_grad()
 def make_fluent(model: Any, text: Sequence[int], ending: float = 60.0) -> None:
-    """Make a random model translate like a trained one: into ``text`` and nothing else, differently for each source and
-    language, and with an end that grows likelier from the tenth token on.
+    """Make a random model translate like a trained one: into ``text`` and nothing else, differently for each
+    source and language, and with an end that grows likelier from the tenth token on.
     """
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
@@ -97,7 +124,9 @@ def make_fluent(model: Any, text: Sequence[int], ending: float = 60.0) -> None:
 
 
 def use_chosen_experts() -> None:
-    """Mend NLLB-MoE of transformers 5, which reads a mask as numbers of experts: every token would take experts 0 and 1."""
+    """Mend NLLB-MoE of transformers 5, which reads a mask as numbers of experts: every token would take
+    experts 0 and 1.
+    """
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
     NllbMoeSparseMLP.forward = right_experts
@@ -112,7 +141,9 @@ def right_experts(self: Any, hidden_states: torch.Tensor, padding_mask: Any = No
 
 
 def write_m2m(folder: Path, fluent: bool = False) -> None:
-    """Ids in another order than the pieces, three pieces without an id and three ids without a piece, eight rows for made-up words."""
+    """Ids in another order than the pieces, three pieces without an id and three ids without a piece, eight
+    rows for made-up words.
+    """
     model = pieces_of("bpe")
     (folder / "sentencepiece.bpe.model").write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -129,7 +160,9 @@ def write_nllb(folder: Path, fluent: bool = False) -> None:
 
 
 def write_nllb_moe(folder: Path, **changed: Any) -> None:
-    """Write a random NLLB-MoE of :data:`CONFIG` and :data:`SPARSE`; ``changed`` are keys of ``NllbMoeConfig``."""
+    """Write a random NLLB-MoE of :data:`CONFIG` and :data:`SPARSE`; ``changed`` are keys of
+    ``NllbMoeConfig``.
+    """
     from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 
     rows = write_nllb_vocabulary(folder)
@@ -140,7 +173,9 @@ def write_nllb_moe(folder: Path, **changed: Any) -> None:
 def write_nllb_vocabulary(folder: Path) -> int:
     """Write the vocabulary of an NLLB, and return how many rows its embedding has."""
     (folder / "sentencepiece.bpe.model").write_bytes(pieces_of("bpe"))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"mask_token": "<mask>", "additional_special_tokens": NLLB_CODES}))
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"mask_token": "<mask>", "additional_special_tokens": NLLB_CODES})
+    )
     return 301 + len(NLLB_CODES) + 1 + 2
 
 

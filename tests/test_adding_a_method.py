@@ -25,7 +25,9 @@ PART = "contract_output_bias"
 def lsmoe(*arguments: str | Path) -> str:
     """Run the command with the example's folder; return what it printed."""
     command = [sys.executable, "-m", "lsmoe_ds", *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, "LSMOE_METHODS": str(METHODS)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "LSMOE_METHODS": str(METHODS)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -33,7 +35,11 @@ def lsmoe(*arguments: str | Path) -> str:
 def losses(run: Path) -> dict[int, list[float]]:
     """Return loss, gradient norm and the method's metric of each step."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {each["step"]: [each[name] for name in ("loss", "grad_norm", "bias_square")] for each in records if "loss" in each}
+    return {
+        each["step"]: [each[name] for name in ("loss", "grad_norm", "bias_square")]
+        for each in records
+        if "loss" in each
+    }
 
 
 def halfway(run: Path, copy: Path) -> Path:
@@ -71,7 +77,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_training_follows_the_schedule_the_mask_and_the_loss(trained):
     weights = weights_of(trained)
-    rows, mask = weights[f"decoder.0.feed_forward.{PART}.rows"], weights[f"decoder.0.feed_forward.{PART}.mask"]
+    rows, mask = (
+        weights[f"decoder.0.feed_forward.{PART}.rows"],
+        weights[f"decoder.0.feed_forward.{PART}.mask"],
+    )
     assert rows.shape == (3, 16) and mask.shape == (16,) and 0 < mask.sum() < 16
     assert rows[:, mask > 0].any() and not rows[:, mask == 0].any()
     squares = [each[2] for each in losses(trained).values()]
@@ -91,7 +100,9 @@ def test_it_resumes_to_the_bit_and_reshards(trained, tmp_path):
     whole, other = weights_of(trained), weights_of(spread)
     assert whole.keys() == other.keys()
     apart = {
-        name: float((whole[name].float() - other[name].float()).abs().max()) for name in whole if not name.endswith("key.bias")
+        name: float((whole[name].float() - other[name].float()).abs().max())
+        for name in whole
+        if not name.endswith("key.bias")
     }  # these have no gradient
     assert max(apart.values()) < 1e-4, apart
 
@@ -99,7 +110,9 @@ def test_it_resumes_to_the_bit_and_reshards(trained, tmp_path):
 def test_a_plan_counts_it(trained):
     planned = json.loads(lsmoe("plan", trained / "recipe.yaml", "--json"))
     weights = weights_of(trained)
-    assert planned["parameters"]["total"] == sum(each.numel() for name, each in weights.items() if not name.endswith(".mask"))
+    assert planned["parameters"]["total"] == sum(
+        each.numel() for name, each in weights.items() if not name.endswith(".mask")
+    )
     assert planned["parameters"]["total"] - planned["serving"]["total"] == 3 * 3 * 16
 
 
@@ -117,7 +130,9 @@ def test_it_merges_into_a_dense_model(trained, tmp_path, kind):
     """``lsmoe convert`` itself compares the logits and translations of both."""
     lsmoe("convert", trained, "--to", kind, "--from", "en", "--to-language", "de", "--out", tmp_path / kind)
     (record,) = [json.loads(path.read_text()) for path in (trained / "conversions").glob(f"{kind}*.json")]
-    assert record["largest_logit_difference"] < 1e-4 and record["same_translations"] == record["sentences"] > 0
+    assert (
+        record["largest_logit_difference"] < 1e-4 and record["same_translations"] == record["sentences"] > 0
+    )
     stored = find_model(tmp_path / kind)  # needs the example no more
     assert not any(PART in name for name in read_weights(stored).tensors)
 
@@ -129,7 +144,9 @@ def test_the_report_tells_of_it(trained):
 
 
 def test_no_other_file_names_it():
-    found = subprocess.run(["git", "grep", "-l", "output_bias"], cwd=PROJECT, capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["git", "grep", "-l", "output_bias"], cwd=PROJECT, capture_output=True, text=True
+    ).stdout.split()
     assert [path for path in found if not path.startswith(("docs/", "tests/"))] == []
 
 
@@ -137,7 +154,9 @@ def test_what_is_no_method_is_refused(tmp_path, monkeypatch):
     method = importlib.import_module("lsmoe_ds.config.method")
     (tmp_path / "two.py").write_text("x = 1\n")
     monkeypatch.setenv("LSMOE_METHODS", str(tmp_path))
-    with pytest.raises(method.UserError, match=r"two.py defines 0 sections of a recipe: a method has one subclass"):
+    with pytest.raises(
+        method.UserError, match=r"two.py defines 0 sections of a recipe: a method has one subclass"
+    ):
         method.sections.__wrapped__()
     (tmp_path / "two.py").write_text("x = \n")
     with pytest.raises(method.UserError, match=r"two.py, of LSMOE_METHODS, cannot be imported: SyntaxError"):

@@ -1,4 +1,6 @@
-"""Routing analysis: its numbers against those worked out by hand, its files, and a whole analysis of a small run."""
+"""Routing analysis: its numbers against those worked out by hand, its files, and a whole analysis of a small
+run.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 SHARES = {"de": (0.5, 0.5, 0.0, 0.0), "nl": (0.25, 0.75, 0.0, 0.0), "ru": (0.0, 0.5, 0.5, 0.0)}
 
 
-def make_layer(shares: dict[str, tuple[float, ...]] = SHARES, routing: str = "token", task: str = "target", **more) -> LayerRouting:
+def make_layer(
+    shares: dict[str, tuple[float, ...]] = SHARES, routing: str = "token", task: str = "target", **more
+) -> LayerRouting:
     experts = len(next(iter(shares.values())))
-    return LayerRouting("encoder", 1, experts, 2, routing, task, tuple(shares), tuple(shares.values()), **more)
+    return LayerRouting(
+        "encoder", 1, experts, 2, routing, task, tuple(shares), tuple(shares.values()), **more
+    )
 
 
 def test_numbers_of_a_layer() -> None:
@@ -50,13 +56,22 @@ def test_numbers_of_a_layer() -> None:
 
 def test_tasks_count_alike_where_no_tokens_were_measured_and_a_measured_load_goes_first() -> None:
     equal = pytest.approx((0.25, 1.75 / 3, 0.5 / 3, 0))
-    assert measure_layer(make_layer()).load == equal and measure_layer(make_layer(tokens=(0, 0, 0))).load == equal
+    assert (
+        measure_layer(make_layer()).load == equal
+        and measure_layer(make_layer(tokens=(0, 0, 0))).load == equal
+    )
     assert measure_layer(make_layer(tokens=(1, 1, 1), load=(0.0, 0.0, 0.5, 0.5))).balance == 2
 
 
 def test_even_and_single_experts() -> None:
     even = measure_layer(make_layer({"de": (0.25,) * 4, "ru": (0.25,) * 4}))
-    assert (even.balance, even.variation, even.entropy, even.relative_entropy, even.unused) == (1, 0, 2, 1, ())
+    assert (even.balance, even.variation, even.entropy, even.relative_entropy, even.unused) == (
+        1,
+        0,
+        2,
+        1,
+        (),
+    )
     assert (even.same_family, even.different_families) == (None, 1)
     one = measure_layer(replace(make_layer({"de": (1.0,)}), top_k=1))
     assert (one.balance, one.entropy, one.relative_entropy, one.relative_task_entropy) == (1, 0, 1, 1)
@@ -75,7 +90,13 @@ def test_similarity_is_the_overlap_of_shares() -> None:
 
 
 def test_families_are_compared_within_one_section_and_unknown_ones_left_out() -> None:
-    shares = {"en-de": (1.0, 0.0), "en-nl": (0.5, 0.5), "de-en": (0.0, 1.0), "ru-en": (0.25, 0.75), "en-xx": (0.0, 1.0)}
+    shares = {
+        "en-de": (1.0, 0.0),
+        "en-nl": (0.5, 0.5),
+        "de-en": (0.0, 1.0),
+        "ru-en": (0.25, 0.75),
+        "en-xx": (0.0, 1.0),
+    }
     measures = measure_layer(make_layer(shares, task="pair"))
     assert measures.same_family == 0.5  # en-de and en-nl, not en-de and de-en
     assert measures.different_families == 0.75  # de-en and ru-en
@@ -126,7 +147,11 @@ def test_too_few_common_sentences_or_text_without_english_are_measured_apart() -
     assert multiway == 200 and pairs[Direction("fr", "en")] == list(range(200))
     languages = Languages((*ALL_WAYS.directions, Direction("de", "fr")))
     pairs, multiway = choose_pairs(Data(many, many), languages, "test")
-    assert multiway is None and len(pairs[Direction("en", "de")]) == 200 and len(pairs[Direction("de", "fr")]) == 7
+    assert (
+        multiway is None
+        and len(pairs[Direction("en", "de")]) == 200
+        and len(pairs[Direction("de", "fr")]) == 7
+    )
 
 
 @pytest.mark.parametrize("routing", ["token", "task"])
@@ -139,13 +164,17 @@ def test_heat_map_of_204_tasks_and_128_experts(routing: str) -> None:
     drawn = heat_map(layer, largest_share([layer]))
     assert len(drawn) < 300_000
     file = ElementTree.fromstring(as_file(drawn))
-    assert file.tag == f"{SVG}svg" and float(file.get("width", 0)) < 1300 and float(file.get("height", 0)) < 4500
+    assert (
+        file.tag == f"{SVG}svg" and float(file.get("width", 0)) < 1300 and float(file.get("height", 0)) < 4500
+    )
     rows = [group.findtext(f"{SVG}title", "") for group in file.iter(f"{SVG}g")]
     assert len(rows) == 204 and all("50.0%" in title for title in rows)
     dark = [path for path in file.iter(f"{SVG}path") if path.get("fill-opacity") == "1"]
     assert len(dark) == 204 and all(path.get("d", "").count("M") == 1 for path in dark)
     frames = [path for path in file.iter(f"{SVG}path") if path.get("class") == "frame"]
-    assert len(frames) == (204 if routing == "task" else 0) and all(path.get("d", "").count("M") == 2 for path in frames)
+    assert len(frames) == (204 if routing == "task" else 0) and all(
+        path.get("d", "").count("M") == 2 for path in frames
+    )
     headings = [text.text for text in file.iter(f"{SVG}text") if text.get("class") == "section"]
     assert headings == ["Out of English", "Into English"]
     assert layer.tasks[0].startswith("en-") and layer.tasks[102].endswith("-en")
@@ -165,9 +194,18 @@ def test_files_of_an_analysis(tmp_path: Path) -> None:
     out = tmp_path / "out"
     summary = write_analysis(out, "<b>demo</b>", 7, routing_of(decoder, make_layer()))
     assert summary["files"] == sorted(path.name for path in out.iterdir() if path.name != "summary.json")
-    assert set(summary["files"]) == {"routing.json", "routing.csv", "similarity.csv", "encoder-2.svg", "decoder-4.svg", "index.html"}
+    assert set(summary["files"]) == {
+        "routing.json",
+        "routing.csv",
+        "similarity.csv",
+        "encoder-2.svg",
+        "decoder-4.svg",
+        "index.html",
+    }
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert [layer["side"] for layer in summary["layers"]] == ["encoder", "decoder"] and summary["multiway"] is None
+    assert [layer["side"] for layer in summary["layers"]] == ["encoder", "decoder"] and summary[
+        "multiway"
+    ] is None
     assert summary["layers"][1]["unused"] == (3,) and summary["layers"][1]["alike"] == [("nl", "de")]
     encoder, read = read_routing(out / "routing.json")
     assert read == decoder.ordered() and encoder.tokens is None
@@ -192,7 +230,10 @@ def test_an_earlier_analysis_is_replaced_and_anything_else_refused(tmp_path: Pat
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes\.txt, which `lsmoe analyze` did not write"):
         write_analysis(out, "demo", 3, routing_of(make_layer()))
-    assert json.loads((out / "summary.json").read_text())["step"] == 2 and (out / "notes.txt").read_text() == "mine"
+    assert (
+        json.loads((out / "summary.json").read_text())["step"] == 2
+        and (out / "notes.txt").read_text() == "mine"
+    )
     # A run folder has a routing.json too.
     run = tmp_path / "run"
     run.mkdir()
@@ -219,7 +260,14 @@ def test_a_failure_while_writing_leaves_the_earlier_analysis(tmp_path: Path, mon
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-SENTENCE = {"routing": "sentence", "task": "source", "experts": 4, "every": 1, "top_k": 1, "capacity": {"evaluation": 0.5}}
+SENTENCE = {
+    "routing": "sentence",
+    "task": "source",
+    "experts": 4,
+    "every": 1,
+    "top_k": 1,
+    "capacity": {"evaluation": 0.5},
+}
 STATIC = {"routing": "static", "task": "pair", "experts": 4, "every": 1, "top_k": 2, "expert_groups": 2}
 GROUPED = {"routing": "task", "task": "source", "experts": 4, "every": 2, "top_k": 1, "expert_groups": 2}
 
@@ -244,9 +292,12 @@ def test_a_run_with_sentence_and_static_routing(pool, tmp_path: Path) -> None:
         assert (layer.tokens or ())[layer.tasks.index("de")] == pairs.source.lengths.sum() + 2 * len(pairs)
     for layer in layers[2:]:
         # Two pairs in each group of two experts, so every pair uses both experts of its group.
-        groups = dict(zip(loaded.languages.tasks("pair"), loaded.languages.task_groups("pair", 2), strict=True))
+        groups = dict(
+            zip(loaded.languages.tasks("pair"), loaded.languages.task_groups("pair", 2), strict=True)
+        )
         assert dict(zip(layer.tasks, layer.shares, strict=True)) == {
-            task: (0.5, 0.5, 0.0, 0.0) if group == 0 else (0.0, 0.0, 0.5, 0.5) for task, group in groups.items()
+            task: (0.5, 0.5, 0.0, 0.0) if group == 0 else (0.0, 0.0, 0.5, 0.5)
+            for task, group in groups.items()
         }
         assert layer.dropped == 0
 
@@ -256,7 +307,9 @@ def test_under_task_routing_experts_outside_the_group_have_no_share(pool, tmp_pa
     analyze_routing(run, tmp_path / "maps", "dev")
     (layer,) = read_routing(tmp_path / "maps" / "routing.json")
     loaded = load(run, "cpu")
-    groups = dict(zip(loaded.languages.tasks("source"), loaded.languages.task_groups("source", 2), strict=True))
+    groups = dict(
+        zip(loaded.languages.tasks("source"), loaded.languages.task_groups("source", 2), strict=True)
+    )
     assert set(groups.values()) == {0, 1}
     weight = loaded.model.get_submodule("encoder.1.feed_forward.router").weight
     for task, row in zip(layer.tasks, layer.shares, strict=True):

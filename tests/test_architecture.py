@@ -48,7 +48,9 @@ def test_rooms_import_those_below_them_only():
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0]
         for other in {module.split(".")[1] for module in imports_of(path)} & rooms - {room}:
-            assert room not in rooms or height[other] < height[room], f"{path} imports {other}, which is not below {room}"
+            assert room not in rooms or height[other] < height[room], (
+                f"{path} imports {other}, which is not below {room}"
+            )
 
 
 def test_only_their_rooms_name_methods():

@@ -23,7 +23,9 @@ from lsmoe_ds.data.prepare import prepare
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, pool):
-    """A corpus, prepared data, a task-routed and a token-routed run, a converted folder; cases work on a copy."""
+    """A corpus, prepared data, a task-routed and a token-routed run, a converted folder; cases work on a
+    copy.
+    """
     folder = tmp_path_factory.mktemp("place")
     write_corpus(folder)
     for name, encoder in (("run", TARGET_TOP2), ("token", TOKEN_TOP2)):
@@ -37,7 +39,22 @@ def place(tmp_path_factory, pool):
         recipe_here = make_recipe(Path("."), TARGET_TOP2, TARGET_TOP2)
         Path("good.yaml").write_text(recipe_here.to_yaml())
         prepare(recipe_here)
-        main(["convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", "dense", "--check", "2"])
+        main(
+            [
+                "convert",
+                "run",
+                "--to",
+                "dense",
+                "--from",
+                "en",
+                "--to-language",
+                "de",
+                "--out",
+                "dense",
+                "--check",
+                "2",
+            ]
+        )
     return folder
 
 
@@ -129,7 +146,11 @@ def cut(file: str) -> Change:
 def moses() -> None:
     Path("p.en").write_text("one two three\nfour five six\n")
     Path("p.de").write_text("eins zwei drei\n")
-    recipe(lambda r: r["data"].update(corpora=[{"path": "p", "format": "moses"}], languages=["de"], directions=[]))()
+    recipe(
+        lambda r: r["data"].update(
+            corpora=[{"path": "p", "format": "moses"}], languages=["de"], directions=[]
+        )
+    )()
 
 
 CHECKPOINT = "run/checkpoints/step-2"
@@ -255,7 +276,9 @@ CASES: list[tuple[str, Change, list[str], str]] = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("change", "arguments", "sentence"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("change", "arguments", "sentence"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_one_sentence_and_status_2(place, tmp_path, capsys, change, arguments, sentence):
     shutil.copytree(place, tmp_path / "place")
     with inside(tmp_path / "place"):
@@ -283,7 +306,9 @@ def small_disk(tmp_path):
     """A file system of 3 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount a small tmpfs (root): full disks are not tested")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
@@ -291,7 +316,12 @@ def small_disk(tmp_path):
 
 def lsmoe(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "lsmoe_ds", *map(str, arguments)], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, "-m", "lsmoe_ds", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
 
 
 def assert_full(done: subprocess.CompletedProcess[str]) -> None:
@@ -311,17 +341,41 @@ def test_full_disk(place, small_disk):
         shutil.rmtree(small_disk / "data")
         # Converting.
         corpus.write_bytes(bytes(3_060_000))
-        assert_full(lsmoe("convert", "run", "--to", "dense", "--from", "en", "--to-language", "de", "--out", small_disk / "dense"))
+        assert_full(
+            lsmoe(
+                "convert",
+                "run",
+                "--to",
+                "dense",
+                "--from",
+                "en",
+                "--to-language",
+                "de",
+                "--out",
+                small_disk / "dense",
+            )
+        )
         assert [p.name for p in small_disk.iterdir() if not p.name.startswith(".")] == ["filler"]
         corpus.unlink()
         # Training: the first checkpoint fits, a later one does not; the first stays whole.
         prepare(make_recipe(Path("."), TARGET_TOP2, TARGET_TOP2))
-        changes = ["--set", "training.steps=40", "--set", "training.checkpoint_every=1", "--set", "training.keep=40"]
+        changes = [
+            "--set",
+            "training.steps=40",
+            "--set",
+            "training.checkpoint_every=1",
+            "--set",
+            "training.keep=40",
+        ]
         done = lsmoe("train", "good.yaml", *changes, "--out", small_disk / "run")
         assert_full(done)
-        saved = sorted((p.name for p in (small_disk / "run" / "checkpoints").iterdir()), key=lambda name: int(name.split("-")[1]))
+        saved = sorted(
+            (p.name for p in (small_disk / "run" / "checkpoints").iterdir()),
+            key=lambda name: int(name.split("-")[1]),
+        )
         assert saved and all(name.startswith("step-") for name in saved) and len(saved) < 40
         manifest = json.loads((small_disk / "run" / "checkpoints" / saved[-1] / "manifest.json").read_text())
         assert all(
-            (small_disk / "run" / "checkpoints" / saved[-1] / name).stat().st_size == f["bytes"] for name, f in manifest["files"].items()
+            (small_disk / "run" / "checkpoints" / saved[-1] / name).stat().st_size == f["bytes"]
+            for name, f in manifest["files"].items()
         )

@@ -1,4 +1,6 @@
-"""Batching: the plan is one, whoever asks; nothing is lost; the tensors are laid out as the model expects them."""
+"""Batching: the plan is one, whoever asks; nothing is lost; the tensors are laid out as the model expects
+them.
+"""
 
 from __future__ import annotations
 
@@ -71,14 +73,26 @@ def prepare(sizes: dict[str, int] = SIZES, languages: Languages = LANGUAGES) -> 
 
 
 def stream(
-    prepared: Prepared | None = None, temperature: float = 5.0, seed: int = 1, rank: int = 0, world: int = 1, **batch: object
+    prepared: Prepared | None = None,
+    temperature: float = 5.0,
+    seed: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    **batch: object,
 ) -> BatchStream:
     chosen = BatchSettings.model_validate({"tokens": 512, "count": 4, **batch})
     return BatchStream(prepared or prepare(), LANGUAGES, Vocabulary(), chosen, temperature, seed, rank, world)
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
-    return [batch.source, batch.decoder_input, batch.labels, batch.source_language, batch.target_language, batch.direction]
+    return [
+        batch.source,
+        batch.decoder_input,
+        batch.labels,
+        batch.source_language,
+        batch.target_language,
+        batch.direction,
+    ]
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -117,7 +131,11 @@ def test_sources_only_and_empty_sentences() -> None:
 def test_permutation_is_a_bijection(size: int) -> None:
     seen = []
     for key in (0, 1, 2**63):
-        there = permute(np.arange(size, dtype=np.uint64), np.full(size, size, dtype=np.uint64), np.full(size, key, dtype=np.uint64))
+        there = permute(
+            np.arange(size, dtype=np.uint64),
+            np.full(size, size, dtype=np.uint64),
+            np.full(size, key, dtype=np.uint64),
+        )
         assert np.array_equal(np.sort(there), np.arange(size))
         seen.append(there.tolist())
     if size > 5:
@@ -130,7 +148,9 @@ def test_permutation_is_random() -> None:
         places = permute(np.full(20000, 2, dtype=np.uint64), np.full(20000, size, dtype=np.uint64), keys)
         assert np.allclose(np.bincount(places, minlength=size) / 20000, 1 / size, atol=0.012)
     n = 10_000
-    there = permute(np.arange(n, dtype=np.uint64), np.full(n, n, dtype=np.uint64), np.zeros(n, dtype=np.uint64))
+    there = permute(
+        np.arange(n, dtype=np.uint64), np.full(n, n, dtype=np.uint64), np.zeros(n, dtype=np.uint64)
+    )
     assert abs(np.corrcoef(there[:-1], there[1:])[0, 1]) < 0.04
     assert abs(np.corrcoef(np.arange(n), there)[0, 1]) < 0.04
 
@@ -147,10 +167,15 @@ def test_union_over_ranks_is_the_same(kind: str) -> None:
     prepared = prepare()
     whole = list(islice(stream(prepared, languages=kind), 30))
     for world in (2, 4):
-        parts = [list(islice(stream(prepared, rank=rank, world=world, languages=kind), 30)) for rank in range(world)]
+        parts = [
+            list(islice(stream(prepared, rank=rank, world=world, languages=kind), 30))
+            for rank in range(world)
+        ]
         for number, step in enumerate(whole):
             shares = [part[number] for part in parts]
-            assert all((s.target_tokens, s.source_tokens, s.sentences, s.directions) == totals(step) for s in shares)
+            assert all(
+                (s.target_tokens, s.source_tokens, s.sentences, s.directions) == totals(step) for s in shares
+            )
             for unit, batch in enumerate(step.batches):
                 assert same(batch, shares[unit % world].batches[unit // world])
 
@@ -159,7 +184,12 @@ def totals(step: Step) -> tuple[int, int, int, list[int]]:
     """The totals of a step that one rank has all batches of, counted in the tensors."""
     directions = sorted({d for b in step.batches for d in b.direction.tolist()})
     sources = sum(int((b.source != PAD).sum()) for b in step.batches)
-    return sum(b.target_tokens for b in step.batches), sources, sum(len(b.source) for b in step.batches), directions
+    return (
+        sum(b.target_tokens for b in step.batches),
+        sources,
+        sum(len(b.source) for b in step.batches),
+        directions,
+    )
 
 
 def test_seed_decides() -> None:
@@ -169,11 +199,18 @@ def test_seed_decides() -> None:
 
 
 PREPARED = prepare({"de-en": 150, "en-fr": 40, "en-zh_Hans": 7})
-STRAIGHT: dict[str, list[Step]] = {kind: list(islice(stream(PREPARED, languages=kind), 130)) for kind in ("mixed", "homogeneous")}
+STRAIGHT: dict[str, list[Step]] = {
+    kind: list(islice(stream(PREPARED, languages=kind), 130)) for kind in ("mixed", "homogeneous")
+}
 
 
 @settings(max_examples=40, deadline=None)
-@given(kind=st.sampled_from(["mixed", "homogeneous"]), stop=st.integers(0, 120), world=st.sampled_from([1, 2, 4]), more=st.integers(1, 10))
+@given(
+    kind=st.sampled_from(["mixed", "homogeneous"]),
+    stop=st.integers(0, 120),
+    world=st.sampled_from([1, 2, 4]),
+    more=st.integers(1, 10),
+)
 def test_resume_is_exact(kind: str, stop: int, world: int, more: int) -> None:
     before = stream(PREPARED, rank=world - 1, world=world, languages=kind)
     for _ in range(stop):
@@ -216,17 +253,30 @@ def test_shares_follow_temperature(kind: str, temperature: float) -> None:
 @pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
 def test_shares_hold_whatever_the_lengths(kind: str) -> None:
     """Sentences of 10 tokens, of 40, and of 10 among others that are left out."""
-    stores = {"de-en": Store(np.full(1000, 10)), "en-fr": Store(np.array([10, 300] * 500)), "en-zh_Hans": Store(np.full(1000, 40))}
+    stores = {
+        "de-en": Store(np.full(1000, 10)),
+        "en-fr": Store(np.array([10, 300] * 500)),
+        "en-zh_Hans": Store(np.full(1000, 40)),
+    }
     data = {d: Pairs(stores[d.bitext], stores[d.bitext]) for d in LANGUAGES.directions}
     batches = stream(Prepared(data), max_length=100, languages=kind)
-    assert batches.skipped == {"en-de": 0, "de-en": 0, "en-fr": 500, "fr-en": 500, "en-zh_Hans": 0, "zh_Hans-en": 0}
+    assert batches.skipped == {
+        "en-de": 0,
+        "de-en": 0,
+        "en-fr": 500,
+        "fr-en": 500,
+        "en-zh_Hans": 0,
+        "zh_Hans-en": 0,
+    }
     counts = Counter(d for step in islice(batches, 400) for b in step.batches for d in b.direction.tolist())
     assert np.allclose([counts[i] / counts.total() for i in range(6)], 1 / 6, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
 def test_every_pair_once_in_an_epoch(kind: str) -> None:
-    """After the chunk in which a direction has been through its data for the k-th time, each pair came k times or once more."""
+    """After the chunk in which a direction has been through its data for the k-th time, each pair came k
+    times or once more.
+    """
     prepared = prepare({"de-en": 60, "en-fr": 200, "en-zh_Hans": 90})
     batches = stream(prepared, languages=kind, count=1, tokens=512)
     seen: Counter[tuple[int, int]] = Counter()
@@ -236,18 +286,24 @@ def test_every_pair_once_in_an_epoch(kind: str) -> None:
         for pool in batches._pools:
             if pool.plan is not None and pool.taken == len(pool.plan.units):
                 for d in pool.directions.tolist():
-                    counts = [seen[d, i] for i in range(len(prepared.tokens(LANGUAGES.directions[d], "train")))]
+                    counts = [
+                        seen[d, i] for i in range(len(prepared.tokens(LANGUAGES.directions[d], "train")))
+                    ]
                     assert max(counts) - min(counts) <= 1
                     checked += min(counts) >= 2
     assert checked >= 3
 
 
 def test_epochs_differ_in_order() -> None:
-    """Two chunks are an epoch here, and each batch holds one pair: it is not always the same pairs that come first."""
+    """Two chunks are an epoch here, and each batch holds one pair: it is not always the same pairs that come
+    first.
+    """
     chunk = 211
     pairs = Pairs(Store(np.full(2 * chunk, 8)), Store(np.full(2 * chunk, 8)))
     languages = Languages((Direction("en", "de"),))
-    batches = BatchStream(Prepared({languages.directions[0]: pairs}), languages, Vocabulary(), BatchSettings(tokens=20), 1.0, 3)
+    batches = BatchStream(
+        Prepared({languages.directions[0]: pairs}), languages, Vocabulary(), BatchSettings(tokens=20), 1.0, 3
+    )
     assert batches._pools[0].sentences == chunk
     numbers = [sentences(step.batches[0])[0][1] for step in islice(batches, 4 * chunk)]
     first, second = numbers[: 2 * chunk], numbers[2 * chunk :]
@@ -284,7 +340,9 @@ def test_budget_and_padding(kind: str, tokens: int) -> None:
 
 
 def test_nothing_of_a_chunk_is_lost_between_steps() -> None:
-    """Steps of three units and of one take the same units: those left over at the end of a chunk come first in the next step."""
+    """Steps of three units and of one take the same units: those left over at the end of a chunk come first
+    in the next step.
+    """
     one = [b for step in islice(stream(PREPARED, count=1), 300) for b in step.batches]
     three = [b for step in islice(stream(PREPARED, count=3), 100) for b in step.batches]
     assert all(same(a, b) for a, b in zip(one, three, strict=True))
@@ -296,10 +354,17 @@ def test_validation_takes_every_pair_once(world: int, limit: int | None) -> None
     prepared = prepare({"de-en": 101, "en-fr": 40, "en-zh_Hans": 3})
     prepared.pairs[Direction("en", "zh_Hans")].source.lengths[1] = 700  # longer than a batch
     batch = BatchSettings(tokens=512)
-    ranks = [list(validation_batches(prepared, LANGUAGES, Vocabulary(), batch, limit=limit, rank=r, world=world)) for r in range(world)]
+    ranks = [
+        list(validation_batches(prepared, LANGUAGES, Vocabulary(), batch, limit=limit, rank=r, world=world))
+        for r in range(world)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     real = [b for batches in ranks for b in batches if b.target_tokens]
-    expected = [(i, n) for i, d in enumerate(LANGUAGES.directions) for n in range(min(len(prepared.pairs[d]), limit or 1000))]
+    expected = [
+        (i, n)
+        for i, d in enumerate(LANGUAGES.directions)
+        for n in range(min(len(prepared.pairs[d]), limit or 1000))
+    ]
     assert sorted(s for b in real for s in sentences(b)) == expected
     assert all(len(b.direction.unique()) == 1 for b in real)
     assert all(b.source.numel() + b.labels.numel() <= 512 or len(b.source) == 1 for b in real)
@@ -309,21 +374,39 @@ def test_validation_takes_every_pair_once(world: int, limit: int | None) -> None
 
 def test_validation_of_some_directions() -> None:
     prepared = prepare({"de-en": 5, "en-fr": 6, "en-zh_Hans": 0})
-    batches = validation_batches(prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("fr", "en"), Direction("en", "zh_Hans")])
+    batches = validation_batches(
+        prepared,
+        LANGUAGES,
+        Vocabulary(),
+        BatchSettings(),
+        [Direction("fr", "en"), Direction("en", "zh_Hans")],
+    )
     assert [b.direction.tolist() for b in batches] == [[3] * 6]
-    (nothing,) = validation_batches(prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("fr", "en")], rank=1, world=2)
+    (nothing,) = validation_batches(
+        prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("fr", "en")], rank=1, world=2
+    )
     assert nothing.target_tokens == 0
     assert len(nothing.source) == 1
-    assert not list(validation_batches(prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("en", "zh_Hans")]))
+    assert not list(
+        validation_batches(prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("en", "zh_Hans")])
+    )
 
 
 def test_errors_name_what_is_wrong() -> None:
-    with pytest.raises(UserError, match=r"'data.batch.count' is 4, which the 3 data-parallel ranks cannot share evenly; allowed: 3, 6, 9"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"'data.batch.count' is 4, which the 3 data-parallel ranks cannot share evenly; allowed: 3, 6, 9"
+        ),
+    ):
         stream(world=3)
     with pytest.raises(UserError, match="no direction has a training pair"):
         stream(prepare(dict.fromkeys(SIZES, 0)))
     short, long = Store(np.ones(5)), Store(np.full(5, 20))
-    data = {d: Pairs(long, long) if d.bitext == "en-zh_Hans" else Pairs(short, short) for d in LANGUAGES.directions}
+    data = {
+        d: Pairs(long, long) if d.bitext == "en-zh_Hans" else Pairs(short, short)
+        for d in LANGUAGES.directions
+    }
     limits = "'data.batch.tokens' 16 and 'data.batch.max_length' 4"
     with pytest.raises(UserError, match=f"no training pair of direction en-zh_Hans fits into {limits}"):
         stream(Prepared(data), tokens=16, max_length=4)
@@ -355,7 +438,9 @@ def test_what_fits_into_a_batch(source: int, target: int, tokens: int, skipped: 
 
 
 def test_where_units_end() -> None:
-    """Padded to the longest on each side: 3 + 4 twice is 14, 5 + 4 twice is 18; a pair beyond the limit has a unit of its own."""
+    """Padded to the longest on each side: 3 + 4 twice is 14, 5 + 4 twice is 18; a pair beyond the limit has a
+    unit of its own.
+    """
     source, target = np.array([3, 3, 5, 5, 1, 30, 1]), np.array([4, 2, 4, 4, 1, 5, 1])
     assert cut(source, target, 18).tolist() == [2, 4, 5, 6, 7]
     assert cut(source, target, 17).tolist() == [2, 3, 4, 5, 6, 7]
@@ -383,4 +468,6 @@ def test_choices_in_proportion_to_weights() -> None:
     assert ends.tolist() == [2**30, 3 * 2**30, 2**32]
     words = np.array([0, 2**30 - 1, 2**30, 3 * 2**30 - 1, 3 * 2**30, 2**32 - 1, 2**32], dtype=np.uint64)
     assert choose(ends, words).tolist() == [0, 0, 1, 1, 2, 2, 0]
-    assert thresholds_of(np.array([1.0, 1e-12])).tolist()[1] - 2**32 == 1  # what is tiny is still chosen at times
+    assert (
+        thresholds_of(np.array([1.0, 1e-12])).tolist()[1] - 2**32 == 1
+    )  # what is tiny is still chosen at times

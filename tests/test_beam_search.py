@@ -29,7 +29,12 @@ def make(encoder=None, decoder=None, vocabulary=VOCABULARY, seed=1, sharpness=3.
         {
             "name": "t",
             "data": {"corpora": ["mediawiki"], "languages": ["de", "fr"]},
-            "model": {"hidden": 16, "heads": 2, "encoder": {**side, "moe": encoder}, "decoder": {**side, "moe": decoder}},
+            "model": {
+                "hidden": 16,
+                "heads": 2,
+                "encoder": {**side, "moe": encoder},
+                "decoder": {**side, "moe": decoder},
+            },
             "training": {"steps": 1},
         }
     )
@@ -56,7 +61,9 @@ def sentences(lengths, vocabulary=VOCABULARY, seed=0) -> tuple[torch.Tensor, Sen
 
 
 def slow_search(model, source, ids, banned, search, begin=(EOS,)) -> Hypothesis:
-    """The definition, word by word, for one sentence [1, M]: the whole prefix through the model at every step."""
+    """The definition, word by word, for one sentence [1, M]: the whole prefix through the model at every
+    step.
+    """
     limit = max(1, int(search.per_source_token * source.shape[1] + search.extra))
     running, finished = [([], 0.0)], []
     for position in range(limit + 1):
@@ -71,7 +78,9 @@ def slow_search(model, source, ids, banned, search, begin=(EOS,)) -> Hypothesis:
         continuations.sort(key=lambda c: -c[1])
         for words, total in continuations[: search.beam]:
             if words[-1] == EOS and len(finished) < search.beam:
-                finished.append(Hypothesis(words[:-1], total / (len(begin) - 1 + len(words)) ** search.length_penalty))
+                finished.append(
+                    Hypothesis(words[:-1], total / (len(begin) - 1 + len(words)) ** search.length_penalty)
+                )
         if len(finished) == search.beam:
             break
         running = [c for c in continuations if c[0][-1] != EOS][: search.beam]
@@ -98,7 +107,9 @@ def test_equals_the_slow_search_with_mixed_directions_in_one_batch(encoder, deco
         wanted.append(slow_search(model, source[row : row + 1, :real], ids.select(one), BANNED, search))
     same(found, wanted)
     if beam == 5:
-        assert len({len(h.tokens) for h in found}) > 1, "the test should see sentences leave the batch at different steps"
+        assert len({len(h.tokens) for h in found}) > 1, (
+            "the test should see sentences leave the batch at different steps"
+        )
     for hypothesis in found:
         assert hypothesis.tokens and not set(hypothesis.tokens) & {*BANNED, EOS}
 
@@ -129,10 +140,15 @@ def test_a_sentence_translates_alike_alone_and_in_any_batch(decoder):
     alone = []
     for row in range(len(source)):
         one = torch.tensor([row])
-        alone += beam_search(model, source[row : row + 1, : int((source[row] != PAD).sum())], ids.select(one), BANNED, Search())
+        alone += beam_search(
+            model, source[row : row + 1, : int((source[row] != PAD).sum())], ids.select(one), BANNED, Search()
+        )
     same(together, alone)
     order = torch.tensor([5, 0, 7, 2, 1, 6, 4, 3])
-    same(beam_search(model, source[order], ids.select(order), BANNED, Search()), [together[i] for i in order.tolist()])
+    same(
+        beam_search(model, source[order], ids.select(order), BANNED, Search()),
+        [together[i] for i in order.tolist()],
+    )
 
 
 def test_no_translation_is_empty_or_over_its_limit():
@@ -160,7 +176,9 @@ def test_a_broken_model_is_named():
         beam_search(model, *sentences([3]), BANNED, Search(extra=3))
 
 
-@pytest.mark.parametrize("wrong", [{"beam": 0}, {"length_penalty": math.nan}, {"per_source_token": 0.0, "extra": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"beam": 0}, {"length_penalty": math.nan}, {"per_source_token": 0.0, "extra": 0}]
+)
 def test_settings_that_allow_no_search_are_refused(wrong):
     with pytest.raises(UserError):
         Search(**wrong)

@@ -245,7 +245,9 @@ def test_bfloat16_changes_no_buffer(begun):
 
 
 def moved_loop(topology, *arguments):
-    """Train with buffers that are new tensors once DeepSpeed has the model, as on a GPU, to which it moves them."""
+    """Train with buffers that are new tensors once DeepSpeed has the model, as on a GPU, to which it moves
+    them.
+    """
 
     def to(model, *_):
         for module in model.modules():

@@ -1,4 +1,6 @@
-"""Conditional language-specific routing against the paper's equations, sentence by sentence, and on several ranks against one."""
+"""Conditional language-specific routing against the paper's equations, sentence by sentence, and on several
+ranks against one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from torch import nn
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.methods.base import StepSize
-from lsmoe_ds.methods.clsr.method import ConditionalLanguageSpecificRouting, ConditionalRouting, Projections, alpha, budget_loss
+from lsmoe_ds.methods.clsr.method import (
+    ConditionalLanguageSpecificRouting,
+    ConditionalRouting,
+    Projections,
+    alpha,
+    budget_loss,
+)
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.initialization import initialize
@@ -41,7 +49,9 @@ def routing_of(settings: Clsr, decoder: bool) -> tuple[Projections, ConditionalR
     return side, routing
 
 
-def reference(side, routing, decoder: bool, training: bool, h, z, real, ids) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(
+    side, routing, decoder: bool, training: bool, h, z, real, ids
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The equations for one sentence after another -> outputs, sum of the gates."""
     matrices = (side.specific if routing.specific is None else routing.specific).view(-1, HIDDEN, HIDDEN)
     first, _, second = routing.gate
@@ -52,12 +62,16 @@ def reference(side, routing, decoder: bool, training: bool, h, z, real, ids) -> 
         language = int((ids.target if decoder else ids.source)[i])
         logits = F.relu(z[i] @ first.weight.t() + first.bias) @ second.weight[0]
         g = torch.sigmoid(logits + NOISE * noise[i]) if training else torch.where(logits >= 0, 1.0, 0.0)
-        outputs.append(g[:, None] * (h[i] @ matrices[language].t()) + (1 - g[:, None]) * (h[i] @ side.shared.t()))
+        outputs.append(
+            g[:, None] * (h[i] @ matrices[language].t()) + (1 - g[:, None]) * (h[i] @ side.shared.t())
+        )
         gates.append(g[real[i]].sum())
     return torch.stack(outputs), torch.stack(gates).sum()
 
 
-@pytest.mark.parametrize("numbers", [[0, 0, 1, 3, 3, 5], [4, 0, 4, 2, 0], [1]], ids=["sorted", "unsorted", "one"])
+@pytest.mark.parametrize(
+    "numbers", [[0, 0, 1, 3, 3, 5], [4, 0, 4, 2, 0], [1]], ids=["sorted", "unsorted", "one"]
+)
 @pytest.mark.parametrize(("shared", "decoder", "training"), product([True, False], repeat=3))
 def test_a_sublayer_follows_the_equations(shared, decoder, training, numbers):
     side, routing = routing_of(Clsr(shared=shared, gate=3), decoder)
@@ -81,7 +95,9 @@ def test_a_sublayer_follows_the_equations(shared, decoder, training, numbers):
         results.append([out, gates, *gradients])
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert training or 0 < float(results[0][1]) < real.sum() or len(numbers) == 1, "some gates must be open and some closed"
+    assert training or 0 < float(results[0][1]) < real.sum() or len(numbers) == 1, (
+        "some gates must be open and some closed"
+    )
 
 
 def recipe_of(clsr: dict | None, **model) -> Recipe:
@@ -109,7 +125,8 @@ def model_of(clsr: dict | None, trained: bool) -> Transformer:
 def test_a_new_model_computes_what_the_naive_one_does():
     batch = batch_of([0, 1, 2, 3, 4, 5])
     naive, new, trained = (
-        model.eval().logits(*batch) for model in (model_of(None, False), model_of({"gate": 4}, False), model_of({"gate": 4}, True))
+        model.eval().logits(*batch)
+        for model in (model_of(None, False), model_of({"gate": 4}, False), model_of({"gate": 4}, True))
     )
     torch.testing.assert_close(new, naive, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(naive, trained, atol=1e-2)
@@ -121,15 +138,25 @@ def test_hypotheses_step_by_step_as_teacher_forced():
     state = model.start(source, ids).select(None, rows)
     tokens = target[[0, 1, 2, 0, 1, 2]]
     stepped = torch.stack([model.step(tokens[:, i : i + 1], state) for i in range(tokens.shape[1])], 1)
-    torch.testing.assert_close(stepped, model.logits(source[rows], tokens, ids.select(rows)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        stepped, model.logits(source[rows], tokens, ids.select(rows)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_where_the_parameters_stand():
     def names(**clsr) -> set[str]:
-        return {name.rsplit(".specific")[0] for name, _ in model_of(clsr, False).named_parameters() if name.endswith(".specific")}
+        return {
+            name.rsplit(".specific")[0]
+            for name, _ in model_of(clsr, False).named_parameters()
+            if name.endswith(".specific")
+        }
 
     def gates(**clsr) -> set[str]:
-        return {name.split(".gate.")[0] for name, _ in model_of(clsr, False).named_parameters() if ".gate." in name}
+        return {
+            name.split(".gate.")[0]
+            for name, _ in model_of(clsr, False).named_parameters()
+            if ".gate." in name
+        }
 
     layers = [f"{side}.{layer}" for side in ("encoder", "decoder") for layer in (0, 1)]
     cross = {f"decoder.{layer}.cross_attention_clsr" for layer in (0, 1)}
@@ -138,7 +165,9 @@ def test_where_the_parameters_stand():
     assert gates() == gates(shared=False) == names(shared=False) == sublayers | cross
     assert gates(at=["feed_forward", "attention"]) == sublayers
     assert gates(at=["cross_attention"]) == cross and names(at=["cross_attention"]) == {"decoder_clsr"}
-    assert len(model_of({}, False).state_dict()) == len(dict(model_of({}, False).named_parameters())), "no parameter has two names"
+    assert len(model_of({}, False).state_dict()) == len(dict(model_of({}, False).named_parameters())), (
+        "no parameter has two names"
+    )
 
 
 IWSLT = ("transformer-small", ["ar", "de", "es", "fa", "he", "it", "nl", "pl"], 32000)
@@ -201,7 +230,9 @@ def noise_in_steps(topology, recipe: Recipe) -> list[set[tuple[float, bool]]]:
     engine, seen = build_engine(recipe, VOCABULARY, topology), []
     for module in engine.module.modules():
         if isinstance(module, ConditionalRouting):
-            module.register_forward_pre_hook(lambda gate, args: seen[-1].add((gate._side[0].noise, gate.training)))
+            module.register_forward_pre_hook(
+                lambda gate, args: seen[-1].add((gate._side[0].noise, gate.training))
+            )
     steps = steps_of(recipe, 0, 1)
     for number, step in enumerate(steps, start=1):
         seen.append(set())
@@ -232,7 +263,9 @@ def test_the_parts_of_the_budget_loss_have_its_gradient(budget):
     gates = torch.rand(10, generator=torch.Generator().manual_seed(1)).requires_grad_()
     (wanted,) = torch.autograd.grad(2.0 * (gates.mean() - budget).abs(), gates)
     mean = gates.detach().mean()
-    (found,) = torch.autograd.grad(sum(budget_loss(settings, part.sum(), mean, 10) for part in gates.split([3, 7])), gates)
+    (found,) = torch.autograd.grad(
+        sum(budget_loss(settings, part.sum(), mean, 10) for part in gates.split([3, 7])), gates
+    )
     torch.testing.assert_close(found, wanted)
 
 
@@ -289,7 +322,10 @@ def train_without_noise(topology, recipe: Recipe):
     def step_after_reading_gradients():
         if engine.is_gradient_accumulation_boundary() and not gradients:
             for name, parameter in engine.module.named_parameters():
-                gradients[names[name]] = (safe_get_full_grad(parameter).float().numpy().copy(), partition_dimension(parameter))
+                gradients[names[name]] = (
+                    safe_get_full_grad(parameter).float().numpy().copy(),
+                    partition_dimension(parameter),
+                )
         return true_step()
 
     engine.step = step_after_reading_gradients
@@ -307,10 +343,18 @@ def train_without_noise(topology, recipe: Recipe):
 @pytest.mark.parametrize("shared", [True, False])
 def test_layouts_compute_what_one_process_computes(pool, shared):
     wanted = pool.run(1, train_without_noise, recipe_with_experts(1, {"shared": shared}))
-    strong = pool.run(1, train_without_noise, recipe_with_experts(1, {"shared": shared, "weight": 10.0, "budget": 1.0}))
+    strong = pool.run(
+        1, train_without_noise, recipe_with_experts(1, {"shared": shared, "weight": 10.0, "budget": 1.0})
+    )
     assert strong[0][0][-1][1] > wanted[0][0][-1][1] + 0.01, "the budget must move the gates"
-    for world, tensor in ((2, 2), (2, 1), (4, 1)):  # of four data ranks each has one micro-batch, so that nothing is run ahead
-        found = pool.run(world, train_without_noise, recipe_with_experts(tensor, {"shared": shared}), tensor=tensor)
+    for world, tensor in (
+        (2, 2),
+        (2, 1),
+        (4, 1),
+    ):  # of four data ranks each has one micro-batch, so that nothing is run ahead
+        found = pool.run(
+            world, train_without_noise, recipe_with_experts(tensor, {"shared": shared}), tensor=tensor
+        )
         for rank in found:
             for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
                 assert numbers == pytest.approx(expected, rel=1e-5), "loss, mean gate, gradient norm"
@@ -322,8 +366,10 @@ def test_layouts_compute_what_one_process_computes(pool, shared):
 
 
 def engine_and_autograd(topology, recipe: Recipe):
-    """Largest difference, relative to the largest gradient, of the engine's gradients of the gates from those of the whole
-    step's loss with |mean - budget| written out; and of the mean gate."""
+    """Return the largest difference of the engine's gradients of the gates from those of the whole loss.
+
+    It is relative to the largest gradient.
+    """
     from lsmoe_ds.moe.losses import balance_loss, z_loss
 
     steps, gradients, _ = train_without_noise(topology, recipe)
@@ -342,13 +388,18 @@ def engine_and_autograd(topology, recipe: Recipe):
                 + record.settings.balance_loss_weight * balance_loss(record, counts, side)
                 + record.settings.z_loss_weight * z_loss(record, side)
             )
-    mean = sum(sum(result.notes["clsr"]) for result in results) / (2 * 2 * step.source_tokens + 2 * 3 * step.target_tokens)
+    mean = sum(sum(result.notes["clsr"]) for result in results) / (
+        2 * 2 * step.source_tokens + 2 * 3 * step.target_tokens
+    )
     settings = recipe.model.clsr
     names = [name for name, _ in model.named_parameters() if ".gate." in name]
     total = loss + settings.weight * (mean - settings.budget).abs()
     wanted = torch.autograd.grad(total, [model.get_parameter(name) for name in names])
     largest = max(float(each.abs().max()) for each in wanted)
-    apart = max(float((torch.from_numpy(gradients[name][0]) - each).abs().max()) for name, each in zip(names, wanted, strict=True))
+    apart = max(
+        float((torch.from_numpy(gradients[name][0]) - each).abs().max())
+        for name, each in zip(names, wanted, strict=True)
+    )
     return gates, float(mean.detach()), apart / largest
 
 
@@ -361,8 +412,9 @@ def test_the_engine_adds_the_budget_loss(pool):
 
 
 def noisy_step(topology, recipe: Recipe):
-    """Of the second step: passes through the encoder, first choices and mean gate that the losses were given, and those that
-    its micro-batches really had."""
+    """Of the second step: passes through the encoder, first choices and mean gate that the losses were given,
+    and those that its micro-batches really had.
+    """
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine = build_engine(recipe, VOCABULARY, topology)
@@ -375,7 +427,13 @@ def noisy_step(topology, recipe: Recipe):
     gates = sum(totals["clsr"][0] for totals in found)
     mean = float(gates) / build(recipe).gate_count(StepSize(step.source_tokens, step.target_tokens))
     engine.destroy()
-    return len(passes), [each.tolist() for each in result.totals["moe"]], result.metrics["gates"], [each.tolist() for each in counts], mean
+    return (
+        len(passes),
+        [each.tolist() for each in result.totals["moe"]],
+        result.metrics["gates"],
+        [each.tolist() for each in counts],
+        mean,
+    )
 
 
 @pytest.mark.parametrize("routing", ["token", "target"])
@@ -397,5 +455,11 @@ def test_bytes_of_a_step_count_the_pass_ahead(pool):
     gated = recipe("target", Clsr(gate=4))
     (rows, sent), _ = pool.run(2, step_traffic, gated, expert=2)
     training, inference = (bytes_per_row(16, 2, 4, of_training) for of_training in (True, False))
-    assert sent == rows / 2 * (training + inference) + 2 * 4 * 3 * 8  # 8 bytes for each micro-batch and layer, in both passes
-    assert plan(gated, 2).step_bytes == plan(recipe("token", None), 2).step_bytes > plan(recipe("target", None), 2).step_bytes
+    assert (
+        sent == rows / 2 * (training + inference) + 2 * 4 * 3 * 8
+    )  # 8 bytes for each micro-batch and layer, in both passes
+    assert (
+        plan(gated, 2).step_bytes
+        == plan(recipe("token", None), 2).step_bytes
+        > plan(recipe("target", None), 2).step_bytes
+    )

@@ -20,7 +20,9 @@ from lsmoe_ds.cli import main
 
 def process(folder: Path, *arguments: str, text: str | None = None) -> str:
     """A command in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     command = [sys.executable, "-m", "lsmoe_ds", *arguments]
     done = subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

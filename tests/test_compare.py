@@ -1,4 +1,6 @@
-"""Comparisons of systems: sacrebleu's own tests by direction, the mean over directions by hand, and what does not compare."""
+"""Comparisons of systems: sacrebleu's own tests by direction, the mean over directions by hand, and what does
+not compare.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,15 @@ def sentences(seed: int, count: int) -> list[str]:
 def translate(references: list[str], errors: float, seed: int) -> list[str]:
     """References with a share of wrong words."""
     chance = random.Random(seed)
-    return [" ".join(chance.choice(WORDS) if chance.random() < errors else word for word in line.split()) for line in references]
+    return [
+        " ".join(chance.choice(WORDS) if chance.random() < errors else word for word in line.split())
+        for line in references
+    ]
 
 
-def write_system(home: Path, errors: float, directions: tuple[Direction, ...] = (EN_DE, DE_EN, EN_FR), **question: object) -> Path:
+def write_system(
+    home: Path, errors: float, directions: tuple[Direction, ...] = (EN_DE, DE_EN, EN_FR), **question: object
+) -> Path:
     """What an evaluation leaves of a system that gets a share of words wrong."""
     folder, scores = ScoreFolder(home), []
     table = replace(ScoreTable(home.name, 100, "test", 5, 1.0, ()), **question)
@@ -64,16 +71,23 @@ def test_trials_are_sacrebleus() -> None:
         patched.setenv("SACREBLEU_SEED", "7")
         for kind, samples in (("bs", 100), ("ar", 1000)):
             signed, theirs = PairedTest(named, metrics, [references], test_type=kind, n_samples=samples)()
-            for (name, ours), result, signature in zip(found.items(), list(theirs.values())[1:], signed.values(), strict=True):
+            for (name, ours), result, signature in zip(
+                found.items(), list(theirs.values())[1:], signed.values(), strict=True
+            ):
                 outcomes = [ours[0].baseline(), *(trials.outcome() for trials in ours)]
                 assert [outcome.score for outcome in outcomes] == [each.score for each in result]
                 p_values = [o.p_bootstrap if kind == "bs" else o.p_randomization for o in outcomes[1:]]
                 assert p_values == [each.p_value for each in result[1:]]
                 if kind == "bs":
-                    assert [o.mean for o in outcomes] == pytest.approx([each.mean for each in result], rel=1e-6)
+                    assert [o.mean for o in outcomes] == pytest.approx(
+                        [each.mean for each in result], rel=1e-6
+                    )
                     assert [o.ci for o in outcomes] == pytest.approx([each.ci for each in result], rel=1e-6)
                     assert signatures[name] == f"{signature}|ar:1000" and "seed:7" in signatures[name]
-    assert found["bleu"][0].outcome().differs and found["bleu"][0].outcome().difference > 0 > found["bleu"][1].outcome().difference
+    assert (
+        found["bleu"][0].outcome().differs
+        and found["bleu"][0].outcome().difference > 0 > found["bleu"][1].outcome().difference
+    )
 
 
 def test_the_mean_over_directions_by_hand() -> None:
@@ -92,17 +106,26 @@ def test_the_mean_over_directions_by_hand() -> None:
     outcome = mean.outcome()
     assert (mean.baseline().score, outcome.score, outcome.difference) == (15, 16, 1)
     # Differences of the four resamples: (13 + 18 - 9 - 19) / 2 and so on.
-    assert (outcome.low, outcome.high) == (0.5, 1.5) and outcome.mean == 16.25 and outcome.ci == (17 - 15.5) / 2
+    assert (
+        (outcome.low, outcome.high) == (0.5, 1.5) and outcome.mean == 16.25 and outcome.ci == (17 - 15.5) / 2
+    )
     # Less their mean, 1.125, none exceeds 1; of the randomizations' (0, 0, 0, -3) / 1 one does.
     assert outcome.p_bootstrap == 1 / 5
     assert outcome.p_randomization == 2 / 5
     assert interval(np.arange(1000.0)) == (25, 974)
-    for p_bootstrap, p_randomization, differs in ((0.04, 0.04, True), (0.04, 0.06, False), (0.06, 0.04, False)):
+    for p_bootstrap, p_randomization, differs in (
+        (0.04, 0.04, True),
+        (0.04, 0.06, False),
+        (0.06, 0.04, False),
+    ):
         assert replace(outcome, p_bootstrap=p_bootstrap, p_randomization=p_randomization).differs == differs
 
 
 def test_systems_of_different_quality(tmp_path, capsys) -> None:
-    runs = [write_system(tmp_path / name, errors) for name, errors in (("base", 0.3), ("better", 0.05), ("same", 0.3))]
+    runs = [
+        write_system(tmp_path / name, errors)
+        for name, errors in (("base", 0.3), ("better", 0.05), ("same", 0.3))
+    ]
     comparison = compare_runs(runs, samples=100, progress=False)
     write_page(comparison, tmp_path / "page.html")
     assert list(comparison.directions) == [EN_DE, DE_EN, EN_FR]
@@ -110,20 +133,45 @@ def test_systems_of_different_quality(tmp_path, capsys) -> None:
         by_direction = [found[metric] for found in comparison.directions.values()]
         for index, outcome in enumerate(outcomes):
             assert outcome.score == pytest.approx(sum(found[index].score for found in by_direction) / 3)
-        assert outcomes[1].differs and outcomes[1].difference > 0 and outcomes[1].low > 0 and outcomes[0].difference is None
-        assert outcomes[1].high - outcomes[1].low < max(found[1].high - found[1].low for found in by_direction)
+        assert (
+            outcomes[1].differs
+            and outcomes[1].difference > 0
+            and outcomes[1].low > 0
+            and outcomes[0].difference is None
+        )
+        assert outcomes[1].high - outcomes[1].low < max(
+            found[1].high - found[1].low for found in by_direction
+        )
     value = comparison.to_dict()
     json.dumps(value, allow_nan=False)
-    assert value["seed"] == 12345 and value["randomization_trials"] == 1000 and value["systems"][0]["name"] == "base"
+    assert (
+        value["seed"] == 12345
+        and value["randomization_trials"] == 1000
+        and value["systems"][0]["name"] == "base"
+    )
     assert value["directions"]["en-de"]["chrf"][1]["difference"] > 0 and len(value["mean"]["bleu"]) == 3
     assert compare_runs(runs, samples=100, progress=False).to_dict() == value
     page = (tmp_path / "page.html").read_text()
     assert "http" not in page and page.count('class="point"') == 3 * 4 * 2 and "mean of 3 directions" in page
     same = compare_runs([runs[0], runs[0]], samples=100, progress=False)
-    assert same.mean["bleu"][1].difference == 0 and same.mean["bleu"][1].p_randomization == 1 and not same.mean["bleu"][1].differs
-    shown = CliRunner().invoke(app, ["compare", str(runs[0]), str(runs[1]), "--directions", "en-de", "--samples", "100"])
-    assert shown.exit_code == 0 and "mean of" not in shown.stdout and re.search(r"\+\d+\.\d\d \[\+\d", shown.stdout)
-    value = json.loads(CliRunner().invoke(app, ["compare", *map(str, runs[:2]), "--samples", "100", "--seed", "3", "--json"]).stdout)
+    assert (
+        same.mean["bleu"][1].difference == 0
+        and same.mean["bleu"][1].p_randomization == 1
+        and not same.mean["bleu"][1].differs
+    )
+    shown = CliRunner().invoke(
+        app, ["compare", str(runs[0]), str(runs[1]), "--directions", "en-de", "--samples", "100"]
+    )
+    assert (
+        shown.exit_code == 0
+        and "mean of" not in shown.stdout
+        and re.search(r"\+\d+\.\d\d \[\+\d", shown.stdout)
+    )
+    value = json.loads(
+        CliRunner()
+        .invoke(app, ["compare", *map(str, runs[:2]), "--samples", "100", "--seed", "3", "--json"])
+        .stdout
+    )
     assert value["seed"] == 3 and "seed:3" in value["signatures"]["bleu"][0]
 
 
@@ -140,14 +188,21 @@ def test_systems_that_were_asked_something_else_are_refused(tmp_path) -> None:
     # A record that is named may differ in its search, not in its text; the words of BLEU can be chosen anew.
     (shared,) = (tmp_path / "shared" / "scores").glob("*.json")
     assert compare_runs([base, shared], ["en-de"], samples=100, progress=False).mean["bleu"][1].difference
-    assert compare_runs([base, shared.with_suffix("")], ["en-de"], samples=100, progress=False).systems[1].table.route == "shared"
+    assert (
+        compare_runs([base, shared.with_suffix("")], ["en-de"], samples=100, progress=False)
+        .systems[1]
+        .table.route
+        == "shared"
+    )
     assert compare_runs([base, tmp_path / "words"], ["en-de"], "char", 100, progress=False)
     (limited,) = (tmp_path / "limited" / "scores").glob("*.json")
     with pytest.raises(UserError, match="limit is none"):
         compare_runs([base, limited], samples=100, progress=False)
     fewer = write_system(tmp_path / "fewer", 0.2, (EN_DE, EN_FR))
     for pair in ([base, fewer], [fewer, base]):
-        with pytest.raises(UserError, match="fewer has no scores of de-en: name directions that all have with --directions"):
+        with pytest.raises(
+            UserError, match="fewer has no scores of de-en: name directions that all have with --directions"
+        ):
             compare_runs(pair, samples=100, progress=False)
     changed = write_system(tmp_path / "changed", 0.2)
     path = ScoreFolder(changed).text("step-100.test.beam-5", DE_EN, "reference")
@@ -169,7 +224,10 @@ def test_systems_that_were_asked_something_else_are_refused(tmp_path) -> None:
 def test_scores_of_different_steps_are_compared_and_said(tmp_path, capsys) -> None:
     runs = [write_system(tmp_path / "base", 0.3), write_system(tmp_path / "older", 0.3, step=20)]
     compare_runs(runs, ["en-de"], samples=100, progress=False)
-    assert f"lsmoe: the scores are of different steps: {runs[0]} of step 100, {runs[1]} of step 20\n" == capsys.readouterr().err
+    assert (
+        f"lsmoe: the scores are of different steps: {runs[0]} of step 100, {runs[1]} of step 20\n"
+        == capsys.readouterr().err
+    )
     records = [next((run / "scores").glob("*.json")) for run in runs]
     compare_runs(records, ["en-de"], samples=100, progress=False)
     compare_runs(runs[:1] * 2, ["en-de"], samples=100, progress=False)
@@ -192,9 +250,13 @@ def test_what_cannot_be_compared(tmp_path, monkeypatch) -> None:
         with pytest.raises(UserError, match=message):
             compare_runs(paths, samples=100, progress=False)
     refused = CliRunner().invoke(app, ["compare", str(base), str(base), "--directions", ""])
-    assert "--directions names no direction" in str(refused.exception) and isinstance(refused.exception, UserError)
+    assert "--directions names no direction" in str(refused.exception) and isinstance(
+        refused.exception, UserError
+    )
     with pytest.raises(UserError, match=r"cannot be written \(.*\): choose another file with --out"):
         check_place(tmp_path / "nowhere" / "page.html")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10_000}))
-    with pytest.raises(UserError, match=r"100 resamples of 42 lines need .* GiB of memory, 0\.0 are free: take --samples 100"):
+    with pytest.raises(
+        UserError, match=r"100 resamples of 42 lines need .* GiB of memory, 0\.0 are free: take --samples 100"
+    ):
         compare_runs([base, base], samples=100, progress=False)

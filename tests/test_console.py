@@ -81,12 +81,18 @@ def test_standard_error_that_goes_nowhere_ends_nothing(redirect):
 
 def test_closed_input_is_one_sentence():
     done = shell(COMMAND, arguments="translate run --direction en-de", redirect="<&-")
-    assert done.returncode == 2 and done.stderr.startswith(b"lsmoe: standard input is closed") and done.stderr.count(b"\n") == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith(b"lsmoe: standard input is closed")
+        and done.stderr.count(b"\n") == 1
+    )
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", "<&- 2>&-", ">&- 2>&-"])
 def test_what_is_printed_to_a_closed_stream_is_no_signal(redirect):
-    """The pipe of signals must not get the number of a closed stream: a newline there reads as SIGUSR1, status 75."""
+    """The pipe of signals must not get the number of a closed stream: a newline there reads as SIGUSR1,
+    status 75.
+    """
     done = shell(COMMAND, arguments="plan missing.yaml", redirect=redirect)
     assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
 
@@ -104,8 +110,14 @@ def test_the_version(capsys):
     ("arguments", "says"),
     [
         (["convert", "run", "--to", "de", "--out", "x"], "a language goes into --direction"),
-        (["convert", "run", "--to", "dense", "--out", "x", "--from", "en"], "--from and --to-language name a direction together"),
-        (["convert", "run", "--to", "dense", "--out", "x", "--direction", "en-de", "--from", "en"], "leave out --from and --to-language"),
+        (
+            ["convert", "run", "--to", "dense", "--out", "x", "--from", "en"],
+            "--from and --to-language name a direction together",
+        ),
+        (
+            ["convert", "run", "--to", "dense", "--out", "x", "--direction", "en-de", "--from", "en"],
+            "leave out --from and --to-language",
+        ),
         (["convert", "run", "--to", "dense", "--out", "x", "--direction", "de"], "'de' is not a direction"),
         (["translate", "run", "--from", "en"], "--from and --to name a direction together"),
         (["translate", "run"], "name the languages: --from en --to de, or --direction en-de"),
@@ -144,12 +156,18 @@ def test_a_benchmark_gets_the_options_after_its_name(capsys, monkeypatch):
     called: list[list[str]] = []
     process = MagicMock()
     process.__enter__.return_value.wait.return_value = 0
-    monkeypatch.setattr(benchmark.subprocess, "Popen", lambda command, **options: called.append(command) or process)
+    monkeypatch.setattr(
+        benchmark.subprocess, "Popen", lambda command, **options: called.append(command) or process
+    )
     assert main(["bench", "foo"]) == 2
     said = capsys.readouterr().err
     assert "peers" not in said and "common" not in said and "exports" in said
     assert main(["bench", "--help"]) == 0 and "exchange" in capsys.readouterr().out and called == []
-    assert main(["bench", "exchange", "--help"]) == main(["bench", "exchange", "--rounds", "3", "--out", "r.json"]) == 0
+    assert (
+        main(["bench", "exchange", "--help"])
+        == main(["bench", "exchange", "--rounds", "3", "--out", "r.json"])
+        == 0
+    )
     assert [command[2:] for command in called] == [["--help"], ["--rounds", "3", "--out", "r.json"]]
     assert {Path(command[1]) for command in called} == {PROJECT / "benchmarks" / "exchange.py"}
 
@@ -160,8 +178,16 @@ def test_a_benchmarks_result_is_printed_or_written(tmp_path, monkeypatch, capsys
 
     common.write({"rate": 3}, common.argument_parser("About.").parse_args([]).out)
     printed = json.loads(capsys.readouterr().out)
-    common.write({"rate": 3}, common.argument_parser("About.").parse_args(["--out", str(tmp_path / "r.json")]).out)
-    assert printed == json.loads((tmp_path / "r.json").read_text()) and printed["rate"] == 3 and "torch" in printed["machine"]
+    common.write(
+        {"rate": 3}, common.argument_parser("About.").parse_args(["--out", str(tmp_path / "r.json")]).out
+    )
+    assert (
+        printed == json.loads((tmp_path / "r.json").read_text())
+        and printed["rate"] == 3
+        and "torch" in printed["machine"]
+    )
     with pytest.raises(SystemExit):
         common.argument_parser("About.").parse_args(["--out", str(tmp_path / "none" / "r.json")])
-    assert not [path.name for path in Path(PROJECT, "benchmarks").glob("*.py") if '/ "results"' in path.read_text()]
+    assert not [
+        path.name for path in Path(PROJECT, "benchmarks").glob("*.py") if '/ "results"' in path.read_text()
+    ]

@@ -27,13 +27,18 @@ def test_conversions_of_different_kinds_stand_side_by_side(run, tmp_path):
         "dense-en-de": convert(run, "dense", EN_DE, tmp_path / "1", check=2),
         "dense-en-fr": convert(run, "dense", EN_FR, tmp_path / "2", check=2),
         "ctranslate2-en-de": convert(run, "ctranslate2", EN_DE, tmp_path / "3", check=2),
-        "ctranslate2-int8-en-de": convert(run, "ctranslate2", EN_DE, tmp_path / "4", check=2, quantization="int8"),
+        "ctranslate2-int8-en-de": convert(
+            run, "ctranslate2", EN_DE, tmp_path / "4", check=2, quantization="int8"
+        ),
     }
     kept = {path.stem: json.loads(path.read_text()) for path in (run / "conversions").iterdir()}
     assert kept == made
     assert json.loads((run / "conversion.json").read_text()) == made["ctranslate2-int8-en-de"]
     assert [record.get("quantization") for record in made.values()] == [None, None, "float32", "int8"]
-    assert all(record["step"] == 2 and record["date"].startswith("20") and record["sentences"] == 2 for record in made.values())
+    assert all(
+        record["step"] == 2 and record["date"].startswith("20") and record["sentences"] == 2
+        for record in made.values()
+    )
     again = convert(run, "dense", EN_DE, tmp_path / "5", check=0)
     assert json.loads((run / "conversions" / "dense-en-de.json").read_text()) == again
 
@@ -57,5 +62,6 @@ def test_a_run_that_cannot_be_written_keeps_no_record_but_the_model_is_made(run,
     assert record["kind"] == "dense" and (tmp_path / "out" / "model.safetensors").exists()
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert (
-        said.startswith("lsmoe: the model is written, its record for the run's report is not: ") and "conversions cannot be written" in said
+        said.startswith("lsmoe: the model is written, its record for the run's report is not: ")
+        and "conversions cannot be written" in said
     )

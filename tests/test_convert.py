@@ -1,4 +1,6 @@
-"""Dense sub-networks: what the sparse model computes for one direction, exactly; and the folder they are written to."""
+"""Dense sub-networks: what the sparse model computes for one direction, exactly; and the folder they are
+written to.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def run(pool, tmp_path_factory):
 
 
 def random_loaded(run, encoder, decoder) -> Loaded:
-    """A model with the run's vocabulary and weights drawn wide, so that neither biases nor gates are trivial."""
+    """A model with the run's vocabulary and weights drawn wide, so that neither biases nor gates are
+    trivial.
+    """
     recipe = make_recipe(run.parent, encoder, decoder)
     base = load(run, "cpu")
     model = Transformer(recipe, base.vocabulary.size)
@@ -121,10 +125,10 @@ def test_from_a_checkpoint_of_two_processes_to_a_folder_that_translates(run, tmp
 def test_a_dense_model_is_used_without_deepspeed_and_megatron(run, tmp_path):
     convert_to_dense(run, EN_DE, tmp_path / "dense")
     program = (
-        "import sys\nfrom lsmoe_ds.inference.load import load\nfrom lsmoe_ds.inference.translate import translate\n"
-        "from lsmoe_ds.languages import Direction\n"
-        f"print(list(translate(load({str(tmp_path / 'dense')!r}), Direction('en', 'de'), ['ba'])))\n"
-        "assert not {'deepspeed', 'megatron'} & set(sys.modules)"
+        "import sys\nfrom lsmoe_ds.inference.load import load\nfrom lsmoe_ds.inference.translate import"
+        " translate\nfrom lsmoe_ds.languages import"
+        f" Direction\nprint(list(translate(load({str(tmp_path / 'dense')!r}), Direction('en', 'de'),"
+        " ['ba'])))\nassert not {'deepspeed', 'megatron'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -137,7 +141,9 @@ def test_a_folder_is_replaced_only_if_it_was_converted(run, tmp_path, capsys):
     assert f"lsmoe: {out} is replaced: it held dense, en-de, of step 2\n" in capsys.readouterr().err
     (out / "scores.json").write_text("{}")
     (out / "README.md").write_text("changed")
-    with pytest.raises(UserError, match=r"dense holds scores\.json, which would be lost: choose another folder with --out"):
+    with pytest.raises(
+        UserError, match=r"dense holds scores\.json, which would be lost: choose another folder with --out"
+    ):
         convert_to_dense(run, EN_DE, out)
     (out / "scores.json").unlink()
     assert load_recipe(out / "recipe.yaml").data.directions == ["fr-en"]
@@ -218,14 +224,19 @@ def test_what_cannot_be_converted_is_refused(run, tmp_path):
 
 
 def test_that_nothing_was_compared_is_said(run, tmp_path):
-    """Without its prepared data a run is converted all the same, but the command does not keep silent about the comparison."""
+    """Without its prepared data a run is converted all the same, but the command does not keep silent about
+    the comparison.
+    """
     data, away = run.parent / "data", run.parent / "away"
     data.rename(away)
     try:
         record = convert(run, "dense", EN_DE, tmp_path / "out", check=3)
     finally:
         away.rename(data)
-    assert "no held-out text to compare on: there is no prepared data in" in record["not_checked"] and "sentences" not in record
+    assert (
+        "no held-out text to compare on: there is no prepared data in" in record["not_checked"]
+        and "sentences" not in record
+    )
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -233,7 +244,9 @@ def test_a_model_without_anything_specific_serves_all_directions(run, tmp_path):
     plain = random_loaded(run, None, None)
     tensors, recipe = extract(global_weights(plain.model), plain.recipe, None)
     assert recipe.data.directions == plain.recipe.data.directions
-    assert {name: tensors[name].tolist() for name in tensors} == {n: w.tolist() for n, w in global_weights(plain.model).items()}
+    assert {name: tensors[name].tolist() for name in tensors} == {
+        n: w.tolist() for n, w in global_weights(plain.model).items()
+    }
     for encoder, message in ((TARGET_TOP2, "name one, as in --direction en-de"), (None, "name one")):
         routed = make_recipe(run.parent, encoder, PAIR_TOP2)
         with pytest.raises(UserError, match=message):

@@ -45,7 +45,9 @@ def test_a_checkpoint_of_any_layout_becomes_the_whole_model(pool, folder, world,
     for name, value in wanted.items():
         torch.testing.assert_close(found.weights[name], value, rtol=0, atol=0, msg=name)
     model = load(run, "cpu").model  # names and shapes are those of the whole model
-    torch.testing.assert_close(model.embedding.tokens.weight, wanted["embedding.tokens.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.embedding.tokens.weight, wanted["embedding.tokens.weight"], rtol=0, atol=0
+    )
 
 
 def with_banks(recipe: Recipe, low_rank: dict | None) -> Recipe:
@@ -60,27 +62,48 @@ def make_banked_run(pool, folder, low_rank: dict, world: int, **layout):
     recipe = with_banks(make_recipe(folder, None, None, **layout), low_rank)
     data = prepare(recipe)
     open_run(recipe, folder / "banked", data.folder / "vocabulary.model")
-    return folder / "banked", pool.run(world, train_and_save, recipe, folder / "banked", data.vocabulary.size, **layout)
+    return folder / "banked", pool.run(
+        world, train_and_save, recipe, folder / "banked", data.vocabulary.size, **layout
+    )
 
 
 def test_banks_of_tensor_parallel_ranks_are_joined(pool, tmp_path):
     ranks = {"de": 1, "en": 4, "fr": 2}
-    run, parts = make_banked_run(pool, tmp_path, {"rank": ranks, "index": "language", "at": "both", "fuse_distillation": True}, 2, tensor=2)
+    run, parts = make_banked_run(
+        pool,
+        tmp_path,
+        {"rank": ranks, "index": "language", "at": "both", "fuse_distillation": True},
+        2,
+        tensor=2,
+    )
     wanted = whole([(part,) for part in parts], 2, 0)
     found = read_checkpoint(run / "checkpoints" / "step-2").weights
     assert found.keys() == wanted.keys()
     banks = {name: value for name, value in found.items() if "_low_rank." in name}
-    assert len(banks) == 2 * (5 * 2 + 8 * 4)  # flat and vertical: of 5 feed-forwards, and of 2 + 3 + 3 attentions
-    assert banks["decoder.1.feed_forward.contract_low_rank.flat"].shape == (11, 16)  # all ranks and the shared one; width
+    assert len(banks) == 2 * (
+        5 * 2 + 8 * 4
+    )  # flat and vertical: of 5 feed-forwards, and of 2 + 3 + 3 attentions
+    assert banks["decoder.1.feed_forward.contract_low_rank.flat"].shape == (
+        11,
+        16,
+    )  # all ranks and the shared one; width
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
     for name, value in banks.items():
-        rows = value.split([1, 4, 2, 4])  # each language's matrices were trained, and in each half of what is spread
+        rows = value.split(
+            [1, 4, 2, 4]
+        )  # each language's matrices were trained, and in each half of what is spread
         assert all(half.abs().max() > 0 for each in rows for half in each.chunk(2, 1)), name
     model = load(run, "cpu")
-    assert sum(value.numel() for value in found.values()) == Parts.of(model.recipe).whole.total == model.parameters
+    assert (
+        sum(value.numel() for value in found.values())
+        == Parts.of(model.recipe).whole.total
+        == model.parameters
+    )
     for part in parts:
-        assert sum(value.size for value, _ in part.values()) == sum(local_parameters(Parts.of(model.recipe).whole, 2, 1))
+        assert sum(value.size for value, _ in part.values()) == sum(
+            local_parameters(Parts.of(model.recipe).whole, 2, 1)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +144,14 @@ def test_damage_is_named(copy):
 
 def test_a_manifest_that_is_not_one_is_refused(copy):
     manifest = copy / "checkpoints" / "step-2" / "manifest.json"
-    for text in ("{", "[]", "{}", '{"files": 3}', '{"files": {"mp_rank_00_model_states.pt": {}}}', '{"files": {}}'):
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"files": 3}',
+        '{"files": {"mp_rank_00_model_states.pt": {}}}',
+        '{"files": {}}',
+    ):
         manifest.write_text(text)
         with pytest.raises(UserError, match="damaged"):
             load(copy)

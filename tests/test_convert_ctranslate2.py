@@ -67,7 +67,9 @@ def converted(source: Loaded, direction: Direction, folder, quantization: str = 
     tensors, recipe = extract(global_weights(source.model), source.recipe, direction)
     folder.mkdir(exist_ok=True)
     vocabulary = source.home / "vocabulary.model"
-    assert sorted(write_files(folder, tensors, recipe, vocabulary, quantization)) == sorted(p.name for p in folder.iterdir())
+    assert sorted(write_files(folder, tensors, recipe, vocabulary, quantization)) == sorted(
+        p.name for p in folder.iterdir()
+    )
     return CTranslate2.open(folder, recipe, vocabulary, source.step, source.home)
 
 
@@ -87,21 +89,31 @@ def test_probabilities_and_translations_are_the_models(place, tmp_path, encoder,
     texts = sources(model, 200)
     search = Search(per_source_token=0.0, extra=40)
     theirs, ours = (translate_tokens(each, EN_DE, texts, search) for each in (engine, model))
-    same = [a.tokens == b.tokens and a.score == pytest.approx(b.score, abs=1e-4) for a, b in zip(ours, theirs, strict=True)]
+    same = [
+        a.tokens == b.tokens and a.score == pytest.approx(b.score, abs=1e-4)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
     # CTranslate2 returns of a translation that is cut only as much as the beam has room for.
     ended = [len(a.tokens) < search.extra for a in ours]
     assert all(alike for alike, by_itself in zip(same, ended, strict=True) if by_itself) and sum(same) >= 190
     assert sum(ended) > 100 and len({tuple(a.tokens) for a in ours}) > 5
     wrong = translate_tokens(engine, EN_DE, texts, Search(length_penalty=0.0))
-    assert sum(a.tokens == b.tokens for a, b in zip(ours, wrong, strict=True)) < 150  # the comparison can fail
+    assert (
+        sum(a.tokens == b.tokens for a, b in zip(ours, wrong, strict=True)) < 150
+    )  # the comparison can fail
     targets = [hypothesis.tokens for hypothesis in ours[:40]]
     logs = _logits(model, EN_DE, texts[:40], targets).log_softmax(1)
-    expected = logs.gather(1, torch.tensor([[token] for target in targets for token in [*target, EOS]])).squeeze(1)
+    expected = logs.gather(
+        1, torch.tensor([[token] for target in targets for token in [*target, EOS]])
+    ).squeeze(1)
     tag = model.vocabulary.tag_id("de")
     found = engine.translator.score_batch(
-        [[engine.pieces[i] for i in (tag, *text)] for text in texts[:40]], [[engine.pieces[i] for i in target] for target in targets]
+        [[engine.pieces[i] for i in (tag, *text)] for text in texts[:40]],
+        [[engine.pieces[i] for i in target] for target in targets],
     )
-    assert torch.tensor([value for each in found for value in each.log_probs]) == pytest.approx(expected, abs=1e-4)
+    assert torch.tensor([value for each in found for value in each.log_probs]) == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(("beam", "penalty"), [(1, 1.0), (5, 1.0), (4, 0.0), (3, -0.5)])
@@ -114,8 +126,12 @@ def test_what_reaches_its_greatest_length_is_made_to_end(place, tmp_path, beam, 
     limits = search.limits(torch.tensor([len(text) + 2 for text in texts])).tolist()
     cut = [len(hypothesis.tokens) == limit for hypothesis, limit in zip(ours, limits, strict=True)]
     assert sum(cut) > 10 and len({limit for limit, reached in zip(limits, cut, strict=True) if reached}) > 2
-    same = [a.tokens == b.tokens and a.score == pytest.approx(b.score, abs=0.05) for a, b in zip(ours, theirs, strict=True)]
-    # A translation that ends may lose to one that was cut, of which CTranslate2 returns only as much as the beam has room for.
+    same = [
+        a.tokens == b.tokens and a.score == pytest.approx(b.score, abs=0.05)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    # A translation that ends may lose to one that was cut, of which CTranslate2 returns only as much as the
+    # beam has room for.
     assert sum(same) >= 195
 
 
@@ -124,7 +140,14 @@ def dense(place) -> Path:
     """A dense folder as `lsmoe convert` leaves it."""
     model = random_model(place, TARGET_TOP2, PAIR_TOP3)
     tensors, recipe = extract(global_weights(model.model), model.recipe, EN_DE)
-    provenance = {"kind": "dense", "run": "small", "step": 2, "direction": "en-de", "route": "specific", "sparse_parameters": 1}
+    provenance = {
+        "kind": "dense",
+        "run": "small",
+        "step": 2,
+        "direction": "en-de",
+        "route": "specific",
+        "sparse_parameters": 1,
+    }
     write_folder(place / "dense", tensors, recipe, model.home / "vocabulary.model", provenance)
     return place / "dense"
 
@@ -144,7 +167,14 @@ def test_a_folder_is_used_by_the_library_alone(dense, tmp_path, capsys, monkeypa
         assert main(["translate", str(folder), "--from", "en", "--to", "de", *engine]) == 0
         assert capsys.readouterr().out.splitlines() == wanted
     assert main(["evaluate", str(tmp_path / "model"), "--limit", "3"]) == 0
-    assert len(json.loads((tmp_path / "model" / "scores" / "step-2.test.beam-5.limit-3.json").read_text())["directions"]) == 1
+    assert (
+        len(
+            json.loads((tmp_path / "model" / "scores" / "step-2.test.beam-5.limit-3.json").read_text())[
+                "directions"
+            ]
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int8_float32"])

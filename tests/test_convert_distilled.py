@@ -1,4 +1,6 @@
-"""Feed-forwards distilled from experts: each route of the trained model, and the dense models of either, compute the same."""
+"""Feed-forwards distilled from experts: each route of the trained model, and the dense models of either,
+compute the same.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from lsmoe_ds.planning.costs import Parts
 from lsmoe_ds.planning.memory import local_parameters
 
 FUSE = {"fuse_distillation": True}
-# Of the paper: a feed-forward for each language in every layer, the source's in the encoder and the target's in the decoder.
+# Of the paper: a feed-forward for each language in every layer, the source's in the encoder and the target's
+# in the decoder.
 LANGUAGES = {"routing": "static", "experts": 3, "every": 1, "top_k": 1} | FUSE
 BY_SOURCE, BY_TARGET = LANGUAGES | {"task": "source"}, LANGUAGES | {"task": "target"}
 SENTENCE_TOP2 = TOKEN_TOP2 | {"routing": "sentence"}
@@ -48,7 +51,12 @@ def assert_same(sparse: Loaded, dense: Loaded, direction: Direction) -> None:
 
 @pytest.mark.parametrize(
     ("encoder", "decoder"),
-    [(BY_SOURCE, BY_TARGET), (TOKEN_TOP2 | FUSE, TOKEN_TOP2 | FUSE), (None, SENTENCE_TOP2 | FUSE), (SENTENCE_TOP2 | FUSE, BY_TARGET)],
+    [
+        (BY_SOURCE, BY_TARGET),
+        (TOKEN_TOP2 | FUSE, TOKEN_TOP2 | FUSE),
+        (None, SENTENCE_TOP2 | FUSE),
+        (SENTENCE_TOP2 | FUSE, BY_TARGET),
+    ],
     ids=["languages", "token", "one side", "sentence"],
 )
 def test_the_shared_route_serves_all_directions(run, encoder, decoder):
@@ -82,7 +90,10 @@ def test_the_shared_route_beside_experts_that_are_not_distilled_is_of_one_direct
 
 def test_a_checkpoint_is_the_whole_model_and_as_large_as_planned(made):
     run, ranks = made
-    wanted, found = whole([(rank,) for rank in ranks], 2, 0), read_checkpoint(run / "checkpoints" / "step-2").weights
+    wanted, found = (
+        whole([(rank,) for rank in ranks], 2, 0),
+        read_checkpoint(run / "checkpoints" / "step-2").weights,
+    )
     assert found.keys() == wanted.keys() and sum(".feed_forward.shared." in name for name in found) == 4 * 3
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)

@@ -1,4 +1,6 @@
-"""Folders for transformers: the same ids, the same logits and the same translations as the model that was converted."""
+"""Folders for transformers: the same ids, the same logits and the same translations as the model that was
+converted.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def run(pool, tmp_path_factory):
 
 
 def low_rank(run, fuse: bool, route: str) -> Loaded:
-    recipe = with_banks(make_recipe(run.parent, None, None), {"rank": 3, "at": "both", "fuse_distillation": fuse})
+    recipe = with_banks(
+        make_recipe(run.parent, None, None), {"rank": 3, "at": "both", "fuse_distillation": fuse}
+    )
     base = load(run, "cpu")
     model = Transformer(recipe, base.vocabulary.size)
     initialize(model, 7, Topology.single())
@@ -66,7 +70,9 @@ def ending(sparse: Loaded) -> Loaded:
 
 def exported(sparse: Loaded, direction: Direction | None, folder) -> Exported:
     tensors, recipe = extract(global_weights(sparse.model), sparse.recipe, direction, sparse.route)
-    write_folder(folder, tensors, recipe, sparse.home / "vocabulary.model", {"kind": "huggingface"}, write=write_files)
+    write_folder(
+        folder, tensors, recipe, sparse.home / "vocabulary.model", {"kind": "huggingface"}, write=write_files
+    )
     return Exported.load(find_model(folder))
 
 
@@ -79,17 +85,24 @@ def generated(model: Exported, lines: list[str], target: str = "") -> list[str]:
 
 
 def ours(sparse: Loaded, direction: Direction, lines: list[str]) -> list[str]:
-    """Our translations, without the sign for unknown pieces, which their tokenizer takes for a special token."""
+    """Our translations, without the sign for unknown pieces, which their tokenizer takes for a special
+    token.
+    """
     sources = [part for line in lines for part in cut_line(line, sparse)]
     found = translate_tokens(sparse, direction, sources, Search())
-    assert all(0 < len(each.tokens) < 2 * (len(source) + 2) + 20 for each, source in zip(found, sources, strict=True)), "ends too late"
+    assert all(
+        0 < len(each.tokens) < 2 * (len(source) + 2) + 20 for each, source in zip(found, sources, strict=True)
+    ), "ends too late"
     return [" ".join(text.replace("⁇", " ").split()) for text in translate(sparse, direction, lines)]
 
 
 def test_experts_of_unequal_widths(run, tmp_path):
     sparse = ending(random_loaded(run, TARGET_TOP2, PAIR_TOP3))
     model = exported(sparse, EN_DE, tmp_path / "en-de")
-    assert (model.model.config.encoder_ffn_dim, model.model.config.decoder_ffn_dim) == (48, 48)  # 24, 48 and 24, 3 x 16, 24
+    assert (model.model.config.encoder_ffn_dim, model.model.config.decoder_ffn_dim) == (
+        48,
+        48,
+    )  # 24, 48 and 24, 3 x 16, 24
     found = compare(sparse, model, EN_DE, LINES)
     assert found.same_translations == found.sentences == len(LINES)
     assert 0 < found.largest_logit_difference <= 1e-4
@@ -97,11 +110,19 @@ def test_experts_of_unequal_widths(run, tmp_path):
     # Scores too: what is never generated takes no part in the softmax.
     inputs = model.tokenizer(LINES, return_tensors="pt", padding=True)
     theirs = model.model.generate(**inputs, return_dict_in_generate=True, output_scores=True).sequences_scores
-    scores = [hypothesis.score for hypothesis in translate_tokens(sparse, EN_DE, [cut_line(line, sparse)[0] for line in LINES], Search())]
+    scores = [
+        hypothesis.score
+        for hypothesis in translate_tokens(
+            sparse, EN_DE, [cut_line(line, sparse)[0] for line in LINES], Search()
+        )
+    ]
     assert theirs.tolist() == pytest.approx(scores, abs=1e-4)
     # The comparison can fail: another direction is another model.
     other = exported(sparse, EN_FR, tmp_path / "en-fr")
-    assert compare(sparse, replace(other, languages=model.languages), EN_DE, LINES).largest_logit_difference > 1e-2
+    assert (
+        compare(sparse, replace(other, languages=model.languages), EN_DE, LINES).largest_logit_difference
+        > 1e-2
+    )
 
 
 def test_low_rank_matrices_of_a_direction(run, tmp_path):
@@ -133,13 +154,28 @@ def test_ids_are_ours(tmp_path, kind):
 
     chosen = random.Random(1)
     lines = ["".join(chosen.choice(ALPHABET) for _ in range(chosen.randint(0, 30))) for _ in range(200)]
-    lines += ["<2de>", "<2de> ba", "▁", "▁▁ ba", "ba ▁", "", " ", "\u2060<2de>", "a\u0301", "ba  ba", "ba\tde"]
+    lines += [
+        "<2de>",
+        "<2de> ba",
+        "▁",
+        "▁▁ ba",
+        "ba ▁",
+        "",
+        " ",
+        "\u2060<2de>",
+        "a\u0301",
+        "ba  ba",
+        "ba\tde",
+    ]
     texts = [clean_text(text) for text in [*lines[::2], *["ba de ko <2x> größer"] * 20] if clean_text(text)]
     settings = VocabularySettings(size=105, character_coverage=1.0, type=kind)
     vocabulary = train_vocabulary(iter(texts), settings, ["de", "en", "fr"])
     vocabulary.save(tmp_path / "vocabulary.model")
     made = tokenizer(vocabulary, (tmp_path / "vocabulary.model").read_bytes(), "de", kind)
-    for name, value in (("tokenizer", made), ("tokenizer_config", tokenizer_config(make_recipe(tmp_path, None, None)))):
+    for name, value in (
+        ("tokenizer", made),
+        ("tokenizer_config", tokenizer_config(make_recipe(tmp_path, None, None))),
+    ):
         write_json(tmp_path / f"{name}.json", value)
     write_json(tmp_path / "config.json", {"model_type": "m2m_100"})
     fast = AutoTokenizer.from_pretrained(tmp_path)
@@ -162,20 +198,35 @@ def test_a_run_to_a_folder_and_a_dense_folder_to_the_same(run, tmp_path):
     convert(run, "dense", EN_DE, tmp_path / "dense", check=0)
     before = (run / "conversion.json").read_text()
     again = convert(tmp_path / "dense", "huggingface", None, tmp_path / "again", check=0)
-    assert (run / "conversion.json").read_text() == before and not (tmp_path / "dense" / "conversion.json").exists()
+    assert (run / "conversion.json").read_text() == before and not (
+        tmp_path / "dense" / "conversion.json"
+    ).exists()
     assert {key: again[key] for key in ("direction", "sparse_parameters", "dense_parameters")} == {
         key: record[key] for key in ("direction", "sparse_parameters", "dense_parameters")
     }
-    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "provenance.json", "recipe.yaml"]
+    names = [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "provenance.json",
+        "recipe.yaml",
+    ]
     names += ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocabulary.model"]
     assert sorted(path.name for path in (tmp_path / "direct").iterdir()) == names
     # The folder's own settings must not cut a translation that our search would finish: its tokens, and EOS.
     longest = Search().limits(torch.tensor(load_recipe(run / "recipe.yaml").data.batch.max_length))
-    assert json.loads((tmp_path / "direct" / "generation_config.json").read_text())["max_new_tokens"] == longest + 1
+    assert (
+        json.loads((tmp_path / "direct" / "generation_config.json").read_text())["max_new_tokens"]
+        == longest + 1
+    )
     for name in names[1:4] + names[6:]:
         assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     provenance = json.loads((tmp_path / "direct" / "provenance.json").read_text())
-    assert provenance["kind"] == "huggingface" and set(provenance["files"]) == set(names) - {"README.md", "provenance.json"}
+    assert provenance["kind"] == "huggingface" and set(provenance["files"]) == set(names) - {
+        "README.md",
+        "provenance.json",
+    }
     with pytest.raises(UserError, match="direct is dense: there are no experts to keep"):
         convert(tmp_path / "direct", "hybrid", None, tmp_path / "back")
 
@@ -183,20 +234,53 @@ def test_a_run_to_a_folder_and_a_dense_folder_to_the_same(run, tmp_path):
 def test_the_card(run, tmp_path):
     score = {"bleu": 12.34, "chrf": 40.0, "chrfpp": 38.76}
     signatures = {metric: f"{metric}|signed" for metric in score}
-    more = {"copy": score, "sentences": 20, "exact": 0, "weak": 0, "seconds": 1, "signatures": signatures, "samples": []}
-    table = {"name": "small", "step": 2, "split": "test", "beam": 5, "length_penalty": 1.0, "route": "specific", "resources": {}}
-    write_json(run / "scores.json", table | {"directions": {"en-de": score | more, "en-fr": score | more | {"bleu": 77.7}}})
+    more = {
+        "copy": score,
+        "sentences": 20,
+        "exact": 0,
+        "weak": 0,
+        "seconds": 1,
+        "signatures": signatures,
+        "samples": [],
+    }
+    table = {
+        "name": "small",
+        "step": 2,
+        "split": "test",
+        "beam": 5,
+        "length_penalty": 1.0,
+        "route": "specific",
+        "resources": {},
+    }
+    write_json(
+        run / "scores.json",
+        table | {"directions": {"en-de": score | more, "en-fr": score | more | {"bleu": 77.7}}},
+    )
     convert(run, "huggingface", EN_DE, tmp_path / "en-de", check=0)
     card = (tmp_path / "en-de" / "README.md").read_text()
-    for piece in ("English to German", "12.3 | 38.8 | 20", "M2M100ForConditionalGeneration", "text.tsv", "license unknown", "bleu|signed"):
+    for piece in (
+        "English to German",
+        "12.3 | 38.8 | 20",
+        "M2M100ForConditionalGeneration",
+        "text.tsv",
+        "license unknown",
+        "bleu|signed",
+    ):
         assert piece in card, piece
-    pairs = json.loads((run.parent / "data/prepared/small/manifest.json").read_text())["bitexts"]["de-en"]["train"]["pairs"]
+    pairs = json.loads((run.parent / "data/prepared/small/manifest.json").read_text())["bitexts"]["de-en"][
+        "train"
+    ]["pairs"]
     assert f"de-en: {pairs} pairs" in card
     assert "77.7" not in card and str(run.parent) not in card and "{{" not in card and "{%" not in card
     assert "another step" not in card
-    write_json(run / "scores.json", table | {"step": 1, "directions": {"en-de": score | more, "en-fr": score | more}})
+    write_json(
+        run / "scores.json", table | {"step": 1, "directions": {"en-de": score | more, "en-fr": score | more}}
+    )
     convert(run, "dense", EN_DE, tmp_path / "dense", check=0)
-    assert "They are of another step than this model, which is of step 2." in (tmp_path / "dense" / "README.md").read_text()
+    assert (
+        "They are of another step than this model, which is of step 2."
+        in (tmp_path / "dense" / "README.md").read_text()
+    )
     (run / "scores.json").unlink()
     convert(run, "dense", EN_DE, tmp_path / "dense", check=0)
     card = (tmp_path / "dense" / "README.md").read_text()
@@ -204,16 +288,37 @@ def test_the_card(run, tmp_path):
 
 
 def test_ctranslate2_through_the_command(run, tmp_path):
-    arguments = ["convert", str(run), "--from", "en", "--to-language", "de", "--check", "3", "--json", "--out", str(tmp_path / "out")]
+    arguments = [
+        "convert",
+        str(run),
+        "--from",
+        "en",
+        "--to-language",
+        "de",
+        "--check",
+        "3",
+        "--json",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     found = CliRunner().invoke(app, [*arguments, "--to", "ctranslate2", "--quantization", "int8"])
     assert found.exit_code == 0, found.exception
     record = json.loads(found.stdout)
     assert (record["kind"], record["quantization"], record["sentences"]) == ("ctranslate2", "int8", 3)
-    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["files"].keys() > {"model.bin", "config.json"}
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["files"].keys() > {
+        "model.bin",
+        "config.json",
+    }
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "ctranslate2.Translator" in card and "rounded to\nint8" in card and "for the rounding, which changes some" in card
+    assert (
+        "ctranslate2.Translator" in card
+        and "rounded to\nint8" in card
+        and "for the rounding, which changes some" in card
+    )
     found = CliRunner().invoke(app, [*arguments, "--to", "huggingface", "--quantization", "int8"])
-    assert isinstance(found.exception, UserError) and "--quantization is for --to ctranslate2" in str(found.exception)
+    assert isinstance(found.exception, UserError) and "--quantization is for --to ctranslate2" in str(
+        found.exception
+    )
 
 
 def test_without_transformers_it_is_written_but_not_checked(run, tmp_path, monkeypatch):
@@ -227,6 +332,10 @@ def test_weights_that_are_not_the_recipes(run):
     recipe, vocabulary = make_recipe(run.parent, None, None), Vocabulary.load(run / "vocabulary.model")
     tensors = {name: torch.zeros(vocabulary.size, 16) for name in our_names(recipe)}
     with pytest.raises(UserError, match=r"decoder\.0\.cross_norm\.bias is missing"):
-        rename({name: value for name, value in tensors.items() if name != "decoder.0.cross_norm.bias"}, recipe, vocabulary.size)
+        rename(
+            {name: value for name, value in tensors.items() if name != "decoder.0.cross_norm.bias"},
+            recipe,
+            vocabulary.size,
+        )
     with pytest.raises(UserError, match="the weights are of 140 tokens, but the vocabulary has 141"):
         rename(tensors, recipe, vocabulary.size + 1)

@@ -58,7 +58,9 @@ def dense_of(sparse: Loaded, direction: Direction | None) -> Loaded:
     weights, recipe = extract(global_weights(sparse.model), sparse.recipe, direction, sparse.route)
     assert recipe.model.low_rank is None and not list(recipe.model.moe_layers())
     model = build_model(recipe, sparse.vocabulary.size, Weights(weights, 0, {}), torch.device("cpu"))
-    return replace(sparse, model=model, recipe=recipe, languages=recipe.languages, kind="dense", route="specific")
+    return replace(
+        sparse, model=model, recipe=recipe, languages=recipe.languages, kind="dense", route="specific"
+    )
 
 
 def assert_same(sparse: Loaded, dense: Loaded, direction: Direction) -> None:
@@ -124,7 +126,9 @@ def test_a_run_of_tensor_parallel_processes_to_folders_that_translate(run, tmp_p
     for direction in (EN_DE, FR_EN):
         wanted = list(translate(load(run, "cpu", "shared"), direction, LINES))
         assert list(translate(load(shared, "cpu"), direction, LINES)) == wanted
-    assert list(translate(load(specific, "cpu"), EN_DE, LINES)) == list(translate(load(run, "cpu"), EN_DE, LINES))
+    assert list(translate(load(specific, "cpu"), EN_DE, LINES)) == list(
+        translate(load(run, "cpu"), EN_DE, LINES)
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +156,18 @@ def test_gates_that_choose_by_token_have_no_dense_equal(run):
 
 
 def test_the_command_wants_both_languages_or_none(run, tmp_path):
-    arguments = ["convert", str(run), "--to", "dense", "--out", str(tmp_path / "out"), "--route", "shared", "--check", "0"]
+    arguments = [
+        "convert",
+        str(run),
+        "--to",
+        "dense",
+        "--out",
+        str(tmp_path / "out"),
+        "--route",
+        "shared",
+        "--check",
+        "0",
+    ]
     found = CliRunner().invoke(app, [*arguments, "--from", "en"])
     assert isinstance(found.exception, UserError) and "both or neither" in str(found.exception)
     assert CliRunner().invoke(app, arguments).exit_code == 0

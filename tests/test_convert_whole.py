@@ -58,7 +58,9 @@ def test_consolidated_is_the_whole_model(run, tmp_path, shard, monkeypatch):
     files = {path.name: path.stat().st_size for path in out.glob("model*.safetensors")}
     assert len(files) == 1 if shard > 10_000 else len(files) > 5 and max(files.values()) < 16_000
     assert record["bytes"] >= 4 * record["parameters"]
-    assert same(read_weights(find_model(out)).tensors, read_checkpoint(run / "checkpoints" / "step-2").weights)
+    assert same(
+        read_weights(find_model(out)).tensors, read_checkpoint(run / "checkpoints" / "step-2").weights
+    )
     # and it is as good as the run where a model is wanted
     pair, with_experts = tmp_path / "pair", tmp_path / "hybrid"
     convert(out, "hybrid", EN_DE, pair, check=0)
@@ -90,9 +92,18 @@ def test_only_one_shard_is_in_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda index: index["weight_map"].update(t0="../other.safetensors"), "only safetensors files beside it"),
-        (lambda index: index["weight_map"].update(t0="model-00001-of-00002.bin"), "only safetensors files beside it"),
-        (lambda index: index["weight_map"].update(t0="missing.safetensors"), "missing.safetensors is missing"),
+        (
+            lambda index: index["weight_map"].update(t0="../other.safetensors"),
+            "only safetensors files beside it",
+        ),
+        (
+            lambda index: index["weight_map"].update(t0="model-00001-of-00002.bin"),
+            "only safetensors files beside it",
+        ),
+        (
+            lambda index: index["weight_map"].update(t0="missing.safetensors"),
+            "missing.safetensors is missing",
+        ),
         (lambda index: index["weight_map"].update(t9="model-00001-of-00002.safetensors"), "lacks t9"),
         (lambda index: index.update(weight_map=[]), "no 'weight_map'"),
     ],
@@ -110,13 +121,20 @@ def test_a_hostile_index(tmp_path, monkeypatch, spoil, message):
 
 @pytest.mark.parametrize(
     ("encoder", "decoder"),
-    [(TOKEN_TOP2, PAIR_TOP2), (TOKEN_TOP2 | {"routing": "sentence"}, TARGET_TOP2), (TARGET_TOP2, TOKEN_TOP2), (TOKEN_TOP2, None)],
+    [
+        (TOKEN_TOP2, PAIR_TOP2),
+        (TOKEN_TOP2 | {"routing": "sentence"}, TARGET_TOP2),
+        (TARGET_TOP2, TOKEN_TOP2),
+        (TOKEN_TOP2, None),
+    ],
     ids=["token encoder", "sentence encoder", "token decoder", "dense decoder"],
 )
 def test_a_hybrid_keeps_the_experts_that_it_must(run, encoder, decoder):
     sparse = random_loaded(run, encoder, decoder)
     weights, recipe = extract(global_weights(sparse.model), sparse.recipe, EN_DE, hybrid=True)
-    by_task = {side for side, moe in (("encoder", encoder), ("decoder", decoder)) if moe and moe["routing"] == "task"}
+    by_task = {
+        side for side, moe in (("encoder", encoder), ("decoder", decoder)) if moe and moe["routing"] == "task"
+    }
     assert not any(name.startswith(side) and "experts" in name for side in by_task for name in weights)
     assert {settings.routing for _, _, settings in recipe.model.moe_layers()} == {
         moe["routing"] for moe in (encoder, decoder) if moe and moe["routing"] != "task"
@@ -193,14 +211,22 @@ def test_layouts_on_the_command_line(begun, tmp_path, monkeypatch, capsys):
         return 0
 
     assert lsmoe("--set", "parallel.expert=1", "--set", "parallel.tensor=2", "--out", out, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"kind": "layout", "processes": 2, "tensor": 2, "expert": 1, "run": out}
+    assert json.loads(capsys.readouterr().out) == {
+        "kind": "layout",
+        "processes": 2,
+        "tensor": 2,
+        "expert": 1,
+        "run": out,
+    }
     state = json.loads((tmp_path / "tensor" / "checkpoints" / "step-3" / "state.json").read_text())
     assert (state["step"], state["world"], state["tensor"], state["expert"]) == (3, 2, 2, 1)
     assert same(
         read_checkpoint(tmp_path / "tensor" / "checkpoints" / "step-3").weights,
         read_checkpoint(begun / "run" / "checkpoints" / "step-3").weights,
     )
-    assert (tmp_path / "tensor" / "metrics.jsonl").read_text() == (begun / "run" / "metrics.jsonl").read_text()
+    assert (tmp_path / "tensor" / "metrics.jsonl").read_text() == (
+        begun / "run" / "metrics.jsonl"
+    ).read_text()
     for arguments, message in [
         (["--set", "training.learning_rate=1"], "was started with training.learning_rate"),
         (["--set", "parallel.tensor=2", "--nproc", "3"], "does not divide the 3 processes"),

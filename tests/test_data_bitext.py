@@ -38,7 +38,10 @@ def test_word_limits_are_for_the_english_side(tmp_path: Path) -> None:
 
 def test_scripts_belong_to_their_sides(tmp_path: Path) -> None:
     """Bulgarian comes first in bg-en, and the rules read the English side first."""
-    content = [("Запазете всички промени", "Save all of the changes"), ("Save all of the changes", "Запазете всички промени")]
+    content = [
+        ("Запазете всички промени", "Save all of the changes"),
+        ("Save all of the changes", "Запазете всички промени"),
+    ]
     bitext = cleaned(tmp_path, "bg-en", content)
     assert list(bitext.pairs("train")) == content[:1] and bitext.counts["script"] == 1
 
@@ -50,7 +53,8 @@ def test_word_limits_are_for_the_first_side_without_english(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "pivot", "english"), [("de-en", 1, True), ("en-fr", 0, True), ("de-fr", 0, False), ("be-eng_Latn", 1, True)]
+    ("name", "pivot", "english"),
+    [("de-en", 1, True), ("en-fr", 0, True), ("de-fr", 0, False), ("be-eng_Latn", 1, True)],
 )
 def test_which_side_sentences_are_chosen_by(tmp_path: Path, name: str, pivot: int, english: bool) -> None:
     assert (Bitext(name, tmp_path).pivot, Bitext(name, tmp_path).english) == (pivot, english)
@@ -60,7 +64,10 @@ def test_exact_copies_of_a_pair(tmp_path: Path) -> None:
     """Three times in two corpora: trained on once, two counted; another translation of the same sentence is
     no copy.
     """
-    (first, second), other = pairs("de", "en", 2), ("Ein ganz anderer Satz steht hier.", pairs("de", "en", 1)[0][1])
+    (first, second), other = (
+        pairs("de", "en", 2),
+        ("Ein ganz anderer Satz steht hier.", pairs("de", "en", 1)[0][1]),
+    )
     bitext = cleaned(tmp_path, "de-en", [first, second, first], [first, other])
     assert list(bitext.pairs("train")) == [first, second, other]
     assert bitext.counts == {"read": 5, "duplicate": 2}
@@ -71,7 +78,10 @@ def test_exact_copies_of_a_pair(tmp_path: Path) -> None:
 
 def test_keys_belong_to_their_sides(tmp_path: Path) -> None:
     bitext = cleaned(tmp_path, "de-en", [("Der Hund schläft.", "The dog sleeps 2 hours.")])
-    assert [int(bitext.load(f"key{side}")[0]) for side in (0, 1)] == [hash64("derhundschläft"), hash64("thedogsleepshours")]
+    assert [int(bitext.load(f"key{side}")[0]) for side in (0, 1)] == [
+        hash64("derhundschläft"),
+        hash64("thedogsleepshours"),
+    ]
 
 
 def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.data.catalogues import read_catalogue, without_tags, without_wiki_markup
-from lsmoe_ds.data.cleaning import RULES, PairFilter, clean_text, count_words, near_duplicate_form, script_share
+from lsmoe_ds.data.cleaning import (
+    RULES,
+    PairFilter,
+    clean_text,
+    count_words,
+    near_duplicate_form,
+    script_share,
+)
 from lsmoe_ds.languages import family, language_name, normalize_code, script, table
 
 GOOD = ("Save all of the changes", "Alle Änderungen jetzt sichern")
@@ -20,7 +27,11 @@ GOOD = ("Save all of the changes", "Alle Änderungen jetzt sichern")
         ("empty", "", "Alle Änderungen"),
         ("copy", "Save all changes", "SAVE ALL CHANGES"),
         ("short", "Save changes", "Änderungen sichern"),
-        ("long", "one two three four five six seven eight nine ten eleven", "eins zwei drei vier fünf sechs sieben acht neun zehn elf"),
+        (
+            "long",
+            "one two three four five six seven eight nine ten eleven",
+            "eins zwei drei vier fünf sechs sieben acht neun zehn elf",
+        ),
         ("ratio", "Save all of the changes", "Ja"),
         ("placeholder", "Save all %d changes", "Alle %d Änderungen sichern"),
         ("placeholder", "Save all {count} changes", "Alle Änderungen sichern"),
@@ -29,11 +40,17 @@ GOOD = ("Save all of the changes", "Alle Änderungen jetzt sichern")
         ("address", "See https://example.org for the rest", "Siehe dort für alles Weitere"),
         ("letters", "Save all changes: 1234567890123456", "Alle Änderungen sichern"),
         ("script", "Save all of the changes", "Сохранить все изменения"),
-        ("untranslated", "Django Wagtail Weblate Python Gettext works", "Django Wagtail Weblate Python Gettext geht"),
+        (
+            "untranslated",
+            "Django Wagtail Weblate Python Gettext works",
+            "Django Wagtail Weblate Python Gettext geht",
+        ),
     ],
 )
 def test_each_rule_drops_what_it_is_for(rule: str | None, english: str, german: str) -> None:
-    found = PairFilter(Cleaning(max_words=10), "en", "de").rule_against(clean_text(english), clean_text(german))
+    found = PairFilter(Cleaning(max_words=10), "en", "de").rule_against(
+        clean_text(english), clean_text(german)
+    )
     assert found == rule
     assert rule is None or rule in RULES
 
@@ -84,16 +101,21 @@ def test_each_side_is_in_its_own_script() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "kept", "expected"), [(10, 7, None), (10, 8, "untranslated"), (5, 3, None), (5, 4, "untranslated"), (4, 4, None)]
+    ("count", "kept", "expected"),
+    [(10, 7, None), (10, 8, "untranslated"), (5, 3, None), (5, 4, "untranslated"), (4, 4, None)],
 )
 def test_up_to_seven_of_ten_words_may_be_the_same(count: int, kept: int, expected: str | None) -> None:
-    words = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet"][:count]
+    words = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet"][
+        :count
+    ]
     translated = [word if number < kept else word[::-1] for number, word in enumerate(words)]
     assert rule(" ".join(words), " ".join(translated) + " dazu") == expected
 
 
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize(("text", "expected"), [("Save all %s of it", "placeholder"), ("Write to me@example.org now", "address")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("Save all %s of it", "placeholder"), ("Write to me@example.org now", "address")]
+)
 def test_either_side_may_break_a_rule(side: int, text: str, expected: str) -> None:
     pair = (text, GOOD[1]) if side == 0 else (GOOD[0], text)
     assert rule(*pair) == expected
@@ -146,7 +168,12 @@ def test_different_sentences_have_different_forms() -> None:
 
 @pytest.mark.parametrize(
     ("text", "other"),
-    [("İptal işlemi", "iptal işlemi"), ("İPTAL İŞLEMİ", "iptal işlemi"), ("KAPI AÇIK", "kapı açık"), ("Şifrənizi", "ŞİFRƏNİZİ")],
+    [
+        ("İptal işlemi", "iptal işlemi"),
+        ("İPTAL İŞLEMİ", "iptal işlemi"),
+        ("KAPI AÇIK", "kapı açık"),
+        ("Şifrənizi", "ŞİFRƏNİZİ"),
+    ],
 )
 def test_turkish_and_azerbaijani_capitals_make_no_other_sentence(text: str, other: str) -> None:
     assert near_duplicate_form(text) == near_duplicate_form(other)
@@ -156,11 +183,15 @@ def test_markup_of_sources() -> None:
     assert without_tags('Click  <a href="x">here</a> &amp; wait .') == "Click here & wait."
     assert without_tags("_File", "_") == "File"
     assert without_tags("Datei (_F)", "_") == "Datei"
-    assert without_wiki_markup("* '''Bold''' [[Help:Page|the page]] and [[Other]]") == "Bold the page and Other"
+    assert (
+        without_wiki_markup("* '''Bold''' [[Help:Page|the page]] and [[Other]]") == "Bold the page and Other"
+    )
     assert without_wiki_markup("See [https://example.org the site]") == "See the site"
 
 
-@pytest.mark.parametrize("data", [b"", b"PO file", b"\xde\x12\x04\x95" + b"\0" * 4, b"\xde\x12\x04\x95" + b"\xff" * 40])
+@pytest.mark.parametrize(
+    "data", [b"", b"PO file", b"\xde\x12\x04\x95" + b"\0" * 4, b"\xde\x12\x04\x95" + b"\xff" * 40]
+)
 def test_a_damaged_catalogue_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="catalogue"):
         list(read_catalogue(data))
@@ -184,6 +215,15 @@ def test_codes_from_elsewhere(other: str, ours: str) -> None:
 def test_the_table_of_languages() -> None:
     assert len(table()) >= 200
     assert all(len(entry.script) == 4 and entry.name for entry in table().values())
-    assert (script("sr"), script("sr_Latn"), script("xx_Cyrl"), script("qq")) == ("Cyrl", "Latn", "Cyrl", None)
+    assert (script("sr"), script("sr_Latn"), script("xx_Cyrl"), script("qq")) == (
+        "Cyrl",
+        "Latn",
+        "Cyrl",
+        None,
+    )
     assert sorted(["de", "ru", "nl", "uk", "sv", "fr"], key=family) == ["de", "nl", "sv", "fr", "ru", "uk"]
-    assert (language_name("de"), language_name("es_MX"), language_name("qq")) == ("German", "Spanish (MX)", "qq")
+    assert (language_name("de"), language_name("es_MX"), language_name("qq")) == (
+        "German",
+        "Spanish (MX)",
+        "qq",
+    )

@@ -40,8 +40,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CHANGES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"corpora": ["django", "wagtail"]}, "data.corpora", "django, wagtail", "django"),
-    ({"languages": ["de", "fr"]}, "data.directions", "de-en, en-de, en-fr, fr-en", "de-en, en-de, en-fr, en-ru, fr-en, ru-en"),
-    ({"languages": [], "directions": ["en-de"]}, "data.directions", "en-de", "de-en, en-de, en-fr, en-ru, fr-en, ru-en"),
+    (
+        {"languages": ["de", "fr"]},
+        "data.directions",
+        "de-en, en-de, en-fr, fr-en",
+        "de-en, en-de, en-fr, en-ru, fr-en, ru-en",
+    ),
+    (
+        {"languages": [], "directions": ["en-de"]},
+        "data.directions",
+        "en-de",
+        "de-en, en-de, en-fr, en-ru, fr-en, ru-en",
+    ),
     ({"vocabulary": {"size": 200, **COVERAGE}}, "data.vocabulary.size", "200", "120"),
     ({"vocabulary": {"size": 120, "type": "bpe", **COVERAGE}}, "data.vocabulary.type", "bpe", "unigram"),
     ({"vocabulary": {"size": 120}}, "data.vocabulary.character_coverage", "0.9995", "1.0"),
@@ -57,8 +67,12 @@ CHANGES: list[tuple[dict[str, Any], str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "key", "now", "was"), CHANGES, ids=[f"{case[1]}={case[2]}" for case in CHANGES])
-def test_every_reader_refuses_data_that_were_prepared_otherwise(made: Path, change: dict[str, Any], key: str, now: str, was: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "key", "now", "was"), CHANGES, ids=[f"{case[1]}={case[2]}" for case in CHANGES]
+)
+def test_every_reader_refuses_data_that_were_prepared_otherwise(
+    made: Path, change: dict[str, Any], key: str, now: str, was: str
+) -> None:
     changed = recipe(made, **change)
     of_run = SimpleNamespace(recipe=changed, home=made / "elsewhere")
     readers = [lambda: PreparedData.of(changed), lambda: show(changed), lambda: check(changed, made / "new")]
@@ -77,7 +91,14 @@ def test_all_that_shapes_the_data_is_compared() -> None:
     depend on.
     """
     compared = {change[1].split(".")[1] for change in CHANGES}
-    free = {"name", "directory", "languages", "groups", "batch", "tags"}  # languages become directions, and all have tags
+    free = {
+        "name",
+        "directory",
+        "languages",
+        "groups",
+        "batch",
+        "tags",
+    }  # languages become directions, and all have tags
     assert compared | free == set(Data.model_fields)
     for section in ("vocabulary", "cleaning", "held_out"):
         tried = {change[1].split(".")[2] for change in CHANGES if change[1].startswith(f"data.{section}.")}
@@ -85,7 +106,14 @@ def test_all_that_shapes_the_data_is_compared() -> None:
 
 
 def test_what_prepared_data_do_not_depend_on_may_differ(made: Path) -> None:
-    changed = recipe(made, "other", languages=["ru", "fr", "de"], batch={"tokens": 64}, groups={"high": 7, "medium": 7}, name="small")
+    changed = recipe(
+        made,
+        "other",
+        languages=["ru", "fr", "de"],
+        batch={"tokens": 64},
+        groups={"high": 7, "medium": 7},
+        name="small",
+    )
     changed = changed.model_copy(update={"data": changed.data.model_copy(update={"tags": "source-target"})})
     assert PreparedData.of(changed).languages.directions == changed.languages.directions
     assert show(changed).folder == str(made / "prepared" / "small")
@@ -93,29 +121,51 @@ def test_what_prepared_data_do_not_depend_on_may_differ(made: Path) -> None:
 
 
 def test_a_given_vocabulary_does_not_depend_on_how_one_would_be_trained(made: Path) -> None:
-    files = [{"file": made / "vocabulary.model", "size": 120, **more} for more in ({}, COVERAGE, {"sentences": 7})]
-    first, *others = (settings_of(recipe(made, vocabulary=file, temperature=t)) for file, t in zip(files, (1.0, 2.0, 5.0), strict=True))
+    files = [
+        {"file": made / "vocabulary.model", "size": 120, **more} for more in ({}, COVERAGE, {"sentences": 7})
+    ]
+    first, *others = (
+        settings_of(recipe(made, vocabulary=file, temperature=t))
+        for file, t in zip(files, (1.0, 2.0, 5.0), strict=True)
+    )
     assert all(other == first for other in others) and "temperature" not in first
 
 
 def test_a_vocabulary_is_known_by_its_content(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a model trained here starts from is the vocabulary that was prepared, in another place."""
-    same = recipe(made, "tuned", name="small", vocabulary={"file": made / "vocabulary.model", "size": 120}, temperature=2.0)
+    same = recipe(
+        made,
+        "tuned",
+        name="small",
+        vocabulary={"file": made / "vocabulary.model", "size": 120},
+        temperature=2.0,
+    )
     assert PreparedData.of(same).folder == made / "prepared" / "small"
     capsys.readouterr()
     prepare(same)
     assert "up to date" in capsys.readouterr().err
     for wrong, now in (({"size": 121}, "121"), ({"type": "bpe"}, "bpe")):
-        with pytest.raises(UserError, match=f"'data.vocabulary.{next(iter(wrong))}' is {now}, but .* was prepared with"):
-            PreparedData.of(recipe(made, name="small", vocabulary={"file": made / "vocabulary.model", "size": 120, **wrong}))
+        with pytest.raises(
+            UserError, match=f"'data.vocabulary.{next(iter(wrong))}' is {now}, but .* was prepared with"
+        ):
+            PreparedData.of(
+                recipe(
+                    made, name="small", vocabulary={"file": made / "vocabulary.model", "size": 120, **wrong}
+                )
+            )
     (made / "changed.model").write_bytes((made / "vocabulary.model").read_bytes() + b"\0")
-    with pytest.raises(UserError, match=r"'data.vocabulary.file' is .*changed.model, but .* was prepared without it"):
+    with pytest.raises(
+        UserError, match=r"'data.vocabulary.file' is .*changed.model, but .* was prepared without it"
+    ):
         PreparedData.of(recipe(made, name="small", vocabulary={"file": made / "changed.model", "size": 120}))
 
 
 def test_recipes_share_data_by_name(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     variant = recipe(made, "variant", name="small")
-    assert (variant.prepared, recipe(made, "variant").prepared) == (made / "prepared/small", made / "prepared/variant")
+    assert (variant.prepared, recipe(made, "variant").prepared) == (
+        made / "prepared/small",
+        made / "prepared/variant",
+    )
     capsys.readouterr()
     assert prepare(variant).folder == made / "prepared" / "small"
     assert "up to date" in capsys.readouterr().err
@@ -131,13 +181,17 @@ def test_an_old_run_is_resumed_under_a_name_for_its_data(made: Path) -> None:
 
 def again(root: Path, start: int) -> None:
     """Prepares other text under the same settings, with the vocabulary that is there."""
-    write_lines(root / "x.tsv", ["de\ten", *("\t".join(pair) for pair in pairs("de", "en", 200, start=start))])
+    write_lines(
+        root / "x.tsv", ["de\ten", *("\t".join(pair) for pair in pairs("de", "en", 200, start=start))]
+    )
     prepare(with_file(root))
 
 
 def with_file(root: Path) -> Recipe:
     corpora = [{"path": str(root / "x.tsv"), "format": "tsv"}]
-    return recipe(root, corpora=corpora, languages=["de"], vocabulary={"file": root / "vocabulary.model", "size": 120})
+    return recipe(
+        root, corpora=corpora, languages=["de"], vocabulary={"file": root / "vocabulary.model", "size": 120}
+    )
 
 
 def test_other_text_under_the_same_settings_and_vocabulary(made: Path, tmp_path: Path) -> None:
@@ -166,7 +220,9 @@ def test_a_converted_folder_serves_some_of_the_directions(made: Path) -> None:
     data = open_data(SimpleNamespace(recipe=some, home=home))
     assert [str(direction) for direction in data.languages.directions] == ["en-fr"]
     shutil.copy(made / "corpora/django/de-en.tsv", home / "vocabulary.model")
-    with pytest.raises(UserError, match=r"the vocabulary in .*small is not that of .*converted: it was prepared anew"):
+    with pytest.raises(
+        UserError, match=r"the vocabulary in .*small is not that of .*converted: it was prepared anew"
+    ):
         open_data(SimpleNamespace(recipe=some, home=home))
 
 
@@ -213,7 +269,9 @@ def test_the_nearest_data_that_fit_are_taken(project: Path) -> None:
     prepare(other)
     assert found_for(project / "out/here/x") == project / "data/prepared/small"
     shutil.rmtree(project / "data")
-    with pytest.raises(UserError, match=r"'data.held_out.dev' is 10, but .*out/data/prepared/small was prepared with 5"):
+    with pytest.raises(
+        UserError, match=r"'data.held_out.dev' is 10, but .*out/data/prepared/small was prepared with 5"
+    ):
         found_for(project / "out/here/x")
 
 
@@ -225,7 +283,10 @@ def test_where_was_looked_is_said(project: Path, tmp_path: Path) -> None:
     loaded = load_recipe(project / "out/here/x/recipe.yaml")
     looked = data_directories(loaded, project / "out/here/x")
     assert {project / "data", project / "out/data", tmp_path / "elsewhere/data"} <= set(looked)
-    with pytest.raises(UserError, match=f"there is no prepared data in data/prepared/small .looked for {tmp_path}/elsewhere/data/prep"):
+    with pytest.raises(
+        UserError,
+        match=f"there is no prepared data in data/prepared/small .looked for {tmp_path}/elsewhere/data/prep",
+    ):
         PreparedData.of(loaded)
 
 
@@ -249,7 +310,9 @@ def test_a_vocabulary_that_has_changed_is_damage_wherever_it_is_used(made: Path,
     assert find_model(run).home == run
 
 
-def test_held_out_text_of_the_same_size_and_other_bytes_is_damage(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_held_out_text_of_the_same_size_and_other_bytes_is_damage(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(made, tmp_path / "copy")
     small = recipe(tmp_path / "copy")
     data, direction = PreparedData.of(small), small.languages.directions[0]

@@ -67,7 +67,9 @@ def test_iwslt(tmp_path: Path) -> None:
         xml += [f'<seg id="{i}"> {text} Q&amp;A &big; </seg>' for i, text in enumerate(texts(code, 2), 1)]
         write_lines(tmp_path / f"IWSLT14.TED.dev2010.de-en.{code}.xml", xml)
         write_lines(tmp_path / f"IWSLT14.TED.tst2011.de-en.{code}.xml", xml)
-    train, *held = sorted(found(tmp_path, "iwslt", "de-en"), key=lambda part: part.split == "train", reverse=True)
+    train, *held = sorted(
+        found(tmp_path, "iwslt", "de-en"), key=lambda part: part.split == "train", reverse=True
+    )
     assert list(train.pairs()) == [("A title", "A title"), *pairs("de", "en", 2)]
     assert {part.split for part in held} == {"dev", "test"}
     assert next(iter(held[0].pairs())) == (f"{sentence('de', 0)} Q&A &big;", f"{sentence('en', 0)} Q&A &big;")
@@ -99,14 +101,22 @@ def test_segments_of_iwslt_are_paired_by_their_ids(tmp_path: Path) -> None:
     assert content == [("de 7.1", "en 7.1"), ("de 7.3", "en 7.3")]
     (said,) = told
     assert said.startswith("warning: 2 segments are left out, whose docid and id only one file has: ")
-    assert said.endswith("de.xml lacks 1 and " + str(tmp_path / "IWSLT14.TED.dev2010.de-en.en.xml") + " lacks 1")
+    assert said.endswith(
+        "de.xml lacks 1 and " + str(tmp_path / "IWSLT14.TED.dev2010.de-en.en.xml") + " lacks 1"
+    )
 
 
 @pytest.mark.parametrize(
     ("lines", "texts"),
     [
-        (['<seg id="1">over', "  two lines", "", "</seg>", '<seg id="2">next</seg>'], ["over two lines", "next"]),
-        (['<seg id="1"> R&D & a < b &amp; c&#10;d </seg><seg id="2"></seg>', '<SEG id="3"/>'], ["R&D & a < b & c d", "", ""]),
+        (
+            ['<seg id="1">over', "  two lines", "", "</seg>", '<seg id="2">next</seg>'],
+            ["over two lines", "next"],
+        ),
+        (
+            ['<seg id="1"> R&D & a < b &amp; c&#10;d </seg><seg id="2"></seg>', '<SEG id="3"/>'],
+            ["R&D & a < b & c d", "", ""],
+        ),
         (['<seg id="1">never closed', '<seg id="2">next</seg>'], ["never closed", "next"]),
         (["<seg>no</seg>", "<seg>ids</seg>"], ["no", "ids"]),
         (['<doc><seg id="1">first</seg></doc>', '<doc><seg id="1">second</seg></doc>'], ["first", "second"]),
@@ -121,7 +131,10 @@ def test_no_segment_of_iwslt_is_lost(tmp_path: Path, lines: list[str], texts: li
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["<seg>1</seg>"], r"de-en.en.xml has 1 segment but .*de-en.de.xml has 2: aligned files need one segment for each"),
+        (
+            ["<seg>1</seg>"],
+            r"de-en.en.xml has 1 segment but .*de-en.de.xml has 2: aligned files need one segment for each",
+        ),
         (
             ['<doc docid="x">', '<seg id="1">1</seg>'],
             r"de.xml has 2 segments and .*en.xml has 1 segment, but none has a docid and an id that",
@@ -137,32 +150,52 @@ def test_segments_of_iwslt_that_do_not_fit(tmp_path: Path, lines: list[str], say
 
 
 def test_only_lines_about_a_talk_are_no_text(tmp_path: Path) -> None:
-    about = ['<doc docid="1" genre="lectures">', "<url>u</url>", "<keywords>k</keywords>", "<speaker>s</speaker>", "<talkid>1</talkid>"]
+    about = [
+        '<doc docid="1" genre="lectures">',
+        "<url>u</url>",
+        "<keywords>k</keywords>",
+        "<speaker>s</speaker>",
+        "<talkid>1</talkid>",
+    ]
     after = ['<reviewer href="h">r</reviewer>', "<translator>t</translator>", "</doc>"]
     text = ["<p>in a paragraph</p>", "<i>Hm</i>, he said", "< 5 and more", "<documents>"]
-    write_lines(tmp_path / "train.tags.de-en.de", [*about, "<title>T</title>", "<description>D</description>", *text, *after])
+    write_lines(
+        tmp_path / "train.tags.de-en.de",
+        [*about, "<title>T</title>", "<description>D</description>", *text, *after],
+    )
     write_lines(tmp_path / "train.tags.de-en.en", [*about, "T", "D", *text])
     (part,) = found(tmp_path, "iwslt", "de-en")
     assert list(part.pairs()) == [(line, line) for line in ["T", "D", *text]]
     write_lines(tmp_path / "train.tags.de-en.en", [*about, *text[1:], *after])
-    with pytest.raises(UserError, match=r"de-en.en has 3 text lines but .*de-en.de has 6: aligned files need one text line for"):
+    with pytest.raises(
+        UserError,
+        match=r"de-en.en has 3 text lines but .*de-en.de has 6: aligned files need one text line for",
+    ):
         list(part.pairs())
 
 
 def test_moses_and_tsv(tmp_path: Path) -> None:
     write_aligned(tmp_path / "news", "de", "en", 3)
-    assert list(found(tmp_path / "news", "moses", "de-en", source="de", target="en")[0].pairs()) == pairs("de", "en", 3)
+    assert list(found(tmp_path / "news", "moses", "de-en", source="de", target="en")[0].pairs()) == pairs(
+        "de", "en", 3
+    )
     write_aligned(tmp_path / "sets/valid", "de", "en", 2)
     assert [p.split for p in found(tmp_path / "sets", "moses", "de-en")] == ["dev"]
     write_lines(tmp_path / "x.tsv", ["en\tfr\tde", "Hello\tBonjour\tHallo"])
     assert list(found(tmp_path / "x.tsv", "tsv", "de-en")[0].pairs()) == [("Hallo", "Hello")]
-    assert list(found(tmp_path / "x.tsv", "tsv", "de-en", source="en", target="de")[0].pairs()) == [("Hallo", "Hello")]
+    assert list(found(tmp_path / "x.tsv", "tsv", "de-en", source="en", target="de")[0].pairs()) == [
+        ("Hallo", "Hello")
+    ]
     write_lines(tmp_path / "y.tsv", ["Hello\tHallo"])
-    assert list(found(tmp_path / "y.tsv", "tsv", "de-en", source="en", target="de")[0].pairs()) == [("Hallo", "Hello")]
+    assert list(found(tmp_path / "y.tsv", "tsv", "de-en", source="en", target="de")[0].pairs()) == [
+        ("Hallo", "Hello")
+    ]
 
 
 def test_txt_may_follow_the_code(tmp_path: Path) -> None:
-    """Prefer a file without .txt to one with it. A name before .txt that is no language code belongs to the stem."""
+    """Prefer a file without .txt to one with it. A name before .txt that is no language code belongs to the
+    stem.
+    """
     write_aligned(tmp_path / "train", "de", "en", 3)
     for code in ("de", "en"):
         (tmp_path / f"train.{code}").rename(tmp_path / f"train.{code}.txt")
@@ -174,7 +207,10 @@ def test_txt_may_follow_the_code(tmp_path: Path) -> None:
         assert list(part.pairs()) == pairs("de", "en", 3)
     write_aligned(tmp_path / "train", "de", "en", 2)
     assert len(list(found(tmp_path / "train", "moses", "de-en")[0].pairs())) == 2
-    with pytest.raises(UserError, match=r"train.de.txt is a file itself: write 'path: .*/train', without the ending that names"):
+    with pytest.raises(
+        UserError,
+        match=r"train.de.txt is a file itself: write 'path: .*/train', without the ending that names",
+    ):
         found(tmp_path / "train.de.txt", "moses", "de-en")
 
 
@@ -184,7 +220,11 @@ def test_a_path_in_the_place_of_a_name(tmp_path: Path, monkeypatch: pytest.Monke
     for file in ("ok/a.de", "ok.tsv", "sub/stem.de"):
         write_lines(Path(file), ["x"])
     with pytest.raises(
-        UserError, match=rf"there is no corpus '{name}' to fetch: .*; for the text in {name} write {{path: {name}, format: F"
+        UserError,
+        match=(
+            rf"there is no corpus '{name}' to fetch: .*; for the text in {name} write {{path: {name},"
+            r" format: F"
+        ),
     ):
         find_parts([name], tmp_path, ["de-en"])
     for other in ("", "a\0/b", "x" * 5000, "[o]k"):
@@ -247,7 +287,9 @@ def bad(tmp_path: Path, case: str) -> list[TextPart]:
             write_lines(tmp_path / "x.tsv", ['"de"\t"en"', '"Ja"\t"Yes"'])
             return found(tmp_path / "x.tsv", "tsv", "de-en")
         case "further columns":
-            write_lines(tmp_path / "x.tsv", ["0.9\tJa\tYes"])  # a score that a miner of parallel text has written
+            write_lines(
+                tmp_path / "x.tsv", ["0.9\tJa\tYes"]
+            )  # a score that a miner of parallel text has written
             return found(tmp_path / "x.tsv", "tsv", "de-en", source="de", target="en")
         case "ragged":
             write_lines(tmp_path / "x.tsv", ["de\ten\tfr", "Ja\tYes\tOui", "Nein\tNo\tNon\tNo"])
@@ -289,18 +331,33 @@ def bad(tmp_path: Path, case: str) -> list[TextPart]:
         ("no iwslt", r"not laid out as IWSLT"),
         ("no moses", r"there are no files .*other.CODE"),
         ("half an opus", r"there is no file .*opus.de-en-test.en"),
-        ("whole name", r"news.en is a file itself: write 'path: .*/news', without the ending that names its language$"),
+        (
+            "whole name",
+            r"news.en is a file itself: write 'path: .*/news', without the ending that names its language$",
+        ),
         ("whole name, compressed", r"news.en.gz is a file itself: write 'path: .*/news', without the ending"),
         ("one line", r"news.en has 1 line but .*news.de has 3"),
         ("columns", r"x.tsv, line 2: 2 columns between tabs were expected, .*; found 1"),
-        ("further columns", r"x.tsv, line 1: 2 columns .*, as there is no first line of language codes; found 3"),
+        (
+            "further columns",
+            r"x.tsv, line 1: 2 columns .*, as there is no first line of language codes; found 3",
+        ),
         ("ragged", r"x.tsv, line 3: 3 columns between tabs were expected, as in line 1; found 4"),
         ("header", r"x.tsv, line 1: two or more language codes"),
         (
             "no header",
-            r"x.tsv, line 1 names no languages \(found 'Guten Morgen', 'Good morning'\): .*'source:' and 'target:' in the",
+            (
+                r"x.tsv, line 1 names no languages \(found 'Guten Morgen', 'Good morning'\): .*'source:' and"
+                r" 'target:' in the"
+            ),
         ),
-        ("header in quotes", r"x.tsv, line 1 names no languages .*: quote marks are text here: write the table without quotes around"),
+        (
+            "header in quotes",
+            (
+                r"x.tsv, line 1 names no languages .*: quote marks are text here: write the table without"
+                r" quotes around"
+            ),
+        ),
         ("one code", r"x.tsv, line 1 names no languages \(found 'de', 'notes'\)"),
         ("gzip cut", r"news.en.gz is damaged: gzip cannot read it"),
         ("no gzip", r"news.en.gz is damaged: gzip cannot read it"),
@@ -330,19 +387,33 @@ def test_separators_within_a_line_do_not_misalign(tmp_path: Path) -> None:
 
 
 def test_compressed_files_of_every_layout(tmp_path: Path) -> None:
-    """Compressing all files changes nothing, whether the recipe names them or they are found by their stems."""
+    """Compressing all files changes nothing, whether the recipe names them or they are found by their
+    stems.
+    """
     write_aligned(tmp_path / "opus/supervised/de-en/opus.de-en-train", "de", "en", 4)
     for name, code in (("deu_Latn", "de"), ("eng_Latn", "en")):
         write_lines(tmp_path / f"flores/devtest/{name}.devtest", texts(code, 3))
         write_lines(tmp_path / f"iwslt/train.tags.de-en.{code}", texts(code, 5))
-        write_lines(tmp_path / f"iwslt/IWSLT14.TED.tst2010.de-en.{code}.xml", [f"<seg id='1'>{text}</seg>" for text in texts(code, 2)])
+        write_lines(
+            tmp_path / f"iwslt/IWSLT14.TED.tst2010.de-en.{code}.xml",
+            [f"<seg id='1'>{text}</seg>" for text in texts(code, 2)],
+        )
     write_aligned(tmp_path / "moses/train", "de", "en", 6)
     write_aligned(tmp_path / "moses/dev", "de", "en", 1)
     write_lines(tmp_path / "x.tsv", ["de\ten", *("\t".join(pair) for pair in pairs("de", "en", 7))])
 
     def read() -> list[tuple[str, str, list[tuple[str, str]]]]:
-        places = {"opus": "opus100", "flores": "flores", "iwslt": "iwslt", "moses": "moses", "moses/train": "moses", "x.tsv": "tsv"}
-        parts = [part for place, format in places.items() for part in found(tmp_path / place, format, "de-en")]
+        places = {
+            "opus": "opus100",
+            "flores": "flores",
+            "iwslt": "iwslt",
+            "moses": "moses",
+            "moses/train": "moses",
+            "x.tsv": "tsv",
+        }
+        parts = [
+            part for place, format in places.items() for part in found(tmp_path / place, format, "de-en")
+        ]
         return [(part.reader, part.split, list(part.pairs())) for part in parts]
 
     plain = read()
@@ -371,7 +442,9 @@ def test_a_header_of_other_codes_and_other_columns(tmp_path: Path) -> None:
     assert list(found(tmp_path / "y.tsv", "tsv", "qaa-qab")[0].pairs()) == [("Hallo", "Hello")]
 
 
-def test_a_relative_path_is_shown_with_where_it_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_is_shown_with_where_it_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingCorpus, match=rf"there is no corpus x.tsv \({tmp_path}/x.tsv\)"):
         found(Path("x.tsv"), "tsv", "de-en")

@@ -27,7 +27,10 @@ def check(keys: Bitexts, quotas: dict[str, dict[str, int]], chosen: dict[str, di
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.sets(st.integers(0, 300), max_size=150), min_size=1, max_size=5), st.integers(0, 20), st.integers(0, 20), st.integers(0, 5)
+    st.lists(st.sets(st.integers(0, 300), max_size=150), min_size=1, max_size=5),
+    st.integers(0, 20),
+    st.integers(0, 20),
+    st.integers(0, 5),
 )
 def test_promises_of_choose(sets: list[set[int]], dev: int, test: int, seed: int) -> None:
     keys = keys_of(*sets)
@@ -75,7 +78,13 @@ def test_ranges_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("dev", "test", "count", "expected"),
-    [(100, 150, 40, (4, 4)), (100, 150, 39, (3, 3)), (100, 150, 9, (0, 0)), (100, 150, 1200, (100, 120)), (5, 0, 1000, (5, 0))],
+    [
+        (100, 150, 40, (4, 4)),
+        (100, 150, 39, (3, 3)),
+        (100, 150, 9, (0, 0)),
+        (100, 150, 1200, (100, 120)),
+        (5, 0, 1000, (5, 0)),
+    ],
 )
 def test_quotas(dev: int, test: int, count: int, expected: tuple[int, int]) -> None:
     assert quota(HeldOut(dev=dev, test=test), count) == dict(zip(HELD_OUT, expected, strict=True))
@@ -84,7 +93,11 @@ def test_quotas(dev: int, test: int, count: int, expected: tuple[int, int]) -> N
 def test_chance_is_splitmix64() -> None:
     """Its first outputs from state 0, as its authors' code prints them."""
     zero = np.zeros(1, dtype=np.uint64)
-    assert [int(mixed(zero, seed)[0]) for seed in (0, 1, 2)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [int(mixed(zero, seed)[0]) for seed in (0, 1, 2)] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]
 
 
 def test_claims_know_which_set_a_key_is_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,18 +33,25 @@ def root(tmp_path: Path) -> Path:
 def train_text(data: PreparedData, bitext: str) -> list[tuple[str, str]]:
     """Training pairs of a bitext, out of their tokens."""
     tokens = data.tokens(Direction(*bitext.split("-")), "train")
-    return [(data.vocabulary.decode(tokens.source[i]), data.vocabulary.decode(tokens.target[i])) for i in range(len(tokens))]
+    return [
+        (data.vocabulary.decode(tokens.source[i]), data.vocabulary.decode(tokens.target[i]))
+        for i in range(len(tokens))
+    ]
 
 
 def english_leaks(data: PreparedData) -> set[str]:
-    """English strings, without case, punctuation and digits, that are both held out of some bitext and in training text of any."""
+    """English strings, without case, punctuation and digits, that are both held out of some bitext and in
+    training text of any.
+    """
     bitexts = [name for name in data.manifest["bitexts"] if "en" in name.split("-")]
     held, train = set(), set()
     for name in bitexts:
         side = name.split("-").index("en")
         train |= {near_duplicate_form(pair[side]) for pair in train_text(data, name)}
         for split in ("dev", "test"):
-            held |= {near_duplicate_form(line) for line in data.text(Direction(*name.split("-")), split)[side]}
+            held |= {
+                near_duplicate_form(line) for line in data.text(Direction(*name.split("-")), split)[side]
+            }
     assert held
     return held & train
 
@@ -61,7 +68,9 @@ def test_from_corpora_to_tokens(root: Path) -> None:
             reverse = data.tokens(direction.reverse, split)
             assert np.array_equal(tokens.source[3], reverse.target[3])
     tokens = data.tokens(Direction("en", "de"), "train")
-    assert len(tokens) == len(tokens.source.lengths) == 300 - 30 - data.manifest["cleaning"]["de-en"]["held out"]
+    assert (
+        len(tokens) == len(tokens.source.lengths) == 300 - 30 - data.manifest["cleaning"]["de-en"]["held out"]
+    )
     assert tokens.source.lengths.dtype == np.int32 and tokens.source.lengths.sum() == len(tokens.source.ids)
     assert isinstance(tokens.source.ids, np.memmap) and tokens.source.ids.dtype == np.uint16
     assert set(train_text(data, "de-en")) <= set(pairs("de", "en", 300))
@@ -74,7 +83,9 @@ def test_from_corpora_to_tokens(root: Path) -> None:
 
 def with_near_duplicates(root: Path) -> Recipe:
     """A second corpus says the same once more, with other case, digits and punctuation."""
-    noisy = [(f"{german[:-1]} ja!", english.upper()[:-1] + "  42 !!") for german, english in pairs("de", "en", 300)]
+    noisy = [
+        (f"{german[:-1]} ja!", english.upper()[:-1] + "  42 !!") for german, english in pairs("de", "en", 300)
+    ]
     write_fetched(root, "wagtail", {"de-en": noisy})
     return recipe(root, corpora=["django", "wagtail"], vocabulary={"size": 200, "character_coverage": 1.0})
 
@@ -100,7 +111,9 @@ def test_published_sets_serve_whole_and_are_not_trained_on(root: Path) -> None:
     dev = [(sentence("de", n), sentence("en", n)) for n in range(60, 75)]
     for side, code in enumerate(("deu_Latn", "eng_Latn")):
         write_lines(root / f"flores/dev/{code}.dev", [f"{pair[side]}" for pair in dev])
-        write_lines(root / f"flores/devtest/{code}.devtest", ["A short %s one <b>", *(pair[side] for pair in dev[:5])])
+        write_lines(
+            root / f"flores/devtest/{code}.devtest", ["A short %s one <b>", *(pair[side] for pair in dev[:5])]
+        )
     data = prepare(recipe(root, corpora=["django", {"path": str(root / "flores"), "format": "flores"}]))
     german, english = data.text(Direction("de", "en"), "dev")
     assert list(zip(german, english, strict=True)) == dev
@@ -116,7 +129,10 @@ def test_published_sets_serve_whole_and_are_not_trained_on(root: Path) -> None:
 
 def test_a_zero_shot_direction_has_a_test_set_only(root: Path) -> None:
     for side, code in enumerate(("de", "fr")):
-        write_lines(root / f"opus/zero-shot/de-fr/opus.de-fr-test.{code}", [pair[side] for pair in pairs("de", "fr", 7)])
+        write_lines(
+            root / f"opus/zero-shot/de-fr/opus.de-fr-test.{code}",
+            [pair[side] for pair in pairs("de", "fr", 7)],
+        )
     corpora = ["django", {"path": str(root / "opus"), "format": "opus100"}]
     data = prepare(recipe(root, corpora=corpora, languages=[], directions=["de-en", "en-fr", "de-fr"]))
     sizes = [len(data.tokens(Direction("de", "fr"), split)) for split in ("train", "dev", "test")]
@@ -139,13 +155,18 @@ def test_two_prepares_are_the_same_to_the_byte(root: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"vocabulary": {"size": 110, "character_coverage": 1.0}}, "'data.vocabulary.size' was 120 and is 110"),
+        (
+            {"vocabulary": {"size": 110, "character_coverage": 1.0}},
+            "'data.vocabulary.size' was 120 and is 110",
+        ),
         ({"held_out": {"dev": 5, "test": 20}}, "'data.held_out.dev' was 10 and is 5"),
         ({"cleaning": {"max_words": 9}}, "'data.cleaning.max_words' was 200 and is 9"),
         ({"languages": ["de", "fr"]}, "'data.directions' was"),
     ],
 )
-def test_prepares_once_and_says_why_again(root: Path, capsys: pytest.CaptureFixture[str], data: dict, says: str) -> None:
+def test_prepares_once_and_says_why_again(
+    root: Path, capsys: pytest.CaptureFixture[str], data: dict, says: str
+) -> None:
     first = prepare(recipe(root))
     assert "it is not there yet" in capsys.readouterr().err
     before = (first.folder / "manifest.json").stat().st_mtime_ns
@@ -157,7 +178,9 @@ def test_prepares_once_and_says_why_again(root: Path, capsys: pytest.CaptureFixt
     assert (first.folder / "manifest.json").stat().st_mtime_ns != before
 
 
-def test_a_changed_corpus_or_a_damaged_file_prepares_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_corpus_or_a_damaged_file_prepares_again(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def reason() -> str:
         capsys.readouterr()
         prepare(settings)
@@ -195,7 +218,8 @@ def test_a_flipped_bit_is_found_when_asked(root: Path) -> None:
 
 KILLED = """
 import signal, sys, time, yaml
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
+# a shell's background jobs ignore it, and their children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data import prepare as module
@@ -203,19 +227,25 @@ step, recipe = sys.argv[1], Recipe.model_validate(yaml.safe_load(sys.argv[2]))
 def wait(*_):
     print("here", flush=True)
     time.sleep(60)
-setattr(*{"tokens": (module._Preparation, "_write_tokens", wait), "manifest": (module, "write_json", wait)}[step])
+at = {"tokens": (module._Preparation, "_write_tokens"), "manifest": (module, "write_json")}[step]
+setattr(*at, wait)
 module.prepare(recipe)
 """
 
 
 @pytest.mark.parametrize("step", ["tokens", "manifest"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_the_middle(root: Path, step: str, how: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_in_the_middle(
+    root: Path, step: str, how: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = recipe(root)
     other = recipe(root, vocabulary={"size": 110, "character_coverage": 1.0})
     before = prepare(settings).manifest
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, step, other.to_yaml()], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", KILLED, step, other.to_yaml()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "here\n"
     with pytest.raises(UserError, match="another process is writing"):
@@ -275,7 +305,9 @@ def test_full_disk(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> No
 def test_full_disk_in_earnest(root: Path) -> None:
     small = root / "tiny"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small], check=False, capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         (small / "corpora").symlink_to(root / "corpora")
@@ -293,7 +325,11 @@ def bad(root: Path, case: str) -> Recipe:
         case "bpe too large":
             return recipe(root, vocabulary={"size": 30000, "type": "bpe"})
         case "vocabulary too small":
-            write_fetched(root, "django", {"de-en": [(sentence("de", n), sentence("en", n) + chr(0x4E00 + n)) for n in range(300)]})
+            write_fetched(
+                root,
+                "django",
+                {"de-en": [(sentence("de", n), sentence("en", n) + chr(0x4E00 + n)) for n in range(300)]},
+            )
             return recipe(root, vocabulary={"size": 64, "character_coverage": 1.0})
         case "no such bitext":
             return recipe(root, languages=["de", "it"])
@@ -315,7 +351,10 @@ def bad(root: Path, case: str) -> Recipe:
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("vocabulary too large", r"'data.vocabulary.size' is 30000, but the text is too small for more than \d+ pieces"),
+        (
+            "vocabulary too large",
+            r"'data.vocabulary.size' is 30000, but the text is too small for more than \d+ pieces",
+        ),
         ("bpe too large", r"'data.vocabulary.size' is 30000, but the text is too small"),
         ("vocabulary too small", r"characters and tags alone need \d+ pieces"),
         ("no such bitext", r"no text for en-it in the corpora of the recipe \(django\)"),

@@ -30,7 +30,11 @@ def catalogue(entries: dict[str, str]) -> bytes:
         for pair in texts:
             tables[side].append(struct.pack("<2I", len(pair[side]), start + len(data)))
             data += pair[side] + b"\0"
-    return struct.pack("<7I", 0x950412DE, 0, len(texts), 28, 28 + 8 * len(texts), 0, 0) + b"".join(tables[0] + tables[1]) + data
+    return (
+        struct.pack("<7I", 0x950412DE, 0, len(texts), 28, 28 + 8 * len(texts), 0, 0)
+        + b"".join(tables[0] + tables[1])
+        + data
+    )
 
 
 def wheel(members: dict[str, bytes]) -> bytes:
@@ -74,13 +78,27 @@ def test_fetch_writes_bitexts_license_and_provenance(
 ) -> None:
     offer(monkeypatch, wheel(WHOLE))
     (folder,) = fetch(["django"], tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "PROVENANCE.json", "de-en.tsv", "en-fr.tsv", "en-zh_Hans.tsv"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "LICENSE",
+        "PROVENANCE.json",
+        "de-en.tsv",
+        "en-fr.tsv",
+        "en-zh_Hans.tsv",
+    ]
     assert (folder / "de-en.tsv").read_text() == "Alles & mehr\tAll & more\nSichere es\tSave it\n"
     assert (folder / "en-zh_Hans.tsv").read_text() == "Save\t保存\n"
     provenance = json.loads((folder / "PROVENANCE.json").read_text())
-    assert (provenance["package"], provenance["version"], provenance["license"]) == ("django", "1", "BSD-3-Clause")
+    assert (provenance["package"], provenance["version"], provenance["license"]) == (
+        "django",
+        "1",
+        "BSD-3-Clause",
+    )
     assert provenance["pairs"] == {"de-en": 2, "en-fr": 1, "en-zh_Hans": 1}
-    assert {path.name for path in tmp_path.rglob("*")} == {"corpora", "django", *(p.name for p in folder.iterdir())}
+    assert {path.name for path in tmp_path.rglob("*")} == {
+        "corpora",
+        "django",
+        *(p.name for p in folder.iterdir()),
+    }
     capsys.readouterr()
     monkeypatch.setattr(sources, "_call", None)
     fetch(["django"], tmp_path)
@@ -110,10 +128,15 @@ def test_a_damaged_folder_is_fetched_again(
         (wheel({"x/locale/de/LC_MESSAGES/django.mo": b"\xde\x12\x04\x95" + b"\xff" * 40}), "is damaged"),
         (wheel({name: data for name, data in WHOLE.items() if "LICENSE" not in name}), "no licence text"),
         (wheel({"x-1.dist-info/licenses/LICENSE": b"Do."}), "no translations"),
-        (wheel({"x/locale/de/LC_MESSAGES/django.mo": bytes(archives.MEMBER_LIMIT + 1)}), "more than is reasonable"),
+        (
+            wheel({"x/locale/de/LC_MESSAGES/django.mo": bytes(archives.MEMBER_LIMIT + 1)}),
+            "more than is reasonable",
+        ),
     ],
 )
-def test_a_bad_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, says: str) -> None:
+def test_a_bad_archive_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, says: str
+) -> None:
     offer(monkeypatch, content)
     with pytest.raises(UserError, match=says):
         fetch(["django"], tmp_path)
@@ -138,21 +161,29 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failed_download_tells_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SOURCES, "django", Source("django", ("lsmoe-no-such-package",), "none", 1, version="0.0.0.dev0"))
+    monkeypatch.setitem(
+        SOURCES, "django", Source("django", ("lsmoe-no-such-package",), "none", 1, version="0.0.0.dev0")
+    )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UserError, match=r"corpus django could not be fetched through pip: .*No matching distribution") as error:
+    with pytest.raises(
+        UserError, match=r"corpus django could not be fetched through pip: .*No matching distribution"
+    ) as error:
         fetch(["django"], tmp_path)
     assert "\n" not in str(error.value)
 
 
-def offer_packages(monkeypatch: pytest.MonkeyPatch, folder: Path, packages: dict[str, dict[str, str | bytes]]) -> list[Path]:
+def offer_packages(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, packages: dict[str, dict[str, str | bytes]]
+) -> list[Path]:
     """Lets apt bring packages of version 1:2.3 that hold these files below usr/share, and their copyright."""
     debs = []
     for name, files in packages.items():
         root = folder / "roots" / name
         control = f"Package: {name}\nVersion: 1:2.3\nArchitecture: all\nMaintainer: N <n@n>\nDescription: d\n"
         whole: dict[str, str | bytes] = {"DEBIAN/control": control, f"usr/share/doc/{name}/copyright": "GPL"}
-        for path, content in (whole | {f"usr/share/{path}": content for path, content in files.items()}).items():
+        for path, content in (
+            whole | {f"usr/share/{path}": content for path, content in files.items()}
+        ).items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_bytes(content.encode() if isinstance(content, str) else content)
         debs.append(folder / f"{name}_1%3a2.3_all.deb")
@@ -173,17 +204,27 @@ needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs 
 
 
 @needs_dpkg
-@pytest.mark.parametrize("what", ["above", "absolute", "symbolic link", "hard link", "device", "huge", "unpacks to too much"])
+@pytest.mark.parametrize(
+    "what", ["above", "absolute", "symbolic link", "hard link", "device", "huge", "unpacks to too much"]
+)
 def test_a_hostile_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Nothing is written under the names of an archive, only regular files are read, and within limits."""
     path = "usr/share/mediawiki/languages/i18n"
-    (deb,) = offer_packages(monkeypatch, tmp_path, {"mediawiki": {f"{path[10:]}/en.json": '{"save": "Save it"}'}})
+    (deb,) = offer_packages(
+        monkeypatch, tmp_path, {"mediawiki": {f"{path[10:]}/en.json": '{"save": "Save it"}'}}
+    )
     secret = tmp_path / "secret.json"
     secret.write_text('{"save": "geheim"}')
-    member = tarfile.TarInfo({"above": f"../../{path}/de.json", "absolute": f"/{path}/de.json"}.get(what, f"./{path}/de.json"))
+    member = tarfile.TarInfo(
+        {"above": f"../../{path}/de.json", "absolute": f"/{path}/de.json"}.get(what, f"./{path}/de.json")
+    )
     content = b'{"save": "Sichern"}'
     if what in ("symbolic link", "hard link"):
-        member.type, member.linkname, content = tarfile.SYMTYPE if what[0] == "s" else tarfile.LNKTYPE, str(secret), b""
+        member.type, member.linkname, content = (
+            tarfile.SYMTYPE if what[0] == "s" else tarfile.LNKTYPE,
+            str(secret),
+            b"",
+        )
     elif what == "device":
         member.type, member.devmajor, member.devminor, content = tarfile.CHRTYPE, 1, 5, b""
     member.size = 2**40 if what == "huge" else len(content)
@@ -211,19 +252,28 @@ def add_member(deb: Path, member: tarfile.TarInfo, content: bytes) -> None:
 @needs_dpkg
 def test_mediawiki_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages = {
-        "en": {"@metadata": {}, "save": "Save the '''page'''", "only": "Only here", "see": "See [[Help|the help]]"},
+        "en": {
+            "@metadata": {},
+            "save": "Save the '''page'''",
+            "only": "Only here",
+            "see": "See [[Help|the help]]",
+        },
         "zh-hans": {"save": "保存页面"},
         "be-tarask": {"save": "Захаваць", "see": "Глядзі [[Help|дапамогу]]", "unknown": "x"},
         "qqq": {"save": "a note"},
         "de-formal": {"save": "Sichern Sie"},
         "en-gb": {"save": "Save"},
     }
-    files: dict[str, str | bytes] = {f"mediawiki/languages/i18n/{name}.json": json.dumps(content) for name, content in messages.items()}
+    files: dict[str, str | bytes] = {
+        f"mediawiki/languages/i18n/{name}.json": json.dumps(content) for name, content in messages.items()
+    }
     (deb,) = offer_packages(monkeypatch, tmp_path, {"mediawiki": files})
     (folder,) = fetch(["mediawiki"], tmp_path)
     assert sorted(path.name for path in folder.glob("*.tsv")) == ["be_tarask-en.tsv", "en-zh_Hans.tsv"]
     assert (folder / "en-zh_Hans.tsv").read_text() == "Save the page\t保存页面\n"
-    assert (folder / "be_tarask-en.tsv").read_text() == "Захаваць\tSave the page\nГлядзі дапамогу\tSee the help\n"
+    assert (
+        folder / "be_tarask-en.tsv"
+    ).read_text() == "Захаваць\tSave the page\nГлядзі дапамогу\tSee the help\n"
     assert json.loads((folder / "PROVENANCE.json").read_text())["version"] == "1:2.3"
     deb.write_bytes(deb.read_bytes()[:300])
     shutil.rmtree(folder)
@@ -237,11 +287,15 @@ def test_the_catalogues_of_the_game(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "race+female^Elf": "Elfe",
         "Halt! Who is it\n\nSpeak. <i>Now</i>.": "Halt! Wer ist da\nSprecht. <i>Jetzt</i>.",
         "One. Two.": "Beide zusammen.",
-        "See <ref>dst='a_b' text='the elf\\'s help'</ref><img>src='x.png'</img>.": "Siehe <ref>text='die Hilfe' dst='a_b'</ref>.",
+        "See <ref>dst='a_b' text='the elf\\'s help'</ref><img>src='x.png'</img>.": (
+            "Siehe <ref>text='die Hilfe' dst='a_b'</ref>."
+        ),
         "prefix=Al,Bo,Ca,De,Eo": "prefix=Al,Bo,Ca,De,Eu",
     }
     packages: dict[str, dict[str, str | bytes]] = {name: {} for name in SOURCES["wesnoth"].packages}
-    packages["wesnoth-1.16-dm"] = {"games/wesnoth/1.16/locale/de/LC_MESSAGES/wesnoth-dm.mo": catalogue(campaign)}
+    packages["wesnoth-1.16-dm"] = {
+        "games/wesnoth/1.16/locale/de/LC_MESSAGES/wesnoth-dm.mo": catalogue(campaign)
+    }
     packages["wesnoth-1.16-data"] = {
         "games/wesnoth/1.16/locale/de/LC_MESSAGES/wesnoth.mo": catalogue({"Axe": "Axt"}),
         "games/wesnoth/1.16/locale/en@shaw/LC_MESSAGES/wesnoth.mo": catalogue({"Axe": "x"}),
@@ -312,11 +366,18 @@ def test_handbook_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @needs_dpkg
 def test_help_in_a_package_for_each_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
-        "<html><body><header><p>Top</p></header><p>{}<span class='x'><span class='MAC'>Cmd</span><span>{}</span></span></p></body></html>"
+        "<html><body><header><p>Top</p></header><p>{}<span class='x'><span"
+        " class='MAC'>Cmd</span><span>{}</span></span></p></body></html>"
     )
     packages: dict[str, dict[str, str | bytes]] = {name: {} for name in SOURCES["libreoffice-help"].packages}
-    for code, words in {"en-US": ("Press ", "Ctrl"), "ca": ("Premeu ", "Ctrl"), "pt-BR": ("Tecle ", "Ctrl")}.items():
-        packages[f"libreoffice-help-{code.lower()}"] = {f"libreoffice/help/{code}/text/shared/a.html": text.format(*words)}
+    for code, words in {
+        "en-US": ("Press ", "Ctrl"),
+        "ca": ("Premeu ", "Ctrl"),
+        "pt-BR": ("Tecle ", "Ctrl"),
+    }.items():
+        packages[f"libreoffice-help-{code.lower()}"] = {
+            f"libreoffice/help/{code}/text/shared/a.html": text.format(*words)
+        }
     offer_packages(monkeypatch, tmp_path, packages)
     (folder,) = fetch(["libreoffice-help"], tmp_path)
     assert {path.name: path.read_text() for path in folder.glob("*.tsv")} == {
@@ -330,11 +391,17 @@ def test_help_in_a_package_for_each_language(tmp_path: Path, monkeypatch: pytest
         ("It is, e.g. Debian. Use it!", "Das ist z. B. Debian. Benutze es!", 2),
         ("He said “Go.” Then he left.", "他说：“走。”然后离开了。", 2),
         ("One. Two.", "一つ。二つ。", 2),
-        ("Short. This one is a very long sentence with lots of words in it.", "Dies ist ein ganz langer Satz mit vielen Worten. Kurz.", 1),
+        (
+            "Short. This one is a very long sentence with lots of words in it.",
+            "Dies ist ein ganz langer Satz mit vielen Worten. Kurz.",
+            1,
+        ),
         ("One. Two.", "Eins und zwei.", 1),
     ],
 )
-def test_sentences_are_split_where_both_sides_have_as_many(english: str, translated: str, expected: int) -> None:
+def test_sentences_are_split_where_both_sides_have_as_many(
+    english: str, translated: str, expected: int
+) -> None:
     pairs = align_sentences(english, translated)
     assert len(pairs) == expected
     assert all(text == text.strip() and text for pair in pairs for text in pair)
@@ -344,7 +411,9 @@ def test_sentences_are_split_where_both_sides_have_as_many(english: str, transla
 @pytest.mark.slow
 def test_django_for_real(tmp_path: Path) -> None:
     fetch(["django"], tmp_path)
-    settings = recipe(tmp_path, languages=["de", "ru", "ja"], vocabulary={"size": 800}, held_out={"dev": 20, "test": 30})
+    settings = recipe(
+        tmp_path, languages=["de", "ru", "ja"], vocabulary={"size": 800}, held_out={"dev": 20, "test": 30}
+    )
     data = prepare(settings)
     rows = {(row.direction, row.split): row for row in show(settings).rows}
     assert rows["en-de", "train"].pairs > 120 and rows["en-ja", "test"].pairs == 20
@@ -355,7 +424,14 @@ def test_django_for_real(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "plain"),
-    [("_File", "File"), ("E_xit", "Exit"), ("Datei (_F)", "Datei"), ("Save _As", "Save As"), ("a _b_c", "a b_c"), ("_ alone", "_ alone")],
+    [
+        ("_File", "File"),
+        ("E_xit", "Exit"),
+        ("Datei (_F)", "Datei"),
+        ("Save _As", "Save As"),
+        ("a _b_c", "a b_c"),
+        ("_ alone", "_ alone"),
+    ],
 )
 def test_the_mark_of_a_menus_key_is_no_text(text, plain):
     assert without_tags(text, accelerator="_") == plain

@@ -1,4 +1,6 @@
-"""Held out means in every language: no sentence of a dev or test set, on any side, is in any training text."""
+"""Held out means in every language: no sentence of a dev or test set, on any side, is in any training
+text.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,12 @@ def write_bitexts(folder: Path, bitexts: dict[str, Lines]) -> list[dict[str, str
 
 def prepared(folder: Path, bitexts: dict[str, Lines], *more: dict[str, str], **data: Any) -> PreparedData:
     corpora = [*write_bitexts(folder, bitexts), *more]
-    settings = {"vocabulary": {"size": 120, "character_coverage": 1.0}, "languages": [], "directions": list(bitexts), **data}
+    settings = {
+        "vocabulary": {"size": 120, "character_coverage": 1.0},
+        "languages": [],
+        "directions": list(bitexts),
+        **data,
+    }
     return prepare(recipe(folder, corpora=corpora, **settings))
 
 
@@ -91,16 +98,28 @@ def test_bitexts_that_overlap_in_part(tmp_path: Path) -> None:
     check_nothing_held_out_is_trained_on(data)
     cleaning, sizes = data.manifest["cleaning"], data.manifest["bitexts"]
     for name in bitexts:
-        assert sum(sizes[name][split]["pairs"] for split in ("train", "dev", "test")) + cleaning[name]["held out"] == 200
+        assert (
+            sum(sizes[name][split]["pairs"] for split in ("train", "dev", "test"))
+            + cleaning[name]["held out"]
+            == 200
+        )
     assert sum(cleaning[name]["held out"] for name in bitexts) > 0
-    rows = {(row.direction, row.split): row for row in show(settings_of(tmp_path, bitexts, held_out={"dev": 10, "test": 20})).rows}
+    rows = {
+        (row.direction, row.split): row
+        for row in show(settings_of(tmp_path, bitexts, held_out={"dev": 10, "test": 20})).rows
+    }
     for name in bitexts:
         assert rows[name, "train"].held_out == cleaning[name]["held out"] and rows[name, "test"].held_out == 0
 
 
 def settings_of(folder: Path, bitexts: dict[str, Lines], **data: Any) -> Any:
     corpora = [{"path": str(folder / f"{name}.tsv"), "format": "tsv"} for name in bitexts]
-    rest = {"vocabulary": {"size": 120, "character_coverage": 1.0}, "languages": [], "directions": list(bitexts), **data}
+    rest = {
+        "vocabulary": {"size": 120, "character_coverage": 1.0},
+        "languages": [],
+        "directions": list(bitexts),
+        **data,
+    }
     return recipe(folder, corpora=corpora, **rest)
 
 
@@ -120,17 +139,25 @@ def test_one_translation_of_two_sentences(tmp_path: Path) -> None:
     on either.
     """
     both = [(sentence("de", n), sentence("en", m)) for n in range(150) for m in (n, n + 1000)]
-    data = prepared(tmp_path, {"de-en": both}, languages=["de"], directions=[], held_out={"dev": 10, "test": 20})
+    data = prepared(
+        tmp_path, {"de-en": both}, languages=["de"], directions=[], held_out={"dev": 10, "test": 20}
+    )
     check_nothing_held_out_is_trained_on(data)
     sizes = data.manifest["bitexts"]["de-en"]
-    assert sizes["test"]["pairs"] >= 15 and sizes["train"]["pairs"] + data.manifest["cleaning"]["de-en"]["held out"] >= 270
+    assert (
+        sizes["test"]["pairs"] >= 15
+        and sizes["train"]["pairs"] + data.manifest["cleaning"]["de-en"]["held out"] >= 270
+    )
 
 
 def test_a_sentence_under_another_language_is_held_out_too(tmp_path: Path) -> None:
     """Close languages share sentences: those of the Norwegian test set stand in the Danish text, letter by
     letter.
     """
-    bitexts = {"en-nb": pairs("en", "de", 200), "da-en": [(first, f"{second[:-1]} so.") for first, second in pairs("de", "en", 200)]}
+    bitexts = {
+        "en-nb": pairs("en", "de", 200),
+        "da-en": [(first, f"{second[:-1]} so.") for first, second in pairs("de", "en", 200)],
+    }
     data = prepared(tmp_path, bitexts, held_out={"dev": 10, "test": 20})
     check_nothing_held_out_is_trained_on(data)
 
@@ -141,8 +168,14 @@ def test_published_sets_are_held_out_by_both_sides(tmp_path: Path, noise: str) -
     else has.
     """
     for side, code in enumerate(("deu_Latn", "eng_Latn")):
-        write_lines(tmp_path / f"flores/devtest/{code}.devtest", [noise.format(pair[side]) for pair in pairs("de", "en", 12)])
-        write_lines(tmp_path / f"flores/dev/{code}.dev", [noise.format(pair[side]) for pair in pairs("de", "en", 8, start=12)])
+        write_lines(
+            tmp_path / f"flores/devtest/{code}.devtest",
+            [noise.format(pair[side]) for pair in pairs("de", "en", 12)],
+        )
+        write_lines(
+            tmp_path / f"flores/dev/{code}.dev",
+            [noise.format(pair[side]) for pair in pairs("de", "en", 8, start=12)],
+        )
     bitexts = {
         "de-en": [(german, sentence("en", n + 5000)) for n, (german, _) in enumerate(pairs("de", "en", 150))],
         "de-fr": [(sentence("de", n), sentence("fr", n + 7000)) for n in range(150)],
@@ -170,7 +203,9 @@ def test_a_second_published_set_is_kept_out_too(tmp_path: Path) -> None:
 
 
 def test_common_sentences_are_not_chosen(tmp_path: Path) -> None:
-    """A third of the pairs have one of two translations: held out, they would cost a sixth of the text each."""
+    """A third of the pairs have one of two translations: held out, they would cost a sixth of the text
+    each.
+    """
     usual = pairs("de", "en", 200)
     common = [(sentence("de", 9000 + n % 2), sentence("en", 1000 + n)) for n in range(100)]
     data = prepared(tmp_path, {"de-en": usual + common}, held_out={"dev": 10, "test": 20})
@@ -240,7 +275,9 @@ def test_pairs_of_which_both_sides_are_held_out_come_before_those_of_which_one_i
 
 
 def test_what_may_be_chosen(tmp_path: Path) -> None:
-    """Not English 1, whose only translation is held out already, nor 2, which is; 3 has another translation."""
+    """Not English 1, whose only translation is held out already, nor 2, which is; 3 has another
+    translation.
+    """
     bitext, claims = made(tmp_path, "de-en", [(100, 1), (101, 2), (100, 3), (102, 3), (103, 4)]), Claims()
     claims.add("test", np.array([100, 2], dtype=np.uint64))
     assert bitext.candidates(claims).tolist() == [3, 4]

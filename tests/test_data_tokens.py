@@ -27,7 +27,9 @@ PAIRS = [("tane shiro", "ver"), ("ta", ""), ("shi ☃ ro", "gen lich kei"), ("",
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vocabulary")
     write_three_bitexts(root, 60)
-    return prepare(recipe(root, vocabulary={"size": 100, "character_coverage": 1.0})).folder / "vocabulary.model"
+    return (
+        prepare(recipe(root, vocabulary={"size": 100, "character_coverage": 1.0})).folder / "vocabulary.model"
+    )
 
 
 def written(folder: Path, model: Path, size: int = 100) -> dict[str, dict[str, int]]:
@@ -35,7 +37,9 @@ def written(folder: Path, model: Path, size: int = 100) -> dict[str, dict[str, i
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 10_000])
-def test_ids_offsets_and_counts(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_ids_offsets_and_counts(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
     counts = written(tmp_path / "x", model)
     vocabulary = Vocabulary.load(model)
@@ -45,14 +49,20 @@ def test_ids_offsets_and_counts(tmp_path: Path, model: Path, monkeypatch: pytest
         assert [store[number].tolist() for number in range(len(PAIRS))] == expected
         assert store.offsets[0] == 0 and store.lengths.tolist() == [len(ids) for ids in expected]
         flat = [index for ids in expected for index in ids]
-        assert counts[code] == {"tokens": len(flat), "unknown": flat.count(UNK), "longest": max(map(len, expected))}
+        assert counts[code] == {
+            "tokens": len(flat),
+            "unknown": flat.count(UNK),
+            "longest": max(map(len, expected)),
+        }
         assert (tmp_path / "x" / f"{code}.txt").read_text() == "".join(f"{pair[side]}\n" for pair in PAIRS)
     # one character that the vocabulary lacks on one side, a run of two, which is one piece, on the other
     assert (counts["en"]["unknown"], counts["de"]["unknown"]) == (1, 1)
 
 
 @pytest.mark.parametrize(("size", "bytes_each"), [(65_536, 2), (65_537, 4)])
-def test_ids_take_two_bytes_as_long_as_they_fit(tmp_path: Path, model: Path, size: int, bytes_each: int) -> None:
+def test_ids_take_two_bytes_as_long_as_they_fit(
+    tmp_path: Path, model: Path, size: int, bytes_each: int
+) -> None:
     written(tmp_path / "x", model, size)
     assert np.load(tmp_path / "x/en.tokens.npy").itemsize == bytes_each
 
@@ -74,7 +84,9 @@ def test_vocabularies_are_filled_up_to_a_multiple_of_8(model: Path, pieces: int,
 def test_the_vocabulary_is_trained_on_a_sample_by_temperature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, german: int, french: int
 ) -> None:
-    """1,000 and 10 pairs, so 1,010 English sentences; shares as n^(1/T): at T = 5 3.981, 1.585 and 3.989 of 2,020 sentences."""
+    """1,000 and 10 pairs, so 1,010 English sentences; shares as n^(1/T): at T = 5 3.981, 1.585 and 3.989 of
+    2,020 sentences.
+    """
     seen: list[str] = []
 
     def train(texts, *rest):
@@ -82,10 +94,15 @@ def test_the_vocabulary_is_trained_on_a_sample_by_temperature(
         return train_vocabulary(iter(seen), *rest)
 
     monkeypatch.setattr(prepare_module, "train_vocabulary", train)
-    write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", 1000), "en-fr": pairs("en", "fr", 10, start=5000)})
+    write_fetched(
+        tmp_path, "django", {"de-en": pairs("de", "en", 1000), "en-fr": pairs("en", "fr", 10, start=5000)}
+    )
     settings = {"held_out": {"dev": 0, "test": 0}, "vocabulary": {"size": 200, "character_coverage": 1.0}}
     prepare(recipe(tmp_path, languages=["de", "fr"], temperature=temperature, **settings))
-    own = {"de": {sentence("de", n) for n in range(1000)}, "fr": {sentence("fr", n) for n in range(5000, 5010)}}
+    own = {
+        "de": {sentence("de", n) for n in range(1000)},
+        "fr": {sentence("fr", n) for n in range(5000, 5010)},
+    }
     counts = {code: sum(text in texts for text in seen) for code, texts in own.items()}
     assert abs(counts["de"] - german) <= 1 and abs(counts["fr"] - french) <= 1
     assert abs(len(seen) - 2020) <= 2

@@ -53,7 +53,9 @@ STATED = [each for each in documented() if each[1] not in IN_WORDS and not PHRAS
 
 def test_most_keys_state_a_default():
     assert len(STATED) > 50
-    assert {"training.warmup", "moe.balance_loss_weight", "clsr.budget", "capacity.training"} <= dict(STATED).keys()
+    assert {"training.warmup", "moe.balance_loss_weight", "clsr.budget", "capacity.training"} <= dict(
+        STATED
+    ).keys()
 
 
 @pytest.mark.parametrize(("key", "default"), STATED, ids=[key for key, _ in STATED])

@@ -30,7 +30,11 @@ def keys(section: type[BaseModel], at: str = "") -> set[str]:
 
 def test_every_key_of_a_recipe_is_documented():
     text = (PROJECT / "docs" / "recipe.md").read_text(encoding="utf-8")
-    documented = {word.split(".")[-1] for cell in re.findall(r"^\| (.*?) \|", text, re.M) for word in re.findall(r"`([\w.]+)`", cell)}
+    documented = {
+        word.split(".")[-1]
+        for cell in re.findall(r"^\| (.*?) \|", text, re.M)
+        for word in re.findall(r"`([\w.]+)`", cell)
+    }
     assert {key.split(".")[-1] for key in keys(Recipe)} - documented == set()
 
 

@@ -37,11 +37,17 @@ def test_a_whole_environment_can_train(monkeypatch, tmp_path, capsys):
 
 def test_what_training_needs_and_what_it_can_do_without(monkeypatch):
     known = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package in ("safetensors", "mpi4py") else known(package))
+    monkeypatch.setattr(
+        doctor, "_version", lambda package: None if package in ("safetensors", "mpi4py") else known(package)
+    )
     monkeypatch.setattr(doctor.shutil, "which", lambda program: None)
     findings = doctor.examine()
     found = by_name(findings)
-    assert (found["safetensors"].verdict, found["mpi4py"].verdict, found["srun"].verdict) == ("wrong", "missing", "missing")
+    assert (found["safetensors"].verdict, found["mpi4py"].verdict, found["srun"].verdict) == (
+        "wrong",
+        "missing",
+        "missing",
+    )
     assert "mpirun" in found["mpi4py"].found and not findings.can_train
 
 
@@ -52,11 +58,19 @@ def test_another_version_than_the_adapted_one_is_wrong(monkeypatch):
 
 
 def test_a_contradiction_is_told_once(monkeypatch):
-    srun = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+    srun = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_NODEID": "0",
+        "SLURM_LOCALID": "0",
+    }
     for name, value in {**srun, "WORLD_SIZE": "8", "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(name, value)
     findings = doctor.examine()
-    assert by_name(findings)["this one"].found.startswith("srun says that this is rank 0 of 4, but WORLD_SIZE is 8")
+    assert by_name(findings)["this one"].found.startswith(
+        "srun says that this is rank 0 of 4, but WORLD_SIZE is 8"
+    )
     assert not findings.can_train
     monkeypatch.setenv("SLURM_PROCID", "3")
     assert doctor.examine() is None

@@ -99,7 +99,9 @@ def test_attention_drops_probabilities(which):
     kept = eighths.view(SENTENCES, LENGTH, attention.heads, -1)
     assert (kept == kept[..., :1]).all(), "a probability is dropped for all of a head's values"
     assert 3.8 < kept.mean() < 4.2 and kept.std() > 1
-    torch.testing.assert_close(attention.eval()(query, (keys, values), LanguageContext(None)), torch.ones_like(found))
+    torch.testing.assert_close(
+        attention.eval()(query, (keys, values), LanguageContext(None)), torch.ones_like(found)
+    )
 
 
 @pytest.mark.parametrize(("dropout", "attention_dropout"), [(0.5, 0.0), (0.0, 0.5)])

@@ -54,10 +54,19 @@ def test_the_named_kinds_are_there():
     ("config", "message"),
     [
         ({"zero_optimization": {"stage": 3}}, "asks for ZeRO stage 3: 0, 1 and 2 are supported"),
-        ({"gradient_clipping": 1.0}, "sets 'gradient_clipping', which the recipe decides by training.max_grad_norm"),
+        (
+            {"gradient_clipping": 1.0},
+            "sets 'gradient_clipping', which the recipe decides by training.max_grad_norm",
+        ),
         ({"train_batch_size": 8}, "sets 'train_batch_size', which the recipe decides by data.batch"),
-        ({"wall_clock_breakdown": True}, "sets 'wall_clock_breakdown', whose timers DeepSpeed cannot run here"),
-        ({"flops_profiler": {"enabled": True}}, "sets 'flops_profiler', whose timers DeepSpeed cannot run here"),
+        (
+            {"wall_clock_breakdown": True},
+            "sets 'wall_clock_breakdown', whose timers DeepSpeed cannot run here",
+        ),
+        (
+            {"flops_profiler": {"enabled": True}},
+            "sets 'flops_profiler', whose timers DeepSpeed cannot run here",
+        ),
     ],
 )
 def test_what_contradicts_the_recipe_is_refused(config, message):

@@ -55,9 +55,12 @@ def test_scores_every_direction_and_writes_them(run, capsys):
     data = open_data(loaded)
     first, last = table.directions[0].samples[0], table.directions[3].samples[0]
     assert (
-        first.source == data.text(Direction("en", "de"), "test")[0][0] and first.reference == data.text(Direction("en", "de"), "test")[1][0]
+        first.source == data.text(Direction("en", "de"), "test")[0][0]
+        and first.reference == data.text(Direction("en", "de"), "test")[1][0]
     )
-    assert last.hypothesis == next(translate(loaded, Direction("fr", "en"), [data.text(Direction("fr", "en"), "test")[0][0]], beam=2))
+    assert last.hypothesis == next(
+        translate(loaded, Direction("fr", "en"), [data.text(Direction("fr", "en"), "test")[0][0]], beam=2)
+    )
 
 
 def score_parts(run, count, *numbers, **options):
@@ -65,7 +68,9 @@ def score_parts(run, count, *numbers, **options):
         evaluate(run, limit=3, progress=False, part=Part(number, count), **options)
 
 
-@pytest.mark.parametrize(("count", "directions"), [(3, None), (6, None), (2, ["fr-en", "en-de", "fr-en", "de-en"])])
+@pytest.mark.parametrize(
+    ("count", "directions"), [(3, None), (6, None), (2, ["fr-en", "en-de", "fr-en", "de-en"])]
+)
 def test_parts_put_together_are_one_evaluation(run, count, directions):
     options = {"directions": directions, "beam": 2, "length_penalty": 0.6, "split": "dev"}
     question = "step-2.dev.beam-2.penalty-0.6.limit-3" + (".de-en+en-de+fr-en" if directions else "")
@@ -87,13 +92,17 @@ def test_parts_put_together_are_one_evaluation(run, count, directions):
             f"scores/{question}/part-{number}-of-{count}.json",
             now[f"scores/{question}/part-{number}-of-{count}.json"],
         ) in written
-        assert known.items() <= now.items() and (number == 1) == (f"scores/{question}/routing.json" in dict(written))
+        assert known.items() <= now.items() and (number == 1) == (
+            f"scores/{question}/routing.json" in dict(written)
+        )
     # From a checkpoint of the run, and without torch, as it takes seconds to import.
     command = ["evaluate", str(run / "checkpoints" / "step-2"), "--merge", str(count), "--json"]
     command += ["--limit", "3", "--beam", "2", "--length-penalty", "0.6", "--split", "dev"]
     command += ["--directions", ",".join(directions)] if directions else []
     program = "import sys; sys.modules['torch'] = None; from lsmoe_ds.cli import main; main()"
-    said = subprocess.run([sys.executable, "-c", program, *command], stdout=subprocess.PIPE, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", program, *command], stdout=subprocess.PIPE, check=True
+    ).stdout
     assert said.decode() == record.read_text() and text() == whole
     after = {path.name: path.read_bytes() for path in place.iterdir()}
     assert before.items() <= after.items() and len(after) == len(before) + count
@@ -120,7 +129,10 @@ def test_parts_that_do_not_fit_are_refused(run, tmp_path):
         {"route": "shared"},
     ]
     for wrong in [*wrongs, {"tokenize": "char"}, {"directions": ["en-de", "en-fr"]}]:
-        others = r"no part of 3 .* there are parts of step-2\.test\.beam-1\.limit-3; .* with the same options as --merge"
+        others = (
+            r"no part of 3 .* there are parts of step-2\.test\.beam-1\.limit-3; .* with the same options as"
+            r" --merge"
+        )
         with pytest.raises(UserError, match=others):
             merge(copy, 3, **{"beam": 1, "limit": 3, **wrong})
     good = json.loads((place / "part-2-of-3.json").read_text())
@@ -132,7 +144,9 @@ def test_parts_that_do_not_fit_are_refused(run, tmp_path):
         ("resources", {"de-en": "high"}),
     ):
         (place / "part-2-of-3.json").write_text(json.dumps({**good, field: value}))
-        with pytest.raises(UserError, match=rf"part 2/3 in .* has ({field}|question) .* instead of .*: score it again"):
+        with pytest.raises(
+            UserError, match=rf"part 2/3 in .* has ({field}|question) .* instead of .*: score it again"
+        ):
             merge(copy, 3, beam=1, limit=3)
     (place / "part-2-of-3.json").write_text((place / "part-1-of-3.json").read_text())
     with pytest.raises(UserError, match=r"en-de is scored by part 1/3 and by part 2/3"):
@@ -143,14 +157,20 @@ def test_parts_that_do_not_fit_are_refused(run, tmp_path):
     (place / "part-2-of-3.json").write_text(json.dumps(good)[:-9])
     with pytest.raises(UserError, match=r"part-2-of-3\.json: these scores cannot be read"):
         merge(copy, 3, beam=1, limit=3)
-    assert not (copy / "scores.json").exists() and not (copy / "scores" / "step-2.test.beam-1.limit-3.json").exists()
+    assert (
+        not (copy / "scores.json").exists()
+        and not (copy / "scores" / "step-2.test.beam-1.limit-3.json").exists()
+    )
     (place / "part-2-of-3.json").write_text(json.dumps(good))
-    # Parts of another question, of an earlier step, or of a later one that are not all there yet, do not matter.
+    # Parts of another question, of an earlier step, or of a later one that are not all there yet, do not
+    # matter.
     score_parts(copy, 3, 1, beam=2)
     earlier = shutil.copytree(place, place.with_name("step-1.test.beam-1.limit-3"))
     for part in earlier.glob("part-*"):
         part.write_text(part.read_text().replace('"step": 2', '"step": 1'))
-    shutil.copytree(place, place.with_name("step-4.test.beam-1.limit-3"), ignore=shutil.ignore_patterns("part-1*"))
+    shutil.copytree(
+        place, place.with_name("step-4.test.beam-1.limit-3"), ignore=shutil.ignore_patterns("part-1*")
+    )
     merged = merge(copy, 3, beam=1, limit=3)
     assert merged.step == 2 and [str(score.direction) for score in merged.directions] == [
         "en-de",
@@ -164,7 +184,10 @@ def test_shares_of_work():
     assert Part.parse("3/8") == Part(3, 8) and str(Part(3, 8)) == "3/8"
     for count in range(1, 7):
         shares = [Part(number, count).of("abcde") for number in range(1, count + 1)]
-        assert sorted(item for share in shares for item in share) == list("abcde") and max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert (
+            sorted(item for share in shares for item in share) == list("abcde")
+            and max(map(len, shares)) - min(map(len, shares)) <= 1
+        )
     assert Part(2, 3).of("abcde") == ["b", "e"]
     for text in ("0/8", "9/8", "a/b", "3", "", "3/", "-1/2", "1/2/3", " 1/2", "1/2\n", "1/10000", "٣/٨"):
         with pytest.raises(UserError, match="is no part: write I/N"):
@@ -182,26 +205,38 @@ def test_task_routing_is_what_the_router_says(run):
             row = weight[loaded.languages.tasks(layer.task).index(task)].softmax(-1)
             assert layer.chosen(index) == frozenset(row.topk(layer.top_k).indices.tolist())
             assert layer.shares[index] == pytest.approx(row.tolist())
-    # Every real token of the held-out pairs was counted: a tag and EOS with each source, EOS with each target.
+    # Every real token of the held-out pairs was counted: a tag and EOS with each source, EOS with each
+    # target.
     data = open_data(loaded)
     encoder, decoder = layers["encoder", 1], layers["decoder", 0]
     for direction in loaded.languages.directions:
         pairs = data.tokens(direction, "test")
         assert decoder.tokens[decoder.tasks.index(str(direction))] == pairs.target.lengths.sum() + len(pairs)
     into_german = data.tokens(Direction("en", "de"), "test")
-    assert encoder.tokens[encoder.tasks.index("de")] == into_german.source.lengths.sum() + 2 * len(into_german)
+    assert encoder.tokens[encoder.tasks.index("de")] == into_german.source.lengths.sum() + 2 * len(
+        into_german
+    )
     for layer in layers.values():
-        received = [sum(n * layer.used(t)[e] for t, n in enumerate(layer.tokens)) / sum(layer.tokens) for e in range(4)]
+        received = [
+            sum(n * layer.used(t)[e] for t, n in enumerate(layer.tokens)) / sum(layer.tokens)
+            for e in range(4)
+        ]
         assert layer.load == pytest.approx(received) and layer.dropped == 0
 
 
 def test_a_task_without_a_direction_has_no_row_under_task_routing(run):
     loaded = load(run, "cpu")
-    fewer = Languages(tuple(direction for direction in loaded.languages.directions if direction.target != "de"))
+    fewer = Languages(
+        tuple(direction for direction in loaded.languages.directions if direction.target != "de")
+    )
     assert fewer.codes == loaded.languages.codes
     for side, layer, moe in loaded.recipe.model.moe_layers():
         counts = Counts.none(len(fewer.tasks(moe.task)), moe.experts)
-        tasks = layer_routing(replace(loaded, languages=fewer), side, layer, moe, counts).tasks if moe.task == "target" else ("en", "fr")
+        tasks = (
+            layer_routing(replace(loaded, languages=fewer), side, layer, moe, counts).tasks
+            if moe.task == "target"
+            else ("en", "fr")
+        )
         assert sorted(tasks) == ["en", "fr"]
 
 
@@ -213,7 +248,9 @@ def test_token_routing_is_measured(token_run):
     assert layers["encoder", 0].tasks == ("en-de", "de-en", "en-fr", "fr-en")
     assert layers["decoder", 1].tasks == ("de", "en", "fr")
     for layer in layers.values():
-        assert all(sum(row) == pytest.approx(1) and max(row) <= 0.5 for row in layer.shares)  # of two different choices
+        assert all(
+            sum(row) == pytest.approx(1) and max(row) <= 0.5 for row in layer.shares
+        )  # of two different choices
     assert any(len(set(layer.shares)) == len(layer.tasks) for layer in layers.values())
     # A router that always prefers two experts.
     for name, parameter in loaded.model.named_parameters():
@@ -222,7 +259,11 @@ def test_token_routing_is_measured(token_run):
             loaded.model.encoder[0].feed_forward_norm.bias.fill_(1.0)
             loaded.model.encoder[0].feed_forward_norm.weight.zero_()
             parameter[1:3] = torch.tensor([[1.0], [2.0]])
-    found = next(layer for layer in measure_routing(loaded, data, "dev").layers if (layer.side, layer.layer) == ("encoder", 0))
+    found = next(
+        layer
+        for layer in measure_routing(loaded, data, "dev").layers
+        if (layer.side, layer.layer) == ("encoder", 0)
+    )
     assert set(found.shares) == {(0.0, 0.5, 0.5, 0.0)}
 
 
@@ -251,7 +292,9 @@ def test_what_cannot_be_scored_is_refused(run, tmp_path):
             evaluate(run, progress=False, **arguments)
     copy = shutil.copytree(run, tmp_path / "run")
     recipe = (copy / "recipe.yaml").read_text()
-    (copy / "recipe.yaml").write_text(recipe.replace(f"directory: {run.parent}/data", f"directory: {tmp_path}/none"))
+    (copy / "recipe.yaml").write_text(
+        recipe.replace(f"directory: {run.parent}/data", f"directory: {tmp_path}/none")
+    )
     with pytest.raises(UserError, match="there is no prepared data"):
         evaluate(copy, progress=False)
 
@@ -277,7 +320,10 @@ def test_questions_lie_side_by_side_and_only_a_complete_one_is_scores_json(run, 
     copy = copy_run(run, tmp_path / "run")
     evaluate(copy, beam=2, limit=3, progress=False)
     assert not (copy / "scores.json").exists()
-    assert "Step 2, test set, 12 sentences, beam 2. This is no complete evaluation: only the first 3" in render_report(copy)
+    assert (
+        "Step 2, test set, 12 sentences, beam 2. This is no complete evaluation: only the first 3"
+        in render_report(copy)
+    )
     whole = evaluate(copy, beam=2, progress=False)
     assert ScoreTable.read(copy / "scores.json") == whole and whole.sentences == 80
     kept = {name: (copy / name).read_bytes() for name in ("scores.json", "routing.json")}
@@ -305,15 +351,23 @@ def test_questions_lie_side_by_side_and_only_a_complete_one_is_scores_json(run, 
         "step-2.test.beam-2.tok-char.json",
         "step-2.test.beam-1.json",
     }
-    assert "Step 2, test set, 80 sentences, beam 1." in render_report(copy) and "no complete" not in render_report(copy)
+    assert "Step 2, test set, 80 sentences, beam 1." in render_report(
+        copy
+    ) and "no complete" not in render_report(copy)
     usual = evaluate(copy, progress=False)  # beam 5
     evaluate(copy, beam=2, progress=False)
     assert ScoreTable.read(copy / "scores.json") == usual
     later = json.loads((copy / "scores.json").read_text()) | {"step": 10}
     (copy / "scores.json").write_text(json.dumps(later))
-    (copy / "routing.json").write_text(json.dumps(json.loads((copy / "routing.json").read_text()) | {"step": 10}))
+    (copy / "routing.json").write_text(
+        json.dumps(json.loads((copy / "routing.json").read_text()) | {"step": 10})
+    )
     evaluate(copy, progress=False)
-    assert ScoreTable.read(copy / "scores.json").step == 10 == json.loads((copy / "routing.json").read_text())["step"]
+    assert (
+        ScoreTable.read(copy / "scores.json").step
+        == 10
+        == json.loads((copy / "routing.json").read_text())["step"]
+    )
     assert json.loads((copy / "scores/step-2.dev.beam-2/routing.json").read_text())["split"] == "dev"
 
 
@@ -323,8 +377,12 @@ def test_every_translation_is_kept_beside_its_source_and_reference(run, tmp_path
     loaded, data = load(copy, "cpu"), open_data(load(copy, "cpu"))
     for score in table.directions:
         stem = copy / "scores" / table.question / str(score.direction)
-        source, hypothesis, reference = (stem.with_suffix(f".{side}").read_bytes() for side in ("source", "hypothesis", "reference"))
-        assert (source.decode().split("\n")[:-1], reference.decode().split("\n")[:-1]) == data.text(score.direction, "test")
+        source, hypothesis, reference = (
+            stem.with_suffix(f".{side}").read_bytes() for side in ("source", "hypothesis", "reference")
+        )
+        assert (source.decode().split("\n")[:-1], reference.decode().split("\n")[:-1]) == data.text(
+            score.direction, "test"
+        )
         lines = hypothesis.decode().split("\n")[:-1]
         assert lines == list(translate(loaded, score.direction, source.decode().split("\n")[:-1], beam=2))
         assert BLEU().corpus_score(lines, [reference.decode().split("\n")[:-1]]).score == score.metrics.bleu
@@ -335,10 +393,15 @@ def test_scores_of_a_run_that_cannot_be_written(run, tmp_path, monkeypatch, caps
     (copy / "scores").write_text("a file in the place of the folder")
     before = tree(copy)
     with monkeypatch.context() as patched:
-        patched.setattr("lsmoe_ds.evaluation.evaluate.load_engine", None)  # refused before any model is loaded
+        patched.setattr(
+            "lsmoe_ds.evaluation.evaluate.load_engine", None
+        )  # refused before any model is loaded
         with pytest.raises(
             UserError,
-            match=r"run/scores cannot be written \(Not a directory\): give a folder for the scores with --out DIR",
+            match=(
+                r"run/scores cannot be written \(Not a directory\): give a folder for the scores with"
+                r" --out DIR"
+            ),
         ):
             evaluate(copy, beam=1, limit=2, progress=False)
     evaluate(copy, beam=1, progress=False, out=tmp_path / "out" / "here", part=Part(1, 1))
@@ -346,8 +409,13 @@ def test_scores_of_a_run_that_cannot_be_written(run, tmp_path, monkeypatch, caps
     found = {path.name for path in (tmp_path / "out" / "here").iterdir() if not path.name.startswith(".")}
     assert tree(copy) == before and found == {"scores", "scores.json", "routing.json"}
     other = copy_run(run, tmp_path / "other")
-    for out, owner in ((tmp_path / "out" / "here", copy), (run, run)):  # another model's scores are not replaced
-        with pytest.raises(UserError, match=f"holds the scores of {owner}: give those of {other} another folder"):
+    for out, owner in (
+        (tmp_path / "out" / "here", copy),
+        (run, run),
+    ):  # another model's scores are not replaced
+        with pytest.raises(
+            UserError, match=f"holds the scores of {owner}: give those of {other} another folder"
+        ):
             evaluate(other, beam=1, limit=2, progress=False, out=out)
     evaluate(copy, beam=1, limit=2, progress=False, out=tmp_path / "out" / "here")
     (tmp_path / "file").touch()
@@ -355,12 +423,17 @@ def test_scores_of_a_run_that_cannot_be_written(run, tmp_path, monkeypatch, caps
         lambda out: write_report(copy, out / "page.html"),
         lambda out: analyze_routing(copy, out / "maps"),
     ):
-        with pytest.raises(UserError, match=r"file cannot be written \(.*\): choose another (file|folder) with --out"):
+        with pytest.raises(
+            UserError, match=r"file cannot be written \(.*\): choose another (file|folder) with --out"
+        ):
             write(tmp_path / "file")
     # A conversion whose record cannot be kept has worked all the same.
     (copy / "conversion.json").mkdir()
     record = convert(copy, "dense", Direction("en", "de"), tmp_path / "dense", check=0)
-    assert record["dense_folder"] == str(tmp_path / "dense") and (tmp_path / "dense" / "model.safetensors").is_file()
+    assert (
+        record["dense_folder"] == str(tmp_path / "dense")
+        and (tmp_path / "dense" / "model.safetensors").is_file()
+    )
     assert "lsmoe: the model is written, its record for the run's report is not: " in capsys.readouterr().err
 
 
@@ -373,15 +446,23 @@ def test_a_test_set_of_ones_own(run, tmp_path, capsys):
     assert re.fullmatch(r"my-set-[0-9a-f]{8}", table.split) and not (copy / "scores.json").exists()
     assert [score.sentences for score in table.directions] == [3, 3]
     folder = copy / "scores" / table.question
-    assert (folder / "en-de.source").read_text() == "kita\n\nmo ne  su\n" and (folder / "en-de.reference").read_text() == "kitaen\nmoen\n\n"
-    assert (folder / "en-de.hypothesis").read_text().split("\n")[1] == ""  # as `lsmoe translate`: an empty line stays empty
+    assert (folder / "en-de.source").read_text() == "kita\n\nmo ne  su\n" and (
+        folder / "en-de.reference"
+    ).read_text() == "kitaen\nmoen\n\n"
+    assert (folder / "en-de.hypothesis").read_text().split("\n")[
+        1
+    ] == ""  # as `lsmoe translate`: an empty line stays empty
     assert (folder / "de-en.source").read_text() == (folder / "en-de.reference").read_text()
     assert not (folder / "routing.json").exists()
     # Prepared data is not needed, and a set of the same name with other text is another set.
     recipe = (copy / "recipe.yaml").read_text()
-    (copy / "recipe.yaml").write_text(recipe.replace(f"directory: {run.parent}/data", f"directory: {tmp_path}/none"))
+    (copy / "recipe.yaml").write_text(
+        recipe.replace(f"directory: {run.parent}/data", f"directory: {tmp_path}/none")
+    )
     (tmp_path / "my.set.en").write_text("kita\n\nmo\n")
-    other = evaluate(copy, ["en-de", "de-en"], beam=1, progress=False, test=[str(tmp_path / "my.set")], part=Part(1, 1))
+    other = evaluate(
+        copy, ["en-de", "de-en"], beam=1, progress=False, test=[str(tmp_path / "my.set")], part=Part(1, 1)
+    )
     assert other.split[:7] == "my-set-" and other.split != table.split
     assert merge(copy, 1, ["de-en", "en-de"], beam=1, test=[str(tmp_path / "my.set")]).split == other.split
     # Experts chosen by the pair of languages know nothing of a pair that was not trained.
@@ -397,4 +478,6 @@ def test_a_test_set_of_ones_own(run, tmp_path, capsys):
         evaluate(copy, ["en-fr", "fr-en"], beam=1, progress=False, test=[str(tmp_path / "my.set")])
     capsys.readouterr()
     evaluate(copy, beam=1, progress=False, test=[str(tmp_path / "my.set")])
-    assert re.search(r"lsmoe: skipped: en-fr, fr-en have no text in my-set-[0-9a-f]{8}\n", capsys.readouterr().err)
+    assert re.search(
+        r"lsmoe: skipped: en-fr, fr-en have no text in my-set-[0-9a-f]{8}\n", capsys.readouterr().err
+    )

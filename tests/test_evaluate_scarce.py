@@ -30,7 +30,10 @@ def scarce_run(pool, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scarce")
     write_corpus(folder)
     rows = (folder / "text.tsv").read_text().splitlines()
-    rows = [f"{row}\t{'xx' if not n else f'{row.split(chr(9))[0]} q' if n < 10 else ''}" for n, row in enumerate(rows)]
+    rows = [
+        f"{row}\t{'xx' if not n else f'{row.split(chr(9))[0]} q' if n < 10 else ''}"
+        for n, row in enumerate(rows)
+    ]
     (folder / "text.tsv").write_text("\n".join(rows) + "\n")
     settings = make_recipe(folder, TARGET_TOP2, TOKEN_TOP2).model_dump(mode="json")
     del settings["data"]["directions"]
@@ -60,11 +63,15 @@ def test_a_direction_without_sentences_is_skipped_and_said(scarce_run, capsys, m
     for number in (1, 2, 3):  # more parts than directions with text
         evaluate(run, beam=1, progress=False, part=Part(number, 3))
     merged = merge(run, 3, beam=1)
-    assert merged.skipped == empty and [score.direction for score in merged.directions] == [score.direction for score in table.directions]
+    assert merged.skipped == empty and [score.direction for score in merged.directions] == [
+        score.direction for score in table.directions
+    ]
     assert ScoreTable.read(run / "scores.json").sentences == table.sentences
     evaluate(run, ["en-xx", "en-de"], beam=1, limit=2, progress=False)
     assert "lsmoe: skipped: en-xx has no test sentences\n" in capsys.readouterr().err
-    monkeypatch.setattr("lsmoe_ds.evaluation.evaluate.load_engine", None)  # refused before any model is loaded
+    monkeypatch.setattr(
+        "lsmoe_ds.evaluation.evaluate.load_engine", None
+    )  # refused before any model is loaded
     with pytest.raises(UserError, match="there is nothing to score: en-xx has no test sentences"):
         evaluate(run, ["en-xx"], beam=1, progress=False)
 
@@ -79,13 +86,19 @@ def test_a_direction_that_was_not_trained(scarce_run, tmp_path, capsys):
     languages, vocabulary = loaded.languages, loaded.vocabulary
     ids = [vocabulary.tag_id("xx"), *vocabulary.encode("kitaen mo"), EOS]
     of = SentenceIds(*(torch.tensor([number]) for number in (languages.id("de"), languages.id("xx"), 0)))
-    (found,) = beam_search(loaded.model, torch.tensor([ids]), of, never_generated(vocabulary), Search(1, 1.0), "specific")
-    assert table.directions[0].samples[0].hypothesis == " ".join(vocabulary.decode(found.tokens).split()) != ""
+    (found,) = beam_search(
+        loaded.model, torch.tensor([ids]), of, never_generated(vocabulary), Search(1, 1.0), "specific"
+    )
+    assert (
+        table.directions[0].samples[0].hypothesis == " ".join(vocabulary.decode(found.tokens).split()) != ""
+    )
     with pytest.raises(UserError, match="direction de-xx is not in this system"):
         evaluate(scarce_run, ["de-xx"], beam=1, progress=False)
     assert find_direction(loaded, Direction("deu", "xx")) == Direction("de", "xx")
     assert find_direction(loaded, Direction("deu", "en")) == Direction("de", "en")
     with pytest.raises(UserError, match="language 'fr' is not in this system"):
         find_direction(loaded, Direction("de", "fr"))
-    with pytest.raises(UserError, match="direction de-xx is not in this system"):  # as of a folder of one direction
+    with pytest.raises(
+        UserError, match="direction de-xx is not in this system"
+    ):  # as of a folder of one direction
         find_direction(replace(loaded, kind="dense"), Direction("de", "xx"))

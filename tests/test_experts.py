@@ -24,18 +24,26 @@ def experts_of(dtype: torch.dtype = torch.float32, width: int = WIDTH) -> Expert
     alone = Topology.single()
     experts = [FeedForward(HIDDEN, width, alone) for _ in range(EXPERTS)]
     for expert in experts:
-        expert.expand.bias.data.sign_().mul_(2)  # far from zero, or relu would be on in one precision and off in the other
+        expert.expand.bias.data.sign_().mul_(
+            2
+        )  # far from zero, or relu would be on in one precision and off in the other
     return Experts(experts, alone).to(dtype)
 
 
-def results(experts: Experts, rows: Tensor, chosen: Tensor, weights: Tensor, dropped: bool = True) -> dict[str, Tensor]:
+def results(
+    experts: Experts, rows: Tensor, chosen: Tensor, weights: Tensor, dropped: bool = True
+) -> dict[str, Tensor]:
     """Outputs and every gradient of two passes, which are added up."""
     experts.zero_grad()
     rows, weights = rows.clone().requires_grad_(), weights.clone().requires_grad_()
     for scale in (1, 2):
         out = experts(rows, chosen, weights, dropped)
         (out * torch.linspace(-scale, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-    of_parameters = {name: parameter.grad.clone() for name, parameter in experts.named_parameters() if parameter.grad is not None}
+    of_parameters = {
+        name: parameter.grad.clone()
+        for name, parameter in experts.named_parameters()
+        if parameter.grad is not None
+    }
     return {"out": out.detach(), "rows": rows.grad, "weights": weights.grad} | of_parameters
 
 
@@ -62,7 +70,10 @@ def test_grouped_gives_what_one_after_another_gives(monkeypatch, case, dtype):
     torch.manual_seed(4)
     rows, weights = torch.randn(len(chosen), HIDDEN).to(dtype), torch.rand(chosen.shape) * (chosen != DROPPED)
     experts = experts_of(dtype)
-    found, rival = grouped_results(monkeypatch, experts, rows, chosen, weights), results(experts, rows, chosen, weights)
+    found, rival = (
+        grouped_results(monkeypatch, experts, rows, chosen, weights),
+        results(experts, rows, chosen, weights),
+    )
     exact = results(experts.float(), rows.float(), chosen, weights)
     names = dict(experts.named_parameters())
     assert found.keys() == {"out", "rows", "weights", *names}, "an expert without rows gets zeros"
@@ -89,13 +100,17 @@ def test_no_choice_at_all(monkeypatch, rows):
 def test_where_no_choice_can_be_dropped_the_results_are_the_same(monkeypatch, forced):
     chosen, rows = torch.tensor(CHOSEN["all experts"]), torch.randn(6, HIDDEN)
     compute = (lambda *a: grouped_results(monkeypatch, *a)) if forced else results
-    found, wanted = (compute(experts_of(), rows, chosen, torch.ones(6, 2), dropped) for dropped in (False, True))
+    found, wanted = (
+        compute(experts_of(), rows, chosen, torch.ones(6, 2), dropped) for dropped in (False, True)
+    )
     for name, value in wanted.items():
         assert torch.equal(value, found[name]), name
 
 
 def test_the_dispatcher_passes_on_that_none_is_dropped():
-    dispatcher = Dispatcher([FeedForward(HIDDEN, WIDTH, Topology.single()) for _ in range(EXPERTS)], EXPERTS, Topology.single())
+    dispatcher = Dispatcher(
+        [FeedForward(HIDDEN, WIDTH, Topology.single()) for _ in range(EXPERTS)], EXPERTS, Topology.single()
+    )
     seen = []
     dispatcher.experts.forward = lambda rows, chosen, weights, dropped: seen.append(dropped) or rows
     for arguments in ([], [False]):
@@ -123,7 +138,10 @@ def test_nothing_waits_for_the_device_where_no_choice_can_be_dropped():
 def spread(distance: int, count: int = 3, size: int = 16, first: int = 0) -> list[Tensor]:
     """Matrices [2, size / 2] of one flat tensor, so many elements apart, as an optimizer flattens them."""
     flat = torch.arange(first + distance * count, dtype=torch.float32)
-    return [nn.Parameter(flat[start : start + size].view(2, -1)) for start in range(first, first + distance * count, distance)]
+    return [
+        nn.Parameter(flat[start : start + size].view(2, -1))
+        for start in range(first, first + distance * count, distance)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +158,18 @@ def spread(distance: int, count: int = 3, size: int = 16, first: int = 0) -> lis
         ([spread(20)[i] for i in (0, 2, 1)], False),
         ([spread(20)[0]] * 3, False),
     ],
-    ids=["touching", "with gaps", "one", "later", "misaligned", "misaligned gaps", "backwards", "two storages", "disordered", "the same"],
+    ids=[
+        "touching",
+        "with gaps",
+        "one",
+        "later",
+        "misaligned",
+        "misaligned gaps",
+        "backwards",
+        "two storages",
+        "disordered",
+        "the same",
+    ],
 )
 def test_experts_at_one_distance_are_seen_without_copying_and_others_copied(parts, view):
     seen = _Stack.apply(*parts)
@@ -163,7 +192,9 @@ def test_a_view_never_leaves_its_storage():
 
 
 def are_views(topology, recipe) -> list[bool]:
-    """Of each kind of parameter of each layer, whether the experts' are seen as one tensor without copying."""
+    """Of each kind of parameter of each layer, whether the experts' are seen as one tensor without
+    copying.
+    """
     from lsmoe_ds.training.engine import build_engine
 
     engine = build_engine(recipe, VOCABULARY, topology)
@@ -171,7 +202,10 @@ def are_views(topology, recipe) -> list[bool]:
     for _, layer in engine.module.moe_layers():
         experts = layer.deepspeed_moe.experts.deepspeed_experts
         for name, first in experts[0].named_parameters():
-            found.append(_Stack.apply(*[expert.get_parameter(name) for expert in experts]).data_ptr() == first.data_ptr())
+            found.append(
+                _Stack.apply(*[expert.get_parameter(name) for expert in experts]).data_ptr()
+                == first.data_ptr()
+            )
     engine.destroy()
     return found
 
@@ -208,7 +242,9 @@ def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch)
     assert not use_grouped(plain, fake_rows(dtype=torch.float32))
     assert not use_grouped(plain, fake_rows(0))
     assert not use_grouped(experts_of().deepspeed_experts, fake_rows()), "weights in float32"
-    assert not use_grouped(experts_of(torch.bfloat16, width=20).deepspeed_experts, fake_rows()), "not a multiple of 8"
+    assert not use_grouped(experts_of(torch.bfloat16, width=20).deepspeed_experts, fake_rows()), (
+        "not a multiple of 8"
+    )
     other = OtherFeedForward(HIDDEN, WIDTH, Topology.single()).bfloat16()
     assert not use_grouped(changed(lambda experts: experts.insert(2, other)), fake_rows())
     linear = type("Linear", (nn.Linear,), {})(WIDTH, HIDDEN, dtype=torch.bfloat16)

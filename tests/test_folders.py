@@ -10,12 +10,17 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, describe_files, is_plain, locked, replaced
 
 
-@pytest.mark.parametrize("name", ["a.txt", "train/de-en/de.txt", ".hidden", "a..b", "mp_rank_00_model_states.pt"])
+@pytest.mark.parametrize(
+    "name", ["a.txt", "train/de-en/de.txt", ".hidden", "a..b", "mp_rank_00_model_states.pt"]
+)
 def test_names_below_a_folder(name):
     assert is_plain(name)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../x", "..", ".", "/etc/passwd", "a//b", "a/", "", "a\nb", "a\x00b", "x" * 256, None, 3])
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/../x", "..", ".", "/etc/passwd", "a//b", "a/", "", "a\nb", "a\x00b", "x" * 256, None, 3],
+)
 def test_names_that_lead_elsewhere(name):
     assert not is_plain(name)
 

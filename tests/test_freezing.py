@@ -1,4 +1,6 @@
-"""``training.trainable``: what is frozen takes no gradient; what trains learns as beside a base frozen by hand."""
+"""``training.trainable``: what is frozen takes no gradient; what trains learns as beside a base frozen by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def frozen_recipe(routing: str, trainable: Any, tensor=1, expert=1, stage=0, bf1
 
 
 def train(topology, recipe: Recipe):
-    """Losses, norms, the first step's gradients and the final weights by global name, and Adam's moments' size."""
+    """Losses, norms, the first step's gradients and the final weights by global name, and Adam's moments'
+    size.
+    """
     from deepspeed.utils import safe_get_full_grad
 
     from lsmoe_ds.parallel import compat

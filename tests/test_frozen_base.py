@@ -224,7 +224,9 @@ def test_a_lost_or_changed_base_is_one_sentence(begun, tmp_path, harm, sentence)
 
 
 def save_on_a_full_disk(topology, recipe, run):
-    """What a rank is told when the disk is full after three tensors; afterwards it can still talk to the others."""
+    """What a rank is told when the disk is full after three tensors; afterwards it can still talk to the
+    others.
+    """
     from unittest import mock
 
     import torch.distributed as dist

@@ -1,4 +1,6 @@
-"""Fuse distillation against the paper's equations, with two separate passes in plain torch; and the routes afterwards."""
+"""Fuse distillation against the paper's equations, with two separate passes in plain torch; and the routes
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 def fused(routing: str, tensor: int = 1, expert: int = 1, stage: int = 0, every: int = 1) -> Recipe:
-    """With shared matrices; "distilled" with shared feed-forwards, and "one side" with those of the encoder alone."""
+    """With shared matrices; "distilled" with shared feed-forwards, and "one side" with those of the encoder
+    alone.
+    """
     if routing in ("distilled", "one side"):
         recipe = recipe_for("distilled", tensor, expert, stage)
         recipe.model.decoder.moe.fuse_distillation = routing == "distilled"
@@ -47,13 +51,19 @@ def trained_matrices():
 
     def draw(name, shape, seed, methods):
         flat = name.endswith("_low_rank.flat")
-        return 2 * true(f"{name}_low_rank.vertical", shape, seed, methods) if flat else true(name, shape, seed, methods)
+        return (
+            2 * true(f"{name}_low_rank.vertical", shape, seed, methods)
+            if flat
+            else true(name, shape, seed, methods)
+        )
 
     return mock.patch.object(initialization, "draw", draw)
 
 
 def run_steps(topology, recipe: Recipe, teacher: bool):
-    """As test_sameness.train, and the divergence of each step. Matrices are made to distill by ``teacher``."""
+    """As test_sameness.train, and the divergence of each step. Matrices are made to distill by
+    ``teacher``.
+    """
     from lsmoe_ds.training import engine
 
     results, true = [], engine.train_step
@@ -63,11 +73,17 @@ def run_steps(topology, recipe: Recipe, teacher: bool):
         return results[-1]
 
     form = (
-        mock.patch.object(transformer, "objective_of", lambda recipe: FuseDistillation(teacher)) if recipe.model.low_rank else nullcontext()
+        mock.patch.object(transformer, "objective_of", lambda recipe: FuseDistillation(teacher))
+        if recipe.model.low_rank
+        else nullcontext()
     )
     with trained_matrices(), form, mock.patch.object(engine, "train_step", recorded):
         numbers, gradients, weights = train(topology, recipe)
-    return [(*each, result.metrics["distillation"]) for each, result in zip(numbers, results, strict=True)], gradients, weights
+    return (
+        [(*each, result.metrics["distillation"]) for each, result in zip(numbers, results, strict=True)],
+        gradients,
+        weights,
+    )
 
 
 def model_of(recipe: Recipe, trained: bool = True) -> Transformer:
@@ -81,22 +97,30 @@ def model_of(recipe: Recipe, trained: bool = True) -> Transformer:
 
 
 def equations(recipe: Recipe, teacher: bool) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Losses and gradients of the first step, from equations 2 to 4 with a pass for each route of each micro-batch."""
+    """Losses and gradients of the first step, from equations 2 to 4 with a pass for each route of each
+    micro-batch.
+    """
     model, step = model_of(recipe).train(), steps_of(recipe, 0, 1)[0]
     parts: dict[str, list[torch.Tensor]] = {"loss": [], "nll": [], "distillation": []}
     records: dict[str, list] = {name: [] for name in model.moe_names}
-    apart = {name for name, (_, layer) in zip(records, model.moe_layers(), strict=True) if layer.shared is not None}
+    apart = {
+        name for name, (_, layer) in zip(records, model.moe_layers(), strict=True) if layer.shared is not None
+    }
     for batch in step.batches:
         real, logs = batch.labels != PAD, []
         labels = batch.labels[real]
         for route in ("specific", "shared"):
             notes: dict = {}
             hidden = model._decode(
-                batch.decoder_input, batch.decoder_input != PAD, model.start(batch.source, batch.ids, notes, route=route)
+                batch.decoder_input,
+                batch.decoder_input != PAD,
+                model.start(batch.source, batch.ids, notes, route=route),
             )
             logs.append((hidden @ model.embedding.tokens.weight.t())[real].log_softmax(-1))
             for name, record in zip(
-                [name for name in records if route == "specific" or name not in apart], notes.get("moe", []), strict=True
+                [name for name in records if route == "specific" or name not in apart],
+                notes.get("moe", []),
+                strict=True,
             ):
                 records[name].append(record)
         specific, shared = logs
@@ -110,16 +134,22 @@ def equations(recipe: Recipe, teacher: bool) -> tuple[dict[str, float], dict[str
     losses = {name: sum(values) / step.target_tokens for name, values in parts.items()}
     losses |= {"balance": torch.zeros(()), "z_loss": torch.zeros(())}
     for name, layer in records.items():
-        tokens = (1 if name in apart else 2) * (step.source_tokens if name.startswith("encoder") else step.target_tokens)
+        tokens = (1 if name in apart else 2) * (
+            step.source_tokens if name.startswith("encoder") else step.target_tokens
+        )
         share = sum(record.counts for record in layer) / tokens
         assert share.sum() == pytest.approx(1)
         settings = layer[0].settings
         losses["balance"] += (
-            settings.balance_loss_weight * settings.experts * (share * sum(record.probabilities for record in layer) / tokens).sum()
+            settings.balance_loss_weight
+            * settings.experts
+            * (share * sum(record.probabilities for record in layer) / tokens).sum()
         )
         losses["z_loss"] += settings.z_loss_weight * sum(record.squares for record in layer) / tokens
     (losses["loss"] + losses["distillation"] + losses["balance"] + losses["z_loss"]).backward()
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
+    }
     return {name: value.item() for name, value in losses.items()}, gradients
 
 
@@ -137,7 +167,8 @@ def alone(pool):
 
 
 @pytest.mark.parametrize(
-    ("routing", "teacher"), [("dense", False), ("mixed", False), ("mixed", True), ("distilled", True), ("one side", True)]
+    ("routing", "teacher"),
+    [("dense", False), ("mixed", False), ("mixed", True), ("distilled", True), ("one side", True)],
 )
 def test_a_step_follows_the_equations(alone, routing, teacher):
     found = alone(routing, teacher)
@@ -153,14 +184,23 @@ def test_a_step_follows_the_equations(alone, routing, teacher):
         close(ours[names[name]], wanted, name)
 
 
-LAYOUTS = [("dense", False, 2, 2, 1, 1), ("mixed", False, 2, 1, 1, 1), ("mixed", False, 2, 2, 2, 0), ("dense", True, 2, 2, 1, 0)]
+LAYOUTS = [
+    ("dense", False, 2, 2, 1, 1),
+    ("mixed", False, 2, 1, 1, 1),
+    ("mixed", False, 2, 2, 2, 0),
+    ("dense", True, 2, 2, 1, 0),
+]
 LAYOUTS += [("one side", True, 2, 2, 1, 0), ("distilled", True, 2, 1, 2, 2)]
 
 
 @pytest.mark.parametrize(("routing", "teacher", "world", "tensor", "expert", "stage"), LAYOUTS)
-def test_layout_computes_what_one_process_computes(pool, alone, routing, teacher, world, tensor, expert, stage):
+def test_layout_computes_what_one_process_computes(
+    pool, alone, routing, teacher, world, tensor, expert, stage
+):
     wanted = alone(routing, teacher)
-    found = pool.run(world, run_steps, fused(routing, tensor, expert, stage), teacher, tensor=tensor, expert=expert)
+    found = pool.run(
+        world, run_steps, fused(routing, tensor, expert, stage), teacher, tensor=tensor, expert=expert
+    )
     for rank in found:
         for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
             assert numbers == pytest.approx(expected, rel=1e-5)
@@ -176,7 +216,10 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, teacher
 def test_losses_of_both_routes(monkeypatch, teacher, smoothing):
     monkeypatch.setattr(fuse_distillation, "AT_ONCE", 100)  # three tokens at a time, the last alone
     generator = torch.Generator().manual_seed(1)
-    hidden, embedding = (3 * torch.randn(14, 8, generator=generator)).requires_grad_(), torch.nn.Embedding(30, 8)
+    hidden, embedding = (
+        (3 * torch.randn(14, 8, generator=generator)).requires_grad_(),
+        torch.nn.Embedding(30, 8),
+    )
     torch.nn.init.normal_(embedding.weight, generator=generator)
     labels = torch.randint(30, (7,), generator=generator).repeat(2)
     logits = hidden @ embedding.weight.t()
@@ -189,7 +232,9 @@ def test_losses_of_both_routes(monkeypatch, teacher, smoothing):
     torch.testing.assert_close((found.loss, found.further["distillation"], found.nll), (entropy, apart, nll))
     parameters = [hidden, embedding.weight]
     expected = torch.autograd.grad(3 * (entropy + apart), parameters)
-    for name, gradient, wanted in zip(("hidden", "embedding"), torch.autograd.grad(3 * found[0], parameters), expected, strict=True):
+    for name, gradient, wanted in zip(
+        ("hidden", "embedding"), torch.autograd.grad(3 * found[0], parameters), expected, strict=True
+    ):
         close(gradient, wanted, name)
 
 
@@ -201,7 +246,11 @@ def test_experts_learn_nothing_from_the_shared_feed_forward():
         """Gradients of half the loss of the specific route, or of all."""
         model = model_of(recipe).train()
         learnt(model)
-        return {name: p.grad for name, p in model.named_parameters() if ".deepspeed_moe." in name or ".router." in name}
+        return {
+            name: p.grad
+            for name, p in model.named_parameters()
+            if ".deepspeed_moe." in name or ".router." in name
+        }
 
     def half(model: Transformer) -> None:
         model.objective = Objective()
@@ -231,14 +280,19 @@ def test_records_are_of_the_tokens_that_experts_get(routing, static):
     records = model(batch.source, batch.decoder_input, batch.labels, batch.ids).notes["moe"]
     assert all(torch.equal(counts, record.counts) for counts, record in zip(ahead, records, strict=True))
     real = [int((ids != PAD).sum()) for ids in (batch.source, batch.decoder_input)]
-    assert [int(record.counts.sum()) for record in records] == [real[0], real[1] if routing == "distilled" else 2 * real[1]]
+    assert [int(record.counts.sum()) for record in records] == [
+        real[0],
+        real[1] if routing == "distilled" else 2 * real[1],
+    ]
     assert [record.choices for record in records] == [int(r.counts.sum()) * r.settings.top_k for r in records]
 
 
 def test_a_new_model_has_nothing_to_distill():
     recipe = fused("mixed")
     batch = steps_of(recipe, 0, 1)[0].batches[1]
-    losses = model_of(recipe, trained=False).train()(batch.source, batch.decoder_input, batch.labels, batch.ids)
+    losses = model_of(recipe, trained=False).train()(
+        batch.source, batch.decoder_input, batch.labels, batch.ids
+    )
     recipe.model.low_rank = None
     plain = model_of(recipe).train()(batch.source, batch.decoder_input, batch.labels, batch.ids)
     assert abs(float(losses.further["distillation"].detach())) < 1e-5
@@ -261,8 +315,15 @@ def test_the_shared_route_knows_no_languages():
 
     shared, same = results(batch.ids, "shared"), results(others, "shared")
     assert torch.equal(shared[0], same[0]) and shared[1:] == same[1:]
-    for found, other in ((results(batch.ids, "specific"), results(others, "specific")), (shared, results(batch.ids, "specific"))):
-        assert not torch.allclose(found[0], other[0], atol=1e-2) and found[1] != other[1] and found[2] != other[2]
+    for found, other in (
+        (results(batch.ids, "specific"), results(others, "specific")),
+        (shared, results(batch.ids, "specific")),
+    ):
+        assert (
+            not torch.allclose(found[0], other[0], atol=1e-2)
+            and found[1] != other[1]
+            and found[2] != other[2]
+        )
 
 
 def seeded(topology, recipe: Recipe) -> list[tuple]:
@@ -276,7 +337,10 @@ def seeded(topology, recipe: Recipe) -> list[tuple]:
     steps = steps_of(recipe, topology.data_rank, topology.data)
     results = [train_step(engine, step, i + 1, recipe, topology) for i, step in enumerate(steps)]
     engine.destroy()
-    return [(r.loss, *(r.metrics[name] for name in ("nll", "distillation", "dropped")), r.grad_norm) for r in results]
+    return [
+        (r.loss, *(r.metrics[name] for name in ("nll", "distillation", "dropped")), r.grad_norm)
+        for r in results
+    ]
 
 
 def test_full_experts_dropout_and_bfloat16_together(pool):
@@ -286,7 +350,10 @@ def test_full_experts_dropout_and_bfloat16_together(pool):
     (first,), (again,) = (pool.run(1, seeded, recipe) for _ in range(2))
     assert first == again
     for loss, nll, distillation, dropped, norm in first:
-        assert all(math.isfinite(each) and each > 0 for each in (loss, nll, distillation, norm)) and 0.1 < dropped < 0.5
+        assert (
+            all(math.isfinite(each) and each > 0 for each in (loss, nll, distillation, norm))
+            and 0.1 < dropped < 0.5
+        )
 
 
 def loop(topology, recipe: Recipe, run) -> None:

@@ -1,4 +1,6 @@
-"""Nothing that is read can do harm: thousands of damaged and hostile files get a sentence each, or change nothing."""
+"""Nothing that is read can do harm: thousands of damaged and hostile files get a sentence each, or change
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ SHAPES: dict[str, tuple[int, ...]] = {}  # of the run's parameters
 
 @pytest.fixture(scope="module")
 def place(pool, tmp_path_factory):
-    """A run of two tensor-parallel ranks, what it was converted to (in shards, with optimizer state; and dense), prepared data."""
+    """A run of two tensor-parallel ranks, what it was converted to (in shards, with optimizer state; and
+    dense), prepared data.
+    """
     folder = tmp_path_factory.mktemp("fuzz") / "place"
     folder.mkdir()
     make_run(pool, folder, TARGET_TOP2, PAIR_TOP1, 2, tensor=2)[0].rename(folder / RUN)
@@ -54,7 +58,9 @@ def place(pool, tmp_path_factory):
         convert_to_dense(RUN, EN_DE, DENSE)
         patch.setattr(tensors, "SHARD", 20_000)
         convert(RUN, "consolidated", None, WHOLE, check=0, optimizer=True)
-        SHAPES.update({name: tuple(value.shape) for name, value in read_weights(find_model(RUN)).tensors.items()})
+        SHAPES.update(
+            {name: tuple(value.shape) for name, value in read_weights(find_model(RUN)).tensors.items()}
+        )
         yield folder
 
 
@@ -89,7 +95,11 @@ def whole_again(path: str) -> Any:
 
 def optimizer(path: str) -> Any:
     state = open_optimizer(Path(path), verify=True)
-    found = {f"{name}.{key}": value for name, shape in SHAPES.items() for key, value in state.whole(name, shape).items()}
+    found = {
+        f"{name}.{key}": value
+        for name, shape in SHAPES.items()
+        for key, value in state.whole(name, shape).items()
+    }
     return found | {"step": torch.tensor(state.step)}
 
 
@@ -109,14 +119,20 @@ def prepared(path: str) -> Any:
     data = PreparedData.open(path)
     found: list[Any] = [data.vocabulary.encode(TEXT), data.languages]
     for direction in (Direction("en", "de"), Direction("fr", "en")):
-        found += [data.text(direction, "test"), sum(splits["train"]["pairs"] for splits in data.manifest["bitexts"].values())]
+        found += [
+            data.text(direction, "test"),
+            sum(splits["train"]["pairs"] for splits in data.manifest["bitexts"].values()),
+        ]
         for store in (data.tokens(direction, "train").source, data.tokens(direction, "dev").target):
             found += [store.lengths.tolist(), [store[index].tolist() for index in range(len(store))]]
     return found
 
 
 def prepared_again(path: str) -> Any:
-    return reason_to_prepare(make_recipe(Path(path).absolute().parents[2], TARGET_TOP2, PAIR_TOP1, tensor=2)) and None
+    return (
+        reason_to_prepare(make_recipe(Path(path).absolute().parents[2], TARGET_TOP2, PAIR_TOP1, tensor=2))
+        and None
+    )
 
 
 def same(first: Any, second: Any) -> bool:
@@ -126,8 +142,9 @@ def same(first: Any, second: Any) -> bool:
 
 
 class Group(NamedTuple):
-    """A file and what is done to it; ``home`` is what is read. With ``mended`` the sums are made right again, so that what reads the
-    file is really reached; then another value may come of it, otherwise only the same."""
+    """A file and what is done to it; ``home`` is what is read. With ``mended`` the sums are made right again,
+    so that what reads the file is really reached; then another value may come of it, otherwise only the same.
+    """
 
     file: str
     mutation: Mutation
@@ -138,7 +155,8 @@ class Group(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.file.replace('/', '-')}-{self.mutation.__name__}-{self.read.__name__}{'-mended' if self.mended else ''}"
+        mended = "-mended" if self.mended else ""
+        return f"{self.file.replace('/', '-')}-{self.mutation.__name__}-{self.read.__name__}{mended}"
 
 
 GROUPS = [
@@ -222,7 +240,11 @@ def attempt(read: Callable[[str], Any], home: str, known: Any = None) -> str | N
         return None if known is None or same(known, found) else "another value was read"
     except UserError as error:
         said = str(error)
-        return None if said and said.isprintable() and len(said) < LONGEST else f"no readable sentence: {said[:1000]!r} ({len(said)})"
+        return (
+            None
+            if said and said.isprintable() and len(said) < LONGEST
+            else f"no readable sentence: {said[:1000]!r} ({len(said)})"
+        )
     except BaseException:
         return traceback.format_exc(limit=-8)
 
@@ -272,7 +294,11 @@ def test_a_pickle_does_not_run(place, files, read, home, zipped):
     assert paths
     try:
         for path in paths:
-            torch.save({"module": Evil(), "optimizer_state_dict": Evil()}, path, _use_new_zipfile_serialization=zipped)
+            torch.save(
+                {"module": Evil(), "optimizer_state_dict": Evil()},
+                path,
+                _use_new_zipfile_serialization=zipped,
+            )
             mend(path)
         wrong = attempt(read, home, known={})
         assert wrong is None and not Path("written").exists(), wrong

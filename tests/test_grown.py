@@ -1,4 +1,6 @@
-"""Grown models: what was there computes the same, what is new begins as it should, and a training begins with them."""
+"""Grown models: what was there computes the same, what is new begins as it should, and a training begins with
+them.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def grown_of(sparse: Loaded, overrides: list[str], tmp_path, like: Likeness | No
     recipe, vocabulary = grown_recipe(stored, overrides, tmp_path / "out")
     tensors = grow(global_weights(sparse.model), sparse.recipe, recipe, sparse.vocabulary, like or Likeness())
     model = build_model(recipe, recipe.data.vocabulary.size, Weights(tensors, 0, {}), torch.device("cpu"))
-    return replace(sparse, model=model, recipe=recipe, vocabulary=Vocabulary(vocabulary), languages=recipe.languages)
+    return replace(
+        sparse, model=model, recipe=recipe, vocabulary=Vocabulary(vocabulary), languages=recipe.languages
+    )
 
 
 def assert_same(sparse: Loaded, grown: Loaded, exact: bool = True) -> None:
@@ -82,14 +86,20 @@ RANKS = {"rank": {"de": 2, "en": 3, "fr": 4}, "index": "language", "fuse_distill
 def test_directions_that_were_there_translate_as_before(run, tmp_path, encoder, decoder, parts):
     sparse = changed(random_loaded(run, encoder, decoder), **parts)
     grown = grown_of(sparse, MORE, tmp_path)
-    assert grown.languages.codes == ("cs", "de", "en", "fr", "nl") and grown.vocabulary.size == sparse.vocabulary.size + 4
+    assert (
+        grown.languages.codes == ("cs", "de", "en", "fr", "nl")
+        and grown.vocabulary.size == sparse.vocabulary.size + 4
+    )
     assert grown.vocabulary.unused == (142, 143), "for tensor parallelism"
     assert set(grown.vocabulary.codes) == {"cs", "de", "en", "fr", "nl"}
     assert_same(sparse, grown)
     if parts.get("low_rank"):
         banks = [bank for name, bank in grown.model.named_modules() if name.endswith("_low_rank")]
         new = [bank.rows[grown.languages.id("cs")] for bank in banks]
-        assert banks and all(not bank.flat[rows].any() and bank.vertical[rows].any() for bank, rows in zip(banks, new, strict=True))
+        assert banks and all(
+            not bank.flat[rows].any() and bank.vertical[rows].any()
+            for bank, rows in zip(banks, new, strict=True)
+        )
 
 
 def test_directions_bring_their_languages(run, tmp_path):
@@ -102,7 +112,9 @@ def test_directions_bring_their_languages(run, tmp_path):
 
 
 def test_the_comparison_can_fail(run, tmp_path):
-    """New languages come before old ones: matrices that stayed in their places would be of other languages."""
+    """New languages come before old ones: matrices that stayed in their places would be of other
+    languages.
+    """
     sparse = changed(random_loaded(run, None, None), low_rank=LOW_RANK)
     grown = grown_of(sparse, MORE, tmp_path)
     with torch.no_grad():
@@ -157,7 +169,9 @@ def test_new_experts_are_copies_and_old_tasks_keep_theirs(run, tmp_path):
     weights, before = global_weights(grown.model), global_weights(sparse.model)
     at = "decoder.0.feed_forward."
     for expert in (4, 5):
-        assert torch.equal(weights[f"{at}experts.{expert}.expand.weight"], before[f"{at}experts.1.expand.weight"])
+        assert torch.equal(
+            weights[f"{at}experts.{expert}.expand.weight"], before[f"{at}experts.1.expand.weight"]
+        )
     # a new pair chooses as the same pair with the language that it is like
     routes = grown.model.decoder[0].feed_forward.router.of_tasks()
     tasks = grown.languages.tasks("pair")
@@ -182,7 +196,13 @@ REFUSED = [
     (None, TARGET_TOP2, ["data.languages=[de]"], None, "lacks the language fr"),
     (None, TARGET_TOP2, ["model.decoder.moe.experts=2"], None, "has 4 experts: they can be more, not 2"),
     (None, TARGET_TOP2, ["model.decoder.moe.task=source"], None, "must stay as they are"),
-    (None, TARGET_TOP2, ["model.decoder.layers=4", "model.decoder.feed_forward=24"], None, "all else must stay as it is"),
+    (
+        None,
+        TARGET_TOP2,
+        ["model.decoder.layers=4", "model.decoder.feed_forward=24"],
+        None,
+        "all else must stay as it is",
+    ),
     (None, TARGET_TOP2, ["model.hidden=32"], None, "should be"),
     (None, TARGET_TOP2, ["model.decoder.moe.every=3"], None, "has no place for"),
     (None, None, ["model.encoder.moe={experts: 4, top_k: 1}"], None, "need 'top_k' of 2 or more"),
@@ -193,7 +213,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("encoder", "decoder", "overrides", "like", "message"), REFUSED, ids=[message for *_, message in REFUSED])
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "overrides", "like", "message"), REFUSED, ids=[message for *_, message in REFUSED]
+)
 def test_what_cannot_be_grown(run, tmp_path, encoder, decoder, overrides, like, message):
     with pytest.raises(UserError, match=message):
         grown_of(random_loaded(run, encoder, decoder), overrides, tmp_path, like)
@@ -201,7 +223,9 @@ def test_what_cannot_be_grown(run, tmp_path, encoder, decoder, overrides, like, 
 
 def test_nothing_is_taken_away(run, tmp_path):
     with pytest.raises(UserError, match="has no place for"):
-        grown_of(changed(random_loaded(run, None, None), low_rank=LOW_RANK), ["model.low_rank=null"], tmp_path)
+        grown_of(
+            changed(random_loaded(run, None, None), low_rank=LOW_RANK), ["model.low_rank=null"], tmp_path
+        )
 
 
 def test_a_training_begins_with_a_grown_run(pool, run, tmp_path, monkeypatch):
@@ -209,10 +233,19 @@ def test_a_training_begins_with_a_grown_run(pool, run, tmp_path, monkeypatch):
 
     from lsmoe_ds.data.prepare import prepare
 
-    record = convert(run, "grown", None, tmp_path / "more", check=8, overrides=["model.encoder.moe.experts=8"])
-    assert record["same_translations"] == record["sentences"] > 0 and record["parameters"] > load(run, "cpu").parameters
+    record = convert(
+        run, "grown", None, tmp_path / "more", check=8, overrides=["model.encoder.moe.experts=8"]
+    )
+    assert (
+        record["same_translations"] == record["sentences"] > 0
+        and record["parameters"] > load(run, "cpu").parameters
+    )
     provenance = json.loads((tmp_path / "more" / "provenance.json").read_text())
-    assert (provenance["kind"], provenance["grown_from"], provenance["run"]) == ("consolidated", "small", "more")
+    assert (provenance["kind"], provenance["grown_from"], provenance["run"]) == (
+        "consolidated",
+        "small",
+        "more",
+    )
     assert "with further experts" in (tmp_path / "more" / "README.md").read_text()
     recipe = load(tmp_path / "more", "cpu").recipe
     assert recipe.training.start_from == tmp_path / "more" and recipe.name == "more"

@@ -14,11 +14,18 @@ from lsmoe_ds.analysis.routing import read_routing
 
 def test_maps_put_relatives_side_by_side(tmp_path) -> None:
     path = tmp_path / "routing.json"
-    path.write_text(json.dumps({"layers": [routing_layer("decoder"), routing_layer("encoder")]}), encoding="utf-8")
+    path.write_text(
+        json.dumps({"layers": [routing_layer("decoder"), routing_layer("encoder")]}), encoding="utf-8"
+    )
     encoder, decoder = read_routing(path)
     assert (encoder.side, decoder.side) == ("encoder", "decoder")
     assert encoder.tasks == ("he", "nl", "en", "de", "ru")  # Semitic; Dutch, English, German; Slavic
-    assert encoder.shares[0] == (0.1, 0.4, 0.4, 0.1) and encoder.shares[3] == (0.5, 0.3, 0.1, 0.1)  # rows moved with their tasks
+    assert encoder.shares[0] == (0.1, 0.4, 0.4, 0.1) and encoder.shares[3] == (
+        0.5,
+        0.3,
+        0.1,
+        0.1,
+    )  # rows moved with their tasks
     assert encoder.chosen(0) == {1, 2} and encoder.chosen(3) == {0, 1} and encoder.chosen(4) == {0, 1}
     assert encoder.alike() == [("nl", "de", "ru")]
     assert encoder.overlap() == (pytest.approx(2 / 3), pytest.approx((1 + 1 + 1 + 1 + 2 + 2 + 0) / 7))
@@ -45,7 +52,9 @@ def test_heat_map_is_valid_svg_with_the_chosen_framed(tmp_path) -> None:
     darkest = max(cells, key=lambda cell: float(cell.get("fill-opacity", 0)))
     assert darkest.findtext("title") in ("German, expert 1: 50.0%, chosen", "Dutch, expert 2: 50.0%, chosen")
     svg = ElementTree.fromstring(heat_map(token, 1 / 128))
-    assert len(list(svg.iter("title"))) == 5 * 128 and not [e for e in svg.iter("rect") if e.get("class") == "frame"]
+    assert len(list(svg.iter("title"))) == 5 * 128 and not [
+        e for e in svg.iter("rect") if e.get("class") == "frame"
+    ]
     assert float(svg.get("width", 0)) < 1400
 
 
@@ -58,7 +67,9 @@ def test_two_layers_have_one_scale_of_color(tmp_path) -> None:
 
     def color(drawing: str, expert: int) -> float:
         cells = [
-            e for e in ElementTree.fromstring(drawing).iter("rect") if (e.findtext("title") or "").startswith(f"Russian, expert {expert}:")
+            e
+            for e in ElementTree.fromstring(drawing).iter("rect")
+            if (e.findtext("title") or "").startswith(f"Russian, expert {expert}:")
         ]
         return float(cells[0].get("fill-opacity", 0))
 

@@ -1,4 +1,6 @@
-"""Models of Hugging Face as ours: the same logits and the same pieces, made here with the classes of transformers, small and random."""
+"""Models of Hugging Face as ours: the same logits and the same pieces, made here with the classes of
+transformers, small and random.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ import pytest
 import safetensors.torch
 import sentencepiece
 import torch
-from small_huggingface import DATA, NLLB_CODES, imported, pieces_of, shard, tokenizer_of, write_m2m, write_nllb
+from small_huggingface import (
+    DATA,
+    NLLB_CODES,
+    imported,
+    pieces_of,
+    shard,
+    tokenizer_of,
+    write_m2m,
+    write_nllb,
+)
 from small_run import write_corpus
 
 from lsmoe_ds.checkpoint.m2m_100 import rename
@@ -32,7 +43,26 @@ from lsmoe_ds.inference.load import build_model
 from lsmoe_ds.notices import notice
 from lsmoe_ds.training import start
 
-WORDS = ["Ba", "deko", "fi", "lamé", "ｋａ", "Ⅳ", "½", "жа", "が", "?!", "...", "12", "xyz", "日本", "dä", "naäko", "①", "(ta)"]
+WORDS = [
+    "Ba",
+    "deko",
+    "fi",
+    "lamé",
+    "ｋａ",
+    "Ⅳ",
+    "½",
+    "жа",
+    "が",
+    "?!",
+    "...",
+    "12",
+    "xyz",
+    "日本",
+    "dä",
+    "naäko",
+    "①",
+    "(ta)",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +80,13 @@ def nllb(tmp_path_factory) -> Path:
 
 
 def their_ids(folder: Path, vocabulary: Vocabulary) -> list[int]:
-    """Their id of each of our pieces, by transformers; of those that it does not know, the unknown piece's."""
-    tokenizer, names = tokenizer_of(folder), {vocabulary.tag_id(code): token for code, token in vocabulary.their_tags.items()}
+    """Their id of each of our pieces, by transformers; of those that it does not know, the unknown
+    piece's.
+    """
+    tokenizer, names = (
+        tokenizer_of(folder),
+        {vocabulary.tag_id(code): token for code, token in vocabulary.their_tags.items()},
+    )
     pieces = [vocabulary._processor.id_to_piece(index) for index in range(vocabulary.size)]
     return [tokenizer.convert_tokens_to_ids(names.get(index, piece)) for index, piece in enumerate(pieces)]
 
@@ -63,16 +98,24 @@ def check_logits(folder: Path, ids: list[int], tensors: Tensors, recipe: Any, vo
     theirs = M2M100ForConditionalGeneration.from_pretrained(folder).eval()
     ours = build_model(recipe, vocabulary.size, Weights(tensors, 0, {}), torch.device("cpu"))
     chosen = random.Random(1)
-    sources, targets = ([[chosen.randrange(2, vocabulary.size) for _ in range(n)] for n in lengths] for lengths in ((9, 4, 7), (5, 8, 2)))
+    sources, targets = (
+        [[chosen.randrange(2, vocabulary.size) for _ in range(n)] for n in lengths]
+        for lengths in ((9, 4, 7), (5, 8, 2))
+    )
     direction = recipe.languages.directions[0]
     batch = collate(
-        sources, targets, [recipe.languages.direction_id(direction)] * 3, DirectionIds.of(recipe.languages, vocabulary, "source-target")
+        sources,
+        targets,
+        [recipe.languages.direction_id(direction)] * 3,
+        DirectionIds.of(recipe.languages, vocabulary, "source-target"),
     )
     table = torch.tensor(ids)
     with torch.inference_mode():
         found = ours.logits(batch.source, batch.decoder_input, batch.ids)
         wanted = theirs(
-            input_ids=table[batch.source], attention_mask=batch.source != vocabulary.PAD, decoder_input_ids=table[batch.decoder_input]
+            input_ids=table[batch.source],
+            attention_mask=batch.source != vocabulary.PAD,
+            decoder_input_ids=table[batch.decoder_input],
         ).logits[:, :, table]
     real = batch.decoder_input != vocabulary.PAD
     assert wanted[real].std() > 0.1
@@ -80,12 +123,22 @@ def check_logits(folder: Path, ids: list[int], tensors: Tensors, recipe: Any, vo
 
 
 def test_m2m_100(m2m, capfd):
-    """Every id is theirs; three pieces that vocab.json lacks, and M2M-100 reads as unknown, come after them."""
+    """Every id is theirs; three pieces that vocab.json lacks, and M2M-100 reads as unknown, come after
+    them.
+    """
     notice.cache_clear()
     tensors, recipe, vocabulary = imported(m2m)
-    assert f"{m2m}: 8 rows of the embedding have no piece in the vocabulary: they stay, as padding" in capfd.readouterr().err
+    assert (
+        f"{m2m}: 8 rows of the embedding have no piece in the vocabulary: they stay, as padding"
+        in capfd.readouterr().err
+    )
     ids = their_ids(m2m, vocabulary)
-    assert [vocabulary.their_tags[code] for code in ("de", "en", "fr", "ast")] == ["__de__", "__en__", "__fr__", "__ast__"]
+    assert [vocabulary.their_tags[code] for code in ("de", "en", "fr", "ast")] == [
+        "__de__",
+        "__en__",
+        "__fr__",
+        "__ast__",
+    ]
     assert [vocabulary.tag_id(code) for code in vocabulary.codes] == list(range(301, 401))
     assert ids[:401] == list(range(401)) and ids[401:] == [3] * (8 + 3 + 4)
     assert {298, 299, 300, *range(401, 409), *range(412, 416)} == {*vocabulary.unused}
@@ -95,8 +148,20 @@ def test_m2m_100(m2m, capfd):
 
 def test_nllb(nllb, tmp_path):
     tensors, recipe, vocabulary = imported(nllb)
-    assert vocabulary.codes == ("ace_Arab", "de", "en", "fr", "zh_Hans", "zh_Hant", "ar", "ars", "nb")  # of deu and ger the first
-    assert [vocabulary.tag_id(code) for code in vocabulary.codes] == list(range(301, 310))  # after the pieces, in the order of the list
+    assert vocabulary.codes == (
+        "ace_Arab",
+        "de",
+        "en",
+        "fr",
+        "zh_Hans",
+        "zh_Hant",
+        "ar",
+        "ars",
+        "nb",
+    )  # of deu and ger the first
+    assert [vocabulary.tag_id(code) for code in vocabulary.codes] == list(
+        range(301, 310)
+    )  # after the pieces, in the order of the list
     assert their_ids(nllb, vocabulary)[:301] == list(range(301)) and vocabulary.size == 320
     check_logits(nllb, [*range(314), *[3] * 6], tensors, recipe, vocabulary)
     # Where ids are written they count: transformers 5 gives <mask> the first of them.
@@ -112,7 +177,11 @@ def test_nllb(nllb, tmp_path):
     (tmp_path / "saved" / "sentencepiece.bpe.model").unlink(missing_ok=True)
     assert (tmp_path / "saved" / "tokenizer.json").exists()
     alone, _, same = imported(tmp_path / "saved")
-    assert (same.codes, same.their_tags, same.unused) == (vocabulary.codes, vocabulary.their_tags, vocabulary.unused)
+    assert (same.codes, same.their_tags, same.unused) == (
+        vocabulary.codes,
+        vocabulary.their_tags,
+        vocabulary.unused,
+    )
     assert all(torch.equal(alone[name], tensors[name]) for name in tensors)
     for line in text():
         assert same.encode(line) == vocabulary.encode(line), line
@@ -121,7 +190,10 @@ def test_nllb(nllb, tmp_path):
 def text() -> list[str]:
     chosen = random.Random(2)
     lines = [" ".join(chosen.choice(WORDS) for _ in range(chosen.randint(1, 9))) for _ in range(300)]
-    return lines + ["".join(chosen.choice("bdfklaeiouäéжが .,ﬁ") for _ in range(chosen.randint(1, 30))).strip() for _ in range(300)]
+    return lines + [
+        "".join(chosen.choice("bdfklaeiouäéжが .,ﬁ") for _ in range(chosen.randint(1, 30))).strip()
+        for _ in range(300)
+    ]
 
 
 @pytest.mark.parametrize("folder", ["m2m", "nllb"])
@@ -132,7 +204,9 @@ def test_pieces_are_theirs(folder, request):
     checked = 0
     for line in text():
         if line and clean_text(line) == line:
-            assert [ids[index] for index in vocabulary.encode(line)] == tokenizer(line, add_special_tokens=False)["input_ids"], line
+            assert [ids[index] for index in vocabulary.encode(line)] == tokenizer(
+                line, add_special_tokens=False
+            )["input_ids"], line
             checked += 1
     assert checked > 400
 
@@ -152,7 +226,10 @@ def test_a_unigram_model(nllb, tmp_path):
 def test_exported_again(folder, request):
     home = request.getfixturevalue(folder)
     tensors, recipe, vocabulary = imported(home)
-    found, wanted = rename(tensors, recipe, vocabulary.size), safetensors.torch.load_file(home / "model.safetensors")
+    found, wanted = (
+        rename(tensors, recipe, vocabulary.size),
+        safetensors.torch.load_file(home / "model.safetensors"),
+    )
     assert found.keys() == wanted.keys()
     for name in wanted.keys() - {"model.shared.weight"}:
         assert torch.equal(found[name], wanted[name]), name
@@ -165,14 +242,24 @@ def test_the_tokenizer_exported_again(m2m, tmp_path):
 
     _, recipe, vocabulary = imported(m2m)
     vocabulary.save(tmp_path / "vocabulary.model")
-    made = tokenizer(vocabulary, (tmp_path / "vocabulary.model").read_bytes(), "de", recipe.data.vocabulary.type)
-    for name, value in (("tokenizer", made), ("tokenizer_config", tokenizer_config(recipe)), ("config", {"model_type": "m2m_100"})):
+    made = tokenizer(
+        vocabulary, (tmp_path / "vocabulary.model").read_bytes(), "de", recipe.data.vocabulary.type
+    )
+    for name, value in (
+        ("tokenizer", made),
+        ("tokenizer_config", tokenizer_config(recipe)),
+        ("config", {"model_type": "m2m_100"}),
+    ):
         write_json(tmp_path / f"{name}.json", value)
     fast, chosen = AutoTokenizer.from_pretrained(tmp_path), random.Random(4)
     words = [*WORDS, "<2de>", "＜", "ﬁ", "ｶﾞ", "…", "a\u0301", "㌔", "´", "¨a", "\u3000"]
     for _ in range(500):
         line = " ".join(chosen.choice(words) for _ in range(chosen.randint(1, 9)))
-        assert fast(line)["input_ids"] == [vocabulary.tag_id("de"), *vocabulary.encode(line), vocabulary.EOS], line
+        assert fast(line)["input_ids"] == [
+            vocabulary.tag_id("de"),
+            *vocabulary.encode(line),
+            vocabulary.EOS,
+        ], line
 
 
 def test_shards_of_half_precision(m2m, tmp_path):
@@ -197,10 +284,20 @@ def test_the_embedding_under_other_names_and_computed_positions(m2m, tmp_path):
 
 
 def test_the_recipe(m2m):
-    _, recipe, vocabulary = imported(m2m, "training.steps=7", "name=mine", "data.temperature=2", "parallel.tensor=1")
+    _, recipe, vocabulary = imported(
+        m2m, "training.steps=7", "name=mine", "data.temperature=2", "parallel.tensor=1"
+    )
     assert (recipe.model.hidden, recipe.model.heads, recipe.model.decoder.feed_forward) == (16, 4, 40)
-    assert (recipe.training.steps, recipe.training.dropout, recipe.name, recipe.data.temperature) == (7, 0.0, "mine", 2)
-    assert (recipe.training.start_from, recipe.data.vocabulary.file) == (Path("out"), Path("out/vocabulary.model"))
+    assert (recipe.training.steps, recipe.training.dropout, recipe.name, recipe.data.temperature) == (
+        7,
+        0.0,
+        "mine",
+        2,
+    )
+    assert (recipe.training.start_from, recipe.data.vocabulary.file) == (
+        Path("out"),
+        Path("out/vocabulary.model"),
+    )
     assert (recipe.data.vocabulary.size, recipe.data.vocabulary.type) == (vocabulary.size, "bpe")
     assert imported(m2m)[1].name == "out"
 
@@ -217,14 +314,25 @@ def test_training_begins_with_it(m2m, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
     corpora = 'data.corpora=[{"path": text.tsv, "format": tsv}]'
-    store(m2m, Path("out"), corpora, DATA[1], "data.held_out.dev=5", "data.held_out.test=20", "training.steps=2", "deepspeed={}")
+    store(
+        m2m,
+        Path("out"),
+        corpora,
+        DATA[1],
+        "data.held_out.dev=5",
+        "data.held_out.test=20",
+        "training.steps=2",
+        "deepspeed={}",
+    )
     recipe = load_recipe("out/recipe.yaml")
     data = prepare(recipe)
     assert (data.folder / "vocabulary.model").read_bytes() == Path("out/vocabulary.model").read_bytes()
     start.check(recipe, Path("run"))
     weights = read_weights(find_model("out")).tensors
     wanted = imported(m2m)[0]
-    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert weights.keys() == wanted.keys() and all(
+        torch.equal(weights[name], wanted[name]) for name in wanted
+    )
 
 
 def test_as_the_command_does_it(m2m, tmp_path):
@@ -232,7 +340,9 @@ def test_as_the_command_does_it(m2m, tmp_path):
     made = json.loads((tmp_path / "base" / "provenance.json").read_text())
     assert (made["kind"], made["imported_from"], made["step"]) == ("consolidated", m2m.name, 0)
     found, wanted = read_weights(find_model(tmp_path / "base")).tensors, imported(m2m)[0]
-    assert record["parameters"] == wanted.numbers and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert record["parameters"] == wanted.numbers and all(
+        torch.equal(found[name], wanted[name]) for name in wanted
+    )
     assert load_recipe(tmp_path / "base" / "recipe.yaml").training.start_from == tmp_path / "base"
     assert f"The model `{m2m.name}` of Hugging Face" in (tmp_path / "base" / "README.md").read_text()
     for arguments, says in (

@@ -81,7 +81,10 @@ def difference(folder: Path, used: dict[int, set[int]] | None = None) -> float:
     chosen, largest = random.Random(1), 0.0
     direction = recipe.languages.direction_id(recipe.languages.directions[0])
     for lengths in LENGTHS:
-        texts = [[[chosen.randrange(2, theirs.config.vocab_size) for _ in range(n)] for n in each] for each in lengths]
+        texts = [
+            [[chosen.randrange(2, theirs.config.vocab_size) for _ in range(n)] for n in each]
+            for each in lengths
+        ]
         ids = DirectionIds.of(recipe.languages, vocabulary, recipe.data.tags)
         batch = collate(texts[0], texts[1], [direction] * len(texts[0]), ids)
         real = batch.decoder_input != vocabulary.PAD
@@ -269,7 +272,9 @@ def base(home, tmp_path_factory) -> Path:
         "data.directory": str(folder / "data"),
         "data.held_out": "{dev: 5, test: 20}",
         "data.batch": "{tokens: 256, count: 2}",
-        "training": "{steps: 6, learning_rate: 0.01, warmup: 1, label_smoothing: 0, max_grad_norm: 0, dropout: 0}",
+        "training": (
+            "{steps: 6, learning_rate: 0.01, warmup: 1, label_smoothing: 0, max_grad_norm: 0, dropout: 0}"
+        ),
         "deepspeed": "{zero_optimization: {stage: 0}}",
     }
     overrides = [DATA[1], *(f"{key}={value}" for key, value in settings.items())]

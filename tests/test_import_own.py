@@ -43,7 +43,14 @@ def dense(tmp_path_factory) -> Path:
     write_corpus(folder)
     model = random_model(folder, TARGET_TOP2, PAIR_TOP3)
     tensors, recipe = extract(global_weights(model.model), model.recipe, EN_DE)
-    provenance = {"kind": "dense", "run": "small", "step": 2, "direction": "en-de", "route": "specific", "sparse_parameters": 1}
+    provenance = {
+        "kind": "dense",
+        "run": "small",
+        "step": 2,
+        "direction": "en-de",
+        "route": "specific",
+        "sparse_parameters": 1,
+    }
     write_folder(folder / "dense", tensors, recipe, model.home / "vocabulary.model", provenance)
     convert(folder / "dense", "huggingface", None, folder / "exported", check=0)
     return folder / "dense"
@@ -57,7 +64,9 @@ def saved(dense) -> Path:
     exported, again = dense.parent / "exported", dense.parent / "saved"
     M2M100ForConditionalGeneration.from_pretrained(exported).save_pretrained(again)
     AutoTokenizer.from_pretrained(exported).save_pretrained(again)
-    assert not {"recipe.yaml", "provenance.json", "vocabulary.model"} & {path.name for path in again.iterdir()}
+    assert not {"recipe.yaml", "provenance.json", "vocabulary.model"} & {
+        path.name for path in again.iterdir()
+    }
     return again
 
 
@@ -72,13 +81,19 @@ def test_an_export_as_it_is_becomes_what_it_was(dense, tmp_path, kind):
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     for name in ("recipe.yaml", "vocabulary.model"):
         assert (tmp_path / "back" / name).read_bytes() == (dense / name).read_bytes(), name
-    before, after = (json.loads((folder / "provenance.json").read_text()) for folder in (dense, tmp_path / "back"))
-    assert {key: after[key] for key in ("run", "step", "route")} == {key: before[key] for key in ("run", "step", "route")}
+    before, after = (
+        json.loads((folder / "provenance.json").read_text()) for folder in (dense, tmp_path / "back")
+    )
+    assert {key: after[key] for key in ("run", "step", "route")} == {
+        key: before[key] for key in ("run", "step", "route")
+    }
 
 
 def test_an_export_is_used_in_place_of_a_run(dense):
     exported = dense.parent / "exported"
-    assert list(translate(load(exported, "cpu"), EN_DE, LINES)) == list(translate(load(dense, "cpu"), EN_DE, LINES))
+    assert list(translate(load(exported, "cpu"), EN_DE, LINES)) == list(
+        translate(load(dense, "cpu"), EN_DE, LINES)
+    )
 
 
 def test_damage_to_an_export_is_found(dense, tmp_path):
@@ -92,13 +107,18 @@ def test_damage_to_an_export_is_found(dense, tmp_path):
 
 @pytest.mark.parametrize("name", ["saved", "exported"])
 def test_an_export_begins_a_training(dense, saved, tmp_path, name):
-    """With the tokenizer's file alone, and beside our own vocabulary; it translates at once, by its own tags."""
+    """With the tokenizer's file alone, and beside our own vocabulary; it translates at once, by its own
+    tags.
+    """
     convert(dense.parent / name, "consolidated", None, tmp_path / "base", overrides=TRAINING)
     recipe = load_recipe(tmp_path / "base" / "recipe.yaml")
     assert (recipe.training.steps, recipe.training.start_from) == (7, tmp_path / "base")
     assert recipe.data.batch.max_length == load_recipe(dense / "recipe.yaml").data.batch.max_length
     assert recipe.data.vocabulary.file == tmp_path / "base" / "vocabulary.model"
-    assert (recipe.model.encoder.feed_forward, recipe.model.decoder.feed_forward) == (48, 48)  # 24, 48 and 24, 3 x 16, 24, padded
+    assert (recipe.model.encoder.feed_forward, recipe.model.decoder.feed_forward) == (
+        48,
+        48,
+    )  # 24, 48 and 24, 3 x 16, 24, padded
     imported, original = load(tmp_path / "base", "cpu"), load(dense, "cpu")
     found, wanted = weights(tmp_path / "base"), weights(dense)
     for each, value in wanted.items():
@@ -113,7 +133,9 @@ def test_an_export_begins_a_training(dense, saved, tmp_path, name):
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_the_vocabulary_of_a_tokenizer_is_the_one_that_it_was_made_of(tmp_path, kind):
     chosen = random.Random(1)
-    texts = [clean_text("".join(chosen.choice(ALPHABET) for _ in range(chosen.randint(1, 30)))) for _ in range(200)]
+    texts = [
+        clean_text("".join(chosen.choice(ALPHABET) for _ in range(chosen.randint(1, 30)))) for _ in range(200)
+    ]
     texts = [text for text in [*texts, *["ba de ko <2x> größer"] * 20] if text]
     settings = VocabularySettings(size=105, character_coverage=1.0, type=kind)
     trained = train_vocabulary(iter(texts), settings, ["de", "en"])
@@ -125,7 +147,12 @@ def test_the_vocabulary_of_a_tokenizer_is_the_one_that_it_was_made_of(tmp_path, 
     content, rows = read_vocabulary(tmp_path, before.size)
     after = Vocabulary(content)
     assert rows == list(range(before.size)) and not after.their_tags
-    assert (after.codes, after.unused, after.size, after.type) == (before.codes, before.unused, before.size, kind)
+    assert (after.codes, after.unused, after.size, after.type) == (
+        before.codes,
+        before.unused,
+        before.size,
+        kind,
+    )
     for index in range(before.size):
         assert after._processor.id_to_piece(index) == before._processor.id_to_piece(index)
         assert after._processor.is_control(index) == before._processor.is_control(index)
@@ -138,8 +165,14 @@ def test_the_vocabulary_of_a_tokenizer_is_the_one_that_it_was_made_of(tmp_path, 
     ("change", "says"),
     [
         (lambda made: made["model"].update(vocab=5), "tokenizer.json is damaged"),
-        (lambda made: made["model"].update(vocab=made["model"]["vocab"] * 2), "tokenizer.json is damaged: a piece is there twice"),
-        (lambda made: made["model"].update(byte_fallback=True), "is of the kind 'byte fallback': allowed are Unigram and BPE"),
+        (
+            lambda made: made["model"].update(vocab=made["model"]["vocab"] * 2),
+            "tokenizer.json is damaged: a piece is there twice",
+        ),
+        (
+            lambda made: made["model"].update(byte_fallback=True),
+            "is of the kind 'byte fallback': allowed are Unigram and BPE",
+        ),
         (lambda made: made.update(normalizer=None), "tokenizer.json is damaged"),
         (lambda made: made["added_tokens"].clear(), "names no languages"),
     ],

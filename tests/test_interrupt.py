@@ -1,4 +1,6 @@
-"""Asked to stop, a training saves and resumes later as if nothing had been; every command leaves with one line and its status."""
+"""Asked to stop, a training saves and resumes later as if nothing had been; every command leaves with one
+line and its status.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def folder(tmp_path_factory):
 
 
 def interrupted(topology, recipe, run, number: int, at_step: int = 4) -> int | None:
-    """Train; the last rank alone gets a signal in a step, or before the first. Returns what training returns."""
+    """Train; the last rank alone gets a signal in a step, or before the first. Returns what training
+    returns.
+    """
     from lsmoe_ds.checkpoint.run_folder import open_run
     from lsmoe_ds.training import loop as module
 
@@ -90,7 +94,9 @@ def test_before_the_first_step_no_step_is_taken(pool, folder):
 # --- the command, in processes forked from one that has imported everything
 
 
-def command(log: Path, environment: dict[str, str], arguments: list[str], prepare_child: Callable[[], None] | None) -> None:
+def command(
+    log: Path, environment: dict[str, str], arguments: list[str], prepare_child: Callable[[], None] | None
+) -> None:
     """`python -m lsmoe_ds ARGUMENTS`, the first of a process group."""
     os.setpgid(0, 0)
     with log.open("w") as file:
@@ -107,11 +113,15 @@ def command(log: Path, environment: dict[str, str], arguments: list[str], prepar
 class Command:
     """A command that runs; what it writes to standard error is in ``log``."""
 
-    def __init__(self, log: Path, *arguments: object, before: Callable[[], None] | None = None, **environment: str) -> None:
+    def __init__(
+        self, log: Path, *arguments: object, before: Callable[[], None] | None = None, **environment: str
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.log = log
-        self.process = context.Process(target=command, args=(log, environment, arguments, before), daemon=True)
+        self.process = context.Process(
+            target=command, args=(log, environment, arguments, before), daemon=True
+        )
         self.process.start()
 
     def wait_for(self, there: Callable[[], bool]) -> None:
@@ -121,7 +131,9 @@ class Command:
             time.sleep(0.005)
 
     def asked(self, *numbers: int, after: float = 0.0) -> tuple[int | None, str]:
-        """The status and what was said, after signals to the whole process group, ``after`` seconds between them."""
+        """The status and what was said, after signals to the whole process group, ``after`` seconds between
+        them.
+        """
         for number in numbers:
             os.killpg(self.process.pid, number)
             time.sleep(after)
@@ -172,16 +184,22 @@ def test_one_process_saves_and_leaves_with_the_promised_status(folder):
 
 @pytest.mark.parametrize(("verb", "ignored"), [("train", True), ("plan", False)])
 def test_a_signal_at_the_end_of_the_interpreter_changes_no_status(verb, ignored):
-    program = "import signal, sys; from lsmoe_ds.__main__ import main\ntry: main()\nfinally: print(signal.getsignal(signal.SIGTERM).name)"
+    program = (
+        "import signal, sys; from lsmoe_ds.__main__ import main\ntry: main()\nfinally:"
+        " print(signal.getsignal(signal.SIGTERM).name)"
+    )
     done = subprocess.run([sys.executable, "-c", program, verb, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == ("SIG_IGN" if ignored else "SIG_DFL"), done.stderr
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == ("SIG_IGN" if ignored else "SIG_DFL"), (
+        done.stderr
+    )
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(folder):
     file, run, begins = folder / "slow.yaml", folder / "slow", folder / "begins"
     file.write_text(recipe_in(folder, steps=20).to_yaml())
     training = Command(folder / "slow.log", "train", file, "--out", run, before=slow_steps, SLOW=str(begins))
-    # Not a moment earlier: a signal during a short step is answered at that step's end, and the second finds nobody.
+    # Not a moment earlier: a signal during a short step is answered at that step's end, and the second finds
+    # nobody.
     training.wait_for(begins.exists)
     begun = time.monotonic()
     status, said = training.asked(signal.SIGINT, signal.SIGINT, after=interrupt.AGAIN + 0.1)
@@ -201,21 +219,35 @@ def note_that_it_joins() -> None:
     joining._open_store = noted
 
 
-@pytest.mark.parametrize(("rank", "number", "status"), [(0, signal.SIGTERM, 75), (1, signal.SIGTERM, 75), (1, signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("rank", "number", "status"), [(0, signal.SIGTERM, 75), (1, signal.SIGTERM, 75), (1, signal.SIGINT, 130)]
+)
 def test_while_others_are_missing_it_leaves_at_once(folder, tmp_path, rank, number, status):
     """Rank 1 waits for rank 0 in a call into C, where no handler runs."""
     file, port = folder / "missing.yaml", str(free_port())
     file.write_text(recipe_in(folder, steps=20).to_yaml())
-    environment = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "JOINS": str(tmp_path / "joins")}
-    waiting = Command(tmp_path / "log", "train", file, "--out", tmp_path / "run", before=note_that_it_joins, **environment)
+    environment = {
+        "WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "JOINS": str(tmp_path / "joins"),
+    }
+    waiting = Command(
+        tmp_path / "log", "train", file, "--out", tmp_path / "run", before=note_that_it_joins, **environment
+    )
     waiting.wait_for((tmp_path / "joins").exists)
     time.sleep(0.3)
     found, said = waiting.asked(number)
     where = f", waiting for {f'rank 0 at 127.0.0.1:{port}' if rank else 'the other ranks'}"
     who = ("rank 1: " if rank else "") + interrupt.name_of(number)
     assert found == status
-    own = [line for line in said.splitlines() if line.startswith("lsmoe: ")]  # torch, imported before its log level is set, adds some
-    assert own == [f"lsmoe: {who} before the first step{where}: nothing to save; the same command starts again"]
+    own = [
+        line for line in said.splitlines() if line.startswith("lsmoe: ")
+    ]  # torch, imported before its log level is set, adds some
+    assert own == [
+        f"lsmoe: {who} before the first step{where}: nothing to save; the same command starts again"
+    ]
 
 
 def slow_imports() -> None:
@@ -229,11 +261,24 @@ def slow_imports() -> None:
     recipe_file.load_recipe = load_recipe
 
 
-@pytest.mark.parametrize(("rank", "number", "status"), [(1, signal.SIGTERM, 2), (0, signal.SIGTERM, 2), (1, signal.SIGUSR1, 75)])
-def test_a_launcher_that_ends_the_other_ranks_does_not_hide_why_one_has_failed(tmp_path, rank, number, status):
-    """A slower rank is told SIGTERM when a faster one has been refused: srun takes the highest status of all for its own."""
+@pytest.mark.parametrize(
+    ("rank", "number", "status"), [(1, signal.SIGTERM, 2), (0, signal.SIGTERM, 2), (1, signal.SIGUSR1, 75)]
+)
+def test_a_launcher_that_ends_the_other_ranks_does_not_hide_why_one_has_failed(
+    tmp_path, rank, number, status
+):
+    """A slower rank is told SIGTERM when a faster one has been refused: srun takes the highest status of all
+    for its own.
+    """
     environment = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    slower = Command(tmp_path / "log", "train", "r.yaml", before=slow_imports, REACHED=str(tmp_path / "reached"), **environment)
+    slower = Command(
+        tmp_path / "log",
+        "train",
+        "r.yaml",
+        before=slow_imports,
+        REACHED=str(tmp_path / "reached"),
+        **environment,
+    )
     slower.wait_for((tmp_path / "reached").exists)
     found, said = slower.asked(number)
     assert found == status and ("this recipe is refused" in said) == (status == 2), said
@@ -265,24 +310,38 @@ def stuck_in_python() -> None:
 @pytest.mark.parametrize("stuck", [stuck_in_python, stuck_in_c])
 def test_ctrl_c_ends_a_preparation_with_one_line_and_keeps_the_data_of_before(folder, tmp_path, stuck):
     recipe = recipe_in(folder)
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"directory": tmp_path / "data"})})
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"directory": tmp_path / "data"})}
+    )
     prepare(recipe)
     manifest = (recipe.prepared / "manifest.json").read_bytes()
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    preparing = Command(tmp_path / "log", "data", "prepare", file, "--force", before=stuck, REACHED=str(tmp_path / "reached"))
+    preparing = Command(
+        tmp_path / "log", "data", "prepare", file, "--force", before=stuck, REACHED=str(tmp_path / "reached")
+    )
     preparing.wait_for((tmp_path / "reached").exists)
     status, said = preparing.asked(signal.SIGINT)
-    assert status == 130 and said.count("lsmoe: stopped by SIGINT (Ctrl-C)\n") == 1 and "Traceback" not in said
+    assert (
+        status == 130 and said.count("lsmoe: stopped by SIGINT (Ctrl-C)\n") == 1 and "Traceback" not in said
+    )
     assert (recipe.prepared / "manifest.json").read_bytes() == manifest
     if stuck is stuck_in_python:
         assert [path.name for path in recipe.prepared.parent.iterdir() if path.is_dir()] == [recipe.name]
 
 
 def test_what_is_waited_for_is_told_and_ends_with_this_process(tmp_path):
-    """`lsmoe study` waits so for its trainings. The one that is played saves for a moment, and does not care about Ctrl-C."""
-    played = "trap 'echo TERM; sleep 0.3; exit 75' TERM; trap 'echo INT' INT; echo ready; while :; do sleep 0.05; done"
-    for numbers, says in (((signal.SIGTERM,), "ready\nTERM\n"), ((signal.SIGINT, signal.SIGINT), "ready\nINT\n")):
+    """`lsmoe study` waits so for its trainings. The one that is played saves for a moment, and does not care
+    about Ctrl-C.
+    """
+    played = (
+        "trap 'echo TERM; sleep 0.3; exit 75' TERM; trap 'echo INT' INT; echo ready; while :; do sleep 0.05;"
+        " done"
+    )
+    for numbers, says in (
+        ((signal.SIGTERM,), "ready\nTERM\n"),
+        ((signal.SIGINT, signal.SIGINT), "ready\nINT\n"),
+    ):
         with (tmp_path / "said").open("w+") as said, ThreadPoolExecutor() as other:
 
             def ask(numbers=numbers) -> None:
@@ -330,11 +389,20 @@ def test_a_job_in_the_background_goes_on_ignoring_ctrl_c():
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_ends_a_benchmark_with_one_line(number, status):
     command = [sys.executable, "-m", "lsmoe_ds", "bench", "moe"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
         script = None
         while script is None:  # it is started, and imports
             assert process.poll() is None
-            script = next((child for child in psutil.Process(process.pid).children() if "moe.py" in " ".join(child.cmdline())), None)
+            script = next(
+                (
+                    child
+                    for child in psutil.Process(process.pid).children()
+                    if "moe.py" in " ".join(child.cmdline())
+                ),
+                None,
+            )
             time.sleep(0.05)
         time.sleep(0.5)
         os.killpg(process.pid, number)
@@ -376,7 +444,10 @@ def test_a_signal_to_the_whole_process_group_of_several_processes(folder):
     step = step_of(saved)
     assert process.returncode == 130 and 2 <= step < 1000, said
     lines = said.splitlines()
-    assert lines[-1] == f"SIGINT (Ctrl-C): saved after step {step}; the same command resumes" and "Traceback" not in said
+    assert (
+        lines[-1] == f"SIGINT (Ctrl-C): saved after step {step}; the same command resumes"
+        and "Traceback" not in said
+    )
     assert [line for line in lines[:-1] if not re.match(r"2 ranks on|step 1/2000 · loss", line)] == []
 
     shorter = recipe_in(folder, steps=step + 4, every=1000, expert=2)

@@ -1,4 +1,6 @@
-"""Processes that meet: all go on together, or all are told why not. Ranks are threads here, with connections of their own."""
+"""Processes that meet: all go on together, or all are told why not. Ranks are threads here, with connections
+of their own.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,30 @@ from lsmoe_ds.launch.membership import Membership
 from lsmoe_ds.parallel import collectives
 
 
-def meet(notes: dict[int, dict], worlds: dict[int, int] | None = None, ranks: list[int] | None = None) -> list:
-    """What each of the processes gets: the hosts, or the error. ``notes`` are by process, which has the rank of ``ranks``."""
+def meet(
+    notes: dict[int, dict], worlds: dict[int, int] | None = None, ranks: list[int] | None = None
+) -> list:
+    """What each of the processes gets: the hosts, or the error. ``notes`` are by process, which has the rank
+    of ``ranks``.
+    """
     port = free_port()
 
     def one(process: int):
         rank = (ranks or list(notes))[process]
-        membership = Membership("srun", rank, (worlds or {}).get(process, len(notes)), 0, 1, "127.0.0.1", port)
+        membership = Membership(
+            "srun", rank, (worlds or {}).get(process, len(notes)), 0, 1, "127.0.0.1", port
+        )
         try:
-            note = {"host": f"node{process}", "device": f"gpu{process}", "alike": {"torch": "2"}, **notes[process]}
+            note = {
+                "host": f"node{process}",
+                "device": f"gpu{process}",
+                "alike": {"torch": "2"},
+                **notes[process],
+            }
             store = joining._open_store(membership)
-            return joining._compare(membership, store, note), store  # the first one's store lives as long as the others need it
+            return joining._compare(
+                membership, store, note
+            ), store  # the first one's store lives as long as the others need it
         except UserError as error:
             return error
 
@@ -42,7 +57,9 @@ def test_those_who_fit_together_learn_where_all_are():
 def test_what_differs_is_told_to_all():
     errors = meet({0: {}, 1: {}, 2: {"alike": {"torch": "3"}}})
     assert {type(error) for error in errors} == {SharedError}
-    assert {str(error) for error in errors} == {"torch is 2 on rank 0 (node0) and 3 on rank 2 (node2): all ranks must have the same"}
+    assert {str(error) for error in errors} == {
+        "torch is 2 on rank 0 (node0) and 3 on rank 2 (node2): all ranks must have the same"
+    }
 
 
 def test_two_ranks_do_not_share_a_gpu():
@@ -55,13 +72,17 @@ def test_two_ranks_do_not_share_a_gpu():
 def test_who_does_not_come_is_named(monkeypatch):
     monkeypatch.setattr(joining, "PATIENCE", 0.5)
     errors = meet({0: {}, 1: {}}, worlds={0: 4, 1: 4})
-    assert [str(error) for error in errors] == ["2 of 4 ranks have come within 0 seconds: missing are 2, 3"] * 2
+    assert [str(error) for error in errors] == [
+        "2 of 4 ranks have come within 0 seconds: missing are 2, 3"
+    ] * 2
 
 
 def test_a_rank_exists_once():
     errors = meet({0: {}, 1: {}, 2: {}}, worlds={0: 2, 1: 2, 2: 2}, ranks=[0, 1, 1])
     refused = [error for error in errors if isinstance(error, UserError)]
-    assert [str(error) for error in refused] == ["two processes say that they are rank 1 of 2: start each once"]
+    assert [str(error) for error in refused] == [
+        "two processes say that they are rank 1 of 2: start each once"
+    ]
 
 
 def test_a_rank_that_was_told_of_another_number_does_not_go_on():
@@ -76,9 +97,13 @@ def test_a_taken_port_and_a_rank_0_that_is_not_there(monkeypatch):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot listen on port {port} of .* set MASTER_PORT to a free one"):
+        with pytest.raises(
+            UserError, match=f"cannot listen on port {port} of .* set MASTER_PORT to a free one"
+        ):
             joining._open_store(Membership("srun", 0, 2, 0, 2, "127.0.0.1", port))
-    with pytest.raises(UserError, match=r"rank 1 on .* has not reached rank 0 at 127.0.0.1:\d+ within 0 seconds"):
+    with pytest.raises(
+        UserError, match=r"rank 1 on .* has not reached rank 0 at 127.0.0.1:\d+ within 0 seconds"
+    ):
         joining._open_store(Membership("srun", 1, 2, 1, 2, "127.0.0.1", free_port()))
 
 
@@ -119,7 +144,9 @@ def test_a_rank_takes_the_gpu_of_its_place_or_the_only_one_it_sees(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"gpu-{index}"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"gpu-{index}")
+    )
     assert joining._choose_device(Membership("srun", 3, 4, local_rank, 4)) == f"gpu-{index}"
     assert chosen == [index] and os.environ["LOCAL_RANK"] == str(index)
     with pytest.raises(UserError, match=r"is number 4 on .*, which has 2 GPUs"):

@@ -1,5 +1,6 @@
-"""`lsmoe train` killed by SIGKILL at many instants, while saving too, and started again each time, ends as if nothing had been;
-a save is finished beside training, and not forgotten."""
+"""`lsmoe train` killed by SIGKILL at many instants, while saving too, and started again each time, ends as if
+nothing had been; a save is finished beside training, and not forgotten.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +50,10 @@ def folder(tmp_path_factory):
 
 
 def command(file: Path, run: Path, environment: dict[str, str], step: int, last: int | None) -> None:
-    """`lsmoe train`, as a process of its own. Of the file operations of the save after ``step``, background and removals of older
-    checkpoints included, it is killed at number ``last``; without, their number is written to ``operations``."""
+    """`lsmoe train`, as a process of its own. Of the file operations of the save after ``step``, background
+    and removals of older checkpoints included, it is killed at number ``last``; without, their number is
+    written to ``operations``.
+    """
     with run.with_name(f"{run.name}.log").open("a") as log:
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
@@ -83,7 +86,12 @@ class Training:
     """A run, its processes forked from one that has imported everything."""
 
     def __init__(self, recipe, run: Path, world: int = 1) -> None:
-        self.run, self.world, self.file, self.log = run, world, run.with_name(f"{run.name}.yaml"), run.with_name(f"{run.name}.log")
+        self.run, self.world, self.file, self.log = (
+            run,
+            world,
+            run.with_name(f"{run.name}.yaml"),
+            run.with_name(f"{run.name}.log"),
+        )
         self.file.write_text(recipe.to_yaml())
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
@@ -97,7 +105,11 @@ class Training:
     def start(self, rank: int = 0, step: int = 0, operation: int | None = None) -> list:
         """All ranks; ``rank`` is killed at an operation of the save after ``step``."""
         shared = {"WORLD_SIZE": str(self.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        environments = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(self.world)] if self.world > 1 else [{}]
+        environments = (
+            [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(self.world)]
+            if self.world > 1
+            else [{}]
+        )
         processes = []
         for number, environment in enumerate(environments):
             arguments = (self.file, self.run, environment, step, operation if number == rank else -2)
@@ -108,7 +120,9 @@ class Training:
     def wait_for(self, there, processes: list) -> None:
         deadline = time.monotonic() + PATIENCE
         while not there():
-            assert time.monotonic() < deadline and all(process.is_alive() for process in processes), self.log.read_text()
+            assert time.monotonic() < deadline and all(process.is_alive() for process in processes), (
+                self.log.read_text()
+            )
             time.sleep(0.001)
 
     def kill(self, processes: list) -> None:
@@ -144,7 +158,9 @@ class Training:
         return max(map(step_of, list_checkpoints(self.run)), default=0)
 
     def check_what_is_left(self) -> str:
-        """Nothing is lost but the steps since the last checkpoint; returns how far the save was that the kill found, if any."""
+        """Nothing is lost but the steps since the last checkpoint; returns how far the save was that the kill
+        found, if any.
+        """
         checkpoints = list_checkpoints(self.run)
         assert [find_damage(checkpoint) for checkpoint in checkpoints] == [None] * len(checkpoints)
         done, newest = self.done(), self.newest()
@@ -155,9 +171,15 @@ class Training:
             step = int(writing.name.removeprefix(f"{UNFINISHED}step-"))
             assert newest == step - EVERY and done <= step + EVERY, (newest, done)
             names = {path.name for path in writing.iterdir()}
-            return "syncing" if "manifest.json" in names else "summing" if "state.json" in names else "writing"
+            return (
+                "syncing" if "manifest.json" in names else "summing" if "state.json" in names else "writing"
+            )
         assert newest == due or (newest == due - EVERY and done == due), (newest, done)
-        return "removing" if list(folder.glob(f"{UNFINISHED}*-removed")) or len(checkpoints) > KEEP + 1 else "nothing"
+        return (
+            "removing"
+            if list(folder.glob(f"{UNFINISHED}*-removed")) or len(checkpoints) > KEEP + 1
+            else "nothing"
+        )
 
 
 def same(one, other) -> bool:
@@ -171,10 +193,16 @@ def same(one, other) -> bool:
 
 
 def assert_same(whole: Training, killed: Training, steps: int) -> None:
-    """Every record and everything in the last checkpoint: weights, optimizer, random state, position in the data."""
+    """Every record and everything in the last checkpoint: weights, optimizer, random state, position in the
+    data.
+    """
     assert killed.steps() == list(range(1, steps + 1)), "no step is missing and none is told twice"
     assert records(whole.run) == records(killed.run)
-    saves = [line["step"] for line in map(json.loads, (killed.run / "metrics.jsonl").read_text().splitlines()) if "save_seconds" in line]
+    saves = [
+        line["step"]
+        for line in map(json.loads, (killed.run / "metrics.jsonl").read_text().splitlines())
+        if "save_seconds" in line
+    ]
     assert saves == sorted(set(saves))
     folders = [training.run / "checkpoints" for training in (whole, killed)]
     kept = [sorted(path.name for path in folder.iterdir()) for folder in folders]
@@ -207,22 +235,32 @@ def test_killed_at_25_instants_it_ends_bit_equal(folder):
     numbers = iter(draw.sample([round(operations * (i + draw.random()) / 13) for i in range(13)], 13))
     found = []
     for way in ways:
-        before, reached, number = killed.newest(), killed.done(), next(numbers) if way == "operation" else None
+        before, reached, number = (
+            killed.newest(),
+            killed.done(),
+            next(numbers) if way == "operation" else None,
+        )
         # Where the removals of older checkpoints are to be hit, there must be some.
-        (process,) = killed.start(step=max(before, EVERY * KEEP * 2) + EVERY, operation=-2 if number is None else number)
+        (process,) = killed.start(
+            step=max(before, EVERY * KEEP * 2) + EVERY, operation=-2 if number is None else number
+        )
         if way == "instant":  # records of steps that are done again stay until training begins
             reached += draw.randint(1, EVERY)
             killed.wait_for(lambda step=reached: killed.done() >= step, [process])
         if way != "operation":
             instant = time.monotonic() + draw.uniform(0, start if way == "start" else 2 * a_step)
-            while time.monotonic() < instant and killed.done() < reached + EVERY:  # or the machine is suddenly faster
+            while (
+                time.monotonic() < instant and killed.done() < reached + EVERY
+            ):  # or the machine is suddenly faster
                 time.sleep(0.001)
             process.kill()
         process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, f"{way} {number} came too late"
         found.append((way, killed.check_what_is_left()))
         assert killed.newest() >= before
-    assert {"writing", "summing", "syncing", "removing"} <= {stage for _, stage in found}, "every part of a save was hit"
+    assert {"writing", "summing", "syncing", "removing"} <= {stage for _, stage in found}, (
+        "every part of a save was hit"
+    )
     killed.end()
     assert_same(whole, killed, steps)
 
@@ -281,7 +319,9 @@ def save_beside_training(topology, recipe, run: Path) -> None:
             if topology.is_main:
                 Timer(0.5, go_on.set).start()
             saver.save(engine, 2, {})
-            assert run / "checkpoints" / "step-1" in list_checkpoints(run), "the next save waits for the one before"
+            assert run / "checkpoints" / "step-1" in list_checkpoints(run), (
+                "the next save waits for the one before"
+            )
             saver.save(engine, 3, {})
     finally:
         checkpoints.sync = true_sync
@@ -290,12 +330,17 @@ def save_beside_training(topology, recipe, run: Path) -> None:
 def test_a_save_ends_beside_training_and_its_error_is_told(pool, folder):
     run = folder / "beside"
     pool.run(1, save_beside_training, recipe_of(folder, 2), run)
-    assert [(path.name, find_damage(path)) for path in list_checkpoints(run)] == [("step-1", None), ("step-2", None)]
+    assert [(path.name, find_damage(path)) for path in list_checkpoints(run)] == [
+        ("step-1", None),
+        ("step-2", None),
+    ]
     assert not list((run / "checkpoints").glob(f"{UNFINISHED}*"))
 
 
 def save_where(topology, recipe, run: Path, memory: int, failing: bool) -> str | None:
-    """Saves with so much free memory; with ``failing`` the disk of the second rank is full. Returns what a rank is told."""
+    """Saves with so much free memory; with ``failing`` the disk of the second rank is full. Returns what a
+    rank is told.
+    """
     from types import SimpleNamespace
     from unittest import mock
 
@@ -317,7 +362,10 @@ def save_where(topology, recipe, run: Path, memory: int, failing: bool) -> str |
         time.sleep(5 * checkpoints.POLL)  # the other rank looks meanwhile
         path.write_bytes(text.encode(encoding))
 
-    room, write_text = SimpleNamespace(available=memory), slowly if failing and topology.rank == 1 else Path.write_text
+    room, write_text = (
+        SimpleNamespace(available=memory),
+        slowly if failing and topology.rank == 1 else Path.write_text,
+    )
     with (
         mock.patch.object(checkpoints.psutil, "virtual_memory", lambda: room),
         mock.patch.object(torch, "save", save),
@@ -345,10 +393,15 @@ def test_what_is_saved_is_what_was_there(pool, folder, memory):
     assert pool.run(2, save_where, recipe, run, memory, False, expert=2) == [None, None]
     assert find_damage(run / "checkpoints" / "step-1") is None
     weights = read_checkpoint(run / "checkpoints" / "step-1").weights
-    assert weights["embedding.tokens.weight"].any() and weights["encoder.1.feed_forward.experts.3.expand.weight"].any()
+    assert (
+        weights["embedding.tokens.weight"].any()
+        and weights["encoder.1.feed_forward.experts.3.expand.weight"].any()
+    )
 
 
 def test_the_main_rank_hears_of_a_disk_that_is_full_elsewhere(pool, folder):
-    first, second = pool.run(2, save_where, recipe_of(folder, 2, expert=2), folder / "elsewhere", 2**40, True, expert=2)
+    first, second = pool.run(
+        2, save_where, recipe_of(folder, 2, expert=2), folder / "elsewhere", 2**40, True, expert=2
+    )
     assert "on rank 1: " in first and "No space left" in first and "cannot be written" in second
     assert list_checkpoints(folder / "elsewhere") == []

@@ -69,18 +69,23 @@ def test_every_code_of_flores_200_is_a_language_of_its_own_in_its_script():
     ours = [normalize_code(code) for code in flores]
     assert len(set(ours)) == len(flores)
     written = {"Hang": "Kore"}
-    assert [(code, script(code)) for code in ours] == [(a, written.get(b[4:], b[4:])) for a, b in zip(ours, flores, strict=True)]
+    assert [(code, script(code)) for code in ours] == [
+        (a, written.get(b[4:], b[4:])) for a, b in zip(ours, flores, strict=True)
+    ]
     assert all(is_known(code) and language_name(code) != code and family(code) != "Unknown" for code in ours)
     assert normalize_code("sat_Beng") == "sat"  # as NLLB calls Santali, whose text is in Ol Chiki
 
 
-@pytest.mark.parametrize(("codes", "count"), [(M2M, 100), (M2M_100.split(), 100), (MBART_50, 52), (NTREX.split(), 125)])
+@pytest.mark.parametrize(
+    ("codes", "count"), [(M2M, 100), (M2M_100.split(), 100), (MBART_50, 52), (NTREX.split(), 125)]
+)
 def test_every_code_of_other_systems_is_a_language_of_its_own(codes: list[str], count: int):
     assert len({normalize_code(code) for code in codes}) == len(codes) == count
     assert [code for code in codes if not is_known(code)] == []
 
 
-# What a speaker of the convention would say: BCP 47 (RFC 5646), ISO 639-2 and -3, the papers of FLORES-200 and M2M-100.
+# What a speaker of the convention would say: BCP 47 (RFC 5646), ISO 639-2 and -3, the papers of FLORES-200
+# and M2M-100.
 READ = """
 de: deu ger deu_Latn de-DE de_DE.UTF-8 DE DEU_LATN de_Latn_DE __de__
 en: eng eng_Latn en-US en_GB EN en_XX eng-GB en-Latn-AU
@@ -116,17 +121,32 @@ be_tarask: be-tarask be-x-old be@tarask
 @pytest.mark.parametrize("line", READ.strip().splitlines())
 def test_codes_of_all_conventions(line: str):
     ours, others = line.split(": ")
-    assert {other: normalize_code(other) for other in [ours, *others.split()]} == dict.fromkeys([ours, *others.split()], ours)
+    assert {other: normalize_code(other) for other in [ours, *others.split()]} == dict.fromkeys(
+        [ours, *others.split()], ours
+    )
 
 
 def test_what_hangs_on_a_code_is_right_by_any_of_its_names():
     for code in ("zho_Hans", "zh", "zh_CN", "cmn"):
-        assert (script(code), language_name(code), family(code)) == ("Hans", "Chinese (Simplified)", "Sino-Tibetan, Sinitic")
+        assert (script(code), language_name(code), family(code)) == (
+            "Hans",
+            "Chinese (Simplified)",
+            "Sino-Tibetan, Sinitic",
+        )
     for code, tokenizer in (("zho_Hans", "zh"), ("zh-TW", "zh"), ("tha_Thai", "char"), ("deu_Latn", "13a")):
-        assert f"tok:{tokenizer}|" in score_direction(Direction("en", read_code(code)), ["a"], ["b"], ["b"]).signatures["bleu"]
-    assert (language_name("es-419"), language_name("uz_AF"), script("uz_AF")) == ("Spanish (419)", "Uzbek (Arab)", "Arab")
+        assert (
+            f"tok:{tokenizer}|"
+            in score_direction(Direction("en", read_code(code)), ["a"], ["b"], ["b"]).signatures["bleu"]
+        )
+    assert (language_name("es-419"), language_name("uz_AF"), script("uz_AF")) == (
+        "Spanish (419)",
+        "Uzbek (Arab)",
+        "Arab",
+    )
     assert (
-        PairFilter(small_recipe(Path(".")).data.cleaning, "en", "jpn_Jpan").rule_against("Save all the changes", "Alles sichern")
+        PairFilter(small_recipe(Path(".")).data.cleaning, "en", "jpn_Jpan").rule_against(
+            "Save all the changes", "Alles sichern"
+        )
         == "script"
     )
     assert english_centric(["eng_Latn", "de"]) == [Direction("en", "de"), Direction("de", "en")]
@@ -136,11 +156,25 @@ def test_what_hangs_on_a_code_is_right_by_any_of_its_names():
 
 def test_the_order_of_tasks_is_that_of_models_that_are_trained():
     """By the table before aliases were resolved: static routing and groups of experts follow this order."""
-    rows = [line.split("\t") for line in (PROJECT / "tools/languages.tsv").read_text(encoding="utf-8").splitlines()[1:]]
-    others = "no zh zho_Hans eng_Latn deu_Latn jpn_Jpan xx qaa hil brx ns iw en_GB es_MX zh_CN zh_TW por_Latn de_AT uz_Arab kk_CN x_a"
+    rows = [
+        line.split("\t")
+        for line in (PROJECT / "tools/languages.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    ]
+    others = (
+        "no zh zho_Hans eng_Latn deu_Latn jpn_Jpan xx qaa hil brx ns iw en_GB es_MX zh_CN zh_TW por_Latn"
+        " de_AT uz_Arab kk_CN x_a"
+    )
     codes = [*(row[0] for row in rows if row[3]), *others.split()]
-    assert hashlib.sha256(",".join(sorted(codes, key=task_order)).encode()).hexdigest()[:16] == "4c3066d706df1a09"
-    assert sorted(["eng_Latn-de", "en-ru", "en-de", "sv-en"], key=task_order) == ["en-de", "sv-en", "en-ru", "eng_Latn-de"]
+    assert (
+        hashlib.sha256(",".join(sorted(codes, key=task_order)).encode()).hexdigest()[:16]
+        == "4c3066d706df1a09"
+    )
+    assert sorted(["eng_Latn-de", "en-ru", "en-de", "sv-en"], key=task_order) == [
+        "en-de",
+        "sv-en",
+        "en-ru",
+        "eng_Latn-de",
+    ]
 
 
 def test_table_and_page_are_those_of_the_libraries():
@@ -148,15 +182,24 @@ def test_table_and_page_are_those_of_the_libraries():
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    assert tool.TABLE.read_text(encoding="utf-8") == tool.render_table(tool.make_table()), "run python tools/make_languages.py"
-    assert tool.PAGE.read_text(encoding="utf-8") == tool.render_page(tool.read_table()), "run python tools/make_languages.py"
+    assert tool.TABLE.read_text(encoding="utf-8") == tool.render_table(tool.make_table()), (
+        "run python tools/make_languages.py"
+    )
+    assert tool.PAGE.read_text(encoding="utf-8") == tool.render_page(tool.read_table()), (
+        "run python tools/make_languages.py"
+    )
 
 
 # What a person writes.
 
 
 def test_what_is_read_as_another_code_is_said_once(capsys):
-    assert [read_code(code) for code in ("deu_Latn", "deu_Latn", "de", " zh-CN ")] == ["de", "de", "de", "zh_Hans"]
+    assert [read_code(code) for code in ("deu_Latn", "deu_Latn", "de", " zh-CN ")] == [
+        "de",
+        "de",
+        "de",
+        "zh_Hans",
+    ]
     said = capsys.readouterr()
     assert said.err.splitlines() == [
         "lsmoe: language 'deu_Latn' is read as 'de' (German)",
@@ -167,11 +210,15 @@ def test_what_is_read_as_another_code_is_said_once(capsys):
 
 def test_all_codes_of_one_place_are_said_in_one_line(tmp_path, capsys):
     asked_direction("eng", "fas_AF")
-    assert capsys.readouterr().err == "lsmoe: language 'eng' is read as 'en' (English), 'fas_AF' as 'prs' (Dari)\n"
+    assert (
+        capsys.readouterr().err
+        == "lsmoe: language 'eng' is read as 'en' (English), 'fas_AF' as 'prs' (Dari)\n"
+    )
     read_directions(["eng_Latn-deu_Latn", "eng_Latn-xx", "qaa-deu_Latn", ""])
-    assert capsys.readouterr().err == (
-        "lsmoe: language 'eng_Latn' is read as 'en' (English), 'deu_Latn' as 'de' (German); "
-        "languages 'xx', 'qaa' are not in the table (docs/languages.md): no name, no script filter, BLEU by 13a\n"
+    assert (
+        capsys.readouterr().err
+        == "lsmoe: language 'eng_Latn' is read as 'en' (English), 'deu_Latn' as 'de' (German); languages"
+        " 'xx', 'qaa' are not in the table (docs/languages.md): no name, no script filter, BLEU by 13a\n"
     )
     load_recipe(write_recipe(tmp_path, dict.fromkeys(["en", *NLLB[:30]], 2), languages=NLLB[:30]))
     (said,) = capsys.readouterr().err.splitlines()
@@ -190,7 +237,10 @@ def test_of_many_ranks_one_says_it(variable, capsys, monkeypatch):
 def test_unknown_codes_are_accepted_and_said(capsys):
     assert [read_code(code) for code in ("xx", "qaa", "x-mine")] == ["xx", "qaa", "x_mine"]
     said = capsys.readouterr().err
-    assert said.count("is not in the table") == 3 and "'xx' is not in the table (docs/languages.md): no name, no script filter" in said
+    assert (
+        said.count("is not in the table") == 3
+        and "'xx' is not in the table (docs/languages.md): no name, no script filter" in said
+    )
     assert read_code("qtz", of_system=True) == "qtz" and capsys.readouterr().err == ""
 
 
@@ -235,7 +285,13 @@ def test_directions_as_people_write_them(text: str, ours: str):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("zh-cn-en", "'zh-cn-en' is not a direction: write source-target with two different codes, such as en-de; the parts of a code are"),
+        (
+            "zh-cn-en",
+            (
+                "'zh-cn-en' is not a direction: write source-target with two different codes, such as en-de;"
+                " the parts of a code are"
+            ),
+        ),
         ("en", "'en' is not a direction"),
         ("en-", "'en-' is not a direction"),
         ("en>de", "'en>de' is not a direction"),
@@ -264,21 +320,33 @@ def write_recipe(folder: Path, rank: Any = None, **data: Any) -> Path:
 
 
 def test_recipes_hold_the_codes_of_the_table(tmp_path, capsys):
-    path = write_recipe(tmp_path, {"zho": 2, "eng_Latn": 1, "pt_BR": 3}, languages=["eng_Latn", "zho_Hans", "pt-br"])
+    path = write_recipe(
+        tmp_path, {"zho": 2, "eng_Latn": 1, "pt_BR": 3}, languages=["eng_Latn", "zho_Hans", "pt-br"]
+    )
     recipe = load_recipe(path)
     assert recipe.data.languages == ["en", "zh_Hans", "pt_BR"]
     assert recipe.data.directions == ["en-zh_Hans", "zh_Hans-en", "en-pt_BR", "pt_BR-en"]
-    assert recipe.model.low_rank is not None and recipe.model.low_rank.rank == {"zh_Hans": 2, "en": 1, "pt_BR": 3}
+    assert recipe.model.low_rank is not None and recipe.model.low_rank.rank == {
+        "zh_Hans": 2,
+        "en": 1,
+        "pt_BR": 3,
+    }
     assert yaml.safe_load(recipe.to_yaml())["data"]["languages"] == ["en", "zh_Hans", "pt_BR"]
     said = capsys.readouterr().err
-    assert said == (
-        "lsmoe: language 'eng_Latn' is read as 'en' (English), 'zho_Hans' as 'zh_Hans' (Chinese (Simplified)), "
-        "'pt-br' as 'pt_BR' (Brazilian Portuguese), 'zho' as 'zh_Hans' (Chinese (Simplified))\n"
+    assert (
+        said == "lsmoe: language 'eng_Latn' is read as 'en' (English), 'zho_Hans' as 'zh_Hans' (Chinese"
+        " (Simplified)), 'pt-br' as 'pt_BR' (Brazilian Portuguese), 'zho' as 'zh_Hans' (Chinese"
+        " (Simplified))\n"
     )
     directed = load_recipe(write_recipe(tmp_path, directions=["eng_Latn-deu_Latn", "fr-en", "de-zh-TW"]))
     assert directed.data.directions == ["en-de", "fr-en", "de-zh_Hant"]
     changed = load_recipe(
-        path, ["data.directions=[]", "data.languages=[jpn, eng]", "model.low_rank={rank: {ja: 1, eng: 2}, index: language}"]
+        path,
+        [
+            "data.directions=[]",
+            "data.languages=[jpn, eng]",
+            "model.low_rank={rank: {ja: 1, eng: 2}, index: language}",
+        ],
     )
     assert changed.data.languages == ["ja", "en"]
 
@@ -286,12 +354,27 @@ def test_recipes_hold_the_codes_of_the_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"languages": ["de", "deu"]}, "'data.languages': 'de' and 'deu' are one language (German), de: write one of them"),
-        ({"languages": ["zh_Hans", "zho_Hans"]}, "'zh_Hans' and 'zho_Hans' are one language (Chinese (Simplified)), zh_Hans"),
+        (
+            {"languages": ["de", "deu"]},
+            "'data.languages': 'de' and 'deu' are one language (German), de: write one of them",
+        ),
+        (
+            {"languages": ["zh_Hans", "zho_Hans"]},
+            "'zh_Hans' and 'zho_Hans' are one language (Chinese (Simplified)), zh_Hans",
+        ),
         ({"languages": ["en_GB", "en_US", "de"]}, "'en_GB' and 'en_US' are one language (English), en"),
-        ({"directions": ["en-de", "eng_Latn-deu_Latn"]}, "'data.directions': 'en-de' and 'eng_Latn-deu_Latn' are one direction, en-de"),
-        ({"directions": ["de-deu"]}, "'data.directions': 'de-deu' is not a direction: both codes are de (German)"),
-        ({"languages": ["Germn"]}, "'data.languages': 'Germn' is not a language code (did you mean 'de', German?)"),
+        (
+            {"directions": ["en-de", "eng_Latn-deu_Latn"]},
+            "'data.directions': 'en-de' and 'eng_Latn-deu_Latn' are one direction, en-de",
+        ),
+        (
+            {"directions": ["de-deu"]},
+            "'data.directions': 'de-deu' is not a direction: both codes are de (German)",
+        ),
+        (
+            {"languages": ["Germn"]},
+            "'data.languages': 'Germn' is not a language code (did you mean 'de', German?)",
+        ),
         (
             {"rank": {"de": 1, "deu": 2, "en": 1}, "languages": ["de"]},
             "'model.low_rank.rank': 'de' and 'deu' are one language (German), de",
@@ -309,7 +392,12 @@ def test_two_codes_for_one_language_are_refused(data: dict[str, Any], says: str,
 
 
 def test_values_that_are_no_codes_are_left_to_the_checks_of_recipes():
-    for recipe in ({}, {"data": 3}, {"data": {"languages": "de", "directions": {"a": 1}}}, {"model": {"low_rank": [1]}}):
+    for recipe in (
+        {},
+        {"data": 3},
+        {"data": {"languages": "de", "directions": {"a": 1}}},
+        {"model": {"low_rank": [1]}},
+    ):
         assert resolve_codes(recipe) is None
     recipe = {"data": {"languages": [False, None, ["deu"], 7]}}
     assert resolve_codes(recipe) is None and recipe["data"]["languages"] == [False, None, ["deu"], 7]
@@ -323,14 +411,22 @@ def test_a_system_keeps_its_codes(capsys):
     assert "'zh' is read as 'zh_CN' (Chinese (Simplified))" in said and "not in the table" not in said
     both = {"data": {"languages": ["nb", "no"]}}
     assert resolve_codes(both, ["nb", "no"]) is None and both["data"]["languages"] == ["nb", "no"]
-    assert resolve_codes(both, ["no"]) == ("data.languages", "'nb' and 'no' are one language (Norwegian), no: write one of them")
+    assert resolve_codes(both, ["no"]) == (
+        "data.languages",
+        "'nb' and 'no' are one language (Norwegian), no: write one of them",
+    )
 
 
 def test_languages_are_found_by_any_code():
-    languages = Languages((Direction("eng_Latn", "zh_CN"), Direction("zh_CN", "eng_Latn"), Direction("eng_Latn", "no")))
+    languages = Languages(
+        (Direction("eng_Latn", "zh_CN"), Direction("zh_CN", "eng_Latn"), Direction("eng_Latn", "no"))
+    )
     assert [languages.id(code) for code in ("en", "eng_Latn", "nb", "zho_Hans")] == [0, 0, 1, 2]
     assert languages.find(Direction("en", "zh")) == Direction("eng_Latn", "zh_CN")
-    assert choose_directions(["en-zh", "zh-CN-en", ""], languages) == [Direction("eng_Latn", "zh_CN"), Direction("zh_CN", "eng_Latn")]
+    assert choose_directions(["en-zh", "zh-CN-en", ""], languages) == [
+        Direction("eng_Latn", "zh_CN"),
+        Direction("zh_CN", "eng_Latn"),
+    ]
     with pytest.raises(UserError, match="language 'zh_Hant' is not in this system"):
         languages.id("zh_Hant")
     with pytest.raises(UserError, match="direction no-en is not in this system"):
@@ -340,7 +436,10 @@ def test_languages_are_found_by_any_code():
 def test_the_table_reads_what_it_lists():
     """No code of the table is an alias of two languages, or read as another one than its row says."""
     wrong = {
-        alias: entry.code for entry in table().values() for alias in (entry.code, *entry.aliases) if normalize_code(alias) != entry.code
+        alias: entry.code
+        for entry in table().values()
+        for alias in (entry.code, *entry.aliases)
+        if normalize_code(alias) != entry.code
     }
     assert wrong == {}
     assert all(len(entry.script) == 4 for entry in table().values())

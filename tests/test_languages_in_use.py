@@ -58,12 +58,18 @@ def test_files_and_columns_of_all_conventions_are_read_and_said_in_one_line(tmp_
     ]  # fmt: skip
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert said[0].endswith("a: deu_Latn is read as de, eng is read as en, zho_Hans is read as zh_Hans, zh-TW is read as zh_Hant")
+    assert said[0].endswith(
+        "a: deu_Latn is read as de, eng is read as en, zho_Hans is read as zh_Hans, zh-TW is read as zh_Hant"
+    )
     write_files(tmp_path, "b.deu", "b.en")
     corpora = [Corpus(path=tmp_path / stem, format="moses") for stem in "ab"]
     assert len(find_parts(corpora, tmp_path, ["de-en"])) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"lsmoe: corpus {tmp_path}/a: deu_Latn is read as de, eng is read as en; corpus {tmp_path}/b: deu is read as de"
+    assert (
+        line
+        == f"lsmoe: corpus {tmp_path}/a: deu_Latn is read as de, eng is read as en; corpus {tmp_path}/b: deu"
+        " is read as de"
+    )
     write_lines(tmp_path / "x.tsv", ["eng_Latn\tpor-BR\tJPN", "Hello\tOi\tやあ"])
     (part,) = found(tmp_path / "x.tsv", "tsv", "ja-pt_BR")
     assert list(part.pairs()) == [("やあ", "Oi")]
@@ -84,12 +90,17 @@ def test_of_two_spellings_the_closest_is_read_and_the_other_named(tmp_path, caps
     assert names(found(tmp_path / "a", "moses", "en-nb")) == [["a.en", "a.nb"]]
     assert "en is read from a.en, not from a.eng_Latn, which means the same" in capsys.readouterr().err
     assert names(found(tmp_path / "a", "moses", "en-no")) == [["a.en", "a.no"]]
-    assert names(found(tmp_path / "a", "moses", "en-nb", source="eng_Latn", target="nb")) == [["a.eng_Latn", "a.nb"]]
+    assert names(found(tmp_path / "a", "moses", "en-nb", source="eng_Latn", target="nb")) == [
+        ["a.eng_Latn", "a.nb"]
+    ]
 
 
 def test_two_spellings_that_are_as_close_are_refused(tmp_path):
     write_files(tmp_path, "a.deu", "a.ger", "a.en")
-    with pytest.raises(UserError, match=r"both a\.deu and a\.ger are de: remove one of them, or name one as 'source' or 'target'"):
+    with pytest.raises(
+        UserError,
+        match=r"both a\.deu and a\.ger are de: remove one of them, or name one as 'source' or 'target'",
+    ):
         found(tmp_path / "a", "moses", "de-en")
     assert names(found(tmp_path / "a", "moses", "de-en", source="ger")) == [["a.ger", "a.en"]]
     write_lines(tmp_path / "x.tsv", ["en\tde\tde", "a\tb\tc"])
@@ -126,7 +137,9 @@ def test_iwslt_keeps_pairs_of_one_folder_apart(tmp_path):
     parts = found(tmp_path, "iwslt", "de-en", "en-pt_BR")
     texts = {part.bitext: list(part.pairs()) for part in parts}
     assert texts == {"de-en": [("de-en.de", "de-en.en")], "en-pt_BR": [("en-pt-br.en", "en-pt-br.pt-br")]}
-    assert sorted((part.bitext, part.split) for part in parts) == [(b, s) for b in ("de-en", "en-pt_BR") for s in ("dev", "train")]
+    assert sorted((part.bitext, part.split) for part in parts) == [
+        (b, s) for b in ("de-en", "en-pt_BR") for s in ("dev", "train")
+    ]
 
 
 def test_a_corpus_in_another_variety_is_not_mixed_in_but_named(tmp_path):
@@ -143,8 +156,13 @@ def test_a_corpus_in_another_variety_is_not_mixed_in_but_named(tmp_path):
     write_files(tmp_path, "b.en")
     found = search([Corpus(path=tmp_path / "b", format="moses")], tmp_path, ["de-en"])
     assert why_no_text(found, "de-en") == f" (corpus {tmp_path}/b has b.en but no file for de)"
-    with pytest.raises(UserError, match=r"no text for en-pt_BR in the corpora of the recipe \(.*\) \(corpus .*a has pt .*: write pt\)"):
-        prepare(small_recipe(tmp_path, corpora=[{"path": tmp_path / "a", "format": "moses"}], languages=["pt_BR"]))
+    with pytest.raises(
+        UserError,
+        match=r"no text for en-pt_BR in the corpora of the recipe \(.*\) \(corpus .*a has pt .*: write pt\)",
+    ):
+        prepare(
+            small_recipe(tmp_path, corpora=[{"path": tmp_path / "a", "format": "moses"}], languages=["pt_BR"])
+        )
 
 
 # Runs from before codes were resolved.
@@ -162,10 +180,16 @@ def old_run(pool, folder: Path) -> Path:
     """A run with the codes eng_Latn, hi and iw, whose order is not that of en, he and hi."""
     write_corpus(folder)
     text = folder / "text.tsv"
-    text.write_text(text.read_text(encoding="utf-8").replace("en\tde\tfr", "eng_Latn\thi\tiw", 1), encoding="utf-8")
+    text.write_text(
+        text.read_text(encoding="utf-8").replace("en\tde\tfr", "eng_Latn\thi\tiw", 1), encoding="utf-8"
+    )
     value = make_recipe(folder, TARGET_TOP2, TARGET_TOP2).model_dump(mode="json")
     pairs = [f"eng_Latn-{code}" for code in ("hi", "iw")] + [f"{code}-eng_Latn" for code in ("hi", "iw")]
-    value["data"] |= {"languages": ["eng_Latn", "hi", "iw"], "directions": pairs, "cleaning": {"script_share": 0.0}}
+    value["data"] |= {
+        "languages": ["eng_Latn", "hi", "iw"],
+        "directions": pairs,
+        "cleaning": {"script_share": 0.0},
+    }
     recipe = Recipe.model_validate(value)
     data = prepare(recipe)
     open_run(recipe, folder / "run", data.folder / "vocabulary.model")
@@ -175,26 +199,74 @@ def old_run(pool, folder: Path) -> Path:
 
 def test_a_run_keeps_the_codes_that_it_was_trained_with(pool, tmp_path, monkeypatch, capsys):
     run = old_run(pool, tmp_path)
-    assert Vocabulary.load(run / "vocabulary.model").codes == load_recipe(run / "recipe.yaml").languages.codes == ("eng_Latn", "hi", "iw")
+    assert (
+        Vocabulary.load(run / "vocabulary.model").codes
+        == load_recipe(run / "recipe.yaml").languages.codes
+        == ("eng_Latn", "hi", "iw")
+    )
     own = load_recipe(run / "recipe.yaml")
     check_run(own, run, run / "vocabulary.model")
     (tmp_path / "mine.yaml").write_text(own.to_yaml(), encoding="utf-8")
-    with pytest.raises(UserError, match=r"data\.directions \['eng_Latn-hi', .* continue it with its own recipe, .*run/recipe\.yaml, or"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.directions \['eng_Latn-hi', .* continue it with its own recipe, .*run/recipe\.yaml, or",
+    ):
         check_run(load_recipe(tmp_path / "mine.yaml"), run, run / "vocabulary.model")
     translated = []
     capsys.readouterr()
     for source, target in (("eng_Latn", "iw"), ("en", "he"), ("en-US", "heb_Hebr")):
-        call(monkeypatch, "translate", str(run), "--from", source, "--to", target, "--beam", "1", text="bafe dogi\n")
+        call(
+            monkeypatch,
+            "translate",
+            str(run),
+            "--from",
+            source,
+            "--to",
+            target,
+            "--beam",
+            "1",
+            text="bafe dogi\n",
+        )
         translated.append(capsys.readouterr().out)
     assert translated[0] == translated[1] == translated[2] and translated[0].strip()
-    call(monkeypatch, "evaluate", str(run), "--directions", "en-he,hi-en", "--limit", "2", "--beam", "1", "--json")
+    call(
+        monkeypatch,
+        "evaluate",
+        str(run),
+        "--directions",
+        "en-he,hi-en",
+        "--limit",
+        "2",
+        "--beam",
+        "1",
+        "--json",
+    )
     scores = ScoreTable.from_json(capsys.readouterr().out)
     assert [str(score.direction) for score in scores.directions] == ["eng_Latn-iw", "hi-eng_Latn"]
-    assert {"into_english", "out_of_english"} <= scores.averages().keys() and "between_others" not in scores.averages()
+    assert {
+        "into_english",
+        "out_of_english",
+    } <= scores.averages().keys() and "between_others" not in scores.averages()
     dense = tmp_path / "dense"
-    call(monkeypatch, "convert", str(run), "--to", "dense", "--from", "en", "--to-language", "he", "--out", str(dense), "--check", "2")
+    call(
+        monkeypatch,
+        "convert",
+        str(run),
+        "--to",
+        "dense",
+        "--from",
+        "en",
+        "--to-language",
+        "he",
+        "--out",
+        str(dense),
+        "--check",
+        "2",
+    )
     assert load(dense).recipe.data.directions == ["eng_Latn-iw"]
     assert extract_stored(find_model(run), Direction("en", "he"))[1].data.directions == ["eng_Latn-iw"]
     capsys.readouterr()
-    call(monkeypatch, "translate", str(dense), "--from", "en", "--to", "iw", "--beam", "1", text="bafe dogi\n")
+    call(
+        monkeypatch, "translate", str(dense), "--from", "en", "--to", "iw", "--beam", "1", text="bafe dogi\n"
+    )
     assert capsys.readouterr().out == translated[0]

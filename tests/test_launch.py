@@ -15,8 +15,13 @@ from lsmoe_ds.launch import launcher
 from lsmoe_ds.launch.processes import _accelerators, smallest_world
 
 
-@pytest.mark.parametrize(("left", "status", "says"), [(-9, 137, "a rank was killed by SIGKILL, perhaps for lack of memory"), (75, 75, "")])
-def test_the_launcher_passes_on_the_status_of_its_ranks_and_keeps_its_hands_off_signals(monkeypatch, capfd, left, status, says):
+@pytest.mark.parametrize(
+    ("left", "status", "says"),
+    [(-9, 137, "a rank was killed by SIGKILL, perhaps for lack of memory"), (75, 75, "")],
+)
+def test_the_launcher_passes_on_the_status_of_its_ranks_and_keeps_its_hands_off_signals(
+    monkeypatch, capfd, left, status, says
+):
     from deepspeed.launcher import launch as theirs
 
     def main():
@@ -33,7 +38,12 @@ def test_the_launcher_passes_on_the_status_of_its_ranks_and_keeps_its_hands_off_
 
 @pytest.mark.parametrize(
     ("visible", "gpus", "chosen"),
-    [(None, True, [0, 1]), ("2,3,5", True, ["2", "3"]), ("7", False, [0, 1]), ("GPU-a, GPU-b", True, ["GPU-a", "GPU-b"])],
+    [
+        (None, True, [0, 1]),
+        ("2,3,5", True, ["2", "3"]),
+        ("7", False, [0, 1]),
+        ("GPU-a, GPU-b", True, ["GPU-a", "GPU-b"]),
+    ],
 )
 def test_ranks_get_the_gpus_that_are_named(monkeypatch, visible, gpus, chosen):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -41,11 +51,15 @@ def test_ranks_get_the_gpus_that_are_named(monkeypatch, visible, gpus, chosen):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert json.loads(base64.urlsafe_b64decode(_accelerators(2, gpus))) == {"localhost": chosen}
     if visible and gpus:
-        with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES is .* less than one GPU for each of 4 processes"):
+        with pytest.raises(
+            UserError, match=r"CUDA_VISIBLE_DEVICES is .* less than one GPU for each of 4 processes"
+        ):
             _accelerators(4, gpus)
 
 
-@pytest.mark.parametrize(("tensor", "expert", "world"), [(1, 1, 1), (2, 1, 2), (1, 4, 4), (2, 4, 4), (2, 3, 6), (6, 4, 12)])
+@pytest.mark.parametrize(
+    ("tensor", "expert", "world"), [(1, 1, 1), (2, 1, 2), (1, 4, 4), (2, 4, 4), (2, 3, 6), (6, 4, 12)]
+)
 def test_the_fewest_ranks_are_a_multiple_of_both(tensor, expert, world):
     layout = SimpleNamespace(parallel=SimpleNamespace(tensor=tensor, expert=expert))
     assert smallest_world(layout) == world

@@ -27,7 +27,9 @@ RANKS = LowRank(rank={"de": 1, "en": 4, "fr": 2, "ru": 3}, index="language")
 def ids_of(numbers: list[int]) -> SentenceIds:
     """Of directions by number."""
     directions = [LANGUAGES.directions[number] for number in numbers]
-    source, target = ([LANGUAGES.id(getattr(direction, side)) for direction in directions] for side in ("source", "target"))
+    source, target = (
+        [LANGUAGES.id(getattr(direction, side)) for direction in directions] for side in ("source", "target")
+    )
     return SentenceIds(torch.tensor(source), torch.tensor(target), torch.tensor(numbers))
 
 
@@ -41,7 +43,9 @@ def bank_of(settings: LowRank, decoder: bool) -> tuple[nn.Linear, LowRankBank]:
     return nn.Linear(INPUTS, OUTPUTS), bank
 
 
-def reference(base: nn.Linear, bank: LowRankBank, settings: LowRank, decoder: bool, x: torch.Tensor, ids: SentenceIds) -> torch.Tensor:
+def reference(
+    base: nn.Linear, bank: LowRankBank, settings: LowRank, decoder: bool, x: torch.Tensor, ids: SentenceIds
+) -> torch.Tensor:
     """Equation 1, with the product formed: (W + V[source] F[target]) x, or V and F of one language."""
     outputs = []
     for sentence in range(x.shape[0]):
@@ -53,18 +57,27 @@ def reference(base: nn.Linear, bank: LowRankBank, settings: LowRank, decoder: bo
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("numbers", [[0, 0, 1, 3, 3, 5], [4, 0, 4, 2, 0], [1]], ids=["sorted", "unsorted", "one"])
+@pytest.mark.parametrize(
+    "numbers", [[0, 0, 1, 3, 3, 5], [4, 0, 4, 2, 0], [1]], ids=["sorted", "unsorted", "one"]
+)
 @pytest.mark.parametrize("decoder", [False, True])
 @pytest.mark.parametrize("settings", [PAIR, LANGUAGE, RANKS], ids=["pair", "language", "ranks"])
 def test_bank_follows_the_equation(settings, decoder, numbers):
     base, bank = bank_of(settings, decoder)
     ids = ids_of(numbers)
     results = []
-    for run in (lambda x: bank(base, x, LanguageContext(ids)), lambda x: reference(base, bank, settings, decoder, x, ids)):
-        x = torch.randn(len(numbers), LENGTH, INPUTS, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    for run in (
+        lambda x: bank(base, x, LanguageContext(ids)),
+        lambda x: reference(base, bank, settings, decoder, x, ids),
+    ):
+        x = torch.randn(
+            len(numbers), LENGTH, INPUTS, generator=torch.Generator().manual_seed(2)
+        ).requires_grad_()
         out = run(x)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
-        gradients = torch.autograd.grad((out * weights).sum(), [x, base.weight, base.bias, bank.flat, bank.vertical])
+        gradients = torch.autograd.grad(
+            (out * weights).sum(), [x, base.weight, base.bias, bank.flat, bank.vertical]
+        )
         results.append([out, *gradients])
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -75,12 +88,17 @@ def test_hypotheses_of_a_sentence_share_its_matrices():
     base, bank = bank_of(PAIR, True)
     x = torch.randn(6, 1, INPUTS)
     context = LanguageContext(ids_of([0, 0, 0, 3, 3, 3]))
-    torch.testing.assert_close(bank(base, x.view(2, 3, INPUTS), context).view(6, 1, OUTPUTS), bank(base, x, context))
+    torch.testing.assert_close(
+        bank(base, x.view(2, 3, INPUTS), context).view(6, 1, OUTPUTS), bank(base, x, context)
+    )
 
 
 def test_indexes():
     assert [indexes(PAIR, side) for side in ("encoder", "decoder")] == [("source", "target")] * 2
-    assert [indexes(LANGUAGE, side) for side in ("encoder", "decoder")] == [("source", "source"), ("target", "target")]
+    assert [indexes(LANGUAGE, side) for side in ("encoder", "decoder")] == [
+        ("source", "source"),
+        ("target", "target"),
+    ]
 
 
 def recipe_of(**low_rank) -> Recipe:
@@ -89,7 +107,13 @@ def recipe_of(**low_rank) -> Recipe:
         {
             "name": "test",
             "data": {"corpora": ["none"], "languages": CODES, "vocabulary": {"size": 96}},
-            "model": {"hidden": 16, "heads": 4, "encoder": side, "decoder": side, "low_rank": low_rank or None},
+            "model": {
+                "hidden": 16,
+                "heads": 4,
+                "encoder": side,
+                "decoder": side,
+                "low_rank": low_rank or None,
+            },
             "training": {"steps": 3, "dropout": 0.0},
         }
     )
@@ -121,20 +145,30 @@ def test_a_new_model_computes_what_the_naive_one_does(at):
 
 def test_where_the_matrices_stand():
     def places(**low_rank):
-        names = [name for name, _ in model_of(recipe_of(**low_rank), False).named_parameters() if name.endswith(".flat")]
+        names = [
+            name
+            for name, _ in model_of(recipe_of(**low_rank), False).named_parameters()
+            if name.endswith(".flat")
+        ]
         return {name.removesuffix("_low_rank.flat") for name in names}
 
     sides = [f"{side}.{layer}" for side in ("encoder", "decoder") for layer in (0, 1)]
     feed_forward = {f"{layer}.feed_forward.{part}" for layer in sides for part in ("expand", "contract")}
-    attention = {f"{layer}.attention.{part}" for layer in sides for part in ("query", "key", "value", "output")}
-    attention |= {f"decoder.{i}.cross_attention.{part}" for i in (0, 1) for part in ("query", "key", "value", "output")}
+    attention = {
+        f"{layer}.attention.{part}" for layer in sides for part in ("query", "key", "value", "output")
+    }
+    attention |= {
+        f"decoder.{i}.cross_attention.{part}" for i in (0, 1) for part in ("query", "key", "value", "output")
+    }
     assert places(rank=3) == feed_forward
     assert places(rank=3, at="attention") == attention
     assert places(rank=3, at="both") == feed_forward | attention
     assert places(rank=3, every=2) == {name for name in feed_forward if ".1." in name}
 
 
-@pytest.mark.parametrize("low_rank", [{"rank": 3, "at": "both"}, {"rank": RANKS.rank, "index": "language"}], ids=["pair", "ranks"])
+@pytest.mark.parametrize(
+    "low_rank", [{"rank": 3, "at": "both"}, {"rank": RANKS.rank, "index": "language"}], ids=["pair", "ranks"]
+)
 def test_a_mixed_batch_equals_one_batch_for_each_pair(low_rank):
     model = model_of(recipe_of(**low_rank), True)
     numbers = [3, 0, 5, 0, 2, 3, 1, 4]
@@ -147,7 +181,10 @@ def test_a_mixed_batch_equals_one_batch_for_each_pair(low_rank):
         return [loss, *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
 
     mixed = loss_and_gradients(list(range(len(numbers))))
-    parts = [loss_and_gradients([i for i, n in enumerate(numbers) if n == number]) for number in sorted(set(numbers))]
+    parts = [
+        loss_and_gradients([i for i, n in enumerate(numbers) if n == number])
+        for number in sorted(set(numbers))
+    ]
     for found, wanted in zip(mixed, (sum(each) for each in zip(*parts, strict=True)), strict=True):
         assert (found - wanted).abs().max() <= 1e-5 * max(float(wanted.abs().max()), 1e-2)
 

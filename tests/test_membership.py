@@ -20,7 +20,13 @@ SRUN = {
     "SLURM_NODEID": "1",
     "SLURM_LOCALID": "1",
 }
-BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+BATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "node[1-4]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -32,7 +38,13 @@ MASTER = {"MASTER_ADDR": "node2", "MASTER_PORT": "29500"}
 NAMED = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MASTER}
 TORCHRUN = {**NAMED, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "2"}
 DEEPSPEED = {**NAMED, "LOCAL_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "2"}
-DAEMON = {**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+DAEMON = {
+    **SRUN,
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
 
 
 @pytest.mark.parametrize(
@@ -70,10 +82,19 @@ def test_each_launcher_is_understood(environment, expected):
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
         (OPEN_MPI | {"MASTER_ADDR": "node2"}, "MASTER_PORT is not set"),
         (SRUN | {"WORLD_SIZE": "8"}, "srun says that this is rank 3 of 4, but WORLD_SIZE is 8"),
-        (SRUN | NAMED, "the environment says that this is rank 1 of 4, but srun has started it as rank 3 of 4: unset RANK and WORLD_SIZE"),
+        (
+            SRUN | NAMED,
+            (
+                "the environment says that this is rank 1 of 4, but srun has started it as rank 3 of 4: unset"
+                " RANK and WORLD_SIZE"
+            ),
+        ),
         (OPEN_MPI | NAMED | {"RANK": "0"}, "but mpirun has started it as rank 1 of 4"),
         (TORCHRUN | SRUN, "srun has started torchrun 4 times, but torchrun knows of 2"),
-        (DEEPSPEED | DAEMON | {"CROSS_SIZE": "1"}, "srun has started deepspeed 2 times, but deepspeed knows of 1"),
+        (
+            DEEPSPEED | DAEMON | {"CROSS_SIZE": "1"},
+            "srun has started deepspeed 2 times, but deepspeed knows of 1",
+        ),
         ({k: v for k, v in SRUN.items() if "NODELIST" not in k}, "set MASTER_ADDR to the host of rank 0"),
     ],
 )
@@ -91,18 +112,33 @@ def test_the_environment_of_a_membership_says_the_same():
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("node1", "node1"), ("node[2-3]", "node2"), ("gpu[03-07,9],login", "gpu03"), ("a,b", "a"), ("r[1-2]n[4,8]x", "r1n4x"), ("n[7]", "n7")],
+    [
+        ("node1", "node1"),
+        ("node[2-3]", "node2"),
+        ("gpu[03-07,9],login", "gpu03"),
+        ("a,b", "a"),
+        ("r[1-2]n[4,8]x", "r1n4x"),
+        ("n[7]", "n7"),
+    ],
 )
 def test_the_first_of_a_list_of_nodes(nodes, host):
     assert first_host(nodes) == host
 
 
 @pytest.mark.parametrize(
-    ("node", "counts", "tasks"), [(0, "2(x2),1", 2), (1, "2(x2),1", 2), (2, "2(x2),1", 1), (3, "2(x2),1", None), (0, "", None)]
+    ("node", "counts", "tasks"),
+    [(0, "2(x2),1", 2), (1, "2(x2),1", 2), (2, "2(x2),1", 1), (3, "2(x2),1", None), (0, "", None)],
 )
 def test_tasks_of_a_node(node, counts, tasks):
     assert tasks_of(node, counts) == tasks
 
 
 def test_errors_are_told_by_the_first_rank_of_any_launcher():
-    assert [guess_rank(environment) for environment in ({}, BATCH, SRUN, OPEN_MPI, MPICH, NAMED)] == [0, 0, 3, 1, 1, 1]
+    assert [guess_rank(environment) for environment in ({}, BATCH, SRUN, OPEN_MPI, MPICH, NAMED)] == [
+        0,
+        0,
+        3,
+        1,
+        1,
+        1,
+    ]

@@ -1,4 +1,6 @@
-"""A plan's memory against engines that are really built, and what their autograd and DeepSpeed really keep."""
+"""A plan's memory against engines that are really built, and what their autograd and DeepSpeed really
+keep.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from lsmoe_ds.planning.trained import count_trained
 
 
 def partitions(topology, recipe):
-    """Of a rank: its parameters, elements and bytes of ZeRO's own parts, and bytes of the optimizer after a step."""
+    """Of a rank: its parameters, elements and bytes of ZeRO's own parts, and bytes of the optimizer after a
+    step.
+    """
     from lsmoe_ds.training.engine import build_engine
 
     engine = build_engine(recipe, VOCABULARY, topology)
@@ -33,10 +37,20 @@ def partitions(topology, recipe):
     weights = list(engine.module.parameters())
     optimizer = engine.optimizer
     own = getattr(optimizer, "single_partition_of_fp32_groups", [])  # ZeRO's part of the float32 weights
-    own = own or [value for group in getattr(optimizer, "fp32_groups", []) for value in group]  # bfloat16 without ZeRO
+    own = own or [
+        value for group in getattr(optimizer, "fp32_groups", []) for value in group
+    ]  # bfloat16 without ZeRO
     inner = optimizer.optimizer if own else optimizer
-    moments = [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value) and value.numel() > 1]
-    in_bytes = [sum(value.numel() * value.element_size() for value in values) for values in (weights, [*own, *moments])]
+    moments = [
+        value
+        for state in inner.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.numel() > 1
+    ]
+    in_bytes = [
+        sum(value.numel() * value.element_size() for value in values)
+        for values in (weights, [*own, *moments])
+    ]
     engine.destroy()
     return sum(parameter.numel() for parameter in weights), *in_bytes
 
@@ -53,7 +67,9 @@ def test_memory_is_that_of_an_engine(pool, tensor, expert, stage, bf16, trainabl
     recipe = recipe_of("token", "target", tensor, expert, stage, bf16)
     recipe.training.trainable = trainable
     planned = plan(recipe, 2)
-    (wanted,) = [each for each in planned.memory if (each.precision, each.stage) == (planned.precision, planned.stage)]
+    (wanted,) = [
+        each for each in planned.memory if (each.precision, each.stage) == (planned.precision, planned.stage)
+    ]
     assert planned.stage == stage
     for parameters, weights, optimizer in pool.run(2, partitions, recipe, tensor=tensor, expert=expert):
         assert parameters == sum(local_parameters(planned.parameters.whole, tensor, expert))
@@ -107,8 +123,13 @@ def test_memory_formulas():
         assert {found[precision, stage].weights for stage in (0, 1, 2)} == {value * (dense + experts)}
         assert [found[precision, stage].gradients for stage in (0, 1)] == [value * (dense + experts)] * 2
         assert found[precision, 2].gradients == pytest.approx(value * part, abs=16)
-        assert found[precision, 1].optimizer == found[precision, 2].optimizer == pytest.approx(12 * part, abs=32)
-    assert (found["float32", 0].optimizer, found["bfloat16", 0].optimizer) == (8 * (dense + experts), 12 * (dense + experts))
+        assert (
+            found[precision, 1].optimizer == found[precision, 2].optimizer == pytest.approx(12 * part, abs=32)
+        )
+    assert (found["float32", 0].optimizer, found["bfloat16", 0].optimizer) == (
+        8 * (dense + experts),
+        12 * (dense + experts),
+    )
     each = found["float32", 0]
     passing = each.activations + each.buffers
     lasting = each.weights + each.gradients + each.optimizer
@@ -125,7 +146,9 @@ def small_batches(recipe: Recipe, dropout: float = 0.1) -> Recipe:
 
 
 def kept_by_autograd(recipe: Recipe, logits: int) -> int:
-    """Bytes that such a batch leaves for its backward pass, and the two gradients of the size of the ``logits`` rows there."""
+    """Bytes that such a batch leaves for its backward pass, and the two gradients of the size of the
+    ``logits`` rows there.
+    """
     model = Transformer(recipe, VOCABULARY)
     initialize(model, 1, Topology.single())
     generator = torch.Generator().manual_seed(4)
@@ -141,18 +164,26 @@ def kept_by_autograd(recipe: Recipe, logits: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         losses = model(source, decoder_input, decoder_input, ids)
-        losses.loss + sum(record.probabilities.square().sum() + record.squares for record in losses.notes.get("moe", []))
+        losses.loss + sum(
+            record.probabilities.square().sum() + record.squares for record in losses.notes.get("moe", [])
+        )
     return sum(value.untyped_storage().nbytes() for value in kept.values()) + 2 * logits * VOCABULARY * 4
 
 
-@pytest.mark.parametrize(("sides", "dropout"), [(("dense", "dense"), 0.1), (("token", "pair"), 0.1), (("static", "token"), 0.0)])
+@pytest.mark.parametrize(
+    ("sides", "dropout"), [(("dense", "dense"), 0.1), (("token", "pair"), 0.1), (("static", "token"), 0.0)]
+)
 def test_activations_are_what_autograd_keeps(sides, dropout):
     recipe = small_batches(recipe_of(*sides), dropout)
     assert kept_by_autograd(recipe, 8 * 32) == pytest.approx(activations(recipe, 4), rel=0.05)
 
 
 @pytest.mark.parametrize("sides", [("dense", "dense"), ("token", "pair")])
-@pytest.mark.parametrize("settings", [Clsr(), Clsr(shared=False, gate=24, at=["cross_attention", "feed_forward"])], ids=["shared", "own"])
+@pytest.mark.parametrize(
+    "settings",
+    [Clsr(), Clsr(shared=False, gate=24, at=["cross_attention", "feed_forward"])],
+    ids=["shared", "own"],
+)
 def test_activations_of_gates_are_what_autograd_keeps(settings, sides):
     recipe = small_batches(recipe_of(*sides))
     without = activations(recipe, 4)
@@ -187,12 +218,16 @@ def reduction_copies(topology, recipe, bucket):
 @pytest.mark.parametrize(("world", "expert"), [(1, 1), (2, 1), (2, 2)])
 def test_buffers_are_what_is_copied_to_be_reduced(pool, world, expert, gates, monkeypatch):
     recipe, bucket = recipe_of("token", "target", 1, expert, stage=0), STAGE_0_BUCKET
-    if gates:  # all languages' projections are one parameter, larger than a bucket of one value and than the embedding
+    # all languages' projections are one parameter, larger than a bucket of one value and than the embedding
+    if gates:
         bucket, recipe.model.clsr = 1, Clsr(gate=4)
         recipe.data.directions = [f"en-{code}" for code in ("cs", "da", "de", "fr", "it", "nl", "pl", "sv")]
         assert len(recipe.languages.codes) * recipe.model.hidden > VOCABULARY
         monkeypatch.setattr("lsmoe_ds.planning.memory.STAGE_0_BUCKET", bucket)
-    assert pool.run(world, reduction_copies, recipe, bucket, expert=expert) == [memory(recipe, world, 0, "float32").buffers] * world
+    assert (
+        pool.run(world, reduction_copies, recipe, bucket, expert=expert)
+        == [memory(recipe, world, 0, "float32").buffers] * world
+    )
 
 
 def zero_buffers(topology, recipe):

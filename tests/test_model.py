@@ -43,7 +43,10 @@ def test_equals_torch_layers():
         theirs.in_proj_bias.data = torch.cat([ours.query.bias, ours.key.bias, ours.value.bias])
         theirs.out_proj.load_state_dict(ours.output.state_dict())
 
-    for theirs, ours in [*zip(plain.encoder.layers, model.encoder, strict=True), *zip(plain.decoder.layers, model.decoder, strict=True)]:
+    for theirs, ours in [
+        *zip(plain.encoder.layers, model.encoder, strict=True),
+        *zip(plain.decoder.layers, model.decoder, strict=True),
+    ]:
         copy(theirs.self_attn, ours.attention)
         theirs.norm1.load_state_dict(ours.attention_norm.state_dict())
         last = theirs.norm2
@@ -70,11 +73,15 @@ def test_equals_torch_layers():
         memory_key_padding_mask=padding,
     )
     real = batch.labels != PAD
-    torch.testing.assert_close(model.logits(batch.source, batch.decoder_input, batch.ids)[real], (hidden @ embedding.T)[real])
+    torch.testing.assert_close(
+        model.logits(batch.source, batch.decoder_input, batch.ids)[real], (hidden @ embedding.T)[real]
+    )
 
 
 def test_positions_are_those_of_m2m_100():
-    """Row p: sin(p w_i) for the first half of the columns, cos(p w_i) for the second, w_i = 10000^(-i / (H/2 - 1))."""
+    """Row p: sin(p w_i) for the first half of the columns, cos(p w_i) for the second, w_i = 10000^(-i / (H/2
+    - 1)).
+    """
     table = sinusoids(2, 3, 8)
     for row, position in enumerate((2, 3, 4)):
         for i in range(4):
@@ -111,7 +118,9 @@ def test_steps_with_caches_equal_the_whole(routing):
     model, batch = model_of(routing).eval(), batch_of(routing)
     whole = model.logits(batch.source, batch.decoder_input, batch.ids)
     state = model.start(batch.source, batch.ids)
-    steps = [model.step(batch.decoder_input[:, i : i + 1], state) for i in range(batch.decoder_input.shape[1])]
+    steps = [
+        model.step(batch.decoder_input[:, i : i + 1], state) for i in range(batch.decoder_input.shape[1])
+    ]
     real = batch.labels != PAD
     torch.testing.assert_close(torch.stack(steps, 1)[real], whole[real])
 
@@ -119,11 +128,17 @@ def test_steps_with_caches_equal_the_whole(routing):
 @pytest.mark.parametrize("routing", ["dense", "lms"])
 def test_packed_attention_computes_the_same_in_the_same_memory(routing):
     model, batch = model_of(routing).eval(), batch_of(routing)
-    wanted, names = model.logits(batch.source, batch.decoder_input, batch.ids), [name for name, _ in model.named_parameters()]
+    wanted, names = (
+        model.logits(batch.source, batch.decoder_input, batch.ids),
+        [name for name, _ in model.named_parameters()],
+    )
     model.pack()
     for layer in [*model.encoder, *model.decoder]:
         attention = layer.attention
-        storages = {part.weight.untyped_storage().data_ptr() for part in (attention.query, attention.key, attention.value)}
+        storages = {
+            part.weight.untyped_storage().data_ptr()
+            for part in (attention.query, attention.key, attention.value)
+        }
         if routing == "dense":
             assert storages == {attention.packed[0].untyped_storage().data_ptr()}
         else:
@@ -135,7 +150,10 @@ def test_packed_attention_computes_the_same_in_the_same_memory(routing):
 @pytest.mark.parametrize("routing", ["dense", "token", "sentence", "target", "capacity"])
 def test_padding_changes_nothing(routing):
     model, batch = model_of(routing).train(), batch_of(routing)
-    wide = [torch.cat([part, torch.full((len(part), 4), PAD)], 1) for part in (batch.source, batch.decoder_input, batch.labels)]
+    wide = [
+        torch.cat([part, torch.full((len(part), 4), PAD)], 1)
+        for part in (batch.source, batch.decoder_input, batch.labels)
+    ]
     narrow = model(batch.source, batch.decoder_input, batch.labels, batch.ids)
     padded = model(*wide, batch.ids)
     torch.testing.assert_close(padded.loss, narrow.loss)
@@ -150,7 +168,9 @@ def test_loss_is_label_smoothed_cross_entropy():
     losses = model(batch.source, batch.decoder_input, batch.labels, batch.ids)
     logits = model.logits(batch.source, batch.decoder_input, batch.ids).flatten(0, 1)
     labels = batch.labels.flatten()
-    torch.testing.assert_close(losses.loss, F.cross_entropy(logits, labels, ignore_index=PAD, label_smoothing=0.1, reduction="sum"))
+    torch.testing.assert_close(
+        losses.loss, F.cross_entropy(logits, labels, ignore_index=PAD, label_smoothing=0.1, reduction="sum")
+    )
     nll = F.cross_entropy(logits, labels, ignore_index=PAD, reduction="sum").detach()
     torch.testing.assert_close(losses.nll, nll)
     evaluated = model.eval()(batch.source, batch.decoder_input, batch.labels, batch.ids)
@@ -161,7 +181,10 @@ def test_loss_is_label_smoothed_cross_entropy():
 def initial(topology, recipe):
     model = Transformer(recipe, VOCABULARY, topology)
     initialize(model, 7, topology)
-    return {name: float(model.get_parameter(local).double().sum()) for local, name in global_names(model, topology).items()}
+    return {
+        name: float(model.get_parameter(local).double().sum())
+        for local, name in global_names(model, topology).items()
+    }
 
 
 def test_initial_weights_do_not_depend_on_the_layout(pool):
@@ -173,4 +196,7 @@ def test_initial_weights_do_not_depend_on_the_layout(pool):
     split = pool.run(2, initial, recipe_for("target", 2, 1, 1), tensor=2)
     for name, value in whole.items():
         if "attention.query.weight" in name:
-            assert split[0][name] + split[1][name] == pytest.approx(value, abs=1e-6) and split[0][name] != split[1][name]
+            assert (
+                split[0][name] + split[1][name] == pytest.approx(value, abs=1e-6)
+                and split[0][name] != split[1][name]
+            )

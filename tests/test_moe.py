@@ -1,4 +1,6 @@
-"""Routing and dispatch against a few lines of plain torch that follow the papers' equations, token by token."""
+"""Routing and dispatch against a few lines of plain torch that follow the papers' equations, token by
+token.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +37,31 @@ def layer_of(routing: str, task: str = "target", top_k: int = 2, **settings) -> 
 
 def ids_of(directions: list[int]) -> SentenceIds:
     chosen = [LANGUAGES.directions[i] for i in directions]
-    source, target = (torch.tensor([LANGUAGES.id(getattr(d, side)) for d in chosen]) for side in ("source", "target"))
+    source, target = (
+        torch.tensor([LANGUAGES.id(getattr(d, side)) for d in chosen]) for side in ("source", "target")
+    )
     return SentenceIds(source, target, torch.tensor(directions))
 
 
-def logits_of(layer: MixtureOfExperts, x: Tensor, real: Tensor, ids: SentenceIds, summary: Tensor | None, b: int, t: int) -> Tensor:
+def logits_of(
+    layer: MixtureOfExperts, x: Tensor, real: Tensor, ids: SentenceIds, summary: Tensor | None, b: int, t: int
+) -> Tensor:
     """W x_s, W mean(x_s), each with a bias or without, or W[task]: "Beyond Distillation", section 3.1."""
     if layer.settings.routing in ("token", "sentence"):
         mean = x[b, real[b]].mean(0) if summary is None else summary[b]
         product = layer.router.weight @ (x[b, t] if layer.settings.routing == "token" else mean)
         return product + layer.router.bias if layer.settings.router_bias else product
-    return layer.router.weight[{"target": ids.target, "source": ids.source, "pair": ids.direction}[layer.settings.task][b]]
+    return layer.router.weight[
+        {"target": ids.target, "source": ids.source, "pair": ids.direction}[layer.settings.task][b]
+    ]
 
 
-def reference(layer: MixtureOfExperts, x: Tensor, real: Tensor, ids: SentenceIds, summary: Tensor | None = None) -> Tensor:
-    """y_s = sum_k g_k FFN_k(x_s), with g the top-k of the probabilities, scaled to sum to 1 for k > 1; token by token."""
+def reference(
+    layer: MixtureOfExperts, x: Tensor, real: Tensor, ids: SentenceIds, summary: Tensor | None = None
+) -> Tensor:
+    """y_s = sum_k g_k FFN_k(x_s), with g the top-k of the probabilities, scaled to sum to 1 for k > 1; token
+    by token.
+    """
     out = torch.zeros_like(x)
     for b, t in real.nonzero().tolist():
         gates, chosen = logits_of(layer, x, real, ids, summary, b, t).softmax(0).topk(layer.settings.top_k)
@@ -61,8 +73,13 @@ def reference(layer: MixtureOfExperts, x: Tensor, real: Tensor, ids: SentenceIds
     return out
 
 
-# Routing, task, whether a summary is given, which sentence routing reads in the decoder, and whether there is a bias.
-KINDS = [("token", "target", False, False), ("sentence", "target", False, False), ("sentence", "target", True, False)]
+# Routing, task, whether a summary is given, which sentence routing reads in the decoder, and whether there is
+# a bias.
+KINDS = [
+    ("token", "target", False, False),
+    ("sentence", "target", False, False),
+    ("sentence", "target", True, False),
+]
 KINDS += [("task", task, False, False) for task in ("target", "source", "pair")]
 KINDS += [("token", "target", False, True), ("sentence", "target", False, True)]
 
@@ -76,19 +93,32 @@ def test_layer_follows_the_equation(routing, task, with_summary, bias, top_k):
     x = torch.randn(4, 3, HIDDEN)
     weight = torch.randn(4, 3, HIDDEN)
     results = []
-    for compute in (lambda y: layer(y, real, LanguageContext(ids, summary)), lambda y: reference(layer, y, real, ids, summary)):
+    for compute in (
+        lambda y: layer(y, real, LanguageContext(ids, summary)),
+        lambda y: reference(layer, y, real, ids, summary),
+    ):
         y = x.clone().requires_grad_()
         layer.zero_grad()
         out = compute(y)
         (out * weight).sum().backward()
-        results.append((out.detach(), y.grad, {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}))
+        results.append(
+            (
+                out.detach(),
+                y.grad,
+                {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None},
+            )
+        )
     (out, dx, gradients), (wanted, wanted_dx, wanted_gradients) = results
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(dx, wanted_dx)
     assert not out[~real].any()
     used = {int(e) for e in routes_of(layer, x, real, LanguageContext(ids, summary)).experts.flatten()}
-    wanted_names = {n for n, _ in layer.named_parameters() if "experts" not in n or int(n.split(".")[3]) in used}
-    assert gradients.keys() == wanted_names, "the router's and the used experts' gradients; training fills in the others' zeros"
+    wanted_names = {
+        n for n, _ in layer.named_parameters() if "experts" not in n or int(n.split(".")[3]) in used
+    }
+    assert gradients.keys() == wanted_names, (
+        "the router's and the used experts' gradients; training fills in the others' zeros"
+    )
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted_gradients[name], msg=name)
 
@@ -99,7 +129,9 @@ def routes_of(layer: MixtureOfExperts, x: Tensor, real: Tensor, context: Languag
 
 def test_static_routing_deals_tasks_to_experts_with_equal_weights():
     layer, ids = layer_of("static", "pair"), ids_of([0, 1, 2, 3])
-    routes = routes_of(layer, torch.randn(4, 1, HIDDEN), torch.ones(4, 1, dtype=torch.bool), LanguageContext(ids))
+    routes = routes_of(
+        layer, torch.randn(4, 1, HIDDEN), torch.ones(4, 1, dtype=torch.bool), LanguageContext(ids)
+    )
     assert routes.experts.tolist() == [[0, 1], [2, 3], [4, 0], [1, 2]]
     assert routes.weights.tolist() == [[0.5, 0.5]] * 4
     assert not list(layer.router.parameters())
@@ -179,9 +211,15 @@ def test_capacity_holds_in_training_and_is_off_in_evaluation_unless_asked_for():
     x, real, ids = torch.randn(4, 6, HIDDEN), torch.ones(4, 6, dtype=torch.bool), ids_of([0, 1, 2, 3])
     free, limited = layer_of("token"), layer_of("token", capacity={"training": 0.5})
     both = layer_of("token", capacity={"training": 0.5, "evaluation": 0.5})
-    torch.testing.assert_close(limited.eval()(x, real, LanguageContext(ids)), free.eval()(x, real, LanguageContext(ids)))
-    assert not torch.equal(limited.train()(x, real, LanguageContext(ids)), free(x, real, LanguageContext(ids)))
-    torch.testing.assert_close(both.eval()(x, real, LanguageContext(ids)), limited(x, real, LanguageContext(ids)))
+    torch.testing.assert_close(
+        limited.eval()(x, real, LanguageContext(ids)), free.eval()(x, real, LanguageContext(ids))
+    )
+    assert not torch.equal(
+        limited.train()(x, real, LanguageContext(ids)), free(x, real, LanguageContext(ids))
+    )
+    torch.testing.assert_close(
+        both.eval()(x, real, LanguageContext(ids)), limited(x, real, LanguageContext(ids))
+    )
 
 
 def noise_of(routing: str, jitter: float, training: bool) -> tuple[Tensor, MixtureOfExperts]:
@@ -227,7 +265,9 @@ def test_gates_of_two_sum_to_one_and_of_one_are_probabilities():
 
 
 def dispatch(topology, tokens: int, top_k: int):
-    """What a rank has sent, for itself and in bytes, when every token of rank r uses the experts of rank (r + 1) % R."""
+    """What a rank has sent, for itself and in bytes, when every token of rank r uses the experts of rank (r +
+    1) % R.
+    """
     torch.manual_seed(5)
     layer = MixtureOfExperts(
         HIDDEN,
@@ -253,4 +293,6 @@ def test_a_token_travels_once_however_many_of_its_experts_live_on_a_rank(pool, t
     rows = [tokens * (rank + 1) for rank in range(ranks)]
     assert [each[0] for each in found] == rows
     counts = 8 * ranks * (ranks - 1)
-    assert sum(each[1] for each in found) == counts + sum(rows) * bytes_per_row(HIDDEN, top_k, 4, training=True)
+    assert sum(each[1] for each in found) == counts + sum(rows) * bytes_per_row(
+        HIDDEN, top_k, 4, training=True
+    )

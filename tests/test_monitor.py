@@ -20,7 +20,9 @@ def step(tokens: int, source_tokens: int = 5, away: int = 0) -> Step:
 
 
 def result(loss: float, **others: float) -> StepResult:
-    given = {"grad_norm": 1.0, "learning_rate": 0.1} | {name: others.pop(name) for name in ("grad_norm", "learning_rate") if name in others}
+    given = {"grad_norm": 1.0, "learning_rate": 0.1} | {
+        name: others.pop(name) for name in ("grad_norm", "learning_rate") if name in others
+    }
     metrics = {"loss": loss, "nll": loss, "balance_loss_weight": 0.0, "gates": 0.0} | others
     return StepResult(metrics, exchanged={"encoder": Traffic(), "decoder": Traffic()}, **given)
 

@@ -26,7 +26,8 @@ from lsmoe_ds.study.settings import load_study
 from pathlib import Path
 recipes = [load_recipe(name).name for name in shipped.names("recipe")]
 studies = [load_study(name).settings.name for name in shipped.names("study")]
-configs = [load_recipe("demo", [f"deepspeed={name}"]).deepspeed for name in shipped.names("DeepSpeed configuration")]
+names = shipped.names("DeepSpeed configuration")
+configs = [load_recipe("demo", [f"deepspeed={name}"]).deepspeed for name in names]
 slurm.copy_scripts(Path("scripts"))
 print(json.dumps({"at": lsmoe_ds.__file__, "recipes": recipes, "studies": studies, "configs": len(configs)}))
 """
@@ -41,7 +42,11 @@ def test_a_wheel_has_all_that_a_checkout_has(tmp_path):
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(PROJECT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
-    subprocess.run([*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path], cwd=source, check=True)
+    subprocess.run(
+        [*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path],
+        cwd=source,
+        check=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.split("-")[1] == __version__
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", place, wheel], check=True)
@@ -50,7 +55,9 @@ def test_a_wheel_has_all_that_a_checkout_has(tmp_path):
     shutil.rmtree(source)
 
     environment = {**os.environ, "PYTHONPATH": str(place)}
-    done = subprocess.run([sys.executable, "-c", LOAD_ALL], cwd=here, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_ALL], cwd=here, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert Path(found["at"]).is_relative_to(place)
@@ -64,20 +71,26 @@ def test_a_wheel_has_all_that_a_checkout_has(tmp_path):
     command = [sys.executable, "-m", "lsmoe_ds", "plan", "recipes/demo.yaml", "--json"]
     planned = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
     assert planned.returncode == 0 and json.loads(planned.stdout)["name"] == "demo"
-    assert re.fullmatch(r"lsmoe: there is no file recipes/demo\.yaml here: taking the recipe that .*/demo\.yaml\n", planned.stderr)
+    assert re.fullmatch(
+        r"lsmoe: there is no file recipes/demo\.yaml here: taking the recipe that .*/demo\.yaml\n",
+        planned.stderr,
+    )
 
 
 @pytest.mark.parametrize("name", ["demo", "demo.yaml", "recipes/demo.yaml"])
 def test_a_shipped_recipe_by_its_name(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     assert load_recipe(name).name == "demo"
-    assert f"there is no file {name} here: taking the recipe that comes with lsmoe_ds" in capsys.readouterr().err
+    assert (
+        f"there is no file {name} here: taking the recipe that comes with lsmoe_ds" in capsys.readouterr().err
+    )
     assert load_recipe("papers/iwslt14-lms").name == "iwslt14-lms"
     assert load_study("lms").settings.name == load_study("studies/lms.yaml").settings.name == "lms"
     zero2 = json.loads((PROJECT / "ds_configs/zero2.json").read_text())
-    assert [load_recipe("demo", [f"deepspeed={each}"]).deepspeed for each in ("zero2", "zero2.json", "ds_configs/zero2.json")] == [
-        zero2
-    ] * 3
+    assert [
+        load_recipe("demo", [f"deepspeed={each}"]).deepspeed
+        for each in ("zero2", "zero2.json", "ds_configs/zero2.json")
+    ] == [zero2] * 3
 
 
 def test_a_file_of_ones_own_comes_first(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,6 @@
-"""Collectives with gradients, random numbers of tensor-parallel ranks, groups, and the refusal of other versions."""
+"""Collectives with gradients, random numbers of tensor-parallel ranks, groups, and the refusal of other
+versions.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def rows_of(rank: int) -> torch.Tensor:
 
 
 def exchange(topology):
-    """What a rank received, and the gradient of its own rows when every receiver weighs them by its rank + 1."""
+    """What a rank received, and the gradient of its own rows when every receiver weighs them by its rank +
+    1.
+    """
     from lsmoe_ds.parallel.collectives import Traffic, all_to_all, exchange_counts
 
     rank = topology.rank
@@ -36,7 +40,9 @@ def exchange(topology):
     (out * (rank + 1)).sum().backward()
     leaving = sum(COUNTS[rank]) - COUNTS[rank][rank]
     coming = sum(row[rank] for row in COUNTS) - COUNTS[rank][rank]
-    assert traffic.bytes == 3 * 8 + leaving * 2 * 4 + coming * 2 * 4, "counts, rows, and the gradients of those that came"
+    assert traffic.bytes == 3 * 8 + leaving * 2 * 4 + coming * 2 * 4, (
+        "counts, rows, and the gradients of those that came"
+    )
     return out.detach().numpy(), rows.grad.numpy()
 
 
@@ -107,14 +113,23 @@ def ranks_of(topology):
 
 def test_folded_groups(pool):
     found = pool.run(4, ranks_of, tensor=2, expert=2)
-    assert found == [[[0, 1], [0, 2], [0, 1]], [[0, 1], [1, 3], [0, 1]], [[2, 3], [0, 2], [2, 3]], [[2, 3], [1, 3], [2, 3]]]
+    assert found == [
+        [[0, 1], [0, 2], [0, 1]],
+        [[0, 1], [1, 3], [0, 1]],
+        [[2, 3], [0, 2], [2, 3]],
+        [[2, 3], [1, 3], [2, 3]],
+    ]
 
 
 def test_other_versions_are_refused(monkeypatch):
     compat.check_versions()
     true_version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9" if name == "deepspeed" else true_version(name))
-    with pytest.raises(UserError, match=r"deepspeed 9\.9 is installed, but lsmoe_ds adapts deepspeed==0\.19\.8"):
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "9.9" if name == "deepspeed" else true_version(name)
+    )
+    with pytest.raises(
+        UserError, match=r"deepspeed 9\.9 is installed, but lsmoe_ds adapts deepspeed==0\.19\.8"
+    ):
         compat.check_versions()
 
 
@@ -128,12 +143,15 @@ STARTED = """
 import gc, sys, torch
 from lsmoe_ds.parallel import compat
 compile = torch.compile
-assert compat.import_deepspeed() is compat.import_deepspeed() and compat.import_megatron().__name__ == "megatron.core.parallel_state"
+assert compat.import_deepspeed() is compat.import_deepspeed()
+assert compat.import_megatron().__name__ == "megatron.core.parallel_state"
 assert torch.compile is compile and gc.isenabled() and gc.get_freeze_count() > 100_000
 print([name for name in sys.modules if name.startswith("torch._inductor.compile_fx")])
 """
 
 
 def test_a_rank_starts_without_torchs_compiler():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", STARTED], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", STARTED], stdout=subprocess.PIPE, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "[]"

@@ -1,4 +1,6 @@
-"""A plan's figures against models that are really built, extracted, partitioned and trained, and against the papers."""
+"""A plan's figures against models that are really built, extracted, partitioned and trained, and against the
+papers.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,15 @@ ROUTINGS = {
 SIDES = [(name, name) for name in ROUTINGS] + [("token", "target"), ("pair", "dense"), ("static", "sentence")]
 
 
-def recipe_of(encoder: str, decoder: str, tensor: int = 1, expert: int = 1, stage: int = 1, bf16: bool = False, **more) -> Recipe:
+def recipe_of(
+    encoder: str, decoder: str, tensor: int = 1, expert: int = 1, stage: int = 1, bf16: bool = False, **more
+) -> Recipe:
     def moe(name: str) -> dict | None:
-        return None if ROUTINGS[name] is None else {"experts": 4, "every": 2, "top_k": 2, **ROUTINGS[name], **more}
+        return (
+            None
+            if ROUTINGS[name] is None
+            else {"experts": 4, "every": 2, "top_k": 2, **ROUTINGS[name], **more}
+        )
 
     return Recipe.model_validate(
         {
@@ -64,7 +72,10 @@ def recipe_of(encoder: str, decoder: str, tensor: int = 1, expert: int = 1, stag
             },
             "training": {"steps": 3, "dropout": 0.0, "max_grad_norm": 0.0},
             "parallel": {"tensor": tensor, "expert": expert},
-            "deepspeed": {"zero_optimization": {"stage": stage}, **({"bf16": {"enabled": True}} if bf16 else {})},
+            "deepspeed": {
+                "zero_optimization": {"stage": stage},
+                **({"bf16": {"enabled": True}} if bf16 else {}),
+            },
         }
     )
 
@@ -105,7 +116,10 @@ def test_a_side_that_chooses_when_it_is_there_is_served_whole(routing):
     assert planned.serving.decoder.total < planned.parameters.decoder.total
 
 
-@pytest.mark.parametrize(("experts", "top_k", "ranks", "groups"), [(8, 2, 4, 1), (8, 3, 2, 1), (8, 2, 8, 2), (12, 2, 3, 2), (4, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "ranks", "groups"),
+    [(8, 2, 4, 1), (8, 3, 2, 1), (8, 2, 8, 2), (12, 2, 3, 2), (4, 1, 1, 1)],
+)
 def test_rows_that_leave_counted_one_by_one(experts, top_k, ranks, groups):
     away = []
     for own, group in itertools.product(range(ranks), range(groups)):
@@ -137,7 +151,9 @@ def test_bytes_per_row():
 
 
 def traffic(topology, recipe):
-    """Rows and bytes that left this rank in forward and backward of one micro-batch, by MoE layer in order."""
+    """Rows and bytes that left this rank in forward and backward of one micro-batch, by MoE layer in
+    order.
+    """
     model = Transformer(recipe, VOCABULARY, topology)
     initialize(model, 1, topology)
     batch = ragged_batch(torch.Generator().manual_seed(topology.rank), recipe, 6)
@@ -166,7 +182,9 @@ def step_traffic(topology, recipe):
     engine = build_engine(recipe, VOCABULARY, topology)
     result = train_step(engine, steps_of(recipe, topology.data_rank, topology.data)[0], 1, recipe, topology)
     engine.destroy()
-    return sum(side.rows for side in result.exchanged.values()), sum(side.bytes for side in result.exchanged.values())
+    return sum(side.rows for side in result.exchanged.values()), sum(
+        side.bytes for side in result.exchanged.values()
+    )
 
 
 @pytest.mark.parametrize("routing", ["token", "target"])
@@ -188,14 +206,18 @@ def test_bytes_of_a_step():
     row = bytes_per_row(16, 2, 4, True)
     counts = 8 * 3 * 8  # micro-batches x layers x bytes
     assert [each.rows for each in planned.exchanges] == [0.5, 0.5]  # a task's experts are here or there
-    assert planned.step_bytes == 64 * 8 * 2 * 0.5 * row + counts  # all tokens in the decoder, which has two of the layers
+    assert (
+        planned.step_bytes == 64 * 8 * 2 * 0.5 * row + counts
+    )  # all tokens in the decoder, which has two of the layers
     assert planned.step_bytes_home == counts
     assert plan(recipe_of("token", "token", expert=2)).step_bytes_home is None
     choosing = recipe_of("token", "token", expert=2)
     rows = 2 * rows_at_random(4, 2, 2, 1)  # of a token, through two layers
     assert plan(choosing, 8).step_bytes == round(64 * 8 * rows * row) + counts
     inference = bytes_per_row(16, 2, 4, False)
-    assert plan(choosing, 4).step_bytes == round(64 * 8 * rows * (row + inference)) + 2 * counts  # choices are counted ahead
+    assert (
+        plan(choosing, 4).step_bytes == round(64 * 8 * rows * (row + inference)) + 2 * counts
+    )  # choices are counted ahead
     alone = plan(recipe_of("token", "token"))
     assert (alone.exchanges, alone.step_bytes) == ([], 0)
 
@@ -208,9 +230,15 @@ def flops_by_torch(recipe: Recipe, length: int) -> int:
     source, decoder_input = (torch.randint(4, VOCABULARY, (3, length), generator=generator) for _ in range(2))
     decoder_input[:, 0] = EOS
     ids = ragged_batch(generator, recipe, 3).ids
-    counted = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # torch counts addmm alone
+    counted = {
+        torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]
+    }  # torch counts addmm alone
     model.eval()
-    with FlopCounterMode(display=False, custom_mapping=counted) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with (
+        FlopCounterMode(display=False, custom_mapping=counted) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+    ):
         model(source, decoder_input, decoder_input, ids)
     return counter.get_total_flops()
 
@@ -220,7 +248,9 @@ def test_flops_are_those_that_torch_counts(encoder, decoder):
     recipe, length = recipe_of(encoder, decoder), 5
     found = flops(recipe, length)
     # 2 E H of a sentence router are spread over the sentence's tokens, which rounds.
-    assert 3 * length * (found.source + found.target) == pytest.approx(flops_by_torch(recipe, length), abs=3 * length * 2)
+    assert 3 * length * (found.source + found.target) == pytest.approx(
+        flops_by_torch(recipe, length), abs=3 * length * 2
+    )
 
 
 def millions(count: float) -> int:
@@ -241,13 +271,18 @@ def task_moe(encoder: str, decoder: str, name: str = "wmt-base-32", top_k: int =
 
 
 def paper_total(parts: Parts) -> int:
-    """The paper has three matrices of the vocabulary ("33M" and "Softmax 65M") where the model here ties them to one."""
+    """The paper has three matrices of the vocabulary ("33M" and "Softmax 65M") where the model here ties them
+    to one.
+    """
     return parts.whole.total + 2 * parts.vocabulary.total
 
 
 def test_beyond_distillation_dense():
     base, big = plan(dense("wmt-base-32")).parameters, plan(dense("web-big-128")).parameters
-    assert [millions(n) for n in (base.vocabulary.total, base.encoder.total, base.decoder.total, paper_total(base))] == [33, 19, 25, 142]
+    assert [
+        millions(n)
+        for n in (base.vocabulary.total, base.encoder.total, base.decoder.total, paper_total(base))
+    ] == [33, 19, 25, 142]
     # The paper's "65M" is cut off, not rounded: two matrices of 64,000 x 512 are 65.5M.
     assert 2 * base.vocabulary.total == 65_536_000
     assert [millions(n) for n in (big.encoder.total, big.decoder.total)] == [126, 151]
@@ -280,14 +315,24 @@ def test_beyond_distillation_table_7(encoder, decoder, wanted_encoder, wanted_de
 
 @pytest.mark.parametrize("task", ["pair", "target"])
 def test_beyond_distillation_table_7_rows_that_contradict_the_others(task):
-    """Task encoder, token decoder: the paper has 214M + 25M; token encoder, task decoder: 19M + 221M. Both total 338M.
+    """Task encoder, token decoder: the paper has 214M + 25M; token encoder, task decoder: 19M + 221M. Both
+    total 338M.
 
-    They are right when swapped, with one expert of a layer served; the rows above and table 8 count the two of top-2.
+    They are right when swapped, with one expert of a layer served; the rows above and table 8 count the two
+    of top-2.
     """
     swapped = plan(task_moe("token", task, top_k=1)).serving
-    assert [millions(n) for n in (swapped.encoder.total, swapped.decoder.total, paper_total(swapped))] == [214, 25, 338]
+    assert [millions(n) for n in (swapped.encoder.total, swapped.decoder.total, paper_total(swapped))] == [
+        214,
+        25,
+        338,
+    ]
     swapped = plan(task_moe(task, "token", top_k=1)).serving
-    assert [millions(n) for n in (swapped.encoder.total, swapped.decoder.total, paper_total(swapped))] == [19, 221, 338]
+    assert [millions(n) for n in (swapped.encoder.total, swapped.decoder.total, paper_total(swapped))] == [
+        19,
+        221,
+        338,
+    ]
     # With both experts each is 6.3M more, 344M in all.
     expert = 2 * 512 * 2048
     for encoder, decoder in (("token", task), (task, "token")):
@@ -298,7 +343,8 @@ def test_beyond_distillation_table_7_rows_that_contradict_the_others(task):
 
 
 @pytest.mark.parametrize(
-    ("decoder", "decoder_served", "total"), [("token", "6.5B", "13.3B"), ("pair", "201M", "6.9B"), ("target", "201M", "6.9B")]
+    ("decoder", "decoder_served", "total"),
+    [("token", "6.5B", "13.3B"), ("pair", "201M", "6.9B"), ("target", "201M", "6.9B")],
 )
 def test_beyond_distillation_table_8(decoder, decoder_served, total):
     planned = plan(task_moe("token", decoder, "web-big-128"))
@@ -309,7 +355,11 @@ def test_beyond_distillation_table_8(decoder, decoder_served, total):
 
     assert [written(part.total) for part in (trained.encoder, trained.decoder)] == ["6.5B", "6.5B"]
     assert round(paper_total(trained) / 1e9) == 13
-    assert [written(n) for n in (served.encoder.total, served.decoder.total, paper_total(served))] == ["6.5B", decoder_served, total]
+    assert [written(n) for n in (served.encoder.total, served.decoder.total, paper_total(served))] == [
+        "6.5B",
+        decoder_served,
+        total,
+    ]
 
 
 def test_condensing_multilingual_knowledge_naive():
@@ -319,7 +369,10 @@ def test_condensing_multilingual_knowledge_naive():
 
 def test_condensing_multilingual_knowledge_switch():
     """Tables 2 and 3 say 149M and 1002M; experts in the place of feed-forwards make 142M and 997M."""
-    small, big = (plan(load_recipe(PAPERS / f"{name}-switch-16.yaml")).parameters.whole.total for name in ("iwslt14", "opus100"))
+    small, big = (
+        plan(load_recipe(PAPERS / f"{name}-switch-16.yaml")).parameters.whole.total
+        for name in ("iwslt14", "opus100")
+    )
     assert (millions(small), millions(big)) == (142, 997)
     # 149M is reached when the six feed-forwards of 1.05M that the experts replace are counted as well.
     assert millions(small + 6 * (2 * 512 * 1024 + 1024 + 512)) == 149
@@ -330,11 +383,18 @@ def test_condensing_multilingual_knowledge_switch():
 
 @pytest.mark.parametrize(("experts", "extra"), [(4, 38), (8, 88), (12, 138), (16, 189)])
 def test_condensing_multilingual_knowledge_ablation(experts, extra):
-    """Table 9: parameters that Switch layers add to Transformer-Base. 12 experts add 138.6M, which the paper cuts off."""
+    """Table 9: parameters that Switch layers add to Transformer-Base. 12 experts add 138.6M, which the paper
+    cuts off.
+    """
     base = ["model.preset=transformer-base", "data.vocabulary.size=32000"]
     moe = f"{{experts: {experts}, top_k: 1, routing: token}}"
     with_experts, without = (
-        plan(load_recipe(PAPERS / "opus100-switch-16.yaml", [*base, f"model.encoder.moe={each}", f"model.decoder.moe={each}"]))
+        plan(
+            load_recipe(
+                PAPERS / "opus100-switch-16.yaml",
+                [*base, f"model.encoder.moe={each}", f"model.decoder.moe={each}"],
+            )
+        )
         for each in (moe, "null")
     )
     added = with_experts.parameters.whole.total - without.parameters.whole.total
@@ -355,18 +415,24 @@ def test_a_world_that_does_not_fit_is_refused(world, message):
 
 
 def test_stage_and_precision_are_the_recipes():
-    assert (plan(recipe_of("dense", "dense", stage=2)).stage, plan(recipe_of("dense", "dense", stage=2), 2).stage) == (0, 2)
+    assert (
+        plan(recipe_of("dense", "dense", stage=2)).stage,
+        plan(recipe_of("dense", "dense", stage=2), 2).stage,
+    ) == (0, 2)
     half = plan(recipe_of("dense", "dense", stage=2, bf16=True))
     assert (half.stage, half.precision) == (2, "bfloat16")
 
 
 def test_plan_of_thirteen_billion_needs_no_torch(tmp_path):
     code = (
-        "import sys; from lsmoe_ds.planning.plan import plan; from lsmoe_ds.config.file import load_recipe;"
-        "made = plan(load_recipe(sys.argv[1])); made.table(); print(made.parameters.whole.total, 'torch' in sys.modules)"
+        "import sys; from lsmoe_ds.planning.plan import plan; from lsmoe_ds.config.file import"
+        " load_recipe;made = plan(load_recipe(sys.argv[1])); made.table(); print(made.parameters.whole.total,"
+        " 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(PAPERS / "web-big-128.yaml")]
-    total, torch_is_there = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
+    total, torch_is_there = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=tmp_path
+    ).stdout.split()
     assert int(total) > 13e9
     assert torch_is_there == "False"
 

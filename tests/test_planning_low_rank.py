@@ -1,4 +1,6 @@
-"""What low-rank matrices cost by plan, against models that are really built, extracted and run, and against the paper."""
+"""What low-rank matrices cost by plan, against models that are really built, extracted and run, and against
+the paper.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from lsmoe_ds.planning.costs import Parts, flops
 from lsmoe_ds.planning.memory import activations
 from lsmoe_ds.planning.plan import Plan, plan
 
-RANKS = {"rank": {"de": 1, "en": 4, "fr": 2, "ru": 3}, "index": "language", "at": "both", "fuse_distillation": True}
+RANKS = {
+    "rank": {"de": 1, "en": 4, "fr": 2, "ru": 3},
+    "index": "language",
+    "at": "both",
+    "fuse_distillation": True,
+}
 BANKS = {
     "feed-forward": {"rank": 3},
     "attention": {"rank": 3, "at": "attention", "every": 2},
@@ -45,13 +52,21 @@ def test_parameters_are_those_of_a_built_and_of_an_extracted_model(banks, sides)
         assert planned.serving.to_dict() == sizes(dense.items()) == plan(changed).parameters.to_dict()
     bank_values = sum(value.numel() for name, value in weights.items() if "_low_rank." in name)
     assert planned.parameters.whole.total - Parts.of(recipe, held="merged").whole.total == bank_values > 0
-    specific, shared = (planned.routes[name].whole.total if name in planned.routes else None for name in ("specific", "shared"))
+    specific, shared = (
+        planned.routes[name].whole.total if name in planned.routes else None
+        for name in ("specific", "shared")
+    )
     if shared is None:
         assert specific == planned.parameters.whole.total
     else:
         ranks = 14 if banks is RANKS else 15
-        assert shared - Parts.of(recipe, held="merged").whole.total == bank_values * (4 if banks is RANKS else 3) // ranks
-        assert specific == planned.parameters.whole.total - bank_values * (4 if banks is RANKS else 3) // ranks
+        assert (
+            shared - Parts.of(recipe, held="merged").whole.total
+            == bank_values * (4 if banks is RANKS else 3) // ranks
+        )
+        assert (
+            specific == planned.parameters.whole.total - bank_values * (4 if banks is RANKS else 3) // ranks
+        )
 
 
 @pytest.mark.parametrize("banks", [BANKS["feed-forward"], BANKS["attention"], BANKS["both, fused"]])
@@ -72,7 +87,10 @@ def test_flops_of_clsr_are_those_that_torch_counts():
 def test_bytes_of_a_step_by_both_routes():
     once, twice = (
         plan(
-            with_banks(recipe_of("target", "target", expert=2, expert_groups=2), {"rank": 3, "at": "attention", "fuse_distillation": fused})
+            with_banks(
+                recipe_of("target", "target", expert=2, expert_groups=2),
+                {"rank": 3, "at": "attention", "fuse_distillation": fused},
+            )
         )
         for fused in (False, True)
     )
@@ -81,10 +99,14 @@ def test_bytes_of_a_step_by_both_routes():
     assert twice.step_bytes_home == counts
 
 
-@pytest.mark.parametrize("banks", [{"rank": 16, "at": "both"}, {"rank": 16, "at": "both", "fuse_distillation": True}])
+@pytest.mark.parametrize(
+    "banks", [{"rank": 16, "at": "both"}, {"rank": 16, "at": "both", "fuse_distillation": True}]
+)
 def test_activations_are_what_autograd_keeps(banks):
     recipe = small_batches(with_banks(recipe_of("dense", "pair"), banks))
-    logits = 0 if recipe.model.low_rank.fuse_distillation else 8 * 32  # there the gradient takes the place of the logits
+    logits = (
+        0 if recipe.model.low_rank.fuse_distillation else 8 * 32
+    )  # there the gradient takes the place of the logits
     kept, wanted = kept_by_autograd(recipe, logits), activations(recipe, 4)
     assert kept == pytest.approx(wanted, rel=0.05)
     without = activations(with_banks(recipe, None), 4)
@@ -103,7 +125,9 @@ def test_a_feed_forward_that_is_distilled_from_experts(sides):
     assert planned.parameters.to_dict() == sizes(model.named_parameters())
     names = global_names(model, Topology.single())
     weights = {names[name]: parameter.detach() for name, parameter in model.named_parameters()}
-    assert planned.routes["specific"].to_dict() == sizes((name, value) for name, value in weights.items() if ".shared." not in name)
+    assert planned.routes["specific"].to_dict() == sizes(
+        (name, value) for name, value in weights.items() if ".shared." not in name
+    )
     dense, changed = extract(weights, recipe, None, "shared")
     assert planned.routes["shared"].to_dict() == sizes(dense.items()) == plan(changed).parameters.to_dict()
     if sides == ("static", "target"):
@@ -113,18 +137,28 @@ def test_a_feed_forward_that_is_distilled_from_experts(sides):
         assert planned.serving.encoder == planned.routes["specific"].encoder
     found, plain, shared = flops(recipe), flops(recipe_of(*sides)), flops(recipe_of("dense", "dense"))
     assert (found.source, found.target) == (plain.source, plain.target)
-    assert (found.source_training, found.target_training) == (3 * (plain.source + shared.source), 3 * (plain.target + shared.target))
+    assert (found.source_training, found.target_training) == (
+        3 * (plain.source + shared.source),
+        3 * (plain.target + shared.target),
+    )
 
 
 def test_bytes_of_a_step_are_those_of_the_specific_route(pool):
-    plain, distilled = (recipe_of("static", "target", expert=2, fuse_distillation=fuse) for fuse in (False, True))
+    plain, distilled = (
+        recipe_of("static", "target", expert=2, fuse_distillation=fuse) for fuse in (False, True)
+    )
     assert plan(distilled).step_bytes == plan(plain).step_bytes > 0
     rows = [pool.run(2, traffic, recipe, expert=2) for recipe in (plain, distilled)]
     assert rows[0] == rows[1] and any(sent for rank in rows[0] for _, sent in rank)
-    distilled.model.encoder.moe.fuse_distillation = False  # the encoder's experts have both routes then, the decoder's one
+    distilled.model.encoder.moe.fuse_distillation = (
+        False  # the encoder's experts have both routes then, the decoder's one
+    )
     found = {each.side: each.routed for each in plan(distilled).exchanges}
     assert found == {"encoder": 2, "decoder": 1}
-    ((half, _, _), *_), ((whole, _, _), *_) = pool.run(2, traffic, plain, expert=2), pool.run(2, traffic, distilled, expert=2)
+    ((half, _, _), *_), ((whole, _, _), *_) = (
+        pool.run(2, traffic, plain, expert=2),
+        pool.run(2, traffic, distilled, expert=2),
+    )
     assert whole[0] == 2 * half[0] > 0
 
 
@@ -152,7 +186,8 @@ def test_condensing_multilingual_knowledge_table_1():
 
 
 @pytest.mark.parametrize(
-    ("name", "shared", "here", "paper"), [("iwslt14", True, 55, 53), ("iwslt14", False, 107, 105), ("opus100", True, 446, 443)]
+    ("name", "shared", "here", "paper"),
+    [("iwslt14", True, 55, 53), ("iwslt14", False, 107, 105), ("opus100", True, 446, 443)],
 )
 def test_condensing_multilingual_knowledge_clsr(name, shared, here, paper):
     """Tables 2 and 3. With gates of 8 hidden units, in place of their authors' 128, they are the paper's."""
@@ -176,7 +211,11 @@ def test_condensing_multilingual_knowledge_table_2():
     assert alone.parameters.whole.total - alone.serving.whole.total == 2 * 9 * 12 * 32 * (512 + 1024)
 
 
-TABLE_3 = [(64, 989, 997, 250), (16, 429, 431, 244), (4, 289, 289, 242)]  # the paper has no Fuse Distillation of rank 4
+TABLE_3 = [
+    (64, 989, 997, 250),
+    (16, 429, 431, 244),
+    (4, 289, 289, 242),
+]  # the paper has no Fuse Distillation of rank 4
 
 
 @pytest.mark.parametrize(("rank", "whole", "fused", "shared"), TABLE_3)
@@ -186,7 +225,10 @@ def test_condensing_multilingual_knowledge_table_3(rank, whole, fused, shared):
     both = planned("opus100-lms", chosen, FUSED)
     assert millions(both.serving.whole.total) == 242
     assert millions(planned("opus100-lms", chosen).parameters.whole.total) == whole
-    assert [millions(n) for n in (both.parameters.whole.total, both.routes["shared"].whole.total)] == [fused, shared]
+    assert [millions(n) for n in (both.parameters.whole.total, both.routes["shared"].whole.total)] == [
+        fused,
+        shared,
+    ]
     if rank == 64:
         assert both.parameters.whole.total == pytest.approx(996.87e6, abs=0.01e6)
 
@@ -198,7 +240,9 @@ OPUS_15 = [
 ]
 
 
-@pytest.mark.parametrize(("rank", "extra"), [(4, 4), (12, 12), (20, 20), (28, 28), (36, 35), (44, 43), (52, 51), (60, 59)])
+@pytest.mark.parametrize(
+    ("rank", "extra"), [(4, 4), (12, 12), (20, 20), (28, 28), (36, 35), (44, 43), (52, 51), (60, 59)]
+)
 def test_condensing_multilingual_knowledge_table_9(rank, extra):
     """The paper has 36M for rank 36, and otherwise these."""
     made = planned("opus100-lms", *OPUS_15, f"model.low_rank.rank={rank}")
@@ -206,7 +250,9 @@ def test_condensing_multilingual_knowledge_table_9(rank, extra):
 
 
 def test_condensing_multilingual_knowledge_table_6():
-    """Rank 20. The paper's attention is the self-attention alone: 77M (76.3M here) and 96M; with that over the source 84M, 104M."""
+    """Rank 20. The paper's attention is the self-attention alone: 77M (76.3M here) and 96M; with that over
+    the source 84M, 104M.
+    """
     made = {
         at: planned("opus100-lms", *OPUS_15, f"model.low_rank={{rank: 20, at: {at}}}").parameters
         for at in ("feed_forward", "attention", "both")
@@ -217,11 +263,13 @@ def test_condensing_multilingual_knowledge_table_6():
 
 
 @pytest.mark.parametrize(
-    ("shared", "at"), [(True, ["attention", "feed_forward"]), (False, ["attention", "cross_attention", "feed_forward"])]
+    ("shared", "at"),
+    [(True, ["attention", "feed_forward"]), (False, ["attention", "cross_attention", "feed_forward"])],
 )
 def test_clsr_is_counted_exactly(shared, at):
     recipe = load_recipe(
-        PAPERS / "iwslt14-lms.yaml", ["model.low_rank=null", f"model.clsr={{shared: {str(shared).lower()}, at: [{', '.join(at)}]}}"]
+        PAPERS / "iwslt14-lms.yaml",
+        ["model.low_rank=null", f"model.clsr={{shared: {str(shared).lower()}, at: [{', '.join(at)}]}}"],
     )
     with torch.device("meta"):
         model = Transformer(recipe, recipe.data.vocabulary.size)

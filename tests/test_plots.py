@@ -26,7 +26,8 @@ def test_smoothing_keeps_lines_and_lessens_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.42, "0.4 s"), (42, "42 s"), (59.7, "1 min"), (485, "8 min 5 s"), (3 * 3600 + 1201, "3 h 20 min")]
+    ("seconds", "text"),
+    [(0.42, "0.4 s"), (42, "42 s"), (59.7, "1 min"), (485, "8 min 5 s"), (3 * 3600 + 1201, "3 h 20 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -40,40 +40,87 @@ WRITTEN = [
     (
         CORPUS,
         "{path: a}",
-        "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, ntrex, iwslt, moses or tsv",
+        (
+            "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, ntrex,"
+            " iwslt, moses or tsv"
+        ),
     ),
     (
         CORPUS,
         "{path: a, format: mosses}",
-        "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, ntrex, iwslt, moses or tsv, "
-        "found 'mosses' (did you mean 'moses'?)",
+        (
+            "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, ntrex, iwslt, moses or"
+            " tsv, found 'mosses' (did you mean 'moses'?)"
+        ),
     ),
     (
         CORPUS,
         "{path: a, format: tsv, source: en, target: no}",
-        "line 2: 'target' in item 1 of 'data.corpora' should be text, found no, which YAML reads as false: write 'no' in quotes",
+        (
+            "line 2: 'target' in item 1 of 'data.corpora' should be text, found no, which YAML reads as"
+            " false: write 'no' in quotes"
+        ),
     ),
-    ("[de]", "[no]", "line 2: item 1 of 'data.languages' should be text, found no, which YAML reads as false: write 'no' in quotes"),
-    ("[de]", "[de, on]", "line 2: item 2 of 'data.languages' should be text, found on, which YAML reads as true: write 'on' in quotes"),
+    (
+        "[de]",
+        "[no]",
+        (
+            "line 2: item 1 of 'data.languages' should be text, found no, which YAML reads as false: write"
+            " 'no' in quotes"
+        ),
+    ),
+    (
+        "[de]",
+        "[de, on]",
+        (
+            "line 2: item 2 of 'data.languages' should be text, found on, which YAML reads as true: write"
+            " 'on' in quotes"
+        ),
+    ),
     ("[de]", "de", "line 2: 'data.languages' should be a list of texts, found 'de': write [de]"),
     ("[de]", "", "line 2: 'data.languages' should be a list of texts, found nothing"),
     (
         "name: x",
         "name: 2024-01-01",
-        "line 1: 'name' should be text, found 2024-01-01, which YAML reads as a date: write '2024-01-01' in quotes",
+        (
+            "line 1: 'name' should be text, found 2024-01-01, which YAML reads as a date: write '2024-01-01'"
+            " in quotes"
+        ),
     ),
-    ("name: x", "name: 12", "line 1: 'name' should be text, found 12, which YAML reads as a number: write '12' in quotes"),
-    ("name: x", "name: 010", "line 1: 'name' is 010, which YAML reads in base 8: write 8 or 10, or for text '010' in quotes"),
+    (
+        "name: x",
+        "name: 12",
+        "line 1: 'name' should be text, found 12, which YAML reads as a number: write '12' in quotes",
+    ),
+    (
+        "name: x",
+        "name: 010",
+        "line 1: 'name' is 010, which YAML reads in base 8: write 8 or 10, or for text '010' in quotes",
+    ),
     (
         "name: x",
         "name: a b",
-        "line 1: 'name' should consist of letters, digits, '.', '_' and '-' and begin with a letter or digit, found 'a b'",
+        (
+            "line 1: 'name' should consist of letters, digits, '.', '_' and '-' and begin with a letter or"
+            " digit, found 'a b'"
+        ),
     ),
     ("name: x", "name: x\nno: 3", "line 2: the key no is not text to YAML: write 'no' in quotes"),
     ("name: x", "name: x\n? [1]\n: 3", "line 2: a key is not text"),
     ("name: x", "name: x\nname: y", "line 2: 'name' is written twice, on lines 1 and 2"),
-    (STEPS, "{steps: 010}", "line 8: 'training.steps' is 010, which YAML reads in base 8: write 8 or 10, or for text '010' in quotes"),
-    (STEPS, "{steps: 1:30}", "line 8: 'training.steps' is 1:30, which YAML reads in base 60: write 90, or '1:30' in quotes"),
+    (
+        STEPS,
+        "{steps: 010}",
+        (
+            "line 8: 'training.steps' is 010, which YAML reads in base 8: write 8 or 10, or for text '010' in"
+            " quotes"
+        ),
+    ),
+    (
+        STEPS,
+        "{steps: 1:30}",
+        "line 8: 'training.steps' is 1:30, which YAML reads in base 60: write 90, or '1:30' in quotes",
+    ),
     (STEPS, '{steps: "10"}', "line 8: 'training.steps' should be a whole number, found '10': write 10"),
     (STEPS, "{steps: 1e4}", "line 8: 'training.steps' should be a whole number, found '1e4': write 10000"),
     (STEPS, "{steps: 4.5}", "line 8: 'training.steps' should be a whole number, found 4.5"),
@@ -88,36 +135,61 @@ WRITTEN = [
         "encoder: {moe: {experts: 2, balance: 0.1}, layers: 2,",
         "line 6: 'model.encoder.moe.balance' is now called 'model.encoder.moe.balance_loss_weight'",
     ),
-    (STEPS, "{steps: 4, max_grad_norm: .inf}", "line 8: 'training.max_grad_norm' should be a finite number, found .inf"),
+    (
+        STEPS,
+        "{steps: 4, max_grad_norm: .inf}",
+        "line 8: 'training.max_grad_norm' should be a finite number, found .inf",
+    ),
     (STEPS, "{steps: 4, max_grad_norm: on}", "line 8: 'training.max_grad_norm' should be a number, found on"),
     (
         STEPS,
         "{steps: 4, start_from: None}",
-        "line 8: 'training.start_from' is the text 'None': YAML's word for nothing is null, or leave the key out",
+        (
+            "line 8: 'training.start_from' is the text 'None': YAML's word for nothing is null, or leave the"
+            " key out"
+        ),
     ),
-    (STEPS, "{steps: 4}\nparallel:", "line 9: 'parallel' is empty: write its keys below it (tensor, expert), or leave it out"),
+    (
+        STEPS,
+        "{steps: 4}\nparallel:",
+        "line 9: 'parallel' is empty: write its keys below it (tensor, expert), or leave it out",
+    ),
     (
         BELOW,
         f"{BELOW}low_rank: {{rank: no}}\n  ",
-        "line 4: 'model.low_rank.rank' should be a whole number or a mapping from names to whole numbers, found no",
+        (
+            "line 4: 'model.low_rank.rank' should be a whole number or a mapping from names to whole numbers,"
+            " found no"
+        ),
     ),
     (
         BELOW,
         f"{BELOW}low_rank: {{rank: {{de: many, en: 3}}, index: language}}\n  ",
         "line 4: 'model.low_rank.rank.de' should be a whole number, found 'many'",
     ),
-    (BELOW, f"{BELOW}low_rank: {{rank: 0}}\n  ", "line 4: 'model.low_rank.rank' should be at least 1, found 0"),
-    (BELOW, f"{BELOW}low_rank: {{rank: {{no: 3}}}}\n  ", "line 4: the key no is not text to YAML: write 'no' in quotes"),
+    (
+        BELOW,
+        f"{BELOW}low_rank: {{rank: 0}}\n  ",
+        "line 4: 'model.low_rank.rank' should be at least 1, found 0",
+    ),
+    (
+        BELOW,
+        f"{BELOW}low_rank: {{rank: {{no: 3}}}}\n  ",
+        "line 4: the key no is not text to YAML: write 'no' in quotes",
+    ),
     (
         BELOW,
         f"{BELOW}clsr: {{at: [fed_forward]}}\n  ",
-        "line 4: item 1 of 'model.clsr.at' should be attention, cross_attention or feed_forward, "
-        "found 'fed_forward' (did you mean 'feed_forward'?)",
+        (
+            "line 4: item 1 of 'model.clsr.at' should be attention, cross_attention or feed_forward, "
+            "found 'fed_forward' (did you mean 'feed_forward'?)"
+        ),
     ),
     (
         "deepspeed: {}",
         "deepspeed: {zero_optimisation: {stage: 1}}",
-        "line 9: 'deepspeed': unknown key 'zero_optimisation' (did you mean 'zero_optimization'?)" + OF_DEEPSPEED,
+        "line 9: 'deepspeed': unknown key 'zero_optimisation' (did you mean 'zero_optimization'?)"
+        + OF_DEEPSPEED,
     ),
     (
         "deepspeed: {}",
@@ -139,11 +211,31 @@ WRITTEN = [
         f"{BELOW}low_rank: {{rank: {{en: 3, de: true}}, index: language}}\n  ",
         "line 4: 'model.low_rank.rank.de' should be a whole number, found true",
     ),
-    ("feed_forward: 64", "feed_forward: [64, on]", "line 6: item 2 of 'model.encoder.feed_forward' should be a whole number, found on"),
-    (BELOW, f"{BELOW}clsr: {{shared: 'no'}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 'no'"),
-    (BELOW, f"{BELOW}clsr: {{shared: 0}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 0"),
-    (STEPS, "\n  steps: 1,000", "line 9: 'training.steps' should be a whole number, found '1,000': write 1000"),
-    (BELOW, f"{BELOW}clsr: {{shared: maybe}}\n  ", "line 4: 'model.clsr.shared' should be true or false, found 'maybe'"),
+    (
+        "feed_forward: 64",
+        "feed_forward: [64, on]",
+        "line 6: item 2 of 'model.encoder.feed_forward' should be a whole number, found on",
+    ),
+    (
+        BELOW,
+        f"{BELOW}clsr: {{shared: 'no'}}\n  ",
+        "line 4: 'model.clsr.shared' should be true or false, found 'no'",
+    ),
+    (
+        BELOW,
+        f"{BELOW}clsr: {{shared: 0}}\n  ",
+        "line 4: 'model.clsr.shared' should be true or false, found 0",
+    ),
+    (
+        STEPS,
+        "\n  steps: 1,000",
+        "line 9: 'training.steps' should be a whole number, found '1,000': write 1000",
+    ),
+    (
+        BELOW,
+        f"{BELOW}clsr: {{shared: maybe}}\n  ",
+        "line 4: 'model.clsr.shared' should be true or false, found 'maybe'",
+    ),
 ]
 
 
@@ -176,14 +268,38 @@ def test_tabs_are_named(tmp_path):
     [
         ("training.seed=yes", "'training.seed' should be a whole number, found yes"),
         ("training.steps=many", "'training.steps' should be a whole number, found 'many'"),
-        ("training.steps=010", "'training.steps' is 010, which YAML reads in base 8: write 8 or 10, or for text '010' in quotes"),
-        ("training.stepps=3", "unknown key 'training.stepps' (did you mean 'steps'?); allowed here: steps, start_from, "),
-        ("data.languages=[no]", "item 1 of 'data.languages' should be text, found no, which YAML reads as false: write 'no' in quotes"),
+        (
+            "training.steps=010",
+            "'training.steps' is 010, which YAML reads in base 8: write 8 or 10, or for text '010' in quotes",
+        ),
+        (
+            "training.stepps=3",
+            "unknown key 'training.stepps' (did you mean 'steps'?); allowed here: steps, start_from, ",
+        ),
+        (
+            "data.languages=[no]",
+            (
+                "item 1 of 'data.languages' should be text, found no, which YAML reads as false: write 'no'"
+                " in quotes"
+            ),
+        ),
         ("model.encoder={layers: two}", "'model.encoder.layers' should be a whole number, found 'two'"),
-        ("data.corpora=[{path: a}]", "'format' in item 1 of 'data.corpora' is missing: it should be opus100, "),
-        ("deepspeed=none.json", "'deepspeed': there is no file none.json: give a file, or one that comes with lsmoe_ds: bf16_zero1"),
+        (
+            "data.corpora=[{path: a}]",
+            "'format' in item 1 of 'data.corpora' is missing: it should be opus100, ",
+        ),
+        (
+            "deepspeed=none.json",
+            (
+                "'deepspeed': there is no file none.json: give a file, or one that comes with lsmoe_ds:"
+                " bf16_zero1"
+            ),
+        ),
         ("deepspeed={foo: 1}", "'deepspeed': unknown key 'foo'" + OF_DEEPSPEED),
-        ("training={steps: 1,000}", "'training.steps' is 1,000, but a comma ends a number in braces: write digits only"),
+        (
+            "training={steps: 1,000}",
+            "'training.steps' is 1,000, but a comma ends a number in braces: write digits only",
+        ),
         ("a=[", "'[' is not a YAML value"),
         ("Training.steps=3", "unknown key 'Training'"),
         ("training..steps=3", "unknown key 'training.'; allowed here: steps, "),
@@ -200,16 +316,31 @@ def test_an_option_that_contradicts_the_file_is_cited_beside_it(tmp_path):
 
 def test_a_member_of_a_study_is_blamed_for_what_it_changes(tmp_path):
     (tmp_path / "base.yaml").write_text(GOOD)
-    study = {"name": "s", "recipe": "base.yaml", "baseline": "a", "members": {"a": {"set": {"model": {"heads": "two"}}}}}
+    study = {
+        "name": "s",
+        "recipe": "base.yaml",
+        "baseline": "a",
+        "members": {"a": {"set": {"model": {"heads": "two"}}}},
+    }
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))
-    with pytest.raises(UserError, match=r"base\.yaml, changed by 'set': 'model\.heads' should be a whole number, found 'two'"):
+    with pytest.raises(
+        UserError, match=r"base\.yaml, changed by 'set': 'model\.heads' should be a whole number, found 'two'"
+    ):
         load_study(tmp_path / "s.yaml")
 
 
 def test_numbers_as_people_write_them_are_read(tmp_path):
-    (tmp_path / "r.yaml").write_text(GOOD.replace(STEPS, "{steps: 1_000, learning_rate: 1e-4, warmup: 1.0e+3, max_grad_norm: 1, seed: 0}"))
+    (tmp_path / "r.yaml").write_text(
+        GOOD.replace(STEPS, "{steps: 1_000, learning_rate: 1e-4, warmup: 1.0e+3, max_grad_norm: 1, seed: 0}")
+    )
     training = load_recipe(tmp_path / "r.yaml", ["training.label_smoothing=2e-1"]).training
-    assert (training.steps, training.learning_rate, training.warmup, training.max_grad_norm, training.label_smoothing) == (
+    assert (
+        training.steps,
+        training.learning_rate,
+        training.warmup,
+        training.max_grad_norm,
+        training.label_smoothing,
+    ) == (
         1000,
         1e-4,
         1000,
@@ -219,7 +350,10 @@ def test_numbers_as_people_write_them_are_read(tmp_path):
 
 
 def test_an_option_changes_one_of_two_sections_that_share_an_alias(tmp_path):
-    moe = "  encoder: {layers: 2, feed_forward: 64, moe: &moe {experts: 4}}\n  decoder: {layers: 2, feed_forward: 64, moe: *moe}\n"
+    moe = (
+        "  encoder: {layers: 2, feed_forward: 64, moe: &moe {experts: 4}}\n  decoder: {layers: 2,"
+        " feed_forward: 64, moe: *moe}\n"
+    )
     (tmp_path / "r.yaml").write_text(re.sub(r"  encoder.*\n  decoder.*\n", moe, GOOD))
     model = load_recipe(tmp_path / "r.yaml", ["model.decoder.moe.experts=8"]).model
     assert (model.encoder.moe.experts, model.decoder.moe.experts) == (4, 8)
@@ -235,7 +369,15 @@ def fields(annotation: Any = Recipe, at: str = "") -> Iterator[tuple[str, Any]]:
             yield from fields(inner, f"{at}{key}.0.")
 
 
-WRONG: dict[str, Any] = {"yes": True, "[[]]": [[]], "{a: [1]}": {"a": [1]}, "1999-12-31": None, "0.5": 0.5, "x y": "x y", "-7": -7}
+WRONG: dict[str, Any] = {
+    "yes": True,
+    "[[]]": [[]],
+    "{a: [1]}": {"a": [1]},
+    "1999-12-31": None,
+    "0.5": 0.5,
+    "x y": "x y",
+    "-7": -7,
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -257,7 +399,10 @@ def test_every_key_refuses_or_takes_a_value_of_another_kind_in_plain_words(tmp_p
             said = str(error)
             assert f"'--set {key}={wrong}'" in said and key.split(".")[-1] in said.partition(": ")[2], said
             assert "\n" not in said and len(said) <= 500, said
-            assert not re.search(r"[Ii]nput should|constrained|valid (string|integer|number)|pydantic|input_type|function-", said), said
+            assert not re.search(
+                r"[Ii]nput should|constrained|valid (string|integer|number)|pydantic|input_type|function-",
+                said,
+            ), said
         else:
             kinds = [get_origin(member) or member for member in _members(annotation)]
             assert wrong != "yes" or bool in kinds, f"{key} takes yes"
@@ -266,7 +411,9 @@ def test_every_key_refuses_or_takes_a_value_of_another_kind_in_plain_words(tmp_p
 
 def test_the_keys_of_every_place_are_known():
     assert allowed_keys(("data", "corpora", "0"), Recipe) == ["path", "format", "source", "target"]
-    assert "top_k" in allowed_keys(("model", "encoder", "moe"), Recipe) and allowed_keys(("name",), Recipe) == []
+    assert (
+        "top_k" in allowed_keys(("model", "encoder", "moe"), Recipe) and allowed_keys(("name",), Recipe) == []
+    )
     assert get_args(_annotation(("data", "corpora", "0", "format"), Recipe))[0] == "opus100"
 
 

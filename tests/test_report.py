@@ -19,7 +19,9 @@ from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
 from lsmoe_ds.languages import english_centric
 from lsmoe_ds.report.report import Progress, _caveat, write_report
 
-HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=1>&amp;\u202e\x00{{ 7*7 }} https://evil.example/x.js"
+HOSTILE = (
+    "<script>alert('x')</script>\"><img src=x onerror=1>&amp;\u202e\x00{{ 7*7 }} https://evil.example/x.js"
+)
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -62,7 +64,11 @@ class Page(HTMLParser):
         return "url(" not in styles and "@import" not in styles
 
 
-LINES = {"de": ["Seite", "Zeige die Änderungen"], "ru": ["Страница", "Показать изменения"], "he": ["דף", "MediaWiki הצג שינויים"]}
+LINES = {
+    "de": ["Seite", "Zeige die Änderungen"],
+    "ru": ["Страница", "Показать изменения"],
+    "he": ["דף", "MediaWiki הצג שינויים"],
+}
 LINES |= {"en": ["Page", "Show changes"], "nl": ["Pagina", "Wijzigingen tonen"]}
 
 
@@ -75,7 +81,11 @@ def make_run(folder: Path, *, extra: str = "") -> Path:
     recipe = Recipe.model_validate(
         {
             "name": "demo",
-            "data": {"corpora": ["mediawiki"], "directory": str(folder / "data"), "languages": ["de", "nl", "ru", "he"]},
+            "data": {
+                "corpora": ["mediawiki"],
+                "directory": str(folder / "data"),
+                "languages": ["de", "nl", "ru", "he"],
+            },
             "model": {"hidden": 8, "heads": 2, "encoder": side, "decoder": side},
             "training": {"steps": 100},
             "deepspeed": {},
@@ -84,7 +94,13 @@ def make_run(folder: Path, *, extra: str = "") -> Path:
     (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     corpus = folder / "data" / "corpora" / "mediawiki"
     corpus.mkdir(parents=True)
-    provenance = {"name": "mediawiki" + extra, "package": "mediawiki", "version": "1.39", "license": "GPL-2+", "date": "2026-01-01"}
+    provenance = {
+        "name": "mediawiki" + extra,
+        "package": "mediawiki",
+        "version": "1.39",
+        "license": "GPL-2+",
+        "date": "2026-01-01",
+    }
     (corpus / "PROVENANCE.json").write_text(json.dumps(provenance), encoding="utf-8")
     records = [
         {
@@ -102,12 +118,29 @@ def make_run(folder: Path, *, extra: str = "") -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     scores = []
     for direction in english_centric(["de", "nl", "ru", "he"]):
-        sources, references = ([line + extra for line in LINES[code]] for code in (direction.source, direction.target))
-        scores.append(score_direction(direction, sources, ["x" + extra, references[1]], references, seconds=1))
+        sources, references = (
+            [line + extra for line in LINES[code]] for code in (direction.source, direction.target)
+        )
+        scores.append(
+            score_direction(direction, sources, ["x" + extra, references[1]], references, seconds=1)
+        )
     ScoreTable("demo", 100, "test", 5, 1.0, tuple(scores)).write(run / "scores.json")
-    (run / "routing.json").write_text(json.dumps({"layers": [routing_layer("decoder"), routing_layer("encoder")]}), encoding="utf-8")
-    conversion = {"direction": "en-de", "sparse_parameters": 21_900_000, "dense_parameters": 9_876_543, "largest_logit_difference": 2e-6}
-    conversion |= {"same_translations": 99, "sentences": 100, "dense_bytes": 39_506_172, "seconds": 3, "dense_folder": "dense" + extra}
+    (run / "routing.json").write_text(
+        json.dumps({"layers": [routing_layer("decoder"), routing_layer("encoder")]}), encoding="utf-8"
+    )
+    conversion = {
+        "direction": "en-de",
+        "sparse_parameters": 21_900_000,
+        "dense_parameters": 9_876_543,
+        "largest_logit_difference": 2e-6,
+    }
+    conversion |= {
+        "same_translations": 99,
+        "sentences": 100,
+        "dense_bytes": 39_506_172,
+        "seconds": 3,
+        "dense_folder": "dense" + extra,
+    }
     (run / "conversion.json").write_text(json.dumps(conversion), encoding="utf-8")
     (run / "timings.json").write_text(json.dumps({"train" + extra: 480.0, "evaluate": 65}), encoding="utf-8")
     return run
@@ -149,14 +182,22 @@ def test_report_of_a_whole_run(tmp_path) -> None:
         assert expected in page.text, expected
     assert not [tag for tag, attributes in page.tags if attributes.get("class") == "absent"]
     samples = [attributes for tag, attributes in page.tags if tag == "p" and "lang" in attributes]
-    assert {(a["lang"], a["dir"]) for a in samples} == {("en", "auto"), ("de", "auto"), ("nl", "auto"), ("ru", "auto"), ("he", "rtl")}
+    assert {(a["lang"], a["dir"]) for a in samples} == {
+        ("en", "auto"),
+        ("de", "auto"),
+        ("nl", "auto"),
+        ("ru", "auto"),
+        ("he", "rtl"),
+    }
 
 
 def test_bars_are_as_long_as_the_scores(tmp_path) -> None:
     run = make_run(tmp_path)
     page = Page(write_report(run))
     widths = [float(w) for w in re.findall(r'<i style="width:([\d.]+)%"></i>', page.source)]
-    values = [v for s in ScoreTable.read(run / "scores.json").directions for v in (s.metrics.chrf, s.copy.chrf)]
+    values = [
+        v for s in ScoreTable.read(run / "scores.json").directions for v in (s.metrics.chrf, s.copy.chrf)
+    ]
     assert max(widths[: len(values)]) == 85
     for value in values:
         assert any(math.isclose(width, 85 * value / max(values), abs_tol=0.051) for width in widths)
@@ -197,16 +238,26 @@ def test_lone_surrogates_do_not_lose_the_report(tmp_path) -> None:
     [
         ("scores.json", "{", "scores"),
         ("routing.json", '{"layers": [{"side": "encoder"}]}', "'shares' is missing"),
-        ("routing.json", json.dumps({"layers": [routing_layer(shares=[[1, 1, 1, 1]] * 5)]}), "does not sum to 1"),
+        (
+            "routing.json",
+            json.dumps({"layers": [routing_layer(shares=[[1, 1, 1, 1]] * 5)]}),
+            "does not sum to 1",
+        ),
         ("routing.json", json.dumps({"layers": [routing_layer(tasks=["de"])]}), "one row a task"),
         ("routing.json", json.dumps({"layers": [routing_layer(side="middle")]}), "none of those allowed"),
-        ("conversion.json", '{"direction": "en-de", "sparse_parameters": "many", "dense_parameters": 1}', "sparse_parameters"),
+        (
+            "conversion.json",
+            '{"direction": "en-de", "sparse_parameters": "many", "dense_parameters": 1}',
+            "sparse_parameters",
+        ),
         ("timings.json", "[1, 2]", "timings"),
         ("metrics.jsonl", 'nonsense\n{"step": 1}\n', "line 1"),
         ("recipe.yaml", "name: [", "recipe"),
     ],
 )
-def test_damaged_files_are_named_and_the_old_report_stays(name: str, text: str, message: str, tmp_path) -> None:
+def test_damaged_files_are_named_and_the_old_report_stays(
+    name: str, text: str, message: str, tmp_path
+) -> None:
     run = make_run(tmp_path)
     before = write_report(run).read_bytes()
     (run / name).write_text(text, encoding="utf-8")
@@ -228,7 +279,9 @@ def test_the_report_shows_the_numbers_of_each_layer(tmp_path) -> None:
     page = Page(write_report(run))
     # Chosen: de, nl, ru 0 1; en 2 3; he 1 2. Load (3, 4, 2, 1) / 10; relatives are de, en, nl.
     assert "Encoder layer 2by target1.600.451.85 (92%)1.72 (86%)0.500.660 of 4–" in page.text
-    (run / "routing.json").write_text(json.dumps({"layers": [routing_layer(routing="sentence", task="source", dropped=0.125)]}))
+    (run / "routing.json").write_text(
+        json.dumps({"layers": [routing_layer(routing="sentence", task="source", dropped=0.125)]})
+    )
     page = Page(write_report(run))
     assert "Encoder layer 2by sentence" in page.text and "0 of 412.5%" in page.text
     assert "the same set of experts" not in page.text and "chosen by the task" not in page.text
@@ -272,12 +325,18 @@ def test_the_report_of_a_model_without_experts_speaks_of_none(tmp_path) -> None:
     recipe = load_recipe(run / "recipe.yaml").model_dump(exclude_none=True)
     for side in ("encoder", "decoder"):
         recipe["model"][side].pop("moe")
-    recipe["model"]["low_rank"] = {"rank": {code: 4 if code == "en" else 2 for code in ("de", "en", "he", "nl", "ru")}, "index": "language"}
+    recipe["model"]["low_rank"] = {
+        "rank": {code: 4 if code == "en" else 2 for code in ("de", "en", "he", "nl", "ru")},
+        "index": "language",
+    }
     (run / "recipe.yaml").write_text(Recipe.model_validate(recipe).to_yaml())
     (run / "routing.json").unlink()
     (run / "timings.json").unlink()
     text = Page(write_report(run)).text
-    assert "transformer with low-rank matrices of each language (ranks 2 to 4) beside its feed-forwards, trained for 100 steps" in text
+    assert (
+        "transformer with low-rank matrices of each language (ranks 2 to 4) beside its feed-forwards, trained"
+        " for 100 steps" in text
+    )
     assert "What a direction has of its own merged into plain layers" in text
     assert not re.search(r"\b[Ee]xperts?\b|[Ss]parse|make demo", text.partition("name: demo")[0])
 
@@ -314,16 +373,35 @@ def test_scores_that_lie_elsewhere(tmp_path) -> None:
     for name in ("scores.json", "routing.json"):
         (run / name).rename(elsewhere / name)
     page = Page(write_report(run, scores=elsewhere))
-    assert "Показать изменения" in page.text and "Encoder layer 2" in page.text and "No scores yet" not in page.text
+    assert (
+        "Показать изменения" in page.text
+        and "Encoder layer 2" in page.text
+        and "No scores yet" not in page.text
+    )
 
 
 def test_every_conversion_is_told_with_what_it_is(tmp_path) -> None:
     run = make_run(tmp_path)
     record = json.loads((run / "conversion.json").read_text())
-    int8 = {"kind": "ctranslate2", "quantization": "int8", "same_translations": 81, "largest_logit_difference": None, "step": 90}
-    reason = {"kind": "huggingface", "direction": "en-nl", "same_translations": None, "not_checked": "transformers is not installed"}
+    int8 = {
+        "kind": "ctranslate2",
+        "quantization": "int8",
+        "same_translations": 81,
+        "largest_logit_difference": None,
+        "step": 90,
+    }
+    reason = {
+        "kind": "huggingface",
+        "direction": "en-nl",
+        "same_translations": None,
+        "not_checked": "transformers is not installed",
+    }
     (run / "conversions").mkdir()
-    for name, change in (("z", {"kind": "dense", "step": 100, "date": "2026-01-02T03:04:05+00:00"}), ("a", int8), ("b", reason)):
+    for name, change in (
+        ("z", {"kind": "dense", "step": 100, "date": "2026-01-02T03:04:05+00:00"}),
+        ("a", int8),
+        ("b", reason),
+    ):
         (run / "conversions" / f"{name}.json").write_text(json.dumps(record | change))
     (run / "conversion.json").write_text(json.dumps(record | int8))
     page = Page(write_report(run))
@@ -339,11 +417,16 @@ def test_every_conversion_is_told_with_what_it_is(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ahead", "said"), [(3.21, "3.2 chrF above copying"), (-3.21, "3.2 chrF below copying"), (0.0, "the same chrF as copying")]
+    ("ahead", "said"),
+    [(3.21, "3.2 chrF above copying"), (-3.21, "3.2 chrF below copying"), (0.0, "the same chrF as copying")],
 )
 def test_the_caveat_compares_with_copying_in_plain_words(ahead: float, said: str) -> None:
     score = score_direction(english_centric(["de"])[0], ["a b c"], ["x y z"], ["q r s"])
     metrics = Metrics(0.0, 20.0 + ahead, 0.0)
-    table = ScoreTable("x", 10, "test", 5, 1.0, (replace(score, metrics=metrics, copy=Metrics(0.0, 20.0, 0.0)),))
+    table = ScoreTable(
+        "x", 10, "test", 5, 1.0, (replace(score, metrics=metrics, copy=Metrics(0.0, 20.0, 0.0)),)
+    )
     caveat = _caveat(table, Progress(steps=10, seconds=180.0))
-    assert caveat is not None and caveat.startswith(f"After 3 min of training the model scores {said} the source. Of its 1 test")
+    assert caveat is not None and caveat.startswith(
+        f"After 3 min of training the model scores {said} the source. Of its 1 test"
+    )

@@ -34,8 +34,15 @@ def charts(page: Page) -> list[dict[str, list[tuple[float, float]]]]:
     """Return the points of each curve of each chart, by the class of the curve."""
     found = []
     for drawing in re.findall(r'<div class="chart[^>]*>(<svg.*?</svg>)', page.source):
-        paths = [(path.get("class", ""), path.get("d", "")) for path in ElementTree.fromstring(drawing).iter("path")]
-        curves = {kind: re.findall(r"[ML]([\d.]+) ([\d.]+)", drawn) for kind, drawn in paths if "dots" not in kind and kind != "grid"}
+        paths = [
+            (path.get("class", ""), path.get("d", ""))
+            for path in ElementTree.fromstring(drawing).iter("path")
+        ]
+        curves = {
+            kind: re.findall(r"[ML]([\d.]+) ([\d.]+)", drawn)
+            for kind, drawn in paths
+            if "dots" not in kind and kind != "grid"
+        }
         found.append({kind: [(float(x), float(y)) for x, y in points] for kind, points in curves.items()})
     return found
 
@@ -51,22 +58,39 @@ def test_training_charts_of_each_method(method: str, tmp_path) -> None:
     for record in records:  # every run has both columns, zeros without the method
         falling = 0.75 - record["step"] / 200
         if "loss" in record:
-            record |= {"distillation": falling * (method == "low_rank"), "gates": falling * (method == "clsr")}
+            record |= {
+                "distillation": falling * (method == "low_rank"),
+                "gates": falling * (method == "clsr"),
+            }
         elif method == "low_rank":
             record["dev_loss_shared"] = record["dev_loss"] + 0.3
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     page = Page(write_report(run))
-    expected = {"dev, shared route": "low_rank", "Divergence of the two": "low_rank", "Mean gate; dashed its budget, 0.35": "clsr"}
-    assert [text for text in expected if text in page.text] == [text for text, of in expected.items() if of == method]
+    expected = {
+        "dev, shared route": "low_rank",
+        "Divergence of the two": "low_rank",
+        "Mean gate; dashed its budget, 0.35": "clsr",
+    }
+    assert [text for text in expected if text in page.text] == [
+        text for text, of in expected.items() if of == method
+    ]
     loss, rate, *more = charts(page)
-    assert list(loss) == ["faint", "line", *(["dev wide", "shared"] if method == "low_rank" else ["dev"])] and list(rate) == ["line"]
-    assert [list(chart) for chart in more] == {"low_rank": [["line"]], "clsr": [["aim", "line"]]}.get(method, [])
+    assert list(loss) == [
+        "faint",
+        "line",
+        *(["dev wide", "shared"] if method == "low_rank" else ["dev"]),
+    ] and list(rate) == ["line"]
+    assert [list(chart) for chart in more] == {"low_rank": [["line"]], "clsr": [["aim", "line"]]}.get(
+        method, []
+    )
     if more:
         ((first, high), *_, (last, low)) = more[0]["line"]
         assert (first, last) == (0, 1000) and high < low, "it falls"
     if method == "low_rank":
         assert [x for x, _ in loss["dev wide"]] == [x for x, _ in loss["shared"]] == [500, 1000]
-        assert all(shared < dev for (_, shared), (_, dev) in zip(loss["shared"], loss["dev wide"], strict=True)), "a larger loss is higher"
+        assert all(
+            shared < dev for (_, shared), (_, dev) in zip(loss["shared"], loss["dev wide"], strict=True)
+        ), "a larger loss is higher"
     if method == "clsr":
         ((left, budget), (right, same)) = more[0]["aim"]
         assert (left, right) == (0, 1000) and high < budget == same < low

@@ -26,7 +26,14 @@ def recipe_in(folder, layout, steps: int = 20, bf16: bool = False):
     tensor, expert, _, stage = layout
     sides = TOKEN_TOP2 | EIGHT, TARGET_TOP2
     recipe = make_recipe(folder, *sides, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
-    training = {"steps": steps, "checkpoint_every": 10, "log_every": 1, "max_grad_norm": 1.0, "keep": 2, "learning_rate": 0.01}
+    training = {
+        "steps": steps,
+        "checkpoint_every": 10,
+        "log_every": 1,
+        "max_grad_norm": 1.0,
+        "keep": 2,
+        "learning_rate": 0.01,
+    }
     batch = recipe.data.batch.model_copy(update={"tokens": 96, "count": 4})
     return recipe.model_copy(
         update={
@@ -55,7 +62,11 @@ def load_and_save(topology, recipe, checkpoint, run):
 
 
 def losses(run) -> list[float]:
-    return [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    return [
+        line["loss"]
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "loss" in line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +105,15 @@ def test_every_value_is_dealt_anew(pool, folder, begun, before, after, bf16, tmp
 
     first = begun(before, bf16) / "checkpoints" / "step-10"
     tensor, expert, world, _ = after
-    pool.run(world, load_and_save, recipe_in(folder, after, bf16=bf16), first, tmp_path, tensor=tensor, expert=expert)
+    pool.run(
+        world,
+        load_and_save,
+        recipe_in(folder, after, bf16=bf16),
+        first,
+        tmp_path,
+        tensor=tensor,
+        expert=expert,
+    )
     second = tmp_path / "checkpoints" / "step-10"
     shapes = {name: value.shape for name, value in read_checkpoint(first).weights.items()}
     wanted, found = states(first, shapes), states(second, shapes)

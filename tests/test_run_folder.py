@@ -1,5 +1,5 @@
-"""How a run folder is made, which checkpoints it keeps, who may write it, and that what is written is on the disk before it
-is named.
+"""How a run folder is made, which checkpoints it keeps, who may write it, and that what is written is on the
+disk before it is named.
 """
 
 from __future__ import annotations
@@ -23,23 +23,28 @@ DEV_LOSS = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: 2.5}
 
 
 @pytest.mark.parametrize(
-    ("keep", "best", "removed"), [(2, 0, [10, 20, 30]), (1, 1, [10, 30, 40]), (2, 2, [10, 30]), (1, 9, [30]), (9, 0, [])]
+    ("keep", "best", "removed"),
+    [(2, 0, [10, 20, 30]), (1, 1, [10, 30, 40]), (2, 2, [10, 30]), (1, 9, [30]), (9, 0, [])],
 )
 def test_the_newest_and_the_best_stay(tmp_path, keep, best, removed):
     for step, loss in DEV_LOSS.items():
         folder = tmp_path / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
         (folder / "state.json").write_text(json.dumps({"step": step, "dev_loss": loss}))
-    assert [path.name for path in to_remove(list_checkpoints(tmp_path), keep, best)] == [f"step-{step}" for step in removed]
+    assert [path.name for path in to_remove(list_checkpoints(tmp_path), keep, best)] == [
+        f"step-{step}" for step in removed
+    ]
 
 
 def lock_in_another_process(path: Path) -> str:
     """What another process is told that wants the lock of ``path``."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\n"
-        "try:\n    with locked(Path(sys.argv[1])):\n        print('held')\nexcept Exception as error:\n    print(error)\n"
+        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\ntry:\n    with"
+        " locked(Path(sys.argv[1])):\n        print('held')\nexcept Exception as error:\n    print(error)\n"
     )
-    return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.fixture
@@ -53,7 +58,9 @@ def linked(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("first", "second"), [("link", "s/real"), ("s/real", "link"), ("other/real", "link")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("link", "s/real"), ("s/real", "link"), ("other/real", "link")]
+)
 def test_a_folder_has_one_lock_whatever_its_name(linked, first, second):
     # flock holds between descriptors, so that a second attempt of this process is refused like that of
     # another one
@@ -102,13 +109,16 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeyp
 
 def test_processes_that_wait_for_a_lock_have_it_one_by_one(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\nfile = Path(sys.argv[1])\n"
-        "for _ in range(100):\n    with locked(file, wait=True):\n        file.write_text(str(int(file.read_text()) + 1))\n"
+        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\nfile ="
+        " Path(sys.argv[1])\nfor _ in range(100):\n    with locked(file, wait=True):\n       "
+        " file.write_text(str(int(file.read_text()) + 1))\n"
     )
     (tmp_path / "count").write_text("0")
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "count")]) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
-    assert (tmp_path / "count").read_text() == "300" and [path.name for path in tmp_path.iterdir()] == ["count"]
+    assert (tmp_path / "count").read_text() == "300" and [path.name for path in tmp_path.iterdir()] == [
+        "count"
+    ]
 
 
 def test_two_processes_cannot_hold_two_names_of_one_folder(linked):
@@ -130,7 +140,9 @@ def test_a_link_is_written_through(linked, name):
     write_whole(linked / name / "fresh", "again")
     (linked / "file").symlink_to("s/real/fresh")
     write_whole(linked / "file", "through")
-    assert (linked / "link").is_symlink() and (linked / "other").is_symlink() and (linked / "file").is_symlink()
+    assert (
+        (linked / "link").is_symlink() and (linked / "other").is_symlink() and (linked / "file").is_symlink()
+    )
     assert [path.name for path in (linked / "s/real").iterdir()] == ["fresh"]
     assert (linked / "s/real/fresh").read_text() == "through"
 
@@ -138,7 +150,9 @@ def test_a_link_is_written_through(linked, name):
 def test_a_file_in_place_of_the_run_is_one_sentence(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(UserError, match="run is a file: choose a folder with --out"):
-        run_folder.check_run(make_recipe(tmp_path, None, None), tmp_path / "run", tmp_path / "vocabulary.model")
+        run_folder.check_run(
+            make_recipe(tmp_path, None, None), tmp_path / "run", tmp_path / "vocabulary.model"
+        )
 
 
 def test_links_in_a_circle_are_one_sentence(tmp_path):
@@ -180,7 +194,9 @@ def test_a_folder_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch
         recorder = Recorder(monkeypatch)
     renamed = recorder.calls.index(("rename", str(place)))
     before, after = recorder.calls[:renamed], recorder.calls[renamed + 1 :]
-    assert {path for _, path in before} == {str(path) for path in (new, new / "a", new / "inner", new / "inner/b")}
+    assert {path for _, path in before} == {
+        str(path) for path in (new, new / "a", new / "inner", new / "inner/b")
+    }
     assert after == [("sync", str(tmp_path))]  # the new name itself
 
 
@@ -188,12 +204,20 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     recorder = Recorder(monkeypatch)
     write_whole(tmp_path / "scores.json", "{}")
     (first, temporary), second = recorder.calls
-    assert first == "sync" and Path(temporary).parent == tmp_path and Path(temporary).name.startswith(".scores.json.")
+    assert (
+        first == "sync"
+        and Path(temporary).parent == tmp_path
+        and Path(temporary).name.startswith(".scores.json.")
+    )
     assert second == ("rename", str(tmp_path / "scores.json"))
 
 
 def test_a_run_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeypatch):
-    recipe, vocabulary, run = make_recipe(tmp_path, None, None), tmp_path / "vocabulary.model", tmp_path / "run"
+    recipe, vocabulary, run = (
+        make_recipe(tmp_path, None, None),
+        tmp_path / "vocabulary.model",
+        tmp_path / "run",
+    )
     vocabulary.write_bytes(b"pieces")
 
     def killed(path, text):
@@ -204,7 +228,9 @@ def test_a_run_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeyp
         patch.setattr(run_folder, "write_whole", killed)
         open_run(recipe, run, vocabulary)
     open_run(recipe, run, vocabulary)
-    assert (run / "recipe.yaml").read_text() == recipe.to_yaml() and (run / "vocabulary.model").read_bytes() == b"pieces"
+    assert (run / "recipe.yaml").read_text() == recipe.to_yaml() and (
+        run / "vocabulary.model"
+    ).read_bytes() == b"pieces"
 
     (run / "recipe.yaml").unlink()
     (run / "vocabulary.model").write_bytes(b"somebody's")

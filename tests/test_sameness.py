@@ -25,10 +25,16 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
         "sentence": ({"routing": "sentence"}, {"routing": "sentence", "top_k": 1}),
         "target": (target, target),
         "pair": ({"routing": "task", "task": "pair", "top_k": 1}, {"routing": "task", "task": "pair"}),
-        "static": ({"routing": "static", "task": "source"}, {"routing": "static", "task": "pair", "expert_groups": 2}),
+        "static": (
+            {"routing": "static", "task": "source"},
+            {"routing": "static", "task": "pair", "expert_groups": 2},
+        ),
         "mixed": (token, {**target, "expert_groups": 2}),
         "lms": (None, {**target}),
-        "distilled": ({"routing": "static", "task": "source", "top_k": 1, "fuse_distillation": True}, {**token, "fuse_distillation": True}),
+        "distilled": (
+            {"routing": "static", "task": "source", "top_k": 1, "fuse_distillation": True},
+            {**token, "fuse_distillation": True},
+        ),
         "capacity": ({**token, **full}, {**token, "capacity": {"training": 0.75, "drop": "position"}}),
     }[routing]
     encoder, decoder = (({"moe": {**moe, **side}} if side else {}) for side in sides)
@@ -48,7 +54,14 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
                 "decoder": {"layers": 2, "feed_forward": 24, **decoder},
                 "low_rank": {"rank": 3, "at": "both"} if routing == "lms" else None,
             },
-            "training": {"steps": 3, "learning_rate": 0.01, "warmup": 2, "dropout": 0.0, "label_smoothing": 0.1, "max_grad_norm": clip},
+            "training": {
+                "steps": 3,
+                "learning_rate": 0.01,
+                "warmup": 2,
+                "dropout": 0.0,
+                "label_smoothing": 0.1,
+                "max_grad_norm": clip,
+            },
             "parallel": {"tensor": tensor, "expert": expert},
             "deepspeed": {"zero_optimization": {"stage": stage}},
         }
@@ -68,7 +81,9 @@ def ragged_batch(generator: torch.Generator, recipe: Recipe, sentences: int) -> 
     decoder_input[:, 0] = EOS
     decoder_input[:, 1:] = torch.where(labels[:, :-1] == EOS, PAD, labels[:, :-1])
     direction = torch.randint(0, len(languages.directions), (sentences,), generator=generator)
-    ids = torch.tensor([[languages.id(d.source), languages.id(d.target)] for d in languages.directions])[direction]
+    ids = torch.tensor([[languages.id(d.source), languages.id(d.target)] for d in languages.directions])[
+        direction
+    ]
     return Batch(source, decoder_input, labels, ids[:, 0], ids[:, 1], direction)
 
 
@@ -77,7 +92,10 @@ def steps_of(recipe: Recipe, rank: int, ranks: int) -> list[Step]:
     steps = []
     for _ in range(2):  # the second with the weights and the optimizer state of the first
         # Wildly unequal units: one sentence beside nine.
-        units = [ragged_batch(generator, recipe, sentences) for sentences in (1, 9, 4, 2)[: recipe.data.batch.count]]
+        units = [
+            ragged_batch(generator, recipe, sentences)
+            for sentences in (1, 9, 4, 2)[: recipe.data.batch.count]
+        ]
         tokens = sum(unit.target_tokens for unit in units)
         source_tokens = sum(int((unit.source != PAD).sum()) for unit in units)
         steps.append(Step(units[rank::ranks], tokens, source_tokens, 0, []))
@@ -85,15 +103,18 @@ def steps_of(recipe: Recipe, rank: int, ranks: int) -> list[Step]:
 
 
 def train(topology, recipe: Recipe):
-    """Losses, gradient norms, the first step's gradients and the final weights of the whole model, by global name."""
+    """Losses, gradient norms, the first step's gradients and the final weights of the whole model, by global
+    name.
+    """
     from deepspeed.utils import safe_get_full_grad
 
     from lsmoe_ds.parallel.parameters import global_names, partition_dimension
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine = build_engine(recipe, VOCABULARY, topology)
-    # Adam divides rounding noise by itself where the true gradient is zero (a key's bias): the weights of two correct
-    # runs differ there. With a larger epsilon they are a smooth function of the gradients, and comparable.
+    # Adam divides rounding noise by itself where the true gradient is zero (a key's bias): the weights of two
+    # correct runs differ there. With a larger epsilon they are a smooth function of the gradients, and
+    # comparable.
     for group in engine.optimizer.param_groups:
         group["eps"] = 1e-3
     names = global_names(engine.module, topology)
@@ -110,7 +131,8 @@ def train(topology, recipe: Recipe):
 
     engine.step = step_after_reading_gradients
     results = [
-        train_step(engine, step, i + 1, recipe, topology) for i, step in enumerate(steps_of(recipe, topology.data_rank, topology.data))
+        train_step(engine, step, i + 1, recipe, topology)
+        for i, step in enumerate(steps_of(recipe, topology.data_rank, topology.data))
     ]
     weights = {
         names[name]: (parameter.detach().numpy().copy(), partition_dimension(parameter))
@@ -118,14 +140,22 @@ def train(topology, recipe: Recipe):
     }
     engine.destroy()
     return (
-        [(*(r.metrics.get(name, 0.0) for name in ("loss", "nll", "balance", "z_loss", "dropped")), r.grad_norm) for r in results],
+        [
+            (
+                *(r.metrics.get(name, 0.0) for name in ("loss", "nll", "balance", "z_loss", "dropped")),
+                r.grad_norm,
+            )
+            for r in results
+        ],
         gradients,
         weights,
     )
 
 
 def whole(results, tensor: int, which: int) -> dict[str, torch.Tensor]:
-    """The whole model's tensors, from those of all ranks: tensor-parallel parts joined, experts collected, replicas checked."""
+    """The whole model's tensors, from those of all ranks: tensor-parallel parts joined, experts collected,
+    replicas checked.
+    """
     found: dict[str, torch.Tensor] = {}
     for first in range(0, len(results), tensor):
         peers = [results[first + t][which] for t in range(tensor)]
@@ -134,9 +164,13 @@ def whole(results, tensor: int, which: int) -> dict[str, torch.Tensor]:
             value = parts[0][0] if parts[0][1] is None else torch.cat([p for p, _ in parts], parts[0][1])
             if parts[0][1] is None:
                 for other, _ in parts[1:]:
-                    torch.testing.assert_close(other, value, rtol=0, atol=1e-7, msg=f"tensor-parallel replicas of {name} differ")
+                    torch.testing.assert_close(
+                        other, value, rtol=0, atol=1e-7, msg=f"tensor-parallel replicas of {name} differ"
+                    )
             if name in found:
-                torch.testing.assert_close(value, found[name], rtol=0, atol=1e-7, msg=f"data-parallel replicas of {name} differ")
+                torch.testing.assert_close(
+                    value, found[name], rtol=0, atol=1e-7, msg=f"data-parallel replicas of {name} differ"
+                )
             found[name] = value
     return found
 
@@ -171,10 +205,25 @@ LAYOUTS = [(2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2)]
 LAYOUTS += [(4, tensor, expert) for tensor in (1, 2, 4) for expert in (1, 2, 4)]
 ROUTINGS = ["token", "sentence", "target", "pair", "static", "mixed", "capacity"]
 CASES = [(routing, *layout, 1) for routing in ROUTINGS for layout in LAYOUTS]
-CASES += [("token", 2, 1, 2, 2), ("pair", 4, 2, 2, 2), ("dense", 2, 2, 1, 1), ("dense", 4, 2, 1, 2), ("dense", 2, 1, 1, 0)]
-CASES += [("lms", *layout) for layout in ((2, 1, 1, 1), (2, 2, 1, 1), (2, 2, 2, 0), (4, 2, 1, 2), (4, 4, 4, 1), (4, 1, 4, 0))]
+CASES += [
+    ("token", 2, 1, 2, 2),
+    ("pair", 4, 2, 2, 2),
+    ("dense", 2, 2, 1, 1),
+    ("dense", 4, 2, 1, 2),
+    ("dense", 2, 1, 1, 0),
+]
+CASES += [
+    ("lms", *layout)
+    for layout in ((2, 1, 1, 1), (2, 2, 1, 1), (2, 2, 2, 0), (4, 2, 1, 2), (4, 4, 4, 1), (4, 1, 4, 0))
+]
 CASES += [("distilled", 2, 2, 2, 1)]
-CASES += [("dense", 2, 2, 1, 0), ("target", 2, 1, 2, 0), ("token", 4, 2, 2, 0), ("target", 2, 2, 1, 0), ("sentence", 4, 1, 2, 0)]
+CASES += [
+    ("dense", 2, 2, 1, 0),
+    ("target", 2, 1, 2, 0),
+    ("token", 4, 2, 2, 0),
+    ("target", 2, 2, 1, 0),
+    ("sentence", 4, 1, 2, 0),
+]
 
 CASES.sort(key=lambda case: case[1:4])  # building groups takes a fifth of a case
 
@@ -189,8 +238,12 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
     found = pool.run(world, train, recipe, tensor=tensor, expert=expert)
     for rank in found:
         for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
-            assert numbers == pytest.approx(expected, rel=1e-5), "loss, nll, balance loss, z-loss, dropped share, gradient norm"
-    assert wanted[0][0][0][-1] > 0.5, "the gradient must be large enough to be clipped, or clipping is not tested"
+            assert numbers == pytest.approx(expected, rel=1e-5), (
+                "loss, nll, balance loss, z-loss, dropped share, gradient norm"
+            )
+    assert wanted[0][0][0][-1] > 0.5, (
+        "the gradient must be large enough to be clipped, or clipping is not tested"
+    )
     for which, what in ((1, "gradient"), (2, "weight")):
         ours, theirs = whole(found, tensor, which), whole(wanted, 1, which)
         assert ours.keys() == theirs.keys()
@@ -199,18 +252,28 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
     experts = [name for name in theirs if re.search(r"\.experts\.\d+\.", name)]
     assert len(experts) == {"dense": 0, "lms": 8 * 4}.get(routing, 2 * 8 * 4)
     if routing == "capacity":
-        assert all(0.1 < step[4] < 0.5 for step in wanted[0][0]), "choices must be dropped, or capacity is not tested"
+        assert all(0.1 < step[4] < 0.5 for step in wanted[0][0]), (
+            "choices must be dropped, or capacity is not tested"
+        )
 
 
 def weights_with(topology, recipe: Recipe, run_idle: bool) -> tuple[list[float | None], dict]:
-    """Gradient norms and final weights of one process whose unused experts run over zero rows, or are filled in after."""
+    """Gradient norms and final weights of one process whose unused experts run over zero rows, or are filled
+    in after.
+    """
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine = build_engine(recipe, VOCABULARY, topology)
     for _, layer in engine.module.moe_layers():
         layer.deepspeed_moe.experts.run_idle = run_idle
-    norms = [train_step(engine, step, i + 1, recipe, topology).grad_norm for i, step in enumerate(steps_of(recipe, 0, 1))]
-    weights = {name: parameter.detach().float().numpy().copy() for name, parameter in engine.module.named_parameters()}
+    norms = [
+        train_step(engine, step, i + 1, recipe, topology).grad_norm
+        for i, step in enumerate(steps_of(recipe, 0, 1))
+    ]
+    weights = {
+        name: parameter.detach().float().numpy().copy()
+        for name, parameter in engine.module.named_parameters()
+    }
     engine.destroy()
     return norms, weights
 
@@ -221,7 +284,9 @@ def test_experts_without_tokens_are_updated_alike_however_their_gradients_come_t
     recipe.deepspeed = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
     for side in (recipe.model.encoder, recipe.model.decoder):
         side.moe.experts = 16  # four tasks use half of them at most
-    (norms, weights), (filled_norms, filled) = (pool.run(1, weights_with, recipe, idle)[0] for idle in (True, False))
+    (norms, weights), (filled_norms, filled) = (
+        pool.run(1, weights_with, recipe, idle)[0] for idle in (True, False)
+    )
     assert norms == filled_norms
     for name, value in weights.items():
         assert (value == filled[name]).all(), name

@@ -66,7 +66,9 @@ def model(tmp_path_factory) -> Path:
         "vocab_size": 48,
         "minloglevel": 2,
     }
-    sentencepiece.SentencePieceTrainer.train(" ".join(f"--{name}={value}" for name, value in arguments.items()))
+    sentencepiece.SentencePieceTrainer.train(
+        " ".join(f"--{name}={value}" for name, value in arguments.items())
+    )
     return folder / "pieces.model"
 
 
@@ -138,9 +140,13 @@ def test_a_sentencepiece_model_of_ones_own_counts_as_sacrebleus(files, model, tm
     ours = score_files(files["hyp"], [files["ref"]], tokenize=f"spm:{model}")
     flores = score_files(files["hyp"], [files["ref"]], tokenize="flores200")
     assert ours.metrics.bleu == flores.metrics.bleu == theirs.score
-    assert theirs.score not in (score_files(files["hyp"], [files["ref"]], tokenize=name).metrics.bleu for name in ("13a", "char"))
+    assert theirs.score not in (
+        score_files(files["hyp"], [files["ref"]], tokenize=name).metrics.bleu for name in ("13a", "char")
+    )
     checksum = hashlib.sha256(model.read_bytes()).hexdigest()[:12]
-    assert f"|tok:spm-{checksum}|" in ours.signatures["bleu"] and "|tok:flores200|" in flores.signatures["bleu"]
+    assert (
+        f"|tok:spm-{checksum}|" in ours.signatures["bleu"] and "|tok:flores200|" in flores.signatures["bleu"]
+    )
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(model, tmp_path, monkeypatch) -> None:
@@ -148,7 +154,9 @@ def test_a_tokenizer_that_is_not_there_is_refused(model, tmp_path, monkeypatch) 
 
     def offline(*arguments: object) -> None:
         (tmp_path / "cache" / "models").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cache" / "models" / "sacrebleu_tokenizer_spm.model").touch()  # as a download that was cut off leaves it
+        (
+            tmp_path / "cache" / "models" / "sacrebleu_tokenizer_spm.model"
+        ).touch()  # as a download that was cut off leaves it
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(tokenizer_spm, "download_file", offline)
@@ -159,7 +167,10 @@ def test_a_tokenizer_that_is_not_there_is_refused(model, tmp_path, monkeypatch) 
     for name, message in (
         (
             "flores101",
-            rf"needs the model {path}, which could not be downloaded \(Name or service not known\): {instead}",
+            (
+                rf"needs the model {path}, which could not be downloaded \(Name or service not known\):"
+                rf" {instead}"
+            ),
         ),
         ("ja-mecab", r"needs packages that are not installed: pip install 'sacrebleu\[ja\]'"),
         ("ko-mecab", r"pip install 'sacrebleu\[ko\]'"),
@@ -176,7 +187,9 @@ def test_a_tokenizer_that_is_not_there_is_refused(model, tmp_path, monkeypatch) 
         Tokenizer.parse("flores101")
     shutil.copyfile(model, path)
     assert Tokenizer.parse("flores101") == Tokenizer("flores101")
-    assert {bleu_tokenizer(code) for code in ("de", "ja", "ko", "zh_Hant", "yue", "lo", "dz", "shn", "xx")} <= set(TOKENIZERS)
+    assert {
+        bleu_tokenizer(code) for code in ("de", "ja", "ko", "zh_Hant", "yue", "lo", "dz", "shn", "xx")
+    } <= set(TOKENIZERS)
 
 
 class Stub(types.ModuleType):
@@ -192,8 +205,13 @@ class Stub(types.ModuleType):
         self.loaded.append(path)
         return self
 
-    def predict(self, samples: list[dict[str, str]], batch_size: int, gpus: int, progress_bar: bool) -> types.SimpleNamespace:
-        scores = [len({*s["mt"].split()} & {*s["ref"].split()}) / len(s["ref"].split()) - len(s["src"]) * 1e-3 for s in samples]
+    def predict(
+        self, samples: list[dict[str, str]], batch_size: int, gpus: int, progress_bar: bool
+    ) -> types.SimpleNamespace:
+        scores = [
+            len({*s["mt"].split()} & {*s["ref"].split()}) / len(s["ref"].split()) - len(s["src"]) * 1e-3
+            for s in samples
+        ]
         return types.SimpleNamespace(scores=scores, system_score=sum(scores) / len(scores))
 
 
@@ -213,7 +231,9 @@ def test_comet_where_it_is_installed(files, tmp_path, monkeypatch) -> None:
     checkpoint = tmp_path / "wmt" / "checkpoints" / "model.ckpt"
     checkpoint.write_bytes(b"weights")
     monkeypatch.setitem(sys.modules, "comet", None)
-    with pytest.raises(UserError, match="needs the package unbabel-comet, which is not installed: pip install unbabel-comet"):
+    with pytest.raises(
+        UserError, match="needs the package unbabel-comet, which is not installed: pip install unbabel-comet"
+    ):
         Comet.find(checkpoint)
     stub = Stub()
     stub.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
@@ -221,7 +241,9 @@ def test_comet_where_it_is_installed(files, tmp_path, monkeypatch) -> None:
     found = CliRunner().invoke(app, [*arguments, "--comet", str(tmp_path / "wmt"), "--json"])
     value = json.loads(found.stdout)
     words = (6 / 8 + 3 / 4 + 0 + 4 / 6) / 4  # in the reference and the translation, of those in the reference
-    assert value["comet"] == pytest.approx(words - sum(map(len, SOURCES)) / 4 * 1e-3) and stub.loaded == [str(checkpoint)]
+    assert value["comet"] == pytest.approx(words - sum(map(len, SOURCES)) / 4 * 1e-3) and stub.loaded == [
+        str(checkpoint)
+    ]
     assert value["signatures"]["comet"] == "comet-" + hashlib.sha256(b"weights").hexdigest()[:12]
     assert "COMET" in CliRunner().invoke(app, [*arguments, "--comet", str(checkpoint)]).stdout
     assert "COMET" not in CliRunner().invoke(app, arguments).stdout

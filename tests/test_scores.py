@@ -23,10 +23,20 @@ REFERENCES = ["Die Seite wurde gespeichert.", "Änderungen des Benutzers anzeige
 
 
 def fake(direction: str, chrf: float, copy: float = 1.0, **other) -> DirectionScore:
-    values: dict[str, Any] = {"sentences": 10, "exact": 0.1, "weak": 0.5, "seconds": 1.0, "samples": ()} | other
+    values: dict[str, Any] = {
+        "sentences": 10,
+        "exact": 0.1,
+        "weak": 0.5,
+        "seconds": 1.0,
+        "samples": (),
+    } | other
     signatures = {"bleu": "b", "chrf": "c", "chrfpp": "p"}
     return DirectionScore(
-        Direction.parse(direction), Metrics(chrf / 2, chrf, chrf + 1), Metrics(0.0, copy, 0.5), signatures=signatures, **values
+        Direction.parse(direction),
+        Metrics(chrf / 2, chrf, chrf + 1),
+        Metrics(0.0, copy, 0.5),
+        signatures=signatures,
+        **values,
     )
 
 
@@ -37,7 +47,11 @@ def test_scores_are_sacrebleus() -> None:
         assert found.chrf == CHRF().corpus_score(lines, [REFERENCES]).score
         assert found.chrfpp == CHRF(word_order=2).corpus_score(lines, [REFERENCES]).score
     assert score.metrics.chrf > score.copy.chrf > 0
-    assert "tok:13a" in score.signatures["bleu"] and "nw:0" in score.signatures["chrf"] and "nw:2" in score.signatures["chrfpp"]
+    assert (
+        "tok:13a" in score.signatures["bleu"]
+        and "nw:0" in score.signatures["chrf"]
+        and "nw:2" in score.signatures["chrfpp"]
+    )
     assert score.sentences == 3 and score.seconds == 2.5
     assert score.exact == pytest.approx(2 / 3)
     single = [CHRF().sentence_score(h, [r]).score for h, r in zip(HYPOTHESES, REFERENCES, strict=True)]
@@ -54,7 +68,11 @@ def test_perfect_and_empty_outputs() -> None:
 def test_bleu_of_chinese_is_over_its_characters() -> None:
     score = score_direction(Direction("en", "zh_Hans"), ["a b"], ["显示更改和历史"], ["显示更改和日志"])
     assert "tok:zh" in score.signatures["bleu"]
-    assert score.metrics.bleu == BLEU(tokenize="zh").corpus_score(["显示更改和历史"], [["显示更改和日志"]]).score > 0
+    assert (
+        score.metrics.bleu
+        == BLEU(tokenize="zh").corpus_score(["显示更改和历史"], [["显示更改和日志"]]).score
+        > 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +86,9 @@ def test_bleu_of_chinese_is_over_its_characters() -> None:
         ("th", "char", "char"),
     ],
 )
-def test_tokenizer_of_each_language(target: str, installed: str, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_of_each_language(
+    target: str, installed: str, without: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_installed", lambda *names: True)
     assert bleu_tokenizer(target) == installed
     monkeypatch.setattr(module, "_installed", lambda *names: False)
@@ -77,14 +97,18 @@ def test_tokenizer_of_each_language(target: str, installed: str, without: str, m
 
 def test_japanese_can_be_scored_with_what_is_installed() -> None:
     score = score_direction(Direction("en", "ja"), ["a"], ["変更を表示する"], ["変更を表示する"])
-    assert score.metrics.bleu == pytest.approx(100) and f"tok:{bleu_tokenizer('ja')}" in score.signatures["bleu"]
+    assert (
+        score.metrics.bleu == pytest.approx(100) and f"tok:{bleu_tokenizer('ja')}" in score.signatures["bleu"]
+    )
 
 
 def test_samples_are_spread_over_all_lines() -> None:
     lines = [str(index) for index in range(100)]
     score = score_direction(Direction("en", "de"), lines, lines, lines, samples=5)
     assert [sample.source for sample in score.samples] == ["0", "20", "40", "60", "80"]
-    assert len(score_direction(Direction("en", "de"), lines[:2], lines[:2], lines[:2], samples=5).samples) == 2
+    assert (
+        len(score_direction(Direction("en", "de"), lines[:2], lines[:2], lines[:2], samples=5).samples) == 2
+    )
 
 
 def test_wrong_numbers_of_lines() -> None:
@@ -95,24 +119,39 @@ def test_wrong_numbers_of_lines() -> None:
 
 
 def table() -> ScoreTable:
-    directions = (fake("de-en", 40, 10), fake("fr-en", 20, 20), fake("en-de", 30, 12), fake("de-fr", 8, 2, sentences=30, weak=0.9))
+    directions = (
+        fake("de-en", 40, 10),
+        fake("fr-en", 20, 20),
+        fake("en-de", 30, 12),
+        fake("de-fr", 8, 2, sentences=30, weak=0.9),
+    )
     return ScoreTable("demo", 100, "test", 5, 1.0, directions, {"de-en": "high", "en-fr": "low"})
 
 
 def test_averages_by_hand() -> None:
     found = table().averages()
     assert list(found) == ["into_english", "out_of_english", "between_others", "all", "high", "low"]
-    assert (found["into_english"].directions, found["into_english"].metrics.chrf, found["into_english"].copy.chrf) == (2, 30, 15)
+    assert (
+        found["into_english"].directions,
+        found["into_english"].metrics.chrf,
+        found["into_english"].copy.chrf,
+    ) == (2, 30, 15)
     assert found["out_of_english"].metrics == Metrics(15, 30, 31)
     assert found["between_others"].metrics.chrf == 8
-    assert found["all"].metrics.chrf == (40 + 20 + 30 + 8) / 4  # each direction once, whatever its number of sentences
+    assert (
+        found["all"].metrics.chrf == (40 + 20 + 30 + 8) / 4
+    )  # each direction once, whatever its number of sentences
     assert found["high"].metrics.chrf == 35 and found["low"].metrics.chrf == 20
     assert table().share("weak") == pytest.approx((3 * 10 * 0.5 + 30 * 0.9) / 60)
 
 
 def test_resource_groups_by_training_pairs() -> None:
     pairs = {"de-en": 1000, "en-fr": 999, "en-nl": 99}
-    assert resource_groups(pairs, Groups(high=1000, medium=100)) == {"de-en": "high", "en-fr": "medium", "en-nl": "low"}
+    assert resource_groups(pairs, Groups(high=1000, medium=100)) == {
+        "de-en": "high",
+        "en-fr": "medium",
+        "en-nl": "low",
+    }
 
 
 def test_json_round_trip() -> None:
@@ -168,5 +207,13 @@ def test_table_shows_every_direction_and_average() -> None:
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table().render())
     text = console.export_text()
-    for expected in ("de-en", "de-fr", "40.0 (10.0)", "into English", "30.0 (15.0)", "between others", "high resource"):
+    for expected in (
+        "de-en",
+        "de-fr",
+        "40.0 (10.0)",
+        "into English",
+        "30.0 (15.0)",
+        "between others",
+        "high resource",
+    ):
         assert expected in text

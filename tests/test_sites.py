@@ -24,15 +24,25 @@ def model_of(recipe) -> Transformer:
 
 def test_a_model_names_its_linear_layers_and_sublayers():
     model = model_of(recipe_for("token", 1, 1, 0))  # every second layer has experts
-    sublayers = [(site.side, site.layer, site.sublayer) for site in model.sites() if isinstance(site, SublayerSite)]
+    sublayers = [
+        (site.side, site.layer, site.sublayer) for site in model.sites() if isinstance(site, SublayerSite)
+    ]
     encoder, decoder = len(model.encoder), len(model.decoder)
     assert len(sublayers) == 2 * encoder + 3 * decoder == len(set(sublayers))
     for site in model.sites():
         if isinstance(site, LinearSite):
             weight = model.get_parameter(f"{site.side}.{site.layer}.{site.sublayer}.{site.name}.weight")
             assert weight.shape == (site.outputs, site.inputs)
-    named = [f"{site.side}.{site.layer}.{site.sublayer}.{site.name}" for site in model.sites() if isinstance(site, LinearSite)]
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".deepspeed_moe." not in name]
+    named = [
+        f"{site.side}.{site.layer}.{site.sublayer}.{site.name}"
+        for site in model.sites()
+        if isinstance(site, LinearSite)
+    ]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".deepspeed_moe." not in name
+    ]
     assert sorted(named) == sorted(linear), "all but those of experts"
 
 
@@ -54,7 +64,11 @@ def test_what_is_added_is_used_and_has_its_name():
     for site in changed.sites():
         if isinstance(site, LinearSite) and (site.side, site.layer, site.name) == ("encoder", 0, "contract"):
             site.add("plus", Add())
-        if isinstance(site, SublayerSite) and (site.side, site.layer, site.sublayer) == ("decoder", 1, "cross_attention"):
+        if isinstance(site, SublayerSite) and (site.side, site.layer, site.sublayer) == (
+            "decoder",
+            1,
+            "cross_attention",
+        ):
             site.add("twice", Double())
     assert isinstance(changed.get_submodule("encoder.0.feed_forward.contract_plus"), Add)
     assert isinstance(changed.get_submodule("decoder.1.cross_attention_twice"), Double)
@@ -71,7 +85,12 @@ def test_what_is_added_is_used_and_has_its_name():
 
 def test_a_recipe_has_the_methods_that_it_names():
     names = {}
-    for routing, parts in (("dense", {}), ("token", {}), ("lms", {"low_rank": LowRank(rank=2)}), ("dense", {"clsr": Clsr(gate=4)})):
+    for routing, parts in (
+        ("dense", {}),
+        ("token", {}),
+        ("lms", {"low_rank": LowRank(rank=2)}),
+        ("dense", {"clsr": Clsr(gate=4)}),
+    ):
         recipe = recipe_for(routing, 1, 1, 0)
         for key, value in parts.items():
             setattr(recipe.model, key, value)

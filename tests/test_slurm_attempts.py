@@ -34,7 +34,10 @@ def test_attempts_without_a_newer_checkpoint_are_counted(recipe, monkeypatch):
     run = begin(recipe, allowed=2)
     assert run == Path("runs/small") and not run.exists()
     assert begin(recipe, allowed=2) == run
-    with pytest.raises(UserError, match="the last 2 attempts of this job began at step 0 of runs/small and saved nothing newer"):
+    with pytest.raises(
+        UserError,
+        match="the last 2 attempts of this job began at step 0 of runs/small and saved nothing newer",
+    ):
         begin(recipe, allowed=2)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     begin(recipe, allowed=2)
@@ -88,7 +91,10 @@ def test_the_last_attempt_without_a_newer_checkpoint_gives_up(recipe, capsys):
     assert end(run, 75) == 75
     begin(recipe, allowed=2)
     (save(run, 2) / "manifest.json").unlink()  # not whole
-    assert end(run, 75) == 2 and "given up, as 2 attempts in a row saved nothing newer" in capsys.readouterr().err
+    assert (
+        end(run, 75) == 2
+        and "given up, as 2 attempts in a row saved nothing newer" in capsys.readouterr().err
+    )
     save(run, 1)
     assert end(run, 1) == 75
 

@@ -1,5 +1,6 @@
-"""The scripts in `slurm/` without a cluster: what they ask SLURM for, and what they do about signals and statuses. SLURM's programs are
-played by small ones that note how they were called."""
+"""The scripts in `slurm/` without a cluster: what they ask SLURM for, and what they do about signals and
+statuses. SLURM's programs are played by small ones that note how they were called.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +72,11 @@ class Played:
             (programs / name).chmod(0o755)
         (folder / "rank.py").write_text(RANK)
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "OMP_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("SLURM", "SBATCH", "OMP_"))
+            },
             "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "CALLS": str(self.calls_file),
             "PID": str(self.pid_file),
@@ -122,7 +127,9 @@ class Played:
 
     def calls(self, program: str) -> list[str]:
         text = self.calls_file.read_text() if self.calls_file.exists() else ""
-        return [line.removeprefix(f"{program} ") for line in text.splitlines() if line.startswith(f"{program} ")]
+        return [
+            line.removeprefix(f"{program} ") for line in text.splitlines() if line.startswith(f"{program} ")
+        ]
 
 
 @pytest.fixture
@@ -139,7 +146,9 @@ def test_bash_and_shellcheck_find_nothing(name):
     assert (done.returncode, done.stderr) == (0, "")
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
-    done = subprocess.run(["shellcheck", "--external-sources", name], cwd=SLURM, capture_output=True, text=True)
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", name], cwd=SLURM, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -159,12 +168,14 @@ def test_no_option_of_sbatch_stands_where_it_is_not_read():
 
 def test_training_finishes(played):
     assert played.run("train.sbatch", "r.yaml", "--set", "a.b=c d") == 0, played.said
-    (mkdir, ranks, remove) = played.calls("srun")
+    mkdir, ranks, remove = played.calls("srun")
     on_every_node = "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=1"
     assert mkdir == f"{on_every_node} mkdir -p -m 700 {played.folder}/local/lsmoe-7"
     assert ranks.startswith("--kill-on-bad-exit=1 bash -c")
     assert ranks.endswith("shield lsmoe train r.yaml --set a.b=c d --out runs/played")
-    assert remove == f"{on_every_node} rm -rf {played.folder}/local/lsmoe-7" and not list((played.folder / "local").iterdir())
+    assert remove == f"{on_every_node} rm -rf {played.folder}/local/lsmoe-7" and not list(
+        (played.folder / "local").iterdir()
+    )
     assert played.calls("lsmoe")[0] == "slurm begin r.yaml --set a.b=c d --attempts 4"
     assert played.calls("lsmoe")[-1] == "slurm end runs/played --status 0"
     assert played.calls("rank") == ["sees TMPDIR"] and not played.calls("scontrol")[1:]
@@ -209,7 +220,9 @@ def test_asked_to_stop_the_ranks_are_told_and_the_job_is_requeued(played, launch
 
 def test_ranks_that_do_not_hear_are_told_again(played):
     text = (played.folder / "programs/scancel").read_text()
-    (played.folder / "programs/scancel").write_text(text.replace("[[ $1 !=", '(($(grep -c ^scancel "$CALLS") < 3)) || [[ $1 !='))
+    (played.folder / "programs/scancel").write_text(
+        text.replace("[[ $1 !=", '(($(grep -c ^scancel "$CALLS") < 3)) || [[ $1 !=')
+    )
     played.signaled(signal.SIGUSR1, "train.sbatch", "r.yaml", VERDICT="75")
     assert played.calls("scancel") == ["--signal=USR1 7"] * 3
 
@@ -221,7 +234,10 @@ def test_the_status_of_a_rank_that_was_ended_by_another_does_not_count(played):
 
 
 def test_a_signal_before_the_ranks_are_started_is_not_forgotten(played):
-    assert played.signaled(signal.SIGUSR1, "train.sbatch", "r.yaml", VERDICT="75", BEGIN="slow") == -signal.SIGTERM, played.said
+    assert (
+        played.signaled(signal.SIGUSR1, "train.sbatch", "r.yaml", VERDICT="75", BEGIN="slow")
+        == -signal.SIGTERM
+    ), played.said
     assert not played.calls("rank") and played.calls("lsmoe")[-1] == "slurm end runs/played --status 75"
 
 
@@ -235,14 +251,20 @@ def test_a_signal_before_the_ranks_are_started_is_not_forgotten(played):
 )
 def test_what_was_canceled_is_not_requeued(played, state, requeued):
     status = played.signaled(signal.SIGTERM, "train.sbatch", "r.yaml", VERDICT="75", STATE=state)
-    assert (status, "requeue 7" in played.calls("scontrol")) == ((-signal.SIGTERM, True) if requeued else (75, False)), played.said
+    assert (status, "requeue 7" in played.calls("scontrol")) == (
+        (-signal.SIGTERM, True) if requeued else (75, False)
+    ), played.said
 
 
 def test_launchers(played):
     for launch in ("torchrun", "mpirun", "deepspeed"):
         assert played.run("train.sbatch", "r.yaml", LAUNCH=launch) == 0, played.said
     (torchrun,) = played.calls("torchrun")
-    assert torchrun == "--nnodes=2 --nproc-per-node=2 --master-addr=n1 --master-port=15007 -m lsmoe_ds train r.yaml --out runs/played"
+    assert (
+        torchrun
+        == "--nnodes=2 --nproc-per-node=2 --master-addr=n1 --master-port=15007 -m lsmoe_ds train r.yaml --out"
+        " runs/played"
+    )
     assert played.calls("node") == ["rank 0"]
     (mpirun,) = played.calls("mpirun")
     assert mpirun.startswith("-n 4 bash -c") and mpirun.endswith("lsmoe train r.yaml --out runs/played")
@@ -258,11 +280,22 @@ def test_a_launcher_that_is_not_there_is_refused_before_an_attempt_is_counted(pl
     os.remove(played.folder / "programs/mpirun")
     programs = [played.folder / "programs", Path(sys.executable).parent, played.folder / "system"]
     (played.folder / "system").mkdir()
-    for name in ("bash", "rm", "mkdir", "sed", "hostname", "basename", "timeout", "grep", "cat"):  # the system's, but no mpirun
+    for name in (
+        "bash",
+        "rm",
+        "mkdir",
+        "sed",
+        "hostname",
+        "basename",
+        "timeout",
+        "grep",
+        "cat",
+    ):  # the system's, but no mpirun
         os.symlink(shutil.which(name), played.folder / "system" / name)
     status = played.run("train.sbatch", "r.yaml", LAUNCH="mpirun", PATH=":".join(map(str, programs)))
     assert status == 2 and re.search(
-        r"lsmoe: LAUNCH is 'mpirun', which is not installed on \S+: install it, or use LAUNCH=srun", played.said
+        r"lsmoe: LAUNCH is 'mpirun', which is not installed on \S+: install it, or use LAUNCH=srun",
+        played.said,
     )
     assert not played.calls("lsmoe") and not played.calls("rank") and not played.calls("scontrol")[1:]
 
@@ -274,12 +307,21 @@ def test_the_allocator_is_set_as_on_one_machine():
 
 @pytest.mark.parametrize("environment", [{}, {"PARTS": "8"}])
 def test_evaluation_and_study_take_their_part(played, environment):
-    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_NNODES": "1", **environment}
+    array = {
+        "SLURM_ARRAY_JOB_ID": "5",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_TASK_COUNT": "4",
+        "SLURM_NNODES": "1",
+        **environment,
+    }
     part = f"3/{environment.get('PARTS', 4)}"
     (played.folder / "local").mkdir()
     assert played.run("evaluate.sbatch", "runs/r", "--beam", "2", **array) == 0, played.said
     assert played.run("study.sbatch", "s.yaml", "--out", "o", **array) == 0, played.said
-    assert played.calls("lsmoe") == [f"evaluate runs/r --beam 2 --part {part}", f"study s.yaml --out o --nproc 4 --part {part}"]
+    assert played.calls("lsmoe") == [
+        f"evaluate runs/r --beam 2 --part {part}",
+        f"study s.yaml --out o --nproc 4 --part {part}",
+    ]
     assert not list((played.folder / "local").iterdir())
 
 
@@ -288,7 +330,10 @@ def test_merge_and_convert(played):
     assert played.run("convert.sbatch", "runs/r", "en", "de", "dense", "o", "--check", "5") == 0
     converted = "convert runs/r --from en --to-language de --to dense --out o --check 5"
     assert played.calls("lsmoe") == ["evaluate runs/r --merge 8 --beam 2", "report runs/r", converted]
-    assert played.run("merge.sbatch", "runs/r", "8", WORK="1") == 1 and played.calls("lsmoe")[-1] == "evaluate runs/r --merge 8"
+    assert (
+        played.run("merge.sbatch", "runs/r", "8", WORK="1") == 1
+        and played.calls("lsmoe")[-1] == "evaluate runs/r --merge 8"
+    )
 
 
 def test_a_study_that_is_asked_to_stop_is_requeued_alone_of_its_array(played):
@@ -311,23 +356,47 @@ def recipe(tmp_path):
 
 
 def test_the_chain_has_its_dependencies(played, recipe):
-    chosen = ["--nodes", "2", "--ntasks-per-node", "1", "--cpus-per-task", "3", "--array", "4", "--beam", "2", "--set", "training.steps=9"]
+    chosen = [
+        "--nodes",
+        "2",
+        "--ntasks-per-node",
+        "1",
+        "--cpus-per-task",
+        "3",
+        "--array",
+        "4",
+        "--beam",
+        "2",
+        "--set",
+        "training.steps=9",
+    ]
     converted = ["--convert", "en-de", "--convert", "de-en:dense"]
-    assert played.run("submit.sh", str(recipe), *chosen, *converted, "--", "--time=9", "--gpus-per-node=8") == 0, played.said
+    assert (
+        played.run("submit.sh", str(recipe), *chosen, *converted, "--", "--time=9", "--gpus-per-node=8") == 0
+    ), played.said
     train, evaluate, merge, first, second = played.calls("sbatch")
-    assert train == (
-        "--parsable --job-name=lsmoe-train --output=logs/%x-%j.out --nodes=2 --ntasks-per-node=1 --cpus-per-task=3 --time=9 "
-        f"--gpus-per-node=8 {SLURM}/train.sbatch {recipe} --set training.steps=9 --out runs/small"
+    assert (
+        train == "--parsable --job-name=lsmoe-train --output=logs/%x-%j.out --nodes=2 --ntasks-per-node=1"
+        f" --cpus-per-task=3 --time=9 --gpus-per-node=8 {SLURM}/train.sbatch {recipe} --set"
+        " training.steps=9 --out runs/small"
     )
-    after, one = "--dependency=afterok:{} --kill-on-invalid-dep=yes --output=logs/%x-%j.out --cpus-per-task=3", f"{SLURM}/"
-    assert evaluate == (
-        f"--parsable --job-name=lsmoe-evaluate {after.format(101)} --output=logs/%x-%A_%a.out --array=1-4 "
+    after, one = (
+        "--dependency=afterok:{} --kill-on-invalid-dep=yes --output=logs/%x-%j.out --cpus-per-task=3",
+        f"{SLURM}/",
+    )
+    assert (
+        evaluate
+        == f"--parsable --job-name=lsmoe-evaluate {after.format(101)} --output=logs/%x-%A_%a.out --array=1-4 "
         f"{one}evaluate.sbatch runs/small --beam 2"
     )
-    assert merge == f"--parsable --job-name=lsmoe-merge {after.format(102)} {one}merge.sbatch runs/small 4 --beam 2"
-    assert first == (
-        f"--parsable --job-name=lsmoe-convert-en-de {after.format(101)} {one}convert.sbatch runs/small en de ctranslate2 "
-        "runs/small-en-de-ctranslate2"
+    assert (
+        merge
+        == f"--parsable --job-name=lsmoe-merge {after.format(102)} {one}merge.sbatch runs/small 4 --beam 2"
+    )
+    assert (
+        first
+        == f"--parsable --job-name=lsmoe-convert-en-de {after.format(101)} {one}convert.sbatch runs/small en"
+        " de ctranslate2 runs/small-en-de-ctranslate2"
     )
     assert second.endswith("convert.sbatch runs/small de en dense runs/small-de-en-dense")
     rows = [line.split() for line in played.said.splitlines()[1:6]]
@@ -339,7 +408,9 @@ def test_the_chain_has_its_dependencies(played, recipe):
 
 def test_only_asked_nothing_is_submitted(played, recipe):
     assert played.run("submit.sh", str(recipe), "--test-only", "--convert", "en-de") == 0, played.said
-    assert len(played.calls("sbatch")) == 4 and all(call.startswith("--test-only ") for call in played.calls("sbatch"))
+    assert len(played.calls("sbatch")) == 4 and all(
+        call.startswith("--test-only ") for call in played.calls("sbatch")
+    )
     assert not (played.folder / "logs").exists()
 
 
@@ -363,5 +434,8 @@ def test_what_cannot_be_is_refused_before_anything_is_submitted(played, recipe, 
 
 
 def test_half_a_chain_is_taken_back(played, recipe):
-    assert played.run("submit.sh", str(recipe), "--nodes", "1", "--ntasks-per-node", "1", REFUSED="merge.sbatch") == 2
+    assert (
+        played.run("submit.sh", str(recipe), "--nodes", "1", "--ntasks-per-node", "1", REFUSED="merge.sbatch")
+        == 2
+    )
     assert played.calls("scancel") == ["101 102"] and "none is left in the queue" in played.said

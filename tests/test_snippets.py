@@ -26,7 +26,8 @@ from lsmoe_ds.languages import EOS, PAD, Direction
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.shipped import ROOT as PROJECT
 
-# Decomposed letters, a soft hyphen, a no-break space, a word joiner, a byte order mark, a tab, an ideographic space.
+# Decomposed letters, a soft hyphen, a no-break space, a word joiner, a byte order mark, a tab, an ideographic
+# space.
 ODD = ["\ufeffba\u00adde\u00a0fi", "e\u0301  ko\tla", "ko\u3000mi\u2060la", "a\u0308<2de>"]
 
 
@@ -42,7 +43,13 @@ def place(tmp_path_factory) -> Path:
     ):
         tensors, recipe = extract(global_weights(model.model), model.recipe, direction, route)
         of = {"direction": str(direction or "all"), "route": route, "sparse_parameters": 1}
-        write_folder(folder / name, tensors, recipe, model.home / "vocabulary.model", {"kind": "dense", "run": "small", "step": 2, **of})
+        write_folder(
+            folder / name,
+            tensors,
+            recipe,
+            model.home / "vocabulary.model",
+            {"kind": "dense", "run": "small", "step": 2, **of},
+        )
         for kind in ("huggingface", "ctranslate2", "dense"):
             convert(folder / name, kind, None, folder / f"{name}-{kind}", check=0)
     return folder
@@ -74,7 +81,10 @@ def test_the_cards_code_for_ctranslate2_reads_text_as_we_do(place, name, capsys)
 def test_text_that_is_not_cleaned_has_other_pieces(place):
     """So the test above can fail."""
     processor = load(place / "one", "cpu").vocabulary._processor
-    assert all(processor.encode(line) != load(place / "one", "cpu").vocabulary.encode(line) for line in ("ba\u00adde", "ko\u00a0la"))
+    assert all(
+        processor.encode(line) != load(place / "one", "cpu").vocabulary.encode(line)
+        for line in ("ba\u00adde", "ko\u00a0la")
+    )
 
 
 @pytest.mark.parametrize("name", ["one", "all"])

@@ -1,4 +1,6 @@
-"""A training begins with the weights of a converted folder, in every layout, and forgets the folder once it has a checkpoint."""
+"""A training begins with the weights of a converted folder, in every layout, and forgets the folder once it
+has a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,28 @@ from lsmoe_ds.languages import Direction
 from lsmoe_ds.training import start
 
 # (tensor, expert, world, ZeRO stage, bfloat16)
-ONE, FOUR, FOUR_ZERO, FOUR_BF16 = (1, 1, 1, 0, False), (2, 2, 4, 0, False), (2, 2, 4, 1, False), (2, 2, 4, 1, True)
-LAYOUTS = [ONE, (1, 1, 1, 1, True), FOUR, (2, 2, 4, 0, True), FOUR_ZERO, FOUR_BF16, (1, 2, 2, 2, False), (2, 1, 2, 2, True)]
+ONE, FOUR, FOUR_ZERO, FOUR_BF16 = (
+    (1, 1, 1, 0, False),
+    (2, 2, 4, 0, False),
+    (2, 2, 4, 1, False),
+    (2, 2, 4, 1, True),
+)
+LAYOUTS = [
+    ONE,
+    (1, 1, 1, 1, True),
+    FOUR,
+    (2, 2, 4, 0, True),
+    FOUR_ZERO,
+    FOUR_BF16,
+    (1, 2, 2, 2, False),
+    (2, 1, 2, 2, True),
+]
 
 
 def first_steps(topology: Any, recipe: Recipe, run: Path) -> dict[str, Any]:
-    """Trains; returns the weights before the first step, the float32 copies as (name, start, values), losses, and what was said."""
+    """Trains; returns the weights before the first step, the float32 copies as (name, start, values), losses,
+    and what was said.
+    """
     from lsmoe_ds.parallel import compat
     from lsmoe_ds.parallel.parameters import global_names, partition_dimension
     from lsmoe_ds.training import loop as module
@@ -41,14 +59,23 @@ def first_steps(topology: Any, recipe: Recipe, run: Path) -> dict[str, Any]:
             names = global_names(engine.module, topology)
             local = {parameter: names[name] for name, parameter in engine.module.named_parameters()}
             kept["weights"] = {
-                name: (parameter.detach().float().numpy().copy(), partition_dimension(parameter)) for parameter, name in local.items()
+                name: (parameter.detach().float().numpy().copy(), partition_dimension(parameter))
+                for parameter, name in local.items()
             }
             kept["copies"] = [
-                (local[piece.parameter], piece.start, piece.holder.detach().view(-1)[piece.offset : piece.offset + piece.length].numpy())
+                (
+                    local[piece.parameter],
+                    piece.start,
+                    piece.holder.detach().view(-1)[piece.offset : piece.offset + piece.length].numpy(),
+                )
                 for piece in compat.optimizer_pieces(engine)
             ]
             kept["copies"] = [(name, begin, values.copy()) for name, begin, values in kept["copies"]]
-            kept["moved"] = any(state["exp_avg"].any() for state in compat.optimizer_states(engine).values() if "exp_avg" in state)
+            kept["moved"] = any(
+                state["exp_avg"].any()
+                for state in compat.optimizer_states(engine).values()
+                if "exp_avg" in state
+            )
         result = true_step(engine, batch, number, *arguments)
         kept["losses"].append(result.loss)
         return result
@@ -81,7 +108,9 @@ def recipe_from(root: Path, layout: tuple = ONE, folder: str = "model") -> Recip
 
 @pytest.fixture(scope="module")
 def root(pool, tmp_path_factory):
-    """A trained model as the folder ``model``, as its run, and as a dense one; data prepared with its vocabulary."""
+    """A trained model as the folder ``model``, as its run, and as a dense one; data prepared with its
+    vocabulary.
+    """
     root = tmp_path_factory.mktemp("start")
     run, _ = make_run(pool, root, TOKEN_TOP2, TARGET_TOP2)
     run.rename(root / "trained")
@@ -104,12 +133,16 @@ def one(pool, root):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
 def test_every_rank_begins_with_its_part(pool, root, one, layout, tmp_path):
     tensor, expert, world, _, bf16 = layout
-    found = pool.run(world, first_steps, recipe_from(root, layout), tmp_path / "run", tensor=tensor, expert=expert)
+    found = pool.run(
+        world, first_steps, recipe_from(root, layout), tmp_path / "run", tensor=tensor, expert=expert
+    )
     wanted, seen, copied = whole(root), set(), {}
     for rank, kept in enumerate(found):
         parts = {}
         for name, (values, dimension) in kept["weights"].items():
-            parts[name] = wanted[name] if dimension is None else wanted[name].chunk(tensor, dimension)[rank % tensor]
+            parts[name] = (
+                wanted[name] if dimension is None else wanted[name].chunk(tensor, dimension)[rank % tensor]
+            )
             same = parts[name].bfloat16().float() if bf16 else parts[name]
             assert np.array_equal(values, same.numpy()), name
             seen.add(name)
@@ -141,7 +174,9 @@ def test_going_on_needs_the_folder_no_more(pool, root, tmp_path):
     start.check(longer, tmp_path / "run")
     going_on = pool.run(1, first_steps, longer, tmp_path / "run")[0]
     assert len(going_on["losses"]) == 1 and going_on["said"][0].startswith("resuming from")
-    with pytest.raises(UserError, match=r"was started with training.start_from .*model, the recipe now has None"):
+    with pytest.raises(
+        UserError, match=r"was started with training.start_from .*model, the recipe now has None"
+    ):
         start.check(changed(longer, training={"start_from": None}), tmp_path / "run")
 
 
@@ -159,7 +194,11 @@ def without_experts(root: Path, recipe: Recipe) -> Recipe:
 
 def fewer_languages(root: Path, recipe: Recipe) -> Recipe:
     stored = root / "model" / "vocabulary.model"
-    directions = {"languages": ["de"], "directions": ["de-en", "en-de"], "vocabulary": {"file": stored, "size": 140}}
+    directions = {
+        "languages": ["de"],
+        "directions": ["de-en", "en-de"],
+        "vocabulary": {"file": stored, "size": 140},
+    }
     return changed(recipe, data={"directory": root / "fewer", **directions})
 
 
@@ -191,19 +230,40 @@ def foreign(root: Path, recipe: Recipe) -> Recipe:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (other_vocabulary, r"vocabulary is not the prepared one: set data.vocabulary.file to .*model/vocabulary.model and prepare again"),
+        (
+            other_vocabulary,
+            (
+                r"vocabulary is not the prepared one: set data.vocabulary.file to .*model/vocabulary.model"
+                r" and prepare again"
+            ),
+        ),
         (narrower, r"encoder.0.feed_forward.contract.weight should be \(16, 16\), found \(16, 24\)"),
         (without_experts, r"encoder.1.feed_forward.* found None"),
         (
             fewer_languages,
             "layers of the model know its directions, and the recipe lacks en-fr, fr-en: give the",
         ),
-        (from_folder("trained"), "trained is a run: `lsmoe convert .*trained --to consolidated --out DIR` makes a folder"),
+        (
+            from_folder("trained"),
+            "trained is a run: `lsmoe convert .*trained --to consolidated --out DIR` makes a folder",
+        ),
         (from_folder("none"), "there is no folder .*none"),
         (from_folder("data"), "data is neither a run folder"),
         (damaged, "damaged is damaged: .*sha256 differs"),
-        (exported, "exported is made by `lsmoe convert --to ctranslate2`: give a folder made with --to consolidated, hy"),
-        (foreign, "foreign is neither .* it is one of Hugging Face, of which `lsmoe convert .*foreign --to consolidated"),
+        (
+            exported,
+            (
+                "exported is made by `lsmoe convert --to ctranslate2`: give a folder made with --to"
+                " consolidated, hy"
+            ),
+        ),
+        (
+            foreign,
+            (
+                "foreign is neither .* it is one of Hugging Face, of which `lsmoe convert .*foreign --to"
+                " consolidated"
+            ),
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_started(root, tmp_path, change, says):
@@ -221,13 +281,17 @@ def test_a_folder_of_one_direction(pool, root, tmp_path, kind):
     stored = find_model(tmp_path / kind)
     training = {"start_from": tmp_path / kind, "steps": 1}
     data = {"vocabulary": {"size": 140, "file": stored.vocabulary}}
-    recipe = changed(stored.recipe, training=training, data=data, deepspeed={"zero_optimization": {"stage": 0}})
+    recipe = changed(
+        stored.recipe, training=training, data=data, deepspeed={"zero_optimization": {"stage": 0}}
+    )
     recipe = recipe.model_copy(update={"name": "dense"})
     prepare(recipe)
     start.check(recipe, tmp_path / "begun")
     found = pool.run(1, first_steps, recipe, tmp_path / "begun")[0]["weights"]
     wanted = read_weights(stored).tensors
-    assert found.keys() == wanted.keys() and all(np.array_equal(found[name][0], wanted[name].numpy()) for name in found)
+    assert found.keys() == wanted.keys() and all(
+        np.array_equal(found[name][0], wanted[name].numpy()) for name in found
+    )
 
 
 def short_recipe(root: Path, file: Path, **sections: Any) -> Path:
@@ -245,7 +309,10 @@ def short_recipe(root: Path, file: Path, **sections: Any) -> Path:
 def test_model_and_vocabulary_default_to_the_folders(root, tmp_path):
     recipe = load_recipe(short_recipe(root, tmp_path / "short.yaml"))
     assert recipe.model == find_model(root / "model").recipe.model
-    assert (recipe.data.vocabulary.file, recipe.data.vocabulary.size) == (root / "model" / "vocabulary.model", 140)
+    assert (recipe.data.vocabulary.file, recipe.data.vocabulary.size) == (
+        root / "model" / "vocabulary.model",
+        140,
+    )
     assert recipe.data.vocabulary.type == "unigram"
     prepare(recipe)
     start.check(recipe, tmp_path / "run")
@@ -273,25 +340,38 @@ def test_what_the_recipe_says_is_not_replaced(root, tmp_path):
     given["encoder"]["feed_forward"] = 16
     other = load_recipe(short_recipe(root, tmp_path / "other.yaml", model=given))
     prepare(other)
-    with pytest.raises(UserError, match=r"encoder.0.feed_forward.contract.weight should be \(16, 16\), found \(16, 24\)"):
+    with pytest.raises(
+        UserError, match=r"encoder.0.feed_forward.contract.weight should be \(16, 16\), found \(16, 24\)"
+    ):
         start.check(other, tmp_path / "run")
-    larger = load_recipe(short_recipe(root, tmp_path / "larger.yaml"), ["data.vocabulary.size=150", f"data.directory={tmp_path}"])
-    with pytest.raises(UserError, match=r"'data.vocabulary.size' is 150, but .*model/vocabulary.model has 140 pieces: set it to 140"):
+    larger = load_recipe(
+        short_recipe(root, tmp_path / "larger.yaml"),
+        ["data.vocabulary.size=150", f"data.directory={tmp_path}"],
+    )
+    with pytest.raises(
+        UserError,
+        match=r"'data.vocabulary.size' is 150, but .*model/vocabulary.model has 140 pieces: set it to 140",
+    ):
         prepare(larger)
     file = short_recipe(root, tmp_path / "none.yaml", training={"start_from": str(tmp_path / "none")})
-    with pytest.raises(UserError, match=r"'training.start_from' is .*none: there is no .*none/recipe.yaml: give a folder"):
+    with pytest.raises(
+        UserError, match=r"'training.start_from' is .*none: there is no .*none/recipe.yaml: give a folder"
+    ):
         load_recipe(file)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"it is one of Hugging Face, of which `lsmoe convert .*none --to consolidated"):
+    with pytest.raises(
+        UserError, match=r"it is one of Hugging Face, of which `lsmoe convert .*none --to consolidated"
+    ):
         load_recipe(file)
 
 
 def test_a_warmup_beyond_the_last_step_is_said_once_with_the_rate_it_ends_at(root, capfd):
     start._notice(changed(recipe_from(root), training={"steps": 4, "warmup": 5, "learning_rate": 0.01}))
-    assert capfd.readouterr().err == (
-        "lsmoe: training.warmup is 5, more than the 4 training.steps: the learning rate rises to 8.00e-03 and never reaches "
-        "training.learning_rate, 1.00e-02\n"
+    assert (
+        capfd.readouterr().err
+        == "lsmoe: training.warmup is 5, more than the 4 training.steps: the learning rate rises to 8.00e-03"
+        " and never reaches training.learning_rate, 1.00e-02\n"
     )
     start._notice(changed(recipe_from(root), training={"steps": 5, "warmup": 5}))
     assert capfd.readouterr().err == ""

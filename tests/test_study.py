@@ -1,4 +1,6 @@
-"""Studies: the comparison against numbers by hand, a real one of two members that is interrupted, and bad study files."""
+"""Studies: the comparison against numbers by hand, a real one of two members that is interrupted, and bad
+study files.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,20 @@ TITLES = {NAIVE: "Naive | MMT", LMS: HOSTILE, SHARED: "LMS, shared"}
 
 
 def scored(**chrfpp: float) -> ScoreTable:
-    """Invented scores by direction (``en_de=20``): BLEU is half of chrF++, chrF one more, copying scores 10, 11 and 12."""
+    """Invented scores by direction (``en_de=20``): BLEU is half of chrF++, chrF one more, copying scores 10,
+    11 and 12.
+    """
     directions = tuple(
         DirectionScore(
-            Direction(*name.split("_")), Metrics(value / 2, value + 1, value), Metrics(10, 11, 12), 7, 0.0, 0.0, 1.0, SIGNATURES, ()
+            Direction(*name.split("_")),
+            Metrics(value / 2, value + 1, value),
+            Metrics(10, 11, 12),
+            7,
+            0.0,
+            0.0,
+            1.0,
+            SIGNATURES,
+            (),
         )
         for name, value in chrfpp.items()
     )
@@ -49,9 +61,15 @@ def scored(**chrfpp: float) -> ScoreTable:
 
 
 SCORES = {
-    NAIVE: {1: scored(en_de=20, de_en=30, en_fr=10, fr_en=20), 2: scored(en_de=22, de_en=30, en_fr=14, fr_en=24)},
+    NAIVE: {
+        1: scored(en_de=20, de_en=30, en_fr=10, fr_en=20),
+        2: scored(en_de=22, de_en=30, en_fr=14, fr_en=24),
+    },
     #   means: 21, 30, 12, 22; of all: 20 and 22.5, 21.25
-    LMS: {2: scored(en_de=26, de_en=30, en_fr=12, fr_en=28), 1: scored(en_de=24, de_en=32, en_fr=8, fr_en=24)},
+    LMS: {
+        2: scored(en_de=26, de_en=30, en_fr=12, fr_en=28),
+        1: scored(en_de=24, de_en=32, en_fr=8, fr_en=24),
+    },
     #   means: 25, 31, 10, 26; of all: 24 and 22, 23; better than the baseline in 3 of 4
 }
 
@@ -70,9 +88,16 @@ def test_means_spreads_gains_and_win_ratio():
     assert lms.groups["all"]["chrf"] == Spread(24.0, 23.0, 25.0, 2)
     assert lms.groups["into_english"]["chrfpp"] == Spread(28.5, 28.0, 29.0, 2)
     assert lms.groups["out_of_english"]["chrfpp"] == Spread(17.5, 16.0, 19.0, 2)
-    assert lms.groups["high"]["chrfpp"].mean == 28.0 and lms.groups["low"]["chrfpp"].mean == 18.0 and "medium" not in lms.groups
+    assert (
+        lms.groups["high"]["chrfpp"].mean == 28.0
+        and lms.groups["low"]["chrfpp"].mean == 18.0
+        and "medium" not in lms.groups
+    )
     assert lms.directions["en-fr"]["chrfpp"] == Spread(10.0, 8.0, 12.0, 2)
-    assert lms.gain == pytest.approx(1.75) and lms.gain_by_seed == {1: pytest.approx(0.75), 2: pytest.approx(2.75)}
+    assert lms.gain == pytest.approx(1.75) and lms.gain_by_seed == {
+        1: pytest.approx(0.75),
+        2: pytest.approx(2.75),
+    }
     assert lms.gain_by_direction == {"en-de": 4.0, "de-en": 1.0, "en-fr": -2.0, "fr-en": 4.0}
     assert lms.win_ratio == 0.75 and lms.seeds == (1, 2)
     assert naive.win_ratio is None and naive.gain_by_seed == {1: -1.25, 2: 1.25}
@@ -81,7 +106,10 @@ def test_means_spreads_gains_and_win_ratio():
 
 def test_whether_a_difference_is_larger_than_what_seeds_do():
     """Of the means of all directions the baseline has 20 and 22.5."""
-    high, low = scored(en_de=24, de_en=33, en_fr=13, fr_en=22), scored(en_de=23, de_en=31, en_fr=12, fr_en=25)  # 23 and 22.75
+    high, low = (
+        scored(en_de=24, de_en=33, en_fr=13, fr_en=22),
+        scored(en_de=23, de_en=31, en_fr=12, fr_en=25),
+    )  # 23 and 22.75
     naive, above, below, between, one = comparison_of(
         {
             NAIVE: SCORES[NAIVE],
@@ -92,10 +120,26 @@ def test_whether_a_difference_is_larger_than_what_seeds_do():
         },
         {**TITLES, ("x", "specific"): "X", ("y", "specific"): "Y"},
     ).rows
-    assert [row.beyond_seeds for row in (naive, above, below, between, one)] == [None, True, True, False, None]
-    assert [row.certainty for row in (naive, above, between, one)] == ["", "beyond seed noise", "within seed noise", "too few seeds"]
-    comparison = compare("x", 1, [1], {"beam": 5}, NAIVE, {NAIVE: "N"}, {NAIVE: Costs(1, 1, 1)}, {NAIVE: {1: high}})
-    assert comparison.about_seeds() == "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add seeds."
+    assert [row.beyond_seeds for row in (naive, above, below, between, one)] == [
+        None,
+        True,
+        True,
+        False,
+        None,
+    ]
+    assert [row.certainty for row in (naive, above, between, one)] == [
+        "",
+        "beyond seed noise",
+        "within seed noise",
+        "too few seeds",
+    ]
+    comparison = compare(
+        "x", 1, [1], {"beam": 5}, NAIVE, {NAIVE: "N"}, {NAIVE: Costs(1, 1, 1)}, {NAIVE: {1: high}}
+    )
+    assert (
+        comparison.about_seeds()
+        == "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add seeds."
+    )
 
 
 def test_a_comparison_is_read_back():
@@ -108,12 +152,22 @@ def test_the_result_that_comes_with_the_project_is_told_alike_everywhere():
     folder = PROJECT / "studies" / "results"
     comparison = Comparison.from_dict(json.loads((folder / "lms.json").read_text(encoding="utf-8")))
     assert (folder / "lms.md").read_text(encoding="utf-8") == comparison.to_markdown()
-    page, rows = (PROJECT / "docs" / "study.md").read_text(encoding="utf-8"), {row.title: row for row in comparison.rows}
-    told = {"LMS, pair-wise": "LMS, pair-wise, rank 32", "CLSR*": "CLSR*", "Switch, 5 experts": "Switch, 5 experts"}
+    page, rows = (
+        (PROJECT / "docs" / "study.md").read_text(encoding="utf-8"),
+        {row.title: row for row in comparison.rows},
+    )
+    told = {
+        "LMS, pair-wise": "LMS, pair-wise, rank 32",
+        "CLSR*": "CLSR*",
+        "Switch, 5 experts": "Switch, 5 experts",
+    }
     for title, name in told.items():
         row = rows[title]
         (line,) = re.findall(rf"^\| {re.escape(name)} \|.*$", page, re.M)
-        assert f"{row.groups['all']['chrfpp'].text()} | {row.gain:+.1f} | {row.win_ratio:.0%} | {row.certainty} |" in line, line
+        assert (
+            f"{row.groups['all']['chrfpp'].text()} | {row.gain:+.1f} | {row.win_ratio:.0%} |"
+            f" {row.certainty} |" in line
+        ), line
 
 
 def test_equal_scores_are_no_win():
@@ -141,15 +195,35 @@ def test_tables_in_markdown_json_and_html(tmp_path):
         "Win ratio",
         "Difference",
     ]
-    assert rows[HOSTILE] == ["28.5 ±0.5", "17.5 ±1.5", "23.0 ±1.0", "28.0 ±0.0", "18.0 ±2.0", "75%", "within seed noise"]
-    assert rows["LMS, shared"] == ["missing"] * 6 + ["–"] and rows["Copying the source"] == ["12.0"] * 5 + ["–", "–"]
+    assert rows[HOSTILE] == [
+        "28.5 ±0.5",
+        "17.5 ±1.5",
+        "23.0 ±1.0",
+        "28.0 ±0.0",
+        "18.0 ±2.0",
+        "75%",
+        "within seed noise",
+    ]
+    assert rows["LMS, shared"] == ["missing"] * 6 + ["–"] and rows["Copying the source"] == ["12.0"] * 5 + [
+        "–",
+        "–",
+    ]
     assert rows["Naive | MMT"][-1] == "–"
-    assert grids["Size and speed"].rows[1][1:] == ["7.00M", "6.00M", "5.00M", "1,100 ±100", "1,100.0 ±100.0", "2 of 2"]
+    assert grids["Size and speed"].rows[1][1:] == [
+        "7.00M",
+        "6.00M",
+        "5.00M",
+        "1,100 ±100",
+        "1,100.0 ±100.0",
+        "2 of 2",
+    ]
     assert grids["chrF++ by direction"].rows[1] == ["fr-en", "22.0 ±2.0", "26.0 ±2.0", "missing", "12.0"]
     assert "2 of 6 scores are missing" in comparison.about()
     markdown = comparison.to_markdown()
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert "Naive &#124; MMT" in markdown and {line.count("|") for line in lines} == {len(grid.columns) + 1 for grid in grids.values()}
+    assert "Naive &#124; MMT" in markdown and {line.count("|") for line in lines} == {
+        len(grid.columns) + 1 for grid in grids.values()
+    }
 
     value = json.loads(json.dumps(comparison.to_dict()))
     assert value["rows"][1]["win_ratio"] == 0.75 and value["rows"][1]["missing_seeds"] == []
@@ -162,7 +236,11 @@ def test_tables_in_markdown_json_and_html(tmp_path):
     assert page.needs_nothing_else() and "alert('x')" in page.text
     dots = [dict(attributes) for tag, attributes in page.tags if tag == "i" and "title" in attributes]
     assert [dot["title"] for dot in dots] == ["seed 1: -1.2", "seed 2: +1.2", "seed 1: +0.8", "seed 2: +2.8"]
-    assert "a seed below it" in page.text and "range of the seeds of Naive | MMT" in page.text and "within seed noise" in page.text
+    assert (
+        "a seed below it" in page.text
+        and "range of the seeds of Naive | MMT" in page.text
+        and "within seed noise" in page.text
+    )
     assert "+4.0" in page.text and "-2.0" in page.text and "missing" in page.text
 
 
@@ -193,7 +271,10 @@ def study_file(**changes) -> dict:
         "evaluate": {"beam": 2, "limit": 4},
         "members": {
             "naive": {"title": "Naive"},
-            "fd": {"set": {"model": {"low_rank": {"rank": 2, "fuse_distillation": True}}}, "routes": ["specific", "shared"]},
+            "fd": {
+                "set": {"model": {"low_rank": {"rank": 2, "fuse_distillation": True}}},
+                "routes": ["specific", "shared"],
+            },
         },
     }
     return {**value, **changes}
@@ -215,7 +296,10 @@ def test_recipes_of_the_members(base):
     (base / "s.yaml").write_text(yaml.safe_dump(study_file(), sort_keys=False))
     study = load_study(base / "s.yaml")
     assert study.recipe("fd", 3).model.low_rank.rank == 2 and study.recipe("naive", 3).model.low_rank is None
-    assert study.recipe("fd", 3).training.seed == 3 and study.recipe("fd", 3).model.encoder == study.recipe("naive", 3).model.encoder
+    assert (
+        study.recipe("fd", 3).training.seed == 3
+        and study.recipe("fd", 3).model.encoder == study.recipe("naive", 3).model.encoder
+    )
     assert [study.title(*row) for row in study.rows()] == ["Naive", "fd, specific", "fd, shared"]
 
 
@@ -223,19 +307,64 @@ MEMBER = study_file()["members"]["naive"]
 ROUTES = {"routes": ["specific", "shared"]}
 BAD = [
     ("no member", {"members": {}}, [], "'members' should have at least 1 entry"),
-    ("baseline", {"baseline": "naiv"}, [], "'baseline' is naiv, which is no member (did you mean 'naive'?): the members are naive, fd"),
-    ("data", {"members": {"naive": {"set": {"data": {"temperature": 1}}}}}, [], "'set' changes data.temperature, but the members share"),
-    ("steps", {"members": {"naive": {"set": {"training": {"steps": 9}}}}}, [], "'set' changes training.steps, but the members take"),
-    ("seed", {"members": {"naive": {"set": {"training": {"seed": 9}}}}}, [], "'set' changes training.seed, but the study's 'seeds'"),
+    (
+        "baseline",
+        {"baseline": "naiv"},
+        [],
+        "'baseline' is naiv, which is no member (did you mean 'naive'?): the members are naive, fd",
+    ),
+    (
+        "data",
+        {"members": {"naive": {"set": {"data": {"temperature": 1}}}}},
+        [],
+        "'set' changes data.temperature, but the members share",
+    ),
+    (
+        "steps",
+        {"members": {"naive": {"set": {"training": {"steps": 9}}}}},
+        [],
+        "'set' changes training.steps, but the members take",
+    ),
+    (
+        "seed",
+        {"members": {"naive": {"set": {"training": {"seed": 9}}}}},
+        [],
+        "'set' changes training.seed, but the study's 'seeds'",
+    ),
     ("name", {"members": {"naive": {"set": {"name": "x"}}}}, [], "'set' changes name, but the members share"),
-    ("key", {"members": {"naive": {"titel": "x"}}}, [], "unknown key 'members.naive.titel' (did you mean 'title'?)"),
+    (
+        "key",
+        {"members": {"naive": {"titel": "x"}}},
+        [],
+        "unknown key 'members.naive.titel' (did you mean 'title'?)",
+    ),
     ("key of the study", {"seed": 1}, [], "unknown key 'seed' (did you mean 'seeds'?)"),
-    ("key of a recipe", {"members": {"naive": {"set": {"model": {"hiden": 3}}}}}, [], "of bad.yaml: base.yaml, changed by 'set': unknown"),
+    (
+        "key of a recipe",
+        {"members": {"naive": {"set": {"model": {"hiden": 3}}}}},
+        [],
+        "of bad.yaml: base.yaml, changed by 'set': unknown",
+    ),
     ("route", {"members": {"naive": {**MEMBER, **ROUTES}}}, [], "member 'naive': the model has no shared"),
-    ("route twice", {"members": {"naive": {"routes": ["shared", "shared"]}}}, [], "'routes' names a route twice"),
+    (
+        "route twice",
+        {"members": {"naive": {"routes": ["shared", "shared"]}}},
+        [],
+        "'routes' names a route twice",
+    ),
     ("seed twice", {"seeds": [1, 1]}, [], "'seeds' names a seed twice"),
-    ("name of a member", {"members": {"naive": {}, "a/b": {}}}, [], "'members.a/b' should consist of letters, digits, '.', '_' and '-'"),
-    ("asked member", {}, ["--member", "fdd"], "member fdd is not in the study (did you mean 'fd'?): it has naive, fd"),
+    (
+        "name of a member",
+        {"members": {"naive": {}, "a/b": {}}},
+        [],
+        "'members.a/b' should consist of letters, digits, '.', '_' and '-'",
+    ),
+    (
+        "asked member",
+        {},
+        ["--member", "fdd"],
+        "member fdd is not in the study (did you mean 'fd'?): it has naive, fd",
+    ),
     ("asked seed", {}, ["--seed", "1"], "seed 1 is not in the study: it has 3"),
     ("no recipe", {"recipe": "none.yaml"}, [], "there is no recipe none.yaml"),
     ("processes", {}, ["--nproc", "3"], "ranks cannot share evenly"),
@@ -243,7 +372,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "options", "sentence"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+@pytest.mark.parametrize(
+    ("changes", "options", "sentence"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+)
 def test_bad_studies_get_one_sentence(base, capsys, changes, options, sentence):
     (base / "bad.yaml").write_text(yaml.safe_dump(study_file(**changes), sort_keys=False))
     with inside(base):
@@ -276,12 +407,16 @@ def test_parts_of_a_study_are_all_of_it(base):
         return list(done)
 
     with (
-        mock.patch.object(command.Runs, "train", lambda runs, member, seed, processes: done.append((member, seed))),
+        mock.patch.object(
+            command.Runs, "train", lambda runs, member, seed, processes: done.append((member, seed))
+        ),
         mock.patch.object(command.Runs, "evaluate"),
     ):
         everything = [("naive", 3), ("fd", 3), ("naive", 4), ("fd", 4), ("naive", 5), ("fd", 5)]
         assert of(None) == everything
-        assert [of(Part(number, 4)) for number in (1, 2, 3, 4)] == [everything[number::4] for number in range(4)]
+        assert [of(Part(number, 4)) for number in (1, 2, 3, 4)] == [
+            everything[number::4] for number in range(4)
+        ]
         assert [of(Part(number, 3), **named) for number in (1, 2, 3)] == [[("fd", 4)], [("fd", 5)], []]
 
 
@@ -296,27 +431,43 @@ def test_a_study_that_is_interrupted_and_goes_on(base):
         trained.append(Path(arguments[arguments.index("--out") + 1]).name)
         return true(arguments, **options)
 
-    with mock.patch.object(command.launch, "run", recorded), mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-        with mock.patch.object(command, "evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        mock.patch.object(command.launch, "run", recorded),
+        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
+    ):
+        with (
+            mock.patch.object(command, "evaluate", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
             run_study(file, out, ["naive"])
         assert trained == ["naive-seed3"] and not (out / "study.json").exists()
 
         comparison = run_study(file, out, ["naive"])
         assert trained == ["naive-seed3"], "it was trained already"
         assert [row.seeds for row in comparison.rows] == [(3,), (), ()]
-        assert "missing" in (out / "study.md").read_text() and json.loads((out / "study.json").read_text())["rows"][1]["gain"] is None
+        assert (
+            "missing" in (out / "study.md").read_text()
+            and json.loads((out / "study.json").read_text())["rows"][1]["gain"] is None
+        )
 
         comparison = run_study(file, out)
         assert trained == ["naive-seed3", "fd-seed3"]
         naive, specific, shared = comparison.rows
         assert [row.seeds for row in comparison.rows] == [(3,), (3,), (3,)] and comparison.runs_missing == 0
-        assert specific.costs.parameters == shared.costs.parameters > specific.costs.serving_all > shared.costs.serving_all
+        assert (
+            specific.costs.parameters
+            == shared.costs.parameters
+            > specific.costs.serving_all
+            > shared.costs.serving_all
+        )
         assert shared.costs.serving_one == naive.costs.parameters
         assert naive.costs.minutes.mean > 0 and naive.costs.tokens_per_second.mean > 0
         assert set(specific.directions) == {"en-de", "de-en", "en-fr", "fr-en"} and naive.win_ratio is None
         for route in ("specific", "shared"):
             assert ScoreTable.read(out / "fd-seed3" / f"scores-{route}.json").route == route
-        assert Page(out / "study.html").needs_nothing_else() and "missing" not in (out / "study.md").read_text()
+        assert (
+            Page(out / "study.html").needs_nothing_else() and "missing" not in (out / "study.md").read_text()
+        )
 
         # Nothing is left to do.
         with mock.patch.object(command, "evaluate", side_effect=AssertionError):
@@ -335,7 +486,11 @@ def test_a_study_that_is_interrupted_and_goes_on(base):
         with mock.patch.object(command, "evaluate", wraps=command.evaluate) as evaluated:
             run_study(file, out, ["naive"])
         assert evaluated.call_count == 1
-        assert [len(row["seeds"]) for row in json.loads((out / "study.json").read_text())["rows"]] == [1, 0, 0]
+        assert [len(row["seeds"]) for row in json.loads((out / "study.json").read_text())["rows"]] == [
+            1,
+            0,
+            0,
+        ]
         assert trained == ["naive-seed3", "fd-seed3"]
 
         # A member that was changed is refused before anything is done.

@@ -1,5 +1,5 @@
-"""The two conventions of tags: the target's before the source, or the source's own before it and the target's before the
-translation.
+"""The two conventions of tags: the target's before the source, or the source's own before it and the target's
+before the translation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def stream(prepared: Prepared, tags: str, languages: Languages = LANGUAGES, **ba
 
 def test_layout() -> None:
     """The tag of the translation is read by the decoder and is no label."""
-    batch = collate([[10, 11, 12], np.array([13], dtype=np.uint16)], [[20], [21, 22]], [TO_DE, FROM_ZH], ids())
+    batch = collate(
+        [[10, 11, 12], np.array([13], dtype=np.uint16)], [[20], [21, 22]], [TO_DE, FROM_ZH], ids()
+    )
     assert batch.source.tolist() == [[4, 10, 11, 12, EOS], [7, 13, EOS, PAD, PAD]]
     assert batch.decoder_input.tolist() == [[EOS, 5, 20, PAD], [EOS, 4, 21, 22]]
     assert batch.labels.tolist() == [[PAD, 20, EOS, PAD], [PAD, 21, 22, EOS]]
@@ -51,27 +53,37 @@ def test_a_translation_begins_with_what_is_given() -> None:
 
 @pytest.mark.parametrize("tags", BOTH)
 def test_a_step_counts_what_its_batches_hold(tags: str) -> None:
-    """Labels for the loss, positions for what the decoder's layers read; the plan keeps to the limit with the tags."""
+    """Labels for the loss, positions for what the decoder's layers read; the plan keeps to the limit with the
+    tags.
+    """
     for step in islice(stream(prepare(), tags), 40):
         assert step.target_tokens == sum(batch.target_tokens for batch in step.batches)
-        assert step.target_tokens + step.given_tokens == sum(int((batch.decoder_input != PAD).sum()) for batch in step.batches)
+        assert step.target_tokens + step.given_tokens == sum(
+            int((batch.decoder_input != PAD).sum()) for batch in step.batches
+        )
         assert step.source_tokens == sum(int((batch.source != PAD).sum()) for batch in step.batches)
         assert step.given_tokens == (step.sentences if tags == "source-target" else 0)
         assert all(batch.source.numel() + batch.labels.numel() <= 512 for batch in step.batches)
 
 
-@pytest.mark.parametrize(("tags", "target", "skipped"), [("target", 9, 0), ("source-target", 8, 0), ("source-target", 9, 5)])
+@pytest.mark.parametrize(
+    ("tags", "target", "skipped"), [("target", 9, 0), ("source-target", 8, 0), ("source-target", 9, 5)]
+)
 def test_the_tag_counts_in_the_greatest_length(tags: str, target: int, skipped: int) -> None:
     """``max_length`` is 10, of which a translation has two beside its tokens."""
     one = Languages((Direction("en", "de"),))
     pairs = Pairs(Store(np.array([2] * 10)), Store(np.array([2] * 5 + [target] * 5)))
-    assert stream(Prepared({one.directions[0]: pairs}), tags, one, max_length=10).skipped == {"en-de": skipped}
+    assert stream(Prepared({one.directions[0]: pairs}), tags, one, max_length=10).skipped == {
+        "en-de": skipped
+    }
 
 
 def test_validation_counts_the_same_labels_by_both() -> None:
     counts = []
     for tags in BOTH:
-        batches = list(validation_batches(prepare(), LANGUAGES, Vocabulary(), BatchSettings(tokens=512), tags=tags))
+        batches = list(
+            validation_batches(prepare(), LANGUAGES, Vocabulary(), BatchSettings(tokens=512), tags=tags)
+        )
         assert all(batch.source.numel() + batch.labels.numel() <= 512 for batch in batches)
         assert (batches[0].decoder_input[:, 1] == 5).all() == (tags == "source-target")  # en-de is first
         counts.append(sum(batch.target_tokens for batch in batches))
@@ -110,7 +122,9 @@ def test_a_lacking_tag_is_named() -> None:
 @pytest.mark.parametrize(("beam", "penalty"), [(1, 1.0), (5, 1.0), (3, 2.0)])
 @torch.no_grad()
 def test_search_begins_with_the_tag(beam: int, penalty: float) -> None:
-    """Its probability is no part of the score; it counts in the length, as in transformers and CTranslate2."""
+    """Its probability is no part of the score; it counts in the length, as in transformers and
+    CTranslate2.
+    """
     model = make()
     source, of = sentences([3, 7, 5, 4, 1, 6])
     begin = torch.tensor([[EOS, 37 + row % 3] for row in range(6)])
@@ -119,6 +133,10 @@ def test_search_begins_with_the_tag(beam: int, penalty: float) -> None:
     wanted = []
     for row in range(len(source)):
         one, real = torch.tensor([row]), int((source[row] != PAD).sum())
-        wanted.append(slow_search(model, source[row : row + 1, :real], of.select(one), BANNED, search, begin[row].tolist()))
+        wanted.append(
+            slow_search(
+                model, source[row : row + 1, :real], of.select(one), BANNED, search, begin[row].tolist()
+            )
+        )
     same_hypotheses(found, wanted)
     assert found != beam_search(model, source, of, BANNED, search)

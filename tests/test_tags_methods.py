@@ -25,8 +25,17 @@ from lsmoe_ds.methods.low_rank.settings import LowRank
 
 EN_DE = Direction("en", "de")
 SENTENCE = {"routing": "sentence", "experts": 4, "every": 2, "top_k": 2}
-SHARED = {"routing": "static", "task": "target", "experts": 3, "every": 1, "top_k": 1, "fuse_distillation": True}
-METHODS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], tuple[str, ...]]] = {  # experts, other settings, dense routes
+SHARED = {
+    "routing": "static",
+    "task": "target",
+    "experts": 3,
+    "every": 1,
+    "top_k": 1,
+    "fuse_distillation": True,
+}
+METHODS: dict[
+    str, tuple[dict[str, Any] | None, dict[str, Any], tuple[str, ...]]
+] = {  # experts, other settings, dense routes
     "dense": (None, {}, ("specific",)),
     "task": (TARGET_TOP2, {}, ("specific",)),
     "sentence": (SENTENCE, {}, ()),
@@ -42,7 +51,9 @@ def recipe_of(folder: Path, name: str) -> Recipe:
     data = recipe.data.model_copy(update={"tags": "source-target", "name": "small"})
     model = recipe.model.model_copy(update=others)
     training = recipe.training.model_copy(update={"validate_every": 2, "learning_rate": 0.01})
-    return recipe.model_copy(update={"name": name.replace(" ", "-"), "data": data, "model": model, "training": training})
+    return recipe.model_copy(
+        update={"name": name.replace(" ", "-"), "data": data, "model": model, "training": training}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +69,9 @@ def test_a_method(pool, folder, tmp_path, name):
     recipe, run = recipe_of(folder, name), tmp_path / "run"
     pool.run(1, loop, recipe, run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(each["dev_loss"]) for each in records if "dev_loss" in each) and any("dev_loss" in each for each in records)
+    assert all(math.isfinite(each["dev_loss"]) for each in records if "dev_loss" in each) and any(
+        "dev_loss" in each for each in records
+    )
 
     table = evaluate(run, beam=2, limit=2, progress=False)
     assert {score.sentences for score in table.directions} == {2} and len(table.directions) == 4
@@ -77,10 +90,14 @@ def test_a_method(pool, folder, tmp_path, name):
 
 
 def test_losses_of_experts_count_the_tags_that_are_given(pool, folder, tmp_path):
-    """A single expert gets all tokens with all probability: the balance loss of each layer is its weight, 0.01."""
+    """A single expert gets all tokens with all probability: the balance loss of each layer is its weight,
+    0.01.
+    """
     recipe = recipe_of(folder, "task")
     one = MoE(routing="token", experts=1, every=1, top_k=1)
-    sides = {side: getattr(recipe.model, side).model_copy(update={"moe": one}) for side in ("encoder", "decoder")}
+    sides = {
+        side: getattr(recipe.model, side).model_copy(update={"moe": one}) for side in ("encoder", "decoder")
+    }
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=sides)})
     pool.run(1, loop, recipe, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,6 @@
-"""Task-affine batches: one expert group each, the same whatever the layout, assigned to where their experts live."""
+"""Task-affine batches: one expert group each, the same whatever the layout, assigned to where their experts
+live.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ HOMES: dict[int, list[set[int]]] = {1: [{0, 1}], 2: [{0}, {1}], 4: [{0}, {1}, {0
 PREPARED = prepare()
 
 
-def stream(rank: int = 0, world: int = 1, prepared: Prepared = PREPARED, count: int = 8, **others: Any) -> BatchStream:
+def stream(
+    rank: int = 0, world: int = 1, prepared: Prepared = PREPARED, count: int = 8, **others: Any
+) -> BatchStream:
     batch = BatchSettings(tokens=512, count=count, languages=others.pop("languages", "task-affine"))
     others = {"groups": GROUPS, "at_home": HOMES[world], **others}
     return BatchStream(prepared, LANGUAGES, Vocabulary(), batch, 5.0, 1, rank, world, **others)
@@ -36,7 +40,9 @@ def stream(rank: int = 0, world: int = 1, prepared: Prepared = PREPARED, count: 
 
 def layouts(world: int, steps: int) -> list[list[Step]]:
     """What each rank has, by step."""
-    return [list(ranks) for ranks in zip(*(islice(stream(r, world), steps) for r in range(world)), strict=True)]
+    return [
+        list(ranks) for ranks in zip(*(islice(stream(r, world), steps) for r in range(world)), strict=True)
+    ]
 
 
 def contents(ranks: list[Step]) -> Counter[tuple[tuple[int, int], ...]]:
@@ -50,9 +56,17 @@ def test_units_are_the_same_in_every_layout_and_of_one_group() -> None:
             assert contents([one]) == contents(ranks)
             assert [len(step.batches) for step in ranks] == [8 // world] * world
             for step in ranks:
-                assert (step.target_tokens, step.source_tokens, step.sentences) == (one.target_tokens, one.source_tokens, one.sentences)
+                assert (step.target_tokens, step.source_tokens, step.sentences) == (
+                    one.target_tokens,
+                    one.source_tokens,
+                    one.sentences,
+                )
                 assert step.directions == one.directions
-            away = sum(GROUPS[b.direction[0]] not in HOMES[world][r] for r, step in enumerate(ranks) for b in step.batches)
+            away = sum(
+                GROUPS[b.direction[0]] not in HOMES[world][r]
+                for r, step in enumerate(ranks)
+                for b in step.batches
+            )
             assert {step.away for step in ranks} == {away}
     batches = [batch for (step,) in whole for batch in step.batches]
     held = [{GROUPS[d] for d in batch.direction.tolist()} for batch in batches]
@@ -63,10 +77,14 @@ def test_units_are_the_same_in_every_layout_and_of_one_group() -> None:
 
 
 def test_a_step_has_units_of_each_group_in_proportion() -> None:
-    """Equal sentences: group 0 has 2 of 6 directions, so a step of 8 units has 8/3 of them, to rounding, and 8/3 on average."""
+    """Equal sentences: group 0 has 2 of 6 directions, so a step of 8 units has 8/3 of them, to rounding, and
+    8/3 on average.
+    """
     even = Pairs(Store(np.full(500, 10)), Store(np.full(500, 10)))
     equal = Prepared(dict.fromkeys(LANGUAGES.directions, even))
-    found = [sum(GROUPS[b.direction[0]] == 0 for b in step.batches) for step in islice(stream(prepared=equal), 150)]
+    found = [
+        sum(GROUPS[b.direction[0]] == 0 for b in step.batches) for step in islice(stream(prepared=equal), 150)
+    ]
     assert set(found) == {2, 3}
     assert np.mean(found) == pytest.approx(8 / 3, abs=0.12)
     # Where the groups are of equal weight and as many ranks hold each, every unit is at home.
@@ -171,7 +189,10 @@ def test_resume_is_exact_and_in_another_layout(world: int, stop: int) -> None:
 
 def test_resume_with_other_groups_is_refused() -> None:
     state = json.loads(json.dumps(stream().state_dict()))
-    with pytest.raises(UserError, match=r"expert group of each direction \[0, 0, 1, 1, 1, 1\], now it is \[0, 0, 0, 0, 1, 1\]"):
+    with pytest.raises(
+        UserError,
+        match=r"expert group of each direction \[0, 0, 1, 1, 1, 1\], now it is \[0, 0, 0, 0, 1, 1\]",
+    ):
         stream(groups=[0, 0, 0, 0, 1, 1]).load_state_dict(state)
     with pytest.raises(UserError, match=r"data.batch.languages task-affine, now it is mixed"):
         stream(languages="mixed", groups=None, at_home=None).load_state_dict(state)

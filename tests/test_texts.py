@@ -97,7 +97,9 @@ def test_any_layout_in_any_direction(layout, tmp_path) -> None:
     assert not found.skipped and found.sentences == 9
     assert re.fullmatch("(set|m|source-text|flores|NTREX)-[0-9a-f]{8}", found.split)
     assert found.first(2).by_direction[EN_DE] == (TEXT["en"][:2], TEXT["de"][:2])
-    assert read_own(layout(tmp_path), "test", [Direction("en", "ru"), EN_DE]).skipped == (Direction("en", "ru"),)
+    assert read_own(layout(tmp_path), "test", [Direction("en", "ru"), EN_DE]).skipped == (
+        Direction("en", "ru"),
+    )
 
 
 def test_ntrex_is_a_layout_of_corpora_too(tmp_path) -> None:
@@ -105,14 +107,19 @@ def test_ntrex_is_a_layout_of_corpora_too(tmp_path) -> None:
     for code in ("zho-CN", "zho-TW", "por", "por-BR"):
         write_lines(tmp_path / f"newstest2019-ref.{code}.txt", [code])
     corpus = Corpus(path=tmp_path, format="ntrex")
-    found = {part.bitext: (part.split, list(part.pairs())) for part in find_parts([corpus], tmp_path, ["en-zh_Hans", "en-pt", "en-pt_BR"])}
+    found = {
+        part.bitext: (part.split, list(part.pairs()))
+        for part in find_parts([corpus], tmp_path, ["en-zh_Hans", "en-pt", "en-pt_BR"])
+    }
     assert found == {
         "en-zh_Hans": ("test", [("a", "zho-CN")]),
         "en-pt": ("test", [("a", "por")]),
         "en-pt_BR": ("test", [("a", "por-BR")]),
     }
     (tmp_path / "newstest2019-src.eng.txt").unlink()
-    with pytest.raises(UserError, match=r"is not laid out as NTREX-128: it has no newstest2019-src\.eng\.txt"):
+    with pytest.raises(
+        UserError, match=r"is not laid out as NTREX-128: it has no newstest2019-src\.eng\.txt"
+    ):
         find_parts([corpus], tmp_path, ["en-pt"])
 
 
@@ -140,7 +147,10 @@ def test_text_that_is_named_like_training_text_is_said(tmp_path, capsys) -> None
     for code, lines in TEXT.items():
         write_lines(tmp_path / "m" / f"train.{code}", lines)
     assert read_own([str(tmp_path / "m")], "test", [EN_DE]).sentences == 3
-    assert f"lsmoe: --test {tmp_path}/m: train.de is scored as a test set, and is named like training text\n" in capsys.readouterr().err
+    assert (
+        f"lsmoe: --test {tmp_path}/m: train.de is scored as a test set, and is named like training text\n"
+        in capsys.readouterr().err
+    )
     read_own(moses(tmp_path), "test", [EN_DE])
     assert capsys.readouterr().err == ""
 

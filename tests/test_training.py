@@ -84,10 +84,17 @@ def loop(topology, recipe, run: Path, at_step: int | None = None, error: BaseExc
 
 
 def records(run: Path, with_bytes: bool = False) -> list[dict]:
-    """What ``metrics.jsonl`` says; bytes only if asked for, as they begin anew with each process; never times."""
+    """What ``metrics.jsonl`` says; bytes only if asked for, as they begin anew with each process; never
+    times.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "save_seconds" not in line]
-    left_out = ("seconds", "tokens_per_second", "exchange_share", *(() if with_bytes else ("exchanged_bytes",)))
+    left_out = (
+        "seconds",
+        "tokens_per_second",
+        "exchange_share",
+        *(() if with_bytes else ("exchanged_bytes",)),
+    )
     return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
 
 
@@ -106,14 +113,26 @@ def assert_same_end(run: Path, other: Path, step: int) -> None:
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
-LAYOUTS = [(1, 1, 1, 1, TARGET_TOP2), (2, 1, 2, 0, TARGET_TOP2), (2, 2, 1, 1, TOKEN_TOP2), (2, 1, 1, 1, None), (4, 2, 2, 2, TARGET_TOP2)]
+LAYOUTS = [
+    (1, 1, 1, 1, TARGET_TOP2),
+    (2, 1, 2, 0, TARGET_TOP2),
+    (2, 2, 1, 1, TOKEN_TOP2),
+    (2, 1, 1, 1, None),
+    (4, 2, 2, 2, TARGET_TOP2),
+]
 LAYOUTS += [(2, 1, 2, 1, PAIR_GROUPS)]
 
 
 @pytest.mark.parametrize(("world", "tensor", "expert", "stage", "moe"), LAYOUTS)
 def test_interrupted_run_ends_bit_equal(pool, folder, world, tensor, expert, stage, moe):
     recipe = recipe_in(folder, moe=moe, tensor=tensor, expert=expert, stage=stage)
-    check_interrupted(pool, recipe, folder / f"run-{world}{tensor}{expert}{stage}", world, {"tensor": tensor, "expert": expert})
+    check_interrupted(
+        pool,
+        recipe,
+        folder / f"run-{world}{tensor}{expert}{stage}",
+        world,
+        {"tensor": tensor, "expert": expert},
+    )
 
 
 def test_interrupted_run_with_noisy_gates_ends_bit_equal(pool, folder):
@@ -127,7 +146,8 @@ def test_interrupted_run_with_noisy_gates_ends_bit_equal(pool, folder):
 def check_interrupted(pool, recipe, run: Path, world: int, sizes: dict[str, int]) -> None:
     whole, cut = (run.with_name(f"{run.name}-{name}") for name in ("whole", "cut"))
     pool.run(world, loop, recipe, whole, **sizes)
-    # Step 3 is saved between two records (every second step), so the averages begun must be part of the checkpoint.
+    # Step 3 is saved between two records (every second step), so the averages begun must be part of the
+    # checkpoint.
     pool.run(world, loop, recipe, cut, 5, KeyboardInterrupt(), **sizes)
     assert [p.name for p in list_checkpoints(cut)] == ["step-3"]
     pool.run(world, loop, recipe, cut, **sizes)
@@ -150,7 +170,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(pool, folder):
     assert found == run / "checkpoints" / "step-6"
     assert "step-9/mp_rank_00_model_states.pt" in complaints[0]
     (run / "checkpoints" / "step-6" / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"no checkpoint .* is whole .*step-9.*step-6/manifest.json is missing or damaged"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint .* is whole .*step-9.*step-6/manifest.json is missing or damaged"
+    ):
         newest_whole(run)
 
 
@@ -182,7 +204,9 @@ def test_nothing_in_a_checkpoint_can_run_code(pool, folder, file):
     checkpoint, traces = run / "checkpoints" / "step-3", folder / f"exploded-{file}"
     torch.save({"cpu": Bomb(traces), "module": Bomb(traces)}, checkpoint / file)
     names = [p.name for p in checkpoint.iterdir() if p.name != "manifest.json"]
-    write_json(checkpoint / "manifest.json", {"files": describe_files(checkpoint, names)})  # the attacker knows of checksums
+    write_json(
+        checkpoint / "manifest.json", {"files": describe_files(checkpoint, names)}
+    )  # the attacker knows of checksums
     (message,) = pool.run(1, loop, recipe, run)
     assert "could run code: it is not loaded" in message
     assert not traces.exists()
@@ -241,20 +265,33 @@ def test_schedule():
 def ranks(recipe_file: Path, run: Path, world: int = 2) -> list[subprocess.Popen]:
     """`lsmoe train` as a launcher starts it."""
     port = str(free_port())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     command = [sys.executable, "-m", "lsmoe_ds", "train", str(recipe_file), "--out", str(run)]
-    return [subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+    return [
+        subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(world)
+    ]
 
 
 @pytest.mark.slow
 def test_sigkill_of_the_command_and_of_everything(pool, folder):
-    """Killed alone, it leaves ranks that train on: no second command writes there. All killed, the next goes on."""
+    """Killed alone, it leaves ranks that train on: no second command writes there. All killed, the next goes
+    on.
+    """
     recipe = recipe_in(folder, steps=60, every=10, expert=2)
     file = folder / "killed.yaml"
     file.write_text(recipe.to_yaml())
     whole, killed = folder / "run-not-killed", folder / "run-killed"
     assert pool.run(2, loop, recipe, whole, expert=2) == [None, None]
-    command = subprocess.Popen([sys.executable, "-m", "lsmoe_ds", "train", str(file), "--out", str(killed), "--nproc", "2"])
+    command = subprocess.Popen(
+        [sys.executable, "-m", "lsmoe_ds", "train", str(file), "--out", str(killed), "--nproc", "2"]
+    )
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints" / "step-20").exists():
         assert time.monotonic() < deadline and command.poll() is None
@@ -287,24 +324,37 @@ def test_task_affine_batches_exchange_counts_only(pool, folder):
         recipe = recipe_in(folder, moe=PAIR_GROUPS, expert=2)
         recipe.data.batch.languages = languages
         pool.run(2, loop, recipe, folder / f"run-{name}", expert=2)
-        found[name] = [record for record in records(folder / f"run-{name}", with_bytes=True) if "exchanged_bytes" in record]
+        found[name] = [
+            record
+            for record in records(folder / f"run-{name}", with_bytes=True)
+            if "exchanged_bytes" in record
+        ]
     layers, batches, ranks = 2, 4, 2
     for record in found["affine"]:
         assert record["away"] == 0
-        assert record["exchanged_bytes"] == layers * batches * 8 * (ranks - 1), "one count for each other rank"
+        assert record["exchanged_bytes"] == layers * batches * 8 * (ranks - 1), (
+            "one count for each other rank"
+        )
     assert all(record["exchanged_bytes"] > 100 * layers * batches for record in found["mixed"])
     assert found["affine"][-1]["loss"] < found["affine"][0]["loss"]
 
 
 def test_exchange_is_told_by_side(pool, folder):
-    """Encoder by token, decoder by pair with every batch at home: the encoder's rows travel, of the decoder only counts."""
+    """Encoder by token, decoder by pair with every batch at home: the encoder's rows travel, of the decoder
+    only counts.
+    """
     recipe, run = recipe_in(folder, moe=PAIR_GROUPS, expert=2), folder / "run-sides"
     recipe.model.encoder.moe = MoE(**TOKEN_TOP2)
     pool.run(2, loop, recipe, run, expert=2)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     assert len(lines) == 3
-    layers, batches, ranks, passes = 1, 4, 2, 2  # one pass ahead of the step, since the encoder's routers read hidden states
+    layers, batches, ranks, passes = (
+        1,
+        4,
+        2,
+        2,
+    )  # one pass ahead of the step, since the encoder's routers read hidden states
     for line in lines:
         counts = layers * batches * passes * 8 * (ranks - 1)
         assert line["exchanged_bytes_decoder"] == counts
@@ -321,7 +371,10 @@ def test_exchange_is_of_the_ranks_time_and_of_its_window(tmp_path):
     with Monitor(tmp_path, steps=4, every=2, main=True, world=2) as monitor:
         monitor.start(0, None)
         for number, scale in enumerate((1, 3, 0, 0), start=1):
-            exchanged = {"encoder": Traffic(100 * scale, scale, 2.0 * scale), "decoder": Traffic(10 * scale, scale, 1.0 * scale)}
+            exchanged = {
+                "encoder": Traffic(100 * scale, scale, 2.0 * scale),
+                "decoder": Traffic(10 * scale, scale, 1.0 * scale),
+            }
             monitor.pause(-10)
             monitor.after_step(number, step, StepResult({"loss": 1.0}, None, 1.0, exchanged))
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())

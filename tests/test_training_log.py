@@ -25,16 +25,26 @@ def clock(monkeypatch):
 
 
 def lines_of(
-    clock, tmp_path, capsys, seconds: list[float], every: int, first: int = 0, pauses: dict[int, float] | None = None
+    clock,
+    tmp_path,
+    capsys,
+    seconds: list[float],
+    every: int,
+    first: int = 0,
+    pauses: dict[int, float] | None = None,
 ) -> list[str]:
-    """The lines of a training whose step N has loss N, 10 x N target tokens, as many source tokens, and takes `seconds`."""
+    """The lines of a training whose step N has loss N, 10 x N target tokens, as many source tokens, and takes
+    `seconds`.
+    """
     steps = first + len(seconds)
     traffic = {"encoder": Traffic(0, 0, 0.0), "decoder": Traffic(0, 0, 0.0)}
     with Monitor(tmp_path, steps, every, main=True) as monitor:
         monitor.start(first, None)
         for number, duration in enumerate(seconds, start=first + 1):
             clock.now += duration
-            step = Step(batches=[], target_tokens=10 * number, source_tokens=10 * number, sentences=1, directions=[])
+            step = Step(
+                batches=[], target_tokens=10 * number, source_tokens=10 * number, sentences=1, directions=[]
+            )
             monitor.after_step(number, step, StepResult({"loss": float(number)}, None, 0.002, traffic))
             if pause := (pauses or {}).get(number):
                 clock.now += pause

@@ -103,7 +103,9 @@ def test_any_text_fits_in_parts_that_hold_all_of_it(loaded, text):
     parts = cut_line(text, loaded)
     assert all(0 < len(part) <= loaded.recipe.data.batch.max_length - 2 for part in parts)
     whole = loaded.vocabulary.decode(loaded.vocabulary.encode(text))
-    assert "".join("".join(loaded.vocabulary.decode(part) for part in parts).split()) == "".join(whole.split())
+    assert "".join("".join(loaded.vocabulary.decode(part) for part in parts).split()) == "".join(
+        whole.split()
+    )
 
 
 def test_sentence_ends_in_several_scripts():
@@ -139,7 +141,13 @@ def test_progress_counts_every_line(loaded):
 
 
 def test_lines_of_a_stream():
-    assert list(read_lines(io.BytesIO("\ufeffä\r\nb\n\nc\u2028d\ne".encode()))) == ["ä", "b", "", "c\u2028d", "e"]
+    assert list(read_lines(io.BytesIO("\ufeffä\r\nb\n\nc\u2028d\ne".encode()))) == [
+        "ä",
+        "b",
+        "",
+        "c\u2028d",
+        "e",
+    ]
     assert list(read_lines(io.BytesIO(b""))) == []
     with pytest.raises(UserError, match=r"line 2 is not UTF-8 \(byte 0xff at position 3\)"):
         list(read_lines(io.BytesIO(b"good\nab\xff\n")))
@@ -183,7 +191,9 @@ def test_chunks_are_the_lines_of_a_stream(pipe, content):
     writer, reader = pipe
     writer.write(content.encode())
     writer.close()
-    assert [line for chunk in read_chunks(reader) for line in chunk] == list(read_lines(io.BytesIO(content.encode())))
+    assert [line for chunk in read_chunks(reader) for line in chunk] == list(
+        read_lines(io.BytesIO(content.encode()))
+    )
 
 
 def test_what_stands_before_a_bad_line_is_translated(pipe):

@@ -19,7 +19,9 @@ from lsmoe_ds.languages import BOS, EOS, PAD
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Corpora, and ``first.model`` (120 pieces), ``second.model`` (of another seed), ``bpe.model`` and ``de-fr.model`` (no tag ru)."""
+    """Corpora, and ``first.model`` (120 pieces), ``second.model`` (of another seed), ``bpe.model`` and
+    ``de-fr.model`` (no tag ru).
+    """
     root = tmp_path_factory.mktemp("made")
     write_three_bitexts(root)
     settings: dict[str, dict[str, Any]] = {
@@ -29,7 +31,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "de-fr": {"languages": ["de", "fr"]},
     }
     for name, changed in settings.items():
-        shutil.copy(prepare(recipe(root, name, **changed)).folder / "vocabulary.model", root / f"{name}.model")
+        shutil.copy(
+            prepare(recipe(root, name, **changed)).folder / "vocabulary.model", root / f"{name}.model"
+        )
     return root
 
 
@@ -51,7 +55,9 @@ def test_the_file_is_the_vocabulary(root: Path) -> None:
     assert (root / "second.model").read_bytes() != (root / "first.model").read_bytes()
     direction = data.languages.directions[0]
     vocabulary, text = Vocabulary.load(root / "second.model"), data.text(direction, "test")[0]
-    assert [data.tokens(direction, "test").source[i].tolist() for i in range(len(text))] == [vocabulary.encode(line) for line in text]
+    assert [data.tokens(direction, "test").source[i].tolist() for i in range(len(text))] == [
+        vocabulary.encode(line) for line in text
+    ]
 
 
 def test_further_tags_than_the_recipes_are_kept(root: Path) -> None:
@@ -79,7 +85,11 @@ def test_prepared_again_when_the_file_changes(root: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "settings", "says"),
     [
-        ("first.model", {"size": 121}, "'data.vocabulary.size' is 121, but .*first.model has 120 pieces: set it to 120"),
+        (
+            "first.model",
+            {"size": 121},
+            "'data.vocabulary.size' is 121, but .*first.model has 120 pieces: set it to 120",
+        ),
         ("bpe.model", {}, "'data.vocabulary.type' is unigram, but .*bpe.model is of the type bpe"),
         ("de-fr.model", {}, "de-fr.model has no tag for 'ru': it has de, en, fr"),
         ("none.model", {}, "none.model cannot be read: No such file"),
@@ -99,7 +109,9 @@ def test_bpe(root: Path) -> None:
 
 
 def test_what_is_never_generated(made):
-    """Special pieces, the tags of all languages, and the pieces that fill a vocabulary up and that no text holds."""
+    """Special pieces, the tags of all languages, and the pieces that fill a vocabulary up and that no text
+    holds.
+    """
     grown = Vocabulary(add_tags((made / "first.model").read_bytes(), ["xx"]))
     silent = [index for index in range(grown.size) if grown.decode([index]) == ""]
     assert grown.size % 8 == 0 and len(grown.unused) > 0

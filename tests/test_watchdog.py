@@ -1,4 +1,6 @@
-"""A training that stands still comes to an end, and says who stood where. Ranks are processes that only share a store."""
+"""A training that stands still comes to an end, and says who stood where. Ranks are processes that only share
+a store.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A pool of processes for distributed tests. Starting one costs seconds of imports, so each is forked once from a
-server that has imported everything, and kept. Every world size has its own processes, and these have the groups of one layout
-until a test asks for another.
+"""A pool of processes for distributed tests. Starting one costs seconds of imports, so each is forked once
+from a server that has imported everything, and kept. Every world size has its own processes, and these have
+the groups of one layout until a test asks for another.
 """
 
 from __future__ import annotations
@@ -13,8 +13,18 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-HANG, START = 120, 600  # seconds; a first start compiles all that it imports, beside whatever else the machine does
-PRELOAD = ["torch", "deepspeed", "megatron.core", "megatron.core.tensor_parallel", "deepspeed.moe.layer", "lsmoe_ds.training.engine"]
+HANG, START = (
+    120,
+    600,
+)  # seconds; a first start compiles all that it imports, beside whatever else the machine does
+PRELOAD = [
+    "torch",
+    "deepspeed",
+    "megatron.core",
+    "megatron.core.tensor_parallel",
+    "deepspeed.moe.layer",
+    "lsmoe_ds.training.engine",
+]
 
 
 def _serve(rank: int, world: int, port: int, connection: Any) -> None:
@@ -24,7 +34,13 @@ def _serve(rank: int, world: int, port: int, connection: Any) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if world > len(cores):  # kept on one, a rank needs a third less for the many small collectives of a test
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     from lsmoe_ds.parallel import compat
 
     compat.import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
@@ -46,8 +62,9 @@ def _serve(rank: int, world: int, port: int, connection: Any) -> None:
 
 
 class Pool:
-    """``run(world, function, *arguments, tensor=, expert=)`` calls ``function(topology, *arguments)`` on ``world``
-    processes and returns their results by rank. ``function`` must be importable."""
+    """``run(world, function, *arguments, tensor=, expert=)`` calls ``function(topology, *arguments)`` on
+    ``world`` processes and returns their results by rank. ``function`` must be importable.
+    """
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -67,7 +84,9 @@ class Pool:
             workers.append((process, ours))
         return workers
 
-    def run(self, world: int, function: Callable[..., Any], *arguments: Any, tensor: int = 1, expert: int = 1) -> list[Any]:
+    def run(
+        self, world: int, function: Callable[..., Any], *arguments: Any, tensor: int = 1, expert: int = 1
+    ) -> list[Any]:
         patience = HANG
         if world not in self._worlds:
             self._worlds[world] = self._start(world)

@@ -1,10 +1,10 @@
 """Write lsmoe_ds/languages.tsv and docs/languages.md: ``python tools/make_languages.py``.
 
-Names, scripts, main regions and ISO 639 codes are those of CLDR and of IANA's registry, as the libraries langcodes and
-language_data (MIT licence) hold them. tools/languages.tsv has what no library knows: the codes that this project uses,
-their families, other codes in use, and the names and scripts that differ from CLDR's. The table is written to a file and
-not looked up at run time because the codes are part of trained models, as tags of their vocabularies: they must not
-change with a library's version.
+Names, scripts, main regions and ISO 639 codes are those of CLDR and of IANA's registry, as the libraries
+langcodes and language_data (MIT licence) hold them. tools/languages.tsv has what no library knows: the codes
+that this project uses, their families, other codes in use, and the names and scripts that differ from CLDR's.
+The table is written to a file and not looked up at run time because the codes are part of trained models, as
+tags of their vocabularies: they must not change with a library's version.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def read_ours() -> list[Row]:
 
 
 def make_table() -> list[Row]:
-    """Return all rows: the project's own, every language whose script CLDR knows, and scripts that a region implies."""
+    """Return all rows: the project's own, every language whose script CLDR knows, and scripts that a region
+    implies.
+    """
     from langcodes.data_dicts import LANGUAGE_REPLACEMENTS, LIKELY_SUBTAGS
 
     likely = {key: tuple(value.split("-")) for key, value in LIKELY_SUBTAGS.items()}
@@ -60,7 +62,9 @@ def _own_row(own: Row, likely: dict[str, tuple[str, ...]]) -> Row:
     region = own["region"] or ("" if parts and "-".join([language, *parts]) not in likely else subtags[2])
     region = "" if region == "ZZ" or own["code"].endswith(f"_{region}") else region
     name = own["name"] or _name(language)
-    return dict(zip(COLUMNS, (own["code"], script, region, own["family"], name, "", own["aliases"]), strict=True))
+    return dict(
+        zip(COLUMNS, (own["code"], script, region, own["family"], name, "", own["aliases"]), strict=True)
+    )
 
 
 def _name(code: str) -> str:
@@ -77,7 +81,9 @@ def _own_names(row: Row) -> list[str]:
     found: dict[str, None] = {}
     for code in (row["code"], *filter(None, row["aliases"].split(","))):
         names = CODE_TO_NAMES.get(code.replace("_", "-"), {})
-        found |= dict.fromkeys(filter(None, (names.get(code.replace("_", "-")), names.get(code.split("_")[0]))))
+        found |= dict.fromkeys(
+            filter(None, (names.get(code.replace("_", "-")), names.get(code.split("_")[0])))
+        )
     return [name for name in found if "," not in name]
 
 
@@ -85,13 +91,22 @@ def _add_alias(row: Row, alias: str) -> None:
     row["aliases"] = ",".join(sorted({*filter(None, row["aliases"].split(",")), alias}))
 
 
-def _add_scripts_of_regions(rows: dict[str, Row], likely: dict[str, tuple[str, ...]], claimed: set[str]) -> None:
-    """Make ``uz_AF`` an alias of ``uz_Arab``, with a row of its own: another script is written in that region."""
+def _add_scripts_of_regions(
+    rows: dict[str, Row], likely: dict[str, tuple[str, ...]], claimed: set[str]
+) -> None:
+    """Make ``uz_AF`` an alias of ``uz_Arab``, with a row of its own: another script is written in that
+    region.
+    """
     for key, subtags in likely.items():
         language, _, region = key.partition("-")
         row = rows.get({"zh": "zh_Hans"}.get(language, language))
         alias, code = f"{language}_{region}", f"{language}_{subtags[1]}"
-        if len(region) != 2 or row is None or row["script"] in ("", subtags[1]) or alias in claimed | rows.keys():
+        if (
+            len(region) != 2
+            or row is None
+            or row["script"] in ("", subtags[1])
+            or alias in claimed | rows.keys()
+        ):
             continue
         if code not in rows:
             name = f"{row['name']} ({subtags[1]})"
@@ -163,7 +178,10 @@ def render_page(rows: list[Row]) -> str:
     """Return the text of docs/languages.md."""
     own, others = ([row for row in rows if bool(row["family"]) == wanted] for wanted in (True, False))
     parts = [PAGE_HEAD, f"## {len(own)} languages with a family\n", _markdown(own, COLUMNS)]
-    about = f"## {len(others)} more languages\n\nTheir families are not known here: in groups of tasks they come last, by code.\n"
+    about = (
+        f"## {len(others)} more languages\n\nTheir families are not known here: in groups of tasks they come"
+        " last, by code.\n"
+    )
     return "\n".join([*parts, about, _markdown(others, [column for column in COLUMNS if column != "family"])])
 
 

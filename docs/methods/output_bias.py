@@ -1,8 +1,10 @@
-"""A bias of each target language at the outputs of the decoder's feed-forwards: a method in one file, as an example.
+"""A bias of each target language at the outputs of the decoder's feed-forwards: a method in one file, as an
+example.
 
     y = W x + b + s m b_target        loss: weight x the mean of (m b_target)^2 over the sentences of a step
 
-The scale s rises linearly from 0 to 1 over the first half of the training; the mask m is drawn once and stays.
+The scale s rises linearly from 0 to 1 over the first half of the training; the mask m is drawn once and
+stays.
 """
 
 import torch
@@ -24,7 +26,11 @@ class OutputBias(MethodSection):
         return isinstance(site, LinearShape) and (site.side, site.sublayer, site.name) == here
 
     def count(self, site, languages, held="all"):  # parameters; once merged there are none
-        return Count(whole=len(languages.codes) * site.outputs) if self.is_at(site) and held != "merged" else Count()
+        return (
+            Count(whole=len(languages.codes) * site.outputs)
+            if self.is_at(site) and held != "merged"
+            else Count()
+        )
 
     def describe(self):
         return "an output bias of each target language"
@@ -41,7 +47,9 @@ class Bias(nn.Module):  # beside one linear layer
         super().__init__()
         self.scale = 0.0  # set before each training step
         self.rows = nn.Parameter(torch.empty(languages, site.outputs))
-        self.register_buffer("mask", torch.rand(site.outputs, generator=torch.Generator().manual_seed(site.layer)) < kept)
+        self.register_buffer(
+            "mask", torch.rand(site.outputs, generator=torch.Generator().manual_seed(site.layer)) < kept
+        )
 
     def forward(self, base, x, context):  # x [B, T, inputs] of B sentences
         bias = (self.rows * self.mask)[context.ids.target]  # [B, outputs]
@@ -72,9 +80,17 @@ class OutputBiases(Method):
         return {"bias_square": sums["output_bias"] / self.section.weight}
 
     def language_rows(self, name, width):  # where growing puts the row of a new language
-        return {code: slice(i, i + 1) for i, code in enumerate(self.languages.codes)} if name.endswith(".rows") else {}
+        return (
+            {code: slice(i, i + 1) for i, code in enumerate(self.languages.codes)}
+            if name.endswith(".rows")
+            else {}
+        )
 
     def merge_at(self, weights, at, direction, route):  # into the bias of the layer ``at``, for one direction
-        base, rows, mask = (weights.entries[f"{at}{end}"] for end in (".bias", "_output_bias.rows", "_output_bias.mask"))
+        base, rows, mask = (
+            weights.entries[f"{at}{end}"] for end in (".bias", "_output_bias.rows", "_output_bias.mask")
+        )
         language = self.languages.id(direction.target)
-        return {f"{at}.bias": LazyTensor(base.shape, lambda: base.make() + rows.make()[language] * mask.make())}
+        return {
+            f"{at}.bias": LazyTensor(base.shape, lambda: base.make() + rows.make()[language] * mask.make())
+        }

@@ -24,7 +24,9 @@ FORMAT = "lsmoe_ds routing"
 SUMMARY = "summary.json"
 
 
-def analyze_routing(run: str | Path, out: str | Path, split: str = "test", route: str = "specific") -> dict[str, Any]:
+def analyze_routing(
+    run: str | Path, out: str | Path, split: str = "test", route: str = "specific"
+) -> dict[str, Any]:
     """Analyze a run (its newest checkpoint), a checkpoint or a converted folder.
 
     Returns the content of ``summary.json``. Raises UserError for a model without experts or without that
@@ -59,23 +61,35 @@ def check_out(out: Path) -> None:
     ours = {SUMMARY, *files} if summary.get("format") == FORMAT and isinstance(files, list) else set()
     others = sorted(path.name for path in out.iterdir() if path.name not in ours)
     if others:
-        raise UserError(f"{out} holds {others[0]}, which `lsmoe analyze` did not write: choose another folder with --out")
+        raise UserError(
+            f"{out} holds {others[0]}, which `lsmoe analyze` did not write: choose another folder with --out"
+        )
 
 
 def write_analysis(out: Path, name: str, step: int, routing: Routing) -> dict[str, Any]:
     """Write the folder whole or not at all, replacing an earlier analysis, and return the summary."""
     check_out(out)
-    layers = sorted((layer.ordered() for layer in routing.layers), key=lambda layer: (layer.side != "encoder", layer.layer))
+    layers = sorted(
+        (layer.ordered() for layer in routing.layers),
+        key=lambda layer: (layer.side != "encoder", layer.layer),
+    )
     routing = Routing(routing.split, routing.multiway, routing.pairs, tuple(layers))
     out = out.resolve()
     with locked(out), replaced(out) as new:
-        texts = {"routing.json": json.dumps(routing.to_dict()) + "\n", "index.html": render_page(name, step, routing)}
+        texts = {
+            "routing.json": json.dumps(routing.to_dict()) + "\n",
+            "index.html": render_page(name, step, routing),
+        }
         full = largest_share(layers)
         texts |= {f"{layer.name}.svg": as_file(heat_map(layer, full)) for layer in layers}
         for file, text in texts.items():
             (new / file).write_text(text, encoding="utf-8")
         _write_csv(new / "routing.csv", ("side", "layer", "task", "expert", "share"), _share_rows(routing))
-        _write_csv(new / "similarity.csv", ("side", "layer", "task", "other", "similarity"), _similarity_rows(routing))
+        _write_csv(
+            new / "similarity.csv",
+            ("side", "layer", "task", "other", "similarity"),
+            _similarity_rows(routing),
+        )
         summary = {
             "format": FORMAT,
             "name": name,
@@ -84,7 +98,10 @@ def write_analysis(out: Path, name: str, step: int, routing: Routing) -> dict[st
             "multiway": routing.multiway,
             "pairs": routing.pairs,
             "layers": [
-                {key: getattr(layer, key) for key in ("side", "layer", "experts", "top_k", "routing", "task", "dropped")}
+                {
+                    key: getattr(layer, key)
+                    for key in ("side", "layer", "experts", "top_k", "routing", "task", "dropped")
+                }
                 | {"tasks": len(layer.tasks)}
                 | measure_layer(layer).to_dict()
                 | ({"alike": layer.alike(), "shared_experts": layer.overlap()} if layer.by_task else {})

@@ -80,7 +80,9 @@ def heat_map(layer: LayerRouting, full: float) -> Markup:
         parts += (_low_row if large else _row)(layer, index, names[index], left, y, full, look)
         y += look.height
     total = (_n(left + layer.experts * look.width + 2), _n(y + 2))
-    svg = Markup('<svg class="heat" role="img" aria-label="{}" width="{}" height="{}" viewBox="0 0 {} {}">{}{}</svg>')
+    svg = Markup(
+        '<svg class="heat" role="img" aria-label="{}" width="{}" height="{}" viewBox="0 0 {} {}">{}{}</svg>'
+    )
     style = Markup("<style>{}</style>").format(Markup(STYLE))
     return svg.format(f"Expert shares of {layer.title}", *total, *total, style, Markup("").join(parts))
 
@@ -99,7 +101,9 @@ def _headings(tasks: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
     """
     sections = [task_section(task)[1] for task in tasks]
     # "Indo-European, Slavic" is shown as its branch, "Niger-Congo, other" as a whole.
-    families = [whole if whole.endswith(", other") else whole.split(", ")[-1] for whole in map(task_family, tasks)]
+    families = [
+        whole if whole.endswith(", other") else whole.split(", ")[-1] for whole in map(task_family, tasks)
+    ]
     for index in range(len(tasks)):
         section = index == 0 or sections[index] != sections[index - 1]
         branch = section or families[index] != families[index - 1]
@@ -107,14 +111,18 @@ def _headings(tasks: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
         yield found + ([(families[index], "quiet family")] if branch and len(set(families)) > 1 else [])
 
 
-def _row(layer: LayerRouting, index: int, name: str, left: float, y: float, largest: float, look: Look) -> Iterator[Markup]:
+def _row(
+    layer: LayerRouting, index: int, name: str, left: float, y: float, largest: float, look: Look
+) -> Iterator[Markup]:
     """Yield a rectangle for each cell, with a title, and a frame around each chosen one."""
     chosen = layer.chosen(index) if layer.by_task else frozenset()
     size = look.width - 2, look.height - 2
     for expert, share in enumerate(layer.shares[index]):
         x, strength = left + expert * look.width, share / largest
         title = f"{name}, expert {expert + 1}: {share:.1%}" + (", chosen" if expert in chosen else "")
-        cell = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="2" fill-opacity="{}"><title>{}</title></rect>')
+        cell = Markup(
+            '<rect x="{}" y="{}" width="{}" height="{}" rx="2" fill-opacity="{}"><title>{}</title></rect>'
+        )
         yield cell.format(_n(x + 1), _n(y + 1), *size, _n(0.04 + 0.96 * strength), title)
         if look.numbers:
             yield _text(x + look.width / 2, y + look.base, f"{100 * share:.0f}", _ink(strength))
@@ -123,7 +131,9 @@ def _row(layer: LayerRouting, index: int, name: str, left: float, y: float, larg
         yield frame.format(_n(left + expert * look.width + 1), _n(y + 1), *size)
 
 
-def _low_row(layer: LayerRouting, index: int, name: str, left: float, y: float, largest: float, look: Look) -> Iterator[Markup]:
+def _low_row(
+    layer: LayerRouting, index: int, name: str, left: float, y: float, largest: float, look: Look
+) -> Iterator[Markup]:
     """Yield the cells of each step of color as one path, over one pale rectangle.
 
     The row's title names the experts with the largest shares.
@@ -139,7 +149,9 @@ def _low_row(layer: LayerRouting, index: int, name: str, left: float, y: float, 
     yield ground.format(_n(left), _n(y), layer.experts * look.width, look.height - 1)
     for step, experts in sorted(steps.items()):
         if step:
-            yield Markup('<path fill-opacity="{}" d="{}"/>').format(_n(step / STEPS), _cells(experts, left, y, look))
+            yield Markup('<path fill-opacity="{}" d="{}"/>').format(
+                _n(step / STEPS), _cells(experts, left, y, look)
+            )
     if chosen:
         yield Markup('<path class="frame" d="{}"/>').format(_cells(sorted(chosen), left, y, look))
     yield Markup("</g>")
@@ -148,7 +160,9 @@ def _low_row(layer: LayerRouting, index: int, name: str, left: float, y: float, 
 def _cells(experts: Sequence[int], left: float, y: float, look: Look) -> str:
     """Return a path of one rectangle for each expert."""
     width, height = look.width - 1, look.height - 1
-    return "".join(f"M{_n(left + expert * look.width)} {_n(y)}h{width}v{height}h-{width}z" for expert in experts)
+    return "".join(
+        f"M{_n(left + expert * look.width)} {_n(y)}h{width}v{height}h-{width}z" for expert in experts
+    )
 
 
 def _ink(strength: float) -> str:

@@ -43,7 +43,9 @@ def measure_layer(layer: LayerRouting) -> LayerMeasures:
     entropy = entropy_of(load)
     task_entropy = float(np.mean([entropy_of(row) for row in layer.shares])) if layer.tasks else None
     similar = similarity(layer)
-    same, different = (_mean(similar[a, b] for a, b, kin in layer.kin() if kin is wanted) for wanted in (True, False))
+    same, different = (
+        _mean(similar[a, b] for a, b, kin in layer.kin() if kin is wanted) for wanted in (True, False)
+    )
     return LayerMeasures(
         load=tuple(load.tolist()),
         balance=float(load.max() * layer.experts),
@@ -68,7 +70,9 @@ def total_load(layer: LayerRouting) -> Shares:
     if not layer.tasks:
         return np.zeros(layer.experts)
     tokens = layer.tokens if layer.tokens is not None and any(layer.tokens) else None
-    return np.average([layer.used(index) for index in range(len(layer.tasks))], axis=0, weights=tokens).astype(np.float64)
+    return np.average(
+        [layer.used(index) for index in range(len(layer.tasks))], axis=0, weights=tokens
+    ).astype(np.float64)
 
 
 def entropy_of(shares: Iterable[float]) -> float:
@@ -82,7 +86,9 @@ def similarity(layer: LayerRouting) -> Shares:
     It is the sum over experts of min(p_t(e), p_u(e)), which is 1 for equal shares.
     """
     shares = np.array(layer.shares, dtype=np.float64).reshape(len(layer.tasks), layer.experts)
-    return np.array([np.minimum(row, shares).sum(axis=1) for row in shares]).reshape(len(layer.tasks), len(layer.tasks))
+    return np.array([np.minimum(row, shares).sum(axis=1) for row in shares]).reshape(
+        len(layer.tasks), len(layer.tasks)
+    )
 
 
 def _mean(values: Iterable[float]) -> float | None:

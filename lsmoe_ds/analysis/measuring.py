@@ -62,7 +62,9 @@ def measure_routing(loaded: Loaded, data: PreparedData, split: str) -> Routing:
     return Routing(split, multiway, sum(map(len, pairs.values())), tuple(layers))
 
 
-def choose_pairs(data: PreparedData, languages: Languages, split: str) -> tuple[dict[Direction, list[int]], int | None]:
+def choose_pairs(
+    data: PreparedData, languages: Languages, split: str
+) -> tuple[dict[Direction, list[int]], int | None]:
     """Choose the pairs of each direction, as indexes into its held-out text.
 
     Also returns their number per direction if all directions have the same sentences, otherwise None.
@@ -73,12 +75,18 @@ def choose_pairs(data: PreparedData, languages: Languages, split: str) -> tuple[
             source, target = data.text(direction, split)
             english = source if is_english(direction.source) else target
             # If a sentence occurs twice, its first place counts.
-            places[direction.bitext] = {sentence: place for place, sentence in reversed(list(enumerate(english)))}
+            places[direction.bitext] = {
+                sentence: place for place, sentence in reversed(list(enumerate(english)))
+            }
     if all(direction.bitext in places for direction in languages.directions):
         first, *others = places.values()
-        common = sorted((s for s in first if all(s in other for other in others)), key=first.__getitem__)[:SENTENCES]
+        common = sorted((s for s in first if all(s in other for other in others)), key=first.__getitem__)[
+            :SENTENCES
+        ]
         if len(common) >= MULTIWAY_LEAST:
-            return {d: [places[d.bitext][sentence] for sentence in common] for d in languages.directions}, len(common)
+            return {
+                d: [places[d.bitext][sentence] for sentence in common] for d in languages.directions
+            }, len(common)
     return {d: list(range(min(len(data.tokens(d, split)), SENTENCES))) for d in languages.directions}, None
 
 
@@ -106,7 +114,9 @@ def run_pairs(loaded: Loaded, data: PreparedData, split: str, chosen: dict[Direc
         pairs, number = data.tokens(direction, split), loaded.languages.direction_id(direction)
         for start in range(0, len(places), BATCH):
             part = places[start : start + BATCH]
-            batch = collate([pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids)
+            batch = collate(
+                [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids
+            )
             batch = batch.to(loaded.device)
             loaded.model(batch.source, batch.decoder_input, batch.labels, batch.ids, loaded.route)
 
@@ -115,7 +125,9 @@ def layer_routing(loaded: Loaded, side: str, layer: int, moe: MoE, counts: Count
     names, received = loaded.languages.tasks(moe.task), counts.received
     kept, shares = received.sum(1) > 0, received / received.sum(1, keepdim=True)
     if moe.routing == "task":
-        trained = torch.tensor([loaded.languages.task_id(moe.task, direction) for direction in loaded.languages.directions])
+        trained = torch.tensor(
+            [loaded.languages.task_id(moe.task, direction) for direction in loaded.languages.directions]
+        )
         kept = torch.zeros_like(kept).index_fill(0, trained, True)
         shares = task_probabilities(loaded, side, layer)
     total = float(received.sum())

@@ -17,9 +17,14 @@ COLUMNS = {
     "Routing": "who chooses the experts",
     "Balance": "the largest share of all tokens times the number of experts: 1 is even",
     "Variation": "standard deviation of the experts' shares of all tokens over their mean: 0 is even",
-    "Entropy": "of the experts' shares of all tokens, in bits; in brackets as a share of the greatest possible",
+    "Entropy": (
+        "of the experts' shares of all tokens, in bits; in brackets as a share of the greatest possible"
+    ),
     "Of a task": "entropy of the shares of a task, mean over tasks: the lower, the more focused",
-    "Alike, one family": "mean similarity of two tasks of the same family: the sum over experts of the smaller share; 1 is the same",
+    "Alike, one family": (
+        "mean similarity of two tasks of the same family: the sum over experts of the smaller share; 1 is the"
+        " same"
+    ),
     "Other families": "mean similarity of two tasks of different families",
     "Unused": "experts that received nothing",
     "Dropped": "share of choices that were dropped because their expert was full",
@@ -28,10 +33,16 @@ COLUMNS = {
 
 def measures_table(layers: Sequence[LayerRouting]) -> Markup:
     """Return an HTML table with a row for each layer."""
-    heads = [Markup('<th{} title="{}">{}</th>').format(_number(place), about, name) for place, (name, about) in enumerate(COLUMNS.items())]
+    heads = [
+        Markup('<th{} title="{}">{}</th>').format(_number(place), about, name)
+        for place, (name, about) in enumerate(COLUMNS.items())
+    ]
     rows = []
     for layer in layers:
-        cells = [Markup("<td{}>{}</td>").format(_number(place), cell) for place, cell in enumerate(_cells(layer, measure_layer(layer)))]
+        cells = [
+            Markup("<td{}>{}</td>").format(_number(place), cell)
+            for place, cell in enumerate(_cells(layer, measure_layer(layer)))
+        ]
         rows.append(Markup("<tr>{}</tr>\n").format(Markup("").join(cells)))
     table = Markup('<table class="measures">\n<thead><tr>{}</tr></thead>\n<tbody>\n{}</tbody>\n</table>')
     return table.format(Markup("").join(heads), Markup("").join(rows))
@@ -44,11 +55,21 @@ def _number(place: int) -> Markup:
 def _cells(layer: LayerRouting, measures: LayerMeasures) -> list[str]:
     return [
         layer.title.capitalize(),
-        f"{layer.task} {layer.routing}" if layer.routing == "static" else f"by {layer.task}" if layer.by_task else f"by {layer.routing}",
+        (
+            f"{layer.task} {layer.routing}"
+            if layer.routing == "static"
+            else f"by {layer.task}"
+            if layer.by_task
+            else f"by {layer.routing}"
+        ),
         f"{measures.balance:.2f}",
         f"{measures.variation:.2f}",
         f"{measures.entropy:.2f} ({measures.relative_entropy:.0%})",
-        "–" if measures.task_entropy is None else f"{measures.task_entropy:.2f} ({measures.relative_task_entropy:.0%})",
+        (
+            "–"
+            if measures.task_entropy is None
+            else f"{measures.task_entropy:.2f} ({measures.relative_task_entropy:.0%})"
+        ),
         _share(measures.same_family),
         _share(measures.different_families),
         f"{len(measures.unused)} of {layer.experts}",
@@ -81,4 +102,6 @@ def render_page(name: str, step: int, routing: Routing) -> str:
     maps = [(layer, heat_map(layer, full), reading(layer)) for layer in routing.layers]
     measures = measures_table(routing.layers)
     page = open_template("lsmoe_ds.analysis", "page.html")
-    return page.render(name=name, step=step, routing=routing, measures=measures, columns=COLUMNS, maps=maps, full=full)
+    return page.render(
+        name=name, step=step, routing=routing, measures=measures, columns=COLUMNS, maps=maps, full=full
+    )

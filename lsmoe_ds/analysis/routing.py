@@ -71,9 +71,15 @@ class LayerRouting:
 
     def ordered(self) -> LayerRouting:
         """Return a copy whose tasks are ordered by section (of pairs), family, script and name."""
-        order = sorted(range(len(self.tasks)), key=lambda index: (task_section(self.tasks[index])[0], task_order(self.tasks[index])))
+        order = sorted(
+            range(len(self.tasks)),
+            key=lambda index: (task_section(self.tasks[index])[0], task_order(self.tasks[index])),
+        )
         tokens = self.tokens and tuple(self.tokens[index] for index in order)
-        tasks, shares = tuple(self.tasks[index] for index in order), tuple(self.shares[index] for index in order)
+        tasks, shares = (
+            tuple(self.tasks[index] for index in order),
+            tuple(self.shares[index] for index in order),
+        )
         return replace(self, tasks=tasks, shares=shares, tokens=tokens)
 
     def chosen(self, index: int) -> frozenset[int]:
@@ -111,7 +117,11 @@ class LayerRouting:
         families = [task_family(task) for task in self.tasks]
         sections = [task_section(task) for task in self.tasks]
         known = [index for index in range(len(self.tasks)) if families[index] != UNKNOWN]
-        return [(a, b, families[a] == families[b]) for a, b in combinations(known, 2) if sections[a] == sections[b]]
+        return [
+            (a, b, families[a] == families[b])
+            for a, b in combinations(known, 2)
+            if sections[a] == sections[b]
+        ]
 
     def overlap(self) -> tuple[float | None, float | None]:
         """Return the mean number of chosen experts that two tasks share.
@@ -123,7 +133,9 @@ class LayerRouting:
         chosen = [self.chosen(index) for index in range(len(self.tasks))]
         for a, b, same in self.kin():
             shared[same].append(len(chosen[a] & chosen[b]))
-        same_family, different = (sum(found) / len(found) if found else None for found in (shared[True], shared[False]))
+        same_family, different = (
+            sum(found) / len(found) if found else None for found in (shared[True], shared[False])
+        )
         return same_family, different
 
 
@@ -152,7 +164,13 @@ def task_section(task: str) -> tuple[int, str]:
     source, _, target = task.partition("-")
     if not target:
         return 0, ""
-    return (0, "Out of English") if is_english(source) else (1, "Into English") if is_english(target) else (2, "Between others")
+    return (
+        (0, "Out of English")
+        if is_english(source)
+        else (1, "Into English")
+        if is_english(target)
+        else (2, "Between others")
+    )
 
 
 def task_name(task: str) -> str:
@@ -170,7 +188,9 @@ def read_routing(path: Path) -> list[LayerRouting]:
         raise UserError(f"{path} cannot be read: {error} is missing") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return sorted((layer.ordered() for layer in found), key=lambda layer: (layer.side != "encoder", layer.layer))
+    return sorted(
+        (layer.ordered() for layer in found), key=lambda layer: (layer.side != "encoder", layer.layer)
+    )
 
 
 def _layer(value: Mapping[str, Any]) -> LayerRouting:
@@ -193,11 +213,17 @@ def _layer(value: Mapping[str, Any]) -> LayerRouting:
         raise ValueError(f"{layer.title}: side, routing or task is none of those allowed")
     if len(shares) != len(layer.tasks) or any(len(row) != layer.experts for row in shares):
         raise ValueError(f"{layer.title}: the shares are not one row a task and one column an expert")
-    if not all(0 <= share <= 1 for row in shares for share in row) or not all(math.isclose(sum(row), 1, abs_tol=1e-3) for row in shares):
+    if not all(0 <= share <= 1 for row in shares for share in row) or not all(
+        math.isclose(sum(row), 1, abs_tol=1e-3) for row in shares
+    ):
         raise ValueError(f"{layer.title}: a row of shares does not sum to 1")
-    if layer.tokens is not None and (len(layer.tokens) != len(layer.tasks) or min(layer.tokens, default=0) < 0):
+    if layer.tokens is not None and (
+        len(layer.tokens) != len(layer.tasks) or min(layer.tokens, default=0) < 0
+    ):
         raise ValueError(f"{layer.title}: the tokens are not one count a task")
-    if layer.load is not None and (len(layer.load) != layer.experts or not all(0 <= share <= 1 for share in layer.load)):
+    if layer.load is not None and (
+        len(layer.load) != layer.experts or not all(0 <= share <= 1 for share in layer.load)
+    ):
         raise ValueError(f"{layer.title}: the load is not one share an expert")
     if layer.dropped is not None and not 0 <= layer.dropped <= 1:
         raise ValueError(f"{layer.title}: what was dropped is no share")

@@ -72,7 +72,10 @@ def rename(tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: int) -> Te
     """
     wanted, ours = set(our_names(recipe)), Tensors.of(tensors)
     if odd := sorted(wanted ^ ours.keys()):
-        raise UserError(f"the weights do not belong to the recipe: {odd[0]} is {'missing' if odd[0] in wanted else 'not a part of it'}")
+        raise UserError(
+            f"the weights do not belong to the recipe: {odd[0]} is"
+            f" {'missing' if odd[0] in wanted else 'not a part of it'}"
+        )
     if ours.shape(EMBEDDING[0])[0] != vocabulary:
         tokens = counted(ours.shape(EMBEDDING[0])[0], "token")
         raise UserError(f"the weights are of {tokens}, but the vocabulary has {vocabulary:,}")
@@ -110,7 +113,9 @@ def _narrowed(theirs: Tensors, source: str, name: str, width: int) -> LazyTensor
 
 def _padded(name: str) -> int | None:
     """Return the dimension of one of our tensors that is a feed-forward's width, None if it has none."""
-    return 0 if "feed_forward.expand" in name else 1 if name.endswith("feed_forward.contract.weight") else None
+    return (
+        0 if "feed_forward.expand" in name else 1 if name.endswith("feed_forward.contract.weight") else None
+    )
 
 
 def _widened(tensors: Tensors, name: str, width: int) -> LazyTensor:

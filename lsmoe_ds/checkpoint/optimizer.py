@@ -49,7 +49,9 @@ def open_optimizer(folder: Path, verify: bool = False) -> OptimizerState:
     consolidated = (folder / "provenance.json").exists()
     check = None
     if verify:
-        files = read_fields(folder / ("provenance.json" if consolidated else "manifest.json"), files=dict)["files"]
+        files = read_fields(folder / ("provenance.json" if consolidated else "manifest.json"), files=dict)[
+            "files"
+        ]
         check = checker(folder, files)
         for path in folder.glob("*.json"):
             if path.name in files or PIECES.fullmatch(path.name) or path.name == STATE:
@@ -62,7 +64,9 @@ class ConsolidatedOptimizer:
 
     def __init__(self, folder: Path, check: Callable[[Path], None] | None = None) -> None:
         if not (folder / STATE).exists():
-            raise UserError(f"{folder} holds no optimizer state: convert with --to consolidated --optimizer to keep it")
+            raise UserError(
+                f"{folder} holds no optimizer state: convert with --to consolidated --optimizer to keep it"
+            )
         self.step = float(read_fields(folder / STATE, optimizer_step=float)["optimizer_step"])
         self._tensors = open_tensors(folder, STEM, check)
         self._keys: dict[str, list[str]] = {}
@@ -103,7 +107,10 @@ class Pieces:
         self.partition: dict[str, int] = read_fields(checkpoint / STATE, partition=dict)["partition"]
         listed = sorted(path for path in checkpoint.iterdir() if PIECES.fullmatch(path.name))
         if not listed:
-            raise UserError(f"{checkpoint} cannot resume in another layout: it was written by a version that did not note what lies where")
+            raise UserError(
+                f"{checkpoint} cannot resume in another layout: it was written by a version that did not note"
+                " what lies where"
+            )
         for path in listed:
             index = read_fields(path, file=str, pieces=dict)
             if not is_plain(index["file"]):
@@ -120,7 +127,9 @@ class Pieces:
     @property
     def step(self) -> float:
         if len(self.steps) != 1:
-            raise UserError(f"the checkpoint is damaged: its optimizer states are of the steps {sorted(self.steps)}")
+            raise UserError(
+                f"the checkpoint is damaged: its optimizer states are of the steps {sorted(self.steps)}"
+            )
         return next(iter(self.steps))
 
     def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -137,7 +146,9 @@ class Pieces:
         if dimension is None:
             return found[0]
         if len({frozenset(each) for each in found}) > 1:
-            raise UserError(f"the checkpoint is damaged: parts of the optimizer state of {name} differ in kind")
+            raise UserError(
+                f"the checkpoint is damaged: parts of the optimizer state of {name} differ in kind"
+            )
         return {key: torch.cat([each[key] for each in found], dimension) for key in found[0]}
 
     def _part(self, name: str, places: dict[int, _Place], shape: torch.Size) -> dict[str, Tensor]:

@@ -111,7 +111,12 @@ class _Collector:
             dimension = self.partition.get(name)
             if name in self.partition:
                 alike = len({part.shape for part in parts.values()}) == 1
-                if len(parts) != self.tensor or not alike or not is_count(dimension) or dimension >= len(shape):
+                if (
+                    len(parts) != self.tensor
+                    or not alike
+                    or not is_count(dimension)
+                    or dimension >= len(shape)
+                ):
                     found = counted(len(parts), "part")
                     raise UserError(f"{checkpoint} is damaged: its {found} of {name} cannot make a whole")
                 shape[dimension] *= self.tensor
@@ -140,7 +145,9 @@ def _load(path: Path) -> dict[str, Tensor]:
         values = values.get("module")
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds no model")
-    tensors = {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    tensors = {
+        name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
     check_size(path, tensors.values())
     return tensors
 

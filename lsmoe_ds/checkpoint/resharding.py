@@ -1,8 +1,9 @@
 """Resume in another layout: reshard weights and optimizer state of a checkpoint to other ranks.
 
-Each rank's checkpoint has ``pieces-rank-N.json``: which run of values of which parameter lies where in DeepSpeed's file of that
-rank's optimizer state. By these the state of a whole parameter is put together, one parameter at a time, and each rank of the
-new layout takes its own pieces. Random numbers begin anew, as no rank of the old layout is one of the new.
+Each rank's checkpoint has ``pieces-rank-N.json``: which run of values of which parameter lies where in
+DeepSpeed's file of that rank's optimizer state. By these the state of a whole parameter is put together, one
+parameter at a time, and each rank of the new layout takes its own pieces. Random numbers begin anew, as no
+rank of the old layout is one of the new.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def write_pieces(engine: Any, folder: Path, topology: Topology) -> None:
 
 @torch.no_grad()
 def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topology: Topology) -> None:
-    """Weights and optimizer state into an engine of any layout. Called by every rank; raises UserError for what is damaged."""
+    """Weights and optimizer state into an engine of any layout. Called by every rank; raises UserError for
+    what is damaged.
+    """
     load_weights(engine, weights, topology)
     model: nn.Module = engine.module
     names = global_names(model, topology)
@@ -46,7 +49,11 @@ def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topolog
         name = names[local[piece.parameter]]
         held = states[piece.holder]
         for key, value in state.whole(name, weights.shape(name)).items():
-            target = piece.holder if key == VALUES else held.setdefault(key, torch.zeros_like(piece.holder, dtype=torch.float32))
+            target = (
+                piece.holder
+                if key == VALUES
+                else held.setdefault(key, torch.zeros_like(piece.holder, dtype=torch.float32))
+            )
             _fill(target, value, piece, topology)
     for held in states.values():
         held["step"] = torch.tensor(state.step, dtype=torch.float32, device=topology.device)

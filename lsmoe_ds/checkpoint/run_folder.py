@@ -15,7 +15,14 @@ from typing import Any
 from lsmoe_ds.config.codes import mean_the_same
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.comparison import MANIFEST, ORIGIN, check_trained_on, check_vocabulary, describe_origin, read_origin
+from lsmoe_ds.data.comparison import (
+    MANIFEST,
+    ORIGIN,
+    check_trained_on,
+    check_vocabulary,
+    describe_origin,
+    read_origin,
+)
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, explain_errors, read_json, resolved, sha256, write_whole
 
@@ -54,17 +61,25 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     before = _flat(load_recipe(stored).model_dump(mode="json"))
     now = _flat(recipe.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
+        if before.get(key) != now.get(key) and not any(
+            key == name or key.startswith(f"{name}.") for name in MAY_CHANGE
+        ):
             advice = "set it back"
             if mean_the_same(before.get(key), now.get(key)):
-                advice = f"the run keeps the codes that it was started with, so continue it with its own recipe, {stored}"
+                advice = (
+                    "the run keeps the codes that it was started with, so continue it with its own recipe,"
+                    f" {stored}"
+                )
             raise UserError(
                 f"the run {run} was started with {key} {before.get(key)}, the recipe now has {now.get(key)}: "
                 f"{advice}, or write to another folder with --out"
             )
     check_vocabulary(run, read_origin(run).get("vocabulary"))
     if sha256(copied) != sha256(vocabulary):
-        raise UserError(f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder with --out")
+        raise UserError(
+            f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder"
+            " with --out"
+        )
     prepared = vocabulary.parent
     manifest = read_json(prepared / MANIFEST)
     if manifest is not None and describe_origin(prepared) is not None:
@@ -100,7 +115,11 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
     """{"a.b": value} of nested mappings."""
     if not isinstance(value, dict):
         return {at: value}
-    return {key: leaf for name, child in value.items() for key, leaf in _flat(child, f"{at}.{name}" if at else name).items()}
+    return {
+        key: leaf
+        for name, child in value.items()
+        for key, leaf in _flat(child, f"{at}.{name}" if at else name).items()
+    }
 
 
 def step_of(checkpoint: Path) -> int:
@@ -110,7 +129,11 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; what was cut off while being written is not among them."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
+    found = [
+        p
+        for p in (run / "checkpoints").glob("step-*")
+        if p.is_dir() and p.name.removeprefix("step-").isdecimal()
+    ]
     return sorted(found, key=step_of)
 
 
@@ -164,5 +187,8 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, complaints
         complaints.append(wrong)
     if complaints:
-        raise UserError(f"no checkpoint in {run / 'checkpoints'} is whole ({'; '.join(complaints)}): remove the folder to start over")
+        raise UserError(
+            f"no checkpoint in {run / 'checkpoints'} is whole ({'; '.join(complaints)}): remove the folder to"
+            " start over"
+        )
     return None, complaints

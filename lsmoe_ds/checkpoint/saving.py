@@ -1,8 +1,9 @@
 """Checkpoints: whole or absent, and exact.
 
 ``checkpoints/step-N/`` holds DeepSpeed's files (weights, experts, optimizer), the random state of every rank,
-``state.json`` (step, layout, position in the data) and ``manifest.json`` (sizes and checksums of all of them). It is
-written under another name, synced, and renamed when it is whole; a run killed at any instant keeps its last one.
+``state.json`` (step, layout, position in the data) and ``manifest.json`` (sizes and checksums of all of
+them). It is written under another name, synced, and renamed when it is whole; a run killed at any instant
+keeps its last one.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ POLL, PATIENCE = 0.02, 10.0  # seconds; how long the ranks' notes are waited for
 class Saver:
     """Writes the checkpoints of a run and keeps the newest ``keep`` and the ``best`` by dev loss.
 
-    ``frozen`` is the checksum of the frozen base, as the checkpoint has it from which the run resumes. Without
-    one the base, if there is any, is written with the first checkpoint.
+    ``frozen`` is the checksum of the frozen base, as the checkpoint has it from which the run resumes.
+    Without one the base, if there is any, is written with the first checkpoint.
 
-    Training stands still while the state is copied in memory, or, where there is no room for copies, while it is written. Writing,
-    checksums, syncing and renaming continue beside the next steps, in a thread of each rank. Leaving the context waits for it. All methods
-    are called by every rank.
+    Training stands still while the state is copied in memory, or, where there is no room for copies, while it
+    is written. Writing, checksums, syncing and renaming continue beside the next steps, in a thread of each
+    rank. Leaving the context waits for it. All methods are called by every rank.
     """
 
     def __init__(
@@ -70,8 +71,11 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After an error the ranks may be out of step: no barrier then, and the first error is the one to tell.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error the ranks may be out of step: no barrier then, and the first error is the one to
+        # tell.
         with self._thread:
             if kind is None:
                 self.finish()
@@ -79,7 +83,8 @@ class Saver:
                 self._failed.set()
 
     def save(self, engine: Any, step: int, position: dict[str, Any], dev_loss: float | None = None) -> None:
-        """Begins ``checkpoints/step-N``, after finishing the one before; when it returns the weights may change.
+        """Begins ``checkpoints/step-N``, after finishing the one before; when it returns the weights may
+        change.
 
         Raises UserError, here or in :meth:`finish`, if it cannot be written.
         """
@@ -121,7 +126,9 @@ class Saver:
         dist.barrier()
 
     def _write(self, state: Any, path: str) -> None:
-        """A file of the engine's: in the background, of a copy, if there is the memory for it on every rank of the machine."""
+        """A file of the engine's: in the background, of a copy, if there is the memory for it on every rank
+        of the machine.
+        """
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.topology.world))
         copied = 2 * ranks * _size(state) < psutil.virtual_memory().available
         alone = _alone(state, copied)
@@ -146,7 +153,10 @@ class Saver:
             if not self.topology.is_main:
                 return
             self._wait_for_all(partial)
-            write_json(partial / "manifest.json", {"files": describe_files(partial, (p.name for p in partial.iterdir()))})
+            write_json(
+                partial / "manifest.json",
+                {"files": describe_files(partial, (p.name for p in partial.iterdir()))},
+            )
             sync(partial)
             if final.exists():  # damaged, or training would have gone on from it
                 _remove(final)
@@ -156,7 +166,9 @@ class Saver:
                 _remove(old)
 
     def _wait_for_all(self, partial: Path) -> None:
-        """Until each rank has noted that its files are written; collectives belong to training. Raises OSError if one could not."""
+        """Until each rank has noted that its files are written; collectives belong to training. Raises
+        OSError if one could not.
+        """
         patience = PATIENCE / POLL
         for rank in range(self.topology.world):
             note = partial / f"{WRITTEN}{rank:05d}"
@@ -179,8 +191,9 @@ def _size(value: Any) -> int:
 
 
 def _alone(value: Any, copied: bool) -> Any:
-    """The same, with no part that is a view of something larger, which torch would write; with ``copied`` none that training will
-    change. Tensors come to the CPU."""
+    """The same, with no part that is a view of something larger, which torch would write; with ``copied``
+    none that training will change. Tensors come to the CPU.
+    """
     if isinstance(value, torch.Tensor):
         whole = value.untyped_storage().nbytes() == value.nbytes
         return value.detach().to("cpu", copy=copied or not whole)
@@ -200,18 +213,25 @@ def _remove(checkpoint: Path) -> None:
 
 @contextmanager
 def _explained(partial: Path, final: Path, main: bool) -> Iterator[None]:
-    """What keeps a checkpoint from being written, as a UserError; the main rank removes what there was of it."""
+    """What keeps a checkpoint from being written, as a UserError; the main rank removes what there was of
+    it.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its archive writer.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(final.parent).free < 2**20
+        full = (
+            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            or shutil.disk_usage(final.parent).free < 2**20
+        )
         if not full and isinstance(error, RuntimeError):
             raise
         if main:  # others may still tell it what went wrong
             shutil.rmtree(partial, ignore_errors=True)
         reason = "the disk is full" if full else str(error)
-        raise UserError(f"checkpoint {final} cannot be written: {reason}; earlier checkpoints are untouched") from error
+        raise UserError(
+            f"checkpoint {final} cannot be written: {reason}; earlier checkpoints are untouched"
+        ) from error
 
 
 def _gather_partition(model: torch.nn.Module, topology: Topology) -> dict[str, int]:
@@ -241,7 +261,8 @@ def describe_change(engine: Any, checkpoint: Path, topology: Topology) -> str | 
 def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
     """Restores weights and optimizer; returns ``state.json``. Called by every rank.
 
-    In the layout that wrote the checkpoint, this rank's random state too; in another one random numbers begin anew.
+    In the layout that wrote the checkpoint, this rank's random state too; in another one random numbers begin
+    anew.
     """
     state = read_json(checkpoint / "state.json")
     try:
@@ -255,6 +276,9 @@ def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
                 random = torch.load(checkpoint / f"random-rank-{topology.rank:05d}.pt")
             compat.restore_random_state(random, topology.tensor)
     except pickle.UnpicklingError:
-        raise UserError(f"{checkpoint} holds something other than tensors and settings, which could run code: it is not loaded") from None
+        raise UserError(
+            f"{checkpoint} holds something other than tensors and settings, which could run code: it is not"
+            " loaded"
+        ) from None
     assert state is not None
     return state

@@ -1,11 +1,11 @@
 """Where a model lies: a run folder, a checkpoint in it, or a converted folder; and writing the latter.
 
-A converted folder holds the files of its kind (those of :func:`lsmoe_ds.checkpoint.tensors.save_tensors`, for most), ``recipe.yaml``,
-``vocabulary.model``, a model card ``README.md`` and ``provenance.json``::
+A converted folder holds the files of its kind (those of :func:`lsmoe_ds.checkpoint.tensors.save_tensors`, for
+most), ``recipe.yaml``, ``vocabulary.model``, a model card ``README.md`` and ``provenance.json``::
 
-    {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N, "direction": "en-de" or "all",
-     "route": "specific" or "shared", "source_files": {name: sha256}, "sparse_parameters": N, "dense_parameters": N,
-     "files": {name: {"bytes", "sha256"}}}
+    {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N,
+     "direction": "en-de" or "all", "route": "specific" or "shared", "source_files": {name: sha256},
+     "sparse_parameters": N, "dense_parameters": N, "files": {name: {"bytes", "sha256"}}}
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def find_model(path: str | Path) -> Stored:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"there is no folder {path}: give a run folder, a checkpoint in it, or a converted folder")
+        raise UserError(
+            f"there is no folder {path}: give a run folder, a checkpoint in it, or a converted folder"
+        )
     provenance = read_json(path / PROVENANCE)
     if provenance is not None and provenance.get("format") == FORMAT:
         found = Stored(str(provenance.get("kind")), path, path, load_recipe(path / RECIPE))
@@ -95,7 +97,10 @@ def find_model(path: str | Path) -> Stored:
     elif (path / RECIPE).is_file():
         checkpoints = list_checkpoints(path)
         if not checkpoints:
-            raise UserError(f"the run {path} has no checkpoint yet: `lsmoe train` writes the first after training.checkpoint_every steps")
+            raise UserError(
+                f"the run {path} has no checkpoint yet: `lsmoe train` writes the first after"
+                " training.checkpoint_every steps"
+            )
         found = Stored("sparse", path, checkpoints[-1], load_recipe(path / RECIPE))
     else:
         how = how_to_import(path) or f"it holds no {RECIPE}"
@@ -128,10 +133,15 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
 
             return before._replace(make=make)
 
-        return Weights(Tensors({name: entry(each) for name, each in whole.weights.entries.items()}), whole.step, whole.files)
+        return Weights(
+            Tensors({name: entry(each) for name, each in whole.weights.entries.items()}),
+            whole.step,
+            whole.files,
+        )
     if stored.kind not in READABLE:
         raise UserError(
-            f"{stored.home} was made by `lsmoe convert --to {stored.kind}`: give the run, or a folder that was made with --to dense"
+            f"{stored.home} was made by `lsmoe convert --to {stored.kind}`: give the run, or a folder that"
+            " was made with --to dense"
         )
     provenance = read_fields(stored.home / PROVENANCE, step=int, files=dict)
     files = provenance["files"]
@@ -142,7 +152,9 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
     if not sums:
         raise UserError(f"{stored.home} is damaged: {PROVENANCE} lists no weights")
     tensors = open_tensors(stored.home, check=checker(stored.home, files))
-    return Weights(restore(tensors, stored.recipe) if stored.kind == "huggingface" else tensors, provenance["step"], sums)
+    return Weights(
+        restore(tensors, stored.recipe) if stored.kind == "huggingface" else tensors, provenance["step"], sums
+    )
 
 
 @contextmanager
@@ -152,7 +164,9 @@ def _naming_another(stored: Stored) -> Iterator[None]:
         yield
     except UserError as error:
         earlier = [c for c in list_checkpoints(stored.home) if c.resolve() != stored.weights_in.resolve()]
-        raise UserError(f"{error}; an earlier checkpoint is {earlier[-1]}" if earlier else str(error)) from None
+        raise UserError(
+            f"{error}; an earlier checkpoint is {earlier[-1]}" if earlier else str(error)
+        ) from None
 
 
 def _mean(stored: Stored, average: int) -> Weights:
@@ -162,8 +176,8 @@ def _mean(stored: Stored, average: int) -> Weights:
     chosen = [each for each in list_checkpoints(stored.home) if step_of(each) <= step_of(here)][-average:]
     if len(chosen) < average:
         raise UserError(
-            f"--average {average} asks for more than the {counted(len(chosen), 'checkpoint')} that {stored.home} has up to "
-            f"{here.name}: training.keep says how many a run keeps"
+            f"--average {average} asks for more than the {counted(len(chosen), 'checkpoint')} that"
+            f" {stored.home} has up to {here.name}: training.keep says how many a run keeps"
         )
     parts = [read_checkpoint(each) for each in chosen]
 
@@ -184,7 +198,11 @@ def _mean(stored: Stored, average: int) -> Weights:
                 raise UserError(f"{both}, and is no weight that has a mean: leave --average out")
     kept = {name: each for name, each in whole.items() if each.is_buffer or name in last.frozen}
     mean = Tensors({name: entry(name, each.shape) for name, each in whole.items()} | kept)
-    files = {f"{path.name}/{name}": value for path, part in zip(chosen, parts, strict=True) for name, value in part.files.items()}
+    files = {
+        f"{path.name}/{name}": value
+        for path, part in zip(chosen, parts, strict=True)
+        for name, value in part.files.items()
+    }
     return Weights(mean, parts[-1].step, files)
 
 
@@ -219,7 +237,9 @@ def write_folder(
     if (replaced_one := read_json(out / PROVENANCE)) is not None:
         notice(f"{out} is replaced: it held {_describe(replaced_one)}")
     with locked(out), replaced(out) as new, explain_errors(out):
-        (new / VOCABULARY).write_bytes(vocabulary if isinstance(vocabulary, bytes) else vocabulary.read_bytes())
+        (new / VOCABULARY).write_bytes(
+            vocabulary if isinstance(vocabulary, bytes) else vocabulary.read_bytes()
+        )
         names = write(new, tensors, recipe, new / VOCABULARY, **options)
         (new / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
         files = describe_files(new, (*names, RECIPE, VOCABULARY))
@@ -232,7 +252,11 @@ def write_folder(
 def _describe(provenance: Mapping[str, Any]) -> str:
     """Say what a converted folder holds: ``dense, en-de, of step 200``."""
     kind, direction, step = (provenance.get(key) for key in ("kind", "direction", "step"))
-    return ", ".join(str(each) for each in (kind, direction, None if step is None else f"of step {step}") if each is not None)
+    return ", ".join(
+        str(each)
+        for each in (kind, direction, None if step is None else f"of step {step}")
+        if each is not None
+    )
 
 
 def name_of(out: Path) -> str:
@@ -241,15 +265,22 @@ def name_of(out: Path) -> str:
 
 
 def check_writable(out: Path) -> None:
-    """Raise UserError if the path holds something that `lsmoe convert` did not make, or nothing can be written there."""
+    """Raise UserError if the path holds something that `lsmoe convert` did not make, or nothing can be
+    written there.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
     if out.is_dir() and any(out.iterdir()):
         provenance = read_json(out / PROVENANCE) or {}
         if provenance.get("format") != FORMAT:
-            raise UserError(f"{out} is not empty and was not made by `lsmoe convert`: choose another folder with --out")
+            raise UserError(
+                f"{out} is not empty and was not made by `lsmoe convert`: choose another folder with --out"
+            )
         files = provenance.get("files")
         ours = {*(name.split("/")[0] for name in files or ()), PROVENANCE, CARD}
         if others := sorted(path.name for path in out.iterdir() if path.name not in ours):
-            raise UserError(f"{out} holds {listed(others)}, which would be lost: choose another folder with --out, or remove this one")
+            raise UserError(
+                f"{out} holds {listed(others)}, which would be lost: choose another folder with --out, or"
+                " remove this one"
+            )
     check_can_write(out.absolute().parent, "choose another folder with --out")

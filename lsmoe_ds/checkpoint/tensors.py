@@ -136,7 +136,10 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str = "model
     if len(shards) == 1:
         _save(whole, shards[0], folder / f"{stem}.safetensors")
         return [f"{stem}.safetensors"]
-    files = {f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, 1)}
+    files = {
+        f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": names
+        for number, names in enumerate(shards, 1)
+    }
     for file, names in files.items():
         _save(whole, names, folder / file)
     index = f"{stem}.safetensors.index.json"
@@ -176,7 +179,9 @@ def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None
         buffers, found = _buffers(path, opened), {}
         for name in opened.keys():  # noqa: SIM118
             part = opened.get_slice(name)
-            entry = _entry(files, path, name, tuple(part.get_shape()), KEPT.get(part.get_dtype(), torch.float32))
+            entry = _entry(
+                files, path, name, tuple(part.get_shape()), KEPT.get(part.get_dtype(), torch.float32)
+            )
             found[name] = entry._replace(is_buffer=name in buffers)
         return found
 
@@ -191,9 +196,16 @@ def open_pickled(folder: Path, stem: str) -> Tensors:
 
     def entry(path: Path, name: str, value: Tensor) -> LazyTensor:
         numbers = value.numel()
-        return LazyTensor(tuple(value.shape), lambda: files.get(path, 4 * numbers)[name].to(torch.float32, copy=True))
+        return LazyTensor(
+            tuple(value.shape), lambda: files.get(path, 4 * numbers)[name].to(torch.float32, copy=True)
+        )
 
-    return _join(folder, stem, "bin", lambda path: {name: entry(path, name, value) for name, value in files.get(path).items()})
+    return _join(
+        folder,
+        stem,
+        "bin",
+        lambda path: {name: entry(path, name, value) for name, value in files.get(path).items()},
+    )
 
 
 def _join(folder: Path, stem: str, ending: str, read: Callable[[Path], dict[str, LazyTensor]]) -> Tensors:
@@ -205,7 +217,11 @@ def _join(folder: Path, stem: str, ending: str, read: Callable[[Path], dict[str,
         wanted = None
     else:
         wanted = (read_json(index) or {}).get("weight_map")
-        if not isinstance(wanted, dict) or not wanted or not all(isinstance(name, str) for name in wanted.values()):
+        if (
+            not isinstance(wanted, dict)
+            or not wanted
+            or not all(isinstance(name, str) for name in wanted.values())
+        ):
             raise UserError(f"{index} is damaged: it has no 'weight_map' from tensors to files")
         listed = set(wanted.values())
         for name in listed:
@@ -213,7 +229,11 @@ def _join(folder: Path, stem: str, ending: str, read: Callable[[Path], dict[str,
                 raise UserError(f"{index} names the file '{name}': only {ending} files beside it are read")
     entries: dict[str, LazyTensor] = {}
     for name in sorted(listed):
-        entries |= {key: entry for key, entry in read(folder / name).items() if wanted is None or wanted.get(key) == name}
+        entries |= {
+            key: entry
+            for key, entry in read(folder / name).items()
+            if wanted is None or wanted.get(key) == name
+        }
     missing = [] if wanted is None else sorted(wanted.keys() - entries.keys())
     if missing:
         raise UserError(f"{folder} is damaged: {wanted[missing[0]]} lacks {missing[0]}")  # type: ignore[index]
@@ -231,7 +251,9 @@ def _buffers(path: Path, opened: Any) -> list[str]:
     return names
 
 
-def _entry(files: Files[Any], path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+def _entry(
+    files: Files[Any], path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> LazyTensor:
     def make() -> Tensor:
         try:
             value: Tensor = files.get(path, dtype.itemsize * math.prod(shape)).get_tensor(name)
@@ -257,7 +279,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # of unpickling, of torch's own reader, or of the system
         why = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} is damaged, or holds more than tensors, which could run code: it is not read ({why})") from None
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors, which could run code: it is not read ({why})"
+        ) from None
     if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
         raise UserError(f"{path} should hold tensors by name and nothing else")
     return found

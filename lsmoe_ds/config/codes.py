@@ -1,4 +1,5 @@
-"""Language codes as people write them, on the command line and in recipes, read as the codes of languages.tsv.
+"""Language codes as people write them, on the command line and in recipes, read as the codes of
+languages.tsv.
 
 Codes that are read as others, and codes that the table lacks, are said on standard error, those of one
 place in one line.
@@ -13,7 +14,16 @@ from typing import Any
 
 from lsmoe_ds.config.method import sections
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import CODE, Direction, check_code, find_code, is_known, language_name, normalize_code, not_a_code
+from lsmoe_ds.languages import (
+    CODE,
+    Direction,
+    check_code,
+    find_code,
+    is_known,
+    language_name,
+    normalize_code,
+    not_a_code,
+)
 from lsmoe_ds.notices import listed, notice
 
 # A code whose script and region are written in capitals, as BCP 47 recommends: zh-Hant-TW, es-419.
@@ -54,11 +64,15 @@ class Reader:
         parts = found.groups() if found else tuple(text.split("-"))
         wanted = "write source-target with two different codes, such as en-de"
         if len(parts) != 2 or not all(parts):
-            more = "; the parts of a code are joined by underscores, as in en-zh_Hant" if len(parts) > 2 else ""
+            more = (
+                "; the parts of a code are joined by underscores, as in en-zh_Hant" if len(parts) > 2 else ""
+            )
             raise UserError(f"'{text}' is not a direction: {wanted}{more}")
         source, target = map(self.code, parts)
         if source == target:
-            raise UserError(f"'{text}' is not a direction: both codes are {source} ({language_name(source)}); {wanted}")
+            raise UserError(
+                f"'{text}' is not a direction: both codes are {source} ({language_name(source)}); {wanted}"
+            )
         return Direction(source, target)
 
     def __enter__(self) -> Reader:
@@ -71,14 +85,22 @@ class Reader:
     def _say(self) -> None:
         said = []
         if self._read:
-            names = {code: f" ({language_name(code)})" if is_known(code) else "" for code in self._read.values()}
+            names = {
+                code: f" ({language_name(code)})" if is_known(code) else "" for code in self._read.values()
+            }
             (first, meant), *rest = self._read.items()
             each = [f"language '{first}' is read as '{meant}'{names[meant]}"]
             each += [f"'{text}' as '{code}'{names[code]}" for text, code in rest]
             said.append(listed(each))
         if unknown := list(dict.fromkeys(self._unknown)):
-            languages = f"language '{unknown[0]}' is" if len(unknown) == 1 else f"languages {listed(map(repr, unknown))} are"
-            said.append(f"{languages} not in the table (docs/languages.md): no name, no script filter, BLEU by 13a")
+            languages = (
+                f"language '{unknown[0]}' is"
+                if len(unknown) == 1
+                else f"languages {listed(map(repr, unknown))} are"
+            )
+            said.append(
+                f"{languages} not in the table (docs/languages.md): no name, no script filter, BLEU by 13a"
+            )
         if said:
             notice("; ".join(said))
 
@@ -95,14 +117,18 @@ def read_direction(text: str, own: Iterable[str] = (), of_system: bool = False) 
         return reader.direction(text)
 
 
-def read_directions(texts: Iterable[str], own: Iterable[str] = (), of_system: bool = False) -> list[Direction]:
+def read_directions(
+    texts: Iterable[str], own: Iterable[str] = (), of_system: bool = False
+) -> list[Direction]:
     """Return the directions that a command line names; see :class:`Reader`."""
     with Reader(own, of_system) as reader:
         return [reader.direction(text) for text in texts if text.strip()]
 
 
 def asked_direction(source: str, target: str) -> Direction:
-    """Return the direction between two languages that a command line names, to be found in a system by its ``Languages``."""
+    """Return the direction between two languages that a command line names, to be found in a system by its
+    ``Languages``.
+    """
     with Reader(of_system=True) as reader:
         return Direction(reader.code(source), reader.code(target))
 
@@ -110,9 +136,10 @@ def asked_direction(source: str, target: str) -> Direction:
 def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[str, str] | None:
     """Replace the language codes in the mapping of a recipe file by the table's, in place.
 
-    A language that has a tag in the recipe's vocabulary (``own``) keeps the code of that: a trained system keeps its codes.
-    ``corpora`` keep theirs, which say how files are named. Values of other types are left to the recipe's own checks.
-    Returns the key of a wrong code, or of two codes for one language, and what is wrong with it, or None.
+    A language that has a tag in the recipe's vocabulary (``own``) keeps the code of that: a trained system
+    keeps its codes. ``corpora`` keep theirs, which say how files are named. Values of other types are left to
+    the recipe's own checks. Returns the key of a wrong code, or of two codes for one language, and what is
+    wrong with it, or None.
     """
     data, model = _section(recipe, "data"), _section(recipe, "model")
     with Reader(own) as reader:
@@ -137,7 +164,9 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
 
 
 def _wrong_code_of_corpora(corpora: Any) -> tuple[str, str] | None:
-    """Return the key of a ``source`` or ``target`` that is not written like a code, and what is wrong with it, or None."""
+    """Return the key of a ``source`` or ``target`` that is not written like a code, and what is wrong with
+    it, or None.
+    """
     for number, corpus in enumerate(corpora if isinstance(corpora, list) else []):
         for name in ("source", "target"):
             code = corpus.get(name) if isinstance(corpus, dict) else None
@@ -168,15 +197,23 @@ def _read_all(given: Sequence[Any], read: Callable[[str], str]) -> list[Any]:
 
 
 def mean_the_same(first: Any, second: Any) -> bool:
-    """Tell whether two values of ``data.languages`` or ``data.directions`` are lists of other codes for the same languages."""
-    if not all(isinstance(value, list) and value and all(isinstance(text, str) for text in value) for value in (first, second)):
+    """Tell whether two values of ``data.languages`` or ``data.directions`` are lists of other codes for the
+    same languages.
+    """
+    if not all(
+        isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+        for value in (first, second)
+    ):
         return False
-    meanings = [["-".join(map(normalize_code, text.split("-"))) for text in value] for value in (first, second)]
+    meanings = [
+        ["-".join(map(normalize_code, text.split("-"))) for text in value] for value in (first, second)
+    ]
     return meanings[0] == meanings[1]
 
 
 def tags_of(recipe: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Return the codes that have a tag in the vocabulary of a recipe: beside a stored recipe, or in ``data.vocabulary.file``.
+    """Return the codes that have a tag in the vocabulary of a recipe: beside a stored recipe, or in
+    ``data.vocabulary.file``.
 
     The file is searched for tags, not parsed: whether it is a vocabulary is checked where it is used.
     """

@@ -28,13 +28,17 @@ class Corpus(Section):
 
     @property
     def text(self) -> Hashable:
-        """Return what two entries of a recipe have in common that name the same text, however they spell it."""
+        """Return what two entries of a recipe have in common that name the same text, however they spell
+        it.
+        """
         languages = frozenset(normalize_code(code) for code in (self.source, self.target) if code)
         return abspath(self.path).removesuffix(".gz"), self.format, languages
 
 
 class Vocabulary(Section):
-    """Set up the vocabulary: one is trained on the text, or ``file`` is one (see :mod:`lsmoe_ds.data.vocabulary`)."""
+    """Set up the vocabulary: one is trained on the text, or ``file`` is one (see
+    :mod:`lsmoe_ds.data.vocabulary`).
+    """
 
     file: Path | None = None
     size: Annotated[int, Field(ge=SMALLEST, le=2**20)] = 16000
@@ -60,7 +64,9 @@ class HeldOut(Section):
 
 
 class Batch(Section):
-    """A step takes ``count`` batches of at most ``tokens`` padded tokens each (source + target), whatever the number of ranks."""
+    """A step takes ``count`` batches of at most ``tokens`` padded tokens each (source + target), whatever the
+    number of ranks.
+    """
 
     tokens: Annotated[int, Field(ge=16)] = 4096
     count: Positive = 1
@@ -69,7 +75,9 @@ class Batch(Section):
 
 
 class Groups(Section):
-    """Resource groups by training pairs: at least ``high`` is high, at least ``medium`` is medium, the rest is low."""
+    """Resource groups by training pairs: at least ``high`` is high, at least ``medium`` is medium, the rest
+    is low.
+    """
 
     high: Positive = 1_000_000
     medium: Positive = 100_000
@@ -77,7 +85,10 @@ class Groups(Section):
     @model_validator(mode="after")
     def _order(self) -> Groups:
         if self.medium > self.high:
-            raise ValueError(f"'medium' is {self.medium}, which is more than {self.high}, the value of 'high': it must be at most that")
+            raise ValueError(
+                f"'medium' is {self.medium}, which is more than {self.high}, the value of 'high': it must be"
+                " at most that"
+            )
         return self
 
     def of(self, pairs: int) -> str:
@@ -88,9 +99,10 @@ class Groups(Section):
 class Data(Section):
     """Describe the text of a run.
 
-    ``name`` names the prepared data, by default as the recipe is named. ``tags`` says which tags a model reads:
-    that of the ``target`` before the source and none before the translation, or that of the source language
-    before the source and that of the target language before the translation, which is given and not learned.
+    ``name`` names the prepared data, by default as the recipe is named. ``tags`` says which tags a model
+    reads: that of the ``target`` before the source and none before the translation, or that of the source
+    language before the source and that of the target language before the translation, which is given and not
+    learned.
     """
 
     name: Annotated[str, Field(pattern=NAME)] | None = None
@@ -126,16 +138,24 @@ class Data(Section):
             raise ValueError(f"'languages' names {twice} twice: name it once")
         if not self.directions:
             if not [code for code in self.languages if not is_english(code)]:
-                raise ValueError("'languages' names no language beside English: list at least one, or write 'directions'")
+                raise ValueError(
+                    "'languages' names no language beside English: list at least one, or write 'directions'"
+                )
             self.directions = [str(d) for d in english_centric(self.languages)]
         parsed = [_as_value_error(Direction.parse, d) for d in self.directions]
         if twice := _twice(parsed):
             raise ValueError(f"'directions' names {twice} twice: name it once")
         used = {code for direction in parsed for code in (direction.source, direction.target)}
         if unused := [code for code in self.languages if code not in used and not is_english(code)]:
-            raise ValueError(f"'languages' names {unused[0]}, which none of 'directions' has: add one, or leave it out")
-        if self.languages and (lacking := sorted(code for code in used - set(self.languages) if not is_english(code))):
-            raise ValueError(f"'languages' lacks {lacking[0]}, which 'directions' has: add it, or leave 'languages' out")
+            raise ValueError(
+                f"'languages' names {unused[0]}, which none of 'directions' has: add one, or leave it out"
+            )
+        if self.languages and (
+            lacking := sorted(code for code in used - set(self.languages) if not is_english(code))
+        ):
+            raise ValueError(
+                f"'languages' lacks {lacking[0]}, which 'directions' has: add it, or leave 'languages' out"
+            )
         return self
 
 

@@ -35,10 +35,22 @@ class Place:
 
 Places = dict[At, Place]
 
-# The kinds of complaint that are only about what a value is, not about what it holds: each member of a union has its own.
+# The kinds of complaint that are only about what a value is, not about what it holds: each member of a union
+# has its own.
 KINDS = {KIND, "none_required", "int_from_float", "finite_number", "int_parsing_size", "is_instance_of"} | {
     f"{kind}_{what}"
-    for kind in ("string", "int", "float", "bool", "list", "tuple", "dict", "model", "path", "model_attributes")
+    for kind in (
+        "string",
+        "int",
+        "float",
+        "bool",
+        "list",
+        "tuple",
+        "dict",
+        "model",
+        "path",
+        "model_attributes",
+    )
     for what in ("type", "parsing")
 }
 LIMITS = {
@@ -52,7 +64,9 @@ SINGULAR = {int: "a whole number", float: "a number", str: "text", bool: "true o
 PLURAL = {int: "whole numbers", float: "numbers", str: "texts", bool: "true or false", Path: "paths"}
 
 
-def explain(error: ValidationError, section: type[Section], value: Mapping[str, Any], path: Path, places: Places) -> str:
+def explain(
+    error: ValidationError, section: type[Section], value: Mapping[str, Any], path: Path, places: Places
+) -> str:
     """Return one sentence on the first error of validating ``value``, read from ``path``, as ``section``."""
     first, at = _choose(error.errors(), value)
     found = first["input"]
@@ -66,14 +80,24 @@ def explain(error: ValidationError, section: type[Section], value: Mapping[str, 
         return f"{where}: unknown key {name(at)}{nearest(at[-1], known)}; allowed here: {', '.join(known)}"
     annotation = _annotation(at, section)
     if first["type"] == "missing":
-        return f"{where}{_options(at[:-1], places)}: {name(at)} is missing: it should be {expected(annotation)}"
+        return (
+            f"{where}{_options(at[:-1], places)}: {name(at)} is missing: it should be {expected(annotation)}"
+        )
     if first["type"] == "value_error":
         return f"{where}{_options(at, places)}: {name(at) + ': ' if at else ''}{first['ctx']['error']}"
     if found is None and (wanted := is_section(annotation)):
         parent = is_section(_annotation(at[:-1], section))
-        left_out = "" if parent is not None and parent.model_fields[at[-1]].is_required() else ", or leave it out"
-        return f"{where}: {name(at)} is empty: write its keys below it ({', '.join(wanted.model_fields)}){left_out}"
-    return f"{where}: {name(at) if at else 'it'} {_sentence(first, annotation, found, places.get(at, Place('')))}"
+        left_out = (
+            "" if parent is not None and parent.model_fields[at[-1]].is_required() else ", or leave it out"
+        )
+        return (
+            f"{where}: {name(at)} is empty: write its keys below it"
+            f" ({', '.join(wanted.model_fields)}){left_out}"
+        )
+    return (
+        f"{where}: {name(at) if at else 'it'}"
+        f" {_sentence(first, annotation, found, places.get(at, Place('')))}"
+    )
 
 
 def _sentence(error: Mapping[str, Any], annotation: Any, found: Any, place: Place) -> str:
@@ -147,7 +171,9 @@ def _where(at: At, path: Path, places: Places) -> str:
 
 def _options(at: At, places: Places) -> str:
     """Cite an option that set something below ``at``, where what is wrong concerns the whole of it."""
-    found = [place.where for key, place in places.items() if place.by_option and key[: len(at)] == at and key != at]
+    found = [
+        place.where for key, place in places.items() if place.by_option and key[: len(at)] == at and key != at
+    ]
     return f" with {found[0]}" if found and places.get(at, Place("")).where != found[0] else ""
 
 
@@ -208,7 +234,12 @@ def _items(annotation: Any) -> Iterable[Any]:
 
 
 def _choices(annotation: Any) -> list[str]:
-    return [str(choice) for member in _members(annotation) if get_origin(member) is Literal for choice in get_args(member)]
+    return [
+        str(choice)
+        for member in _members(annotation)
+        if get_origin(member) is Literal
+        for choice in get_args(member)
+    ]
 
 
 def _one_of(choices: Sequence[str]) -> str:
@@ -225,10 +256,16 @@ def expected(annotation: Any, plural: bool = False) -> str:
         elif origin in (list, tuple):
             words.append(f"{'lists' if plural else 'a list'} of {expected(get_args(member)[0], plural=True)}")
         elif origin is dict:
-            items = "" if get_args(member)[1] is Any else f" from names to {expected(get_args(member)[1], plural=True)}"
+            items = (
+                ""
+                if get_args(member)[1] is Any
+                else f" from names to {expected(get_args(member)[1], plural=True)}"
+            )
             words.append(f"{'mappings' if plural else 'a mapping'}{items}")
         elif section := is_section(member):
-            words.append(f"{'mappings' if plural else 'a mapping'} with the keys {', '.join(section.model_fields)}")
+            words.append(
+                f"{'mappings' if plural else 'a mapping'} with the keys {', '.join(section.model_fields)}"
+            )
         else:
             words.append((PLURAL if plural else SINGULAR).get(member, "a value"))
     return " or ".join(words)
@@ -252,11 +289,21 @@ def _hint(annotation: Any, found: Any, place: Place) -> str:
     members = list(_members(annotation))
     written = place.written or str(found)
     if str in members or Path in members:
-        read = "a date" if isinstance(found, datetime.date) else "a number" if isinstance(found, int | float) else ""
+        read = (
+            "a date"
+            if isinstance(found, datetime.date)
+            else "a number"
+            if isinstance(found, int | float)
+            else ""
+        )
         read = str(found).lower() if isinstance(found, bool) else read
         if read:
             same = written.lower() == read
-            return f": write '{written}' in quotes" if same else f", which YAML reads as {read}: write '{written}' in quotes"
+            return (
+                f": write '{written}' in quotes"
+                if same
+                else f", which YAML reads as {read}: write '{written}' in quotes"
+            )
     if isinstance(found, str) and int in members:
         try:
             number = float(found.replace(",", "") if THOUSANDS.fullmatch(found) else found)

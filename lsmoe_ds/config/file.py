@@ -30,10 +30,13 @@ MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
 def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None, changed_by: str = "this command"
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
+    changed_by: str = "this command",
 ) -> Recipe:
-    """Read a recipe file, or one that comes with lsmoe_ds by its name. ``changes`` are merged into it, ``overrides`` are
-    ``a.b=value`` strings with YAML values.
+    """Read a recipe file, or one that comes with lsmoe_ds by its name. ``changes`` are merged into it,
+    ``overrides`` are ``a.b=value`` strings with YAML values.
 
     Raises UserError with the key, its line or option, what was found and what is allowed.
     """
@@ -53,9 +56,9 @@ def load_recipe(
 
 
 def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
-    """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model`` as a whole,
-    the keys of ``data.vocabulary``, and ``data.tags``. A recipe that has the first two is complete without the
-    folder. Whether what it does say fits the folder is checked when training starts.
+    """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model`` as a
+    whole, the keys of ``data.vocabulary``, and ``data.tags``. A recipe that has the first two is complete
+    without the folder. Whether what it does say fits the folder is checked when training starts.
 
     Raises UserError if something is left out and the folder holds no recipe.
     """
@@ -64,7 +67,9 @@ def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
     if not isinstance(start, str) or start == "None" or not isinstance(data, dict):
         return  # the recipe's own checks say what is wrong with it
     vocabulary = data.get("vocabulary") or {}
-    if "model" in value and (not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()):
+    if "model" in value and (
+        not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()
+    ):
         return
     stored_recipe, at = Path(start) / "recipe.yaml", ("training", "start_from")
     said = f"{places[at].where if at in places else path}: 'training.start_from' is {start}"
@@ -94,13 +99,19 @@ def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[st
     except OSError as error:
         raise UserError(f"{kind} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{kind} {path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+        raise UserError(
+            f"{kind} {path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start + 1})"
+        ) from None
     try:
         value, places = _read_yaml(text, (), lambda line: Place(f"{path}, line {line}"))
     except UserError:
         raise
-    except Exception as error:  # PyYAML has errors of its own, but also lets pass those of int(), dates and dictionaries
-        tab = next((n for n, line in enumerate(text.split("\n"), start=1) if re.match(r" *\t[\t ]*\S", line)), None)
+    except (
+        Exception
+    ) as error:  # PyYAML has errors of its own, but also lets pass those of int(), dates and dictionaries
+        tab = next(
+            (n for n, line in enumerate(text.split("\n"), start=1) if re.match(r" *\t[\t ]*\S", line)), None
+        )
         why = f"line {tab} is indented with a tab: use spaces" if tab else " ".join(str(error).split())
         raise UserError(f"{kind} {path} is not valid YAML: {why}") from None
     if not isinstance(value, dict):
@@ -173,7 +184,11 @@ def _add_places(node: yaml.Node, at: At, found: Places, place: PlaceOf) -> None:
     """
     line = node.start_mark.line + 1
     if len(at) > DEEPEST or len(found) > MOST:
-        many = f"it has values in more than {DEEPEST} levels" if len(at) > DEEPEST else f"it has more than {MOST} values"
+        many = (
+            f"it has values in more than {DEEPEST} levels"
+            if len(at) > DEEPEST
+            else f"it has more than {MOST} values"
+        )
         raise UserError(f"{place(line).where}: {many}")
     if isinstance(node, yaml.ScalarNode):
         _check_number(node, at, place(line).where)
@@ -199,9 +214,13 @@ def _check_key(key: yaml.Node, at: At, known: Mapping[str, int], where: str) -> 
     if not isinstance(key, yaml.ScalarNode):
         raise UserError(f"{where}: a key is not text")
     if not key.tag.endswith((":str", ":merge", ":value")):
-        raise UserError(f"{where}: the key {key.value or '(nothing)'} is not text to YAML: write '{key.value}' in quotes")
+        raise UserError(
+            f"{where}: the key {key.value or '(nothing)'} is not text to YAML: write '{key.value}' in quotes"
+        )
     if key.value in known:
-        raise UserError(f"{where}: {name(at)} is written twice, on lines {known[key.value]} and {key.start_mark.line + 1}")
+        raise UserError(
+            f"{where}: {name(at)} is written twice, on lines {known[key.value]} and {key.start_mark.line + 1}"
+        )
 
 
 def _check_thousands(node: yaml.MappingNode, at: At, where: str) -> None:
@@ -225,10 +244,17 @@ def _check_number(node: yaml.ScalarNode, at: At, where: str) -> None:
     if len(written) > 100:
         raise UserError(f"{where}: {key} is a number of {len(written)} digits, which is too long")
     if found := MISREAD.fullmatch(written):
-        base, read = (8, int(written, 8)) if found[1].startswith("0") and ":" not in written else (60, yaml.safe_load(written))
+        base, read = (
+            (8, int(written, 8))
+            if found[1].startswith("0") and ":" not in written
+            else (60, yaml.safe_load(written))
+        )
         if base == 60 or read != int(written):
             choices = f"{read}, or" if base == 60 else f"{read} or {int(written)}, or for text"
-            raise UserError(f"{where}: {key} is {written}, which YAML reads in base {base}: write {choices} '{written}' in quotes")
+            raise UserError(
+                f"{where}: {key} is {written}, which YAML reads in base {base}: write {choices} '{written}'"
+                " in quotes"
+            )
 
 
 def _mark(changes: Any, where: str, at: At, places: Places) -> None:

@@ -17,9 +17,13 @@ def check_world(world: int, tensor: int, expert: int) -> None:
     if world < 1:
         raise UserError(f"a world of {counted(world, 'rank')} was asked for: at least 1 is needed")
     if world % tensor:
-        raise UserError(f"parallel.tensor is {tensor}, which does not divide the {started}: start a multiple of {tensor}")
+        raise UserError(
+            f"parallel.tensor is {tensor}, which does not divide the {started}: start a multiple of {tensor}"
+        )
     if world % expert:
-        raise UserError(f"parallel.expert is {expert}, which does not divide the {started}: start a multiple of {expert}")
+        raise UserError(
+            f"parallel.expert is {expert}, which does not divide the {started}: start a multiple of {expert}"
+        )
 
 
 def accumulation_steps(recipe: Recipe, data: int) -> int:

@@ -1,8 +1,8 @@
 """The sections by which a recipe turns methods on, and the registry that finds them.
 
 ``model.NAME`` in a recipe is the section of the method in the room ``lsmoe_ds/methods/NAME/``, or of a file
-``NAME.py`` in one of the folders that the environment variable ``LSMOE_METHODS`` lists. Nothing else knows which
-methods there are. No torch here: what a method costs is computed without it.
+``NAME.py`` in one of the folders that the environment variable ``LSMOE_METHODS`` lists. Nothing else knows
+which methods there are. No torch here: what a method costs is computed without it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,13 @@ class MethodSection(Section):
     """What a recipe says of one method, and what the method costs. Each default says that it adds nothing."""
 
     name: ClassVar[str]  # the key in ``model``
-    shared_route: ClassVar[str | None] = None  # a key that, if true, gives the model a second route: the shared one
+    shared_route: ClassVar[str | None] = (
+        None  # a key that, if true, gives the model a second route: the shared one
+    )
     by_language: ClassVar[tuple[str, ...]] = ()  # keys whose mappings have language codes as keys
-    reads_states: ClassVar[bool] = False  # whether what it must count over a whole step depends on hidden states
+    reads_states: ClassVar[bool] = (
+        False  # whether what it must count over a whole step depends on hidden states
+    )
 
     @property
     def distills(self) -> bool:
@@ -86,7 +90,9 @@ class MethodSection(Section):
         return 0
 
     def values(self, site: Shape, tensor: int) -> int:
-        """Count the values that a site stores of each token for the backward pass, on one of ``tensor`` ranks."""
+        """Count the values that a site stores of each token for the backward pass, on one of ``tensor``
+        ranks.
+        """
         return 0
 
     def describe(self) -> str:
@@ -105,7 +111,9 @@ def sections() -> Mapping[str, type[MethodSection]]:
     Raises UserError for a folder or a file of ``LSMOE_METHODS`` that holds no method.
     """
     own = Path(__file__).parent.parent / "methods"
-    found = {path.parent.name: f"{ROOMS}.{path.parent.name}.settings" for path in sorted(own.glob("*/settings.py"))}
+    found = {
+        path.parent.name: f"{ROOMS}.{path.parent.name}.settings" for path in sorted(own.glob("*/settings.py"))
+    }
     kinds = {name: _only_section(importlib.import_module(module)) for name, module in found.items()}
     for folder in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         if not Path(folder).is_dir():
@@ -126,7 +134,9 @@ def _load(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{path}, of {VARIABLE}, cannot be imported: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{path}, of {VARIABLE}, cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     return module
 
 
@@ -135,14 +145,21 @@ def _only_section(module: ModuleType) -> type[MethodSection]:
     kinds = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, MethodSection) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and issubclass(value, MethodSection)
+        and value.__module__ == module.__name__
     ]
     if len(kinds) != 1:
-        where, wanted = getattr(module, "__file__", module.__name__), "one subclass of MethodSection, with a name"
+        where, wanted = (
+            getattr(module, "__file__", module.__name__),
+            "one subclass of MethodSection, with a name",
+        )
         raise UserError(f"{where} defines {len(kinds)} sections of a recipe: a method has {wanted}")
     return kinds[0]
 
 
 def shared_route_keys() -> list[str]:
     """Return the keys that give a model a shared route."""
-    return ["moe.fuse_distillation"] + [f"model.{name}.{kind.shared_route}" for name, kind in sections().items() if kind.shared_route]
+    return ["moe.fuse_distillation"] + [
+        f"model.{name}.{kind.shared_route}" for name, kind in sections().items() if kind.shared_route
+    ]

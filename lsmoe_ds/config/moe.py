@@ -12,12 +12,12 @@ from lsmoe_ds.notices import counted
 
 
 class Capacity(Section):
-    """At most ``ceil(factor x top_k x tokens / experts)`` tokens of one batch for each expert; what is over is dropped.
+    """At most ``ceil(factor x top_k x tokens / experts)`` tokens of one batch for each expert; what is over
+    is dropped.
 
-    ``training`` and ``evaluation`` are the factors; without one for evaluation nothing is dropped there, and a
-    translation does not depend on what else is in the batch.
-    ``drop`` keeps the choices of highest ``probability``, or those of first ``position`` (GShard: all first choices come
-    before all second ones).
+    ``training`` and ``evaluation`` are the factors; without one for evaluation nothing is dropped there, and
+    a translation does not depend on what else is in the batch. ``drop`` keeps the choices of highest
+    ``probability``, or those of first ``position`` (GShard: all first choices come before all second ones).
     """
 
     training: Annotated[float, Field(gt=0.0)] = 1.25
@@ -26,14 +26,16 @@ class Capacity(Section):
 
 
 class MoE(Section):
-    """Every ``every``-th layer's feed-forward becomes ``experts`` experts, of which each token uses ``top_k``.
+    """Every ``every``-th layer's feed-forward becomes ``experts`` experts, of which each token uses
+    ``top_k``.
 
-    ``routing`` says who chooses ("Beyond Distillation", section 3.1): each ``token``, the mean of the ``sentence``, the
-    ``task`` (target language, source language or pair), or nobody: ``static`` assigns the tasks to the experts.
-    With ``expert_groups`` G the experts stand in G equal groups, and the tasks are assigned to them, relatives together: a
-    task chooses within its own group, so that task-affine batches find their experts at home.
-    With ``fuse_distillation`` one more feed-forward of the same width stands beside the experts, which all languages share and
-    which learns from them ("Condensing Multilingual Knowledge", section 3.1).
+    ``routing`` says who chooses ("Beyond Distillation", section 3.1): each ``token``, the mean of the
+    ``sentence``, the ``task`` (target language, source language or pair), or nobody: ``static`` assigns the
+    tasks to the experts. With ``expert_groups`` G the experts stand in G equal groups, and the tasks are
+    assigned to them, relatives together: a task chooses within its own group, so that task-affine batches
+    find their experts at home. With ``fuse_distillation`` one more feed-forward of the same width stands
+    beside the experts, which all languages share and which learns from them ("Condensing Multilingual
+    Knowledge", section 3.1).
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"balance": "balance_loss_weight", "z_loss": "z_loss_weight"}
@@ -72,10 +74,13 @@ class MoE(Section):
             raise ValueError(f"'expert_groups' is {self.expert_groups}, which does not divide the {experts}")
         if self.expert_groups > 1 and not self.by_task:
             raise ValueError(
-                f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no tasks to assign to them"
+                f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no"
+                " tasks to assign to them"
             )
         if self.jitter and self.by_task:
-            raise ValueError(f"'jitter' is {self.jitter}, but 'routing: {self.routing}' reads nothing that it could shake")
+            raise ValueError(
+                f"'jitter' is {self.jitter}, but 'routing: {self.routing}' reads nothing that it could shake"
+            )
         if self.router_bias and self.by_task:
             raise ValueError(f"'router_bias' is true, but 'routing: {self.routing}' has nothing to add it to")
         each = self.experts // self.expert_groups

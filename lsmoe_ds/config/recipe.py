@@ -31,7 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Side(Section):
-    """Encoder or decoder. ``feed_forward`` is one width, or one for each layer (as in an extracted sub-network)."""
+    """Encoder or decoder. ``feed_forward`` is one width, or one for each layer (as in an extracted
+    sub-network).
+    """
 
     layers: Annotated[int, Field(ge=1, le=1000)]
     feed_forward: Positive | list[Positive]
@@ -44,7 +46,9 @@ class Side(Section):
             raise ValueError(f"'feed_forward' lists {widths} for {layers}")
         if self.moe is not None and self.moe.every > self.layers:
             layers = counted(self.layers, "layer")
-            raise ValueError(f"'moe.every' is {self.moe.every}, more than the {layers}: none would have experts")
+            raise ValueError(
+                f"'moe.every' is {self.moe.every}, more than the {layers}: none would have experts"
+            )
         return self
 
     def width(self, layer: int) -> int:
@@ -59,7 +63,9 @@ class Side(Section):
 class _Model(Section):
     """The host, and beside these keys one for each method."""
 
-    preset: Literal["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"] | None = None
+    preset: Literal["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"] | None = (
+        None
+    )
     hidden: Positive
     heads: Positive
     encoder: Side
@@ -68,7 +74,11 @@ class _Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or not isinstance(value.get("preset"), str) or value["preset"] not in PRESETS:
+        if (
+            not isinstance(value, dict)
+            or not isinstance(value.get("preset"), str)
+            or value["preset"] not in PRESETS
+        ):
             return value
         preset = PRESETS[value["preset"]]
         value = {"hidden": preset["hidden"], "heads": preset["heads"], **value}
@@ -82,9 +92,14 @@ class _Model(Section):
     @model_validator(mode="after")
     def _heads(self) -> _Model:
         if self.hidden < 4:
-            raise ValueError(f"'hidden' is {self.hidden}: it must be at least 4, so that positions have a sine and a cosine of two lengths")
+            raise ValueError(
+                f"'hidden' is {self.hidden}: it must be at least 4, so that positions have a sine and a"
+                " cosine of two lengths"
+            )
         if self.hidden % self.heads or self.hidden % 2:
-            raise ValueError(f"'hidden' is {self.hidden}: it must be even and a multiple of 'heads', which is {self.heads}")
+            raise ValueError(
+                f"'hidden' is {self.hidden}: it must be even and a multiple of 'heads', which is {self.heads}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -106,17 +121,25 @@ class _Model(Section):
 
     @property
     def distills(self) -> bool:
-        """Whether there are two routes, a specific and a shared one, both of which each batch takes in training."""
+        """Whether there are two routes, a specific and a shared one, both of which each batch takes in
+        training.
+        """
         return self.teaches or any(method.distills for method in self.methods)
 
     def routed(self, moe: MoE) -> int:
-        """Count the routes of training that use these experts: both, unless a shared feed-forward takes the second."""
+        """Count the routes of training that use these experts: both, unless a shared feed-forward takes the
+        second.
+        """
         return 2 if self.distills and not moe.has_shared else 1
 
     @property
     def affine(self) -> MoE | None:
-        """The settings that task-affine batches follow: the decoder's if it is routed by task, otherwise the encoder's."""
-        settings = [side.moe for side in (self.decoder, self.encoder) if side.moe is not None and side.moe.by_task]
+        """The settings that task-affine batches follow: the decoder's if it is routed by task, otherwise the
+        encoder's.
+        """
+        settings = [
+            side.moe for side in (self.decoder, self.encoder) if side.moe is not None and side.moe.by_task
+        ]
         return settings[0] if settings else None
 
     def moe_layers(self) -> Iterator[tuple[str, int, MoE]]:
@@ -185,30 +208,42 @@ class Recipe(Section):
         tensor, expert, hidden = self.parallel.tensor, self.parallel.expert, self.model
         if hidden.heads % tensor:
             heads = counted(hidden.heads, "head")
-            raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide the {heads} of 'model.heads'")
+            raise ValueError(
+                f"'parallel.tensor' is {tensor}, which does not divide the {heads} of 'model.heads'"
+            )
         if self.data.vocabulary.size % tensor:
-            raise ValueError(f"'parallel.tensor' is {tensor}, which does not divide 'data.vocabulary.size' {self.data.vocabulary.size}")
+            raise ValueError(
+                f"'parallel.tensor' is {tensor}, which does not divide 'data.vocabulary.size'"
+                f" {self.data.vocabulary.size}"
+            )
         for name, side in (("encoder", hidden.encoder), ("decoder", hidden.decoder)):
             for layer in range(side.layers):
                 dense = not side.is_moe(layer) or (side.moe is not None and side.moe.has_shared)
                 if dense and side.width(layer) % tensor:
                     raise ValueError(
-                        f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width {side.width(layer)} of the {name}"
+                        f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width"
+                        f" {side.width(layer)} of the {name}"
                     )
         for name, _, moe in hidden.moe_layers():
             if moe.experts % expert:
                 experts = counted(moe.experts, "expert")
-                raise ValueError(f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}")
+                raise ValueError(
+                    f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}"
+                )
         for method in hidden.methods:
             method.check_languages(self.languages)
         if self.data.batch.languages == "task-affine":
             affine = self.model.affine
             if affine is None:
-                raise ValueError("'data.batch.languages' is task-affine, but neither side has 'routing: task' or 'routing: static'")
+                raise ValueError(
+                    "'data.batch.languages' is task-affine, but neither side has 'routing: task' or 'routing:"
+                    " static'"
+                )
             if affine.expert_groups % expert:
                 raise ValueError(
-                    f"'data.batch.languages' is task-affine and 'parallel.expert' is {expert}: 'moe.expert_groups' must be a multiple "
-                    f"of it, so that a task's experts live on one rank; found {affine.expert_groups}"
+                    f"'data.batch.languages' is task-affine and 'parallel.expert' is {expert}:"
+                    " 'moe.expert_groups' must be a multiple of it, so that a task's experts live on one"
+                    f" rank; found {affine.expert_groups}"
                 )
         return self
 
@@ -227,4 +262,6 @@ class Recipe(Section):
         return self.data.directory / "prepared" / self.data_name
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
+        )

@@ -1,7 +1,7 @@
 """List the sites of our Transformer with their shapes, and count parameters.
 
-Sites are what methods add to, and what planning counts. The model itself is built from the same shapes. No torch
-here: a plan of billions of parameters must take no time. H hidden, F feed-forward width.
+Sites are what methods add to, and what planning counts. The model itself is built from the same shapes. No
+torch here: a plan of billions of parameters must take no time. H hidden, F feed-forward width.
 """
 
 from __future__ import annotations

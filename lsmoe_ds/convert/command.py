@@ -57,7 +57,11 @@ WRITERS = {
 :class:`~lsmoe_ds.checkpoint.stored.Writer`.
 """
 SERVED = ("dense", "huggingface", "ctranslate2")  # kinds without experts, which a run's report tells of
-OPTIONS = {"quantization": "ctranslate2", "optimizer": "consolidated", "nproc": "layout"}  # and the kind that has them
+OPTIONS = {
+    "quantization": "ctranslate2",
+    "optimizer": "consolidated",
+    "nproc": "layout",
+}  # and the kind that has them
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,24 @@ def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequ
     sources = [part for each in parts for part in each]
     theirs = sources
     if isinstance(other, Exported):
-        theirs = [part for line, each in zip(sentences, parts, strict=True) for part in (each if len(each) != 1 else [other.encode(line)])]
-    first, second = translate_tokens(sparse, direction, sources, Search()), translate_tokens(other, direction, theirs, Search())
+        theirs = [
+            part
+            for line, each in zip(sentences, parts, strict=True)
+            for part in (each if len(each) != 1 else [other.encode(line)])
+        ]
+    first, second = (
+        translate_tokens(sparse, direction, sources, Search()),
+        translate_tokens(other, direction, theirs, Search()),
+    )
     same = sum(a.tokens == b.tokens for a, b in zip(first, second, strict=True))
     if not isinstance(other, Loaded | Exported):
         return Agreement(None, same, len(sources))
     largest = 0.0
     for start in range(0, len(sources), BATCH):
         targets = [hypothesis.tokens for hypothesis in first[start : start + BATCH]]
-        logits = [_logits(model, direction, sources[start : start + BATCH], targets) for model in (sparse, other)]
+        logits = [
+            _logits(model, direction, sources[start : start + BATCH], targets) for model in (sparse, other)
+        ]
         both = min(each.shape[1] for each in logits)  # a grown model has further tags, at the end
         largest = max(largest, (logits[0][:, :both] - logits[1][:, :both]).abs().max().item())
     return Agreement(largest, same, len(sources))
@@ -97,7 +110,10 @@ def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequ
 
 @torch.inference_mode()
 def _logits(
-    engine: Loaded | Exported, direction: Direction, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+    engine: Loaded | Exported,
+    direction: Direction,
+    sources: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
 ) -> torch.Tensor:
     """Return teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
     number = engine.languages.direction_id(direction)
@@ -127,14 +143,18 @@ def convert(
     For one direction, or by the shared route for all; a dense folder is taken as it is. ``average``
     checkpoints are averaged. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
     new parts begin as. ``options`` are those of the kind's writer: ``quantization`` of ctranslate2,
-    ``optimizer`` of consolidated, ``nproc`` of layout. The first ``check`` held-out sentences of the direction, or as many spread
-    over all, are translated by both models. If that is not possible, the record says why. What is made of a
-    run for serving is also noted in the run's folder (:func:`_note`). Raises UserError for a target,
-    direction, route, option or folder that is not possible.
+    ``optimizer`` of consolidated, ``nproc`` of layout. The first ``check`` held-out sentences of the
+    direction, or as many spread over all, are translated by both models. If that is not possible, the record
+    says why. What is made of a run for serving is also noted in the run's folder (:func:`_note`). Raises
+    UserError for a target, direction, route, option or folder that is not possible.
     """
     kinds = [*WRITERS, "layout"]
     if to not in kinds:
-        language = "; a language goes into --direction, as in --direction en-de" if normalize_code(to) in table() else ""
+        language = (
+            "; a language goes into --direction, as in --direction en-de"
+            if normalize_code(to) in table()
+            else ""
+        )
         known = f"choose {', '.join(kinds[:-1])} or {kinds[-1]}"
         raise UserError(f"'{to}' is nothing to convert to{nearest(to, kinds)}: {known}{language}")
     options = {name: value for name, value in options.items() if value}
@@ -143,14 +163,22 @@ def convert(
             raise UserError(f"--{name} is for --to {OPTIONS[name]}, not for {to}")
     if to == "layout":
         if direction or route != "specific" or average > 1 or like:
-            raise UserError("--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only")
+            raise UserError(
+                "--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only"
+            )
         return convert_layout(Path(run), overrides, Path(out), options.get("nproc"))
     whole = to in ("consolidated", "grown")
-    imported = is_huggingface(Path(run)) or bool(to == "consolidated" and overrides and find_model(run).kind == "huggingface")
+    imported = is_huggingface(Path(run)) or bool(
+        to == "consolidated" and overrides and find_model(run).kind == "huggingface"
+    )
     if overrides and to != "grown" and not (imported and whole):
-        raise UserError("--set is for --to grown and layout, and for --to consolidated of a Hugging Face folder")
+        raise UserError(
+            "--set is for --to grown and layout, and for --to consolidated of a Hugging Face folder"
+        )
     if whole and (direction is not None or route != "specific"):
-        raise UserError(f"--to {to} keeps the whole model: leave out --direction and --route, or choose --to dense")
+        raise UserError(
+            f"--to {to} keeps the whole model: leave out --direction and --route, or choose --to dense"
+        )
     if like and to != "grown":
         raise UserError("--like-language and --like-expert are for --to grown")
     out = Path(out)
@@ -158,7 +186,9 @@ def convert(
     began = time.perf_counter()
     if imported:
         if average > 1 or options:
-            raise UserError(f"{run} is a Hugging Face model, which has no checkpoints to average and no optimizer's state")
+            raise UserError(
+                f"{run} is a Hugging Face model, which has no checkpoints to average and no optimizer's state"
+            )
         return _import(Path(run), to, overrides, out)
     stored = find_model(run)
     direction = stored.recipe.languages.find(direction) if direction else None
@@ -170,7 +200,12 @@ def convert(
     if to == "grown":
         recipe, vocabulary = grown_recipe(stored, overrides, out)
         tensors = grow(tensors, stored.recipe, recipe, Vocabulary.load(stored.vocabulary), like or Likeness())
-        made |= {"run": recipe.name, "grown_from": made["run"], "direction": ALL, "dense_parameters": tensors.numbers}
+        made |= {
+            "run": recipe.name,
+            "grown_from": made["run"],
+            "direction": ALL,
+            "dense_parameters": tensors.numbers,
+        }
     if options.pop("optimizer", False):
         options["optimizer_of"] = stored
     shown = {"quantization": options.get("quantization", QUANTIZATIONS[0])} if to == "ctranslate2" else {}
@@ -185,9 +220,14 @@ def convert(
     if to not in SERVED:
         return {"kind": to, "parameters": tensors.numbers, **found, **sizes}
     record: dict[str, Any] = {"kind": to, **shown}
-    record |= {name: made[name] for name in ("direction", "route", "step", "sparse_parameters", "dense_parameters")}
+    record |= {
+        name: made[name] for name in ("direction", "route", "step", "sparse_parameters", "dense_parameters")
+    }
     record |= {"average": average} if average > 1 else {}
-    record |= {**found, **{name if name == "seconds" else f"dense_{name}": value for name, value in sizes.items()}}
+    record |= {
+        **found,
+        **{name if name == "seconds" else f"dense_{name}": value for name, value in sizes.items()},
+    }
     record["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if stored.kind == "sparse":
         _note(record, stored.home)
@@ -200,7 +240,13 @@ def _note(record: Mapping[str, Any], run: Path) -> None:
 
     A run that cannot be written is no error: the model has been written, and the record is printed.
     """
-    parts = [record["kind"], record.get("quantization"), record["direction"], record["route"], f"of-{record.get('average', 1)}"]
+    parts = [
+        record["kind"],
+        record.get("quantization"),
+        record["direction"],
+        record["route"],
+        f"of-{record.get('average', 1)}",
+    ]
     dull = (None, "float32", "specific", "of-1")
     name = "-".join(part for part in parts if part not in dull)
     folder = run / "conversions"
@@ -210,7 +256,11 @@ def _note(record: Mapping[str, Any], run: Path) -> None:
         for path in (folder / f"{name}.json", run / "conversion.json"):
             write_whole(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     except UserError as error:
-        print(f"lsmoe: the model is written, its record for the run's report is not: {error}", file=sys.stderr, flush=True)
+        print(
+            f"lsmoe: the model is written, its record for the run's report is not: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
@@ -219,16 +269,40 @@ def _bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def _import(folder: Path, to: str, overrides: Sequence[str], out: Path) -> dict[str, Any]:
-    """Write a model of Hugging Face in our form, from which a training starts, and return what was written."""
+    """Write a model of Hugging Face in our form, from which a training starts, and return what was
+    written.
+    """
     if to != "consolidated":
-        raise UserError(f"{folder} is a Hugging Face model: import it first, by `lsmoe convert {folder} --to consolidated`")
+        raise UserError(
+            f"{folder} is a Hugging Face model: import it first, by `lsmoe convert {folder} --to"
+            " consolidated`"
+        )
     tensors, recipe, vocabulary = read_huggingface(folder, overrides, out)
-    made = {"run": recipe.name, "imported_from": folder.resolve().name, "direction": ALL, "route": "specific", "step": 0}
-    made |= {"version": __version__, "source_files": {}, "sparse_parameters": tensors.numbers, "dense_parameters": tensors.numbers}
+    made = {
+        "run": recipe.name,
+        "imported_from": folder.resolve().name,
+        "direction": ALL,
+        "route": "specific",
+        "step": 0,
+    }
+    made |= {
+        "version": __version__,
+        "source_files": {},
+        "sparse_parameters": tensors.numbers,
+        "dense_parameters": tensors.numbers,
+    }
     provenance = {"kind": to, **made}
     write = importlib.import_module(WRITERS[to]).write_files
-    files = write_folder(out, tensors, recipe, vocabulary, provenance, model_card(to, recipe, provenance, folder), write)
-    return {"kind": to, "parameters": tensors.numbers, "bytes": _bytes(files), "folder": str(out), "recipe": str(out / RECIPE)}
+    files = write_folder(
+        out, tensors, recipe, vocabulary, provenance, model_card(to, recipe, provenance, folder), write
+    )
+    return {
+        "kind": to,
+        "parameters": tensors.numbers,
+        "bytes": _bytes(files),
+        "folder": str(out),
+        "recipe": str(out / RECIPE),
+    }
 
 
 def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recipe, dict[str, Any]]:
@@ -243,7 +317,13 @@ def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recip
 
 
 def _compare(
-    stored: Stored, to: str, direction: Direction | None, out: Path, check: int, route: str | None, made: dict[str, Any]
+    stored: Stored,
+    to: str,
+    direction: Direction | None,
+    out: Path,
+    check: int,
+    route: str | None,
+    made: dict[str, Any],
 ) -> dict[str, Any]:
     """Compare both models on held-out sentences, or say why that is not possible; ``route`` is None for a
     mean of checkpoints.
@@ -254,7 +334,9 @@ def _compare(
         return {"not_checked": "no trained model is the mean of several checkpoints"}
     needed = 4 * (made["sparse_parameters"] + made["dense_parameters"])
     if needed > (free := psutil.virtual_memory().available):
-        return {"not_checked": f"both models need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"}
+        return {
+            "not_checked": f"both models need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+        }
     if to == "huggingface" and importlib.util.find_spec("transformers") is None:
         return {"not_checked": "transformers is not installed: pip install transformers"}
     directions = [direction] if direction else stored.recipe.languages.directions
@@ -264,11 +346,15 @@ def _compare(
     except UserError as error:
         return {"not_checked": f"no held-out text to compare on: {error}"}
     if not any(texts.values()):
-        return {"not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"}
+        return {
+            "not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"
+        }
     # The run may continue training meanwhile: what is compared is this checkpoint.
     sparse, other = load(stored.weights_in, "cpu", route), _open(to, out)
     found = [compare(sparse, other, each, sentences) for each, sentences in texts.items() if sentences]
-    differences = [each.largest_logit_difference for each in found if each.largest_logit_difference is not None]
+    differences = [
+        each.largest_logit_difference for each in found if each.largest_logit_difference is not None
+    ]
     record: dict[str, Any] = {"largest_logit_difference": max(differences)} if differences else {}
     return record | {
         "same_translations": sum(each.same_translations for each in found),

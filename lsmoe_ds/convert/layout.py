@@ -1,6 +1,7 @@
 """A run in another layout, without training: ``lsmoe convert --to layout``.
 
-Each process of the new layout takes its part of weights and optimizer state and saves it, as if it had trained until there.
+Each process of the new layout takes its part of weights and optimizer state and saves it, as if it had
+trained until there.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ from lsmoe_ds.training.engine import check_precision
 
 
 def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: int | None) -> dict[str, Any]:
-    """Write the run folder ``out``, whole or not at all, by processes that it starts; return what was written.
+    """Write the run folder ``out``, whole or not at all, by processes that it starts; return what was
+    written.
 
-    ``path`` is a run, a checkpoint, or a consolidated folder with the optimizer's state; ``overrides`` change its recipe where
-    a resumed run may (``parallel.tensor=2``). Raises UserError for what is not possible.
+    ``path`` is a run, a checkpoint, or a consolidated folder with the optimizer's state; ``overrides`` change
+    its recipe where a resumed run may (``parallel.tensor=2``). Raises UserError for what is not possible.
     """
     stored = find_model(path)
     recipe = load_recipe(stored.home / RECIPE, overrides)
     check_run(recipe, stored.home, stored.vocabulary)
     if stored.kind not in ("sparse", "consolidated"):
         raise UserError(
-            f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder resumes in another layout"
+            f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder"
+            " resumes in another layout"
         )
     open_optimizer(stored.weights_in, verify=True)
     world = processes or launch.smallest_world(recipe)
@@ -52,12 +55,22 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
                 shutil.copyfile(stored.home / name, new / name)
         arguments = ["write-layout", str(stored.weights_in), str(new)]
         if status := launch.start(arguments, world, lock):
-            raise UserError(f"the processes of the new layout failed with status {status}: {out} was not written")
-    return {"kind": "layout", "processes": world, "tensor": layout.tensor, "expert": layout.expert, "run": str(out)}
+            raise UserError(
+                f"the processes of the new layout failed with status {status}: {out} was not written"
+            )
+    return {
+        "kind": "layout",
+        "processes": world,
+        "tensor": layout.tensor,
+        "expert": layout.expert,
+        "run": str(out),
+    }
 
 
 def write_layout(path: Path, run: Path) -> None:
-    """What each of the started processes does: its part of the model at ``path`` becomes a checkpoint of ``run``."""
+    """What each of the started processes does: its part of the model at ``path`` becomes a checkpoint of
+    ``run``.
+    """
     import torch.distributed as dist
 
     joining.join()
@@ -76,7 +89,9 @@ def reshard(stored: Stored, recipe: Recipe, run: Path, topology: Topology) -> No
 
     weights, state = read_weights(stored), read_fields(stored.weights_in / STATE, step=int, position=dict)
     engine = build_engine(recipe, Vocabulary.load(stored.vocabulary).size, topology)
-    load_resharded(engine, Tensors.of(weights.tensors), open_optimizer(stored.weights_in, verify=True), topology)
+    load_resharded(
+        engine, Tensors.of(weights.tensors), open_optimizer(stored.weights_in, verify=True), topology
+    )
     with Saver(run, topology, keep=1) as saver:
         saver.save(engine, state["step"], state["position"])
     engine.destroy()

@@ -72,7 +72,8 @@ batch["labels"] = [[target, *ids[1:]] for ids in batch["labels"]]
 at their ends.
 {%- else %}
 {%- if targets|length > 1 %}
-inputs["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids("{{ tags[-1] }}")  # the target; without this line it is {{ targets[0] }}
+# the target; without this line it is {{ targets[0] }}
+inputs["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids("{{ tags[-1] }}")
 {%- endif %}
 print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
 ```
@@ -106,7 +107,8 @@ source = ["<2{{ first.source }}>", *pieces]  # the tag of its own language goes 
 prefix = ["{{ tags[0] }}"]  # and that of the target language before the translation
 options = {"beam_size": 5, "min_decoding_length": 2, "return_end_token": True}
 found = translator.translate_batch([source], target_prefix=[prefix], **options)[0].hypotheses[0]
-print(vocabulary.decode(found[1:-1]))  # without the end, which counts in the length that scores are divided by, as the tag does
+# without the end, which counts in the length that scores are divided by, as the tag does
+print(vocabulary.decode(found[1:-1]))
 {%- else %}
 source = ["{{ tags[0] }}", *pieces]  # the tag of the target language goes first
 found = translator.translate_batch([source], beam_size=5, return_end_token=True)[0].hypotheses[0]
@@ -196,8 +198,8 @@ MOST_NAMED = 12  # directions named in the first sentence
 
 
 def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: Path) -> str:
-    """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, which may hold scores,
-    and holds the vocabulary of what is exported.
+    """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, which may hold
+    scores, and holds the vocabulary of what is exported.
     """
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
     directions = recipe.languages.directions
@@ -206,7 +208,9 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
     given = recipe.data.tags == "source-target"
     style = style_of(Vocabulary.load(home / VOCABULARY), recipe) if given and kind == "huggingface" else None
     last = next(direction for direction in directions if direction.target == targets[-1])
-    use = environment.from_string(USES[kind]).render(first=directions[0], last=last, given=given, style=style, **words)
+    use = environment.from_string(USES[kind]).render(
+        first=directions[0], last=last, given=given, style=style, **words
+    )
     scores = _scores(home, directions, provenance)
     scored = [score for score in scores.directions if score.direction in directions] if scores else []
     return environment.from_string(CARD).render(
@@ -226,7 +230,9 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
         scores=scores if scored else None,
         question=replace(scores, directions=tuple(scored)).describe(directions) if scores else "",
         scored=scored,
-        signatures=list(dict.fromkeys(score.signatures[metric] for score in scored for metric in ("bleu", "chrfpp"))),
+        signatures=list(
+            dict.fromkeys(score.signatures[metric] for score in scored for metric in ("bleu", "chrfpp"))
+        ),
         use=use,
     )
 
@@ -234,7 +240,9 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
 def _what(kind: str, provenance: Mapping[str, Any]) -> str:
     if kind == "consolidated":
         return IMPORTED if "imported_from" in provenance else GROWN if "grown_from" in provenance else WHOLE
-    return HYBRID if kind == "hybrid" else ROUNDED if provenance.get("quantization", FLOAT) != FLOAT else DENSE
+    return (
+        HYBRID if kind == "hybrid" else ROUNDED if provenance.get("quantization", FLOAT) != FLOAT else DENSE
+    )
 
 
 def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any]) -> str:
@@ -250,7 +258,9 @@ def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any]) -> str:
 def _names(directions: tuple[Direction, ...]) -> str:
     if len(directions) > MOST_NAMED:
         return f"in {len(directions)} directions"
-    return ", ".join(f"{language_name(direction.source)} to {language_name(direction.target)}" for direction in directions)
+    return ", ".join(
+        f"{language_name(direction.source)} to {language_name(direction.target)}" for direction in directions
+    )
 
 
 def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -258,9 +268,15 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     yield "format", ", ".join([kind, *([provenance["quantization"]] if "quantization" in provenance else [])])
     yield "direction", ", ".join(map(str, recipe.languages.directions))
     yield "route", provenance["route"]
-    averaged = f", the mean of {provenance['average']} checkpoints up to it" if "average" in provenance else ""
+    averaged = (
+        f", the mean of {provenance['average']} checkpoints up to it" if "average" in provenance else ""
+    )
     yield "trained steps", f"{provenance['step']:,}{averaged}"
-    before = "" if provenance["dense_parameters"] == provenance["sparse_parameters"] else f"{provenance['sparse_parameters']:,}"
+    before = (
+        ""
+        if provenance["dense_parameters"] == provenance["sparse_parameters"]
+        else f"{provenance['sparse_parameters']:,}"
+    )
     whole = f" ({'before' if 'grown_from' in provenance else 'the whole model'}: {before})" if before else ""
     yield "parameters", f"{provenance['dense_parameters']:,}{whole}"
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
@@ -283,7 +299,9 @@ def _corpus(corpus: Any, directory: Path) -> str:
     found = read_json(corpus_folder(corpus, directory) / PROVENANCE)
     if found is None:
         return f"{corpus}; version and license unknown"
-    package, version, license, date = (found.get(key, "unknown") for key in ("package", "version", "license", "date"))
+    package, version, license, date = (
+        found.get(key, "unknown") for key in ("package", "version", "license", "date")
+    )
     return f"{corpus}: {package} {version}, license {license}, fetched {date}"
 
 
@@ -298,7 +316,9 @@ def _pairs(recipe: Recipe, home: Path) -> dict[str, int]:
 
 
 def _scores(home: Path, directions: Sequence[Direction], provenance: Mapping[str, Any]) -> ScoreTable | None:
-    """Find the fullest scores of these directions by the model's route; None if there are none that can be read."""
+    """Find the fullest scores of these directions by the model's route; None if there are none that can be
+    read.
+    """
     try:
         return ScoreFolder(home).best(directions, provenance["route"], provenance["step"])
     except UserError:

@@ -39,7 +39,10 @@ def opened(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]:
 @contextmanager
 def _wheel(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]:
     with zipfile.ZipFile(archive) as wheel:
-        infos = sorted((info for info in wheel.infolist() if wanted.fullmatch(info.filename)), key=lambda info: info.filename)
+        infos = sorted(
+            (info for info in wheel.infolist() if wanted.fullmatch(info.filename)),
+            key=lambda info: info.filename,
+        )
         _check_sizes(archive, [info.file_size for info in infos])
 
         def read(info: zipfile.ZipInfo) -> bytes:
@@ -55,7 +58,9 @@ def _debian_package(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]
     try:
         with (
             contents.open("wb") as file,
-            subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpacking,
+            subprocess.Popen(
+                ["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            ) as unpacking,
         ):
             assert unpacking.stdout is not None
             while block := unpacking.stdout.read(BLOCK):
@@ -66,7 +71,10 @@ def _debian_package(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]
         if unpacking.returncode:
             raise ValueError("dpkg-deb cannot unpack it")
         with tarfile.open(contents, "r:") as package:
-            infos = sorted((info for info in package if info.isfile() and wanted.fullmatch(info.name)), key=lambda info: info.name)
+            infos = sorted(
+                (info for info in package if info.isfile() and wanted.fullmatch(info.name)),
+                key=lambda info: info.name,
+            )
             _check_sizes(archive, [info.size for info in infos])
 
             def read(info: tarfile.TarInfo) -> bytes:
@@ -81,4 +89,6 @@ def _debian_package(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]
 
 def _check_sizes(archive: Path, sizes: list[int]) -> None:
     if sizes and (max(sizes) > MEMBER_LIMIT or sum(sizes) > ARCHIVE_LIMIT):
-        raise UserError(f"{archive.name} unpacks to more than is reasonable ({sum(sizes) >> 20} MB): it was not read")
+        raise UserError(
+            f"{archive.name} unpacks to more than is reasonable ({sum(sizes) >> 20} MB): it was not read"
+        )

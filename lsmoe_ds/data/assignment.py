@@ -29,22 +29,38 @@ def affinity(
     of_task = languages.task_groups(affine.task, affine.expert_groups)
     groups = [of_task[languages.task_id(affine.task, direction)] for direction in languages.directions]
     lives = [group * expert // affine.expert_groups for group in range(affine.expert_groups)]
-    held = [{rank % expert for rank in range(first, first + tensor)} for first in range(0, data * tensor, tensor)]
+    held = [
+        {rank % expert for rank in range(first, first + tensor)} for first in range(0, data * tensor, tensor)
+    ]
     return groups, [frozenset(g for g, rank in enumerate(lives) if rank in ranks) for ranks in held]
 
 
-def check_affinity(kind: str, directions: int, ranks: int, groups: Sequence[int] | None, at_home: Sequence[Collection[int]] | None) -> None:
+def check_affinity(
+    kind: str,
+    directions: int,
+    ranks: int,
+    groups: Sequence[int] | None,
+    at_home: Sequence[Collection[int]] | None,
+) -> None:
     """Raise UserError unless groups and homes fit ``data.batch.languages``, the directions and the ranks.
 
     ``groups`` and ``at_home`` are the result of :func:`affinity`.
     """
     wanted = kind == "task-affine"
     if (groups is not None) != wanted or (at_home is not None) != wanted:
-        raise UserError(f"'data.batch.languages' is {kind}: expert groups and homes are given both for task-affine, for others neither")
+        raise UserError(
+            f"'data.batch.languages' is {kind}: expert groups and homes are given both for task-affine, for"
+            " others neither"
+        )
     if groups is not None and len(groups) != directions:
-        raise UserError(f"there are {len(groups)} expert groups for {directions} directions: give each direction one")
+        raise UserError(
+            f"there are {len(groups)} expert groups for {directions} directions: give each direction one"
+        )
     if at_home is not None and len(at_home) != ranks:
-        raise UserError(f"there are home groups of {len(at_home)} ranks for {ranks} data-parallel ranks: give each rank its own")
+        raise UserError(
+            f"there are home groups of {len(at_home)} ranks for {ranks} data-parallel ranks: give each rank"
+            " its own"
+        )
 
 
 def assign(groups: Sequence[int], at_home: Sequence[Collection[int]]) -> tuple[list[list[int]], int]:
@@ -69,7 +85,9 @@ def assign(groups: Sequence[int], at_home: Sequence[Collection[int]]) -> tuple[l
     return [sorted(own) for own in assigned], len(away)
 
 
-def _place(unit: int, groups: Sequence[int], homes: dict[int, list[int]], assigned: list[list[int]], share: int) -> bool:
+def _place(
+    unit: int, groups: Sequence[int], homes: dict[int, list[int]], assigned: list[list[int]], share: int
+) -> bool:
     """Place a micro-batch on one of its home ranks; return whether that was possible.
 
     If all are full, others move to another of their home ranks along the shortest augmenting path. If there

@@ -1,11 +1,12 @@
 """Batching: which sentence pairs each step trains on, and their tensors.
 
-A step is ``batch.count`` units of at most ``batch.tokens`` padded tokens. Rank r of D takes units r, r + D, ..., or those
-that :mod:`lsmoe_ds.data.assignment` assigns it; every rank plans all of them (numbers only, no text), so all know the totals of
-the step without communication.
+A step is ``batch.count`` units of at most ``batch.tokens`` padded tokens. Rank r of D takes units r, r + D,
+..., or those that :mod:`lsmoe_ds.data.assignment` assigns it; every rank plans all of them (numbers only, no
+text), so all know the totals of the step without communication.
 
-Everything random is a hash of (seed, purpose, counters), never the state of a generator: any position of the plan can be
-reached at once, is the same on every rank, and is a handful of integers in a checkpoint. Shapes: B sentences, T positions.
+Everything random is a hash of (seed, purpose, counters), never the state of a generator: any position of the
+plan can be reached at once, is the same on every rank, and is a handful of integers in a checkpoint. Shapes:
+B sentences, T positions.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Tags(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Sentence pairs of any directions. All tensors are int64; ids of languages and directions are those of ``Languages``."""
+    """Sentence pairs of any directions. All tensors are int64; ids of languages and directions are those of
+    ``Languages``.
+    """
 
     source: torch.Tensor  # [B, Ts]  tag, tokens, EOS, PAD ...
     decoder_input: torch.Tensor  # [B, Tt]  EOS, given tag if any, tokens, PAD ...
@@ -78,10 +81,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's share of a step, and the totals of the whole step over all ranks (tags and EOS counted, padding not).
+    """One rank's share of a step, and the totals of the whole step over all ranks (tags and EOS counted,
+    padding not).
 
-    ``target_tokens`` are the labels; the decoder reads ``given_tokens`` more, the tags before translations. ``away`` units of
-    the step are on a rank that is not the home of their expert group; 0 unless batches are task-affine.
+    ``target_tokens`` are the labels; the decoder reads ``given_tokens`` more, the tags before translations.
+    ``away`` units of the step are on a rank that is not the home of their expert group; 0 unless batches are
+    task-affine.
     """
 
     batches: list[Batch]
@@ -109,7 +114,9 @@ class DirectionIds:
         targets = [vocabulary.tag_id(d.target) for d in languages.directions]
         own = targets if tags == "target" else [vocabulary.tag_id(d.source) for d in languages.directions]
         begin = [[EOS] if tags == "target" else [EOS, tag] for tag in targets]
-        return cls(*np.array(ids, dtype=np.int64).T, *(np.array(each, dtype=np.int64) for each in (own, begin)))
+        return cls(
+            *np.array(ids, dtype=np.int64).T, *(np.array(each, dtype=np.int64) for each in (own, begin))
+        )
 
     @property
     def overhead(self) -> tuple[int, int]:
@@ -117,7 +124,12 @@ class DirectionIds:
         return 2, self.begin.shape[1]
 
 
-def collate(sources: Sequence[ArrayLike], targets: Sequence[ArrayLike] | None, directions: ArrayLike, ids: DirectionIds) -> Batch:
+def collate(
+    sources: Sequence[ArrayLike],
+    targets: Sequence[ArrayLike] | None,
+    directions: ArrayLike,
+    ids: DirectionIds,
+) -> Batch:
     """Makes a batch of B token sequences without tag and EOS; ``directions`` are B direction ids.
 
     Without ``targets`` (translation) ``decoder_input`` is what translations begin with [B, 1 or 2], and
@@ -181,17 +193,19 @@ class _Pool:
 
 
 class BatchStream:
-    """The endless sequence of training steps, as one data-parallel rank sees it; ``next(stream)`` gives a :class:`Step`.
+    """The endless sequence of training steps, as one data-parallel rank sees it; ``next(stream)`` gives a
+    :class:`Step`.
 
-    A direction with n pairs has a share of the sentences in proportion to n ** (1 / temperature). Its pairs come in a new
-    seeded order each epoch, every pair once. Pairs with more than ``batch.max_length`` tokens on a side (tag and EOS
-    counted) or that do not fit into ``batch.tokens`` are left out; ``skipped`` has their number by direction.
-    Units of a homogeneous stream hold one direction each, those of a task-affine one directions of one expert group:
-    ``groups`` has the group of each direction, ``at_home`` the groups whose experts each of the ``world`` ranks holds. A
-    step has units of each direction or group in proportion to its tokens, to rounding, whatever the number of ranks.
+    A direction with n pairs has a share of the sentences in proportion to n ** (1 / temperature). Its pairs
+    come in a new seeded order each epoch, every pair once. Pairs with more than ``batch.max_length`` tokens
+    on a side (tag and EOS counted) or that do not fit into ``batch.tokens`` are left out; ``skipped`` has
+    their number by direction. Units of a homogeneous stream hold one direction each, those of a task-affine
+    one directions of one expert group: ``groups`` has the group of each direction, ``at_home`` the groups
+    whose experts each of the ``world`` ranks holds. A step has units of each direction or group in proportion
+    to its tokens, to rounding, whatever the number of ranks.
 
-    Raises UserError if the ranks do not divide ``batch.count``, or no direction has a pair, or one has none that fits, or
-    if ``groups`` and ``at_home`` do not suit ``batch.languages``, the directions and the ranks.
+    Raises UserError if the ranks do not divide ``batch.count``, or no direction has a pair, or one has none
+    that fits, or if ``groups`` and ``at_home`` do not suit ``batch.languages``, the directions and the ranks.
     """
 
     def __init__(
@@ -211,7 +225,10 @@ class BatchStream:
     ) -> None:
         if batch.count % world:
             allowed = f"allowed: {world}, {2 * world}, {3 * world}, ..."
-            raise UserError(f"'data.batch.count' is {batch.count}, which the {world} data-parallel ranks cannot share evenly; {allowed}")
+            raise UserError(
+                f"'data.batch.count' is {batch.count}, which the {world} data-parallel ranks cannot share"
+                f" evenly; {allowed}"
+            )
         check_affinity(batch.languages, len(languages.directions), world, groups, at_home)
         self._at_home = at_home
         self._ids = DirectionIds.of(languages, vocabulary, tags)
@@ -220,9 +237,14 @@ class BatchStream:
         self._lengths = [(pairs.source.lengths, pairs.target.lengths) for pairs in self._pairs]
         self._sizes = np.array([len(source) for source, _ in self._lengths], dtype=np.int64)
         overhead = self._ids.overhead
-        counts = [_count_fitting(d, *lengths, overhead, batch) for d, lengths in zip(languages.directions, self._lengths, strict=True)]
+        counts = [
+            _count_fitting(d, *lengths, overhead, batch)
+            for d, lengths in zip(languages.directions, self._lengths, strict=True)
+        ]
         fitting, tokens = np.array(counts, dtype=np.float64).T
-        self.skipped = {str(d): int(n - f) for d, n, f in zip(languages.directions, self._sizes, fitting, strict=True)}
+        self.skipped = {
+            str(d): int(n - f) for d, n, f in zip(languages.directions, self._sizes, fitting, strict=True)
+        }
 
         # A direction with held-out text only (zero-shot) has a share of nothing.
         trained = np.flatnonzero(self._sizes)
@@ -240,7 +262,9 @@ class BatchStream:
         # A unit of short sentences holds more of them: units are chosen in proportion to the tokens.
         self._choice = thresholds_of(np.array([(kept * tokens / fitting)[part].sum() for part in parts]))
         self._step = 0
-        self._cursors = np.zeros(len(self._sizes), dtype=np.int64)  # pairs drawn before each pool's current chunk
+        self._cursors = np.zeros(
+            len(self._sizes), dtype=np.int64
+        )  # pairs drawn before each pool's current chunk
         self._plan = {
             "data.directions": [str(d) for d in languages.directions],
             "number of training pairs": self._sizes.tolist(),
@@ -285,7 +309,8 @@ class BatchStream:
         )
 
     def _choose_pools(self) -> Integers:
-        """Pool of each unit of the step [count]: a systematic sample, so that a pool with share s has count x s units to rounding.
+        """Pool of each unit of the step [count]: a systematic sample, so that a pool with share s has count x
+        s units to rounding.
 
         In random order: which rank takes a unit, and when, must not follow from its direction.
         """
@@ -296,7 +321,9 @@ class BatchStream:
         return pools[np.argsort(hash_words(self._seed, PLACES, self._step, places), kind="stable")]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, the same on every rank; integers and strings only but for the temperature, so JSON will do."""
+        """The position, the same on every rank; integers and strings only but for the temperature, so JSON
+        will do.
+        """
         return {
             "step": self._step,
             "chunks": [pool.chunk for pool in self._pools],
@@ -311,9 +338,14 @@ class BatchStream:
         Raises UserError if something else has changed that the order of the data depends on.
         """
         for key, now in self._plan.items():
-            saved = state["plan"].get(key, "target" if key == "data.tags" else None)  # earlier versions had no other
+            saved = state["plan"].get(
+                key, "target" if key == "data.tags" else None
+            )  # earlier versions had no other
             if saved != now:
-                raise UserError(f"the data position was saved with {key} {saved}, now it is {now}: set it back, or start a new run")
+                raise UserError(
+                    f"the data position was saved with {key} {saved}, now it is {now}: set it back, or start"
+                    " a new run"
+                )
         self._step = state["step"]
         self._cursors = np.array(state["cursors"], dtype=np.int64)
         for pool, chunk, taken in zip(self._pools, state["chunks"], state["taken"], strict=True):
@@ -322,7 +354,9 @@ class BatchStream:
     def _take(self, number: int) -> _Unit:
         """The next unit of a pool."""
         pool = self._pools[number]
-        while pool.plan is None or pool.taken >= len(pool.plan.units):  # again when none of a chunk's pairs fits
+        while pool.plan is None or pool.taken >= len(
+            pool.plan.units
+        ):  # again when none of a chunk's pairs fits
             if pool.plan is not None:
                 self._cursors[pool.directions] += pool.plan.drawn
                 pool.chunk, pool.taken = pool.chunk + 1, 0
@@ -342,7 +376,9 @@ class BatchStream:
         key = hash_words(self._seed, ORDER, direction, epoch)
         index = permute(position.astype(np.uint64), self._sizes[direction].astype(np.uint64), key)
         source, target = np.empty_like(index), np.empty_like(index)
-        for one, start, end in zip(pool.directions.tolist(), (ends - drawn).tolist(), ends.tolist(), strict=True):
+        for one, start, end in zip(
+            pool.directions.tolist(), (ends - drawn).tolist(), ends.tolist(), strict=True
+        ):
             source[start:end] = self._lengths[one][0][index[start:end]]
             target[start:end] = self._lengths[one][1][index[start:end]]
         source += self._ids.overhead[0]
@@ -357,17 +393,26 @@ class BatchStream:
         starts = np.concatenate(([0], unit_ends[:-1]))
         source_tokens = np.add.reduceat(source[order], starts).tolist()
         target_tokens = np.add.reduceat(target[order], starts).tolist()
-        shuffled = np.argsort(hash_words(self._seed, UNITS, *where, np.arange(len(starts))), kind="stable").tolist()
+        shuffled = np.argsort(
+            hash_words(self._seed, UNITS, *where, np.arange(len(starts))), kind="stable"
+        ).tolist()
         parts = [order[starts[u] : unit_ends[u]] for u in shuffled]
-        units = [_Unit(direction[p], index[p], source_tokens[u], target_tokens[u]) for u, p in zip(shuffled, parts, strict=True)]
+        units = [
+            _Unit(direction[p], index[p], source_tokens[u], target_tokens[u])
+            for u, p in zip(shuffled, parts, strict=True)
+        ]
         return _Chunk(units, drawn)
 
     def _build(self, unit: _Unit) -> Batch:
         # By language, so that what belongs to a language is applied to neighbors together.
-        order = np.lexsort((self._ids.target_language[unit.direction], self._ids.source_language[unit.direction]))
+        order = np.lexsort(
+            (self._ids.target_language[unit.direction], self._ids.source_language[unit.direction])
+        )
         direction, index = unit.direction[order], unit.index[order]
         sentences = [(self._pairs[d], i) for d, i in zip(direction.tolist(), index.tolist(), strict=True)]
-        return collate([p.source[i] for p, i in sentences], [p.target[i] for p, i in sentences], direction, self._ids)
+        return collate(
+            [p.source[i] for p, i in sentences], [p.target[i] for p, i in sentences], direction, self._ids
+        )
 
 
 def _fits(source: Integers, target: Integers, batch: BatchSettings) -> NDArray[np.bool_]:
@@ -375,7 +420,11 @@ def _fits(source: Integers, target: Integers, batch: BatchSettings) -> NDArray[n
 
 
 def _count_fitting(
-    direction: Direction, source: NDArray[Any], target: NDArray[Any], overhead: tuple[int, int], batch: BatchSettings
+    direction: Direction,
+    source: NDArray[Any],
+    target: NDArray[Any],
+    overhead: tuple[int, int],
+    batch: BatchSettings,
 ) -> tuple[int, int]:
     """Pairs that fit, and their tokens. Goes through in blocks: a direction may have 10^8 pairs."""
     pairs, tokens, block = 0, 0, 2**22

@@ -55,7 +55,9 @@ def _clean_chunk(pairs: list[Pair], codes: Pair, settings: Cleaning, pivot: int)
         else:
             kept.append(pair)
     hashes = np.fromiter((hash64(*pair) for pair in kept), dtype=np.uint64, count=len(kept))
-    first, second = (np.fromiter((key(pair[side]) for pair in kept), dtype=np.uint64, count=len(kept)) for side in (0, 1))
+    first, second = (
+        np.fromiter((key(pair[side]) for pair in kept), dtype=np.uint64, count=len(kept)) for side in (0, 1)
+    )
     return Cleaned(kept, hashes, (first, second), dropped)
 
 
@@ -209,7 +211,9 @@ class Bitext:
         _, first = np.unique(keys[self.pivot][order], return_index=True)
         return np.asarray(order[first])
 
-    def _give(self, pairs: Places, split: str, fate: NDArray[np.uint8], keys: tuple[Keys, Keys], claims: Claims) -> None:
+    def _give(
+        self, pairs: Places, split: str, fate: NDArray[np.uint8], keys: tuple[Keys, Keys], claims: Claims
+    ) -> None:
         fate[pairs] = FATES[split]
         claims.add(split, keys[0][pairs], keys[1][pairs])
         np.save(self.folder / "fate.npy", fate)
@@ -226,7 +230,9 @@ class Bitext:
     def kept_of(self, corpus: str) -> int:
         """Count the pairs of a corpus that were not dropped."""
         fate = self.load("fate")
-        return sum(int((fate[start:end] != DROPPED).sum()) for name, start, end in self.spans if name == corpus)
+        return sum(
+            int((fate[start:end] != DROPPED).sum()) for name, start, end in self.spans if name == corpus
+        )
 
     def size(self, split: str) -> int:
         if split in self.own:

@@ -63,7 +63,11 @@ def without_game_markup(text: str) -> str:
         found = GAME_TEXT.search(match.group(2))
         return found.group(2).replace("\\'", "'") if found else ""
 
-    return "" if GAME_LIST.search(text) else without_tags(GAME_TAG.sub("", GAME_ELEMENT.sub(words, GAME_CONTEXT.sub("", text))))
+    return (
+        ""
+        if GAME_LIST.search(text)
+        else without_tags(GAME_TAG.sub("", GAME_ELEMENT.sub(words, GAME_CONTEXT.sub("", text))))
+    )
 
 
 def read_catalogue(data: bytes) -> Iterator[tuple[str, str]]:

@@ -12,9 +12,11 @@ import regex
 from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.languages import script
 
-# Invisible characters without meaning: controls, zero-width space, word joiner, byte order mark, soft hyphen, direction marks.
-# The zero-width joiners stay: Persian and the scripts of India spell with them.
-INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\u00ad]")
+# Invisible characters without meaning: controls, zero-width space, word joiner, byte order mark, soft hyphen,
+# direction marks. The zero-width joiners stay: Persian and the scripts of India spell with them.
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\u00ad]"
+)
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 # In scripts without spaces consecutive letters are many words: about two characters per word in Chinese and
@@ -28,12 +30,24 @@ NOT_LETTERS = regex.compile(r"[^\p{L}\p{M}]+")
 # Placeholders of programs (printf, Python, shell, MediaWiki, Qt), and markup that a source's own rules did
 # not remove.
 PLACEHOLDER = re.compile(
-    r"%\([^)]*\)[a-z]|%[-#0 +]*\d*(?:\.\d+)?(?:\d+\$)?l{0,2}[sdiufxXcgen@]\b|%L?\d+|%\$?\w+%|\{\{?[^{}\n]{0,60}\}|\$\{|\$\(\w+\)"
+    r"%\([^)]*\)[a-z]|%[-#0"
+    r" +]*\d*(?:\.\d+)?(?:\d+\$)?l{0,2}[sdiufxXcgen@]\b|%L?\d+|%\$?\w+%|\{\{?[^{}\n]{0,60}\}|\$\{|\$\(\w+\)"
     r"|\$\d+|\$[A-Za-z_]\w*|@\w+@|&#?[A-Za-z0-9][\w.-]*;|\[\[|\]\]|#\w+#|__\w+__|</?[A-Za-z][^<>]{0,400}>"
 )
 ADDRESS = re.compile(r"https?:|www\.|ftp:|\S+@\S+\.\w")
 
-RULES = ("empty", "copy", "short", "long", "letters", "ratio", "placeholder", "address", "script", "untranslated")
+RULES = (
+    "empty",
+    "copy",
+    "short",
+    "long",
+    "letters",
+    "ratio",
+    "placeholder",
+    "address",
+    "script",
+    "untranslated",
+)
 
 
 def clean_text(text: str) -> str:
@@ -57,7 +71,12 @@ def count_words(text: str) -> int:
 @cache
 def _script_patterns(name: str) -> tuple[regex.Pattern[str], regex.Pattern[str]]:
     """Return patterns for the characters of a script, and for the letters of other scripts."""
-    parts = {"Hans": ("Han",), "Hant": ("Han",), "Jpan": ("Han", "Hira", "Kana"), "Kore": ("Hang", "Han")}.get(name, (name,))
+    parts = {
+        "Hans": ("Han",),
+        "Hant": ("Han",),
+        "Jpan": ("Han", "Hira", "Kana"),
+        "Kore": ("Hang", "Han"),
+    }.get(name, (name,))
     inside = "".join(rf"\p{{Script={part}}}" for part in parts)
     return regex.compile(f"[{inside}]"), regex.compile(rf"(?V1)[\p{{L}}--[{inside}]]")
 
@@ -124,4 +143,6 @@ def near_duplicate_form(text: str) -> str:
 
 
 def hash64(*texts: str) -> int:
-    return int.from_bytes(blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )

@@ -16,7 +16,8 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import check_fields, read_json, sha256
 
 MANIFEST = "manifest.json"
-ORIGIN = "origin.json"  # of a run: the folder that relative paths of its recipe belong to, and a digest of the prepared data
+# of a run: the folder that relative paths of its recipe belong to, and a digest of the prepared data
+ORIGIN = "origin.json"
 VOCABULARY = "vocabulary.model"
 UNUSED_WITH_FILE = ("character_coverage", "sentences")  # settings of a vocabulary that is trained
 LONGEST = 150  # characters of a value in a sentence
@@ -27,7 +28,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data.model_dump(mode="json", exclude_none=True)
     settings = {key: data[key] for key in ("corpora", "directions", "vocabulary", "cleaning", "held_out")}
     if recipe.data.vocabulary.file is None:
-        return settings | {"temperature": data["temperature"]}  # the vocabulary is trained on a sample that follows it
+        return settings | {
+            "temperature": data["temperature"]
+        }  # the vocabulary is trained on a sample that follows it
     used = {key: value for key, value in data["vocabulary"].items() if key not in UNUSED_WITH_FILE}
     return settings | {"vocabulary": used}
 
@@ -46,7 +49,10 @@ class Difference:
         """Write out both values (was, now); of long lists only what the other one lacks."""
         was, now = self.was, self.now
         if isinstance(was, list) and isinstance(now, list) and max(len(str(was)), len(str(now))) > LONGEST:
-            was, now = [each for each in was if each not in now] or was, [each for each in now if each not in was] or now
+            was, now = (
+                [each for each in was if each not in now] or was,
+                [each for each in now if each not in was] or now,
+            )
         return _short(was), _short(now)
 
 
@@ -63,7 +69,9 @@ def _item(value: Any) -> str:
     return f"{value.get('path')} ({', '.join(str(each) for key, each in value.items() if key != 'path')})"
 
 
-def differences(folder: Path, prepared: Mapping[str, Any], recipe: Recipe, fewer: bool = False) -> Iterator[Difference]:
+def differences(
+    folder: Path, prepared: Mapping[str, Any], recipe: Recipe, fewer: bool = False
+) -> Iterator[Difference]:
     """Yield what a recipe says otherwise than the ``settings`` of the prepared data in ``folder``.
 
     The order of directions makes no difference, nor where a vocabulary comes from: a file with the same
@@ -72,8 +80,15 @@ def differences(folder: Path, prepared: Mapping[str, Any], recipe: Recipe, fewer
     """
     now, was = settings_of(recipe), dict(prepared)
     file = recipe.data.vocabulary.file
-    if file is not None and file.is_file() and (folder / VOCABULARY).is_file() and sha256(file) == sha256(folder / VOCABULARY):
-        was["vocabulary"] = {key: (was.get("vocabulary") or {}).get(key) for key in now["vocabulary"]} | {"file": now["vocabulary"]["file"]}
+    if (
+        file is not None
+        and file.is_file()
+        and (folder / VOCABULARY).is_file()
+        and sha256(file) == sha256(folder / VOCABULARY)
+    ):
+        was["vocabulary"] = {key: (was.get("vocabulary") or {}).get(key) for key in now["vocabulary"]} | {
+            "file": now["vocabulary"]["file"]
+        }
         was.pop("temperature", None)  # only the sample that a vocabulary is trained on follows it
     for settings in (now, was):
         directions = settings.get("directions")
@@ -92,7 +107,9 @@ def _differences(was: Any, now: Any, at: str) -> Iterator[Difference]:
         yield Difference(at, was, now)
 
 
-def check_settings(folder: Path, prepared: Mapping[str, Any], recipe: Recipe, home: Path | None = None) -> None:
+def check_settings(
+    folder: Path, prepared: Mapping[str, Any], recipe: Recipe, home: Path | None = None
+) -> None:
     """Raise UserError, with the key and both values, unless the data in ``folder`` were prepared as the
     recipe says.
 
@@ -105,7 +122,10 @@ def check_settings(folder: Path, prepared: Mapping[str, Any], recipe: Recipe, ho
     was, now = found.values()
     todo = "set it back, run 'lsmoe data prepare' on the recipe, or give it a 'data.name' of its own"
     if home is not None:
-        todo = f"they were prepared anew for another recipe; 'lsmoe data prepare {home / 'recipe.yaml'}' makes them anew"
+        todo = (
+            f"they were prepared anew for another recipe; 'lsmoe data prepare {home / 'recipe.yaml'}' makes"
+            " them anew"
+        )
     before = f"was prepared with {was}" if found.was is not None else "was prepared without it"
     given = f"is {now}" if found.now is not None else "is not set"
     raise UserError(f"'{found.key}' {given}, but {folder} {before}: {todo}")
@@ -139,14 +159,17 @@ def describe_origin(prepared: Path) -> dict[str, str] | None:
 
 
 def check_vocabulary(home: Path, sha: object) -> None:
-    """Raise UserError if the vocabulary of a run or converted folder is missing, or has not this checksum, where one
-    was noted: a model would read other pieces than it was trained on.
+    """Raise UserError if the vocabulary of a run or converted folder is missing, or has not this checksum,
+    where one was noted: a model would read other pieces than it was trained on.
     """
     file = home / VOCABULARY
     if not file.is_file():
         raise UserError(f"{home} is damaged: {file} is missing")
     if isinstance(sha, str) and sha and sha256(file) != sha:
-        raise UserError(f"{home} is damaged: {file} is not as it was written (sha256 differs): take it from a copy, or from the data")
+        raise UserError(
+            f"{home} is damaged: {file} is not as it was written (sha256 differs): take it from a copy, or"
+            " from the data"
+        )
 
 
 def check_trained_on(home: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -155,11 +178,14 @@ def check_trained_on(home: Path, folder: Path, manifest: Mapping[str, Any]) -> N
     """
     copied = home / VOCABULARY
     if copied.is_file() and sha256(folder / VOCABULARY) != sha256(copied):
-        raise UserError(f"the vocabulary in {folder} is not that of {home}: it was prepared anew after this training began")
+        raise UserError(
+            f"the vocabulary in {folder} is not that of {home}: it was prepared anew after this training"
+            " began"
+        )
     if read_origin(home).get("data", digest(manifest)) != digest(manifest):
         raise UserError(
-            f"the text in {folder} is not what {home} was trained on: it was prepared anew after this training began, "
-            "from other corpora, so that its dev and test sentences may be others"
+            f"the text in {folder} is not what {home} was trained on: it was prepared anew after this"
+            " training began, from other corpora, so that its dev and test sentences may be others"
         )
 
 

@@ -38,10 +38,17 @@ class Markup:
         """Return the blocks of a document in their order, or None if it cannot be parsed."""
         # Nothing outside the document is read, entities are not expanded, and depth and size are limited.
         parser = (
-            etree.HTMLParser(encoding="utf-8", no_network=True, huge_tree=False, remove_comments=True, remove_pis=True)
+            etree.HTMLParser(
+                encoding="utf-8", no_network=True, huge_tree=False, remove_comments=True, remove_pis=True
+            )
             if self.html
             else etree.XMLParser(
-                resolve_entities=False, load_dtd=False, no_network=True, huge_tree=False, remove_comments=True, remove_pis=True
+                resolve_entities=False,
+                load_dtd=False,
+                no_network=True,
+                huge_tree=False,
+                remove_comments=True,
+                remove_pis=True,
             )
         )
         try:
@@ -63,7 +70,9 @@ class Markup:
         while waiting:
             element = waiting.pop()
             names = _names(element)
-            if names & self.blocks and not any(_names(inner) & self.blocks for inner in element.iterdescendants()):
+            if names & self.blocks and not any(
+                _names(inner) & self.blocks for inner in element.iterdescendants()
+            ):
                 yield min(names), NOT_TEXT.sub("", " ".join("".join(element.itertext()).split()))
             else:
                 waiting.extend(reversed(element))
@@ -80,7 +89,11 @@ def align_documents(english: list[Block], translated: list[Block]) -> list[Pair]
     """Align two documents block by block; None unless both have the same sequence of kinds of blocks."""
     if [kind for kind, _ in english] != [kind for kind, _ in translated]:
         return None
-    return [pair for (_, first), (_, second) in zip(english, translated, strict=True) for pair in align_sentences(first, second)]
+    return [
+        pair
+        for (_, first), (_, second) in zip(english, translated, strict=True)
+        for pair in align_sentences(first, second)
+    ]
 
 
 def align_sentences(english: str, translated: str) -> list[Pair]:

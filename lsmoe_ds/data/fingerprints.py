@@ -59,7 +59,11 @@ def _changed_files(old: Fingerprint, now: Fingerprint) -> Iterator[str]:
             yield f"{path} has changed"
     for path in old:
         if path not in now:
-            yield f"{path} has no more text for the recipe's directions" if Path(path).exists() else f"{path} is gone"
+            yield (
+                f"{path} has no more text for the recipe's directions"
+                if Path(path).exists()
+                else f"{path} is gone"
+            )
 
 
 def _same_bytes(path: Path, stamp: dict[str, Any], old: dict[str, Any]) -> bool:
@@ -80,7 +84,9 @@ def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
     bitexts = sorted({direction.bitext for direction in recipe.languages.directions})
     for corpus in recipe.data.corpora:
         try:
-            parts += [part for found in search([corpus], recipe.data.directory, bitexts) for part in found.parts]
+            parts += [
+                part for found in search([corpus], recipe.data.directory, bitexts) for part in found.parts
+            ]
         except MissingCorpus as error:
             missing.add(name_of(corpus))
             remarks.append(f"corpus {name_of(corpus)} is not compared with what was prepared: {error}")
@@ -117,7 +123,9 @@ def state_of(recipe: Recipe) -> State:
         return State(f"{vocabulary} has changed")
     state = _compare_corpora(recipe, manifest["corpora"])
     if vocabulary is not None and not vocabulary.is_file():
-        remark = f"the vocabulary is not compared with what was prepared: there is no file {shown(vocabulary)}"
+        remark = (
+            f"the vocabulary is not compared with what was prepared: there is no file {shown(vocabulary)}"
+        )
         state = replace(state, remarks=(*state.remarks, remark))
     return state
 

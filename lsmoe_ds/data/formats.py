@@ -1,4 +1,5 @@
-"""Read parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses) and tables (TSV).
+"""Read parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses) and tables
+(TSV).
 
 :mod:`lsmoe_ds.data.lines` and :mod:`lsmoe_ds.data.iwslt` read the single files.
 """
@@ -75,9 +76,9 @@ class TextPart:
             yield cells[self.columns[0]], cells[self.columns[1]]
         if rows and quoted / rows >= QUOTED:
             tell(
-                f"warning: {self.files[0]}: {quoted / rows:.0%} of the rows have a field that begins and ends "
-                "with a quote mark: quote marks are text here; if they only enclose the fields, write the table "
-                "without them"
+                f"warning: {self.files[0]}: {quoted / rows:.0%} of the rows have a field that begins and ends"
+                " with a quote mark: quote marks are text here; if they only enclose the fields, write the"
+                " table without them"
             )
 
 
@@ -134,10 +135,14 @@ def _fetched(name: str, directory: Path, wanted: Wanted) -> Iterator[TextPart]:
     if wrong is not None:
         kind = UserError if corpus_folder(name, directory).exists() else MissingCorpus
         raise kind(f"corpus {name} is not fetched ({wrong}): run 'lsmoe data fetch {name}'")
-    files = [path for path in sorted(corpus_folder(name, directory).glob("*-*.tsv")) if path.stem.count("-") == 1]
+    files = [
+        path for path in sorted(corpus_folder(name, directory).glob("*-*.tsv")) if path.stem.count("-") == 1
+    ]
     for bitext, pair in wanted.items():
         if found := wanted.choose_all(_both_ways(files), pair):
-            yield TextPart(name, bitext, "train", (found,), "table", (0, 1) if _in_order(found, pair) else (1, 0))
+            yield TextPart(
+                name, bitext, "train", (found,), "table", (0, 1) if _in_order(found, pair) else (1, 0)
+            )
 
 
 def _hint_at_path(name: str) -> str:
@@ -178,7 +183,9 @@ def _readable(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in found if path.suffix != ".gz" or _plain(path) not in found)
 
 
-def _aligned(wanted: Wanted, split: str, reader: str, name: str, files: list[tuple[str, Path]]) -> Iterator[TextPart]:
+def _aligned(
+    wanted: Wanted, split: str, reader: str, name: str, files: list[tuple[str, Path]]
+) -> Iterator[TextPart]:
     """Find what aligned files, listed by their languages, have for each bitext.
 
     ``name`` is the common part of their names. Bitexts of which there is only one side are recorded in
@@ -198,8 +205,15 @@ def _aligned(wanted: Wanted, split: str, reader: str, name: str, files: list[tup
 def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     folders = [folder for name in ("supervised", "zero-shot") if (folder := corpus.path / name).is_dir()]
     if not folders:
-        raise UserError(f"{corpus.path} is not laid out as OPUS-100: it has neither 'supervised' nor 'zero-shot' in it")
-    present = [folder for kind in folders for folder in sorted(kind.iterdir()) if folder.is_dir() and folder.name.count("-") == 1]
+        raise UserError(
+            f"{corpus.path} is not laid out as OPUS-100: it has neither 'supervised' nor 'zero-shot' in it"
+        )
+    present = [
+        folder
+        for kind in folders
+        for folder in sorted(kind.iterdir())
+        if folder.is_dir() and folder.name.count("-") == 1
+    ]
     for bitext, pair in wanted.items():
         if chosen := wanted.choose_all(_both_ways(present), pair):
             codes = chosen.name.split("-")
@@ -215,7 +229,11 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     if not any(folder.is_dir() for folder in sets.values()):
         raise UserError(f"{corpus.path} is not laid out as FLORES: it has neither 'dev' nor 'devtest' in it")
     for name, folder in sets.items():
-        files = [(_plain(path).stem, path) for path in _readable(folder.glob(f"*.{name}*")) if _plain(path).suffix == f".{name}"]
+        files = [
+            (_plain(path).stem, path)
+            for path in _readable(folder.glob(f"*.{name}*"))
+            if _plain(path).suffix == f".{name}"
+        ]
         yield from _aligned(wanted, "dev" if name == "dev" else "test", "lines", name, files)
 
 
@@ -234,9 +252,14 @@ def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
         if match := NTREX_FILE.fullmatch(_plain(path).name):
             found[match[2]].append((match[3], path))
     if not found["src"] or not found["ref"]:
-        raise UserError(f"{corpus.path} is not laid out as NTREX-128: it has no newstest2019-src.eng.txt and newstest2019-ref.deu.txt")
+        raise UserError(
+            f"{corpus.path} is not laid out as NTREX-128: it has no newstest2019-src.eng.txt and"
+            " newstest2019-ref.deu.txt"
+        )
     for bitext, pair in wanted.items():
-        first, second = (wanted.choose(found["src"], code) or wanted.choose(found["ref"], code) for code in pair)
+        first, second = (
+            wanted.choose(found["src"], code) or wanted.choose(found["ref"], code) for code in pair
+        )
         if first and second:
             yield TextPart(str(corpus.path), bitext, "test", (first, second), "lines")
 
@@ -249,13 +272,18 @@ def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     found: dict[tuple[str, str, str], list[tuple[str, Path]]] = {}
     for path in _readable(corpus.path.rglob("*")):
         if match := IWSLT_TRAIN.fullmatch(_plain(path).name):
-            found.setdefault(("train", "tagged", f"{path.parent}/{match['set']}"), []).append((match["code"], path))
+            found.setdefault(("train", "tagged", f"{path.parent}/{match['set']}"), []).append(
+                (match["code"], path)
+            )
         elif match := IWSLT_SET.fullmatch(_plain(path).name):
             split = "dev" if match["kind"] == "dev" else "test"
-            found.setdefault((split, "segments", f"{path.parent}/{match['set']}"), []).append((match["code"], path))
+            found.setdefault((split, "segments", f"{path.parent}/{match['set']}"), []).append(
+                (match["code"], path)
+            )
     if not found:
         raise UserError(
-            f"{corpus.path} is not laid out as IWSLT: no train.tags.de-en.de and no IWSLT14.TED.dev2010.de-en.de.xml was found in it"
+            f"{corpus.path} is not laid out as IWSLT: no train.tags.de-en.de and no"
+            " IWSLT14.TED.dev2010.de-en.de.xml was found in it"
         )
     for (split, reader, name), files in found.items():
         yield from _aligned(wanted, split, reader, name, files)
@@ -290,7 +318,8 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     if not stems:
         name = f"{corpus.path / 'STEM'}.CODE" if corpus.path.is_dir() else f"{corpus.path}.CODE"
         raise MissingCorpus(
-            f"there are no files {name}, such as {name.removesuffix('CODE')}en, in {folder.absolute()}{_hint(corpus.path, recipes)}"
+            f"there are no files {name}, such as {name.removesuffix('CODE')}en, in"
+            f" {folder.absolute()}{_hint(corpus.path, recipes)}"
         )
     wanted.restrict()
     if not corpus.path.is_dir():
@@ -321,7 +350,10 @@ def _hint(path: Path, recipes: Iterable[str]) -> str:
 
 def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     if bool(corpus.source) != bool(corpus.target):
-        raise UserError(f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line names the columns)")
+        raise UserError(
+            f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line"
+            " names the columns)"
+        )
     path, codes = plain_or_gz(corpus.path), [corpus.source or "", corpus.target or ""]
     first = next(read_lines(path), "").split("\t")
     # A first line that names both languages is a header even if the recipe names them: it is no text, and its
@@ -330,18 +362,35 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     if header:
         codes = first
         if len(codes) < 2:
-            raise UserError(f"{path}, line 1: two or more language codes between tabs were expected, found {codes[0][:40]!r}")
+            raise UserError(
+                f"{path}, line 1: two or more language codes between tabs were expected, found"
+                f" {codes[0][:40]!r}"
+            )
         recipes = {code for pair in wanted.bitexts.values() for code in pair}
         if sum(_names_language(cell, recipes) for cell in codes) < 2:
             found = ", ".join(repr(cell[:30]) for cell in codes[:2])
-            todo = "write a first line of language codes between tabs, or 'source:' and 'target:' in the recipe if there is none"
+            todo = (
+                "write a first line of language codes between tabs, or 'source:' and 'target:' in the recipe"
+                " if there is none"
+            )
             if sum(_names_language(cell.strip().strip('"'), recipes) for cell in codes) > 1:
                 todo = "quote marks are text here: write the table without quotes around its fields"
             raise UserError(f"{path}, line 1 names no languages (found {found}): {todo}")
     for bitext, pair in wanted.items():
-        columns = [wanted.choose([(code.strip(), i) for i, code in enumerate(codes)], member) for member in pair]
+        columns = [
+            wanted.choose([(code.strip(), i) for i, code in enumerate(codes)], member) for member in pair
+        ]
         if columns[0] is not None and columns[1] is not None:
-            yield TextPart(str(corpus.path), bitext, "train", (path,), "table", (columns[0], columns[1]), header, len(codes))
+            yield TextPart(
+                str(corpus.path),
+                bitext,
+                "train",
+                (path,),
+                "table",
+                (columns[0], columns[1]),
+                header,
+                len(codes),
+            )
 
 
 def _names_language(cell: str, recipes: Iterable[str]) -> bool:

@@ -61,7 +61,9 @@ def other(split: str) -> str:
     return HELD_OUT[1 - HELD_OUT.index(split)]
 
 
-def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], seed: int) -> dict[str, dict[str, Keys]]:
+def choose(
+    keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], seed: int
+) -> dict[str, dict[str, Keys]]:
     """Choose the keys of the dev and test set of each bitext.
 
     ``keys`` are each bitext's own, sorted and distinct, possibly memory-mapped; ``quotas`` are the wanted
@@ -72,7 +74,9 @@ def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], se
     seed give the same choice.
     """
     names = sorted(keys)
-    need = np.array([[quotas[name][split] for split in HELD_OUT] for name in names], dtype=np.int64).reshape(len(names), 2)
+    need = np.array([[quotas[name][split] for split in HELD_OUT] for name in names], dtype=np.int64).reshape(
+        len(names), 2
+    )
     total = np.maximum(need.sum(axis=0), 1)
     spare = need.sum(axis=1) + np.array([len(keys[name]) // 10 for name in names], dtype=np.int64)
     chosen: dict[str, dict[str, list[int]]] = {name: {split: [] for split in HELD_OUT} for name in names}
@@ -82,7 +86,9 @@ def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], se
         if not short.any():
             break
         limits = {
-            name: None if factor is None else factor * int(sum(quotas[name].values())) for name, s in zip(names, short, strict=True) if s
+            name: None if factor is None else factor * int(sum(quotas[name].values()))
+            for name, s in zip(names, short, strict=True)
+            if s
         }
         candidates = _candidates(keys, limits, seed)
         members = np.stack([contains(keys[name], candidates) for name in names], axis=1)
@@ -98,7 +104,10 @@ def choose(keys: Mapping[str, Keys], quotas: Mapping[str, Mapping[str, int]], se
                 chosen[names[index]][HELD_OUT[split]].append(key)
             if not need.any():
                 break
-    return {name: {split: np.sort(np.array(found, dtype=np.uint64)) for split, found in sets.items()} for name, sets in chosen.items()}
+    return {
+        name: {split: np.sort(np.array(found, dtype=np.uint64)) for split, found in sets.items()}
+        for name, sets in chosen.items()
+    }
 
 
 def _candidates(keys: Mapping[str, Keys], limits: Mapping[str, int | None], seed: int) -> Keys:
@@ -110,7 +119,10 @@ def _candidates(keys: Mapping[str, Keys], limits: Mapping[str, int | None], seed
     ranges = max(1, -(-sum(map(len, keys.values())) // KEYS_AT_ONCE))
     for part in range(ranges):
         low, high = np.uint64((part << 64) // ranges), np.uint64(((part + 1 << 64) // ranges) - 1)
-        inside = {name: np.asarray(own[np.searchsorted(own, low) : np.searchsorted(own, high, side="right")]) for name, own in keys.items()}
+        inside = {
+            name: np.asarray(own[np.searchsorted(own, low) : np.searchsorted(own, high, side="right")])
+            for name, own in keys.items()
+        }
         distinct, counts = np.unique(np.concatenate(list(inside.values())), return_counts=True)
         for name, limit in limits.items():
             ranked = np.empty(len(inside[name]), dtype=RANKED)

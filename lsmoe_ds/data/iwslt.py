@@ -66,7 +66,9 @@ def read_segments(path: Path) -> Iterator[Segment]:
 
 def _attribute(attributes: str, name: str) -> str:
     """Return the value of an attribute, or an empty string."""
-    found = re.search(rf"""(?<![\w:-]){name}\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'/]+))""", attributes, re.IGNORECASE)
+    found = re.search(
+        rf"""(?<![\w:-]){name}\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'/]+))""", attributes, re.IGNORECASE
+    )
     return next((value.strip() for value in found.groups() if value), "") if found else ""
 
 
@@ -80,14 +82,21 @@ def pair_segments(first: Path, second: Path, tell: Callable[[str], None]) -> Ite
     sides = [list(read_segments(path)) for path in (first, second)]
     texts = [{segment.key: segment.text for segment in side if segment.number} for side in sides]
     if any(len(own) != len(side) for own, side in zip(texts, sides, strict=True)):
-        yield from read_aligned(first, second, lambda path: (segment.text for segment in read_segments(path)), "segment")
+        yield from read_aligned(
+            first, second, lambda path: (segment.text for segment in read_segments(path)), "segment"
+        )
         return
     both = [key for key in texts[0] if key in texts[1]]
     if not both and any(sides):
         has, too = (counted(len(side), "segment") for side in sides)
-        raise UserError(f"{first} has {has} and {second} has {too}, but none has a docid and an id that are in both")
+        raise UserError(
+            f"{first} has {has} and {second} has {too}, but none has a docid and an id that are in both"
+        )
     if alone := sum(len(side) - len(both) for side in sides):
-        lacks = [f"{path} lacks {len(other) - len(both)}" for path, other in ((first, sides[1]), (second, sides[0]))]
+        lacks = [
+            f"{path} lacks {len(other) - len(both)}"
+            for path, other in ((first, sides[1]), (second, sides[0]))
+        ]
         are = f"{counted(alone, 'segment')} {'is' if alone == 1 else 'are'}"
         tell(f"warning: {are} left out, whose docid and id only one file has: {' and '.join(lacks)}")
     for key in both:

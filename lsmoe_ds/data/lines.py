@@ -38,12 +38,16 @@ def read_lines(path: Path) -> Iterator[str]:
             while line := file.readline(LINE_LIMIT):
                 number += 1
                 if len(line) == LINE_LIMIT:
-                    raise UserError(f"{path}, line {number}: the line is longer than {LINE_LIMIT} bytes: this is no file of sentences")
+                    raise UserError(
+                        f"{path}, line {number}: the line is longer than {LINE_LIMIT} bytes: this is no file"
+                        " of sentences"
+                    )
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
+                        f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position"
+                        f" {error.start})"
                     ) from None
     except FileNotFoundError:
         raise UserError(f"there is no file {shown(path)}") from None
@@ -64,9 +68,12 @@ def read_aligned(
     sides = read(first), read(second)
     for count, (left, right) in enumerate(zip_longest(*sides)):
         if left is None or right is None:
-            (shorter, longer), rest = ((first, second), sides[1]) if left is None else ((second, first), sides[0])
+            (shorter, longer), rest = (
+                ((first, second), sides[1]) if left is None else ((second, first), sides[0])
+            )
             more = count + 1 + sum(1 for _ in rest)
             raise UserError(
-                f"{shorter} has {counted(count, what)} but {longer} has {more:,}: aligned files need one {what} for each other's {what}"
+                f"{shorter} has {counted(count, what)} but {longer} has {more:,}: aligned files need one"
+                f" {what} for each other's {what}"
             )
         yield left, right

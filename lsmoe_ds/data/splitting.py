@@ -25,8 +25,13 @@ def hold_out(bitexts: Sequence[Bitext], settings: HeldOut) -> Claims:
     claims = Claims()
     for bitext in bitexts:
         bitext.claim_published(claims)
-    quotas = {bitext.name: quota(settings, bitext.size("train")) | dict.fromkeys(bitext.own, 0) for bitext in bitexts}
-    for pivot in sorted({bitext.codes[bitext.pivot] for bitext in bitexts}, key=lambda code: (not is_english(code), code)):
+    quotas = {
+        bitext.name: quota(settings, bitext.size("train")) | dict.fromkeys(bitext.own, 0)
+        for bitext in bitexts
+    }
+    for pivot in sorted(
+        {bitext.codes[bitext.pivot] for bitext in bitexts}, key=lambda code: (not is_english(code), code)
+    ):
         group = [bitext for bitext in bitexts if bitext.codes[bitext.pivot] == pivot]
         left = {bitext.name: bitext.adopt(quotas[bitext.name], claims, settings.seed) for bitext in group}
         chosen = choose({bitext.name: bitext.candidates(claims) for bitext in group}, left, settings.seed)

@@ -57,15 +57,32 @@ class Summary:
         table = Table(title=Text(title), caption=caption)
         for name in ("direction", "from", "into", "group"):
             table.add_column(name)
-        for name in ("train", "dev", "test", "held out", "source tokens", "target tokens", "mean source", "mean target", "unknown %"):
+        for name in (
+            "train",
+            "dev",
+            "test",
+            "held out",
+            "source tokens",
+            "target tokens",
+            "mean source",
+            "mean target",
+            "unknown %",
+        ):
             table.add_column(name, justify="right")
         rows = {(row.direction, row.split): row for row in self.rows}
         for train in (row for row in self.rows if row.split == "train"):
             source, target = map(language_name, train.direction.split("-"))
             counts = [f"{rows[train.direction, split].pairs:,}" for split in SPLITS]
-            tokens = [f"{train.source_tokens:,}", f"{train.target_tokens:,}", f"{train.source_length:.1f}", f"{train.target_length:.1f}"]
+            tokens = [
+                f"{train.source_tokens:,}",
+                f"{train.target_tokens:,}",
+                f"{train.source_length:.1f}",
+                f"{train.target_length:.1f}",
+            ]
             counts.append(f"{train.held_out:,}")
-            table.add_row(train.direction, source, target, train.group, *counts, *tokens, f"{100 * train.unknown:.2f}")
+            table.add_row(
+                train.direction, source, target, train.group, *counts, *tokens, f"{100 * train.unknown:.2f}"
+            )
         return table
 
 
@@ -76,14 +93,21 @@ def show(recipe: Recipe) -> Summary:
     """
     data = PreparedData.of(recipe)
     state = state_of(recipe)
-    changed = () if state.reason is None else (f"warning: 'lsmoe data prepare' would prepare these data again: {state.reason}",)
+    changed = (
+        ()
+        if state.reason is None
+        else (f"warning: 'lsmoe data prepare' would prepare these data again: {state.reason}",)
+    )
     rows = []
     for direction in data.languages.directions:
         splits = data.manifest["bitexts"][direction.bitext]
         group = recipe.data.groups.of(splits["train"]["pairs"])
         for split in SPLITS:
             pairs = splits[split]["pairs"]
-            source, target = splits[split]["sides"][direction.source], splits[split]["sides"][direction.target]
+            source, target = (
+                splits[split]["sides"][direction.source],
+                splits[split]["sides"][direction.target],
+            )
             tokens = source["tokens"] + target["tokens"]
             rows.append(
                 Row(
@@ -96,8 +120,17 @@ def show(recipe: Recipe) -> Summary:
                     source_length=source["tokens"] / max(1, pairs),
                     target_length=target["tokens"] / max(1, pairs),
                     unknown=(source["unknown"] + target["unknown"]) / max(1, tokens),
-                    held_out=data.manifest["cleaning"][direction.bitext].get("held out", 0) if split == "train" else 0,
+                    held_out=data.manifest["cleaning"][direction.bitext].get("held out", 0)
+                    if split == "train"
+                    else 0,
                 )
             )
     notices = (*data.manifest["notices"], *state.remarks, *changed)
-    return Summary(str(data.folder), data.vocabulary.size, data.languages.codes, tuple(rows), data.manifest["cleaning"], notices)
+    return Summary(
+        str(data.folder),
+        data.vocabulary.size,
+        data.languages.codes,
+        tuple(rows),
+        data.manifest["cleaning"],
+        notices,
+    )

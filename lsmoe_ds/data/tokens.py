@@ -31,7 +31,9 @@ def _encode_chunk(pairs: list[tuple[str, str]], model: Path, stamp: int, dtype: 
     def side(index: int) -> Side:
         encoded = vocabulary.encode_all([clean_text(pair[index]) for pair in pairs])
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        return np.fromiter((i for ids in encoded for i in ids), dtype=dtype, count=int(lengths.sum())), lengths
+        return np.fromiter(
+            (i for ids in encoded for i in ids), dtype=dtype, count=int(lengths.sum())
+        ), lengths
 
     return side(0), side(1)
 
@@ -49,7 +51,9 @@ class _ArrayFile:
         self.start = self.file.tell()
 
     def _header(self) -> None:
-        np.lib.format.write_array_header_1_0(self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count,)})
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count,)}
+        )
 
     def append(self, array: NDArray[Any]) -> None:
         self.file.write(array.astype(self.dtype, copy=False).tobytes())
@@ -63,7 +67,13 @@ class _ArrayFile:
 
 
 def write_tokens(
-    folder: Path, codes: tuple[str, str], pairs: Iterator[tuple[str, str]], model: Path, size: int, text: bool, workers: Workers
+    folder: Path,
+    codes: tuple[str, str],
+    pairs: Iterator[tuple[str, str]],
+    model: Path,
+    size: int,
+    text: bool,
+    workers: Workers,
 ) -> dict[str, dict[str, int]]:
     """Write ids, offsets and (with ``text``) sentences of both sides.
 
@@ -76,7 +86,9 @@ def write_tokens(
     counts = [{"tokens": 0, "unknown": 0, "longest": 0} for _ in codes]
     for array in offsets:
         array.append(np.zeros(1, dtype=np.int64))
-    texts = [(folder / f"{code}.txt").open("w", encoding="utf-8", newline="\n") for code in codes] if text else []
+    texts = (
+        [(folder / f"{code}.txt").open("w", encoding="utf-8", newline="\n") for code in codes] if text else []
+    )
 
     def passing() -> Iterator[tuple[str, str]]:
         for pair in pairs:

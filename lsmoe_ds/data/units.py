@@ -10,8 +10,8 @@ from lsmoe_ds.data.shuffling import Integers
 def by_length(source: Integers, target: Integers, tokens: int) -> Integers:
     """An order in which neighbors have like lengths on both sides.
 
-    Bands of source length, each with the same number of tokens; in a band by target length, up and down in turn, so
-    that a unit that straddles two bands does not mix the longest with the shortest.
+    Bands of source length, each with the same number of tokens; in a band by target length, up and down in
+    turn, so that a unit that straddles two bands does not mix the longest with the shortest.
     """
     order = np.argsort(source, kind="stable")
     total = np.cumsum((source + target)[order])
@@ -22,7 +22,9 @@ def by_length(source: Integers, target: Integers, tokens: int) -> Integers:
 
 
 def cut(source: Integers, target: Integers, tokens: int) -> Integers:
-    """Ends of consecutive units of at most ``tokens`` padded tokens; a pair that is longer has a unit for itself."""
+    """Ends of consecutive units of at most ``tokens`` padded tokens; a pair that is longer has a unit for
+    itself.
+    """
     ends, start = [], 0
     while start < len(source):
         stop = start + max(1, tokens // int(source[start] + target[start]))

@@ -29,9 +29,10 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Every held-out pair once over all ranks, in batches of one direction, always the same.
 
-    Of each direction (all by default) the first ``limit`` pairs are taken. None is left out: one that is longer than
-    ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since experts are exchanged between
-    them: where units run out the last batch of a rank repeats one pair with all labels PAD, and counts for nothing.
+    Of each direction (all by default) the first ``limit`` pairs are taken. None is left out: one that is
+    longer than ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since
+    experts are exchanged between them: where units run out the last batch of a rank repeats one pair with all
+    labels PAD, and counts for nothing.
     """
     ids = DirectionIds.of(languages, vocabulary, tags)
     units: list[tuple[int, TokenPairs, list[int]]] = []
@@ -47,5 +48,7 @@ def validation_batches(
     for first in range(0, len(units), world):
         real = first + rank < len(units)
         number, pairs, part = units[first + rank] if real else (*units[0][:2], units[0][2][:1])
-        made = collate([pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids)
+        made = collate(
+            [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids
+        )
         yield made if real else replace(made, labels=torch.full_like(made.labels, PAD))

@@ -1,4 +1,6 @@
-"""The vocabulary: a sentencepiece model whose first ids are those of M2M-100 and whose tags no text can spell."""
+"""The vocabulary: a sentencepiece model whose first ids are those of M2M-100 and whose tags no text can
+spell.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from lsmoe_ds.languages import BOS, EOS, PAD, UNK, nearest, tag
 
 SPECIALS = {BOS: "<s>", PAD: "<pad>", EOS: "</s>", UNK: "<unk>"}
 UNUSED, MULTIPLE = "<unused", 8
-# The sums of unigram training depend on the number of threads: a fixed one gives the same model on any machine.
+# The sums of unigram training depend on the number of threads: a fixed one gives the same model on any
+# machine.
 THREADS = 4
 
 
@@ -31,7 +34,9 @@ class Vocabulary:
     PAD, BOS, EOS, UNK = PAD, BOS, EOS, UNK
 
     def __init__(self, model: bytes) -> None:
-        """``model`` is a serialized sentencepiece model. Raises UserError if it is none, or none of this system's."""
+        """``model`` is a serialized sentencepiece model. Raises UserError if it is none, or none of this
+        system's.
+        """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             pieces = [self._processor.id_to_piece(index) for index in range(max(len(SPECIALS), self.size))]
@@ -39,7 +44,8 @@ class Vocabulary:
             raise UserError("the vocabulary is damaged: it is not a sentencepiece model") from None
         if pieces[: len(SPECIALS)] != list(SPECIALS.values()):
             raise UserError(
-                f"the vocabulary begins with {', '.join(pieces[: len(SPECIALS)])} where {', '.join(SPECIALS.values())} are needed"
+                f"the vocabulary begins with {', '.join(pieces[: len(SPECIALS)])} where"
+                f" {', '.join(SPECIALS.values())} are needed"
             )
         self._model = model
         controls = {index: piece for index, piece in enumerate(pieces) if self._processor.is_control(index)}
@@ -81,13 +87,18 @@ class Vocabulary:
 
     @property
     def their_tags(self) -> dict[str, str]:
-        """What the tags are called in the model that the vocabulary was imported from, by language; empty for others."""
+        """What the tags are called in the model that the vocabulary was imported from, by language; empty for
+        others.
+        """
         return dict(zip(self._tags, parse_model(self._model).trainer_spec.accept_language, strict=False))
 
     def tag_id(self, code: str) -> int:
         """Id of the tag of a language."""
         if code not in self._tags:
-            raise UserError(f"the vocabulary has no tag for '{code}'{nearest(code, self._tags)}: it has {', '.join(self._tags)}")
+            raise UserError(
+                f"the vocabulary has no tag for '{code}'{nearest(code, self._tags)}: it has"
+                f" {', '.join(self._tags)}"
+            )
         return self._tags[code]
 
     def encode(self, text: str) -> list[int]:
@@ -107,29 +118,41 @@ class Vocabulary:
 
 
 def parse_model(model: bytes) -> Any:
-    """The ``ModelProto`` of a sentencepiece model. Raises UserError if it is none, or if protobuf is older than sentencepiece needs."""
+    """The ``ModelProto`` of a sentencepiece model. Raises UserError if it is none, or if protobuf is older
+    than sentencepiece needs.
+    """
     try:
         from sentencepiece import sentencepiece_model_pb2
 
         found = sentencepiece_model_pb2.ModelProto()
     except Exception as error:  # what its version check raises is no ImportError
-        raise UserError(f"sentencepiece needs another protobuf than is installed: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"sentencepiece needs another protobuf than is installed: {' '.join(str(error).split())}"
+        ) from None
     try:
         found.ParseFromString(model)
-    except Exception:  # google.protobuf.message.DecodeError, which is not imported before it is known to be there
+    except (
+        Exception
+    ):  # google.protobuf.message.DecodeError, which is not imported before it is known to be there
         raise UserError("the vocabulary is damaged: it is not a sentencepiece model") from None
     return found
 
 
 def fill_up(proto: Any) -> None:
-    """Adds pieces that no text holds, so that the embedding can be spread over the usual numbers of tensor-parallel ranks."""
+    """Adds pieces that no text holds, so that the embedding can be spread over the usual numbers of
+    tensor-parallel ranks.
+    """
     while len(proto.pieces) % MULTIPLE:
-        proto.pieces.add(piece=f"{UNUSED}{len(proto.pieces)}>", score=0.0, type=type(proto).SentencePiece.CONTROL)
+        proto.pieces.add(
+            piece=f"{UNUSED}{len(proto.pieces)}>", score=0.0, type=type(proto).SentencePiece.CONTROL
+        )
     proto.trainer_spec.vocab_size = len(proto.pieces)
 
 
 def add_tags(model: bytes, codes: Sequence[str]) -> bytes:
-    """The same sentencepiece model with tags for further languages after all its pieces, filled up (:func:`fill_up`)."""
+    """The same sentencepiece model with tags for further languages after all its pieces, filled up
+    (:func:`fill_up`).
+    """
     if not codes:
         return model
     proto = parse_model(model)
@@ -140,11 +163,14 @@ def add_tags(model: bytes, codes: Sequence[str]) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def train_vocabulary(texts: Iterator[str], settings: data_settings.Vocabulary, codes: Sequence[str]) -> Vocabulary:
-    """Trains a model of exactly ``settings.size`` pieces, with a tag for each of ``codes``, on texts of :func:`clean_text`.
+def train_vocabulary(
+    texts: Iterator[str], settings: data_settings.Vocabulary, codes: Sequence[str]
+) -> Vocabulary:
+    """Trains a model of exactly ``settings.size`` pieces, with a tag for each of ``codes``, on texts of
+    :func:`clean_text`.
 
-    The same texts in the same order give the same bytes. The texts are held in memory by sentencepiece. Raises UserError
-    where the text allows no vocabulary of that size, naming the nearest possible one.
+    The same texts in the same order give the same bytes. The texts are held in memory by sentencepiece.
+    Raises UserError where the text allows no vocabulary of that size, naming the nearest possible one.
     """
     model = io.BytesIO()
     try:
@@ -159,10 +185,12 @@ def train_vocabulary(texts: Iterator[str], settings: data_settings.Vocabulary, c
             eos_id=EOS,
             unk_id=UNK,
             control_symbols=[tag(code) for code in codes],
-            # clean_text has normalized; NFKC would turn the full-width marks of Chinese into others, which no score forgives.
+            # clean_text has normalized; NFKC would turn the full-width marks of Chinese into others, which no
+            # score forgives.
             normalization_rule_name="identity",
             shuffle_input_sentence=False,
-            # Pruning starts from ten times the pieces, not a million: no worse on real text (335k tokens, not 336k), a third less time.
+            # Pruning starts from ten times the pieces, not a million: no worse on real text (335k tokens, not
+            # 336k), a third less time.
             seed_sentencepiece_size=10 * max(settings.size, 1000),
             num_threads=THREADS,
             minloglevel=2,
@@ -173,18 +201,25 @@ def train_vocabulary(texts: Iterator[str], settings: data_settings.Vocabulary, c
 
 
 def read_vocabulary(settings: data_settings.Vocabulary, codes: Sequence[str]) -> Vocabulary:
-    """The vocabulary in ``settings.file``. Raises UserError unless it is of the settings' size and type and has a tag for each of
-    ``codes``."""
+    """The vocabulary in ``settings.file``. Raises UserError unless it is of the settings' size and type and
+    has a tag for each of ``codes``.
+    """
     assert settings.file is not None
     vocabulary = Vocabulary.load(settings.file)
     if vocabulary.size != settings.size:
         raise UserError(
-            f"'data.vocabulary.size' is {settings.size}, but {settings.file} has {vocabulary.size} pieces: set it to {vocabulary.size}"
+            f"'data.vocabulary.size' is {settings.size}, but {settings.file} has {vocabulary.size} pieces:"
+            f" set it to {vocabulary.size}"
         )
     if vocabulary.type != settings.type:
-        raise UserError(f"'data.vocabulary.type' is {settings.type}, but {settings.file} is of the type {vocabulary.type}: set it to that")
+        raise UserError(
+            f"'data.vocabulary.type' is {settings.type}, but {settings.file} is of the type"
+            f" {vocabulary.type}: set it to that"
+        )
     if lacking := [code for code in codes if code not in vocabulary.codes]:
-        raise UserError(f"{settings.file} has no tag for '{lacking[0]}': it has {', '.join(vocabulary.codes) or 'none'}")
+        raise UserError(
+            f"{settings.file} has no tag for '{lacking[0]}': it has {', '.join(vocabulary.codes) or 'none'}"
+        )
     return vocabulary
 
 
@@ -192,8 +227,15 @@ def _explain(message: str, settings: data_settings.Vocabulary) -> str:
     prefix = f"'data.vocabulary.size' is {settings.size}, but"
     if found := re.search(r"set it to a value <= (\d+)", message):
         most = int(found.group(1))
-        advice = f"set it to at most {most}" if most >= SMALLEST else f"give more text, as a vocabulary has at least {SMALLEST}"
+        advice = (
+            f"set it to at most {most}"
+            if most >= SMALLEST
+            else f"give more text, as a vocabulary has at least {SMALLEST}"
+        )
         return f"{prefix} the text is too small for more than {most} pieces: {advice}"
     if found := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
-        return f"{prefix} the characters and tags alone need {found.group(1)} pieces: set it higher, or 'character_coverage' lower"
+        return (
+            f"{prefix} the characters and tags alone need {found.group(1)} pieces: set it higher, or"
+            " 'character_coverage' lower"
+        )
     return f"the vocabulary could not be trained: {' '.join(message.split())}"

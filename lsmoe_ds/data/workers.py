@@ -69,7 +69,9 @@ class Workers:
             yield from map(function, items)
             return
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), initializer=_start_worker)
+            self._pool = ProcessPoolExecutor(
+                self.count, multiprocessing.get_context("spawn"), initializer=_start_worker
+            )
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
@@ -80,4 +82,6 @@ class Workers:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a worker process was killed, perhaps for lack of memory: nothing was written") from None
+            raise UserError(
+                "a worker process was killed, perhaps for lack of memory: nothing was written"
+            ) from None

@@ -39,10 +39,15 @@ class Comet:
         Raises UserError if COMET is not installed or there is no such file.
         """
         if importlib.util.find_spec("comet") is None:
-            raise UserError("--comet needs the package unbabel-comet, which is not installed: pip install unbabel-comet")
+            raise UserError(
+                "--comet needs the package unbabel-comet, which is not installed: pip install unbabel-comet"
+            )
         found = Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
         if not found.is_file():
-            raise UserError(f"--comet {path}: there is no checkpoint {found}: give a model.ckpt or the folder around {CHECKPOINT}")
+            raise UserError(
+                f"--comet {path}: there is no checkpoint {found}: give a model.ckpt or the folder around"
+                f" {CHECKPOINT}"
+            )
         return cls(found, f"comet-{sha256(found)[:12]}")
 
     @cached_property
@@ -58,8 +63,12 @@ class Comet:
         import torch  # here, because merging parts imports this module and needs no torch
 
         triples = zip(sources, hypotheses, references, strict=True)
-        samples = [{"src": source, "mt": hypothesis, "ref": reference} for source, hypothesis, reference in triples]
-        found = self.model.predict(samples, batch_size=BATCH, gpus=int(torch.cuda.is_available()), progress_bar=False)
+        samples = [
+            {"src": source, "mt": hypothesis, "ref": reference} for source, hypothesis, reference in triples
+        ]
+        found = self.model.predict(
+            samples, batch_size=BATCH, gpus=int(torch.cuda.is_available()), progress_bar=False
+        )
         return float(found.system_score)
 
     def add(self, score: DirectionScore, *text: Sequence[str]) -> DirectionScore:

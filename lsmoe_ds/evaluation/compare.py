@@ -102,8 +102,14 @@ class Comparison:
     def table(self) -> Table:
         """Make a table for a terminal: a line for each direction and system."""
         first = self.systems[0]
-        trials = f"{self.samples:,} bootstrap resamples, {TRIALS * self.samples:,} randomizations, seed {self.seed}"
-        legend = "difference from the baseline [its 95 % interval], p by paired bootstrap / approximate randomization"
+        trials = (
+            f"{self.samples:,} bootstrap resamples, {TRIALS * self.samples:,} randomizations, seed"
+            f" {self.seed}"
+        )
+        legend = (
+            "difference from the baseline [its 95 % interval], p by paired bootstrap / approximate"
+            " randomization"
+        )
         others = [
             f"{label}: {system.table.question}"
             for label, system in zip(self.labels[1:], self.systems[1:], strict=True)
@@ -121,7 +127,9 @@ class Comparison:
             table.add_section()
             for index in range(len(self.systems)):
                 cells = [_cell(found[metric][index]) for metric in METRICS]
-                table.add_row("" if index else title, escape(self.labels[index]) if index else "baseline", *cells)
+                table.add_row(
+                    "" if index else title, escape(self.labels[index]) if index else "baseline", *cells
+                )
         return table
 
 
@@ -167,11 +175,16 @@ def compare_runs(
         task = bar.add_task("comparing", total=len(texts))
         for direction, (hypotheses, references) in texts.items():
             bar.update(task, description=f"comparing {direction}")
-            found[direction], signed = run_trials(hypotheses, references, make_metrics(direction.target, tokenizer), samples, seed)
+            found[direction], signed = run_trials(
+                hypotheses, references, make_metrics(direction.target, tokenizer), samples, seed
+            )
             for name, signature in signed.items():
                 signatures[name] += [signature] if signature not in signatures[name] else []
             bar.update(task, advance=1)
-    means = {m: [Trials.mean(list(each)) for each in zip(*(trials[m] for trials in found.values()), strict=True)] for m in METRICS}
+    means = {
+        m: [Trials.mean(list(each)) for each in zip(*(trials[m] for trials in found.values()), strict=True)]
+        for m in METRICS
+    }
     by_direction = {direction: _outcomes(trials) for direction, trials in found.items()}
     return Comparison(systems, by_direction, _outcomes(means), signatures, samples, seed)
 
@@ -192,7 +205,9 @@ def find_system(path: Path) -> System:
     folder = ScoreFolder(home)
     languages = load_recipe(home / RECIPE).languages.directions if (home / RECIPE).is_file() else ()
     tables = [table for table in folder.tables() if step in (None, table.step)]
-    every = languages or tuple(dict.fromkeys(score.direction for table in tables for score in table.directions))
+    every = languages or tuple(
+        dict.fromkeys(score.direction for table in tables for score in table.directions)
+    )
     best = fullest(tables, every)
     if best is None:
         raise UserError(f"there are no scores of {path}: `lsmoe evaluate {path}` writes them")
@@ -206,9 +221,9 @@ def _check_question(first: System, second: System, tokenized: bool) -> None:
         one, other = getattr(first.table, key), getattr(second.table, key)
         if one != other:
             raise UserError(
-                f"{first.path} and {second.path} were not asked the same question: {key.replace('_', ' ')} is {one or 'none'} in the first "
-                f"and {other or 'none'} in the second ({first.table.question}, {second.table.question}): "
-                f"evaluate them alike, or name records in RUN/scores"
+                f"{first.path} and {second.path} were not asked the same question: {key.replace('_', ' ')} is"
+                f" {one or 'none'} in the first and {other or 'none'} in the second ({first.table.question},"
+                f" {second.table.question}): evaluate them alike, or name records in RUN/scores"
             )
 
 
@@ -216,7 +231,9 @@ def _tell_steps(systems: Sequence[System]) -> None:
     """Say on standard error which steps are compared, if they differ and not all records were named."""
     steps = [system.table.step for system in systems]
     if len(set(steps)) > 1 and not all(system.named for system in systems):
-        found = ", ".join(f"{system.path} of step {step:,}" for system, step in zip(systems, steps, strict=True))
+        found = ", ".join(
+            f"{system.path} of step {step:,}" for system, step in zip(systems, steps, strict=True)
+        )
         print(f"lsmoe: the scores are of different steps: {found}", file=sys.stderr, flush=True)
 
 
@@ -228,16 +245,27 @@ def _choose(systems: Sequence[System], asked: Sequence[str] | None) -> list[Dire
         raise UserError("--directions names no direction: write them as en-de,de-en")
     for system in systems:
         if missing := [str(direction) for direction in chosen if direction not in system.directions]:
-            raise UserError(f"{system.path} has no scores of {', '.join(missing)}: name directions that all have with --directions")
-        if asked is None and (extra := [str(direction) for direction in system.directions if direction not in chosen]):
-            raise UserError(f"{systems[0].path} has no scores of {', '.join(extra)}: name directions that all have with --directions")
+            raise UserError(
+                f"{system.path} has no scores of {', '.join(missing)}: name directions that all have with"
+                " --directions"
+            )
+        if asked is None and (
+            extra := [str(direction) for direction in system.directions if direction not in chosen]
+        ):
+            raise UserError(
+                f"{systems[0].path} has no scores of {', '.join(extra)}: name directions that all have with"
+                " --directions"
+            )
     return list(dict.fromkeys(chosen))
 
 
 def _find_tokenizer(recorded: str | None, tokenize: str | None) -> Tokenizer | None:
     """Read the tokenizer that ``--tokenize`` names, or else the one that the scores were made with."""
     if tokenize is None and recorded is not None and recorded.startswith("spm-"):
-        raise UserError(f"the scores were made with the sentencepiece model {recorded}: give that file with --tokenize spm:FILE")
+        raise UserError(
+            f"the scores were made with the sentencepiece model {recorded}: give that file with --tokenize"
+            " spm:FILE"
+        )
     name = tokenize if tokenize is not None else recorded
     return Tokenizer.parse(name) if name is not None else None
 
@@ -256,8 +284,8 @@ def _read(systems: Sequence[System], direction: Direction) -> tuple[list[list[st
                     min(len(first), len(second)) + 1,
                 )
                 raise UserError(
-                    f"the {side} of {direction} in {systems[0].path} and {system.path} differ, first in line {line} (of {len(first)} and "
-                    f"{len(second)}): scores on other text do not compare"
+                    f"the {side} of {direction} in {systems[0].path} and {system.path} differ, first in line"
+                    f" {line} (of {len(first)} and {len(second)}): scores on other text do not compare"
                 )
     return [hypotheses for _, hypotheses, _ in texts], texts[0][2]
 
@@ -267,6 +295,6 @@ def _check_memory(lines: int, samples: int) -> None:
     if needed > free:
         most = max(100, int(free / (BYTES * lines)))
         raise UserError(
-            f"{samples:,} resamples of {lines:,} lines need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free: "
-            f"take --samples {most}"
+            f"{samples:,} resamples of {lines:,} lines need {needed / 2**30:.1f} GiB of memory,"
+            f" {free / 2**30:.1f} are free: take --samples {most}"
         )

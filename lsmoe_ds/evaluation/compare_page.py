@@ -40,4 +40,6 @@ def _ends(rows: list[tuple[str, Found]], metric: str) -> Iterator[float]:
     """Yield the differences of a metric and the ends of their intervals."""
     for _, found in rows:
         for outcome in found[metric][1:]:
-            yield from (value for value in (outcome.low, outcome.high, outcome.difference) if value is not None)
+            yield from (
+                value for value in (outcome.low, outcome.high, outcome.difference) if value is not None
+            )

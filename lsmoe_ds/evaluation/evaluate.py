@@ -108,7 +108,12 @@ def evaluate(
     else:
         folder.write(table, languages)
     _tell_place(folder, table, part, data)
-    if data and (part is None or part.number == 1) and isinstance(loaded, Loaded) and any(loaded.recipe.model.moe_layers()):
+    if (
+        data
+        and (part is None or part.number == 1)
+        and isinstance(loaded, Loaded)
+        and any(loaded.recipe.model.moe_layers())
+    ):
         folder.write_routing(table, measure_routing(loaded, data, split).to_dict())
     return table
 
@@ -119,7 +124,9 @@ def _deal(texts: Texts, part: Part | None) -> Texts:
         return texts
     return replace(
         texts,
-        by_direction={direction: texts.by_direction[direction] for direction in part.of(list(texts.by_direction))},
+        by_direction={
+            direction: texts.by_direction[direction] for direction in part.of(list(texts.by_direction))
+        },
     )
 
 
@@ -160,7 +167,11 @@ def _score(
             bar.update(task, advance=count, rate=rate)
             if progress and not shown and now - said >= LINE_EVERY:
                 said = now
-                print(f"translated {translated:,} of {texts.sentences:,} sentences · {rate}", file=sys.stderr, flush=True)
+                print(
+                    f"translated {translated:,} of {texts.sentences:,} sentences · {rate}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         folder.make(question)
         for direction, (sources, references) in texts.by_direction.items():
@@ -192,4 +203,8 @@ def _tell_place(folder: ScoreFolder, table: ScoreTable, part: Part | None, data:
     """Say on standard error where the scores and the text are, and which held-out set was scored."""
     path = folder.part(table.question, part) if part else folder.record(table.question)
     held_out = f", {table.split} set of {data.folder}" if data else ""
-    print(f"lsmoe: scores in {path}, text in {folder.folder(table.question)}{held_out}", file=sys.stderr, flush=True)
+    print(
+        f"lsmoe: scores in {path}, text in {folder.folder(table.question)}{held_out}",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -32,7 +32,11 @@ class Metrics:
     def mean(cls, several: Sequence[Metrics]) -> Metrics:
         """Average at least one direction's metrics."""
         count = len(several)
-        return cls(sum(m.bleu for m in several) / count, sum(m.chrf for m in several) / count, sum(m.chrfpp for m in several) / count)
+        return cls(
+            sum(m.bleu for m in several) / count,
+            sum(m.chrf for m in several) / count,
+            sum(m.chrfpp for m in several) / count,
+        )
 
 
 class Scored(Protocol):
@@ -85,7 +89,9 @@ def averages(scores: Iterable[Scored], resources: Mapping[str, str]) -> dict[str
         for name in membership(score.direction, resources):
             members[name].append(score)
     return {
-        name: Average(len(found), Metrics.mean([s.metrics for s in found]), Metrics.mean([s.copy for s in found]))
+        name: Average(
+            len(found), Metrics.mean([s.metrics for s in found]), Metrics.mean([s.copy for s in found])
+        )
         for name, found in members.items()
         if found
     }

@@ -107,9 +107,14 @@ class Tokenizer:
             return found
         if text not in TOKENIZERS:
             choices = f"{', '.join(TOKENIZERS)} or spm:FILE"
-            raise UserError(f"'{text}' is no tokenizer of --tokenize{nearest(text, TOKENIZERS)}: choose {choices}")
+            raise UserError(
+                f"'{text}' is no tokenizer of --tokenize{nearest(text, TOKENIZERS)}: choose {choices}"
+            )
         if text in PACKAGES and not _installed(text):
-            raise UserError(f"--tokenize {text} needs packages that are not installed: pip install 'sacrebleu[{text[:2]}]'")
+            raise UserError(
+                f"--tokenize {text} needs packages that are not installed: pip install"
+                f" 'sacrebleu[{text[:2]}]'"
+            )
         if text in DOWNLOADED:
             _fetch_model(text)
         return cls(text)
@@ -142,7 +147,10 @@ def _fetch_model(name: str) -> None:
         except (Exception, SystemExit) as error:  # sacrebleu leaves the process when a certificate is wrong
             path.unlink(missing_ok=True)  # half a model
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"--tokenize {name} needs the model {path}, which could not be downloaded ({reason}): {instead}") from None
+            raise UserError(
+                f"--tokenize {name} needs the model {path}, which could not be downloaded ({reason}):"
+                f" {instead}"
+            ) from None
         return
     try:
         _load_pieces(path)
@@ -167,7 +175,11 @@ def make_metrics(target: str, tokenizer: Tokenizer | None = None) -> dict[str, B
     return {"bleu": chosen.bleu(), "chrf": CHRF(), "chrfpp": CHRF(word_order=2)}
 
 
-def score_corpus(metrics: dict[str, BLEU | CHRF], lines: Sequence[str], references: Sequence[Sequence[str]]) -> Metrics:
+def score_corpus(
+    metrics: dict[str, BLEU | CHRF], lines: Sequence[str], references: Sequence[Sequence[str]]
+) -> Metrics:
     """Score N lines against R references of N lines each."""
     wanted = [list(each) for each in references]
-    return Metrics(**{name: metric.corpus_score(list(lines), wanted).score for name, metric in metrics.items()})
+    return Metrics(
+        **{name: metric.corpus_score(list(lines), wanted).score for name, metric in metrics.items()}
+    )

@@ -25,7 +25,9 @@ from lsmoe_ds.languages import Direction, Languages
 RECIPE = "recipe.yaml"
 
 
-def choose_directions(asked: Sequence[str] | None, languages: Languages, untrained: bool = False) -> list[Direction]:
+def choose_directions(
+    asked: Sequence[str] | None, languages: Languages, untrained: bool = False
+) -> list[Direction]:
     """List the directions asked for, each once, or by default all of the system.
 
     ``untrained`` also allows directions between the system's languages on which it was not trained. Raises
@@ -76,16 +78,21 @@ def merge(
     tables = {part: ScoreTable.read(folder.part(question, part), empty=True) for part in parts}
     first = tables[parts[0]]
     for part, table in tables.items():
-        same = {field: getattr(first, field) for field in ("name", "resources", "skipped")} | {"question": question}
+        same = {field: getattr(first, field) for field in ("name", "resources", "skipped")} | {
+            "question": question
+        }
         for field, expected in same.items():
             if (found := getattr(table, field)) != expected:
                 raise UserError(
-                    f"part {part} in {folder.folder(question)} has {field} {_show(found)} instead of {_show(expected)}: score it again"
+                    f"part {part} in {folder.folder(question)} has {field} {_show(found)} instead of"
+                    f" {_show(expected)}: score it again"
                 )
     scores = _by_direction(tables)
     wanted_scores = [direction for direction in chosen if direction not in first.skipped]
     if unscored := [str(direction) for direction in wanted_scores if direction not in scores]:
-        raise UserError(f"no part in {folder.folder(question)} scores {', '.join(unscored)}: score the parts again")
+        raise UserError(
+            f"no part in {folder.folder(question)} scores {', '.join(unscored)}: score the parts again"
+        )
     merged = replace(first, directions=tuple(scores[direction] for direction in wanted_scores))
     folder.write(merged, languages.directions)
     return merged
@@ -102,7 +109,9 @@ def _name_comet(path: str | Path | None) -> str | None:
     return None if path is None else Comet.find(path).name
 
 
-def _find_parts(folder: ScoreFolder, wanted: ScoreTable, step: int | None, count: int, run: str | Path) -> tuple[str, list[Part]]:
+def _find_parts(
+    folder: ScoreFolder, wanted: ScoreTable, step: int | None, count: int, run: str | Path
+) -> tuple[str, list[Part]]:
     """Find the question, at ``step`` or the latest step for which all parts exist, and its parts.
 
     Raises UserError if there is none.
@@ -121,13 +130,17 @@ def _find_parts(folder: ScoreFolder, wanted: ScoreTable, step: int | None, count
         return replace(wanted, step=max(whole)).question, found[max(whole)]
     if found:
         latest = max(found)
-        missing = [str(part) for number in range(1, count + 1) if (part := Part(number, count)) not in found[latest]]
+        missing = [
+            str(part) for number in range(1, count + 1) if (part := Part(number, count)) not in found[latest]
+        ]
         place = folder.folder(replace(wanted, step=latest).question)
-        raise UserError(f"{place} lacks {', '.join(missing)}: `lsmoe evaluate {run} --part I/N` writes a part")
+        raise UserError(
+            f"{place} lacks {', '.join(missing)}: `lsmoe evaluate {run} --part I/N` writes a part"
+        )
     there = f": there are parts of {', '.join(others)}" if others else ""
     raise UserError(
-        f"{folder.home / 'scores'} has no part of {count} that answers this question{there}; `lsmoe evaluate {run} --part I/N` writes a "
-        f"part, with the same options as --merge"
+        f"{folder.home / 'scores'} has no part of {count} that answers this question{there}; `lsmoe evaluate"
+        f" {run} --part I/N` writes a part, with the same options as --merge"
     )
 
 
@@ -137,7 +150,10 @@ def _by_direction(tables: dict[Part, ScoreTable]) -> dict[Direction, DirectionSc
     for part, table in tables.items():
         for score in table.directions:
             if score.direction in by:
-                raise UserError(f"{score.direction} is scored by part {by[score.direction]} and by part {part}: score the parts again")
+                raise UserError(
+                    f"{score.direction} is scored by part {by[score.direction]} and by part {part}: score the"
+                    " parts again"
+                )
             found[score.direction], by[score.direction] = score, part
     return found
 
@@ -149,5 +165,7 @@ def find_home(run: Path) -> tuple[Path, int | None]:
     """
     checkpoints = run.resolve().parent
     if checkpoints.name == "checkpoints" and not (run / RECIPE).is_file():
-        return checkpoints.parent, step_of(run.resolve()) if run.resolve().name.removeprefix("step-").isdecimal() else None
+        return checkpoints.parent, (
+            step_of(run.resolve()) if run.resolve().name.removeprefix("step-").isdecimal() else None
+        )
     return run, None

@@ -104,8 +104,12 @@ def line_chart(series: Sequence[Series], description: str, tall: bool = True) ->
             marks.append(Markup('<path class="{} dots" d="{}"/>').format(one.kind, dots))
     label = Markup('<span class="{}" style="{}:{:.2f}%">{}</span>')
     labels = [label.format("y", "top", place(0, tick)[1] / 10, number(tick)) for tick in y_ticks]
-    labels += [label.format("x", "left", place(tick, 0)[0] / 10, number(tick)) for tick in x_ticks if tick <= x_high]
-    svg = Markup('<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{}</svg>').format(Markup("").join(marks))
+    labels += [
+        label.format("x", "left", place(tick, 0)[0] / 10, number(tick)) for tick in x_ticks if tick <= x_high
+    ]
+    svg = Markup(
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
+    ).format(Markup("").join(marks))
     chart = Markup('<div class="chart{}" role="img" aria-label="{}">{}{}</div>')
     return chart.format("" if tall else " low", description, svg, Markup("").join(labels))
 

@@ -64,7 +64,9 @@ class FileScore:
             copied = [f"{getattr(self.copy, name):.1f}"] if self.copy else []
             table.add_row(shown, f"{getattr(self.metrics, name):.1f}", *copied, self.signatures[name])
         if self.comet is not None:
-            table.add_row("COMET", f"{self.comet:.4f}", *([""] if self.copy else []), self.signatures["comet"])
+            table.add_row(
+                "COMET", f"{self.comet:.4f}", *([""] if self.copy else []), self.signatures["comet"]
+            )
         return table
 
 
@@ -82,19 +84,28 @@ def score_files(
     files that cannot be read or have different numbers of lines.
     """
     if to is None and tokenize is None:
-        raise UserError("BLEU depends on how words are told apart: give the language of the translations with --to, or --tokenize")
+        raise UserError(
+            "BLEU depends on how words are told apart: give the language of the translations with --to, or"
+            " --tokenize"
+        )
     code = read_code(to) if to is not None else None
     tokenizer = Tokenizer.parse(tokenize) if tokenize is not None else None
     if comet is not None and source is None:
         raise UserError("--comet needs the sources, too: give --source")
     judge = Comet.open(comet) if comet is not None else None
-    lines = {path: list(read_lines(path)) for path in dict.fromkeys([hypothesis, *references, *([source] if source else [])])}
+    lines = {
+        path: list(read_lines(path))
+        for path in dict.fromkeys([hypothesis, *references, *([source] if source else [])])
+    }
     count = len(lines[hypothesis])
     if not count:
         raise UserError(f"{hypothesis} holds no text")
     for path, found in lines.items():
         if len(found) != count:
-            raise UserError(f"{hypothesis} has {count:,} lines but {path} has {len(found):,}: line by line they must belong together")
+            raise UserError(
+                f"{hypothesis} has {count:,} lines but {path} has {len(found):,}: line by line they must"
+                " belong together"
+            )
     metrics, wanted = make_metrics(code or "", tokenizer), [lines[path] for path in references]
     scored = score_corpus(metrics, lines[hypothesis], wanted)
     copied = score_corpus(metrics, lines[source], wanted) if source else None

@@ -6,7 +6,7 @@
     scores/step-200.test.beam-5/en-de.source         plain lines, as many in each of the three files
     scores/step-200.test.beam-5/en-de.hypothesis
     scores/step-200.test.beam-5/en-de.reference
-    scores/step-200.test.beam-5/routing.json         expert shares, of a model with experts, on its held-out text
+    scores/step-200.test.beam-5/routing.json         expert shares on held-out text, of a model with experts
     scores/step-200.test.beam-5/part-3-of-8.json     of `lsmoe evaluate --part 3/8`
     scores.json, routing.json                        of the complete evaluation, for other programs
 
@@ -67,7 +67,10 @@ class ScoreFolder:
         if owner is None and ((self.home / RECIPE).exists() or (self.home / SCORES).exists()):
             owner = str(self.home)
         if owner not in (None, str(model.resolve())):
-            raise UserError(f"{self.home} holds the scores of {owner}: give those of {model} another folder with --out DIR")
+            raise UserError(
+                f"{self.home} holds the scores of {owner}: give those of {model} another folder with"
+                " --out DIR"
+            )
         with explain_errors(noted):
             noted.parent.mkdir(parents=True, exist_ok=True)
         write_whole(noted, json.dumps({"model": str(model.resolve())}) + "\n")
@@ -86,8 +89,13 @@ class ScoreFolder:
         """Read the lines of :data:`SIDES`. Raises UserError if a file is missing or line counts differ."""
         source, hypothesis, reference = (_read_lines(self.text(question, direction, side)) for side in SIDES)
         if not len(source) == len(hypothesis) == len(reference):
-            counts = ", ".join(f"{len(lines)} {side}" for lines, side in zip((source, hypothesis, reference), SIDES, strict=True))
-            raise UserError(f"{self.folder(question)} is damaged: {direction} has {counts} lines: evaluate it again")
+            counts = ", ".join(
+                f"{len(lines)} {side}"
+                for lines, side in zip((source, hypothesis, reference), SIDES, strict=True)
+            )
+            raise UserError(
+                f"{self.folder(question)} is damaged: {direction} has {counts} lines: evaluate it again"
+            )
         return source, hypothesis, reference
 
     def write(self, table: ScoreTable, directions: Sequence[Direction]) -> None:
@@ -100,7 +108,12 @@ class ScoreFolder:
             return
         with locked(self.home / SCORES, wait=True):
             before = self._read(self.home / SCORES)
-            if before is not None and before.covers(directions) and before.route == "specific" and _rank(before) > _rank(table):
+            if (
+                before is not None
+                and before.covers(directions)
+                and before.route == "specific"
+                and _rank(before) > _rank(table)
+            ):
                 return
             if before is not None:
                 self._keep(before, directions)
@@ -133,7 +146,9 @@ class ScoreFolder:
         paths = [self.home / SCORES, *sorted((self.home / "scores").glob("step-*.json"))]
         return [ScoreTable.read(path) for path in paths if path.is_file()]
 
-    def best(self, directions: Sequence[Direction], route: str | None = None, step: int | None = None) -> ScoreTable | None:
+    def best(
+        self, directions: Sequence[Direction], route: str | None = None, step: int | None = None
+    ) -> ScoreTable | None:
         """Choose the :func:`fullest` of the scores here, or with ``route`` of that route's scores."""
         return fullest([table for table in self.tables() if route in (None, table.route)], directions, step)
 
@@ -152,7 +167,9 @@ class ScoreFolder:
             return None
 
 
-def fullest(tables: Iterable[ScoreTable], directions: Sequence[Direction], step: int | None = None) -> ScoreTable | None:
+def fullest(
+    tables: Iterable[ScoreTable], directions: Sequence[Direction], step: int | None = None
+) -> ScoreTable | None:
     """Choose the complete evaluation of ``directions``, or else the one with most of them, or None.
 
     Among several complete ones the specific route comes first, then ``step``, then the latest step, then the
@@ -180,6 +197,8 @@ def _read_lines(path: Path) -> list[str]:
         with path.open(encoding="utf-8", newline="\n") as file:  # a carriage return does not end a line
             return file.read().split("\n")[:-1]
     except FileNotFoundError:
-        raise UserError(f"there is no text {path}: `lsmoe evaluate` of this version keeps it beside the scores") from None
+        raise UserError(
+            f"there is no text {path}: `lsmoe evaluate` of this version keeps it beside the scores"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None

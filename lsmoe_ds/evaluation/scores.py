@@ -3,13 +3,15 @@
 A :class:`ScoreTable` answers one question, which is the step, the text, the route, the search and BLEU's
 tokenizer. Its JSON::
 
-    {"name", "question", "step", "split", "beam", "length_penalty", "route", "limit", "tokenize", "asked": [direction, ...] or null,
-     "skipped": [direction, ...], "sentences", "signatures": {metric: [signature, ...]},
+    {"name", "question", "step", "split", "beam", "length_penalty", "route", "limit", "tokenize",
+     "asked": [direction, ...] or null, "skipped": [direction, ...], "sentences",
+     "signatures": {metric: [signature, ...]},
      "averages": {"into_english" | "out_of_english" | "between_others" | "all" | "high" | "medium" | "low":
                   {"directions", "bleu", "chrf", "chrfpp", "copy": {"bleu", "chrf", "chrfpp"}}},
      "resources": {bitext: "high" | "medium" | "low"},
-     "directions": {"en-de": {"bleu", "chrf", "chrfpp", "copy": {...}, "sentences", "exact", "weak", "seconds",
-                              "signatures": {metric: signature}, "samples": [{"source", "hypothesis", "reference"}, ...]}}}
+     "directions": {"en-de": {"bleu", "chrf", "chrfpp", "copy": {...}, "sentences", "exact", "weak",
+                              "seconds", "signatures": {metric: signature},
+                              "samples": [{"source", "hypothesis", "reference"}, ...]}}}
 
 With COMET a direction also has "comet", and the table "comet", which names the checkpoint.
 """
@@ -91,9 +93,14 @@ def score_direction(
     ValueError if the numbers of lines differ.
     """
     if not len(sources) == len(hypotheses) == len(references):
-        raise ValueError(f"{direction}: {len(sources)} sources, {len(hypotheses)} hypotheses and {len(references)} references")
+        raise ValueError(
+            f"{direction}: {len(sources)} sources, {len(hypotheses)} hypotheses and {len(references)}"
+            " references"
+        )
     if not references:
-        raise UserError(f"{direction} has no sentences to score: 'data.held_out' must keep at least one of this split")
+        raise UserError(
+            f"{direction} has no sentences to score: 'data.held_out' must keep at least one of this split"
+        )
     metrics, count = make_metrics(direction.target, tokenizer), len(references)
     shown = min(samples, count)
     exact, weak = shares(hypotheses, [references])
@@ -106,7 +113,10 @@ def score_direction(
         weak=weak,
         seconds=seconds,
         signatures={name: str(metric.get_signature()) for name, metric in metrics.items()},
-        samples=tuple(Sample(sources[i], hypotheses[i], references[i]) for i in (k * count // shown for k in range(shown))),
+        samples=tuple(
+            Sample(sources[i], hypotheses[i], references[i])
+            for i in (k * count // shown for k in range(shown))
+        ),
     )
 
 
@@ -117,7 +127,10 @@ def shares(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tu
     """
     characters, several = CHRF(), list(zip(*references, strict=True))
     exact = sum(h.strip() in [r.strip() for r in each] for h, each in zip(hypotheses, several, strict=True))
-    weak = sum(characters.sentence_score(h, list(each)).score < WEAK for h, each in zip(hypotheses, several, strict=True))
+    weak = sum(
+        characters.sentence_score(h, list(each)).score < WEAK
+        for h, each in zip(hypotheses, several, strict=True)
+    )
     return exact / len(hypotheses), weak / len(hypotheses)
 
 
@@ -164,7 +177,12 @@ class ScoreTable:
     def covers(self, directions: Iterable[Direction]) -> bool:
         """Tell whether this evaluates directions completely: all test sentences, default tokenizers."""
         answered = {*(score.direction for score in self.directions), *self.skipped}
-        return self.split == "test" and self.limit is None and self.tokenize is None and answered.issuperset(directions)
+        return (
+            self.split == "test"
+            and self.limit is None
+            and self.tokenize is None
+            and answered.issuperset(directions)
+        )
 
     @property
     def usual_search(self) -> bool:
@@ -181,7 +199,9 @@ class ScoreTable:
             said += f" Without sentences, and not scored: {', '.join(map(str, without))}."
         if self.covers(directions):
             return said
-        lacks = [f"only the first {self.limit:,} sentences of each direction"] if self.limit is not None else []
+        lacks = (
+            [f"only the first {self.limit:,} sentences of each direction"] if self.limit is not None else []
+        )
         missing = sum(direction not in scored and direction not in self.skipped for direction in directions)
         lacks += [f"only {len(scored)} of {len(directions)} directions"] if missing else []
         lacks += [f"BLEU by the tokenizer {self.tokenize}"] if self.tokenize is not None else []
@@ -197,12 +217,17 @@ class ScoreTable:
 
     def share(self, name: str) -> float:
         """Return the share, from 0 to 1, of all sentences that are ``name``: ``exact`` or ``weak``."""
-        return sum(getattr(score, name) * score.sentences for score in self.directions) / max(self.sentences, 1)
+        return sum(getattr(score, name) * score.sentences for score in self.directions) / max(
+            self.sentences, 1
+        )
 
     def signatures(self) -> dict[str, list[str]]:
         """List the signatures of each metric, each once: BLEU has one for every tokenizer."""
         names = dict.fromkeys(name for score in self.directions for name in score.signatures)
-        return {name: list(dict.fromkeys(score.signatures[name] for score in self.directions)) for name in names or METRICS}
+        return {
+            name: list(dict.fromkeys(score.signatures[name] for score in self.directions))
+            for name in names or METRICS
+        }
 
     def to_json(self) -> str:
         value = {
@@ -240,7 +265,10 @@ class ScoreTable:
                 raise ValueError(f"a resource group is none of {', '.join(RESOURCES)}")
             if not value["directions"] and not empty:
                 raise ValueError("no direction is scored")
-            scored = tuple(_direction_from_json(Direction.parse(name), score) for name, score in value["directions"].items())
+            scored = tuple(
+                _direction_from_json(Direction.parse(name), score)
+                for name, score in value["directions"].items()
+            )
             asked = value.get("asked", [str(score.direction) for score in scored])
             return cls(
                 name=str(value["name"]),
@@ -292,7 +320,9 @@ class ScoreTable:
             table.add_column(column, justify="right")
         for score in self.directions:
             comet = [] if self.comet is None else [f"{score.comet:.4f}" if score.comet is not None else ""]
-            table.add_row(str(score.direction), *_cells(score.metrics, score.copy), *comet, f"{score.sentences:,}")
+            table.add_row(
+                str(score.direction), *_cells(score.metrics, score.copy), *comet, f"{score.sentences:,}"
+            )
         table.add_section()
         for name, average in self.averages().items():
             comet = [] if self.comet is None else [""]
@@ -344,7 +374,11 @@ def _direction_from_json(direction: Direction, value: Mapping[str, Any]) -> Dire
         exact=float(value["exact"]),
         weak=float(value["weak"]),
         seconds=float(value["seconds"]),
-        signatures={name: str(value["signatures"][name]) for name in dict.fromkeys([*METRICS, *value["signatures"]])},
-        samples=tuple(Sample(str(s["source"]), str(s["hypothesis"]), str(s["reference"])) for s in value["samples"]),
+        signatures={
+            name: str(value["signatures"][name]) for name in dict.fromkeys([*METRICS, *value["signatures"]])
+        },
+        samples=tuple(
+            Sample(str(s["source"]), str(s["hypothesis"]), str(s["reference"])) for s in value["samples"]
+        ),
         comet=None if value.get("comet") is None else float(value["comet"]),
     )

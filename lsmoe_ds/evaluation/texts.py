@@ -25,7 +25,8 @@ from lsmoe_ds.notices import listed, notice
 SPLITS = ("test", "dev")
 
 FORMS = (
-    "give a folder, a TSV file, the common part of file names (mytest for mytest.de and mytest.en), or --test CODE=FILE for each language"
+    "give a folder, a TSV file, the common part of file names (mytest for mytest.de and mytest.en), or --test"
+    " CODE=FILE for each language"
 )
 Pairs = tuple[list[str], list[str]]
 
@@ -49,14 +50,18 @@ class Texts:
         """Keep the first ``limit`` sentences of each direction."""
         return replace(
             self,
-            by_direction={d: (source[:limit], target[:limit]) for d, (source, target) in self.by_direction.items()},
+            by_direction={
+                d: (source[:limit], target[:limit]) for d, (source, target) in self.by_direction.items()
+            },
         )
 
 
 def read_held_out(data: PreparedData, split: str, directions: Sequence[Direction]) -> Texts:
     """Read the ``test`` or ``dev`` text of prepared data. Raises UserError if no direction has any."""
     check_split(split)
-    return _skip_empty(split, {direction: data.text(direction, split) for direction in directions}, f"{split} sentences")
+    return _skip_empty(
+        split, {direction: data.text(direction, split) for direction in directions}, f"{split} sentences"
+    )
 
 
 def check_split(split: str) -> None:
@@ -87,7 +92,11 @@ def read_own(paths: Sequence[str], split: str, directions: Sequence[Direction]) 
     texts: dict[Direction, Pairs] = {}
     for direction in directions:
         first, second = pairs.get(direction.bitext, ([], []))
-        texts[direction] = (first, second) if direction.bitext == f"{direction.source}-{direction.target}" else (second, first)
+        texts[direction] = (
+            (first, second)
+            if direction.bitext == f"{direction.source}-{direction.target}"
+            else (second, first)
+        )
     split = f"{re.sub('[^A-Za-z0-9_-]+', '-', name)[:40].strip('-') or 'own'}-{digest.hexdigest()[:8]}"
     return _skip_empty(split, texts, f"text in {name}")
 
@@ -96,7 +105,9 @@ def _skip_empty(split: str, texts: dict[Direction, Pairs], what: str) -> Texts:
     skipped = tuple(direction for direction, (source, _) in texts.items() if not source)
     if len(skipped) == len(texts):
         raise UserError(f"there is nothing to score: {say_skipped(skipped, what)}")
-    return Texts(split, {direction: text for direction, text in texts.items() if direction not in skipped}, skipped)
+    return Texts(
+        split, {direction: text for direction, text in texts.items() if direction not in skipped}, skipped
+    )
 
 
 def say_skipped(skipped: Sequence[Direction], what: str) -> str:
@@ -126,7 +137,9 @@ def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str
     layout = _layout(path)
     found = find_parts([Corpus(path=path, format=layout)], Path(), bitexts)
     # If nothing is marked as dev or test, as in a table, the whole text is the set.
-    chosen = [part for part in found if part.split == split] or [part for part in found if part.split == "train"]
+    chosen = [part for part in found if part.split == split] or [
+        part for part in found if part.split == "train"
+    ]
     if chosen and split != SPLITS[0] and chosen[0].split != split:
         raise _one_set(str(path))
     parts: dict[str, list[TextPart]] = {}
@@ -149,7 +162,9 @@ def _layout(path: Path) -> Literal["opus100", "flores", "ntrex", "iwslt", "moses
         raise UserError(f"--test {path} is one file: {FORMS}")
     if not path.is_dir():
         if not path.parent.is_dir() or not any(path.parent.glob(f"{path.name}.*")):
-            raise UserError(f"--test {path}: there is no such folder and there are no files {path}.CODE: {FORMS}")
+            raise UserError(
+                f"--test {path}: there is no such folder and there are no files {path}.CODE: {FORMS}"
+            )
         return "moses"
     if (path / "dev").is_dir() or (path / "devtest").is_dir():
         return "flores"
@@ -175,7 +190,9 @@ def _name_files(paths: Sequence[str], bitexts: Iterable[str]) -> tuple[str, dict
         codes = {code for bitext in bitexts for code in bitext.split("-")}
         language = find_code(code, codes) or normalize_code(code)
         if not CODE.match(language):
-            raise UserError(f"--test {text}: '{code}' is not a language code: write --test CODE=FILE, such as de={path}")
+            raise UserError(
+                f"--test {text}: '{code}' is not a language code: write --test CODE=FILE, such as de={path}"
+            )
         if language in files:
             raise UserError(f"--test names two files for {language}: {files[language]} and {path}")
         files[language] = path

@@ -23,7 +23,11 @@ from lsmoe_ds.folders import read_fields, write_json
 
 
 def write_files(
-    folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path, optimizer_of: Stored | None = None
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    recipe: Recipe,
+    vocabulary: Path,
+    optimizer_of: Stored | None = None,
 ) -> list[str]:
     """Write the kind ``consolidated``, and the optimizer's state of the run ``optimizer_of`` if there is one.
 
@@ -41,7 +45,10 @@ def write_files(
     entries = weights.entries.items()
     stepped = {name: each for name, each in entries if name not in frozen and not each.is_buffer}
     names += save_tensors(_tensors(optimizer, Tensors(stepped)), folder, STEM)
-    write_json(folder / STATE, {"step": state["step"], "optimizer_step": optimizer.step, "position": state["position"]})
+    write_json(
+        folder / STATE,
+        {"step": state["step"], "optimizer_step": optimizer.step, "position": state["position"]},
+    )
     return [*names, STATE]
 
 

@@ -29,7 +29,13 @@ QUANTIZATIONS = ("float32", "int8", "int8_float32")  # of the stored weights
 POSITIONS = 1024  # CTranslate2 cuts sources there
 
 
-def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path, quantization: str = "float32") -> list[str]:
+def write_files(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    recipe: Recipe,
+    vocabulary: Path,
+    quantization: str = "float32",
+) -> list[str]:
     """Write a dense model's weights (by global name) and vocabulary into ``folder`` and return the names of
     the files.
 
@@ -47,14 +53,21 @@ def specify(tensors: Mapping[str, Tensor], recipe: Recipe, pieces: Sequence[str]
     :func:`write_files`.
     """
     if quantization not in QUANTIZATIONS:
-        raise UserError(f"'{quantization}' is no quantization{nearest(quantization, QUANTIZATIONS)}: choose {', '.join(QUANTIZATIONS)}")
+        raise UserError(
+            f"'{quantization}' is no quantization{nearest(quantization, QUANTIZATIONS)}: choose"
+            f" {', '.join(QUANTIZATIONS)}"
+        )
     specs, model = library().specs, recipe.model
     layers = model.encoder.layers, model.decoder.layers
-    spec = specs.TransformerSpec.from_config(layers, model.heads, pre_norm=True, activation=specs.Activation.RELU)
+    spec = specs.TransformerSpec.from_config(
+        layers, model.heads, pre_norm=True, activation=specs.Activation.RELU
+    )
     weights = {name: value.detach().to("cpu", torch.float32).numpy() for name, value in tensors.items()}
 
     def fill(part: Any, *names: str) -> None:
-        """Fill a linear layer or norm from ours; several become one product with their outputs side by side."""
+        """Fill a linear layer or norm from ours; several become one product with their outputs side by
+        side.
+        """
         kernel = "gamma" if hasattr(part, "gamma") else "weight"
         for ours, theirs in (("weight", kernel), ("bias", "beta" if kernel == "gamma" else "bias")):
             joined = torch.cat([torch.from_numpy(weights[f"{name}.{ours}"]) for name in names])
@@ -66,7 +79,9 @@ def specify(tensors: Mapping[str, Tensor], recipe: Recipe, pieces: Sequence[str]
             fill(linear, *(f"{at}.{name}" for name in names))
 
     try:
-        positions = sinusoids(FIRST_POSITION, max(POSITIONS, 2 * recipe.data.batch.max_length + 32), model.hidden).numpy()
+        positions = sinusoids(
+            FIRST_POSITION, max(POSITIONS, 2 * recipe.data.batch.max_length + 32), model.hidden
+        ).numpy()
         for side, part in (("encoder", spec.encoder), ("decoder", spec.decoder)):
             embeddings = part.embeddings[0] if side == "encoder" else part.embeddings
             embeddings.weight = weights["embedding.tokens.weight"]

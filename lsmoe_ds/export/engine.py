@@ -17,11 +17,13 @@ from lsmoe_ds.languages import Direction, nearest
 ENGINES = ("torch", "ctranslate2")
 
 
-def load_engine(path: str | Path, route: str = "specific", engine: str | None = None, direction: Direction | None = None) -> Engine:
+def load_engine(
+    path: str | Path, route: str = "specific", engine: str | None = None, direction: Direction | None = None
+) -> Engine:
     """Load a model into the engine that it is for, or into ``engine``.
 
-    For CTranslate2, a run or dense folder is converted on the way, for ``direction``. Raises UserError where a path,
-    route, engine or conversion is not possible.
+    For CTranslate2, a run or dense folder is converted on the way, for ``direction``. Raises UserError where
+    a path, route, engine or conversion is not possible.
     """
     if engine is not None and engine not in ENGINES:
         raise UserError(f"'{engine}' is no engine{nearest(engine, ENGINES)}: choose {' or '.join(ENGINES)}")

@@ -1,15 +1,16 @@
-"""Grow a trained model: more experts, experts in the place of dense feed-forwards, more languages, more methods.
+"""Grow a trained model: more experts, experts in the place of dense feed-forwards, more languages, more
+methods.
 
 Whatever has a place in the trained model keeps its values. What is new:
 
 - an expert is a copy: of another one, or of the dense feed-forward that it stands in for;
-- in a router by task the tasks that were there give new experts less than any other, so that with K > 1 they choose as before;
-  a new task takes the choices of a language like it, or they are drawn;
+- in a router by task the tasks that were there give new experts less than any other, so that with K > 1 they
+  choose as before; a new task takes the choices of a language like it, or they are drawn;
 - the tag of a new language takes the embedding of a language like it, or the mean of all tags;
 - all else is drawn as for a new training, in which what methods add changes nothing at first.
 
-So directions that were there translate as before, but for new experts of routers that read tokens or sentences. H hidden, E experts,
-L languages.
+So directions that were there translate as before, but for new experts of routers that read tokens or
+sentences. H hidden, E experts, L languages.
 """
 
 from __future__ import annotations
@@ -61,23 +62,35 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
     """
     before = stored.recipe
     given = {override.partition("=")[0].strip() for override in overrides}
-    anew: dict[str, Any] = {"name": name_of(out), "data": {"name": None}}  # what is prepared for it gets its own name
+    anew: dict[str, Any] = {
+        "name": name_of(out),
+        "data": {"name": None},
+    }  # what is prepared for it gets its own name
     if "data.languages" in given and "data.directions" not in given:
         anew["data"]["directions"] = []  # those of the trained model were made of its languages
     if "data.directions" in given and "data.languages" not in given:
         anew["data"]["languages"] = []  # those of the trained model may lack new ones
     after = load_recipe(stored.home / RECIPE, overrides, anew)
     if gone := sorted(set(before.languages.codes) - set(after.languages.codes)):
-        raise UserError(f"the grown recipe lacks the language {gone[0]}, which the model has: languages can be added, not taken away")
+        raise UserError(
+            f"the grown recipe lacks the language {gone[0]}, which the model has: languages can be added, not"
+            " taken away"
+        )
     vocabulary = Vocabulary.load(stored.vocabulary)
     new = [code for code in after.languages.codes if code not in vocabulary.codes]
     model = add_tags(stored.vocabulary.read_bytes(), new)
     of_vocabulary = {"size": Vocabulary(model).size, "type": vocabulary.type, "file": str(out / VOCABULARY)}
-    changes = {**anew, "data": {**anew["data"], "vocabulary": of_vocabulary}, "training": {"start_from": str(out)}}
+    changes = {
+        **anew,
+        "data": {**anew["data"], "vocabulary": of_vocabulary},
+        "training": {"start_from": str(out)},
+    }
     return load_recipe(stored.home / RECIPE, overrides, changes), model
 
 
-def grow(weights: Mapping[str, Tensor], before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness) -> Tensors:
+def grow(
+    weights: Mapping[str, Tensor], before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness
+) -> Tensors:
     """Return the tensors of the grown model, by global name, each made when it is asked for.
 
     ``vocabulary`` is the trained model's. Raises UserError where the recipes differ in more than can be
@@ -89,7 +102,9 @@ def grow(weights: Mapping[str, Tensor], before: Recipe, after: Recipe, vocabular
     for name in old:
         at, _, rest = name.rpartition("feed_forward.")
         if name not in shapes and f"{at}feed_forward.experts.0.{rest}" not in shapes:
-            raise UserError(f"the grown model has no place for {name}: nothing that the model has can be taken away")
+            raise UserError(
+                f"the grown model has no place for {name}: nothing that the model has can be taken away"
+            )
     return Tensors({name: grown.entry(name, shape) for name, shape in shapes.items()})
 
 
@@ -116,28 +131,48 @@ class _Grown:
         self.methods = methods_of(after, Topology.single())
         self.like = like if like.language is None else replace(like, language=self.old.own(like.language))
         for side, _, moe in before.model.moe_layers():
-            self._check_tasks(side, moe, (after.model.encoder if side == "encoder" else after.model.decoder).moe)
+            self._check_tasks(
+                side, moe, (after.model.encoder if side == "encoder" else after.model.decoder).moe
+            )
         for side, layer, moe in after.model.moe_layers():
             if f"{side}.{layer}.feed_forward.expand.weight" in weights and moe.top_k == 1:
                 raise UserError(
-                    f"experts in the place of the {side}'s dense feed-forwards need 'top_k' of 2 or more: with 1 the output is multiplied "
-                    f"by a probability, about 1 / {moe.experts} at first"
+                    f"experts in the place of the {side}'s dense feed-forwards need 'top_k' of 2 or more:"
+                    f" with 1 the output is multiplied by a probability, about 1 / {moe.experts} at first"
                 )
 
     def _check_tasks(self, side: str, old: MoE, new: MoE | None) -> None:
         """Raise UserError if existing tasks would be assigned to other experts."""
-        if new is None or (old.routing, old.task, old.expert_groups) != (new.routing, new.task, new.expert_groups):
-            raise UserError(f"the {side} of the model has other experts: 'routing', 'task' and 'expert_groups' must stay as they are")
+        if new is None or (old.routing, old.task, old.expert_groups) != (
+            new.routing,
+            new.task,
+            new.expert_groups,
+        ):
+            raise UserError(
+                f"the {side} of the model has other experts: 'routing', 'task' and 'expert_groups' must stay"
+                " as they are"
+            )
         if new.experts < old.experts:
-            raise UserError(f"the {side} has {counted(old.experts, 'expert')}: they can be more, not {new.experts}")
+            raise UserError(
+                f"the {side} has {counted(old.experts, 'expert')}: they can be more, not {new.experts}"
+            )
         tasks = self.old.tasks(old.task), self.new.tasks(old.task)
         if old.expert_groups > 1 and (old.experts != new.experts or tasks[0] != tasks[1]):
-            raise UserError(f"the experts of the {side} stand in groups, to which tasks would be assigned anew: nothing can be added")
+            raise UserError(
+                f"the experts of the {side} stand in groups, to which tasks would be assigned anew: nothing"
+                " can be added"
+            )
         if old.routing != "static":
             return
-        assigned = [dict(zip(which.tasks(old.task), assign(moe, which), strict=True)) for moe, which in ((old, self.old), (new, self.new))]
+        assigned = [
+            dict(zip(which.tasks(old.task), assign(moe, which), strict=True))
+            for moe, which in ((old, self.old), (new, self.new))
+        ]
         if moved := [task for task, experts in assigned[0].items() if assigned[1].get(task) != experts]:
-            raise UserError(f"static routing would assign other experts of the {side} to the task {moved[0]}, which has its own already")
+            raise UserError(
+                f"static routing would assign other experts of the {side} to the task {moved[0]}, which has"
+                " its own already"
+            )
 
     def entry(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
         """Return the entry of the grown model's tensor of this name."""
@@ -155,7 +190,9 @@ class _Grown:
         return self._same(name, shape, name)
 
     def _of_method(self, method: Method, name: str, shape: tuple[int, ...]) -> LazyTensor:
-        """Return a method's parameter: with the rows that languages had, or drawn where the model had none."""
+        """Return a method's parameter: with the rows that languages had, or drawn where the model had
+        none.
+        """
         if name not in self.weights:
             value = self.state[name]
             is_buffer = not isinstance(value, nn.Parameter)
@@ -175,8 +212,8 @@ class _Grown:
         found = self.weights.shape(source) if source in self.weights else None
         if found != shape:
             raise UserError(
-                f"{name} should be {shape}, the model has {found or 'none'}: experts, languages and methods can be added, "
-                f"all else must stay as it is"
+                f"{name} should be {shape}, the model has {found or 'none'}: experts, languages and methods"
+                " can be added, all else must stay as it is"
             )
         return self.weights.entries[source]
 
@@ -189,7 +226,9 @@ class _Grown:
         count = sum(each.startswith(f"{at}experts.") and each.endswith(f".{rest}") for each in self.weights)
         source = number % max(count, 1) if self.like.expert is None else self.like.expert
         if self.like.expert is not None and not 0 <= source < count:
-            raise UserError(f"there is no expert {source} for new ones to be like: the model has experts 0 to {count - 1}")
+            raise UserError(
+                f"there is no expert {source} for new ones to be like: the model has experts 0 to {count - 1}"
+            )
         return f"{at}experts.{source}.{rest}"
 
     def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -198,7 +237,10 @@ class _Grown:
     def _embedding(self, shape: tuple[int, ...]) -> Tensor:
         """Return the embedding: rows keep their places, and those of new tags come last."""
         old = self.weights[EMBEDDING]
-        tags = [self.vocabulary.tag_id(code) for code in ([self.like.language] if self.like.language else self.vocabulary.codes)]
+        tags = [
+            self.vocabulary.tag_id(code)
+            for code in ([self.like.language] if self.like.language else self.vocabulary.codes)
+        ]
         return torch.cat([old, old[tags].mean(0, keepdim=True).expand(shape[0] - len(old), -1)])
 
     def _router(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -206,7 +248,10 @@ class _Grown:
         whole = self._drawn(name, shape)
         if name not in self.weights:
             return whole
-        old, settings = self.weights[name], (self.after.model.encoder if name.startswith("encoder") else self.after.model.decoder).moe
+        old, settings = (
+            self.weights[name],
+            (self.after.model.encoder if name.startswith("encoder") else self.after.model.decoder).moe,
+        )
         assert settings is not None
         if not settings.by_task:
             whole[: len(old)] = old
@@ -222,13 +267,17 @@ class _Grown:
         return whole
 
     def _task_like(self, task: str, before: Sequence[str]) -> str | None:
-        """Return the task whose choices a new one takes: the same with the language that new ones are like."""
+        """Return the task whose choices a new one takes: the same with the language that new ones are
+        like.
+        """
         if self.like.language is None:
             return None
         parts = [part if part in self.old.codes else self.like.language for part in task.split("-")]
         return "-".join(parts) if "-".join(parts) in before else None
 
-    def _by_language(self, name: str, shape: tuple[int, ...], before: dict[str, slice], after: dict[str, slice]) -> Tensor:
+    def _by_language(
+        self, name: str, shape: tuple[int, ...], before: dict[str, slice], after: dict[str, slice]
+    ) -> Tensor:
         old, whole = self.weights[name], self._drawn(name, shape)
         for code, rows in before.items():
             if code not in after or after[code].stop - after[code].start != rows.stop - rows.start:

@@ -1,9 +1,9 @@
 """M2M-100, NLLB and NLLB-MoE models of Hugging Face as ours; of dense ones :mod:`lsmoe_ds.export.huggingface`
 is the reverse.
 
-Weights, segmentation of text (:mod:`lsmoe_ds.export.their_vocabulary`) and the use of tags stay what they were,
-so an imported model translates as it did, and a training can begin with it. H hidden, F feed-forward width,
-V vocabulary.
+Weights, segmentation of text (:mod:`lsmoe_ds.export.their_vocabulary`) and the use of tags stay what they
+were, so an imported model translates as it did, and a training can begin with it. H hidden, F feed-forward
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,12 +30,24 @@ from lsmoe_ds.export.tokenizer import is_ours
 from lsmoe_ds.folders import is_count, read_json
 from lsmoe_ds.notices import counted
 
-TIED = (EMBEDDING[1], "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
+TIED = (
+    EMBEDDING[1],
+    "model.encoder.embed_tokens.weight",
+    "model.decoder.embed_tokens.weight",
+    "lm_head.weight",
+)
 """Names under which the one embedding may be stored."""
 KINDS = {"m2m_100": "dense M2M-100", nllb_moe.TYPE: "NLLB-MoE of this config.json"}
 COMPUTED = re.compile(r"model\.(encoder|decoder)\.(embed_positions\.weights|version)")
 PICKLED = "pytorch_model"
-WIDTHS = ("d_model", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads", "decoder_layers", "decoder_ffn_dim")
+WIDTHS = (
+    "d_model",
+    "encoder_layers",
+    "encoder_ffn_dim",
+    "encoder_attention_heads",
+    "decoder_layers",
+    "decoder_ffn_dim",
+)
 TRAINING = {"steps": 10000, "learning_rate": 1e-4, "warmup": 500}
 
 
@@ -52,14 +64,18 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
     for side in ("encoder", "decoder"):
         if config[f"{side}_layers"] > len(theirs):  # as good as endless for whatever counts them
             layers, tensors = config[f"{side}_layers"], counted(len(theirs), "tensor")
-            raise UserError(f"{folder}: '{side}_layers' in config.json is {layers}, but the folder has {tensors}")
+            raise UserError(
+                f"{folder}: '{side}_layers' in config.json is {layers}, but the folder has {tensors}"
+            )
     sparse = config["model_type"] == nllb_moe.TYPE
     if sparse and (experts := nllb_moe.count_experts(config)) > len(theirs):
         tensors = counted(len(theirs), "tensor")
         raise UserError(f"{folder} should have {experts:,} experts by config.json, but has {tensors}")
     embedding = config["vocab_size"], config["d_model"]
     if TIED[0] in theirs and theirs.shape(TIED[0]) != embedding:  # before a piece is made for each row
-        raise UserError(f"{folder}: {TIED[0]} should be {embedding} by config.json, found {theirs.shape(TIED[0])}")
+        raise UserError(
+            f"{folder}: {TIED[0]} should be {embedding} by config.json, found {theirs.shape(TIED[0])}"
+        )
     model, rows = read_vocabulary(folder, config["vocab_size"])
     recipe = _recipe(config, overrides, out, model, _own_settings(folder))
     names = nllb_moe.names(recipe) if sparse else {name: str(their_name(name)) for name in our_names(recipe)}
@@ -89,17 +105,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if kind not in KINDS:
         only = f"only dense M2M-100 and NLLB models (m2m_100) and NLLB-MoE ({nllb_moe.TYPE}) are imported"
         raise UserError(f"{folder} is of the type {kind!r}: {only}")
-    for key, wanted in (("activation_function", "relu"), ("scale_embedding", True), ("tie_word_embeddings", True)):
+    for key, wanted in (
+        ("activation_function", "relu"),
+        ("scale_embedding", True),
+        ("tie_word_embeddings", True),
+    ):
         if config.get(key, wanted) != wanted:
-            raise UserError(f"{folder} has '{key}' {config[key]!r} in config.json: lsmoe_ds has {wanted!r} only")
+            raise UserError(
+                f"{folder} has '{key}' {config[key]!r} in config.json: lsmoe_ds has {wanted!r} only"
+            )
     for key in ("vocab_size", "decoder_attention_heads", *WIDTHS):
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise UserError(f"{folder}: '{key}' in config.json should be a number from 1 to {2**31 - 1}, found {value!r}")
+            raise UserError(
+                f"{folder}: '{key}' in config.json should be a number from 1 to {2**31 - 1}, found {value!r}"
+            )
     if config["encoder_attention_heads"] != config["decoder_attention_heads"]:
         raise UserError(
-            f"{folder} has {config['encoder_attention_heads']} attention heads in the encoder and {config['decoder_attention_heads']} in "
-            f"the decoder: lsmoe_ds has one number for both"
+            f"{folder} has {config['encoder_attention_heads']} attention heads in the encoder and"
+            f" {config['decoder_attention_heads']} in the decoder: lsmoe_ds has one number for both"
         )
     return {**config, **nllb_moe.routing(config, folder)} if kind == nllb_moe.TYPE else config
 
@@ -116,7 +140,10 @@ def _open_weights(folder: Path) -> Tensors:
         (first, kept), *others = embeddings.items()
         for name, other in others:
             if other.shape != kept.shape or not torch.equal(other.make(), kept.make()):
-                raise UserError(f"{folder} has another matrix in {name} than in {first}: lsmoe_ds has one for source, target and output")
+                raise UserError(
+                    f"{folder} has another matrix in {name} than in {first}: lsmoe_ds has one for source,"
+                    " target and output"
+                )
         entries[TIED[0]] = kept
     return Tensors(entries)
 
@@ -142,8 +169,8 @@ def _shapes(recipe: Recipe, vocabulary: int, names: Iterable[str]) -> dict[str, 
 
 
 def _own_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of a recipe's text that the files of a model tell: the tags it was trained with, and
-    of one that we exported the greatest length of a source.
+    """Return the settings of a recipe's text that the files of a model tell: the tags it was trained with,
+    and of one that we exported the greatest length of a source.
     """
     made, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json") or {}
     if made is None or not is_ours(made):
@@ -154,10 +181,16 @@ def _own_settings(folder: Path) -> dict[str, Any]:
     return found | ({"batch": {"max_length": longest}} if is_count(longest) and 4 <= longest < 2**20 else {})
 
 
-def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, model: bytes, data: dict[str, Any]) -> Recipe:
+def _recipe(
+    config: Mapping[str, Any], overrides: Sequence[str], out: Path, model: bytes, data: dict[str, Any]
+) -> Recipe:
     """Return the recipe of a training that begins with the model in ``out``."""
     vocabulary = Vocabulary(model)
-    training = {**TRAINING, "dropout": config.get("dropout", 0.1), "attention_dropout": config.get("attention_dropout", 0.0)}
+    training = {
+        **TRAINING,
+        "dropout": config.get("dropout", 0.1),
+        "attention_dropout": config.get("attention_dropout", 0.0),
+    }
     value: dict[str, Any] = {"name": name_of(out), "data": data, "training": training}
     places: Places = {}
     for override in overrides:
@@ -166,16 +199,31 @@ def _recipe(config: Mapping[str, Any], overrides: Sequence[str], out: Path, mode
             raise UserError(f"'--set {override}': '{key}' is what the imported model makes it")
         apply_override(value, override, places)
     if not isinstance(value["data"], dict) or not value["data"].get("corpora"):
-        raise UserError("nothing says on what the model is to be trained: add --set data.corpora=[NAME] and --set data.languages=[de,fr]")
+        raise UserError(
+            "nothing says on what the model is to be trained: add --set data.corpora=[NAME] and --set"
+            " data.languages=[de,fr]"
+        )
     if not value["data"].get("languages") and not value["data"].get("directions"):
-        raise UserError("nothing says which languages are to be trained: add --set data.languages=[de,fr] or --set data.directions=[en-de]")
-    sides = {side: {"layers": config[f"{side}_layers"], "feed_forward": config[f"{side}_ffn_dim"]} for side in ("encoder", "decoder")}
+        raise UserError(
+            "nothing says which languages are to be trained: add --set data.languages=[de,fr] or --set"
+            " data.directions=[en-de]"
+        )
+    sides = {
+        side: {"layers": config[f"{side}_layers"], "feed_forward": config[f"{side}_ffn_dim"]}
+        for side in ("encoder", "decoder")
+    }
     if config["model_type"] == nllb_moe.TYPE:
         sides = {side: {**section, **nllb_moe.experts(config, side)} for side, section in sides.items()}
     merge(
         value,
         {
-            "data": {"vocabulary": {"file": str(out / VOCABULARY), "size": vocabulary.size, "type": vocabulary.type}},
+            "data": {
+                "vocabulary": {
+                    "file": str(out / VOCABULARY),
+                    "size": vocabulary.size,
+                    "type": vocabulary.type,
+                }
+            },
             "model": {"hidden": config["d_model"], "heads": config["encoder_attention_heads"], **sides},
             "training": {"start_from": str(out)},
         },

@@ -1,13 +1,16 @@
-"""The dense sub-network of one direction: what a sparse model computes for it, exactly, as a plain Transformer.
+"""The dense sub-network of one direction: what a sparse model computes for it, exactly, as a plain
+Transformer.
 
-For a fixed direction every task-routed layer uses the same K experts with the same weights g, and their sum is one
-feed-forward of width K F ("Beyond Distillation", section 3.1, extracts such sub-networks for serving)::
+For a fixed direction every task-routed layer uses the same K experts with the same weights g, and their sum
+is one feed-forward of width K F ("Beyond Distillation", section 3.1, extracts such sub-networks for
+serving)::
 
-    sum_k g_k (relu(x W1_k + b1_k) W2_k + b2_k) = relu(x [W1_1 .. W1_K] + [b1_1 .. b1_K]) [g_1 W2_1; ..; g_K W2_K] + sum_k g_k b2_k
+    sum_k g_k (relu(x W1_k + b1_k) W2_k + b2_k)
+        = relu(x [W1_1 .. W1_K] + [b1_1 .. b1_K]) [g_1 W2_1; ..; g_K W2_K] + sum_k g_k b2_k
 
-Methods merge what they added into the layers beside it (``Method.merge``): by the ``specific`` route that of the
-direction's languages, by the ``shared`` route what all languages share. A shared feed-forward beside experts takes the
-layer's place by the shared route, whatever the routing, and falls away by the specific one.
+Methods merge what they added into the layers beside it (``Method.merge``): by the ``specific`` route that of
+the direction's languages, by the ``shared`` route what all languages share. A shared feed-forward beside
+experts takes the layer's place by the shared route, whatever the routing, and falls away by the specific one.
 
 H hidden, F width of an expert, K top-k.
 """
@@ -22,7 +25,16 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds import __version__
-from lsmoe_ds.checkpoint.stored import PLAIN, PROVENANCE, READABLE, Stored, Weights, find_model, read_weights, write_folder
+from lsmoe_ds.checkpoint.stored import (
+    PLAIN,
+    PROVENANCE,
+    READABLE,
+    Stored,
+    Weights,
+    find_model,
+    read_weights,
+    write_folder,
+)
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Model, Parallel, Recipe, Side
@@ -38,7 +50,9 @@ ALL = "all"  # in the place of a direction
 FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bias")
 
 
-def check_convertible(recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False) -> None:
+def check_convertible(
+    recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False
+) -> None:
     """Raise UserError, with the reason, if the model has no dense equivalent for this direction and route.
 
     Without a direction: for all directions of the recipe at once. With ``hybrid`` layers whose experts are
@@ -55,25 +69,38 @@ def check_convertible(recipe: Recipe, direction: Direction | None, route: str = 
         numbers = [layer for side, layer, _ in stays if side == name]
         place = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {', '.join(numbers)}"
         raise UserError(
-            f"the {name} routes by {routing} in {place}: {routing}s choose their experts at run time, so no fixed sub-network exists; "
-            f"train with model.{name}.moe.routing: task to extract one, keep the {name}'s experts with --to hybrid, or serve all of it"
+            f"the {name} routes by {routing} in {place}: {routing}s choose their experts at run time, so no"
+            f" fixed sub-network exists; train with model.{name}.moe.routing: task to extract one, keep the"
+            f" {name}'s experts with --to hybrid, or serve all of it"
         )
     if hybrid and not stays:
-        raise UserError("--to hybrid is for models that route by token or sentence: this one has a plain equal, so use --to dense")
+        raise UserError(
+            "--to hybrid is for models that route by token or sentence: this one has a plain equal, so use"
+            " --to dense"
+        )
     for method in methods_of(recipe, Topology.single()):
         method.check_merge(check_route(route, recipe))
     if direction is None and any(moe.by_task for _, _, moe in layers):
-        raise UserError("no dense model serves all directions, since each has experts of its own: name one, as in --direction en-de")
+        raise UserError(
+            "no dense model serves all directions, since each has experts of its own: name one, as in"
+            " --direction en-de"
+        )
     if direction is None and not serves_all(recipe, route):
         raise UserError("the specific route needs a direction: name one, as in --direction en-de")
 
 
 def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
     """Yield (side, layer, settings) of each layer whose experts the route uses."""
-    return ((side, layer, moe) for side, layer, moe in model.moe_layers() if route == "specific" or not moe.has_shared)
+    return (
+        (side, layer, moe)
+        for side, layer, moe in model.moe_layers()
+        if route == "specific" or not moe.has_shared
+    )
 
 
-def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages, task: int) -> dict[str, LazyTensor]:
+def join_experts(
+    weights: Tensors, at: str, settings: MoE, languages: Languages, task: int
+) -> dict[str, LazyTensor]:
     """Return one feed-forward that equals a layer routed by task, for one task; ``at`` is the layer's name up
     to ``feed_forward.``.
 
@@ -100,13 +127,21 @@ def join_experts(weights: Tensors, at: str, settings: MoE, languages: Languages,
     return {
         f"{at}expand.weight": LazyTensor((count * width, hidden), lambda: torch.cat(of("expand.weight"))),
         f"{at}expand.bias": LazyTensor((count * width,), lambda: torch.cat(of("expand.bias"))),
-        f"{at}contract.weight": LazyTensor((hidden, count * width), lambda: torch.cat(weighted("contract.weight"), 1)),
-        f"{at}contract.bias": LazyTensor(shape("contract.bias"), lambda: torch.stack(weighted("contract.bias")).sum(0)),
+        f"{at}contract.weight": LazyTensor(
+            (hidden, count * width), lambda: torch.cat(weighted("contract.weight"), 1)
+        ),
+        f"{at}contract.bias": LazyTensor(
+            shape("contract.bias"), lambda: torch.stack(weighted("contract.bias")).sum(0)
+        ),
     }
 
 
 def extract(
-    weights: Mapping[str, Tensor], recipe: Recipe, direction: Direction | None, route: str = "specific", hybrid: bool = False
+    weights: Mapping[str, Tensor],
+    recipe: Recipe,
+    direction: Direction | None,
+    route: str = "specific",
+    hybrid: bool = False,
 ) -> tuple[Tensors, Recipe]:
     """Return weights (by global name) and recipe of the dense model that equals the given one for
     ``direction``.
@@ -131,24 +166,38 @@ def extract(
                 made = {f"{at}{name}": whole.entries[f"{at}shared.{name}"] for name in FEED_FORWARD}
             elif settings.by_task:
                 assert direction is not None
-                made = join_experts(whole, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction))
+                made = join_experts(
+                    whole, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction)
+                )
                 widths[side][layer] *= settings.top_k
             else:
-                made = {name: entry for name, entry in dense.items() if name.startswith((f"{at}router.", f"{at}experts."))}
+                made = {
+                    name: entry
+                    for name, entry in dense.items()
+                    if name.startswith((f"{at}router.", f"{at}experts."))
+                }
             dense = {name: entry for name, entry in dense.items() if not name.startswith(at)} | made
     except KeyError as error:
         raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
     kept = {side for side, _, moe in expert_layers(recipe.model, route) if not moe.by_task}
-    return Tensors(dense), _dense_recipe(recipe, None if serves_all(recipe, route) else direction, widths, kept)
+    return Tensors(dense), _dense_recipe(
+        recipe, None if serves_all(recipe, route) else direction, widths, kept
+    )
 
 
 def serves_all(recipe: Recipe, route: str) -> bool:
-    """Tell whether one dense model serves every direction of the recipe: by the shared route, or where nothing is specific."""
-    specific = route == "specific" and any(method.by_direction for method in methods_of(recipe, Topology.single()))
+    """Tell whether one dense model serves every direction of the recipe: by the shared route, or where
+    nothing is specific.
+    """
+    specific = route == "specific" and any(
+        method.by_direction for method in methods_of(recipe, Topology.single())
+    )
     return not specific and not any(expert_layers(recipe.model, route))
 
 
-def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]], kept: set[str]) -> Recipe:
+def _dense_recipe(
+    recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]], kept: set[str]
+) -> Recipe:
     """Return the recipe with a dense model, except for the sides in ``kept``, and with one direction, or all
     if ``direction`` is None.
     """
@@ -160,7 +209,9 @@ def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str,
     before = recipe.model
     encoder, decoder = side("encoder", before.encoder), side("decoder", before.decoder)
     model = Model(preset=None, hidden=before.hidden, heads=before.heads, encoder=encoder, decoder=decoder)
-    changes: dict[str, Any] = {"batch": recipe.data.batch.model_copy(update={"languages": "mixed"})}  # no tasks: no affinity
+    changes: dict[str, Any] = {
+        "batch": recipe.data.batch.model_copy(update={"languages": "mixed"})
+    }  # no tasks: no affinity
     if direction is not None:
         changes |= {"languages": [direction.source, direction.target], "directions": [str(direction)]}
     data = recipe.data.model_copy(update=changes)
@@ -172,7 +223,11 @@ def _dense_recipe(recipe: Recipe, direction: Direction | None, widths: dict[str,
 
 
 def extract_stored(
-    stored: Stored, direction: Direction | None, route: str = "specific", hybrid: bool = False, average: int = 1
+    stored: Stored,
+    direction: Direction | None,
+    route: str = "specific",
+    hybrid: bool = False,
+    average: int = 1,
 ) -> tuple[Tensors, Recipe, dict[str, Any]]:
     """Apply :func:`extract` to a run, a checkpoint or a folder; also return the ``provenance.json`` of the
     result, except kind and files.
@@ -186,7 +241,9 @@ def extract_stored(
     if not dense and stored.kind in READABLE:
         check_convertible(stored.recipe, direction, route, hybrid)
     whole = read_weights(stored, average)
-    empty_model(stored.recipe, stored.recipe.data.vocabulary.size, Tensors.of(whole.tensors), Topology.single())
+    empty_model(
+        stored.recipe, stored.recipe.data.vocabulary.size, Tensors.of(whole.tensors), Topology.single()
+    )
     if dense and direction is None:
         check_route(route, stored.recipe)
         tensors, recipe = Tensors.of(whole.tensors), stored.recipe
@@ -220,7 +277,9 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
     return provenance | {key: before[key] for key in carried[stored.kind]}
 
 
-def convert_to_dense(run: str | Path, direction: Direction | None, out: str | Path, route: str = "specific") -> dict[str, Any]:
+def convert_to_dense(
+    run: str | Path, direction: Direction | None, out: str | Path, route: str = "specific"
+) -> dict[str, Any]:
     """Write the dense model of ``direction`` as a folder (without a card) and return its ``provenance.json``,
     except the files.
 

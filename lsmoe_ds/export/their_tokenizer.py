@@ -1,7 +1,8 @@
-"""The tokenizer that an imported model came with, written again beside its export: M2M100Tokenizer or NllbTokenizer.
+"""The tokenizer that an imported model came with, written again beside its export: M2M100Tokenizer or
+NllbTokenizer.
 
-Both put the tag of a source's own language before it (``data.tags: source-target``). An imported vocabulary keeps
-its ids, so the files are the original ones but for what no text shows.
+Both put the tag of a source's own language before it (``data.tags: source-target``). An imported vocabulary
+keeps its ids, so the files are the original ones but for what no text shows.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ class Style:
 
 
 def style_of(vocabulary: Vocabulary, recipe: Recipe) -> Style | None:
-    """Return how the model's own tokenizer is written; None if it has none that can be: it was not imported, its
-    tags are used otherwise, or it has got other languages.
+    """Return how the model's own tokenizer is written; None if it has none that can be: it was not imported,
+    its tags are used otherwise, or it has got other languages.
     """
     tokens = vocabulary.their_tags
     if recipe.data.tags != "source-target" or not tokens or not {*recipe.languages.codes} <= tokens.keys():
         return None
     ids = [vocabulary.tag_id(code) for code in tokens]
-    if list(tokens.values()) == [f"__{code}__" for code in M2M_100.split()] and ids == list(range(ids[0], ids[0] + len(ids))):
+    if list(tokens.values()) == [f"__{code}__" for code in M2M_100.split()] and ids == list(
+        range(ids[0], ids[0] + len(ids))
+    ):
         return Style("M2M100Tokenizer", {code: token.strip("_") for code, token in tokens.items()}, tokens)
     if all(NLLB.fullmatch(token) for token in tokens.values()) and vocabulary.type == "bpe":
         return Style("NllbTokenizer", tokens, tokens)
@@ -50,7 +53,9 @@ def style_of(vocabulary: Vocabulary, recipe: Recipe) -> Style | None:
 
 
 def files_of(style: Style, vocabulary: Vocabulary, model: bytes, recipe: Recipe) -> dict[str, Any]:
-    """Return the files of the tokenizer by name: what goes into JSON, or bytes. ``model`` is the vocabulary's."""
+    """Return the files of the tokenizer by name: what goes into JSON, or bytes. ``model`` is the
+    vocabulary's.
+    """
     first = recipe.languages.directions[0]
     tags = list(style.tokens.values())
     written: dict[str, Any] = {
@@ -69,12 +74,22 @@ def files_of(style: Style, vocabulary: Vocabulary, model: bytes, recipe: Recipe)
     pieces = [processor.id_to_piece(index) for index in range(vocabulary.size)]
     if style.tokenizer_class == "M2M100Tokenizer":
         named = pieces[: min(vocabulary.tag_id(code) for code in style.tokens)]
-        return {**written, PIECE_IDS: {piece: index for index, piece in enumerate(named)}, SENTENCEPIECE: _published(model)}
+        return {
+            **written,
+            PIECE_IDS: {piece: index for index, piece in enumerate(named)},
+            SENTENCEPIECE: _published(model),
+        }
     # The id of each piece stands in the model, tags among them: no class counts them anew.
-    special = dict(enumerate(SPECIALS.values())) | {vocabulary.tag_id(code): token for code, token in style.tokens.items()}
+    special = dict(enumerate(SPECIALS.values())) | {
+        vocabulary.tag_id(code): token for code, token in style.tokens.items()
+    }
     silent = special | {index: pieces[index] for index in vocabulary.unused}
     charsmap = parse_model(model).normalizer_spec.precompiled_charsmap
-    normalizers = [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}] if charsmap else []
+    normalizers = (
+        [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}]
+        if charsmap
+        else []
+    )
     spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
     made = {
         "version": "1.0",
@@ -98,7 +113,9 @@ def files_of(style: Style, vocabulary: Vocabulary, model: bytes, recipe: Recipe)
 
 
 def _published(model: bytes) -> bytes:
-    """Return a vocabulary as sentencepiece had made it before it was imported: <unk>, <s>, </s>, then text."""
+    """Return a vocabulary as sentencepiece had made it before it was imported: <unk>, <s>, </s>, then
+    text.
+    """
     proto = parse_model(model)
     kinds = type(proto).SentencePiece
     text = [piece for index, piece in enumerate(proto.pieces) if index != UNK and piece.type != kinds.CONTROL]

@@ -21,11 +21,12 @@ from lsmoe_ds.languages import CODE, UNK, normalize_code, tag
 from lsmoe_ds.notices import counted, notice
 
 SENTENCEPIECE, PIECE_IDS = "sentencepiece.bpe.model", "vocab.json"
-# The languages of the published M2M-100 in the order of their ids; transformers knows them by heart and need not write them down.
+# The languages of the published M2M-100 in the order of their ids; transformers knows them by heart and need
+# not write them down.
 M2M_100 = (
-    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr ht hu hy id ig ilo "
-    "is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or pa pl ps pt ro ru sd si sk sl so sq "
-    "sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
+    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr"
+    " ht hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or"
+    " pa pl ps pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
 )
 LANGUAGE = re.compile(rf"__(?P<m2m>\w+)__|(?P<nllb>[a-z]{{3}}_[A-Z][a-z]{{3}})|{TAG.pattern}")
 
@@ -42,19 +43,28 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
         own = Vocabulary.load(folder / VOCABULARY)
         if own.size != size:
             found = counted(own.size, "piece")
-            raise UserError(f"{folder}: the vocabulary has {found}, but 'vocab_size' in config.json is {size}")
+            raise UserError(
+                f"{folder}: the vocabulary has {found}, but 'vocab_size' in config.json is {size}"
+            )
         return (folder / VOCABULARY).read_bytes(), list(range(size))
     proto, ids, languages = _read_tokenizer(folder)
     for index, name in SPECIALS.items():
         if ids.get(name) != index:
             raise UserError(f"{folder} gives {name} the id {ids.get(name)}: M2M-100 and NLLB give it {index}")
     kinds = type(proto).SentencePiece
-    text = [kinds.FromString(p.SerializeToString()) for p in proto.pieces if p.type not in (kinds.UNKNOWN, kinds.CONTROL)]
+    text = [
+        kinds.FromString(p.SerializeToString())
+        for p in proto.pieces
+        if p.type not in (kinds.UNKNOWN, kinds.CONTROL)
+    ]
     rows = [*(ids[piece.piece] for piece in text if piece.piece in ids), *languages.values()]
     if wrong := [row for row in rows if not 0 <= row < size]:
         raise UserError(f"{folder}: a piece has the id {wrong[0]}, but 'vocab_size' in config.json is {size}")
 
-    placed = {index: _silent(kinds, name, kinds.UNKNOWN if index == UNK else kinds.CONTROL) for index, name in SPECIALS.items()}
+    placed = {
+        index: _silent(kinds, name, kinds.UNKNOWN if index == UNK else kinds.CONTROL)
+        for index, name in SPECIALS.items()
+    }
     tags: dict[int, str] = {}
     known: dict[str, int] = {}
     for token, row in languages.items():
@@ -63,7 +73,10 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
             known[code], tags[row] = row, token
             placed[row] = _silent(kinds, tag(code))
     if not known:
-        raise UserError(f"{folder} names no languages: special_tokens_map.json or tokenizer.json of the published model does")
+        raise UserError(
+            f"{folder} names no languages: special_tokens_map.json or tokenizer.json of the published model"
+            " does"
+        )
     more = []
     for piece in text:
         row = ids.get(piece.piece, UNK)
@@ -75,10 +88,15 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
     names = _free_names(ids, placed, {piece.piece for piece in text}, size)
     if unnamed := size - len(placed) - len(names):
         are = "row of the embedding has" if unnamed == 1 else "rows of the embedding have"
-        notice(f"{folder}: {unnamed:,} {are} no piece in the vocabulary: they stay, as padding that is never generated")
+        notice(
+            f"{folder}: {unnamed:,} {are} no piece in the vocabulary: they stay, as padding that is never"
+            " generated"
+        )
 
     del proto.pieces[:]
-    proto.pieces.extend(placed.get(row) or _silent(kinds, names.get(row, f"{UNUSED}{row}>")) for row in range(size))
+    proto.pieces.extend(
+        placed.get(row) or _silent(kinds, names.get(row, f"{UNUSED}{row}>")) for row in range(size)
+    )
     proto.pieces.extend(piece for piece, _ in more)
     ours = all(TAG.fullmatch(token) for token in tags.values())
     if not ours:
@@ -91,7 +109,9 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
 
 
 def code_of(token: str) -> str:
-    """Return our code of a language by its token (``__de__``, ``deu_Latn``, ``<2de>``); empty if it is none."""
+    """Return our code of a language by its token (``__de__``, ``deu_Latn``, ``<2de>``); empty if it is
+    none.
+    """
     match = LANGUAGE.fullmatch(token)
     if match is None:
         return ""
@@ -104,12 +124,23 @@ def _silent(kinds: Any, name: str, kind: int | None = None) -> Any:
     return kinds(piece=name, score=0.0, type=kinds.CONTROL if kind is None else kind)
 
 
-def _free_names(ids: Mapping[str, int], placed: Mapping[int, Any], text: set[str], size: int) -> dict[int, str]:
-    """Return names of rows that nothing has been placed in, each name once and none that means something to us."""
+def _free_names(
+    ids: Mapping[str, int], placed: Mapping[int, Any], text: set[str], size: int
+) -> dict[int, str]:
+    """Return names of rows that nothing has been placed in, each name once and none that means something to
+    us.
+    """
     taken = text | {piece.piece for piece in placed.values()}
     found = {}
     for name, row in ids.items():
-        if name and 0 <= row < size and row not in placed and row not in found and name not in taken and not name.startswith("<2"):
+        if (
+            name
+            and 0 <= row < size
+            and row not in placed
+            and row not in found
+            and name not in taken
+            and not name.startswith("<2")
+        ):
             found[row] = name
     return found
 
@@ -131,7 +162,11 @@ def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:
             proto, ids = read_tokenizer(made)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        return proto, written | ids, {token: row for token, row in written.items() if LANGUAGE.fullmatch(token)}
+        return (
+            proto,
+            written | ids,
+            {token: row for token, row in written.items() if LANGUAGE.fullmatch(token)},
+        )
     try:
         proto = parse_model(path.read_bytes())
     except UserError as error:
@@ -139,12 +174,18 @@ def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:
     if (folder / PIECE_IDS).exists():
         ids = read_json(folder / PIECE_IDS) or {}
         if not all(isinstance(row, int) for row in ids.values()) or not ids.keys() >= set(SPECIALS.values()):
-            raise UserError(f"{folder / PIECE_IDS} is damaged: it should give ids to pieces, {', '.join(SPECIALS.values())} among them")
+            raise UserError(
+                f"{folder / PIECE_IDS} is damaged: it should give ids to pieces,"
+                f" {', '.join(SPECIALS.values())} among them"
+            )
         first, known = len(ids), [f"__{code}__" for code in M2M_100.split()] if by_heart else []
     else:
         begin = [piece.piece for piece in proto.pieces[:3]]
         if begin != ["<unk>", "<s>", "</s>"]:
-            raise UserError(f"{path} begins with {', '.join(begin)}, NLLB's with <unk>, <s>, </s>, and M2M-100 has a {PIECE_IDS} beside it")
+            raise UserError(
+                f"{path} begins with {', '.join(begin)}, NLLB's with <unk>, <s>, </s>, and M2M-100 has a"
+                f" {PIECE_IDS} beside it"
+            )
         ids = {name: index for index, name in SPECIALS.items()}
         ids |= {piece.piece: index + 1 for index, piece in enumerate(proto.pieces) if index >= 3}
         first, known = len(proto.pieces) + 1, []
@@ -158,12 +199,15 @@ def _written(folder: Path) -> tuple[dict[str, int], Sequence[str], bool]:
     whether the languages are those that transformers knows by heart.
     """
     tokenizer, settings, added, special = (
-        read_json(folder / f"{name}.json") or {} for name in ("tokenizer", "tokenizer_config", "added_tokens", "special_tokens_map")
+        read_json(folder / f"{name}.json") or {}
+        for name in ("tokenizer", "tokenizer_config", "added_tokens", "special_tokens_map")
     )
     written: dict[str, int] = {}
     try:
         written |= {str(token["content"]): int(token["id"]) for token in tokenizer.get("added_tokens", [])}
-        written |= {str(token["content"]): int(row) for row, token in settings.get("added_tokens_decoder", {}).items()}
+        written |= {
+            str(token["content"]): int(row) for row, token in settings.get("added_tokens_decoder", {}).items()
+        }
         written |= {str(token): int(row) for token, row in added.items()}
         listed = list(dict.fromkeys([*_listed(special), *_listed(settings)]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

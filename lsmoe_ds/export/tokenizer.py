@@ -1,4 +1,6 @@
-"""Our vocabulary as ``tokenizer.json`` of the tokenizers library, and back: the same ids for the same text."""
+"""Our vocabulary as ``tokenizer.json`` of the tokenizers library, and back: the same ids for the same
+text.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ normalized, and without a ``<`` no text spells a tag.
 
 
 def special_tokens() -> dict[str, str]:
-    return {name: SPECIALS[index] for name, index in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD), ("unk_token", UNK))}
+    return {
+        name: SPECIALS[index]
+        for name, index in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD), ("unk_token", UNK))
+    }
 
 
 def tokenizer_config(recipe: Recipe) -> dict[str, Any]:
@@ -51,7 +56,10 @@ def tokenizer(vocabulary: Vocabulary, model: bytes, language: str, kind: str = "
     tags = [tag(code) for code in vocabulary.codes]
     silent = (*SPECIALS, *(vocabulary.tag_id(code) for code in vocabulary.codes), *vocabulary.unused)
     special = {index: processor.id_to_piece(index) for index in silent}
-    pieces = [special.get(index) or processor.id_to_piece(index).replace("<", LESS_THAN) for index in range(vocabulary.size)]
+    pieces = [
+        special.get(index) or processor.id_to_piece(index).replace("<", LESS_THAN)
+        for index in range(vocabulary.size)
+    ]
     scores = [processor.get_score(index) for index in range(vocabulary.size)]
     head = tag(language)
     assert head in tags
@@ -60,7 +68,10 @@ def tokenizer(vocabulary: Vocabulary, model: bytes, language: str, kind: str = "
         "truncation": None,
         "padding": None,
         "added_tokens": added_tokens(special),
-        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(parse_model(model).normalizer_spec.precompiled_charsmap))},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": list(_normalizers(parse_model(model).normalizer_spec.precompiled_charsmap)),
+        },
         "pre_tokenizer": None,
         "post_processor": template(head, vocabulary.tag_id(language)),
         "decoder": {
@@ -84,22 +95,32 @@ def added_tokens(special: Mapping[int, str]) -> list[dict[str, Any]]:
 
 
 def template(head: str, index: int) -> dict[str, Any]:
-    """Return the post-processor that puts the tag ``head``, whose id is ``index``, before a text, and EOS after it."""
+    """Return the post-processor that puts the tag ``head``, whose id is ``index``, before a text, and EOS
+    after it.
+    """
     return {
         "type": "TemplateProcessing",
         "single": [_special(head), {"Sequence": {"id": "A", "type_id": 0}}, _special(SPECIALS[EOS])],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {piece: {"id": piece, "ids": [each], "tokens": [piece]} for piece, each in ((head, index), (SPECIALS[EOS], EOS))},
+        "special_tokens": {
+            piece: {"id": piece, "ids": [each], "tokens": [piece]}
+            for piece, each in ((head, index), (SPECIALS[EOS], EOS))
+        },
     }
 
 
 def _unigram(pieces: list[str], scores: list[float]) -> dict[str, Any]:
-    return {"type": "Unigram", "unk_id": UNK, "vocab": list(zip(pieces, scores, strict=True)), "byte_fallback": False}
+    return {
+        "type": "Unigram",
+        "unk_id": UNK,
+        "vocab": list(zip(pieces, scores, strict=True)),
+        "byte_fallback": False,
+    }
 
 
 def bpe(pieces: list[str], scores: list[float], special: set[int]) -> dict[str, Any]:
-    """Return a BPE model: sentencepiece joins whatever makes a piece, that of the highest score first; here each
-    way to make one is listed.
+    """Return a BPE model: sentencepiece joins whatever makes a piece, that of the highest score first; here
+    each way to make one is listed.
     """
     ids = {piece: index for index, piece in enumerate(pieces)}
     parts = ids.keys() - {pieces[index] for index in special}
@@ -110,7 +131,14 @@ def bpe(pieces: list[str], scores: list[float], special: set[int]) -> dict[str, 
         for cut in range(1, len(piece))
         if piece[:cut] in parts and piece[cut:] in parts
     ]
-    return {"type": "BPE", "unk_token": SPECIALS[UNK], "fuse_unk": True, "byte_fallback": False, "vocab": ids, "merges": merges}
+    return {
+        "type": "BPE",
+        "unk_token": SPECIALS[UNK],
+        "fuse_unk": True,
+        "byte_fallback": False,
+        "vocab": ids,
+        "merges": merges,
+    }
 
 
 def _normalizers(charsmap: bytes) -> Iterator[dict[str, Any]]:
@@ -142,7 +170,9 @@ def _special(piece: str) -> dict[str, Any]:
 
 
 def is_ours(made: Any) -> bool:
-    """Whether the content of a ``tokenizer.json`` was made by :func:`tokenizer`, whoever has saved it since."""
+    """Whether the content of a ``tokenizer.json`` was made by :func:`tokenizer`, whoever has saved it
+    since.
+    """
     try:
         added = {token["id"]: token["content"] for token in made["added_tokens"]}
         kind = made["model"]["type"]
@@ -153,8 +183,8 @@ def is_ours(made: Any) -> bool:
 
 
 def read_tokenizer(made: dict[str, Any]) -> tuple[Any, dict[str, int]]:
-    """Return the pieces of text of a ``tokenizer.json`` as a sentencepiece model, which cuts text into the same,
-    and the id of every piece and token.
+    """Return the pieces of text of a ``tokenizer.json`` as a sentencepiece model, which cuts text into the
+    same, and the id of every piece and token.
 
     Raises UserError if the file is damaged, or of a kind that sentencepiece has not.
     """
@@ -163,7 +193,10 @@ def read_tokenizer(made: dict[str, Any]) -> tuple[Any, dict[str, int]]:
         model = made["model"]
         if model["type"] not in KINDS or model.get("byte_fallback"):
             kind = model["type"] if model["type"] not in KINDS else "byte fallback"
-            raise UserError(f"tokenizer.json is of the kind {kind!r}: allowed are {' and '.join(KINDS)} without byte fallback")
+            raise UserError(
+                f"tokenizer.json is of the kind {kind!r}: allowed are {' and '.join(KINDS)} without byte"
+                " fallback"
+            )
         normalizer = made["normalizer"]
         steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
         charsmap = [each["precompiled_charsmap"] for each in steps if each["type"] == "Precompiled"]
@@ -187,7 +220,9 @@ def read_tokenizer(made: dict[str, Any]) -> tuple[Any, dict[str, int]]:
 
 
 def _scored_pieces(model: dict[str, Any]) -> Iterator[tuple[int, str, float]]:
-    """Yield id, piece and score of the pieces of a tokenizer's model. BPE joins first what its first merges make."""
+    """Yield id, piece and score of the pieces of a tokenizer's model. BPE joins first what its first merges
+    make.
+    """
     if model["type"] == "Unigram":
         yield from ((index, str(piece), float(score)) for index, (piece, score) in enumerate(model["vocab"]))
         return
@@ -195,7 +230,10 @@ def _scored_pieces(model: dict[str, Any]) -> Iterator[tuple[int, str, float]]:
     for merge in model["merges"]:
         first, second = merge.split(" ") if isinstance(merge, str) else merge
         joined.setdefault(first + second, len(joined))
-    yield from ((int(index), str(piece), -float(joined.get(piece, len(joined)))) for piece, index in model["vocab"].items())
+    yield from (
+        (int(index), str(piece), -float(joined.get(piece, len(joined))))
+        for piece, index in model["vocab"].items()
+    )
 
 
 def set_specials(proto: Any, tags: Sequence[str]) -> None:
@@ -203,5 +241,7 @@ def set_specials(proto: Any, tags: Sequence[str]) -> None:
     spec = proto.trainer_spec
     spec.vocab_size = len(proto.pieces)
     spec.bos_id, spec.pad_id, spec.eos_id, spec.unk_id = BOS, PAD, EOS, UNK
-    spec.bos_piece, spec.pad_piece, spec.eos_piece, spec.unk_piece = (SPECIALS[index] for index in (BOS, PAD, EOS, UNK))
+    spec.bos_piece, spec.pad_piece, spec.eos_piece, spec.unk_piece = (
+        SPECIALS[index] for index in (BOS, PAD, EOS, UNK)
+    )
     spec.control_symbols[:] = tags

@@ -1,12 +1,13 @@
 """Batched beam search with key-value caches.
 
-The score of a hypothesis is fairseq's: the sum of its tokens' log-probabilities divided by ``length ** length_penalty``,
-where the length counts the generated tokens, EOS included. A tag that is given before the translation counts in the
-length, and its probability not in the sum, as with transformers' ``forced_bos_token_id`` and CTranslate2's
-``target_prefix``. As in fairseq, of the continuations of a sentence's hypotheses the best ``beam`` are looked at: those
-that end in EOS are finished, and the best ``beam`` that do not end go on. A sentence is done when ``beam`` hypotheses are
-finished or, which changes no result, when none that goes on can still win. (transformers' ``early_stopping=True`` counts
-in the same way; its default searches longer.)
+The score of a hypothesis is fairseq's: the sum of its tokens' log-probabilities divided by ``length **
+length_penalty``, where the length counts the generated tokens, EOS included. A tag that is given before the
+translation counts in the length, and its probability not in the sum, as with transformers'
+``forced_bos_token_id`` and CTranslate2's ``target_prefix``. As in fairseq, of the continuations of a
+sentence's hypotheses the best ``beam`` are looked at: those that end in EOS are finished, and the best
+``beam`` that do not end go on. A sentence is done when ``beam`` hypotheses are finished or, which changes no
+result, when none that goes on can still win. (transformers' ``early_stopping=True`` counts in the same way;
+its default searches longer.)
 
 B sentences, W hypotheses a sentence, M source positions, V vocabulary, C candidates a sentence.
 """
@@ -26,7 +27,9 @@ from lsmoe_ds.languages import BOS, EOS, PAD, SentenceIds
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.transformer import Transformer
 
-NOT_FINITE = "the model computes values that are not finite numbers: its training went astray before this checkpoint"
+NOT_FINITE = (
+    "the model computes values that are not finite numbers: its training went astray before this checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Search:
             raise UserError(f"the length penalty is {self.length_penalty}: it must be a number such as 1.0")
         if self.per_source_token < 0 or self.per_source_token + self.extra < 1:
             raise UserError(
-                f"at most {self.per_source_token} x source + {self.extra} tokens would be translated into: that must allow at least one"
+                f"at most {self.per_source_token} x source + {self.extra} tokens would be translated into:"
+                " that must allow at least one"
             )
 
     def limits(self, lengths: Tensor) -> Tensor:
@@ -79,9 +83,9 @@ def beam_search(
 ) -> list[Hypothesis]:
     """The best translation of each sentence of ``source`` [B, M], whatever else is in the batch.
 
-    ``banned`` are tokens that are never generated (PAD, BOS, tags): the others share all the probability, as in CTranslate2.
-    Each translation follows what ``begin`` [B, 1 or 2] says of its sentence, EOS and perhaps a tag; by default EOS alone.
-    Raises UserError if the model computes values that are not finite.
+    ``banned`` are tokens that are never generated (PAD, BOS, tags): the others share all the probability, as
+    in CTranslate2. Each translation follows what ``begin`` [B, 1 or 2] says of its sentence, EOS and perhaps
+    a tag; by default EOS alone. Raises UserError if the model computes values that are not finite.
     """
     batch, device = source.shape[0], source.device
     state = model.start(source, ids, route=route)
@@ -95,7 +99,8 @@ def beam_search(
     best_tokens = torch.full((batch, last_limit), EOS, device=device)
     best_length = torch.zeros(batch, dtype=torch.long, device=device)
 
-    # Of the sentences that are not done: their place in the batch, how many hypotheses are finished, those that go on.
+    # Of the sentences that are not done: their place in the batch, how many hypotheses are finished, those
+    # that go on.
     place = torch.arange(batch, device=device)
     finished = torch.zeros(batch, dtype=torch.long, device=device)
     sums = torch.zeros(batch, 1, device=device)  # [B, W]
@@ -114,7 +119,8 @@ def beam_search(
             logs[over] = -torch.inf
             logs[over, EOS] = ends
 
-        # The best 2 W' of all continuations are among the best 2 W' of each hypothesis; half of them at least do not end.
+        # The best 2 W' of all continuations are among the best 2 W' of each hypothesis; half of them at least
+        # do not end.
         values, words = logs.topk(min(2 * search.beam, logs.shape[1]), 1)  # [B W, C']
         each = values.shape[1]
         candidates = (values.view(-1, width, each) + sums[:, :, None]).flatten(1)  # [B, W C']
@@ -127,16 +133,22 @@ def beam_search(
         looked_at = torch.arange(scores.shape[1], device=device) < search.beam
         finishing = ends_here & looked_at & scores.isfinite()
         finished += finishing.sum(1)
-        scored = (scores / (given + position + 1) ** search.length_penalty).masked_fill(~finishing, -torch.inf)
+        scored = (scores / (given + position + 1) ** search.length_penalty).masked_fill(
+            ~finishing, -torch.inf
+        )
         score, which = scored.max(1)
         better = score > best[place]
         improved, parent = place[better], parents[better].gather(1, which[better, None])  # [I], [I, 1]
         best[improved] = score[better]
         best_length[improved] = position
-        best_tokens[improved, :position] = tokens[better].gather(1, parent[:, :, None].expand(-1, 1, position)).squeeze(1)
+        best_tokens[improved, :position] = (
+            tokens[better].gather(1, parent[:, :, None].expand(-1, 1, position)).squeeze(1)
+        )
 
         # Go on.
-        going = ends_here.to(torch.int8).argsort(dim=1, stable=True)[:, : search.beam]  # [B, W']: the best that do not end
+        going = ends_here.to(torch.int8).argsort(dim=1, stable=True)[
+            :, : search.beam
+        ]  # [B, W']: the best that do not end
         sums = scores.masked_fill(ends_here, -torch.inf).gather(1, going)
         # A sum can only fall, so divided by the most favorable length it bounds what can still be reached.
         next_length, longest = given + position + 2, (given + limits + 1).float()
@@ -144,7 +156,9 @@ def beam_search(
         done = (finished >= search.beam) | (sums[:, 0] / most <= best[place])
         words, parents = words.gather(1, going), parents.gather(1, going)
         rows = parents + torch.arange(len(place), device=device)[:, None] * width  # [B, W']
-        tokens = torch.cat([tokens.gather(1, parents[:, :, None].expand(-1, -1, position)), words[:, :, None]], 2)
+        tokens = torch.cat(
+            [tokens.gather(1, parents[:, :, None].expand(-1, -1, position)), words[:, :, None]], 2
+        )
         some_done = bool(done.any())
         if some_done:
             stay = (~done).nonzero().squeeze(1)

@@ -1,15 +1,16 @@
 """Translating with CTranslate2: a beam search that finds what ours finds.
 
-Both finish the candidates of a beam that end in EOS, replace them by the next best that do not, and stop a sentence when
-``beam`` hypotheses are finished. What must be set for that: EOS counts in the length by which scores are divided, which
-CTranslate2 leaves out unless it returns EOS; ``coverage_penalty`` is 0 and ``patience`` 1; an EOS comes first in no translation
-(``min_decoding_length`` 1); and a length penalty of 0 is given as next to nothing, since for 0 a sentence is stopped when its
-best candidate ends, however many have.
+Both finish the candidates of a beam that end in EOS, replace them by the next best that do not, and stop a
+sentence when ``beam`` hypotheses are finished. What must be set for that: EOS counts in the length by which
+scores are divided, which CTranslate2 leaves out unless it returns EOS; ``coverage_penalty`` is 0 and
+``patience`` 1; an EOS comes first in no translation (``min_decoding_length`` 1); and a length penalty of 0 is
+given as next to nothing, since for 0 a sentence is stopped when its best candidate ends, however many have.
 
-In CTranslate2 one greatest length holds for the whole batch (its longest source's), where a hypothesis that has not ended is cut,
-not made to end. A sentence that went beyond its own greatest length is therefore searched again, up to that, and what was cut
-there gets its end, with the probability it has. That is ours but for two trifles: in the probability of such an end the tokens that
-are never generated have a share, and CTranslate2 returns of what was cut only as much as the beam has room for.
+In CTranslate2 one greatest length holds for the whole batch (its longest source's), where a hypothesis that
+has not ended is cut, not made to end. A sentence that went beyond its own greatest length is therefore
+searched again, up to that, and what was cut there gets its end, with the probability it has. That is ours but
+for two trifles: in the probability of such an end the tokens that are never generated have a share, and
+CTranslate2 returns of what was cut only as much as the beam has room for.
 """
 
 from __future__ import annotations
@@ -68,15 +69,23 @@ class CTranslate2:
         return cls.open(stored.home, stored.recipe, stored.vocabulary, provenance["step"], stored.home, route)
 
     @classmethod
-    def open(cls, folder: Path, recipe: Recipe, vocabulary: Path, step: int, home: Path, route: Route = "specific") -> CTranslate2:
-        """Loads the files that :func:`lsmoe_ds.export.ctranslate2.write_files` wrote into ``folder``, which may go afterwards."""
+    def open(
+        cls, folder: Path, recipe: Recipe, vocabulary: Path, step: int, home: Path, route: Route = "specific"
+    ) -> CTranslate2:
+        """Loads the files that :func:`lsmoe_ds.export.ctranslate2.write_files` wrote into ``folder``, which
+        may go afterwards.
+        """
         module = library()
         device = "cuda" if module.get_cuda_device_count() else "cpu"
         translator = module.Translator(str(folder), device=device, intra_threads=torch.get_num_threads())
         pieces = json.loads((folder / PIECES).read_text(encoding="utf-8"))
-        return cls(translator, pieces, recipe, Vocabulary.load(vocabulary), recipe.languages, step, home, route)
+        return cls(
+            translator, pieces, recipe, Vocabulary.load(vocabulary), recipe.languages, step, home, route
+        )
 
-    def search(self, sources: Sequence[Sequence[int]], direction: Direction, search: Search) -> list[Hypothesis]:
+    def search(
+        self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
+    ) -> list[Hypothesis]:
         """See :class:`lsmoe_ds.inference.engine.Engine`."""
         self.languages.direction_id(direction)
         source_target = self.recipe.data.tags == "source-target"
@@ -84,26 +93,32 @@ class CTranslate2:
         given = [self.pieces[self.vocabulary.tag_id(direction.target)]] if source_target else []
         texts = [[self.pieces[index] for index in (tag, *source)] for source in sources]
         limits = search.limits(torch.tensor([len(text) + 1 for text in texts])).tolist()
-        found = [best for (best,) in self._translate(texts, given, max(limits) + 1, search.beam, search.length_penalty)]
+        found = [
+            best
+            for (best,) in self._translate(texts, given, max(limits) + 1, search.beam, search.length_penalty)
+        ]
         over: dict[int, list[int]] = {}  # by greatest length, the sentences whose translation is longer
         for i, (pieces, _) in enumerate(found):
             if pieces[-1] != END or len(pieces) > len(given) + limits[i] + 1:
                 over.setdefault(limits[i], []).append(i)
         for limit, which in over.items():
-            # By sums, which only fall, what ended comes before what was cut: none of it is missing among the beam's best.
+            # By sums, which only fall, what ended comes before what was cut: none of it is missing among the
+            # beam's best.
             results = self._translate([texts[i] for i in which], given, limit, search.beam, 0.0, search.beam)
             for i, result in zip(which, results, strict=True):
                 ended = [self._end(texts[i], pieces, total) for pieces, total in result]
                 scored = [(pieces, total / len(pieces) ** search.length_penalty) for pieces, total in ended]
                 found[i] = max(scored, key=lambda each: each[1])
         ids = {piece: index for index, piece in enumerate(self.pieces)}
-        return [Hypothesis([ids[piece] for piece in pieces[len(given) : -1]], score) for pieces, score in found]
+        return [
+            Hypothesis([ids[piece] for piece in pieces[len(given) : -1]], score) for pieces, score in found
+        ]
 
     def _translate(
         self, texts: list[list[str]], given: list[str], limit: int, beam: int, penalty: float, count: int = 1
     ) -> list[list[Scored]]:
-        """The ``count`` best of each text, which begin with what is ``given``; what has ``limit`` further pieces and no end
-        was cut. Raises UserError for scores that are not finite.
+        """The ``count`` best of each text, which begin with what is ``given``; what has ``limit`` further
+        pieces and no end was cut. Raises UserError for scores that are not finite.
         """
         results = self.translator.translate_batch(
             texts,

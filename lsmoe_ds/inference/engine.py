@@ -31,14 +31,16 @@ class Engine(Protocol):
     @property
     def route(self) -> Route: ...
 
-    def search(self, sources: Sequence[Sequence[int]], direction: Direction, search: Search) -> list[Hypothesis]:
+    def search(
+        self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
+    ) -> list[Hypothesis]:
         """The best translation of each of B token sequences (without tag and EOS), which are one batch."""
         ...
 
 
 def find_direction(engine: Engine, direction: Direction) -> Direction:
-    """Return a direction as :func:`own_direction`. One that the model was not trained on (zero-shot) is said on standard error;
-    of what a model has learned that was imported and not trained here, nothing is known.
+    """Return a direction as :func:`own_direction`. One that the model was not trained on (zero-shot) is said
+    on standard error; of what a model has learned that was imported and not trained here, nothing is known.
     """
     own = own_direction(engine, direction)
     if own not in engine.languages.directions and engine.step:
@@ -49,7 +51,8 @@ def find_direction(engine: Engine, direction: Direction) -> Direction:
 def own_direction(engine: Engine, direction: Direction) -> Direction:
     """Return a direction in the codes of the engine's system.
 
-    Raises UserError for languages that the system lacks, and for a zero-shot direction that the model cannot take.
+    Raises UserError for languages that the system lacks, and for a zero-shot direction that the model cannot
+    take.
     """
     languages = engine.languages
     own = Direction(languages.own(direction.source), languages.own(direction.target))

@@ -48,47 +48,67 @@ class Loaded:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def search(self, sources: Sequence[Sequence[int]], direction: Direction, search: Search) -> list[Hypothesis]:
+    def search(
+        self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
+    ) -> list[Hypothesis]:
         """See :class:`lsmoe_ds.inference.engine.Engine`."""
         languages = with_direction(self.recipe, self.kind, direction)
         number = languages.direction_id(direction)
         ids = DirectionIds.of(languages, self.vocabulary, self.recipe.data.tags)
         batch = collate(sources, None, [number] * len(sources), ids).to(self.device)
         banned = never_generated(self.vocabulary)
-        return beam_search(self.model, batch.source, batch.ids, banned, search, self.route, batch.decoder_input)
+        return beam_search(
+            self.model, batch.source, batch.ids, banned, search, self.route, batch.decoder_input
+        )
 
 
 def load(path: str | Path, device: torch.device | str | None = None, route: str = "specific") -> Loaded:
-    """Loads a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and evaluation mode.
+    """Loads a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and
+    evaluation mode.
 
     ``device`` defaults to the GPU if there is one. ``route`` "shared" translates by what all languages share.
-    Raises UserError for a path that is none of these, or is damaged, or was converted for another engine, and for a route that
-    the model lacks.
+    Raises UserError for a path that is none of these, or is damaged, or was converted for another engine, and
+    for a route that the model lacks.
     """
     stored = find_model(path)
     if stored.kind not in READABLE:
         raise UserError(
-            f"{path} was made by `lsmoe convert --to {stored.kind}`, which is not read back here: give the run or a folder made with "
-            f"--to dense"
+            f"{path} was made by `lsmoe convert --to {stored.kind}`, which is not read back here: give the"
+            " run or a folder made with --to dense"
         )
     chosen = check_route(route, stored.recipe)
     vocabulary = Vocabulary.load(stored.vocabulary)
-    device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = (
+        torch.device(device)
+        if device is not None
+        else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     model = build_model(stored.recipe, vocabulary.size, weights := read_weights(stored), device)
-    return Loaded(model, stored.recipe, vocabulary, stored.recipe.languages, weights.step, stored.kind, stored.home, chosen)
+    return Loaded(
+        model,
+        stored.recipe,
+        vocabulary,
+        stored.recipe.languages,
+        weights.step,
+        stored.kind,
+        stored.home,
+        chosen,
+    )
 
 
 def with_direction(recipe: Recipe, kind: str, direction: Direction) -> Languages:
     """Number the directions of a model together with one that it was perhaps never trained on (zero-shot).
 
-    Raises UserError for languages that it does not know, and where such a direction has no parameters: in a model of one
-    direction, and where layers choose experts by the pair of languages.
+    Raises UserError for languages that it does not know, and where such a direction has no parameters: in a
+    model of one direction, and where layers choose experts by the pair of languages.
     """
     languages = recipe.languages
     if direction in languages.directions:
         return languages
     languages.id(direction.source), languages.id(direction.target)
-    if kind not in WHOLE or any(moe.by_task and moe.task == "pair" for _, _, moe in recipe.model.moe_layers()):
+    if kind not in WHOLE or any(
+        moe.by_task and moe.task == "pair" for _, _, moe in recipe.model.moe_layers()
+    ):
         languages.direction_id(direction)  # raises
     return Languages((*languages.directions, direction))
 
@@ -108,7 +128,9 @@ def check_route(route: str, recipe: Recipe) -> Route:
 
 
 def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device) -> Transformer:
-    """The model with these weights, in evaluation mode. Raises UserError if they are not those of the recipe."""
+    """The model with these weights, in evaluation mode. Raises UserError if they are not those of the
+    recipe.
+    """
     topology, tensors = Topology.single(device), Tensors.of(weights.tensors)
     model = empty_model(recipe, vocabulary, tensors, topology)
     names = global_names(model, topology)
@@ -129,10 +151,17 @@ def _make_buffers(model: Transformer, recipe: Recipe, vocabulary: int) -> None:
 
 
 def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Topology) -> Transformer:
-    """The model that is to get these weights, on no device. Raises UserError if they are not those of the recipe."""
+    """The model that is to get these weights, on no device. Raises UserError if they are not those of the
+    recipe.
+    """
     wanted_numbers = Parts.of(recipe).whole.total
-    if wanted_numbers > 2 * tensors.numbers:  # told before layers and experts are made, however many there should be
-        raise UserError(f"the weights do not belong to the recipe: it has {wanted_numbers:,} parameters, they are {tensors.numbers:,}")
+    if (
+        wanted_numbers > 2 * tensors.numbers
+    ):  # told before layers and experts are made, however many there should be
+        raise UserError(
+            f"the weights do not belong to the recipe: it has {wanted_numbers:,} parameters, they are"
+            f" {tensors.numbers:,}"
+        )
     with torch.device("meta"):  # without drawing weights that are replaced at once
         model = Transformer(recipe, vocabulary, topology)
     names = global_names(model, topology)
@@ -141,5 +170,8 @@ def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Top
         wanted = shapes.get(name)
         found = tensors.shape(name) if name in tensors else None
         if wanted != found:
-            raise UserError(f"the weights do not belong to the recipe and vocabulary: {name} should be {wanted}, found {found}")
+            raise UserError(
+                f"the weights do not belong to the recipe and vocabulary: {name} should be {wanted}, found"
+                f" {found}"
+            )
     return model

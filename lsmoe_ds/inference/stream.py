@@ -40,7 +40,11 @@ def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
     lines: list[bytes] = []
     rest = b""
     while not ended or lines:
-        while len(lines) < size and not ended and select.select([descriptor], [], [], PAUSE if lines else None)[0]:
+        while (
+            len(lines) < size
+            and not ended
+            and select.select([descriptor], [], [], PAUSE if lines else None)[0]
+        ):
             try:
                 block = os.read(descriptor, BLOCK)
             except OSError as error:
@@ -76,4 +80,6 @@ def decode_line(line: bytes, number: int) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1})") from None
+        raise UserError(
+            f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1})"
+        ) from None

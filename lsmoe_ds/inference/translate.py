@@ -53,7 +53,9 @@ def translate_chunks(
     """
     own_direction(engine, direction)  # now, not when the first line is asked for
     search = Search(beam, length_penalty)
-    return (text for chunk in chunks for text in translate_all(engine, direction, chunk, search, batch_tokens))
+    return (
+        text for chunk in chunks for text in translate_all(engine, direction, chunk, search, batch_tokens)
+    )
 
 
 def translate_all(
@@ -72,7 +74,10 @@ def translate_all(
     found = iter(translate_tokens(engine, direction, flat, search, batch_tokens, advance))
     advance(len(lines) - len(flat))
     joint = "" if script(direction.target) in UNSPACED else " "
-    texts = [[engine.vocabulary.decode(hypothesis.tokens) for hypothesis in islice(found, len(each))] for each in parts]
+    texts = [
+        [engine.vocabulary.decode(hypothesis.tokens) for hypothesis in islice(found, len(each))]
+        for each in parts
+    ]
     return [joint.join(" ".join(text.split()) for text in each) for each in texts]
 
 
@@ -94,7 +99,11 @@ def translate_tokens(
     start = 0
     while start < len(order):
         end = start + 1
-        while end < len(order) and end - start < rows and (len(sources[order[end]]) + 2) * (end + 1 - start) <= batch_tokens:
+        while (
+            end < len(order)
+            and end - start < rows
+            and (len(sources[order[end]]) + 2) * (end + 1 - start) <= batch_tokens
+        ):
             end += 1
         hypotheses = engine.search([sources[i] for i in order[start:end]], direction, search)
         found.update(zip(order[start:end], hypotheses, strict=True))

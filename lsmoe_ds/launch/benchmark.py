@@ -18,10 +18,17 @@ FOLDER = shipped.ROOT / "benchmarks"
 def run_benchmark(name: str, options: list[str]) -> int:
     """Run ``benchmarks/NAME.py`` and return its exit status. Raises UserError if there is none."""
     if not FOLDER.is_dir():
-        raise UserError(f"{FOLDER} is not there: the benchmarks come with a checkout, not with an installed package")
-    known = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+        raise UserError(
+            f"{FOLDER} is not there: the benchmarks come with a checkout, not with an installed package"
+        )
+    known = sorted(
+        path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8")
+    )
     if name not in known:
-        raise UserError(f"there is no benchmark '{name}'{nearest(name, known)}: choose {', '.join(known[:-1])} or {known[-1]}")
+        raise UserError(
+            f"there is no benchmark '{name}'{nearest(name, known)}: choose {', '.join(known[:-1])} or"
+            f" {known[-1]}"
+        )
     command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
     # In its own session, so that the terminal's Ctrl-C does not reach the script's processes, each of which
     # would print a traceback. SIGTERM ends them quietly.

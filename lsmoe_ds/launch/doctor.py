@@ -86,7 +86,9 @@ class Findings:
             if last not in ("", each.part):
                 table.add_section()
             color = {"ok": "green", "missing": "yellow", "wrong": "red"}[each.verdict]
-            table.add_row(each.part if each.part != last else "", each.name, each.found, f"[{color}]{each.verdict}[/]")
+            table.add_row(
+                each.part if each.part != last else "", each.name, each.found, f"[{color}]{each.verdict}[/]"
+            )
             last = each.part
         return table
 
@@ -100,7 +102,11 @@ def examine() -> Findings | None:
         if not membership.is_alone and all(each.verdict != "wrong" for each in findings):
             together = _together(membership)
     except UserError as error:
-        return Findings([*findings, Finding("processes", "this one", str(error), "wrong")]) if _is_first() else None
+        return (
+            Findings([*findings, Finding("processes", "this one", str(error), "wrong")])
+            if _is_first()
+            else None
+        )
     return Findings([*findings, *process, *together]) if membership.rank == 0 else None
 
 
@@ -111,7 +117,10 @@ def _is_first() -> bool:
 
 
 def _software() -> list[Finding]:
-    found = [Finding("software", "Python", platform.python_version()), Finding("software", "lsmoe_ds", __version__)]
+    found = [
+        Finding("software", "Python", platform.python_version()),
+        Finding("software", "lsmoe_ds", __version__),
+    ]
     for package, module in NEEDED.items():
         version = _version(package)
         there = version is not None and importlib.util.find_spec(module.split(".")[0]) is not None
@@ -125,7 +134,14 @@ def _software() -> list[Finding]:
             found.append(Finding("software", "versions", str(error), "wrong"))
     for package, purpose in OPTIONAL.items():
         version = _version(package)
-        found.append(Finding("software", package, version or f"not installed; for {purpose}", "ok" if version else "missing"))
+        found.append(
+            Finding(
+                "software",
+                package,
+                version or f"not installed; for {purpose}",
+                "ok" if version else "missing",
+            )
+        )
     return found
 
 
@@ -149,11 +165,17 @@ def _machine() -> list[Finding]:
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         named = ", ".join(f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus)
         found.append(Finding("machine", "GPUs", named or "none: training on the CPU, through gloo"))
-    interfaces = [f"{name}={os.environ[name]}" for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if name in os.environ]
+    interfaces = [
+        f"{name}={os.environ[name]}"
+        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+        if name in os.environ
+    ]
     known = psutil.net_if_addrs()
     named = ", ".join(interfaces) or f"chosen by address; there are {', '.join(sorted(known))}"
     gloo = os.environ.get("GLOO_SOCKET_IFNAME")
-    found.append(Finding("machine", "network", named, "ok" if gloo is None or gloo.split(",")[0] in known else "wrong"))
+    found.append(
+        Finding("machine", "network", named, "ok" if gloo is None or gloo.split(",")[0] in known else "wrong")
+    )
     return found
 
 
@@ -173,7 +195,11 @@ def _programs() -> list[Finding]:
         if path is None:
             found.append(Finding("programs", program, f"not found; for {purpose}", "missing"))
             continue
-        found.append(Finding("programs", program, _first_line([path, option]) if option and path != str(beside) else path))
+        found.append(
+            Finding(
+                "programs", program, _first_line([path, option]) if option and path != str(beside) else path
+            )
+        )
     return found
 
 
@@ -195,15 +221,30 @@ def _storage(folder: Path) -> list[Finding]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         locks = Finding("storage", "locks", "kept: two trainings cannot write one run")
     except OSError as error:
-        locks = Finding("storage", "locks", f"none ({error.strerror}): nothing keeps two trainings from writing one run", "missing")
+        locks = Finding(
+            "storage",
+            "locks",
+            f"none ({error.strerror}): nothing keeps two trainings from writing one run",
+            "missing",
+        )
     return [Finding("storage", "this folder", f"{kind}, {free}"), locks]
 
 
 def _process(membership: Membership) -> Finding:
     if membership.is_alone:
-        return Finding("processes", "this one", "started by no launcher: `lsmoe train --nproc N` starts N of them")
-    at = "rank 0 tells where it is through MPI" if membership.address is None else f"rank 0 is at {membership.address}:{membership.port}"
-    return Finding("processes", "this one", f"rank {membership.rank} of {membership.world}, started by {membership.launcher}; {at}")
+        return Finding(
+            "processes", "this one", "started by no launcher: `lsmoe train --nproc N` starts N of them"
+        )
+    at = (
+        "rank 0 tells where it is through MPI"
+        if membership.address is None
+        else f"rank 0 is at {membership.address}:{membership.port}"
+    )
+    return Finding(
+        "processes",
+        "this one",
+        f"rank {membership.rank} of {membership.world}, started by {membership.launcher}; {at}",
+    )
 
 
 def _together(membership: Membership) -> list[Finding]:
@@ -232,5 +273,9 @@ def _together(membership: Membership) -> list[Finding]:
     return [
         Finding("processes", "all", f"{party.describe()}; met in {met:.1f} s"),
         Finding("processes", "sums", "right on all ranks" if right else "wrong", "ok" if right else "wrong"),
-        Finding("processes", "speed", f"{MESSAGE / 2**20:.0f} MiB are summed over all ranks in {min(seconds[1:]) * 1000:.0f} ms"),
+        Finding(
+            "processes",
+            "speed",
+            f"{MESSAGE / 2**20:.0f} MiB are summed over all ranks in {min(seconds[1:]) * 1000:.0f} ms",
+        ),
     ]

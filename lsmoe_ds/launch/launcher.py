@@ -1,4 +1,5 @@
-"""The process between ``lsmoe train`` and its ranks on this machine: DeepSpeed's launcher, with signals ignored.
+"""The process between ``lsmoe train`` and its ranks on this machine: DeepSpeed's launcher, with signals
+ignored.
 
 On a signal DeepSpeed's launcher would kill the ranks after 30 seconds, saved or not, and exit with status 1.
 Here the process that started the launcher sends signals to the ranks instead

@@ -68,7 +68,9 @@ def find(environment: Mapping[str, str]) -> Membership:
     srun, mpirun, named = _srun(environment), _mpirun(environment), _named(environment)
     launchers = [said for said in (mpirun, srun) if said is not None]
     if named is not None and named.launcher == BY_HAND:  # perhaps a script repeated what its launcher says
-        named = next((said for said in launchers if (said.rank, said.world) == (named.rank, named.world)), named)
+        named = next(
+            (said for said in launchers if (said.rank, said.world) == (named.rank, named.world)), named
+        )
     innermost = named or mpirun or srun
     if innermost is None:
         if "RANK" in environment:
@@ -77,14 +79,25 @@ def find(environment: Mapping[str, str]) -> Membership:
     _refuse_contradictions(environment, innermost, [said for said in launchers if said is not innermost])
     address, port = environment.get("MASTER_ADDR"), _number(environment, "MASTER_PORT")
     if innermost is srun:
-        address = address or first_host(environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "")))
+        address = address or first_host(
+            environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+        )
         port = port if port is not None else _port(environment)
     elif (address is None) != (port is None) or (address is None and innermost is not mpirun):
         missing = "MASTER_ADDR" if address is None else "MASTER_PORT"
         raise UserError(
-            f"{innermost.launcher} says that this is rank {innermost.rank} of {innermost.world}, but {missing} is not set: set it"
+            f"{innermost.launcher} says that this is rank {innermost.rank} of {innermost.world}, but"
+            f" {missing} is not set: set it"
         )
-    return Membership(innermost.launcher, innermost.rank, innermost.world, innermost.local_rank, innermost.local_world, address, port)
+    return Membership(
+        innermost.launcher,
+        innermost.rank,
+        innermost.world,
+        innermost.local_rank,
+        innermost.local_world,
+        address,
+        port,
+    )
 
 
 def is_one_of_several(environment: Mapping[str, str]) -> bool:
@@ -99,7 +112,10 @@ def first_host(nodes: str) -> str:
     """Return the first host of SLURM's list: ``gpu[03-07,9],login`` -> ``gpu03``. UserError if empty."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise UserError("srun does not say which nodes it runs on (SLURM_STEP_NODELIST): set MASTER_ADDR to the host of rank 0")
+        raise UserError(
+            "srun does not say which nodes it runs on (SLURM_STEP_NODELIST): set MASTER_ADDR to the host of"
+            " rank 0"
+        )
     return re.sub(r"\[([^-,\]]*)[^\]]*\]", r"\1", first[0])
 
 
@@ -128,8 +144,8 @@ def _refuse_contradictions(environment: Mapping[str, str], inner: _Said, outer: 
     around = outer[-1].world if outer else 1
     if agents is not None and around > 1 and (known := _number(environment, agents)) not in (None, around):
         raise UserError(
-            f"{outer[-1].launcher} has started {inner.launcher} {around} times, but {inner.launcher} knows of {known}: "
-            f"start it once on each node and tell it of all of them"
+            f"{outer[-1].launcher} has started {inner.launcher} {around} times, but {inner.launcher} knows of"
+            f" {known}: start it once on each node and tell it of all of them"
         )
 
 
@@ -138,8 +154,17 @@ def _named(environment: Mapping[str, str]) -> _Said | None:
     rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     if rank is None or world is None:
         return None
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed" if "CROSS_RANK" in environment else BY_HAND
-    local_world = next((n for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if (n := _number(environment, name)) is not None), world)
+    launcher = (
+        "torchrun"
+        if "TORCHELASTIC_RUN_ID" in environment
+        else "deepspeed"
+        if "CROSS_RANK" in environment
+        else BY_HAND
+    )
+    local_world = next(
+        (n for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if (n := _number(environment, name)) is not None),
+        world,
+    )
     local_rank = _number(environment, "LOCAL_RANK")
     return _Said(launcher, rank, world, rank % local_world if local_rank is None else local_rank, local_world)
 
@@ -150,7 +175,12 @@ def _mpirun(environment: Mapping[str, str]) -> _Said | None:
     srun sets MPICH's PMI variables too, but without a local rank; those are ignored.
     """
     for rank, world, local_rank, local_world in (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        (
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+        ),
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ):
         numbers = [_number(environment, name) for name in (rank, world, local_rank, local_world)]
@@ -167,7 +197,9 @@ def _srun(environment: Mapping[str, str]) -> _Said | None:
     rank, world = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
     if "SLURM_STEP_ID" not in environment or rank is None or world is None or world == 1:
         return None
-    local_world = tasks_of(_number(environment, "SLURM_NODEID") or 0, environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    local_world = tasks_of(
+        _number(environment, "SLURM_NODEID") or 0, environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    )
     return _Said("srun", rank, world, _number(environment, "SLURM_LOCALID") or 0, local_world or world)
 
 

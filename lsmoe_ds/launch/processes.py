@@ -51,12 +51,32 @@ def start(arguments: list[str], processes: int, lock: int) -> int:
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    environment = {**KEEP_LARGE_BLOCKS, LOCKED: "1", "OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
+    environment = {
+        **KEEP_LARGE_BLOCKS,
+        LOCKED: "1",
+        "OMP_NUM_THREADS": str(max(1, cores // processes)),
+        **os.environ,
+    }
     gpus = torch.cuda.is_available()
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    command = [sys.executable, "-m", "lsmoe_ds.launch.launcher", "--world_info", _accelerators(processes, gpus)]
-    command += ["--master_port", str(free_port()), "--log_level", "critical", "--no_local_rank", "--module", "lsmoe_ds", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "lsmoe_ds.launch.launcher",
+        "--world_info",
+        _accelerators(processes, gpus),
+    ]
+    command += [
+        "--master_port",
+        str(free_port()),
+        "--log_level",
+        "critical",
+        "--no_local_rank",
+        "--module",
+        "lsmoe_ds",
+        *arguments,
+    ]
     with interrupt.collected() as received:
         with interrupt.blocked():
             launcher = subprocess.Popen(command, env=environment, pass_fds=(lock,))
@@ -89,7 +109,12 @@ def run(command: list[str], **options: Any) -> int:
     return status
 
 
-def attend(process: subprocess.Popen[Any], received: list[tuple[int, float]], hand_on: Callable[[], None], every: float = 0.5) -> int:
+def attend(
+    process: subprocess.Popen[Any],
+    received: list[tuple[int, float]],
+    hand_on: Callable[[], None],
+    every: float = 0.5,
+) -> int:
     """Wait for a process and return its status, 128 + N if signal N killed it.
 
     Calls ``hand_on`` every ``every`` seconds, to pass on the signals that this process has ``received``.
@@ -160,6 +185,8 @@ def _accelerators(processes: int, gpus: bool) -> str:
         named = [name.strip() for name in visible.split(",")]
         if len(named) < processes:
             each = counted(processes, "process")
-            raise UserError(f"CUDA_VISIBLE_DEVICES is '{visible}', which is less than one GPU for each of {each}")
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES is '{visible}', which is less than one GPU for each of {each}"
+            )
         chosen = list(named[:processes])
     return base64.urlsafe_b64encode(json.dumps({"localhost": chosen}).encode()).decode()

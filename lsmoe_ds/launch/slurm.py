@@ -24,7 +24,10 @@ from lsmoe_ds.notices import counted
 
 REFUSED = 2  # the status of a UserError
 AGAIN = interrupt.STATUS
-NOT_FOUND = {126: "a command cannot be run", 127: "a command was not found"}  # statuses of shells, and what they mean
+NOT_FOUND = {
+    126: "a command cannot be run",
+    127: "a command was not found",
+}  # statuses of shells, and what they mean
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,14 @@ def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, 
             now = replace(now, tries=before.tries + 1)
     if now.tries > allowed:
         raise UserError(
-            f"the last {counted(before.tries, 'attempt')} of this job began at step {now.step} of {run} and saved nothing "
-            f"newer: its log says why; submit it anew once the cause is gone"
+            f"the last {counted(before.tries, 'attempt')} of this job began at step {now.step} of {run} and"
+            " saved nothing newer: its log says why; submit it anew once the cause is gone"
         )
     now.write(run)
-    _say(f"{run} is at step {now.step} of {now.steps}: attempt {now.tries} of at most {allowed} to come further")
+    _say(
+        f"{run} is at step {now.step} of {now.steps}: attempt {now.tries} of at most {allowed} to come"
+        " further"
+    )
     return run
 
 
@@ -102,7 +108,14 @@ def newest_step(run: Path) -> int:
 
     Checksums are not compared here; training compares them.
     """
-    return next((step_of(path) for path in reversed(list_checkpoints(run)) if find_damage(path, checksums=False) is None), 0)
+    return next(
+        (
+            step_of(path)
+            for path in reversed(list_checkpoints(run))
+            if find_damage(path, checksums=False) is None
+        ),
+        0,
+    )
 
 
 def copy_scripts(folder: Path) -> None:
@@ -117,7 +130,10 @@ def copy_scripts(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for script in scripts:
             shutil.copy(script, folder)
-    _say(f"{len(scripts)} scripts are in {folder}: edit {folder / 'site.sh'}, then submit with {folder / 'submit.sh'}")
+    _say(
+        f"{len(scripts)} scripts are in {folder}: edit {folder / 'site.sh'}, then submit with"
+        f" {folder / 'submit.sh'}"
+    )
 
 
 def _file(run: Path) -> Path:

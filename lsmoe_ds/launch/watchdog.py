@@ -95,8 +95,13 @@ def _leave(party: Party, store: Any, hang_timeout: float, poll: float) -> NoRetu
     rank = party.membership.rank
     waited = time.monotonic() - _Progress.since
     passed, own = (counted(round(seconds), "second") for seconds in (hang_timeout, waited))
-    head = f"no rank has made progress for {passed} (training.hang_timeout); rank {rank} on {socket.gethostname()} is"
-    _say(f"{head} {_Progress.doing} for {own}:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks()))
+    head = (
+        f"no rank has made progress for {passed} (training.hang_timeout); rank {rank} on"
+        f" {socket.gethostname()} is"
+    )
+    _say(
+        f"{head} {_Progress.doing} for {own}:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks())
+    )
     _within(HEARING, lambda: store.set(f"standing/{rank}", "here"))
     hearing = poll + HEARING  # the other ranks notice the hang up to ``poll`` seconds later
     if rank == 0:
@@ -127,7 +132,11 @@ def _stacks() -> list[str]:
     """Return the stacks of the main thread and of threads in this package's code; the newest call is last."""
     frames, lines, package = sys._current_frames(), [], os.path.dirname(os.path.dirname(__file__))
     for thread in threading.enumerate():
-        if thread is threading.current_thread() or thread.ident not in frames or thread.name == _tell.__name__:
+        if (
+            thread is threading.current_thread()
+            or thread.ident not in frames
+            or thread.name == _tell.__name__
+        ):
             continue
         stack = traceback.extract_stack(frames[thread.ident])
         if thread is threading.main_thread() or any(call.filename.startswith(package) for call in stack):

@@ -94,7 +94,9 @@ class Method:
             entries |= self.merge_at(weights, at, direction, route)
         return Tensors(entries)
 
-    def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, LazyTensor]:
+    def merge_at(
+        self, weights: Tensors, at: str, direction: Direction | None, route: Route
+    ) -> dict[str, LazyTensor]:
         """Return the tensors that replace those of the layer ``at`` when this method is merged into it.
 
         Only the specific route of a ``by_direction`` method reads ``direction``.
@@ -116,7 +118,9 @@ class Method:
         """Return a micro-batch's part of the totals, as vectors without gradient."""
         return []
 
-    def count_ahead(self, model: nn.Module, real: Mapping[str, Tensor], ids: SentenceIds) -> list[Tensor] | None:
+    def count_ahead(
+        self, model: nn.Module, real: Mapping[str, Tensor], ids: SentenceIds
+    ) -> list[Tensor] | None:
         """Return the same as :meth:`count` without a forward pass; None if that is impossible.
 
         ``ids`` are those of B sentences, ``real`` their real positions [B, T] on each side.
@@ -124,7 +128,9 @@ class Method:
         return [] if type(self).count is Method.count else None
 
     def losses(self, notes: Sequence[Any], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
-        """Return a micro-batch's part of each loss. The parts of all micro-batches of a step sum to the loss."""
+        """Return a micro-batch's part of each loss. The parts of all micro-batches of a step sum to the
+        loss.
+        """
         return {}
 
     def sums(self, notes: Sequence[Any]) -> dict[str, float]:
@@ -132,5 +138,7 @@ class Method:
         return {}
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
-        """Return the step's :attr:`metrics`, from the sums over the step of :meth:`sums` and :meth:`losses`."""
+        """Return the step's :attr:`metrics`, from the sums over the step of :meth:`sums` and
+        :meth:`losses`.
+        """
         return {}

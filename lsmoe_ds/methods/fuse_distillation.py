@@ -52,7 +52,9 @@ class _RouteLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, topology: Topology, teacher: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, topology: Topology, teacher: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         group = topology.tensor_group if topology.tensor > 1 else None
         halves, labels = logits.view(2, -1, logits.shape[1]), labels.view(2, -1, 1)
         local = labels - topology.tensor_rank * logits.shape[1]
@@ -125,7 +127,9 @@ class FuseDistillation(Objective):
         again = torch.arange(batch[0].shape[0], device=batch[0].device).repeat(2)
         return tuple(each[again] for each in batch), ids.select(again)
 
-    def losses(self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> TokenLosses:
+    def losses(
+        self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
+    ) -> TokenLosses:
         """Return the losses of hidden states [2 N, H] with labels [2 N] of both routes, summed over N tokens.
 
         ``loss`` is the mean of the two smoothed cross-entropies; its gradient includes that of the

@@ -33,7 +33,11 @@ class Objective:
         """Return the sentences [B, ...] that the model reads in training."""
         return batch, ids
 
-    def losses(self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> TokenLosses:
+    def losses(
+        self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
+    ) -> TokenLosses:
         """Return the losses of hidden states [N, H] with labels [N]; ``embedding`` is the output layer."""
-        loss, nll = cross_entropy(project(hidden, embedding, topology), labels, embedding, smoothing, topology)
+        loss, nll = cross_entropy(
+            project(hidden, embedding, topology), labels, embedding, smoothing, topology
+        )
         return TokenLosses(loss, nll.sum(), {})

@@ -24,7 +24,9 @@ class LinearSite(LinearShape):
     def add(self, method: str, added: nn.Module) -> None:
         """Add a method's module under the name ``NAME_METHOD``. Raises ValueError for a second method."""
         if self.name in self.module.beside:
-            raise ValueError(f"{self.side}.{self.layer}.{self.sublayer}.{self.name} has two methods beside it")
+            raise ValueError(
+                f"{self.side}.{self.layer}.{self.sublayer}.{self.name} has two methods beside it"
+            )
         self.module.add_module(f"{self.name}_{method}", added)
         self.module.beside[self.name] = added
 
@@ -75,7 +77,9 @@ class WithSublayers(nn.Module):
         super().__init__()
         self.after: dict[str, list[nn.Module]] = {}
 
-    def follow(self, sublayer: Sublayer, y: Tensor, x: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
+    def follow(
+        self, sublayer: Sublayer, y: Tensor, x: Tensor, real: Tensor, context: LanguageContext
+    ) -> Tensor:
         """Apply the modules added after a sublayer that read x and returned y, both [B, T, H]."""
         for added in self.after.get(sublayer, ()):
             y = added(y, x, real, context)

@@ -1,4 +1,6 @@
-"""Multi-head attention with key-value caches. B sentences, T positions, H hidden, A heads of this rank, D head size."""
+"""Multi-head attention with key-value caches. B sentences, T positions, H hidden, A heads of this rank, D
+head size.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class Attention(Linears):
 
     def project_kv(self, memory: Tensor, context: LanguageContext) -> Cache:
         """Compute the keys and values of a memory [B, M, H]: each [B, A, M, D]."""
-        return self._split(self.linear("key", memory, context)), self._split(self.linear("value", memory, context))
+        return self._split(self.linear("key", memory, context)), self._split(
+            self.linear("value", memory, context)
+        )
 
     def project_qkv(self, x: Tensor, context: LanguageContext) -> tuple[Tensor, Cache]:
         """Compute the queries, keys and values of x [B, T, H]: each [B, A, T, D]."""
@@ -67,7 +71,12 @@ class Attention(Linears):
         return query, (key, value)
 
     def forward(
-        self, query: Tensor, keys_values: Cache, context: LanguageContext, mask: Tensor | None = None, causal: bool = False
+        self,
+        query: Tensor,
+        keys_values: Cache,
+        context: LanguageContext,
+        mask: Tensor | None = None,
+        causal: bool = False,
     ) -> Tensor:
         """Attend from queries [B, A, T, D] to keys and values: [B, T, H].
 
@@ -76,7 +85,9 @@ class Attention(Linears):
         dropout = self.dropout if self.training else 0.0
         # Each tensor-parallel rank applies dropout to its own heads, so it needs its own random numbers.
         with compat.tensor_parallel_random() if dropout and self.tensor > 1 else contextlib.nullcontext():
-            mixed = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+            mixed = F.scaled_dot_product_attention(
+                query, *keys_values, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            )
         return self.linear("output", mixed.transpose(1, 2).flatten(2), context)
 
 

@@ -1,4 +1,6 @@
-"""Token embeddings and sinusoidal positions, as in M2M-100. B sentences, T positions, H hidden, V vocabulary."""
+"""Token embeddings and sinusoidal positions, as in M2M-100. B sentences, T positions, H hidden, V
+vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def sinusoids(first: int, count: int, hidden: int) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """``sqrt(H) E[token] + position``. ``tokens.weight`` [V, H] is shared by encoder, decoder and output layer."""
+    """``sqrt(H) E[token] + position``. ``tokens.weight`` [V, H] is shared by encoder, decoder and output
+    layer.
+    """
 
     def __init__(self, vocabulary: int, hidden: int, topology: Topology) -> None:
         super().__init__()
@@ -39,6 +43,8 @@ class Embedding(nn.Module):
         """Embed ids [B, T], the first of them at position ``offset``: [B, T, H]."""
         end = offset + ids.shape[1]
         if end > self.table.shape[0] or self.table.device != ids.device:
-            self.table = sinusoids(FIRST_POSITION, max(512, 2 ** math.ceil(math.log2(end))), self.hidden).to(ids.device)
+            self.table = sinusoids(FIRST_POSITION, max(512, 2 ** math.ceil(math.log2(end))), self.hidden).to(
+                ids.device
+            )
         embedded: Tensor = self.tokens(ids) * self.scale
         return embedded + self.table[offset:end].to(embedded.dtype)

@@ -1,6 +1,7 @@
 """The encoder-decoder Transformer: pre-norm with a final norm, the architecture of M2M-100.
 
-Any feed-forward can be a mixture of experts. B sentences, T target positions, M source positions, H hidden, V vocabulary.
+Any feed-forward can be a mixture of experts. B sentences, T target positions, M source positions, H hidden, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -94,12 +95,16 @@ class Layer(WithSublayers):
         self.feed_forward_norm = nn.LayerNorm(hidden)
         self.feed_forward: nn.Module
         if side.is_moe(index):
-            from lsmoe_ds.moe.layer import MixtureOfExperts  # imports DeepSpeed, which a dense model does without
+            from lsmoe_ds.moe.layer import (
+                MixtureOfExperts,
+            )  # imports DeepSpeed, which a dense model does without
 
             assert side.moe is not None
             width, alone = side.width(index), Topology.single(topology.device)
             shared = FeedForward(hidden, width, topology) if side.moe.has_shared else None
-            self.feed_forward = MixtureOfExperts(hidden, side.moe, lambda: FeedForward(hidden, width, alone), languages, topology, shared)
+            self.feed_forward = MixtureOfExperts(
+                hidden, side.moe, lambda: FeedForward(hidden, width, alone), languages, topology, shared
+            )
         else:
             self.feed_forward = FeedForward(hidden, side.width(index), topology)
         self.is_moe = side.is_moe(index)
@@ -174,8 +179,12 @@ class Transformer(nn.Module):
         for method in self.methods:
             for name, module in method.shared_modules():
                 self.add_module(name, module)
-        self.encoder = nn.ModuleList(Layer(recipe, model.encoder, i, False, languages, topology) for i in range(model.encoder.layers))
-        self.decoder = nn.ModuleList(Layer(recipe, model.decoder, i, True, languages, topology) for i in range(model.decoder.layers))
+        self.encoder = nn.ModuleList(
+            Layer(recipe, model.encoder, i, False, languages, topology) for i in range(model.encoder.layers)
+        )
+        self.decoder = nn.ModuleList(
+            Layer(recipe, model.decoder, i, True, languages, topology) for i in range(model.decoder.layers)
+        )
         self.encoder_norm = nn.LayerNorm(model.hidden)
         self.decoder_norm = nn.LayerNorm(model.hidden)
         for site in self.sites():
@@ -241,13 +250,25 @@ class Transformer(nn.Module):
         hidden = self._decode(tokens, torch.ones_like(tokens, dtype=torch.bool), state)
         return output_logits(hidden[:, -1], self.embedding.tokens, self.topology)
 
-    def logits(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
+    def logits(
+        self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route = "specific"
+    ) -> Tensor:
         """Return teacher-forced logits [B, T, V]; those at padding are meaningless."""
         hidden = self._decode(decoder_input, decoder_input != PAD, self.start(source, ids, route=route))
-        return output_logits(hidden.flatten(0, 1), self.embedding.tokens, self.topology).unflatten(0, hidden.shape[:2])
+        return output_logits(hidden.flatten(0, 1), self.embedding.tokens, self.topology).unflatten(
+            0, hidden.shape[:2]
+        )
 
-    def forward(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds, route: Route = "specific") -> Losses:
-        """Compute the losses of sources [B, M], decoder inputs and labels [B, T], summed over the real labels.
+    def forward(
+        self,
+        source: Tensor,
+        decoder_input: Tensor,
+        labels: Tensor,
+        ids: SentenceIds,
+        route: Route = "specific",
+    ) -> Losses:
+        """Compute the losses of sources [B, M], decoder inputs and labels [B, T], summed over the real
+        labels.
 
         In training the objective chooses the routes. If it trains both, an MoE layer's record is of twice the
         tokens, unless the layer has a shared feed-forward for the second route.
@@ -257,12 +278,18 @@ class Transformer(nn.Module):
             (source, decoder_input, labels), ids = objective.expand((source, decoder_input, labels), ids)
             route = objective.route
         hidden, notes = self._noted(source, decoder_input, ids, route)
-        index = (labels.reshape(-1) != PAD).nonzero().squeeze(1)  # the vocabulary is projected for real tokens only
+        index = (
+            (labels.reshape(-1) != PAD).nonzero().squeeze(1)
+        )  # the vocabulary is projected for real tokens only
         hidden, labels = hidden.flatten(0, 1)[index], labels.reshape(-1)[index]
         smoothing = self.smoothing if self.training else 0.0
-        return Losses(*objective.losses(hidden, labels, self.embedding.tokens, smoothing, self.topology), notes)
+        return Losses(
+            *objective.losses(hidden, labels, self.embedding.tokens, smoothing, self.topology), notes
+        )
 
-    def _noted(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route) -> tuple[Tensor, Notes]:
+    def _noted(
+        self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route
+    ) -> tuple[Tensor, Notes]:
         """Return the decoder's hidden states [B, T, H], and in training the notes of all methods."""
         notes: Notes = {}
         state = self.start(source, ids, notes if self.training else None, route)

@@ -15,12 +15,16 @@ from lsmoe_ds.config.shapes import Count, count_feed_forward
 
 
 def count_router(hidden: int, settings: MoE, tasks: int) -> Count:
-    """Count a router: token and sentence routing E H, with a bias E (H + 1), task routing tasks E, static nothing."""
+    """Count a router: token and sentence routing E H, with a bias E (H + 1), task routing tasks E, static
+    nothing.
+    """
     rows = {"token": hidden, "sentence": hidden, "task": tasks, "static": 0}[settings.routing]
     return Count(whole=(rows + settings.router_bias) * settings.experts)
 
 
-def count_layer(hidden: int, width: int, settings: MoE, tasks: int, serving: bool = False, held: Held = "all") -> Count:
+def count_layer(
+    hidden: int, width: int, settings: MoE, tasks: int, serving: bool = False, held: Held = "all"
+) -> Count:
     """Count a layer of experts of ``width`` F, its router and its shared feed-forward, if it has one.
 
     ``serving`` counts what must be loaded to translate one direction ("Beyond Distillation", section 3.2). A
@@ -98,7 +102,10 @@ def rows_at_home(settings: MoE, affine: MoE | None, ranks: int, tensor: int) -> 
     peers: they share a batch's tokens, and only some of them hold the experts. None if no rank holds all
     experts of a task, or the batches do not follow this layer's experts.
     """
-    follows = affine is not None and (settings.task, settings.expert_groups) == (affine.task, affine.expert_groups)
+    follows = affine is not None and (settings.task, settings.expert_groups) == (
+        affine.task,
+        affine.expert_groups,
+    )
     if not settings.by_task or not follows or settings.expert_groups % ranks:
         return None
     away, met = 0.0, 0

@@ -37,7 +37,9 @@ class Dispatcher(nn.Module):
         group = self.topology.tensor_group
         if self.topology.tensor == 1 or group is None:
             return self._dispatch(tokens, experts, weights, dropped)
-        own = self._dispatch(split_rows(tokens, group), split_rows(experts, group), split_rows(weights, group), dropped)
+        own = self._dispatch(
+            split_rows(tokens, group), split_rows(experts, group), split_rows(weights, group), dropped
+        )
         return join_rows(own, tokens.shape[0], group)
 
     def _dispatch(self, tokens: Tensor, experts: Tensor, weights: Tensor, dropped: bool) -> Tensor:
@@ -47,7 +49,9 @@ class Dispatcher(nn.Module):
         group, ranks, top_k = self.topology.expert_group, self.topology.expert, experts.shape[1]
         assert group is not None
         rank_of = torch.where(experts == DROPPED, ranks, experts // self.local)  # [S, K]
-        wanted = torch.zeros(experts.shape[0], ranks + 1, dtype=torch.bool, device=experts.device).scatter_(1, rank_of, True)
+        wanted = torch.zeros(experts.shape[0], ranks + 1, dtype=torch.bool, device=experts.device).scatter_(
+            1, rank_of, True
+        )
         ranks_of_rows, rows = wanted[:, :ranks].t().nonzero(as_tuple=True)  # by rank, then token
         send_counts = torch.bincount(ranks_of_rows, minlength=ranks)
         receive_counts = exchange_counts(send_counts, group, self.traffic)
@@ -58,7 +62,9 @@ class Dispatcher(nn.Module):
         # elsewhere) and their weights.
         here = rank_of[rows] == ranks_of_rows[:, None]
         local = torch.where(here, experts[rows] % self.local, DROPPED)
-        told = torch.cat([local.float(), weights.float().index_select(0, rows)], 1)  # whole numbers are exact in float32
+        told = torch.cat(
+            [local.float(), weights.float().index_select(0, rows)], 1
+        )  # whole numbers are exact in float32
         told = all_to_all(told, send, receive, group, self.traffic)
         arrived = all_to_all(tokens.index_select(0, rows), send, receive, group, self.traffic)
         outputs = self.experts(arrived, told[:, :top_k].detach().long(), told[:, top_k:])

@@ -44,12 +44,16 @@ class Assignment:
         """
         flat = chosen.reshape(-1)
         numbers, choices = flat.sort(stable=True)  # DROPPED first
-        ends = torch.searchsorted(numbers, torch.arange(DROPPED, experts, device=flat.device), right=True, out_int32=True)
+        ends = torch.searchsorted(
+            numbers, torch.arange(DROPPED, experts, device=flat.device), right=True, out_int32=True
+        )
         none = int(ends[0]) if dropped else 0
         numbers, choices = numbers[none:], choices[none:]
         copies = torch.zeros_like(flat)
         copies[choices] = torch.arange(choices.shape[0], device=flat.device)
-        return cls(numbers, ends[1:] - none, choices, copies.view_as(chosen), chosen != DROPPED if none else None)
+        return cls(
+            numbers, ends[1:] - none, choices, copies.view_as(chosen), chosen != DROPPED if none else None
+        )
 
     def counts(self) -> list[int]:
         """Count the copies that go to each local expert. Waits for the device."""
@@ -134,7 +138,9 @@ def _distance(parts: tuple[Tensor, ...]) -> int | None:
     if distances or distance < first.nbytes or distance % ALIGNMENT or places[0] % ALIGNMENT:
         return None
     # Separate storages can lie at equal distances by chance; a view must not leave the first storage.
-    if places[-1] + first.nbytes > storage.data_ptr() + storage.nbytes() or not all(part.is_contiguous() for part in parts):
+    if places[-1] + first.nbytes > storage.data_ptr() + storage.nbytes() or not all(
+        part.is_contiguous() for part in parts
+    ):
         return None
     return distance // first.element_size()
 
@@ -157,7 +163,9 @@ class _AddBias(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         if not ctx.needs_input_grad[1]:
             return gradient, None, None
-        ones = gradient.new_ones(gradient.shape[0], ALIGNMENT // gradient.element_size())  # the fewest columns that are aligned
+        ones = gradient.new_ones(
+            gradient.shape[0], ALIGNMENT // gradient.element_size()
+        )  # the fewest columns that are aligned
         return gradient, _grouped_mm(ones.t(), gradient, offs=ctx.assignment.ends)[:, 0], None
 
 
@@ -176,10 +184,16 @@ def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
 
 
 def _fits(expert: nn.Module) -> bool:
-    if not getattr(expert, "is_plain", False) or type(expert.expand) is not nn.Linear or type(expert.contract) is not nn.Linear:
+    if (
+        not getattr(expert, "is_plain", False)
+        or type(expert.expand) is not nn.Linear
+        or type(expert.contract) is not nn.Linear
+    ):
         return False
     weight = expert.expand.weight  # [F, H]
-    return weight.dtype == torch.bfloat16 and not any(size * weight.element_size() % ALIGNMENT for size in weight.shape)
+    return weight.dtype == torch.bfloat16 and not any(
+        size * weight.element_size() % ALIGNMENT for size in weight.shape
+    )
 
 
 def grouped(experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) -> Tensor:
@@ -189,9 +203,14 @@ def grouped(experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) 
 
 
 def _linear(parts: list[nn.Linear], rows: Tensor, assignment: Assignment) -> Tensor:
-    weights, biases = _Stack.apply(*[part.weight for part in parts]), _Stack.apply(*[part.bias for part in parts])
+    weights, biases = (
+        _Stack.apply(*[part.weight for part in parts]),
+        _Stack.apply(*[part.bias for part in parts]),
+    )
     # Rows after the last end would stay uninitialized, here and in the gradients; there are none.
-    out: Tensor = _AddBias.apply(_grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends), biases, assignment)
+    out: Tensor = _AddBias.apply(
+        _grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends), biases, assignment
+    )
     return out
 
 
@@ -206,8 +225,8 @@ class Experts(nn.Module):
         super().__init__()
         self.deepspeed_experts = nn.ModuleList(experts)
         # When several ranks reduce gradients, every parameter needs a gradient on every rank, so in training
-        # an expert without tokens runs over zero rows, unless all are frozen. A single rank fills in the missing gradients once a
-        # step, which is cheaper.
+        # an expert without tokens runs over zero rows, unless all are frozen. A single rank fills in the
+        # missing gradients once a step, which is cheaper.
         self.run_idle = topology.world > 1
         for parameter in self.parameters():
             mark_expert_parameter(parameter, topology.expert)

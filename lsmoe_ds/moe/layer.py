@@ -40,7 +40,9 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         self.ep_size = topology.expert
         self.num_local_experts = settings.experts // topology.expert
         self.expert_group_name = compat.expert_group_name(topology.expert)
-        self.deepspeed_moe = Dispatcher([expert() for _ in range(self.num_local_experts)], settings.experts, topology)
+        self.deepspeed_moe = Dispatcher(
+            [expert() for _ in range(self.num_local_experts)], settings.experts, topology
+        )
         self.settings = settings
         # The router is outside the dispatcher: DeepSpeed drops or misfiles router weights below a name with
         # "expert".
@@ -52,7 +54,9 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Do nothing: Topology has built the groups already."""
 
-    def route(self, x: Tensor | None, real: Tensor, context: LanguageContext) -> tuple[Tensor, Tensor, Routes]:
+    def route(
+        self, x: Tensor | None, real: Tensor, context: LanguageContext
+    ) -> tuple[Tensor, Tensor, Routes]:
         """Return the index of the real positions among B T, their hidden states, and their routes.
 
         ``x`` [B, T, H] may be None if the router uses only the task. ``real`` [B, T]. The B sentences are the
@@ -88,7 +92,10 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
     def _by_experts(self, x: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
         index, tokens, chosen = self.route(x, real, context)
         kept, capacity = chosen, self.settings.capacity
-        if capacity is not None and (factor := capacity.training if self.training else capacity.evaluation) is not None:
+        if (
+            capacity is not None
+            and (factor := capacity.training if self.training else capacity.evaluation) is not None
+        ):
             kept = limit(chosen, capacity, factor)
         if context.notes is not None:
             context.note(NAME, record_routing(self.settings, chosen, kept))

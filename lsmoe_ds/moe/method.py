@@ -38,7 +38,11 @@ class MixturesOfExperts(Method):
 
     def initial(self, name: str) -> Draw | None:
         """Draw router weights from a normal distribution with standard deviation 0.1."""
-        return (lambda value, generator: value.normal_(0.0, 0.1, generator=generator)) if ".router." in name else None
+        return (
+            (lambda value, generator: value.normal_(0.0, 0.1, generator=generator))
+            if ".router." in name
+            else None
+        )
 
     def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
         """Return the weights as they are: :mod:`lsmoe_ds.export.subnetwork` joins experts."""
@@ -52,10 +56,17 @@ class MixturesOfExperts(Method):
         layers = model.moe_layers()
         if any(layer.router.reads_tokens for _, layer in layers):
             return None
-        routes = [(layer.settings, layer.route(None, real[side], LanguageContext(ids))[2]) for side, layer in layers]
-        return [self.model.routed(settings) * count_first_choices(each, settings.experts) for settings, each in routes]
+        routes = [
+            (layer.settings, layer.route(None, real[side], LanguageContext(ids))[2]) for side, layer in layers
+        ]
+        return [
+            self.model.routed(settings) * count_first_choices(each, settings.experts)
+            for settings, each in routes
+        ]
 
-    def losses(self, notes: Sequence[RoutingRecord], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
+    def losses(
+        self, notes: Sequence[RoutingRecord], totals: list[Tensor], size: StepSize
+    ) -> dict[str, Tensor]:
         balance = z = torch.zeros((), device=totals[0].device)
         for side, record, chosen in zip(self.sides, notes, totals, strict=True):
             routed = self.model.routed(record.settings) * size.tokens(side)
@@ -64,7 +75,10 @@ class MixturesOfExperts(Method):
         return {"balance": balance, "z_loss": z}
 
     def sums(self, notes: Sequence[RoutingRecord]) -> dict[str, float]:
-        return {"dropped": sum(int(record.dropped) for record in notes), "choices": sum(record.choices for record in notes)}
+        return {
+            "dropped": sum(int(record.dropped) for record in notes),
+            "choices": sum(record.choices for record in notes),
+        }
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
         share = sums["dropped"] / max(sums["choices"], 1)

@@ -38,7 +38,12 @@ class Routes:
         return Routes(*(part.index_select(0, index) for part in parts))
 
     def to(self, device: torch.device) -> Routes:
-        return Routes(self.experts.to(device), self.weights.to(device), self.probabilities.to(device), self.log_sums.to(device))
+        return Routes(
+            self.experts.to(device),
+            self.weights.to(device),
+            self.probabilities.to(device),
+            self.log_sums.to(device),
+        )
 
 
 @dataclass
@@ -148,7 +153,11 @@ class TaskRouter(RouterByTask):
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
         super().__init__(hidden, settings, languages)
         self.weight = nn.Parameter(torch.empty(len(languages.tasks(settings.task)), settings.experts))
-        self.groups = languages.task_groups(settings.task, settings.expert_groups) if settings.expert_groups > 1 else None
+        self.groups = (
+            languages.task_groups(settings.task, settings.expert_groups)
+            if settings.expert_groups > 1
+            else None
+        )
 
     def logits(self) -> Tensor:
         """Return the expert logits of all tasks [tasks, E], minus infinity outside a task's group."""
@@ -192,4 +201,9 @@ def assign(settings: MoE, languages: Languages) -> list[list[int]]:
     return assigned
 
 
-ROUTERS: dict[str, type[Router]] = {"token": TokenRouter, "sentence": SentenceRouter, "task": TaskRouter, "static": StaticRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "token": TokenRouter,
+    "sentence": SentenceRouter,
+    "task": TaskRouter,
+    "static": StaticRouter,
+}

@@ -37,7 +37,11 @@ class Traffic:
         """Add up several records."""
         total = cls()
         for part in parts:
-            total.bytes, total.rows, total.seconds = total.bytes + part.bytes, total.rows + part.rows, total.seconds + part.seconds
+            total.bytes, total.rows, total.seconds = (
+                total.bytes + part.bytes,
+                total.rows + part.rows,
+                total.seconds + part.seconds,
+            )
         return total
 
     def take(self) -> Traffic:
@@ -47,7 +51,9 @@ class Traffic:
         return taken
 
 
-def _exchange(tensor: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
+def _exchange(
+    tensor: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic
+) -> Tensor:
     received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
     begun = time.perf_counter()
     dist.all_to_all_single(received, tensor.contiguous(), receive, send, group=group)
@@ -65,7 +71,14 @@ def exchange_counts(counts: Tensor, group: dist.ProcessGroup, traffic: Traffic) 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        send: list[int],
+        receive: list[int],
+        group: dist.ProcessGroup,
+        traffic: Traffic,
+    ) -> Tensor:
         ctx.way_back = receive, send, group, traffic
         return _exchange(rows, send, receive, group, traffic)
 
@@ -74,7 +87,9 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(gradients[0], *ctx.way_back), None, None, None, None
 
 
-def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
+def all_to_all(
+    rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic
+) -> Tensor:
     """Send ``send[r]`` rows of [S, H] to each rank r and receive ``receive[r]`` rows from it, in rank order.
 
     The gradient travels the same way back. Any count may be zero. Every rank of the group must call it. Adds
@@ -188,7 +203,9 @@ def sum_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 and return its result, or raise its UserError, on all ranks. Called by every rank."""
+    """Call a function on rank 0 and return its result, or raise its UserError, on all ranks. Called by every
+    rank.
+    """
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -1,7 +1,7 @@
 """Every adapter to DeepSpeed 0.19.8 and Megatron-core 0.16.1: the only file that touches their private names.
 
-Each adapter says why it is there. ``check_versions`` refuses other versions, because the names below are not promised
-by either library.
+Each adapter says why it is there. ``check_versions`` refuses other versions, because the names below are not
+promised by either library.
 """
 
 from __future__ import annotations
@@ -33,18 +33,25 @@ def check_versions() -> None:
         except importlib.metadata.PackageNotFoundError:
             raise UserError(f"{package} is not installed: install {package}=={wanted}") from None
         if found != wanted:
-            raise UserError(f"{package} {found} is installed, but lsmoe_ds adapts {package}=={wanted}: install that version")
+            raise UserError(
+                f"{package} {found} is installed, but lsmoe_ds adapts {package}=={wanted}: install that"
+                " version"
+            )
 
 
 @functools.cache
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, on the accelerator that is there, without compiling extensions that nothing here uses."""
+    """DeepSpeed, quiet, on the accelerator that is there, without compiling extensions that nothing here
+    uses.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with quick_import():
         import deepspeed
         import deepspeed.ops
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")  # it uses them
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=".*(all_gather_into_tensor|reduce_scatter_tensor).*"
+    )  # it uses them
     # init_distributed would compile this C++ extension (40 s, and a stale lock when killed); only
     # inference_all_reduce uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -60,8 +67,10 @@ def trains_in(kind: str) -> bool:
 
 @functools.cache
 def import_megatron() -> Any:
-    """Megatron-core's parallel state, and its fused functions as plain ones: nothing here calls them, but it hands them to
-    ``torch.compile`` while it is imported, which loads torch's compiler and takes a third of the time that a rank needs to start."""
+    """Megatron-core's parallel state, and its fused functions as plain ones: nothing here calls them, but it
+    hands them to ``torch.compile`` while it is imported, which loads torch's compiler and takes a third of
+    the time that a rank needs to start.
+    """
     compiled = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
     try:
@@ -73,7 +82,9 @@ def import_megatron() -> Any:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because a connection to another rank broke. gloo has no class of error for it."""
+    """Whether a collective failed because a connection to another rank broke. gloo has no class of error for
+    it.
+    """
     return isinstance(error, dist.DistError) or (
         "gloo" in str(error) and any(f"onnection {how} by peer" in str(error) for how in ("closed", "reset"))
     )
@@ -87,8 +98,11 @@ def import_moe_base() -> type[torch.nn.Module]:
     return MoE
 
 
-def adopt_expert_groups(size: int, expert_group: dist.ProcessGroup, expert_data_group: dist.ProcessGroup) -> str:
-    """Hands groups built by Megatron to DeepSpeed, which would otherwise build its own, blind to tensor parallelism.
+def adopt_expert_groups(
+    size: int, expert_group: dist.ProcessGroup, expert_data_group: dist.ProcessGroup
+) -> str:
+    """Hands groups built by Megatron to DeepSpeed, which would otherwise build its own, blind to tensor
+    parallelism.
 
     Returns the name under which DeepSpeed knows them.
     """
@@ -110,8 +124,9 @@ def expert_group_name(size: int) -> str:
 def mark_expert_parameter(parameter: torch.nn.Parameter, size: int) -> None:
     """Makes the engine reduce a parameter's gradient over expert-data-parallel ranks only.
 
-    ``model_parallel`` is for the gradient norm: where expert groups span the tensor-parallel group, DeepSpeed would
-    otherwise count the experts of the first tensor-parallel rank alone, silently, and clip by a wrong norm.
+    ``model_parallel`` is for the gradient norm: where expert groups span the tensor-parallel group, DeepSpeed
+    would otherwise count the experts of the first tensor-parallel rank alone, silently, and clip by a wrong
+    norm.
     """
     parameter.allreduce = False  # type: ignore[attr-defined]
     parameter.group_name = expert_group_name(size)  # type: ignore[attr-defined]
@@ -143,16 +158,22 @@ def forget_groups() -> None:
 class ModelParallelUnit:
     """What ``deepspeed.initialize(mpu=...)`` asks, answered by Megatron's parallel state.
 
-    Some names are left out on purpose: when DeepSpeed finds ``get_sequence_*``, ``get_slice_*`` or ``get_pipe_*`` it
-    takes another path that Megatron-core's groups do not fit.
+    Some names are left out on purpose: when DeepSpeed finds ``get_sequence_*``, ``get_slice_*`` or
+    ``get_pipe_*`` it takes another path that Megatron-core's groups do not fit.
     """
 
     def __init__(self) -> None:
         import megatron.core.parallel_state as state
 
-        self.get_tensor_model_parallel_group = self.get_model_parallel_group = state.get_tensor_model_parallel_group
-        self.get_tensor_model_parallel_rank = self.get_model_parallel_rank = state.get_tensor_model_parallel_rank
-        self.get_tensor_model_parallel_world_size = self.get_model_parallel_world_size = state.get_tensor_model_parallel_world_size
+        self.get_tensor_model_parallel_group = self.get_model_parallel_group = (
+            state.get_tensor_model_parallel_group
+        )
+        self.get_tensor_model_parallel_rank = self.get_model_parallel_rank = (
+            state.get_tensor_model_parallel_rank
+        )
+        self.get_tensor_model_parallel_world_size = self.get_model_parallel_world_size = (
+            state.get_tensor_model_parallel_world_size
+        )
         self.get_data_parallel_group = state.get_data_parallel_group
         self.get_data_parallel_rank = state.get_data_parallel_rank
         self.get_data_parallel_world_size = state.get_data_parallel_world_size
@@ -164,26 +185,34 @@ class ModelParallelUnit:
 def initialize_megatron(tensor: int, expert: int) -> Any:
     """Builds all groups once, in Megatron; returns its parallel state.
 
-    Experts are not tensor-parallel (``expert_tensor_parallel_size=1``): expert groups run over consecutive ranks and
-    may span tensor-parallel peers.
+    Experts are not tensor-parallel (``expert_tensor_parallel_size=1``): expert groups run over consecutive
+    ranks and may span tensor-parallel peers.
     """
     state = import_megatron()
-    state.initialize_model_parallel(tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=1)
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
+    )
     return state
 
 
 def megatron_config() -> Any:
-    """The settings of Megatron's linear and embedding layers here: CPU allocation, no initialization (we do that by
-    parameter name, so that it is the same in every layout), no fused kernels that need Apex."""
+    """The settings of Megatron's linear and embedding layers here: CPU allocation, no initialization (we do
+    that by parameter name, so that it is the same in every layout), no fused kernels that need Apex.
+    """
     from megatron.core.model_parallel_config import ModelParallelConfig
 
     return ModelParallelConfig(
-        use_cpu_initialization=True, perform_initialization=False, gradient_accumulation_fusion=False, params_dtype=torch.float32
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        params_dtype=torch.float32,
     )
 
 
 def mark_tensor_parallel(parameter: Any, dimension: int) -> None:
-    """Megatron marks a weight while initializing it, which we do ourselves; DeepSpeed's norm reads the mark."""
+    """Megatron marks a weight while initializing it, which we do ourselves; DeepSpeed's norm reads the
+    mark.
+    """
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
     if not getattr(parameter, "tensor_model_parallel", False):
@@ -195,7 +224,9 @@ def mark_tensor_parallel(parameter: Any, dimension: int) -> None:
 
 @contextlib.contextmanager
 def trusted_checkpoint_loading() -> Iterator[None]:
-    """DeepSpeed loads its checkpoints with ``weights_only=False``; inside this context nothing in them can run code."""
+    """DeepSpeed loads its checkpoints with ``weights_only=False``; inside this context nothing in them can
+    run code.
+    """
     import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -257,7 +288,9 @@ def random_state(tensor: int) -> dict[str, torch.Tensor]:
     if tensor > 1:
         from megatron.core.tensor_parallel import random as tracked
 
-        state |= {f"tracked.{name}": value for name, value in tracked.get_cuda_rng_tracker().get_states().items()}
+        state |= {
+            f"tracked.{name}": value for name, value in tracked.get_cuda_rng_tracker().get_states().items()
+        }
     return state
 
 
@@ -270,7 +303,11 @@ def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
         from megatron.core.tensor_parallel import random as tracked
 
         tracked.get_cuda_rng_tracker().set_states(
-            {name.removeprefix("tracked."): value for name, value in state.items() if name.startswith("tracked.")}
+            {
+                name.removeprefix("tracked."): value
+                for name, value in state.items()
+                if name.startswith("tracked.")
+            }
         )
 
 
@@ -315,11 +352,12 @@ def knowing_what_trains(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
     """Five things that engine 0.19.8 leaves to be wished.
 
-    ZeRO stage 0 clips by ``clip``, which returns the norm, and keeps the norm; it copies gradients to all-reduce them in
-    buckets of ``bucket`` values, not of 5e8, and on one rank alone not at all. Of the ranks that hold the same experts only
-    the first saves anything, even where the others are its tensor-parallel peers, whose part of the dense weights would be
-    missing: all peers of the first save. With experts stage 0 writes the optimizer's state twice, of which one is never read: it
-    is left out. And the engine puts scripts beside the checkpoints, which do not know experts: it does so no more.
+    ZeRO stage 0 clips by ``clip``, which returns the norm, and keeps the norm; it copies gradients to
+    all-reduce them in buckets of ``bucket`` values, not of 5e8, and on one rank alone not at all. Of the
+    ranks that hold the same experts only the first saves anything, even where the others are its
+    tensor-parallel peers, whose part of the dense weights would be missing: all peers of the first save. With
+    experts stage 0 writes the optimizer's state twice, of which one is never read: it is left out. And the
+    engine puts scripts beside the checkpoints, which do not know experts: it does so no more.
     """
     from deepspeed.utils import groups
 
@@ -333,7 +371,9 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
         if engine.has_moe_layers:
             common = engine._common_checkpoint_state
             engine._common_checkpoint_state = lambda *arguments: common(*arguments) | {"optimizer": None}
-    engine.checkpoint_engine.is_data_parallel_writer = lambda rank: rank == 0 or groups._get_data_parallel_rank() == 0
+    engine.checkpoint_engine.is_data_parallel_writer = lambda rank: (
+        rank == 0 or groups._get_data_parallel_rank() == 0
+    )
     engine._copy_recovery_script = lambda folder: None
 
 
@@ -344,8 +384,8 @@ def save_engine(
     write: Callable[[Any, str], None],
     frozen: Callable[[str], bool],
 ) -> None:
-    """Writes the engine's checkpoint into ``folder / name``, each of its files by ``write(state_dict, path)``, which must not take
-    views for wholes: torch would write all that a view is a part of.
+    """Writes the engine's checkpoint into ``folder / name``, each of its files by ``write(state_dict,
+    path)``, which must not take views for wholes: torch would write all that a view is a part of.
 
     Parameters that do not train are left out; ``frozen`` tells them in the files of experts, which DeepSpeed
     writes whole.
@@ -354,7 +394,9 @@ def save_engine(
     def save(state: dict[str, Any], path: str) -> None:
         write({key: value for key, value in state.items() if not frozen(key)}, path)
 
-    engine.checkpoint_engine.preserves_storage_sharing = lambda: False  # else all is copied before it is handed over
+    engine.checkpoint_engine.preserves_storage_sharing = lambda: (
+        False
+    )  # else all is copied before it is handed over
     engine.checkpoint_engine.save = lambda state_dict, path: save(state_dict, path)
     engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
@@ -377,8 +419,10 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
 
 
 class Piece(NamedTuple):
-    """A run of values of one parameter whose optimizer state this rank holds. ``holder`` is what the optimizer steps; the piece
-    begins at ``offset`` in it, flattened, and ``number`` is the holder's in the optimizer's order."""
+    """A run of values of one parameter whose optimizer state this rank holds. ``holder`` is what the
+    optimizer steps; the piece begins at ``offset`` in it, flattened, and ``number`` is the holder's in the
+    optimizer's order.
+    """
 
     parameter: torch.nn.Parameter
     start: int  # in the flattened parameter
@@ -389,17 +433,25 @@ class Piece(NamedTuple):
 
 
 def optimizer_pieces(engine: Any) -> list[Piece]:
-    """ZeRO 1 and 2 step flat partitions, each a part of a group's parameters; stage 0 the parameters or, in bfloat16, copies of them."""
+    """ZeRO 1 and 2 step flat partitions, each a part of a group's parameters; stage 0 the parameters or, in
+    bfloat16, copies of them.
+    """
     optimizer = engine.optimizer
-    partitions = getattr(optimizer, "single_partition_of_fp32_groups", getattr(optimizer, "fp32_groups_flat_partition", None))
+    partitions = getattr(
+        optimizer, "single_partition_of_fp32_groups", getattr(optimizer, "fp32_groups_flat_partition", None)
+    )
     if partitions is None:
         if hasattr(optimizer, "fp32_groups"):
             parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
             holders = [copy for group in optimizer.fp32_groups for copy in group]
         else:
-            parameters = holders = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = holders = [
+                parameter for group in optimizer.param_groups for parameter in group["params"]
+            ]
         both = enumerate(zip(parameters, holders, strict=True))
-        return [Piece(parameter, 0, parameter.numel(), holder, number, 0) for number, (parameter, holder) in both]
+        return [
+            Piece(parameter, 0, parameter.numel(), holder, number, 0) for number, (parameter, holder) in both
+        ]
     pieces = []
     for parameter in engine.module.parameters():
         mapping = parameter._hp_mapping if parameter.requires_grad else None
@@ -429,12 +481,16 @@ def optimizer_file(engine: Any, tag: str, expert_rank: int) -> str:
 
 
 def read_optimizer_file(path: Path) -> tuple[dict[int, dict[str, torch.Tensor]], list[torch.Tensor] | None]:
-    """What :func:`optimizer_states` held, by the holder's number, and the holders' values; None where these are the parameters."""
+    """What :func:`optimizer_states` held, by the holder's number, and the holders' values; None where these
+    are the parameters.
+    """
     with trusted_checkpoint_loading():
         values = torch.load(path, map_location="cpu", mmap=True)
     values = values.get("optimizer_state_dict") or values["optimizer"]
     if "base_optimizer_state" in values:
         return values["base_optimizer_state"]["state"], values["single_partition_of_fp32_groups"]
     if "fp32_groups" in values:
-        return values["optimizer_state_dict"]["state"], [copy for group in values["fp32_groups"] for copy in group]
+        return values["optimizer_state_dict"]["state"], [
+            copy for group in values["fp32_groups"] for copy in group
+        ]
     return values["state"], None

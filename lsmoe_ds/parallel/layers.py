@@ -45,12 +45,20 @@ def column_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             if self.weight.requires_grad and self.bias.requires_grad:
                 return super().forward(x)
-            # Megatron's layer gives no gradient to a bias beside a frozen weight, and else computes one always.
+            # Megatron's layer gives no gradient to a bias beside a frozen weight, and else computes one
+            # always.
             copied = copy_to_tensor_model_parallel_region(x)
             out: Tensor = F.linear(copied, self.weight, self.bias)  # type: ignore[arg-type]
             return out
 
-    layer = ColumnLinear(inputs, outputs, config=compat.megatron_config(), init_method=nn.init.zeros_, bias=True, gather_output=False)
+    layer = ColumnLinear(
+        inputs,
+        outputs,
+        config=compat.megatron_config(),
+        init_method=nn.init.zeros_,
+        bias=True,
+        gather_output=False,
+    )
     compat.mark_tensor_parallel(layer.weight, 0)
     compat.mark_tensor_parallel(layer.bias, 0)
     return layer
@@ -133,7 +141,9 @@ def cross_entropy(
     return loss, nll.detach()
 
 
-def smoothing_loss(projected: Projected, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology) -> Tensor:
+def smoothing_loss(
+    projected: Projected, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
+) -> Tensor:
     """Return what label smoothing adds to the summed negative log-likelihood.
 
     It is the sum over tokens of ``s (z_label - mean_v z_v)``. The output layer is linear, so

@@ -45,8 +45,8 @@ def global_names(model: nn.Module, topology: Topology) -> dict[str, str]:
 
 
 def places(model: nn.Module, topology: Topology) -> dict[str, tuple[str, int]]:
-    """Return local name and first expert-parallel rank of all parameters and persistent buffers that the ranks
-    hold together, by global name.
+    """Return local name and first expert-parallel rank of all parameters and persistent buffers that the
+    ranks hold together, by global name.
     """
     found: dict[str, tuple[str, int]] = {}
     for rank in range(topology.expert):

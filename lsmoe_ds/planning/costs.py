@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 from lsmoe_ds.config.method import Held
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import Count, LinearShape, Shape, SideName, SublayerShape, count_linears, shapes_of
+from lsmoe_ds.config.shapes import (
+    Count,
+    LinearShape,
+    Shape,
+    SideName,
+    SublayerShape,
+    count_linears,
+    shapes_of,
+)
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.moe.costs import Exchange
 
@@ -97,7 +105,10 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
     reads = any(method.reads_states for method in model.methods)
     reads = reads or any(moe.routing in ("token", "sentence") for _, _, moe in model.moe_layers())
     ahead = reads and batch.count * tensor > world
-    each_token = [each.routed * each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes) for each in found]
+    each_token = [
+        each.routed * each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes)
+        for each in found
+    ]
     counts = sum(batch.count * tensor * each.layers * each.count_bytes for each in found)
     return round(batch.tokens * batch.count * max(each_token, default=0.0)) + (1 + ahead) * counts
 

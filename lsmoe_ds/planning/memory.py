@@ -1,6 +1,7 @@
 """The memory that a rank needs in training. Each function's docstring has its formula.
 
-B sentences, T positions, S tokens, H hidden, F feed-forward width, E experts, K top-k, V vocabulary; t tensor-parallel ranks.
+B sentences, T positions, S tokens, H hidden, F feed-forward width, E experts, K top-k, V vocabulary; t
+tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, passes
 from lsmoe_ds.planning.trained import count_trained
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
-PROCESS = 480 * 2**20  # measured on Linux: Python, torch, DeepSpeed, Megatron-core and their threads, with nothing loaded
+PROCESS = (
+    480 * 2**20
+)  # measured on Linux: Python, torch, DeepSpeed, Megatron-core and their threads, with nothing loaded
 # Allocator fragmentation, measured on a CPU: some blocks of one micro-batch's shapes fit none of the next
 # one's.
 ALLOCATOR = 1.4
@@ -97,13 +100,15 @@ def activations(recipe: Recipe, value: int) -> int:
     The micro-batch has ``data.batch.tokens`` padded tokens S, half source and half target. The table is per
     token, in values, with a factor 1 / t for what is split over tensor-parallel ranks::
 
-        self-attention      3 H + 4 H / t        in and out of its norm, dropout's mask; query, key, value, mixture
-        over the source     3 H + 2 H / t        the same for a target token, and 2 H / t for a source token's key
-                                                 and value
+        self-attention      3 H + 4 H / t        in and out of its norm, dropout's mask; query, key, value,
+                                                 mixture
+        over the source     3 H + 2 H / t        the same for a target token, and 2 H / t for a source
+                                                 token's key and value
         feed-forward        3 H + F / t
         experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
-        output layer        H + 3 V / t float32  per target token: log-probabilities, and at their gradient two more
+        output layer        H + 3 V / t float32  per target token: log-probabilities, and two more at their
+                                                 gradient
         methods                                  see each method's ``values``
 
     If both routes are trained, everything counts twice, except that the output layer stores only V / t
@@ -127,13 +132,19 @@ def activations(recipe: Recipe, value: int) -> int:
             if site.sublayer == "feed_forward":
                 width, moe = side.width(site.layer), side.moe if side.is_moe(site.layer) else None
                 found[site.side] += (width if moe is None else experts.values(hidden, width, moe)) / tensor
-        elif site.sublayer != "feed_forward":  # query, key, value, and the mixture that the output layer reads
+        elif (
+            site.sublayer != "feed_forward"
+        ):  # query, key, value, and the mixture that the output layer reads
             found[site.reads] += hidden / tensor
         found[site.reads] += sum(method.values(site, tensor) for method in model.methods)
     twice = passes(recipe)
     logits = 3 if twice == 1 else 1
     floats = logits * recipe.data.vocabulary.size / tensor
-    floats += sum(2 * moe.experts * model.routed(moe) / twice for _, _, moe in model.moe_layers() if moe.routing == "token")
+    floats += sum(
+        2 * moe.experts * model.routed(moe) / twice
+        for _, _, moe in model.moe_layers()
+        if moe.routing == "token"
+    )
     values = sum(found.values())
     return round(twice * recipe.data.batch.tokens / 2 * (value * values + 4 * floats))
 
@@ -143,7 +154,7 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
 
     d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
 
-        stage 0     v min(2^24, max(d, e))          copies of dense, then of expert gradients; none on one rank alone
+        stage 0     v min(2^24, max(d, e))          copies of dense, then of expert gradients
                     4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32
         stages 1, 2 v min(b, d + e) + 4 p           the bucket; float32 gradients of the rank's own part
 
@@ -153,7 +164,9 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
     """
     if stage == 0:
         largest = recipe.data.vocabulary.size * recipe.model.hidden // recipe.parallel.tensor
-        largest = max([largest, *(method.largest(recipe.model, recipe.languages) for method in recipe.model.methods)])
+        largest = max(
+            [largest, *(method.largest(recipe.model, recipe.languages) for method in recipe.model.methods)]
+        )
         copies = min(max(STAGE_0_BUCKET, largest), max(dense, experts)) if world > 1 else 0
         return value * copies if value == 4 else 4 * (copies + dense + experts)
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}

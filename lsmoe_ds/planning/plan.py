@@ -49,17 +49,28 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan for JSON: counts of parameters, bytes, and floating-point operations."""
-        flops = asdict(self.flops) | {"source_training": self.flops.source_training, "target_training": self.flops.target_training}
+        flops = asdict(self.flops) | {
+            "source_training": self.flops.source_training,
+            "target_training": self.flops.target_training,
+        }
         return {
             "name": self.name,
-            "layout": {"world": self.world, "tensor": self.tensor, "expert": self.expert, "data": self.world // self.tensor},
+            "layout": {
+                "world": self.world,
+                "tensor": self.tensor,
+                "expert": self.expert,
+                "data": self.world // self.tensor,
+            },
             "parameters": self.parameters.to_dict(),
             "trained": self.trained,
             "serving": self.serving.to_dict(),
             "routes": {route: parts.to_dict() for route, parts in self.routes.items()},
             "recipe_precision": self.precision,
             "recipe_stage": self.stage,
-            "memory": [asdict(each) | {"total": each.total, "process": PROCESS, "peak": each.peak} for each in self.memory],
+            "memory": [
+                asdict(each) | {"total": each.total, "process": PROCESS, "peak": each.peak}
+                for each in self.memory
+            ],
             "exchanges": [
                 asdict(each)
                 | {
@@ -95,31 +106,69 @@ class Plan:
         if self.trained < self.parameters.whole.total:
             sizes.add_row("of these train", human(self.trained), *("-" for _ in counts[1:]))
         parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak")
-        memories = table(f"memory of each rank; {layout}; peak with {in_bytes(PROCESS)} of the process itself", "", *parts)
+        memories = table(
+            f"memory of each rank; {layout}; peak with {in_bytes(PROCESS)} of the process itself", "", *parts
+        )
         for each in self.memory:
             own = " <- recipe" if (each.precision, each.stage) == (self.precision, self.stage) else ""
             cells = [in_bytes(getattr(each, part)) for part in parts]
             memories.add_row(f"{each.precision} ZeRO {each.stage}{own}", *cells)
         made: list[Any] = [sizes, memories]
         if self.exchanges:
-            columns = ("side", "layers", "rows leaving / token", "all at home", "bytes / row", "bytes / token", "all at home")
+            columns = (
+                "side",
+                "layers",
+                "rows leaving / token",
+                "all at home",
+                "bytes / row",
+                "bytes / token",
+                "all at home",
+            )
             traffic = table(f"expert parallelism in {self.precision}: forward and backward", *columns)
             for side in self.exchanges:
                 home = ["-", "-"]
                 if side.rows_home is not None:
                     home = [f"{side.rows_home:.2f}", in_bytes(side.token_bytes(at_home=True))]
-                cells = [str(side.layers), f"{side.rows:.2f}", home[0], f"{side.row_bytes:,}", in_bytes(side.token_bytes()), home[1]]
+                cells = [
+                    str(side.layers),
+                    f"{side.rows:.2f}",
+                    home[0],
+                    f"{side.row_bytes:,}",
+                    in_bytes(side.token_bytes()),
+                    home[1],
+                ]
                 traffic.add_row(side.side, *cells)
-            step = f"one step between all ranks, at most: {in_bytes(self.step_bytes)} with experts chosen at random"
+            step = (
+                f"one step between all ranks, at most: {in_bytes(self.step_bytes)} with experts chosen at"
+                " random"
+            )
             if self.step_bytes_home is not None:
                 step += f", {in_bytes(self.step_bytes_home)} with all batches at home"
-                step += " (the recipe's are task-affine)" if self.task_affine else " (needs data.batch.languages: task-affine)"
+                step += (
+                    " (the recipe's are task-affine)"
+                    if self.task_affine
+                    else " (needs data.batch.languages: task-affine)"
+                )
             made += [traffic, step]
         work = table(
-            f"floating-point operations of a token, sentences of {self.flops.length}", "", "forward", "of it attention", "training"
+            f"floating-point operations of a token, sentences of {self.flops.length}",
+            "",
+            "forward",
+            "of it attention",
+            "training",
         )
-        work.add_row("source token", human(self.flops.source), human(self.flops.source_attention), human(self.flops.source_training))
-        work.add_row("target token", human(self.flops.target), human(self.flops.target_attention), human(self.flops.target_training))
+        work.add_row(
+            "source token",
+            human(self.flops.source),
+            human(self.flops.source_attention),
+            human(self.flops.source_training),
+        )
+        work.add_row(
+            "target token",
+            human(self.flops.target),
+            human(self.flops.target_attention),
+            human(self.flops.target_training),
+        )
         return Group(*made, work)
 
 

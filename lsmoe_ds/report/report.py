@@ -81,7 +81,11 @@ class Conversion(BaseModel):
     @property
     def title(self) -> str:
         """Describe the converted model: ``CTranslate2, int8, shared route``."""
-        parts = [KIND_NAMES.get(self.kind, self.kind), self.quantization, "shared route" if self.route == "shared" else None]
+        parts = [
+            KIND_NAMES.get(self.kind, self.kind),
+            self.quantization,
+            "shared route" if self.route == "shared" else None,
+        ]
         parts.append(f"mean of {self.average} checkpoints" if self.average > 1 else None)
         return ", ".join(part for part in parts if part)
 
@@ -100,7 +104,9 @@ class Progress:
     tokens_per_second: float | None = None
 
 
-def write_report(run_folder: str | Path, out: str | Path | None = None, scores: str | Path | None = None) -> Path:
+def write_report(
+    run_folder: str | Path, out: str | Path | None = None, scores: str | Path | None = None
+) -> Path:
     """Write the page, by default as ``report.html`` of the run, and return its path.
 
     ``scores`` is the folder to which `lsmoe evaluate --out` wrote, if not the run. Raises UserError if the
@@ -122,7 +128,10 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
     folder = ScoreFolder(scores_in if scores_in is not None else run)
     scores = folder.best(recipe.languages.directions)
     if scores is None and scores_in is not None:
-        raise UserError(f"--scores {scores_in} holds no scores of this run's directions: `lsmoe evaluate {run} --out DIR` writes them")
+        raise UserError(
+            f"--scores {scores_in} holds no scores of this run's directions: `lsmoe evaluate {run} --out DIR`"
+            " writes them"
+        )
     layers = _if_there(folder.home / "routing.json", read_routing)
     conversions = _conversions(run)
     timings = _if_there(run / "timings.json", lambda path: _read(path, TypeAdapter(dict[str, float])))
@@ -143,7 +152,12 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
         caveat=_caveat(scores, progress) if scores else None,
         sides=_sides(scores) if scores else [],
         # The longest bar leaves room for its number.
-        bar_scale=85 / max(1.0, *(value.chrf for score in scores.directions for value in (score.metrics, score.copy))) if scores else 0,
+        bar_scale=(
+            85
+            / max(1.0, *(value.chrf for score in scores.directions for value in (score.metrics, score.copy)))
+            if scores
+            else 0
+        ),
         open_samples=_open_samples(scores) if scores else set(),
         maps=[(layer, heat_map(layer, full), reading(layer)) for layer in layers or []],
         full=full,
@@ -182,9 +196,14 @@ def _inconvertible(recipe: Recipe) -> str | None:
 
 def _conversions(run: Path) -> list[Conversion]:
     """Return the records of all conversions, dense ones first. A run of an earlier version has only one."""
-    paths = sorted((run / "conversions").glob("*.json")) or [path for path in [run / "conversion.json"] if path.is_file()]
+    paths = sorted((run / "conversions").glob("*.json")) or [
+        path for path in [run / "conversion.json"] if path.is_file()
+    ]
     found = [_read(path, TypeAdapter(Conversion)) for path in paths]
-    return sorted(found, key=lambda each: list(KIND_NAMES).index(each.kind) if each.kind in KIND_NAMES else len(KIND_NAMES))
+    return sorted(
+        found,
+        key=lambda each: list(KIND_NAMES).index(each.kind) if each.kind in KIND_NAMES else len(KIND_NAMES),
+    )
 
 
 def _read(path: Path, kind: TypeAdapter[T]) -> T:
@@ -211,10 +230,16 @@ def read_progress(path: Path) -> Progress:
             by_step.setdefault(int(record["step"]), {}).update(record)
         except (ValueError, TypeError, KeyError, RecursionError):
             if index < len(lines) - 1:
-                raise UserError(f"{path} cannot be read: line {index + 1} is not a JSON object with a 'step'") from None
+                raise UserError(
+                    f"{path} cannot be read: line {index + 1} is not a JSON object with a 'step'"
+                ) from None
     progress, speeds = Progress(), []
     for step, record in sorted(by_step.items()):
-        value = {key: float(number) for key, number in record.items() if isinstance(number, int | float) and math.isfinite(number)}
+        value = {
+            key: float(number)
+            for key, number in record.items()
+            if isinstance(number, int | float) and math.isfinite(number)
+        }
         progress.steps = step
         # The training loss includes label smoothing and the balance loss; nll is comparable with the dev
         # loss.
@@ -256,7 +281,11 @@ def _curves(progress: Progress, recipe: Recipe) -> TrainingCharts:
     return TrainingCharts(
         line_chart(series, f"Loss over {progress.steps:,} steps") if series else None,
         bool(shared),
-        [(about, line_chart(drawn, f"{about}, over the steps", tall=False)) for about, drawn in low if drawn[-1].points],
+        [
+            (about, line_chart(drawn, f"{about}, over the steps", tall=False))
+            for about, drawn in low
+            if drawn[-1].points
+        ],
     )
 
 
@@ -264,7 +293,10 @@ def _summary(recipe: Recipe, progress: Progress | None) -> str:
     """Describe in one line which model was trained, on how many languages and directions."""
     model, languages = recipe.model, recipe.languages
     unit = {"target": "target language", "source": "source language", "pair": "language pair"}
-    mixtures = {(side, moe.experts, moe.top_k, unit[moe.task] if moe.by_task else moe.routing) for side, _, moe in model.moe_layers()}
+    mixtures = {
+        (side, moe.experts, moe.top_k, unit[moe.task] if moe.by_task else moe.routing)
+        for side, _, moe in model.moe_layers()
+    }
     sparse = [
         f"{experts} experts in each sparse layer of the {side}, {top_k} of them used for each {by}"
         for side, experts, top_k, by in sorted(mixtures, reverse=True)
@@ -283,16 +315,26 @@ def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
     None if the training was long or its translations are good all the same, or if the scores are of an
     earlier step.
     """
-    if progress is None or not 0 < progress.seconds < SHORT_TRAINING or scores.share("weak") < USABLE or scores.step < progress.steps:
+    if (
+        progress is None
+        or not 0 < progress.seconds < SHORT_TRAINING
+        or scores.share("weak") < USABLE
+        or scores.step < progress.steps
+    ):
         return None
     average = scores.averages()["all"]
     ahead = average.metrics.chrf - average.copy.chrf
-    compared = f"{abs(ahead):.1f} chrF {'above' if ahead > 0 else 'below'}" if abs(ahead) >= 0.05 else "the same chrF as"
+    compared = (
+        f"{abs(ahead):.1f} chrF {'above' if ahead > 0 else 'below'}"
+        if abs(ahead) >= 0.05
+        else "the same chrF as"
+    )
     exact, weak = scores.share("exact"), scores.share("weak")
     return (
-        f"After {duration(progress.seconds)} of training the model scores {compared} copying the source. Of its {scores.sentences:,} "
-        f"{scores.split} translations {exact:.0%} are word for word the reference, and {weak:.0%} score under {WEAK:.0f} chrF, where a "
-        "translation is seldom of use: the model is not a translator yet."
+        f"After {duration(progress.seconds)} of training the model scores {compared} copying the source. Of"
+        f" its {scores.sentences:,} {scores.split} translations {exact:.0%} are word for word the reference,"
+        f" and {weak:.0%} score under {WEAK:.0f} chrF, where a translation is seldom of use: the model is not"
+        " a translator yet."
     )
 
 
@@ -306,9 +348,10 @@ class SideScores:
 
     def label(self, direction: Direction) -> str:
         """Return the name of the language that is not English."""
-        return {"into_english": language_name(direction.source), "out_of_english": language_name(direction.target)}.get(
-            self.group, task_name(str(direction))
-        )
+        return {
+            "into_english": language_name(direction.source),
+            "out_of_english": language_name(direction.target),
+        }.get(self.group, task_name(str(direction)))
 
 
 def _sides(scores: ScoreTable) -> list[SideScores]:
@@ -332,7 +375,9 @@ def _open_samples(scores: ScoreTable) -> set[str]:
     shown: dict[str, str] = {}
     for score in sorted(scores.directions, key=lambda score: task_order(str(score.direction))):
         target = score.direction.target
-        shown.setdefault("into English" if is_english(target) else script(target) or target, str(score.direction))
+        shown.setdefault(
+            "into English" if is_english(target) else script(target) or target, str(score.direction)
+        )
     return set(list(shown.values())[:OPEN_SAMPLES])
 
 
@@ -347,7 +392,11 @@ class Provenance(BaseModel):
 
 
 def _corpora(recipe: Recipe, run: Path) -> list[Provenance]:
-    paths = [corpus_folder(name, find_directory(recipe, run)) / PROVENANCE for name in recipe.data.corpora if isinstance(name, str)]
+    paths = [
+        corpus_folder(name, find_directory(recipe, run)) / PROVENANCE
+        for name in recipe.data.corpora
+        if isinstance(name, str)
+    ]
     found = [_if_there(path, lambda path: _read(path, TypeAdapter(Provenance))) for path in paths]
     return [corpus for corpus in found if corpus is not None]
 

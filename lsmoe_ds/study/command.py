@@ -83,8 +83,14 @@ class Runs:
 
     def __init__(self, study: Study, out: Path) -> None:
         if not (study.prepared / MANIFEST).is_file():
-            raise UserError(f"there is no prepared data in {study.prepared}: run 'lsmoe data prepare {study.base}'")
-        self.study, self.out, self.prepared = study, out, PreparedData.of(study.recipes[study.settings.baseline])
+            raise UserError(
+                f"there is no prepared data in {study.prepared}: run 'lsmoe data prepare {study.base}'"
+            )
+        self.study, self.out, self.prepared = (
+            study,
+            out,
+            PreparedData.of(study.recipes[study.settings.baseline]),
+        )
         self.plans = {member: plan(recipe) for member, recipe in study.recipes.items()}
 
     def folder(self, member: str, seed: int) -> Path:
@@ -117,7 +123,10 @@ class Runs:
         found, _ = newest_whole(folder)
         if found is not None and step_of(found) > steps:
             trained = counted(step_of(found), "step")
-            raise UserError(f"{folder} was trained for {trained}, the study takes {steps:,}: write to another folder with --out")
+            raise UserError(
+                f"{folder} was trained for {trained}, the study takes {steps:,}: write to another folder with"
+                " --out"
+            )
         return found is not None and step_of(found) == steps
 
     def train(self, member: str, seed: int, processes: int | None) -> None:
@@ -132,10 +141,16 @@ class Runs:
         write_whole(recipe, self.study.recipe(member, seed).to_yaml())
         command = [sys.executable, "-m", "lsmoe_ds", "train", str(recipe), "--out", str(folder)]
         command += ["--nproc", str(processes)] if processes else []
-        environment = {**KEEP_LARGE_BLOCKS, **{key: value for key, value in os.environ.items() if key not in LAUNCHED}}
+        environment = {
+            **KEEP_LARGE_BLOCKS,
+            **{key: value for key, value in os.environ.items() if key not in LAUNCHED},
+        }
         status = launch.run(command, env=environment, stdout=2)  # standard output is for the table
         if status or not self.is_trained(member, seed):
-            raise UserError(f"training {name} ended with status {status}; what was done is in {self.out}, and the same command resumes")
+            raise UserError(
+                f"training {name} ended with status {status}; what was done is in {self.out}, and the same"
+                " command resumes"
+            )
 
     def evaluate(self, member: str, seed: int, route: str) -> None:
         name, options = f"{member}, seed {seed}, {route} route", self.study.settings.evaluate
@@ -143,7 +158,9 @@ class Runs:
             return _say(f"{name}: evaluated already")
         _say(f"{name}: evaluating")
         folder = self.folder(member, seed)
-        table = evaluate(folder, None, options.beam, options.length_penalty, options.split, options.limit, route=route)
+        table = evaluate(
+            folder, None, options.beam, options.length_penalty, options.split, options.limit, route=route
+        )
         table.write(folder / f"scores-{route}.json")
 
     def scores(self, member: str, seed: int, route: str) -> ScoreTable | None:
@@ -158,9 +175,18 @@ class Runs:
         table = ScoreTable.read(path)
         found = (table.step, table.route, table.split, table.beam, table.length_penalty)
         wanted = (self.study.steps, route, options.split, options.beam, options.length_penalty)
-        held_out = {str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"] for d in self.prepared.languages.directions}
-        counts = {direction: min(count, options.limit or count) for direction, count in held_out.items() if count}
-        return table if found == wanted and counts == {str(s.direction): s.sentences for s in table.directions} else None
+        held_out = {
+            str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"]
+            for d in self.prepared.languages.directions
+        }
+        counts = {
+            direction: min(count, options.limit or count) for direction, count in held_out.items() if count
+        }
+        return (
+            table
+            if found == wanted and counts == {str(s.direction): s.sentences for s in table.directions}
+            else None
+        )
 
     def costs(self, member: str, route: str) -> Costs:
         """Return the planned parameters, and the speed and time of the runs that are fully trained."""
@@ -176,7 +202,9 @@ class Runs:
             parameters=planned.parameters.whole.total,
             serving_all=serving.whole.total,
             serving_one=planned.serving.whole.total,
-            tokens_per_second=Spread.of(each.tokens_per_second for each in done if each.tokens_per_second is not None),
+            tokens_per_second=Spread.of(
+                each.tokens_per_second for each in done if each.tokens_per_second is not None
+            ),
             minutes=Spread.of(each.seconds / 60 for each in done),
         )
 
@@ -206,7 +234,9 @@ class Runs:
         """
         with locked(self.out / "study.json", wait=True):
             comparison = self.compare()
-            write_whole(self.out / "study.json", json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1) + "\n")
+            write_whole(
+                self.out / "study.json", json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1) + "\n"
+            )
             write_whole(self.out / "study.md", comparison.to_markdown())
             write_whole(self.out / "study.html", render_page(comparison))
 

@@ -55,7 +55,9 @@ class Member(Section):
             if key in FIXED:
                 raise ValueError(f"'set' changes {key}, but {FIXED[key]}")
             if key == "data" or (key.startswith("data.") and key.split(".")[1] != "batch"):
-                raise ValueError(f"'set' changes {key}, but the members share their data: only data.batch may differ")
+                raise ValueError(
+                    f"'set' changes {key}, but the members share their data: only data.batch may differ"
+                )
         return self
 
 

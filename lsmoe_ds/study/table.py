@@ -102,11 +102,24 @@ class Row:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Row:
         """Read what :meth:`to_dict` returned."""
-        costs = value["costs"] | {name: _spread(value["costs"][name]) for name in ("tokens_per_second", "minutes")}
-        scores = {name: {key: _scores_of(each) for key, each in value[name].items()} for name in ("groups", "directions")}
+        costs = value["costs"] | {
+            name: _spread(value["costs"][name]) for name in ("tokens_per_second", "minutes")
+        }
+        scores = {
+            name: {key: _scores_of(each) for key, each in value[name].items()}
+            for name in ("groups", "directions")
+        }
         by_seed = {int(seed): gain for seed, gain in value["gain_by_seed"].items()}
         kept = {name: each for name, each in value.items() if name != "missing_seeds"}
-        return cls(**kept | scores | {"costs": Costs(**costs), "seeds": tuple(value["seeds"]), "gain_by_seed": by_seed})
+        return cls(
+            **kept
+            | scores
+            | {
+                "costs": Costs(**costs),
+                "seeds": tuple(value["seeds"]),
+                "gain_by_seed": by_seed,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -157,9 +170,19 @@ class Comparison:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Comparison:
         """Read what :meth:`to_dict` returned."""
-        copies = {name: {key: Metrics(**each) for key, each in value[name].items()} for name in ("copy", "copy_by_direction")}
+        copies = {
+            name: {key: Metrics(**each) for key, each in value[name].items()}
+            for name in ("copy", "copy_by_direction")
+        }
         kept = {name: each for name, each in value.items() if name != "score_of_gains"}
-        return cls(**kept | copies | {"seeds": tuple(value["seeds"]), "rows": tuple(Row.from_dict(row) for row in value["rows"])})
+        return cls(
+            **kept
+            | copies
+            | {
+                "seeds": tuple(value["seeds"]),
+                "rows": tuple(Row.from_dict(row) for row in value["rows"]),
+            }
+        )
 
     def about(self) -> str:
         """Describe in one line what was trained and evaluated."""
@@ -174,21 +197,40 @@ class Comparison:
     def about_seeds(self) -> str:
         """Explain how far gains and win ratios can be trusted."""
         if len(self.seeds) < 2:
-            return "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add seeds."
+            return (
+                "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add"
+                " seeds."
+            )
         return (
-            f"A difference is beyond seed noise if each of the {len(self.seeds)} seeds scores above, or each below, every seed of "
-            f"{self.baseline}. Within seed noise, the difference and the win ratio may be chance."
+            f"A difference is beyond seed noise if each of the {len(self.seeds)} seeds scores above, or each"
+            f" below, every seed of {self.baseline}. Within seed noise, the difference and the win ratio may"
+            " be chance."
         )
 
     def grids(self) -> list[Grid]:
         """Return every table, for Markdown and the page."""
-        spread = " Means over seeds; ± is half the range from the smallest to the largest." if len(self.seeds) > 1 else ""
-        columns = ["Model", "Trained", "Served, all directions", "One direction", "Tokens/s", "Minutes", "Scores"]
-        rows = [[row.title, *_costs(row.costs), f"{len(row.seeds)} of {len(self.seeds)}"] for row in self.rows]
+        spread = (
+            " Means over seeds; ± is half the range from the smallest to the largest."
+            if len(self.seeds) > 1
+            else ""
+        )
+        columns = [
+            "Model",
+            "Trained",
+            "Served, all directions",
+            "One direction",
+            "Tokens/s",
+            "Minutes",
+            "Scores",
+        ]
+        rows = [
+            [row.title, *_costs(row.costs), f"{len(row.seeds)} of {len(self.seeds)}"] for row in self.rows
+        ]
         about = (
-            "Parameters that are trained, that are loaded to serve all directions by the row's route, and that serve one direction "
-            "once methods are merged into their layers and experts of the task taken out. Tokens of both sides a second in "
-            "training (median of a run), minutes of training, and how many seeds are scored." + spread
+            "Parameters that are trained, that are loaded to serve all directions by the row's route, and"
+            " that serve one direction once methods are merged into their layers and experts of the task"
+            " taken out. Tokens of both sides a second in training (median of a run), minutes of training,"
+            " and how many seeds are scored." + spread
         )
         grids = [Grid("Size and speed", about, columns, rows)]
         for metric in (MAIN, *(name for name in METRICS if name != MAIN)):
@@ -196,20 +238,32 @@ class Comparison:
         return [*grids, self._by_direction(spread)] if self.copy else grids
 
     def _by_group(self, metric: str, spread: str) -> Grid:
-        names = [AVERAGES[group][0].upper() + AVERAGES[group][1:] for group in self.groups] or ["All directions"]
+        names = [AVERAGES[group][0].upper() + AVERAGES[group][1:] for group in self.groups] or [
+            "All directions"
+        ]
         groups = self.groups or ["all"]
         with_ratio = metric == MAIN
         rows = []
         for row in self.rows:
             cells = [_cell(row.groups.get(group, {}).get(metric)) for group in groups]
-            rows.append([row.title, *cells, *([self._ratio(row), row.certainty or "–"] if with_ratio else [])])
+            rows.append(
+                [row.title, *cells, *([self._ratio(row), row.certainty or "–"] if with_ratio else [])]
+            )
         if self.copy:
             copied = [f"{getattr(self.copy[group], metric):.1f}" for group in groups]
             rows.append(["Copying the source", *copied, *(["–", "–"] if with_ratio else [])])
         about = f"Means over the directions of a group.{spread}"
         if with_ratio:
-            about += f" Win ratio: the share of directions whose mean is above that of {self.baseline}. {self.about_seeds()}"
-        return Grid(METRICS[metric], about, ["Model", *names, *(["Win ratio", "Difference"] if with_ratio else [])], rows)
+            about += (
+                f" Win ratio: the share of directions whose mean is above that of {self.baseline}."
+                f" {self.about_seeds()}"
+            )
+        return Grid(
+            METRICS[metric],
+            about,
+            ["Model", *names, *(["Win ratio", "Difference"] if with_ratio else [])],
+            rows,
+        )
 
     def _by_direction(self, spread: str) -> Grid:
         rows = []
@@ -239,14 +293,26 @@ class Comparison:
         )
         groups = [group for group in self.groups if group in SHORT] or ["all"]
         scores = [f"{METRICS[MAIN]} {SHORT[group]}" for group in groups]
-        columns = ["model", "trained", "one direction", "tokens/s", "minutes", *scores, "BLEU all", "win ratio", "difference"]
+        columns = [
+            "model",
+            "trained",
+            "one direction",
+            "tokens/s",
+            "minutes",
+            *scores,
+            "BLEU all",
+            "win ratio",
+            "difference",
+        ]
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left")
         for row in self.rows:
             trained, _, one, *speed = _costs(row.costs)
             cells = [_cell(row.groups.get(group, {}).get(MAIN)) for group in groups]
             bleu = _cell(row.groups.get("all", {}).get("bleu"))
-            table.add_row(Text(row.title), trained, one, *speed, *cells, bleu, self._ratio(row), row.certainty or "–")
+            table.add_row(
+                Text(row.title), trained, one, *speed, *cells, bleu, self._ratio(row), row.certainty or "–"
+            )
         return table
 
 
@@ -278,16 +344,44 @@ def compare(
         directions, groups = _by_direction(tables.values()), _group_scores(tables.values())
         gains = {d: score[MAIN].mean - means[d][MAIN].mean for d, score in directions.items() if d in means}
         base = reference["all"][MAIN].mean if reference else None
-        by_seed = {} if base is None else {seed: getattr(t.averages()["all"].metrics, MAIN) - base for seed, t in tables.items()}
+        by_seed = (
+            {}
+            if base is None
+            else {seed: getattr(t.averages()["all"].metrics, MAIN) - base for seed, t in tables.items()}
+        )
         ratio = sum(gain > 0 for gain in gains.values()) / len(gains) if gains and key != baseline else None
         gain = groups["all"][MAIN].mean - base if groups and base is not None else None
-        beyond = _apart(groups["all"][MAIN], reference["all"][MAIN]) if groups and reference and key != baseline else None
-        rows.append(Row(*key, title, costs[key], tuple(tables), groups, directions, gain, by_seed, gains, ratio, beyond, key == baseline))
+        beyond = (
+            _apart(groups["all"][MAIN], reference["all"][MAIN])
+            if groups and reference and key != baseline
+            else None
+        )
+        rows.append(
+            Row(
+                *key,
+                title,
+                costs[key],
+                tuple(tables),
+                groups,
+                directions,
+                gain,
+                by_seed,
+                gains,
+                ratio,
+                beyond,
+                key == baseline,
+            )
+        )
     any_table = next((table for tables in scores.values() for table in tables.values()), None)
     copy = {group: average.copy for group, average in any_table.averages().items()} if any_table else {}
     # Into English first; related languages are neighbors.
     ordered = (
-        sorted(any_table.directions, key=lambda s: (not is_english(s.direction.target), task_order(str(s.direction)))) if any_table else []
+        sorted(
+            any_table.directions,
+            key=lambda s: (not is_english(s.direction.target), task_order(str(s.direction))),
+        )
+        if any_table
+        else []
     )
     copied = {str(score.direction): score.copy for score in ordered}
     return Comparison(name, steps, tuple(seeds), evaluate, titles[baseline], tuple(rows), copy, copied)
@@ -316,7 +410,9 @@ def _by_direction(tables: Iterable[ScoreTable]) -> dict[str, Scores]:
 
 
 def _group_scores(tables: Iterable[ScoreTable]) -> dict[str, Scores]:
-    return _spreads([{group: average.metrics for group, average in table.averages().items()} for table in tables])
+    return _spreads(
+        [{group: average.metrics for group, average in table.averages().items()} for table in tables]
+    )
 
 
 def _spreads(found: Sequence[Mapping[str, Metrics]]) -> dict[str, Scores]:

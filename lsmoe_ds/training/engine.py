@@ -59,7 +59,10 @@ def check_precision(recipe: Recipe) -> str | None:
     given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     half = next((kind for kind in HALF if given.get(kind, {}).get("enabled")), None)
     if half is not None and not compat.trains_in(half):
-        device, other = "GPU" if torch.cuda.is_available() else "CPU", next(kind for kind in HALF if kind != half)
+        device, other = (
+            "GPU" if torch.cuda.is_available() else "CPU",
+            next(kind for kind in HALF if kind != half),
+        )
         raise UserError(
             f"the DeepSpeed configuration enables '{half}', in which this machine's {device} cannot train: "
             f"enable '{other}', or neither, which is float32"
@@ -126,8 +129,9 @@ def clipping_limit(recipe: Recipe) -> float:
 
 @torch.no_grad()
 def clip_gradients(model: Transformer, limit: float, topology: Topology) -> float:
-    """Scales all gradients so that their global norm is at most ``limit``; returns the norm before. For ZeRO stage 0,
-    where every rank holds whole gradients: DeepSpeed 0.19.8 counts different ranks' experts as replicas of one another.
+    """Scales all gradients so that their global norm is at most ``limit``; returns the norm before. For ZeRO
+    stage 0, where every rank holds whole gradients: DeepSpeed 0.19.8 counts different ranks' experts as
+    replicas of one another.
 
     Raises NonFinite if the norm is not a finite number.
     """
@@ -142,8 +146,14 @@ def clip_gradients(model: Transformer, limit: float, topology: Topology) -> floa
                 else "replicated"
             )
             parts[kind].append(parameter.grad)
-    squares = {kind: torch.nn.utils.get_total_norm(gradients).double().cpu() ** 2 for kind, gradients in parts.items()}
-    for kind, size, group in (("tensor", topology.tensor, topology.tensor_group), ("expert", topology.expert, topology.expert_group)):
+    squares = {
+        kind: torch.nn.utils.get_total_norm(gradients).double().cpu() ** 2
+        for kind, gradients in parts.items()
+    }
+    for kind, size, group in (
+        ("tensor", topology.tensor, topology.tensor_group),
+        ("expert", topology.expert, topology.expert_group),
+    ):
         if size > 1:
             squares[kind] = squares[kind].to(topology.device)
             dist.all_reduce(squares[kind], group=group)
@@ -158,9 +168,9 @@ def clip_gradients(model: Transformer, limit: float, topology: Topology) -> floa
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
     """One optimizer step, the ``number``-th counted from 1, over this rank's micro-batches of ``step``.
 
-    The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary losses are
-    computed over all routed tokens of the step, so none depends on how the step was cut into micro-batches and ranks.
-    Raises NonFinite before a broken gradient reaches the weights.
+    The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary
+    losses are computed over all routed tokens of the step, so none depends on how the step was cut into
+    micro-batches and ranks. Raises NonFinite before a broken gradient reaches the weights.
     """
     rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
     for group in engine.optimizer.param_groups:
@@ -178,7 +188,9 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
             totals = _over_data_ranks(model.count(result.notes), topology)
         of_tokens = {"loss": result.loss, "nll": result.nll, **result.further}
         loss = sum(result.further.values(), start=result.loss) / step.target_tokens
-        parts: dict[str, Tensor | float] = {name: each.detach() / step.target_tokens for name, each in of_tokens.items()}
+        parts: dict[str, Tensor | float] = {
+            name: each.detach() / step.target_tokens for name, each in of_tokens.items()
+        }
         for method in model.methods:
             notes = result.notes.get(method.name, [])
             auxiliary = method.losses(notes, totals[method.name], size)
@@ -186,10 +198,13 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
                 loss = loss + each
             parts |= {name: each.detach() for name, each in auxiliary.items()}
             parts |= method.sums(notes)
-        # DeepSpeed averages gradients over the data-parallel ranks; these losses are parts of a global mean already.
+        # DeepSpeed averages gradients over the data-parallel ranks; these losses are parts of a global mean
+        # already.
         engine.backward(loss * topology.data, scale_wrt_gas=False)
         for name, part in parts.items():
-            sums[name] = sums.get(name, 0.0) + torch.as_tensor(part, dtype=torch.float64, device=topology.device)
+            sums[name] = sums.get(name, 0.0) + torch.as_tensor(
+                part, dtype=torch.float64, device=topology.device
+            )
         if i + 1 < len(batches):
             engine.step()  # counts the micro-batch
     assert totals is not None
@@ -221,12 +236,16 @@ def _sum_over_data_ranks(sums: dict[str, Tensor], topology: Topology) -> dict[st
 def _totals_ahead(model: Transformer, batches: list[Batch], topology: Topology) -> Totals:
     """Compute the totals of the whole step before its first gradient; the random numbers stay as they were.
 
-    With several micro-batches a rank, methods that read hidden states cost one more forward pass, which stores nothing.
+    With several micro-batches a rank, methods that read hidden states cost one more forward pass, which
+    stores nothing.
     """
     state = compat.random_state(topology.tensor)
     found = [model.totals_ahead(batch.source, batch.decoder_input, batch.ids) for batch in batches]
     compat.restore_random_state(state, topology.tensor)
-    sums = {name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in found), strict=True)] for name in found[0]}
+    sums = {
+        name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in found), strict=True)]
+        for name in found[0]
+    }
     return _over_data_ranks(sums, topology)
 
 
@@ -242,20 +261,29 @@ def _over_data_ranks(totals: Totals, topology: Topology) -> Totals:
 
 
 def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:
-    """Of each side since the last time, summed over all ranks; nothing is exchanged where the experts are not spread."""
+    """Of each side since the last time, summed over all ranks; nothing is exchanged where the experts are not
+    spread.
+    """
     parts: dict[str, list[Traffic]] = {side: [] for side in SIDES}
     for side, layer in model.moe_layers():
         parts[side].append(layer.deepspeed_moe.traffic.take())
     taken = {side: Traffic.sum(layers) for side, layers in parts.items()}
     if topology.expert == 1:
         return taken
-    sums = torch.tensor([[t.bytes, t.rows, t.seconds] for t in taken.values()], dtype=torch.float64, device=topology.device)
+    sums = torch.tensor(
+        [[t.bytes, t.rows, t.seconds] for t in taken.values()], dtype=torch.float64, device=topology.device
+    )
     dist.all_reduce(sums)
-    return {side: Traffic(int(sent), int(rows), seconds) for side, (sent, rows, seconds) in zip(taken, sums.tolist(), strict=True)}
+    return {
+        side: Traffic(int(sent), int(rows), seconds)
+        for side, (sent, rows, seconds) in zip(taken, sums.tolist(), strict=True)
+    }
 
 
 def _fill_in_gradients(model: Transformer) -> None:
-    """Zeros for experts that no token of the step has used: Adam continues with their averages, as on several ranks."""
+    """Zeros for experts that no token of the step has used: Adam continues with their averages, as on several
+    ranks.
+    """
     for parameter in model.parameters():
         if parameter.grad is None and parameter.requires_grad and compat.is_expert_parameter(parameter):
             parameter.grad = torch.zeros_like(parameter)

@@ -26,11 +26,12 @@ from lsmoe_ds.training.monitor import Monitor
 
 
 def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
-    """Train in an open run folder, on every rank of ``topology``, from the newest whole checkpoint, of whatever layout. Without one,
-    begin with the weights of ``training.start_from``, or with random ones.
+    """Train in an open run folder, on every rank of ``topology``, from the newest whole checkpoint, of
+    whatever layout. Without one, begin with the weights of ``training.start_from``, or with random ones.
 
-    Killed at any instant and started again in the same layout, it ends with the same losses and weights, to the bit. Returns None
-    after the last step; asked to stop (see :mod:`lsmoe_ds.interrupt`), it saves and returns the signal.
+    Killed at any instant and started again in the same layout, it ends with the same losses and weights, to
+    the bit. Returns None after the last step; asked to stop (see :mod:`lsmoe_ds.interrupt`), it saves and
+    returns the signal.
     """
     training, data = recipe.training, recipe.data
     prepared = PreparedData.of(recipe)
@@ -75,13 +76,20 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             change = checkpoints.describe_change(engine, found, topology)
             monitor.say(f"resuming from {found}" + (f", {change}" if change else ""))
             if done >= training.steps:
-                beyond = f"of {training.steps:,}" if done == training.steps else f"beyond training.steps, which is {training.steps:,}"
+                beyond = (
+                    f"of {training.steps:,}"
+                    if done == training.steps
+                    else f"beyond training.steps, which is {training.steps:,}"
+                )
                 monitor.say(f"{run} is at step {done:,} {beyond}: nothing is left to train")
         elif training.start_from is not None:
             monitor.say(f"starting from {training.start_from}")
         asked = interrupt.agreed(topology)
         if asked and not last_step:
-            monitor.say(f"{interrupt.name_of(asked)} before step {done + 1}: nothing new to save; the same command resumes")
+            monitor.say(
+                f"{interrupt.name_of(asked)} before step {done + 1}: nothing new to save; the same command"
+                " resumes"
+            )
         for number in range(done + 1, done + 1 if asked else training.steps + 1):
             beat(f"in step {number}")
             step = next(stream)
@@ -92,7 +100,9 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 saver.finish()
                 last = list_checkpoints(run)
                 saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
-                raise SharedError(f"step {number}: {error}; the directions in the batch: {directions}; {saved}") from None
+                raise SharedError(
+                    f"step {number}: {error}; the directions in the batch: {directions}; {saved}"
+                ) from None
             monitor.after_step(number, step, result)
             asked = interrupt.agreed(topology)
             begun = time.perf_counter()
@@ -102,8 +112,12 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 for route in routes:
                     beat(f"validating after step {number}")
                     rank, world = topology.data_rank, topology.data
-                    batches = validation_batches(prepared, languages, vocabulary, data.batch, rank=rank, world=world, tags=data.tags)
-                    losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(engine, batches, topology, route)
+                    batches = validation_batches(
+                        prepared, languages, vocabulary, data.batch, rank=rank, world=world, tags=data.tags
+                    )
+                    losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(
+                        engine, batches, topology, route
+                    )
                 monitor.record_dev_loss(number, losses)
             if number % training.checkpoint_every == 0 or last_step or asked:
                 position = {"stream": stream.state_dict(), "window": monitor.state_dict()}
@@ -115,7 +129,9 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             if asked:
                 beat(f"finishing the checkpoint of step {number}")
                 saver.finish()
-                monitor.say(f"{interrupt.name_of(asked)}: saved after step {number}; the same command resumes")
+                monitor.say(
+                    f"{interrupt.name_of(asked)}: saved after step {number}; the same command resumes"
+                )
                 break
     engine.destroy()
     return None if last_step else asked

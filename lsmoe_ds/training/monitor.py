@@ -12,7 +12,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from lsmoe_ds.data.batching import Step
 from lsmoe_ds.folders import explain_errors, write_whole
@@ -68,7 +75,9 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.progress is not None:
             self.progress.stop()
         if self.writer is not None:
@@ -87,7 +96,9 @@ class Monitor:
         for name, value in result.metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * step.target_tokens
         self.tokens += step.source_tokens + step.target_tokens
-        self.exchanged = {side: Traffic.sum([so_far, result.exchanged[side]]) for side, so_far in self.exchanged.items()}
+        self.exchanged = {
+            side: Traffic.sum([so_far, result.exchanged[side]]) for side, so_far in self.exchanged.items()
+        }
         self.away += step.away
         self.steps_in_window += 1
         if self.progress is not None:
@@ -115,7 +126,10 @@ class Monitor:
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.tokens, self.since = 0, time.perf_counter()
         self._write(record)
-        text = f"loss {record['loss']:.3f} · {record['tokens_per_second']:,.0f} tokens/s · lr {result.learning_rate:.2e}"
+        text = (
+            f"loss {record['loss']:.3f} · {record['tokens_per_second']:,.0f} tokens/s · lr"
+            f" {result.learning_rate:.2e}"
+        )
         if self.progress is not None:
             self.progress.update(self.task, description=text)
 
@@ -124,9 +138,20 @@ class Monitor:
 
         It is bytes per step, and the share of the ranks' time in a window of ``seconds``.
         """
-        parts = {"": Traffic.sum(self.exchanged.values()), **{f"_{side}": traffic for side, traffic in self.exchanged.items()}}
-        sent = {f"exchanged_bytes{end}": traffic.bytes / self.steps_in_window for end, traffic in parts.items()}
-        return {**sent, **{f"exchange_share{end}": traffic.seconds / (seconds * self.world) for end, traffic in parts.items()}}
+        parts = {
+            "": Traffic.sum(self.exchanged.values()),
+            **{f"_{side}": traffic for side, traffic in self.exchanged.items()},
+        }
+        sent = {
+            f"exchanged_bytes{end}": traffic.bytes / self.steps_in_window for end, traffic in parts.items()
+        }
+        return {
+            **sent,
+            **{
+                f"exchange_share{end}": traffic.seconds / (seconds * self.world)
+                for end, traffic in parts.items()
+            },
+        }
 
     def pause(self, seconds: float) -> None:
         """Exclude time that was not training (a checkpoint, a validation) from the rate."""
@@ -195,7 +220,10 @@ class _Line:
         loss, rate = self.loss / self.weight, self.tokens / max(now - self.since, 1e-9)
         self._begin(now)
         self.due = now + LINE_EVERY
-        return f"step {number}/{steps} · loss {loss:.3f} · {rate:,.0f} tokens/s · lr {result.learning_rate:.2e} · {left} left"
+        return (
+            f"step {number}/{steps} · loss {loss:.3f} · {rate:,.0f} tokens/s · lr {result.learning_rate:.2e}"
+            f" · {left} left"
+        )
 
 
 def _step(line: str) -> float:

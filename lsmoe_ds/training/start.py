@@ -33,7 +33,12 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import check_precision
 from lsmoe_ds.training.schedules import inverse_square_root
 
-STARTS = ("consolidated", "hybrid", "dense", "huggingface")  # kinds of converted folders that a training begins with
+STARTS = (
+    "consolidated",
+    "hybrid",
+    "dense",
+    "huggingface",
+)  # kinds of converted folders that a training begins with
 
 
 def check(recipe: Recipe, run: Path) -> None:
@@ -56,7 +61,7 @@ def _check_validation(recipe: Recipe, prepared: PreparedData) -> None:
     if every and not any(bitexts[each.bitext]["dev"]["pairs"] for each in recipe.languages.directions):
         raise UserError(
             f"'training.validate_every' is {every}, but {prepared.folder} has no dev pairs: "
-            f"set it to 0, or raise 'data.held_out.dev' and prepare again"
+            "set it to 0, or raise 'data.held_out.dev' and prepare again"
         )
 
 
@@ -74,22 +79,35 @@ def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
     try:
         stored = find_model(folder)
         if stored.kind not in STARTS:
-            made, how = f"made by `lsmoe convert --to {stored.kind}`", f"give a folder made with --to {', '.join(STARTS)}"
+            made, how = (
+                f"made by `lsmoe convert --to {stored.kind}`",
+                f"give a folder made with --to {', '.join(STARTS)}",
+            )
             if stored.kind == "sparse":
-                made, how = "a run", f"`lsmoe convert {folder} --to consolidated --out DIR` makes a folder to start from"
+                made, how = (
+                    "a run",
+                    f"`lsmoe convert {folder} --to consolidated --out DIR` makes a folder to start from",
+                )
             raise UserError(f"{folder} is {made}: {how}")
         if sha256(stored.vocabulary) != sha256(vocabulary):
-            raise UserError(f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and prepare again")
+            raise UserError(
+                f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and"
+                " prepare again"
+            )
         weights = read_weights(stored)
         _check_same_model(recipe, stored, Vocabulary.load(vocabulary).size, Tensors.of(weights.tensors))
-        if wrong := damage(stored.home, read_fields(stored.home / PROVENANCE, files=dict)["files"], verify=True):
+        if wrong := damage(
+            stored.home, read_fields(stored.home / PROVENANCE, files=dict)["files"], verify=True
+        ):
             raise UserError(f"{stored.home} is damaged: {wrong}")
     except UserError as error:
         raise UserError(f"'training.start_from' is {folder}: {error}") from None
 
 
 def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: Tensors) -> None:
-    """Raise UserError unless these are the weights of a model of the recipe; if languages differ, they are named first."""
+    """Raise UserError unless these are the weights of a model of the recipe; if languages differ, they are
+    named first.
+    """
     try:
         empty_model(recipe, vocabulary, weights, Topology.single())
     except UserError as error:
@@ -99,22 +117,28 @@ def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: 
         lacks = "the recipe lacks " + listed(map(str, sorted(before - now))) if before - now else ""
         new = "it was not trained on " + listed(map(str, sorted(now - before))) if now - before else ""
         raise UserError(
-            f"layers of the model know its directions, and {' and '.join(each for each in (lacks, new) if each)}: give the recipe the "
-            f"same data.directions, start from a folder of one direction (--to dense), or add languages with --to grown ({error})"
+            "layers of the model know its directions, and"
+            f" {' and '.join(each for each in (lacks, new) if each)}: give the recipe the same"
+            " data.directions, start from a folder of one direction (--to dense), or add languages with --to"
+            f" grown ({error})"
         ) from None
 
 
 def train(recipe: Recipe, run: Path, processes: int | None) -> int:
-    """Trains on the processes that a launcher has started, this one among them, or else on ``processes`` of this machine (by default
-    as few as the layout needs). Returns the exit status: 0 after the last step, :func:`interrupt.status_of` the signal when asked to
-    stop, :data:`watchdog.STATUS` when another rank is lost."""
+    """Trains on the processes that a launcher has started, this one among them, or else on ``processes`` of
+    this machine (by default as few as the layout needs). Returns the exit status: 0 after the last step,
+    :func:`interrupt.status_of` the signal when asked to stop, :data:`watchdog.STATUS` when another rank is
+    lost.
+    """
     membership = find(os.environ)
     if membership.is_alone:
         return _start(recipe, run, processes)
     os.environ.update(membership.environment())
     if processes not in (None, membership.world):
         started = counted(membership.world, "process")
-        raise SharedError(f"--nproc is {processes}, but {membership.launcher} has started {started}: leave --nproc out")
+        raise SharedError(
+            f"--nproc is {processes}, but {membership.launcher} has started {started}: leave --nproc out"
+        )
     _check_processes(recipe, membership.world)
     return _join_and_train(recipe, run, membership)
 
@@ -125,15 +149,16 @@ def _notice(recipe: Recipe) -> None:
     if training.warmup > training.steps:
         reached = inverse_square_root(training.steps, training.learning_rate, training.warmup)
         interrupt.say(
-            f"training.warmup is {training.warmup}, more than the {training.steps} training.steps: the learning rate rises to "
-            f"{reached:.2e} and never reaches training.learning_rate, {training.learning_rate:.2e}"
+            f"training.warmup is {training.warmup}, more than the {training.steps} training.steps: the"
+            f" learning rate rises to {reached:.2e} and never reaches training.learning_rate,"
+            f" {training.learning_rate:.2e}"
         )
     base = training.start_from
     with suppress(UserError):  # a resumed run needs the folder no more
         if base is not None and (learned := load_recipe(base / RECIPE).data.tags) != recipe.data.tags:
             interrupt.say(
                 f"data.tags is {recipe.data.tags}, but the model in {base} was trained with {learned}: "
-                f"it has to learn another use of its tags"
+                "it has to learn another use of its tags"
             )
 
 
@@ -161,10 +186,14 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
     from lsmoe_ds.training.loop import train as train_on_this_rank
 
     layout, hang_timeout = recipe.parallel, recipe.training.hang_timeout
-    party = joining.join(membership, {"the recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()}, 2 * hang_timeout)
+    party = joining.join(
+        membership, {"the recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()}, 2 * hang_timeout
+    )
     told = not membership.is_alone and membership.rank == 0
     if told:
-        print(f"{party.describe()}; tensor {layout.tensor}, expert {layout.expert}", file=sys.stderr, flush=True)
+        print(
+            f"{party.describe()}; tensor {layout.tensor}, expert {layout.expert}", file=sys.stderr, flush=True
+        )
     interrupt.save_and_leave(alone=membership.is_alone)
     here = Topology.build(layout.tensor, layout.expert, joining.device())
     with ExitStack() as held, watchdog.watch(party, hang_timeout):
@@ -181,5 +210,7 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
         return interrupt.status_of(asked)
     if membership.rank == 0:
         last = list_checkpoints(run)[-1].name
-        interrupt.say(f"{run} is trained, its last checkpoint is {last}; next: lsmoe evaluate {shlex.quote(str(run))}")
+        interrupt.say(
+            f"{run} is trained, its last checkpoint is {last}; next: lsmoe evaluate {shlex.quote(str(run))}"
+        )
     return 0

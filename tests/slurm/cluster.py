@@ -1,9 +1,11 @@
-"""A private SLURM cluster on this machine, for the tests and by hand: munged, slurmctld and one slurmd a node, on loopback.
+"""A private SLURM cluster on this machine, for the tests and by hand: munged, slurmctld and one slurmd a
+node, on loopback.
 
-Each node has namespaces of its own (hostname, mounts, processes): `node1` on 127.0.0.11, and so on. Its /tmp, /dev/shm and
-/etc/hosts are private; the folders to share are mounted into its /tmp and stand for the shared file system. To kill such a
-namespace is a power loss: the slurmd and every task die at once. Nothing of the machine is changed, there is no systemd and
-there are no cgroups, and all processes are known by number and start time, so that only our own are ever ended.
+Each node has namespaces of its own (hostname, mounts, processes): `node1` on 127.0.0.11, and so on. Its /tmp,
+/dev/shm and /etc/hosts are private; the folders to share are mounted into its /tmp and stand for the shared
+file system. To kill such a namespace is a power loss: the slurmd and every task die at once. Nothing of the
+machine is changed, there is no systemd and there are no cgroups, and all processes are known by number and
+start time, so that only our own are ever ended.
 
     python tests/slurm/cluster.py up [--nodes N] [--cpus N] [--folder DIR]
     python tests/slurm/cluster.py down [--folder DIR]
@@ -32,7 +34,17 @@ TEMPORARY = Path("/tmp")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "unshare", "setpriv", "mount")
 NAMESPACES = ("unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-UNFINISHED = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "REQUEUED", "RESIZING"}
+UNFINISHED = {
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "STOPPED",
+    "SIGNALING",
+    "REQUEUED",
+    "RESIZING",
+}
 STARTED = "processes"  # a file for each process of the cluster: its number and its start time
 
 
@@ -43,7 +55,9 @@ def missing() -> str | None:
         return f"{', '.join(absent)} not installed (apt-get install --no-install-recommends {PACKAGES})"
     if os.geteuid() != 0:
         return "it needs root, for namespaces and mounts"
-    trial = subprocess.run([*NAMESPACES, "mount", "-t", "tmpfs", "none", "/dev/shm"], capture_output=True, text=True)
+    trial = subprocess.run(
+        [*NAMESPACES, "mount", "-t", "tmpfs", "none", "/dev/shm"], capture_output=True, text=True
+    )
     if trial.returncode:
         return f"namespaces are not permitted here ({trial.stderr.strip().splitlines()[-1]})"
     return None
@@ -59,7 +73,9 @@ def wait_until(done: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 def start_time(process: int) -> str | None:
-    """The start time of a process (clock ticks since boot), None where it is gone. A zombie is gone: not every init reaps."""
+    """The start time of a process (clock ticks since boot), None where it is gone. A zombie is gone: not
+    every init reaps.
+    """
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -75,8 +91,9 @@ def children(process: int) -> list[int]:
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` successive free ports, below those that the kernel gives to outgoing connections: a node that is
-    powered on again must get its port back."""
+    """The first of ``count`` successive free ports, below those that the kernel gives to outgoing
+    connections: a node that is powered on again must get its port back.
+    """
     while True:
         first = random.randrange(6000, 9900)
         try:
@@ -89,26 +106,34 @@ def free_ports(count: int) -> int:
 
 
 class Cluster:
-    """``nodes`` nodes (`node1` ...) of ``cpus`` cores each. All state is in ``folder``; the repository, the running Python and
-    ``shared`` are seen by all nodes, the rest of /tmp is not. The processes die with the one that started them, unless
-    ``lasting``."""
+    """``nodes`` nodes (`node1` ...) of ``cpus`` cores each. All state is in ``folder``; the repository, the
+    running Python and ``shared`` are seen by all nodes, the rest of /tmp is not. The processes die with the
+    one that started them, unless ``lasting``.
+    """
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4, shared: Iterable[Path] = (), lasting: bool = False) -> None:
+    def __init__(
+        self, folder: Path, nodes: int = 2, cpus: int = 4, shared: Iterable[Path] = (), lasting: bool = False
+    ) -> None:
         self.folder = folder.resolve()
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.cpus = cpus
-        self.shared = sorted({path.resolve() for path in (REPOSITORY, Path(sys.prefix), self.folder, *shared)})
+        self.shared = sorted(
+            {path.resolve() for path in (REPOSITORY, Path(sys.prefix), self.folder, *shared)}
+        )
         self.lasting = lasting
         self.settings = self.folder / "slurm.conf"
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))
+        }
         self.environment["SLURM_CONF"] = str(self.settings)
         self._children: dict[str, subprocess.Popen] = {}
 
     # --- start and stop
 
     def up(self) -> None:
-        """Starts all and returns when every node is idle. A folder that a killed cluster left is cleaned; raises
-        FileExistsError where a cluster runs in it, or something else lies there."""
+        """Starts all and returns when every node is idle. A folder that a killed cluster left is cleaned;
+        raises FileExistsError where a cluster runs in it, or something else lies there.
+        """
         if self.folder.exists() and any(self.folder.iterdir()):
             if not (self.folder / STARTED).is_dir():
                 raise FileExistsError(f"{self.folder} is not empty and holds no cluster")
@@ -122,7 +147,11 @@ class Cluster:
             self._start("munged", "munged", "--foreground", f"--socket={munge}/socket", *files.values())
             wait_until((munge / "socket").exists, 10, "munged's socket")
             self._start(
-                "slurmctld", *NAMESPACES, "sh", "-c", f"hostname controller && exec slurmctld -D -f {shlex.quote(str(self.settings))}"
+                "slurmctld",
+                *NAMESPACES,
+                "sh",
+                "-c",
+                f"hostname controller && exec slurmctld -D -f {shlex.quote(str(self.settings))}",
             )
             for name in self.nodes:
                 self._start_node(name)
@@ -134,7 +163,9 @@ class Cluster:
     def down(self) -> None:
         """Ends every process of the cluster, its jobs included, and removes the folder."""
         started = self.folder / STARTED
-        for name in sorted((path.name for path in started.glob("*")), reverse=True):  # slurmctld, nodes, munged
+        for name in sorted(
+            (path.name for path in started.glob("*")), reverse=True
+        ):  # slurmctld, nodes, munged
             self._kill(name)
         if started.is_dir():
             shutil.rmtree(self.folder)
@@ -154,13 +185,27 @@ class Cluster:
     def _start_node(self, name: str) -> None:
         private, quote = self.folder / name, shlex.quote
         (private / "tmp").mkdir(parents=True, exist_ok=True)
-        lines = [f"hostname {name}", f"mount --bind {quote(str(self.folder / 'hosts'))} /etc/hosts", "mount -t tmpfs none /dev/shm"]
+        lines = [
+            f"hostname {name}",
+            f"mount --bind {quote(str(self.folder / 'hosts'))} /etc/hosts",
+            "mount -t tmpfs none /dev/shm",
+        ]
         for path in self.shared:
             if path.is_relative_to(TEMPORARY):
                 inside = private / "tmp" / path.relative_to(TEMPORARY)
-                lines += [f"mkdir -p {quote(str(inside))}", f"mount --rbind {quote(str(path))} {quote(str(inside))}"]
-        lines = ["set -e", *lines, f"mount --rbind {quote(str(private / 'tmp'))} /tmp", "chmod 1777 /tmp", "cd /"]
-        # The shell stays, as the namespace's first process, to reap what loses its parent; slurmd would leave zombies.
+                lines += [
+                    f"mkdir -p {quote(str(inside))}",
+                    f"mount --rbind {quote(str(path))} {quote(str(inside))}",
+                ]
+        lines = [
+            "set -e",
+            *lines,
+            f"mount --rbind {quote(str(private / 'tmp'))} /tmp",
+            "chmod 1777 /tmp",
+            "cd /",
+        ]
+        # The shell stays, as the namespace's first process, to reap what loses its parent; slurmd would leave
+        # zombies.
         slurmd = f"slurmd -D -N {name} -f {quote(str(self.settings))} & wait $!"
         self._start(name, *NAMESPACES, "sh", "-c", "\n".join([*lines, slurmd]))
 
@@ -168,7 +213,12 @@ class Cluster:
         tied = [] if self.lasting else ["setpriv", "--pdeathsig", "KILL"]
         with (self.folder / f"log/{name}.out").open("ab") as log:
             child = subprocess.Popen(
-                [*tied, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, start_new_session=True
+                [*tied, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,
             )
         (self.folder / STARTED / name).write_text(f"{child.pid} {start_time(child.pid)}")
         self._children[name] = child
@@ -188,7 +238,8 @@ class Cluster:
     def _kill(self, name: str) -> None:
         process = self._process(name)
         if process is not None:
-            # The first process of the namespace, if it has one: it is gone only when all others in there are, and unshare then ends.
+            # The first process of the namespace, if it has one: it is gone only when all others in there are,
+            # and unshare then ends.
             os.kill(next(iter(children(process)), process), signal.SIGKILL)
             wait_until(lambda: not self.running(name), 20, f"the end of {name}")
         if name in self._children:
@@ -198,7 +249,9 @@ class Cluster:
     # --- nodes
 
     def node_states(self) -> dict[str, str]:
-        """Of each node what `sinfo` calls it: "idle", "mixed", "allocated", "down", "completing" ..., with a `*` if it does not answer."""
+        """Of each node what `sinfo` calls it: "idle", "mixed", "allocated", "down", "completing" ..., with a
+        `*` if it does not answer.
+        """
         listed = self.run(
             "sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T", check=False
         )  # fails while slurmctld starts
@@ -213,8 +266,9 @@ class Cluster:
         self._kill(name)
 
     def power_on(self, name: str) -> None:
-        """Ends `power_off`. A real boot outlasts slurmctld's patience with the node; here slurmctld is told, as it would keep jobs
-        whose tasks on a node that is back at once are gone."""
+        """Ends `power_off`. A real boot outlasts slurmctld's patience with the node; here slurmctld is told,
+        as it would keep jobs whose tasks on a node that is back at once are gone.
+        """
         self.node_down(name)
         self._start_node(name)
         self.resume(name)
@@ -236,33 +290,50 @@ class Cluster:
 
     def daemon_log(self, name: str) -> str:
         """What "munged", "slurmctld" or a node's slurmd wrote."""
-        return "".join(path.read_text(errors="replace") for path in sorted((self.folder / "log").glob(f"*{name}.*")))
+        return "".join(
+            path.read_text(errors="replace") for path in sorted((self.folder / "log").glob(f"*{name}.*"))
+        )
 
     def _end_orphans(self, name: str) -> None:
-        """What a job left behind: without cgroups, processes whose parent ended before the job did are not SLURM's any more."""
+        """What a job left behind: without cgroups, processes whose parent ended before the job did are not
+        SLURM's any more.
+        """
         for first in children(self._process(name) or 0):
             for process in children(first):
                 try:
-                    if not Path(f"/proc/{process}/comm").read_text().startswith("slurm"):  # slurmd, slurmstepd
+                    if (
+                        not Path(f"/proc/{process}/comm").read_text().startswith("slurm")
+                    ):  # slurmd, slurmstepd
                         os.kill(process, signal.SIGKILL)
                 except OSError:
                     continue
 
     # --- jobs
 
-    def run(self, *command: str | Path, check: bool = True, timeout: float = 60, **options: object) -> subprocess.CompletedProcess[str]:
-        """A client command (`srun`, `scontrol` ...) of this cluster; ``options`` go to `subprocess.run`. Raises RuntimeError with
-        what it said where it fails and ``check``."""
+    def run(
+        self, *command: str | Path, check: bool = True, timeout: float = 60, **options: object
+    ) -> subprocess.CompletedProcess[str]:
+        """A client command (`srun`, `scontrol` ...) of this cluster; ``options`` go to `subprocess.run`.
+        Raises RuntimeError with what it said where it fails and ``check``.
+        """
         options = {"env": self.environment, **options}
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=timeout, **options)  # type: ignore[call-overload]
+        done = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, timeout=timeout, **options
+        )  # type: ignore[call-overload]
         if check and done.returncode:
-            raise RuntimeError(f"{shlex.join(done.args)} returned {done.returncode}: {done.stderr.strip()} {done.stdout.strip()}")
+            raise RuntimeError(
+                f"{shlex.join(done.args)} returned {done.returncode}: {done.stderr.strip()}"
+                f" {done.stdout.strip()}"
+            )
         return done
 
     def submit(self, script: Path | None, *arguments: str | Path, **options: object) -> int:
         """`sbatch --option=value ... SCRIPT ARGUMENT ...`; returns the job's number. ``ntasks_per_node=2`` is
         `--ntasks-per-node=2`, ``requeue=True`` is `--requeue`; without a script give ``wrap="command"``."""
-        words = ["--" + name.replace("_", "-") + ("" if value is True else f"={value}") for name, value in options.items()]
+        words = [
+            "--" + name.replace("_", "-") + ("" if value is True else f"={value}")
+            for name, value in options.items()
+        ]
         words += [str(script)] if script else []
         return int(self.run("sbatch", "--parsable", *words, *arguments).stdout.split(";")[0])
 
@@ -272,16 +343,22 @@ class Cluster:
         return [dict(re.findall(r"(?:^| )([A-Z]\w*(?::\w+)?)=(\S*)", line)) for line in lines if line]
 
     def state(self, job: int) -> str:
-        """`PENDING`, `RUNNING`, `COMPLETED`, `FAILED` ...; of an array that of an unfinished task, else of one that is not COMPLETED."""
+        """`PENDING`, `RUNNING`, `COMPLETED`, `FAILED` ...; of an array that of an unfinished task, else of
+        one that is not COMPLETED.
+        """
         states = [record["JobState"] for record in self.show(job)]
         return min(states, key=lambda state: (state not in UNFINISHED, state == "COMPLETED"))
 
     def wait(self, job: int, timeout: float = 60) -> str:
-        """The state in which the job ended. Raises TimeoutError, with the end of its log, if it has not after ``timeout`` seconds."""
+        """The state in which the job ended. Raises TimeoutError, with the end of its log, if it has not after
+        ``timeout`` seconds.
+        """
         end = time.monotonic() + timeout
         while (state := self.state(job)) in UNFINISHED:
             if time.monotonic() > end:
-                raise TimeoutError(f"job {job} is still {state} after {timeout:.0f} s: {self.log(job)[-2000:]}")
+                raise TimeoutError(
+                    f"job {job} is still {state} after {timeout:.0f} s: {self.log(job)[-2000:]}"
+                )
             time.sleep(0.2)
         return state
 
@@ -300,7 +377,9 @@ class Cluster:
 
         def gone() -> bool:
             queued = set(self.run("squeue", "--noheader", "--format=%A %T").stdout.splitlines())
-            if jobs := [line.split()[0] for line in queued - asked]:  # asked again in another state, as a requeued job may be
+            if jobs := [
+                line.split()[0] for line in queued - asked
+            ]:  # asked again in another state, as a requeued job may be
                 self.run("scancel", "--full", "--signal=KILL", *jobs, check=False)
                 self.run("scancel", *jobs, check=False)
                 asked.update(queued)
@@ -339,7 +418,10 @@ def main() -> None:
     except FileExistsError as error:
         sys.exit(str(error))
     stop = f"python {sys.argv[0]} down --folder {cluster.folder}"
-    print(f"export SLURM_CONF={shlex.quote(str(cluster.settings))}  # {len(cluster.nodes)} nodes are idle; to stop them: {stop}")
+    print(
+        f"export SLURM_CONF={shlex.quote(str(cluster.settings))}  # {len(cluster.nodes)} nodes are idle; to"
+        f" stop them: {stop}"
+    )
 
 
 if __name__ == "__main__":

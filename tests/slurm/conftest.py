@@ -1,4 +1,6 @@
-"""The fixture `cluster`: a real SLURM of 2 nodes with 4 cores each, started once and put in order after every test."""
+"""The fixture `cluster`: a real SLURM of 2 nodes with 4 cores each, started once and put in order after every
+test.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SKIPPED = pytest.StashKey[list[str]]()
 
 
 def do_without(request: pytest.FixtureRequest, reason: str) -> None:
-    """Skip a test for something that this machine lacks; the summary says so in one line. With LSMOE_REQUIRE_SLURM=1 it fails."""
+    """Skip a test for something that this machine lacks; the summary says so in one line. With
+    LSMOE_REQUIRE_SLURM=1 it fails.
+    """
     if os.environ.get("LSMOE_REQUIRE_SLURM") == "1":
         pytest.fail(reason, pytrace=False)
     told = request.config.stash.setdefault(SKIPPED, [])
@@ -35,7 +39,9 @@ def clean_left_behind() -> None:
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """Start a cluster, or :func:`do_without`. Folders below pytest's temporary folder (`tmp_path`) are shared by the nodes."""
+    """Start a cluster, or :func:`do_without`. Folders below pytest's temporary folder (`tmp_path`) are shared
+    by the nodes.
+    """
     if reason := missing():
         do_without(request, f"tests/slurm was skipped: {reason}")
     clean_left_behind()
@@ -65,13 +71,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launcher(request: pytest.FixtureRequest, cluster: Cluster) -> str:
     """A launcher of `train.sbatch`, by indirect parametrization, if it is installed."""
     if shutil.which(request.param, path=ENVIRONMENT["PATH"]) is None:
-        do_without(request, f"tests/slurm was skipped for LAUNCH={request.param}: {request.param} is not installed")
+        do_without(
+            request, f"tests/slurm was skipped for LAUNCH={request.param}: {request.param} is not installed"
+        )
     return request.param
 
 
 @pytest.fixture
 def submit(cluster: Cluster, work: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """``submit(*arguments, script=, **options)``: sbatch in the work folder, as a person would; returns the job's number."""
+    """``submit(*arguments, script=, **options)``: sbatch in the work folder, as a person would; returns the
+    job's number.
+    """
     for name, value in ENVIRONMENT.items():
         monkeypatch.setitem(cluster.environment, name, value)
 

@@ -1,4 +1,6 @@
-"""slurm/submit.sh on a real SLURM, with real trainings: from a recipe to a score table and converted models."""
+"""slurm/submit.sh on a real SLURM, with real trainings: from a recipe to a score table and converted
+models.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,27 @@ def without_seconds(path: Path) -> dict:
 
 def test_from_a_recipe_to_scores_and_models(cluster, work, submit):
     jobs = chain(
-        cluster, work, "--set", "training.steps=30", "--array", "8", "--convert", "en-de", "--convert", "de-en:dense", "--out", "run"
+        cluster,
+        work,
+        "--set",
+        "training.steps=30",
+        "--array",
+        "8",
+        "--convert",
+        "en-de",
+        "--convert",
+        "de-en:dense",
+        "--out",
+        "run",
     )
     assert list(jobs) == ["train", "evaluate", "merge", "convert-en-de", "convert-de-en"]
     for name, job in jobs.items():
         assert cluster.wait(job, 240) == "COMPLETED", f"{name}: {cluster.log(job)}"
     table = ScoreTable.read(work / "run/scores.json")
-    assert sorted(str(score.direction) for score in table.directions) == ["de-en", "en-de", "en-fr", "fr-en"] and table.step == 30
+    assert (
+        sorted(str(score.direction) for score in table.directions) == ["de-en", "en-de", "en-fr", "fr-en"]
+        and table.step == 30
+    )
     assert (work / "run/report.html").stat().st_size > 10_000
     merged = without_seconds(work / "run/scores.json")
     subprocess.run([BIN / "lsmoe", "evaluate", "run"], cwd=work, check=True, capture_output=True)

@@ -1,5 +1,6 @@
-"""Trainings on a real SLURM, 2 nodes with 2 ranks each: through every launcher the same losses as on one machine, and the same to the
-bit after whatever happens to a job."""
+"""Trainings on a real SLURM, 2 nodes with 2 ranks each: through every launcher the same losses as on one
+machine, and the same to the bit after whatever happens to a job.
+"""
 
 from __future__ import annotations
 
@@ -70,10 +71,16 @@ def ranks_of(run: Path) -> dict[int, int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().split(b"\0")
-            environment = dict(each.split(b"=", 1) for each in (folder / "environ").read_bytes().split(b"\0") if b"=" in each)
+            environment = dict(
+                each.split(b"=", 1) for each in (folder / "environ").read_bytes().split(b"\0") if b"=" in each
+            )
         except OSError:
             continue
-        if b"train" in command and run.name.encode() in command and Path(os.fsdecode(command[0])).name.startswith("python"):
+        if (
+            b"train" in command
+            and run.name.encode() in command
+            and Path(os.fsdecode(command[0])).name.startswith("python")
+        ):
             found[int(environment.get(b"SLURM_PROCID", b"-1"))] = int(folder.name)
     return found
 
@@ -95,7 +102,9 @@ def test_three_interruptions_leave_no_trace(cluster, work, submit, alone):
     for first, last in ((4, 20), (34, 50), (64, 76)):
         wait_for_step(cluster, job, run, random.randint(first, last))
         before = cluster.requeues(job)
-        cluster.run("scancel", "--batch", "--signal=USR1", str(job))  # as --signal=B:USR1@N does before the time limit
+        cluster.run(
+            "scancel", "--batch", "--signal=USR1", str(job)
+        )  # as --signal=B:USR1@N does before the time limit
         wait_until(lambda before=before: cluster.requeues(job) == before + 1, 60, "the requeue")
     assert_undisturbed(cluster, job, run, alone)
     said = cluster.log(job)
@@ -107,9 +116,13 @@ def test_three_interruptions_leave_no_trace(cluster, work, submit, alone):
 
 def test_it_goes_on_on_another_number_of_nodes(cluster, work, submit, alone):
     first = submit("recipe.yaml", "--set", "training.steps=10", "--out", "fewer")
-    then = submit("recipe.yaml", "--set", "training.steps=20", "--out", "fewer", nodes=1, dependency=f"afterok:{first}")
+    then = submit(
+        "recipe.yaml", "--set", "training.steps=20", "--out", "fewer", nodes=1, dependency=f"afterok:{first}"
+    )
     assert cluster.wait(then, 120) == "COMPLETED", cluster.log(then)
-    assert "2 ranks on node1 (0-1), started by srun" in cluster.log(then) and "resharded to 2 x (tensor 1" in cluster.log(then)
+    assert "2 ranks on node1 (0-1), started by srun" in cluster.log(
+        then
+    ) and "resharded to 2 x (tensor 1" in cluster.log(then)
     for ours, undisturbed in zip(curve(work / "fewer"), alone[:20], strict=True):
         assert ours == pytest.approx(undisturbed, rel=1e-5)
 
@@ -134,12 +147,18 @@ def test_whatever_happens_the_job_goes_on_from_its_last_checkpoint(cluster, work
     """One job, to which everything happens."""
     run = work / "unlucky"
     job = submit("recipe.yaml", "--set", "training.hang_timeout=6", "--out", run.name)
-    for number, (happens, mended) in enumerate(((kill, None), (stop, None), (set_down, cluster.resume), (power_off, cluster.power_on))):
+    for number, (happens, mended) in enumerate(
+        ((kill, None), (stop, None), (set_down, cluster.resume), (power_off, cluster.power_on))
+    ):
         wait_for_step(cluster, job, run, 20 * number + random.randint(11, 19))
         assert cluster.requeues(job) == number, cluster.log(job)
         begun = time.monotonic()
         happens(cluster, run)
-        wait_until(lambda number=number: cluster.requeues(job) == number + 1, 120, f"the requeue after '{happens.__name__}'")
+        wait_until(
+            lambda number=number: cluster.requeues(job) == number + 1,
+            120,
+            f"the requeue after '{happens.__name__}'",
+        )
         print(f"{happens.__name__}: requeued after {time.monotonic() - begun:.0f} s")
         if mended is not None:
             mended("node2")
@@ -152,7 +171,9 @@ def test_whatever_happens_the_job_goes_on_from_its_last_checkpoint(cluster, work
 def test_without_progress_it_gives_up(cluster, work, submit, monkeypatch):
     monkeypatch.setitem(cluster.environment, "ATTEMPTS", "2")
     (work / "break").mkdir()
-    (work / "break/sitecustomize.py").write_text("import os, sys\nif os.environ.get('SLURM_PROCID') == '1': os._exit(9)\n")
+    (work / "break/sitecustomize.py").write_text(
+        "import os, sys\nif os.environ.get('SLURM_PROCID') == '1': os._exit(9)\n"
+    )
     monkeypatch.setitem(cluster.environment, "PYTHONPATH", str(work / "break"))
     job = submit("recipe.yaml", "--out", "hopeless")
     assert cluster.wait(job, 120) == "FAILED"
@@ -164,7 +185,9 @@ def test_what_does_not_fit_is_told_once_and_all_leave(cluster, work, submit):
     job = submit("recipe.yaml", "--set", "parallel.expert=4", "--out", "unfit", nodes=1, ntasks_per_node=3)
     assert cluster.wait(job, 60) == "FAILED"
     said = cluster.log(job)
-    assert said.count("parallel.expert is 4, which does not divide the 3 processes: start a multiple of 4") == 1
+    assert (
+        said.count("parallel.expert is 4, which does not divide the 3 processes: start a multiple of 4") == 1
+    )
     assert "Traceback" not in said and cluster.requeues(job) == 0
 
 

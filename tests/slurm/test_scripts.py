@@ -1,4 +1,6 @@
-"""The scripts in `slurm/` on a real SLURM, with a training that is played: SLURM takes what they ask for, and they know what it does."""
+"""The scripts in `slurm/` on a real SLURM, with a training that is played: SLURM takes what they ask for, and
+they know what it does.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,14 @@ def test_sbatch_takes_every_script(cluster, script):
 
 
 def test_sbatch_takes_the_whole_chain(cluster, work):
-    arguments = [REPOSITORY / "recipes/demo.yaml", "--ntasks-per-node", "1", "--convert", "en-de", "--test-only"]
+    arguments = [
+        REPOSITORY / "recipes/demo.yaml",
+        "--ntasks-per-node",
+        "1",
+        "--convert",
+        "en-de",
+        "--test-only",
+    ]
     done = cluster.run(SLURM / "submit.sh", *arguments, cwd=work)
     assert done.stderr.count("to start at") == 4
     with pytest.raises(RuntimeError, match="invalid partition"):
@@ -80,6 +89,12 @@ def test_when_training_fails_the_rest_is_canceled(cluster, work, monkeypatch):
     first, *others = map(int, jobs)
     assert cluster.wait(first) == "FAILED" and cluster.show(first)[0]["ExitCode"] == "2:0"
     for job in others:
-        assert cluster.wait(job) == "CANCELLED" and cluster.show(job)[0]["Reason"] == "DependencyNeverSatisfied"
+        assert (
+            cluster.wait(job) == "CANCELLED" and cluster.show(job)[0]["Reason"] == "DependencyNeverSatisfied"
+        )
     why = re.search(r"Why it failed: +(grep .*)", said)
-    assert why and subprocess.run(why[1], shell=True, cwd=work, capture_output=True, text=True).stdout == "lsmoe: the end\n"
+    assert (
+        why
+        and subprocess.run(why[1], shell=True, cwd=work, capture_output=True, text=True).stdout
+        == "lsmoe: the end\n"
+    )

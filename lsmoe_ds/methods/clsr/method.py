@@ -3,7 +3,8 @@
 The method is from Zhang et al. 2021, "Share or not? Learning to schedule language-specific capacity for
 multilingual translation"; it is a baseline of "Condensing Multilingual Knowledge" (section 5.1).
 
-After each sublayer f, before its output is added to the residual, for a token that the sublayer read as z [H]:
+After each sublayer f, before its output is added to the residual, for a token that the sublayer read as z
+[H]:
 
     h = f(z)        clsr(h) = g h W_lang + (1 - g) h W_shared        G(z) = relu(z W_1 + b) w_2
 
@@ -106,7 +107,9 @@ class ConditionalRouting(nn.Module):
             context.note(NAME, (gates * real).sum())
         rows = h.reshape(-1, side.hidden)
         matrices = side.specific if self.specific is None else self.specific
-        specific = MultiplySegments.apply(rows, matrices, slices_of(side.places, context, side.kind, rows), side.hidden)
+        specific = MultiplySegments.apply(
+            rows, matrices, slices_of(side.places, context, side.kind, rows), side.hidden
+        )
         return torch.lerp(F.linear(rows, side.shared), specific, gates.to(h.dtype).view(-1, 1)).view_as(h)
 
 
@@ -130,7 +133,9 @@ class ConditionalLanguageSpecificRouting(Method):
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
         for side in SIDES:
             if self.section.gates(self.model, side):
-                self.sides[side] = Projections(self.model.hidden, self.section, self.languages, side == "decoder")
+                self.sides[side] = Projections(
+                    self.model.hidden, self.section, self.languages, side == "decoder"
+                )
         return [(f"{side}_{NAME}", projections) for side, projections in self.sides.items()]
 
     def make(self, site: SublayerSite) -> ConditionalRouting:
@@ -143,8 +148,8 @@ class ConditionalLanguageSpecificRouting(Method):
 
     def check_merge(self, route: Route) -> None:
         raise UserError(
-            "the gates of model.clsr choose between two projections for each token at run time, so no dense model computes the same: "
-            "serve the trained model itself"
+            "the gates of model.clsr choose between two projections for each token at run time, so no dense"
+            " model computes the same: serve the trained model itself"
         )
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:

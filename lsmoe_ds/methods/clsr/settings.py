@@ -34,7 +34,11 @@ class Clsr(MethodSection):
     shared: bool = True
     gate: Positive = 128
     weight: Annotated[float, Field(ge=0.0)] = 1.0
-    at: Annotated[tuple[Sublayer, ...], Field(min_length=1)] = ("attention", "cross_attention", "feed_forward")
+    at: Annotated[tuple[Sublayer, ...], Field(min_length=1)] = (
+        "attention",
+        "cross_attention",
+        "feed_forward",
+    )
 
     def is_at(self, site: Shape) -> bool:
         """Tell whether a gate follows a site."""

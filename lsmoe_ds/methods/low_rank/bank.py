@@ -1,4 +1,5 @@
-"""The low-rank bank: language-specific matrices beside a linear layer ("Condensing Multilingual Knowledge", equation 1).
+"""The low-rank bank: language-specific matrices beside a linear layer ("Condensing Multilingual Knowledge",
+equation 1).
 
     y = (W + V_i F_j) x
 
@@ -122,13 +123,17 @@ def slices_of(places: list[slice], context: LanguageContext, kind: str, rows: Te
     """
     segments = context.segments(kind)
     each = rows.shape[0] // segments[-1].stop if segments else 0
-    return [(places[segment.language], slice(segment.start * each, segment.stop * each)) for segment in segments]
+    return [
+        (places[segment.language], slice(segment.start * each, segment.stop * each)) for segment in segments
+    ]
 
 
 def indexes(settings: LowRank, side: SideName) -> tuple[str, str]:
-    """Return which language of a sentence chooses its vertical and its flat matrix: "source" or "target" (section 2.1).
+    """Return which language of a sentence chooses its vertical and its flat matrix: "source" or "target"
+    (section 2.1).
 
-    Pair-wise V[source] F[target]; language-wise both by the source in the encoder and by the target in the decoder.
+    Pair-wise V[source] F[target]; language-wise both by the source in the encoder and by the target in the
+    decoder.
     """
     if settings.index == "pair":
         return "source", "target"
@@ -137,14 +142,18 @@ def indexes(settings: LowRank, side: SideName) -> tuple[str, str]:
 
 def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
     """Return the rows of each language's matrix in a bank [R, ...]; the shared matrix's rows come last."""
-    ranks = [settings.rank_of(code) for code in languages.codes] + [settings.shared_rank] * settings.fuse_distillation
+    ranks = [settings.rank_of(code) for code in languages.codes] + [
+        settings.shared_rank
+    ] * settings.fuse_distillation
     return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
 
 
 class LowRankBank(nn.Module):
     """The language-specific matrices of one linear layer, which each call passes as ``base``."""
 
-    def __init__(self, site: LinearShape, settings: LowRank, languages: Languages, topology: Topology) -> None:
+    def __init__(
+        self, site: LinearShape, settings: LowRank, languages: Languages, topology: Topology
+    ) -> None:
         super().__init__()
         self.rows = rows_of(settings, languages)
         self.rank, total = max(rows.stop - rows.start for rows in self.rows), self.rows[-1].stop
@@ -152,7 +161,9 @@ class LowRankBank(nn.Module):
         self.topology, self.split = topology, site.split
         tensor, inputs, outputs = topology.tensor, site.inputs, site.outputs
         self.flat = nn.Parameter(torch.empty(total, inputs // tensor if self.split == "row" else inputs))
-        self.vertical = nn.Parameter(torch.empty(total, outputs // tensor if self.split == "column" else outputs))
+        self.vertical = nn.Parameter(
+            torch.empty(total, outputs // tensor if self.split == "column" else outputs)
+        )
         if tensor > 1:
             compat.mark_tensor_parallel(self.flat if self.split == "row" else self.vertical, 1)
 
@@ -162,7 +173,9 @@ class LowRankBank(nn.Module):
         The rows of ``x`` are in the order of the context's sentences.
         """
         rows = x.reshape(-1, x.shape[-1])
-        z = MultiplySegments.apply(rows, self.flat, slices_of(self.rows, context, self.flat_of, rows), self.rank)
+        z = MultiplySegments.apply(
+            rows, self.flat, slices_of(self.rows, context, self.flat_of, rows), self.rank
+        )
         group = self.topology.tensor_group
         if group is None or self.topology.tensor == 1:
             y = base(rows)

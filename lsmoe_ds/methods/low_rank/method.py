@@ -30,18 +30,28 @@ class LowRankMatrices(Method):
         return LowRankBank(site, self.section, self.languages, self.topology)
 
     def is_spread(self, name: str) -> bool:
-        """Tell whether it is the vertical matrix beside a column linear, or the flat one beside a row linear."""
+        """Tell whether it is the vertical matrix beside a column linear, or the flat one beside a row
+        linear.
+        """
         at, _, matrix = name.rpartition(".")
         linear = at.removesuffix(f"_{NAME}").rpartition(".")[2]
         return matrix == ("vertical" if SPLITS.get(linear) == "column" else "flat") and self.owns(name)
 
-    def merge_at(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> dict[str, LazyTensor]:
+    def merge_at(
+        self, weights: Tensors, at: str, direction: Direction | None, route: Route
+    ) -> dict[str, LazyTensor]:
         """Return the merged weight W + V F of the linear layer ``at``."""
         numbers = {"source": SHARED, "target": SHARED}
         if route == "specific" and direction is not None:
-            numbers = {"source": self.languages.id(direction.source), "target": self.languages.id(direction.target)}
+            numbers = {
+                "source": self.languages.id(direction.source),
+                "target": self.languages.id(direction.target),
+            }
         rows = rows_of(self.section, self.languages)
-        vertical, flat = (rows[numbers[kind]] for kind in indexes(self.section, "decoder" if at.startswith("decoder.") else "encoder"))
+        vertical, flat = (
+            rows[numbers[kind]]
+            for kind in indexes(self.section, "decoder" if at.startswith("decoder.") else "encoder")
+        )
         base, vertical_name, flat_name = f"{at}.weight", f"{at}{VERTICAL}", f"{at}{FLAT}"
 
         def make() -> Tensor:
@@ -50,7 +60,9 @@ class LowRankMatrices(Method):
         return {base: LazyTensor(weights.shape(base), make)}
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
-        return dict(zip([*self.languages.codes, "shared"], rows_of(self.section, self.languages), strict=False))
+        return dict(
+            zip([*self.languages.codes, "shared"], rows_of(self.section, self.languages), strict=False)
+        )
 
     def initial(self, name: str) -> Draw | None:
         """Initialize flat matrices to 0, so that a new model computes the same as without them.
