@@ -73,8 +73,8 @@ class MethodSection(Section):
         """Return the :class:`lsmoe_ds.methods.base.Method` of a model of this recipe."""
         raise NotImplementedError
 
-    def count(self, site: Shape, languages: Languages, held: Held = "all") -> Count:
-        """Count the parameters that it adds at a site."""
+    def count(self, site: Any, languages: Languages, held: Held = "all") -> Count:
+        """Count the parameters that it adds at a site where it :meth:`is_at`."""
         return Count()
 
     def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
@@ -85,11 +85,11 @@ class MethodSection(Section):
         """Count the values of its largest parameter, if that may be larger than the embedding."""
         return 0
 
-    def flops(self, site: Shape) -> int:
+    def flops(self, site: Any) -> int:
         """Count the floating-point operations that a site adds for each token that it reads, forward."""
         return 0
 
-    def values(self, site: Shape, tensor: int) -> int:
+    def values(self, site: Any, tensor: int) -> int:
         """Count the values that a site stores of each token for the backward pass, on one of ``tensor``
         ranks.
         """

@@ -56,7 +56,8 @@ def count_side(recipe: Recipe, side: SideName, serving: bool = False, held: Held
                 tasks, width = len(languages.tasks(settings.moe.task)), settings.width(site.layer)
                 total += experts.count_layer(model.hidden, width, settings.moe, tasks, serving, held)
         for method in model.methods:
-            total += method.count(site, languages, held)
+            if method.is_at(site):
+                total += method.count(site, languages, held)
     return total
 
 
@@ -151,7 +152,7 @@ def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
     model, hidden = recipe.model, recipe.model.hidden
 
     def of_site(site: Shape, shared: bool) -> int:
-        total = sum(method.flops(site) for method in model.methods)
+        total = sum(method.flops(site) for method in model.methods if method.is_at(site))
         if isinstance(site, LinearShape):
             return total + 2 * site.inputs * site.outputs
         side = model.encoder if site.side == "encoder" else model.decoder

@@ -136,7 +136,9 @@ def activations(recipe: Recipe, value: int) -> int:
             site.sublayer != "feed_forward"
         ):  # query, key, value, and the mixture that the output layer reads
             found[site.reads] += hidden / tensor
-        found[site.reads] += sum(method.values(site, tensor) for method in model.methods)
+        found[site.reads] += sum(
+            method.values(site, tensor) for method in model.methods if method.is_at(site)
+        )
     twice = passes(recipe)
     logits = 3 if twice == 1 else 1
     floats = logits * recipe.data.vocabulary.size / tensor

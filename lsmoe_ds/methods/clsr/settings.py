@@ -57,10 +57,8 @@ class Clsr(MethodSection):
 
         return ConditionalLanguageSpecificRouting(self, recipe, topology)
 
-    def count(self, site: Shape, languages: Languages, held: Held = "all") -> Count:
+    def count(self, site: SublayerShape, languages: Languages, held: Held = "all") -> Count:
         """Count the gate, (H + 2) G, and a sublayer's own W_lang, L H^2, if any. None can be merged."""
-        if not isinstance(site, SublayerShape) or not self.is_at(site):
-            return Count()
         specific = 0 if self.shared else len(languages.codes) * site.hidden**2
         return Count(whole=(site.hidden + 2) * self.gate + specific)
 
@@ -73,16 +71,12 @@ class Clsr(MethodSection):
     def largest(self, model: Model, languages: Languages) -> int:
         return len(languages.codes) * model.hidden**2
 
-    def flops(self, site: Shape) -> int:
+    def flops(self, site: SublayerShape) -> int:
         """Count the operations of two projections, 4 H^2, and of the gate, 2 G (H + 1)."""
-        if not isinstance(site, SublayerShape) or not self.is_at(site):
-            return 0
         return 4 * site.hidden**2 + 2 * self.gate * (site.hidden + 1)
 
-    def values(self, site: Shape, tensor: int) -> int:
+    def values(self, site: SublayerShape, tensor: int) -> int:
         """Count the stored values, 3 H + G + 1: output, its two products, gate and its hidden units."""
-        if not isinstance(site, SublayerShape) or not self.is_at(site):
-            return 0
         return 3 * site.hidden + self.gate + 1
 
     def describe(self) -> str:

@@ -108,28 +108,22 @@ class LowRank(MethodSection):
         specific = sum(self.rank_of(code) for code in languages.codes) if held in ("all", "specific") else 0
         return specific + (self.shared_rank if self.fuse_distillation and held in ("all", "shared") else 0)
 
-    def count(self, site: Shape, languages: Languages, held: Held = "all") -> Count:
+    def count(self, site: LinearShape, languages: Languages, held: Held = "all") -> Count:
         """Count flat, R inputs, and vertical, R outputs.
 
         Tensor parallelism splits the vertical matrix of a column-parallel layer and the flat one of a
         row-parallel layer.
         """
-        if not isinstance(site, LinearShape) or not self.is_at(site):
-            return Count()
         total = self.rank_sum(languages, held)
         split, whole = (site.outputs, site.inputs) if site.split == "column" else (site.inputs, site.outputs)
         return Count(split=total * split, whole=total * whole)
 
-    def flops(self, site: Shape) -> int:
+    def flops(self, site: LinearShape) -> int:
         """Count the operations, 2 r (inputs + outputs), with the largest rank of a language."""
-        if not isinstance(site, LinearShape) or not self.is_at(site):
-            return 0
         return 2 * self.shared_rank * (site.inputs + site.outputs)
 
-    def values(self, site: Shape, tensor: int) -> int:
+    def values(self, site: LinearShape, tensor: int) -> int:
         """Count the stored values: the flat product, r, and beside a split row linear also the outputs."""
-        if not isinstance(site, LinearShape) or not self.is_at(site):
-            return 0
         return self.shared_rank + (site.outputs if site.split == "row" and tensor > 1 else 0)
 
     def describe(self) -> str:
