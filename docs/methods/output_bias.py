@@ -9,7 +9,6 @@ fourth output.
 import torch
 from torch import nn
 
-from lsmoe_ds.checkpoint.tensors import LazyTensor
 from lsmoe_ds.config.method import Chart, MethodSection
 from lsmoe_ds.config.shapes import Count, LinearShape
 from lsmoe_ds.methods.base import Method
@@ -75,9 +74,6 @@ class OutputBiases(Method):
         return {code: slice(i, i + 1) for i, code in enumerate(codes)}
 
     def merge_at(self, weights, at, direction, route):  # into the bias of the layer ``at``, for one direction
-        own, language = f"{at}_output_bias", self.languages.id(direction.target)
-
-        def merged():
-            return weights[f"{at}.bias"] + weights[f"{own}.rows"][language] * weights[f"{own}.mask"]
-
-        return {f"{at}.bias": LazyTensor(weights.shape(f"{at}.bias"), merged)}
+        rows, mask = (weights.entries[f"{at}_output_bias.{name}"] for name in ("rows", "mask"))
+        base, language = weights.entries[f"{at}.bias"], self.languages.id(direction.target)
+        return {f"{at}.bias": base._replace(make=lambda: base.make() + rows.make()[language] * mask.make())}

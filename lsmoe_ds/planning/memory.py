@@ -132,13 +132,11 @@ def activations(recipe: Recipe, value: int) -> int:
             if site.sublayer == "feed_forward":
                 width, moe = side.width(site.layer), side.moe if side.is_moe(site.layer) else None
                 found[site.side] += (width if moe is None else experts.values(hidden, width, moe)) / tensor
-        elif (
-            site.sublayer != "feed_forward"
-        ):  # query, key, value, and the mixture that the output layer reads
+        elif site.sublayer != "feed_forward":
+            # query, key, value, and the mixture that the output layer reads
             found[site.reads] += hidden / tensor
-        found[site.reads] += sum(
-            method.values(site, tensor) for method in model.methods if method.is_at(site)
-        )
+        here = [method for method in model.methods if method.is_at(site)]
+        found[site.reads] += sum(method.values(site, tensor) for method in here)
     twice = passes(recipe)
     logits = 3 if twice == 1 else 1
     floats = logits * recipe.data.vocabulary.size / tensor
