@@ -26,7 +26,7 @@ from common import argument_parser, ragged_batches, write
 
 from lsmoe_ds.checkpoint.saving import Saver
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batching import Step
+from lsmoe_ds.data.batches import Step
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.launch import joining
 from lsmoe_ds.parallel import compat

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lsmoe_ds.data.batching import Batch, DirectionIds, collate
+from lsmoe_ds.data.batches import Batch, DirectionIds, collate
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.launch import joining

@@ -37,7 +37,7 @@ from common import Tags, alternate, argument_parser, in_processes, write
 from torch import Tensor, nn
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batching import Batch, DirectionIds, collate
+from lsmoe_ds.data.batches import Batch, DirectionIds, collate
 from lsmoe_ds.languages import EOS
 from lsmoe_ds.launch import joining
 from lsmoe_ds.model.initialization import initialize

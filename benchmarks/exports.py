@@ -47,7 +47,7 @@ from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.model.attention import Attention
-from lsmoe_ds.report.report import read_progress
+from lsmoe_ds.report.progress import read_progress
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 BASE = PROJECT / "recipes" / "prose-8.yaml"

@@ -32,7 +32,7 @@ import transformers
 from common import argument_parser, write
 
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds, collate
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.folders import read_json

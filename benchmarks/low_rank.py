@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batching import Batch, Step
+from lsmoe_ds.data.batches import Batch, Step
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.launch import joining
 from lsmoe_ds.methods.context import LanguageContext

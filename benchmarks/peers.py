@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batching import Batch
+from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.vocabulary import SPECIALS
 from lsmoe_ds.export import ctranslate2
 from lsmoe_ds.export.huggingface import widest

@@ -74,7 +74,7 @@ def train(topology: Any, name: str, steps: int) -> dict[str, list[str]]:
     import torch
     from test_sameness import ragged_batch
 
-    from lsmoe_ds.data.batching import Step
+    from lsmoe_ds.data.batches import Step
     from lsmoe_ds.languages import PAD
     from lsmoe_ds.parallel import compat
     from lsmoe_ds.training.engine import build_engine, train_step

@@ -88,7 +88,7 @@ def train_and_save(topology: Any, recipe: Recipe, run: Path, vocabulary: int) ->
     from test_sameness import ragged_batch
 
     from lsmoe_ds.checkpoint import saving as checkpoints
-    from lsmoe_ds.data.batching import Step
+    from lsmoe_ds.data.batches import Step
     from lsmoe_ds.parallel.parameters import global_names, partition_dimension
     from lsmoe_ds.training.engine import build_engine, train_step
 

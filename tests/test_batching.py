@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.data.batching import EOS, PAD, Batch, BatchStream, DirectionIds, Step, collate
+from lsmoe_ds.data.batches import EOS, PAD, Batch, DirectionIds, Step, collate
+from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.shuffling import _mix, choose, permute, thresholds_of
 from lsmoe_ds.data.units import by_length, cut
 from lsmoe_ds.data.validation import validation_batches

@@ -12,7 +12,7 @@ from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.data import bitext as module
 from lsmoe_ds.data.bitext import DROPPED, TRAIN, Bitext
 from lsmoe_ds.data.cleaning import hash64
-from lsmoe_ds.data.formats import TextPart
+from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.workers import Workers
 
 

@@ -16,7 +16,7 @@ from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.data import Data
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batching import DirectionIds
+from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.comparison import ORIGIN, data_directories, settings_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData, open_data

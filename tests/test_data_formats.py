@@ -6,7 +6,8 @@ import pytest
 from small_corpora import pairs, sentence, write_lines
 
 from lsmoe_ds.config.data import Corpus
-from lsmoe_ds.data.formats import MissingCorpus, TextPart, find_parts
+from lsmoe_ds.data.formats import MissingCorpus, find_parts
+from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
 
 

@@ -31,7 +31,7 @@ from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights, write_
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds, collate
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary

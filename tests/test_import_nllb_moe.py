@@ -26,7 +26,7 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds, collate
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import build_model, load

@@ -19,9 +19,10 @@ from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.formats import TextPart, find_parts, search
+from lsmoe_ds.data.formats import find_parts, search
 from lsmoe_ds.data.notices import why_no_text
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.scores import ScoreTable

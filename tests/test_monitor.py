@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from lsmoe_ds.data.batching import Step
+from lsmoe_ds.data.batches import Step
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.training import monitor as module
 from lsmoe_ds.training.engine import StepResult

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_sameness import VOCABULARY, close, ragged_batch, recipe_for, steps_of
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batching import Batch
+from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.initialization import initialize

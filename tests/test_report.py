@@ -17,7 +17,8 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
 from lsmoe_ds.languages import english_centric
-from lsmoe_ds.report.report import Progress, _caveat, write_report
+from lsmoe_ds.report.progress import Progress
+from lsmoe_ds.report.report import _caveat, write_report
 
 HOSTILE = (
     "<script>alert('x')</script>\"><img src=x onerror=1>&amp;\u202e\x00{{ 7*7 }} https://evil.example/x.js"

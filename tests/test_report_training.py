@@ -12,7 +12,8 @@ from test_report import Page, make_run
 
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.report.report import read_progress, write_report
+from lsmoe_ds.report.progress import read_progress
+from lsmoe_ds.report.report import write_report
 
 
 def test_metrics_of_a_training_that_was_killed_and_resumed(tmp_path) -> None:

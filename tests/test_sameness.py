@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batching import Batch, Step
+from lsmoe_ds.data.batches import Batch, Step
 from lsmoe_ds.languages import EOS, PAD
 
 VOCABULARY = 48

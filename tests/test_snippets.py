@@ -17,7 +17,7 @@ from test_translate import EN_DE
 
 from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds, collate
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.load import Loaded, load

@@ -29,9 +29,10 @@ from lsmoe_ds.planning.plan import plan
 from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study import command
 from lsmoe_ds.study.command import run_study
+from lsmoe_ds.study.comparing import compare
 from lsmoe_ds.study.page import render_page
 from lsmoe_ds.study.settings import load_study
-from lsmoe_ds.study.table import Comparison, Costs, Spread, compare
+from lsmoe_ds.study.table import Comparison, Costs, Spread
 
 SIGNATURES = {"bleu": "b", "chrf": "c", "chrfpp": "p"}
 RESOURCES = {"de-en": "high", "en-fr": "low"}

@@ -14,7 +14,8 @@ from test_beam_search import BANNED, make, sentences, slow_search
 from test_beam_search import same as same_hypotheses
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.data.batching import BatchStream, DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Search, beam_search

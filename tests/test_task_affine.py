@@ -21,7 +21,8 @@ from test_batching import LANGUAGES, SIZES, Pairs, Prepared, Store, Vocabulary, 
 from lsmoe_ds.config.data import Batch as BatchSettings
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity, assign
-from lsmoe_ds.data.batching import BatchStream, Step
+from lsmoe_ds.data.batches import Step
+from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.errors import UserError
 
 GROUPS = [0, 0, 1, 1, 1, 1]  # of en-de, de-en, en-fr, fr-en, en-zh_Hans, zh_Hans-en

@@ -18,7 +18,7 @@ from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole, open_run, step_of
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.data.batching import Step
+from lsmoe_ds.data.batches import Step
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, locked, write_json

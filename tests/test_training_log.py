@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lsmoe_ds.data.batching import Step
+from lsmoe_ds.data.batches import Step
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.training import monitor as module
 from lsmoe_ds.training.engine import StepResult

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsmoe_ds.analysis.routing import LayerRouting, Routing
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.inference.load import Loaded
 from lsmoe_ds.languages import Direction, Languages, is_english

@@ -25,7 +25,7 @@ from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
-from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError

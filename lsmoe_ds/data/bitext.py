@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.data.cleaning import PairFilter, clean_text, hash64, near_duplicate_form
-from lsmoe_ds.data.formats import TextPart
 from lsmoe_ds.data.held_out import HELD_OUT, Claims, Keys, contains, mixed, other, published
+from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.workers import Workers, chunks
 from lsmoe_ds.languages import is_english
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, differences
-from lsmoe_ds.data.formats import MissingCorpus, TextPart, name_of, search
+from lsmoe_ds.data.formats import MissingCorpus, name_of, search
 from lsmoe_ds.data.prepared import check_manifest
 from lsmoe_ds.data.sources import PROVENANCE, SOURCES
+from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, read_json, sha256, shown
 

@@ -14,76 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsmoe_ds.config.data import Corpus
-from lsmoe_ds.data.iwslt import pair_segments, read_tagged
-from lsmoe_ds.data.lines import read_aligned, read_lines
+from lsmoe_ds.data.lines import read_lines
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.data.spelling import Half, Pair, Wanted, say_spellings
+from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import shown
 from lsmoe_ds.languages import find_code, is_known, normalize_code, same_language
-from lsmoe_ds.notices import notice
 
 SPLITS = ("train", "dev", "test")
-QUOTED = 0.1  # smallest share of a table's rows with quotes that is reported
 
 
 class MissingCorpus(UserError):
     """Raised for a corpus that is not on this machine, unlike one that exists and cannot be read."""
-
-
-@dataclass(frozen=True)
-class TextPart:
-    """The text of one corpus for one bitext and split.
-
-    It is two aligned files, in the order of the bitext's name, or one table.
-    """
-
-    corpus: str
-    bitext: str
-    split: str
-    files: tuple[Path, ...]
-    reader: str  # lines, tagged, segments, table
-    columns: tuple[int, int] = (0, 1)
-    header: bool = False
-    width: int = 2  # columns of a table
-
-    def pairs(self, tell: Callable[[str], None] = notice) -> Iterator[tuple[str, str]]:
-        """Yield pairs of texts, in the order of the bitext's name, unchanged from the files.
-
-        ``tell`` is called with a sentence about each possible fault of a readable file.
-        """
-        if self.reader == "table":
-            yield from self._table(tell)
-        elif self.reader == "segments":
-            yield from pair_segments(self.files[0], self.files[1], tell)
-        elif self.reader == "tagged":
-            yield from read_aligned(self.files[0], self.files[1], read_tagged, "text line")
-        else:
-            yield from read_aligned(self.files[0], self.files[1])
-
-    def _table(self, tell: Callable[[str], None]) -> Iterator[tuple[str, str]]:
-        rows = quoted = 0
-        for number, line in enumerate(read_lines(self.files[0]), 1):
-            if self.header and number == 1:
-                continue
-            cells = line.split("\t")
-            if len(cells) != self.width:
-                as_in = "as in line 1" if self.header else "as there is no first line of language codes"
-                what = f"{self.width} columns between tabs were expected, {as_in}"
-                raise UserError(f"{self.files[0]}, line {number}: {what}; found {len(cells)}")
-            rows += 1
-            quoted += any(map(_is_quoted, cells))
-            yield cells[self.columns[0]], cells[self.columns[1]]
-        if rows and quoted / rows >= QUOTED:
-            tell(
-                f"warning: {self.files[0]}: {quoted / rows:.0%} of the rows have a field that begins and ends"
-                " with a quote mark: quote marks are text here; if they only enclose the fields, write the"
-                " table without them"
-            )
-
-
-def _is_quoted(cell: str) -> bool:
-    return len(cell) > 1 and cell[0] == cell[-1] == '"'
 
 
 def name_of(corpus: str | Corpus) -> str:

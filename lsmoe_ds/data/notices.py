@@ -15,8 +15,9 @@ from lsmoe_ds.config.file import read_mapping
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.comparison import settings_of
-from lsmoe_ds.data.formats import SPLITS, Search, TextPart, split_of
+from lsmoe_ds.data.formats import SPLITS, Search, split_of
 from lsmoe_ds.data.held_out import HELD_OUT, Claims
+from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
 

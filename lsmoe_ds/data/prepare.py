@@ -28,12 +28,13 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.comparison import MANIFEST, settings_of
 from lsmoe_ds.data.fingerprints import State, corpora_fingerprint, state_of
-from lsmoe_ds.data.formats import SPLITS, TextPart, name_of, search
+from lsmoe_ds.data.formats import SPLITS, name_of, search
 from lsmoe_ds.data.held_out import HELD_OUT
 from lsmoe_ds.data.notices import Notices, why_no_text
 from lsmoe_ds.data.prepared import FORMAT, PreparedData
 from lsmoe_ds.data.spelling import say_spellings
 from lsmoe_ds.data.splitting import hold_out
+from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.tokens import write_tokens
 from lsmoe_ds.data.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
 from lsmoe_ds.data.workers import Workers, cores

@@ -10,7 +10,8 @@ import torch
 
 from lsmoe_ds.config.data import Batch as BatchSettings
 from lsmoe_ds.config.data import TagConvention
-from lsmoe_ds.data.batching import Batch, DirectionIds, Prepared, Tags, TokenPairs, collate
+from lsmoe_ds.data.batches import Batch, DirectionIds, Tags, collate
+from lsmoe_ds.data.batching import Prepared, TokenPairs
 from lsmoe_ds.data.units import by_length, cut
 from lsmoe_ds.languages import PAD, Direction, Languages
 

@@ -12,7 +12,7 @@ from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weigh
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.method import shared_route_keys
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batching import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds, collate
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated

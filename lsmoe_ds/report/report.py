@@ -8,17 +8,12 @@ absent says so in one line. Parts that the model does not have, such as experts,
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import math
 import platform
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from markupsafe import Markup
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lsmoe_ds.analysis.heat_map import heat_map, largest_share
@@ -30,12 +25,13 @@ from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import METRICS
-from lsmoe_ds.evaluation.plots import Series, line_chart, number, smooth
+from lsmoe_ds.evaluation.plots import number
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import AVERAGES, WEAK, DirectionScore, ScoreTable
 from lsmoe_ds.folders import check_can_write, write_whole
 from lsmoe_ds.languages import Direction, is_english, language_name, script, task_order
 from lsmoe_ds.pages import duration, open_template
+from lsmoe_ds.report.progress import Progress, draw_charts, read_progress
 
 T = TypeVar("T")
 SOFTWARE = ("lsmoe_ds", "torch", "deepspeed", "megatron-core", "sentencepiece", "sacrebleu")
@@ -90,20 +86,6 @@ class Conversion(BaseModel):
         return ", ".join(part for part in parts if part)
 
 
-@dataclass
-class Progress:
-    """The content of ``metrics.jsonl``.
-
-    Curves are by step; losses are in nats per target token. ``seconds`` and ``tokens`` are totals.
-    """
-
-    curves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
-    steps: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    tokens_per_second: float | None = None
-
-
 def write_report(
     run_folder: str | Path, out: str | Path | None = None, scores: str | Path | None = None
 ) -> Path:
@@ -141,7 +123,7 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
         recipe=recipe,
         summary=_summary(recipe, progress),
         progress=progress,
-        curves=_curves(progress, recipe) if progress else None,
+        curves=draw_charts(progress, recipe) if progress else None,
         scores=scores,
         question=_question(scores, progress, recipe) if scores else "",
         # Without held-out pairs there may be no test set: this cannot know whether a corpus provides one.
@@ -215,78 +197,6 @@ def _read(path: Path, kind: TypeAdapter[T]) -> T:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path} cannot be read: {key + ': ' if key else ''}{first['msg']}") from None
-
-
-def read_progress(path: Path) -> Progress:
-    """Read ``metrics.jsonl``. Raises UserError for a damaged line.
-
-    If a resumed training repeated a step, its last line counts. An incomplete last line is ignored.
-    """
-    by_step: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for index, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            by_step.setdefault(int(record["step"]), {}).update(record)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if index < len(lines) - 1:
-                raise UserError(
-                    f"{path} cannot be read: line {index + 1} is not a JSON object with a 'step'"
-                ) from None
-    progress, speeds = Progress(), []
-    for step, record in sorted(by_step.items()):
-        value = {
-            key: float(number)
-            for key, number in record.items()
-            if isinstance(number, int | float) and math.isfinite(number)
-        }
-        progress.steps = step
-        # The training loss includes label smoothing and the balance loss; nll is comparable with the dev
-        # loss.
-        if "loss" in value:
-            value.setdefault("nll", value["loss"])
-        for name in value.keys() - {"step"}:
-            progress.curves[name].append((step, value[name]))
-        if "tokens_per_second" in value:
-            speeds.append(value["tokens_per_second"])
-        progress.seconds += value.get("seconds", 0.0)
-        progress.tokens += int(value.get("tokens", 0))
-    progress.tokens_per_second = median(speeds) if speeds else None
-    return progress
-
-
-@dataclass(frozen=True)
-class TrainingCharts:
-    """The charts of a training's curves."""
-
-    loss: Markup | None
-    both_routes: bool  # whether dev losses of the shared route are drawn
-    low: list[tuple[str, Markup]]  # (title, chart) of the low charts below
-
-
-def _curves(progress: Progress, recipe: Recipe) -> TrainingCharts:
-    curve = progress.curves
-    loss, dev, shared = curve["nll"], curve["dev_loss"], curve["dev_loss_shared"]
-    series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []
-    # The two routes often have the same losses, so the curve drawn first is wider and stays visible behind
-    # the other.
-    series += [Series(dev, "dev wide" if shared else "dev")] if dev else []
-    series += [Series(shared, "shared")] if shared else []
-    low = [("Learning rate", [Series(curve["learning_rate"])])]
-    if recipe.model.distills:  # other runs record zeros
-        low.append(("Divergence of the two routes, in nats a target token", [Series(curve["distillation"])]))
-    for chart in (chart for method in recipe.model.methods for chart in method.charts()):
-        aim = [] if chart.aim is None else [Series([(0, chart.aim), (progress.steps, chart.aim)], "aim")]
-        low.append((chart.title, [*aim, Series(curve[chart.metric])]))
-    return TrainingCharts(
-        line_chart(series, f"Loss over {progress.steps:,} steps") if series else None,
-        bool(shared),
-        [
-            (about, line_chart(drawn, f"{about}, over the steps", tall=False))
-            for about, drawn in low
-            if drawn[-1].points
-        ],
-    )
 
 
 def _summary(recipe: Recipe, progress: Progress | None) -> str:

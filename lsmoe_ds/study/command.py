@@ -28,10 +28,11 @@ from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.processes import KEEP_LARGE_BLOCKS, smallest_world
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.plan import plan
-from lsmoe_ds.report.report import Progress, read_progress
+from lsmoe_ds.report.progress import Progress, read_progress
+from lsmoe_ds.study.comparing import compare
 from lsmoe_ds.study.page import render_page
 from lsmoe_ds.study.settings import Study, load_study
-from lsmoe_ds.study.table import Comparison, Costs, Spread, compare
+from lsmoe_ds.study.table import Comparison, Costs, Spread
 from lsmoe_ds.training.engine import check_precision
 
 T = TypeVar("T", str, int)

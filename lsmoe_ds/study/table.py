@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lsmoe_ds.evaluation.groups import GROUPS, Metrics
-from lsmoe_ds.evaluation.scores import AVERAGES, METRICS, ScoreTable
-from lsmoe_ds.languages import is_english, task_order
+from lsmoe_ds.evaluation.scores import AVERAGES, METRICS
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.plan import human
 
@@ -325,104 +324,9 @@ def _cell(value: Spread | None, form: str = ",.1f") -> str:
     return MISSING if value is None else value.text(form)
 
 
-def compare(
-    name: str,
-    steps: int,
-    seeds: Sequence[int],
-    evaluate: dict[str, Any],
-    baseline: tuple[str, str],
-    titles: Mapping[tuple[str, str], str],
-    costs: Mapping[tuple[str, str], Costs],
-    scores: Mapping[tuple[str, str], Mapping[int, ScoreTable]],
-) -> Comparison:
-    """Compare the rows (member, route) of ``titles`` with the row ``baseline``; scores may be missing."""
-    against = scores.get(baseline, {})
-    means, reference = _by_direction(against.values()), _group_scores(against.values())
-    rows = []
-    for key, title in titles.items():
-        tables = dict(sorted(scores.get(key, {}).items()))
-        directions, groups = _by_direction(tables.values()), _group_scores(tables.values())
-        gains = {d: score[MAIN].mean - means[d][MAIN].mean for d, score in directions.items() if d in means}
-        base = reference["all"][MAIN].mean if reference else None
-        by_seed = (
-            {}
-            if base is None
-            else {seed: getattr(t.averages()["all"].metrics, MAIN) - base for seed, t in tables.items()}
-        )
-        ratio = sum(gain > 0 for gain in gains.values()) / len(gains) if gains and key != baseline else None
-        gain = groups["all"][MAIN].mean - base if groups and base is not None else None
-        beyond = (
-            _apart(groups["all"][MAIN], reference["all"][MAIN])
-            if groups and reference and key != baseline
-            else None
-        )
-        rows.append(
-            Row(
-                *key,
-                title,
-                costs[key],
-                tuple(tables),
-                groups,
-                directions,
-                gain,
-                by_seed,
-                gains,
-                ratio,
-                beyond,
-                key == baseline,
-            )
-        )
-    any_table = next((table for tables in scores.values() for table in tables.values()), None)
-    copy = {group: average.copy for group, average in any_table.averages().items()} if any_table else {}
-    # Into English first; related languages are neighbors.
-    ordered = (
-        sorted(
-            any_table.directions,
-            key=lambda s: (not is_english(s.direction.target), task_order(str(s.direction))),
-        )
-        if any_table
-        else []
-    )
-    copied = {str(score.direction): score.copy for score in ordered}
-    return Comparison(name, steps, tuple(seeds), evaluate, titles[baseline], tuple(rows), copy, copied)
-
-
-def _apart(one: Spread, other: Spread) -> bool | None:
-    """Tell whether all seeds of one score above, or all below, those of the other.
-
-    None if either has only one seed.
-    """
-    if min(one.seeds, other.seeds) < 2:
-        return None
-    return one.smallest > other.largest or one.largest < other.smallest
-
-
 def _spread(value: Mapping[str, Any] | None) -> Spread | None:
     return None if value is None else Spread(**value)
 
 
 def _scores_of(value: Mapping[str, Mapping[str, Any]]) -> Scores:
     return {metric: Spread(**spread) for metric, spread in value.items()}
-
-
-def _by_direction(tables: Iterable[ScoreTable]) -> dict[str, Scores]:
-    return _spreads([{str(score.direction): score.metrics for score in table.directions} for table in tables])
-
-
-def _group_scores(tables: Iterable[ScoreTable]) -> dict[str, Scores]:
-    return _spreads(
-        [{group: average.metrics for group, average in table.averages().items()} for table in tables]
-    )
-
-
-def _spreads(found: Sequence[Mapping[str, Metrics]]) -> dict[str, Scores]:
-    """Return the spread over seeds of each key that all of them have."""
-    keys = [key for key in found[0] if all(key in each for each in found)] if found else []
-    spreads: dict[str, Scores] = {}
-    for key in keys:
-        spreads[key] = {}
-        for metric in METRICS:
-            spread = Spread.of(getattr(each[key], metric) for each in found)
-            assert spread is not None
-            spreads[key][metric] = spread
-    return spreads

@@ -15,7 +15,7 @@ from torch import Tensor
 from lsmoe_ds.config.deepspeed import HALF, STAGE_0_BUCKET
 from lsmoe_ds.config.layout import accumulation_steps
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batching import Batch, Step
+from lsmoe_ds.data.batches import Batch, Step
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.methods.base import StepSize, Totals
 from lsmoe_ds.methods.context import Route

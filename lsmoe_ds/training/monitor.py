@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lsmoe_ds.data.batching import Step
+from lsmoe_ds.data.batches import Step
 from lsmoe_ds.folders import explain_errors, write_whole
 from lsmoe_ds.notices import LINE_EVERY
 from lsmoe_ds.parallel.collectives import Traffic
