@@ -346,7 +346,12 @@ BAD = [
         [],
         "of bad.yaml: base.yaml, changed by 'set': unknown",
     ),
-    ("route", {"members": {"naive": {**MEMBER, **ROUTES}}}, [], "member 'naive': the model has no shared"),
+    (
+        "route",
+        {"members": {"naive": {**MEMBER, **ROUTES}}},
+        [],
+        "member 'naive': the model has no parameters for the route 'shared'",
+    ),
     (
         "route twice",
         {"members": {"naive": {"routes": ["shared", "shared"]}}},
