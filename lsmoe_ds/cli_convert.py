@@ -12,7 +12,10 @@ from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.console import print_json
 
 
-def write_layout(source: Path, run: Path) -> None:
+def write_layout(
+    source: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint or a consolidated folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder that is being written.")],
+) -> None:
     """Write one rank's part of a run in another layout; started by ``lsmoe convert --to layout`` on every
     rank.
     """

@@ -119,7 +119,7 @@ def test_a_run_to_one_folder_that_translates_all_directions(run, tmp_path):
         (TOKEN_TOP2 | FUSE, TOKEN_TOP2, None, "shared", "the decoder routes by token in layer 2"),
         (TOKEN_TOP2 | FUSE, TARGET_TOP2, None, "shared", "experts of its own"),
         (BY_SOURCE, BY_TARGET, None, "specific", "no dense model serves all directions"),
-        (TARGET_TOP2, TARGET_TOP2, EN_DE, "shared", "no shared matrices or feed-forwards"),
+        (TARGET_TOP2, TARGET_TOP2, EN_DE, "shared", "no parameters for the route 'shared'"),
     ],
 )
 def test_routes_that_make_no_sense(run, encoder, decoder, direction, route, message):

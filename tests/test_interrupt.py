@@ -251,7 +251,7 @@ def test_while_others_are_missing_it_leaves_at_once(folder, tmp_path, rank, numb
 
 
 def slow_imports() -> None:
-    from lsmoe_ds.config.recipe import file as recipe_file
+    from lsmoe_ds.config import file as recipe_file
 
     def load_recipe(*arguments):
         Path(os.environ["REACHED"]).touch()
