@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -148,19 +147,72 @@ def test_no_other_file_names_it():
         ["git", "grep", "-l", "output_bias"], cwd=PROJECT, capture_output=True, text=True
     ).stdout.split()
     assert [path for path in found if not path.startswith(("docs/", "tests/"))] == []
+    assert len((METHODS / "output_bias.py").read_text().splitlines()) <= 80
 
 
-def test_what_is_no_method_is_refused(tmp_path, monkeypatch):
-    method = importlib.import_module("lsmoe_ds.config.method")
-    (tmp_path / "two.py").write_text("x = 1\n")
-    monkeypatch.setenv("LSMOE_METHODS", str(tmp_path))
-    with pytest.raises(
-        method.UserError, match=r"two.py defines 0 sections of a recipe: a method has one subclass"
-    ):
-        method.sections.__wrapped__()
-    (tmp_path / "two.py").write_text("x = \n")
-    with pytest.raises(method.UserError, match=r"two.py, of LSMOE_METHODS, cannot be imported: SyntaxError"):
-        method.sections.__wrapped__()
-    monkeypatch.setenv("LSMOE_METHODS", str(tmp_path / "nowhere"))
-    with pytest.raises(method.UserError, match="nowhere, which is no folder"):
-        method.sections.__wrapped__()
+SECTION = """
+from lsmoe_ds.config.method import MethodSection
+from lsmoe_ds.config.shapes import LinearShape
+
+class Wrong(MethodSection):
+    name = "wrong"
+    rank: int = 1
+"""
+CHECK = "    def check(self, model):\n        {}\n"
+TOO_WIDE = CHECK.format("raise ValueError('too wide')")
+BESIDE = "    def is_at(self, site):\n        return isinstance(site, LinearShape)\n"
+OF_WRONG = "'model.wrong': its check fails: AttributeError: 'Model' object has no attribute 'width'"
+# Of a file: its name, its text, what is set of the recipe, and the sentence.
+FAULTS = {
+    "no section": ("wrong.py", "x = 1\n", "rank=1", "wrong.py defines 0 sections of a recipe"),
+    "no Python": (
+        "wrong.py",
+        "x = \n",
+        "rank=1",
+        "cannot be imported: SyntaxError",
+    ),
+    "another name": ("other.py", SECTION, "rank=1", "its name must be that of the file, 'other'"),
+    "one of ours": ("low_rank.py", SECTION, "rank=1", "cannot be a method: there is another 'low_rank'"),
+    "a module of ours": (
+        "base.py",
+        SECTION,
+        "rank=1",
+        "lsmoe_ds has a module of this name",
+    ),
+    "another key": ("wrong.py", SECTION, "rang=1", "unknown key 'model.wrong.rang' (did you mean 'rank'?)"),
+    "misfit": (
+        "wrong.py",
+        SECTION + CHECK.format("raise ValueError('too wide')"),
+        "rank=1",
+        "'model.wrong': too wide",
+    ),
+    "a fault": ("wrong.py", SECTION + CHECK.format("model.width"), "rank=1", OF_WRONG),
+    "no file": ("_wrong.py", SECTION, "rank=1", "methods of your own are found by LSMOE_METHODS"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_a_method_are_one_sentence(fault, tmp_path):
+    file, text, change, sentence = FAULTS[fault]
+    (tmp_path / file).write_text(text)
+    said = refusal(tmp_path, f"model.wrong.{change}")
+    assert sentence in said and len(said.splitlines()) == 1
+
+
+def test_a_linear_layer_takes_one_method(tmp_path):
+    (tmp_path / "wrong.py").write_text(SECTION + BESIDE)
+    said = refusal(tmp_path, "model.wrong.rank=1", "--set", "model.low_rank.rank=2")
+    assert (
+        "'low_rank' and 'wrong' both stand beside encoder.0.feed_forward.expand: a linear layer takes one"
+        in said
+    )
+
+
+def refusal(folder: Path, change: str, *more: str) -> str:
+    """Return what ``lsmoe plan`` says when it refuses."""
+    command = [sys.executable, "-m", "lsmoe_ds", "plan", "prose-8", "--set", change, *more]
+    environment = {**os.environ, "LSMOE_METHODS": str(folder)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=PROJECT)
+    said = [line for line in done.stderr.splitlines() if "taking the recipe" not in line]
+    assert done.returncode == 2, done.stderr
+    return "\n".join(said)

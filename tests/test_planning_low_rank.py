@@ -51,7 +51,7 @@ def test_parameters_are_those_of_a_built_and_of_an_extracted_model(banks, sides)
         dense, changed = extract(weights, recipe, Direction("en", "de"), route)
         assert planned.serving.to_dict() == sizes(dense.items()) == plan(changed).parameters.to_dict()
     bank_values = sum(value.numel() for name, value in weights.items() if "_low_rank." in name)
-    assert planned.parameters.whole.total - Parts.of(recipe, held="merged").whole.total == bank_values > 0
+    assert planned.parameters.whole.total - Parts.of(recipe, merged=True).whole.total == bank_values > 0
     specific, shared = (
         planned.routes[name].whole.total if name in planned.routes else None
         for name in ("specific", "shared")
@@ -61,7 +61,7 @@ def test_parameters_are_those_of_a_built_and_of_an_extracted_model(banks, sides)
     else:
         ranks = 14 if banks is RANKS else 15
         assert (
-            shared - Parts.of(recipe, held="merged").whole.total
+            shared - Parts.of(recipe, merged=True).whole.total
             == bank_values * (4 if banks is RANKS else 3) // ranks
         )
         assert (

@@ -21,8 +21,8 @@ class OutputBias(MethodSection):
     def is_at(self, site):
         return isinstance(site, LinearShape) and (site.side, site.name) == ("decoder", "contract")
 
-    def count(self, site, languages, held="all"):  # parameters; once merged there are none
-        return Count(whole=len(languages.codes) * site.outputs * (held != "merged"))
+    def count(self, site, languages, held="all"):  # parameters
+        return Count(whole=len(languages.codes) * site.outputs)
 
     def describe(self):
         return "an output bias of each target language"

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
+from lsmoe_ds.config.method import MISFIT, VARIABLE
 from lsmoe_ds.config.section import KIND, NAME, Section, is_section
 from lsmoe_ds.languages import nearest
 
@@ -77,12 +78,16 @@ def explain(
         if (new := _renamed(at, section)) is not None:
             return f"{where}: {name(at)} is now called {name((*at[:-1], new))}"
         known = allowed_keys(at[:-1], section)
-        return f"{where}: unknown key {name(at)}{nearest(at[-1], known)}; allowed here: {', '.join(known)}"
+        guess = nearest(at[-1], known)
+        more = f"; methods of your own are found by {VARIABLE}" if at[:-1] == ("model",) and not guess else ""
+        return f"{where}: unknown key {name(at)}{guess}; allowed here: {', '.join(known)}{more}"
     annotation = _annotation(at, section)
     if first["type"] == "missing":
         return (
             f"{where}{_options(at[:-1], places)}: {name(at)} is missing: it should be {expected(annotation)}"
         )
+    if first["type"] == MISFIT:
+        return f"{where}{_options(at[:-1], places)}: {name(at)}: {first['ctx']['said']}"
     if first["type"] == "value_error":
         return f"{where}{_options(at, places)}: {name(at) + ': ' if at else ''}{first['ctx']['error']}"
     if found is None and (wanted := is_section(annotation)):

@@ -11,12 +11,15 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic_core import PydanticCustomError
 
 from lsmoe_ds.config.section import Section
 from lsmoe_ds.config.shapes import Count, Shape, SideName
@@ -28,9 +31,9 @@ if TYPE_CHECKING:
 
 ROOMS = "lsmoe_ds.methods"
 VARIABLE = "LSMOE_METHODS"
-# Which of a method's parameters are counted: all; those of the languages; those that all languages share; or
-# none, because they are merged into the layers beside which they stand.
-Held = Literal["all", "specific", "shared", "merged"]
+MISFIT = "misfit"  # the type of an error: a method does not fit its model
+# Which of a method's parameters are counted: all; those of the languages; or those that all languages share.
+Held = Literal["all", "specific", "shared"]
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,16 @@ class Chart:
 class MethodSection(Section):
     """What a recipe says of one method, and what the method costs. Each default says that it adds nothing."""
 
-    name: ClassVar[str]  # the key in ``model``
-    shared_route: ClassVar[str | None] = (
-        None  # a key that, if true, gives the model a second route: the shared one
-    )
-    by_language: ClassVar[tuple[str, ...]] = ()  # keys whose mappings have language codes as keys
-    reads_states: ClassVar[bool] = (
-        False  # whether what it must count over a whole step depends on hidden states
-    )
+    # The key in ``model``, and the name of the room or file.
+    name: ClassVar[str]
+    # A key that, if true, gives the model a second route, the shared one.
+    shared_route: ClassVar[str | None] = None
+    # Keys whose mappings have language codes as keys.
+    by_language: ClassVar[tuple[str, ...]] = ()
+    # Why no dense model computes the same; None if one does.
+    unmergeable: ClassVar[str | None] = None
+    # Whether what it must count over a whole step depends on hidden states.
+    reads_states: ClassVar[bool] = False
 
     @property
     def distills(self) -> bool:
@@ -61,6 +66,17 @@ class MethodSection(Section):
 
     def check(self, model: Model) -> None:
         """Raise ValueError if the method does not fit the model."""
+
+    def checked(self, model: Model) -> None:
+        """Call :meth:`check`, and place the error that it raises at the method's own key."""
+        try:
+            self.check(model)
+        except Exception as error:
+            said = str(error)
+            if not isinstance(error, ValueError):  # a fault of the method itself
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                said = f"its check fails: {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+            raise PydanticCustomError(MISFIT, "{said}", {"said": said, "inner": (self.name,)}) from error
 
     def check_languages(self, languages: Languages) -> None:
         """Raise ValueError if the method does not fit the recipe's languages."""
@@ -119,16 +135,18 @@ def sections() -> Mapping[str, type[MethodSection]]:
         if not Path(folder).is_dir():
             raise UserError(f"{VARIABLE} lists {folder}, which is no folder")
         for path in sorted(Path(folder).glob("[!_]*.py")):
+            if path.stem in kinds:
+                raise UserError(f"{path}, of {VARIABLE}, cannot be a method: there is another '{path.stem}'")
             kinds[path.stem] = _only_section(_load(path))
-    return {kind.name: kind for kind in kinds.values()}
+    return kinds
 
 
 def _load(path: Path) -> ModuleType:
     """Import a file as the module ``lsmoe_ds.methods.NAME``, by which its objects can be pickled."""
     name = f"{ROOMS}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    own = Path(__file__).parent.parent / "methods" / path.stem
-    if spec is None or spec.loader is None or own.is_dir() or own.with_suffix(".py").exists():
+    own = Path(__file__).parent.parent / "methods" / f"{path.stem}.py"
+    if spec is None or spec.loader is None or own.exists():
         raise UserError(f"{path}, of {VARIABLE}, cannot be a method: lsmoe_ds has a module of this name")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
@@ -155,6 +173,10 @@ def _only_section(module: ModuleType) -> type[MethodSection]:
             "one subclass of MethodSection, with a name",
         )
         raise UserError(f"{where} defines {len(kinds)} sections of a recipe: a method has {wanted}")
+    place = Path(str(module.__file__))
+    wanted = place.parent.name if place.name == "settings.py" else place.stem
+    if (name := getattr(kinds[0], "name", None)) != wanted:
+        raise UserError(f"{place} defines the method {name!r}: its name must be that of the file, {wanted!r}")
     return kinds[0]
 
 

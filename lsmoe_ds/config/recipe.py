@@ -19,6 +19,7 @@ from lsmoe_ds.config.deepspeed import read_deepspeed_config
 from lsmoe_ds.config.method import MethodSection, sections
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
+from lsmoe_ds.config.shapes import LinearShape, shapes_of
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.notices import counted
 
@@ -105,7 +106,14 @@ class _Model(Section):
     @model_validator(mode="after")
     def _methods(self) -> _Model:
         for method in self.methods:
-            method.check(self)
+            method.checked(self)
+        for site in shapes_of(self) if len(self.methods) > 1 else ():
+            here = [method.name for method in self.methods if method.is_at(site)]
+            if isinstance(site, LinearShape) and len(here) > 1:
+                at = f"{site.side}.{site.layer}.{site.sublayer}.{site.name}"
+                raise ValueError(
+                    f"'{here[0]}' and '{here[1]}' both stand beside {at}: a linear layer takes one"
+                )
         return self
 
     @property

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Generator, Tensor, nn
 
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, SentenceIds
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.methods.sites import Site
@@ -84,7 +85,9 @@ class Method:
         return False
 
     def check_merge(self, route: Route) -> None:
-        """Raise UserError, with the reason, if no dense model computes the same as this route."""
+        """Raise UserError, with the section's reason, if no dense model computes the same as this route."""
+        if self.section is not None and self.section.unmergeable:
+            raise UserError(self.section.unmergeable)
 
     def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
         """Return the whole model's weights, by global name, with this method's merged into their layers."""

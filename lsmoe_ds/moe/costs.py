@@ -30,8 +30,7 @@ def count_layer(
     ``serving`` counts what must be loaded to translate one direction ("Beyond Distillation", section 3.2). A
     layer routed by token or sentence needs all its experts and the router. In a layer routed by task or
     statically the K experts are known beforehand and joined into one feed-forward of width K F. The shared
-    feed-forward is left out if ``held`` is "specific" or "merged"; it is all that counts if ``held`` is
-    "shared".
+    feed-forward is left out if ``held`` is "specific"; it is all that counts if ``held`` is "shared".
     """
     if settings.has_shared and held == "shared":
         return count_feed_forward(hidden, width)

@@ -33,17 +33,21 @@ def passes(recipe: Recipe) -> int:
     return 2 if recipe.model.distills else 1
 
 
-def count_side(recipe: Recipe, side: SideName, serving: bool = False, held: Held = "all") -> Count:
+def count_side(
+    recipe: Recipe, side: SideName, serving: bool = False, held: Held = "all", merged: bool = False
+) -> Count:
     """Count the encoder or the decoder with its final norm. Each sublayer has a norm; a norm has 2 H.
 
-    ``serving`` counts what must be loaded to translate one direction. Methods that can be merged are then
-    counted as merged, whatever ``held`` says (see :mod:`lsmoe_ds.export.subnetwork`).
+    ``serving`` counts what must be loaded to translate one direction. Methods are then ``merged`` into the
+    layers beside them, if they can be, and add nothing (see :mod:`lsmoe_ds.export.subnetwork`).
     """
     model, languages = recipe.model, recipe.languages
-    held = "merged" if serving else held
+    merged = merged or serving
+    methods = [method for method in model.methods if method.unmergeable or not merged]
+    held = "specific" if merged else held
     settings = model.encoder if side == "encoder" else model.decoder
     total = Count(whole=2 * model.hidden)
-    for method in model.methods:
+    for method in methods:
         total += method.count_side(side, model, languages)
     for site in shapes_of(model):
         if site.side != side:
@@ -55,7 +59,7 @@ def count_side(recipe: Recipe, side: SideName, serving: bool = False, held: Held
             if settings.moe is not None and site.sublayer == "feed_forward" and settings.is_moe(site.layer):
                 tasks, width = len(languages.tasks(settings.moe.task)), settings.width(site.layer)
                 total += experts.count_layer(model.hidden, width, settings.moe, tasks, serving, held)
-        for method in model.methods:
+        for method in methods:
             if method.is_at(site):
                 total += method.count(site, languages, held)
     return total
@@ -70,13 +74,13 @@ class Parts:
     decoder: Count
 
     @classmethod
-    def of(cls, recipe: Recipe, serving: bool = False, held: Held = "all") -> Parts:
+    def of(cls, recipe: Recipe, serving: bool = False, held: Held = "all", merged: bool = False) -> Parts:
         model = recipe.model
         vocabulary = Count(split=recipe.data.vocabulary.size * model.hidden)
         return cls(
             vocabulary,
-            count_side(recipe, "encoder", serving, held),
-            count_side(recipe, "decoder", serving, held),
+            count_side(recipe, "encoder", serving, held, merged),
+            count_side(recipe, "decoder", serving, held, merged),
         )
 
     @property

@@ -195,7 +195,7 @@ def routes(recipe: Recipe) -> dict[str, Parts]:
     found = {"specific": Parts.of(recipe, held="specific")}
     if model.distills:
         return found | {"shared": Parts.of(recipe, held="shared")}
-    return found if Parts.of(recipe, held="merged") != Parts.of(recipe) else {}
+    return found if Parts.of(recipe, merged=True) != Parts.of(recipe) else {}
 
 
 def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan:

@@ -41,11 +41,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from lsmoe_ds.config.shapes import SideName
-from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.methods.clsr.settings import Clsr
-from lsmoe_ds.methods.context import LanguageContext, Route
+from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.low_rank.bank import MultiplySegments, slices_of
 from lsmoe_ds.methods.sites import SublayerSite
 from lsmoe_ds.parallel.topology import Topology
@@ -145,12 +144,6 @@ class ConditionalLanguageSpecificRouting(Method):
     def initial(self, name: str) -> Draw | None:
         """Initialize projections to the identity, so that a new model computes the same as without them."""
         return _fill_with_identities if name.endswith(("_clsr.specific", "_clsr.shared")) else None
-
-    def check_merge(self, route: Route) -> None:
-        raise UserError(
-            "the gates of model.clsr choose between two projections for each token at run time, so no dense"
-            " model computes the same: serve the trained model itself"
-        )
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
         if not name.endswith("_clsr.specific"):

@@ -28,6 +28,10 @@ class Clsr(MethodSection):
     """
 
     name: ClassVar[str] = "clsr"
+    unmergeable: ClassVar[str | None] = (
+        "the gates of model.clsr choose between two projections for each token at run time, so no dense "
+        "model computes the same: serve the trained model itself"
+    )
     reads_states: ClassVar[bool] = True
 
     budget: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
@@ -58,7 +62,7 @@ class Clsr(MethodSection):
         return ConditionalLanguageSpecificRouting(self, recipe, topology)
 
     def count(self, site: SublayerShape, languages: Languages, held: Held = "all") -> Count:
-        """Count the gate, (H + 2) G, and a sublayer's own W_lang, L H^2, if any. None can be merged."""
+        """Count the gate, (H + 2) G, and a sublayer's own W_lang, L H^2, if any."""
         specific = 0 if self.shared else len(languages.codes) * site.hidden**2
         return Count(whole=(site.hidden + 2) * self.gate + specific)
 
