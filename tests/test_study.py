@@ -151,8 +151,9 @@ def test_a_comparison_is_read_back():
 def test_the_result_that_comes_with_the_project_is_told_alike_everywhere():
     """studies/results: the table in Markdown, and the page of the documentation, say what the figures say."""
     folder = PROJECT / "studies" / "results"
-    comparison = Comparison.from_dict(json.loads((folder / "lms.json").read_text(encoding="utf-8")))
-    assert (folder / "lms.md").read_text(encoding="utf-8") == comparison.to_markdown()
+    for name in ("init_std", "lms"):
+        comparison = Comparison.from_dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        assert (folder / f"{name}.md").read_text(encoding="utf-8") == comparison.to_markdown()
     page, rows = (
         (PROJECT / "docs" / "study.md").read_text(encoding="utf-8"),
         {row.title: row for row in comparison.rows},
