@@ -216,8 +216,12 @@ def test_a_lost_or_changed_base_is_one_sentence(begun, tmp_path, harm, sentence)
     run = tmp_path / "run"
     shutil.copytree(begun(ONE), run)
     harm(run / "frozen")
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as error:
         newest_whole(run)
+    said = str(error.value)  # what trained is whole: it is not to be removed
+    assert (
+        said.endswith("frozen back as it was; a copy of the run has the same") and said.count("sha256") <= 1
+    )
     with pytest.raises(UserError, match=sentence):
         whole = read_checkpoint(run / "checkpoints" / "step-3")
         [whole.weights[name] for name in whole.weights]

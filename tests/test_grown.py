@@ -194,6 +194,7 @@ def test_new_experts_follow_one_another(run, tmp_path):
 STATIC = PAIR_TOP2 | {"routing": "static", "task": "target"}
 REFUSED = [
     (None, TARGET_TOP2, ["data.languages=[de]"], None, "lacks the language fr"),
+    (None, None, ["data.tags=source-target"], None, "the model reads target: a grown model keeps its tags"),
     (None, TARGET_TOP2, ["model.decoder.moe.experts=2"], None, "has 4 experts: they can be more, not 2"),
     (None, TARGET_TOP2, ["model.decoder.moe.task=source"], None, "must stay as they are"),
     (

@@ -221,6 +221,12 @@ def exported(root: Path, recipe: Recipe) -> Recipe:
     return from_folder("exported")(root, recipe)
 
 
+def with_matrices(root: Path, recipe: Recipe) -> Recipe:
+    value = recipe.model_dump(mode="json", exclude_none=True)
+    value["model"]["low_rank"] = {"rank": 2, "at": "attention"}
+    return Recipe.model_validate(value)
+
+
 def foreign(root: Path, recipe: Recipe) -> Recipe:
     (root / "foreign").mkdir()
     (root / "foreign" / "config.json").write_text("{}")
@@ -238,6 +244,10 @@ def foreign(root: Path, recipe: Recipe) -> Recipe:
             ),
         ),
         (narrower, r"encoder.0.feed_forward.contract.weight should be \(16, 16\), found \(16, 24\)"),
+        (
+            with_matrices,
+            "the model has no 'low_rank': `lsmoe convert .*model --to grown --set model.low_rank",
+        ),
         (without_experts, r"encoder.1.feed_forward.* found None"),
         (
             fewer_languages,

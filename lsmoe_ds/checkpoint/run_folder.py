@@ -187,8 +187,9 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, complaints
         complaints.append(wrong)
     if complaints:
-        raise UserError(
-            f"no checkpoint in {run / 'checkpoints'} is whole ({'; '.join(complaints)}): remove the folder to"
-            " start over"
-        )
+        reasons, base = "; ".join(dict.fromkeys(complaints)), str((run / FROZEN).resolve())
+        way = "remove the folder to start over"
+        if all(base in each for each in complaints):  # what trained is there, and needs only its base
+            way = f"put {base} back as it was; a copy of the run has the same"
+        raise UserError(f"no checkpoint in {run / 'checkpoints'} is whole ({reasons}): {way}")
     return None, complaints

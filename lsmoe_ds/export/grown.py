@@ -76,6 +76,11 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
             f"the grown recipe lacks the language {gone[0]}, which the model has: languages can be added, not"
             " taken away"
         )
+    if after.data.tags != before.data.tags:
+        raise UserError(
+            f"'data.tags' is {after.data.tags}, but the model reads {before.data.tags}: a grown model keeps "
+            "its tags"
+        )
     vocabulary = Vocabulary.load(stored.vocabulary)
     new = [code for code in after.languages.codes if code not in vocabulary.codes]
     model = add_tags(stored.vocabulary.read_bytes(), new)

@@ -113,7 +113,13 @@ def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: 
     except UserError as error:
         before, now = (set(each.languages.directions) for each in (stored.recipe, recipe))
         if before == now:
-            raise
+            methods = {method.name for method in recipe.model.methods}
+            if not (added := sorted(methods - {method.name for method in stored.recipe.model.methods})):
+                raise
+            grow = f"`lsmoe convert {stored.home} --to grown --set model.{added[0]}...`"
+            raise UserError(
+                f"the model has no '{added[0]}': {grow} adds it; start from what that writes ({error})"
+            ) from None
         lacks = "the recipe lacks " + listed(map(str, sorted(before - now))) if before - now else ""
         new = "it was not trained on " + listed(map(str, sorted(now - before))) if now - before else ""
         raise UserError(
