@@ -385,3 +385,11 @@ def test_a_warmup_beyond_the_last_step_is_said_once_with_the_rate_it_ends_at(roo
     )
     start._notice(changed(recipe_from(root), training={"steps": 5, "warmup": 5}))
     assert capfd.readouterr().err == ""
+
+
+def test_a_frozen_base_of_random_weights_is_said(root, capfd):
+    recipe = recipe_from(root)
+    start._notice(changed(recipe, training={"trainable": ["encoder.*"], "start_from": None}))
+    assert "there is no training.start_from: they stay as random as they begin" in capfd.readouterr().err
+    start._notice(changed(recipe, training={"trainable": ["encoder.*"], "start_from": root / "model"}))
+    assert capfd.readouterr().err == ""

@@ -160,6 +160,11 @@ def _notice(recipe: Recipe) -> None:
             f" {training.learning_rate:.2e}"
         )
     base = training.start_from
+    if training.trainable != "all" and base is None:
+        interrupt.say(
+            "training.trainable freezes weights, but there is no training.start_from: "
+            "they stay as random as they begin"
+        )
     with suppress(UserError):  # a resumed run needs the folder no more
         if base is not None and (learned := load_recipe(base / RECIPE).data.tags) != recipe.data.tags:
             interrupt.say(
