@@ -124,7 +124,9 @@ CLEAN = f"""
 def clean(text):
     \"\"\"Make text what the model was trained on: composed characters, no invisible ones, single spaces.\"\"\"
     text = unicodedata.normalize("NFC", text)
-    invisible = {ascii(INVISIBLE.pattern).replace("'", '"')}
+    invisible = (
+        {ascii(INVISIBLE.pattern).replace("'", '"')}
+    )
     return " ".join(re.sub(invisible, "", text).split())
 """
 """Python that does what :func:`lsmoe_ds.data.cleaning.clean_text` does, for those who have no lsmoe_ds."""
