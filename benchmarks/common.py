@@ -103,8 +103,8 @@ def in_processes(script: str, options: list[str], world: int) -> dict[str, Any]:
         subprocess.run([*command, script, *options, "--part", str(part)], env=environment, check=True)
         result: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
     print(
-        f"{' '.join(options)}, {world} process{'es' if world > 1 else ''}:"
-        f" {time.perf_counter() - begun:.0f} s",
+        f"{' '.join(options)}, {world} process{'es' if world > 1 else ''}: "
+        f"{time.perf_counter() - begun:.0f} s",
         flush=True,
     )
     return result

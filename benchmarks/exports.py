@@ -234,8 +234,8 @@ def table(rows: dict[str, Any]) -> str:
     """As Markdown."""
     lines = [
         (
-            "| model | steps, dev loss | parameters | dense: logits, same | Hugging Face: logits, same |"
-            " CTranslate2: same | chrF++ | int8's |"
+            "| model | steps, dev loss | parameters | dense: logits, same | Hugging Face: logits, same | "
+            "CTranslate2: same | chrF++ | int8's |"
         ),
         "|---|---|---|---|---|---|---|---|",
     ]

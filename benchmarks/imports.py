@@ -244,8 +244,8 @@ def measure(kind: Kind, work: Path, text: dict[str, list[str]]) -> dict[str, Any
 def main() -> None:
     parser = argument_parser(__doc__)
     about = (
-        "a folder that `lsmoe data fetch` made, with de-en.tsv and en-fr.tsv (default: django, fetched into"
-        " --work)"
+        "a folder that `lsmoe data fetch` made, with de-en.tsv and en-fr.tsv (default: django, fetched into "
+        "--work)"
     )
     parser.add_argument("--corpus", type=Path, metavar="DIR", help=about)
     about = "where models are kept (default: build/imports)"

@@ -31,10 +31,10 @@ def convert(
         typer.Option(
             metavar="KIND",
             help=(
-                "dense: the plain model of one direction; huggingface, ctranslate2: the same, as these"
-                " libraries load it; hybrid: layers "
-                "routed by token or sentence keep their experts; consolidated: the whole model in"
-                " safetensors, also from a Hugging Face "
+                "dense: the plain model of one direction; huggingface, ctranslate2: the same, as these "
+                "libraries load it; hybrid: layers "
+                "routed by token or sentence keep their experts; consolidated: the whole model in "
+                "safetensors, also from a Hugging Face "
                 "folder; grown: consolidated with more experts or languages; layout: a run for another number"
                 " of processes."
             ),

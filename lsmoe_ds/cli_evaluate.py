@@ -42,8 +42,8 @@ def evaluate(
         typer.Option(
             metavar="DIR_OR_FILES",
             help=(
-                "A test set of your own: a folder (Moses files, FLORES, NTREX-128), a TSV file, the common"
-                " part of file names (mytest "
+                "A test set of your own: a folder (Moses files, FLORES, NTREX-128), a TSV file, the common "
+                "part of file names (mytest "
                 "for mytest.de and mytest.en), or CODE=FILE, repeated for each language."
             ),
         ),

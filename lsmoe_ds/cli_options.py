@@ -35,8 +35,8 @@ Route = Annotated[
     typer.Option(
         metavar="specific|shared",
         help=(
-            "shared: use only what all languages share (models with a shared route); specific: use the"
-            " languages' own."
+            "shared: use only what all languages share (models with a shared route); specific: use the "
+            "languages' own."
         ),
     ),
 ]

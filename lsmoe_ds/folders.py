@@ -178,8 +178,8 @@ def how_to_import(folder: Path) -> str | None:
     if not is_huggingface(folder):
         return None
     made = (
-        f"`lsmoe convert {folder} --to consolidated --out DIR --set data.corpora=... --set"
-        " data.languages=...`"
+        f"`lsmoe convert {folder} --to consolidated --out DIR --set data.corpora=... --set "
+        "data.languages=...`"
     )
     return f"it is one of Hugging Face, of which {made} makes one to start from"
 

@@ -345,8 +345,8 @@ class Languages:
         found = find_code(code, self.codes)
         if found is None:
             raise UserError(
-                f"language '{code}' is not in this system{nearest(code, self.codes)}: it knows"
-                f" {', '.join(self.codes)}"
+                f"language '{code}' is not in this system{nearest(code, self.codes)}: it knows "
+                f"{', '.join(self.codes)}"
             )
         return found
 

@@ -105,13 +105,13 @@ def summarize(report: Path) -> None:
     for name, group in (("into English", "into_english"), ("out of English", "out_of_english")):
         model, copy = averages[group], averages[group]["copy"]
         print(
-            f"  {name:15} chrF {model['chrf']:.1f}, BLEU {model['bleu']:.1f}   (copying the source:"
-            f" {copy['chrf']:.1f}, {copy['bleu']:.1f})"
+            f"  {name:15} chrF {model['chrf']:.1f}, BLEU {model['bleu']:.1f}   (copying the source: "
+            f"{copy['chrf']:.1f}, {copy['bleu']:.1f})"
         )
     sparse, dense = conversion["sparse_parameters"], conversion["dense_parameters"]
     print(
-        f"  parameters      {sparse:,} sparse, {dense:,} in the dense sub-network of"
-        f" {conversion['direction']}"
+        f"  parameters      {sparse:,} sparse, {dense:,} in the dense sub-network of "
+        f"{conversion['direction']}"
     )
     same = f"{conversion['same_translations']} of {conversion['sentences']} translations the same"
     print(f"  extraction      {same}, logits differ by at most {conversion['largest_logit_difference']:.1e}")

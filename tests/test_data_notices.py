@@ -75,8 +75,8 @@ def test_a_bitext_without_dev_and_test(
     else:
         assert (
             said
-            == "warning: no dev or test set for en-fr (9 pairs): a set is at most a tenth of the pairs after"
-            " cleaning"
+            == "warning: no dev or test set for en-fr (9 pairs): a set is at most a tenth of the pairs after "
+            "cleaning"
         )
 
 
@@ -199,8 +199,8 @@ def test_one_side_of_a_published_set(
     )
     assert (
         said
-        == f"warning: corpus {tmp_path}/m has test.{there} but no file for {gone} beside it: no test set of"
-        " de-en is read from there"
+        == f"warning: corpus {tmp_path}/m has test.{there} but no file for {gone} beside it: no test set of "
+        "de-en is read from there"
     )
 
 
@@ -227,8 +227,8 @@ def test_one_side_of_a_set_in_many_languages(tmp_path: Path, capsys: pytest.Capt
         said = notices(recipe(tmp_path, languages[-1], corpora=corpora, languages=languages), capsys)
         assert (
             said[len(languages) % 2]
-            == f"warning: corpus {tmp_path}/f has eng_Latn.devtest but no file for de beside it: no test set"
-            " of de-en is read from there"
+            == f"warning: corpus {tmp_path}/f has eng_Latn.devtest but no file for de beside it: no test set "
+            "of de-en is read from there"
         )
         assert sum("beside" in each for each in said) == 1
 
@@ -328,8 +328,8 @@ def test_a_model_to_start_from_with_other_data(tmp_path: Path, capsys: pytest.Ca
         held_out={"dev": 5, "test": 5},
     )
     assert said.startswith(
-        f"warning: 'data.corpora', 'data.held_out' are not as in {tmp_path}/base/recipe.yaml: that model may"
-        " have been"
+        f"warning: 'data.corpora', 'data.held_out' are not as in {tmp_path}/base/recipe.yaml: that model may "
+        "have been"
     )
     assert tuned("none", held_out={"dev": 0, "test": 0}) == []  # no set is chosen
 
@@ -349,8 +349,8 @@ def test_languages_that_a_corpus_of_many_lacks(tmp_path: Path, capsys: pytest.Ca
         capsys,
     )
     assert (
-        f"corpus {tmp_path}/f has no text in pt_BR, ru; it has pt (Portuguese, por_Latn.devtest), which is"
-        " another variety" in said
+        f"corpus {tmp_path}/f has no text in pt_BR, ru; it has pt (Portuguese, por_Latn.devtest), which is "
+        "another variety" in said
     )
     assert len(said) == 2
 

@@ -366,8 +366,8 @@ def test_handbook_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @needs_dpkg
 def test_help_in_a_package_for_each_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
-        "<html><body><header><p>Top</p></header><p>{}<span class='x'><span"
-        " class='MAC'>Cmd</span><span>{}</span></span></p></body></html>"
+        "<html><body><header><p>Top</p></header><p>{}<span class='x'><span "
+        "class='MAC'>Cmd</span><span>{}</span></span></p></body></html>"
     )
     packages: dict[str, dict[str, str | bytes]] = {name: {} for name in SOURCES["libreoffice-help"].packages}
     for code, words in {

@@ -185,8 +185,8 @@ def test_one_process_saves_and_leaves_with_the_promised_status(folder):
 @pytest.mark.parametrize(("verb", "ignored"), [("train", True), ("plan", False)])
 def test_a_signal_at_the_end_of_the_interpreter_changes_no_status(verb, ignored):
     program = (
-        "import signal, sys; from lsmoe_ds.__main__ import main\ntry: main()\nfinally:"
-        " print(signal.getsignal(signal.SIGTERM).name)"
+        "import signal, sys; from lsmoe_ds.__main__ import main\ntry: main()\nfinally: "
+        "print(signal.getsignal(signal.SIGTERM).name)"
     )
     done = subprocess.run([sys.executable, "-c", program, verb, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == ("SIG_IGN" if ignored else "SIG_DFL"), (
@@ -335,8 +335,8 @@ def test_what_is_waited_for_is_told_and_ends_with_this_process(tmp_path):
     about Ctrl-C.
     """
     played = (
-        "trap 'echo TERM; sleep 0.3; exit 75' TERM; trap 'echo INT' INT; echo ready; while :; do sleep 0.05;"
-        " done"
+        "trap 'echo TERM; sleep 0.3; exit 75' TERM; trap 'echo INT' INT; echo ready; while :; do sleep 0.05; "
+        "done"
     )
     for numbers, says in (
         ((signal.SIGTERM,), "ready\nTERM\n"),

@@ -161,8 +161,8 @@ def test_the_order_of_tasks_is_that_of_models_that_are_trained():
         for line in (PROJECT / "tools/languages.tsv").read_text(encoding="utf-8").splitlines()[1:]
     ]
     others = (
-        "no zh zho_Hans eng_Latn deu_Latn jpn_Jpan xx qaa hil brx ns iw en_GB es_MX zh_CN zh_TW por_Latn"
-        " de_AT uz_Arab kk_CN x_a"
+        "no zh zho_Hans eng_Latn deu_Latn jpn_Jpan xx qaa hil brx ns iw en_GB es_MX zh_CN zh_TW por_Latn "
+        "de_AT uz_Arab kk_CN x_a"
     )
     codes = [*(row[0] for row in rows if row[3]), *others.split()]
     assert (
@@ -217,8 +217,8 @@ def test_all_codes_of_one_place_are_said_in_one_line(tmp_path, capsys):
     read_directions(["eng_Latn-deu_Latn", "eng_Latn-xx", "qaa-deu_Latn", ""])
     assert (
         capsys.readouterr().err
-        == "lsmoe: language 'eng_Latn' is read as 'en' (English), 'deu_Latn' as 'de' (German); languages"
-        " 'xx', 'qaa' are not in the table (docs/languages.md): no name, no script filter, BLEU by 13a\n"
+        == "lsmoe: language 'eng_Latn' is read as 'en' (English), 'deu_Latn' as 'de' (German); languages "
+        "'xx', 'qaa' are not in the table (docs/languages.md): no name, no script filter, BLEU by 13a\n"
     )
     load_recipe(write_recipe(tmp_path, dict.fromkeys(["en", *NLLB[:30]], 2), languages=NLLB[:30]))
     (said,) = capsys.readouterr().err.splitlines()
@@ -288,8 +288,8 @@ def test_directions_as_people_write_them(text: str, ours: str):
         (
             "zh-cn-en",
             (
-                "'zh-cn-en' is not a direction: write source-target with two different codes, such as en-de;"
-                " the parts of a code are"
+                "'zh-cn-en' is not a direction: write source-target with two different codes, such as en-de; "
+                "the parts of a code are"
             ),
         ),
         ("en", "'en' is not a direction"),
@@ -334,9 +334,9 @@ def test_recipes_hold_the_codes_of_the_table(tmp_path, capsys):
     assert yaml.safe_load(recipe.to_yaml())["data"]["languages"] == ["en", "zh_Hans", "pt_BR"]
     said = capsys.readouterr().err
     assert (
-        said == "lsmoe: language 'eng_Latn' is read as 'en' (English), 'zho_Hans' as 'zh_Hans' (Chinese"
-        " (Simplified)), 'pt-br' as 'pt_BR' (Brazilian Portuguese), 'zho' as 'zh_Hans' (Chinese"
-        " (Simplified))\n"
+        said == "lsmoe: language 'eng_Latn' is read as 'en' (English), 'zho_Hans' as 'zh_Hans' (Chinese "
+        "(Simplified)), 'pt-br' as 'pt_BR' (Brazilian Portuguese), 'zho' as 'zh_Hans' (Chinese "
+        "(Simplified))\n"
     )
     directed = load_recipe(write_recipe(tmp_path, directions=["eng_Latn-deu_Latn", "fr-en", "de-zh-TW"]))
     assert directed.data.directions == ["en-de", "fr-en", "de-zh_Hant"]

@@ -68,8 +68,8 @@ def test_files_and_columns_of_all_conventions_are_read_and_said_in_one_line(tmp_
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         line
-        == f"lsmoe: corpus {tmp_path}/a: deu_Latn is read as de, eng is read as en; corpus {tmp_path}/b: deu"
-        " is read as de"
+        == f"lsmoe: corpus {tmp_path}/a: deu_Latn is read as de, eng is read as en; corpus {tmp_path}/b: deu "
+        "is read as de"
     )
     write_lines(tmp_path / "x.tsv", ["eng_Latn\tpor-BR\tJPN", "Hello\tOi\tやあ"])
     (part,) = found(tmp_path / "x.tsv", "tsv", "ja-pt_BR")

@@ -150,9 +150,8 @@ def test_bytes_of_a_step_are_those_of_the_specific_route(pool):
     assert plan(distilled).step_bytes == plan(plain).step_bytes > 0
     rows = [pool.run(2, traffic, recipe, expert=2) for recipe in (plain, distilled)]
     assert rows[0] == rows[1] and any(sent for rank in rows[0] for _, sent in rank)
-    distilled.model.encoder.moe.fuse_distillation = (
-        False  # the encoder's experts have both routes then, the decoder's one
-    )
+    # the encoder's experts have both routes then, the decoder's one
+    distilled.model.encoder.moe.fuse_distillation = False
     found = {each.side: each.routed for each in plan(distilled).exchanges}
     assert found == {"encoder": 2, "decoder": 1}
     ((half, _, _), *_), ((whole, _, _), *_) = (

@@ -41,40 +41,40 @@ WRITTEN = [
         CORPUS,
         "{path: a}",
         (
-            "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, ntrex,"
-            " iwslt, moses or tsv"
+            "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, ntrex, "
+            "iwslt, moses or tsv"
         ),
     ),
     (
         CORPUS,
         "{path: a, format: mosses}",
         (
-            "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, ntrex, iwslt, moses or"
-            " tsv, found 'mosses' (did you mean 'moses'?)"
+            "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, ntrex, iwslt, moses or "
+            "tsv, found 'mosses' (did you mean 'moses'?)"
         ),
     ),
     (
         CORPUS,
         "{path: a, format: tsv, source: en, target: no}",
         (
-            "line 2: 'target' in item 1 of 'data.corpora' should be text, found no, which YAML reads as"
-            " false: write 'no' in quotes"
+            "line 2: 'target' in item 1 of 'data.corpora' should be text, found no, which YAML reads as "
+            "false: write 'no' in quotes"
         ),
     ),
     (
         "[de]",
         "[no]",
         (
-            "line 2: item 1 of 'data.languages' should be text, found no, which YAML reads as false: write"
-            " 'no' in quotes"
+            "line 2: item 1 of 'data.languages' should be text, found no, which YAML reads as false: write "
+            "'no' in quotes"
         ),
     ),
     (
         "[de]",
         "[de, on]",
         (
-            "line 2: item 2 of 'data.languages' should be text, found on, which YAML reads as true: write"
-            " 'on' in quotes"
+            "line 2: item 2 of 'data.languages' should be text, found on, which YAML reads as true: write "
+            "'on' in quotes"
         ),
     ),
     ("[de]", "de", "line 2: 'data.languages' should be a list of texts, found 'de': write [de]"),
@@ -83,8 +83,8 @@ WRITTEN = [
         "name: x",
         "name: 2024-01-01",
         (
-            "line 1: 'name' should be text, found 2024-01-01, which YAML reads as a date: write '2024-01-01'"
-            " in quotes"
+            "line 1: 'name' should be text, found 2024-01-01, which YAML reads as a date: write '2024-01-01' "
+            "in quotes"
         ),
     ),
     (
@@ -101,8 +101,8 @@ WRITTEN = [
         "name: x",
         "name: a b",
         (
-            "line 1: 'name' should consist of letters, digits, '.', '_' and '-' and begin with a letter or"
-            " digit, found 'a b'"
+            "line 1: 'name' should consist of letters, digits, '.', '_' and '-' and begin with a letter or "
+            "digit, found 'a b'"
         ),
     ),
     ("name: x", "name: x\nno: 3", "line 2: the key no is not text to YAML: write 'no' in quotes"),
@@ -145,8 +145,8 @@ WRITTEN = [
         STEPS,
         "{steps: 4, start_from: None}",
         (
-            "line 8: 'training.start_from' is the text 'None': YAML's word for nothing is null, or leave the"
-            " key out"
+            "line 8: 'training.start_from' is the text 'None': YAML's word for nothing is null, or leave the "
+            "key out"
         ),
     ),
     (
@@ -279,8 +279,8 @@ def test_tabs_are_named(tmp_path):
         (
             "data.languages=[no]",
             (
-                "item 1 of 'data.languages' should be text, found no, which YAML reads as false: write 'no'"
-                " in quotes"
+                "item 1 of 'data.languages' should be text, found no, which YAML reads as false: write 'no' "
+                "in quotes"
             ),
         ),
         ("model.encoder={layers: two}", "'model.encoder.layers' should be a whole number, found 'two'"),
@@ -291,8 +291,8 @@ def test_tabs_are_named(tmp_path):
         (
             "deepspeed=none.json",
             (
-                "'deepspeed': there is no file none.json: give a file, or one that comes with lsmoe_ds:"
-                " bf16_zero1"
+                "'deepspeed': there is no file none.json: give a file, or one that comes with lsmoe_ds: "
+                "bf16_zero1"
             ),
         ),
         ("deepspeed={foo: 1}", "'deepspeed': unknown key 'foo'" + OF_DEEPSPEED),
@@ -351,8 +351,8 @@ def test_numbers_as_people_write_them_are_read(tmp_path):
 
 def test_an_option_changes_one_of_two_sections_that_share_an_alias(tmp_path):
     moe = (
-        "  encoder: {layers: 2, feed_forward: 64, moe: &moe {experts: 4}}\n  decoder: {layers: 2,"
-        " feed_forward: 64, moe: *moe}\n"
+        "  encoder: {layers: 2, feed_forward: 64, moe: &moe {experts: 4}}\n  decoder: {layers: 2, "
+        "feed_forward: 64, moe: *moe}\n"
     )
     (tmp_path / "r.yaml").write_text(re.sub(r"  encoder.*\n  decoder.*\n", moe, GOOD))
     model = load_recipe(tmp_path / "r.yaml", ["model.decoder.moe.experts=8"]).model

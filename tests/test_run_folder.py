@@ -39,8 +39,8 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, removed):
 def lock_in_another_process(path: Path) -> str:
     """What another process is told that wants the lock of ``path``."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\ntry:\n    with"
-        " locked(Path(sys.argv[1])):\n        print('held')\nexcept Exception as error:\n    print(error)\n"
+        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\ntry:\n    with "
+        "locked(Path(sys.argv[1])):\n        print('held')\nexcept Exception as error:\n    print(error)\n"
     )
     return subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
@@ -109,8 +109,8 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeyp
 
 def test_processes_that_wait_for_a_lock_have_it_one_by_one(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\nfile ="
-        " Path(sys.argv[1])\nfor _ in range(100):\n    with locked(file, wait=True):\n       "
+        "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\nfile = "
+        "Path(sys.argv[1])\nfor _ in range(100):\n    with locked(file, wait=True):\n       "
         " file.write_text(str(int(file.read_text()) + 1))\n"
     )
     (tmp_path / "count").write_text("0")

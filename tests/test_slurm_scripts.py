@@ -376,9 +376,9 @@ def test_the_chain_has_its_dependencies(played, recipe):
     ), played.said
     train, evaluate, merge, first, second = played.calls("sbatch")
     assert (
-        train == "--parsable --job-name=lsmoe-train --output=logs/%x-%j.out --nodes=2 --ntasks-per-node=1"
-        f" --cpus-per-task=3 --time=9 --gpus-per-node=8 {SLURM}/train.sbatch {recipe} --set"
-        " training.steps=9 --out runs/small"
+        train == "--parsable --job-name=lsmoe-train --output=logs/%x-%j.out --nodes=2 --ntasks-per-node=1 "
+        f"--cpus-per-task=3 --time=9 --gpus-per-node=8 {SLURM}/train.sbatch {recipe} --set "
+        "training.steps=9 --out runs/small"
     )
     after, one = (
         "--dependency=afterok:{} --kill-on-invalid-dep=yes --output=logs/%x-%j.out --cpus-per-task=3",
@@ -395,8 +395,8 @@ def test_the_chain_has_its_dependencies(played, recipe):
     )
     assert (
         first
-        == f"--parsable --job-name=lsmoe-convert-en-de {after.format(101)} {one}convert.sbatch runs/small en"
-        " de ctranslate2 runs/small-en-de-ctranslate2"
+        == f"--parsable --job-name=lsmoe-convert-en-de {after.format(101)} {one}convert.sbatch runs/small en "
+        "de ctranslate2 runs/small-en-de-ctranslate2"
     )
     assert second.endswith("convert.sbatch runs/small de en dense runs/small-de-en-dense")
     rows = [line.split() for line in played.said.splitlines()[1:6]]

@@ -263,15 +263,15 @@ def foreign(root: Path, recipe: Recipe) -> Recipe:
         (
             exported,
             (
-                "exported is made by `lsmoe convert --to ctranslate2`: give a folder made with --to"
-                " consolidated, hy"
+                "exported is made by `lsmoe convert --to ctranslate2`: give a folder made with --to "
+                "consolidated, hy"
             ),
         ),
         (
             foreign,
             (
-                "foreign is neither .* it is one of Hugging Face, of which `lsmoe convert .*foreign --to"
-                " consolidated"
+                "foreign is neither .* it is one of Hugging Face, of which `lsmoe convert .*foreign --to "
+                "consolidated"
             ),
         ),
     ],
@@ -380,8 +380,8 @@ def test_a_warmup_beyond_the_last_step_is_said_once_with_the_rate_it_ends_at(roo
     start._notice(changed(recipe_from(root), training={"steps": 4, "warmup": 5, "learning_rate": 0.01}))
     assert (
         capfd.readouterr().err
-        == "lsmoe: training.warmup is 5, more than the 4 training.steps: the learning rate rises to 8.00e-03"
-        " and never reaches training.learning_rate, 1.00e-02\n"
+        == "lsmoe: training.warmup is 5, more than the 4 training.steps: the learning rate rises to 8.00e-03 "
+        "and never reaches training.learning_rate, 1.00e-02\n"
     )
     start._notice(changed(recipe_from(root), training={"steps": 5, "warmup": 5}))
     assert capfd.readouterr().err == ""

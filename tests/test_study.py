@@ -167,8 +167,8 @@ def test_the_result_that_comes_with_the_project_is_told_alike_everywhere():
         row = rows[title]
         (line,) = re.findall(rf"^\| {re.escape(name)} \|.*$", page, re.M)
         assert (
-            f"{row.groups['all']['chrfpp'].text()} | {row.gain:+.1f} | {row.win_ratio:.0%} |"
-            f" {row.certainty} |" in line
+            f"{row.groups['all']['chrfpp'].text()} | {row.gain:+.1f} | {row.win_ratio:.0%} | "
+            f"{row.certainty} |" in line
         ), line
 
 

@@ -179,8 +179,8 @@ def render_page(rows: list[Row]) -> str:
     own, others = ([row for row in rows if bool(row["family"]) == wanted] for wanted in (True, False))
     parts = [PAGE_HEAD, f"## {len(own)} languages with a family\n", _markdown(own, COLUMNS)]
     about = (
-        f"## {len(others)} more languages\n\nTheir families are not known here: in groups of tasks they come"
-        " last, by code.\n"
+        f"## {len(others)} more languages\n\nTheir families are not known here: in groups of tasks they come "
+        "last, by code.\n"
     )
     return "\n".join([*parts, about, _markdown(others, [column for column in COLUMNS if column != "family"])])
 

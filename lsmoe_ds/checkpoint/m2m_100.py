@@ -73,8 +73,8 @@ def rename(tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: int) -> Te
     wanted, ours = set(our_names(recipe)), Tensors.of(tensors)
     if odd := sorted(wanted ^ ours.keys()):
         raise UserError(
-            f"the weights do not belong to the recipe: {odd[0]} is"
-            f" {'missing' if odd[0] in wanted else 'not a part of it'}"
+            f"the weights do not belong to the recipe: {odd[0]} is "
+            f"{'missing' if odd[0] in wanted else 'not a part of it'}"
         )
     if ours.shape(EMBEDDING[0])[0] != vocabulary:
         tokens = counted(ours.shape(EMBEDDING[0])[0], "token")

@@ -67,8 +67,8 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
             advice = "set it back"
             if mean_the_same(before.get(key), now.get(key)):
                 advice = (
-                    "the run keeps the codes that it was started with, so continue it with its own recipe,"
-                    f" {stored}"
+                    "the run keeps the codes that it was started with, so continue it with its own recipe, "
+                    f"{stored}"
                 )
             raise UserError(
                 f"the run {run} was started with {key} {before.get(key)}, the recipe now has {now.get(key)}: "
@@ -77,8 +77,8 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     check_vocabulary(run, read_origin(run).get("vocabulary"))
     if sha256(copied) != sha256(vocabulary):
         raise UserError(
-            f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder"
-            " with --out"
+            f"the run {run} was started with another vocabulary than {vocabulary}: write to another folder "
+            "with --out"
         )
     prepared = vocabulary.parent
     manifest = read_json(prepared / MANIFEST)

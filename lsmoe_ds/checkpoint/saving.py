@@ -277,8 +277,8 @@ def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
             compat.restore_random_state(random, topology.tensor)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{checkpoint} holds something other than tensors and settings, which could run code: it is not"
-            " loaded"
+            f"{checkpoint} holds something other than tensors and settings, which could run code: it is not "
+            "loaded"
         ) from None
     assert state is not None
     return state

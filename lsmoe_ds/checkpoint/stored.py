@@ -98,8 +98,8 @@ def find_model(path: str | Path) -> Stored:
         checkpoints = list_checkpoints(path)
         if not checkpoints:
             raise UserError(
-                f"the run {path} has no checkpoint yet: `lsmoe train` writes the first after"
-                " training.checkpoint_every steps"
+                f"the run {path} has no checkpoint yet: `lsmoe train` writes the first after "
+                "training.checkpoint_every steps"
             )
         found = Stored("sparse", path, checkpoints[-1], load_recipe(path / RECIPE))
     else:
@@ -140,8 +140,8 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
         )
     if stored.kind not in READABLE:
         raise UserError(
-            f"{stored.home} was made by `lsmoe convert --to {stored.kind}`: give the run, or a folder that"
-            " was made with --to dense"
+            f"{stored.home} was made by `lsmoe convert --to {stored.kind}`: give the run, or a folder that "
+            "was made with --to dense"
         )
     provenance = read_fields(stored.home / PROVENANCE, step=int, files=dict)
     files = provenance["files"]
@@ -176,8 +176,8 @@ def _mean(stored: Stored, average: int) -> Weights:
     chosen = [each for each in list_checkpoints(stored.home) if step_of(each) <= step_of(here)][-average:]
     if len(chosen) < average:
         raise UserError(
-            f"--average {average} asks for more than the {counted(len(chosen), 'checkpoint')} that"
-            f" {stored.home} has up to {here.name}: training.keep says how many a run keeps"
+            f"--average {average} asks for more than the {counted(len(chosen), 'checkpoint')} that "
+            f"{stored.home} has up to {here.name}: training.keep says how many a run keeps"
         )
     parts = [read_checkpoint(each) for each in chosen]
 
@@ -280,7 +280,7 @@ def check_writable(out: Path) -> None:
         ours = {*(name.split("/")[0] for name in files or ()), PROVENANCE, CARD}
         if others := sorted(path.name for path in out.iterdir() if path.name not in ours):
             raise UserError(
-                f"{out} holds {listed(others)}, which would be lost: choose another folder with --out, or"
-                " remove this one"
+                f"{out} holds {listed(others)}, which would be lost: choose another folder with --out, or "
+                "remove this one"
             )
     check_can_write(out.absolute().parent, "choose another folder with --out")

@@ -86,8 +86,8 @@ class Groups(Section):
     def _order(self) -> Groups:
         if self.medium > self.high:
             raise ValueError(
-                f"'medium' is {self.medium}, which is more than {self.high}, the value of 'high': it must be"
-                " at most that"
+                f"'medium' is {self.medium}, which is more than {self.high}, the value of 'high': it must be "
+                "at most that"
             )
         return self
 

@@ -96,12 +96,12 @@ def explain(
             "" if parent is not None and parent.model_fields[at[-1]].is_required() else ", or leave it out"
         )
         return (
-            f"{where}: {name(at)} is empty: write its keys below it"
-            f" ({', '.join(wanted.model_fields)}){left_out}"
+            f"{where}: {name(at)} is empty: write its keys below it "
+            f"({', '.join(wanted.model_fields)}){left_out}"
         )
     return (
-        f"{where}: {name(at) if at else 'it'}"
-        f" {_sentence(first, annotation, found, places.get(at, Place('')))}"
+        f"{where}: {name(at) if at else 'it'} "
+        f"{_sentence(first, annotation, found, places.get(at, Place('')))}"
     )
 
 

@@ -252,8 +252,8 @@ def _check_number(node: yaml.ScalarNode, at: At, where: str) -> None:
         if base == 60 or read != int(written):
             choices = f"{read}, or" if base == 60 else f"{read} or {int(written)}, or for text"
             raise UserError(
-                f"{where}: {key} is {written}, which YAML reads in base {base}: write {choices} '{written}'"
-                " in quotes"
+                f"{where}: {key} is {written}, which YAML reads in base {base}: write {choices} '{written}' "
+                "in quotes"
             )
 
 

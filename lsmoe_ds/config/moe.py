@@ -74,8 +74,8 @@ class MoE(Section):
             raise ValueError(f"'expert_groups' is {self.expert_groups}, which does not divide the {experts}")
         if self.expert_groups > 1 and not self.by_task:
             raise ValueError(
-                f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no"
-                " tasks to assign to them"
+                f"'expert_groups' is {self.expert_groups}, but with 'routing: {self.routing}' there are no "
+                "tasks to assign to them"
             )
         if self.jitter and self.by_task:
             raise ValueError(

@@ -94,8 +94,8 @@ class _Model(Section):
     def _heads(self) -> _Model:
         if self.hidden < 4:
             raise ValueError(
-                f"'hidden' is {self.hidden}: it must be at least 4, so that positions have a sine and a"
-                " cosine of two lengths"
+                f"'hidden' is {self.hidden}: it must be at least 4, so that positions have a sine and a "
+                "cosine of two lengths"
             )
         if self.hidden % self.heads or self.hidden % 2:
             raise ValueError(
@@ -221,16 +221,16 @@ class Recipe(Section):
             )
         if self.data.vocabulary.size % tensor:
             raise ValueError(
-                f"'parallel.tensor' is {tensor}, which does not divide 'data.vocabulary.size'"
-                f" {self.data.vocabulary.size}"
+                f"'parallel.tensor' is {tensor}, which does not divide 'data.vocabulary.size' "
+                f"{self.data.vocabulary.size}"
             )
         for name, side in (("encoder", hidden.encoder), ("decoder", hidden.decoder)):
             for layer in range(side.layers):
                 dense = not side.is_moe(layer) or (side.moe is not None and side.moe.has_shared)
                 if dense and side.width(layer) % tensor:
                     raise ValueError(
-                        f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width"
-                        f" {side.width(layer)} of the {name}"
+                        f"'parallel.tensor' is {tensor}, which does not divide the feed-forward width "
+                        f"{side.width(layer)} of the {name}"
                     )
         for name, _, moe in hidden.moe_layers():
             if moe.experts % expert:
@@ -249,9 +249,9 @@ class Recipe(Section):
                 )
             if affine.expert_groups % expert:
                 raise ValueError(
-                    f"'data.batch.languages' is task-affine and 'parallel.expert' is {expert}:"
-                    " 'moe.expert_groups' must be a multiple of it, so that a task's experts live on one"
-                    f" rank; found {affine.expert_groups}"
+                    f"'data.batch.languages' is task-affine and 'parallel.expert' is {expert}: "
+                    "'moe.expert_groups' must be a multiple of it, so that a task's experts live on one "
+                    f"rank; found {affine.expert_groups}"
                 )
         return self
 

@@ -274,8 +274,8 @@ def _import(folder: Path, to: str, overrides: Sequence[str], out: Path) -> dict[
     """
     if to != "consolidated":
         raise UserError(
-            f"{folder} is a Hugging Face model: import it first, by `lsmoe convert {folder} --to"
-            " consolidated`"
+            f"{folder} is a Hugging Face model: import it first, by `lsmoe convert {folder} --to "
+            "consolidated`"
         )
     tensors, recipe, vocabulary = read_huggingface(folder, overrides, out)
     made = {

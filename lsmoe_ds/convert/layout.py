@@ -39,8 +39,8 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
     check_run(recipe, stored.home, stored.vocabulary)
     if stored.kind not in ("sparse", "consolidated"):
         raise UserError(
-            f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder"
-            " resumes in another layout"
+            f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder "
+            "resumes in another layout"
         )
     open_optimizer(stored.weights_in, verify=True)
     world = processes or launch.smallest_world(recipe)

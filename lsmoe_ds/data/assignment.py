@@ -49,8 +49,8 @@ def check_affinity(
     wanted = kind == "task-affine"
     if (groups is not None) != wanted or (at_home is not None) != wanted:
         raise UserError(
-            f"'data.batch.languages' is {kind}: expert groups and homes are given both for task-affine, for"
-            " others neither"
+            f"'data.batch.languages' is {kind}: expert groups and homes are given both for task-affine, for "
+            "others neither"
         )
     if groups is not None and len(groups) != directions:
         raise UserError(
@@ -58,8 +58,8 @@ def check_affinity(
         )
     if at_home is not None and len(at_home) != ranks:
         raise UserError(
-            f"there are home groups of {len(at_home)} ranks for {ranks} data-parallel ranks: give each rank"
-            " its own"
+            f"there are home groups of {len(at_home)} ranks for {ranks} data-parallel ranks: give each rank "
+            "its own"
         )
 
 

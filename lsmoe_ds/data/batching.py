@@ -109,8 +109,8 @@ class BatchStream:
         if batch.count % world:
             allowed = f"allowed: {world}, {2 * world}, {3 * world}, ..."
             raise UserError(
-                f"'data.batch.count' is {batch.count}, which the {world} data-parallel ranks cannot share"
-                f" evenly; {allowed}"
+                f"'data.batch.count' is {batch.count}, which the {world} data-parallel ranks cannot share "
+                f"evenly; {allowed}"
             )
         check_affinity(batch.languages, len(languages.directions), world, groups, at_home)
         self._at_home = at_home
@@ -226,8 +226,8 @@ class BatchStream:
             )  # earlier versions had no other
             if saved != now:
                 raise UserError(
-                    f"the data position was saved with {key} {saved}, now it is {now}: set it back, or start"
-                    " a new run"
+                    f"the data position was saved with {key} {saved}, now it is {now}: set it back, or start "
+                    "a new run"
                 )
         self._step = state["step"]
         self._cursors = np.array(state["cursors"], dtype=np.int64)

@@ -123,8 +123,8 @@ def check_settings(
     todo = "set it back, run 'lsmoe data prepare' on the recipe, or give it a 'data.name' of its own"
     if home is not None:
         todo = (
-            f"they were prepared anew for another recipe; 'lsmoe data prepare {home / 'recipe.yaml'}' makes"
-            " them anew"
+            f"they were prepared anew for another recipe; 'lsmoe data prepare {home / 'recipe.yaml'}' makes "
+            "them anew"
         )
     before = f"was prepared with {was}" if found.was is not None else "was prepared without it"
     given = f"is {now}" if found.now is not None else "is not set"
@@ -167,8 +167,8 @@ def check_vocabulary(home: Path, sha: object) -> None:
         raise UserError(f"{home} is damaged: {file} is missing")
     if isinstance(sha, str) and sha and sha256(file) != sha:
         raise UserError(
-            f"{home} is damaged: {file} is not as it was written (sha256 differs): take it from a copy, or"
-            " from the data"
+            f"{home} is damaged: {file} is not as it was written (sha256 differs): take it from a copy, or "
+            "from the data"
         )
 
 
@@ -179,13 +179,13 @@ def check_trained_on(home: Path, folder: Path, manifest: Mapping[str, Any]) -> N
     copied = home / VOCABULARY
     if copied.is_file() and sha256(folder / VOCABULARY) != sha256(copied):
         raise UserError(
-            f"the vocabulary in {folder} is not that of {home}: it was prepared anew after this training"
-            " began"
+            f"the vocabulary in {folder} is not that of {home}: it was prepared anew after this training "
+            "began"
         )
     if read_origin(home).get("data", digest(manifest)) != digest(manifest):
         raise UserError(
-            f"the text in {folder} is not what {home} was trained on: it was prepared anew after this"
-            " training began, from other corpora, so that its dev and test sentences may be others"
+            f"the text in {folder} is not what {home} was trained on: it was prepared anew after this "
+            "training began, from other corpora, so that its dev and test sentences may be others"
         )
 
 

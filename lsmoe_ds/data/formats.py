@@ -196,8 +196,8 @@ def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
             found[match[2]].append((match[3], path))
     if not found["src"] or not found["ref"]:
         raise UserError(
-            f"{corpus.path} is not laid out as NTREX-128: it has no newstest2019-src.eng.txt and"
-            " newstest2019-ref.deu.txt"
+            f"{corpus.path} is not laid out as NTREX-128: it has no newstest2019-src.eng.txt and "
+            "newstest2019-ref.deu.txt"
         )
     for bitext, pair in wanted.items():
         first, second = (
@@ -225,8 +225,8 @@ def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
             )
     if not found:
         raise UserError(
-            f"{corpus.path} is not laid out as IWSLT: no train.tags.de-en.de and no"
-            " IWSLT14.TED.dev2010.de-en.de.xml was found in it"
+            f"{corpus.path} is not laid out as IWSLT: no train.tags.de-en.de and no "
+            "IWSLT14.TED.dev2010.de-en.de.xml was found in it"
         )
     for (split, reader, name), files in found.items():
         yield from _aligned(wanted, split, reader, name, files)
@@ -261,8 +261,8 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     if not stems:
         name = f"{corpus.path / 'STEM'}.CODE" if corpus.path.is_dir() else f"{corpus.path}.CODE"
         raise MissingCorpus(
-            f"there are no files {name}, such as {name.removesuffix('CODE')}en, in"
-            f" {folder.absolute()}{_hint(corpus.path, recipes)}"
+            f"there are no files {name}, such as {name.removesuffix('CODE')}en, in "
+            f"{folder.absolute()}{_hint(corpus.path, recipes)}"
         )
     wanted.restrict()
     if not corpus.path.is_dir():
@@ -294,8 +294,8 @@ def _hint(path: Path, recipes: Iterable[str]) -> str:
 def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     if bool(corpus.source) != bool(corpus.target):
         raise UserError(
-            f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line"
-            " names the columns)"
+            f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line "
+            "names the columns)"
         )
     path, codes = plain_or_gz(corpus.path), [corpus.source or "", corpus.target or ""]
     first = next(read_lines(path), "").split("\t")
@@ -306,15 +306,15 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
         codes = first
         if len(codes) < 2:
             raise UserError(
-                f"{path}, line 1: two or more language codes between tabs were expected, found"
-                f" {codes[0][:40]!r}"
+                f"{path}, line 1: two or more language codes between tabs were expected, found "
+                f"{codes[0][:40]!r}"
             )
         recipes = {code for pair in wanted.bitexts.values() for code in pair}
         if sum(_names_language(cell, recipes) for cell in codes) < 2:
             found = ", ".join(repr(cell[:30]) for cell in codes[:2])
             todo = (
-                "write a first line of language codes between tabs, or 'source:' and 'target:' in the recipe"
-                " if there is none"
+                "write a first line of language codes between tabs, or 'source:' and 'target:' in the recipe "
+                "if there is none"
             )
             if sum(_names_language(cell.strip().strip('"'), recipes) for cell in codes) > 1:
                 todo = "quote marks are text here: write the table without quotes around its fields"

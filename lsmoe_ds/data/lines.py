@@ -39,15 +39,15 @@ def read_lines(path: Path) -> Iterator[str]:
                 number += 1
                 if len(line) == LINE_LIMIT:
                     raise UserError(
-                        f"{path}, line {number}: the line is longer than {LINE_LIMIT} bytes: this is no file"
-                        " of sentences"
+                        f"{path}, line {number}: the line is longer than {LINE_LIMIT} bytes: this is no file "
+                        "of sentences"
                     )
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position"
-                        f" {error.start})"
+                        f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position "
+                        f"{error.start})"
                     ) from None
     except FileNotFoundError:
         raise UserError(f"there is no file {shown(path)}") from None
@@ -73,7 +73,7 @@ def read_aligned(
             )
             more = count + 1 + sum(1 for _ in rest)
             raise UserError(
-                f"{shorter} has {counted(count, what)} but {longer} has {more:,}: aligned files need one"
-                f" {what} for each other's {what}"
+                f"{shorter} has {counted(count, what)} but {longer} has {more:,}: aligned files need one "
+                f"{what} for each other's {what}"
             )
         yield left, right

@@ -66,8 +66,8 @@ class Notices:
                 and not any(bitext.kept_of(name) for bitext in bitexts)
             ):
                 self.texts.append(
-                    f"warning: corpus {name} adds nothing: each of its pairs was dropped by cleaning, as a"
-                    " copy or as held out"
+                    f"warning: corpus {name} adds nothing: each of its pairs was dropped by cleaning, as a "
+                    "copy or as held out"
                 )
             self._of_halves(each)
             self._of_languages(each, of_many=isinstance(corpus, Corpus) and corpus.format in OF_MANY)
@@ -92,9 +92,9 @@ class Notices:
             halves += [half for half in perhaps if split in HELD_OUT and (half.bitext, split) not in served]
             if own := [half for half in halves if half.split == split]:
                 self.texts.append(
-                    f"warning: corpus {found.wanted.corpus} has {listed(half.file for half in own)} but no"
-                    f" file for {listed(half.lacking for half in own)} beside it: no {_set(split)} of"
-                    f" {listed(half.bitext for half in own)} is read from there"
+                    f"warning: corpus {found.wanted.corpus} has {listed(half.file for half in own)} but no "
+                    f"file for {listed(half.lacking for half in own)} beside it: no {_set(split)} of "
+                    f"{listed(half.bitext for half in own)} is read from there"
                 )
 
     def _of_languages(self, found: Search, of_many: bool) -> None:
@@ -123,8 +123,8 @@ class Notices:
         for part in self._empty:
             files = " and ".join(file.name for file in part.files)
             self.texts.append(
-                f"warning: the {_set(part.split)} of {part.bitext} in corpus {part.corpus} has no sentence"
-                f" ({files})"
+                f"warning: the {_set(part.split)} of {part.bitext} in corpus {part.corpus} has no sentence "
+                f"({files})"
             )
 
     def _of_stem(self, corpus: str | Corpus) -> None:
@@ -152,14 +152,14 @@ class Notices:
                 small.append(f"{bitext.name} {sizes['dev']} and {sizes['test']}")
         for splits, names in empty.items():
             self.texts.append(
-                f"warning: no {splits} set for {listed(names)}: a set is at most a tenth of the pairs after"
-                " cleaning"
+                f"warning: no {splits} set for {listed(names)}: a set is at most a tenth of the pairs after "
+                "cleaning"
             )
         if small:
             self.texts.append(
-                f"smaller sets than the {asked.dev} dev and {asked.test} test sentences that the recipe asks"
-                " for, since a set takes at most a tenth of a bitext's pairs and shares no sentence with the"
-                f" other: {listed(small)}"
+                f"smaller sets than the {asked.dev} dev and {asked.test} test sentences that the recipe asks "
+                "for, since a set takes at most a tenth of a bitext's pairs and shares no sentence with the "
+                f"other: {listed(small)}"
             )
         untrained = [bitext for bitext in bitexts if not bitext.size("train")]
         for read, what in (
@@ -194,9 +194,9 @@ class Notices:
             other := [f"'data.{key}'" for key in CHOOSE if _unlike(own[key], theirs.get(key))]
         ):
             self.texts.append(
-                f"warning: {listed(other)} {'is' if len(other) == 1 else 'are'} not as in"
-                f" {start / 'recipe.yaml'}: that model may have been trained on dev and test sentences that"
-                " were chosen here (docs/recipe.md, Starting from a model)"
+                f"warning: {listed(other)} {'is' if len(other) == 1 else 'are'} not as in "
+                f"{start / 'recipe.yaml'}: that model may have been trained on dev and test sentences that "
+                "were chosen here (docs/recipe.md, Starting from a model)"
             )
 
 

@@ -71,8 +71,8 @@ def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
         console.print(notice)
     pairs = sum(splits["train"]["pairs"] for splits in manifest["bitexts"].values())
     console.print(
-        f"prepared {folder}: {counted(pairs, 'training pair')} in"
-        f" {counted(len(manifest['bitexts']), 'bitext')}"
+        f"prepared {folder}: {counted(pairs, 'training pair')} in "
+        f"{counted(len(manifest['bitexts']), 'bitext')}"
     )
     console.print(_cleaned(manifest["cleaning"].values()))
     if left_out := sum(counts.get("held out", 0) for counts in manifest["cleaning"].values()):
@@ -92,8 +92,8 @@ def _cleaned(counts: Iterable[Mapping[str, int]]) -> str:
     read = total.pop("read", 0)
     rules = [f"{name} {count:,}" for name, count in total.most_common() if count and name != "held out"]
     return (
-        f"of {counted(read, 'pair')} that {'was' if read == 1 else 'were'} read, cleaning has dropped:"
-        f" {', '.join(rules) or 'none'}"
+        f"of {counted(read, 'pair')} that {'was' if read == 1 else 'were'} read, cleaning has dropped: "
+        f"{', '.join(rules) or 'none'}"
     )
 
 
@@ -159,8 +159,8 @@ class _Preparation:
             if not any(part.bitext == bitext.name for part in self.parts):
                 hint = why_no_text(self.found, bitext.name)
                 raise UserError(
-                    f"there is no text for {bitext.name} in the corpora of the recipe"
-                    f" ({self._corpora()}){hint}"
+                    f"there is no text for {bitext.name} in the corpora of the recipe "
+                    f"({self._corpora()}){hint}"
                 )
             self.progress.update(task, description=f"cleaning {bitext.name}")
             for count in bitext.clean(self._of(bitext.name, "train"), self.data.cleaning, self.workers):
@@ -208,9 +208,9 @@ class _Preparation:
                     _nothing_left([bitext for bitext in self.bitexts if self._of(bitext.name, "train")])
                 )
             raise UserError(
-                f"no training pair is left: of the corpora of the recipe ({self._corpora()}) only dev and"
-                " test sets remain, on which no vocabulary is trained: add a corpus with training text, or"
-                " set 'data.vocabulary.file'"
+                f"no training pair is left: of the corpora of the recipe ({self._corpora()}) only dev and "
+                "test sets remain, on which no vocabulary is trained: add a corpus with training text, or "
+                "set 'data.vocabulary.file'"
             )
         self.notices.of_corpora(self.found, self.bitexts)
         self.notices.of_sets(self.bitexts, claims)
@@ -289,6 +289,6 @@ def _nothing_left(bitexts: Sequence[Bitext]) -> str:
         return f"there is no text for {names}: the files of the corpora are empty ({files})"
     rules = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
     return (
-        f"no training pair of {names} is left after cleaning ({rules}): give more text or change"
-        " 'data.cleaning' or 'data.held_out'"
+        f"no training pair of {names} is left after cleaning ({rules}): give more text or change "
+        "'data.cleaning' or 'data.held_out'"
     )

@@ -99,8 +99,8 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Raise UserError for prepared data of another version, and for a damaged manifest."""
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{path.parent} was prepared by another version (format {manifest.get('format')}, {FORMAT} is"
-            " needed): prepare it again"
+            f"{path.parent} was prepared by another version (format {manifest.get('format')}, {FORMAT} is "
+            "needed): prepare it again"
         )
     check_fields(path, manifest, settings=dict, corpora=dict, bitexts=dict, cleaning=dict, files=dict)
     for stamp in manifest["corpora"].values():

@@ -181,8 +181,8 @@ def check_source(name: str, hint: str = "") -> Source:
     """Return the source of this name. Raises UserError, which ends with the ``hint``, if there is none."""
     if name not in SOURCES:
         raise UserError(
-            f"there is no corpus '{name}' to fetch{nearest(name, SOURCES)}: known are"
-            f" {', '.join(SOURCES)}{hint}"
+            f"there is no corpus '{name}' to fetch{nearest(name, SOURCES)}: known are "
+            f"{', '.join(SOURCES)}{hint}"
         )
     return SOURCES[name]
 
@@ -250,8 +250,8 @@ def _fetch(source: Source, folder: Path, console: Console) -> None:
         }
         write_json(new / PROVENANCE, provenance)
     console.print(
-        f"fetched {source.name} {version}: {counted(pairs.total(), 'pair')} in"
-        f" {counted(len(pairs), 'bitext')} ({folder})"
+        f"fetched {source.name} {version}: {counted(pairs.total(), 'pair')} in "
+        f"{counted(len(pairs), 'bitext')} ({folder})"
     )
 
 
@@ -264,8 +264,8 @@ def _download(source: Source, scratch: Path) -> list[Path]:
         if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
             others = ", ".join(other.name for other in SOURCES.values() if other.version)
             raise UserError(
-                f"corpus {source.name} comes in Debian packages, but apt-get and dpkg-deb are not on this"
-                f" machine: use {others} instead"
+                f"corpus {source.name} comes in Debian packages, but apt-get and dpkg-deb are not on this "
+                f"machine: use {others} instead"
             )
         _call(
             ["apt-get", "download", "-q", *source.packages],
@@ -299,8 +299,8 @@ def _download(source: Source, scratch: Path) -> list[Path]:
         )
     if source.sha256 and sha256(archives[0]) != source.sha256:
         raise UserError(
-            f"{archives[0].name} is not the file that is known as {source.packages[0]} {source.version} (its"
-            " sha256 differs)"
+            f"{archives[0].name} is not the file that is known as {source.packages[0]} {source.version} (its "
+            "sha256 differs)"
         )
     return (
         archives
@@ -363,8 +363,8 @@ def _extract(reader: Reader, archives: Sequence[Path], folder: Path) -> Counter[
         flush(bitext)
     if not counts or not licenses:
         raise UserError(
-            f"{archives[0].name} holds {'no licence text' if counts else 'no translations'}: it is not the"
-            " package that was expected"
+            f"{archives[0].name} holds {'no licence text' if counts else 'no translations'}: it is not the "
+            "package that was expected"
         )
     (folder / "LICENSE").write_bytes(b"\n\n".join(licenses))
     return counts

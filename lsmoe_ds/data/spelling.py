@@ -74,18 +74,18 @@ class Wanted:
         names, meaning = [_describe(place, spellings) for spellings, place in alike], "-".join(codes)
         if others and self._rank(others[0][0], codes) == self._rank(best[0], codes):
             raise UserError(
-                f"corpus {self.corpus}: both {names[0]} and {names[1]} are {meaning}: remove one of them, or"
-                " name one as 'source' or 'target' of the corpus"
+                f"corpus {self.corpus}: both {names[0]} and {names[1]} are {meaning}: remove one of them, or "
+                "name one as 'source' or 'target' of the corpus"
             )
         if (before := self._served.setdefault(best, codes)) != codes:
             raise UserError(
-                f"corpus {self.corpus}: {names[0]} is read as {'-'.join(before)} and as {meaning}: write one"
-                " of these codes"
+                f"corpus {self.corpus}: {names[0]} is read as {'-'.join(before)} and as {meaning}: write one "
+                "of these codes"
             )
         for name in names[1:]:
             notice(
-                f"corpus {self.corpus}: {meaning} is read from {names[0]}, not from {name}, which means the"
-                " same; to choose, name one as 'source' or 'target' of the corpus"
+                f"corpus {self.corpus}: {meaning} is read from {names[0]}, not from {name}, which means the "
+                "same; to choose, name one as 'source' or 'target' of the corpus"
             )
         self._read |= {
             spelling: code for spelling, code in zip(best[0], codes, strict=True) if spelling != code
@@ -154,8 +154,8 @@ class Wanted:
 def say_spellings(corpora: Iterable[Wanted]) -> None:
     """Report in one line on standard error which spellings of the corpora were read as other codes."""
     said = [
-        f"corpus {each.corpus}:"
-        f" {listed(f'{spelling} is read as {code}' for spelling, code in each.read_as.items())}"
+        f"corpus {each.corpus}: "
+        f"{listed(f'{spelling} is read as {code}' for spelling, code in each.read_as.items())}"
         for each in corpora
         if each.read_as
     ]

@@ -60,8 +60,8 @@ class TextPart:
         if rows and quoted / rows >= QUOTED:
             tell(
                 f"warning: {self.files[0]}: {quoted / rows:.0%} of the rows have a field that begins and ends"
-                " with a quote mark: quote marks are text here; if they only enclose the fields, write the"
-                " table without them"
+                " with a quote mark: quote marks are text here; if they only enclose the fields, write the "
+                "table without them"
             )
 
 

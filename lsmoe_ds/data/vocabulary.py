@@ -44,8 +44,8 @@ class Vocabulary:
             raise UserError("the vocabulary is damaged: it is not a sentencepiece model") from None
         if pieces[: len(SPECIALS)] != list(SPECIALS.values()):
             raise UserError(
-                f"the vocabulary begins with {', '.join(pieces[: len(SPECIALS)])} where"
-                f" {', '.join(SPECIALS.values())} are needed"
+                f"the vocabulary begins with {', '.join(pieces[: len(SPECIALS)])} where "
+                f"{', '.join(SPECIALS.values())} are needed"
             )
         self._model = model
         controls = {index: piece for index, piece in enumerate(pieces) if self._processor.is_control(index)}
@@ -96,8 +96,8 @@ class Vocabulary:
         """Id of the tag of a language."""
         if code not in self._tags:
             raise UserError(
-                f"the vocabulary has no tag for '{code}'{nearest(code, self._tags)}: it has"
-                f" {', '.join(self._tags)}"
+                f"the vocabulary has no tag for '{code}'{nearest(code, self._tags)}: it has "
+                f"{', '.join(self._tags)}"
             )
         return self._tags[code]
 
@@ -208,13 +208,13 @@ def read_vocabulary(settings: data_settings.Vocabulary, codes: Sequence[str]) ->
     vocabulary = Vocabulary.load(settings.file)
     if vocabulary.size != settings.size:
         raise UserError(
-            f"'data.vocabulary.size' is {settings.size}, but {settings.file} has {vocabulary.size} pieces:"
-            f" set it to {vocabulary.size}"
+            f"'data.vocabulary.size' is {settings.size}, but {settings.file} has {vocabulary.size} pieces: "
+            f"set it to {vocabulary.size}"
         )
     if vocabulary.type != settings.type:
         raise UserError(
-            f"'data.vocabulary.type' is {settings.type}, but {settings.file} is of the type"
-            f" {vocabulary.type}: set it to that"
+            f"'data.vocabulary.type' is {settings.type}, but {settings.file} is of the type "
+            f"{vocabulary.type}: set it to that"
         )
     if lacking := [code for code in codes if code not in vocabulary.codes]:
         raise UserError(
@@ -235,7 +235,7 @@ def _explain(message: str, settings: data_settings.Vocabulary) -> str:
         return f"{prefix} the text is too small for more than {most} pieces: {advice}"
     if found := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
         return (
-            f"{prefix} the characters and tags alone need {found.group(1)} pieces: set it higher, or"
-            " 'character_coverage' lower"
+            f"{prefix} the characters and tags alone need {found.group(1)} pieces: set it higher, or "
+            "'character_coverage' lower"
         )
     return f"the vocabulary could not be trained: {' '.join(message.split())}"

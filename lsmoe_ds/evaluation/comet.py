@@ -45,8 +45,8 @@ class Comet:
         found = Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
         if not found.is_file():
             raise UserError(
-                f"--comet {path}: there is no checkpoint {found}: give a model.ckpt or the folder around"
-                f" {CHECKPOINT}"
+                f"--comet {path}: there is no checkpoint {found}: give a model.ckpt or the folder around "
+                f"{CHECKPOINT}"
             )
         return cls(found, f"comet-{sha256(found)[:12]}")
 

@@ -103,12 +103,12 @@ class Comparison:
         """Make a table for a terminal: a line for each direction and system."""
         first = self.systems[0]
         trials = (
-            f"{self.samples:,} bootstrap resamples, {TRIALS * self.samples:,} randomizations, seed"
-            f" {self.seed}"
+            f"{self.samples:,} bootstrap resamples, {TRIALS * self.samples:,} randomizations, seed "
+            f"{self.seed}"
         )
         legend = (
-            "difference from the baseline [its 95 % interval], p by paired bootstrap / approximate"
-            " randomization"
+            "difference from the baseline [its 95 % interval], p by paired bootstrap / approximate "
+            "randomization"
         )
         others = [
             f"{label}: {system.table.question}"
@@ -222,8 +222,8 @@ def _check_question(first: System, second: System, tokenized: bool) -> None:
         if one != other:
             raise UserError(
                 f"{first.path} and {second.path} were not asked the same question: {key.replace('_', ' ')} is"
-                f" {one or 'none'} in the first and {other or 'none'} in the second ({first.table.question},"
-                f" {second.table.question}): evaluate them alike, or name records in RUN/scores"
+                f" {one or 'none'} in the first and {other or 'none'} in the second ({first.table.question}, "
+                f"{second.table.question}): evaluate them alike, or name records in RUN/scores"
             )
 
 
@@ -246,15 +246,15 @@ def _choose(systems: Sequence[System], asked: Sequence[str] | None) -> list[Dire
     for system in systems:
         if missing := [str(direction) for direction in chosen if direction not in system.directions]:
             raise UserError(
-                f"{system.path} has no scores of {', '.join(missing)}: name directions that all have with"
-                " --directions"
+                f"{system.path} has no scores of {', '.join(missing)}: name directions that all have with "
+                "--directions"
             )
         if asked is None and (
             extra := [str(direction) for direction in system.directions if direction not in chosen]
         ):
             raise UserError(
-                f"{systems[0].path} has no scores of {', '.join(extra)}: name directions that all have with"
-                " --directions"
+                f"{systems[0].path} has no scores of {', '.join(extra)}: name directions that all have with "
+                "--directions"
             )
     return list(dict.fromkeys(chosen))
 
@@ -263,8 +263,8 @@ def _find_tokenizer(recorded: str | None, tokenize: str | None) -> Tokenizer | N
     """Read the tokenizer that ``--tokenize`` names, or else the one that the scores were made with."""
     if tokenize is None and recorded is not None and recorded.startswith("spm-"):
         raise UserError(
-            f"the scores were made with the sentencepiece model {recorded}: give that file with --tokenize"
-            " spm:FILE"
+            f"the scores were made with the sentencepiece model {recorded}: give that file with --tokenize "
+            "spm:FILE"
         )
     name = tokenize if tokenize is not None else recorded
     return Tokenizer.parse(name) if name is not None else None
@@ -284,8 +284,8 @@ def _read(systems: Sequence[System], direction: Direction) -> tuple[list[list[st
                     min(len(first), len(second)) + 1,
                 )
                 raise UserError(
-                    f"the {side} of {direction} in {systems[0].path} and {system.path} differ, first in line"
-                    f" {line} (of {len(first)} and {len(second)}): scores on other text do not compare"
+                    f"the {side} of {direction} in {systems[0].path} and {system.path} differ, first in line "
+                    f"{line} (of {len(first)} and {len(second)}): scores on other text do not compare"
                 )
     return [hypotheses for _, hypotheses, _ in texts], texts[0][2]
 
@@ -295,6 +295,6 @@ def _check_memory(lines: int, samples: int) -> None:
     if needed > free:
         most = max(100, int(free / (BYTES * lines)))
         raise UserError(
-            f"{samples:,} resamples of {lines:,} lines need {needed / 2**30:.1f} GiB of memory,"
-            f" {free / 2**30:.1f} are free: take --samples {most}"
+            f"{samples:,} resamples of {lines:,} lines need {needed / 2**30:.1f} GiB of memory, "
+            f"{free / 2**30:.1f} are free: take --samples {most}"
         )

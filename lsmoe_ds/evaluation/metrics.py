@@ -112,8 +112,8 @@ class Tokenizer:
             )
         if text in PACKAGES and not _installed(text):
             raise UserError(
-                f"--tokenize {text} needs packages that are not installed: pip install"
-                f" 'sacrebleu[{text[:2]}]'"
+                f"--tokenize {text} needs packages that are not installed: pip install "
+                f"'sacrebleu[{text[:2]}]'"
             )
         if text in DOWNLOADED:
             _fetch_model(text)
@@ -148,8 +148,8 @@ def _fetch_model(name: str) -> None:
             path.unlink(missing_ok=True)  # half a model
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"--tokenize {name} needs the model {path}, which could not be downloaded ({reason}):"
-                f" {instead}"
+                f"--tokenize {name} needs the model {path}, which could not be downloaded ({reason}): "
+                f"{instead}"
             ) from None
         return
     try:

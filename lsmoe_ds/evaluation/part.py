@@ -27,8 +27,8 @@ class Part:
         part = cls(int(found[1]), int(found[2])) if found else None
         if part is None or not 1 <= part.number <= part.count:
             raise UserError(
-                f"'{text}' is no part: write I/N for the I-th of N, from 1 to N, N at most {MOST:,}, such"
-                " as 3/8"
+                f"'{text}' is no part: write I/N for the I-th of N, from 1 to N, N at most {MOST:,}, such "
+                "as 3/8"
             )
         return part
 

@@ -84,8 +84,8 @@ def merge(
         for field, expected in same.items():
             if (found := getattr(table, field)) != expected:
                 raise UserError(
-                    f"part {part} in {folder.folder(question)} has {field} {_show(found)} instead of"
-                    f" {_show(expected)}: score it again"
+                    f"part {part} in {folder.folder(question)} has {field} {_show(found)} instead of "
+                    f"{_show(expected)}: score it again"
                 )
     scores = _by_direction(tables)
     wanted_scores = [direction for direction in chosen if direction not in first.skipped]
@@ -139,8 +139,8 @@ def _find_parts(
         )
     there = f": there are parts of {', '.join(others)}" if others else ""
     raise UserError(
-        f"{folder.home / 'scores'} has no part of {count} that answers this question{there}; `lsmoe evaluate"
-        f" {run} --part I/N` writes a part, with the same options as --merge"
+        f"{folder.home / 'scores'} has no part of {count} that answers this question{there}; `lsmoe evaluate "
+        f"{run} --part I/N` writes a part, with the same options as --merge"
     )
 
 

@@ -85,8 +85,8 @@ def score_files(
     """
     if to is None and tokenize is None:
         raise UserError(
-            "BLEU depends on how words are told apart: give the language of the translations with --to, or"
-            " --tokenize"
+            "BLEU depends on how words are told apart: give the language of the translations with --to, or "
+            "--tokenize"
         )
     code = read_code(to) if to is not None else None
     tokenizer = Tokenizer.parse(tokenize) if tokenize is not None else None
@@ -103,8 +103,8 @@ def score_files(
     for path, found in lines.items():
         if len(found) != count:
             raise UserError(
-                f"{hypothesis} has {count:,} lines but {path} has {len(found):,}: line by line they must"
-                " belong together"
+                f"{hypothesis} has {count:,} lines but {path} has {len(found):,}: line by line they must "
+                "belong together"
             )
     metrics, wanted = make_metrics(code or "", tokenizer), [lines[path] for path in references]
     scored = score_corpus(metrics, lines[hypothesis], wanted)

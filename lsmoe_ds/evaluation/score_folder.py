@@ -68,8 +68,8 @@ class ScoreFolder:
             owner = str(self.home)
         if owner not in (None, str(model.resolve())):
             raise UserError(
-                f"{self.home} holds the scores of {owner}: give those of {model} another folder with"
-                " --out DIR"
+                f"{self.home} holds the scores of {owner}: give those of {model} another folder with "
+                "--out DIR"
             )
         with explain_errors(noted):
             noted.parent.mkdir(parents=True, exist_ok=True)

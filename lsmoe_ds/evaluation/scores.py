@@ -94,8 +94,8 @@ def score_direction(
     """
     if not len(sources) == len(hypotheses) == len(references):
         raise ValueError(
-            f"{direction}: {len(sources)} sources, {len(hypotheses)} hypotheses and {len(references)}"
-            " references"
+            f"{direction}: {len(sources)} sources, {len(hypotheses)} hypotheses and {len(references)} "
+            "references"
         )
     if not references:
         raise UserError(

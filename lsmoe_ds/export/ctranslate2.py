@@ -54,8 +54,8 @@ def specify(tensors: Mapping[str, Tensor], recipe: Recipe, pieces: Sequence[str]
     """
     if quantization not in QUANTIZATIONS:
         raise UserError(
-            f"'{quantization}' is no quantization{nearest(quantization, QUANTIZATIONS)}: choose"
-            f" {', '.join(QUANTIZATIONS)}"
+            f"'{quantization}' is no quantization{nearest(quantization, QUANTIZATIONS)}: choose "
+            f"{', '.join(QUANTIZATIONS)}"
         )
     specs, model = library().specs, recipe.model
     layers = model.encoder.layers, model.decoder.layers

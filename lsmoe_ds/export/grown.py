@@ -142,8 +142,8 @@ class _Grown:
         for side, layer, moe in after.model.moe_layers():
             if f"{side}.{layer}.feed_forward.expand.weight" in weights and moe.top_k == 1:
                 raise UserError(
-                    f"experts in the place of the {side}'s dense feed-forwards need 'top_k' of 2 or more:"
-                    f" with 1 the output is multiplied by a probability, about 1 / {moe.experts} at first"
+                    f"experts in the place of the {side}'s dense feed-forwards need 'top_k' of 2 or more: "
+                    f"with 1 the output is multiplied by a probability, about 1 / {moe.experts} at first"
                 )
 
     def _check_tasks(self, side: str, old: MoE, new: MoE | None) -> None:
@@ -154,8 +154,8 @@ class _Grown:
             new.expert_groups,
         ):
             raise UserError(
-                f"the {side} of the model has other experts: 'routing', 'task' and 'expert_groups' must stay"
-                " as they are"
+                f"the {side} of the model has other experts: 'routing', 'task' and 'expert_groups' must stay "
+                "as they are"
             )
         if new.experts < old.experts:
             raise UserError(
@@ -164,8 +164,8 @@ class _Grown:
         tasks = self.old.tasks(old.task), self.new.tasks(old.task)
         if old.expert_groups > 1 and (old.experts != new.experts or tasks[0] != tasks[1]):
             raise UserError(
-                f"the experts of the {side} stand in groups, to which tasks would be assigned anew: nothing"
-                " can be added"
+                f"the experts of the {side} stand in groups, to which tasks would be assigned anew: nothing "
+                "can be added"
             )
         if old.routing != "static":
             return
@@ -175,8 +175,8 @@ class _Grown:
         ]
         if moved := [task for task, experts in assigned[0].items() if assigned[1].get(task) != experts]:
             raise UserError(
-                f"static routing would assign other experts of the {side} to the task {moved[0]}, which has"
-                " its own already"
+                f"static routing would assign other experts of the {side} to the task {moved[0]}, which has "
+                "its own already"
             )
 
     def entry(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
@@ -217,8 +217,8 @@ class _Grown:
         found = self.weights.shape(source) if source in self.weights else None
         if found != shape:
             raise UserError(
-                f"{name} should be {shape}, the model has {found or 'none'}: experts, languages and methods"
-                " can be added, all else must stay as it is"
+                f"{name} should be {shape}, the model has {found or 'none'}: experts, languages and methods "
+                "can be added, all else must stay as it is"
             )
         return self.weights.entries[source]
 

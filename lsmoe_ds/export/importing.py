@@ -122,8 +122,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
     if config["encoder_attention_heads"] != config["decoder_attention_heads"]:
         raise UserError(
-            f"{folder} has {config['encoder_attention_heads']} attention heads in the encoder and"
-            f" {config['decoder_attention_heads']} in the decoder: lsmoe_ds has one number for both"
+            f"{folder} has {config['encoder_attention_heads']} attention heads in the encoder and "
+            f"{config['decoder_attention_heads']} in the decoder: lsmoe_ds has one number for both"
         )
     return {**config, **nllb_moe.routing(config, folder)} if kind == nllb_moe.TYPE else config
 
@@ -141,8 +141,8 @@ def _open_weights(folder: Path) -> Tensors:
         for name, other in others:
             if other.shape != kept.shape or not torch.equal(other.make(), kept.make()):
                 raise UserError(
-                    f"{folder} has another matrix in {name} than in {first}: lsmoe_ds has one for source,"
-                    " target and output"
+                    f"{folder} has another matrix in {name} than in {first}: lsmoe_ds has one for source, "
+                    "target and output"
                 )
         entries[TIED[0]] = kept
     return Tensors(entries)
@@ -200,13 +200,13 @@ def _recipe(
         apply_override(value, override, places)
     if not isinstance(value["data"], dict) or not value["data"].get("corpora"):
         raise UserError(
-            "nothing says on what the model is to be trained: add --set data.corpora=[NAME] and --set"
-            " data.languages=[de,fr]"
+            "nothing says on what the model is to be trained: add --set data.corpora=[NAME] and --set "
+            "data.languages=[de,fr]"
         )
     if not value["data"].get("languages") and not value["data"].get("directions"):
         raise UserError(
-            "nothing says which languages are to be trained: add --set data.languages=[de,fr] or --set"
-            " data.directions=[en-de]"
+            "nothing says which languages are to be trained: add --set data.languages=[de,fr] or --set "
+            "data.directions=[en-de]"
         )
     sides = {
         side: {"layers": config[f"{side}_layers"], "feed_forward": config[f"{side}_ffn_dim"]}

@@ -69,21 +69,21 @@ def check_convertible(
         numbers = [layer for side, layer, _ in stays if side == name]
         place = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {', '.join(numbers)}"
         raise UserError(
-            f"the {name} routes by {routing} in {place}: {routing}s choose their experts at run time, so no"
-            f" fixed sub-network exists; train with model.{name}.moe.routing: task to extract one, keep the"
-            f" {name}'s experts with --to hybrid, or serve all of it"
+            f"the {name} routes by {routing} in {place}: {routing}s choose their experts at run time, so no "
+            f"fixed sub-network exists; train with model.{name}.moe.routing: task to extract one, keep the "
+            f"{name}'s experts with --to hybrid, or serve all of it"
         )
     if hybrid and not stays:
         raise UserError(
-            "--to hybrid is for models that route by token or sentence: this one has a plain equal, so use"
-            " --to dense"
+            "--to hybrid is for models that route by token or sentence: this one has a plain equal, so use "
+            "--to dense"
         )
     for method in methods_of(recipe, Topology.single()):
         method.check_merge(check_route(route, recipe))
     if direction is None and any(moe.by_task for _, _, moe in layers):
         raise UserError(
-            "no dense model serves all directions, since each has experts of its own: name one, as in"
-            " --direction en-de"
+            "no dense model serves all directions, since each has experts of its own: name one, as in "
+            "--direction en-de"
         )
     if direction is None and not serves_all(recipe, route):
         raise UserError("the specific route needs a direction: name one, as in --direction en-de")

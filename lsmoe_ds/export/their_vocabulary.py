@@ -24,9 +24,9 @@ SENTENCEPIECE, PIECE_IDS = "sentencepiece.bpe.model", "vocab.json"
 # The languages of the published M2M-100 in the order of their ids; transformers knows them by heart and need
 # not write them down.
 M2M_100 = (
-    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr"
-    " ht hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or"
-    " pa pl ps pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
+    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr "
+    "ht hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or "
+    "pa pl ps pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
 )
 LANGUAGE = re.compile(rf"__(?P<m2m>\w+)__|(?P<nllb>[a-z]{{3}}_[A-Z][a-z]{{3}})|{TAG.pattern}")
 
@@ -74,8 +74,8 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
             placed[row] = _silent(kinds, tag(code))
     if not known:
         raise UserError(
-            f"{folder} names no languages: special_tokens_map.json or tokenizer.json of the published model"
-            " does"
+            f"{folder} names no languages: special_tokens_map.json or tokenizer.json of the published model "
+            "does"
         )
     more = []
     for piece in text:
@@ -89,8 +89,8 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
     if unnamed := size - len(placed) - len(names):
         are = "row of the embedding has" if unnamed == 1 else "rows of the embedding have"
         notice(
-            f"{folder}: {unnamed:,} {are} no piece in the vocabulary: they stay, as padding that is never"
-            " generated"
+            f"{folder}: {unnamed:,} {are} no piece in the vocabulary: they stay, as padding that is never "
+            "generated"
         )
 
     del proto.pieces[:]
@@ -175,16 +175,16 @@ def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:
         ids = read_json(folder / PIECE_IDS) or {}
         if not all(isinstance(row, int) for row in ids.values()) or not ids.keys() >= set(SPECIALS.values()):
             raise UserError(
-                f"{folder / PIECE_IDS} is damaged: it should give ids to pieces,"
-                f" {', '.join(SPECIALS.values())} among them"
+                f"{folder / PIECE_IDS} is damaged: it should give ids to pieces, "
+                f"{', '.join(SPECIALS.values())} among them"
             )
         first, known = len(ids), [f"__{code}__" for code in M2M_100.split()] if by_heart else []
     else:
         begin = [piece.piece for piece in proto.pieces[:3]]
         if begin != ["<unk>", "<s>", "</s>"]:
             raise UserError(
-                f"{path} begins with {', '.join(begin)}, NLLB's with <unk>, <s>, </s>, and M2M-100 has a"
-                f" {PIECE_IDS} beside it"
+                f"{path} begins with {', '.join(begin)}, NLLB's with <unk>, <s>, </s>, and M2M-100 has a "
+                f"{PIECE_IDS} beside it"
             )
         ids = {name: index for index, name in SPECIALS.items()}
         ids |= {piece.piece: index + 1 for index, piece in enumerate(proto.pieces) if index >= 3}

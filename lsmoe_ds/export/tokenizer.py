@@ -194,8 +194,8 @@ def read_tokenizer(made: dict[str, Any]) -> tuple[Any, dict[str, int]]:
         if model["type"] not in KINDS or model.get("byte_fallback"):
             kind = model["type"] if model["type"] not in KINDS else "byte fallback"
             raise UserError(
-                f"tokenizer.json is of the kind {kind!r}: allowed are {' and '.join(KINDS)} without byte"
-                " fallback"
+                f"tokenizer.json is of the kind {kind!r}: allowed are {' and '.join(KINDS)} without byte "
+                "fallback"
             )
         normalizer = made["normalizer"]
         steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]

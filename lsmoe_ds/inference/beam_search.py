@@ -49,8 +49,8 @@ class Search:
             raise UserError(f"the length penalty is {self.length_penalty}: it must be a number such as 1.0")
         if self.per_source_token < 0 or self.per_source_token + self.extra < 1:
             raise UserError(
-                f"at most {self.per_source_token} x source + {self.extra} tokens would be translated into:"
-                " that must allow at least one"
+                f"at most {self.per_source_token} x source + {self.extra} tokens would be translated into: "
+                "that must allow at least one"
             )
 
     def limits(self, lengths: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ def load(path: str | Path, device: torch.device | str | None = None, route: str 
     stored = find_model(path)
     if stored.kind not in READABLE:
         raise UserError(
-            f"{path} was made by `lsmoe convert --to {stored.kind}`, which is not read back here: give the"
-            " run or a folder made with --to dense"
+            f"{path} was made by `lsmoe convert --to {stored.kind}`, which is not read back here: give the "
+            "run or a folder made with --to dense"
         )
     chosen = check_route(route, stored.recipe)
     vocabulary = Vocabulary.load(stored.vocabulary)
@@ -159,8 +159,8 @@ def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Top
         wanted_numbers > 2 * tensors.numbers
     ):  # told before layers and experts are made, however many there should be
         raise UserError(
-            f"the weights do not belong to the recipe: it has {wanted_numbers:,} parameters, they are"
-            f" {tensors.numbers:,}"
+            f"the weights do not belong to the recipe: it has {wanted_numbers:,} parameters, they are "
+            f"{tensors.numbers:,}"
         )
     with torch.device("meta"):  # without drawing weights that are replaced at once
         model = Transformer(recipe, vocabulary, topology)
@@ -171,7 +171,7 @@ def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Top
         found = tensors.shape(name) if name in tensors else None
         if wanted != found:
             raise UserError(
-                f"the weights do not belong to the recipe and vocabulary: {name} should be {wanted}, found"
-                f" {found}"
+                f"the weights do not belong to the recipe and vocabulary: {name} should be {wanted}, found "
+                f"{found}"
             )
     return model

@@ -26,8 +26,8 @@ def run_benchmark(name: str, options: list[str]) -> int:
     )
     if name not in known:
         raise UserError(
-            f"there is no benchmark '{name}'{nearest(name, known)}: choose {', '.join(known[:-1])} or"
-            f" {known[-1]}"
+            f"there is no benchmark '{name}'{nearest(name, known)}: choose {', '.join(known[:-1])} or "
+            f"{known[-1]}"
         )
     command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
     # In its own session, so that the terminal's Ctrl-C does not reach the script's processes, each of which

@@ -126,8 +126,8 @@ def _choose_device(membership: Membership) -> str:
     count, local_rank = torch.cuda.device_count(), membership.local_rank
     if 1 < count <= local_rank:
         raise UserError(
-            f"rank {membership.rank} is number {local_rank + 1} on {socket.gethostname()}, which has {count}"
-            " GPUs: start as many ranks on a node as it has GPUs"
+            f"rank {membership.rank} is number {local_rank + 1} on {socket.gethostname()}, which has {count} "
+            "GPUs: start as many ranks on a node as it has GPUs"
         )
     index = local_rank if count > 1 else 0
     os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed chooses its device by this variable
@@ -156,12 +156,12 @@ def _open_store(membership: Membership) -> dist.Store:
         if membership.rank == 0 and not held:
             reason = "it is taken" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
             raise UserError(
-                f"rank 0 cannot listen on port {port} of {socket.gethostname()} ({reason}): set MASTER_PORT"
-                " to a free one"
+                f"rank 0 cannot listen on port {port} of {socket.gethostname()} ({reason}): set MASTER_PORT "
+                "to a free one"
             ) from None
         raise UserError(
-            f"rank {membership.rank} on {socket.gethostname()} has not reached rank 0 at {address}:{port}"
-            f" within {PATIENCE:.0f} seconds: did it start, and does MASTER_ADDR name its host?"
+            f"rank {membership.rank} on {socket.gethostname()} has not reached rank 0 at {address}:{port} "
+            f"within {PATIENCE:.0f} seconds: did it start, and does MASTER_ADDR name its host?"
         ) from None
     return dist.PrefixStore(f"lsmoe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -209,8 +209,8 @@ def _read_notes(world: int, store: dist.Store) -> list[str]:
                 missing = [str(rank) for rank in range(world) if rank not in notes]
                 named = ", ".join(missing[:16]) + (" ..." if len(missing) > 16 else "")
                 raise UserError(
-                    f"{len(notes)} of {world} ranks have come within {PATIENCE:.0f} seconds: missing are"
-                    f" {named}"
+                    f"{len(notes)} of {world} ranks have come within {PATIENCE:.0f} seconds: missing are "
+                    f"{named}"
                 )
         time.sleep(POLL)
     devices: dict[tuple[str, str], int] = {}
@@ -218,14 +218,14 @@ def _read_notes(world: int, store: dist.Store) -> list[str]:
         for name, value in notes[0]["alike"].items():
             if note["alike"].get(name) != value:
                 raise UserError(
-                    f"{name} is {value} on rank 0 ({notes[0]['host']}) and {note['alike'].get(name)} on rank"
-                    f" {rank} ({note['host']}): all ranks must have the same"
+                    f"{name} is {value} on rank 0 ({notes[0]['host']}) and {note['alike'].get(name)} on rank "
+                    f"{rank} ({note['host']}): all ranks must have the same"
                 )
         other = devices.setdefault((note["host"], note["device"]), rank)
         if other != rank:
             raise UserError(
-                f"ranks {other} and {rank} on {note['host']} would share one GPU: start as many ranks on a"
-                " node as it has GPUs"
+                f"ranks {other} and {rank} on {note['host']} would share one GPU: start as many ranks on a "
+                "node as it has GPUs"
             )
     return [notes[rank]["host"] for rank in range(world)]
 
@@ -236,14 +236,14 @@ def _meet_by_mpi(membership: Membership) -> Membership:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"mpirun has started this process, and its MPI cannot be used ({error}): install mpi4py, or set"
-            " MASTER_ADDR and MASTER_PORT"
+            f"mpirun has started this process, and its MPI cannot be used ({error}): install mpi4py, or set "
+            "MASTER_ADDR and MASTER_PORT"
         ) from None
     world = MPI.COMM_WORLD
     if (world.Get_rank(), world.Get_size()) != (membership.rank, membership.world):
         raise UserError(
-            f"mpirun says that this is rank {membership.rank} of {membership.world}, but mpi4py is rank"
-            f" {world.Get_rank()} of {world.Get_size()}: it uses another MPI than this mpirun"
+            f"mpirun says that this is rank {membership.rank} of {membership.world}, but mpi4py is rank "
+            f"{world.Get_rank()} of {world.Get_size()}: it uses another MPI than this mpirun"
         )
     here = (socket.gethostname(), free_port()) if membership.rank == 0 else None
     address, port = world.bcast(here)

@@ -86,8 +86,8 @@ def find(environment: Mapping[str, str]) -> Membership:
     elif (address is None) != (port is None) or (address is None and innermost is not mpirun):
         missing = "MASTER_ADDR" if address is None else "MASTER_PORT"
         raise UserError(
-            f"{innermost.launcher} says that this is rank {innermost.rank} of {innermost.world}, but"
-            f" {missing} is not set: set it"
+            f"{innermost.launcher} says that this is rank {innermost.rank} of {innermost.world}, but "
+            f"{missing} is not set: set it"
         )
     return Membership(
         innermost.launcher,
@@ -113,8 +113,8 @@ def first_host(nodes: str) -> str:
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
         raise UserError(
-            "srun does not say which nodes it runs on (SLURM_STEP_NODELIST): set MASTER_ADDR to the host of"
-            " rank 0"
+            "srun does not say which nodes it runs on (SLURM_STEP_NODELIST): set MASTER_ADDR to the host of "
+            "rank 0"
         )
     return re.sub(r"\[([^-,\]]*)[^\]]*\]", r"\1", first[0])
 

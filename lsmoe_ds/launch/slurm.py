@@ -67,13 +67,13 @@ def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, 
             now = replace(now, tries=before.tries + 1)
     if now.tries > allowed:
         raise UserError(
-            f"the last {counted(before.tries, 'attempt')} of this job began at step {now.step} of {run} and"
-            " saved nothing newer: its log says why; submit it anew once the cause is gone"
+            f"the last {counted(before.tries, 'attempt')} of this job began at step {now.step} of {run} and "
+            "saved nothing newer: its log says why; submit it anew once the cause is gone"
         )
     now.write(run)
     _say(
-        f"{run} is at step {now.step} of {now.steps}: attempt {now.tries} of at most {allowed} to come"
-        " further"
+        f"{run} is at step {now.step} of {now.steps}: attempt {now.tries} of at most {allowed} to come "
+        "further"
     )
     return run
 
@@ -131,8 +131,8 @@ def copy_scripts(folder: Path) -> None:
         for script in scripts:
             shutil.copy(script, folder)
     _say(
-        f"{len(scripts)} scripts are in {folder}: edit {folder / 'site.sh'}, then submit with"
-        f" {folder / 'submit.sh'}"
+        f"{len(scripts)} scripts are in {folder}: edit {folder / 'site.sh'}, then submit with "
+        f"{folder / 'submit.sh'}"
     )
 
 

@@ -96,8 +96,8 @@ def _leave(party: Party, store: Any, hang_timeout: float, poll: float) -> NoRetu
     waited = time.monotonic() - _Progress.since
     passed, own = (counted(round(seconds), "second") for seconds in (hang_timeout, waited))
     head = (
-        f"no rank has made progress for {passed} (training.hang_timeout); rank {rank} on"
-        f" {socket.gethostname()} is"
+        f"no rank has made progress for {passed} (training.hang_timeout); rank {rank} on "
+        f"{socket.gethostname()} is"
     )
     _say(
         f"{head} {_Progress.doing} for {own}:\n" + "".join(f"  [rank {rank}] {line}\n" for line in _stacks())

@@ -28,9 +28,8 @@ class LanguageContext:
     """Hold what the layers of one side need besides the hidden states of B sentences."""
 
     ids: SentenceIds
-    summary: Tensor | None = (
-        None  # [B, H]: in the decoder the mean of the encoder's output, for sentence routing
-    )
+    # [B, H]: in the decoder the mean of the encoder's output, for sentence routing
+    summary: Tensor | None = None
     notes: Notes | None = None  # in training: what layers record for methods; see lsmoe_ds/methods/base.py
     # Which parameters a sentence uses: "specific", those of its languages; "shared", the shared ones; "both":
     # the second half of the sentences repeats the first and uses the shared ones.

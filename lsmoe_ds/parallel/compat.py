@@ -34,8 +34,8 @@ def check_versions() -> None:
             raise UserError(f"{package} is not installed: install {package}=={wanted}") from None
         if found != wanted:
             raise UserError(
-                f"{package} {found} is installed, but lsmoe_ds adapts {package}=={wanted}: install that"
-                " version"
+                f"{package} {found} is installed, but lsmoe_ds adapts {package}=={wanted}: install that "
+                "version"
             )
 
 

@@ -139,8 +139,8 @@ class Plan:
                 ]
                 traffic.add_row(side.side, *cells)
             step = (
-                f"one step between all ranks, at most: {in_bytes(self.step_bytes)} with experts chosen at"
-                " random"
+                f"one step between all ranks, at most: {in_bytes(self.step_bytes)} with experts chosen at "
+                "random"
             )
             if self.step_bytes_home is not None:
                 step += f", {in_bytes(self.step_bytes_home)} with all batches at home"

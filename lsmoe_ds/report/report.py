@@ -241,10 +241,10 @@ def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
     )
     exact, weak = scores.share("exact"), scores.share("weak")
     return (
-        f"After {duration(progress.seconds)} of training the model scores {compared} copying the source. Of"
-        f" its {scores.sentences:,} {scores.split} translations {exact:.0%} are word for word the reference,"
-        f" and {weak:.0%} score under {WEAK:.0f} chrF, where a translation is seldom of use: the model is not"
-        " a translator yet."
+        f"After {duration(progress.seconds)} of training the model scores {compared} copying the source. Of "
+        f"its {scores.sentences:,} {scores.split} translations {exact:.0%} are word for word the reference, "
+        f"and {weak:.0%} score under {WEAK:.0f} chrF, where a translation is seldom of use: the model is not "
+        "a translator yet."
     )
 
 

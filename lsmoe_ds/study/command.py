@@ -149,8 +149,8 @@ class Runs:
         status = launch.run(command, env=environment, stdout=2)  # standard output is for the table
         if status or not self.is_trained(member, seed):
             raise UserError(
-                f"training {name} ended with status {status}; what was done is in {self.out}, and the same"
-                " command resumes"
+                f"training {name} ended with status {status}; what was done is in {self.out}, and the same "
+                "command resumes"
             )
 
     def evaluate(self, member: str, seed: int, route: str) -> None:

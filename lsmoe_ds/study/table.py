@@ -197,13 +197,13 @@ class Comparison:
         """Explain how far gains and win ratios can be trusted."""
         if len(self.seeds) < 2:
             return (
-                "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add"
-                " seeds."
+                "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add "
+                "seeds."
             )
         return (
-            f"A difference is beyond seed noise if each of the {len(self.seeds)} seeds scores above, or each"
-            f" below, every seed of {self.baseline}. Within seed noise, the difference and the win ratio may"
-            " be chance."
+            f"A difference is beyond seed noise if each of the {len(self.seeds)} seeds scores above, or each "
+            f"below, every seed of {self.baseline}. Within seed noise, the difference and the win ratio may "
+            "be chance."
         )
 
     def grids(self) -> list[Grid]:
@@ -226,10 +226,10 @@ class Comparison:
             [row.title, *_costs(row.costs), f"{len(row.seeds)} of {len(self.seeds)}"] for row in self.rows
         ]
         about = (
-            "Parameters that are trained, that are loaded to serve all directions by the row's route, and"
-            " that serve one direction once methods are merged into their layers and experts of the task"
-            " taken out. Tokens of both sides a second in training (median of a run), minutes of training,"
-            " and how many seeds are scored." + spread
+            "Parameters that are trained, that are loaded to serve all directions by the row's route, and "
+            "that serve one direction once methods are merged into their layers and experts of the task "
+            "taken out. Tokens of both sides a second in training (median of a run), minutes of training, "
+            "and how many seeds are scored." + spread
         )
         grids = [Grid("Size and speed", about, columns, rows)]
         for metric in (MAIN, *(name for name in METRICS if name != MAIN)):
@@ -254,8 +254,8 @@ class Comparison:
         about = f"Means over the directions of a group.{spread}"
         if with_ratio:
             about += (
-                f" Win ratio: the share of directions whose mean is above that of {self.baseline}."
-                f" {self.about_seeds()}"
+                f" Win ratio: the share of directions whose mean is above that of {self.baseline}. "
+                f"{self.about_seeds()}"
             )
         return Grid(
             METRICS[metric],

@@ -87,8 +87,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
         asked = interrupt.agreed(topology)
         if asked and not last_step:
             monitor.say(
-                f"{interrupt.name_of(asked)} before step {done + 1}: nothing new to save; the same command"
-                " resumes"
+                f"{interrupt.name_of(asked)} before step {done + 1}: nothing new to save; the same command "
+                "resumes"
             )
         for number in range(done + 1, done + 1 if asked else training.steps + 1):
             beat(f"in step {number}")

@@ -127,8 +127,8 @@ class Monitor:
         self.tokens, self.since = 0, time.perf_counter()
         self._write(record)
         text = (
-            f"loss {record['loss']:.3f} · {record['tokens_per_second']:,.0f} tokens/s · lr"
-            f" {result.learning_rate:.2e}"
+            f"loss {record['loss']:.3f} · {record['tokens_per_second']:,.0f} tokens/s · lr "
+            f"{result.learning_rate:.2e}"
         )
         if self.progress is not None:
             self.progress.update(self.task, description=text)
@@ -221,8 +221,8 @@ class _Line:
         self._begin(now)
         self.due = now + LINE_EVERY
         return (
-            f"step {number}/{steps} · loss {loss:.3f} · {rate:,.0f} tokens/s · lr {result.learning_rate:.2e}"
-            f" · {left} left"
+            f"step {number}/{steps} · loss {loss:.3f} · {rate:,.0f} tokens/s · lr {result.learning_rate:.2e} "
+            f"· {left} left"
         )
 
 

@@ -123,10 +123,10 @@ def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: 
         lacks = "the recipe lacks " + listed(map(str, sorted(before - now))) if before - now else ""
         new = "it was not trained on " + listed(map(str, sorted(now - before))) if now - before else ""
         raise UserError(
-            "layers of the model know its directions, and"
-            f" {' and '.join(each for each in (lacks, new) if each)}: give the recipe the same"
-            " data.directions, start from a folder of one direction (--to dense), or add languages with --to"
-            f" grown ({error})"
+            "layers of the model know its directions, and "
+            f"{' and '.join(each for each in (lacks, new) if each)}: give the recipe the same "
+            "data.directions, start from a folder of one direction (--to dense), or add languages with --to "
+            f"grown ({error})"
         ) from None
 
 
@@ -155,9 +155,9 @@ def _notice(recipe: Recipe) -> None:
     if training.warmup > training.steps:
         reached = inverse_square_root(training.steps, training.learning_rate, training.warmup)
         interrupt.say(
-            f"training.warmup is {training.warmup}, more than the {training.steps} training.steps: the"
-            f" learning rate rises to {reached:.2e} and never reaches training.learning_rate,"
-            f" {training.learning_rate:.2e}"
+            f"training.warmup is {training.warmup}, more than the {training.steps} training.steps: the "
+            f"learning rate rises to {reached:.2e} and never reaches training.learning_rate, "
+            f"{training.learning_rate:.2e}"
         )
     base = training.start_from
     if training.trainable != "all" and base is None:

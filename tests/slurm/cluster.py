@@ -322,8 +322,8 @@ class Cluster:
         )  # type: ignore[call-overload]
         if check and done.returncode:
             raise RuntimeError(
-                f"{shlex.join(done.args)} returned {done.returncode}: {done.stderr.strip()}"
-                f" {done.stdout.strip()}"
+                f"{shlex.join(done.args)} returned {done.returncode}: {done.stderr.strip()} "
+                f"{done.stdout.strip()}"
             )
         return done
 
@@ -419,8 +419,8 @@ def main() -> None:
         sys.exit(str(error))
     stop = f"python {sys.argv[0]} down --folder {cluster.folder}"
     print(
-        f"export SLURM_CONF={shlex.quote(str(cluster.settings))}  # {len(cluster.nodes)} nodes are idle; to"
-        f" stop them: {stop}"
+        f"export SLURM_CONF={shlex.quote(str(cluster.settings))}  # {len(cluster.nodes)} nodes are idle; to "
+        f"stop them: {stop}"
     )
 
 

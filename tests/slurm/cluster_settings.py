@@ -71,8 +71,8 @@ SlurmdTimeout=10
 MessageTimeout=5
 """
 NODE = (
-    "NodeName={name} NodeAddr={address} Port={port} CPUs={cpus} Boards=1 SocketsPerBoard=1"
-    " CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=1000000 State=UNKNOWN\n"
+    "NodeName={name} NodeAddr={address} Port={port} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
+    "CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=1000000 State=UNKNOWN\n"
 )
 # A job in `urgent` preempts those in `main`, which are asked to leave and killed 10 s later, then requeued.
 PARTITIONS = """\

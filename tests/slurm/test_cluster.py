@@ -133,8 +133,8 @@ def test_by_hand_it_starts_and_leaves_no_trace(cluster, folder):
 
 def test_it_dies_with_its_starter_and_its_folder_can_be_used_again(cluster, folder):
     lines = (
-        f"from pathlib import Path\nfrom cluster import Cluster\nCluster(Path('{folder}')).up()\nprint('up',"
-        " flush=True)\ninput()"
+        f"from pathlib import Path\nfrom cluster import Cluster\nCluster(Path('{folder}')).up()\nprint('up', "
+        "flush=True)\ninput()"
     )
     starter = subprocess.Popen(
         [sys.executable, "-c", lines], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE

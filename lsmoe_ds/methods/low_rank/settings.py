@@ -69,8 +69,8 @@ class LowRank(MethodSection):
             raise ValueError("'rank' names no language: give one number, or one for each language")
         if isinstance(self.rank, dict) and self.index == "pair":
             raise ValueError(
-                "'rank' differs by language, but with 'index: pair' any two languages meet: give one number,"
-                " or 'index: language'"
+                "'rank' differs by language, but with 'index: pair' any two languages meet: give one number, "
+                "or 'index: language'"
             )
         return self
 
@@ -79,13 +79,13 @@ class LowRank(MethodSection):
         layers = [(side, i) for side in sides for i in range(side.layers) if (i + 1) % self.every == 0]
         if self.at == "feed_forward" and all(side.is_moe(i) for side, i in layers):
             raise ValueError(
-                f"'low_rank' stands beside dense feed-forwards, but every layer that 'every: {self.every}'"
-                " names has experts or does not exist: choose another 'every', or 'at: attention'"
+                f"'low_rank' stands beside dense feed-forwards, but every layer that 'every: {self.every}' "
+                "names has experts or does not exist: choose another 'every', or 'at: attention'"
             )
         if model.teaches:
             raise ValueError(
-                "'low_rank' and 'moe.fuse_distillation' exclude each other: low-rank matrices distill by"
-                " another loss, or have nothing for the shared route: leave one out"
+                "'low_rank' and 'moe.fuse_distillation' exclude each other: low-rank matrices distill by "
+                "another loss, or have nothing for the shared route: leave one out"
             )
 
     def check_languages(self, languages: Languages) -> None:
@@ -94,8 +94,8 @@ class LowRank(MethodSection):
         named, known = set(self.rank), set(languages.codes)
         if wrong := sorted(named ^ known):
             raise ValueError(
-                f"'low_rank.rank' {'lacks' if wrong[0] in known else 'names'} {wrong[0]}: it must have each"
-                f" of {', '.join(sorted(known))}"
+                f"'low_rank.rank' {'lacks' if wrong[0] in known else 'names'} {wrong[0]}: it must have each "
+                f"of {', '.join(sorted(known))}"
             )
 
     def build(self, recipe: Recipe, topology: Any) -> Any:
