@@ -3,7 +3,7 @@ report.
 
     make demo
 
-Each part is skipped when it is done already, so a second run goes on from where the first ended. The work
+Each part is skipped when it is done already, so a second run resumes where the first ended. The work
 lies in demo/.
 """
 

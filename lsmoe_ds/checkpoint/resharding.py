@@ -24,7 +24,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 def write_pieces(engine: Any, folder: Path, topology: Topology) -> None:
-    """Writes what this rank's file of optimizer state holds. Called by every rank."""
+    """Write what this rank's file of optimizer state holds. Called by every rank."""
     local = {parameter: name for name, parameter in engine.module.named_parameters()}
     names, pieces = global_names(engine.module, topology), {}
     for piece in compat.optimizer_pieces(engine):
@@ -37,8 +37,8 @@ def write_pieces(engine: Any, folder: Path, topology: Topology) -> None:
 
 @torch.no_grad()
 def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topology: Topology) -> None:
-    """Weights and optimizer state into an engine of any layout. Called by every rank; raises UserError for
-    what is damaged.
+    """Load weights and optimizer state into an engine of any layout. Called by every rank; raises UserError
+    for what is damaged.
     """
     load_weights(engine, weights, topology)
     model: nn.Module = engine.module
@@ -91,6 +91,6 @@ def _fill(target: Tensor, whole: Tensor, piece: compat.Piece, topology: Topology
 
 
 def _own(whole: Tensor, parameter: Tensor, topology: Topology) -> Tensor:
-    """This rank's part of a whole parameter."""
+    """Return this rank's part of a whole parameter."""
     dimension = partition_dimension(parameter)
     return whole if dimension is None else whole.chunk(topology.tensor, dimension)[topology.tensor_rank]

@@ -123,12 +123,12 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint folder."""
+    """Return the step in the name of a checkpoint folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; what was cut off while being written is not among them."""
+    """List the checkpoints of a run, oldest first; what was cut off while being written is not among them."""
     found = [
         p
         for p in (run / "checkpoints").glob("step-*")
@@ -148,7 +148,7 @@ def to_remove(checkpoints: list[Path], keep: int, best: int) -> list[Path]:
 
 
 def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in words, or None."""
+    """Say what is wrong with a checkpoint; None if nothing is."""
     manifest, state = read_json(checkpoint / "manifest.json"), read_json(checkpoint / "state.json")
     if manifest is None or not isinstance(manifest.get("files"), dict):
         return f"{checkpoint / 'manifest.json'} is missing or damaged"
@@ -176,7 +176,7 @@ def frozen_damage(checkpoint: Path, state: dict[str, Any], checksums: bool) -> s
 
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint of a run, and what is wrong with each newer one.
+    """Return the newest undamaged checkpoint of a run, and what is wrong with each newer one.
 
     Raises UserError if there are checkpoints and all are damaged: resuming would mean to start over silently.
     """

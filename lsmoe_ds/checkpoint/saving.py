@@ -83,7 +83,7 @@ class Saver:
                 self._failed.set()
 
     def save(self, engine: Any, step: int, position: dict[str, Any], dev_loss: float | None = None) -> None:
-        """Begins ``checkpoints/step-N``, after finishing the one before; when it returns the weights may
+        """Begin ``checkpoints/step-N``, after finishing the one before; when it returns the weights may
         change.
 
         Raises UserError, here or in :meth:`finish`, if it cannot be written.
@@ -119,7 +119,7 @@ class Saver:
         self._unfinished = self._thread.submit(self._complete, partial, final)
 
     def finish(self) -> None:
-        """Waits until what was saved is whole, or raises what went wrong."""
+        """Wait until what was saved is whole, or raises what went wrong."""
         if self._unfinished is not None:
             unfinished, self._unfinished = self._unfinished, None
             unfinished.result()
@@ -183,7 +183,7 @@ class Saver:
 
 
 def _size(value: Any) -> int:
-    """Bytes of the tensors in nested containers."""
+    """Count the bytes of the tensors in nested containers."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     parts = value.values() if isinstance(value, dict) else value if type(value) in (list, tuple) else ()
@@ -242,13 +242,13 @@ def _gather_partition(model: torch.nn.Module, topology: Topology) -> dict[str, i
 
 
 def layout(engine: Any, topology: Topology) -> dict[str, int]:
-    """What decides which rank holds what."""
+    """Return the sizes that decide which rank holds what."""
     sizes = {"world": topology.world, "tensor": topology.tensor, "expert": topology.expert}
     return {**sizes, "stage": int(engine.zero_optimization_stage())}
 
 
 def describe_change(engine: Any, checkpoint: Path, topology: Topology) -> str | None:
-    """In words, if the checkpoint was written by another layout."""
+    """Describe the change of layout since a checkpoint was written; None if there is none."""
     now = layout(engine, topology)
     before = {key: (read_json(checkpoint / "state.json") or {}).get(key, value) for key, value in now.items()}
 
@@ -259,7 +259,7 @@ def describe_change(engine: Any, checkpoint: Path, topology: Topology) -> str | 
 
 
 def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
-    """Restores weights and optimizer; returns ``state.json``. Called by every rank.
+    """Restore weights and optimizer; returns ``state.json``. Called by every rank.
 
     In the layout that wrote the checkpoint, this rank's random state too; in another one random numbers begin
     anew.

@@ -55,7 +55,7 @@ class MoE(Section):
 
     @property
     def has_shared(self) -> bool:
-        """Tell whether a feed-forward that all languages share stands beside the experts."""
+        """Tell whether the layer also has a feed-forward that all languages share."""
         return self.fuse_distillation
 
     def without_shared(self) -> MoE:

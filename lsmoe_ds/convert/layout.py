@@ -81,7 +81,7 @@ def write_layout(path: Path, run: Path) -> None:
 
 
 def reshard(stored: Stored, recipe: Recipe, run: Path, topology: Topology) -> None:
-    """Loads a model into an engine of this recipe's layout and saves that. Called by every rank."""
+    """Load a model into an engine of this recipe's layout and saves that. Called by every rank."""
     from lsmoe_ds.checkpoint.resharding import load_resharded
     from lsmoe_ds.checkpoint.saving import Saver
     from lsmoe_ds.data.vocabulary import Vocabulary

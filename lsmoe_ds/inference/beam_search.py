@@ -6,8 +6,8 @@ translation counts in the length, and its probability not in the sum, as with tr
 ``forced_bos_token_id`` and CTranslate2's ``target_prefix``. As in fairseq, of the continuations of a
 sentence's hypotheses the best ``beam`` are looked at: those that end in EOS are finished, and the best
 ``beam`` that do not end go on. A sentence is done when ``beam`` hypotheses are finished or, which changes no
-result, when none that goes on can still win. (transformers' ``early_stopping=True`` counts in the same way;
-its default searches longer.)
+result, when none that is continued can still win. (transformers' ``early_stopping=True`` counts in the same
+way; its default searches longer.)
 
 B sentences, W hypotheses a sentence, M source positions, V vocabulary, C candidates a sentence.
 """
@@ -67,7 +67,7 @@ class Hypothesis:
 
 
 def never_generated(vocabulary: Vocabulary) -> list[int]:
-    """Ids that are no part of a translation."""
+    """List the ids that are no part of a translation."""
     return [BOS, PAD, *(vocabulary.tag_id(code) for code in vocabulary.codes), *vocabulary.unused]
 
 
@@ -81,7 +81,7 @@ def beam_search(
     route: Route = "specific",
     begin: Tensor | None = None,
 ) -> list[Hypothesis]:
-    """The best translation of each sentence of ``source`` [B, M], whatever else is in the batch.
+    """Find the best translation of each sentence of ``source`` [B, M], whatever else is in the batch.
 
     ``banned`` are tokens that are never generated (PAD, BOS, tags): the others share all the probability, as
     in CTranslate2. Each translation follows what ``begin`` [B, 1 or 2] says of its sentence, EOS and perhaps
@@ -99,8 +99,7 @@ def beam_search(
     best_tokens = torch.full((batch, last_limit), EOS, device=device)
     best_length = torch.zeros(batch, dtype=torch.long, device=device)
 
-    # Of the sentences that are not done: their place in the batch, how many hypotheses are finished, those
-    # that go on.
+    # For each unfinished sentence: its place in the batch, its finished hypotheses, and those that continue.
     place = torch.arange(batch, device=device)
     finished = torch.zeros(batch, dtype=torch.long, device=device)
     sums = torch.zeros(batch, 1, device=device)  # [B, W]

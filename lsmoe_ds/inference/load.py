@@ -63,7 +63,7 @@ class Loaded:
 
 
 def load(path: str | Path, device: torch.device | str | None = None, route: str = "specific") -> Loaded:
-    """Loads a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and
+    """Load a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and
     evaluation mode.
 
     ``device`` defaults to the GPU if there is one. ``route`` "shared" translates by what all languages share.
@@ -114,7 +114,7 @@ def with_direction(recipe: Recipe, kind: str, direction: Direction) -> Languages
 
 
 def check_route(route: str, recipe: Recipe) -> Route:
-    """The route; raises UserError if it is none, or none of a model of this recipe."""
+    """Return the route; raise UserError if it is none, or none of a model of this recipe."""
     if route == "specific":
         return "specific"
     if route != "shared":
@@ -128,7 +128,7 @@ def check_route(route: str, recipe: Recipe) -> Route:
 
 
 def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device) -> Transformer:
-    """The model with these weights, in evaluation mode. Raises UserError if they are not those of the
+    """Build the model with these weights, in evaluation mode. Raises UserError if they are not those of the
     recipe.
     """
     topology, tensors = Topology.single(device), Tensors.of(weights.tensors)
@@ -151,8 +151,8 @@ def _make_buffers(model: Transformer, recipe: Recipe, vocabulary: int) -> None:
 
 
 def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Topology) -> Transformer:
-    """The model that is to get these weights, on no device. Raises UserError if they are not those of the
-    recipe.
+    """Build the model that is to get these weights, on no device. Raises UserError if they are not those of
+    the recipe.
     """
     wanted_numbers = Parts.of(recipe).whole.total
     if (

@@ -71,7 +71,7 @@ def check_precision(recipe: Recipe) -> str | None:
 
 
 def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
-    """The recipe's DeepSpeed configuration, completed by what the recipe itself decides."""
+    """Return the recipe's DeepSpeed configuration, completed by what the recipe itself decides."""
     given = dict(recipe.deepspeed) if isinstance(recipe.deepspeed, dict) else {}
     half = check_precision(recipe)
     if topology.world == 1 and half is None:
@@ -87,7 +87,7 @@ def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
 
 
 def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
-    """A DeepSpeed engine over a freshly initialized model with ``vocabulary`` tokens."""
+    """Build a DeepSpeed engine over a freshly initialized model with ``vocabulary`` tokens."""
     deepspeed = compat.import_deepspeed()
     config = engine_config(recipe, topology)
     model = Transformer(recipe, vocabulary, topology)
@@ -129,7 +129,7 @@ def clipping_limit(recipe: Recipe) -> float:
 
 @torch.no_grad()
 def clip_gradients(model: Transformer, limit: float, topology: Topology) -> float:
-    """Scales all gradients so that their global norm is at most ``limit``; returns the norm before. For ZeRO
+    """Scale all gradients so that their global norm is at most ``limit``; returns the norm before. For ZeRO
     stage 0, where every rank holds whole gradients: DeepSpeed 0.19.8 counts different ranks' experts as
     replicas of one another.
 
@@ -261,8 +261,9 @@ def _over_data_ranks(totals: Totals, topology: Topology) -> Totals:
 
 
 def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:
-    """Of each side since the last time, summed over all ranks; nothing is exchanged where the experts are not
-    spread.
+    """Return the traffic of each side since the last call, summed over all ranks.
+
+    It is zero if the experts are not spread over ranks.
     """
     parts: dict[str, list[Traffic]] = {side: [] for side in SIDES}
     for side, layer in model.moe_layers():
@@ -281,8 +282,8 @@ def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:
 
 
 def _fill_in_gradients(model: Transformer) -> None:
-    """Zeros for experts that no token of the step has used: Adam continues with their averages, as on several
-    ranks.
+    """Fill in zeros for experts that no token of the step has used: Adam continues with their averages, as on
+    several ranks.
     """
     for parameter in model.parameters():
         if parameter.grad is None and parameter.requires_grad and compat.is_expert_parameter(parameter):
@@ -291,7 +292,9 @@ def _fill_in_gradients(model: Transformer) -> None:
 
 @torch.no_grad()
 def validate(engine: Any, batches: Iterable[Batch], topology: Topology, route: Route = "specific") -> float:
-    """Mean negative log-likelihood per target token over the batches of all ranks, by one route."""
+    """Compute the mean negative log-likelihood per target token over the batches of all ranks, by one
+    route.
+    """
     model: Transformer = engine.module
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)

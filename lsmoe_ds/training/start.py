@@ -42,7 +42,7 @@ STARTS = (
 
 
 def check(recipe: Recipe, run: Path) -> None:
-    """Opens the run folder; raises UserError for whatever training could only fail on later."""
+    """Open the run folder; raises UserError for whatever training could only fail on later."""
     prepared = PreparedData.of(recipe)
     _check_validation(recipe, prepared)
     if recipe.training.trainable != "all":
@@ -75,7 +75,7 @@ def _check_processes(recipe: Recipe, world: int) -> None:
 
 
 def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
-    """Raises UserError unless the folder holds weights for this recipe, and for this vocabulary."""
+    """Raise UserError unless the folder holds weights for this recipe, and for this vocabulary."""
     try:
         stored = find_model(folder)
         if stored.kind not in STARTS:
@@ -131,7 +131,7 @@ def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: 
 
 
 def train(recipe: Recipe, run: Path, processes: int | None) -> int:
-    """Trains on the processes that a launcher has started, this one among them, or else on ``processes`` of
+    """Train on the processes that a launcher has started, this one among them, or else on ``processes`` of
     this machine (by default as few as the layout needs). Returns the exit status: 0 after the last step,
     :func:`interrupt.status_of` the signal when asked to stop, :data:`watchdog.STATUS` when another rank is
     lost.
