@@ -124,6 +124,16 @@ def test_it_grows_by_a_language(trained, tmp_path):
     assert torch.equal(after[:3], before) and not after[3].any()  # de, en, fr, and nl, which begins as drawn
 
 
+def test_it_is_added_to_a_trained_model(trained, tmp_path):
+    """The model without it, as `lsmoe convert` leaves it, grows by the method and computes what it did."""
+    dense, grown = tmp_path / "dense", tmp_path / "grown"
+    lsmoe("convert", trained, "--to", "dense", "--from", "en", "--to-language", "de", "--out", dense)
+    lsmoe("convert", dense, "--to", "grown", "--set", "model.output_bias.weight=0.5", "--out", grown)
+    added = weights_of(grown)
+    assert not added[f"decoder.0.feed_forward.{PART}.rows"].any()
+    assert added[f"decoder.0.feed_forward.{PART}.mask"].tolist() == [i % 4 > 0 for i in range(16)]
+
+
 @pytest.mark.parametrize("kind", ["dense", "huggingface"])
 def test_it_merges_into_a_dense_model(trained, tmp_path, kind):
     """``lsmoe convert`` itself compares the logits and translations of both."""

@@ -2,8 +2,7 @@
 
     y = W x + b + s m b_target        loss: weight x the mean of (m b_target)^2 over the sentences of a step
 
-The scale s rises from 0 to 1 over the first half of the training; the stored mask m leaves out every
-fourth output.
+s rises from 0 to 1 over the first half of the training; the stored mask m leaves out every fourth output.
 """
 
 import torch
@@ -39,7 +38,7 @@ class Bias(nn.Module):  # beside one linear layer
         super().__init__()
         self.scale = 0.0  # set before each training step
         self.rows = nn.Parameter(torch.empty(languages, site.outputs))
-        self.register_buffer("mask", torch.arange(site.outputs) % 4 > 0)
+        self.register_buffer("mask", torch.ones(site.outputs, dtype=torch.bool))
 
     def forward(self, base, x, context):  # x [B, T, inputs] of B sentences
         bias = (self.rows * self.mask)[context.ids.target]  # [B, outputs]
@@ -54,6 +53,8 @@ class OutputBiases(Method):
         return Bias(site, len(self.languages.codes))
 
     def initial(self, name):
+        if name.endswith("_output_bias.mask"):  # given here, so that growing can add it to a trained model
+            return lambda value, generator: value.copy_(torch.arange(len(value)) % 4 > 0)
         return (lambda value, generator: value.zero_()) if name.endswith("_output_bias.rows") else None
 
     def before_step(self, model, number, steps):
