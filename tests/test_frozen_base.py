@@ -222,6 +222,9 @@ def test_a_lost_or_changed_base_is_one_sentence(begun, tmp_path, harm, sentence)
     assert (
         said.endswith("frozen back as it was; a copy of the run has the same") and said.count("sha256") <= 1
     )
+    with pytest.raises(UserError, match=f"{sentence}.*; put .*frozen back as it was"):
+        weights = read_weights(find_model(run)).tensors
+        [weights[name] for name in weights]
     with pytest.raises(UserError, match=sentence):
         whole = read_checkpoint(run / "checkpoints" / "step-3")
         [whole.weights[name] for name in whole.weights]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lsmoe_ds.checkpoint.m2m_100 import restore
 from lsmoe_ds.checkpoint.reading import read_checkpoint
-from lsmoe_ds.checkpoint.run_folder import list_checkpoints, step_of
+from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, step_of
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
@@ -159,14 +159,16 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
 
 @contextmanager
 def _naming_another(stored: Stored) -> Iterator[None]:
-    """Name an earlier checkpoint, if there is one, in errors about a damaged one."""
+    """Name a way out in errors about a damaged checkpoint: an earlier one, or the frozen base."""
     try:
         yield
     except UserError as error:
-        earlier = [c for c in list_checkpoints(stored.home) if c.resolve() != stored.weights_in.resolve()]
-        raise UserError(
-            f"{error}; an earlier checkpoint is {earlier[-1]}" if earlier else str(error)
-        ) from None
+        base, own = (stored.home / FROZEN).resolve(), step_of(stored.weights_in)
+        earlier = [each for each in list_checkpoints(stored.home) if step_of(each) < own]
+        way = f"; an earlier checkpoint is {earlier[-1]}" if earlier else ""
+        if str(base) in str(error):
+            way = f"; put {base} back as it was: a copy of the run has the same"
+        raise UserError(f"{error}{way}") from None
 
 
 def _mean(stored: Stored, average: int) -> Weights:
