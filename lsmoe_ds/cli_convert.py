@@ -32,10 +32,10 @@ def convert(
             metavar="KIND",
             help=(
                 "dense: the plain model of one direction; huggingface, ctranslate2: the same, as these "
-                "libraries load it; hybrid: layers "
-                "routed by token or sentence keep their experts; consolidated: the whole model in "
-                "safetensors, also from a Hugging Face folder; grown: consolidated with more experts, languages "
-                "or methods; layout: a run for another number of processes."
+                "libraries load it; hybrid: layers routed by token or sentence keep their experts; "
+                "consolidated: the whole model in safetensors, also from a Hugging Face folder; grown: "
+                "consolidated with more experts, languages or methods; layout: a run for another number of "
+                "processes."
             ),
         ),
     ],
