@@ -11,7 +11,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
 from lsmoe_ds.methods.context import LanguageContext
-from lsmoe_ds.methods.low_rank.bank import LowRankBank, indexes
+from lsmoe_ds.methods.low_rank.bank import LowRankBank
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
@@ -37,7 +37,8 @@ def bank_of(settings: LowRank, decoder: bool) -> tuple[nn.Linear, LowRankBank]:
     side = "decoder" if decoder else "encoder"
     site = LinearShape(side, 0, "feed_forward", "expand", INPUTS, OUTPUTS, "column")
     torch.manual_seed(1)
-    bank = LowRankBank(site, settings, LANGUAGES, Topology.single())
+    (choice,) = settings.choices(site)
+    bank = LowRankBank(site, settings, choice, LANGUAGES, Topology.single())
     for parameter in bank.parameters():
         nn.init.normal_(parameter)
     return nn.Linear(INPUTS, OUTPUTS), bank
@@ -93,12 +94,25 @@ def test_hypotheses_of_a_sentence_share_its_matrices():
     )
 
 
-def test_indexes():
-    assert [indexes(PAIR, side) for side in ("encoder", "decoder")] == [("source", "target")] * 2
-    assert [indexes(LANGUAGE, side) for side in ("encoder", "decoder")] == [
-        ("source", "source"),
-        ("target", "target"),
-    ]
+@pytest.mark.parametrize(
+    ("index", "encoder", "decoder"),
+    [
+        ("pair", ("source", "target"), ("source", "target")),
+        ("language", ("source", "source"), ("target", "target")),
+        ("source", ("source", "source"), ("source", "source")),
+        ("target", ("target", "target"), ("target", "target")),
+        (
+            {"target": ["encoder.1-2", "decoder"], "source": ["all"]},
+            ("source", "source"),
+            ("target", "target"),
+        ),
+    ],
+)
+def test_indexes(index, encoder, decoder):
+    settings = LowRank(rank=2, index=index)
+    for side, wanted in (("encoder", encoder), ("decoder", decoder)):
+        site = LinearShape(side, 0, "feed_forward", "expand", INPUTS, OUTPUTS, "column")
+        assert settings.choices(site) == (("", *wanted),)
 
 
 def recipe_of(**low_rank) -> Recipe:
@@ -196,8 +210,8 @@ def test_a_mixed_batch_equals_one_batch_for_each_pair(low_rank):
         ({"rank": {}, "index": "language"}, "names no language"),
         ({"rank": {"de": 1, "en": 2, "fr": 1}, "index": "language"}, "lacks ru"),
         ({"rank": {"de": 1, "en": 2, "fr": 1, "ru": 1, "xx": 1}, "index": "language"}, "names xx"),
-        ({"rank": 2, "every": 3}, "choose another 'every'"),
-        ({"rank": 0}, "greater than or equal to 1"),
+        ({"rank": 2, "every": 3}, "choose another 'at' or 'every'"),
+        ({"rank": -1}, "greater than or equal to 0"),
     ],
 )
 def test_recipes_that_make_no_sense(low_rank, message):

@@ -15,6 +15,15 @@ VOCABULARY = 48
 UNITS = 4
 
 
+LORA = {"rank": {"de": 2, "en": 0, "fr": 3, "ru": 1}, "at": "all", "index": "learned"}
+LORA |= {"prune": {"ratio": 0.5, "start": 0, "length": 1, "over": "language", "matrices": "both"}}
+LOW_RANK = {
+    "lms": {"rank": 3, "at": "both"},
+    "lora": LORA,
+    "square": {**LORA, "index": {"source": ["encoder"], "target": ["all"]}, "columns": 10},
+}
+
+
 def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float = 0.5) -> Recipe:
     moe = {"every": 2, "experts": 8, "top_k": 2, "balance_loss_weight": 0.05, "z_loss_weight": 0.01}
     token, target = {"routing": "token"}, {"routing": "task", "task": "target"}
@@ -30,7 +39,7 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
             {"routing": "static", "task": "pair", "expert_groups": 2},
         ),
         "mixed": (token, {**target, "expert_groups": 2}),
-        "lms": (None, {**target}),
+        **{name: (None, {**target}) for name in LOW_RANK},
         "distilled": (
             {"routing": "static", "task": "source", "top_k": 1, "fuse_distillation": True},
             {**token, "fuse_distillation": True},
@@ -52,7 +61,7 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
                 "heads": 4,
                 "encoder": {"layers": 2, "feed_forward": 24, **encoder},
                 "decoder": {"layers": 2, "feed_forward": 24, **decoder},
-                "low_rank": {"rank": 3, "at": "both"} if routing == "lms" else None,
+                "low_rank": LOW_RANK.get(routing),
             },
             "training": {
                 "steps": 3,
@@ -213,7 +222,8 @@ CASES += [
     ("dense", 2, 1, 1, 0),
 ]
 CASES += [
-    ("lms", *layout)
+    (routing, *layout)
+    for routing in LOW_RANK
     for layout in ((2, 1, 1, 1), (2, 2, 1, 1), (2, 2, 2, 0), (4, 2, 1, 2), (4, 4, 4, 1), (4, 1, 4, 0))
 ]
 CASES += [("distilled", 2, 2, 2, 1)]
@@ -250,7 +260,7 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
         for name in theirs:
             close(ours[name], theirs[name], f"{what} of {name}")
     experts = [name for name in theirs if re.search(r"\.experts\.\d+\.", name)]
-    assert len(experts) == {"dense": 0, "lms": 8 * 4}.get(routing, 2 * 8 * 4)
+    assert len(experts) == {"dense": 0, **dict.fromkeys(LOW_RANK, 8 * 4)}.get(routing, 2 * 8 * 4)
     if routing == "capacity":
         assert all(0.1 < step[4] < 0.5 for step in wanted[0][0]), (
             "choices must be dropped, or capacity is not tested"

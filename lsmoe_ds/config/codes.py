@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lsmoe_ds.config.method import sections
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import (
     CODE,
+    GROUPS,
     Direction,
     check_code,
     find_code,
@@ -149,7 +151,11 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
         ]
         for method, kind in sections().items():
             given = _section(model, method)
-            places += [(f"model.{method}.{name}", given, dict, reader.code) for name in kind.by_language]
+            for name in kind.by_language:
+                *path, key = name.split(".")
+                section = reduce(_section, path, given)
+                kind_of = dict if isinstance(section.get(key), dict) else list
+                places.append((f"model.{method}.{name}", section, kind_of, _or_group(reader.code)))
         for key, section, shape, read in places:
             name = key.rpartition(".")[2]
             value = section.get(name)
@@ -161,6 +167,11 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
             except UserError as error:
                 return key, str(error)
     return _wrong_code_of_corpora(data.get("corpora"))
+
+
+def _or_group(read: Callable[[str], str]) -> Callable[[str], str]:
+    """Return a reader of language codes that lets the names of resource groups pass."""
+    return lambda text: text if text in GROUPS else read(text)
 
 
 def _wrong_code_of_corpora(corpora: Any) -> tuple[str, str] | None:

@@ -52,12 +52,17 @@ class MethodSection(Section):
     name: ClassVar[str]
     # A key that, if true, gives the model a second route, the shared one.
     shared_route: ClassVar[str | None] = None
-    # Keys whose mappings have language codes as keys.
+    # Keys, such as "rank" or "prune.languages", of lists of language codes or mappings by them.
     by_language: ClassVar[tuple[str, ...]] = ()
     # Why no dense model computes the same; None if one does.
     unmergeable: ClassVar[str | None] = None
     # Whether what it must count over a whole step depends on hidden states.
     reads_states: ClassVar[bool] = False
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether what it adds depends on the resource groups of languages (``data.groups``)."""
+        return False
 
     @property
     def distills(self) -> bool:

@@ -114,8 +114,13 @@ class Method:
         """
         return {}
 
-    def before_step(self, model: nn.Module, number: int, steps: int) -> None:
-        """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1."""
+    def before_step(self, model: nn.Module, number: int, steps: int) -> Mapping[nn.Parameter, Tensor] | None:
+        """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1.
+
+        May return masks of parameters, each in this rank's part: where one is 0, training sets the value and
+        what the optimizer knows of it to 0. It stays 0 if the method lets it have no gradient.
+        """
+        return None
 
     def count(self, notes: Sequence[Any]) -> list[Tensor]:
         """Return a micro-batch's part of the totals, as vectors without gradient."""

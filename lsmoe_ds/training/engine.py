@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,7 +179,8 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     size = StepSize(step.source_tokens, step.target_tokens + step.given_tokens)
     batches = [batch.to(topology.device) for batch in step.batches]
     for method in model.methods:
-        method.before_step(model, number, recipe.training.steps)
+        if masks := method.before_step(model, number, recipe.training.steps):
+            zero_out(engine, masks)
     totals = _totals_ahead(model, batches, topology) if len(batches) > 1 else None
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
@@ -223,6 +224,23 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     if norm is not None and not (math.isfinite(norm) and norm >= 0):
         raise NonFinite("the gradient norm is not finite")
     return StepResult(measured, norm, rate, _take_traffic(model, topology), totals)
+
+
+@torch.no_grad()
+def zero_out(engine: Any, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
+    """Set parameters to 0 where their mask is 0, also in the optimizer's copies and averages.
+
+    Without its averages Adam moves a value that gets no gradient no more.
+    """
+    for parameter, mask in masks.items():
+        parameter.mul_(mask)
+    states = compat.optimizer_states(engine)
+    for piece in compat.optimizer_pieces(engine):
+        if piece.parameter in masks:
+            own = masks[piece.parameter].reshape(-1)[piece.start : piece.start + piece.length]
+            for held in (piece.holder, *states.get(piece.holder, {}).values()):
+                if held.shape == piece.holder.shape and held is not piece.parameter:
+                    held.view(-1)[piece.offset : piece.offset + piece.length].mul_(own)
 
 
 def _sum_over_data_ranks(sums: dict[str, Tensor], topology: Topology) -> dict[str, float]:

@@ -1,46 +1,102 @@
-"""Low-rank matrices as a method: where banks are added, how they are initialized and merged."""
+"""Low-rank matrices as a method: where banks are added, how they are initialized, pruned and merged."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
-from lsmoe_ds.config.shapes import attention_linears, feed_forward_linears
+from lsmoe_ds.config.shapes import LinearShape, SideName, shapes_of
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Draw, Method
 from lsmoe_ds.methods.context import SHARED, Route
-from lsmoe_ds.methods.low_rank.bank import FLAT, NAME, VERTICAL, LowRankBank, indexes, rows_of
-from lsmoe_ds.methods.low_rank.settings import LowRank
+from lsmoe_ds.methods.low_rank.bank import (
+    FLAT,
+    MASK,
+    NAME,
+    VERTICAL,
+    LearnedBanks,
+    LowRankBank,
+    SideWeights,
+    rows_of,
+)
+from lsmoe_ds.methods.low_rank.masks import smallest
+from lsmoe_ds.methods.low_rank.settings import Choice, LowRank
 from lsmoe_ds.methods.sites import LinearSite
+from lsmoe_ds.parallel.parameters import partition_dimension
+from lsmoe_ds.parallel.topology import Topology
 
-SPLITS = {name: split for name, (_, _, split) in (attention_linears(1) | feed_forward_linears(1, 1)).items()}
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Recipe
+
+SIDES: tuple[SideName, ...] = ("encoder", "decoder")
+
+
+class Matrices(NamedTuple):
+    """One pair of matrices of two languages, or of one: W + weight V F.
+
+    ``at`` is the global name before that of its parameters; ``rows`` are those of V and of F in the bank.
+    """
+
+    at: str
+    vertical_rows: slice
+    flat_rows: slice
+    choice: Choice
 
 
 class LowRankMatrices(Method):
-    """Add banks beside the linear layers of attentions, or of feed-forwards without experts."""
+    """Add banks beside the linear layers that ``at`` names; layers of experts have none."""
 
     name = NAME
     by_direction = True
 
     section: LowRank
 
-    def make(self, site: LinearSite) -> LowRankBank:
-        """Return the bank of one linear layer."""
-        return LowRankBank(site, self.section, self.languages, self.topology)
+    def __init__(self, section: LowRank, recipe: Recipe, topology: Topology) -> None:
+        super().__init__(section, recipe, topology)
+        self.sides: dict[str, SideWeights] = {}
+        self.banks: list[tuple[LinearSite, LowRankBank]] = []  # in the order of their sites
+        self.shapes = {
+            f"{site.side}.{site.layer}.{site.sublayer}.{site.name}": site
+            for site in shapes_of(recipe.model)
+            if isinstance(site, LinearShape)
+        }
+
+    def shared_modules(self) -> list[tuple[str, nn.Module]]:
+        model = self.recipe.model
+        for side, settings in zip(SIDES, (model.encoder, model.decoder), strict=True):
+            if self.section.learns(model, side):
+                self.sides[side] = SideWeights(settings.layers)
+        return [(f"{side}_{NAME}", weights) for side, weights in self.sides.items()]
+
+    def make(self, site: LinearSite) -> LowRankBank | LearnedBanks:
+        """Return the bank of one linear layer, or those whose weights are learned."""
+        banks = [
+            LowRankBank(site, self.section, choice, self.languages, self.topology)
+            for choice in self.section.choices(site)
+        ]
+        self.banks += [(site, bank) for bank in banks]
+        if len(banks) == 1:
+            return banks[0]
+        source, target = banks
+        return LearnedBanks(source, target, self.sides[site.side], site.layer)
 
     def is_spread(self, name: str) -> bool:
-        """Tell whether it is the vertical matrix beside a column linear, or the flat one beside a row
-        linear.
+        """Tell whether it is the vertical matrix beside a column linear, or the flat one beside a row linear,
+        unless ``columns`` cut it.
         """
-        at, _, matrix = name.rpartition(".")
-        linear = at.removesuffix(f"_{NAME}").rpartition(".")[2]
-        return matrix == ("vertical" if SPLITS.get(linear) == "column" else "flat") and self.owns(name)
+        at, _, matrix = name.partition(f"_{NAME}.")
+        site = self.shapes.get(at)
+        if site is None or self.section.is_cut(site):
+            return False
+        return matrix.rpartition(".")[2] == (VERTICAL if site.split == "column" else FLAT)
 
-    def merge_at(
-        self, weights: Tensors, at: str, direction: Direction | None, route: Route
-    ) -> dict[str, LazyTensor]:
-        """Return the merged weight W + V F of the linear layer ``at``."""
+    def matrices(self, at: str, direction: Direction | None, route: Route = "specific") -> list[Matrices]:
+        """Return the pairs of matrices that a direction, or the shared route, uses beside a linear layer."""
         numbers = {"source": SHARED, "target": SHARED}
         if route == "specific" and direction is not None:
             numbers = {
@@ -48,29 +104,126 @@ class LowRankMatrices(Method):
                 "target": self.languages.id(direction.target),
             }
         rows = rows_of(self.section, self.languages)
-        vertical, flat = (
-            rows[numbers[kind]]
-            for kind in indexes(self.section, "decoder" if at.startswith("decoder.") else "encoder")
-        )
-        base, vertical_name, flat_name = f"{at}.weight", f"{at}{VERTICAL}", f"{at}{FLAT}"
+        return [
+            Matrices(
+                f"{at}_{NAME}.{choice.name}{'.' if choice.name else ''}",
+                rows[numbers[choice.vertical]],
+                rows[numbers[choice.flat]],
+                choice,
+            )
+            for choice in self.section.choices(self.shapes[at])
+        ]
+
+    def weight_of(self, weights: Tensors, at: str, choice: Choice) -> float:
+        """Return the weight of one of two pairs of matrices beside a linear layer, 1 of a single pair."""
+        if not choice.name:
+            return 1.0
+        site = self.shapes[at]
+        both = weights[f"{site.side}_{NAME}.index"][site.layer].softmax(0)
+        return float(both[("source", "target").index(choice.name)])
+
+    def merge_at(
+        self, weights: Tensors, at: str, direction: Direction | None, route: Route
+    ) -> dict[str, LazyTensor]:
+        """Return the merged weight W + V F of the linear layer ``at``; V F of both, weighted, if learned."""
+        if at not in self.shapes:  # the weights of a side
+            return {}
+        base, site = f"{at}.weight", self.shapes[at]
+        inputs, outputs = self.section.size(site)
 
         def make() -> Tensor:
-            return torch.addmm(weights[base], weights[vertical_name][vertical].t(), weights[flat_name][flat])
+            merged = weights[base].clone()
+            for each in self.matrices(at, direction, route):
+                vertical = weights[each.at + VERTICAL][each.vertical_rows]
+                flat = weights[each.at + FLAT][each.flat_rows]
+                weight = self.weight_of(weights, at, each.choice)
+                merged[:outputs, :inputs].addmm_(vertical.t(), flat, alpha=weight)
+            return merged
 
         return {base: LazyTensor(weights.shape(base), make)}
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
+        if name.removesuffix(MASK).rpartition(".")[2] not in (FLAT, VERTICAL):
+            return {}
         return dict(
             zip([*self.languages.codes, "shared"], rows_of(self.section, self.languages), strict=False)
         )
 
     def initial(self, name: str) -> Draw | None:
-        """Initialize flat matrices to 0, so that a new model computes the same as without them.
+        """Initialize one matrix of each pair to 0, so that a new model computes the same as without them.
 
-        Vertical matrices are drawn from a normal distribution with standard deviation ``init_std``.
+        The other is drawn from a normal distribution with standard deviation ``init_std``. Learned indexes
+        begin with equal weights; nothing is pruned.
         """
-        if name.endswith(FLAT):
+        if not self.owns(name):
+            return None
+        last = name.rpartition(".")[2]
+        if last.endswith(MASK):
+            return lambda value, generator: value.fill_(1)
+        if last in ("index", self.section.zero):
             return lambda value, generator: value.zero_()
-        if name.endswith(VERTICAL):
-            return lambda value, generator: value.normal_(0.0, self.section.init_std, generator=generator)
-        return None
+        return lambda value, generator: value.normal_(0.0, self.section.init_std, generator=generator)
+
+    def before_step(self, model: nn.Module, number: int, steps: int) -> dict[nn.Parameter, Tensor]:
+        """Prune in the first step of an epoch whose ratio has grown."""
+        prune = self.section.prune
+        if prune is None:
+            return {}
+        ratio = prune.ratio_at(prune.epoch(number, steps))
+        if number > 1 and ratio == prune.ratio_at(prune.epoch(number - 1, steps)):
+            return {}
+        return self.prune(ratio)
+
+    @torch.no_grad()
+    def prune(self, ratio: float) -> dict[nn.Parameter, Tensor]:
+        """Update the masks so that ``ratio`` of the values in each group are pruned; return those of each
+        matrix.
+
+        Tensor-parallel ranks see whole matrices, so that they prune as one process does.
+        """
+        prune = self.section.prune
+        assert prune is not None
+        whole: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        groups: dict[tuple[object, ...], list[tuple[int, str, slice]]] = {}
+        for number, (site, bank) in enumerate(self.banks):
+            for name in prune.pruned:
+                whole[number, name] = self._whole(bank, name), self._whole(bank, f"{name}{MASK}")
+                for code, rows in self._pruned_rows(bank):
+                    keys = {
+                        "matrix": (number, code),
+                        "layer": (site.side, site.layer),
+                        "language": (code,),
+                    }
+                    groups.setdefault((name, *keys[prune.over]), []).append((number, name, rows))
+        for members in groups.values():
+            values = [whole[number, name][0][rows] for number, name, rows in members]
+            masks = [whole[number, name][1][rows] for number, name, rows in members]
+            for (number, name, rows), mask in zip(members, smallest(values, masks, ratio), strict=True):
+                whole[number, name][1][rows] = mask
+        changed = {}
+        for (number, name), (_, mask) in whole.items():
+            bank = self.banks[number][1]
+            own = bank.get_buffer(f"{name}{MASK}")
+            if partition_dimension(own) is not None:
+                mask = mask.chunk(self.topology.tensor, 1)[self.topology.tensor_rank]
+            own.copy_(mask)
+            changed[bank.get_parameter(name)] = own
+        return changed
+
+    def _pruned_rows(self, bank: LowRankBank) -> Iterator[tuple[str, slice]]:
+        """Yield the languages that are pruned with their rows in a bank."""
+        prune = self.section.prune
+        assert prune is not None
+        for code, rows in zip(self.languages.codes, bank.rows, strict=False):
+            if rows.start < rows.stop and prune.prunes(code, self.languages):
+                yield code, rows
+
+    def _whole(self, bank: LowRankBank, name: str) -> Tensor:
+        """Return a whole matrix or mask [R, ...]: its parts of all tensor-parallel ranks."""
+        own: Tensor = getattr(bank, name)
+        if partition_dimension(own) is None:
+            return own.clone()
+        sent = own.to(torch.uint8) if own.dtype == torch.bool else own.contiguous()  # gloo sends no bool
+        parts = [torch.empty_like(sent) for _ in range(self.topology.tensor)]
+        dist.all_gather(parts, sent, group=self.topology.tensor_group)
+        return torch.cat(parts, 1).to(own.dtype)

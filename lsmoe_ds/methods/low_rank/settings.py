@@ -5,42 +5,73 @@ R is the sum of the ranks r of a bank's matrices.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lsmoe_ds.config.method import Held, MethodSection
+from lsmoe_ds.config.places import is_in, parse_place
 from lsmoe_ds.config.section import Positive
-from lsmoe_ds.config.shapes import Count, LinearShape, Shape
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.config.shapes import Count, LinearShape, Shape, SideName, shapes_of
+from lsmoe_ds.languages import GROUPS, Languages
+from lsmoe_ds.methods.low_rank.pruning import Pruning
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Model, Recipe
 
-PLACES = {"feed_forward": "feed-forwards", "attention": "attentions", "both": "feed-forwards and attentions"}
+Kind = Literal["source", "target"]
+Index = Literal["pair", "language", "source", "target", "learned"]
+Rank = Annotated[int, Field(ge=0, lt=2**31)]
+Patterns = Annotated[list[str], Field(min_length=1)]
+CHOSEN = {
+    "pair": "pair",
+    "language": "language",
+    "source": "source language",
+    "target": "target language",
+    "learned": "source and each target language, weighted by layer",
+}
+
+
+class Choice(NamedTuple):
+    """One pair of matrices beside a linear layer: the languages by which a sentence chooses them.
+
+    ``name`` tells two pairs beside one layer apart; of a single pair it is empty.
+    """
+
+    name: str
+    vertical: Kind
+    flat: Kind
 
 
 class LowRank(MethodSection):
-    """Low-rank language-specific matrices beside linear layers (LMS, "Condensing Multilingual Knowledge",
-    section 2).
+    """Low-rank language-specific matrices beside linear layers: LMS ("Condensing Multilingual Knowledge",
+    section 2) and language-specific LoRA ("Exploring Intrinsic Language-specific Subspaces", section 3).
 
-    ``index`` says which languages choose the matrices: ``pair``, the source and the target; ``language``, the
-    source in the encoder and the target in the decoder. ``rank`` is one number, or with ``index: language``
-    one number for each language. ``init_std`` is the standard deviation of the vertical matrices before
-    training; flat matrices start at 0. ``at`` places them beside the dense feed-forwards, the attentions or
-    both, in every ``every``-th layer. With ``fuse_distillation`` all languages share one more matrix pair,
-    which learns from the specific ones (section 4).
+    ``index`` says which languages choose the matrices: ``pair``, the source the vertical and the target the
+    flat one; ``language``, the source in the encoder and the target in the decoder; ``source`` or ``target``;
+    ``learned``, both, each with matrices of its own and weighted by two learned numbers of each layer. Or a
+    mapping of these to patterns (:mod:`lsmoe_ds.config.places`), of which the first that names a linear layer
+    decides. ``rank`` is one number or, unless the index is ``pair``, one for each language or each of
+    ``data.groups``; 0 gives none. ``at`` places them, by patterns too, in every ``every``-th layer.
+    ``columns`` limits them to the first inputs and outputs of a layer.
+
+    Before training the matrices ``zero`` are 0 and the others are normal with the deviation ``init_std``.
+    ``prune`` removes values during training. With ``fuse_distillation`` all languages share one more matrix
+    pair, which learns from the specific ones (section 4 of the first paper).
     """
 
     name: ClassVar[str] = "low_rank"
     shared_route: ClassVar[str | None] = "fuse_distillation"
     by_language: ClassVar[tuple[str, ...]] = ("rank",)
 
-    rank: Positive | dict[str, Positive]
-    index: Literal["pair", "language"] = "pair"
-    at: Literal["feed_forward", "attention", "both"] = "feed_forward"
+    rank: Rank | dict[str, Rank]
+    index: Index | dict[Index, Patterns] = "pair"
+    at: str | Patterns = "feed_forward"
     every: Positive = 1
+    columns: Positive | None = None
+    zero: Literal["flat", "vertical"] = "flat"
     init_std: Annotated[float, Field(gt=0.0)] = 0.1
+    prune: Pruning | None = None
     fuse_distillation: bool = False
 
     @property
@@ -48,40 +79,116 @@ class LowRank(MethodSection):
         """List the ranks that the recipe gives."""
         return [self.rank] if isinstance(self.rank, int) else list(self.rank.values())
 
-    def rank_of(self, language: str) -> int:
+    @property
+    def needs_groups(self) -> bool:
+        """Whether ranks are those of resource groups."""
+        by_group = isinstance(self.rank, dict) and bool(self.rank.keys() & set(GROUPS))
+        return by_group or (self.prune is not None and self.prune.needs_groups)
+
+    def rank_of(self, code: str, languages: Languages) -> int:
         """Return the rank of a language's matrices."""
-        return self.rank if isinstance(self.rank, int) else self.rank[language]
+        if isinstance(self.rank, int):
+            return self.rank
+        return self.rank[code if code in self.rank else languages.groups[code]]
 
     @property
     def shared_rank(self) -> int:
         """Return the rank of the shared matrices: the largest of all."""
         return max(self.ranks)
 
+    @property
+    def patterns(self) -> list[str]:
+        """List the patterns of ``at``."""
+        return [self.at] if isinstance(self.at, str) else self.at
+
     def is_at(self, site: Shape) -> bool:
         """Tell whether a site has matrices beside it."""
-        if not isinstance(site, LinearShape) or (site.layer + 1) % self.every:
-            return False
-        return self.at in (site.sublayer.removeprefix("cross_"), "both")
+        return (
+            isinstance(site, LinearShape)
+            and (site.layer + 1) % self.every == 0
+            and is_in(site, self.patterns)
+        )
+
+    def index_at(self, site: LinearShape) -> Index:
+        """Return the index of a site. Raises ValueError if no pattern names it."""
+        if not isinstance(self.index, dict):
+            return self.index
+        for index, patterns in self.index.items():
+            if is_in(site, patterns):
+                return index
+        where = f"{site.side}.{site.layer}.{site.sublayer}.{site.name}"
+        raise ValueError(
+            f"'index' does not say which languages choose the matrices of {where}: add a pattern"
+        )
+
+    def choices(self, site: LinearShape) -> tuple[Choice, ...]:
+        """Return the pairs of matrices beside a site: two if their weights are learned, otherwise one."""
+        index = self.index_at(site)
+        if index == "pair":
+            return (Choice("", "source", "target"),)
+        if index == "learned":
+            return Choice("source", "source", "source"), Choice("target", "target", "target")
+        if index == "language":
+            index = "target" if site.side == "decoder" else "source"
+        return (Choice("", index, index),)
+
+    def size(self, site: LinearShape) -> tuple[int, int]:
+        """Return how many inputs a site's flat matrices read, and how many outputs its vertical ones have."""
+        limit = self.columns or max(site.inputs, site.outputs)
+        return min(site.inputs, limit), min(site.outputs, limit)
+
+    def is_cut(self, site: LinearShape) -> bool:
+        """Tell whether ``columns`` cuts the side of a site that tensor-parallel ranks share out.
+
+        Its matrix is then whole on every rank, as not every rank has a part of those columns.
+        """
+        inputs, outputs = self.size(site)
+        return outputs < site.outputs if site.split == "column" else inputs < site.inputs
+
+    @field_validator("at", "index")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        lists = value.values() if isinstance(value, dict) else [value] if isinstance(value, list) else []
+        for pattern in [each for patterns in lists for each in patterns]:
+            parse_place(pattern)
+        if isinstance(value, str) and value not in CHOSEN:
+            parse_place(value)
+        return value
 
     @model_validator(mode="after")
     def _ranks(self) -> LowRank:
         if not self.ranks:
-            raise ValueError("'rank' names no language: give one number, or one for each language")
-        if isinstance(self.rank, dict) and self.index == "pair":
+            raise ValueError("'rank' names no language: give one number, or one for each language or group")
+        if not any(self.ranks):
+            raise ValueError(
+                "'rank' is 0 everywhere, which adds nothing: give a rank, or leave 'low_rank' out"
+            )
+        indexes = set(self.index) if isinstance(self.index, dict) else {self.index}
+        if isinstance(self.rank, dict) and "pair" in indexes:
             raise ValueError(
                 "'rank' differs by language, but with 'index: pair' any two languages meet: give one number, "
                 "or 'index: language'"
             )
+        if self.fuse_distillation and "learned" in indexes:
+            raise ValueError(
+                "'index: learned' and 'fuse_distillation' exclude each other: the shared matrices would have "
+                "no language to be weighted by; leave one out"
+            )
+        if self.fuse_distillation and self.prune is not None:
+            raise ValueError("'prune' and 'fuse_distillation' exclude each other: leave one out")
         return self
 
     def check(self, model: Model) -> None:
-        sides = (model.encoder, model.decoder)
-        layers = [(side, i) for side in sides for i in range(side.layers) if (i + 1) % self.every == 0]
-        if self.at == "feed_forward" and all(side.is_moe(i) for side, i in layers):
+        found = [site for site in shapes_of(model) if self.is_at(site)]
+        if not found:
+            at = ", ".join(self.patterns)
             raise ValueError(
-                f"'low_rank' stands beside dense feed-forwards, but every layer that 'every: {self.every}' "
-                "names has experts or does not exist: choose another 'every', or 'at: attention'"
+                f"'low_rank' has no place: no linear layer is at '{at}' in every {self.every}. layer, and "
+                "feed-forwards with experts have none: choose another 'at' or 'every'"
             )
+        for site in found:
+            if isinstance(site, LinearShape):
+                self.index_at(site)
         if model.teaches:
             raise ValueError(
                 "'low_rank' and 'moe.fuse_distillation' exclude each other: low-rank matrices distill by "
@@ -89,13 +196,20 @@ class LowRank(MethodSection):
             )
 
     def check_languages(self, languages: Languages) -> None:
+        if self.prune is not None:
+            self.prune.check_languages(languages)
         if not isinstance(self.rank, dict):
             return
-        named, known = set(self.rank), set(languages.codes)
+        if self.needs_groups:
+            named, known, what = set(self.rank), set(languages.groups.values()), "of the groups"
+            if not languages.groups:
+                return  # 'data.groups' has thresholds: the prepared data decide
+        else:
+            named, known, what = set(self.rank), set(languages.codes), "of"
         if wrong := sorted(named ^ known):
             raise ValueError(
                 f"'low_rank.rank' {'lacks' if wrong[0] in known else 'names'} {wrong[0]}: it must have each "
-                f"of {', '.join(sorted(known))}"
+                f"{what} {', '.join(sorted(known))}"
             )
 
     def build(self, recipe: Recipe, topology: Any) -> Any:
@@ -104,30 +218,53 @@ class LowRank(MethodSection):
         return LowRankMatrices(self, recipe, topology)
 
     def rank_sum(self, languages: Languages, held: Held = "all") -> int:
-        """Return R, the sum of the ranks of the ``held`` matrices (the paper's sections 2.2 and 4)."""
-        specific = sum(self.rank_of(code) for code in languages.codes) if held in ("all", "specific") else 0
+        """Return R, the sum of the ranks of the ``held`` matrices (LMS, sections 2.2 and 4)."""
+        codes = languages.codes if held in ("all", "specific") else ()
+        specific = sum(self.rank_of(code, languages) for code in codes)
         return specific + (self.shared_rank if self.fuse_distillation and held in ("all", "shared") else 0)
 
     def count(self, site: LinearShape, languages: Languages, held: Held = "all") -> Count:
-        """Count flat, R inputs, and vertical, R outputs.
+        """Count flat, R inputs, and vertical, R outputs, of each pair of matrices.
 
         Tensor parallelism splits the vertical matrix of a column-parallel layer and the flat one of a
         row-parallel layer.
         """
-        total = self.rank_sum(languages, held)
-        split, whole = (site.outputs, site.inputs) if site.split == "column" else (site.inputs, site.outputs)
-        return Count(split=total * split, whole=total * whole)
+        total = self.rank_sum(languages, held) * len(self.choices(site))
+        inputs, outputs = self.size(site)
+        split, whole = (outputs, inputs) if site.split == "column" else (inputs, outputs)
+        return (
+            Count(whole=total * (split + whole)) if self.is_cut(site) else Count(total * split, total * whole)
+        )
+
+    def learns(self, model: Model, side: SideName) -> bool:
+        """Tell whether a layer of this side learns which languages choose its matrices."""
+        sites = (site for site in shapes_of(model) if site.side == side and self.is_at(site))
+        return any(isinstance(site, LinearShape) and len(self.choices(site)) > 1 for site in sites)
+
+    def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
+        """Count the two numbers of each layer by which learned indexes weight their matrices."""
+        layers = (model.encoder if side == "encoder" else model.decoder).layers
+        return Count(whole=2 * layers * self.learns(model, side))
 
     def flops(self, site: LinearShape) -> int:
-        """Count the operations, 2 r (inputs + outputs), with the largest rank of a language."""
-        return 2 * self.shared_rank * (site.inputs + site.outputs)
+        """Count the operations, 2 r (inputs + outputs) of each pair, with the largest rank of a language."""
+        return 2 * self.shared_rank * sum(self.size(site)) * len(self.choices(site))
 
     def values(self, site: LinearShape, tensor: int) -> int:
-        """Count the stored values: the flat product, r, and beside a split row linear also the outputs."""
-        return self.shared_rank + (site.outputs if site.split == "row" and tensor > 1 else 0)
+        """Count the stored values: the flat products, r, and beside a split row linear also the outputs."""
+        stored = self.shared_rank * len(self.choices(site))
+        return stored + (site.outputs if site.split == "row" and tensor > 1 else 0)
 
     def describe(self) -> str:
         low, high = min(self.ranks), max(self.ranks)
         rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        by = "language pair" if self.index == "pair" else "language"
-        return f"low-rank matrices of each {by} ({rank}) beside its {PLACES[self.at]}"
+        indexes = list(self.index) if isinstance(self.index, dict) else [self.index]
+        by = " or ".join(CHOSEN[index] for index in indexes)
+        at = {"feed_forward": "feed-forwards", "attention": "attentions"}
+        everywhere = "feed-forwards and attentions"
+        places = ", ".join(
+            at.get(each, everywhere if each in ("all", "both") else each) for each in self.patterns
+        )
+        by = f"language {by}" if by == "pair" else by
+        pruned = "" if self.prune is None else f", {self.prune.ratio:.0%} pruned"
+        return f"low-rank matrices of each {by} ({rank}{pruned}) beside its {places}"

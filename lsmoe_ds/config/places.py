@@ -1,0 +1,74 @@
+"""Patterns by which a recipe chooses linear layers: ``encoder.0-8``, ``cross_attention.query``.
+
+A pattern is up to four words, joined by dots, in this order: a side (``encoder``, ``decoder``), a layer or a
+range of layers counted from 0 (``3``, ``0-8``), a sublayer (``self_attention``, ``cross_attention``,
+``feed_forward``, or ``attention`` for both attentions) and a linear layer (``query``, ``key``, ``value``,
+``output``, ``expand``, ``contract``). What is left out may be anything; ``all``, or ``both`` (attentions and
+feed-forwards), leaves out all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+
+from lsmoe_ds.config.shapes import LinearShape, attention_linears, feed_forward_linears
+
+SIDES = ("encoder", "decoder")
+SUBLAYERS = {
+    "self_attention": ("attention",),
+    "cross_attention": ("cross_attention",),
+    "attention": ("attention", "cross_attention"),
+    "feed_forward": ("feed_forward",),
+}
+LINEARS = (*attention_linears(1), *feed_forward_linears(1, 1))
+LAYERS = re.compile(r"(\d+)(?:-(\d+))?")
+EVERYTHING = ("all", "both")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The linear layers that one pattern names; None stands for any."""
+
+    side: str | None = None
+    layers: range | None = None
+    sublayers: tuple[str, ...] | None = None
+    linear: str | None = None
+
+    def __contains__(self, site: object) -> bool:
+        return (
+            isinstance(site, LinearShape)
+            and self.side in (None, site.side)
+            and (self.layers is None or site.layer in self.layers)
+            and (self.sublayers is None or site.sublayer in self.sublayers)
+            and self.linear in (None, site.name)
+        )
+
+
+@cache
+def parse_place(pattern: str) -> Place:
+    """Read a pattern. Raises ValueError, with a sentence, for anything else."""
+    words = [] if pattern in EVERYTHING else pattern.split(".")
+    side = words.pop(0) if words and words[0] in SIDES else None
+    layers = None
+    if words and (found := LAYERS.fullmatch(words[0])):
+        first, last = int(found[1]), int(found[2] or found[1])
+        layers = range(first, last + 1)
+        words.pop(0)
+    sublayers = SUBLAYERS[words.pop(0)] if words and words[0] in SUBLAYERS else None
+    linear = words.pop(0) if words and words[0] in LINEARS else None
+    if words or (layers is not None and not layers):
+        wrong = words[0] if words else pattern
+        raise ValueError(
+            f"'{pattern}' names no linear layers, because of '{wrong}': write a side ({', '.join(SIDES)}), "
+            f"layers (3 or 0-8), a sublayer ({', '.join(SUBLAYERS)}) and a linear layer "
+            f"({', '.join(LINEARS)}), joined by dots, each of which may be left out, or all"
+        )
+    return Place(side, layers, sublayers, linear)
+
+
+def is_in(site: object, patterns: Collection[str]) -> bool:
+    """Tell whether one of the patterns names a linear layer."""
+    return any(site in parse_place(pattern) for pattern in patterns)
