@@ -17,6 +17,7 @@ from lsmoe_ds.cli_options import (
     NPROC,
     AsJson,
     Beam,
+    Folder,
     InOneWord,
     LengthPenalty,
     Out,
@@ -195,7 +196,7 @@ app.command("write-layout", hidden=True)(write_layout)
 @analyze_app.command("routing")
 def analyze_routing(
     run: Run,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    out: Folder,
     split: Split = "test",
     route: Route = "specific",
     as_json: AsJson = False,
@@ -210,6 +211,31 @@ def analyze_routing(
         print_json(summary)
     else:
         print(out / "index.html")
+
+
+def _analyze_weights(run: Path, kind: str, out: Path, as_json: bool) -> None:
+    from lsmoe_ds.analysis.findings import analyze_weights
+
+    summary = analyze_weights(run, kind, out)
+    if as_json:
+        print_json(summary)
+    else:
+        print(summary["said"])
+        print(out / "index.html")
+
+
+@analyze_app.command("structure")
+def analyze_structure(run: Run, out: Folder, as_json: AsJson = False) -> None:
+    """Draw by which language each layer has learned to choose its matrices, and write the recipe that has
+    chosen.
+    """
+    _analyze_weights(run, "structure", out, as_json)
+
+
+@analyze_app.command("subspaces")
+def analyze_subspaces(run: Run, out: Folder, as_json: AsJson = False) -> None:
+    """Measure by what was pruned how large a subspace each language needs beside each linear layer."""
+    _analyze_weights(run, "subspaces", out, as_json)
 
 
 @app.command()

@@ -75,6 +75,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")
 ]
+Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")]
 NPROC = "Processes on this machine; by default as few as the layout needs."
 
 

@@ -17,6 +17,7 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, SentenceIds
 from lsmoe_ds.methods.context import Route
+from lsmoe_ds.methods.findings import Findings
 from lsmoe_ds.methods.sites import Site
 from lsmoe_ds.parallel.topology import Topology
 
@@ -49,6 +50,7 @@ class Method:
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
+    analyses: ClassVar[tuple[str, ...]] = ()  # what `lsmoe analyze KIND` can find in its weights
     by_direction: ClassVar[bool] = False  # whether languages choose the parameters of the specific route
 
     def __init__(self, section: Any, recipe: Recipe, topology: Topology) -> None:
@@ -150,3 +152,11 @@ class Method:
         :meth:`losses`.
         """
         return {}
+
+    def why_not(self, kind: str) -> str | None:
+        """Say why the recipe's model has nothing of a kind of :attr:`analyses`; None if it has."""
+        return None
+
+    def analyze(self, kind: str, weights: Tensors) -> Findings:
+        """Return what a kind of :attr:`analyses` finds in the whole model's weights, by global name."""
+        raise NotImplementedError

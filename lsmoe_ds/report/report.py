@@ -16,6 +16,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from lsmoe_ds.analysis.findings import find_all
+from lsmoe_ds.analysis.grids import draw
 from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.page import measures_table, reading
 from lsmoe_ds.analysis.routing import read_routing, task_name
@@ -38,6 +40,7 @@ SOFTWARE = ("lsmoe_ds", "torch", "deepspeed", "megatron-core", "sentencepiece", 
 SHORT_TRAINING = 2 * 3600
 USABLE = 0.1
 OPEN_SAMPLES = 5
+GRIDS = 2  # that are shown of what a method finds in the weights
 
 
 KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "CTranslate2"}
@@ -117,6 +120,7 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
     layers = _if_there(folder.home / "routing.json", read_routing)
     conversions = _conversions(run)
     timings = _if_there(run / "timings.json", lambda path: _read(path, TypeAdapter(dict[str, float])))
+    findings = find_all(run, recipe)
     full = largest_share(layers or [])
     return open_template("lsmoe_ds.report", "template.html", number=number).render(
         direction_name=lambda direction: task_name(str(direction)),
@@ -124,6 +128,7 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
         summary=_summary(recipe, progress),
         progress=progress,
         curves=draw_charts(progress, recipe) if progress else None,
+        findings=[(each, [(grid, draw(grid)) for grid in each.grids[:GRIDS]]) for each in findings],
         scores=scores,
         question=_question(scores, progress, recipe) if scores else "",
         # Without held-out pairs there may be no test set: this cannot know whether a corpus provides one.
