@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -292,6 +292,8 @@ def english_centric(languages: Iterable[str]) -> list[Direction]:
     return [d for code in others for d in (Direction("en", code), Direction(code, "en"))]
 
 
+GROUPS = ("high", "medium", "low", "very_low")  # resource groups of languages, from rich to poor
+
 TASKS = ("target", "source", "pair")
 
 
@@ -327,6 +329,7 @@ class Languages:
     """
 
     directions: tuple[Direction, ...]
+    groups: Mapping[str, str] = field(default_factory=dict, hash=False)  # resource group of each language
 
     @cached_property
     def codes(self) -> tuple[str, ...]:

@@ -60,6 +60,11 @@ class MethodSection(Section):
     reads_states: ClassVar[bool] = False
 
     @property
+    def needs_groups(self) -> bool:
+        """Whether what it adds depends on the resource groups of languages (``data.groups``)."""
+        return False
+
+    @property
     def distills(self) -> bool:
         """Whether it trains a shared route beside the specific one."""
         return self.shared_route is not None and bool(getattr(self, self.shared_route))
