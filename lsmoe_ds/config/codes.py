@@ -149,6 +149,8 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
             ("data.languages", data, list, reader.code),
             ("data.directions", data, list, lambda text: str(reader.direction(text))),
         ]
+        groups = _section(data, "groups")
+        places += [(f"data.groups.{name}", groups, list, reader.code) for name in groups]
         for method, kind in sections().items():
             given = _section(model, method)
             for name in kind.by_language:

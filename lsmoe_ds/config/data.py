@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from itertools import pairwise
 from os.path import abspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,10 +14,15 @@ from pydantic import Field, field_validator, model_validator
 
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, check_code, english_centric, is_english, normalize_code
+from lsmoe_ds.languages import GROUPS, Direction, check_code, english_centric, is_english, normalize_code
 
 SMALLEST = 64  # pieces of a vocabulary
 TagConvention = Literal["target", "source-target"]
+
+
+def _twice(values: Iterable[Hashable]) -> Any:
+    """Return the first of the values that is there more than once, or None."""
+    return next((value for value, times in Counter(values).items() if times > 1), None)
 
 
 class Corpus(Section):
@@ -75,25 +82,63 @@ class Batch(Section):
 
 
 class Groups(Section):
-    """Resource groups by training pairs: at least ``high`` is high, at least ``medium`` is medium, the rest
-    is low.
+    """Sort languages and bitexts into resource groups, by thresholds or by lists of languages.
+
+    A threshold is the smallest number of training pairs of a group. What is below the last one is in the next
+    group: low, or very_low where ``low`` is a threshold, too.
     """
 
-    high: Positive = 1_000_000
-    medium: Positive = 100_000
+    high: Positive | list[str] | None = 1_000_000
+    medium: Positive | list[str] | None = 100_000
+    low: Positive | list[str] | None = None
+    very_low: list[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        """Let nothing stand for the defaults, which are thresholds, and leave them out beside lists."""
+        if not isinstance(value, dict):
+            return value
+        given = {key: each for key, each in value.items() if each is not None}
+        lists = any(isinstance(each, list) for each in given.values())
+        return {"high": None, "medium": None, **given} if lists else given
 
     @model_validator(mode="after")
-    def _order(self) -> Groups:
-        if self.medium > self.high:
+    def _one_kind(self) -> Groups:
+        given = {name: value for name in GROUPS if (value := getattr(self, name)) is not None}
+        lists = [name for name, value in given.items() if isinstance(value, list)]
+        limits = [name for name in given if name not in lists]
+        if lists and limits:
             raise ValueError(
-                f"'medium' is {self.medium}, which is more than {self.high}, the value of 'high': it must be "
-                "at most that"
+                f"'{lists[0]}' is a list and '{limits[0]}' a number: give each group its languages, or give "
+                "'high', 'medium' and, if need be, 'low' the smallest number of training pairs"
             )
+        for above, below in pairwise(limits):
+            if given[below] > given[above]:
+                raise ValueError(
+                    f"'{below}' is {given[below]}, which is more than {given[above]}, the value of '{above}'"
+                    ": it must be at most that"
+                )
+        if twice := _twice(code for name in lists for code in given[name]):
+            raise ValueError(f"{twice} is in the groups twice: name it once")
         return self
 
+    @property
+    def listed(self) -> dict[str, str]:
+        """Return the group of each language, or nothing if thresholds are given."""
+        lists = {name: value for name in GROUPS if isinstance(value := getattr(self, name), list)}
+        return {code: name for name, codes in lists.items() for code in codes}
+
     def of(self, pairs: int) -> str:
-        """``high``, ``medium`` or ``low``."""
-        return "high" if pairs >= self.high else "medium" if pairs >= self.medium else "low"
+        """Return the group of so many training pairs by the thresholds."""
+        limits = {name: value for name in GROUPS if isinstance(value := getattr(self, name), int)}
+        return next((name for name, least in limits.items() if pairs >= least), GROUPS[len(limits)])
+
+    def of_bitext(self, bitext: str, pairs: int) -> str:
+        """Return the group of a bitext (``de-en``): that of its rarer language, or of its training pairs."""
+        if listed := self.listed:
+            return max((listed[code] for code in bitext.split("-")), key=GROUPS.index)
+        return self.of(pairs)
 
 
 class Data(Section):
@@ -156,12 +201,18 @@ class Data(Section):
             raise ValueError(
                 f"'languages' lacks {lacking[0]}, which 'directions' has: add it, or leave 'languages' out"
             )
+        _check_groups(self.groups.listed, used)
         return self
 
 
-def _twice(values: Iterable[Hashable]) -> Any:
-    """Return the first of the values that is there more than once, or None."""
-    return next((value for value, times in Counter(values).items() if times > 1), None)
+def _check_groups(listed: Mapping[str, str], codes: AbstractSet[str]) -> None:
+    """Raise ValueError unless the groups, if they are lists, name exactly the languages ``codes``."""
+    if unknown := sorted(listed.keys() - codes):
+        raise ValueError(
+            f"'groups' names {unknown[0]}, which is no language of the recipe ({', '.join(sorted(codes))})"
+        )
+    if listed and (lacking := sorted(codes - listed.keys())):
+        raise ValueError(f"'groups' lacks {', '.join(lacking)}: each language is in one group")
 
 
 def _as_value_error(function: Any, value: str) -> Any:

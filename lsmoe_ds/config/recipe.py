@@ -134,6 +134,11 @@ class _Model(Section):
         """
         return self.teaches or any(method.distills for method in self.methods)
 
+    @property
+    def needs_groups(self) -> bool:
+        """Tell whether a method depends on the resource groups of languages."""
+        return any(method.needs_groups for method in self.methods)
+
     def routed(self, moe: MoE) -> int:
         """Count the routes of training that use these experts: both, unless a shared feed-forward takes the
         second.
@@ -257,7 +262,7 @@ class Recipe(Section):
 
     @property
     def languages(self) -> Languages:
-        return Languages(tuple(Direction.parse(d) for d in self.data.directions))
+        return Languages(tuple(map(Direction.parse, self.data.directions)), self.data.groups.listed)
 
     @property
     def data_name(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lsmoe_ds.config.data import Groups
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, VOCABULARY, check_settings, check_trained_on, data_directories
 from lsmoe_ds.data.formats import SPLITS
@@ -139,6 +140,7 @@ class PreparedData:
             tuple(Direction.parse(text) for text in manifest["settings"]["directions"])
         )
         self.vocabulary = Vocabulary.load(folder / VOCABULARY)
+        self.groups = Groups()
 
     @classmethod
     def of(cls, recipe: Recipe, home: Path | None = None) -> PreparedData:
@@ -168,7 +170,7 @@ class PreparedData:
         check_settings(folder, data.manifest["settings"], recipe, home)
         if home is not None:
             check_trained_on(home, folder, data.manifest)
-        data.languages = recipe.languages
+        data.languages, data.groups = recipe.languages, recipe.data.groups
         return data
 
     @classmethod
@@ -201,6 +203,22 @@ class PreparedData:
                 raise UserError(f"prepared data is damaged: {wrong}; {PREPARE}")
             self._whole.add(folder)
         return folder
+
+    def language_groups(self) -> dict[str, str]:
+        """Return the resource group of each language: the recipe's, or by the training pairs of its largest
+        bitext.
+        """
+        if self.languages.groups:
+            return dict(self.languages.groups)
+        sizes = {
+            code: [
+                splits["train"]["pairs"]
+                for bitext, splits in self.manifest["bitexts"].items()
+                if code in bitext.split("-")
+            ]
+            for code in self.languages.codes
+        }
+        return {code: self.groups.of(max(pairs)) for code, pairs in sizes.items()}
 
     def tokens(self, direction: Direction, split: str) -> TokenPairs:
         """Return the tokens of a direction in ``train``, ``dev`` or ``test``."""

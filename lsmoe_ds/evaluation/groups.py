@@ -1,7 +1,7 @@
 """Average scores over groups of directions: into and out of English, between others, and by resources.
 
 An average is the plain mean over its directions, whatever their numbers of sentences. A direction's resource
-group (high, medium, low) is that of its bitext, by the number of training pairs.
+group is that of its bitext: by the number of training pairs, or that of its rarer language.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from lsmoe_ds.config.data import Groups
+from lsmoe_ds.languages import GROUPS as RESOURCES
 from lsmoe_ds.languages import Direction, is_english
 
-RESOURCES = ("high", "medium", "low")
 GROUPS = ("into_english", "out_of_english", "between_others", "all", *RESOURCES)
 
 
@@ -62,9 +62,9 @@ class Average:
         return {"directions": self.directions, **self.metrics.as_dict(), "copy": self.copy.as_dict()}
 
 
-def resource_groups(pairs: Mapping[str, int], limits: Groups) -> dict[str, str]:
-    """Return the resource group of each bitext (``de-en``) by its number of training pairs."""
-    return {bitext: limits.of(count) for bitext, count in pairs.items()}
+def resource_groups(pairs: Mapping[str, int], groups: Groups) -> dict[str, str]:
+    """Return the resource group of each bitext (``de-en``), whose training pairs are counted in ``pairs``."""
+    return {bitext: groups.of_bitext(bitext, count) for bitext, count in pairs.items()}
 
 
 def membership(direction: Direction, resources: Mapping[str, str]) -> tuple[str, ...]:

@@ -6,14 +6,15 @@ tokenizer. Its JSON::
     {"name", "question", "step", "split", "beam", "length_penalty", "route", "limit", "tokenize",
      "asked": [direction, ...] or null, "skipped": [direction, ...], "sentences",
      "signatures": {metric: [signature, ...]},
-     "averages": {"into_english" | "out_of_english" | "between_others" | "all" | "high" | "medium" | "low":
+     "averages": {"into_english" | "out_of_english" | "between_others" | "all" | GROUP:
                   {"directions", "bleu", "chrf", "chrfpp", "copy": {"bleu", "chrf", "chrfpp"}}},
-     "resources": {bitext: "high" | "medium" | "low"},
+     "resources": {bitext: GROUP},
      "directions": {"en-de": {"bleu", "chrf", "chrfpp", "copy": {...}, "sentences", "exact", "weak",
                               "seconds", "signatures": {metric: signature},
                               "samples": [{"source", "hypothesis", "reference"}, ...]}}}
 
-With COMET a direction also has "comet", and the table "comet", which names the checkpoint.
+GROUP is one of "high", "medium", "low" and "very_low". With COMET a direction also has "comet", and the table
+"comet", which names the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from rich.table import Table
 from sacrebleu.metrics import CHRF
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.groups import RESOURCES, Average, Metrics, averages
+from lsmoe_ds.evaluation.groups import Average, Metrics, averages
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics, score_corpus
 from lsmoe_ds.folders import write_whole
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.languages import GROUPS, Direction
 
 AVERAGES = {
     "into_english": "into English",
@@ -42,6 +43,7 @@ AVERAGES = {
     "high": "high resource",
     "medium": "medium resource",
     "low": "low resource",
+    "very_low": "very low resource",
 }
 WEAK = 30.0
 """A translation whose own chrF is below this is rarely of any use."""
@@ -261,8 +263,8 @@ class ScoreTable:
         try:
             value = json.loads(text)
             resources = {str(bitext): str(group) for bitext, group in value["resources"].items()}
-            if not set(resources.values()) <= set(RESOURCES):
-                raise ValueError(f"a resource group is none of {', '.join(RESOURCES)}")
+            if not set(resources.values()) <= set(GROUPS):
+                raise ValueError(f"a resource group is none of {', '.join(GROUPS)}")
             if not value["directions"] and not empty:
                 raise ValueError("no direction is scored")
             scored = tuple(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lsmoe_ds.config.deepspeed import HALF
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.moe.costs import Exchange, exchanges
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.costs import LENGTH, VALUE_BYTES, Flops, Parts, flops, step_bytes
@@ -202,8 +203,11 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     """Compute the parameters, memory, traffic and arithmetic of a recipe on ``world`` ranks.
 
     The default is the smallest number of ranks that can hold the recipe's layout. Raises UserError if
-    ``world`` ranks cannot hold the layout or cannot share a step's batches evenly.
+    ``world`` ranks cannot hold the layout or cannot share a step's batches evenly, and if a method depends
+    on resource groups that neither the recipe nor prepared data know.
     """
+    if recipe.model.needs_groups:
+        recipe = with_listed_groups(recipe)
     tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
     world = lcm(tensor, expert) if world is None else world
     check_layout(recipe, world)
