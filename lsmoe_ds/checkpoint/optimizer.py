@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lsmoe_ds.checkpoint.reading import check_size, explain_damage
+from lsmoe_ds.checkpoint.reading import explain_damage
+from lsmoe_ds.checkpoint.sparse import unpack
 from lsmoe_ds.checkpoint.tensors import Files, open_tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, is_count, is_plain, read_fields
@@ -83,7 +84,7 @@ class ConsolidatedOptimizer:
 
 def _read(path: Path) -> Any:
     with explain_damage(path):
-        return compat.read_optimizer_file(path)
+        return compat.read_optimizer_file(path, unpack)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,6 @@ class Pieces:
                 self.steps.add(float(states[place.number]["step"]))
                 if holders is not None:
                     held[VALUES] = holders[place.number]
-                check_size(place.file, held.values())
                 for key, value in held.items():
                     whole = values.setdefault(key, torch.zeros(shape.numel()))
                     part = value.reshape(-1)[place.offset : place.offset + place.length]

@@ -31,6 +31,7 @@ from lsmoe_ds.checkpoint.optimizer import open_optimizer
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.resharding import load_frozen, load_resharded, write_pieces
 from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, to_remove
+from lsmoe_ds.checkpoint.sparse import pack, unpack
 from lsmoe_ds.checkpoint.tensors import BUFFERS
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, read_json, sync, write_json
@@ -133,9 +134,9 @@ class Saver:
         copied = 2 * ranks * _size(state) < psutil.virtual_memory().available
         alone = _alone(state, copied)
         if copied:
-            self._writes.append(self._thread.submit(torch.save, alone, path))
+            self._writes.append(self._thread.submit(_save, alone, path))
         else:
-            torch.save(alone, path)
+            _save(alone, path)
 
     def _complete(self, partial: Path, final: Path) -> None:
         writes, self._writes = self._writes, []
@@ -180,6 +181,10 @@ class Saver:
             if wrong := note.read_text():
                 raise OSError(f"on rank {rank}: {wrong}")
             note.unlink()
+
+
+def _save(state: Any, path: str) -> None:
+    torch.save(pack(state), path)
 
 
 def _size(value: Any) -> int:
@@ -269,7 +274,7 @@ def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
         if describe_change(engine, checkpoint, topology) is not None:
             load_resharded(engine, read_checkpoint(checkpoint).weights, open_optimizer(checkpoint), topology)
         else:
-            compat.load_engine(engine, checkpoint)
+            compat.load_engine(engine, checkpoint, unpack)
             if frozen_parameters(engine, topology):
                 load_frozen(engine, open_frozen(checkpoint.resolve().parent.parent)[0], topology)
             with compat.trusted_checkpoint_loading():

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.imports import quick_import
 
+Unpack = Callable[[Any, object], Any]
+
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
 
 
@@ -223,9 +225,9 @@ def mark_tensor_parallel(parameter: Any, dimension: int) -> None:
 
 
 @contextlib.contextmanager
-def trusted_checkpoint_loading() -> Iterator[None]:
+def trusted_checkpoint_loading(unpack: Unpack | None = None) -> Iterator[None]:
     """DeepSpeed loads its checkpoints with ``weights_only=False``; inside this context nothing in them can
-    run code.
+    run code. ``unpack`` gets what was read, and its path, and returns what is loaded.
     """
     import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -236,7 +238,8 @@ def trusted_checkpoint_loading() -> Iterator[None]:
 
     def load(*arguments: Any, **options: Any) -> Any:
         options["weights_only"] = True
-        return original(*arguments, **options)
+        found = original(*arguments, **options)
+        return found if unpack is None else unpack(found, arguments[0])
 
     with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
         torch.load = load
@@ -401,8 +404,9 @@ def save_engine(
     engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
 
-def load_engine(engine: Any, checkpoint: Path) -> None:
-    """Load a checkpoint that :func:`save_engine` wrote; parameters that do not train keep their values.
+def load_engine(engine: Any, checkpoint: Path, unpack: Unpack) -> None:
+    """Load a checkpoint that :func:`save_engine` wrote, through ``unpack``; parameters that do not train keep
+    their values.
 
     Raises UserError if it is not one of the engine's model.
     """
@@ -414,7 +418,7 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
             what = "has no place for" if wrong[0] in found.unexpected_keys else "finds nothing of"
             raise UserError(f"{checkpoint} does not belong to the model: it {what} {wrong[0]}")
 
-    with trusted_checkpoint_loading():
+    with trusted_checkpoint_loading(unpack):
         engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, custom_load_fn=load)
 
 
@@ -480,11 +484,13 @@ def optimizer_file(engine: Any, tag: str, expert_rank: int) -> str:
     return os.path.basename(path)
 
 
-def read_optimizer_file(path: Path) -> tuple[dict[int, dict[str, torch.Tensor]], list[torch.Tensor] | None]:
+def read_optimizer_file(
+    path: Path, unpack: Unpack
+) -> tuple[dict[int, dict[str, torch.Tensor]], list[torch.Tensor] | None]:
     """What :func:`optimizer_states` held, by the holder's number, and the holders' values; None where these
     are the parameters.
     """
-    with trusted_checkpoint_loading():
+    with trusted_checkpoint_loading(unpack):
         values = torch.load(path, map_location="cpu", mmap=True)
     values = values.get("optimizer_state_dict") or values["optimizer"]
     if "base_optimizer_state" in values:
