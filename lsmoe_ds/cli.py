@@ -125,8 +125,9 @@ def train(
     """Train a recipe; an interrupted training resumes from its last whole checkpoint.
 
     Starts the deepspeed launcher itself; under srun, mpirun, torchrun or deepspeed it joins the processes
-    that are there. On Ctrl-C (SIGINT), SIGTERM and SIGUSR1 it saves after the current step and exits with
-    status 130, 75 and 75; the same command resumes. A second Ctrl-C ends it at once.
+    that are there. On Ctrl-C (SIGINT) it saves after the current step and exits with status 130, on SIGTERM,
+    SIGUSR1 and SIGHUP (a closed terminal, unless nohup ignores that) with 75; the same command resumes. A
+    second Ctrl-C ends it at once.
     """
     interrupt.leave_before_training()
     os.environ.setdefault(
