@@ -196,7 +196,7 @@ def test_a_mixed_batch_equals_one_batch_for_each_pair(low_rank):
         ({"rank": {}, "index": "language"}, "names no language"),
         ({"rank": {"de": 1, "en": 2, "fr": 1}, "index": "language"}, "lacks ru"),
         ({"rank": {"de": 1, "en": 2, "fr": 1, "ru": 1, "xx": 1}, "index": "language"}, "names xx"),
-        ({"rank": 2, "every": 3}, "choose another 'every'"),
+        ({"rank": 2, "every": 3}, "but with 'every: 3' no layer has one: choose another 'every'"),
         ({"rank": 0}, "greater than or equal to 1"),
     ],
 )

@@ -79,8 +79,8 @@ class LowRank(MethodSection):
         layers = [(side, i) for side in sides for i in range(side.layers) if (i + 1) % self.every == 0]
         if self.at == "feed_forward" and all(side.is_moe(i) for side, i in layers):
             raise ValueError(
-                f"'low_rank' stands beside dense feed-forwards, but every layer that 'every: {self.every}' "
-                "names has experts or does not exist: choose another 'every', or 'at: attention'"
+                f"'at: feed_forward' puts matrices beside feed-forwards without experts, but with 'every: "
+                f"{self.every}' no layer has one: choose another 'every', or 'at: attention'"
             )
         if model.teaches:
             raise ValueError(
