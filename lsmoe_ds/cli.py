@@ -104,12 +104,14 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
+    from lsmoe_ds.checkpoint.run_folder import choose_run
     from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.planning.plan import plan as make_plan
 
-    made = make_plan(load_recipe(recipe, overrides or ()), world)
+    loaded = load_recipe(recipe, overrides or ())
+    made = make_plan(loaded, world)
     if as_json:
-        print_json(made.to_dict())
+        print_json({"run": str(choose_run(recipe, loaded, None)), **made.to_dict()})
     else:
         show_table(made.table())
 
@@ -124,8 +126,9 @@ def train(
     """Train a recipe; an interrupted training resumes from its last whole checkpoint.
 
     Starts the deepspeed launcher itself; under srun, mpirun, torchrun or deepspeed it joins the processes
-    that are there. On Ctrl-C (SIGINT), SIGTERM and SIGUSR1 it saves after the current step and exits with
-    status 130, 75 and 75; the same command resumes. A second Ctrl-C ends it at once.
+    that are there. On Ctrl-C (SIGINT) it saves after the current step and exits with status 130, on SIGTERM,
+    SIGUSR1 and SIGHUP (a closed terminal, unless nohup ignores that) with 75; the same command resumes. A
+    second Ctrl-C ends it at once.
     """
     interrupt.leave_before_training()
     os.environ.setdefault(
@@ -134,11 +137,12 @@ def train(
     from lsmoe_ds.parallel.imports import quick_import
 
     with quick_import():
+        from lsmoe_ds.checkpoint.run_folder import choose_run
         from lsmoe_ds.config.file import load_recipe
         from lsmoe_ds.training.start import train as train_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    status = train_recipe(loaded, out or Path("runs") / loaded.name, processes)
+    status = train_recipe(loaded, choose_run(recipe, loaded, out), processes)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         end_at_once(
             status

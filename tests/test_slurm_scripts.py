@@ -433,6 +433,14 @@ def test_what_cannot_be_is_refused_before_anything_is_submitted(played, recipe, 
     assert said in played.said and len(played.said.splitlines()) == 1 and not played.calls("sbatch")
 
 
+def test_without_lsmoe_nothing_is_submitted_and_its_environment_is_asked_for(played, recipe):
+    (played.folder / "programs" / "lsmoe").unlink()
+    path = f"{played.folder / 'programs'}:/usr/bin:/bin"
+    assert played.run("submit.sh", str(recipe), PATH=path) == 2
+    assert played.said.startswith("lsmoe: lsmoe is not found: activate the environment that has it")
+    assert len(played.said.splitlines()) == 1 and not played.calls("sbatch")
+
+
 def test_half_a_chain_is_taken_back(played, recipe):
     assert (
         played.run("submit.sh", str(recipe), "--nodes", "1", "--ntasks-per-node", "1", REFUSED="merge.sbatch")

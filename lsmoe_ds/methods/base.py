@@ -119,8 +119,8 @@ class Method:
     def before_step(self, model: nn.Module, number: int, steps: int) -> Mapping[nn.Parameter, Tensor] | None:
         """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1.
 
-        May return masks of parameters, each in this rank's part: where one is false, training sets the value and
-        what the optimizer knows of it to 0. It stays 0 if the method lets it have no gradient.
+        May return masks of parameters, each in this rank's part: where one is false, training sets the value
+        and what the optimizer knows of it to 0. It stays 0 if the method lets it have no gradient.
         """
         return None
 
