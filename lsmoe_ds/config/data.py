@@ -92,7 +92,7 @@ class Groups(Section):
         return self
 
     def of(self, pairs: int) -> str:
-        """``high``, ``medium`` or ``low``."""
+        """Return the group of a direction with ``pairs`` training pairs: ``high``, ``medium`` or ``low``."""
         return "high" if pairs >= self.high else "medium" if pairs >= self.medium else "low"
 
 
