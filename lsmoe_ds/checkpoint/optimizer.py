@@ -27,7 +27,7 @@ STATE, STEM = "state.json", "optimizer"  # of a consolidated folder
 
 
 class OptimizerState(Protocol):
-    """By global name of a parameter."""
+    """The optimizer's state of whole parameters, by global name."""
 
     def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Return each state tensor of a parameter, in its whole ``shape``. Raises UserError if anything is
@@ -61,7 +61,7 @@ def open_optimizer(folder: Path, verify: bool = False) -> OptimizerState:
 
 
 class ConsolidatedOptimizer:
-    """In ``optimizer*.safetensors``, see :mod:`lsmoe_ds.export.consolidated`."""
+    """The optimizer's state in ``optimizer*.safetensors``, see :mod:`lsmoe_ds.export.consolidated`."""
 
     def __init__(self, folder: Path, check: Callable[[Path], None] | None = None) -> None:
         if not (folder / STATE).exists():
@@ -89,7 +89,7 @@ def _read(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Place:
-    """Of ``length`` values from ``start`` of a tensor-parallel part, flattened."""
+    """The place of ``length`` values, which begin at ``start`` of a flattened tensor-parallel part."""
 
     start: int
     length: int
@@ -99,7 +99,7 @@ class _Place:
 
 
 class Pieces:
-    """In DeepSpeed's files of a checkpoint, by the ``pieces-rank-N.json`` beside them."""
+    """The optimizer's state in DeepSpeed's files, found by the ``pieces-rank-N.json`` beside them."""
 
     def __init__(self, checkpoint: Path, check: Callable[[Path], None] | None = None) -> None:
         """Open the state. Raises UserError if the checkpoint does not say where its parts are."""

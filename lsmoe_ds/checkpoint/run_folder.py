@@ -136,7 +136,7 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:
-    """{"a.b": value} of nested mappings."""
+    """Flatten nested mappings into one, whose keys are paths such as ``"a.b"``."""
     if not isinstance(value, dict):
         return {at: value}
     return {
@@ -162,8 +162,8 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def to_remove(checkpoints: list[Path], keep: int, best: int) -> list[Path]:
-    """Those of a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the
-    ``best`` of least dev loss. Without a validation in their step they have none.
+    """List a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the
+    ``best`` of lowest dev loss. Checkpoints without a dev loss never count as best.
     """
     losses = {path: (read_json(path / "state.json") or {}).get("dev_loss") for path in checkpoints}
     scored = sorted((loss, path) for path, loss in losses.items() if isinstance(loss, float | int))

@@ -45,7 +45,7 @@ POLL, PATIENCE = 0.02, 10.0  # seconds; how long the ranks' notes are waited for
 
 
 class Saver:
-    """Writes the checkpoints of a run and keeps the newest ``keep`` and the ``best`` by dev loss.
+    """Write the checkpoints of a run and keep the newest ``keep`` and the ``best`` by dev loss.
 
     ``frozen`` is the checksum of the frozen base, as the checkpoint has it from which the run resumes.
     Without one the base, if there is any, is written with the first checkpoint.
@@ -127,8 +127,8 @@ class Saver:
         dist.barrier()
 
     def _write(self, state: Any, path: str) -> None:
-        """A file of the engine's: in the background, of a copy, if there is the memory for it on every rank
-        of the machine.
+        """Write a file of DeepSpeed's: a copy in the background if every rank of the machine has the memory
+        for one, otherwise at once.
         """
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.topology.world))
         copied = 2 * ranks * _size(state) < psutil.virtual_memory().available
@@ -167,8 +167,8 @@ class Saver:
                 _remove(old)
 
     def _wait_for_all(self, partial: Path) -> None:
-        """Until each rank has noted that its files are written; collectives belong to training. Raises
-        OSError if one could not.
+        """Wait until each rank has noted that its files are written. Notes are files, since collectives
+        belong to training. Raises OSError if a rank could not write, or did not end after an error.
         """
         patience = PATIENCE / POLL
         for rank in range(self.topology.world):
@@ -196,8 +196,8 @@ def _size(value: Any) -> int:
 
 
 def _alone(value: Any, copied: bool) -> Any:
-    """The same, with no part that is a view of something larger, which torch would write; with ``copied``
-    none that training will change. Tensors come to the CPU.
+    """Return nested containers with their tensors on the CPU, none a view of a larger one, which
+    ``torch.save`` would write whole. With ``copied`` training changes nothing of the result.
     """
     if isinstance(value, torch.Tensor):
         whole = value.untyped_storage().nbytes() == value.nbytes
@@ -210,7 +210,7 @@ def _alone(value: Any, copied: bool) -> Any:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Under another name first: a checkpoint is whole or absent while it goes, too."""
+    """Remove a checkpoint, after renaming it, so that a kill never leaves part of one under its name."""
     leftover = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}-removed")
     checkpoint.rename(leftover)
     shutil.rmtree(leftover)
@@ -218,9 +218,7 @@ def _remove(checkpoint: Path) -> None:
 
 @contextmanager
 def _explained(partial: Path, final: Path, main: bool) -> Iterator[None]:
-    """What keeps a checkpoint from being written, as a UserError; the main rank removes what there was of
-    it.
-    """
+    """Turn a failed write of a checkpoint into a UserError; the main rank removes the partial one."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -240,7 +238,9 @@ def _explained(partial: Path, final: Path, main: bool) -> Iterator[None]:
 
 
 def _gather_partition(model: torch.nn.Module, topology: Topology) -> dict[str, int]:
-    """Dimension of each parameter and buffer that is spread over tensor-parallel ranks, by global name."""
+    """Map each parameter and buffer that is spread over tensor-parallel ranks, by global name, to the
+    dimension that is split.
+    """
     names = global_names(model, topology)
     dimensions = {names[name]: partition_dimension(value) for name, value in named_state(model)}
     return {name: dimension for name, dimension in dimensions.items() if dimension is not None}

@@ -1,4 +1,4 @@
-"""Turns what pydantic says of a wrong value into one sentence in the words of the file: key, place, what was
+"""Turn what pydantic says of a wrong value into one sentence in the words of the file: key, place, what was
 found, what is allowed.
 """
 

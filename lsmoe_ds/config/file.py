@@ -1,4 +1,4 @@
-"""Reads recipes and other YAML files made of sections. What is wrong with one is told as the key, its line or
+"""Read recipes and other YAML files made of sections. What is wrong with one is told as the key, its line or
 option, what was found and what is allowed (:mod:`lsmoe_ds.config.explain`).
 """
 

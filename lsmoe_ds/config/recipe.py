@@ -53,11 +53,11 @@ class Side(Section):
         return self
 
     def width(self, layer: int) -> int:
-        """Width F of the feed-forward of a layer counted from 0."""
+        """Return the width F of the feed-forward of a layer counted from 0."""
         return self.feed_forward[layer] if isinstance(self.feed_forward, list) else self.feed_forward
 
     def is_moe(self, layer: int) -> bool:
-        """Whether a layer counted from 0 holds experts: with ``every: 2`` the second, fourth, ..."""
+        """Return whether a layer counted from 0 holds experts: with ``every: 2`` the second, fourth, ..."""
         return self.moe is not None and (layer + 1) % self.moe.every == 0
 
 
@@ -156,7 +156,7 @@ class _Model(Section):
         return settings[0] if settings else None
 
     def moe_layers(self) -> Iterator[tuple[str, int, MoE]]:
-        """(side, layer, settings) of each layer that holds experts."""
+        """Yield (side, layer, settings) of each layer that holds experts."""
         for name, side in (("encoder", self.encoder), ("decoder", self.decoder)):
             for layer in range(side.layers):
                 if side.moe is not None and side.is_moe(layer):

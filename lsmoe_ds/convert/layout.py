@@ -73,7 +73,7 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
 
 
 def write_layout(path: Path, run: Path) -> None:
-    """What each of the started processes does: its part of the model at ``path`` becomes a checkpoint of
+    """Join the other processes and write this one's part of the model at ``path`` into a checkpoint of
     ``run``.
     """
     import torch.distributed as dist

@@ -56,7 +56,7 @@ class TokenStore:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> NDArray[np.unsignedinteger[Any]]:
-        """Ids of sentence ``index`` (counted from 0), without tag and EOS."""
+        """Return the ids of sentence ``index`` (counted from 0), without tag and EOS."""
         if not 0 <= index < len(self):
             raise IndexError(f"sentence {index} of {len(self)}")
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
@@ -84,7 +84,7 @@ class TokenPairs:
 
 
 def _open_array(path: Path, kinds: str) -> NDArray[Any]:
-    """A flat array of one of numpy's ``kinds``."""
+    """Memory-map a flat array of one of numpy's ``kinds``. Raises UserError for any other file."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (
@@ -244,8 +244,9 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _allow_files(count: int) -> None:
-    """A memory map holds its file open: hundreds of bitexts pass the usual limit of 1,024, which a process
-    may raise for itself.
+    """Raise this process's limit of open files so that ``count`` more can be open, as far as it may.
+
+    A memory map holds its file open: hundreds of bitexts pass the usual limit of 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count + 512:

@@ -166,7 +166,7 @@ def clip_gradients(model: Transformer, limit: float, topology: Topology) -> floa
 
 
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
-    """One optimizer step, the ``number``-th counted from 1, over this rank's micro-batches of ``step``.
+    """Take one optimizer step, the ``number``-th counted from 1, over this rank's micro-batches of ``step``.
 
     The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary
     losses are computed over all routed tokens of the step, so none depends on how the step was cut into
