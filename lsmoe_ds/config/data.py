@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from itertools import pairwise
+from itertools import pairwise, permutations
 from os.path import abspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -174,6 +174,19 @@ class Data(Section):
                 raise ValueError(f"the corpus {name} is there twice{spelled}: leave one of the two out")
             named[text] = name
         return corpora
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_directions(cls, value: Any) -> Any:
+        """Write out ``directions: all``: every ordered pair of ``languages``."""
+        if not isinstance(value, dict) or value.get("directions") != "all":
+            return value
+        codes = value.get("languages")
+        if not isinstance(codes, list) or len(codes) < 2 or not all(isinstance(code, str) for code in codes):
+            raise ValueError("'directions' is all: 'languages' must list at least two languages")
+        if twice := _twice(codes):
+            raise ValueError(f"'languages' names {twice} twice: name it once")
+        return {**value, "directions": ["-".join(pair) for pair in permutations(codes, 2)]}
 
     @model_validator(mode="after")
     def _directions(self) -> Data:
