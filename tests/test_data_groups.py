@@ -51,6 +51,15 @@ def test_listed_groups_of_languages_and_bitexts(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "stored.yaml") == found
 
 
+def test_all_directions(tmp_path: Path) -> None:
+    found = load_recipe(written(tmp_path, LISTS, languages=["de", "fra", "ru", "en"], directions="all"))
+    assert len(found.data.directions) == 12 and found.data.directions[:2] == ["de-fr", "de-ru"]
+    without = load_recipe(written(tmp_path, {}, languages=["de", "fr"], directions="all"))
+    assert without.data.directions == ["de-fr", "fr-de"]
+    with pytest.raises(UserError, match="'directions' is all: 'languages' must list at least two languages"):
+        load_recipe(written(tmp_path, {}, languages=["de"], directions="all"))
+
+
 def test_thresholds_name_no_group_of_a_language() -> None:
     assert recipe(Path("data")).languages.groups == {}
     four = Groups(high=100, medium=50, low=10)

@@ -16,7 +16,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
-from lsmoe_ds.languages import english_centric
+from lsmoe_ds.languages import Direction, english_centric
 from lsmoe_ds.report.progress import Progress
 from lsmoe_ds.report.report import _caveat, write_report
 
@@ -190,6 +190,23 @@ def test_report_of_a_whole_run(tmp_path) -> None:
         ("ru", "auto"),
         ("he", "rtl"),
     }
+
+
+def test_scores_by_classes_of_source_and_target(tmp_path) -> None:
+    run = make_run(tmp_path)
+    table = ScoreTable.read(run / "scores.json")
+    first = replace(table.directions[0], direction=Direction("de", "he"), metrics=Metrics(1.0, 77.7, 2.0))
+    groups = {"de": "medium", "he": "very_low", "en": "high", "nl": "high", "ru": "high"}
+    replace(table, directions=(first, *table.directions[1:]), groups=groups).write(run / "scores.json")
+    page = Page(write_report(run))
+    found = page.source.partition("By the resources of source and target")[2]
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", found.partition("</table>")[0])
+    assert heads == ["from", "high", "medium", "very low", "high", "medium", "very low"]
+    cells = re.findall(r'<td class="n">(.*?)</td>', found.partition("</table>")[0])
+    assert cells[5] == '77.7 <span class="quiet">1</span>'  # from medium into very low
+    assert cells[8] == ""  # from very low into very low
+    table.write(run / "scores.json")
+    assert "By the resources" not in Page(write_report(run)).text
 
 
 def test_bars_are_as_long_as_the_scores(tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from test_report import HOSTILE, Page
@@ -123,6 +124,17 @@ def test_whether_a_difference_is_larger_than_what_seeds_do():
         comparison.about_seeds()
         == "With one seed it is unknown how much of a difference, or of a win ratio, is chance: add seeds."
     )
+
+
+def test_a_table_by_classes_of_source_and_target():
+    groups = {"en": "high", "de": "high", "fr": "low"}
+    tables = {1: replace(scored(de_fr=20, fr_de=30, en_de=40), groups=groups)}
+    found = comparison_of({NAIVE: tables})
+    grid = next(grid for grid in found.grids() if grid.title == "chrF++ by source and target")
+    assert grid.columns == ["Model", "H2H", "H2L", "L2H"]
+    assert grid.rows[0] == ["Naive | MMT", "40.0", "20.0", "30.0"]
+    assert grid.rows[-1] == ["Copying the source", "12.0", "12.0", "12.0"]
+    assert not [grid for grid in comparison_of(SCORES).grids() if "by source" in grid.title]
 
 
 def test_a_comparison_is_read_back():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from itertools import pairwise
+from itertools import pairwise, permutations
 from os.path import abspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,12 +26,28 @@ def _twice(values: Iterable[Hashable]) -> Any:
 
 
 class Corpus(Section):
-    """Describe a corpus on disk. ``source`` and ``target`` name the languages where the layout does not."""
+    """Describe a corpus on disk. ``source`` and ``target`` name the languages where the layout does not.
+
+    ``train`` is the set of a layout of held-out text that is trained on.
+    """
 
     path: Path
     format: Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv"]
     source: str | None = None
     target: str | None = None
+    train: Literal["dev", "test"] | None = None
+
+    @model_validator(mode="after")
+    def _train(self) -> Corpus:
+        allowed = {"flores": ("dev", "test"), "ntrex": ("test",)}.get(self.format, ())
+        if self.train is not None and self.train not in allowed:
+            has = (
+                f"has only the set {' and '.join(allowed)}"
+                if allowed
+                else "has training text of its own: leave it out"
+            )
+            raise ValueError(f"'train' is {self.train}, but the format {self.format} {has}")
+        return self
 
     @property
     def text(self) -> Hashable:
@@ -147,7 +163,9 @@ class Data(Section):
     ``name`` names the prepared data, by default as the recipe is named. ``tags`` says which tags a model
     reads: that of the ``target`` before the source and none before the translation, or that of the source
     language before the source and that of the target language before the translation, which is given and not
-    learned.
+    learned. ``pivot`` is the language by whose sentences a corpus' bitexts are joined into others (see
+    :mod:`lsmoe_ds.data.pivot`). ``max_pairs`` caps the training pairs of each bitext, or of each bitext of a
+    language.
     """
 
     name: Annotated[str, Field(pattern=NAME)] | None = None
@@ -162,6 +180,15 @@ class Data(Section):
     temperature: Annotated[float, Field(ge=1.0)] = 5.0
     batch: Batch = Batch()
     tags: TagConvention = "target"
+    pivot: str | None = None
+    max_pairs: Positive | dict[str, Positive] | None = None
+
+    def most_pairs(self, codes: Iterable[str]) -> int | None:
+        """Return the largest number of training pairs of a bitext of these languages; None if any."""
+        caps = self.max_pairs
+        if not isinstance(caps, dict):
+            return caps
+        return min((caps[code] for code in codes if code in caps), default=None)
 
     @field_validator("corpora")
     @classmethod
@@ -174,6 +201,19 @@ class Data(Section):
                 raise ValueError(f"the corpus {name} is there twice{spelled}: leave one of the two out")
             named[text] = name
         return corpora
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_directions(cls, value: Any) -> Any:
+        """Write out ``directions: all``: every ordered pair of ``languages``."""
+        if not isinstance(value, dict) or value.get("directions") != "all":
+            return value
+        codes = value.get("languages")
+        if not isinstance(codes, list) or len(codes) < 2 or not all(isinstance(code, str) for code in codes):
+            raise ValueError("'directions' is all: 'languages' must list at least two languages")
+        if twice := _twice(codes):
+            raise ValueError(f"'languages' names {twice} twice: name it once")
+        return {**value, "directions": ["-".join(pair) for pair in permutations(codes, 2)]}
 
     @model_validator(mode="after")
     def _directions(self) -> Data:
@@ -202,6 +242,10 @@ class Data(Section):
                 f"'languages' lacks {lacking[0]}, which 'directions' has: add it, or leave 'languages' out"
             )
         _check_groups(self.groups.listed, used)
+        if isinstance(self.max_pairs, dict) and (unknown := sorted(self.max_pairs.keys() - used)):
+            raise ValueError(f"'max_pairs' names {unknown[0]}, which is no language of the recipe")
+        if self.pivot is not None:
+            _as_value_error(check_code, self.pivot)
         return self
 
 
