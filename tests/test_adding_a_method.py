@@ -21,14 +21,67 @@ METHODS = PROJECT / "docs" / "methods"
 PART = "contract_output_bias"
 
 
-def lsmoe(*arguments: str | Path) -> str:
-    """Run the command with the example's folder; return what it printed."""
-    command = [sys.executable, "-m", "lsmoe_ds", *map(str, arguments)]
-    done = subprocess.run(
-        command, env={**os.environ, "LSMOE_METHODS": str(METHODS)}, capture_output=True, text=True
+# A process that has imported everything, the example's method too, and forks one for each piece of code.
+SERVER = """
+import json, os, sys
+from workers import PRELOAD
+for name in PRELOAD:
+    __import__(name)
+for line in sys.stdin:
+    code, arguments, output = json.loads(line)
+    child = os.fork()
+    if not child:
+        for stream, path in ((0, os.devnull), (1, output + ".out"), (2, output + ".err")):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
+        sys.argv = arguments
+        exec(code, {"__name__": "__main__"})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """Return a function that runs code with the example's folder, and returns what it printed."""
+    output = tmp_path_factory.mktemp("example") / "output"
+    paths = os.pathsep.join([str(PROJECT), str(Path(__file__).parent)])
+    environment = {**os.environ, "LSMOE_METHODS": str(METHODS), "PYTHONPATH": paths}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    ) as server:  # fmt: skip
+        assert server.stdin is not None and server.stdout is not None
+
+        def run(code: str, *arguments: str | Path) -> str:
+            print(json.dumps([code, [*map(str, arguments)], str(output)]), file=server.stdin, flush=True)
+            status = server.stdout.readline().strip()
+            said = output.with_suffix(".err").read_text()
+            assert status == "0", f"{' '.join(map(str, arguments))}\n{said[-3000:]}"
+            return output.with_suffix(".out").read_text()
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def lsmoe(example):
+    """Return a function that runs the command with the example's folder, and returns what it printed."""
+    return lambda *arguments: example("from lsmoe_ds.__main__ import main; main()", "lsmoe", *arguments)
+
+
+@pytest.fixture(scope="module")
+def weights_of(example):
+    """Return a function that reads weights and masks as the example's own processes do."""
+    code = (
+        "import sys, torch; from lsmoe_ds.checkpoint.stored import find_model, read_weights; "
+        "torch.save(dict(read_weights(find_model(sys.argv[1])).tensors), sys.argv[2])"
     )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-3000:]}"
-    return done.stdout
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        out = folder.parent / "weights.pt"
+        example(code, "weights", folder, out)
+        return torch.load(out)
+
+    return read
 
 
 def losses(run: Path) -> dict[int, list[float]]:
@@ -49,7 +102,7 @@ def halfway(run: Path, copy: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(lsmoe, tmp_path_factory) -> Path:
     """A run of four steps, with checkpoints after the second and the last."""
     folder = tmp_path_factory.mktemp("method")
     write_corpus(folder)
@@ -62,19 +115,7 @@ def trained(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Read weights and masks as the example's own processes do."""
-    code = (
-        "import sys, torch; from lsmoe_ds.checkpoint.stored import find_model, read_weights; "
-        "torch.save(dict(read_weights(find_model(sys.argv[1])).tensors), sys.argv[2])"
-    )
-    out = folder.parent / "weights.pt"
-    environment = {**os.environ, "LSMOE_METHODS": str(METHODS)}
-    subprocess.run([sys.executable, "-c", code, str(folder), str(out)], env=environment, check=True)
-    return torch.load(out)
-
-
-def test_training_follows_the_schedule_the_mask_and_the_loss(trained):
+def test_training_follows_the_schedule_the_mask_and_the_loss(trained, weights_of):
     weights = weights_of(trained)
     rows, mask = (
         weights[f"decoder.0.feed_forward.{PART}.rows"],
@@ -88,7 +129,7 @@ def test_training_follows_the_schedule_the_mask_and_the_loss(trained):
     assert sum(PART in name for name in weights) == 2 * 3
 
 
-def test_it_resumes_to_the_bit_and_reshards(trained, tmp_path):
+def test_it_resumes_to_the_bit_and_reshards(trained, lsmoe, weights_of, tmp_path):
     resumed = halfway(trained, tmp_path / "resumed")
     lsmoe("train", resumed / "recipe.yaml", "--out", resumed)
     assert losses(resumed) == losses(trained)
@@ -106,7 +147,7 @@ def test_it_resumes_to_the_bit_and_reshards(trained, tmp_path):
     assert max(apart.values()) < 1e-4, apart
 
 
-def test_a_plan_counts_it(trained):
+def test_a_plan_counts_it(trained, lsmoe, weights_of):
     planned = json.loads(lsmoe("plan", trained / "recipe.yaml", "--json"))
     weights = weights_of(trained)
     assert planned["parameters"]["total"] == sum(
@@ -115,7 +156,7 @@ def test_a_plan_counts_it(trained):
     assert planned["parameters"]["total"] - planned["serving"]["total"] == 3 * 3 * 16
 
 
-def test_it_grows_by_a_language(trained, tmp_path):
+def test_it_grows_by_a_language(trained, lsmoe, weights_of, tmp_path):
     grown = tmp_path / "grown"
     settings = ["--set", "data.languages=[de,fr,nl]", "--like-language", "de"]
     lsmoe("convert", trained, "--to", "grown", *settings, "--out", grown)
@@ -124,7 +165,7 @@ def test_it_grows_by_a_language(trained, tmp_path):
     assert torch.equal(after[:3], before) and not after[3].any()  # de, en, fr, and nl, which begins as drawn
 
 
-def test_it_is_added_to_a_trained_model(trained, tmp_path):
+def test_it_is_added_to_a_trained_model(trained, lsmoe, weights_of, tmp_path):
     """The model without it, as `lsmoe convert` leaves it, grows by the method and computes what it did."""
     dense, grown = tmp_path / "dense", tmp_path / "grown"
     lsmoe("convert", trained, "--to", "dense", "--from", "en", "--to-language", "de", "--out", dense)
@@ -135,7 +176,7 @@ def test_it_is_added_to_a_trained_model(trained, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dense", "huggingface"])
-def test_it_merges_into_a_dense_model(trained, tmp_path, kind):
+def test_it_merges_into_a_dense_model(trained, lsmoe, tmp_path, kind):
     """``lsmoe convert`` itself compares the logits and translations of both."""
     lsmoe("convert", trained, "--to", kind, "--from", "en", "--to-language", "de", "--out", tmp_path / kind)
     (record,) = [json.loads(path.read_text()) for path in (trained / "conversions").glob(f"{kind}*.json")]
@@ -146,7 +187,7 @@ def test_it_merges_into_a_dense_model(trained, tmp_path, kind):
     assert not any(PART in name for name in read_weights(stored).tensors)
 
 
-def test_the_report_tells_of_it(trained):
+def test_the_report_tells_of_it(trained, lsmoe):
     lsmoe("report", trained)
     page = (trained / "report.html").read_text()
     assert "an output bias of each target language" in page and "Mean square of the output biases" in page

@@ -135,10 +135,9 @@ def test_what_reaches_its_greatest_length_is_made_to_end(place, tmp_path, beam, 
     assert sum(same) >= 195
 
 
-@pytest.fixture(scope="module")
-def dense(place) -> Path:
-    """A dense folder as `lsmoe convert` leaves it."""
-    model = random_model(place, TARGET_TOP2, PAIR_TOP3)
+def write_dense(folder: Path) -> Path:
+    """Write a dense folder into ``folder``, as `lsmoe convert` leaves it; the corpus is there."""
+    model = random_model(folder, TARGET_TOP2, PAIR_TOP3)
     tensors, recipe = extract(global_weights(model.model), model.recipe, EN_DE)
     provenance = {
         "kind": "dense",
@@ -148,8 +147,13 @@ def dense(place) -> Path:
         "route": "specific",
         "sparse_parameters": 1,
     }
-    write_folder(place / "dense", tensors, recipe, model.home / "vocabulary.model", provenance)
-    return place / "dense"
+    write_folder(folder / "dense", tensors, recipe, model.home / "vocabulary.model", provenance)
+    return folder / "dense"
+
+
+@pytest.fixture(scope="module")
+def dense(place) -> Path:
+    return write_dense(place)
 
 
 def test_a_folder_is_used_by_the_library_alone(dense, tmp_path, capsys, monkeypatch):

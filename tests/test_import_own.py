@@ -12,19 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import TARGET_TOP2, write_corpus
-from test_convert import PAIR_TOP3, global_weights
-from test_convert_ctranslate2 import random_model
+from small_run import write_corpus
+from test_convert_ctranslate2 import write_dense
 from test_convert_huggingface import ALPHABET
 
-from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
+from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.data import Vocabulary as VocabularySettings
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags, train_vocabulary
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.export.their_vocabulary import read_vocabulary
 from lsmoe_ds.export.tokenizer import is_ours, tokenizer
 from lsmoe_ds.inference.load import load
@@ -41,17 +39,7 @@ def dense(tmp_path_factory) -> Path:
     """A dense folder whose feed-forwards differ in width, so that its export is padded."""
     folder = tmp_path_factory.mktemp("own")
     write_corpus(folder)
-    model = random_model(folder, TARGET_TOP2, PAIR_TOP3)
-    tensors, recipe = extract(global_weights(model.model), model.recipe, EN_DE)
-    provenance = {
-        "kind": "dense",
-        "run": "small",
-        "step": 2,
-        "direction": "en-de",
-        "route": "specific",
-        "sparse_parameters": 1,
-    }
-    write_folder(folder / "dense", tensors, recipe, model.home / "vocabulary.model", provenance)
+    write_dense(folder)
     convert(folder / "dense", "huggingface", None, folder / "exported", check=0)
     return folder / "dense"
 
