@@ -64,6 +64,8 @@ CHANGES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"held_out": {"dev": 10, "test": 21}}, "data.held_out.test", "21", "20"),
     ({"held_out": {"dev": 10, "test": 20, "seed": 2}}, "data.held_out.seed", "2", "1"),
     ({"temperature": 1.0}, "data.temperature", "1.0", "5.0"),
+    ({"pivot": "en"}, "data.pivot", "en", "nothing"),
+    ({"max_pairs": 50}, "data.max_pairs", "50", "nothing"),
 ]
 
 

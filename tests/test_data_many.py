@@ -8,11 +8,13 @@ import pytest
 from small_corpora import SYLLABLES, pairs, recipe, sentence, write_fetched, write_lines
 
 from lsmoe_ds.config.data import Corpus
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.fingerprints import state_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.summary import show
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction
 
 COUNT = 200
@@ -136,6 +138,19 @@ def test_only_layouts_of_held_out_text_choose_what_trains(format: str, train: st
     with pytest.raises(ValueError, match=said):
         Corpus(path=Path("x"), format=format, train=train)
     assert Corpus(path=Path("x"), format="ntrex", train="test")
+
+
+def test_codes_of_other_conventions_are_read(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(recipe(tmp_path, **MANY).to_yaml())
+    read = load_recipe(tmp_path / "r.yaml", ["data.pivot=eng_Latn", "data.max_pairs={deu: 5, fra_Latn: 7}"])
+    assert (read.data.pivot, read.data.max_pairs) == ("en", {"de": 5, "fr": 7})
+    assert [read.data.most_pairs(codes) for codes in (("de", "fr"), ("en", "fr"), ("en", "ru"))] == [
+        5,
+        7,
+        None,
+    ]
+    with pytest.raises(UserError, match=r"'data\.pivot': 'English' is not a language code"):
+        load_recipe(tmp_path / "r.yaml", ["data.pivot=English"])
 
 
 def test_caps_of_other_languages_are_refused(tmp_path: Path) -> None:

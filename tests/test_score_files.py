@@ -21,6 +21,7 @@ from lsmoe_ds.cli import app
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation import metrics as module
 from lsmoe_ds.evaluation.comet import Comet
+from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.metrics import TOKENIZERS, Tokenizer, bleu_tokenizer
 from lsmoe_ds.evaluation.score_files import score_files
 from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
@@ -190,6 +191,19 @@ def test_a_tokenizer_that_is_not_there_is_refused(model, tmp_path, monkeypatch) 
     assert {
         bleu_tokenizer(code) for code in ("de", "ja", "ko", "zh_Hant", "yue", "lo", "dz", "shn", "xx")
     } <= set(TOKENIZERS)
+
+
+@pytest.mark.parametrize("name", ["flores101", "flores200"])
+def test_a_missing_tokenizer_is_refused_before_a_run_is_opened(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer_spm, "SACREBLEU_DIR", str(tmp_path))
+
+    def offline(*arguments: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(tokenizer_spm, "download_file", offline)
+    path = tmp_path / "models" / Path(tokenizer_spm.SPM_MODELS[name]["url"]).name
+    with pytest.raises(UserError, match=f"--tokenize {name} needs the model {path}, .*: put it there, or"):
+        evaluate(tmp_path / "no run", tokenize=name)
 
 
 class Stub(types.ModuleType):

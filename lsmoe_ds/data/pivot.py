@@ -115,9 +115,10 @@ def search_and_join(data: Data, bitexts: Sequence[str], folder: Path) -> tuple[l
         if data.pivot not in bitext.split("-")
     }
     others = sorted({leg for pair in legs.values() for leg in pair} - set(bitexts))
-    for each, more in zip(found, search(data.corpora, data.directory, others), strict=True):
+    more = search(data.corpora, data.directory, others) if others else []
+    for number, each in enumerate(found):
         train: dict[str, Leg] = {}
-        for part in (*each.parts, *more.parts):
+        for part in (*each.parts, *(more[number].parts if more else ())):
             if part.split == "train":
                 train[part.bitext] = (*train.get(part.bitext, ()), part)
         for bitext, pair in legs.items():
