@@ -40,7 +40,7 @@ USABLE = 0.1
 OPEN_SAMPLES = 5
 
 
-KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "CTranslate2"}
+KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "CTranslate2", "peft": "PEFT"}
 
 
 class Conversion(BaseModel):
