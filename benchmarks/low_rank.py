@@ -66,7 +66,7 @@ def recipe_of(languages: list[str], low_rank: dict[str, Any] | None) -> Recipe:
 
 def formed(self: LowRankBank, base: nn.Module, x: Tensor, context: LanguageContext) -> Tensor:
     """Of each pair of neighbors the product, added to the weight."""
-    rows, kinds = x.reshape(-1, x.shape[-1]), (self.vertical_of, self.flat_of)
+    rows, kinds = x.reshape(-1, x.shape[-1]), (self.choice.vertical, self.choice.flat)
     ends = sorted({segment.stop for kind in kinds for segment in context.segments(kind)})
     each, parts, start = rows.shape[0] // ends[-1], [], 0
     for end in ends:

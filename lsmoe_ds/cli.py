@@ -17,6 +17,7 @@ from lsmoe_ds.cli_options import (
     NPROC,
     AsJson,
     Beam,
+    Folder,
     InOneWord,
     LengthPenalty,
     Out,
@@ -103,12 +104,14 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
+    from lsmoe_ds.checkpoint.run_folder import choose_run
     from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.planning.plan import plan as make_plan
 
-    made = make_plan(load_recipe(recipe, overrides or ()), world)
+    loaded = load_recipe(recipe, overrides or ())
+    made = make_plan(loaded, world)
     if as_json:
-        print_json(made.to_dict())
+        print_json({"run": str(choose_run(recipe, loaded, None)), **made.to_dict()})
     else:
         show_table(made.table())
 
@@ -123,8 +126,9 @@ def train(
     """Train a recipe; an interrupted training resumes from its last whole checkpoint.
 
     Starts the deepspeed launcher itself; under srun, mpirun, torchrun or deepspeed it joins the processes
-    that are there. On Ctrl-C (SIGINT), SIGTERM and SIGUSR1 it saves after the current step and exits with
-    status 130, 75 and 75; the same command resumes. A second Ctrl-C ends it at once.
+    that are there. On Ctrl-C (SIGINT) it saves after the current step and exits with status 130, on SIGTERM,
+    SIGUSR1 and SIGHUP (a closed terminal, unless nohup ignores that) with 75; the same command resumes. A
+    second Ctrl-C ends it at once.
     """
     interrupt.leave_before_training()
     os.environ.setdefault(
@@ -133,11 +137,12 @@ def train(
     from lsmoe_ds.parallel.imports import quick_import
 
     with quick_import():
+        from lsmoe_ds.checkpoint.run_folder import choose_run
         from lsmoe_ds.config.file import load_recipe
         from lsmoe_ds.training.start import train as train_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    status = train_recipe(loaded, out or Path("runs") / loaded.name, processes)
+    status = train_recipe(loaded, choose_run(recipe, loaded, out), processes)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         end_at_once(
             status
@@ -195,7 +200,7 @@ app.command("write-layout", hidden=True)(write_layout)
 @analyze_app.command("routing")
 def analyze_routing(
     run: Run,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    out: Folder,
     split: Split = "test",
     route: Route = "specific",
     as_json: AsJson = False,
@@ -210,6 +215,31 @@ def analyze_routing(
         print_json(summary)
     else:
         print(out / "index.html")
+
+
+def _analyze_weights(run: Path, kind: str, out: Path, as_json: bool) -> None:
+    from lsmoe_ds.analysis.findings import analyze_weights
+
+    summary = analyze_weights(run, kind, out)
+    if as_json:
+        print_json(summary)
+    else:
+        print(summary["said"])
+        print(out / "index.html")
+
+
+@analyze_app.command("structure")
+def analyze_structure(run: Run, out: Folder, as_json: AsJson = False) -> None:
+    """Draw by which language each layer has learned to choose its matrices, and write the recipe that has
+    chosen.
+    """
+    _analyze_weights(run, "structure", out, as_json)
+
+
+@analyze_app.command("subspaces")
+def analyze_subspaces(run: Run, out: Folder, as_json: AsJson = False) -> None:
+    """Measure by what was pruned how large a subspace each language needs beside each linear layer."""
+    _analyze_weights(run, "subspaces", out, as_json)
 
 
 @app.command()

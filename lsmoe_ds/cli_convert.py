@@ -11,6 +11,8 @@ from lsmoe_ds.cli_options import NPROC, AsJson, InOneWord, Route, Run, direction
 from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.console import print_json, show_table
 
+LABELS = {"sparse_parameters": "parameters of the whole model"}  # which may be dense
+
 
 def write_layout(
     source: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint or a consolidated folder.")],
@@ -101,4 +103,4 @@ def convert(
         if adapters := summary.pop("adapters", None):
             show_table(size_table(adapters))
         for name, value in summary.items():
-            print(f"{name.replace('_', ' ')}: {value}")
+            print(f"{LABELS.get(name, name.replace('_', ' '))}: {value}")

@@ -73,8 +73,14 @@ CometFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="The run folder; runs/NAME by default.")
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="The run folder; by default runs/NAME, or for the recipe.yaml of a run that run's own folder.",
+    ),
 ]
+Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")]
 NPROC = "Processes on this machine; by default as few as the layout needs."
 
 

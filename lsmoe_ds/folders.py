@@ -184,6 +184,21 @@ def how_to_import(folder: Path) -> str | None:
     return f"it is one of Hugging Face, of which {made} makes one to start from"
 
 
+def is_stored_recipe(file: Path) -> bool:
+    """Tell whether a file is the recipe that a run has stored in its folder, not one of a converted model."""
+    beside = file.name == "recipe.yaml" and (file.parent / "vocabulary.model").is_file()
+    return beside and file.is_file() and not (file.parent / "provenance.json").exists()
+
+
+def how_to_rename(recipe: Path) -> str | None:
+    """Say how to rename keys in a recipe that lsmoe_ds itself wrote; None for a recipe of the user."""
+    if is_stored_recipe(recipe):
+        return f"{recipe} is the recipe of a run: rename them there by hand, and the run resumes"
+    if recipe.name == "recipe.yaml" and (recipe.parent / "provenance.json").is_file():
+        return f"{recipe.parent} was converted by an earlier version: convert its model again"
+    return None
+
+
 def shown(path: Path) -> str:
     """Return a path as it was given and, if that is relative, also the absolute path."""
     return str(path) if path.is_absolute() else f"{path} ({path.absolute()})"

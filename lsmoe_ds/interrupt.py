@@ -1,8 +1,10 @@
 """Signals that ask a command to stop, and its exit status.
 
 Training saves after the current step and exits with 130 on SIGINT (Ctrl-C), as shells expect, and with 75 on
-SIGTERM and SIGUSR1. Before the first step there is nothing to save, and training exits at once. Every other
-command cleans up and exits with 130 on SIGINT.
+SIGTERM, SIGUSR1 and SIGHUP, which a terminal or an ssh connection sends when it is closed. A process that was
+started with SIGHUP ignored, by nohup, or with SIGINT ignored, in the background, goes on ignoring it. Before
+the first step there is nothing to save, and training exits at once. Every other command cleans up and exits
+with 130 on SIGINT.
 
 This module imports nothing heavy, so that the handlers are installed before torch is imported: a signal
 during an import would kill the process without a message.
@@ -24,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lsmoe_ds.parallel.topology import Topology
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # stay ignored where the process was started so
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: the work is saved, the same command resumes it
 CTRL_C = 128 + signal.SIGINT
-SHIELDED = "LSMOE_SHIELDED"  # tells ranks that SIGINT is ignored only until they have a handler
+SHIELDED = "LSMOE_SHIELDED"  # lists to ranks the IGNORABLE signals ignored only until they have a handler
 AGAIN = 0.5  # seconds: a second SIGINT within this time is the first one, delivered twice
 GRACE = 5.0  # seconds that a command has to clean up
 GRACE_BEFORE_TRAINING = 1.0  # seconds, where there is nothing to clean up
@@ -134,14 +137,15 @@ def _restored() -> Iterator[None]:
 
 
 def _act(action: Callable[[int], None], signals: tuple[signal.Signals, ...]) -> None:
-    """Take ``action`` on ``signals`` from now on; SIGINT stays ignored in a background job.
+    """Take ``action`` on ``signals`` from now on, except on :data:`IGNORABLE` ones that stay ignored.
 
     Only the main thread may call it.
     """
     _State.action = action
-    in_background = signal.getsignal(signal.SIGINT) is signal.SIG_IGN and SHIELDED not in os.environ
+    shielded = os.environ.get(SHIELDED, "").split()
     for each in signals:
-        if not (in_background and each == signal.SIGINT):
+        is_ignored = each in IGNORABLE and signal.getsignal(each) is signal.SIG_IGN
+        if not is_ignored or each.name in shielded:
             signal.signal(each, _handle)
     if not _State.watched:
         _watch()
@@ -258,8 +262,8 @@ def blocked() -> Iterator[None]:
 
 def shield() -> None:
     """Ignore :data:`SIGNALS` in this process, and in the processes it starts until these install handlers."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        os.environ[SHIELDED] = "1"
+    heard = [each.name for each in IGNORABLE if signal.getsignal(each) is not signal.SIG_IGN]
+    os.environ[SHIELDED] = " ".join(heard)
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

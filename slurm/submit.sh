@@ -13,10 +13,10 @@
 #   --convert A-B[:KIND]   takes out a direction's sub-network, as KIND: dense, huggingface, ctranslate2 (the default) or hybrid; may
 #                          be repeated; written to RUN-A-B-KIND
 #   --set KEY=VALUE        changes a key of the recipe; may be repeated
-#   --out DIR              the run folder (runs/NAME)
+#   --out DIR              the run folder (runs/NAME, or that of the run whose recipe.yaml is given)
 #   --test-only            asks SLURM whether it would take the jobs, and submits none
 #
-# It needs prepared data (lsmoe data prepare) and sbatch; partition, account and the like stand in site.sh. To be called in the
+# It needs prepared data (lsmoe data prepare), lsmoe and sbatch; partition, account and the like stand in site.sh. To be called in the
 # folder that relative paths are meant from; logs go to logs/ in it. LAUNCH=torchrun and the like go on to train.sbatch.
 
 set -Eeuo pipefail
@@ -69,10 +69,12 @@ set +u # modules and environments may ask for what is not set
 source "$LSMOE_SLURM/site.sh"
 set -u
 command -v sbatch >/dev/null || refuse "sbatch is not found: submit from a machine of the cluster"
+((${#CONTAINER[@]})) || command -v lsmoe >/dev/null ||
+    refuse "lsmoe is not found: activate the environment that has it, or let $LSMOE_SLURM/site.sh do so, for the jobs as well"
 
 # What no training could begin with is refused here, before it has waited in the queue.
 planned=$("${CONTAINER[@]}" lsmoe plan "$recipe" "${changes[@]}" --world $((nodes * ranks)) --json) || exit 2
-out=${out:-runs/$(sed -n 's/^ "name": "\(.*\)",$/\1/p' <<<"$planned")}
+out=${out:-$(sed -n 's/^ "run": "\(.*\)",$/\1/p' <<<"$planned")}
 
 if [[ ! $test_only ]]; then
     mkdir -p logs

@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+from played_slurm import Played
 from workers import Pool
 
 
@@ -24,3 +25,9 @@ def pool():
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def played(tmp_path):
+    """SLURM's programs, played by small ones."""
+    return Played(tmp_path)

@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 from lsmoe_ds.config.data import Batch as BatchSettings
 from lsmoe_ds.data.batches import EOS, PAD, Batch, DirectionIds, Step, collate
 from lsmoe_ds.data.batching import BatchStream
-from lsmoe_ds.data.shuffling import _mix, choose, permute, thresholds_of
 from lsmoe_ds.data.units import by_length, cut
-from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, Languages, english_centric
 
@@ -126,41 +124,6 @@ def test_sources_only_and_empty_sentences() -> None:
     assert batch.source.tolist() == [[5, EOS, PAD], [5, 9, EOS]]
     assert batch.labels.shape == (2, 0) and batch.decoder_input.tolist() == [[EOS], [EOS]]
     assert collate([[]], [[]], [0], ids).labels.tolist() == [[EOS]]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 65537])
-def test_permutation_is_a_bijection(size: int) -> None:
-    seen = []
-    for key in (0, 1, 2**63):
-        there = permute(
-            np.arange(size, dtype=np.uint64),
-            np.full(size, size, dtype=np.uint64),
-            np.full(size, key, dtype=np.uint64),
-        )
-        assert np.array_equal(np.sort(there), np.arange(size))
-        seen.append(there.tolist())
-    if size > 5:
-        assert seen[0] != seen[1] != seen[2]
-
-
-def test_permutation_is_random() -> None:
-    keys = np.arange(20000, dtype=np.uint64)
-    for size in (4, 10):
-        places = permute(np.full(20000, 2, dtype=np.uint64), np.full(20000, size, dtype=np.uint64), keys)
-        assert np.allclose(np.bincount(places, minlength=size) / 20000, 1 / size, atol=0.012)
-    n = 10_000
-    there = permute(
-        np.arange(n, dtype=np.uint64), np.full(n, n, dtype=np.uint64), np.zeros(n, dtype=np.uint64)
-    )
-    assert abs(np.corrcoef(there[:-1], there[1:])[0, 1]) < 0.04
-    assert abs(np.corrcoef(np.arange(n), there)[0, 1]) < 0.04
-
-
-def test_permutation_of_very_many() -> None:
-    size, some = 10**11, np.arange(5000, dtype=np.uint64)
-    there = permute(some, np.full(5000, size, dtype=np.uint64), np.full(5000, 3, dtype=np.uint64))
-    assert len(set(there.tolist())) == 5000
-    assert 0 <= there.min() < 0.01 * size < 0.99 * size < there.max() < size
 
 
 @pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
@@ -349,50 +312,6 @@ def test_nothing_of_a_chunk_is_lost_between_steps() -> None:
     assert all(same(a, b) for a, b in zip(one, three, strict=True))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("limit", [None, 25])
-def test_validation_takes_every_pair_once(world: int, limit: int | None) -> None:
-    prepared = prepare({"de-en": 101, "en-fr": 40, "en-zh_Hans": 3})
-    prepared.pairs[Direction("en", "zh_Hans")].source.lengths[1] = 700  # longer than a batch
-    batch = BatchSettings(tokens=512)
-    ranks = [
-        list(validation_batches(prepared, LANGUAGES, Vocabulary(), batch, limit=limit, rank=r, world=world))
-        for r in range(world)
-    ]
-    assert len({len(batches) for batches in ranks}) == 1
-    real = [b for batches in ranks for b in batches if b.target_tokens]
-    expected = [
-        (i, n)
-        for i, d in enumerate(LANGUAGES.directions)
-        for n in range(min(len(prepared.pairs[d]), limit or 1000))
-    ]
-    assert sorted(s for b in real for s in sentences(b)) == expected
-    assert all(len(b.direction.unique()) == 1 for b in real)
-    assert all(b.source.numel() + b.labels.numel() <= 512 or len(b.source) == 1 for b in real)
-    again = list(validation_batches(prepared, LANGUAGES, Vocabulary(), batch, limit=limit, world=world))
-    assert all(same(a, b) for a, b in zip(again, ranks[0], strict=True))
-
-
-def test_validation_of_some_directions() -> None:
-    prepared = prepare({"de-en": 5, "en-fr": 6, "en-zh_Hans": 0})
-    batches = validation_batches(
-        prepared,
-        LANGUAGES,
-        Vocabulary(),
-        BatchSettings(),
-        [Direction("fr", "en"), Direction("en", "zh_Hans")],
-    )
-    assert [b.direction.tolist() for b in batches] == [[3] * 6]
-    (nothing,) = validation_batches(
-        prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("fr", "en")], rank=1, world=2
-    )
-    assert nothing.target_tokens == 0
-    assert len(nothing.source) == 1
-    assert not list(
-        validation_batches(prepared, LANGUAGES, Vocabulary(), BatchSettings(), [Direction("en", "zh_Hans")])
-    )
-
-
 def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(
         UserError,
@@ -456,19 +375,3 @@ def test_neighbors_have_like_lengths() -> None:
     assert by_length(source, target, 1000).tolist() == [3, 1, 2, 0]
     source, target = np.array([1, 1, 8, 8]), np.array([9, 7, 1, 3])
     assert by_length(source, target, 24).tolist() == [1, 0, 3, 2]
-
-
-def test_words_are_mixed_as_in_murmurhash3() -> None:
-    """Values of its 64-bit finalizer, from the reference implementation."""
-    mixed = _mix(np.array([0, 1, 2], dtype=np.uint64))
-    assert mixed.tolist() == [0, 0xB456BCFC34C2CB2C, 0x3ABF2A20650683E7]
-
-
-def test_choices_in_proportion_to_weights() -> None:
-    ends = thresholds_of(np.array([1.0, 2.0, 1.0]))
-    assert ends.tolist() == [2**30, 3 * 2**30, 2**32]
-    words = np.array([0, 2**30 - 1, 2**30, 3 * 2**30 - 1, 3 * 2**30, 2**32 - 1, 2**32], dtype=np.uint64)
-    assert choose(ends, words).tolist() == [0, 0, 1, 1, 2, 2, 0]
-    assert (
-        thresholds_of(np.array([1.0, 1e-12])).tolist()[1] - 2**32 == 1
-    )  # what is tiny is still chosen at times

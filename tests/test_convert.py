@@ -17,6 +17,7 @@ from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run
 from lsmoe_ds.checkpoint.stored import Weights
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import check_convertible, convert_to_dense, extract
 from lsmoe_ds.inference.load import Loaded, build_model, load
@@ -238,6 +239,17 @@ def test_that_nothing_was_compared_is_said(run, tmp_path):
         and "sentences" not in record
     )
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_card_tells_one_direction_from_all(run):
+    sizes = {"dense_parameters": 9, "sparse_parameters": 9}
+    made = {"run": "small", "version": "1", "route": "specific", "step": 2, **sizes}
+    whole = make_recipe(run.parent, None, None)
+    one = whole.model_copy(deep=True)
+    one.data.directions = ["en-de"]
+    cards = [model_card("dense", recipe, made, run).replace("\n", " ") for recipe in (whole, one)]
+    says = [f"computes for {of}" for of in ("each of these directions", "this direction")]
+    assert [each in card for each in says for card in cards] == [True, False, False, True]
 
 
 def test_a_model_without_anything_specific_serves_all_directions(run, tmp_path):

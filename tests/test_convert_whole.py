@@ -228,7 +228,11 @@ def test_layouts_on_the_command_line(begun, tmp_path, monkeypatch, capsys):
         begun / "run" / "metrics.jsonl"
     ).read_text()
     for arguments, message in [
-        (["--set", "training.learning_rate=1"], "was started with training.learning_rate"),
+        (
+            ["--set", "training.learning_rate=1"],
+            "was trained with training.learning_rate 0.01, and --set makes it 1.0: another layout is of the "
+            "same training, so leave that --set out; it takes parallel, ",
+        ),
         (["--set", "parallel.tensor=2", "--nproc", "3"], "does not divide the 3 processes"),
         (["--average", "2"], "keeps the whole run as it is"),
     ]:

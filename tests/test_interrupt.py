@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -25,9 +24,7 @@ from workers import PRELOAD
 from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, step_of
 from lsmoe_ds.data.prepare import prepare
-from lsmoe_ds.data.workers import Workers
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.processes import free_port
 
 
@@ -328,87 +325,6 @@ def test_ctrl_c_ends_a_preparation_with_one_line_and_keeps_the_data_of_before(fo
     assert (recipe.prepared / "manifest.json").read_bytes() == manifest
     if stuck is stuck_in_python:
         assert [path.name for path in recipe.prepared.parent.iterdir() if path.is_dir()] == [recipe.name]
-
-
-def test_what_is_waited_for_is_told_and_ends_with_this_process(tmp_path):
-    """`lsmoe study` waits so for its trainings. The one that is played saves for a moment, and does not care
-    about Ctrl-C.
-    """
-    played = (
-        "trap 'echo TERM; sleep 0.3; exit 75' TERM; trap 'echo INT' INT; echo ready; while :; do sleep 0.05; "
-        "done"
-    )
-    for numbers, says in (
-        ((signal.SIGTERM,), "ready\nTERM\n"),
-        ((signal.SIGINT, signal.SIGINT), "ready\nINT\n"),
-    ):
-        with (tmp_path / "said").open("w+") as said, ThreadPoolExecutor() as other:
-
-            def ask(numbers=numbers) -> None:
-                while not (tmp_path / "said").read_text():
-                    time.sleep(0.02)
-                for number in numbers:
-                    os.kill(os.getpid(), number)
-                    time.sleep(interrupt.AGAIN + 0.1)
-
-            asking = other.submit(ask)
-            with pytest.raises(interrupt.Interrupted) as asked:
-                launch.run(["bash", "-c", played], stdout=said)
-            asking.result()
-            assert asked.value.number == numbers[0] and (tmp_path / "said").read_text() == says
-
-
-def signals_of(_: object) -> tuple[bool, bool]:
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    return ignored, bool(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-
-
-def test_workers_start_with_signals_blocked_and_leave_ctrl_c_to_their_parent(monkeypatch):
-    blocked = []
-    true_submit = ProcessPoolExecutor.submit
-
-    def submit(*arguments):
-        blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-        return true_submit(*arguments)
-
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
-    with Workers(1) as workers:
-        assert list(workers.map(signals_of, [0])) == [(True, False)]
-    assert blocked == [set(interrupt.SIGNALS)] and not signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-
-def test_a_job_in_the_background_goes_on_ignoring_ctrl_c():
-    with interrupt._restored():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        interrupt.save_and_leave(alone=True)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) is interrupt._handle
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_ends_a_benchmark_with_one_line(number, status):
-    command = [sys.executable, "-m", "lsmoe_ds", "bench", "moe"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        script = None
-        while script is None:  # it is started, and imports
-            assert process.poll() is None
-            script = next(
-                (
-                    child
-                    for child in psutil.Process(process.pid).children()
-                    if "moe.py" in " ".join(child.cmdline())
-                ),
-                None,
-            )
-            time.sleep(0.05)
-        time.sleep(0.5)
-        os.killpg(process.pid, number)
-        said, _ = process.communicate(timeout=30)
-    assert (process.returncode, said) == (status, f"lsmoe: stopped by {interrupt.name_of(number)}\n")
-    assert not psutil.pid_exists(script.pid) or script.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow

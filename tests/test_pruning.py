@@ -83,6 +83,17 @@ def test_pruned_values_are_zero_for_the_weights_and_the_optimizer(run_of, layout
     assert pruned / total == pytest.approx(RATIO, abs=0.01)
 
 
+def test_a_checkpoint_holds_what_is_left(run_of):
+    checkpoint = run_of(ONE) / "checkpoints" / "step-20"
+    (path,) = checkpoint.glob("mp_rank_*_model_states.pt")
+    stored = torch.load(path, weights_only=True)["module"]
+    packed = [name for name, value in stored.items() if isinstance(value, dict) and "values" in value]
+    assert packed and all(name.endswith(("vertical", "flat")) for name in packed)
+    whole = read_checkpoint(checkpoint).weights
+    for name in packed:
+        assert len(stored[name]["values"]) == int(whole[name].count_nonzero()) < whole[name].numel()
+
+
 @pytest.mark.parametrize("over", ["matrix", "language", "layer"])
 def test_each_group_is_pruned_to_the_ratio(run_of, folder, over):
     recipe = recipe_in(folder, ONE)

@@ -16,7 +16,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
-from lsmoe_ds.languages import english_centric
+from lsmoe_ds.languages import Direction, english_centric
 from lsmoe_ds.report.progress import Progress
 from lsmoe_ds.report.report import _caveat, write_report
 
@@ -192,6 +192,23 @@ def test_report_of_a_whole_run(tmp_path) -> None:
     }
 
 
+def test_scores_by_classes_of_source_and_target(tmp_path) -> None:
+    run = make_run(tmp_path)
+    table = ScoreTable.read(run / "scores.json")
+    first = replace(table.directions[0], direction=Direction("de", "he"), metrics=Metrics(1.0, 77.7, 2.0))
+    groups = {"de": "medium", "he": "very_low", "en": "high", "nl": "high", "ru": "high"}
+    replace(table, directions=(first, *table.directions[1:]), groups=groups).write(run / "scores.json")
+    page = Page(write_report(run))
+    found = page.source.partition("By the resources of source and target")[2]
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", found.partition("</table>")[0])
+    assert heads == ["from", "high", "medium", "very low", "high", "medium", "very low"]
+    cells = re.findall(r'<td class="n">(.*?)</td>', found.partition("</table>")[0])
+    assert cells[5] == '77.7 <span class="quiet">1</span>'  # from medium into very low
+    assert cells[8] == ""  # from very low into very low
+    table.write(run / "scores.json")
+    assert "By the resources" not in Page(write_report(run)).text
+
+
 def test_bars_are_as_long_as_the_scores(tmp_path) -> None:
     run = make_run(tmp_path)
     page = Page(write_report(run))
@@ -273,73 +290,6 @@ def test_folder_that_is_no_run(tmp_path) -> None:
         write_report(tmp_path)
     with pytest.raises(UserError, match="cannot be written"):
         write_report(make_run(tmp_path), tmp_path / "absent" / "report.html")
-
-
-def test_the_report_shows_the_numbers_of_each_layer(tmp_path) -> None:
-    run = make_run(tmp_path)
-    page = Page(write_report(run))
-    # Chosen: de, nl, ru 0 1; en 2 3; he 1 2. Load (3, 4, 2, 1) / 10; relatives are de, en, nl.
-    assert "Encoder layer 2by target1.600.451.85 (92%)1.72 (86%)0.500.660 of 4–" in page.text
-    (run / "routing.json").write_text(
-        json.dumps({"layers": [routing_layer(routing="sentence", task="source", dropped=0.125)]})
-    )
-    page = Page(write_report(run))
-    assert "Encoder layer 2by sentence" in page.text and "0 of 412.5%" in page.text
-    assert "the same set of experts" not in page.text and "chosen by the task" not in page.text
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"routing": "random"}, "none of those allowed"),
-        ({"tokens": [1, 2]}, "not one count a task"),
-        ({"load": [0.5, 0.5]}, "not one share an expert"),
-        ({"dropped": 2}, "no share"),
-    ],
-)
-def test_bad_numbers_of_a_layer_are_refused(changes: dict, message: str, tmp_path) -> None:
-    run = make_run(tmp_path)
-    (run / "routing.json").write_text(json.dumps({"layers": [routing_layer(**changes)]}))
-    with pytest.raises(UserError, match=message):
-        write_report(run)
-
-
-@pytest.mark.parametrize(
-    ("moe", "expected"),
-    [
-        ({"routing": "static", "task": "source"}, "used for each source language"),
-        ({"routing": "sentence"}, "used for each sentence"),
-        ({"routing": "token", "task": "pair"}, "used for each token"),
-    ],
-)
-def test_the_summary_says_who_chooses(moe: dict, expected: str, tmp_path) -> None:
-    run = make_run(tmp_path)
-    recipe = (run / "recipe.yaml").read_text()
-    for key, value in {"routing": "token", "task": "target", **moe}.items():
-        recipe = re.sub(rf"\b{key}: (task|target)\n", f"{key}: {value}\n", recipe)
-    (run / "recipe.yaml").write_text(recipe)
-    assert expected in Page(write_report(run)).text
-
-
-def test_the_report_of_a_model_without_experts_speaks_of_none(tmp_path) -> None:
-    run = make_run(tmp_path)
-    recipe = load_recipe(run / "recipe.yaml").model_dump(exclude_none=True)
-    for side in ("encoder", "decoder"):
-        recipe["model"][side].pop("moe")
-    recipe["model"]["low_rank"] = {
-        "rank": {code: 4 if code == "en" else 2 for code in ("de", "en", "he", "nl", "ru")},
-        "index": "language",
-    }
-    (run / "recipe.yaml").write_text(Recipe.model_validate(recipe).to_yaml())
-    (run / "routing.json").unlink()
-    (run / "timings.json").unlink()
-    text = Page(write_report(run)).text
-    assert (
-        "transformer with low-rank matrices of each language (ranks 2 to 4) beside its feed-forwards, trained"
-        " for 100 steps" in text
-    )
-    assert "What a direction has of its own merged into plain layers" in text
-    assert not re.search(r"\b[Ee]xperts?\b|[Ss]parse|make demo", text.partition("name: demo")[0])
 
 
 def test_what_is_missing_names_a_command_that_helps(tmp_path) -> None:

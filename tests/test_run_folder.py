@@ -13,13 +13,35 @@ from pathlib import Path
 
 import pytest
 from small_run import make_recipe
+from typer.testing import CliRunner
 
+from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint import run_folder
-from lsmoe_ds.checkpoint.run_folder import list_checkpoints, open_run, to_remove
+from lsmoe_ds.checkpoint.run_folder import choose_run, list_checkpoints, open_run, to_remove
+from lsmoe_ds.cli import app
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import locked, replaced, write_whole
+from lsmoe_ds.training import start
 
 DEV_LOSS = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: 2.5}
+
+
+def test_the_recipe_of_a_run_goes_on_in_its_folder(tmp_path, monkeypatch):
+    """Also where the folder is not runs/NAME, as one made by ``convert --to layout``."""
+    recipe, run, out = make_recipe(tmp_path, None, None), tmp_path / "elsewhere", Path("other")
+    (tmp_path / "vocabulary.model").write_bytes(b"pieces")
+    open_run(recipe, run, tmp_path / "vocabulary.model")
+    (tmp_path / "small.yaml").write_text(recipe.to_yaml())
+    trained: list[Path] = []
+    monkeypatch.setattr(interrupt, "leave_before_training", lambda: None)
+    monkeypatch.setattr(start, "train", lambda recipe, run, processes: trained.append(run) or 0)
+    for arguments in ([run / "recipe.yaml"], [run / "recipe.yaml", "--out", out], [tmp_path / "small.yaml"]):
+        assert CliRunner().invoke(app, ["train", *map(str, arguments)]).exit_code == 0
+    assert trained == [run, out, Path("runs/small")]
+    planned = CliRunner().invoke(app, ["plan", str(run / "recipe.yaml"), "--json"]).stdout
+    assert json.loads(planned)["run"] == str(run), "slurm/submit.sh reads it"
+    (run / "provenance.json").write_text("{}")
+    assert choose_run(run / "recipe.yaml", recipe, None) == Path("runs/small"), "for a training to come"
 
 
 @pytest.mark.parametrize(

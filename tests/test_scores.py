@@ -145,6 +145,27 @@ def test_averages_by_hand() -> None:
     assert table().share("weak") == pytest.approx((3 * 10 * 0.5 + 30 * 0.9) / 60)
 
 
+def test_classes_of_source_and_target_where_not_all_directions_touch_english() -> None:
+    groups = {"en": "high", "de": "high", "oc": "very_low"}
+    scores = tuple(
+        fake(name, chrf) for name, chrf in (("de-en", 40), ("en-de", 30), ("de-oc", 8), ("oc-en", 6))
+    )
+    whole = ScoreTable("demo", 100, "test", 5, 1.0, scores, groups=groups)
+    found = {name: average for name, average in whole.averages().items() if "2" in name}
+    assert {name: (each.directions, each.metrics.chrf) for name, each in found.items()} == {
+        "H2H": (2, 35),
+        "H2V": (1, 8),
+        "V2H": (1, 6),
+    }
+    english = ScoreTable("demo", 100, "test", 5, 1.0, (*scores[:2], scores[3]), groups=groups)
+    assert not [name for name in english.averages() if "2" in name]
+    assert ScoreTable.from_json(whole.to_json()) == whole
+    assert json.loads(whole.to_json())["averages"]["H2V"]["chrf"] == 8
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(whole.render())
+    assert "H2V: high into very low" in console.export_text()
+
+
 def test_resource_groups_by_training_pairs() -> None:
     pairs = {"de-en": 1000, "en-fr": 999, "en-nl": 99}
     assert resource_groups(pairs, Groups(high=1000, medium=100)) == {

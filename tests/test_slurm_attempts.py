@@ -49,6 +49,14 @@ def test_attempts_without_a_newer_checkpoint_are_counted(recipe, monkeypatch):
         begin(recipe, allowed=2)
 
 
+def test_the_recipe_of_a_run_is_an_attempt_of_that_run(recipe, tmp_path):
+    run = tmp_path / "elsewhere"
+    run.mkdir()
+    (run / "vocabulary.model").touch()
+    stored = recipe.rename(run / "recipe.yaml")
+    assert begin(stored) == run and begin(stored, out=Path("other")) == Path("other")
+
+
 def test_two_names_of_a_run_count_together(recipe, tmp_path):
     (tmp_path / "link").symlink_to("far/run")
     begin(recipe, out=Path("link"), allowed=2)

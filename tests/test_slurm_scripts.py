@@ -1,5 +1,5 @@
 """The scripts in `slurm/` without a cluster: what they ask SLURM for, and what they do about signals and
-statuses. SLURM's programs are played by small ones that note how they were called.
+statuses.
 """
 
 from __future__ import annotations
@@ -10,134 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from small_run import make_recipe
+from played_slurm import RANK, SLURM
 
 from lsmoe_ds.launch.processes import KEEP_LARGE_BLOCKS
 
-SLURM = Path(__file__).resolve().parents[1] / "slurm"
 SCRIPTS = sorted(path.name for path in SLURM.iterdir())
-NOTE = 'echo "$(basename "$0") $*" >> "$CALLS"\n'
-PLAYED = {
-    "srun": NOTE + 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
-    "mpirun": NOTE + 'exec python "$RANK"',
-    "deepspeed": NOTE + 'cat "$2" >> "$CALLS"; exec python "$RANK"',
-    "torchrun": NOTE + 'echo "node rank $PET_NODE_RANK" >> "$CALLS"; python "$RANK"',
-    "lsmoe": NOTE
-    + """case "$1 $2" in
-    "slurm begin")
-        [[ $BEGIN != slow ]] || { echo begun > "$PID" && /bin/sleep 0.5; }
-        echo runs/played && exit "${BEGIN/slow/0}" ;;
-    "slurm end") exit "$VERDICT" ;;
-    "plan "*) exec python -m lsmoe_ds "$@" ;;
-    study*) [[ $WORK != stay ]] || python "$RANK"; exit ;;
-    *) exec python "$RANK" ;;
-    esac""",
-    "scancel": NOTE + '[[ $1 != --signal=USR1 ]] || kill -USR1 "$(cat "$PID")"',
-    "scontrol": NOTE
-    + """case "$2" in
-    hostnames) printf 'n1\\nn2\\n' ;;
-    show) echo "JobId=7 $STATE" ;;
-    *) [[ $REQUEUE == 0 ]] && kill -TERM $PPID; exit "$REQUEUE" ;;
-    esac""",
-    "sbatch": NOTE + '[[ $* != *"$REFUSED"* ]] || exit 1\necho $((100 + $(grep -c ^sbatch "$CALLS")))\\;name',
-    "sleep": "exec /bin/sleep 0.1  # nobody waits that long",
-}
-RANK = """
-import os, signal, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
-with open(os.environ["PID"], "w") as file:
-    file.write(str(os.getpid()))
-with open(os.environ["CALLS"], "a") as calls:
-    print("rank sees", "TMPDIR" if os.path.isdir(os.environ["TMPDIR"]) else "none", file=calls)
-work = os.environ["WORK"]
-if work == "stay":
-    time.sleep(30)
-sys.exit(int(work))
-"""
-
-
-class Played:
-    """A folder with the programs, and what they were told to do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.calls_file, self.pid_file = folder, folder / "calls", folder / "pid"
-        programs = folder / "programs"
-        programs.mkdir()
-        for name, text in PLAYED.items():
-            (programs / name).write_text(f"#!/bin/bash\n{text}\n")
-            (programs / name).chmod(0o755)
-        (folder / "rank.py").write_text(RANK)
-        self.environment = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("SLURM", "SBATCH", "OMP_"))
-            },
-            "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "CALLS": str(self.calls_file),
-            "PID": str(self.pid_file),
-            "RANK": str(folder / "rank.py"),
-            "BEGIN": "0",  # status of `lsmoe slurm begin`; "slow": 0, but not at once
-            "WORK": "0",  # status of the training; "stay" until it is told to stop
-            "VERDICT": "0",  # of `lsmoe slurm end`
-            "STATE": "JobState=RUNNING",
-            "REQUEUE": "0",
-            "REFUSED": "@none@",  # what sbatch refuses
-            "SLURM_SUBMIT_DIR": str(SLURM.parent),
-            "SLURM_TMPDIR": str(folder / "local"),
-            "SLURM_JOB_ID": "7",
-            "SLURM_NNODES": "2",
-            "SLURM_NTASKS": "4",
-            "SLURM_CPUS_PER_TASK": "3",
-            "SLURM_JOB_NODELIST": "n[1-2]",
-        }
-        self.said = ""
-
-    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", str(SLURM / script), *arguments],
-            cwd=self.folder,
-            env=self.environment | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, script: str, *arguments: str, **environment: str) -> int:
-        """The status in which the script ends."""
-        return self.finish(self.start(script, *arguments, **environment))
-
-    def finish(self, process: subprocess.Popen[str]) -> int:
-        self.said, _ = process.communicate(timeout=60)
-        return process.returncode
-
-    def signaled(self, number: int, script: str, *arguments: str, **environment: str) -> int:
-        """The same, with a signal once the ranks run."""
-        process = self.start(script, *arguments, WORK="stay", **environment)
-        deadline = time.monotonic() + 30
-        while not (self.pid_file.exists() and self.pid_file.read_text()):
-            assert time.monotonic() < deadline and process.poll() is None, self.finish(process) or self.said
-            time.sleep(0.02)
-        process.send_signal(number)
-        return self.finish(process)
-
-    def calls(self, program: str) -> list[str]:
-        text = self.calls_file.read_text() if self.calls_file.exists() else ""
-        return [
-            line.removeprefix(f"{program} ") for line in text.splitlines() if line.startswith(f"{program} ")
-        ]
-
-
-@pytest.fixture
-def played(tmp_path):
-    return Played(tmp_path)
-
-
-# --- the scripts
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -343,99 +223,3 @@ def test_a_study_that_is_asked_to_stop_is_requeued_alone_of_its_array(played):
     played.pid_file.unlink()
     assert played.signaled(signal.SIGUSR1, "study.sbatch", "s.yaml", SLURM_RESTART_COUNT="50", **array) == 1
     assert played.calls("scontrol").count("requeue 5_3") == 1
-
-
-# --- submit.sh
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    file = tmp_path / "small.yaml"
-    file.write_text(make_recipe(tmp_path, None, None).to_yaml())
-    return file
-
-
-def test_the_chain_has_its_dependencies(played, recipe):
-    chosen = [
-        "--nodes",
-        "2",
-        "--ntasks-per-node",
-        "1",
-        "--cpus-per-task",
-        "3",
-        "--array",
-        "4",
-        "--beam",
-        "2",
-        "--set",
-        "training.steps=9",
-    ]
-    converted = ["--convert", "en-de", "--convert", "de-en:dense"]
-    assert (
-        played.run("submit.sh", str(recipe), *chosen, *converted, "--", "--time=9", "--gpus-per-node=8") == 0
-    ), played.said
-    train, evaluate, merge, first, second = played.calls("sbatch")
-    assert (
-        train == "--parsable --job-name=lsmoe-train --output=logs/%x-%j.out --nodes=2 --ntasks-per-node=1 "
-        f"--cpus-per-task=3 --time=9 --gpus-per-node=8 {SLURM}/train.sbatch {recipe} --set "
-        "training.steps=9 --out runs/small"
-    )
-    after, one = (
-        "--dependency=afterok:{} --kill-on-invalid-dep=yes --output=logs/%x-%j.out --cpus-per-task=3",
-        f"{SLURM}/",
-    )
-    assert (
-        evaluate
-        == f"--parsable --job-name=lsmoe-evaluate {after.format(101)} --output=logs/%x-%A_%a.out --array=1-4 "
-        f"{one}evaluate.sbatch runs/small --beam 2"
-    )
-    assert (
-        merge
-        == f"--parsable --job-name=lsmoe-merge {after.format(102)} {one}merge.sbatch runs/small 4 --beam 2"
-    )
-    assert (
-        first
-        == f"--parsable --job-name=lsmoe-convert-en-de {after.format(101)} {one}convert.sbatch runs/small en "
-        "de ctranslate2 runs/small-en-de-ctranslate2"
-    )
-    assert second.endswith("convert.sbatch runs/small de en dense runs/small-de-en-dense")
-    rows = [line.split() for line in played.said.splitlines()[1:6]]
-    assert rows == [["101", "train", "-"], ["102", "evaluate", "101"], ["103", "merge", "102"]] + [
-        [str(104 + i), f"convert-{direction}", "101"] for i, direction in enumerate(("en-de", "de-en"))
-    ]
-    assert "scancel 101 102 103 104 105" in played.said and (played.folder / "logs").is_dir()
-
-
-def test_only_asked_nothing_is_submitted(played, recipe):
-    assert played.run("submit.sh", str(recipe), "--test-only", "--convert", "en-de") == 0, played.said
-    assert len(played.calls("sbatch")) == 4 and all(
-        call.startswith("--test-only ") for call in played.calls("sbatch")
-    )
-    assert not (played.folder / "logs").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--nodes", "0"], "--nodes is '0': it should be a whole number from 1 on"),
-        (["--array"], "--array is '': it should be"),
-        (["--convert", "en"], "--convert is 'en': it should be A-B or A-B:KIND"),
-        (["--convert", "en-de:onnx"], "--convert is 'en-de:onnx'"),
-        (["--out"], "--out lacks its value"),
-        (["--node", "2"], "there is no option --node"),
-        (["other.yaml"], "'other.yaml' is one recipe too many"),
-        (["--set", "parallel.tensor=3"], "tensor"),
-        (["--nodes", "3", "--ntasks-per-node", "1"], "multiple of 3"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_is_submitted(played, recipe, arguments, said):
-    assert played.run("submit.sh", str(recipe), *arguments) == 2
-    assert said in played.said and len(played.said.splitlines()) == 1 and not played.calls("sbatch")
-
-
-def test_half_a_chain_is_taken_back(played, recipe):
-    assert (
-        played.run("submit.sh", str(recipe), "--nodes", "1", "--ntasks-per-node", "1", REFUSED="merge.sbatch")
-        == 2
-    )
-    assert played.calls("scancel") == ["101 102"] and "none is left in the queue" in played.said

@@ -49,8 +49,8 @@ def analyze_routing(
     return write_analysis(Path(out), loaded.recipe.name, loaded.step, layers)
 
 
-def check_out(out: Path) -> None:
-    """Raise UserError if ``out`` is a file, or holds anything that was not written here."""
+def check_out(out: Path, kind: str = FORMAT) -> None:
+    """Raise UserError if ``out`` is a file, or holds anything but an analysis of this ``kind``."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
     check_can_write(out.absolute().parent, "choose another folder with --out")
@@ -58,7 +58,7 @@ def check_out(out: Path) -> None:
         return
     summary = read_json(out / SUMMARY) or {}
     files = summary.get("files")
-    ours = {SUMMARY, *files} if summary.get("format") == FORMAT and isinstance(files, list) else set()
+    ours = {SUMMARY, *files} if summary.get("format") == kind and isinstance(files, list) else set()
     others = sorted(path.name for path in out.iterdir() if path.name not in ours)
     if others:
         raise UserError(
@@ -84,8 +84,8 @@ def write_analysis(out: Path, name: str, step: int, routing: Routing) -> dict[st
         texts |= {f"{layer.name}.svg": as_file(heat_map(layer, full)) for layer in layers}
         for file, text in texts.items():
             (new / file).write_text(text, encoding="utf-8")
-        _write_csv(new / "routing.csv", ("side", "layer", "task", "expert", "share"), _share_rows(routing))
-        _write_csv(
+        write_csv(new / "routing.csv", ("side", "layer", "task", "expert", "share"), _share_rows(routing))
+        write_csv(
             new / "similarity.csv",
             ("side", "layer", "task", "other", "similarity"),
             _similarity_rows(routing),
@@ -113,7 +113,8 @@ def write_analysis(out: Path, name: str, step: int, routing: Routing) -> dict[st
     return summary
 
 
-def _write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+def write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table with a line of column names."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(head)

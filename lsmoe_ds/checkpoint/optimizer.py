@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lsmoe_ds.checkpoint.reading import check_size, explain_damage
+from lsmoe_ds.checkpoint.reading import explain_damage
+from lsmoe_ds.checkpoint.sparse import unpack
 from lsmoe_ds.checkpoint.tensors import Files, open_tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, is_count, is_plain, read_fields
@@ -26,7 +27,7 @@ STATE, STEM = "state.json", "optimizer"  # of a consolidated folder
 
 
 class OptimizerState(Protocol):
-    """By global name of a parameter."""
+    """The optimizer's state of whole parameters, by global name."""
 
     def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Return each state tensor of a parameter, in its whole ``shape``. Raises UserError if anything is
@@ -60,7 +61,7 @@ def open_optimizer(folder: Path, verify: bool = False) -> OptimizerState:
 
 
 class ConsolidatedOptimizer:
-    """In ``optimizer*.safetensors``, see :mod:`lsmoe_ds.export.consolidated`."""
+    """The optimizer's state in ``optimizer*.safetensors``, see :mod:`lsmoe_ds.export.consolidated`."""
 
     def __init__(self, folder: Path, check: Callable[[Path], None] | None = None) -> None:
         if not (folder / STATE).exists():
@@ -83,12 +84,12 @@ class ConsolidatedOptimizer:
 
 def _read(path: Path) -> Any:
     with explain_damage(path):
-        return compat.read_optimizer_file(path)
+        return compat.read_optimizer_file(path, unpack)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Of ``length`` values from ``start`` of a tensor-parallel part, flattened."""
+    """The place of ``length`` values, which begin at ``start`` of a flattened tensor-parallel part."""
 
     start: int
     length: int
@@ -98,7 +99,7 @@ class _Place:
 
 
 class Pieces:
-    """In DeepSpeed's files of a checkpoint, by the ``pieces-rank-N.json`` beside them."""
+    """The optimizer's state in DeepSpeed's files, found by the ``pieces-rank-N.json`` beside them."""
 
     def __init__(self, checkpoint: Path, check: Callable[[Path], None] | None = None) -> None:
         """Open the state. Raises UserError if the checkpoint does not say where its parts are."""
@@ -163,7 +164,6 @@ class Pieces:
                 self.steps.add(float(states[place.number]["step"]))
                 if holders is not None:
                     held[VALUES] = holders[place.number]
-                check_size(place.file, held.values())
                 for key, value in held.items():
                     whole = values.setdefault(key, torch.zeros(shape.numel()))
                     part = value.reshape(-1)[place.offset : place.offset + place.length]

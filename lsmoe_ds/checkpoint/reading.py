@@ -7,7 +7,7 @@ Optimizer states are not read, and of the weights one tensor at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lsmoe_ds.checkpoint.frozen import open_frozen
 from lsmoe_ds.checkpoint.run_folder import FROZEN, frozen_damage
+from lsmoe_ds.checkpoint.sparse import unpack
 from lsmoe_ds.checkpoint.tensors import BUFFERS, KEPT, Files, LazyTensor, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, damage, is_count, read_fields
@@ -145,11 +146,10 @@ def _load(path: Path) -> dict[str, Tensor]:
         values = values.get("module")
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds no model")
-    tensors = {
+    values = unpack(values, path)
+    return {
         name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)
     }
-    check_size(path, tensors.values())
-    return tensors
 
 
 @contextmanager
@@ -164,12 +164,3 @@ def explain_damage(path: Path) -> Iterator[None]:
     except Exception as error:  # what a damaged pickle raises is anything
         first = (str(error).splitlines() or [""])[0].partition(". ")[0]
         raise UserError(f"{path} is damaged: {first or type(error).__name__}") from None
-
-
-def check_size(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Raise UserError if a tensor claims more values than its file has room for: strides of 0 would make
-    gigabytes of one.
-    """
-    size = path.stat().st_size
-    if any(value.layout != torch.strided or value.numel() * value.element_size() > size for value in tensors):
-        raise UserError(f"{path} is damaged: it has a tensor larger than the file")

@@ -85,7 +85,9 @@ def load_frozen(engine: Any, weights: Mapping[str, Tensor], topology: Topology) 
 
 
 def _fill(target: Tensor, whole: Tensor, piece: compat.Piece, topology: Topology) -> None:
-    """The values of a piece, out of those of its whole parameter, into what lies as its holder does."""
+    """Copy the values of a piece from its whole parameter into ``target``, which has the layout of the
+    piece's holder.
+    """
     own = _own(whole, piece.parameter, topology).reshape(-1)[piece.start : piece.start + piece.length]
     target.view(-1)[piece.offset : piece.offset + piece.length] = own
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from lsmoe_ds.data.comparison import (
     read_origin,
 )
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import damage, explain_errors, read_json, resolved, sha256, write_whole
+from lsmoe_ds.folders import (
+    damage,
+    explain_errors,
+    is_stored_recipe,
+    read_json,
+    resolved,
+    sha256,
+    write_whole,
+)
 
 # What may differ when a run is resumed: it changes neither the model nor any step already taken.
 MAY_CHANGE = {
@@ -58,22 +67,17 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
         if run.exists() and any(not _is_begun(path, vocabulary) for path in run.iterdir()):
             raise UserError(f"{run} is not empty and holds no run: choose another folder with --out")
         return
-    before = _flat(load_recipe(stored).model_dump(mode="json"))
-    now = _flat(recipe.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not any(
-            key == name or key.startswith(f"{name}.") for name in MAY_CHANGE
-        ):
-            advice = "set it back"
-            if mean_the_same(before.get(key), now.get(key)):
-                advice = (
-                    "the run keeps the codes that it was started with, so continue it with its own recipe, "
-                    f"{stored}"
-                )
-            raise UserError(
-                f"the run {run} was started with {key} {before.get(key)}, the recipe now has {now.get(key)}: "
-                f"{advice}, or write to another folder with --out"
+    for key, before, now in find_changes(load_recipe(stored), recipe):
+        advice = "set it back"
+        if mean_the_same(before, now):
+            advice = (
+                "the run keeps the codes that it was started with, so continue it with its own recipe, "
+                f"{stored}"
             )
+        raise UserError(
+            f"the run {run} was started with {key} {before}, the recipe now has {now}: "
+            f"{advice}, or write to another folder with --out"
+        )
     check_vocabulary(run, read_origin(run).get("vocabulary"))
     if sha256(copied) != sha256(vocabulary):
         raise UserError(
@@ -86,11 +90,31 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
         check_trained_on(run, prepared, manifest)
 
 
+def find_changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each key with its two values that differs between recipes, unless a resumed run may change it."""
+    old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
+    for key in sorted(old.keys() | new.keys()):
+        may_change = any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+        if old.get(key) != new.get(key) and not may_change:
+            yield key, old.get(key), new.get(key)
+
+
 def _is_begun(path: Path, vocabulary: Path) -> bool:
     """Tell whether a file in a folder without recipe is what :func:`open_run` leaves when it is killed."""
     if path.name == "vocabulary.model":
         return path.is_file() and sha256(path) == sha256(vocabulary)
     return path.name == ORIGIN or path.name.startswith(BEGUN)
+
+
+def choose_run(file: Path, recipe: Recipe, out: Path | None) -> Path:
+    """Return the folder that a training of this recipe file writes.
+
+    That is ``out`` if it is given, the run's own folder for the recipe that a run has stored, and otherwise
+    ``runs/NAME``.
+    """
+    if out is not None:
+        return out
+    return file.parent if is_stored_recipe(file) else Path("runs") / recipe.name
 
 
 def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
@@ -112,7 +136,7 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:
-    """{"a.b": value} of nested mappings."""
+    """Flatten nested mappings into one, whose keys are paths such as ``"a.b"``."""
     if not isinstance(value, dict):
         return {at: value}
     return {
@@ -138,8 +162,8 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def to_remove(checkpoints: list[Path], keep: int, best: int) -> list[Path]:
-    """Those of a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the
-    ``best`` of least dev loss. Without a validation in their step they have none.
+    """List a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the
+    ``best`` of lowest dev loss. Checkpoints without a dev loss never count as best.
     """
     losses = {path: (read_json(path / "state.json") or {}).get("dev_loss") for path in checkpoints}
     scored = sorted((loss, path) for path, loss in losses.items() if isinstance(loss, float | int))

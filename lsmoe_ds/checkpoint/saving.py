@@ -31,6 +31,7 @@ from lsmoe_ds.checkpoint.optimizer import open_optimizer
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.resharding import load_frozen, load_resharded, write_pieces
 from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, to_remove
+from lsmoe_ds.checkpoint.sparse import pack, unpack
 from lsmoe_ds.checkpoint.tensors import BUFFERS
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, read_json, sync, write_json
@@ -44,7 +45,7 @@ POLL, PATIENCE = 0.02, 10.0  # seconds; how long the ranks' notes are waited for
 
 
 class Saver:
-    """Writes the checkpoints of a run and keeps the newest ``keep`` and the ``best`` by dev loss.
+    """Write the checkpoints of a run and keep the newest ``keep`` and the ``best`` by dev loss.
 
     ``frozen`` is the checksum of the frozen base, as the checkpoint has it from which the run resumes.
     Without one the base, if there is any, is written with the first checkpoint.
@@ -126,16 +127,16 @@ class Saver:
         dist.barrier()
 
     def _write(self, state: Any, path: str) -> None:
-        """A file of the engine's: in the background, of a copy, if there is the memory for it on every rank
-        of the machine.
+        """Write a file of DeepSpeed's: a copy in the background if every rank of the machine has the memory
+        for one, otherwise at once.
         """
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.topology.world))
         copied = 2 * ranks * _size(state) < psutil.virtual_memory().available
         alone = _alone(state, copied)
         if copied:
-            self._writes.append(self._thread.submit(torch.save, alone, path))
+            self._writes.append(self._thread.submit(_save, alone, path))
         else:
-            torch.save(alone, path)
+            _save(alone, path)
 
     def _complete(self, partial: Path, final: Path) -> None:
         writes, self._writes = self._writes, []
@@ -166,8 +167,8 @@ class Saver:
                 _remove(old)
 
     def _wait_for_all(self, partial: Path) -> None:
-        """Until each rank has noted that its files are written; collectives belong to training. Raises
-        OSError if one could not.
+        """Wait until each rank has noted that its files are written. Notes are files, since collectives
+        belong to training. Raises OSError if a rank could not write, or did not end after an error.
         """
         patience = PATIENCE / POLL
         for rank in range(self.topology.world):
@@ -182,6 +183,10 @@ class Saver:
             note.unlink()
 
 
+def _save(state: Any, path: str) -> None:
+    torch.save(pack(state), path)
+
+
 def _size(value: Any) -> int:
     """Count the bytes of the tensors in nested containers."""
     if isinstance(value, torch.Tensor):
@@ -191,8 +196,8 @@ def _size(value: Any) -> int:
 
 
 def _alone(value: Any, copied: bool) -> Any:
-    """The same, with no part that is a view of something larger, which torch would write; with ``copied``
-    none that training will change. Tensors come to the CPU.
+    """Return nested containers with their tensors on the CPU, none a view of a larger one, which
+    ``torch.save`` would write whole. With ``copied`` training changes nothing of the result.
     """
     if isinstance(value, torch.Tensor):
         whole = value.untyped_storage().nbytes() == value.nbytes
@@ -205,7 +210,7 @@ def _alone(value: Any, copied: bool) -> Any:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Under another name first: a checkpoint is whole or absent while it goes, too."""
+    """Remove a checkpoint, after renaming it, so that a kill never leaves part of one under its name."""
     leftover = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}-removed")
     checkpoint.rename(leftover)
     shutil.rmtree(leftover)
@@ -213,9 +218,7 @@ def _remove(checkpoint: Path) -> None:
 
 @contextmanager
 def _explained(partial: Path, final: Path, main: bool) -> Iterator[None]:
-    """What keeps a checkpoint from being written, as a UserError; the main rank removes what there was of
-    it.
-    """
+    """Turn a failed write of a checkpoint into a UserError; the main rank removes the partial one."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -235,7 +238,9 @@ def _explained(partial: Path, final: Path, main: bool) -> Iterator[None]:
 
 
 def _gather_partition(model: torch.nn.Module, topology: Topology) -> dict[str, int]:
-    """Dimension of each parameter and buffer that is spread over tensor-parallel ranks, by global name."""
+    """Map each parameter and buffer that is spread over tensor-parallel ranks, by global name, to the
+    dimension that is split.
+    """
     names = global_names(model, topology)
     dimensions = {names[name]: partition_dimension(value) for name, value in named_state(model)}
     return {name: dimension for name, dimension in dimensions.items() if dimension is not None}
@@ -269,7 +274,7 @@ def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
         if describe_change(engine, checkpoint, topology) is not None:
             load_resharded(engine, read_checkpoint(checkpoint).weights, open_optimizer(checkpoint), topology)
         else:
-            compat.load_engine(engine, checkpoint)
+            compat.load_engine(engine, checkpoint, unpack)
             if frozen_parameters(engine, topology):
                 load_frozen(engine, open_frozen(checkpoint.resolve().parent.parent)[0], topology)
             with compat.trusted_checkpoint_loading():

@@ -1,4 +1,4 @@
-"""Where a model lies: a run folder, a checkpoint in it, or a converted folder; and writing the latter.
+"""Find a stored model: a run folder, a checkpoint in it, or a converted folder; and write the latter.
 
 A converted folder holds the files of its kind (those of :func:`lsmoe_ds.checkpoint.tensors.save_tensors`, for
 most), ``recipe.yaml``, ``vocabulary.model``, a model card ``README.md`` and ``provenance.json``::

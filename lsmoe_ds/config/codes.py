@@ -149,6 +149,14 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
             ("data.languages", data, list, reader.code),
             ("data.directions", data, list, lambda text: str(reader.direction(text))),
         ]
+        if isinstance(data.get("pivot"), str):
+            try:
+                data["pivot"] = reader.code(data["pivot"])
+            except UserError as error:
+                return "data.pivot", str(error)
+        places.append(("data.max_pairs", data, dict, reader.code))
+        groups = _section(data, "groups")
+        places += [(f"data.groups.{name}", groups, list, reader.code) for name in groups]
         for method, kind in sections().items():
             given = _section(model, method)
             for name in kind.by_language:

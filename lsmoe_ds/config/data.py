@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from itertools import pairwise, permutations
 from os.path import abspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,19 +14,40 @@ from pydantic import Field, field_validator, model_validator
 
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, check_code, english_centric, is_english, normalize_code
+from lsmoe_ds.languages import GROUPS, Direction, check_code, english_centric, is_english, normalize_code
 
 SMALLEST = 64  # pieces of a vocabulary
 TagConvention = Literal["target", "source-target"]
 
 
+def _twice(values: Iterable[Hashable]) -> Any:
+    """Return the first of the values that is there more than once, or None."""
+    return next((value for value, times in Counter(values).items() if times > 1), None)
+
+
 class Corpus(Section):
-    """Describe a corpus on disk. ``source`` and ``target`` name the languages where the layout does not."""
+    """Describe a corpus on disk. ``source`` and ``target`` name the languages where the layout does not.
+
+    ``train`` is the set of a layout of held-out text that is trained on.
+    """
 
     path: Path
     format: Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv"]
     source: str | None = None
     target: str | None = None
+    train: Literal["dev", "test"] | None = None
+
+    @model_validator(mode="after")
+    def _train(self) -> Corpus:
+        allowed = {"flores": ("dev", "test"), "ntrex": ("test",)}.get(self.format, ())
+        if self.train is not None and self.train not in allowed:
+            has = (
+                f"has only the set {' and '.join(allowed)}"
+                if allowed
+                else "has training text of its own: leave it out"
+            )
+            raise ValueError(f"'train' is {self.train}, but the format {self.format} {has}")
+        return self
 
     @property
     def text(self) -> Hashable:
@@ -75,25 +98,63 @@ class Batch(Section):
 
 
 class Groups(Section):
-    """Resource groups by training pairs: at least ``high`` is high, at least ``medium`` is medium, the rest
-    is low.
+    """Sort languages and bitexts into resource groups, by thresholds or by lists of languages.
+
+    A threshold is the smallest number of training pairs of a group. What is below the last one is in the next
+    group: low, or very_low where ``low`` is a threshold, too.
     """
 
-    high: Positive = 1_000_000
-    medium: Positive = 100_000
+    high: Positive | list[str] | None = 1_000_000
+    medium: Positive | list[str] | None = 100_000
+    low: Positive | list[str] | None = None
+    very_low: list[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        """Let nothing stand for the defaults, which are thresholds, and leave them out beside lists."""
+        if not isinstance(value, dict):
+            return value
+        given = {key: each for key, each in value.items() if each is not None}
+        lists = any(isinstance(each, list) for each in given.values())
+        return {"high": None, "medium": None, **given} if lists else given
 
     @model_validator(mode="after")
-    def _order(self) -> Groups:
-        if self.medium > self.high:
+    def _one_kind(self) -> Groups:
+        given = {name: value for name in GROUPS if (value := getattr(self, name)) is not None}
+        lists = [name for name, value in given.items() if isinstance(value, list)]
+        limits = [name for name in given if name not in lists]
+        if lists and limits:
             raise ValueError(
-                f"'medium' is {self.medium}, which is more than {self.high}, the value of 'high': it must be "
-                "at most that"
+                f"'{lists[0]}' is a list and '{limits[0]}' a number: give each group its languages, or give "
+                "'high', 'medium' and, if need be, 'low' the smallest number of training pairs"
             )
+        for above, below in pairwise(limits):
+            if given[below] > given[above]:
+                raise ValueError(
+                    f"'{below}' is {given[below]}, which is more than {given[above]}, the value of '{above}'"
+                    ": it must be at most that"
+                )
+        if twice := _twice(code for name in lists for code in given[name]):
+            raise ValueError(f"{twice} is in the groups twice: name it once")
         return self
 
+    @property
+    def listed(self) -> dict[str, str]:
+        """Return the group of each language, or nothing if thresholds are given."""
+        lists = {name: value for name in GROUPS if isinstance(value := getattr(self, name), list)}
+        return {code: name for name, codes in lists.items() for code in codes}
+
     def of(self, pairs: int) -> str:
-        """``high``, ``medium`` or ``low``."""
-        return "high" if pairs >= self.high else "medium" if pairs >= self.medium else "low"
+        """Return the group of so many training pairs by the thresholds."""
+        limits = {name: value for name in GROUPS if isinstance(value := getattr(self, name), int)}
+        return next((name for name, least in limits.items() if pairs >= least), GROUPS[len(limits)])
+
+    def of_bitext(self, bitext: str, pairs: int) -> str:
+        """Return the group of a bitext (``de-en``): that of its rarer language, or of its training pairs."""
+        if listed := self.listed:
+            return max((listed[code] for code in bitext.split("-")), key=GROUPS.index)
+        return self.of(pairs)
 
 
 class Data(Section):
@@ -102,7 +163,9 @@ class Data(Section):
     ``name`` names the prepared data, by default as the recipe is named. ``tags`` says which tags a model
     reads: that of the ``target`` before the source and none before the translation, or that of the source
     language before the source and that of the target language before the translation, which is given and not
-    learned.
+    learned. ``pivot`` is the language by whose sentences a corpus' bitexts are joined into others (see
+    :mod:`lsmoe_ds.data.pivot`). ``max_pairs`` caps the training pairs of each bitext, or of each bitext of a
+    language.
     """
 
     name: Annotated[str, Field(pattern=NAME)] | None = None
@@ -117,6 +180,15 @@ class Data(Section):
     temperature: Annotated[float, Field(ge=1.0)] = 5.0
     batch: Batch = Batch()
     tags: TagConvention = "target"
+    pivot: str | None = None
+    max_pairs: Positive | dict[str, Positive] | None = None
+
+    def most_pairs(self, codes: Iterable[str]) -> int | None:
+        """Return the largest number of training pairs of a bitext of these languages; None if any."""
+        caps = self.max_pairs
+        if not isinstance(caps, dict):
+            return caps
+        return min((caps[code] for code in codes if code in caps), default=None)
 
     @field_validator("corpora")
     @classmethod
@@ -129,6 +201,19 @@ class Data(Section):
                 raise ValueError(f"the corpus {name} is there twice{spelled}: leave one of the two out")
             named[text] = name
         return corpora
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_directions(cls, value: Any) -> Any:
+        """Write out ``directions: all``: every ordered pair of ``languages``."""
+        if not isinstance(value, dict) or value.get("directions") != "all":
+            return value
+        codes = value.get("languages")
+        if not isinstance(codes, list) or len(codes) < 2 or not all(isinstance(code, str) for code in codes):
+            raise ValueError("'directions' is all: 'languages' must list at least two languages")
+        if twice := _twice(codes):
+            raise ValueError(f"'languages' names {twice} twice: name it once")
+        return {**value, "directions": ["-".join(pair) for pair in permutations(codes, 2)]}
 
     @model_validator(mode="after")
     def _directions(self) -> Data:
@@ -156,12 +241,22 @@ class Data(Section):
             raise ValueError(
                 f"'languages' lacks {lacking[0]}, which 'directions' has: add it, or leave 'languages' out"
             )
+        _check_groups(self.groups.listed, used)
+        if isinstance(self.max_pairs, dict) and (unknown := sorted(self.max_pairs.keys() - used)):
+            raise ValueError(f"'max_pairs' names {unknown[0]}, which is no language of the recipe")
+        if self.pivot is not None:
+            _as_value_error(check_code, self.pivot)
         return self
 
 
-def _twice(values: Iterable[Hashable]) -> Any:
-    """Return the first of the values that is there more than once, or None."""
-    return next((value for value, times in Counter(values).items() if times > 1), None)
+def _check_groups(listed: Mapping[str, str], codes: AbstractSet[str]) -> None:
+    """Raise ValueError unless the groups, if they are lists, name exactly the languages ``codes``."""
+    if unknown := sorted(listed.keys() - codes):
+        raise ValueError(
+            f"'groups' names {unknown[0]}, which is no language of the recipe ({', '.join(sorted(codes))})"
+        )
+    if listed and (lacking := sorted(codes - listed.keys())):
+        raise ValueError(f"'groups' lacks {', '.join(lacking)}: each language is in one group")
 
 
 def _as_value_error(function: Any, value: str) -> Any:

@@ -1,4 +1,4 @@
-"""Turns what pydantic says of a wrong value into one sentence in the words of the file: key, place, what was
+"""Turn what pydantic says of a wrong value into one sentence in the words of the file: key, place, what was
 found, what is allowed.
 """
 
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from lsmoe_ds.config.method import MISFIT, VARIABLE
 from lsmoe_ds.config.section import KIND, NAME, Section, is_section
+from lsmoe_ds.folders import how_to_rename
 from lsmoe_ds.languages import nearest
 
 At = tuple[str, ...]
@@ -26,12 +27,13 @@ LONGEST = 60  # characters of a value that is shown
 @dataclass(frozen=True)
 class Place:
     """Where a value is written: ``where`` is ``r.yaml, line 5`` or ``'--set a.b=c'``; ``written`` is a scalar
-    as it stands there.
+    as it stands there; ``file`` is None for what no file says.
     """
 
     where: str
     written: str = ""
     by_option: bool = False
+    file: Path | None = None
 
 
 Places = dict[At, Place]
@@ -69,14 +71,14 @@ def explain(
     error: ValidationError, section: type[Section], value: Mapping[str, Any], path: Path, places: Places
 ) -> str:
     """Return one sentence on the first error of validating ``value``, read from ``path``, as ``section``."""
+    if renamed := _explain_renamed(error.errors(), section, value, path, places):
+        return renamed
     first, at = _choose(error.errors(), value)
     found = first["input"]
     for key in first.get("ctx", {}).get("inner", ()):  # of a list or mapping that is refused for one item
         at, found = (*at, str(key)), found[key]
     where = _where(at, path, places)
     if first["type"] == "extra_forbidden":
-        if (new := _renamed(at, section)) is not None:
-            return f"{where}: {name(at)} is now called {name((*at[:-1], new))}"
         known = allowed_keys(at[:-1], section)
         guess = nearest(at[-1], known)
         more = f"; methods of your own are found by {VARIABLE}" if at[:-1] == ("model",) and not guess else ""
@@ -103,6 +105,27 @@ def explain(
         f"{where}: {name(at) if at else 'it'} "
         f"{_sentence(first, annotation, found, places.get(at, Place('')))}"
     )
+
+
+def _explain_renamed(
+    errors: Sequence[Any], section: type[Section], value: Mapping[str, Any], path: Path, places: Places
+) -> str:
+    """List all keys of earlier versions with their names of today; return an empty text if there are none.
+
+    A file that lsmoe_ds wrote gets a sentence on how to mend it.
+    """
+    told: list[str] = []
+    files: dict[Path, None] = {}
+    for error in errors:
+        at, _ = _path(error, value)
+        if error["type"] != "extra_forbidden" or (new := _renamed(at, section)) is None:
+            continue
+        where, file = _where(at, path, places), places.get(at, Place("")).file
+        if file is not None:
+            where = where.removeprefix(f"{file}, ") if file in files else where
+            files[file] = None
+        told.append(f"{where}: {name(at)} is now called {name((*at[:-1], new))}")
+    return "; ".join([*told, *(how for file in files if (how := how_to_rename(file)))])
 
 
 def _sentence(error: Mapping[str, Any], annotation: Any, found: Any, place: Place) -> str:

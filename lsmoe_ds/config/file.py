@@ -1,4 +1,4 @@
-"""Reads recipes and other YAML files made of sections. What is wrong with one is told as the key, its line or
+"""Read recipes and other YAML files made of sections. What is wrong with one is told as the key, its line or
 option, what was found and what is allowed (:mod:`lsmoe_ds.config.explain`).
 """
 
@@ -77,10 +77,12 @@ def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
         how = how_to_import(Path(start)) or "give a folder that `lsmoe convert` made"
         raise UserError(f"{said}: there is no {stored_recipe}: {how}")
     try:
-        known, _ = read_mapping(stored_recipe, "recipe", Recipe)
+        known, known_places = read_mapping(stored_recipe, "recipe", Recipe)
     except UserError as error:
         raise UserError(f"{said}: {error}") from None
-    value.setdefault("model", known.get("model"))
+    if "model" not in value:
+        value["model"] = known.get("model")
+        places.update({at: place for at, place in known_places.items() if at[:1] == ("model",)})
     known_data = known.get("data", {})
     if "tags" in known_data:
         data.setdefault("tags", known_data["tags"])
@@ -103,7 +105,7 @@ def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[st
             f"{kind} {path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start + 1})"
         ) from None
     try:
-        value, places = _read_yaml(text, (), lambda line: Place(f"{path}, line {line}"))
+        value, places = _read_yaml(text, (), lambda line: Place(f"{path}, line {line}", file=path))
     except UserError:
         raise
     except (
@@ -112,7 +114,8 @@ def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[st
         tab = next(
             (n for n, line in enumerate(text.split("\n"), start=1) if re.match(r" *\t[\t ]*\S", line)), None
         )
-        why = f"line {tab} is indented with a tab: use spaces" if tab else " ".join(str(error).split())
+        why = f"line {tab} is indented with a tab: use spaces" if tab else _unquoted(text, error)
+        why = why or " ".join(str(error).split())
         raise UserError(f"{kind} {path} is not valid YAML: {why}") from None
     if not isinstance(value, dict):
         raise UserError(f"{kind} {path} must be a mapping with the keys {', '.join(section.model_fields)}")
@@ -153,11 +156,29 @@ def apply_override(value: dict[str, Any], override: str, places: Places) -> None
         value[at[-1]], found = _read_yaml(text, at, lambda line: place)
     except UserError:
         raise
-    except Exception:  # as in read_mapping
-        raise UserError(f"{place.where}: '{text}' is not a YAML value") from None
+    except Exception as error:  # as in read_mapping
+        why = _unquoted(text, error)
+        raise UserError(f"{place.where}: '{text}' is not a YAML value{f': {why}' if why else ''}") from None
     for replaced in [key for key in places if key[: len(at)] == at]:
         del places[replaced]
     places.update({at: place, **found})
+
+
+def _unquoted(text: str, error: Exception) -> str | None:
+    """Say which pattern lacks its quotes, if YAML has failed on the ``*`` or ``[`` of one."""
+    of_alias = getattr(error, "context", None) == "while scanning an alias"
+    mark = getattr(error, "context_mark" if of_alias else "problem_mark", None)
+    if mark is None:
+        return None
+    before = re.split(r"""[\s,\[\]{}'"]""", text[: mark.index])[-1]
+    after = re.match(r"(\[[^\]\s]*\]|[^\s,\[\]{}])*", text[mark.index :])
+    word, line = before + (after[0] if after else ""), text.count("\n", 0, mark.index) + 1
+    where = f"line {line}: " if "\n" in text else ""
+    if word.startswith("*"):
+        return f"{where}{word} begins with *, by which YAML means an alias: write '{word}' in quotes"
+    if before and word.startswith(f"{before}["):
+        return f"{where}{word} has brackets, by which YAML means a list: write '{word}' in quotes"
+    return None
 
 
 def _read_yaml(text: str, at: At, place: PlaceOf) -> tuple[Any, Places]:

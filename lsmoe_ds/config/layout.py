@@ -1,4 +1,4 @@
-"""Whether a number of processes can train a recipe. No torch here: a plan asks the same."""
+"""Check whether a number of processes can train a recipe. No torch here: a plan asks the same."""
 
 from __future__ import annotations
 

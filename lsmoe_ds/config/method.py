@@ -116,6 +116,10 @@ class MethodSection(Section):
         """
         return 0
 
+    def figures(self, model: Model, languages: Languages) -> dict[str, int]:
+        """Return further counts of parameters that a plan shows, by what they count."""
+        return {}
+
     def describe(self) -> str:
         """Say in a few words what the model has by this method: "gates after each sublayer"."""
         return self.name

@@ -53,11 +53,11 @@ class Side(Section):
         return self
 
     def width(self, layer: int) -> int:
-        """Width F of the feed-forward of a layer counted from 0."""
+        """Return the width F of the feed-forward of a layer counted from 0."""
         return self.feed_forward[layer] if isinstance(self.feed_forward, list) else self.feed_forward
 
     def is_moe(self, layer: int) -> bool:
-        """Whether a layer counted from 0 holds experts: with ``every: 2`` the second, fourth, ..."""
+        """Return whether a layer counted from 0 holds experts: with ``every: 2`` the second, fourth, ..."""
         return self.moe is not None and (layer + 1) % self.moe.every == 0
 
 
@@ -134,6 +134,11 @@ class _Model(Section):
         """
         return self.teaches or any(method.distills for method in self.methods)
 
+    @property
+    def needs_groups(self) -> bool:
+        """Tell whether a method depends on the resource groups of languages."""
+        return any(method.needs_groups for method in self.methods)
+
     def routed(self, moe: MoE) -> int:
         """Count the routes of training that use these experts: both, unless a shared feed-forward takes the
         second.
@@ -151,7 +156,7 @@ class _Model(Section):
         return settings[0] if settings else None
 
     def moe_layers(self) -> Iterator[tuple[str, int, MoE]]:
-        """(side, layer, settings) of each layer that holds experts."""
+        """Yield (side, layer, settings) of each layer that holds experts."""
         for name, side in (("encoder", self.encoder), ("decoder", self.decoder)):
             for layer in range(side.layers):
                 if side.moe is not None and side.is_moe(layer):
@@ -257,7 +262,7 @@ class Recipe(Section):
 
     @property
     def languages(self) -> Languages:
-        return Languages(tuple(Direction.parse(d) for d in self.data.directions))
+        return Languages(tuple(map(Direction.parse, self.data.directions)), self.data.groups.listed)
 
     @property
     def data_name(self) -> str:

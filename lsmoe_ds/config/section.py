@@ -66,7 +66,7 @@ def _find_coerced(annotation: Any, value: Any) -> tuple[Any, ...] | None:
 
 
 def _takes(annotation: Any, value: Any) -> bool:
-    """Whether a member of a union takes true or false, or a text, as it is."""
+    """Return whether ``annotation``, a member of a union, takes a boolean or a text without converting it."""
     if isinstance(value, bool):
         return annotation in (bool, Any)
     return annotation in (str, float, Path, Any) or get_origin(annotation) is Literal

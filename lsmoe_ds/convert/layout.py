@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.checkpoint.optimizer import STATE, open_optimizer
-from lsmoe_ds.checkpoint.run_folder import check_run, open_run
+from lsmoe_ds.checkpoint.run_folder import find_changes, open_run
 from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.file import load_recipe
@@ -36,11 +36,16 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
     """
     stored = find_model(path)
     recipe = load_recipe(stored.home / RECIPE, overrides)
-    check_run(recipe, stored.home, stored.vocabulary)
     if stored.kind not in ("sparse", "consolidated"):
         raise UserError(
             f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder "
             "resumes in another layout"
+        )
+    for key, before, now in find_changes(stored.recipe, recipe):
+        raise UserError(
+            f"{path} was trained with {key} {before}, and --set makes it {now}: another layout is of the "
+            "same training, so leave that --set out; it takes parallel, deepspeed.zero_optimization and the "
+            "other keys that a resumed run may change (docs/recipe.md, Resuming a run)"
         )
     open_optimizer(stored.weights_in, verify=True)
     world = processes or launch.smallest_world(recipe)
@@ -68,7 +73,7 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
 
 
 def write_layout(path: Path, run: Path) -> None:
-    """What each of the started processes does: its part of the model at ``path`` becomes a checkpoint of
+    """Join the other processes and write this one's part of the model at ``path`` into a checkpoint of
     ``run``.
     """
     import torch.distributed as dist

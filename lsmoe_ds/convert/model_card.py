@@ -215,6 +215,7 @@ def model_card(
     """
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
     directions = recipe.languages.directions
+    of = "for this direction" if len(directions) == 1 else "for each of these directions"
     targets = list(dict.fromkeys(direction.target for direction in directions))
     words = {"targets": targets, "tags": [tag(code) for code in targets], "clean": CLEAN.rstrip()}
     given = recipe.data.tags == "source-target"
@@ -233,11 +234,7 @@ def model_card(
         provenance=provenance,
         what=_what(kind, provenance).format(
             **provenance,
-            of="by what all languages share"
-            if provenance["route"] == "shared"
-            else "for this direction"
-            if len(directions) == 1
-            else "for each direction",
+            of="by what all languages share" if provenance["route"] == "shared" else of,
         ),
         codes=sorted({code.split("_")[0] for code in recipe.languages.codes}),
         directions=directions,

@@ -99,7 +99,7 @@ def collate(
     directions: ArrayLike,
     ids: DirectionIds,
 ) -> Batch:
-    """Makes a batch of B token sequences without tag and EOS; ``directions`` are B direction ids.
+    """Make a batch of B token sequences without tag and EOS; ``directions`` are B direction ids.
 
     Without ``targets`` (translation) ``decoder_input`` is what translations begin with [B, 1 or 2], and
     ``labels`` are [B, 0].
@@ -125,7 +125,7 @@ def collate(
 
 
 def _flatten(sequences: Sequence[Any]) -> tuple[Integers, NDArray[np.bool_]]:
-    """All tokens in a row, and where they go in [B, longest]."""
+    """Concatenate all tokens; return them, and a mask [B, longest] of the places that they fill."""
     lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     flat = np.concatenate(sequences, dtype=np.int64, casting="unsafe")  # an empty list is of floats to numpy
     return flat, np.arange(lengths.max()) < lengths[:, None]

@@ -161,7 +161,9 @@ class BatchStream:
         }
 
     def _pool(self, directions: Integers, weights: NDArray[np.float64], tokens: NDArray[np.float64]) -> _Pool:
-        """``tokens``: those that fit, per pair drawn."""
+        """Make the pool of ``directions`` with these ``weights``; ``tokens`` has each direction's mean tokens
+        per pair drawn, counting pairs that fit.
+        """
         shares = weights / weights.sum()
         unit = self._batch.tokens / float(shares @ tokens)  # sentences
         once = float((self._sizes[directions] / shares).min())
@@ -192,10 +194,10 @@ class BatchStream:
         )
 
     def _choose_pools(self) -> Integers:
-        """Pool of each unit of the step [count]: a systematic sample, so that a pool with share s has count x
-        s units to rounding.
+        """Choose the pool of each unit of the step [count] by a systematic sample: a pool with share s has
+        count x s units to rounding.
 
-        In random order: which rank takes a unit, and when, must not follow from its direction.
+        Their order is random: which rank takes a unit, and when, must not follow from its direction.
         """
         count = np.uint64(self._batch.count)
         total, places = self._choice[-1], np.arange(count, dtype=np.uint64)
@@ -204,9 +206,7 @@ class BatchStream:
         return pools[np.argsort(hash_words(self._seed, PLACES, self._step, places), kind="stable")]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, the same on every rank; integers and strings only but for the temperature, so JSON
-        will do.
-        """
+        """Return the position, which is the same on every rank and can be written as JSON."""
         return {
             "step": self._step,
             "chunks": [pool.chunk for pool in self._pools],
@@ -216,7 +216,7 @@ class BatchStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position saved on any number of ranks; ``batch.count`` may have changed.
+        """Go to a position saved on any number of ranks; ``batch.count`` may have changed.
 
         Raises UserError if something else has changed that the order of the data depends on.
         """
@@ -235,7 +235,7 @@ class BatchStream:
             pool.chunk, pool.taken, pool.plan = chunk, taken, None
 
     def _take(self, number: int) -> _Unit:
-        """The next unit of a pool."""
+        """Return the next unit of a pool, and advance the pool."""
         pool = self._pools[number]
         while pool.plan is None or pool.taken >= len(
             pool.plan.units
@@ -248,7 +248,7 @@ class BatchStream:
         return pool.plan.units[pool.taken - 1]
 
     def _plan_chunk(self, number: int, pool: _Pool) -> _Chunk:
-        """The units of the pool's current chunk, in the order in which they are taken."""
+        """Cut the pool's current chunk into units, in the order in which they are taken."""
         where = number, pool.chunk
         choice = choose(pool.thresholds, hash_words(self._seed, SHARES, *where, np.arange(pool.sentences)))
         drawn = np.bincount(choice, minlength=len(pool.directions))
@@ -309,7 +309,11 @@ def _count_fitting(
     overhead: tuple[int, int],
     batch: BatchSettings,
 ) -> tuple[int, int]:
-    """Pairs that fit, and their tokens. Goes through in blocks: a direction may have 10^8 pairs."""
+    """Count the pairs of a direction that fit, and their tokens; raise UserError if it has pairs and none
+    fits.
+
+    It works in blocks: a direction may have 10^8 pairs.
+    """
     pairs, tokens, block = 0, 0, 2**22
     for start in range(0, len(source), block):
         s = source[start : start + block].astype(np.int64) + overhead[0]

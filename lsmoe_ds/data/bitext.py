@@ -24,6 +24,7 @@ CHUNK = 10_000
 # not chosen: training would lose all these pairs.
 RARE, COMMON = 5, 100
 TRAIN, DEV, TEST, DROPPED = range(4)
+LATER = ("held out", "beyond max_pairs")  # counts of pairs that are dropped after cleaning
 Pair = tuple[str, str]
 Places = NDArray[np.int64]
 
@@ -225,6 +226,18 @@ class Bitext:
         for side in (0, 1):
             fate[train & claims.has(self.load(f"key{side}"))] = DROPPED
         self.counts["held out"] = int(train.sum() - (fate == TRAIN).sum())
+        np.save(self.folder / "fate.npy", fate)
+
+    def cap(self, most: int, seed: int) -> None:
+        """Keep at most so many training pairs: those whose pivot sentences come first in a random order.
+
+        Bitexts of the same pivot language keep the same sentences, as far as they have them.
+        """
+        fate = self.load("fate")
+        train = np.flatnonzero(fate == TRAIN)
+        order = np.argsort(mixed(self.load(f"key{self.pivot}")[train], seed), kind="stable")
+        fate[train[order[most:]]] = DROPPED
+        self.counts["beyond max_pairs"] = max(0, len(train) - most)
         np.save(self.folder / "fate.npy", fate)
 
     def kept_of(self, corpus: str) -> int:

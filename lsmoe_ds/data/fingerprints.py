@@ -9,7 +9,8 @@ from typing import Any
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, differences
-from lsmoe_ds.data.formats import MissingCorpus, name_of, search
+from lsmoe_ds.data.formats import MissingCorpus, name_of
+from lsmoe_ds.data.pivot import search_and_join
 from lsmoe_ds.data.prepared import check_manifest
 from lsmoe_ds.data.sources import PROVENANCE, SOURCES
 from lsmoe_ds.data.text_part import TextPart
@@ -85,9 +86,9 @@ def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
     bitexts = sorted({direction.bitext for direction in recipe.languages.directions})
     for corpus in recipe.data.corpora:
         try:
-            parts += [
-                part for found in search([corpus], recipe.data.directory, bitexts) for part in found.parts
-            ]
+            alone = recipe.data.model_copy(update={"corpora": [corpus]})
+            found, _ = search_and_join(alone, bitexts, recipe.prepared)
+            parts += [part for each in found for part in each.parts]
         except MissingCorpus as error:
             missing.add(name_of(corpus))
             remarks.append(f"corpus {name_of(corpus)} is not compared with what was prepared: {error}")

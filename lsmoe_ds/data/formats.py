@@ -177,7 +177,8 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
             for path in _readable(folder.glob(f"*.{name}*"))
             if _plain(path).suffix == f".{name}"
         ]
-        yield from _aligned(wanted, "dev" if name == "dev" else "test", "lines", name, files)
+        split = "dev" if name == "dev" else "test"
+        yield from _aligned(wanted, "train" if split == corpus.train else split, "lines", name, files)
 
 
 NTREX_FILE = re.compile(r"(.+)-(src|ref)\.([^.]+)\.txt")
@@ -204,7 +205,8 @@ def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
             wanted.choose(found["src"], code) or wanted.choose(found["ref"], code) for code in pair
         )
         if first and second:
-            yield TextPart(str(corpus.path), bitext, "test", (first, second), "lines")
+            split = "train" if corpus.train == "test" else "test"
+            yield TextPart(str(corpus.path), bitext, split, (first, second), "lines")
 
 
 IWSLT_TRAIN = re.compile(r"(?P<set>train\.tags\.[\w@-]+)\.(?P<code>[\w@-]+)")  # train.tags.en-pt-br.pt-br

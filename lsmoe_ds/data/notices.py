@@ -7,18 +7,20 @@ Examples are which files serve as dev and test sets, which corpora add nothing, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsmoe_ds.config.data import Corpus, Data
 from lsmoe_ds.config.file import read_mapping
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.bitext import Bitext
+from lsmoe_ds.data.bitext import LATER, Bitext
 from lsmoe_ds.data.comparison import settings_of
 from lsmoe_ds.data.formats import SPLITS, Search, split_of
 from lsmoe_ds.data.held_out import HELD_OUT, Claims
+from lsmoe_ds.data.pivot import Joins
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import language_name
 from lsmoe_ds.notices import counted, listed
 
 # Settings on which the choice of dev and test sentences depends.
@@ -174,6 +176,23 @@ class Notices:
                 f"warning: {are} in a dev set and in a test set that corpora bring: dev scores may flatter"
             )
 
+    def of_training_text(self, bitexts: Sequence[Bitext], joins: Joins | None) -> None:
+        """Report how many pairs were joined through a pivot language, and how many 'max_pairs' leaves."""
+        joined: dict[str, dict[str, int]] = defaultdict(dict)
+        for (corpus, bitext), count in joins.counts.items() if joins else ():
+            joined[corpus][bitext] = count
+        for corpus, sizes in joined.items():
+            by = f"by their sentences in {language_name(self.data.pivot or '')}"
+            self.texts.append(
+                f"corpus {corpus}: {counted(sum(sizes.values()), 'pair')} were joined {by}, before "
+                f"deduplication and holding out: {_sizes(sizes)}"
+            )
+        if capped := {b.name: b.size("train") for b in bitexts if b.counts["beyond max_pairs"]}:
+            dropped = sum(bitext.counts["beyond max_pairs"] for bitext in bitexts)
+            self.texts.append(
+                f"'data.max_pairs' leaves out {counted(dropped, 'training pair')}; it leaves {_sizes(capped)}"
+            )
+
     def of_start(self, recipe: Recipe, bitexts: Sequence[Bitext]) -> None:
         """Report that the model to start from was trained on other data.
 
@@ -198,6 +217,10 @@ class Notices:
                 f"{start / 'recipe.yaml'}: that model may have been trained on dev and test sentences that "
                 "were chosen here (docs/recipe.md, Starting from a model)"
             )
+
+
+def _sizes(pairs: Mapping[str, int]) -> str:
+    return listed(f"{name} {count:,}" for name, count in pairs.items())
 
 
 def _unlike(first: Any, second: Any) -> bool:
@@ -231,5 +254,5 @@ def why_no_text(found: Sequence[Search], bitext: str) -> str:
 def _pairs(bitext: Bitext) -> int:
     """Count the distinct pairs after cleaning."""
     return bitext.counts["read"] - sum(
-        count for rule, count in bitext.counts.items() if rule not in ("read", "held out")
+        count for rule, count in bitext.counts.items() if rule not in ("read", *LATER)
     )

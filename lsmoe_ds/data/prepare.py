@@ -25,12 +25,13 @@ from rich.progress import (
 )
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.bitext import Bitext
+from lsmoe_ds.data.bitext import LATER, Bitext
 from lsmoe_ds.data.comparison import MANIFEST, settings_of
 from lsmoe_ds.data.fingerprints import State, corpora_fingerprint, state_of
-from lsmoe_ds.data.formats import SPLITS, name_of, search
+from lsmoe_ds.data.formats import SPLITS, name_of
 from lsmoe_ds.data.held_out import HELD_OUT
 from lsmoe_ds.data.notices import Notices, why_no_text
+from lsmoe_ds.data.pivot import search_and_join
 from lsmoe_ds.data.prepared import FORMAT, PreparedData
 from lsmoe_ds.data.spelling import say_spellings
 from lsmoe_ds.data.splitting import hold_out
@@ -90,7 +91,7 @@ def _cleaned(counts: Iterable[Mapping[str, int]]) -> str:
     for each in counts:
         total.update(each)
     read = total.pop("read", 0)
-    rules = [f"{name} {count:,}" for name, count in total.most_common() if count and name != "held out"]
+    rules = [f"{name} {count:,}" for name, count in total.most_common() if count and name not in LATER]
     return (
         f"of {counted(read, 'pair')} that {'was' if read == 1 else 'were'} read, cleaning has dropped: "
         f"{', '.join(rules) or 'none'}"
@@ -109,7 +110,7 @@ class _Preparation:
         self.recipe, self.data, self.folder, self.work = recipe, recipe.data, folder, folder / ".work"
         self.languages: Languages = recipe.languages
         self.names = sorted({direction.bitext for direction in self.languages.directions})
-        self.found = search(self.data.corpora, self.data.directory, self.names)
+        self.found, self.joins = search_and_join(self.data, self.names, self.work / "pivot")
         self.parts = [part for found in self.found for part in found.parts]
         say_spellings(found.wanted for found in self.found)
         self.bitexts = [Bitext(name, self.work / name) for name in self.names]
@@ -198,6 +199,9 @@ class _Preparation:
     def _hold_out(self) -> None:
         task = self.progress.add_task("holding out", total=None)
         claims = hold_out(self.bitexts, self.data.held_out)
+        for bitext in self.bitexts:
+            if (most := self.data.most_pairs(bitext.codes)) is not None:
+                bitext.cap(most, self.data.held_out.seed)
         self.progress.remove_task(task)
         for bitext in self.bitexts:
             if not bitext.size("train") and not bitext.own:
@@ -214,6 +218,7 @@ class _Preparation:
             )
         self.notices.of_corpora(self.found, self.bitexts)
         self.notices.of_sets(self.bitexts, claims)
+        self.notices.of_training_text(self.bitexts, self.joins)
         self.notices.of_start(self.recipe, self.bitexts)
 
     def _make_vocabulary(self) -> Vocabulary:

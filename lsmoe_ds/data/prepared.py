@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lsmoe_ds.config.data import Groups
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, VOCABULARY, check_settings, check_trained_on, data_directories
 from lsmoe_ds.data.formats import SPLITS
@@ -55,7 +56,7 @@ class TokenStore:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> NDArray[np.unsignedinteger[Any]]:
-        """Ids of sentence ``index`` (counted from 0), without tag and EOS."""
+        """Return the ids of sentence ``index`` (counted from 0), without tag and EOS."""
         if not 0 <= index < len(self):
             raise IndexError(f"sentence {index} of {len(self)}")
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
@@ -83,7 +84,7 @@ class TokenPairs:
 
 
 def _open_array(path: Path, kinds: str) -> NDArray[Any]:
-    """A flat array of one of numpy's ``kinds``."""
+    """Memory-map a flat array of one of numpy's ``kinds``. Raises UserError for any other file."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (
@@ -139,6 +140,7 @@ class PreparedData:
             tuple(Direction.parse(text) for text in manifest["settings"]["directions"])
         )
         self.vocabulary = Vocabulary.load(folder / VOCABULARY)
+        self.groups = Groups()
 
     @classmethod
     def of(cls, recipe: Recipe, home: Path | None = None) -> PreparedData:
@@ -168,7 +170,7 @@ class PreparedData:
         check_settings(folder, data.manifest["settings"], recipe, home)
         if home is not None:
             check_trained_on(home, folder, data.manifest)
-        data.languages = recipe.languages
+        data.languages, data.groups = recipe.languages, recipe.data.groups
         return data
 
     @classmethod
@@ -202,6 +204,22 @@ class PreparedData:
             self._whole.add(folder)
         return folder
 
+    def language_groups(self) -> dict[str, str]:
+        """Return the resource group of each language: the recipe's, or by the training pairs of its largest
+        bitext.
+        """
+        if self.languages.groups:
+            return dict(self.languages.groups)
+        sizes = {
+            code: [
+                splits["train"]["pairs"]
+                for bitext, splits in self.manifest["bitexts"].items()
+                if code in bitext.split("-")
+            ]
+            for code in self.languages.codes
+        }
+        return {code: self.groups.of(max(pairs)) for code, pairs in sizes.items()}
+
     def tokens(self, direction: Direction, split: str) -> TokenPairs:
         """Return the tokens of a direction in ``train``, ``dev`` or ``test``."""
         folder = self._bitext(direction, split)
@@ -226,8 +244,9 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _allow_files(count: int) -> None:
-    """A memory map holds its file open: hundreds of bitexts pass the usual limit of 1,024, which a process
-    may raise for itself.
+    """Raise this process's limit of open files so that ``count`` more can be open, as far as it may.
+
+    A memory map holds its file open: hundreds of bitexts pass the usual limit of 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count + 512:

@@ -101,7 +101,7 @@ def show(recipe: Recipe) -> Summary:
     rows = []
     for direction in data.languages.directions:
         splits = data.manifest["bitexts"][direction.bitext]
-        group = recipe.data.groups.of(splits["train"]["pairs"])
+        group = recipe.data.groups.of_bitext(direction.bitext, splits["train"]["pairs"])
         for split in SPLITS:
             pairs = splits[split]["pairs"]
             source, target = (

@@ -8,7 +8,7 @@ from lsmoe_ds.data.shuffling import Integers
 
 
 def by_length(source: Integers, target: Integers, tokens: int) -> Integers:
-    """An order in which neighbors have like lengths on both sides.
+    """Return an order of the pairs in which neighbors have like lengths on both sides.
 
     Bands of source length, each with the same number of tokens; in a band by target length, up and down in
     turn, so that a unit that straddles two bands does not mix the longest with the shortest.
@@ -22,8 +22,8 @@ def by_length(source: Integers, target: Integers, tokens: int) -> Integers:
 
 
 def cut(source: Integers, target: Integers, tokens: int) -> Integers:
-    """Ends of consecutive units of at most ``tokens`` padded tokens; a pair that is longer has a unit for
-    itself.
+    """Return the ends of consecutive units of at most ``tokens`` padded tokens. A pair that is longer is a
+    unit of its own.
     """
     ends, start = [], 0
     while start < len(source):

@@ -28,7 +28,7 @@ def validation_batches(
     world: int = 1,
     tags: TagConvention = "target",
 ) -> Iterator[Batch]:
-    """Every held-out pair once over all ranks, in batches of one direction, always the same.
+    """Yield every held-out pair once over all ranks, in batches of one direction, always the same.
 
     Of each direction (all by default) the first ``limit`` pairs are taken. None is left out: one that is
     longer than ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since

@@ -34,9 +34,7 @@ class Vocabulary:
     PAD, BOS, EOS, UNK = PAD, BOS, EOS, UNK
 
     def __init__(self, model: bytes) -> None:
-        """``model`` is a serialized sentencepiece model. Raises UserError if it is none, or none of this
-        system's.
-        """
+        """Load a serialized sentencepiece model. Raises UserError if it is none, or none of this system's."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             pieces = [self._processor.id_to_piece(index) for index in range(max(len(SPECIALS), self.size))]
@@ -93,7 +91,7 @@ class Vocabulary:
         return dict(zip(self._tags, parse_model(self._model).trainer_spec.accept_language, strict=False))
 
     def tag_id(self, code: str) -> int:
-        """Id of the tag of a language."""
+        """Return the id of a language's tag. Raises UserError if the vocabulary has none."""
         if code not in self._tags:
             raise UserError(
                 f"the vocabulary has no tag for '{code}'{nearest(code, self._tags)}: it has "
@@ -102,15 +100,15 @@ class Vocabulary:
         return self._tags[code]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without tag and EOS. A tag written in the text becomes ordinary pieces."""
+        """Return the ids of a text, without tag and EOS. A tag in the text becomes ordinary pieces."""
         return list(self._processor.encode(clean_text(text)))
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that :func:`clean_text` has cleaned already."""
+        """Return the ids of each of many texts that :func:`clean_text` has already cleaned."""
         return list(self._processor.encode(list(texts), num_threads=1))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; BOS, PAD, EOS and tags are skipped."""
+        """Return the text of ids; BOS, PAD, EOS and tags are skipped."""
         return str(self._processor.decode([int(index) for index in ids if int(index) not in self._silent]))
 
     def save(self, path: Path) -> None:
@@ -118,8 +116,8 @@ class Vocabulary:
 
 
 def parse_model(model: bytes) -> Any:
-    """The ``ModelProto`` of a sentencepiece model. Raises UserError if it is none, or if protobuf is older
-    than sentencepiece needs.
+    """Parse a sentencepiece model into its ``ModelProto``. Raises UserError if it is none, or if protobuf is
+    older than sentencepiece needs.
     """
     try:
         from sentencepiece import sentencepiece_model_pb2
@@ -139,8 +137,8 @@ def parse_model(model: bytes) -> Any:
 
 
 def fill_up(proto: Any) -> None:
-    """Adds pieces that no text holds, so that the embedding can be spread over the usual numbers of
-    tensor-parallel ranks.
+    """Add unused pieces, which no text holds, so that the usual numbers of tensor-parallel ranks can share
+    the embedding.
     """
     while len(proto.pieces) % MULTIPLE:
         proto.pieces.add(
@@ -150,7 +148,7 @@ def fill_up(proto: Any) -> None:
 
 
 def add_tags(model: bytes, codes: Sequence[str]) -> bytes:
-    """The same sentencepiece model with tags for further languages after all its pieces, filled up
+    """Return a sentencepiece model with tags for further languages after all its pieces, filled up
     (:func:`fill_up`).
     """
     if not codes:
@@ -166,7 +164,7 @@ def add_tags(model: bytes, codes: Sequence[str]) -> bytes:
 def train_vocabulary(
     texts: Iterator[str], settings: data_settings.Vocabulary, codes: Sequence[str]
 ) -> Vocabulary:
-    """Trains a model of exactly ``settings.size`` pieces, with a tag for each of ``codes``, on texts of
+    """Train a vocabulary of exactly ``settings.size`` pieces, with a tag for each of ``codes``, on texts of
     :func:`clean_text`.
 
     The same texts in the same order give the same bytes. The texts are held in memory by sentencepiece.
@@ -201,8 +199,8 @@ def train_vocabulary(
 
 
 def read_vocabulary(settings: data_settings.Vocabulary, codes: Sequence[str]) -> Vocabulary:
-    """The vocabulary in ``settings.file``. Raises UserError unless it is of the settings' size and type and
-    has a tag for each of ``codes``.
+    """Read the vocabulary in ``settings.file``. Raises UserError unless it has the settings' size and type
+    and a tag for each of ``codes``.
     """
     assert settings.file is not None
     vocabulary = Vocabulary.load(settings.file)

@@ -83,6 +83,7 @@ def evaluate(
     untrained = [direction for direction in whole.by_direction if direction not in languages]
     if untrained and loaded.step:  # of what an imported model has learned, nothing is known
         say_untrained(untrained)
+    resources, groups = _groups(stored, data)
     table = ScoreTable(
         loaded.recipe.name,
         loaded.step,
@@ -90,13 +91,14 @@ def evaluate(
         beam,
         length_penalty,
         (),
-        _resources(stored, data),
+        resources,
         loaded.route,
         limit,
         tokenizer.name if tokenizer else None,
         None if set(asked) == set(languages) else tuple(asked),
         whole.skipped,
         judge.name if judge else None,
+        groups,
     )
     texts = _deal(whole, part).first(limit)
     table = replace(
@@ -185,18 +187,22 @@ def _score(
     return scores
 
 
-def _resources(stored: Stored, data: PreparedData | None) -> dict[str, str]:
-    """Find the resource groups of the bitexts by their training pairs.
+def _groups(stored: Stored, data: PreparedData | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Find the resource groups of the bitexts and of the languages.
 
-    Empty if the user's own set is scored and the prepared data are not available.
+    Without the prepared data, which the user's own set does not need, only those that the recipe lists are
+    known.
     """
+    recipe = stored.recipe
     if data is None:
         with suppress(UserError):
             data = open_data(stored)
     if data is None:
-        return {}
+        listed = dict(recipe.languages.groups)
+        bitexts = [direction.bitext for direction in recipe.languages.directions] if listed else []
+        return resource_groups(dict.fromkeys(bitexts, 0), recipe.data.groups), listed
     pairs = {bitext: splits["train"]["pairs"] for bitext, splits in data.manifest["bitexts"].items()}
-    return resource_groups(pairs, stored.recipe.data.groups)
+    return resource_groups(pairs, recipe.data.groups), data.language_groups()
 
 
 def _tell_place(folder: ScoreFolder, table: ScoreTable, part: Part | None, data: PreparedData | None) -> None:

@@ -78,7 +78,7 @@ def merge(
     tables = {part: ScoreTable.read(folder.part(question, part), empty=True) for part in parts}
     first = tables[parts[0]]
     for part, table in tables.items():
-        same = {field: getattr(first, field) for field in ("name", "resources", "skipped")} | {
+        same = {field: getattr(first, field) for field in ("name", "resources", "groups", "skipped")} | {
             "question": question
         }
         for field, expected in same.items():

@@ -6,14 +6,15 @@ tokenizer. Its JSON::
     {"name", "question", "step", "split", "beam", "length_penalty", "route", "limit", "tokenize",
      "asked": [direction, ...] or null, "skipped": [direction, ...], "sentences",
      "signatures": {metric: [signature, ...]},
-     "averages": {"into_english" | "out_of_english" | "between_others" | "all" | "high" | "medium" | "low":
+     "averages": {"into_english" | "out_of_english" | "between_others" | "all" | GROUP | "H2H" | "H2M" | ...:
                   {"directions", "bleu", "chrf", "chrfpp", "copy": {"bleu", "chrf", "chrfpp"}}},
-     "resources": {bitext: "high" | "medium" | "low"},
+     "resources": {bitext: GROUP}, "groups": {language: GROUP},
      "directions": {"en-de": {"bleu", "chrf", "chrfpp", "copy": {...}, "sentences", "exact", "weak",
                               "seconds", "signatures": {metric: signature},
                               "samples": [{"source", "hypothesis", "reference"}, ...]}}}
 
-With COMET a direction also has "comet", and the table "comet", which names the checkpoint.
+GROUP is one of "high", "medium", "low" and "very_low". With COMET a direction also has "comet", and the table
+"comet", which names the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from rich.table import Table
 from sacrebleu.metrics import CHRF
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.groups import RESOURCES, Average, Metrics, averages
+from lsmoe_ds.evaluation.groups import CLASSES, Average, Metrics, averages
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics, score_corpus
 from lsmoe_ds.folders import write_whole
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.languages import GROUPS, Direction
 
 AVERAGES = {
     "into_english": "into English",
@@ -42,7 +43,8 @@ AVERAGES = {
     "high": "high resource",
     "medium": "medium resource",
     "low": "low resource",
-}
+    "very_low": "very low resource",
+} | {name: f"{name}: {source} into {target}".replace("_", " ") for name, (source, target) in CLASSES.items()}
 WEAK = 30.0
 """A translation whose own chrF is below this is rarely of any use."""
 BEAM, PENALTY = 5, 1.0  # the usual search
@@ -142,7 +144,8 @@ class ScoreTable:
     for :func:`lsmoe_ds.inference.load.load`; ``limit`` is the number of sentences scored in each direction,
     None for all; ``tokenize`` is the name of BLEU's tokenizer if the user chose it; ``asked`` are the
     directions that were asked for, None for all; ``skipped`` are those of them without text; ``comet`` is the
-    name of COMET's checkpoint; ``resources`` is the resource group of each bitext, as far as it is known.
+    name of COMET's checkpoint; ``resources`` and ``groups`` are the resource groups of bitexts and languages,
+    as far as they are known.
     """
 
     name: str
@@ -158,6 +161,7 @@ class ScoreTable:
     asked: tuple[Direction, ...] | None = None
     skipped: tuple[Direction, ...] = ()
     comet: str | None = None
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def question(self) -> str:
@@ -209,7 +213,7 @@ class ScoreTable:
         return f"{said} This is no complete evaluation: {', '.join(lacks)}."
 
     def averages(self) -> dict[str, Average]:
-        return averages(self.directions, self.resources)
+        return averages(self.directions, self.resources, self.groups)
 
     @property
     def sentences(self) -> int:
@@ -247,6 +251,7 @@ class ScoreTable:
             "signatures": self.signatures(),
             "averages": {name: average.as_dict() for name, average in self.averages().items()},
             "resources": dict(self.resources),
+            "groups": dict(self.groups),
             "directions": {str(score.direction): _direction_to_json(score) for score in self.directions},
         }
         return json.dumps(value, ensure_ascii=False, indent=1)
@@ -260,9 +265,12 @@ class ScoreTable:
         """
         try:
             value = json.loads(text)
-            resources = {str(bitext): str(group) for bitext, group in value["resources"].items()}
-            if not set(resources.values()) <= set(RESOURCES):
-                raise ValueError(f"a resource group is none of {', '.join(RESOURCES)}")
+            resources, groups = (
+                {str(name): str(group) for name, group in given.items()}
+                for given in (value["resources"], value.get("groups", {}))
+            )
+            if not {*resources.values(), *groups.values()} <= set(GROUPS):
+                raise ValueError(f"a resource group is none of {', '.join(GROUPS)}")
             if not value["directions"] and not empty:
                 raise ValueError("no direction is scored")
             scored = tuple(
@@ -278,6 +286,7 @@ class ScoreTable:
                 length_penalty=float(value["length_penalty"]),
                 directions=scored,
                 resources=resources,
+                groups=groups,
                 route=str(value.get("route", "specific")),
                 limit=None if value.get("limit") is None else int(value["limit"]),
                 tokenize=None if value.get("tokenize") is None else str(value["tokenize"]),

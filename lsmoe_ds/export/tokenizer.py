@@ -170,8 +170,8 @@ def _special(piece: str) -> dict[str, Any]:
 
 
 def is_ours(made: Any) -> bool:
-    """Whether the content of a ``tokenizer.json`` was made by :func:`tokenizer`, whoever has saved it
-    since.
+    """Return whether the content of a ``tokenizer.json`` was made by :func:`tokenizer`, even if another
+    library has saved it since.
     """
     try:
         added = {token["id"]: token["content"] for token in made["added_tokens"]}

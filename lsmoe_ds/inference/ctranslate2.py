@@ -1,4 +1,4 @@
-"""Translating with CTranslate2: a beam search that finds what ours finds.
+"""Translate with CTranslate2: a beam search that finds what ours finds.
 
 Both finish the candidates of a beam that end in EOS, replace them by the next best that do not, and stop a
 sentence when ``beam`` hypotheses are finished. What must be set for that: EOS counts in the length by which
@@ -8,9 +8,9 @@ given as next to nothing, since for 0 a sentence is stopped when its best candid
 
 In CTranslate2 one greatest length holds for the whole batch (its longest source's), where a hypothesis that
 has not ended is cut, not made to end. A sentence that went beyond its own greatest length is therefore
-searched again, up to that, and what was cut there gets its end, with the probability it has. That is ours but
-for two trifles: in the probability of such an end the tokens that are never generated have a share, and
-CTranslate2 returns of what was cut only as much as the beam has room for.
+searched again, up to that, and what was cut there gets its end, with the probability it has. Two small
+differences from our search remain: in the probability of such an end the tokens that are never generated have
+a share, and CTranslate2 returns of what was cut only as much as the beam has room for.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class CTranslate2:
 
     @classmethod
     def load(cls, stored: Stored, route: Route) -> CTranslate2:
-        """A folder that was converted to CTranslate2. Raises UserError if it is damaged."""
+        """Load a folder that was converted to CTranslate2. Raises UserError if it is damaged."""
         provenance = read_fields(stored.home / PROVENANCE, step=int, files=dict)
         if wrong := damage(stored.home, provenance["files"], verify=True):
             raise UserError(f"{stored.home} is damaged: {wrong}")
@@ -72,8 +72,8 @@ class CTranslate2:
     def open(
         cls, folder: Path, recipe: Recipe, vocabulary: Path, step: int, home: Path, route: Route = "specific"
     ) -> CTranslate2:
-        """Loads the files that :func:`lsmoe_ds.export.ctranslate2.write_files` wrote into ``folder``, which
-        may go afterwards.
+        """Load the files that :func:`lsmoe_ds.export.ctranslate2.write_files` wrote into ``folder``, which
+        may be removed afterwards.
         """
         module = library()
         device = "cuda" if module.get_cuda_device_count() else "cpu"
@@ -86,7 +86,7 @@ class CTranslate2:
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
     ) -> list[Hypothesis]:
-        """See :class:`lsmoe_ds.inference.engine.Engine`."""
+        """Find the best translation of each token sequence, see :class:`lsmoe_ds.inference.engine.Engine`."""
         self.languages.direction_id(direction)
         source_target = self.recipe.data.tags == "source-target"
         tag = self.vocabulary.tag_id(direction.source if source_target else direction.target)
@@ -117,8 +117,10 @@ class CTranslate2:
     def _translate(
         self, texts: list[list[str]], given: list[str], limit: int, beam: int, penalty: float, count: int = 1
     ) -> list[list[Scored]]:
-        """The ``count`` best of each text, which begin with what is ``given``; what has ``limit`` further
-        pieces and no end was cut. Raises UserError for scores that are not finite.
+        """Search the ``count`` best translations of each text, each beginning with the pieces ``given``.
+
+        A translation without an end after ``limit`` further pieces is cut. Raises UserError for scores that
+        are not finite.
         """
         results = self.translator.translate_batch(
             texts,
@@ -138,7 +140,7 @@ class CTranslate2:
         return [list(zip(result.hypotheses, result.scores, strict=True)) for result in results]
 
     def _end(self, text: list[str], pieces: list[str], total: float) -> Scored:
-        """The same, ended: ``total`` is the sum of the log-probabilities."""
+        """Return a translation with its end, and its score; ``total`` is the sum of its log-probabilities."""
         if pieces[-1] == END:
             return pieces, total
         end = self.translator.score_batch([text], [pieces], max_input_length=0)[0].log_probs[-1]

@@ -1,4 +1,4 @@
-"""What translates: torch, or CTranslate2."""
+"""The engines that translate: torch and CTranslate2."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Engine(Protocol):
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
     ) -> list[Hypothesis]:
-        """The best translation of each of B token sequences (without tag and EOS), which are one batch."""
+        """Find the best translation of each of B token sequences (without tag and EOS), as one batch."""
         ...
 
 

@@ -51,7 +51,7 @@ class Loaded:
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
     ) -> list[Hypothesis]:
-        """See :class:`lsmoe_ds.inference.engine.Engine`."""
+        """Find the best translation of each token sequence, see :class:`lsmoe_ds.inference.engine.Engine`."""
         languages = with_direction(self.recipe, self.kind, direction)
         number = languages.direction_id(direction)
         ids = DirectionIds.of(languages, self.vocabulary, self.recipe.data.tags)

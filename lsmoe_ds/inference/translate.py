@@ -1,4 +1,4 @@
-"""Translates lines: any number, any length, one line out for each line in."""
+"""Translate lines: any number, any length, one line out for each line in."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def translate_all(
     batch_tokens: int = BATCH_TOKENS,
     advance: Callable[[int], None] = lambda lines: None,
 ) -> list[str]:
-    """The translation of each of the lines, all sorted together; ``advance`` is told of how many more is
-    done.
+    """Translate lines, batched by length over all of them. ``advance`` is told how many more lines or parts
+    of lines are done.
     """
     parts = [cut_line(line, engine) for line in lines]
     flat = [part for each in parts for part in each]
@@ -89,9 +89,10 @@ def translate_tokens(
     batch_tokens: int = BATCH_TOKENS,
     advance: Callable[[int], None] = lambda sources: None,
 ) -> list[Hypothesis]:
-    """Translations of N token sequences (without tag and EOS), in batches of like length with at most
-    ``batch_tokens`` padded source tokens; ``advance`` is told the number of sequences of each batch when
-    it is done.
+    """Translate N token sequences (without tag and EOS), in batches of like length with at most
+    ``batch_tokens`` padded source tokens.
+
+    ``advance`` is told the number of sequences of each batch when it is done.
     """
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     rows = max(1, LOGITS // (engine.vocabulary.size * search.beam))
@@ -113,7 +114,7 @@ def translate_tokens(
 
 
 def cut_line(line: str, engine: Engine) -> list[list[int]]:
-    """Ids of a line in parts that the model can take: none for a blank line, one for most."""
+    """Encode a line in parts that the model can take: none for a blank line, one for most."""
     return _cut(line.strip(), engine, engine.recipe.data.batch.max_length - 2)  # tag and EOS
 
 

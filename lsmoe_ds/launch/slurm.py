@@ -16,7 +16,7 @@ from json import dumps
 from pathlib import Path
 
 from lsmoe_ds import interrupt, shipped
-from lsmoe_ds.checkpoint.run_folder import find_damage, list_checkpoints, step_of
+from lsmoe_ds.checkpoint.run_folder import choose_run, find_damage, list_checkpoints, step_of
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, read_fields, resolved, write_whole
@@ -57,7 +57,7 @@ def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, 
     checkpoint.
     """
     loaded = load_recipe(recipe, overrides)
-    run = out or Path("runs") / loaded.name
+    run = choose_run(recipe, loaded, out)
     with explain_errors(run):
         _file(run).parent.mkdir(parents=True, exist_ok=True)
     now = Attempts(os.environ.get("SLURM_JOB_ID", ""), newest_step(run), loaded.training.steps, 1, allowed)

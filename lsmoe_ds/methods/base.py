@@ -17,6 +17,7 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, SentenceIds
 from lsmoe_ds.methods.context import Route
+from lsmoe_ds.methods.findings import Findings
 from lsmoe_ds.methods.sites import Site
 from lsmoe_ds.parallel.topology import Topology
 
@@ -69,6 +70,7 @@ class Method:
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
+    analyses: ClassVar[tuple[str, ...]] = ()  # what `lsmoe analyze KIND` can find in its weights
     by_direction: ClassVar[bool] = False  # whether languages choose the parameters of the specific route
     adds_products: ClassVar[bool] = False  # whether :meth:`products` is all that it adds
 
@@ -147,8 +149,8 @@ class Method:
     def before_step(self, model: nn.Module, number: int, steps: int) -> Mapping[nn.Parameter, Tensor] | None:
         """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1.
 
-        May return masks of parameters, each in this rank's part: where one is 0, training sets the value and
-        what the optimizer knows of it to 0. It stays 0 if the method lets it have no gradient.
+        May return masks of parameters, each in this rank's part: where one is false, training sets the value
+        and what the optimizer knows of it to 0. It stays 0 if the method lets it have no gradient.
         """
         return None
 
@@ -180,3 +182,11 @@ class Method:
         :meth:`losses`.
         """
         return {}
+
+    def why_not(self, kind: str) -> str | None:
+        """Say why the recipe's model has nothing of a kind of :attr:`analyses`; None if it has."""
+        return None
+
+    def analyze(self, kind: str, weights: Tensors) -> Findings:
+        """Return what a kind of :attr:`analyses` finds in the whole model's weights, by global name."""
+        raise NotImplementedError

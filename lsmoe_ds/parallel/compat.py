@@ -22,11 +22,13 @@ import torch.distributed as dist
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.imports import quick_import
 
+Unpack = Callable[[Any, object], Any]
+
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
 
 
 def check_versions() -> None:
-    """Raises UserError if an installed library is not the one these adapters were written for."""
+    """Raise UserError if an installed library is not the version these adapters were written for."""
     for package, wanted in PINNED.items():
         try:
             found = importlib.metadata.version(package)
@@ -41,8 +43,8 @@ def check_versions() -> None:
 
 @functools.cache
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, on the accelerator that is there, without compiling extensions that nothing here
-    uses.
+    """Import DeepSpeed quietly, for the accelerator that is there, without compiling extensions that nothing
+    here uses.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -67,9 +69,10 @@ def trains_in(kind: str) -> bool:
 
 @functools.cache
 def import_megatron() -> Any:
-    """Megatron-core's parallel state, and its fused functions as plain ones: nothing here calls them, but it
-    hands them to ``torch.compile`` while it is imported, which loads torch's compiler and takes a third of
-    the time that a rank needs to start.
+    """Import Megatron-core's parallel state, without compiling its fused functions.
+
+    Nothing here calls them, but Megatron hands them to ``torch.compile`` while it is imported, which loads
+    torch's compiler and takes a third of the time that a rank needs to start.
     """
     compiled = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
@@ -82,8 +85,8 @@ def import_megatron() -> Any:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because a connection to another rank broke. gloo has no class of error for
-    it.
+    """Return whether a collective failed because a connection to another rank broke. gloo has no error class
+    for it, so its message decides.
     """
     return isinstance(error, dist.DistError) or (
         "gloo" in str(error) and any(f"onnection {how} by peer" in str(error) for how in ("closed", "reset"))
@@ -91,7 +94,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def import_moe_base() -> type[torch.nn.Module]:
-    """``deepspeed.moe.layer.MoE``: the engine knows layers with experts by this class."""
+    """Import ``deepspeed.moe.layer.MoE``, by which class the engine knows layers with experts."""
     import_deepspeed()
     from deepspeed.moe.layer import MoE
 
@@ -101,7 +104,7 @@ def import_moe_base() -> type[torch.nn.Module]:
 def adopt_expert_groups(
     size: int, expert_group: dist.ProcessGroup, expert_data_group: dist.ProcessGroup
 ) -> str:
-    """Hands groups built by Megatron to DeepSpeed, which would otherwise build its own, blind to tensor
+    """Hand groups built by Megatron to DeepSpeed, which would otherwise build its own, blind to tensor
     parallelism.
 
     Returns the name under which DeepSpeed knows them.
@@ -122,7 +125,7 @@ def expert_group_name(size: int) -> str:
 
 
 def mark_expert_parameter(parameter: torch.nn.Parameter, size: int) -> None:
-    """Makes the engine reduce a parameter's gradient over expert-data-parallel ranks only.
+    """Make the engine reduce a parameter's gradient over expert-data-parallel ranks only.
 
     ``model_parallel`` is for the gradient norm: where expert groups span the tensor-parallel group, DeepSpeed
     would otherwise count the experts of the first tensor-parallel rank alone, silently, and clip by a wrong
@@ -134,7 +137,7 @@ def mark_expert_parameter(parameter: torch.nn.Parameter, size: int) -> None:
 
 
 def forget_groups() -> None:
-    """Destroys all parallel groups but the world, so that the same processes can build another layout.
+    """Destroy all parallel groups but the world, so that the same processes can build another layout.
 
     Megatron forgets its groups without destroying them, and each has threads of its own under gloo.
     """
@@ -183,7 +186,7 @@ class ModelParallelUnit:
 
 
 def initialize_megatron(tensor: int, expert: int) -> Any:
-    """Builds all groups once, in Megatron; returns its parallel state.
+    """Build all groups once, in Megatron, and return its parallel state.
 
     Experts are not tensor-parallel (``expert_tensor_parallel_size=1``): expert groups run over consecutive
     ranks and may span tensor-parallel peers.
@@ -196,8 +199,8 @@ def initialize_megatron(tensor: int, expert: int) -> Any:
 
 
 def megatron_config() -> Any:
-    """The settings of Megatron's linear and embedding layers here: CPU allocation, no initialization (we do
-    that by parameter name, so that it is the same in every layout), no fused kernels that need Apex.
+    """Return the settings of Megatron's linear and embedding layers: CPU allocation, no initialization (we
+    initialize by parameter name, so that it is the same in every layout), no fused kernels that need Apex.
     """
     from megatron.core.model_parallel_config import ModelParallelConfig
 
@@ -210,7 +213,9 @@ def megatron_config() -> Any:
 
 
 def mark_tensor_parallel(parameter: Any, dimension: int) -> None:
-    """Megatron marks a weight while initializing it, which we do ourselves; DeepSpeed's norm reads the
+    """Mark a weight as split along ``dimension`` over tensor-parallel ranks.
+
+    Megatron does so while it initializes a weight, which we do ourselves; DeepSpeed's gradient norm reads the
     mark.
     """
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -223,9 +228,10 @@ def mark_tensor_parallel(parameter: Any, dimension: int) -> None:
 
 
 @contextlib.contextmanager
-def trusted_checkpoint_loading() -> Iterator[None]:
-    """DeepSpeed loads its checkpoints with ``weights_only=False``; inside this context nothing in them can
-    run code.
+def trusted_checkpoint_loading(unpack: Unpack | None = None) -> Iterator[None]:
+    """Load with ``weights_only=True`` inside the context, so that nothing in a checkpoint can run code:
+    DeepSpeed itself passes ``weights_only=False``. ``unpack`` gets what was read, and its path, and returns
+    what is loaded.
     """
     import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -236,7 +242,8 @@ def trusted_checkpoint_loading() -> Iterator[None]:
 
     def load(*arguments: Any, **options: Any) -> Any:
         options["weights_only"] = True
-        return original(*arguments, **options)
+        found = original(*arguments, **options)
+        return found if unpack is None else unpack(found, arguments[0])
 
     with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
         torch.load = load
@@ -247,7 +254,7 @@ def trusted_checkpoint_loading() -> Iterator[None]:
 
 
 def seed_tensor_parallel_random(seed: int, tensor_rank: int) -> None:
-    """Seeds torch, and Megatron's tracker of the random numbers that differ between tensor-parallel ranks.
+    """Seed torch, and Megatron's tracker of the random numbers that differ between tensor-parallel ranks.
 
     Megatron's tracker speaks to CUDA only; without a GPU the same class is given torch's CPU generator.
     """
@@ -273,7 +280,7 @@ def seed_tensor_parallel_random(seed: int, tensor_rank: int) -> None:
 
 
 def tensor_parallel_random() -> contextlib.AbstractContextManager[None]:
-    """Inside, random numbers differ between tensor-parallel ranks."""
+    """Return a context inside which random numbers differ between tensor-parallel ranks."""
     from megatron.core.tensor_parallel import random as tracked
 
     context: contextlib.AbstractContextManager[None] = tracked.get_cuda_rng_tracker().fork()
@@ -281,7 +288,7 @@ def tensor_parallel_random() -> contextlib.AbstractContextManager[None]:
 
 
 def random_state(tensor: int) -> dict[str, torch.Tensor]:
-    """State of every generator of this rank."""
+    """Return the state of every random number generator of this rank."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -295,7 +302,7 @@ def random_state(tensor: int) -> dict[str, torch.Tensor]:
 
 
 def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
-    """Inverse of :func:`random_state`."""
+    """Restore what :func:`random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -324,14 +331,15 @@ def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
-    """Whether :func:`mark_expert_parameter` has marked it."""
+    """Return whether :func:`mark_expert_parameter` has marked a parameter."""
     return not getattr(parameter, "allreduce", True)
 
 
 @contextlib.contextmanager
 def knowing_what_trains(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, an engine whose optimizer steps no experts takes its model for a dense one, once the expert
-    groups are known: DeepSpeed insists that a model with layers of experts trains some.
+    """Make an engine that is built inside the context treat a model with no expert to optimize as dense.
+
+    Once expert groups exist, DeepSpeed otherwise insists that a model with layers of experts trains some.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -350,14 +358,17 @@ def knowing_what_trains(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
-    """Five things that engine 0.19.8 leaves to be wished.
+    """Work around five problems of DeepSpeed 0.19.8's engine.
 
-    ZeRO stage 0 clips by ``clip``, which returns the norm, and keeps the norm; it copies gradients to
-    all-reduce them in buckets of ``bucket`` values, not of 5e8, and on one rank alone not at all. Of the
-    ranks that hold the same experts only the first saves anything, even where the others are its
-    tensor-parallel peers, whose part of the dense weights would be missing: all peers of the first save. With
-    experts stage 0 writes the optimizer's state twice, of which one is never read: it is left out. And the
-    engine puts scripts beside the checkpoints, which do not know experts: it does so no more.
+    1. ZeRO stage 0 clips by a norm of its own and forgets it: ``clip`` clips instead, and the norm that it
+       returns is kept.
+    2. Stage 0 copies gradients to all-reduce them in buckets of 5e8 values, even on one rank: a bucket has
+       ``bucket`` values, and one rank alone reduces nothing.
+    3. Only the first of the ranks that hold the same experts saves anything, even where the others are its
+       tensor-parallel peers, whose part of the dense weights would be missing: all peers of the first save.
+    4. With experts, stage 0 writes the optimizer's state twice, and one of the two is never read: it is left
+       out.
+    5. The engine puts recovery scripts beside the checkpoints, which do not know experts: it puts none.
     """
     from deepspeed.utils import groups
 
@@ -384,10 +395,10 @@ def save_engine(
     write: Callable[[Any, str], None],
     frozen: Callable[[str], bool],
 ) -> None:
-    """Writes the engine's checkpoint into ``folder / name``, each of its files by ``write(state_dict,
-    path)``, which must not take views for wholes: torch would write all that a view is a part of.
+    """Write the engine's checkpoint into ``folder / name``, each of its files by ``write(state_dict, path)``.
 
-    Parameters that do not train are left out; ``frozen`` tells them in the files of experts, which DeepSpeed
+    ``write`` must copy views, since torch would write all of the tensor that a view is part of. Parameters
+    that do not train are left out; ``frozen`` tells them by name in the files of experts, which DeepSpeed
     writes whole.
     """
 
@@ -401,8 +412,9 @@ def save_engine(
     engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
 
-def load_engine(engine: Any, checkpoint: Path) -> None:
-    """Load a checkpoint that :func:`save_engine` wrote; parameters that do not train keep their values.
+def load_engine(engine: Any, checkpoint: Path, unpack: Unpack) -> None:
+    """Load a checkpoint that :func:`save_engine` wrote, through ``unpack``; parameters that do not train keep
+    their values.
 
     Raises UserError if it is not one of the engine's model.
     """
@@ -414,7 +426,7 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
             what = "has no place for" if wrong[0] in found.unexpected_keys else "finds nothing of"
             raise UserError(f"{checkpoint} does not belong to the model: it {what} {wrong[0]}")
 
-    with trusted_checkpoint_loading():
+    with trusted_checkpoint_loading(unpack):
         engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, custom_load_fn=load)
 
 
@@ -433,8 +445,10 @@ class Piece(NamedTuple):
 
 
 def optimizer_pieces(engine: Any) -> list[Piece]:
-    """ZeRO 1 and 2 step flat partitions, each a part of a group's parameters; stage 0 the parameters or, in
-    bfloat16, copies of them.
+    """List the pieces of parameters whose optimizer state this rank holds.
+
+    ZeRO stages 1 and 2 step flat partitions, each a part of a group's parameters; stage 0 steps the
+    parameters or, in bfloat16, float32 copies of them.
     """
     optimizer = engine.optimizer
     partitions = getattr(
@@ -463,14 +477,14 @@ def optimizer_pieces(engine: Any) -> list[Piece]:
 
 
 def optimizer_states(engine: Any) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """What the innermost optimizer knows of each holder."""
+    """Return the innermost optimizer's state tensors of each holder."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states: dict[torch.Tensor, dict[str, torch.Tensor]] = inner.state
     return states
 
 
 def optimizer_file(engine: Any, tag: str, expert_rank: int) -> str:
-    """Name of the file in a checkpoint that holds this rank's optimizer state."""
+    """Return the name of the file in a checkpoint that holds this rank's optimizer state."""
     if engine.zero_optimization():
         path = engine._get_zero_ckpt_name("", tag)
     elif engine.has_moe_layers:
@@ -480,11 +494,13 @@ def optimizer_file(engine: Any, tag: str, expert_rank: int) -> str:
     return os.path.basename(path)
 
 
-def read_optimizer_file(path: Path) -> tuple[dict[int, dict[str, torch.Tensor]], list[torch.Tensor] | None]:
-    """What :func:`optimizer_states` held, by the holder's number, and the holders' values; None where these
-    are the parameters.
+def read_optimizer_file(
+    path: Path, unpack: Unpack
+) -> tuple[dict[int, dict[str, torch.Tensor]], list[torch.Tensor] | None]:
+    """Return what :func:`optimizer_states` held, by the holder's number, and the holders' values; None where
+    these are the parameters.
     """
-    with trusted_checkpoint_loading():
+    with trusted_checkpoint_loading(unpack):
         values = torch.load(path, map_location="cpu", mmap=True)
     values = values.get("optimizer_state_dict") or values["optimizer"]
     if "base_optimizer_state" in values:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lsmoe_ds.config.deepspeed import HALF
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.moe.costs import Exchange, exchanges
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.costs import LENGTH, VALUE_BYTES, Flops, Parts, flops, step_bytes
@@ -38,6 +39,7 @@ class Plan:
     stage: int
     parameters: Parts
     trained: int  # of the parameters
+    figures: dict[str, int]  # further counts of parameters by methods
     serving: Parts
     routes: dict[str, Parts]  # what must be loaded to serve all directions by each route; see :func:`routes`
     memory: list[Memory]
@@ -63,6 +65,7 @@ class Plan:
             },
             "parameters": self.parameters.to_dict(),
             "trained": self.trained,
+            "figures": self.figures,
             "serving": self.serving.to_dict(),
             "routes": {route: parts.to_dict() for route, parts in self.routes.items()},
             "recipe_precision": self.precision,
@@ -105,6 +108,8 @@ class Plan:
             sizes.add_row(part, *("tied" if part == "output" else human(count[part]) for count in counts))
         if self.trained < self.parameters.whole.total:
             sizes.add_row("of these train", human(self.trained), *("-" for _ in counts[1:]))
+        for name, count in self.figures.items():
+            sizes.add_row(name, human(count), *("-" for _ in counts[1:]))
         parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak")
         memories = table(
             f"memory of each rank; {layout}; peak with {in_bytes(PROCESS)} of the process itself", "", *parts
@@ -202,8 +207,11 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     """Compute the parameters, memory, traffic and arithmetic of a recipe on ``world`` ranks.
 
     The default is the smallest number of ranks that can hold the recipe's layout. Raises UserError if
-    ``world`` ranks cannot hold the layout or cannot share a step's batches evenly.
+    ``world`` ranks cannot hold the layout or cannot share a step's batches evenly, and if a method depends
+    on resource groups that neither the recipe nor prepared data know.
     """
+    if recipe.model.needs_groups:
+        recipe = with_listed_groups(recipe)
     tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
     world = lcm(tensor, expert) if world is None else world
     check_layout(recipe, world)
@@ -225,6 +233,11 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         stage=stage,
         parameters=parts,
         trained=count_trained(recipe).total,
+        figures={
+            name: count
+            for method in recipe.model.methods
+            for name, count in method.figures(recipe.model, recipe.languages).items()
+        },
         serving=Parts.of(recipe, serving=True),
         routes=routes(recipe),
         memory=[memory(recipe, world, stage, precision) for precision in VALUE_BYTES for stage in STAGES],

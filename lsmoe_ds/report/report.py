@@ -16,6 +16,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from lsmoe_ds.analysis.findings import find_all
+from lsmoe_ds.analysis.grids import draw
 from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.page import measures_table, reading
 from lsmoe_ds.analysis.routing import read_routing, task_name
@@ -24,12 +26,13 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.groups import CLASSES
 from lsmoe_ds.evaluation.metrics import METRICS
 from lsmoe_ds.evaluation.plots import number
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import AVERAGES, WEAK, DirectionScore, ScoreTable
 from lsmoe_ds.folders import check_can_write, write_whole
-from lsmoe_ds.languages import Direction, is_english, language_name, script, task_order
+from lsmoe_ds.languages import GROUPS, Direction, is_english, language_name, script, task_order
 from lsmoe_ds.pages import duration, open_template
 from lsmoe_ds.report.progress import Progress, draw_charts, read_progress
 
@@ -38,6 +41,7 @@ SOFTWARE = ("lsmoe_ds", "torch", "deepspeed", "megatron-core", "sentencepiece", 
 SHORT_TRAINING = 2 * 3600
 USABLE = 0.1
 OPEN_SAMPLES = 5
+GRIDS = 2  # that are shown of what a method finds in the weights
 
 
 KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "CTranslate2", "peft": "PEFT"}
@@ -117,18 +121,24 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
     layers = _if_there(folder.home / "routing.json", read_routing)
     conversions = _conversions(run)
     timings = _if_there(run / "timings.json", lambda path: _read(path, TypeAdapter(dict[str, float])))
+    findings = find_all(run, recipe)
     full = largest_share(layers or [])
+    averages = scores.averages() if scores else {}
+    classes = {CLASSES[name]: average for name, average in averages.items() if name in CLASSES}
     return open_template("lsmoe_ds.report", "template.html", number=number).render(
         direction_name=lambda direction: task_name(str(direction)),
         recipe=recipe,
         summary=_summary(recipe, progress),
         progress=progress,
         curves=draw_charts(progress, recipe) if progress else None,
+        findings=[(each, [(grid, draw(grid)) for grid in each.grids[:GRIDS]]) for each in findings],
         scores=scores,
         question=_question(scores, progress, recipe) if scores else "",
         # Without held-out pairs there may be no test set: this cannot know whether a corpus provides one.
         evaluation="lsmoe evaluate" if recipe.data.held_out.test else "lsmoe evaluate --test FILES",
-        averages=scores.averages() if scores else {},
+        averages={name: average for name, average in averages.items() if name not in CLASSES},
+        classes=classes,
+        class_groups=[group for group in GROUPS if any(group in between for between in classes)],
         average_names=AVERAGES,
         metric_names=METRICS,
         caveat=_caveat(scores, progress) if scores else None,

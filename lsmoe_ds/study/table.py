@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lsmoe_ds.evaluation.groups import GROUPS, Metrics
+from lsmoe_ds.evaluation.groups import CLASSES, GROUPS, Metrics
 from lsmoe_ds.evaluation.scores import AVERAGES, METRICS
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.plan import human
@@ -234,6 +234,8 @@ class Comparison:
         grids = [Grid("Size and speed", about, columns, rows)]
         for metric in (MAIN, *(name for name in METRICS if name != MAIN)):
             grids.append(self._by_group(metric, spread))
+            if any(name in self.copy for name in CLASSES):
+                grids.append(self._by_class(metric, spread))
         return [*grids, self._by_direction(spread)] if self.copy else grids
 
     def _by_group(self, metric: str, spread: str) -> Grid:
@@ -263,6 +265,16 @@ class Comparison:
             ["Model", *names, *(["Win ratio", "Difference"] if with_ratio else [])],
             rows,
         )
+
+    def _by_class(self, metric: str, spread: str) -> Grid:
+        classes = [name for name in CLASSES if name in self.copy]
+        rows = [
+            [row.title, *(_cell(row.groups.get(name, {}).get(metric)) for name in classes)]
+            for row in self.rows
+        ]
+        rows.append(["Copying the source", *(f"{getattr(self.copy[name], metric):.1f}" for name in classes)])
+        about = "From high (H), medium (M), low (L) and very low resource (V) languages into such." + spread
+        return Grid(f"{METRICS[metric]} by source and target", about, ["Model", *classes], rows)
 
     def _by_direction(self, spread: str) -> Grid:
         rows = []

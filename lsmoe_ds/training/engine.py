@@ -166,7 +166,7 @@ def clip_gradients(model: Transformer, limit: float, topology: Topology) -> floa
 
 
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
-    """One optimizer step, the ``number``-th counted from 1, over this rank's micro-batches of ``step``.
+    """Take one optimizer step, the ``number``-th counted from 1, over this rank's micro-batches of ``step``.
 
     The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary
     losses are computed over all routed tokens of the step, so none depends on how the step was cut into
@@ -228,19 +228,19 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
 
 @torch.no_grad()
 def zero_out(engine: Any, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
-    """Set parameters to 0 where their mask is 0, also in the optimizer's copies and averages.
+    """Set parameters to 0 where their mask is false, also in the optimizer's copies and averages.
 
     Without its averages Adam moves a value that gets no gradient no more.
     """
     for parameter, mask in masks.items():
-        parameter.mul_(mask)
+        parameter.masked_fill_(~mask, 0.0)  # a product would leave -0.0
     states = compat.optimizer_states(engine)
     for piece in compat.optimizer_pieces(engine):
         if piece.parameter in masks:
             own = masks[piece.parameter].reshape(-1)[piece.start : piece.start + piece.length]
             for held in (piece.holder, *states.get(piece.holder, {}).values()):
                 if held.shape == piece.holder.shape and held is not piece.parameter:
-                    held.view(-1)[piece.offset : piece.offset + piece.length].mul_(own)
+                    held.view(-1)[piece.offset : piece.offset + piece.length].masked_fill_(~own, 0.0)
 
 
 def _sum_over_data_ranks(sums: dict[str, Tensor], topology: Topology) -> dict[str, float]:

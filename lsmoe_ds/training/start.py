@@ -16,6 +16,7 @@ from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import SharedError, UserError
@@ -137,6 +138,8 @@ def train(recipe: Recipe, run: Path, processes: int | None) -> int:
     lost.
     """
     membership = find(os.environ)
+    if recipe.model.needs_groups:
+        recipe = _with_listed_groups(recipe)
     if membership.is_alone:
         return _start(recipe, run, processes)
     os.environ.update(membership.environment())
@@ -147,6 +150,14 @@ def train(recipe: Recipe, run: Path, processes: int | None) -> int:
         )
     _check_processes(recipe, membership.world)
     return _join_and_train(recipe, run, membership)
+
+
+def _with_listed_groups(recipe: Recipe) -> Recipe:
+    """Fix the resource groups, so that the run knows them without its data. Raises SharedError."""
+    try:
+        return with_listed_groups(recipe)
+    except UserError as error:
+        raise SharedError(str(error)) from None
 
 
 def _notice(recipe: Recipe) -> None:

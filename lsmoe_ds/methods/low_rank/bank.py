@@ -205,7 +205,7 @@ class LowRankBank(nn.Module):
             mask = torch.ones(matrix.shape, dtype=torch.bool)
             self.register_buffer(f"{name}{MASK}", mask)
             tensors.append(self.get_buffer(f"{name}{MASK}"))  # type: ignore[arg-type]
-            matrix.register_hook(lambda gradient: gradient * self.get_buffer(f"{name}{MASK}"))
+            matrix.register_hook(lambda given: given.masked_fill(~self.get_buffer(f"{name}{MASK}"), 0.0))
         if spread:
             for tensor in tensors:
                 compat.mark_tensor_parallel(tensor, 1)

@@ -14,6 +14,8 @@ from lsmoe_ds.config.shapes import LinearShape, SideName, shapes_of
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Draw, Method, Product
 from lsmoe_ds.methods.context import SHARED, Route
+from lsmoe_ds.methods.findings import Findings
+from lsmoe_ds.methods.low_rank.analysis import ANALYSES, why_not
 from lsmoe_ds.methods.low_rank.bank import (
     FLAT,
     MASK,
@@ -54,6 +56,7 @@ class LowRankMatrices(Method):
     name = NAME
     by_direction = True
     adds_products = True
+    analyses = tuple(ANALYSES)
 
     section: LowRank
 
@@ -268,3 +271,9 @@ class LowRankMatrices(Method):
         parts = [torch.empty_like(sent) for _ in range(self.topology.tensor)]
         dist.all_gather(parts, sent, group=self.topology.tensor_group)
         return torch.cat(parts, 1).to(own.dtype)
+
+    def why_not(self, kind: str) -> str | None:
+        return why_not(kind, self.recipe, self.section)
+
+    def analyze(self, kind: str, weights: Tensors) -> Findings:
+        return ANALYSES[kind](self.recipe, self.section, weights)

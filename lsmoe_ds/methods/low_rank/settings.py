@@ -255,6 +255,28 @@ class LowRank(MethodSection):
         stored = self.shared_rank * len(self.choices(site))
         return stored + (site.outputs if site.split == "row" and tensor > 1 else 0)
 
+    def figures(self, model: Model, languages: Languages) -> dict[str, int]:
+        """Count all matrices; if ``columns`` cut them, as they would be without; and what pruning leaves."""
+        sites = [site for site in shapes_of(model) if isinstance(site, LinearShape) and self.is_at(site)]
+
+        def total(section: LowRank) -> int:
+            return sum(section.count(site, languages).total for site in sites)
+
+        found = {"low-rank matrices": total(self)}
+        wide = total(self.model_copy(update={"columns": None}))
+        if wide > found["low-rank matrices"]:
+            found["without 'columns'"] = wide
+        if self.prune is not None:
+            left = found["low-rank matrices"]
+            for site in sites:
+                width = sum(self.size(site)) if self.prune.matrices == "both" else self.size(site)[1]
+                for code in languages.codes:
+                    if self.prune.prunes(code, languages):
+                        values = self.rank_of(code, languages) * width * len(self.choices(site))
+                        left -= round(self.prune.ratio * values)
+            found["left after pruning"] = left
+        return found
+
     def describe(self) -> str:
         low, high = min(self.ranks), max(self.ranks)
         rank = f"rank {low}" if low == high else f"ranks {low} to {high}"

@@ -1,0 +1,70 @@
+"""Draw a grid of numbers as an SVG picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from markupsafe import Markup
+
+from lsmoe_ds.methods.findings import Grid
+
+STYLE = """
+.grid text{font:12px system-ui,sans-serif;fill:var(--text,#1d2329)}
+.grid .quiet{fill:var(--quiet,#5c6670)}
+.grid .n{text-anchor:middle;font-size:11px}
+.grid .half{fill:#10151a}
+.grid .over{fill:var(--over,#fff)}
+.grid .more{fill:var(--model,#0072b2)}
+.grid .less{fill:var(--other,#d55e00)}
+"""
+LETTER = 6.6  # the largest average width of a letter in the usual system fonts
+WIDTH, HEIGHT = 52, 24
+
+
+def draw(grid: Grid) -> Markup:
+    """Return an SVG element with a row for each of the grid's rows, and a color for each number."""
+    left = 10 + max(LETTER * len(name) for name in grid.rows)
+    longest = max(len(name) for name in grid.columns)
+    turned = LETTER * longest > WIDTH - 4
+    top = 20 + (LETTER * longest * 0.75 if turned else 0)
+    width = left + WIDTH * len(grid.columns) + (LETTER * longest * 0.7 if turned else 4)
+    height = top + HEIGHT * len(grid.rows) + 4
+    parts = [*_heads(grid, left, top, turned), *_cells(grid, left, top)]
+    svg = Markup(
+        '<svg class="grid" role="img" aria-label="{}" width="{:.0f}" height="{:.0f}" '
+        'viewBox="0 0 {:.0f} {:.0f}"><style>{}</style>{}</svg>'
+    )
+    sizes = (width, height, width, height)
+    return svg.format(grid.title, *sizes, Markup(STYLE), Markup("").join(parts))
+
+
+def _heads(grid: Grid, left: float, top: float, turned: bool) -> Iterator[Markup]:
+    for number, name in enumerate(grid.columns):
+        x = left + WIDTH * (number + 0.5)
+        if turned:
+            text = Markup('<text class="quiet" transform="translate({:.0f},{:.0f}) rotate(-45)">{}</text>')
+            yield text.format(x, top - 6, name)
+        else:
+            yield Markup('<text class="quiet n" x="{:.0f}" y="{:.0f}">{}</text>').format(x, top - 6, name)
+
+
+def _cells(grid: Grid, left: float, top: float) -> Iterator[Markup]:
+    full = grid.full or max((abs(v) for row in grid.values for v in row if v is not None), default=0.0) or 1.0
+    for i, (name, row) in enumerate(zip(grid.rows, grid.values, strict=True)):
+        y = top + HEIGHT * i
+        yield Markup('<text x="0" y="{:.0f}">{}</text>').format(y + 16, name)
+        for j, value in enumerate(row):
+            if value is None:
+                continue
+            strength, x = abs(value) / full, left + WIDTH * j
+            number = f"{100 * value:+.0f}" if grid.signed else f"{value:.2f}"
+            title = f"{name}, {grid.columns[j]}: {value:+.1%}" if grid.signed else number
+            cell = Markup(
+                '<rect class="{}" x="{:.0f}" y="{:.0f}" width="{}" height="{}" rx="2" '
+                'fill-opacity="{:.2f}"><title>{}</title></rect>'
+            )
+            side = "less" if value < 0 else "more"
+            yield cell.format(side, x + 1, y + 1, WIDTH - 2, HEIGHT - 2, 0.04 + 0.96 * strength, title)
+            ink = "n over" if strength > 0.8 else "n half" if strength > 0.55 else "n"
+            text = Markup('<text class="{}" x="{:.0f}" y="{:.0f}">{}</text>')
+            yield text.format(ink, x + WIDTH / 2, y + 16, number)

@@ -1,0 +1,103 @@
+"""Store tensors of which many values are 0, such as pruned matrices and their averages, by what is left.
+
+A packed tensor is a mapping: ``values``, those that are not 0, in order; ``bits``, a bit for each value of
+the tensor, 1 where it is not 0; and ``packed``, the tensor's shape. A packed tensor of truth values has only
+bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsmoe_ds.errors import UserError
+
+SHAPE, BITS, VALUES = "packed", "bits", "values"
+LEAST = 64  # values of a tensor that is packed
+WORTHWHILE = 0.7  # share of values that are not 0, below which packing saves a quarter of the bytes or more
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size, to see -0.0 as what it is
+
+
+def pack(state: Any) -> Any:
+    """Return nested containers with each tensor on the CPU packed where that saves space."""
+    if isinstance(state, Tensor):
+        return _pack(state)
+    if isinstance(state, dict):
+        return type(state)((key, pack(value)) for key, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(pack(value) for value in state)
+    return state
+
+
+def _pack(tensor: Tensor) -> Tensor | dict[str, Any]:
+    if tensor.numel() < LEAST or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return tensor
+    flat = tensor.detach().reshape(-1)
+    if tensor.dtype == torch.bool:
+        return {SHAPE: list(tensor.shape), BITS: _to_bits(flat)}
+    if not tensor.is_floating_point() or (kind := INTEGERS.get(tensor.element_size())) is None:
+        return tensor
+    there = flat.view(kind) != 0
+    if int(there.count_nonzero()) > WORTHWHILE * len(flat):
+        return tensor
+    return {SHAPE: list(tensor.shape), BITS: _to_bits(there), VALUES: flat[there]}
+
+
+def _to_bits(flags: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(flags.numpy()))
+
+
+def unpack(state: Any, path: object) -> Any:
+    """Return nested containers with each packed tensor as it was.
+
+    Raises UserError, with the file's ``path``, if one is damaged, or if a tensor claims more values than the
+    file has room for: strides of 0 would make gigabytes of one.
+    """
+    size = Path(str(path)).stat().st_size
+    for tensor in _stored(state):
+        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > size:
+            raise UserError(f"{path} is damaged: it has a tensor larger than the file")
+    return _unpacked(state, path)
+
+
+def _stored(state: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers, as they are stored."""
+    if isinstance(state, Tensor):
+        yield state
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    for part in parts:
+        yield from _stored(part)
+
+
+def _unpacked(state: Any, path: object) -> Any:
+    if isinstance(state, dict):
+        if SHAPE in state and BITS in state:
+            return _unpack(state, path)
+        return type(state)((key, _unpacked(value, path)) for key, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(_unpacked(value, path) for value in state)
+    return state
+
+
+def _unpack(packed: dict[str, Any], path: object) -> Tensor:
+    shape, bits, values = packed[SHAPE], packed[BITS], packed.get(VALUES)
+    whole = isinstance(shape, list) and all(isinstance(size, int) and size >= 0 for size in shape)
+    if not whole or not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.dim() != 1:
+        raise UserError(f"{path} is damaged: it has a packed tensor without shape or bits")
+    count = math.prod(shape)
+    if len(bits) != (count + 7) // 8:
+        raise UserError(f"{path} is damaged: it has {len(bits)} bytes of bits for {count} values")
+    there = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()
+    if values is None:
+        return there.view(shape)
+    if not isinstance(values, Tensor) or values.shape != (int(there.count_nonzero()),):
+        raise UserError(f"{path} is damaged: a packed tensor has other values than its bits say")
+    tensor = torch.zeros(count, dtype=values.dtype)
+    tensor[there] = values
+    return tensor.view(shape)

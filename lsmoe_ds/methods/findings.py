@@ -1,0 +1,43 @@
+"""What a method finds in the weights of a trained model: numbers for files and grids for pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of numbers that is drawn in colors; None is an empty cell.
+
+    ``name`` is that of its file. Colors go from 0 to ``full``, by default the largest value. If ``signed``,
+    red is for negative values, blue for positive ones, and both are shares, drawn in percentage points.
+    """
+
+    name: str
+    title: str
+    about: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    signed: bool = False
+    full: float | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one analysis found.
+
+    ``records`` are the rows of a CSV file, with the same keys in each. ``recipe`` is one that the analysis
+    suggests, ``said`` what it says in a sentence.
+    """
+
+    title: str
+    said: str
+    records: Sequence[Mapping[str, Any]]
+    grids: Sequence[Grid]
+    recipe: Recipe | None = None
