@@ -82,6 +82,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "transformers>=5",
+            "peft>=0.21",
             "ctranslate2>=4.6,<5",
             "langcodes>=3.5",
             "language_data>=1.4",

@@ -9,7 +9,7 @@ import typer
 
 from lsmoe_ds.cli_options import NPROC, AsJson, InOneWord, Route, Run, direction_of
 from lsmoe_ds.config.codes import read_code
-from lsmoe_ds.console import print_json
+from lsmoe_ds.console import print_json, show_table
 
 LABELS = {"sparse_parameters": "parameters of the whole model"}  # which may be dense
 
@@ -34,7 +34,8 @@ def convert(
             metavar="KIND",
             help=(
                 "dense: the plain model of one direction; huggingface, ctranslate2: the same, as these "
-                "libraries load it; hybrid: layers routed by token or sentence keep their experts; "
+                "libraries load it; peft: a base, and the matrices of one direction or of each as LoRA; "
+                "hybrid: layers routed by token or sentence keep their experts; "
                 "consolidated: the whole model in safetensors, also from a Hugging Face folder; grown: "
                 "consolidated with more experts, languages or methods; layout: a run for another number of "
                 "processes."
@@ -75,6 +76,10 @@ def convert(
     like_expert: Annotated[
         int | None, typer.Option(min=0, help="grown only: new experts begin as copies of this one.")
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="peft only: refer to this base, which has the same weights."),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option("--nproc", min=1, help=f"layout only: {NPROC.lower()}")
     ] = None,
@@ -85,14 +90,17 @@ def convert(
     """
     from lsmoe_ds.convert.command import convert as convert_run
     from lsmoe_ds.export.grown import Likeness
+    from lsmoe_ds.export.peft import size_table
 
     chosen = direction_of(direction, source, target, "--to-language")
     like_language = None if like_language is None else read_code(like_language, of_system=True)
     like = None if like_language is None and like_expert is None else Likeness(like_expert, like_language)
-    options = {"quantization": quantization, "optimizer": optimizer, "nproc": processes}
+    options = {"quantization": quantization, "optimizer": optimizer, "nproc": processes, "base": base}
     summary = convert_run(run, to, chosen, out, check, route, average, overrides or (), like, **options)
     if as_json:
         print_json(summary)
     else:
+        if adapters := summary.pop("adapters", None):
+            show_table(size_table(adapters))
         for name, value in summary.items():
             print(f"{LABELS.get(name, name.replace('_', ' '))}: {value}")

@@ -118,17 +118,20 @@ class Files(Generic[T]):
         return self._opened[path]
 
 
-def save_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str = "model") -> list[str]:
+def save_tensors(
+    tensors: Mapping[str, Tensor], folder: Path, stem: str = "model", shard: int | None = None
+) -> list[str]:
     """Write ``stem.safetensors``, or shards and ``stem.safetensors.index.json``, and return the names of the
     files.
 
-    Holds one shard at a time. Raises OSError on a full disk, otherwise UserError, if they cannot be written.
+    A shard has up to ``shard`` bytes, :data:`SHARD` if that is None; one is held at a time. Raises OSError on
+    a full disk, otherwise UserError, if they cannot be written.
     """
     whole = Tensors.of(tensors)
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in whole.entries.items():
-        if shards[-1] and size + entry.bytes > SHARD:
+        if shards[-1] and size + entry.bytes > (SHARD if shard is None else shard):
             shards.append([])
             size = 0
         shards[-1].append(name)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -34,6 +34,7 @@ from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.importing import read_huggingface
+from lsmoe_ds.export.peft import BASE, measure, open_adapted, split_stored
 from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
 from lsmoe_ds.inference.beam_search import Search
@@ -52,15 +53,17 @@ WRITERS = {
     "dense": "lsmoe_ds.checkpoint.stored",
     "huggingface": "lsmoe_ds.export.huggingface",
     "ctranslate2": "lsmoe_ds.export.ctranslate2",
+    "peft": "lsmoe_ds.export.peft",
 }
 """What a model can be converted to: the module whose ``write_files`` is its
 :class:`~lsmoe_ds.checkpoint.stored.Writer`.
 """
-SERVED = ("dense", "huggingface", "ctranslate2")  # kinds without experts, which a run's report tells of
+SERVED = ("dense", "huggingface", "ctranslate2", "peft")  # without experts; a run's report tells of them
 OPTIONS = {
     "quantization": "ctranslate2",
     "optimizer": "consolidated",
     "nproc": "layout",
+    "base": "peft",
 }  # and the kind that has them
 
 
@@ -143,10 +146,10 @@ def convert(
     For one direction, or by the shared route for all; a dense folder is taken as it is. ``average``
     checkpoints are averaged. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
     new parts begin as. ``options`` are those of the kind's writer: ``quantization`` of ctranslate2,
-    ``optimizer`` of consolidated, ``nproc`` of layout. The first ``check`` held-out sentences of the
-    direction, or as many spread over all, are translated by both models. If that is not possible, the record
-    says why. What is made of a run for serving is also noted in the run's folder (:func:`_note`). Raises
-    UserError for a target, direction, route, option or folder that is not possible.
+    ``optimizer`` of consolidated, ``nproc`` of layout, ``base`` of peft. The first ``check`` held-out
+    sentences of the direction, or as many spread over all, are translated by both models. If that is not
+    possible, the record says why. What is made of a run for serving is also noted in the run's folder
+    (:func:`_note`). Raises UserError for a target, direction, route, option or folder that is not possible.
     """
     kinds = [*WRITERS, "layout"]
     if to not in kinds:
@@ -193,8 +196,14 @@ def convert(
     stored = find_model(run)
     direction = stored.recipe.languages.find(direction) if direction else None
     vocabulary: Path | bytes = stored.vocabulary
+    rows: list[dict[str, Any]] = []
     if whole:
         tensors, recipe, made = consolidate_stored(stored, average)
+    elif to == "peft":
+        tensors, recipe, adapters, made = split_stored(stored, direction, route, average)
+        rows, base = measure(adapters, tensors, recipe), options.get("base")
+        options |= {"adapters": adapters, "sizes": rows, "of_base": made, "base": base, "home": out}
+        made = made | {"base": str(base or BASE)}
     else:
         tensors, recipe, made = extract_stored(stored, direction, route, to == "hybrid", average)
     if to == "grown":
@@ -211,7 +220,7 @@ def convert(
     shown = {"quantization": options.get("quantization", QUANTIZATIONS[0])} if to == "ctranslate2" else {}
     kind = "consolidated" if whole else to
     provenance = {"kind": kind, **made, **shown, **({"average": average} if average > 1 else {})}
-    card = model_card(kind, recipe, provenance, stored.home)
+    card = model_card(kind, recipe, provenance, stored.home, rows)
     write = importlib.import_module(WRITERS[to]).write_files
     files = write_folder(out, tensors, recipe, vocabulary, provenance, card, write, **options)
     seconds = time.perf_counter() - began
@@ -224,6 +233,7 @@ def convert(
         name: made[name] for name in ("direction", "route", "step", "sparse_parameters", "dense_parameters")
     }
     record |= {"average": average} if average > 1 else {}
+    record |= {"adapters": rows} if rows else {}
     record |= {
         **found,
         **{name if name == "seconds" else f"dense_{name}": value for name, value in sizes.items()},
@@ -265,7 +275,8 @@ def _note(record: Mapping[str, Any], run: Path) -> None:
 
 def _bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
     """Return the size of the weights among the files of a folder."""
-    return sum(each["bytes"] for name, each in files.items() if name.startswith("model"))
+    weights = ("model", "adapter_model")
+    return sum(each["bytes"] for name, each in files.items() if Path(name).name.startswith(weights))
 
 
 def _import(folder: Path, to: str, overrides: Sequence[str], out: Path) -> dict[str, Any]:
@@ -337,8 +348,9 @@ def _compare(
         return {
             "not_checked": f"both models need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
         }
-    if to == "huggingface" and importlib.util.find_spec("transformers") is None:
-        return {"not_checked": "transformers is not installed: pip install transformers"}
+    for package in {"huggingface": ["transformers"], "peft": ["transformers", "peft"]}.get(to, ()):
+        if importlib.util.find_spec(package) is None:
+            return {"not_checked": f"{package} is not installed: pip install {package}"}
     directions = [direction] if direction else stored.recipe.languages.directions
     try:
         data = PreparedData.of(stored.recipe, stored.home)
@@ -351,7 +363,7 @@ def _compare(
         }
     # The run may continue training meanwhile: what is compared is this checkpoint.
     sparse, other = load(stored.weights_in, "cpu", route), _open(to, out)
-    found = [compare(sparse, other, each, sentences) for each, sentences in texts.items() if sentences]
+    found = [compare(sparse, other(each), each, sentences) for each, sentences in texts.items() if sentences]
     differences = [
         each.largest_logit_difference for each in found if each.largest_logit_difference is not None
     ]
@@ -362,11 +374,16 @@ def _compare(
     }
 
 
-def _open(kind: str, folder: Path) -> Engine:
-    """Load what was just written, as its users do."""
+def _open(kind: str, folder: Path) -> Callable[[Direction], Engine]:
+    """Load what was just written, as its users do, and return a function that gives a direction's engine."""
+    if kind == "peft":
+        return open_adapted(find_model(folder))
+    engine: Engine
     if kind == "huggingface":
-        return Exported.load(find_model(folder))
-    return load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
+        engine = Exported.load(find_model(folder))
+    else:
+        engine = load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
+    return lambda direction: engine
 
 
 def _held_out(data: PreparedData, direction: Direction, count: int) -> list[str]:

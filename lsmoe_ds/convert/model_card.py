@@ -13,6 +13,7 @@ from jinja2 import Environment
 
 from lsmoe_ds.checkpoint.stored import VOCABULARY
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert import adapter_card
 from lsmoe_ds.data.cleaning import INVISIBLE
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.prepared import PreparedData
@@ -117,6 +118,7 @@ print(vocabulary.decode(found[:-1]))  # without the end, which counts in the len
 ```
 
 Or `lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}`.""",
+    "peft": adapter_card.USE,
 }
 """How a folder of each kind is used."""
 
@@ -149,6 +151,8 @@ language: [{% for code in codes %}"{{ code }}"{{ ", " if not loop.last }}{% endf
 pipeline_tag: translation
 {%- if kind == 'huggingface' %}
 library_name: transformers
+{%- elif kind == 'peft' %}
+library_name: peft
 {%- endif %}
 tags: [translation, {{ kind }}]
 ---
@@ -199,9 +203,15 @@ HELD_OUT_ONLY = ("flores", "ntrex")  # layouts that have no training text
 MOST_NAMED = 12  # directions named in the first sentence
 
 
-def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: Path) -> str:
+def model_card(
+    kind: str,
+    recipe: Recipe,
+    provenance: Mapping[str, Any],
+    home: Path,
+    adapters: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, which may hold
-    scores, and holds the vocabulary of what is exported.
+    scores, and holds the vocabulary of what is exported. ``adapters`` are the sizes of those of ``peft``.
     """
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
     directions = recipe.languages.directions
@@ -209,8 +219,11 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
     targets = list(dict.fromkeys(direction.target for direction in directions))
     words = {"targets": targets, "tags": [tag(code) for code in targets], "clean": CLEAN.rstrip()}
     given = recipe.data.tags == "source-target"
-    style = style_of(Vocabulary.load(home / VOCABULARY), recipe) if given and kind == "huggingface" else None
+    theirs = given and kind in ("huggingface", "peft")
+    style = style_of(Vocabulary.load(home / VOCABULARY), recipe) if theirs else None
     last = next(direction for direction in directions if direction.target == targets[-1])
+    if adapters:
+        words |= adapter_card.words(adapters, given, provenance)
     use = environment.from_string(USES[kind]).render(
         first=directions[0], last=last, given=given, style=style, **words
     )
@@ -241,6 +254,8 @@ def model_card(kind: str, recipe: Recipe, provenance: Mapping[str, Any], home: P
 
 
 def _what(kind: str, provenance: Mapping[str, Any]) -> str:
+    if kind == "peft":
+        return adapter_card.WHAT
     if kind == "consolidated":
         return IMPORTED if "imported_from" in provenance else GROWN if "grown_from" in provenance else WHOLE
     return (

@@ -146,11 +146,11 @@ class Exported:
 
     @classmethod
     def load(cls, stored: Stored) -> Exported:
-        """Load it as anybody would; needs transformers."""
+        """Load it as anybody would, with the recipe and vocabulary of ``stored.home``; needs transformers."""
         transformers: Any = importlib.import_module("transformers")
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.M2M100ForConditionalGeneration.from_pretrained(stored.home).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(stored.home)
+        model = transformers.M2M100ForConditionalGeneration.from_pretrained(stored.weights_in).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(stored.weights_in)
         return cls(
             model,
             tokenizer,

@@ -40,6 +40,26 @@ class StepSize:
         return self.source_tokens if side == "encoder" else self.target_tokens
 
 
+@dataclass(frozen=True)
+class Product:
+    """What a method adds to the weight W of one linear layer: W + up down.
+
+    ``make`` returns ``down`` [rank, inputs] and ``up`` [outputs, rank], which read the layer's first inputs
+    and add to its first outputs. ``kept`` counts their values that are not pruned.
+    """
+
+    rank: int
+    inputs: int
+    outputs: int
+    make: Callable[[], tuple[Tensor, Tensor]]
+    kept: Callable[[], int]
+
+    @property
+    def values(self) -> int:
+        """Count the values of both matrices."""
+        return self.rank * (self.inputs + self.outputs)
+
+
 class Method:
     """What one method adds to training. The default of each hook adds nothing.
 
@@ -52,6 +72,7 @@ class Method:
     metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
     analyses: ClassVar[tuple[str, ...]] = ()  # what `lsmoe analyze KIND` can find in its weights
     by_direction: ClassVar[bool] = False  # whether languages choose the parameters of the specific route
+    adds_products: ClassVar[bool] = False  # whether :meth:`products` is all that it adds
 
     def __init__(self, section: Any, recipe: Recipe, topology: Topology) -> None:
         self.section, self.recipe, self.topology = section, recipe, topology
@@ -106,6 +127,15 @@ class Method:
 
         Only the specific route of a ``by_direction`` method reads ``direction``.
         """
+        raise NotImplementedError
+
+    def products(self, weights: Tensors, direction: Direction | None, route: Route) -> dict[str, Product]:
+        """Return what it adds to each linear layer, by the layer's name, as :meth:`merge` merges it."""
+        raise NotImplementedError
+
+    @property
+    def chosen_by(self) -> set[str]:
+        """Name the languages, "source" and "target", that choose the products of the specific route."""
         raise NotImplementedError
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:

@@ -44,7 +44,7 @@ OPEN_SAMPLES = 5
 GRIDS = 2  # that are shown of what a method finds in the weights
 
 
-KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "CTranslate2"}
+KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "CTranslate2", "peft": "PEFT"}
 
 
 class Conversion(BaseModel):

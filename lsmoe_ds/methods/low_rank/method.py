@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.shapes import LinearShape, SideName, shapes_of
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.methods.base import Draw, Method
+from lsmoe_ds.methods.base import Draw, Method, Product
 from lsmoe_ds.methods.context import SHARED, Route
 from lsmoe_ds.methods.findings import Findings
 from lsmoe_ds.methods.low_rank.analysis import ANALYSES, why_not
@@ -55,6 +55,7 @@ class LowRankMatrices(Method):
 
     name = NAME
     by_direction = True
+    adds_products = True
     analyses = tuple(ANALYSES)
 
     section: LowRank
@@ -131,19 +132,59 @@ class LowRankMatrices(Method):
         """Return the merged weight W + V F of the linear layer ``at``; V F of both, weighted, if learned."""
         if at not in self.shapes:  # the weights of a side
             return {}
-        base, site = f"{at}.weight", self.shapes[at]
-        inputs, outputs = self.section.size(site)
+        base, product = f"{at}.weight", self.product(weights, at, direction, route)
 
         def make() -> Tensor:
+            down, up = product.make()
             merged = weights[base].clone()
-            for each in self.matrices(at, direction, route):
-                vertical = weights[each.at + VERTICAL][each.vertical_rows]
-                flat = weights[each.at + FLAT][each.flat_rows]
-                weight = self.weight_of(weights, at, each.choice)
-                merged[:outputs, :inputs].addmm_(vertical.t(), flat, alpha=weight)
+            merged[: product.outputs, : product.inputs].addmm_(up, down)
             return merged
 
         return {base: LazyTensor(weights.shape(base), make)}
+
+    def product(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> Product:
+        """Return what a direction, or the shared route, adds to a linear layer: V F.
+
+        Two pairs of matrices whose weights are learned become one of both their ranks, weights included.
+        """
+        pairs = self.matrices(at, direction, route)
+
+        def make() -> tuple[Tensor, Tensor]:
+            down = [weights[each.at + FLAT][each.flat_rows] for each in pairs]
+            up = [
+                weights[each.at + VERTICAL][each.vertical_rows] * self.weight_of(weights, at, each.choice)
+                for each in pairs
+            ]
+            return torch.cat(down), torch.cat(up).t()
+
+        def kept() -> int:
+            count = product.values
+            for each in pairs:
+                for name, rows in ((FLAT, each.flat_rows), (VERTICAL, each.vertical_rows)):
+                    if (mask := f"{each.at}{name}{MASK}") in weights:
+                        count -= int((~weights[mask][rows].bool()).sum())
+            return count
+
+        rank = sum(each.flat_rows.stop - each.flat_rows.start for each in pairs)
+        product = Product(rank, *self.section.size(self.shapes[at]), make, kept)
+        return product
+
+    def products(self, weights: Tensors, direction: Direction | None, route: Route) -> dict[str, Product]:
+        return {
+            at: self.product(weights, at, direction, route)
+            for at, site in self.shapes.items()
+            if self.section.is_at(site)
+        }
+
+    @property
+    def chosen_by(self) -> set[str]:
+        choices = [
+            choice
+            for site in self.shapes.values()
+            if self.section.is_at(site)
+            for choice in self.section.choices(site)
+        ]
+        return {kind for choice in choices for kind in (choice.vertical, choice.flat)}
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
         if name.removesuffix(MASK).rpartition(".")[2] not in (FLAT, VERTICAL):
