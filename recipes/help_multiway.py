@@ -1,11 +1,11 @@
-"""Write a multi-way set in the layout of FLORES-101: help sentences of an office suite, the same ones in twelve
+"""Write a multi-way set in the layout of FLORES-101: the same help sentences of an office suite in twelve
 languages.
 
     lsmoe data fetch libreoffice-help
     python recipes/help_multiway.py          # writes data/corpora/help-multiway/dev and devtest
 
-For studies of many-to-many fine-tuning: the base (recipes/help-12-base.yaml) never sees these sentences; `dev`
-then trains, `devtest` is scored. Sentences have 5 to 20 English words and end with a full stop.
+For studies of many-to-many fine-tuning: the base (recipes/help-12-base.yaml) never sees these sentences;
+`dev` then trains, `devtest` is scored. Sentences have 5 to 20 English words and end with a full stop.
 """
 
 from __future__ import annotations
