@@ -164,6 +164,24 @@ def test_the_first_loss_is_the_models(pool, root, one, tmp_path):
     assert again["losses"] == one["losses"]  # to the bit
 
 
+def with_matrices(root: Path, recipe: Recipe) -> Recipe:
+    value = recipe.model_dump(mode="json", exclude_none=True)
+    value["model"]["low_rank"] = {"rank": 2, "at": "attention"}
+    return Recipe.model_validate(value)
+
+
+def test_a_method_may_be_added(pool, root, one, tmp_path):
+    recipe = with_matrices(root, recipe_from(root))
+    start.check(recipe, tmp_path / "run")
+    found = pool.run(1, first_steps, recipe, tmp_path / "run")[0]
+    assert found["said"] == [f"starting from {root / 'model'}, which is given low_rank"]
+    assert found["losses"][0] == one["losses"][0], "its matrices begin at zero"
+    assert found["losses"][1] != one["losses"][1]
+    assert found["weights"].keys() - one["weights"].keys() == {
+        name for name in found["weights"] if "_low_rank." in name
+    }
+
+
 def test_going_on_needs_the_folder_no_more(pool, root, tmp_path):
     shutil.copytree(root / "model", tmp_path / "model")
     recipe = changed(recipe_from(root), training={"start_from": tmp_path / "model", "steps": 2})
@@ -221,12 +239,6 @@ def exported(root: Path, recipe: Recipe) -> Recipe:
     return from_folder("exported")(root, recipe)
 
 
-def with_matrices(root: Path, recipe: Recipe) -> Recipe:
-    value = recipe.model_dump(mode="json", exclude_none=True)
-    value["model"]["low_rank"] = {"rank": 2, "at": "attention"}
-    return Recipe.model_validate(value)
-
-
 def foreign(root: Path, recipe: Recipe) -> Recipe:
     (root / "foreign").mkdir()
     (root / "foreign" / "config.json").write_text("{}")
@@ -244,10 +256,6 @@ def foreign(root: Path, recipe: Recipe) -> Recipe:
             ),
         ),
         (narrower, r"encoder.0.feed_forward.contract.weight should be \(16, 16\), found \(16, 24\)"),
-        (
-            with_matrices,
-            "the model has no 'low_rank': `lsmoe convert .*model --to grown --set model.low_rank",
-        ),
         (without_experts, r"encoder.1.feed_forward.* found None"),
         (
             fewer_languages,

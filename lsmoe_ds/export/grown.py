@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsmoe_ds.checkpoint.stored import RECIPE, VOCABULARY, Stored, name_of
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
@@ -32,7 +32,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
-from lsmoe_ds.model.initialization import draw, is_drawn
+from lsmoe_ds.model.initialization import draw, drawn
 from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.moe.routers import assign
@@ -199,11 +199,7 @@ class _Grown:
         none.
         """
         if name not in self.weights:
-            value = self.state[name]
-            is_buffer = not isinstance(value, nn.Parameter)
-            if is_buffer and not is_drawn(name, self.methods):
-                raise UserError(f"{name} cannot be added: nothing says what it begins as")
-            return LazyTensor(shape, lambda: self._drawn(name, shape), value.dtype, is_buffer)
+            return drawn(name, self.state[name], self.after.training.seed, self.methods)
         if len(shape) != 2:
             return self._same(name, shape, name)
         before = next(each for each in methods_of(self.before, Topology.single()) if each.name == method.name)

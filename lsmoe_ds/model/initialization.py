@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lsmoe_ds.checkpoint.tensors import LazyTensor
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
 from lsmoe_ds.parallel.parameters import global_names, named_state, partition_dimension
 from lsmoe_ds.parallel.topology import Topology
@@ -63,3 +65,17 @@ def draw(name: str, shape: list[int], seed: int, methods: Sequence[Method] = ())
             fill(value, generator)
             return value
     return nn.init.xavier_uniform_(value, generator=generator)
+
+
+def drawn(name: str, value: Tensor, seed: int, methods: Sequence[Method]) -> LazyTensor:
+    """Return the initial value of a parameter or buffer that a method adds to a trained model.
+
+    ``value``, on any device, has its shape and type. Raises UserError if nothing says what it begins as.
+    """
+    is_buffer = not isinstance(value, nn.Parameter)
+    if is_buffer and not is_drawn(name, methods):
+        raise UserError(f"{name} cannot be added: nothing says what it begins as")
+    shape = tuple(value.shape)
+    return LazyTensor(
+        shape, lambda: draw(name, list(shape), seed, methods).to(value.dtype), value.dtype, is_buffer
+    )

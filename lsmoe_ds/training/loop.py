@@ -9,7 +9,7 @@ from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint import saving as checkpoints
 from lsmoe_ds.checkpoint.resharding import load_weights
 from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, newest_whole
-from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity
 from lsmoe_ds.data.batching import BatchStream
@@ -18,11 +18,13 @@ from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import SharedError
 from lsmoe_ds.launch.watchdog import beat
 from lsmoe_ds.methods.context import Route
+from lsmoe_ds.notices import listed
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
 from lsmoe_ds.training.monitor import Monitor
+from lsmoe_ds.training.start_from import added_methods, starting_weights
 
 
 def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
@@ -63,7 +65,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
         stream.load_state_dict(state["position"]["stream"])
         done, window, frozen = state["step"], state["position"]["window"], state.get(FROZEN)
     elif training.start_from is not None:
-        load_weights(engine, read_weights(find_model(training.start_from)).tensors, topology)
+        base = find_model(training.start_from)
+        load_weights(engine, starting_weights(recipe, base, vocabulary.size), topology)
     last_step = done >= training.steps
     with (
         Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
@@ -83,7 +86,9 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 )
                 monitor.say(f"{run} is at step {done:,} {beyond}: nothing is left to train")
         elif training.start_from is not None:
-            monitor.say(f"starting from {training.start_from}")
+            added = added_methods(recipe, find_model(training.start_from))
+            beside = f", which is given {listed(added)}" if added else ""
+            monitor.say(f"starting from {training.start_from}{beside}")
         asked = interrupt.agreed(topology)
         if asked and not last_step:
             monitor.say(

@@ -11,35 +11,26 @@ from pathlib import Path
 
 from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint.run_folder import check_run, list_checkpoints, newest_whole, open_run
-from lsmoe_ds.checkpoint.stored import PROVENANCE, RECIPE, Stored, find_model, read_weights
-from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.checkpoint.stored import RECIPE
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepared import PreparedData
-from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.folders import damage, locked, read_fields, sha256
-from lsmoe_ds.inference.load import empty_model
+from lsmoe_ds.folders import locked
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.transformer import outline
-from lsmoe_ds.notices import counted, listed
+from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import check_precision
 from lsmoe_ds.training.schedules import inverse_square_root
-
-STARTS = (
-    "consolidated",
-    "hybrid",
-    "dense",
-    "huggingface",
-)  # kinds of converted folders that a training begins with
+from lsmoe_ds.training.start_from import check_start_from
 
 
 def check(recipe: Recipe, run: Path) -> None:
@@ -52,7 +43,7 @@ def check(recipe: Recipe, run: Path) -> None:
     check_run(recipe, run, vocabulary)
     found, _ = newest_whole(run)
     if found is None and recipe.training.start_from is not None:
-        _check_start_from(recipe, recipe.training.start_from, vocabulary)
+        check_start_from(recipe, recipe.training.start_from, vocabulary)
     open_run(recipe, run, vocabulary)
 
 
@@ -73,62 +64,6 @@ def _check_processes(recipe: Recipe, world: int) -> None:
         check_precision(recipe)
     except UserError as error:
         raise SharedError(str(error)) from None
-
-
-def _check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
-    """Raise UserError unless the folder holds weights for this recipe, and for this vocabulary."""
-    try:
-        stored = find_model(folder)
-        if stored.kind not in STARTS:
-            made, how = (
-                f"made by `lsmoe convert --to {stored.kind}`",
-                f"give a folder made with --to {', '.join(STARTS)}",
-            )
-            if stored.kind == "sparse":
-                made, how = (
-                    "a run",
-                    f"`lsmoe convert {folder} --to consolidated --out DIR` makes a folder to start from",
-                )
-            raise UserError(f"{folder} is {made}: {how}")
-        if sha256(stored.vocabulary) != sha256(vocabulary):
-            raise UserError(
-                f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and"
-                " prepare again"
-            )
-        weights = read_weights(stored)
-        _check_same_model(recipe, stored, Vocabulary.load(vocabulary).size, Tensors.of(weights.tensors))
-        if wrong := damage(
-            stored.home, read_fields(stored.home / PROVENANCE, files=dict)["files"], verify=True
-        ):
-            raise UserError(f"{stored.home} is damaged: {wrong}")
-    except UserError as error:
-        raise UserError(f"'training.start_from' is {folder}: {error}") from None
-
-
-def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: Tensors) -> None:
-    """Raise UserError unless these are the weights of a model of the recipe; if languages differ, they are
-    named first.
-    """
-    try:
-        empty_model(recipe, vocabulary, weights, Topology.single())
-    except UserError as error:
-        before, now = (set(each.languages.directions) for each in (stored.recipe, recipe))
-        if before == now:
-            methods = {method.name for method in recipe.model.methods}
-            if not (added := sorted(methods - {method.name for method in stored.recipe.model.methods})):
-                raise
-            grow = f"`lsmoe convert {stored.home} --to grown --set model.{added[0]}...`"
-            raise UserError(
-                f"the model has no '{added[0]}': {grow} adds it; start from what that writes ({error})"
-            ) from None
-        lacks = "the recipe lacks " + listed(map(str, sorted(before - now))) if before - now else ""
-        new = "it was not trained on " + listed(map(str, sorted(now - before))) if now - before else ""
-        raise UserError(
-            "layers of the model know its directions, and "
-            f"{' and '.join(each for each in (lacks, new) if each)}: give the recipe the same "
-            "data.directions, start from a folder of one direction (--to dense), or add languages with --to "
-            f"grown ({error})"
-        ) from None
 
 
 def train(recipe: Recipe, run: Path, processes: int | None) -> int:

@@ -1,0 +1,100 @@
+"""Begin a training with the weights of a converted folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, find_model, read_weights
+from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import damage, read_fields, sha256
+from lsmoe_ds.inference.load import empty_model
+from lsmoe_ds.model.initialization import drawn
+from lsmoe_ds.model.transformer import outline
+from lsmoe_ds.notices import listed
+from lsmoe_ds.parallel.parameters import global_names, named_state
+from lsmoe_ds.parallel.topology import Topology
+
+STARTS = (
+    "consolidated",
+    "hybrid",
+    "dense",
+    "huggingface",
+)  # kinds of converted folders that a training begins with
+
+
+def added_methods(recipe: Recipe, stored: Stored) -> list[str]:
+    """List the methods that a recipe adds to the model from which its training starts."""
+    before = {method.name for method in stored.recipe.model.methods}
+    return [method.name for method in recipe.model.methods if method.name not in before]
+
+
+def starting_weights(recipe: Recipe, stored: Stored, vocabulary: int) -> Tensors:
+    """Return the weights of a stored model, and the initial ones of methods that the recipe adds to it.
+
+    ``vocabulary`` is the number of tokens.
+    """
+    weights = Tensors.of(read_weights(stored).tensors)
+    if not (added := added_methods(recipe, stored)):
+        return weights
+    model = outline(recipe, vocabulary)
+    methods = [method for method in model.methods if method.name in added]
+    names = global_names(model, Topology.single())
+    new = {
+        names[name]: drawn(names[name], value, recipe.training.seed, methods)
+        for name, value in named_state(model)
+        if names[name] not in weights and any(method.owns(names[name]) for method in methods)
+    }
+    return Tensors(weights.entries | new)
+
+
+def check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
+    """Raise UserError unless the folder holds weights for this recipe, and for this vocabulary."""
+    try:
+        stored = find_model(folder)
+        if stored.kind not in STARTS:
+            made, how = (
+                f"made by `lsmoe convert --to {stored.kind}`",
+                f"give a folder made with --to {', '.join(STARTS)}",
+            )
+            if stored.kind == "sparse":
+                made, how = (
+                    "a run",
+                    f"`lsmoe convert {folder} --to consolidated --out DIR` makes a folder to start from",
+                )
+            raise UserError(f"{folder} is {made}: {how}")
+        if sha256(stored.vocabulary) != sha256(vocabulary):
+            raise UserError(
+                f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and"
+                " prepare again"
+            )
+        size = Vocabulary.load(vocabulary).size
+        _check_same_model(recipe, stored, size, starting_weights(recipe, stored, size))
+        if wrong := damage(
+            stored.home, read_fields(stored.home / PROVENANCE, files=dict)["files"], verify=True
+        ):
+            raise UserError(f"{stored.home} is damaged: {wrong}")
+    except UserError as error:
+        raise UserError(f"'training.start_from' is {folder}: {error}") from None
+
+
+def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: Tensors) -> None:
+    """Raise UserError unless these are the weights of a model of the recipe; if languages differ, they are
+    named first.
+    """
+    try:
+        empty_model(recipe, vocabulary, weights, Topology.single())
+    except UserError as error:
+        before, now = (set(each.languages.directions) for each in (stored.recipe, recipe))
+        if before == now:
+            raise
+        lacks = "the recipe lacks " + listed(map(str, sorted(before - now))) if before - now else ""
+        new = "it was not trained on " + listed(map(str, sorted(now - before))) if now - before else ""
+        raise UserError(
+            "layers of the model know its directions, and "
+            f"{' and '.join(each for each in (lacks, new) if each)}: give the recipe the same "
+            "data.directions, start from a folder of one direction (--to dense), or add languages with --to "
+            f"grown ({error})"
+        ) from None
