@@ -340,6 +340,13 @@ def test_model_and_vocabulary_default_to_the_folders(root, tmp_path):
     assert load_recipe(by_override, [f"training.start_from={root / 'model'}"]) == recipe
 
 
+def test_a_recipe_may_say_of_the_model_only_what_it_adds(root, tmp_path):
+    matrices = {"low_rank": {"rank": 2, "at": "attention"}}
+    recipe = load_recipe(short_recipe(root, tmp_path / "short.yaml", model=matrices))
+    assert recipe.model == with_matrices(root, recipe_from(root)).model
+    assert load_recipe(short_recipe(root, tmp_path / "short.yaml"), ["model.low_rank.rank=2"]).model.low_rank
+
+
 def test_tags_default_to_the_folders(root, tmp_path, capfd):
     shutil.copytree(root / "model", tmp_path / "base")
     stored = load_recipe(tmp_path / "base" / "recipe.yaml", ["data.tags=source-target"])

@@ -15,8 +15,11 @@ from small_run import make_recipe, write_corpus
 from test_bad_input import inside, main, tree
 from test_report import Page
 
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import locked
@@ -25,6 +28,7 @@ from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study import command
 from lsmoe_ds.study.command import run_study
 from lsmoe_ds.study.settings import load_study
+from lsmoe_ds.training import start
 
 
 def test_the_study_that_comes_with_the_project():
@@ -305,3 +309,34 @@ def test_a_lock_that_is_waited_for(tmp_path):
         order.append("first")
     waiting.join(5)
     assert order == ["first", "second"]
+
+
+def test_a_member_that_is_not_trained_is_the_model_that_the_others_start_from(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(base / "base.yaml")
+    run = tmp_path / "run"
+    assert start.train(recipe, run, 1) == 0
+    convert(run, "consolidated", None, tmp_path / "start", check=0)
+    members = {
+        "base": {"trained": False, "title": "As it is"},
+        "tuned": {"set": {"model": {"low_rank": {"rank": 2}}}},
+    }
+    training = {**recipe.model_dump(mode="json")["training"], "start_from": str(tmp_path / "start")}
+    (tmp_path / "from.yaml").write_text(
+        yaml.safe_dump({**yaml.safe_load((base / "base.yaml").read_text()), "training": training})
+    )
+    value = study_file(recipe="from.yaml", seeds=[1, 2], baseline="base", members=members)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(value))
+    found = run_study(tmp_path / "s.yaml", tmp_path / "out", members=["base"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["base"]
+    row = found.to_dict()["rows"][0]
+    assert row["title"] == "As it is"
+    wanted = evaluate(run, beam=2, limit=4, progress=False)
+    table = ScoreTable.read(tmp_path / "out" / "base" / "scores-specific.json")
+    assert [each.metrics for each in table.directions] == [each.metrics for each in wanted.directions]
+    del training["start_from"]
+    (tmp_path / "from.yaml").write_text(
+        yaml.safe_dump({**yaml.safe_load((base / "base.yaml").read_text()), "training": training})
+    )
+    with pytest.raises(UserError, match=r"'trained' is false, but there is no training\.start_from"):
+        load_study(tmp_path / "s.yaml")

@@ -56,9 +56,10 @@ def load_recipe(
 
 
 def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
-    """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model`` as a
-    whole, the keys of ``data.vocabulary``, and ``data.tags``. A recipe that has the first two is complete
-    without the folder. Whether what it does say fits the folder is checked when training starts.
+    """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model``, or if it
+    says nothing of ``preset`` and ``hidden`` what else it leaves out; the keys of ``data.vocabulary``; and
+    ``data.tags``. A recipe that has the first two is complete without the folder. Whether what it does say
+    fits the folder is checked when training starts.
 
     Raises UserError if something is left out and the folder holds no recipe.
     """
@@ -67,9 +68,9 @@ def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
     if not isinstance(start, str) or start == "None" or not isinstance(data, dict):
         return  # the recipe's own checks say what is wrong with it
     vocabulary = data.get("vocabulary") or {}
-    if "model" in value and (
-        not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()
-    ):
+    model = value.get("model", {})
+    whole = not isinstance(model, dict) or bool({"preset", "hidden"} & model.keys())
+    if whole and (not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()):
         return
     stored_recipe, at = Path(start) / "recipe.yaml", ("training", "start_from")
     said = f"{places[at].where if at in places else path}: 'training.start_from' is {start}"
@@ -80,9 +81,11 @@ def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
         known, known_places = read_mapping(stored_recipe, "recipe", Recipe)
     except UserError as error:
         raise UserError(f"{said}: {error}") from None
-    if "model" not in value:
-        value["model"] = known.get("model")
-        places.update({at: place for at, place in known_places.items() if at[:1] == ("model",)})
+    if not whole:
+        value["model"] = {**known.get("model", {}), **model}
+        places.update(
+            {at: place for at, place in known_places.items() if at[:1] == ("model",) and at not in places}
+        )
     known_data = known.get("data", {})
     if "tags" in known_data:
         data.setdefault("tags", known_data["tags"])

@@ -46,15 +46,16 @@ def evaluate(
     tokenize: str | None = None,
     out: str | Path | None = None,
     comet: str | Path | None = None,
+    held_out: PreparedData | None = None,
 ) -> ScoreTable:
     """Translate and score the held-out text, or the user's own ``test`` set, in every direction.
 
     Scores and text are written as :mod:`lsmoe_ds.evaluation.score_folder` says. ``run`` is a run folder, a
     checkpoint in it or a converted folder. ``limit`` scores only the first sentences of each direction.
     ``route`` "shared" uses the parameters that all languages share. ``tokenize`` chooses BLEU's tokenizer.
-    ``out`` is written to instead of the run folder. With a ``part``, only this share of the directions is
-    scored; the first part measures the routing. Directions without sentences are named on standard error and
-    skipped.
+    ``out`` is written to instead of the run folder, ``held_out`` read instead of its prepared data. With a
+    ``part``, only this share of the directions is scored; the first part measures the routing. Directions
+    without sentences are named on standard error and skipped.
 
     Everything is checked before the first translation. Raises UserError for directions, a route, a text, a
     tokenizer or a COMET checkpoint that do not exist, for prepared data that are not the run's, and if scores
@@ -71,7 +72,7 @@ def evaluate(
     asked = choose_directions(directions, stored.recipe.languages, untrained=bool(test))
     for direction in asked:
         with_direction(stored.recipe, stored.kind, direction)
-    data = None if test else open_data(stored)
+    data = None if test else held_out or open_data(stored)
     whole = read_held_out(data, split, asked) if data else read_own(test, split, asked)
     folder = ScoreFolder(Path(out) if out is not None else stored.home)
     folder.check()

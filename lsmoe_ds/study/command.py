@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from lsmoe_ds.checkpoint.run_folder import check_run, newest_whole, step_of
+from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.layout import check_layout
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepared import MANIFEST, PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
@@ -95,11 +97,18 @@ class Runs:
         self.plans = {member: plan(recipe) for member, recipe in study.recipes.items()}
 
     def folder(self, member: str, seed: int) -> Path:
-        return self.out / f"{member}-seed{seed}"
+        """Return the run folder of a member; a member that is not trained has one for all seeds."""
+        return self.out / (f"{member}-seed{seed}" if self.is_to_train(member) else member)
+
+    def is_to_train(self, member: str) -> bool:
+        return self.study.settings.members[member].trained
 
     def check(self, member: str, seed: int, processes: int | None) -> None:
         """Raise UserError for anything that training or evaluation would reject later."""
         recipe = self.study.recipe(member, seed)
+        if not self.is_to_train(member):
+            find_model(_start_of(recipe))
+            return
         world = processes or smallest_world(recipe)
         try:
             for route in self.study.settings.members[member].routes:
@@ -133,6 +142,8 @@ class Runs:
     def train(self, member: str, seed: int, processes: int | None) -> None:
         """Train in separate processes, whose memory and process groups end with them."""
         name, folder = f"{member}, seed {seed}", self.folder(member, seed)
+        if not self.is_to_train(member):
+            return
         if self.is_trained(member, seed):
             return _say(f"{name}: trained already")
         _say(f"{name}: training {folder}")
@@ -159,8 +170,17 @@ class Runs:
             return _say(f"{name}: evaluated already")
         _say(f"{name}: evaluating")
         folder = self.folder(member, seed)
+        of_base = not self.is_to_train(member)
         table = evaluate(
-            folder, None, options.beam, options.length_penalty, options.split, options.limit, route=route
+            _start_of(self.study.recipe(member, seed)) if of_base else folder,
+            None,
+            options.beam,
+            options.length_penalty,
+            options.split,
+            options.limit,
+            route=route,
+            out=folder if of_base else None,
+            held_out=self.prepared if of_base else None,
         )
         table.write(folder / f"scores-{route}.json")
 
@@ -171,11 +191,12 @@ class Runs:
         """
         folder, options = self.folder(member, seed), self.study.settings.evaluate
         path = folder / f"scores-{route}.json"
-        if not self.is_there(member, seed) or not path.is_file():
+        if not path.is_file() or (self.is_to_train(member) and not self.is_there(member, seed)):
             return None
         table = ScoreTable.read(path)
         found = (table.step, table.route, table.split, table.beam, table.length_penalty)
-        wanted = (self.study.steps, route, options.split, options.beam, options.length_penalty)
+        step = self.study.steps if self.is_to_train(member) else table.step
+        wanted = (step, route, options.split, options.beam, options.length_penalty)
         held_out = {
             str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"]
             for d in self.prepared.languages.directions
@@ -196,7 +217,8 @@ class Runs:
         done: list[Progress] = []
         for seed in self.study.settings.seeds:
             path = self.folder(member, seed) / "metrics.jsonl"
-            progress = read_progress(path) if self.is_there(member, seed) and path.is_file() else Progress()
+            there = self.is_to_train(member) and self.is_there(member, seed) and path.is_file()
+            progress = read_progress(path) if there else Progress()
             if progress.steps >= self.study.steps:
                 done.append(progress)
         return Costs(
@@ -240,6 +262,12 @@ class Runs:
             )
             write_whole(self.out / "study.md", comparison.to_markdown())
             write_whole(self.out / "study.html", render_page(comparison))
+
+
+def _start_of(recipe: Recipe) -> Path:
+    """Return the folder from which a recipe's training starts, of a member that is not trained."""
+    assert recipe.training.start_from is not None  # checked when the study was read
+    return recipe.training.start_from
 
 
 def _say(text: str) -> None:

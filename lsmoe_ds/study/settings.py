@@ -36,8 +36,12 @@ class Evaluate(Section):
 
 
 class Member(Section):
-    """A member of a study: ``set`` is merged into the base recipe, and each of ``routes`` is evaluated."""
+    """A member of a study: ``set`` is merged into the base recipe, and each of ``routes`` is evaluated.
 
+    One that is not ``trained`` is the model of ``training.start_from``, as it is.
+    """
+
+    trained: bool = True
     title: Annotated[str, Field(min_length=1)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     routes: Annotated[tuple[Literal["specific", "shared"], ...], Field(min_length=1)] = ("specific",)
@@ -129,6 +133,8 @@ def load_study(path: str | Path) -> Study:
     for name, member in settings.members.items():
         try:
             recipes[name] = load_recipe(base, changes=member.set, changed_by="'set'")
+            if not member.trained and recipes[name].training.start_from is None:
+                raise UserError("'trained' is false, but there is no training.start_from to evaluate")
         except UserError as error:
             raise UserError(f"member '{name}' of {path}: {error}") from None
     return Study(settings, base, recipes)
