@@ -410,7 +410,7 @@ def test_every_key_refuses_or_takes_a_value_of_another_kind_in_plain_words(tmp_p
 
 
 def test_the_keys_of_every_place_are_known():
-    assert allowed_keys(("data", "corpora", "0"), Recipe) == ["path", "format", "source", "target"]
+    assert allowed_keys(("data", "corpora", "0"), Recipe) == ["path", "format", "source", "target", "train"]
     assert (
         "top_k" in allowed_keys(("model", "encoder", "moe"), Recipe) and allowed_keys(("name",), Recipe) == []
     )
