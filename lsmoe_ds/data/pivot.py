@@ -6,6 +6,7 @@ translations, the first one of each language is taken. Pairs that cleaning drops
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Joins:
         side = codes.index(self.pivot)
         rules = PairFilter(self.cleaning, self.pivot, codes[1 - side])
         self.folder.mkdir(parents=True, exist_ok=True)
-        path, keys, ends = self.folder / f"{len(self._read)}.txt", list[int](), [0]
+        path, keys, ends = self.folder / f"{len(self._read)}.txt", array("Q"), array("q", [0])
         with path.open("wb") as file:
             for part in leg:
                 for pair in part.pairs(tell):
@@ -71,8 +72,8 @@ class Joins:
                     if rules.rule_against(sentence, translation) is None:
                         keys.append(hash64(sentence))
                         ends.append(ends[-1] + file.write(translation.encode()))
-        distinct, first = np.unique(np.array(keys, dtype=np.uint64), return_index=True)
-        places = np.array(ends, dtype=np.int64)
+        distinct, first = np.unique(np.array(keys), return_index=True)
+        places = np.array(ends)
         return Translations(path, distinct, places[first], places[first + 1])
 
 
