@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -17,15 +18,18 @@ from torch import nn
 
 from lsmoe_ds.checkpoint.stored import VOCABULARY, find_model, write_folder
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import compare, convert
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.peft import open_adapted
 from lsmoe_ds.inference.load import Loaded, load
+from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.languages import EOS, Direction
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.shipped import ROOT as PROJECT
 
 EN_DE, FR_EN = Direction("en", "de"), Direction("fr", "en")
 LINES = ["ba de fi", "ko la mi nobu", "su", "tabi refu gosi kale mo ba"]
@@ -57,10 +61,17 @@ def run(pool, tmp_path_factory) -> Path:
 
 
 def whole_model(
-    run: Path, low_rank: dict[str, Any] | None, folder: Path, moe: tuple[Any, Any] = (None, None)
+    run: Path,
+    low_rank: dict[str, Any] | None,
+    folder: Path,
+    moe: tuple[Any, Any] = (None, None),
+    **data: Any,
 ) -> Path:
     """Write a consolidated model with the run's vocabulary and random weights, matrices and masks."""
-    recipe = with_banks(make_recipe(run.parent, *moe), low_rank)
+    recipe = with_banks(make_recipe(run.parent, *moe), None)
+    value = recipe.model_dump(exclude_none=True)
+    value["data"] |= data
+    recipe = with_banks(Recipe.model_validate(value), low_rank)
     base = load(run, "cpu")
     model = Transformer(recipe, base.vocabulary.size)
     initialize(model, 7, Topology.single())
@@ -275,6 +286,34 @@ def test_what_cannot_be_written_is_refused(run, tmp_path, low_rank, more, messag
     said = refused(["convert", str(whole), "--out", str(tmp_path / "out"), *kind, *more])
     assert message in said and len(said.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tags", ["target", "source-target"])
+@pytest.mark.parametrize("direction", [FR_EN, None], ids=["one", "all"])
+def test_the_code_of_the_card_translates_as_the_run(run, tmp_path, capsys, tags, direction):
+    whole = whole_model(run, KINDS["pair"], tmp_path / "whole", tags=tags)
+    out, model = tmp_path / "out", load(whole, "cpu")
+    convert(whole, "peft", direction, out, check=0)
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+    capsys.readouterr()
+    for line in LINES[:3]:  # we would cut the fourth, which is longer than a source may be
+        with_line = code.replace("FOLDER", str(out)).replace('"Text to translate."', repr(line))
+        exec(compile(with_line, "card", "exec"), {})
+        (said,) = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+        wanted = next(translate(model, direction or EN_DE, [line]))
+        assert said.split() == wanted.replace("⁇", " ").split()
+
+
+def test_the_code_of_the_documentation(run, tmp_path, capsys):
+    page = (PROJECT / "docs" / "convert.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page.partition("\n## PEFT\n")[2].partition("\n## ")[0], re.S)
+    whole = whole_model(run, KINDS["pair"], tmp_path / "whole")
+    convert(whole, "peft", None, tmp_path / "ALL", check=0)
+    capsys.readouterr()
+    exec(compile(code.replace("ALL", str(tmp_path / "ALL")), "page", "exec"), {})
+    said = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    wanted = translate(load(whole, "cpu"), EN_DE, ["First sentence.", "Second sentence."])
+    assert [each.split() for each in said] == [each.replace("⁇", " ").split() for each in wanted]
 
 
 def test_the_command_compares_and_shows_the_sizes(run, tmp_path, capsys):

@@ -84,6 +84,22 @@ def test_a_new_language_needs_a_rank(run, tmp_path):
         convert(whole, "grown", None, tmp_path / "out", check=0, overrides=["data.languages=[cs,de,fr]"])
 
 
+def test_a_new_language_joins_a_group(run, tmp_path):
+    low_rank = {"rank": {"high": 1, "low": 3}, "index": "learned", "at": "all"}
+    groups = {"high": ["en"], "low": ["de", "fr"]}
+    whole = whole_model(run, low_rank, tmp_path / "whole", groups=groups)
+    more = ["data.languages=[cs,de,fr]"]
+    with pytest.raises(UserError, match="'groups' lacks cs"):
+        convert(whole, "grown", None, tmp_path / "grown", check=0, overrides=more)
+    more.append("data.groups.low=[cs,de,fr]")
+    convert(whole, "grown", None, tmp_path / "grown", check=0, overrides=more)
+    (old, before, names), (new, after, _) = of_languages(whole), of_languages(tmp_path / "grown")
+    assert after["cs"].stop - after["cs"].start == 3
+    assert all(
+        torch.equal(new[name][after[code]], old[name][before[code]]) for name in names for code in before
+    )
+
+
 def test_the_grown_model_has_adapters_of_its_own(run, tmp_path):
     """Adapters of languages that were there are the same files, so that a new language adds one folder."""
     whole = whole_model(run, {"rank": RANKS, "index": "target", "at": "all"}, tmp_path / "whole")
