@@ -134,8 +134,19 @@ def text_of(corpus: Path) -> dict[str, list[str]]:
     return {code: list(found) for code, found in lines.items()}
 
 
-def make(kind: Kind, folder: Path, text: dict[str, list[str]]) -> None:
-    """Write a random model with a vocabulary of the text."""
+def corpus_of(given: Path | None, work: Path) -> Path:
+    """Return the folder of a corpus: the given one, or django, fetched into ``work``."""
+    if given is not None:
+        return given
+    corpus = work / "data" / "corpora" / "django"
+    if not corpus.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, "-m", "lsmoe_ds", "data", "fetch", "django"], check=True, cwd=work)
+    return corpus
+
+
+def make(kind: Kind, folder: Path, text: dict[str, list[str]], sizes: dict[str, int] = SIZES) -> None:
+    """Write a random model of these ``sizes`` with a vocabulary of the text."""
     folder.mkdir(parents=True, exist_ok=True)
     pieces = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -147,7 +158,7 @@ def make(kind: Kind, folder: Path, text: dict[str, list[str]]) -> None:
     )
     ids = kind.tokenizer(folder, pieces.getvalue())
     torch.manual_seed(4)
-    model = kind.model(kind.config(vocab_size=4 + len(ids) + kind.rows, dropout=0.0, **SIZES, **kind.sparse))
+    model = kind.model(kind.config(vocab_size=4 + len(ids) + kind.rows, dropout=0.0, **sizes, **kind.sparse))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     make_fluent(model, ids, ending=200.0)
@@ -252,14 +263,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=PROJECT / "build" / "imports", metavar="DIR", help=about)
     arguments = parser.parse_args()
     use_chosen_experts()
-    work, corpus = arguments.work.resolve(), arguments.corpus
-    if corpus is None:
-        corpus = work / "data" / "corpora" / "django"
-        if not corpus.exists():
-            work.mkdir(parents=True, exist_ok=True)
-            subprocess.run(
-                [sys.executable, "-m", "lsmoe_ds", "data", "fetch", "django"], check=True, cwd=work
-            )
+    work = arguments.work.resolve()
+    corpus = corpus_of(arguments.corpus, work)
     made = read_json(corpus / "PROVENANCE.json") or {}
     text = text_of(corpus)
     rows = {name: measure(kind, work / name, text) for name, kind in KINDS.items()}

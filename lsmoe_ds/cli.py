@@ -345,8 +345,8 @@ def bench(
         typer.Argument(
             metavar="NAME",
             help=(
-                "The benchmark: checkpoint, convert, decode, exchange, exports, frozen, held_out, imports, "
-                "low_rank, moe or train."
+                "The benchmark: adapters, checkpoint, convert, decode, exchange, exports, frozen, held_out, "
+                "imports, low_rank, moe or train."
             ),
             show_default=False,
         ),

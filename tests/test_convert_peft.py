@@ -234,12 +234,12 @@ def test_one_base_serves_several_folders(run, tmp_path):
     assert_same_logits(load(whole, "cpu"), FR_EN, tmp_path / "second", base)
     engine = open_adapted(find_model(tmp_path / "second"))(FR_EN)
     assert compare(load(whole, "cpu"), engine, FR_EN, LINES).largest_logit_difference <= 1e-4
+    command = ["convert", str(whole), "--to", "peft", "--base", str(base), "--out"]
+    assert "which is replaced" in refused([*command, str(tmp_path / "first")]) and base.is_dir()
     tensors = safetensors.torch.load_file(base / "model.safetensors")
     tensors["model.encoder.layers.0.fc1.weight"][0, 0] += 1e-6
     safetensors.torch.save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    said = refused(
-        ["convert", str(whole), "--to", "peft", "--out", str(tmp_path / "no"), "--base", str(base)]
-    )
+    said = refused([*command, str(tmp_path / "no")])
     assert "has another model.encoder.layers.0.fc1.weight" in said and not (tmp_path / "no").exists()
 
 
@@ -322,3 +322,6 @@ def test_the_command_compares_and_shows_the_sizes(run, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "same translations: 8" in said and "sentences: 8" in said
     assert "de-en" in said and "not pruned" in said
+    assert load(tmp_path / "out" / "base", "cpu").recipe.model.low_rank is None
+    said = refused(["translate", str(tmp_path / "out"), "--from", "en", "--to", "de"])
+    assert "was made by `lsmoe convert --to peft`" in said

@@ -28,7 +28,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.export import huggingface
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import ALL, check_convertible, describe, extract
-from lsmoe_ds.folders import read_fields, read_json, write_json
+from lsmoe_ds.folders import read_fields, read_json, resolved, write_json
 from lsmoe_ds.inference.load import check_route, empty_model
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Product
@@ -131,9 +131,11 @@ def write_files(
     """Write the kind ``peft``: adapters, their ``sizes`` and the base, unless ``base`` is a folder with it.
 
     ``of_base`` is the base's provenance; adapters refer to the base by its name in ``home``, where ``folder``
-    will be. Raises UserError if ``base`` has other weights.
+    will be. Raises UserError if ``base`` has other weights, or lies in ``home``.
     """
     renamed = rename(tensors, recipe, recipe.data.vocabulary.size)
+    if base is not None and resolved(base).is_relative_to(resolved(home)):
+        raise UserError(f"--base {base} lies in {home}, which is replaced: choose another folder with --out")
     names: list[str] = [SIZES]
     if base is None:
         files = write_folder(
