@@ -14,6 +14,7 @@ import yaml
 from small_run import make_recipe, write_corpus
 from test_bad_input import inside, main, tree
 from test_report import Page
+from test_resharding import ONE, train
 
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.convert.command import convert
@@ -28,7 +29,6 @@ from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study import command
 from lsmoe_ds.study.command import run_study
 from lsmoe_ds.study.settings import load_study
-from lsmoe_ds.training import start
 
 
 def test_the_study_that_comes_with_the_project():
@@ -311,11 +311,13 @@ def test_a_lock_that_is_waited_for(tmp_path):
     assert order == ["first", "second"]
 
 
-def test_a_member_that_is_not_trained_is_the_model_that_the_others_start_from(base, tmp_path, monkeypatch):
+def test_a_member_that_is_not_trained_is_the_model_that_the_others_start_from(
+    pool, base, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(base / "base.yaml")
     run = tmp_path / "run"
-    assert start.train(recipe, run, 1) == 0
+    train(pool, recipe, run, ONE)
     convert(run, "consolidated", None, tmp_path / "start", check=0)
     members = {
         "base": {"trained": False, "title": "As it is"},
