@@ -145,8 +145,8 @@ def corpus_of(given: Path | None, work: Path) -> Path:
     return corpus
 
 
-def make(kind: Kind, folder: Path, text: dict[str, list[str]], sizes: dict[str, int] = SIZES) -> None:
-    """Write a random model of these ``sizes`` with a vocabulary of the text."""
+def make(kind: Kind, folder: Path, text: dict[str, list[str]]) -> None:
+    """Write a random model with a vocabulary of the text."""
     folder.mkdir(parents=True, exist_ok=True)
     pieces = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -158,7 +158,7 @@ def make(kind: Kind, folder: Path, text: dict[str, list[str]], sizes: dict[str, 
     )
     ids = kind.tokenizer(folder, pieces.getvalue())
     torch.manual_seed(4)
-    model = kind.model(kind.config(vocab_size=4 + len(ids) + kind.rows, dropout=0.0, **sizes, **kind.sparse))
+    model = kind.model(kind.config(vocab_size=4 + len(ids) + kind.rows, dropout=0.0, **SIZES, **kind.sparse))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     make_fluent(model, ids, ending=200.0)
