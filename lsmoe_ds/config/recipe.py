@@ -243,6 +243,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}"
                 )
+        if self.training.trainable == "methods" and not hidden.methods and not any(hidden.moe_layers()):
+            raise ValueError(
+                "'training.trainable' is methods, but 'model' has no method: add "
+                f"{', '.join(sections())} or the experts of 'moe', or give all or patterns of global names"
+            )
         for method in hidden.methods:
             method.check_languages(self.languages)
         if self.data.batch.languages == "task-affine":
