@@ -106,7 +106,8 @@ GATES = {
     "methods": "methods",
     "gates": ["*_clsr.gate.0.*"],
     "last of the gates": ["decoder.*_clsr.gate.2.*"],
-    "projections": ["encoder_clsr.shared", "decoder*_clsr.specific"],
+    "projections": ["*_clsr.shared", "*_clsr.specific"],
+    "what a gate follows": ["encoder.0.attention.output.weight", "decoder.1.feed_forward.contract.bias"],
 }
 
 
