@@ -110,9 +110,8 @@ class _Model(Section):
         for site in shapes_of(self) if len(self.methods) > 1 else ():
             here = [method.name for method in self.methods if method.is_at(site)]
             if isinstance(site, LinearShape) and len(here) > 1:
-                at = f"{site.side}.{site.layer}.{site.sublayer}.{site.name}"
                 raise ValueError(
-                    f"'{here[0]}' and '{here[1]}' both stand beside {at}: a linear layer takes one"
+                    f"'{here[0]}' and '{here[1]}' both stand beside {site.at}: a linear layer takes one"
                 )
         return self
 
