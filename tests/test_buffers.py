@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
-from small_run import TARGET_TOP2, make_recipe, write_corpus
+from short_runs import ShortRuns
 from test_resharding import BOTH, EXPERTS, ONE, TENSOR, losses
 from test_training import loop
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape, Shape
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, read_json, write_json
 from lsmoe_ds.inference.load import load
@@ -136,49 +135,9 @@ def run_loop(topology, *arguments):
         return loop(topology, *arguments)
 
 
-def recipe_in(folder: Path, layout: tuple, steps=6, bf16=False, trainable: Any = "all") -> Recipe:
-    tensor, expert, _, stage = layout
-    decoder = {**TARGET_TOP2, "experts": 8}
-    made = make_recipe(folder, None, decoder, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
-    given = made.model_dump(mode="json", exclude_none=True)
-    given["data"]["batch"] |= {"tokens": 96, "count": 4}
-    given["training"] |= {
-        "steps": steps,
-        "checkpoint_every": 3,
-        "log_every": 1,
-        "learning_rate": 0.01,
-        "keep": 9,
-        "max_grad_norm": 1.0,
-    }
-    given["training"]["trainable"] = trainable
-    return Recipe.model_validate(given)
-
-
-def train(pool, recipe, run, layout, *arguments) -> None:
-    tensor, expert, world, _ = layout
-    assert pool.run(world, run_loop, recipe, run, *arguments, tensor=tensor, expert=expert) == [None] * world
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("buffers")
-    write_corpus(path)
-    prepare(recipe_in(path, ONE))
-    return path
-
-
-@pytest.fixture(scope="module")
-def begun(pool, folder):
-    known: dict[Any, Path] = {}
-
-    def of(layout, steps: int = 6, bf16: bool = False, trainable: Any = "all") -> Path:
-        key = layout, steps, bf16, str(trainable)
-        if key not in known:
-            known[key] = folder / f"begun-{len(known)}"
-            train(pool, recipe_in(folder, layout, steps, bf16, trainable), known[key], layout)
-        return known[key]
-
-    return of
+def runs(pool, tmp_path_factory):
+    return ShortRuns(pool, tmp_path_factory.mktemp("buffers"), run_loop)
 
 
 def stored(run: Path, step: int = 6) -> Tensors:
@@ -209,22 +168,22 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", [ONE, TENSOR, EXPERTS, BOTH], ids=str)
-def test_every_layout_stores_the_same_state(begun, layout):
+def test_every_layout_stores_the_same_state(runs, layout):
     """Spread over tensor-parallel ranks or not; in their own types; none that is not persistent."""
-    assert_same(buffers(stored(begun(layout))), wanted(6))
-    assert not any("table" in name for name in stored(begun(layout)))
-    state = json.loads((begun(layout) / "checkpoints" / "step-6" / "state.json").read_text())
+    assert_same(buffers(stored(runs.begun(layout))), wanted(6))
+    assert not any("table" in name for name in stored(runs.begun(layout)))
+    state = json.loads((runs.begun(layout) / "checkpoints" / "step-6" / "state.json").read_text())
     spread = {name for name in state["partition"] if "_structure." in name}
     assert len(spread) == (8 if layout[0] > 1 else 0) and not any("count" in name for name in spread)
 
 
 @pytest.mark.parametrize("trainable", ["all", ["decoder.*"]], ids=["all", "frozen"])
 @pytest.mark.parametrize("layout", [ONE, BOTH], ids=str)
-def test_an_interrupted_run_ends_bit_equal(pool, folder, begun, tmp_path, layout, trainable):
-    recipe = recipe_in(folder, layout, 6, False, trainable)
-    train(pool, recipe, tmp_path / "cut", layout, 5, KeyboardInterrupt())
-    train(pool, recipe, tmp_path / "cut", layout)
-    cut, whole = stored(tmp_path / "cut"), stored(begun(layout, 6, False, trainable))
+def test_an_interrupted_run_ends_bit_equal(runs, tmp_path, layout, trainable):
+    recipe = runs.recipe(layout, trainable=trainable)
+    runs.train(recipe, tmp_path / "cut", layout, 5, KeyboardInterrupt())
+    runs.train(recipe, tmp_path / "cut", layout)
+    cut, whole = stored(tmp_path / "cut"), stored(runs.begun(layout, trainable=trainable))
     assert_same(buffers(cut), buffers(whole))
     assert cut.keys() == whole.keys() and all(torch.equal(cut[name], whole[name]) for name in whole)
 
@@ -233,15 +192,15 @@ CHANGES = [(ONE, BOTH), (BOTH, EXPERTS), (EXPERTS, TENSOR), (TENSOR, ONE)]
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES, ids=str)
-def test_a_training_goes_on_in_another_layout(pool, folder, begun, tmp_path, before, after):
-    shutil.copytree(begun(before, 3), tmp_path / "run")
-    train(pool, recipe_in(folder, after), tmp_path / "run", after)
+def test_a_training_goes_on_in_another_layout(runs, tmp_path, before, after):
+    shutil.copytree(runs.begun(before, steps=3), tmp_path / "run")
+    runs.train(runs.recipe(after), tmp_path / "run", after)
     assert_same(buffers(stored(tmp_path / "run")), wanted(6))
-    assert losses(tmp_path / "run") == pytest.approx(losses(begun(ONE)), rel=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs.begun(ONE)), rel=1e-5)
 
 
-def test_bfloat16_changes_no_buffer(begun):
-    assert_same(buffers(stored(begun(BOTH, 6, True))), wanted(6))
+def test_bfloat16_changes_no_buffer(runs):
+    assert_same(buffers(stored(runs.begun(BOTH, bf16=True))), wanted(6))
 
 
 def moved_loop(topology, *arguments):
@@ -259,14 +218,14 @@ def moved_loop(topology, *arguments):
         return run_loop(topology, *arguments)
 
 
-def test_marks_outlive_a_move_to_another_device(pool, folder, tmp_path):
-    recipe = recipe_in(folder, TENSOR, 3)
+def test_marks_outlive_a_move_to_another_device(pool, runs, tmp_path):
+    recipe = runs.recipe(TENSOR, steps=3)
     assert pool.run(2, moved_loop, recipe, tmp_path / "run", tensor=2) == [None] * 2
     assert_same(buffers(stored(tmp_path / "run", 3)), wanted(3))
 
 
-def test_exports(begun, tmp_path):
-    run = begun(BOTH)
+def test_exports(runs, tmp_path):
+    run = runs.begun(BOTH)
     record = convert(run, "consolidated", None, tmp_path / "whole", check=6, optimizer=True)
     assert record["largest_logit_difference"] == 0 and record["same_translations"] == record["sentences"] > 0
     again = Tensors.of(read_weights(find_model(tmp_path / "whole")).tensors)
@@ -285,17 +244,17 @@ def test_exports(begun, tmp_path):
     assert_same(buffers(Tensors.of(read_weights(find_model(tmp_path / "grown")).tensors)), wanted(6))
 
 
-def test_a_mean_is_refused_where_buffers_differ(begun):
+def test_a_mean_is_refused_where_buffers_differ(runs):
     with pytest.raises(
         UserError,
         match=r"^--average: \S+_structure.\w+ differs between checkpoints step-3 and step-6, and is no",
     ):
-        read_weights(find_model(begun(ONE)), average=2)
+        read_weights(find_model(runs.begun(ONE)), average=2)
 
 
-def test_a_mean_keeps_equal_buffers(begun, tmp_path):
+def test_a_mean_keeps_equal_buffers(runs, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(begun(ONE), run)
+    shutil.copytree(runs.begun(ONE), run)
     first = run / "checkpoints" / "step-3" / "mp_rank_00_model_states.pt"
     values = torch.load(first, weights_only=False)
     last = torch.load(run / "checkpoints" / "step-6" / first.name, weights_only=False)["module"]
@@ -307,8 +266,8 @@ def test_a_mean_keeps_equal_buffers(begun, tmp_path):
     assert_same(buffers(Tensors.of(read_weights(find_model(run), average=2).tensors)), wanted(6))
 
 
-def test_a_grown_model_needs_to_know_what_a_buffer_begins_as(begun, tmp_path):
-    found = find_model(begun(ONE))
+def test_a_grown_model_needs_to_know_what_a_buffer_begins_as(runs, tmp_path):
+    found = find_model(runs.begun(ONE))
     entries = Tensors.of(read_weights(found).tensors).entries
     kept = Tensors({name: entry for name, entry in entries.items() if "_structure" not in name})
     made = {"kind": "consolidated", "run": "small", "step": 6}

@@ -6,19 +6,19 @@ import errno
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
+from short_runs import ShortRuns
+from small_run import TOKEN_TOP2
 from test_resharding import BOTH, EXPERTS, ONE, TENSOR, load_and_save, losses, states
 from test_training import assert_same_end, loop
 
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
-from lsmoe_ds.config.recipe import MoE, Recipe
+from lsmoe_ds.config.recipe import MoE
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
@@ -32,53 +32,12 @@ EN_DE = Direction("en", "de")
 PATTERNS = ["encoder.*_low_rank.*", "decoder.2.*"]  # the experts, which the second layer has, are frozen
 
 
-def recipe_in(
-    folder: Path,
-    layout: tuple,
-    steps: int = 6,
-    trainable: Any = "methods",
-    bf16: bool = False,
-    **training: Any,
-) -> Recipe:
-    tensor, expert, _, stage = layout
-    decoder = {**TARGET_TOP2, "experts": 8}
-    value = make_recipe(folder, None, decoder, tensor=tensor, expert=expert, stage=stage, bf16=bf16)
-    given = value.model_dump(mode="json", exclude_none=True)
-    given["model"]["low_rank"] = {"rank": 2, "at": "both"}
-    given["data"]["batch"] |= {"tokens": 96, "count": 4}
-    given["training"] |= {
-        "steps": steps, "checkpoint_every": 3, "log_every": 1, "validate_every": 3, "max_grad_norm": 1.0,
-        "dropout": 0.1, "learning_rate": 0.01, "trainable": trainable, "keep": 9, **training,
-    }  # fmt: skip
-    return Recipe.model_validate(given)
-
-
-def train(pool, recipe, run, layout, *arguments) -> None:
-    tensor, expert, world, _ = layout
-    assert pool.run(world, loop, recipe, run, *arguments, tensor=tensor, expert=expert) == [None] * world
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("frozen")
-    write_corpus(path)
-    prepare(recipe_in(path, ONE))
-    return path
-
-
-@pytest.fixture(scope="module")
-def begun(pool, folder):
-    """Run folders after three steps, or as many as are asked for."""
-    known: dict[Any, Path] = {}
-
-    def of(layout, trainable: Any = "methods", bf16: bool = False, steps: int = 3, **training) -> Path:
-        key = layout, str(trainable), bf16, steps, str(training)
-        if key not in known:
-            known[key] = folder / f"begun-{len(known)}"
-            train(pool, recipe_in(folder, layout, steps, trainable, bf16, **training), known[key], layout)
-        return known[key]
-
-    return of
+def runs(pool, tmp_path_factory):
+    """Runs of three steps in which low-rank matrices, experts and routers train, unless asked otherwise."""
+    training = {"steps": 3, "trainable": "methods", "validate_every": 3, "dropout": 0.1}
+    matrices = {"low_rank": {"rank": 2, "at": "both"}}
+    return ShortRuns(pool, tmp_path_factory.mktemp("frozen"), loop, matrices, **training)
 
 
 def stored_in(checkpoint: Path) -> set[str]:
@@ -108,13 +67,13 @@ CASES += [
 
 
 @pytest.mark.parametrize(("layout", "trainable", "bf16"), CASES, ids=str)
-def test_an_interrupted_run_ends_bit_equal(pool, folder, begun, layout, trainable, bf16, tmp_path):
-    whole = begun(layout, trainable, bf16, 6)
-    cut, recipe = tmp_path / "cut", recipe_in(folder, layout, 6, trainable, bf16)
-    train(pool, recipe, cut, layout, 5, KeyboardInterrupt())
+def test_an_interrupted_run_ends_bit_equal(runs, layout, trainable, bf16, tmp_path):
+    whole = runs.begun(layout, bf16, trainable=trainable, steps=6)
+    cut, recipe = tmp_path / "cut", runs.recipe(layout, bf16, trainable=trainable, steps=6)
+    runs.train(recipe, cut, layout, 5, KeyboardInterrupt())
     assert [path.name for path in list_checkpoints(cut)] == ["step-3"]
     written = {path: path.stat().st_mtime_ns for path in (cut / "frozen").iterdir()}
-    train(pool, recipe, cut, layout)
+    runs.train(recipe, cut, layout)
     assert_same_end(whole, cut, 6)
     assert written == {path: path.stat().st_mtime_ns for path in (cut / "frozen").iterdir()}, "once for a run"
     first, last = (read_checkpoint(whole / "checkpoints" / f"step-{step}") for step in (3, 6))
@@ -128,9 +87,9 @@ def test_an_interrupted_run_ends_bit_equal(pool, folder, begun, layout, trainabl
         assert of_methods or name.startswith("decoder.2."), name
 
 
-def test_a_checkpoint_is_as_small_as_what_trains(pool, folder, begun):
+def test_a_checkpoint_is_as_small_as_what_trains(runs):
     """Weights, float32 values and two moments of it; the base is written once."""
-    run = begun(ONE, ["encoder.0.*_low_rank.flat"], steps=6)
+    run = runs.begun(ONE, trainable=["encoder.0.*_low_rank.flat"], steps=6)
     whole = read_checkpoint(run / "checkpoints" / "step-6")
     entries = whole.weights.entries
     trained = sum(entry.numbers for name, entry in entries.items() if name not in whole.frozen)
@@ -146,13 +105,13 @@ CHANGES = [(ONE, BOTH), (BOTH, EXPERTS), (EXPERTS, TENSOR), (TENSOR, ONE)]
 
 @pytest.mark.parametrize(("before", "after"), CHANGES, ids=str)
 @pytest.mark.parametrize("trainable", ["methods", PATTERNS], ids=["methods", "patterns"])
-def test_every_value_is_dealt_anew(pool, folder, begun, before, after, trainable, tmp_path):
-    first = begun(before, trainable) / "checkpoints" / "step-3"
+def test_every_value_is_dealt_anew(pool, runs, before, after, trainable, tmp_path):
+    first = runs.begun(before, trainable=trainable) / "checkpoints" / "step-3"
     tensor, expert, world, _ = after
     pool.run(
         world,
         load_and_save,
-        recipe_in(folder, after, 6, trainable),
+        runs.recipe(after, trainable=trainable),
         first,
         tmp_path,
         tensor=tensor,
@@ -170,18 +129,18 @@ def test_every_value_is_dealt_anew(pool, folder, begun, before, after, trainable
             assert torch.equal(values[key], found[name][key]), (name, key)
 
 
-def test_a_training_goes_on_in_another_layout(pool, folder, begun, tmp_path):
+def test_a_training_goes_on_in_another_layout(runs, tmp_path):
     quiet = {"dropout": 0.0}
-    shutil.copytree(begun(BOTH, **quiet), tmp_path / "run")
-    train(pool, recipe_in(folder, EXPERTS, 6, **quiet), tmp_path / "run", EXPERTS)
-    assert losses(tmp_path / "run") == pytest.approx(losses(begun(ONE, steps=6, **quiet)), rel=1e-5)
+    shutil.copytree(runs.begun(BOTH, **quiet), tmp_path / "run")
+    runs.train(runs.recipe(EXPERTS, steps=6, **quiet), tmp_path / "run", EXPERTS)
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs.begun(ONE, steps=6, **quiet)), rel=1e-5)
     paths = list_checkpoints(tmp_path / "run")
     first, last = (json.loads((path / "state.json").read_text()) for path in paths)
     assert first["frozen"] == last["frozen"]
 
 
-def test_a_copied_run_is_whole(begun, tmp_path):
-    shutil.copytree(begun(EXPERTS), tmp_path / "elsewhere")
+def test_a_copied_run_is_whole(runs, tmp_path):
+    shutil.copytree(runs.begun(EXPERTS), tmp_path / "elsewhere")
     found, complaints = newest_whole(tmp_path / "elsewhere")
     assert found is not None and not complaints
     assert len(read_weights(find_model(found)).tensors) == len(read_checkpoint(found).weights)
@@ -212,9 +171,9 @@ def spoil(path: Path) -> None:
     ],
     ids=["removed", "a file missing", "a bit changed", "another base"],
 )
-def test_a_lost_or_changed_base_is_one_sentence(begun, tmp_path, harm, sentence):
+def test_a_lost_or_changed_base_is_one_sentence(runs, tmp_path, harm, sentence):
     run = tmp_path / "run"
-    shutil.copytree(begun(ONE), run)
+    shutil.copytree(runs.begun(ONE), run)
     harm(run / "frozen")
     with pytest.raises(UserError, match=sentence) as error:
         newest_whole(run)
@@ -254,30 +213,30 @@ def save_on_a_full_disk(topology, recipe, run):
     return str(error.value)
 
 
-def test_a_full_disk_is_one_sentence_on_every_rank(pool, folder, tmp_path):
-    found = pool.run(2, save_on_a_full_disk, recipe_in(folder, TENSOR), tmp_path / "run", tensor=2)
+def test_a_full_disk_is_one_sentence_on_every_rank(pool, runs, tmp_path):
+    found = pool.run(2, save_on_a_full_disk, runs.recipe(TENSOR), tmp_path / "run", tensor=2)
     wanted = f"the disk is full: {tmp_path / 'run' / 'frozen'} cannot be written"
     assert found[0] == found[1] and found[0].startswith(wanted)
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_what_trains_cannot_change_in_a_run(folder, begun):
+def test_what_trains_cannot_change_in_a_run(runs):
     with pytest.raises(
         UserError,
         match=r"was started with training.trainable methods, the recipe now has all: set it back, or write",
     ):
-        check(recipe_in(folder, ONE, 6, "all"), begun(ONE))
+        check(runs.recipe(ONE, trainable="all"), runs.begun(ONE))
 
 
-def test_a_pattern_is_refused_before_a_process_is_started(folder, tmp_path):
+def test_a_pattern_is_refused_before_a_process_is_started(runs, tmp_path):
     with pytest.raises(UserError, match=r"'decoder.7.\*', which matches no parameter"):
-        check(recipe_in(folder, ONE, 6, ["decoder.7.*"]), tmp_path / "run")
+        check(runs.recipe(ONE, trainable=["decoder.7.*"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_readers_and_converters(begun, tmp_path):
+def test_readers_and_converters(runs, tmp_path):
     """Each takes the run as one whose every weight is in its checkpoints."""
-    run = begun(EXPERTS)
+    run = runs.begun(EXPERTS)
     weights = read_checkpoint(run / "checkpoints" / "step-3").weights
     same = {"check": 6}
     whole = convert(run, "consolidated", None, tmp_path / "whole", optimizer=True, **same)
@@ -297,17 +256,17 @@ def test_readers_and_converters(begun, tmp_path):
     assert table and list((run / "scores").glob("step-3.*.json"))
 
 
-def test_a_hybrid_of_frozen_experts(pool, folder, tmp_path):
-    recipe = recipe_in(folder, ONE, 3, ["decoder.*_low_rank.*"])
+def test_a_hybrid_of_frozen_experts(runs, tmp_path):
+    recipe = runs.recipe(ONE, trainable=["decoder.*_low_rank.*"])
     recipe.model.encoder.moe = MoE(**TOKEN_TOP2)
-    train(pool, recipe, tmp_path / "run", ONE)
+    runs.train(recipe, tmp_path / "run", ONE)
     record = convert(tmp_path / "run", "hybrid", EN_DE, tmp_path / "hybrid", check=6)
     assert record["largest_logit_difference"] < 1e-5
     assert any(".experts." in name for name in read_weights(find_model(tmp_path / "hybrid")).tensors)
 
 
-def test_the_mean_of_checkpoints_keeps_the_base(begun, tmp_path):
-    run = begun(ONE, steps=6)
+def test_the_mean_of_checkpoints_keeps_the_base(runs, tmp_path):
+    run = runs.begun(ONE, steps=6)
     first, last = (read_checkpoint(run / "checkpoints" / f"step-{step}") for step in (3, 6))
     mean = read_weights(find_model(run), average=2).tensors
     for name in last.weights:
@@ -316,17 +275,17 @@ def test_the_mean_of_checkpoints_keeps_the_base(begun, tmp_path):
 
 
 @pytest.mark.parametrize("consolidated", [False, True])
-def test_another_layout_offline(pool, folder, begun, tmp_path, consolidated):
+def test_another_layout_offline(pool, runs, tmp_path, consolidated):
     from lsmoe_ds.convert.layout import reshard
 
-    stored = find_model(begun(EXPERTS))
+    stored = find_model(runs.begun(EXPERTS))
     if consolidated:
-        convert(begun(EXPERTS), "consolidated", None, tmp_path / "whole", check=0, optimizer=True)
+        convert(runs.begun(EXPERTS), "consolidated", None, tmp_path / "whole", check=0, optimizer=True)
         stored = find_model(tmp_path / "whole")
-    shutil.copytree(begun(EXPERTS), tmp_path / "run", ignore=lambda *_: ["checkpoints", "frozen"])
-    pool.run(2, offline, reshard, stored, recipe_in(folder, TENSOR), tmp_path / "run", tensor=2)
-    runs = begun(EXPERTS), tmp_path / "run"
-    before, after = (read_checkpoint(run / "checkpoints" / "step-3") for run in runs)
+    shutil.copytree(runs.begun(EXPERTS), tmp_path / "run", ignore=lambda *_: ["checkpoints", "frozen"])
+    pool.run(2, offline, reshard, stored, runs.recipe(TENSOR), tmp_path / "run", tensor=2)
+    both = runs.begun(EXPERTS), tmp_path / "run"
+    before, after = (read_checkpoint(run / "checkpoints" / "step-3") for run in both)
     assert before.frozen == after.frozen and before.weights.keys() == after.weights.keys()
     assert all(torch.equal(before.weights[name], after.weights[name]) for name in before.weights)
 
@@ -335,12 +294,12 @@ def offline(topology, reshard, stored, recipe, run):
     reshard(stored, recipe, run, topology)
 
 
-def test_matrices_beside_a_trained_model(pool, folder, begun, tmp_path):
+def test_matrices_beside_a_trained_model(pool, runs, tmp_path):
     """The usual way: grow a model, start from it, and train what is new."""
     from test_start_from import first_steps
 
-    convert(begun(ONE), "consolidated", None, tmp_path / "base", check=0)
-    recipe = recipe_in(folder, BOTH, 3, ["*_low_rank.*"], start_from=tmp_path / "base")
+    convert(runs.begun(ONE), "consolidated", None, tmp_path / "base", check=0)
+    recipe = runs.recipe(BOTH, trainable=["*_low_rank.*"], start_from=tmp_path / "base")
     recipe.data.vocabulary.file = tmp_path / "base" / "vocabulary.model"
     recipe.data.name = "matrices"
     prepare(recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_planning import recipe_of
 
-from lsmoe_ds.planning.costs import flops
+from lsmoe_ds.planning.arithmetic import flops
 from lsmoe_ds.planning.plan import human, in_bytes, plan
 
 

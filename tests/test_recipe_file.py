@@ -344,6 +344,20 @@ def test_numbers_as_people_write_them_are_read(tmp_path):
     )
 
 
+def test_methods_cannot_train_where_there_are_none(tmp_path):
+    said = complaint(GOOD.replace(STEPS, "{steps: 4, trainable: methods}"), tmp_path)
+    assert said == (
+        "r.yaml: 'training.trainable' is methods, but 'model' has no method: add clsr, low_rank or the "
+        "experts of 'moe', or give all or patterns of global names"
+    )
+
+
+@pytest.mark.parametrize("method", ["low_rank={rank: 2}", "clsr={}", "decoder.moe={experts: 2}"])
+def test_what_trains_may_be_any_method(tmp_path, method):
+    (tmp_path / "r.yaml").write_text(GOOD)
+    load_recipe(tmp_path / "r.yaml", ["training.trainable=methods", f"model.{method}"])
+
+
 def test_an_option_changes_one_of_two_sections_that_share_an_alias(tmp_path):
     moe = (
         "  encoder: {layers: 2, feed_forward: 64, moe: &moe {experts: 4}}\n  decoder: {layers: 2, "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic_core import PydanticCustomError
 
 from lsmoe_ds.config.section import Section
-from lsmoe_ds.config.shapes import Count, Shape, SideName
+from lsmoe_ds.config.shapes import Count, MatrixProduct, Shape, SideName
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Languages
 
@@ -106,9 +106,9 @@ class MethodSection(Section):
         """Count the values of its largest parameter, if that may be larger than the embedding."""
         return 0
 
-    def flops(self, site: Any) -> int:
-        """Count the floating-point operations that a site adds for each token that it reads, forward."""
-        return 0
+    def products(self, site: Any) -> list[MatrixProduct]:
+        """List the matrix products that it adds at a site for each token that the site reads."""
+        return []
 
     def values(self, site: Any, tensor: int) -> int:
         """Count the values that a site stores of each token for the backward pass, on one of ``tensor``

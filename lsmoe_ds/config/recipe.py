@@ -110,9 +110,8 @@ class _Model(Section):
         for site in shapes_of(self) if len(self.methods) > 1 else ():
             here = [method.name for method in self.methods if method.is_at(site)]
             if isinstance(site, LinearShape) and len(here) > 1:
-                at = f"{site.side}.{site.layer}.{site.sublayer}.{site.name}"
                 raise ValueError(
-                    f"'{here[0]}' and '{here[1]}' both stand beside {at}: a linear layer takes one"
+                    f"'{here[0]}' and '{here[1]}' both stand beside {site.at}: a linear layer takes one"
                 )
         return self
 
@@ -243,6 +242,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}"
                 )
+        if self.training.trainable == "methods" and not hidden.methods and not any(hidden.moe_layers()):
+            raise ValueError(
+                "'training.trainable' is methods, but 'model' has no method: add "
+                f"{', '.join(sections())} or the experts of 'moe', or give all or patterns of global names"
+            )
         for method in hidden.methods:
             method.check_languages(self.languages)
         if self.data.batch.languages == "task-affine":

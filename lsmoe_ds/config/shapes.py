@@ -48,6 +48,11 @@ class LinearShape:
     split: Split
 
     @property
+    def at(self) -> str:
+        """Return its global name in the model: ``decoder.0.feed_forward.expand``."""
+        return f"{self.side}.{self.layer}.{self.sublayer}.{self.name}"
+
+    @property
     def reads(self) -> SideName:
         """Say whose tokens it reads: keys and values of the cross-attention are the encoder's."""
         across = self.sublayer == "cross_attention" and self.name in ("key", "value")
@@ -64,12 +69,33 @@ class SublayerShape:
     hidden: int
 
     @property
+    def at(self) -> str:
+        """Return its global name in the model: ``decoder.0.feed_forward``."""
+        return f"{self.side}.{self.layer}.{self.sublayer}"
+
+    @property
     def reads(self) -> SideName:
         """Say whose tokens it reads."""
         return self.side
 
 
 Shape = LinearShape | SublayerShape
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """A product of what a token is at a site with a matrix. Sites and methods list theirs in order.
+
+    It reads the site's ``input``; the ``output`` of a sublayer, after which a method stands; the result of
+    the product listed ``before`` (of the first: nothing that has a gradient); or the encoder's output, the
+    ``memory``. ``weight`` is the matrix's global name; None if it is no parameter. ``beside`` are parameters
+    that change the result by no product, such as a bias.
+    """
+
+    flops: int  # forward
+    weight: str | None
+    beside: tuple[str, ...] = ()
+    reads: Literal["input", "output", "before", "memory"] = "input"
 
 
 def attention_linears(hidden: int) -> LinearShapes:

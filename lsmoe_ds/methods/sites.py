@@ -24,9 +24,7 @@ class LinearSite(LinearShape):
     def add(self, method: str, added: nn.Module) -> None:
         """Add a method's module under the name ``NAME_METHOD``. Raises ValueError for a second method."""
         if self.name in self.module.beside:
-            raise ValueError(
-                f"{self.side}.{self.layer}.{self.sublayer}.{self.name} has two methods beside it"
-            )
+            raise ValueError(f"{self.at} has two methods beside it")
         self.module.add_module(f"{self.name}_{method}", added)
         self.module.beside[self.name] = added
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import comb, lcm
+from typing import Literal
 
 from lsmoe_ds.config.method import Held
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import Count, count_feed_forward
+from lsmoe_ds.config.shapes import Count, MatrixProduct, SublayerShape, count_feed_forward
 
 
 def count_router(hidden: int, settings: MoE, tasks: int) -> Count:
@@ -43,17 +44,41 @@ def count_layer(
     return total + experts + count_router(hidden, settings, tasks)
 
 
-def flops(hidden: int, width: int, settings: MoE, length: int, shared: bool) -> int:
-    """Count the floating-point operations of one token, in sentences of ``length`` L tokens.
+def products(
+    site: SublayerShape, width: int, settings: MoE, length: int, shared: bool
+) -> list[MatrixProduct]:
+    """List the matrix products of one token, in sentences of ``length`` L tokens.
 
-    Experts take K (4 H F + 2 H), a token router 2 H E, a sentence router 2 H E / L. The ``shared`` route of a
-    layer that has a shared feed-forward takes 4 H F.
+    A token router takes 2 H E, a sentence router 2 H E / L, the sum of the experts' outputs, by the weights
+    that the router gives, 2 K H, and experts 4 K H F. The ``shared`` route of a layer that has a shared
+    feed-forward takes 4 H F.
     """
-    each = 4 * hidden * width
+    at, hidden, reading = site.at, site.hidden, 2 * site.hidden * settings.experts
+
+    def feed_forward(name: str, count: int) -> list[MatrixProduct]:
+        each = 2 * count * hidden * width
+        return [
+            MatrixProduct(each, f"{at}.{name}.expand.weight", (f"{at}.{name}.expand.bias",)),
+            MatrixProduct(
+                each, f"{at}.{name}.contract.weight", (f"{at}.{name}.contract.bias",), reads="before"
+            ),
+        ]
+
     if shared and settings.has_shared:
-        return each
-    router = {"token": 2 * hidden * settings.experts, "sentence": 2 * hidden * settings.experts // length}
-    return settings.top_k * (each + 2 * hidden) + router.get(settings.routing, 0)
+        return feed_forward("shared", 1)
+    router, beside, found = f"{at}.router.weight", (f"{at}.router.bias",), []
+    if settings.routing == "token":
+        found = [MatrixProduct(reading, router, beside)]
+    elif settings.routing == "sentence":
+        # In the decoder a mean over positions would include later ones.
+        summary: Literal["memory", "input"] = "memory" if site.side == "decoder" else "input"
+        found = [MatrixProduct(reading // length, router, beside, summary)]
+    elif settings.routing == "task":
+        found = [MatrixProduct(0, router, reads="before")]
+    # The gradients of the experts' outputs are multiples of their sum's: only the weights' take a product.
+    combine = MatrixProduct(2 * settings.top_k * hidden, None, reads="before")
+    # The experts of a layer train together, so the first stands for all.
+    return [*found, combine, *feed_forward("experts.0", settings.top_k)]
 
 
 def values(hidden: int, width: int, settings: MoE) -> float:

@@ -1,9 +1,9 @@
-"""The costs of a model: parameters, traffic between ranks, arithmetic, each with its formula.
+"""The costs of a model: parameters and traffic between ranks, each with its formula.
 
-Memory is in :mod:`lsmoe_ds.planning.memory`, experts in :mod:`lsmoe_ds.moe.costs`, and each method's costs
-are in its section.
+Memory is in :mod:`lsmoe_ds.planning.memory`, arithmetic in :mod:`lsmoe_ds.planning.arithmetic`, experts in
+:mod:`lsmoe_ds.moe.costs`, and each method's costs are in its section.
 
-H hidden, F feed-forward width, V vocabulary, L sentence length.
+H hidden, F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,20 +12,11 @@ from dataclasses import dataclass
 
 from lsmoe_ds.config.method import Held
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import (
-    Count,
-    LinearShape,
-    Shape,
-    SideName,
-    SublayerShape,
-    count_linears,
-    shapes_of,
-)
+from lsmoe_ds.config.shapes import Count, LinearShape, SideName, count_linears, shapes_of
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.moe.costs import Exchange
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
-LENGTH = 32  # default tokens per sentence
 
 
 def passes(recipe: Recipe) -> int:
@@ -116,64 +107,3 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
     ]
     counts = sum(batch.count * tensor * each.layers * each.count_bytes for each in found)
     return round(batch.tokens * batch.count * max(each_token, default=0.0)) + (1 + ahead) * counts
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of one token in a forward pass; a multiply-add counts as 2.
-
-    Training takes about 3 times as many, for each route that a token takes.
-    """
-
-    length: int
-    source: int  # per source token: the encoder, and the decoder's keys and values of the source
-    target: int  # per target token: the decoder and the output layer
-    source_attention: int  # the part of ``source`` that grows with the sentence length
-    target_attention: int
-    source_shared: int  # by the shared route if the model trains one, otherwise 0
-    target_shared: int
-
-    @property
-    def source_training(self) -> int:
-        return 3 * (self.source + self.source_shared)
-
-    @property
-    def target_training(self) -> int:
-        return 3 * (self.target + self.target_shared)
-
-
-def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
-    """Count the operations of the forward pass's matrix products.
-
-    Source and target both have ``length`` L tokens::
-
-        linear          2 inputs outputs          attention       4 L H over L positions
-        output layer    2 H V                     experts, methods: see their own functions
-
-    The decoder's keys and values of the source are computed once per source token and counted there. All L
-    positions are counted, as if there were no causal mask. Norms, softmax, dropout and sums are left out.
-    """
-    model, hidden = recipe.model, recipe.model.hidden
-
-    def of_site(site: Shape, shared: bool) -> int:
-        total = sum(method.flops(site) for method in model.methods if method.is_at(site))
-        if isinstance(site, LinearShape):
-            return total + 2 * site.inputs * site.outputs
-        side = model.encoder if site.side == "encoder" else model.decoder
-        if side.moe is not None and site.sublayer == "feed_forward" and side.is_moe(site.layer):
-            total += experts.flops(hidden, side.width(site.layer), side.moe, length, shared)
-        return total
-
-    attention: dict[SideName, int] = {"encoder": 0, "decoder": 0}
-    for site in shapes_of(model):
-        if isinstance(site, SublayerShape) and site.sublayer != "feed_forward":
-            attention[site.side] += 4 * length * hidden
-
-    def both_sides(shared: bool) -> tuple[int, int]:
-        found = attention | {"decoder": attention["decoder"] + 2 * hidden * recipe.data.vocabulary.size}
-        for site in shapes_of(model):
-            found[site.reads] += of_site(site, shared)
-        return found["encoder"], found["decoder"]
-
-    by_shared = both_sides(True) if model.distills else (0, 0)
-    return Flops(length, *both_sides(False), attention["encoder"], attention["decoder"], *by_shared)

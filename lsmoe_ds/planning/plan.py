@@ -1,8 +1,9 @@
 """``lsmoe plan``: compute the costs of a recipe from the recipe alone.
 
-The formulas are in :mod:`lsmoe_ds.planning.costs` and :mod:`lsmoe_ds.planning.memory`. No model is built and
-torch is not imported, so a plan of many billion parameters takes no time and little memory;
-only where not all parameters train, an outline of the model tells which do.
+The formulas are in :mod:`lsmoe_ds.planning.costs`, :mod:`lsmoe_ds.planning.arithmetic` and
+:mod:`lsmoe_ds.planning.memory`. No model is built and torch is not imported, so a plan of many billion
+parameters takes no time and little memory; only where not all parameters train, an outline of the model tells
+which do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.moe.costs import Exchange, exchanges
 from lsmoe_ds.notices import counted
-from lsmoe_ds.planning.costs import LENGTH, VALUE_BYTES, Flops, Parts, flops, step_bytes
+from lsmoe_ds.planning.arithmetic import LENGTH, Flops, flops
+from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, step_bytes
 from lsmoe_ds.planning.memory import PROCESS, Memory, memory
 from lsmoe_ds.planning.trained import count_trained
 
@@ -51,10 +53,6 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan for JSON: counts of parameters, bytes, and floating-point operations."""
-        flops = asdict(self.flops) | {
-            "source_training": self.flops.source_training,
-            "target_training": self.flops.target_training,
-        }
         return {
             "name": self.name,
             "layout": {
@@ -85,7 +83,7 @@ class Plan:
             "step_bytes": self.step_bytes,
             "step_bytes_home": self.step_bytes_home,
             "task_affine": self.task_affine,
-            "flops": flops,
+            "flops": asdict(self.flops),
         }
 
     def table(self) -> Group:

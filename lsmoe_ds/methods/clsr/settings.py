@@ -11,7 +11,15 @@ from pydantic import Field
 
 from lsmoe_ds.config.method import Chart, Held, MethodSection
 from lsmoe_ds.config.section import Positive
-from lsmoe_ds.config.shapes import Count, Shape, SideName, Sublayer, SublayerShape, shapes_of
+from lsmoe_ds.config.shapes import (
+    Count,
+    MatrixProduct,
+    Shape,
+    SideName,
+    Sublayer,
+    SublayerShape,
+    shapes_of,
+)
 from lsmoe_ds.languages import Languages
 
 if TYPE_CHECKING:
@@ -75,9 +83,16 @@ class Clsr(MethodSection):
     def largest(self, model: Model, languages: Languages) -> int:
         return len(languages.codes) * model.hidden**2
 
-    def flops(self, site: SublayerShape) -> int:
-        """Count the operations of two projections, 4 H^2, and of the gate, 2 G (H + 1)."""
-        return 4 * site.hidden**2 + 2 * self.gate * (site.hidden + 1)
+    def products(self, site: SublayerShape) -> list[MatrixProduct]:
+        """List the gate, 2 G H and 2 G, and both projections, 2 H^2 each."""
+        own, side, square = f"{site.at}_{self.name}", f"{site.side}_{self.name}", 2 * site.hidden**2
+        first = f"{own}.gate.0"
+        return [
+            MatrixProduct(2 * self.gate * site.hidden, f"{first}.weight", (f"{first}.bias",)),
+            MatrixProduct(2 * self.gate, f"{own}.gate.2.weight", reads="before"),
+            MatrixProduct(square, f"{side if self.shared else own}.specific", reads="output"),
+            MatrixProduct(square, f"{side}.shared", reads="output"),
+        ]
 
     def values(self, site: SublayerShape, tensor: int) -> int:
         """Count the stored values, 3 H + G + 1: output, its two products, gate and its hidden units."""

@@ -64,11 +64,7 @@ class LowRankMatrices(Method):
         super().__init__(section, recipe, topology)
         self.sides: dict[str, SideWeights] = {}
         self.banks: list[tuple[LinearSite, LowRankBank]] = []  # in the order of their sites
-        self.shapes = {
-            f"{site.side}.{site.layer}.{site.sublayer}.{site.name}": site
-            for site in shapes_of(recipe.model)
-            if isinstance(site, LinearShape)
-        }
+        self.shapes = {site.at: site for site in shapes_of(recipe.model) if isinstance(site, LinearShape)}
 
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
         model = self.recipe.model

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from lsmoe_ds.config.method import Held, MethodSection
 from lsmoe_ds.config.places import is_in, parse_place
 from lsmoe_ds.config.section import Positive
-from lsmoe_ds.config.shapes import Count, LinearShape, Shape, SideName, shapes_of
+from lsmoe_ds.config.shapes import Count, LinearShape, MatrixProduct, Shape, SideName, shapes_of
 from lsmoe_ds.languages import GROUPS, Languages
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 
@@ -116,9 +116,8 @@ class LowRank(MethodSection):
         for index, patterns in self.index.items():
             if is_in(site, patterns):
                 return index
-        where = f"{site.side}.{site.layer}.{site.sublayer}.{site.name}"
         raise ValueError(
-            f"'index' does not say which languages choose the matrices of {where}: add a pattern"
+            f"'index' does not say which languages choose the matrices of {site.at}: add a pattern"
         )
 
     def choices(self, site: LinearShape) -> tuple[Choice, ...]:
@@ -246,9 +245,18 @@ class LowRank(MethodSection):
         layers = (model.encoder if side == "encoder" else model.decoder).layers
         return Count(whole=2 * layers * self.learns(model, side))
 
-    def flops(self, site: LinearShape) -> int:
-        """Count the operations, 2 r (inputs + outputs) of each pair, with the largest rank of a language."""
-        return 2 * self.shared_rank * sum(self.size(site)) * len(self.choices(site))
+    def products(self, site: LinearShape) -> list[MatrixProduct]:
+        """List 2 r inputs and 2 r outputs of each pair, with the largest rank r of a language."""
+        (inputs, outputs), choices = self.size(site), self.choices(site)
+        weights = (f"{site.side}_{self.name}.index",) if len(choices) > 1 else ()
+        found = []
+        for choice in choices:
+            at = f"{site.at}_{self.name}.{choice.name}{'.' if choice.name else ''}"
+            found += [
+                MatrixProduct(2 * self.shared_rank * inputs, f"{at}flat", weights),
+                MatrixProduct(2 * self.shared_rank * outputs, f"{at}vertical", reads="before"),
+            ]
+        return found
 
     def values(self, site: LinearShape, tensor: int) -> int:
         """Count the stored values: the flat products, r, and beside a split row linear also the outputs."""

@@ -1,0 +1,178 @@
+"""The arithmetic of a model: the operations of its matrix products, forward and in training.
+
+H hidden, V vocabulary, L sentence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.shapes import LinearShape, MatrixProduct, Shape, SideName, SublayerShape, shapes_of
+from lsmoe_ds.moe import costs as experts
+from lsmoe_ds.planning.trained import trains
+
+LENGTH = 32  # default tokens per sentence
+NORMS = {"attention": "attention_norm", "cross_attention": "cross_norm", "feed_forward": "feed_forward_norm"}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one token in a forward pass and in training; a multiply-add counts as 2.
+
+    Training takes the forward and the backward pass, by each route that a token takes.
+    """
+
+    length: int
+    source: int  # per source token: the encoder, and the decoder's keys and values of the source
+    target: int  # per target token: the decoder and the output layer
+    source_attention: int  # the part of ``source`` that grows with the sentence length
+    target_attention: int
+    source_shared: int  # by the shared route if the model trains one, otherwise 0
+    target_shared: int
+    source_training: int
+    target_training: int
+
+
+def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
+    """Count the operations of the matrix products.
+
+    Source and target both have ``length`` L tokens::
+
+        linear          2 inputs outputs          attention       4 L H over L positions
+        output layer    2 H V                     experts, methods: see their own functions
+
+    The decoder's keys and values of the source are computed once per source token and counted there. All L
+    positions are counted, as if there were no causal mask. Norms, softmax, dropout and sums are left out.
+
+    In the backward pass a product F of an input and a weight takes F for the gradient of the input if
+    anything below the input trains, and F if the weight does. The two products of attention take F / 2 each
+    for the gradients of queries, keys, values and attention weights that something below needs. Raises
+    UserError where :func:`lsmoe_ds.planning.trained.trains` does.
+    """
+    return _Pass(recipe, length).run()
+
+
+class _Pass:
+    """One pass through a model, from the embedding upward, that adds up what each product takes.
+
+    Its methods return whether the result that they stand for needs a gradient: whether any parameter that it
+    is computed from trains.
+    """
+
+    def __init__(self, recipe: Recipe, length: int) -> None:
+        self.recipe, self.model, self.length = recipe, recipe.model, length
+        self.trains: Callable[[str], bool] = trains(recipe)
+        self.routes = (False, True) if self.model.distills else (False,)  # whether it is the shared one
+        self.forward: dict[tuple[SideName, bool], int] = {}
+        self.attention: dict[SideName, int] = {"encoder": 0, "decoder": 0}
+        self.backward: dict[SideName, int] = {"encoder": 0, "decoder": 0}
+        self.memory = False  # whether the encoder's output needs a gradient
+
+    def run(self) -> Flops:
+        embedding = "embedding.tokens.weight"
+        x = self.trains(embedding)
+        sublayers = groupby(shapes_of(self.model), key=lambda site: (site.side, site.layer, site.sublayer))
+        side: SideName = "encoder"
+        for _, found in sublayers:
+            sites = list(found)
+            if sites[0].side != side:
+                self.memory = x or self.norm("encoder_norm")
+                side, x = sites[0].side, self.trains(embedding)
+            x = self.sublayer(sites, x) or x
+        x = x or self.norm("decoder_norm")
+        vocabulary = self.recipe.data.vocabulary.size
+        self.products([MatrixProduct(2 * self.model.hidden * vocabulary, embedding)], "decoder", x)
+        training = {
+            side: taken + sum(self.forward[side, shared] for shared in self.routes)
+            for side, taken in self.backward.items()
+        }
+        return Flops(
+            length=self.length,
+            source=self.forward["encoder", False],
+            target=self.forward["decoder", False],
+            source_attention=self.attention["encoder"],
+            target_attention=self.attention["decoder"],
+            source_shared=self.forward.get(("encoder", True), 0),
+            target_shared=self.forward.get(("decoder", True), 0),
+            source_training=training["encoder"],
+            target_training=training["decoder"],
+        )
+
+    def norm(self, name: str) -> bool:
+        return self.trains(f"{name}.weight") or self.trains(f"{name}.bias")
+
+    def add(self, side: SideName, forward: int, backward: int, routes: Iterable[bool]) -> None:
+        for shared in routes:
+            self.forward[side, shared] = self.forward.get((side, shared), 0) + forward
+            self.backward[side] += backward
+
+    def products(
+        self,
+        products: list[MatrixProduct],
+        side: SideName,
+        x: bool,
+        y: bool = False,
+        routes: Iterable[bool] | None = None,
+    ) -> bool:
+        """Take the products of a site whose input is ``x`` and whose output, if it has one already, ``y``."""
+        needed, before = False, False
+        for each in products:
+            reads = {"input": x, "output": y, "before": before, "memory": self.memory}[each.reads]
+            own = each.weight is not None and self.trains(each.weight)
+            self.add(side, each.flops, each.flops * (reads + own), self.routes if routes is None else routes)
+            before = reads or own or any(map(self.trains, each.beside))
+            needed = needed or before
+        return needed
+
+    def linear(self, site: LinearShape, x: bool) -> bool:
+        """Take a linear layer and what methods add beside it."""
+        own = MatrixProduct(2 * site.inputs * site.outputs, f"{site.at}.weight", (f"{site.at}.bias",))
+        return self.products([own, *self.of_methods(site)], site.reads, x)
+
+    def of_methods(self, site: Shape) -> list[MatrixProduct]:
+        return [
+            product
+            for method in self.model.methods
+            if method.is_at(site)
+            for product in method.products(site)
+        ]
+
+    def sublayer(self, sites: list[Shape], x: bool) -> bool:
+        """Take a sublayer with its norm, and what methods add after it."""
+        site = sites[0]
+        assert isinstance(site, SublayerShape)
+        x = x or self.norm(f"{site.side}.{site.layer}.{NORMS[site.sublayer]}")
+        linears = {each.name: each for each in sites if isinstance(each, LinearShape)}
+        if site.sublayer != "feed_forward":
+            y = self.attend(linears, x, self.memory if site.sublayer == "cross_attention" else x)
+        elif linears:
+            y = self.linear(linears["contract"], self.linear(linears["expand"], x))
+        else:
+            y = self.experts(site, x)
+        for method in self.model.methods:
+            if method.is_at(site):
+                y = self.products(method.products(site), site.side, x, y) or y
+        return y
+
+    def attend(self, linears: dict[str, LinearShape], x: bool, memory: bool) -> bool:
+        """Take an attention from x to a memory."""
+        query = self.linear(linears["query"], x)
+        key, value = (self.linear(linears[name], memory) for name in ("key", "value"))
+        side, each = linears["query"].side, 2 * self.length * self.model.hidden
+        weights = query or key
+        self.attention[side] += 2 * each
+        self.add(side, 2 * each, each * (query + key + weights + value), self.routes)
+        return self.linear(linears["output"], weights or value)
+
+    def experts(self, site: SublayerShape, x: bool) -> bool:
+        """Take a layer of experts, by each route."""
+        side = self.model.encoder if site.side == "encoder" else self.model.decoder
+        assert side.moe is not None
+        needed = False
+        for shared in self.routes:
+            found = experts.products(site, side.width(site.layer), side.moe, self.length, shared)
+            needed = self.products(found, site.side, x, routes=[shared]) or needed
+        return needed
