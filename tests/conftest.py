@@ -31,3 +31,9 @@ def pool():
 def played(tmp_path):
     """SLURM's programs, played by small ones."""
     return Played(tmp_path)
+
+
+@pytest.fixture(params=["segments", "sentences"])
+def form(request, monkeypatch):
+    """Both ways in which low-rank matrices are multiplied."""
+    monkeypatch.setattr("lsmoe_ds.methods.low_rank.bank.FORM", request.param)

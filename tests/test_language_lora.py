@@ -66,6 +66,7 @@ def same_gradients(run, wanted, variables: list[torch.Tensor]) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("columns", [None, 4], ids=["whole", "columns"])
 @pytest.mark.parametrize("index", ["source", "target"])
 def test_equation_3(index, columns):
@@ -83,6 +84,7 @@ def test_equation_3(index, columns):
     assert bank.rows[english].start == bank.rows[english].stop, "a rank of 0 has no rows"
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("columns", [None, 4], ids=["whole", "columns"])
 def test_equation_4(columns):
     settings = LowRank(rank=RANKS, index="learned", columns=columns)
@@ -206,6 +208,7 @@ def test_the_merged_model_computes_the_same(low_rank):
         torch.testing.assert_close(merged.eval().logits(*batch), model.logits(*batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("form")
 def test_a_mixed_batch_equals_its_homogeneous_parts():
     _, model = model_of({**EVERYWHERE, "index": "learned"})
     source, target, ids = batch_of(NUMBERS)

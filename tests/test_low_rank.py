@@ -58,6 +58,7 @@ def reference(
     return torch.stack(outputs)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(
     "numbers", [[0, 0, 1, 3, 3, 5], [4, 0, 4, 2, 0], [1]], ids=["sorted", "unsorted", "one"]
 )
@@ -84,6 +85,7 @@ def test_bank_follows_the_equation(settings, decoder, numbers):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("form")
 def test_hypotheses_of_a_sentence_share_its_matrices():
     """As a beam search asks: rows [B W, 1, H] seen as [B, W, H]."""
     base, bank = bank_of(PAIR, True)
@@ -180,6 +182,7 @@ def test_where_the_matrices_stand():
     assert places(rank=3, every=2) == {name for name in feed_forward if ".1." in name}
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(
     "low_rank", [{"rank": 3, "at": "both"}, {"rank": RANKS.rank, "index": "language"}], ids=["pair", "ranks"]
 )
@@ -200,7 +203,9 @@ def test_a_mixed_batch_equals_one_batch_for_each_pair(low_rank):
         for number in sorted(set(numbers))
     ]
     for found, wanted in zip(mixed, (sum(each) for each in zip(*parts, strict=True)), strict=True):
-        assert (found - wanted).abs().max() <= 1e-5 * max(float(wanted.abs().max()), 1e-2)
+        # A key's bias has no true gradient: what is there is rounding of others.
+        largest = float(wanted.detach().abs().max())
+        assert (found - wanted).abs().max() <= 1e-5 * max(largest, 3e-2)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from lsmoe_ds.languages import SentenceIds
 SHARED = -1  # stands for a language where the parameters shared by all languages are used
 Route = Literal["specific", "shared", "both"]
 Notes = dict[str, list[Any]]  # of one forward pass, by method, in the order in which the layers ran
+
+
+T = TypeVar("T")
 
 
 class Segment(NamedTuple):
@@ -35,6 +39,7 @@ class LanguageContext:
     # the second half of the sentences repeats the first and uses the shared ones.
     route: Route = "specific"
     _segments: dict[str, list[Segment]] = field(default_factory=dict)
+    _known: dict[Hashable, Any] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> LanguageContext:
         """Return the context of the sentences that ``index`` names, in that order."""
@@ -45,6 +50,13 @@ class LanguageContext:
         """Record a note for a method; does nothing outside training."""
         if self.notes is not None:
             self.notes.setdefault(method, []).append(value)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make`` returned for this key first: what all layers find alike in the sentences."""
+        if key not in self._known:
+            self._known[key] = make()
+        found: T = self._known[key]
+        return found
 
     def segments(self, kind: str) -> list[Segment]:
         """Split the batch into segments of equal "source" or "target" language.

@@ -21,6 +21,7 @@ S rows (tokens), r rank, R the sum of the ranks of all matrices of a bank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -39,6 +40,8 @@ from lsmoe_ds.parallel.topology import Topology
 NAME = "low_rank"
 FLAT, VERTICAL = "flat", "vertical"
 MASK = "_mask"  # after the name of a matrix: which of its values are not pruned
+FORM: str | None = None  # "segments" or "sentences" where benchmarks and tests choose
+SMALL_RANK = 16  # up to which all sentences are multiplied in one batched product
 Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they multiply
 
 
@@ -145,6 +148,101 @@ class _AddVertical(torch.autograd.Function):
         return gradient, grad_z, None if grad_vertical is None else grad_vertical.done(), None, None
 
 
+@dataclass(frozen=True)
+class SentenceRows:
+    """The rows of a bank's matrix that each of B sentences uses, padded to the largest rank r."""
+
+    index: Tensor  # [B, r]
+    real: Tensor  # [B, 1, r]: 1, or 0 where a rank is smaller
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """Return each sentence's matrix [B, r, columns] out of a bank's [R, columns]."""
+        return matrix.index_select(0, self.index.view(-1)).view(*self.index.shape, -1)
+
+    def add_up(self, gradient: Tensor, matrix: Tensor, columns: slice) -> Tensor:
+        """Add up the gradients [B, r, columns] of the sentences' matrices into that of the bank's."""
+        whole = torch.zeros_like(matrix)
+        whole[:, columns].index_add_(0, self.index.view(-1), gradient.reshape(-1, gradient.shape[2]))
+        return whole
+
+
+class _MultiplySentences(torch.autograd.Function):
+    """Multiply as :class:`MultiplySegments` does, all sentences in one batched product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flat: Tensor, rows: SentenceRows, columns: slice) -> Tensor:
+        ctx.save_for_backward(x, flat)
+        ctx.rows, ctx.columns = rows, columns
+        read = x[:, : columns.stop - columns.start].unflatten(0, (len(rows.index), -1))
+        z = torch.bmm(read, rows.take(flat[:, columns]).transpose(1, 2))
+        return z.mul_(rows.real).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x, flat), rows, columns = ctx.saved_tensors, ctx.rows, ctx.columns
+        width, sentences = columns.stop - columns.start, (len(rows.index), -1)
+        given = gradients[0].unflatten(0, sentences) * rows.real
+        grad_x = grad_flat = None
+        if ctx.needs_input_grad[0]:
+            used = rows.take(flat[:, columns])
+            if width == x.shape[1]:
+                grad_x = torch.bmm(given, used).flatten(0, 1)
+            else:
+                grad_x = torch.zeros_like(x)
+                grad_x[:, :width] = torch.bmm(given, used).flatten(0, 1)
+        if ctx.needs_input_grad[1]:
+            products = torch.bmm(given.transpose(1, 2), x[:, :width].unflatten(0, sentences))
+            grad_flat = rows.add_up(products, flat, columns)
+        return grad_x, grad_flat, None, None
+
+
+class _AddSentences(torch.autograd.Function):
+    """Add as :class:`_AddVertical` does, all sentences in one batched product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, z: Tensor, vertical: Tensor, rows: SentenceRows, columns: slice
+    ) -> Tensor:
+        ctx.save_for_backward(z, vertical)
+        ctx.rows, ctx.columns = rows, columns
+        ctx.mark_dirty(y)
+        sentences = (len(rows.index), -1)
+        part = y[:, : columns.stop - columns.start].unflatten(0, sentences)
+        part.baddbmm_(z.unflatten(0, sentences), rows.take(vertical[:, columns]))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        (gradient,), (z, vertical), rows, columns = gradients, ctx.saved_tensors, ctx.rows, ctx.columns
+        sentences = (len(rows.index), -1)
+        part = gradient[:, : columns.stop - columns.start].unflatten(0, sentences)
+        grad_z = grad_vertical = None
+        if ctx.needs_input_grad[1]:
+            used = rows.take(vertical[:, columns])
+            grad_z = torch.bmm(part, used.transpose(1, 2)).mul_(rows.real).flatten(0, 1)
+        if ctx.needs_input_grad[2]:
+            products = torch.bmm(z.unflatten(0, sentences).transpose(1, 2), part)
+            grad_vertical = rows.add_up(products, vertical, columns)
+        return gradient, grad_z, grad_vertical, None, None
+
+
+def sentence_rows(places: Sequence[slice], context: LanguageContext, kind: str, device: Any) -> SentenceRows:
+    """Return the rows that each sentence uses, by its "source" or "target" language.
+
+    ``places`` are the rows of each language.
+    """
+    largest = max(place.stop - place.start for place in places)
+    index, real = [], []
+    for segment in context.segments(kind):
+        place = places[segment.language]
+        own = [*range(place.start, place.stop)]
+        padding = largest - len(own)
+        count = segment.stop - segment.start
+        index += [own + [0] * padding] * count
+        real += [[1.0] * len(own) + [0.0] * padding] * count
+    return SentenceRows(torch.tensor(index, device=device), torch.tensor(real, device=device).unsqueeze(1))
+
+
 def slices_of(places: list[slice], context: LanguageContext, kind: str, rows: Tensor) -> Slices:
     """Return for each segment of equal "source" or "target" language its rows of the matrix, and its tokens.
 
@@ -210,15 +308,36 @@ class LowRankBank(nn.Module):
             for tensor in tensors:
                 compat.mark_tensor_parallel(tensor, 1)
 
+    def by_sentence(self, context: LanguageContext, kind: str, x: Tensor) -> SentenceRows | None:
+        """Return the rows that each sentence uses if batched products are faster; None if segments are.
+
+        Small products, one after another, cost more than their arithmetic; padding to the largest rank costs
+        little while that is small.
+        """
+        if FORM == "segments" or (FORM is None and self.rank > SMALL_RANK):
+            return None
+        rows = context.once(
+            (NAME, kind, self.rank), lambda: sentence_rows(self.rows, context, kind, x.device)
+        )
+        return rows if rows.real.dtype == x.dtype else SentenceRows(rows.index, rows.real.to(x.dtype))
+
     def multiply(self, x: Tensor, context: LanguageContext) -> Tensor:
         """Multiply tokens by their flat matrices: x [S, inputs] -> z [S, r]."""
         flat = self._to_read(FLAT)
+        if (rows := self.by_sentence(context, self.choice.flat, x)) is not None:
+            by_sentence: Tensor = _MultiplySentences.apply(x, flat, rows, self.columns[FLAT])
+            return by_sentence
         slices = slices_of(self.rows, context, self.choice.flat, x)
         z: Tensor = MultiplySegments.apply(x, flat, slices, self.rank, self.columns[FLAT])
         return z
 
     def add(self, y: Tensor, z: Tensor, context: LanguageContext) -> Tensor:
         """Add the products of z [S, r] and the vertical matrices to y [S, outputs], in place."""
+        if (rows := self.by_sentence(context, self.choice.vertical, y)) is not None:
+            by_sentence: Tensor = _AddSentences.apply(
+                y, z, self._to_read(VERTICAL), rows, self.columns[VERTICAL]
+            )
+            return by_sentence
         slices = slices_of(self.rows, context, self.choice.vertical, y)
         out: Tensor = _AddVertical.apply(y, z, self._to_read(VERTICAL), slices, self.columns[VERTICAL])
         return out
