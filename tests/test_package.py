@@ -112,7 +112,7 @@ def test_an_unknown_name_lists_what_there_is(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main()
     assert capsys.readouterr().err.startswith(
-        "lsmoe: there is no recipe dmeo: give a file, or one that comes with lsmoe_ds: demo, mediawiki-204"
+        "lsmoe: there is no recipe dmeo: give a file, or one that comes with lsmoe_ds: demo, help-12"
     )
 
 
