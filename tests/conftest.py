@@ -33,7 +33,7 @@ def played(tmp_path):
     return Played(tmp_path)
 
 
-@pytest.fixture(params=["segments", "sentences"])
+@pytest.fixture(params=["segments", "sentences", None])
 def form(request, monkeypatch):
-    """Both ways in which low-rank matrices are multiplied."""
+    """Both ways in which low-rank matrices are multiplied, and what is chosen of them."""
     monkeypatch.setattr("lsmoe_ds.methods.low_rank.bank.FORM", request.param)

@@ -28,6 +28,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 INPUTS, OUTPUTS, LENGTH = 6, 5, 4
 RANKS = {"de": 2, "en": 0, "fr": 3, "ru": 1}
+LARGE = {"de": 2, "en": 0, "fr": 20, "ru": 1}  # one above SMALL_RANK: both ways of multiplying meet
 NUMBERS = [0, 3, 3, 5, 2, 0]
 GROUPED = Languages(LANGUAGES.directions, {"de": "high", "en": "high", "fr": "medium", "ru": "low"})
 EVERYWHERE = {"rank": RANKS, "at": "all"}
@@ -68,9 +69,10 @@ def same_gradients(run, wanted, variables: list[torch.Tensor]) -> None:
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("columns", [None, 4], ids=["whole", "columns"])
+@pytest.mark.parametrize("ranks", [RANKS, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("index", ["source", "target"])
-def test_equation_3(index, columns):
-    settings = LowRank(rank=RANKS, index=index, columns=columns)
+def test_equation_3(index, ranks, columns):
+    settings = LowRank(rank=ranks, index=index, columns=columns)
     bank, base, ids = banks_of(settings), nn.Linear(INPUTS, OUTPUTS), ids_of(NUMBERS)
     x = torch.randn(len(NUMBERS), LENGTH, INPUTS, requires_grad=True)
 
@@ -86,8 +88,9 @@ def test_equation_3(index, columns):
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("columns", [None, 4], ids=["whole", "columns"])
-def test_equation_4(columns):
-    settings = LowRank(rank=RANKS, index="learned", columns=columns)
+@pytest.mark.parametrize("ranks", [RANKS, LARGE], ids=["small", "large"])
+def test_equation_4(ranks, columns):
+    settings = LowRank(rank=ranks, index="learned", columns=columns)
     banks, base, ids = banks_of(settings, layer=1), nn.Linear(INPUTS, OUTPUTS), ids_of(NUMBERS)
     (side,) = banks._side
     nn.init.normal_(side.index)

@@ -20,6 +20,7 @@ LORA |= {"prune": {"ratio": 0.5, "start": 0, "length": 1, "over": "language", "m
 LOW_RANK = {
     "lms": {"rank": 3, "at": "both"},
     "lora": LORA,
+    "large": {**LORA, "rank": {"de": 2, "en": 0, "fr": 17, "ru": 1}},  # multiplied in both ways
     "square": {**LORA, "index": {"source": ["encoder"], "target": ["all"]}, "columns": 10},
 }
 

@@ -35,6 +35,7 @@ from lsmoe_ds.methods.low_rank.products import (
     MultiplySegments,
     MultiplySentences,
     SentenceRows,
+    Slices,
     sentence_rows,
     slices_of,
 )
@@ -47,7 +48,7 @@ NAME = "low_rank"
 FLAT, VERTICAL = "flat", "vertical"
 MASK = "_mask"  # after the name of a matrix: which of its values are not pruned
 FORM: str | None = None  # "segments" or "sentences" where benchmarks and tests choose
-SMALL_RANK = 16  # up to which all sentences are multiplied in one batched product
+SMALL_RANK = 16  # up to which sentences are multiplied in one batched product
 
 
 def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
@@ -103,39 +104,48 @@ class LowRankBank(nn.Module):
             for tensor in tensors:
                 compat.mark_tensor_parallel(tensor, 1)
 
-    def by_sentence(self, context: LanguageContext, kind: str, x: Tensor) -> SentenceRows | None:
-        """Return the rows that each sentence uses if batched products are faster; None if segments are.
+    def parts(self, context: LanguageContext, kind: str, x: Tensor) -> tuple[SentenceRows | None, Slices]:
+        """Return the rows of the sentences that one batched product multiplies, and the slices of all others.
 
         Small products, one after another, cost more than their arithmetic; padding to the largest rank costs
         little while that is small.
         """
-        if FORM == "segments" or (FORM is None and self.rank > SMALL_RANK):
-            return None
+        slices = slices_of(self.rows, context, kind, x)
+        largest = {"segments": -1, "sentences": self.rank, None: SMALL_RANK}[FORM]
+        if min(rows.stop - rows.start for rows in self.rows) > largest:
+            return None, slices
         rows = context.once(
-            (NAME, kind, self.rank), lambda: sentence_rows(self.rows, context, kind, x.device)
+            (NAME, kind, largest, self.rows[-1].stop),
+            lambda: sentence_rows(self.rows, context, kind, largest, x.device),
         )
-        return rows if rows.real.dtype == x.dtype else SentenceRows(rows.index, rows.real.to(x.dtype))
+        if rows.real.dtype != x.dtype:
+            rows = SentenceRows(rows.index, rows.real.to(x.dtype))
+        return rows, [(own, tokens) for own, tokens in slices if own.stop - own.start > largest]
 
     def multiply(self, x: Tensor, context: LanguageContext) -> Tensor:
-        """Multiply tokens by their flat matrices: x [S, inputs] -> z [S, r]."""
-        flat = self._to_read(FLAT)
-        if (rows := self.by_sentence(context, self.choice.flat, x)) is not None:
-            by_sentence: Tensor = MultiplySentences.apply(x, flat, rows, self.columns[FLAT])
-            return by_sentence
-        slices = slices_of(self.rows, context, self.choice.flat, x)
-        z: Tensor = MultiplySegments.apply(x, flat, slices, self.rank, self.columns[FLAT])
-        return z
+        """Multiply tokens by their flat matrices: x [S, inputs] -> z [S, columns], for :meth:`add` alone.
+
+        The columns are those of small ranks, then those of large ones.
+        """
+        flat, columns = self._to_read(FLAT), self.columns[FLAT]
+        rows, slices = self.parts(context, self.choice.flat, x)
+        products = []
+        if rows is not None:
+            products.append(MultiplySentences.apply(x, flat, rows, columns))
+        if slices:
+            products.append(MultiplySegments.apply(x, flat, slices, self.rank, columns))
+        return torch.cat(products, 1) if len(products) > 1 else products[0]
 
     def add(self, y: Tensor, z: Tensor, context: LanguageContext) -> Tensor:
-        """Add the products of z [S, r] and the vertical matrices to y [S, outputs], in place."""
-        if (rows := self.by_sentence(context, self.choice.vertical, y)) is not None:
-            by_sentence: Tensor = AddSentences.apply(
-                y, z, self._to_read(VERTICAL), rows, self.columns[VERTICAL]
-            )
-            return by_sentence
-        slices = slices_of(self.rows, context, self.choice.vertical, y)
-        out: Tensor = AddVertical.apply(y, z, self._to_read(VERTICAL), slices, self.columns[VERTICAL])
-        return out
+        """Add the products of z and the vertical matrices to y [S, outputs], in place."""
+        vertical, columns = self._to_read(VERTICAL), self.columns[VERTICAL]
+        rows, slices = self.parts(context, self.choice.vertical, y)
+        if rows is not None:
+            small = rows.index.shape[1]
+            y, z = AddSentences.apply(y, z[:, :small], vertical, rows, columns), z[:, small:]
+        if slices:
+            y = AddVertical.apply(y, z, vertical, slices, columns)
+        return y
 
     def _to_read(self, name: str) -> Tensor:
         """Return a matrix; the gradient of one that ``columns`` cut is summed over the ranks that read it."""

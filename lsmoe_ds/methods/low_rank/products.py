@@ -52,11 +52,18 @@ class _Rows:
         return self.whole
 
 
+def _blank(like: Tensor, columns: int, slices: Slices) -> Tensor:
+    """Return [S, columns] to be filled: zeros if the slices leave out any of the S rows of ``like``."""
+    count = sum(tokens.stop - tokens.start for _, tokens in slices)
+    shape = like.shape[0], columns
+    return like.new_empty(shape) if count == like.shape[0] else like.new_zeros(shape)
+
+
 class MultiplySegments(torch.autograd.Function):
     """Multiply each token by its segment's rows of ``flat``: x [S, inputs], flat [R, inputs] -> z [S, r].
 
-    r is the largest rank; columns beyond the rank of a token's segment are 0. ``slices`` must cover all
-    tokens. Only ``columns`` of ``flat`` are used, by default all, with as many first inputs.
+    r is the largest rank; columns beyond the rank of a token's segment are 0, and so is a token that is in
+    none of the ``slices``. Only ``columns`` of ``flat`` are used, by default all, with as many first inputs.
     """
 
     @staticmethod
@@ -66,7 +73,7 @@ class MultiplySegments(torch.autograd.Function):
         ctx.save_for_backward(x, flat)
         ctx.slices, ctx.columns = slices, columns or slice(0, flat.shape[1])
         read, used = x[:, : ctx.columns.stop - ctx.columns.start], flat[:, ctx.columns]
-        z = x.new_empty(x.shape[0], rank)
+        z = _blank(x, rank, slices)
         for rows, tokens in slices:
             own = rows.stop - rows.start
             torch.mm(read[tokens], used[rows].t(), out=z[tokens, :own])
@@ -81,7 +88,7 @@ class MultiplySegments(torch.autograd.Function):
         read, used = x[:, :width], flat[:, ctx.columns]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x) if width == x.shape[1] else torch.zeros_like(x)
+            grad_x = _blank(x, x.shape[1], ctx.slices) if width == x.shape[1] else torch.zeros_like(x)
         grad_flat = _Rows(flat, ctx.columns) if ctx.needs_input_grad[1] else None
         for rows, tokens in ctx.slices:
             given = gradient[tokens, : rows.stop - rows.start]
@@ -112,7 +119,7 @@ class AddVertical(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (gradient,), (z, vertical) = gradients, ctx.saved_tensors
         part, used = gradient[:, : ctx.columns.stop - ctx.columns.start], vertical[:, ctx.columns]
-        grad_z = torch.empty_like(z) if ctx.needs_input_grad[1] else None
+        grad_z = _blank(z, z.shape[1], ctx.slices) if ctx.needs_input_grad[1] else None
         grad_vertical = _Rows(vertical, ctx.columns) if ctx.needs_input_grad[2] else None
         for rows, tokens in ctx.slices:
             rank = rows.stop - rows.start
@@ -203,17 +210,20 @@ class AddSentences(torch.autograd.Function):
         return gradient, grad_z, grad_vertical, None, None
 
 
-def sentence_rows(places: Sequence[slice], context: LanguageContext, kind: str, device: Any) -> SentenceRows:
-    """Return the rows that each sentence uses, by its "source" or "target" language.
+def sentence_rows(
+    places: Sequence[slice], context: LanguageContext, kind: str, largest: int, device: Any
+) -> SentenceRows:
+    """Return the rows that each sentence uses, by its "source" or "target" language, unless its rank is above
+    ``largest``.
 
     ``places`` are the rows of each language.
     """
-    largest = max(place.stop - place.start for place in places)
+    ranks = [rank for place in places if (rank := place.stop - place.start) <= largest]
     index, real = [], []
     for segment in context.segments(kind):
         place = places[segment.language]
-        own = [*range(place.start, place.stop)]
-        padding = largest - len(own)
+        own = [*range(place.start, place.stop)] if place.stop - place.start <= largest else []
+        padding = max(ranks) - len(own)
         count = segment.stop - segment.start
         index += [own + [0] * padding] * count
         real += [[1.0] * len(own) + [0.0] * padding] * count
