@@ -50,7 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "rank": RANKS,
         "index": "source",
         "at": "all",
-        "prune": {"ratio": 0.5, "matrices": "both", "languages": ["en", "fr"]},
+        "prune": {"ratio": 0.5, "epochs": 10, "matrices": "both", "languages": ["en", "fr"]},
     },
 }
 

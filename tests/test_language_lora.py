@@ -11,20 +11,26 @@ from test_low_rank import LANGUAGES, batch_of, ids_of, recipe_of
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from lsmoe_ds.checkpoint.run_folder import find_changes
+from lsmoe_ds.checkpoint.stored import Stored
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.places import is_in, parse_place
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import extract
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.low_rank.bank import LearnedBanks, LowRankBank, SideWeights
 from lsmoe_ds.methods.low_rank.masks import smallest
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.model.initialization import initialize
+from lsmoe_ds.model.methods import check_holders
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training import start_from
 
 INPUTS, OUTPUTS, LENGTH = 6, 5, 4
 RANKS = {"de": 2, "en": 0, "fr": 3, "ru": 1}
@@ -252,7 +258,34 @@ REFUSED = {
     "wrong place": ({"rank": 2, "at": "attn"}, "'attn' names no linear layers"),
     "all zero": ({"rank": 0}, "adds nothing"),
     "distilled": ({"rank": 2, "index": "learned", "fuse_distillation": True}, "exclude each other"),
-    "pruned": ({"rank": 2, "prune": {"ratio": 0.5}, "fuse_distillation": True}, "exclude each other"),
+    "pruned": (
+        {"rank": 2, "prune": {"ratio": 0.5, "epochs": 15}, "fuse_distillation": True},
+        "exclude each other",
+    ),
+    "beyond the epochs": (
+        {"rank": 2, "prune": {"ratio": 0.5, "epochs": 9}},
+        "reaches its ratio after 10, 'start' and 'length' together, which is more than the 9 of 'epochs'",
+    ),
+    "beyond the steps": (
+        {"rank": 2, "prune": {"ratio": 0.5, "start": 1, "length": 3}},
+        "more than the 3 of 'training.steps'",
+    ),
+    "before anything is learned": (
+        {"rank": 2, "zero": "vertical", "prune": {"ratio": 0.5, "start": 0, "epochs": 15}},
+        "let 'start' be 1 or more",
+    ),
+    "nothing to prune": (
+        {
+            "rank": {**RANKS},
+            "index": "source",
+            "prune": {"ratio": 0.5, "epochs": 15, "languages": ["en"]},
+        },
+        "nothing to prune",
+    ),
+    "pattern of nothing": (
+        {"rank": 2, "at": ["encoder.0-9", "encoder.cross_attention"]},
+        "'encoder.cross_attention' names no linear layer of the model",
+    ),
     "ratio": ({"rank": 2, "prune": {"ratio": 1.0}}, "less than 1"),
 }
 
@@ -261,3 +294,56 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(low_rank, message):
     with pytest.raises(ValueError, match=message):
         recipe_of(**low_rank)
+
+
+def test_frozen_matrices_are_not_pruned():
+    recipe = recipe_of(rank=2, index="source", prune={"ratio": 0.5, "epochs": 15, "matrices": "both"})
+    model = Transformer(recipe, 96)
+    initialize(model, 1, Topology.single())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith("vertical"))
+    (method,) = model.methods
+    changed = method.prune(0.5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert changed and all(names[id(parameter)].endswith("flat") for parameter in changed)
+    for name, mask in model.named_buffers():
+        assert bool(mask.all()) == name.endswith("vertical_mask"), name
+
+
+def test_the_order_of_indexes_is_a_change_of_the_recipe():
+    first = {"source": ["encoder"], "target": ["all"]}
+    recipes = [recipe_of(rank=2, index=index) for index in (first, dict(reversed(first.items())))]
+    assert not list(find_changes(recipes[0], recipes[0]))
+    assert [key for key, *_ in find_changes(*recipes)] == ["model.low_rank.index (order)"]
+
+
+def test_one_direction_of_a_model_with_groups_and_caps():
+    value = recipe_of(rank={"high": 2, "low": 3}, index="target").model_dump(mode="json", exclude_none=True)
+    value["data"] |= {"groups": {"high": ["de", "en"], "low": ["fr", "ru"]}, "max_pairs": {"ru": 9, "de": 5}}
+    recipe = Recipe.model_validate(value)
+    model = Transformer(recipe, 96)
+    names = global_names(model, Topology.single())
+    weights = {names[name]: value for name, value in model.state_dict().items() if name in names}
+    _, changed = extract(weights, recipe, Direction("en", "de"), "specific")
+    assert changed.data.groups.listed == {"de": "high", "en": "high"}
+    assert changed.data.max_pairs == {"de": 5} and changed.data.directions == ["en-de"]
+
+
+@pytest.mark.parametrize("change", [{"index": "source"}, {"at": ["feed_forward", "encoder.0.query"]}])
+def test_a_trained_model_keeps_by_which_languages_it_chooses(change):
+    before = recipe_of(rank=2, index="target")
+    check_holders(before, recipe_of(rank=3, index={"target": ["all"]}))
+    with pytest.raises(UserError, match=r"'model\.low_rank' chooses its parameters by other languages"):
+        check_holders(before, recipe_of(**{"rank": 2, "index": "target", **change}))
+
+
+def test_rows_of_languages_must_be_those_that_the_model_has(tmp_path):
+    ranks = [{"de": 2, "en": 1, "fr": 3, "ru": 1}, {"de": 3, "en": 1, "fr": 2, "ru": 1}]
+    before, after = (recipe_of(rank=each, index="target") for each in ranks)
+    model = Transformer(before, 96)
+    names = global_names(model, Topology.single())
+    weights = Tensors.of({names[name]: value for name, value in model.state_dict().items() if name in names})
+    stored = Stored("consolidated", tmp_path, tmp_path, before)
+    start_from._check_same_model(before, stored, 96, weights)
+    with pytest.raises(UserError, match="those of de 2, en 1, fr 3, ru 1, the recipe's of de 3, en 1, fr 2"):
+        start_from._check_same_model(after, stored, 96, weights)

@@ -42,17 +42,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_of(pool, folder):
-    """Runs by layout, number of steps and precision."""
+    """Runs by layout and precision."""
     known = {}
 
-    def of(layout, steps=STEPS, bf16=False, **prune):
-        key = (layout, steps, bf16, str(prune))
+    def of(layout, bf16=False, **prune):
+        key = (layout, bf16, str(prune))
         if key not in known:
             known[key] = folder / f"run-{len(known)}"
-            recipe = recipe_in(folder, layout, STEPS, bf16, **prune)
-            training = recipe.training.model_copy(update={"steps": steps})
-            # Steps beyond those trained are part of the schedule: pruning in epochs does not see them.
-            train(pool, recipe.model_copy(update={"training": training}), known[key], layout)
+            train(pool, recipe_in(folder, layout, STEPS, bf16, **prune), known[key], layout)
         return known[key]
 
     return of
@@ -121,8 +118,14 @@ def test_languages_that_are_not_chosen_stay_whole(run_of, folder):
     assert recipe.languages.codes == ("de", "en", "fr")
 
 
+def half_of(run, to) -> None:
+    """Copy a run as it was after ten steps."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "checkpoints" / "step-20")
+
+
 def test_a_training_resumes_in_the_middle_of_the_schedule_to_the_bit(pool, folder, run_of, tmp_path):
-    shutil.copytree(run_of(ONE, steps=10), tmp_path / "run")
+    half_of(run_of(ONE), tmp_path / "run")
     train(pool, recipe_in(folder, ONE), tmp_path / "run", ONE)
     assert losses(tmp_path / "run") == losses(run_of(ONE))
     for name, (mask, values) in pruned_of(tmp_path / "run" / "checkpoints" / "step-20").items():
@@ -133,6 +136,6 @@ def test_a_training_resumes_in_the_middle_of_the_schedule_to_the_bit(pool, folde
 
 @pytest.mark.parametrize(("before", "after"), [*pairwise([ONE, TENSOR, DATA, ONE])])
 def test_a_training_is_resharded_in_the_middle_of_the_schedule(pool, folder, run_of, before, after, tmp_path):
-    shutil.copytree(run_of(before, steps=10), tmp_path / "run")
+    half_of(run_of(before), tmp_path / "run")
     train(pool, recipe_in(folder, after), tmp_path / "run", after)
     assert losses(tmp_path / "run") == pytest.approx(losses(run_of(ONE)), rel=1e-5)

@@ -139,11 +139,14 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
     """Flatten nested mappings into one, whose keys are paths such as ``"a.b"``."""
     if not isinstance(value, dict):
         return {at: value}
-    return {
+    found = {
         key: leaf
         for name, child in value.items()
         for key, leaf in _flat(child, f"{at}.{name}" if at else name).items()
     }
+    if value and all(isinstance(child, list) for child in value.values()):  # the first that fits may decide
+        found[f"{at} (order)"] = list(value)
+    return found
 
 
 def step_of(checkpoint: Path) -> int:

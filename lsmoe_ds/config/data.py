@@ -248,6 +248,21 @@ class Data(Section):
             _as_value_error(check_code, self.pivot)
         return self
 
+    def only(self, direction: Direction) -> Data:
+        """Return the same with one direction: what it says of other languages is left out."""
+        codes = (direction.source, direction.target)
+        groups = self.groups
+        if groups.listed:
+            lists = {
+                name: [code for code in codes if self.groups.listed[code] == name] or None for name in GROUPS
+            }
+            groups = groups.model_copy(update=lists)
+        caps = self.max_pairs
+        if isinstance(caps, dict):
+            caps = {code: cap for code, cap in caps.items() if code in codes} or None
+        changes = {"languages": list(codes), "directions": [str(direction)]}
+        return self.model_copy(update={**changes, "groups": groups, "max_pairs": caps})
+
 
 def _check_groups(listed: Mapping[str, str], codes: AbstractSet[str]) -> None:
     """Raise ValueError unless the groups, if they are lists, name exactly the languages ``codes``."""

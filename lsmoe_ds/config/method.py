@@ -27,7 +27,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Languages
 
 if TYPE_CHECKING:
-    from lsmoe_ds.config.recipe import Model, Recipe
+    from lsmoe_ds.config.recipe import Model, Recipe, Training
 
 ROOMS = "lsmoe_ds.methods"
 VARIABLE = "LSMOE_METHODS"
@@ -85,6 +85,17 @@ class MethodSection(Section):
 
     def check_languages(self, languages: Languages) -> None:
         """Raise ValueError if the method does not fit the recipe's languages."""
+
+    def choosing(self, model: Model) -> Any:
+        """Return by which languages parameters are chosen, by site: a trained model keeps it."""
+        return None
+
+    def holdings(self, languages: Languages) -> Mapping[str, int]:
+        """Return how many rows each language has in a parameter, in their order; nothing if none has any."""
+        return {}
+
+    def check_training(self, training: Training) -> None:
+        """Raise ValueError if the method does not fit how the recipe trains."""
 
     def is_at(self, site: Shape) -> bool:
         """Tell whether the method adds a module at a site."""

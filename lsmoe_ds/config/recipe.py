@@ -249,6 +249,7 @@ class Recipe(Section):
             )
         for method in hidden.methods:
             method.check_languages(self.languages)
+            method.check_training(self.training)
         if self.data.batch.languages == "task-affine":
             affine = self.model.affine
             if affine is None:

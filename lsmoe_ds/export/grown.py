@@ -33,7 +33,7 @@ from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
 from lsmoe_ds.model.initialization import draw, drawn
-from lsmoe_ds.model.methods import methods_of
+from lsmoe_ds.model.methods import check_holders, methods_of
 from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.moe.routers import assign
 from lsmoe_ds.notices import counted
@@ -81,6 +81,7 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
             f"'data.tags' is {after.data.tags}, but the model reads {before.data.tags}: a grown model keeps "
             "its tags"
         )
+    check_holders(before, after)
     vocabulary = Vocabulary.load(stored.vocabulary)
     new = [code for code in after.languages.codes if code not in vocabulary.codes]
     model = add_tags(stored.vocabulary.read_bytes(), new)

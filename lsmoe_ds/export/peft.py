@@ -82,9 +82,8 @@ def split(
     rest = Tensors({name: entry for name, entry in whole.entries.items() if name not in own})
     base, changed = extract(rest, plain, direction)
     if direction is not None:
-        only = {"languages": [direction.source, direction.target], "directions": [str(direction)]}
-        data = changed.data.model_copy(update=only)
-        changed = Recipe.model_validate(changed.model_copy(update={"data": data}).model_dump())
+        changed = changed.model_copy(update={"data": changed.data.only(direction)})
+        changed = Recipe.model_validate(changed.model_dump())
     adapters = []
     for name, directions in groups.items():
         found: dict[str, Product] = {}

@@ -209,12 +209,9 @@ def _dense_recipe(
     before = recipe.model
     encoder, decoder = side("encoder", before.encoder), side("decoder", before.decoder)
     model = Model(preset=None, hidden=before.hidden, heads=before.heads, encoder=encoder, decoder=decoder)
-    changes: dict[str, Any] = {
-        "batch": recipe.data.batch.model_copy(update={"languages": "mixed"})
-    }  # no tasks: no affinity
-    if direction is not None:
-        changes |= {"languages": [direction.source, direction.target], "directions": [str(direction)]}
-    data = recipe.data.model_copy(update=changes)
+    data = recipe.data if direction is None else recipe.data.only(direction)
+    mixed = data.batch.model_copy(update={"languages": "mixed"})  # no tasks: no affinity
+    data = data.model_copy(update={"batch": mixed})
     # What trained may be among what is gone.
     training = recipe.training.model_copy(update={"trainable": "all"})
     sections = {"model": model, "data": data, "training": training, "parallel": Parallel()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
 from lsmoe_ds.methods.fuse_distillation import FuseDistillation
 from lsmoe_ds.methods.objective import Objective
@@ -23,3 +25,20 @@ def objective_of(recipe: Recipe) -> Objective:
     feed-forward.
     """
     return FuseDistillation(teacher=recipe.model.teaches) if recipe.model.distills else Objective()
+
+
+def same_methods(before: Recipe, after: Recipe) -> list[tuple[MethodSection, MethodSection]]:
+    """Return the sections, after and before, of the methods that two recipes share."""
+    old = {section.name: section for section in before.model.methods}
+    return [(section, old[section.name]) for section in after.model.methods if section.name in old]
+
+
+def check_holders(before: Recipe, after: Recipe) -> None:
+    """Raise UserError if a trained model's parameters would be chosen by other languages than before."""
+    for section, old in same_methods(before, after):
+        was, now = old.choosing(before.model), section.choosing(after.model)
+        if was != now:
+            raise UserError(
+                f"'model.{section.name}' chooses its parameters by other languages, or at other places, than "
+                "the model has learned: leave what says so as it is"
+            )

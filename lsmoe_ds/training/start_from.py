@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, find_model, read_weights
@@ -12,6 +13,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, read_fields, sha256
 from lsmoe_ds.inference.load import empty_model
 from lsmoe_ds.model.initialization import drawn
+from lsmoe_ds.model.methods import check_holders, same_methods
 from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.notices import listed
 from lsmoe_ds.parallel.parameters import global_names, named_state
@@ -98,3 +100,15 @@ def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: 
             "data.directions, start from a folder of one direction (--to dense), or add languages with --to "
             f"grown ({error})"
         ) from None
+    check_holders(stored.recipe, recipe)
+    for method, old in same_methods(stored.recipe, recipe):
+        was, now_is = old.holdings(stored.recipe.languages), method.holdings(recipe.languages)
+        if list(was.items()) != list(now_is.items()):
+            raise UserError(
+                f"its rows of '{method.name}' are those of {_held(was)}, the recipe's of {_held(now_is)}: "
+                "languages would get those of others"
+            )
+
+
+def _held(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{code} {count}" for code, count in rows.items()) or "none"

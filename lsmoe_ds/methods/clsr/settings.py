@@ -64,6 +64,9 @@ class Clsr(MethodSection):
         if model.distills:
             raise ValueError("'clsr' has nothing to distill: leave it out, or 'fuse_distillation'")
 
+    def holdings(self, languages: Languages) -> dict[str, int]:
+        return dict.fromkeys(languages.codes, 1)
+
     def build(self, recipe: Recipe, topology: Any) -> Any:
         from lsmoe_ds.methods.clsr.method import ConditionalLanguageSpecificRouting
 

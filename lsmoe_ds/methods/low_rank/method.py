@@ -227,6 +227,8 @@ class LowRankMatrices(Method):
         groups: dict[tuple[object, ...], list[tuple[int, str, slice]]] = {}
         for number, (site, bank) in enumerate(self.banks):
             for name in prune.pruned:
+                if not bank.get_parameter(name).requires_grad:
+                    continue  # frozen: it is stored once, and stays as it is
                 whole[number, name] = self._whole(bank, name), self._whole(bank, f"{name}{MASK}")
                 for code, rows in self._pruned_rows(bank):
                     keys = {

@@ -141,12 +141,12 @@ class SentenceRows:
 
     def take(self, matrix: Tensor) -> Tensor:
         """Return each sentence's matrix [B, r, columns] out of a bank's [R, columns]."""
-        return matrix.index_select(0, self.index.view(-1)).view(*self.index.shape, -1)
+        return matrix.index_select(0, self.index.view(-1)).view(*self.index.shape, matrix.shape[1])
 
     def add_up(self, gradient: Tensor, matrix: Tensor, columns: slice) -> Tensor:
         """Add up the gradients [B, r, columns] of the sentences' matrices into that of the bank's."""
         whole = torch.zeros_like(matrix)
-        whole[:, columns].index_add_(0, self.index.view(-1), gradient.reshape(-1, gradient.shape[2]))
+        whole[:, columns].index_add_(0, self.index.view(-1), gradient.flatten(0, 1))
         return whole
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lsmoe_ds.config.section import Positive, Section
 from lsmoe_ds.languages import GROUPS, Languages
@@ -30,6 +30,20 @@ class Pruning(Section):
     over: Literal["matrix", "layer", "language"] = "matrix"
     matrices: Literal["vertical", "both"] = "vertical"
     languages: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _reaches_its_ratio(self) -> Pruning:
+        if self.epochs is not None:
+            self.check_end(self.epochs, "'epochs'")
+        return self
+
+    def check_end(self, end: int, what: str) -> None:
+        """Raise ValueError if the ratio is not reached by the last epoch, or step."""
+        if self.start + self.length > end:
+            raise ValueError(
+                f"'prune' reaches its ratio after {self.start + self.length}, 'start' and 'length' together, "
+                f"which is more than the {end} of {what}: give smaller ones"
+            )
 
     @property
     def pruned(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from lsmoe_ds.languages import GROUPS, Languages
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 
 if TYPE_CHECKING:
-    from lsmoe_ds.config.recipe import Model, Recipe
+    from lsmoe_ds.config.recipe import Model, Recipe, Training
 
 Kind = Literal["source", "target"]
 Index = Literal["pair", "language", "source", "target", "learned"]
@@ -173,6 +173,11 @@ class LowRank(MethodSection):
                 "'index: learned' and 'fuse_distillation' exclude each other: the shared matrices would have "
                 "no language to be weighted by; leave one out"
             )
+        if self.prune is not None and self.prune.start == 0 and self.zero == "vertical":
+            raise ValueError(
+                "'prune.start' is 0 and 'zero' vertical: before the first step all vertical matrices are 0, "
+                "and none is smaller than another; let 'start' be 1 or more"
+            )
         if self.fuse_distillation and self.prune is not None:
             raise ValueError("'prune' and 'fuse_distillation' exclude each other: leave one out")
         return self
@@ -188,6 +193,14 @@ class LowRank(MethodSection):
         for site in found:
             if isinstance(site, LinearShape):
                 self.index_at(site)
+        linears = [site for site in shapes_of(model) if isinstance(site, LinearShape)]
+        indexed = self.index.values() if isinstance(self.index, dict) else []
+        for pattern in (*self.patterns, *(each for patterns in indexed for each in patterns)):
+            if not any(is_in(site, [pattern]) for site in linears):
+                raise ValueError(
+                    f"'{pattern}' names no linear layer of the model, which has "
+                    f"{model.encoder.layers} and {model.decoder.layers} layers, counted from 0: leave it out"
+                )
         if model.teaches:
             raise ValueError(
                 "'low_rank' and 'moe.fuse_distillation' exclude each other: low-rank matrices distill by "
@@ -197,19 +210,35 @@ class LowRank(MethodSection):
     def check_languages(self, languages: Languages) -> None:
         if self.prune is not None:
             self.prune.check_languages(languages)
-        if not isinstance(self.rank, dict):
-            return
-        if self.needs_groups:
-            named, known, what = set(self.rank), set(languages.groups.values()), "of the groups"
-            if not languages.groups:
-                return  # 'data.groups' has thresholds: the prepared data decide
-        else:
-            named, known, what = set(self.rank), set(languages.codes), "of"
-        if wrong := sorted(named ^ known):
-            raise ValueError(
-                f"'low_rank.rank' {'lacks' if wrong[0] in known else 'names'} {wrong[0]}: it must have each "
-                f"{what} {', '.join(sorted(known))}"
-            )
+        if self.needs_groups and not languages.groups:
+            return  # 'data.groups' has thresholds: the prepared data decide
+        if isinstance(self.rank, dict):
+            by_group = bool(self.rank.keys() & set(GROUPS))
+            named, what = set(self.rank), "of the groups" if by_group else "of"
+            known = set(languages.groups.values() if by_group else languages.codes)
+            if wrong := sorted(named ^ known):
+                raise ValueError(
+                    f"'low_rank.rank' {'lacks' if wrong[0] in known else 'names'} {wrong[0]}: it must have "
+                    f"each {what} {', '.join(sorted(known))}"
+                )
+        if self.prune is not None:
+            pruned = [code for code in languages.codes if self.prune.prunes(code, languages)]
+            if not any(self.rank_of(code, languages) for code in pruned):
+                raise ValueError("'low_rank.prune' has nothing to prune: its languages have rank 0")
+
+    def choosing(self, model: Model) -> Any:
+        return {
+            site.at: [tuple(choice) for choice in self.choices(site)]
+            for site in shapes_of(model)
+            if isinstance(site, LinearShape) and self.is_at(site)
+        }
+
+    def holdings(self, languages: Languages) -> dict[str, int]:
+        return {code: self.rank_of(code, languages) for code in languages.codes}
+
+    def check_training(self, training: Training) -> None:
+        if self.prune is not None and self.prune.epochs is None:
+            self.prune.check_end(training.steps, "'training.steps'")
 
     def build(self, recipe: Recipe, topology: Any) -> Any:
         from lsmoe_ds.methods.low_rank.method import LowRankMatrices
