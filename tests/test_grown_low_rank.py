@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "learned": {"index": "learned", "zero": "vertical"},
     "by layer": {"index": {"learned": ["encoder"], "target": ["decoder"]}},
 }
-PRUNED = {"ratio": 0.5, "matrices": "both"}
+PRUNED = {"ratio": 0.5, "epochs": 10, "matrices": "both"}
 
 
 @pytest.fixture(scope="module")
