@@ -254,7 +254,7 @@ def test_a_failure_while_writing_leaves_the_earlier_analysis(tmp_path: Path, mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lsmoe_ds.analysis.command._write_csv", full)
+    monkeypatch.setattr("lsmoe_ds.analysis.command.write_csv", full)
     with pytest.raises(UserError, match="the disk is full"):
         write_analysis(out, "demo", 2, routing_of(make_layer()))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -14,6 +14,7 @@ from lsmoe_ds.config.moe import Capacity, MoE
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.section import is_section
 from lsmoe_ds.methods.clsr.settings import Clsr
+from lsmoe_ds.methods.low_rank.pruning import Pruning
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.shipped import ROOT as PROJECT
 
@@ -21,6 +22,7 @@ SHORT = {
     "moe": MoE,
     "capacity": Capacity,
     "low_rank": LowRank,
+    "prune": Pruning,
     "clsr": Clsr,
 }  # sections that the page names by their own name
 IN_WORDS = {"required", "by preset", "all three", ""}

@@ -16,6 +16,7 @@ from test_sameness import UNITS, VOCABULARY, close, in_units, recipe_for, steps_
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.low_rank import products
 from lsmoe_ds.model.freezing import choose, freeze
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
@@ -204,24 +205,23 @@ def test_no_gradient_work_for_what_is_frozen():
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained and all((each.grad is not None) == each.requires_grad for each in model.parameters())
     names = {event.name for event in profile.function_events}
-    assert "MultiplySegmentsBackward" in names and not any("Embedding" in name for name in names)
+    assert "MultiplySentencesBackward" in names and not any("Embedding" in name for name in names)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("frozen", ["flat", "vertical"])
 def test_a_bank_makes_no_gradient_for_a_frozen_matrix(frozen, monkeypatch):
-    from lsmoe_ds.methods.low_rank import bank
-
     recipe = frozen_recipe("lms", [f"*_low_rank.{'vertical' if frozen == 'flat' else 'flat'}"])
     model = Transformer(recipe, VOCABULARY)
     initialize(model, 1, Topology.single())
     freeze(model, recipe, Topology.single())
-    made, true = [], bank._Rows.__init__
+    made = []
 
-    def note(self, matrix):
-        made.append(matrix)
-        true(self, matrix)
+    def noting(true):
+        return lambda *arguments: (made.append(arguments[0]), true(*arguments))[1]
 
-    monkeypatch.setattr(bank._Rows, "__init__", note)
+    for owner, name in ((products._Rows, "__init__"), (products.SentenceRows, "add_up")):
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
     batch = steps_of(recipe, 0, 1)[0].batches[0]
     model(batch.source, batch.decoder_input, batch.labels, batch.ids).loss.backward()
     count = sum(parameter.requires_grad for parameter in model.parameters())

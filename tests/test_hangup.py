@@ -31,9 +31,14 @@ def ignore_hangups() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
+def hear_hangups() -> None:
+    """Undo what nohup did to whatever runs these tests."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_a_hangup_saves_and_leaves(file, tmp_path):
     run = tmp_path / "run"
-    training = Command(tmp_path / "log", "train", file, "--out", run)
+    training = Command(tmp_path / "log", "train", file, "--out", run, before=hear_hangups)
     training.wait_for(lambda: records_in(run) > 1)
     status, said = training.asked(signal.SIGHUP)
     saved = re.search(r"^SIGHUP: saved after step (\d+); the same command resumes$", said, re.MULTILINE)

@@ -320,7 +320,7 @@ def test_a_grown_import_keeps_what_it_has_learned(root, tmp_path):
 
 def test_the_code_of_the_documentation_for_imported_models(root, capsys):
     page = (PROJECT / "docs" / "convert.md").read_text(encoding="utf-8")
-    first, *_, imported = blocks(page[page.index("## Hugging Face") : page.index("## CTranslate2")])
+    first, *_, imported = blocks(page[page.index("## Hugging Face") : page.index("## PEFT")])
     found = run(first.replace("DIR", str(root / "nllb-huggingface")), {})
     capsys.readouterr()
     run(imported.replace("Ein Satz.", lines()[0]), found)

@@ -230,8 +230,9 @@ def flops_of(recipe: Recipe, length: int, run: Callable[..., object]) -> int:
     decoder_input[:, 0] = EOS
     ids = ragged_batch(generator, recipe, 3).ids
     counted = {
-        torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]
-    }  # torch counts addmm alone
+        torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
+        torch.ops.aten.baddbmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2],
+    }  # torch counts addmm and baddbmm alone
     with (
         FlopCounterMode(display=False, custom_mapping=counted) as counter,
         sdpa_kernel(SDPBackend.MATH),

@@ -167,7 +167,7 @@ Upper and lower case are the same. The rules:
 - A code that is not on this page is accepted if it is written like one (`qaa`, `xx`, `x_mine`): it has no name, its text is not
   filtered by script, and BLEU splits words by `13a`. A notice says so.
 - A run keeps the codes that it was trained with, as they are in its vocabulary. To continue a run from before codes were
-  resolved, train with its own recipe: `lsmoe train RUN/recipe.yaml --out RUN`.
+  resolved, train with its own recipe: `lsmoe train RUN/recipe.yaml`.
 
 The script decides which letters cleaning accepts and how BLEU splits the target; related languages share experts by family
 (`expert_groups`, `routing: static`).

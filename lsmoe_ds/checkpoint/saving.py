@@ -13,8 +13,8 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -100,7 +100,7 @@ class Saver:
             partial.mkdir(parents=True)
         dist.barrier()
         frozen = frozen_parameters(engine, topology)
-        with _explained(partial, final, topology.is_main):
+        with _explained(partial, final, topology.is_main, self._settle):
             # DeepSpeed has put the global number of the expert into its names.
             left_out = lambda name: global_name(name, 0, 0) in frozen  # noqa: E731
             compat.save_engine(engine, folder, partial.name, self._write, left_out)
@@ -137,6 +137,13 @@ class Saver:
             self._writes.append(self._thread.submit(_save, alone, path))
         else:
             _save(alone, path)
+
+    def _settle(self) -> None:
+        """Wait for the writes in the background: what they write into cannot be removed before."""
+        writes, self._writes = self._writes, []
+        for write in writes:
+            write.cancel()
+        wait(writes)
 
     def _complete(self, partial: Path, final: Path) -> None:
         writes, self._writes = self._writes, []
@@ -217,7 +224,9 @@ def _remove(checkpoint: Path) -> None:
 
 
 @contextmanager
-def _explained(partial: Path, final: Path, main: bool) -> Iterator[None]:
+def _explained(
+    partial: Path, final: Path, main: bool, settle: Callable[[], object] = lambda: None
+) -> Iterator[None]:
     """Turn a failed write of a checkpoint into a UserError; the main rank removes the partial one."""
     try:
         yield
@@ -229,6 +238,7 @@ def _explained(partial: Path, final: Path, main: bool) -> Iterator[None]:
         )
         if not full and isinstance(error, RuntimeError):
             raise
+        settle()
         if main:  # others may still tell it what went wrong
             shutil.rmtree(partial, ignore_errors=True)
         reason = "the disk is full" if full else str(error)
