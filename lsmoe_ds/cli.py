@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 
 from lsmoe_ds import __version__, interrupt
+from lsmoe_ds.cli_analyze import analyze_app
 from lsmoe_ds.cli_convert import convert, write_layout
 from lsmoe_ds.cli_evaluate import compare, evaluate, score
 from lsmoe_ds.cli_options import (
     NPROC,
     AsJson,
     Beam,
-    Folder,
     InOneWord,
     LengthPenalty,
     Out,
@@ -26,7 +26,6 @@ from lsmoe_ds.cli_options import (
     RecipeFile,
     Route,
     Run,
-    Split,
     direction_of,
 )
 from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table, standard_input
@@ -36,7 +35,6 @@ ABOUT = "Train mixture-of-experts translation models on DeepSpeed, and extract s
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at parallel text.")
 app.add_typer(data_app, name="data")
-analyze_app = typer.Typer(no_args_is_help=True, help="Look into a trained model.")
 app.add_typer(analyze_app, name="analyze")
 slurm_app = typer.Typer(
     no_args_is_help=True, help="What the scripts in slurm/ call before and after a training."
@@ -195,51 +193,6 @@ def translate(
 
 app.command()(convert)
 app.command("write-layout", hidden=True)(write_layout)
-
-
-@analyze_app.command("routing")
-def analyze_routing(
-    run: Run,
-    out: Folder,
-    split: Split = "test",
-    route: Route = "specific",
-    as_json: AsJson = False,
-) -> None:
-    """Measure which experts each task uses, in every layer: maps, balance, entropy, similarity of tasks; as
-    pages, CSV and JSON.
-    """
-    from lsmoe_ds.analysis.command import analyze_routing as analyze
-
-    summary = analyze(run, out, split, route)
-    if as_json:
-        print_json(summary)
-    else:
-        print(out / "index.html")
-
-
-def _analyze_weights(run: Path, kind: str, out: Path, as_json: bool) -> None:
-    from lsmoe_ds.analysis.findings import analyze_weights
-
-    summary = analyze_weights(run, kind, out)
-    if as_json:
-        print_json(summary)
-    else:
-        print(summary["said"])
-        print(out / "index.html")
-
-
-@analyze_app.command("structure")
-def analyze_structure(run: Run, out: Folder, as_json: AsJson = False) -> None:
-    """Draw by which language each layer has learned to choose its matrices, and write the recipe that has
-    chosen.
-    """
-    _analyze_weights(run, "structure", out, as_json)
-
-
-@analyze_app.command("subspaces")
-def analyze_subspaces(run: Run, out: Folder, as_json: AsJson = False) -> None:
-    """Measure by what was pruned how large a subspace each language needs beside each linear layer."""
-    _analyze_weights(run, "subspaces", out, as_json)
 
 
 @app.command()

@@ -1,0 +1,57 @@
+"""``lsmoe analyze``: look into a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from lsmoe_ds.cli_options import AsJson, Folder, Route, Run, Split
+from lsmoe_ds.console import print_json
+
+analyze_app = typer.Typer(no_args_is_help=True, help="Look into a trained model.")
+
+
+@analyze_app.command("routing")
+def analyze_routing(
+    run: Run,
+    out: Folder,
+    split: Split = "test",
+    route: Route = "specific",
+    as_json: AsJson = False,
+) -> None:
+    """Measure which experts each task uses, in every layer: maps, balance, entropy, similarity of tasks; as
+    pages, CSV and JSON.
+    """
+    from lsmoe_ds.analysis.command import analyze_routing as analyze
+
+    summary = analyze(run, out, split, route)
+    if as_json:
+        print_json(summary)
+    else:
+        print(out / "index.html")
+
+
+def _analyze_weights(run: Path, kind: str, out: Path, as_json: bool) -> None:
+    from lsmoe_ds.analysis.findings import analyze_weights
+
+    summary = analyze_weights(run, kind, out)
+    if as_json:
+        print_json(summary)
+    else:
+        print(summary["said"])
+        print(out / "index.html")
+
+
+@analyze_app.command("structure")
+def analyze_structure(run: Run, out: Folder, as_json: AsJson = False) -> None:
+    """Draw by which language each layer has learned to choose its matrices, and write the recipe that has
+    chosen.
+    """
+    _analyze_weights(run, "structure", out, as_json)
+
+
+@analyze_app.command("subspaces")
+def analyze_subspaces(run: Run, out: Folder, as_json: AsJson = False) -> None:
+    """Measure by what was pruned how large a subspace each language needs beside each linear layer."""
+    _analyze_weights(run, "subspaces", out, as_json)
