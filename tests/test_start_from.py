@@ -164,24 +164,6 @@ def test_the_first_loss_is_the_models(pool, root, one, tmp_path):
     assert again["losses"] == one["losses"]  # to the bit
 
 
-def with_matrices(root: Path, recipe: Recipe) -> Recipe:
-    value = recipe.model_dump(mode="json", exclude_none=True)
-    value["model"]["low_rank"] = {"rank": 2, "at": "attention"}
-    return Recipe.model_validate(value)
-
-
-def test_a_method_may_be_added(pool, root, one, tmp_path):
-    recipe = with_matrices(root, recipe_from(root))
-    start.check(recipe, tmp_path / "run")
-    found = pool.run(1, first_steps, recipe, tmp_path / "run")[0]
-    assert found["said"] == [f"starting from {root / 'model'}, which is given low_rank"]
-    assert found["losses"][0] == one["losses"][0], "its matrices begin at zero"
-    assert found["losses"][1] != one["losses"][1]
-    assert found["weights"].keys() - one["weights"].keys() == {
-        name for name in found["weights"] if "_low_rank." in name
-    }
-
-
 def test_going_on_needs_the_folder_no_more(pool, root, tmp_path):
     shutil.copytree(root / "model", tmp_path / "model")
     recipe = changed(recipe_from(root), training={"start_from": tmp_path / "model", "steps": 2})
@@ -338,13 +320,6 @@ def test_model_and_vocabulary_default_to_the_folders(root, tmp_path):
     assert again == recipe
     by_override = short_recipe(root, tmp_path / "override.yaml", training={"start_from": None})
     assert load_recipe(by_override, [f"training.start_from={root / 'model'}"]) == recipe
-
-
-def test_a_recipe_may_say_of_the_model_only_what_it_adds(root, tmp_path):
-    matrices = {"low_rank": {"rank": 2, "at": "attention"}}
-    recipe = load_recipe(short_recipe(root, tmp_path / "short.yaml", model=matrices))
-    assert recipe.model == with_matrices(root, recipe_from(root)).model
-    assert load_recipe(short_recipe(root, tmp_path / "short.yaml"), ["model.low_rank.rank=2"]).model.low_rank
 
 
 def test_tags_default_to_the_folders(root, tmp_path, capfd):
