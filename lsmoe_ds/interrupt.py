@@ -1,9 +1,9 @@
 """Signals that ask a command to stop, and its exit status.
 
 Training saves after the current step and exits with 130 on SIGINT (Ctrl-C), as shells expect, and with 75 on
-SIGTERM, SIGUSR1 and SIGHUP, which a terminal or an ssh connection sends when it is closed. A process that was
-started with SIGHUP ignored, by nohup, or with SIGINT ignored, in the background, goes on ignoring it. Before
-the first step there is nothing to save, and training exits at once. Every other command cleans up and exits
+SIGTERM, SIGUSR1 and SIGHUP, which a terminal or an ssh connection sends when it is closed. A process that
+inherits an ignored SIGHUP (nohup) or an ignored SIGINT (a shell's background) keeps ignoring it. Before the
+first step there is nothing to save, and training exits at once. Every other command cleans up and exits
 with 130 on SIGINT.
 
 This module imports nothing heavy, so that the handlers are installed before torch is imported: a signal

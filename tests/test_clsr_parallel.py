@@ -162,8 +162,8 @@ def test_the_engine_adds_the_budget_loss(pool):
 
 
 def noisy_step(topology, recipe: Recipe):
-    """Of the second step: passes through the encoder, first choices and mean gate that the losses were given,
-    and those that its micro-batches really had.
+    """Return what the losses of the second step were given, and what its micro-batches really had: passes
+    through the encoder, first choices and mean gate.
     """
     from lsmoe_ds.training.engine import build_engine, train_step
 
