@@ -15,8 +15,8 @@ from test_sameness import UNITS, VOCABULARY, close, in_units, recipe_for, steps_
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.methods import products
 from lsmoe_ds.methods.context import LanguageContext
-from lsmoe_ds.methods.low_rank import products
 from lsmoe_ds.model.freezing import choose, freeze
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer

@@ -45,7 +45,7 @@ from lsmoe_ds.languages import Languages
 from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.context import LanguageContext
-from lsmoe_ds.methods.low_rank.products import MultiplySegments, slices_of
+from lsmoe_ds.methods.products import MultiplySegments, slices_of
 from lsmoe_ds.methods.sites import SublayerSite
 from lsmoe_ds.parallel.topology import Topology
 

@@ -7,7 +7,7 @@ equation 1; "Exploring Intrinsic Language-specific Subspaces", equations 3 and 4
 V_i [outputs, r] is the *vertical* and F_j [r, inputs] the *flat* matrix (B and A of LoRA). The variants
 differ only in how a sentence chooses i and j (:meth:`lsmoe_ds.methods.low_rank.settings.LowRank.choices`).
 The product V F is never formed; the bank computes ``V (F x)``.
-How tokens are multiplied is in :mod:`lsmoe_ds.methods.low_rank.products`.
+How tokens are multiplied is in :mod:`lsmoe_ds.methods.products`.
 
 With tensor parallelism a column-parallel layer shards V by its rows and a row-parallel layer shards F by its
 columns. The bank's own sum over ranks, r numbers per token, travels in the same all-reduce as the layer's. If
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from lsmoe_ds.config.shapes import LinearShape
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.methods.context import LanguageContext
-from lsmoe_ds.methods.low_rank.products import (
+from lsmoe_ds.methods.low_rank.settings import Choice, LowRank
+from lsmoe_ds.methods.products import (
     AddSentences,
     AddVertical,
     MultiplySegments,
@@ -39,7 +40,6 @@ from lsmoe_ds.methods.low_rank.products import (
     sentence_rows,
     slices_of,
 )
-from lsmoe_ds.methods.low_rank.settings import Choice, LowRank
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import copy_together, sum_together
 from lsmoe_ds.parallel.topology import Topology
