@@ -26,7 +26,7 @@ from lsmoe_ds.data.batches import Batch, DirectionIds, collate
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.launch import joining
-from lsmoe_ds.launch import processes as launch
+from lsmoe_ds.launch.memory import keep_large_blocks
 
 
 def machine() -> dict[str, Any]:
@@ -48,8 +48,10 @@ def machine() -> dict[str, Any]:
 
 def argument_parser(about: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
     """Return a parser with the options of every benchmark, and with ``--rounds`` where a default is given;
-    ``about`` is the script's docstring.
+    ``about`` is the script's docstring. The process, ours or a peer's, keeps large blocks of memory from now
+    on, as trainings do.
     """
+    keep_large_blocks()
     parser = argparse.ArgumentParser(description=(about or "").split("\n\n")[0])
     about_out = "write the result, with machine and versions, as JSON; by default it is printed"
     parser.add_argument("--out", type=_writable, metavar="FILE", help=about_out)
@@ -79,7 +81,7 @@ def write(result: dict[str, Any], out: Path | None) -> None:
 
 def in_processes(script: str, options: list[str], world: int) -> dict[str, Any]:
     """Runs a benchmark's part on ``world`` processes that share the cores, more than one through the
-    deepspeed launcher, with glibc told to keep large blocks. ``--part FILE`` tells the script where its
+    deepspeed launcher. ``--part FILE`` tells the script where its
     main rank writes its result, as JSON.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +89,6 @@ def in_processes(script: str, options: list[str], world: int) -> dict[str, Any]:
         command = [sys.executable]
         environment = {
             **os.environ,
-            **launch.KEEP_LARGE_BLOCKS,
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world)),
         }
         if world > 1:

@@ -12,8 +12,6 @@ leaves the gradients of unused experts out of the layer; training writes them on
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +22,6 @@ from torch import Tensor
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.languages import Languages, SentenceIds, english_centric
 from lsmoe_ds.launch import joining
-from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.moe.layer import MixtureOfExperts
@@ -110,8 +107,6 @@ def deepspeeds(x: Tensor, **options: Any) -> Callable[[], object]:
 def main() -> None:
     parser = argument_parser(__doc__, rounds=9)
     arguments = parser.parse_args()
-    if launch.KEEP_LARGE_BLOCKS.items() - os.environ.items():  # glibc reads them when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **launch.KEEP_LARGE_BLOCKS})
     joining.join()
     Topology.build()
     torch.manual_seed(1)

@@ -42,8 +42,6 @@ trap clean EXIT
 
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it from the job
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
-# glibc keeps large blocks: training on CPUs is about a fifth faster. As in lsmoe_ds/launch/processes.py.
-export MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
 
 # --- A training that can be asked to stop: SIGUSR1 comes before the time limit (--signal=B:USR1@...), SIGTERM when the job is
 # preempted or canceled. Both go to this script, which must `wait` to hear them; the ranks are told, save, and leave.

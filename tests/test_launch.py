@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import platform
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -63,3 +65,17 @@ def test_ranks_get_the_gpus_that_are_named(monkeypatch, visible, gpus, chosen):
 def test_the_fewest_ranks_are_a_multiple_of_both(tensor, expert, world):
     layout = SimpleNamespace(parallel=SimpleNamespace(tensor=tensor, expert=expert))
     assert smallest_world(layout) == world
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_large_blocks_stay_in_the_process():
+    script = """
+import psutil
+from lsmoe_ds.launch.memory import keep_large_blocks
+keep_large_blocks()
+block = bytes([1]) * 2**28
+del block
+print(psutil.Process().memory_info().rss)
+"""
+    held = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(held.stdout) > 2**28

@@ -61,6 +61,32 @@ def test_the_newest_checkpoints_stay_and_those_of_least_dev_loss(pool, folder):
     assert [path.name for path in list_checkpoints(folder / "best")] == ["step-2", "step-4", "step-5"]
 
 
+def with_counted_validations(topology, recipe: Recipe, run: Path) -> tuple[list[int], list[str]]:
+    """Return how many pairs each validation read, and what the training said to be alive meanwhile."""
+    from unittest import mock
+
+    from lsmoe_ds.training import loop as module
+
+    read, said = [], []
+
+    def validate(engine, batches, *rest) -> float:
+        said.clear()
+        read.append(sum(len(batch.source) for batch in batches))
+        return 1.0
+
+    with mock.patch.multiple(module, validate=validate, beat=said.append):
+        assert loop(topology, recipe, run) is None
+    return read, said
+
+
+def test_a_validation_reads_as_many_pairs_of_each_direction_as_it_may(pool, folder):
+    recipe = recipe_in(folder, steps=2, every=2)
+    recipe.training = recipe.training.model_copy(update={"validate_every": 1, "validate_pairs": 3})
+    (([read, _], said),) = pool.run(1, with_counted_validations, recipe, folder / "few")
+    assert read == 3 * len(recipe.languages.directions)
+    assert said.count("validating after step 2") == len(recipe.languages.directions), "one batch of each"
+
+
 def seeds(checkpoint: Path, name: str) -> list[int]:
     """Return the seed from which a generator of each of the four ranks has started."""
     states = [torch.load(checkpoint / f"random-rank-{rank:05d}.pt")[name] for rank in range(4)]

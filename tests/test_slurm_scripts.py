@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 from played_slurm import RANK, SLURM
 
-from lsmoe_ds.launch.processes import KEEP_LARGE_BLOCKS
-
 SCRIPTS = sorted(path.name for path in SLURM.iterdir())
 
 
@@ -178,11 +176,6 @@ def test_a_launcher_that_is_not_there_is_refused_before_an_attempt_is_counted(pl
         played.said,
     )
     assert not played.calls("lsmoe") and not played.calls("rank") and not played.calls("scontrol")[1:]
-
-
-def test_the_allocator_is_set_as_on_one_machine():
-    exports = dict(re.findall(r"(MALLOC_\w+)=(\S+)", (SLURM / "job.sh").read_text()))
-    assert exports == KEEP_LARGE_BLOCKS
 
 
 @pytest.mark.parametrize("environment", [{}, {"PARTS": "8"}])

@@ -44,6 +44,7 @@ MAY_CHANGE = {
     "training.steps",
     "training.log_every",
     "training.validate_every",
+    "training.validate_pairs",
     "training.checkpoint_every",
     "training.keep",
     "training.keep_best",

@@ -189,6 +189,7 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     log_every: Positive = 20
     validate_every: Annotated[int, Field(ge=0)] = 0
+    validate_pairs: Positive | None = None
     checkpoint_every: Positive = 500
     keep: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 0

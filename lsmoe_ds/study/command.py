@@ -27,7 +27,7 @@ from lsmoe_ds.folders import explain_errors, locked, write_whole
 from lsmoe_ds.inference.load import check_route
 from lsmoe_ds.languages import nearest
 from lsmoe_ds.launch import processes as launch
-from lsmoe_ds.launch.processes import KEEP_LARGE_BLOCKS, smallest_world
+from lsmoe_ds.launch.processes import smallest_world
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.plan import plan
 from lsmoe_ds.report.progress import Progress, read_progress
@@ -153,10 +153,7 @@ class Runs:
         write_whole(recipe, self.study.recipe(member, seed).to_yaml())
         command = [sys.executable, "-m", "lsmoe_ds", "train", str(recipe), "--out", str(folder)]
         command += ["--nproc", str(processes)] if processes else []
-        environment = {
-            **KEEP_LARGE_BLOCKS,
-            **{key: value for key, value in os.environ.items() if key not in LAUNCHED},
-        }
+        environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
         status = launch.run(command, env=environment, stdout=2)  # standard output is for the table
         if status or not self.is_trained(member, seed):
             raise UserError(

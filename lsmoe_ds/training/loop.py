@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from lsmoe_ds import interrupt
@@ -12,13 +13,14 @@ from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, newest_whol
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity
+from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import SharedError
 from lsmoe_ds.launch.watchdog import beat
 from lsmoe_ds.methods.context import Route
-from lsmoe_ds.notices import listed
+from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
@@ -89,6 +91,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             added = added_methods(recipe, find_model(training.start_from))
             beside = f", which is given {listed(added)}" if added else ""
             monitor.say(f"starting from {training.start_from}{beside}")
+        if training.validate_every and not last_step:
+            monitor.say(_describe_validation(recipe, prepared))
         asked = interrupt.agreed(topology)
         if asked and not last_step:
             monitor.say(
@@ -115,10 +119,18 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             losses: dict[str, float] = {}
             if training.validate_every and (number % training.validate_every == 0 or last_step):
                 for route in routes:
-                    beat(f"validating after step {number}")
-                    rank, world = topology.data_rank, topology.data
-                    batches = validation_batches(
-                        prepared, languages, vocabulary, data.batch, rank=rank, world=world, tags=data.tags
+                    batches = _alive(
+                        validation_batches(
+                            prepared,
+                            languages,
+                            vocabulary,
+                            data.batch,
+                            limit=training.validate_pairs,
+                            rank=topology.data_rank,
+                            world=topology.data,
+                            tags=data.tags,
+                        ),
+                        f"validating after step {number}",
                     )
                     losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(
                         engine, batches, topology, route
@@ -140,3 +152,19 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 break
     engine.destroy()
     return None if last_step else asked
+
+
+def _alive(batches: Iterator[Batch], doing: str) -> Iterator[Batch]:
+    """Yield the batches, and show before each that this rank is alive."""
+    for batch in batches:
+        beat(doing)
+        yield batch
+
+
+def _describe_validation(recipe: Recipe, prepared: PreparedData) -> str:
+    """Say how much text a validation reads."""
+    training, bitexts = recipe.training, prepared.manifest["bitexts"]
+    counts = [bitexts[direction.bitext]["dev"]["pairs"] for direction in recipe.languages.directions]
+    pairs = sum(min(count, training.validate_pairs or count) for count in counts)
+    read, among = counted(pairs, "dev pair"), counted(sum(map(bool, counts)), "direction")
+    return f"every {counted(training.validate_every, 'step')} it validates on {read} in {among}"

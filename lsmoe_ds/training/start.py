@@ -22,6 +22,7 @@ from lsmoe_ds.folders import locked
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
+from lsmoe_ds.launch.memory import keep_large_blocks
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.notices import counted
@@ -142,6 +143,7 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
 
     from lsmoe_ds.training.loop import train as train_on_this_rank
 
+    keep_large_blocks()
     layout, hang_timeout = recipe.parallel, recipe.training.hang_timeout
     party = joining.join(
         membership, {"the recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()}, 2 * hang_timeout
