@@ -94,6 +94,14 @@ def test_a_pivot_joins_by_the_cleaned_sentence(tmp_path: Path, capsys: pytest.Ca
     assert "en-fr.tsv has changed" in str(state_of(settings).reason)
 
 
+def test_a_pivot_that_joins_nothing_is_refused(tmp_path: Path) -> None:
+    other = pairs("en", "fr", COUNT, start=COUNT)
+    write_fetched(tmp_path, "django", {"de-en": pairs("de", "en", COUNT), "en-fr": other})
+    more = {"languages": ["en", "de", "fr"], "directions": "all", "held_out": NONE, "pivot": "en"}
+    with pytest.raises(UserError, match=r"no text for de-fr: 'data.pivot' joins .* in .*de-en.tsv, .*en-fr"):
+        prepare(recipe(tmp_path, corpora=["django"], **more))
+
+
 def test_a_cap_leaves_the_same_sentences_and_the_held_out_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,11 +76,15 @@ def test_the_whole_model_with_learned_indexes_is_counted_exactly():
 
 def test_what_pruning_leaves():
     made = planned("flores12-lora", "model.low_rank.prune={ratio: 0.9, languages: [high, medium]}")
-    # Vertical matrices alone: half of what 8 languages of rank 2 have, of which a tenth is left.
-    pruned = 0.9 * 8 * 2 * 1024 * 156
-    assert made.figures["left after pruning"] == pytest.approx(made.trained - pruned, abs=8 * 156)
+    # Vertical matrices alone, of 8 languages with rank 2, beside each of 156 linear layers.
+    pruned = 8 * 156 * round(0.9 * 2 * 1024)
+    assert made.figures["left after pruning"] == made.trained - pruned
     both = planned("flores12-lora", "model.low_rank.prune={ratio: 0.9, matrices: both}")
-    assert both.figures["left after pruning"] == pytest.approx(0.1 * both.trained, abs=24 * 156)
+    pruned = 2 * 156 * (8 * round(0.9 * 2 * 1024) + 4 * round(0.9 * 8 * 1024))
+    assert both.figures["left after pruning"] == both.trained - pruned
+    together = planned("flores12-lora", "model.low_rank.prune={ratio: 0.9, over: language, matrices: both}")
+    pruned = 2 * (8 * round(0.9 * 156 * 2 * 1024) + 4 * round(0.9 * 156 * 8 * 1024))
+    assert together.figures["left after pruning"] == together.trained - pruned
 
 
 def test_the_table_shows_the_figures():

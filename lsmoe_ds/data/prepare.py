@@ -31,7 +31,7 @@ from lsmoe_ds.data.fingerprints import State, corpora_fingerprint, state_of
 from lsmoe_ds.data.formats import SPLITS, name_of
 from lsmoe_ds.data.held_out import HELD_OUT
 from lsmoe_ds.data.notices import Notices, why_no_text
-from lsmoe_ds.data.pivot import search_and_join
+from lsmoe_ds.data.pivot import JoinedPart, search_and_join
 from lsmoe_ds.data.prepared import FORMAT, PreparedData
 from lsmoe_ds.data.spelling import say_spellings
 from lsmoe_ds.data.splitting import hold_out
@@ -291,6 +291,11 @@ def _nothing_left(bitexts: Sequence[Bitext]) -> str:
     counts = sum((bitext.counts for bitext in bitexts), Counter[str]())
     if not counts["read"]:
         files = listed(file.name for bitext in bitexts for part in bitext.empty for file in part.files)
+        if any(isinstance(part, JoinedPart) for bitext in bitexts for part in bitext.empty):
+            return (
+                f"there is no text for {names}: 'data.pivot' joins pairs with the same sentence in the pivot "
+                f"language, and no such sentence is left after cleaning in {files}"
+            )
         return f"there is no text for {names}: the files of the corpora are empty ({files})"
     rules = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
     return (

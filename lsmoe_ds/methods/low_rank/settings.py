@@ -5,6 +5,8 @@ R is the sum of the ranks r of a bank's matrices.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -304,15 +306,28 @@ class LowRank(MethodSection):
         if wide > found["low-rank matrices"]:
             found["without 'columns'"] = wide
         if self.prune is not None:
-            left = found["low-rank matrices"]
-            for site in sites:
-                width = sum(self.size(site)) if self.prune.matrices == "both" else self.size(site)[1]
-                for code in languages.codes:
-                    if self.prune.prunes(code, languages):
-                        values = self.rank_of(code, languages) * width * len(self.choices(site))
-                        left -= round(self.prune.ratio * values)
+            pruned = self._prunable(self.prune, sites, languages).values()
+            left = found["low-rank matrices"] - sum(round(self.prune.ratio * values) for values in pruned)
             found["left after pruning"] = left
         return found
+
+    def _prunable(
+        self, prune: Pruning, sites: Sequence[LinearShape], languages: Languages
+    ) -> Counter[tuple[object, ...]]:
+        """Count the values of each group of matrices that are pruned together."""
+        groups: Counter[tuple[object, ...]] = Counter()
+        for site in sites:
+            widths = dict(zip(("flat", "vertical"), self.size(site), strict=True))
+            for choice in self.choices(site):
+                for code in (code for code in languages.codes if prune.prunes(code, languages)):
+                    keys = {
+                        "matrix": (site.at, choice.name, code),
+                        "layer": (site.side, site.layer),
+                        "language": (code,),
+                    }
+                    for name in prune.pruned:
+                        groups[name, *keys[prune.over]] += self.rank_of(code, languages) * widths[name]
+        return groups
 
     def describe(self) -> str:
         low, high = min(self.ranks), max(self.ranks)
