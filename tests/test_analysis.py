@@ -105,8 +105,8 @@ def test_families_are_compared_within_one_section_and_unknown_ones_left_out() ->
 def test_choices_are_counted_and_dropped_ones_are_not() -> None:
     counts = Counts.none(3, 4)
     experts = torch.tensor([[0, 1], [0, -1], [3, 2], [-1, -1]])
-    counts.add(torch.tensor([0, 0, 2, 2]), SimpleNamespace(experts=experts))
-    counts.add(torch.tensor([0]), SimpleNamespace(experts=torch.tensor([[1, 3]])))
+    for tasks, chosen in (([0, 0, 2, 2], experts), ([0], torch.tensor([[1, 3]]))):
+        counts.add(SimpleNamespace(tasks=torch.tensor(tasks), routes=SimpleNamespace(experts=chosen)))
     assert counts.received.tolist() == [[2, 2, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]
     assert counts.tokens.tolist() == [3, 0, 2] and counts.choices == 10
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 PACKAGE = PROJECT / "lsmoe_ds"
-NAMES = re.compile(r"(?i)(?<![a-z])(clsr|low[-_]rank|lms|fuse(_distillation| distillation)?)(?![a-z_])")
+NAMES = re.compile(
+    r"(?i)(?<![a-z])(clsr|low[-_]rank|lms|neurons|lass|fuse(_distillation| distillation)?)(?![a-z_])"
+)
 # What may name a method outside its room, and why.
 ALLOWED = {
     "cli.py": "names of a study and of a benchmark in help texts",

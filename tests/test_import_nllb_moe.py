@@ -76,7 +76,7 @@ def difference(folder: Path, used: dict[int, set[int]] | None = None) -> float:
     ours = build_model(recipe, vocabulary.size, Weights(tensors, 0, {}), torch.device("cpu"))
     for number, (_, layer) in enumerate(ours.moe_layers()):
         taken: set[int] = (used if used is not None else {}).setdefault(number, set())
-        layer.observer = lambda tasks, routes, taken=taken: taken.update(routes.experts.flatten().tolist())
+        layer.observer = lambda seen, taken=taken: taken.update(seen.routes.experts.flatten().tolist())
     assert vocabulary.size >= theirs.config.vocab_size and len(vocabulary.codes) == 9
     chosen, largest = random.Random(1), 0.0
     direction = recipe.languages.direction_id(recipe.languages.directions[0])

@@ -193,7 +193,7 @@ def dropped_share(topology, recipe: Recipe):
 
     engine, found = build_engine(recipe, VOCABULARY, topology), []
     for _, layer in engine.module.moe_layers():
-        layer.observer = lambda tasks, routes: found.append(routes.experts)
+        layer.observer = lambda seen: found.append(seen.routes.experts)
     step = steps_of(recipe, topology.data_rank, topology.data)[0]
     result = train_step(engine, step, 1, recipe, topology)
     engine.destroy()

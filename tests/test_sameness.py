@@ -17,11 +17,15 @@ UNITS = 4
 
 LORA = {"rank": {"de": 2, "en": 0, "fr": 3, "ru": 1}, "at": "all", "index": "learned"}
 LORA |= {"prune": {"ratio": 0.5, "start": 0, "length": 1, "over": "language", "matrices": "both"}}
-LOW_RANK = {
-    "lms": {"rank": 3, "at": "both"},
-    "lora": LORA,
-    "large": {**LORA, "rank": {"de": 2, "en": 0, "fr": 17, "ru": 1}},  # multiplied in both ways
-    "square": {**LORA, "index": {"source": ["encoder"], "target": ["all"]}, "columns": 10},
+LARGE = {**LORA, "rank": {"de": 2, "en": 0, "fr": 17, "ru": 1}}  # multiplied in both ways
+SQUARE = {**LORA, "index": {"source": ["encoder"], "target": ["all"]}, "columns": 10}
+METHODS = {
+    "lms": {"low_rank": {"rank": 3, "at": "both"}},
+    "lora": {"low_rank": LORA},
+    "large": {"low_rank": LARGE},
+    "square": {"low_rank": SQUARE},
+    "units": {"neurons": {"random": 0.6}},
+    "rows": {"neurons": {"random": 0.6, "remove": "rows"}, "low_rank": {"rank": 3}},
 }
 
 
@@ -40,7 +44,7 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
             {"routing": "static", "task": "pair", "expert_groups": 2},
         ),
         "mixed": (token, {**target, "expert_groups": 2}),
-        **{name: (None, {**target}) for name in LOW_RANK},
+        **{name: (None, {**target}) for name in METHODS},
         "distilled": (
             {"routing": "static", "task": "source", "top_k": 1, "fuse_distillation": True},
             {**token, "fuse_distillation": True},
@@ -62,7 +66,7 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
                 "heads": 4,
                 "encoder": {"layers": 2, "feed_forward": 24, **encoder},
                 "decoder": {"layers": 2, "feed_forward": 24, **decoder},
-                "low_rank": LOW_RANK.get(routing),
+                **METHODS.get(routing, {}),
             },
             "training": {
                 "steps": 3,
@@ -224,7 +228,7 @@ CASES += [
 ]
 CASES += [
     (routing, *layout)
-    for routing in LOW_RANK
+    for routing in METHODS
     for layout in ((2, 1, 1, 1), (2, 2, 1, 1), (2, 2, 2, 0), (4, 2, 1, 2), (4, 4, 4, 1), (4, 1, 4, 0))
 ]
 CASES += [("distilled", 2, 2, 2, 1)]
@@ -261,7 +265,7 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
         for name in theirs:
             close(ours[name], theirs[name], f"{what} of {name}")
     experts = [name for name in theirs if re.search(r"\.experts\.\d+\.", name)]
-    assert len(experts) == {"dense": 0, **dict.fromkeys(LOW_RANK, 8 * 4)}.get(routing, 2 * 8 * 4)
+    assert len(experts) == {"dense": 0, **dict.fromkeys(METHODS, 8 * 4)}.get(routing, 2 * 8 * 4)
     if routing == "capacity":
         assert all(0.1 < step[4] < 0.5 for step in wanted[0][0]), (
             "choices must be dropped, or capacity is not tested"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from lsmoe_ds.data.batches import DirectionIds, collate
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.inference.load import Loaded
 from lsmoe_ds.languages import Direction, Languages, is_english
-from lsmoe_ds.moe.routers import Routes
+
+if TYPE_CHECKING:
+    from lsmoe_ds.moe.layer import Seen
 
 SENTENCES = 200  # of each direction
 BATCH = 32
@@ -34,11 +37,11 @@ class Counts:
     def none(cls, tasks: int, experts: int) -> Counts:
         return cls(torch.zeros(tasks, experts, dtype=torch.float64), torch.zeros(tasks, dtype=torch.int64))
 
-    def add(self, tasks: Tensor, routes: Routes) -> None:
-        """Add the routes of S tokens of these tasks [S]; expert -1 marks a choice dropped by capacity."""
-        chosen = routes.experts.cpu()
+    def add(self, seen: Seen) -> None:
+        """Add the routes of S tokens; expert -1 marks a choice dropped by capacity."""
+        chosen = seen.routes.experts.cpu()
         number, experts = self.received.shape
-        tasks = tasks.cpu()
+        tasks = seen.tasks.cpu()
         places = (tasks[:, None] * experts + chosen)[chosen >= 0]
         self.received += torch.bincount(places, minlength=number * experts).view(number, experts)
         self.tokens += torch.bincount(tasks, minlength=number)

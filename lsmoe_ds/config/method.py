@@ -65,6 +65,11 @@ class MethodSection(Section):
         return False
 
     @property
+    def reads_dev(self) -> bool:
+        """Whether it reads the dev set before the first step (:meth:`lsmoe_ds.methods.base.Method.begin`)."""
+        return False
+
+    @property
     def distills(self) -> bool:
         """Whether it trains a shared route beside the specific one."""
         return self.shared_route is not None and bool(getattr(self, self.shared_route))

@@ -14,7 +14,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
-from lsmoe_ds.config.shapes import LinearShape, attention_linears, feed_forward_linears
+from lsmoe_ds.config.shapes import (
+    LayerShape,
+    LinearShape,
+    SublayerShape,
+    UnitsShape,
+    attention_linears,
+    feed_forward_linears,
+)
 
 SIDES = ("encoder", "decoder")
 SUBLAYERS = {
@@ -30,7 +37,7 @@ EVERYTHING = ("all", "both")
 
 @dataclass(frozen=True)
 class Place:
-    """The linear layers that one pattern names; None stands for any."""
+    """The places that one pattern names; None stands for any."""
 
     side: str | None = None
     layers: range | None = None
@@ -39,11 +46,11 @@ class Place:
 
     def __contains__(self, site: object) -> bool:
         return (
-            isinstance(site, LinearShape)
+            isinstance(site, LinearShape | SublayerShape | UnitsShape | LayerShape)
             and self.side in (None, site.side)
             and (self.layers is None or site.layer in self.layers)
             and (self.sublayers is None or site.sublayer in self.sublayers)
-            and self.linear in (None, site.name)
+            and self.linear in (None, getattr(site, "name", ""))
         )
 
 
@@ -70,5 +77,5 @@ def parse_place(pattern: str) -> Place:
 
 
 def is_in(site: object, patterns: Collection[str]) -> bool:
-    """Tell whether one of the patterns names a linear layer."""
+    """Tell whether one of the patterns names a site."""
     return any(site in parse_place(pattern) for pattern in patterns)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Model
@@ -79,7 +79,47 @@ class SublayerShape:
         return self.side
 
 
-Shape = LinearShape | SublayerShape
+@dataclass(frozen=True)
+class UnitsShape:
+    """The hidden units of a feed-forward, before the activation function. No feed-forward of an expert."""
+
+    side: SideName
+    layer: int
+    units: int
+    sublayer: ClassVar[Sublayer] = "feed_forward"
+
+    @property
+    def at(self) -> str:
+        """Return its global name in the model: ``decoder.0.feed_forward.units``."""
+        return f"{self.side}.{self.layer}.{self.sublayer}.units"
+
+    @property
+    def reads(self) -> SideName:
+        """Say whose tokens it reads."""
+        return self.side
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A whole layer, whose input and output are [B, T, H]."""
+
+    side: SideName
+    layer: int
+    hidden: int
+    sublayer: ClassVar[None] = None
+
+    @property
+    def at(self) -> str:
+        """Return its global name in the model: ``decoder.0.layer``."""
+        return f"{self.side}.{self.layer}.layer"
+
+    @property
+    def reads(self) -> SideName:
+        """Say whose tokens it reads."""
+        return self.side
+
+
+Shape = LinearShape | SublayerShape | UnitsShape | LayerShape
 
 
 @dataclass(frozen=True)
@@ -128,6 +168,9 @@ def shapes_of(model: Model) -> Iterator[Shape]:
                 yield SublayerShape(side, layer, sublayer, model.hidden)
                 for name, (inputs, outputs, split) in linears.items():
                     yield LinearShape(side, layer, sublayer, name, inputs, outputs, split)
+            if found["feed_forward"]:
+                yield UnitsShape(side, layer, settings.width(layer))
+            yield LayerShape(side, layer, model.hidden)
 
 
 def count_linears(linears: LinearShapes) -> Count:

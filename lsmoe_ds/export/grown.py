@@ -36,7 +36,7 @@ from lsmoe_ds.model.initialization import draw, drawn
 from lsmoe_ds.model.methods import check_holders, methods_of
 from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.moe.routers import assign
-from lsmoe_ds.notices import counted
+from lsmoe_ds.notices import counted, listed, notice
 from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
 
@@ -208,7 +208,8 @@ class _Grown:
         if not old:
             return self._same(name, shape, name)
         entry = self.weights.entries[name]
-        return entry._replace(shape=shape, make=lambda: self._by_language(name, shape, old, new))
+        sources = self._sources(method, old, new)
+        return entry._replace(shape=shape, make=lambda: self._by_language(name, shape, old, new, sources))
 
     def _same(self, name: str, shape: tuple[int, ...], source: str) -> LazyTensor:
         found = self.weights.shape(source) if source in self.weights else None
@@ -277,8 +278,23 @@ class _Grown:
         parts = [part if part in self.old.codes else self.like.language for part in task.split("-")]
         return "-".join(parts) if "-".join(parts) in before else None
 
+    def _sources(self, method: Method, before: dict[str, slice], after: dict[str, slice]) -> dict[str, str]:
+        """Return the old holder of rows from which each new one copies its own, and say so."""
+        sources = {}
+        for new in after.keys() - before.keys():
+            if (found := method.holder_like(new, list(before), self.like.language)) is not None:
+                sources[new] = found
+        if taken := listed(f"{new} that of {old}" for new, old in sorted(sources.items())):
+            notice(f"{method.name}: each new one begins as another is: {taken}")
+        return sources
+
     def _by_language(
-        self, name: str, shape: tuple[int, ...], before: dict[str, slice], after: dict[str, slice]
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        before: dict[str, slice],
+        after: dict[str, slice],
+        sources: Mapping[str, str],
     ) -> Tensor:
         old, whole = self.weights[name], self._drawn(name, shape)
         for code, rows in before.items():
@@ -286,4 +302,6 @@ class _Grown:
                 size = counted(rows.stop - rows.start, "row")
                 raise UserError(f"the matrices of {name} for {code} have {size}, which cannot change")
             whole[after[code]] = old[rows]
+        for new, code in sources.items():
+            whole[after[new]] = old[before[code]]
         return whole

@@ -169,7 +169,6 @@ def extract(
                 made = join_experts(
                     whole, at, settings, recipe.languages, recipe.languages.task_id(settings.task, direction)
                 )
-                widths[side][layer] *= settings.top_k
             else:
                 made = {
                     name: entry
@@ -177,6 +176,10 @@ def extract(
                     if name.startswith((f"{at}router.", f"{at}experts."))
                 }
             dense = {name: entry for name, entry in dense.items() if not name.startswith(at)} | made
+        for side, each in widths.items():  # experts are joined, and methods take units away
+            for layer in range(len(each)):
+                if (expand := dense.get(f"{side}.{layer}.feed_forward.expand.weight")) is not None:
+                    each[layer] = expand.shape[0]
     except KeyError as error:
         raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
     kept = {side for side, _, moe in expert_layers(recipe.model, route) if not moe.by_task}

@@ -7,7 +7,7 @@ each expert. From notes and totals the method computes its losses, each with a n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +23,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Recipe
+    from lsmoe_ds.data.batches import Batch
 
 Draw = Callable[[Tensor, Generator], object]  # fills a whole parameter in place
 Totals = dict[str, list[Tensor]]  # of a step, by method
@@ -145,6 +146,22 @@ class Method:
         to a language.
         """
         return {}
+
+    def holder_like(self, new: str, known: Collection[str], like: str | None) -> str | None:
+        """Return which of the ``known`` holders of :meth:`language_rows` gives its rows to a ``new`` one.
+
+        ``like`` is the language that new ones are said to be like. None if the rows are drawn.
+        """
+        return None
+
+    def begin(self, model: Any, dev: Callable[[int | None], Iterable[Batch]]) -> str | None:
+        """Read dev text with the model to which this method is added; return a sentence on what was found.
+
+        Called once, before the first step of a training that starts from a model without this method.
+        ``dev(limit)`` yields up to ``limit`` dev pairs of each direction (None: all), over all data ranks
+        once, in batches of one direction, equally many on each rank.
+        """
+        return None
 
     def before_step(self, model: nn.Module, number: int, steps: int) -> Mapping[nn.Parameter, Tensor] | None:
         """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1.

@@ -1,4 +1,6 @@
-"""Name the places of a model at which methods add something: its linear layers and its sublayers."""
+"""Name the places of a model at which methods add something: its linear layers, sublayers, hidden units and
+layers.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lsmoe_ds.config.shapes import LinearShape, LinearShapes, SideName, Sublayer, SublayerShape
+from lsmoe_ds.config.shapes import (
+    LayerShape,
+    LinearShape,
+    LinearShapes,
+    SideName,
+    Sublayer,
+    SublayerShape,
+    UnitsShape,
+)
 from lsmoe_ds.methods.context import LanguageContext
 
 
@@ -45,7 +55,36 @@ class SublayerSite(SublayerShape):
         self.module.after.setdefault(self.sublayer, []).append(added)
 
 
-Site = LinearSite | SublayerSite
+@dataclass(frozen=True)
+class UnitsSite(UnitsShape):
+    """The hidden units of a feed-forward.
+
+    An added module reads them before the activation function: ``hidden = added(hidden, bias, context)``,
+    ``hidden`` [B, T, F]. They include ``bias`` [F], that of the first linear layer. With tensor parallelism F
+    are the units of this rank.
+    """
+
+    module: Linears
+
+    def add(self, method: str, added: nn.Module) -> None:
+        """Add a method's module under the name ``units_METHOD``."""
+        self.module.add_module(f"units_{method}", added)
+        self.module.within.append(added)
+
+
+@dataclass(frozen=True)
+class LayerSite(LayerShape):
+    """A layer. An added module runs after it: ``x = added(x, context)``, [B, T, H]."""
+
+    module: WithSublayers
+
+    def add(self, method: str, added: nn.Module) -> None:
+        """Add a method's module under the name ``layer_METHOD``."""
+        self.module.add_module(f"layer_{method}", added)
+        self.module.last.append(added)
+
+
+Site = LinearSite | SublayerSite | UnitsSite | LayerSite
 
 
 class Linears(nn.Module):
@@ -56,6 +95,7 @@ class Linears(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.beside: dict[str, nn.Module] = {}
+        self.within: list[nn.Module] = []  # what reads hidden units
 
     def linear(self, name: str, x: Tensor, context: LanguageContext | None) -> Tensor:
         """Apply a linear layer, or the module added beside it; only the added module needs the context."""
@@ -74,6 +114,7 @@ class WithSublayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.after: dict[str, list[nn.Module]] = {}
+        self.last: list[nn.Module] = []
 
     def follow(
         self, sublayer: Sublayer, y: Tensor, x: Tensor, real: Tensor, context: LanguageContext
@@ -82,3 +123,9 @@ class WithSublayers(nn.Module):
         for added in self.after.get(sublayer, ()):
             y = added(y, x, real, context)
         return y
+
+    def finish(self, x: Tensor, context: LanguageContext) -> Tensor:
+        """Apply the modules added after the layer, x [B, T, H] -> [B, T, H]."""
+        for added in self.last:
+            x = added(x, context)
+        return x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,7 +24,14 @@ class FeedForward(Linears):
         self.shapes = feed_forward_linears(hidden, width)
         self.expand = column_linear(hidden, width, topology)
         self.contract = row_linear(width, hidden, topology)
+        self.observer: Callable[[Tensor], None] | None = None  # set by analyses: it gets the hidden units
 
     def forward(self, x: Tensor, context: LanguageContext | None = None) -> Tensor:
         """Apply the network, x [..., H] -> [..., H]. Only modules added by methods need the context."""
-        return self.linear("contract", F.relu(self.linear("expand", x, context)), context)
+        hidden = self.linear("expand", x, context)
+        for added in self.within:
+            hidden = added(hidden, self.expand.bias, context)
+        active = F.relu(hidden)
+        if self.observer is not None:
+            self.observer(active)
+        return self.linear("contract", active, context)

@@ -20,7 +20,7 @@ from lsmoe_ds.languages import PAD, Languages, SentenceIds
 from lsmoe_ds.methods.base import Totals
 from lsmoe_ds.methods.context import LanguageContext, Notes, Route, mean_of_real
 from lsmoe_ds.methods.objective import Objective
-from lsmoe_ds.methods.sites import Linears, Site, SublayerSite, WithSublayers
+from lsmoe_ds.methods.sites import LayerSite, Linears, Site, SublayerSite, UnitsSite, WithSublayers
 from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
@@ -145,10 +145,11 @@ class Layer(WithSublayers):
             x = x + self._drop(y)
         normed = self.feed_forward_norm(x)
         y = self.feed_forward(normed, real, context) if self.is_moe else self.feed_forward(normed, context)
-        return x + self._drop(self.follow("feed_forward", y, normed, real, context)), cache
+        x = x + self._drop(self.follow("feed_forward", y, normed, real, context))
+        return self.finish(x, context), cache
 
     def sites(self, side: SideName, number: int) -> Iterator[Site]:
-        """Yield each sublayer and its linear layers. The linear layers of experts are not sites."""
+        """Yield the sublayers, each with its linear layers and hidden units, then the layer; no experts."""
         found: dict[Sublayer, nn.Module | None] = {
             "attention": self.attention,
             "cross_attention": self.cross_attention,
@@ -159,6 +160,9 @@ class Layer(WithSublayers):
                 yield SublayerSite(side, number, name, self.hidden, self)
             if isinstance(module, Linears):
                 yield from module.linear_sites(side, number, name)
+            if isinstance(module, FeedForward):
+                yield UnitsSite(side, number, module.shapes["expand"][1], module)
+        yield LayerSite(side, number, self.hidden, self)
 
 
 def outline(recipe: Recipe, vocabulary: int) -> Transformer:
@@ -277,7 +281,7 @@ class Transformer(nn.Module):
         if self.training:
             (source, decoder_input, labels), ids = objective.expand((source, decoder_input, labels), ids)
             route = objective.route
-        hidden, notes = self._noted(source, decoder_input, ids, route)
+        hidden, notes = self.states(source, decoder_input, ids, route)
         index = (
             (labels.reshape(-1) != PAD).nonzero().squeeze(1)
         )  # the vocabulary is projected for real tokens only
@@ -287,8 +291,8 @@ class Transformer(nn.Module):
             *objective.losses(hidden, labels, self.embedding.tokens, smoothing, self.topology), notes
         )
 
-    def _noted(
-        self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route
+    def states(
+        self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route = "specific"
     ) -> tuple[Tensor, Notes]:
         """Return the decoder's hidden states [B, T, H], and in training the notes of all methods."""
         notes: Notes = {}
@@ -323,7 +327,7 @@ class Transformer(nn.Module):
         if None not in ahead.values():
             return {name: totals for name, totals in ahead.items() if totals is not None}
         (source, decoder_input), ids = self.objective.expand((source, decoder_input), ids)
-        return self.count(self._noted(source, decoder_input, ids, self.objective.route)[1])
+        return self.count(self.states(source, decoder_input, ids, self.objective.route)[1])
 
     def count(self, notes: Notes) -> Totals:
         """Return a micro-batch's part of each method's totals."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,16 @@ from lsmoe_ds.moe.losses import NAME, record_routing
 from lsmoe_ds.moe.routers import ROUTERS, RouterInputs, Routes, limit
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer did with S tokens."""
+
+    tokens: Tensor  # [S, H]: what the layer read
+    sentences: Tensor  # [S]: the sentence of each token in the batch
+    tasks: Tensor  # [S]
+    routes: Routes
 
 
 class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
@@ -48,8 +59,7 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         # "expert".
         self.router = ROUTERS[settings.routing](hidden, settings, languages)
         self.shared = shared
-        # Analysis sets this: a function that gets the task of each token [S] and its Routes.
-        self.observer: Callable[[Tensor, Routes], None] | None = None
+        self.observer: Callable[[Seen], None] | None = None  # set by analyses
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Do nothing: Topology has built the groups already."""
@@ -100,7 +110,9 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         if context.notes is not None:
             context.note(NAME, record_routing(self.settings, chosen, kept))
         if self.observer is not None:
-            self.observer(context.ids.task(self.settings.task)[index // x.shape[1]], kept)
+            sentences = index // x.shape[1]
+            tasks = context.ids.task(self.settings.task)[sentences]
+            self.observer(Seen(tokens, sentences, tasks, kept))
         out = self.deepspeed_moe(tokens, kept.experts, kept.weights, dropped=kept is not chosen)
         if out.shape[0] < real.numel():
             out = x.new_zeros(real.numel(), x.shape[2]).index_copy(0, index, out)

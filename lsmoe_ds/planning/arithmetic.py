@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import LinearShape, MatrixProduct, Shape, SideName, SublayerShape, shapes_of
+from lsmoe_ds.config.shapes import (
+    LayerShape,
+    LinearShape,
+    MatrixProduct,
+    Shape,
+    SideName,
+    SublayerShape,
+    shapes_of,
+)
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.planning.trained import trains
 
@@ -141,8 +149,10 @@ class _Pass:
         ]
 
     def sublayer(self, sites: list[Shape], x: bool) -> bool:
-        """Take a sublayer with its norm, and what methods add after it."""
+        """Take a sublayer with its norm, and what methods add after it; or what they add after a layer."""
         site = sites[0]
+        if isinstance(site, LayerShape):
+            return self.products(self.of_methods(site), site.side, x)
         assert isinstance(site, SublayerShape)
         x = x or self.norm(f"{site.side}.{site.layer}.{NORMS[site.sublayer]}")
         linears = {each.name: each for each in sites if isinstance(each, LinearShape)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lsmoe_ds.config.method import Held
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import Count, LinearShape, SideName, count_linears, shapes_of
+from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, count_linears, shapes_of
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.moe.costs import Exchange
 
@@ -45,7 +45,7 @@ def count_side(
             continue
         if isinstance(site, LinearShape):
             total += count_linears({site.name: (site.inputs, site.outputs, site.split)})
-        else:
+        elif isinstance(site, SublayerShape):
             total += Count(whole=2 * model.hidden)
             if settings.moe is not None and site.sublayer == "feed_forward" and settings.is_moe(site.layer):
                 tasks, width = len(languages.tasks(settings.moe.task)), settings.width(site.layer)

@@ -11,7 +11,7 @@ from math import ceil
 
 from lsmoe_ds.config.deepspeed import STAGE_0_BUCKET
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import Count, SideName, SublayerShape, shapes_of
+from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, shapes_of
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, passes
 from lsmoe_ds.planning.trained import count_trained
@@ -132,7 +132,7 @@ def activations(recipe: Recipe, value: int) -> int:
             if site.sublayer == "feed_forward":
                 width, moe = side.width(site.layer), side.moe if side.is_moe(site.layer) else None
                 found[site.side] += (width if moe is None else experts.values(hidden, width, moe)) / tensor
-        elif site.sublayer != "feed_forward":
+        elif isinstance(site, LinearShape) and site.sublayer != "feed_forward":
             # query, key, value, and the mixture that the output layer reads
             found[site.reads] += hidden / tensor
         here = [method for method in model.methods if method.is_at(site)]

@@ -61,6 +61,18 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     beat("looking for the newest whole checkpoint")
     found, complaints = on_main(lambda: newest_whole(run))
     done, window, frozen = 0, None, None
+    added: list[str] = []
+    learned: list[str | None] = []
+
+    def dev(limit: int | None, doing: str = "reading the dev set") -> Iterator[Batch]:
+        rank, world = topology.data_rank, topology.data
+        batches = validation_batches(
+            prepared, languages, vocabulary, data.batch, limit=limit, rank=rank, world=world, tags=data.tags
+        )
+        for batch in batches:
+            beat(doing)
+            yield batch
+
     if found is not None:
         beat(f"loading {found}")
         state = checkpoints.load(engine, found, topology)
@@ -69,6 +81,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     elif training.start_from is not None:
         base = find_model(training.start_from)
         load_weights(engine, starting_weights(recipe, base, vocabulary.size), topology)
+        added = added_methods(recipe, base)
+        learned = [m.begin(engine.module, dev) for m in engine.module.methods if m.name in added]
     last_step = done >= training.steps
     with (
         Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
@@ -88,9 +102,10 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 )
                 monitor.say(f"{run} is at step {done:,} {beyond}: nothing is left to train")
         elif training.start_from is not None:
-            added = added_methods(recipe, find_model(training.start_from))
             beside = f", which is given {listed(added)}" if added else ""
             monitor.say(f"starting from {training.start_from}{beside}")
+            for text in filter(None, learned):
+                monitor.say(text)
         if training.validate_every and not last_step:
             monitor.say(_describe_validation(recipe, prepared))
         asked = interrupt.agreed(topology)
@@ -119,19 +134,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             losses: dict[str, float] = {}
             if training.validate_every and (number % training.validate_every == 0 or last_step):
                 for route in routes:
-                    batches = _alive(
-                        validation_batches(
-                            prepared,
-                            languages,
-                            vocabulary,
-                            data.batch,
-                            limit=training.validate_pairs,
-                            rank=topology.data_rank,
-                            world=topology.data,
-                            tags=data.tags,
-                        ),
-                        f"validating after step {number}",
-                    )
+                    batches = dev(training.validate_pairs, f"validating after step {number}")
                     losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(
                         engine, batches, topology, route
                     )
@@ -152,13 +155,6 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 break
     engine.destroy()
     return None if last_step else asked
-
-
-def _alive(batches: Iterator[Batch], doing: str) -> Iterator[Batch]:
-    """Yield the batches, and show before each that this rank is alive."""
-    for batch in batches:
-        beat(doing)
-        yield batch
 
 
 def _describe_validation(recipe: Recipe, prepared: PreparedData) -> str:

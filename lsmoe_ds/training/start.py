@@ -37,7 +37,7 @@ from lsmoe_ds.training.start_from import check_start_from
 def check(recipe: Recipe, run: Path) -> None:
     """Open the run folder; raises UserError for whatever training could only fail on later."""
     prepared = PreparedData.of(recipe)
-    _check_validation(recipe, prepared)
+    _check_dev(recipe, prepared)
     if recipe.training.trainable != "all":
         freeze(outline(recipe, prepared.vocabulary.size), recipe, Topology.single())
     vocabulary = prepared.folder / "vocabulary.model"
@@ -48,10 +48,21 @@ def check(recipe: Recipe, run: Path) -> None:
     open_run(recipe, run, vocabulary)
 
 
-def _check_validation(recipe: Recipe, prepared: PreparedData) -> None:
-    """Raise UserError if validations would have no pairs: their loss would be 0, the best of all."""
+def _check_dev(recipe: Recipe, prepared: PreparedData) -> None:
+    """Raise UserError if there are no dev pairs but something reads them.
+
+    The loss of a validation would be 0, the best of all.
+    """
     every, bitexts = recipe.training.validate_every, prepared.manifest["bitexts"]
-    if every and not any(bitexts[each.bitext]["dev"]["pairs"] for each in recipe.languages.directions):
+    if any(bitexts[each.bitext]["dev"]["pairs"] for each in recipe.languages.directions):
+        return
+    for method in recipe.model.methods:
+        if method.reads_dev:
+            raise UserError(
+                f"'model.{method.name}' reads the dev set, but {prepared.folder} has no dev pairs: raise "
+                "'data.held_out.dev' and prepare again"
+            )
+    if every:
         raise UserError(
             f"'training.validate_every' is {every}, but {prepared.folder} has no dev pairs: "
             "set it to 0, or raise 'data.held_out.dev' and prepare again"

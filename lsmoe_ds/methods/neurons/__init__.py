@@ -1,0 +1,1 @@
+"""Neuron Specialization: each direction trains and uses the hidden units that it activates."""

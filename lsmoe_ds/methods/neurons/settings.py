@@ -1,0 +1,126 @@
+"""The section ``model.neurons`` of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lsmoe_ds.config.method import MethodSection
+from lsmoe_ds.config.places import is_in, parse_place
+from lsmoe_ds.config.section import Positive
+from lsmoe_ds.config.shapes import Shape, UnitsShape, shapes_of
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Direction, Languages
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Model, Recipe, Training
+
+Per = Literal["sentence", "token"]
+Removed = Literal["units", "rows"]
+
+
+class Neurons(MethodSection):
+    """Masks of the hidden units of feed-forwards, one for each direction ("Neuron Specialization", 2024).
+
+    Before the first step, the model from which the training starts reads the dev set, up to ``pairs`` of each
+    direction, and counts in how many sentences, or at how many tokens (``per``), each unit is active. Each
+    direction keeps the most active units of a layer that together have ``share`` percent of the activations
+    (equation 1). With ``random`` each keeps that part of the units at random instead.
+
+    ``remove`` says what a mask takes away: whole ``units``, or ``rows`` of the first weight (equation 3), so
+    that a unit keeps the value relu of its bias. ``at`` names layers by patterns
+    (:mod:`lsmoe_ds.config.places`). A direction without dev text has the mask of the first one with the same
+    target, or of the one that ``like`` names.
+    """
+
+    name: ClassVar[str] = "neurons"
+
+    share: Annotated[float, Field(ge=0.0, le=100.0)] = 95.0
+    per: Per = "sentence"
+    pairs: Positive | None = None
+    random: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    remove: Removed = "units"
+    at: str | Annotated[list[str], Field(min_length=1)] = "feed_forward"
+    like: Mapping[str, str] = Field(default_factory=dict)
+
+    @property
+    def reads_dev(self) -> bool:
+        return self.random is None
+
+    @property
+    def patterns(self) -> list[str]:
+        """List the patterns of ``at``."""
+        return [self.at] if isinstance(self.at, str) else self.at
+
+    def is_at(self, site: Shape) -> bool:
+        """Tell whether the units of a site have masks."""
+        return isinstance(site, UnitsShape) and is_in(site, self.patterns)
+
+    @field_validator("at")
+    @classmethod
+    def _places(cls, value: Any) -> Any:
+        for pattern in [value] if isinstance(value, str) else value:
+            parse_place(pattern)
+        return value
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Neurons:
+        if self.random is not None:
+            fields = {key: type(self).model_fields[key] for key in ("share", "per", "pairs", "like")}
+            defaults = {key: field.get_default(call_default_factory=True) for key, field in fields.items()}
+            given = [key for key, default in defaults.items() if getattr(self, key) != default]
+            if given:
+                raise ValueError(
+                    f"'{given[0]}' says how activations choose units, but 'random' chooses them without: "
+                    "leave one out"
+                )
+        return self
+
+    def check(self, model: Model) -> None:
+        units = [site for site in shapes_of(model) if isinstance(site, UnitsShape)]
+        for pattern in self.patterns:
+            if not any(is_in(site, [pattern]) for site in units):
+                raise ValueError(
+                    f"'{pattern}' names no feed-forward without experts of the model, which has "
+                    f"{model.encoder.layers} and {model.decoder.layers} layers, counted from 0: write a "
+                    "side, layers or both, such as encoder or decoder.0-2, or leave 'at' out"
+                )
+        if model.distills:
+            raise ValueError("'neurons' has nothing to distill: leave it out, or 'fuse_distillation'")
+
+    def check_languages(self, languages: Languages) -> None:
+        self.named(languages)
+
+    def named(self, languages: Languages) -> dict[int, int]:
+        """Return ``like`` by numbers of directions. Raises ValueError for what is no direction of these."""
+        try:
+            return {
+                languages.direction_id(Direction.parse(new)): languages.direction_id(Direction.parse(known))
+                for new, known in self.like.items()
+            }
+        except UserError as error:
+            raise ValueError(f"'neurons.like': {error}") from None
+
+    def check_training(self, training: Training) -> None:
+        if self.random is None and training.start_from is None:
+            raise ValueError(
+                "'neurons' records what a trained model activates, but there is no 'training.start_from': "
+                "give a model to start from, or 'random'"
+            )
+
+    def choosing(self, model: Model) -> Any:
+        return [site.at for site in shapes_of(model) if self.is_at(site)], self.remove
+
+    def holdings(self, languages: Languages) -> dict[str, int]:
+        return {str(direction): 1 for direction in languages.directions}
+
+    def build(self, recipe: Recipe, topology: Any) -> Any:
+        from lsmoe_ds.methods.neurons.method import NeuronSpecialization
+
+        return NeuronSpecialization(self, recipe, topology)
+
+    def describe(self) -> str:
+        which = f"{self.random:.0%} at random" if self.random else f"{self.share:g} % of activations"
+        return f"masks of each direction on its feed-forwards' units ({which})"
