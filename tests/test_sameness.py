@@ -25,6 +25,7 @@ METHODS = {
     "large": {"low_rank": LARGE},
     "square": {"low_rank": SQUARE},
     "units": {"neurons": {"random": 0.6}},
+    "adapters": {"adapters": {"width": 5}},
     "rows": {"neurons": {"random": 0.6, "remove": "rows"}, "low_rank": {"rank": 3}},
 }
 

@@ -114,6 +114,10 @@ class MethodSection(Section):
         """Count the parameters that it adds at a site where it :meth:`is_at`."""
         return Count()
 
+    def count_served(self, site: Any) -> Count:
+        """Count what the dense model of a direction has more at a site where it :meth:`is_at`."""
+        return Count()
+
     def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
         """Count the parameters that several sites of a side share."""
         return Count()

@@ -80,6 +80,11 @@ def check_convertible(
         )
     for method in methods_of(recipe, Topology.single()):
         method.check_merge(check_route(route, recipe))
+        if hybrid and method.adds_layers:
+            raise UserError(
+                f"'model.{method.name}' becomes layers of its own in a dense model, between which no experts "
+                "can stay: serve the trained model itself"
+            )
     if direction is None and any(moe.by_task for _, _, moe in layers):
         raise UserError(
             "no dense model serves all directions, since each has experts of its own: name one, as in "
@@ -152,14 +157,9 @@ def extract(
     routed by token or sentence keep their experts.
     """
     check_convertible(recipe, direction, route, hybrid)
-    sides = {"encoder": recipe.model.encoder, "decoder": recipe.model.decoder}
-    widths = {name: [side.width(layer) for layer in range(side.layers)] for name, side in sides.items()}
     whole = Tensors.of(weights)
     try:
-        merged = whole
-        for method in methods_of(recipe, Topology.single()):
-            merged = method.merge(merged, direction, check_route(route, recipe))
-        dense = dict(merged.entries)
+        joined = dict(whole.entries)
         for side, layer, settings in recipe.model.moe_layers():
             at = f"{side}.{layer}.feed_forward."
             if settings.has_shared and route == "shared":
@@ -172,20 +172,35 @@ def extract(
             else:
                 made = {
                     name: entry
-                    for name, entry in dense.items()
+                    for name, entry in joined.items()
                     if name.startswith((f"{at}router.", f"{at}experts."))
                 }
-            dense = {name: entry for name, entry in dense.items() if not name.startswith(at)} | made
-        for side, each in widths.items():  # experts are joined, and methods take units away
-            for layer in range(len(each)):
-                if (expand := dense.get(f"{side}.{layer}.feed_forward.expand.weight")) is not None:
-                    each[layer] = expand.shape[0]
+            joined = {name: entry for name, entry in joined.items() if not name.startswith(at)} | made
+        merged = Tensors(joined)
+        # One that adds layers comes last, because the names of layers change.
+        for method in sorted(methods_of(recipe, Topology.single()), key=lambda each: each.adds_layers):
+            merged = method.merge(merged, direction, check_route(route, recipe))
     except KeyError as error:
         raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
     kept = {side for side, _, moe in expert_layers(recipe.model, route) if not moe.by_task}
-    return Tensors(dense), _dense_recipe(
-        recipe, None if serves_all(recipe, route) else direction, widths, kept
+    return merged, _dense_recipe(
+        recipe, None if serves_all(recipe, route) else direction, _widths(merged, recipe), kept
     )
+
+
+def _widths(weights: Tensors, recipe: Recipe) -> dict[str, list[int]]:
+    """Return the width of each layer's feed-forward, of those that stay experts as the recipe says.
+
+    Methods may have added layers, or taken units away.
+    """
+    found: dict[str, list[int]] = {}
+    for name, side in (("encoder", recipe.model.encoder), ("decoder", recipe.model.decoder)):
+        found[name] = []
+        while f"{name}.{len(found[name])}.attention_norm.weight" in weights:
+            layer = len(found[name])
+            dense = weights.entries.get(f"{name}.{layer}.feed_forward.expand.weight")
+            found[name].append(side.width(layer) if dense is None else dense.shape[0])
+    return found
 
 
 def serves_all(recipe: Recipe, route: str) -> bool:

@@ -50,9 +50,10 @@ def count_side(
             if settings.moe is not None and site.sublayer == "feed_forward" and settings.is_moe(site.layer):
                 tasks, width = len(languages.tasks(settings.moe.task)), settings.width(site.layer)
                 total += experts.count_layer(model.hidden, width, settings.moe, tasks, serving, held)
-        for method in methods:
+        for method in model.methods:
             if method.is_at(site):
-                total += method.count(site, languages, held)
+                adds = method in methods
+                total += method.count(site, languages, held) if adds else method.count_served(site)
     return total
 
 

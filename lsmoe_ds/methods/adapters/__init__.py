@@ -1,0 +1,1 @@
+"""Bottleneck adapters of language pairs, families or languages, after layers."""
