@@ -143,11 +143,12 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
     the recipe's own checks. Returns the key of a wrong code, or of two codes for one language, and what is
     wrong with it, or None.
     """
-    data, model = _section(recipe, "data"), _section(recipe, "model")
+    data, model, training = (_section(recipe, name) for name in ("data", "model", "training"))
     with Reader(own) as reader:
         places: list[tuple[str, dict[str, Any], type, Callable[[str], str]]] = [
             ("data.languages", data, list, reader.code),
             ("data.directions", data, list, lambda text: str(reader.direction(text))),
+            ("training.directions", training, list, lambda text: str(reader.direction(text))),
         ]
         if isinstance(data.get("pivot"), str):
             try:

@@ -102,6 +102,9 @@ class MethodSection(Section):
     def check_training(self, training: Training) -> None:
         """Raise ValueError if the method does not fit how the recipe trains."""
 
+    def check_begin(self, recipe: Recipe) -> None:
+        """Raise UserError if something is missing that a training reads before its first step."""
+
     def is_at(self, site: Shape) -> bool:
         """Tell whether the method adds a module at a site."""
         return False

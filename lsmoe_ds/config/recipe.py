@@ -21,7 +21,7 @@ from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.config.shapes import LinearShape, shapes_of
 from lsmoe_ds.languages import Direction, Languages
-from lsmoe_ds.notices import counted
+from lsmoe_ds.notices import counted, listed
 
 PRESETS: dict[str, dict[str, Any]] = {
     "transformer-tiny": {"hidden": 256, "heads": 4, "encoder": (3, 1024), "decoder": (2, 1024)},
@@ -171,7 +171,7 @@ else:
 
 class Training(Section):
     """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
-    match one of the glob patterns.
+    match one of the glob patterns. ``directions`` are those of the data that train, by default all.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"clip": "max_grad_norm", "patience": "hang_timeout"}
@@ -179,6 +179,7 @@ class Training(Section):
     steps: Positive
     start_from: Path | None = None
     trainable: Literal["all", "methods"] | list[str] = "all"
+    directions: Annotated[list[str], Field(min_length=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     warmup: Annotated[int, Field(ge=0)] = 4000
     label_smoothing: Fraction = 0.1
@@ -248,6 +249,11 @@ class Recipe(Section):
                 "'training.trainable' is methods, but 'model' has no method: add "
                 f"{', '.join(sections())} or the experts of 'moe', or give all or patterns of global names"
             )
+        if wrong := [each for each in self.training.directions or () if each not in self.data.directions]:
+            raise ValueError(
+                f"'training.directions' names {wrong[0]}, which is not among 'data.directions': "
+                f"{listed(self.data.directions)}"
+            )
         for method in hidden.methods:
             method.check_languages(self.languages)
             method.check_training(self.training)
@@ -269,6 +275,12 @@ class Recipe(Section):
     @property
     def languages(self) -> Languages:
         return Languages(tuple(map(Direction.parse, self.data.directions)), self.data.groups.listed)
+
+    @property
+    def trained(self) -> tuple[Direction, ...]:
+        """List the directions that are trained, in the order of all."""
+        chosen = self.training.directions
+        return tuple(d for d in self.languages.directions if chosen is None or str(d) in chosen)
 
     @property
     def data_name(self) -> str:

@@ -84,8 +84,9 @@ class BatchStream:
     on a side (tag and EOS counted) or that do not fit into ``batch.tokens`` are left out; ``skipped`` has
     their number by direction. Units of a homogeneous stream hold one direction each, those of a task-affine
     one directions of one expert group: ``groups`` has the group of each direction, ``at_home`` the groups
-    whose experts each of the ``world`` ranks holds. A step has units of each direction or group in proportion
-    to its tokens, to rounding, whatever the number of ranks.
+    whose experts each of the ``world`` ranks holds. ``directions`` are those that train, by default all.
+    A step has units of each direction or group in proportion to its tokens, to rounding, whatever the number
+    of ranks.
 
     Raises UserError if the ranks do not divide ``batch.count``, or no direction has a pair, or one has none
     that fits, or if ``groups`` and ``at_home`` do not suit ``batch.languages``, the directions and the ranks.
@@ -105,6 +106,7 @@ class BatchStream:
         groups: Sequence[int] | None = None,
         at_home: Sequence[Collection[int]] | None = None,
         tags: TagConvention = "target",
+        directions: Collection[Direction] | None = None,
     ) -> None:
         if batch.count % world:
             allowed = f"allowed: {world}, {2 * world}, {3 * world}, ..."
@@ -130,9 +132,11 @@ class BatchStream:
         }
 
         # A direction with held-out text only (zero-shot) has a share of nothing.
-        trained = np.flatnonzero(self._sizes)
+        chosen = [directions is None or direction in directions for direction in languages.directions]
+        trained = np.flatnonzero((self._sizes > 0) & np.array(chosen))
         if not len(trained):
-            raise UserError("no direction has a training pair: add a corpus that has some to 'data.corpora'")
+            which = "no direction" if all(chosen) else "none of 'training.directions'"
+            raise UserError(f"{which} has a training pair: add a corpus that has some to 'data.corpora'")
         sizes, fitting, tokens = self._sizes[trained], fitting[trained], tokens[trained]
         kept = sizes ** (1 / temperature)
         drawn = kept * sizes / fitting  # more are drawn where some are left out

@@ -68,8 +68,8 @@ def evaluate(
     check_split(split)
     stored = find_model(run)
     check_route(route, stored.recipe)
-    languages = stored.recipe.languages.directions
-    asked = choose_directions(directions, stored.recipe.languages, untrained=bool(test))
+    languages = stored.recipe.trained
+    asked = choose_directions(directions, stored.recipe.languages, bool(test), languages)
     for direction in asked:
         with_direction(stored.recipe, stored.kind, direction)
     data = None if test else held_out or open_data(stored)

@@ -26,15 +26,18 @@ RECIPE = "recipe.yaml"
 
 
 def choose_directions(
-    asked: Sequence[str] | None, languages: Languages, untrained: bool = False
+    asked: Sequence[str] | None,
+    languages: Languages,
+    untrained: bool = False,
+    default: Sequence[Direction] | None = None,
 ) -> list[Direction]:
-    """List the directions asked for, each once, or by default all of the system.
+    """List the directions asked for, each once, or else those of ``default``, or all of the system.
 
     ``untrained`` also allows directions between the system's languages on which it was not trained. Raises
     UserError for any other direction.
     """
     if asked is None:
-        return list(languages.directions)
+        return list(languages.directions if default is None else default)
     chosen = read_directions(asked, languages.codes, of_system=True)
     if untrained:
         for direction in chosen:
@@ -66,9 +69,9 @@ def merge(
     missing or damaged, and unless each direction is scored once.
     """
     home, step = find_home(Path(run))
-    languages = load_recipe(home / RECIPE).languages
-    chosen = choose_directions(directions, languages, untrained=bool(test))
-    asked = None if set(chosen) == set(languages.directions) else tuple(chosen)
+    recipe = load_recipe(home / RECIPE)
+    chosen = choose_directions(directions, recipe.languages, bool(test), recipe.trained)
+    asked = None if set(chosen) == set(recipe.trained) else tuple(chosen)
     named = read_own(test, split, chosen).split if test else split
     words = Tokenizer.parse(tokenize).name if tokenize is not None else None
     judge = _name_comet(comet)
@@ -94,7 +97,7 @@ def merge(
             f"no part in {folder.folder(question)} scores {', '.join(unscored)}: score the parts again"
         )
     merged = replace(first, directions=tuple(scores[direction] for direction in wanted_scores))
-    folder.write(merged, languages.directions)
+    folder.write(merged, recipe.trained)
     return merged
 
 

@@ -201,7 +201,7 @@ class _Grown:
         """
         if name not in self.weights:
             return drawn(name, self.state[name], self.after.training.seed, self.methods)
-        if len(shape) != 2:
+        if len(shape) < 2:
             return self._same(name, shape, name)
         before = next(each for each in methods_of(self.before, Topology.single()) if each.name == method.name)
         old, new = (each.language_rows(name, shape[-1]) for each in (before, method))

@@ -82,7 +82,8 @@ def split(
     rest = Tensors({name: entry for name, entry in whole.entries.items() if name not in own})
     base, changed = extract(rest, plain, direction)
     if direction is not None:
-        changed = changed.model_copy(update={"data": changed.data.only(direction)})
+        training = changed.training.model_copy(update={"directions": None})
+        changed = changed.model_copy(update={"data": changed.data.only(direction), "training": training})
         changed = Recipe.model_validate(changed.model_dump())
     adapters = []
     for name, directions in groups.items():

@@ -231,7 +231,7 @@ def _dense_recipe(
     mixed = data.batch.model_copy(update={"languages": "mixed"})  # no tasks: no affinity
     data = data.model_copy(update={"batch": mixed})
     # What trained may be among what is gone.
-    training = recipe.training.model_copy(update={"trainable": "all"})
+    training = recipe.training.model_copy(update={"trainable": "all", "directions": None})
     sections = {"model": model, "data": data, "training": training, "parallel": Parallel()}
     changed = recipe.model_copy(update=sections)
     return Recipe.model_validate(changed.model_dump())

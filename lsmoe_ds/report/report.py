@@ -112,7 +112,7 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
     recipe = load_recipe(run / "recipe.yaml")
     progress = _if_there(run / "metrics.jsonl", read_progress)
     folder = ScoreFolder(scores_in if scores_in is not None else run)
-    scores = folder.best(recipe.languages.directions)
+    scores = folder.best(recipe.trained)
     if scores is None and scores_in is not None:
         raise UserError(
             f"--scores {scores_in} holds no scores of this run's directions: `lsmoe evaluate {run} --out DIR`"
@@ -169,7 +169,7 @@ def _if_there(path: Path, read: Callable[[Path], T]) -> T | None:
 
 def _question(scores: ScoreTable, progress: Progress | None, recipe: Recipe) -> str:
     """Describe the question of the scores, and whether training has continued since."""
-    said = scores.describe(recipe.languages.directions)
+    said = scores.describe(recipe.trained)
     if progress is not None and progress.steps > scores.step:
         said += f" Training has gone on to step {progress.steps:,} since."
     return said

@@ -53,6 +53,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
         groups=groups,
         at_home=at_home,
         tags=data.tags,
+        directions=recipe.trained,
     )
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
     beat("building the model")
@@ -65,9 +66,16 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     learned: list[str | None] = []
 
     def dev(limit: int | None, doing: str = "reading the dev set") -> Iterator[Batch]:
-        rank, world = topology.data_rank, topology.data
         batches = validation_batches(
-            prepared, languages, vocabulary, data.batch, limit=limit, rank=rank, world=world, tags=data.tags
+            prepared,
+            languages,
+            vocabulary,
+            data.batch,
+            recipe.trained,
+            limit=limit,
+            rank=topology.data_rank,
+            world=topology.data,
+            tags=data.tags,
         )
         for batch in batches:
             beat(doing)
@@ -160,7 +168,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
 def _describe_validation(recipe: Recipe, prepared: PreparedData) -> str:
     """Say how much text a validation reads."""
     training, bitexts = recipe.training, prepared.manifest["bitexts"]
-    counts = [bitexts[direction.bitext]["dev"]["pairs"] for direction in recipe.languages.directions]
+    counts = [bitexts[direction.bitext]["dev"]["pairs"] for direction in recipe.trained]
     pairs = sum(min(count, training.validate_pairs or count) for count in counts)
     read, among = counted(pairs, "dev pair"), counted(sum(map(bool, counts)), "direction")
     return f"every {counted(training.validate_every, 'step')} it validates on {read} in {among}"

@@ -45,6 +45,8 @@ def check(recipe: Recipe, run: Path) -> None:
     found, _ = newest_whole(run)
     if found is None and recipe.training.start_from is not None:
         check_start_from(recipe, recipe.training.start_from, vocabulary)
+        for method in recipe.model.methods:
+            method.check_begin(recipe)
     open_run(recipe, run, vocabulary)
 
 
@@ -54,7 +56,7 @@ def _check_dev(recipe: Recipe, prepared: PreparedData) -> None:
     The loss of a validation would be 0, the best of all.
     """
     every, bitexts = recipe.training.validate_every, prepared.manifest["bitexts"]
-    if any(bitexts[each.bitext]["dev"]["pairs"] for each in recipe.languages.directions):
+    if any(bitexts[each.bitext]["dev"]["pairs"] for each in recipe.trained):
         return
     for method in recipe.model.methods:
         if method.reads_dev:

@@ -1,0 +1,90 @@
+"""The section ``model.lass`` of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from lsmoe_ds.config.method import MethodSection
+from lsmoe_ds.config.places import is_in, parse_place
+from lsmoe_ds.config.shapes import LinearShape, Shape, shapes_of
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Languages
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Model, Recipe, Training
+
+
+class Lass(MethodSection):
+    """A sub-network of linear layers for each direction ("Learning Language Specific Sub-network for
+    Multilingual Machine Translation", 2021).
+
+    ``tuned`` is a folder with a model for each direction, DIRECTION/ (such as en-de/), fine-tuned on it alone
+    from the model from which the training starts: runs or converted folders. Of each weight a direction keeps
+    the values whose magnitude after its fine-tuning is above that of the ``ratio`` smallest. Biases are
+    shared. ``at`` places the masks, by patterns (:mod:`lsmoe_ds.config.places`).
+    """
+
+    name: ClassVar[str] = "lass"
+
+    tuned: Path
+    ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.7
+    at: str | Annotated[list[str], Field(min_length=1)] = "all"
+
+    @property
+    def patterns(self) -> list[str]:
+        """List the patterns of ``at``."""
+        return [self.at] if isinstance(self.at, str) else self.at
+
+    def is_at(self, site: Shape) -> bool:
+        """Tell whether a linear layer has masks."""
+        return isinstance(site, LinearShape) and is_in(site, self.patterns)
+
+    @field_validator("at")
+    @classmethod
+    def _places(cls, value: Any) -> Any:
+        for pattern in [value] if isinstance(value, str) else value:
+            parse_place(pattern)
+        return value
+
+    def check(self, model: Model) -> None:
+        linears = [site for site in shapes_of(model) if isinstance(site, LinearShape)]
+        for pattern in self.patterns:
+            if not any(is_in(site, [pattern]) for site in linears):
+                raise ValueError(
+                    f"'{pattern}' names no linear layer of the model, which has "
+                    f"{model.encoder.layers} and {model.decoder.layers} layers, counted from 0: leave it out"
+                )
+        if model.distills:
+            raise ValueError("'lass' has nothing to distill: leave it out, or 'fuse_distillation'")
+
+    def check_training(self, training: Training) -> None:
+        if training.start_from is None:
+            raise ValueError(
+                "'lass' finds the sub-networks of a trained model, but there is no 'training.start_from': "
+                "give the model from which those in 'tuned' were fine-tuned"
+            )
+
+    def check_begin(self, recipe: Recipe) -> None:
+        lacking = [str(d) for d in recipe.languages.directions if not (self.tuned / str(d)).is_dir()]
+        if lacking:
+            raise UserError(
+                f"'model.lass.tuned' is {self.tuned}, which has no folder {lacking[0]}: it must have a model "
+                "for each direction, fine-tuned on it alone (training.directions)"
+            )
+
+    def choosing(self, model: Model) -> Any:
+        return [site.at for site in shapes_of(model) if self.is_at(site)]
+
+    def holdings(self, languages: Languages) -> dict[str, int]:
+        return {str(direction): 1 for direction in languages.directions}
+
+    def build(self, recipe: Recipe, topology: Any) -> Any:
+        from lsmoe_ds.methods.lass.method import LanguageSpecificSubNetworks
+
+        return LanguageSpecificSubNetworks(self, recipe, topology)
+
+    def describe(self) -> str:
+        return f"a sub-network of each direction, {1 - self.ratio:.0%} of the weights (LaSS)"

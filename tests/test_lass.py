@@ -1,0 +1,127 @@
+"""LaSS against its definition in plain torch, and from fine-tuned models to a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_language_lora import same_gradients
+from test_low_rank import LANGUAGES, ids_of
+from test_resharding import train as train_in
+from test_start_from import FOUR, FOUR_ZERO, ONE, changed, first_steps, recipe_from, root  # noqa: F401  (root is a fixture)
+from torch import nn
+
+from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.command import convert
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import Direction
+from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.lass.method import MaskedWeight, largest
+from lsmoe_ds.methods.sites import LinearSite
+from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training import start
+
+INPUTS, OUTPUTS, LENGTH = 6, 5, 4
+NUMBERS = [0, 3, 3, 5, 2, 0]
+DIRECTIONS = len(LANGUAGES.directions)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.3, 0.7, 0.99])
+def test_the_threshold_of_a_tensor(ratio):
+    weight = torch.randn(7, 11, generator=torch.Generator().manual_seed(1))
+    count = int(ratio * 77)
+    ordered = sorted(weight.abs().flatten().tolist())
+    wanted = weight.abs() > ordered[count - 1] if count else torch.ones(7, 11, dtype=torch.bool)
+    assert torch.equal(largest(weight, ratio), wanted)
+    assert int(largest(weight, ratio).sum()) == 77 - count
+
+
+def masked() -> tuple[nn.Linear, MaskedWeight]:
+    torch.manual_seed(1)
+    site = LinearSite("encoder", 0, "feed_forward", "expand", INPUTS, OUTPUTS, "column", None)
+    module = MaskedWeight(site, DIRECTIONS, Topology.single())
+    module.mask.copy_(torch.rand(module.mask.shape) < 0.4)
+    return nn.Linear(INPUTS, OUTPUTS), module
+
+
+@pytest.mark.parametrize("numbers", [NUMBERS, [4] * 3], ids=["mixed", "one"])
+def test_a_linear_layer_with_masks_follows_the_equation(numbers):
+    base, module = masked()
+    ids, x = ids_of(numbers), torch.randn(len(numbers), LENGTH, INPUTS, requires_grad=True)
+
+    def equation():
+        rows = [F.linear(x[i], base.weight * module.mask[d], base.bias) for i, d in enumerate(numbers)]
+        return torch.stack(rows)
+
+    run = lambda: module(base, x, LanguageContext(ids))  # noqa: E731
+    same_gradients(run, equation, [x, base.weight, base.bias])
+    with torch.no_grad():
+        for _ in range(2):  # the second time from what was kept, if there is one direction
+            torch.testing.assert_close(run(), equation())
+            base.weight.mul_(1.5)
+            module.mask.logical_not_()
+
+
+def with_lass(root: Path, **section) -> Recipe:  # noqa: F811
+    value = recipe_from(root).model_dump(mode="json", exclude_none=True)
+    value["model"]["lass"] = {"tuned": root / "tuned", "ratio": 0.6, **section}
+    return Recipe.model_validate(value)
+
+
+@pytest.fixture(scope="module")
+def trained(pool, root):  # noqa: F811
+    """A training whose masks come from a fine-tuning of each direction: three runs, and a dense folder."""
+    recipe = recipe_from(root)
+    for direction in recipe.data.directions:
+        tuning = changed(recipe, training={"directions": [direction], "steps": 1})
+        train_in(pool, tuning, root / "tuned" / direction, ONE[:4])
+    lass = with_lass(root)
+    start.check(lass, root / "lass")
+    return root / "lass", pool.run(1, first_steps, lass, root / "lass")[0]
+
+
+def test_masks_are_those_of_the_fine_tuned_models(root, trained):  # noqa: F811
+    run, found = trained
+    (_, said) = found["said"]
+    assert said.startswith("lass: masks of 4 directions keep 40.") and "made in" in said
+    stored = find_model(run)
+    tensors = read_weights(stored).tensors
+    masks = [name for name in tensors if name.endswith("_lass.mask")]
+    assert len(masks) == 2 * 4 + 3 * 8 + 2 * (1 + 2), "attentions, and the feed-forwards without experts"
+    for number, direction in enumerate(stored.recipe.languages.directions):
+        tuned = read_weights(find_model(root / "tuned" / str(direction))).tensors
+        for name in masks:
+            weight = tuned[name.replace("_lass.mask", ".weight")]
+            assert torch.equal(tensors[name][number], largest(weight, 0.6)), name
+    assert not torch.equal(tensors[masks[0]][0], tensors[masks[0]][1])
+
+
+@pytest.mark.parametrize("layout", [FOUR, FOUR_ZERO], ids=["stage 0", "stage 1"])
+def test_every_layout_takes_the_same_steps(pool, root, trained, layout, tmp_path):  # noqa: F811
+    tensor, expert, world, stage, _ = layout
+    layers = {"parallel": {"tensor": tensor, "expert": expert}}
+    recipe = changed(with_lass(root), **layers, deepspeed={"zero_optimization": {"stage": stage}})
+    found = pool.run(world, first_steps, recipe, tmp_path / "run", tensor=tensor, expert=expert)
+    assert found[0]["losses"] == pytest.approx(trained[1]["losses"], rel=1e-5)
+    masks, wanted = (read_weights(find_model(each)).tensors for each in (tmp_path / "run", trained[0]))
+    assert all(torch.equal(masks[name], wanted[name]) for name in wanted if name.endswith("_lass.mask"))
+
+
+def test_the_sub_network_of_a_direction_has_masked_weights(trained, tmp_path):
+    direction = Direction("fr", "en")
+    record = convert(trained[0], "hybrid", direction, tmp_path / "hybrid", check=8)
+    assert record["same_translations"] == 8 and record["largest_logit_difference"] <= 1e-4
+    weight = read_weights(find_model(tmp_path / "hybrid")).tensors["encoder.0.attention.query.weight"]
+    assert 0.55 < float((weight == 0).float().mean()) < 0.65
+
+
+def test_a_folder_without_a_model_of_each_direction_is_refused(root, trained, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match=r"'model\.lass\.tuned' is .*, which has no folder en-de"):
+        start.check(with_lass(root, tuned=root / "model"), tmp_path / "run")
+    value = with_lass(root).model_dump(mode="json", exclude_none=True)
+    del value["training"]["start_from"]
+    with pytest.raises(ValueError, match=r"there is no 'training\.start_from': give the model"):
+        Recipe.model_validate(value)
