@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -55,3 +56,28 @@ def analyze_structure(run: Run, out: Folder, as_json: AsJson = False) -> None:
 def analyze_subspaces(run: Run, out: Folder, as_json: AsJson = False) -> None:
     """Measure by what was pruned how large a subspace each language needs beside each linear layer."""
     _analyze_weights(run, "subspaces", out, as_json)
+
+
+@analyze_app.command("neurons")
+def analyze_neurons(
+    run: Run,
+    out: Folder,
+    split: Split = "dev",
+    share: Annotated[float, typer.Option(help="Percent of the activations that the units cover.")] = 95.0,
+    per: Annotated[
+        Literal["sentence", "token"], typer.Option(help="Count a unit once a sentence, or at each token.")
+    ] = "sentence",
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Read the first N pairs of each direction.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Record which hidden units each direction activates, in every layer, and draw what directions share."""
+    from lsmoe_ds.analysis.neurons import analyze_neurons as analyze
+
+    summary = analyze(run, out, split, share, per, limit)
+    if as_json:
+        print_json(summary)
+    else:
+        print(summary["said"])
+        print(out / "index.html")

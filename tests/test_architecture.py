@@ -15,6 +15,8 @@ NAMES = re.compile(
 )
 # What may name a method outside its room, and why.
 ALLOWED = {
+    "analysis/neurons.py": "lsmoe analyze neurons is for models of any method",
+    "cli_analyze.py": "names that command",
     "cli.py": "names of a study and of a benchmark in help texts",
     "config/moe.py": "moe.fuse_distillation is a key of experts, beside which the shared feed-forward stands",
     "config/method.py": "the registry",

@@ -102,9 +102,10 @@ def write_findings(out: Path, kind: str, name: str, step: int, found: Findings) 
             (new / f"{grid.name}.svg").write_text(as_file(Markup(picture)), encoding="utf-8")
         everything = {**summary, "records": found.records, "grids": [vars(grid) for grid in found.grids]}
         (new / f"{kind}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-        if found.records:
-            head = list(found.records[0])
-            write_csv(new / f"{kind}.csv", head, ([row[key] for key in head] for row in found.records))
+        for file, records in {kind: found.records, **found.more}.items():
+            if records:
+                head = list(records[0])
+                write_csv(new / f"{file}.csv", head, ([row[key] for key in head] for row in records))
         if found.recipe is not None:
             (new / "recipe.yaml").write_text(found.recipe.to_yaml(), encoding="utf-8")
         summary["files"] = sorted(path.name for path in new.iterdir())

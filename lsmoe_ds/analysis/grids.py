@@ -19,17 +19,24 @@ STYLE = """
 """
 LETTER = 6.6  # the largest average width of a letter in the usual system fonts
 WIDTH, HEIGHT = 52, 24
+SMALL = 16  # width and height of a cell without a number
+COLUMNS = 20  # in a grid with more the cells are small
 
 
 def draw(grid: Grid) -> Markup:
-    """Return an SVG element with a row for each of the grid's rows, and a color for each number."""
+    """Return an SVG element with a row for each of the grid's rows, and a color for each number.
+
+    The numbers stand in the cells, unless there are many columns.
+    """
+    small = len(grid.columns) > COLUMNS
+    cell_width, cell_height = (SMALL, SMALL) if small else (WIDTH, HEIGHT)
     left = 10 + max(LETTER * len(name) for name in grid.rows)
     longest = max(len(name) for name in grid.columns)
-    turned = LETTER * longest > WIDTH - 4
+    turned = LETTER * longest > cell_width - 4
     top = 20 + (LETTER * longest * 0.75 if turned else 0)
-    width = left + WIDTH * len(grid.columns) + (LETTER * longest * 0.7 if turned else 4)
-    height = top + HEIGHT * len(grid.rows) + 4
-    parts = [*_heads(grid, left, top, turned), *_cells(grid, left, top)]
+    width = left + cell_width * len(grid.columns) + (LETTER * longest * 0.7 if turned else 4)
+    height = top + cell_height * len(grid.rows) + 4
+    parts = [*_heads(grid, left, top, turned, cell_width), *_cells(grid, left, top, small)]
     svg = Markup(
         '<svg class="grid" role="img" aria-label="{}" width="{:.0f}" height="{:.0f}" '
         'viewBox="0 0 {:.0f} {:.0f}"><style>{}</style>{}</svg>'
@@ -38,9 +45,9 @@ def draw(grid: Grid) -> Markup:
     return svg.format(grid.title, *sizes, Markup(STYLE), Markup("").join(parts))
 
 
-def _heads(grid: Grid, left: float, top: float, turned: bool) -> Iterator[Markup]:
+def _heads(grid: Grid, left: float, top: float, turned: bool, width: int) -> Iterator[Markup]:
     for number, name in enumerate(grid.columns):
-        x = left + WIDTH * (number + 0.5)
+        x = left + width * (number + 0.5)
         if turned:
             text = Markup('<text class="quiet" transform="translate({:.0f},{:.0f}) rotate(-45)">{}</text>')
             yield text.format(x, top - 6, name)
@@ -48,23 +55,32 @@ def _heads(grid: Grid, left: float, top: float, turned: bool) -> Iterator[Markup
             yield Markup('<text class="quiet n" x="{:.0f}" y="{:.0f}">{}</text>').format(x, top - 6, name)
 
 
-def _cells(grid: Grid, left: float, top: float) -> Iterator[Markup]:
+def _cells(grid: Grid, left: float, top: float, small: bool) -> Iterator[Markup]:
     full = grid.full or max((abs(v) for row in grid.values for v in row if v is not None), default=0.0) or 1.0
+    width, height = (SMALL, SMALL) if small else (WIDTH, HEIGHT)
     for i, (name, row) in enumerate(zip(grid.rows, grid.values, strict=True)):
-        y = top + HEIGHT * i
-        yield Markup('<text x="0" y="{:.0f}">{}</text>').format(y + 16, name)
+        y = top + height * i
+        baseline = y + (12 if small else 16)
+        yield Markup('<text x="0" y="{:.0f}">{}</text>').format(baseline, name)
         for j, value in enumerate(row):
             if value is None:
                 continue
-            strength, x = abs(value) / full, left + WIDTH * j
+            strength, x = _strength(grid, abs(value), full), left + width * j
             number = f"{100 * value:+.0f}" if grid.signed else f"{value:.2f}"
-            title = f"{name}, {grid.columns[j]}: {value:+.1%}" if grid.signed else number
+            title = f"{name}, {grid.columns[j]}: {f'{value:+.1%}' if grid.signed else number}"
             cell = Markup(
                 '<rect class="{}" x="{:.0f}" y="{:.0f}" width="{}" height="{}" rx="2" '
                 'fill-opacity="{:.2f}"><title>{}</title></rect>'
             )
             side = "less" if value < 0 else "more"
-            yield cell.format(side, x + 1, y + 1, WIDTH - 2, HEIGHT - 2, 0.04 + 0.96 * strength, title)
+            yield cell.format(side, x + 1, y + 1, width - 2, height - 2, 0.04 + 0.96 * strength, title)
+            if small:
+                continue
             ink = "n over" if strength > 0.8 else "n half" if strength > 0.55 else "n"
             text = Markup('<text class="{}" x="{:.0f}" y="{:.0f}">{}</text>')
-            yield text.format(ink, x + WIDTH / 2, y + 16, number)
+            yield text.format(ink, x + width / 2, baseline, number)
+
+
+def _strength(grid: Grid, value: float, full: float) -> float:
+    """Return the strength of a color, from 0 to 1."""
+    return (value - grid.low) / (full - grid.low) if full > grid.low else 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class Grid:
     """A table of numbers that is drawn in colors; None is an empty cell.
 
-    ``name`` is that of its file. Colors go from 0 to ``full``, by default the largest value. If ``signed``,
-    red is for negative values, blue for positive ones, and both are shares, drawn in percentage points.
+    ``name`` is that of its file. Colors go from ``low`` to ``full``, by default the largest value. If
+    ``signed``, red is for negative values, blue for positive ones, and both are shares, drawn in percentage
+    points.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Grid:
     values: Sequence[Sequence[float | None]]
     signed: bool = False
     full: float | None = None
+    low: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Findings:
     """What one analysis found.
 
     ``records`` are the rows of a CSV file, with the same keys in each. ``recipe`` is one that the analysis
-    suggests, ``said`` what it says in a sentence.
+    suggests, ``said`` what it says in a sentence. ``more`` are further tables, by the names of their files.
     """
 
     title: str
@@ -41,3 +43,4 @@ class Findings:
     records: Sequence[Mapping[str, Any]]
     grids: Sequence[Grid]
     recipe: Recipe | None = None
+    more: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)

@@ -28,6 +28,8 @@ from lsmoe_ds.errors import SharedError
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Draw, Method
 from lsmoe_ds.methods.context import LanguageContext, Route
+from lsmoe_ds.methods.findings import Findings
+from lsmoe_ds.methods.neurons.analysis import find_overlaps
 from lsmoe_ds.methods.neurons.recording import record
 from lsmoe_ds.methods.neurons.selection import at_random, most_active, relatives
 from lsmoe_ds.methods.neurons.settings import Neurons, Removed
@@ -85,6 +87,7 @@ class NeuronSpecialization(Method):
 
     name = NAME
     by_direction = True
+    analyses = (NAME,)
 
     section: Neurons
 
@@ -166,6 +169,9 @@ class NeuronSpecialization(Method):
         alike = [each for each in known if each.endswith(f"-{target}")]
         return next((each for each in (named, *replaced, *alike) if each in known), None)
 
+    def analyze(self, kind: str, weights: Tensors) -> Findings:
+        return find_overlaps(self.directions, units_of(self.recipe, weights))
+
     def merge_at(
         self, weights: Tensors, at: str, direction: Direction | None, route: Route
     ) -> dict[str, LazyTensor]:
@@ -199,6 +205,14 @@ class NeuronSpecialization(Method):
             ),
             names["contract.bias"]: LazyTensor((hidden,), bias),
         }
+
+
+def units_of(recipe: Recipe, weights: Tensors) -> dict[str, Tensor]:
+    """Return the masks [D, F] of each layer, by its name ``encoder.0``."""
+    end = f".feed_forward.units_{NAME}.{MASK}"
+    sides = (("encoder", recipe.model.encoder.layers), ("decoder", recipe.model.decoder.layers))
+    names = [f"{side}.{layer}" for side, layers in sides for layer in range(layers)]
+    return {name: weights[f"{name}{end}"].bool() for name in names if f"{name}{end}" in weights}
 
 
 FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bias")

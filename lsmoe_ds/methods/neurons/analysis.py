@@ -1,0 +1,199 @@
+"""How the units that directions use overlap: by relationship, and from layer to layer ("Neuron
+Specialization", section 3.2 and appendix A.5 and A.6).
+
+D directions, F units of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds.languages import Direction, family, task_language, task_order
+from lsmoe_ds.methods.findings import Findings, Grid
+
+TITLE = "Units that directions share"
+DRAWN = 40  # directions in a picture; if there are more, the languages of their sides are drawn
+QUANTILES = {"largest": 1.0, "upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25, "smallest": 0.0}
+
+
+def overlaps(masks: Tensor) -> Tensor:
+    """Return the intersection over union of every two directions' units: masks [D, F] -> [D, D].
+
+    Two directions without any unit overlap by 1.
+    """
+    used = masks.double()
+    both, sizes = used @ used.t(), used.sum(1)
+    union = sizes[:, None] + sizes[None] - both
+    return torch.where(union > 0, both / union.clamp(min=1), 1.0)
+
+
+def are_related(one: Direction, other: Direction) -> bool:
+    """Tell whether the languages beside English of two directions, each from or into it, are of one family.
+
+    Directions from English and into it are not compared.
+    """
+    if (one.source == other.source) == (one.target == other.target):
+        return False
+    return family(task_language(str(one))) == family(task_language(str(other)))
+
+
+def find_overlaps(directions: Sequence[Direction], masks: Mapping[str, Tensor]) -> Findings:
+    """Compare the masks [D, F] of each layer, by its name ``encoder.0``."""
+    order = sorted(range(len(directions)), key=lambda i: task_order(str(directions[i])))
+    ordered = [directions[i] for i in order]
+    found = {name: overlaps(mask[order]) for name, mask in masks.items()}
+    kept = {name: mask[order].double().mean(1) for name, mask in masks.items()}
+    grids = [_spread(found), _kept(ordered, kept)]
+    for side in ("encoder", "decoder"):
+        own = [name for name in masks if name.startswith(side)]
+        for name in dict.fromkeys([*own[:1], *own[-1:]]):
+            grids.append(_picture(name, ordered, found[name]))
+    return Findings(
+        TITLE,
+        _said(ordered, found),
+        [
+            {"side": _side(name), "layer": _layer(name), "direction": str(d), "kept": round(float(share), 6)}
+            for name, shares in kept.items()
+            for d, share in zip(ordered, shares, strict=True)
+        ],
+        grids,
+        more={"overlaps": _pairs(ordered, found)},
+    )
+
+
+def _side(name: str) -> str:
+    return name.split(".")[0]
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def _label(name: str) -> str:
+    return f"{_side(name)} {_layer(name) + 1}"
+
+
+def _pairs(directions: Sequence[Direction], found: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    return [
+        {
+            "side": _side(name),
+            "layer": _layer(name),
+            "direction": str(one),
+            "other": str(directions[j]),
+            "overlap": round(float(each[i, j]), 6),
+        }
+        for name, each in found.items()
+        for i, one in enumerate(directions)
+        for j in range(i + 1, len(directions))
+    ]
+
+
+def _of_pairs(each: Tensor) -> Tensor:
+    """Return the overlaps of all pairs of different directions."""
+    rows, columns = torch.triu_indices(len(each), len(each), 1)
+    return each[rows, columns]
+
+
+def _spread(found: Mapping[str, Tensor]) -> Grid:
+    values = [
+        [float(_of_pairs(each).quantile(part)) if len(each) > 1 else None for each in found.values()]
+        for part in QUANTILES.values()
+    ]
+    return Grid(
+        "spread",
+        "How much every two directions share, layer by layer",
+        "Intersection over union of the units of every two directions: 1 where they use the same ones.",
+        list(QUANTILES),
+        [_label(name) for name in found],
+        values,
+        full=1.0,
+    )
+
+
+def _kept(directions: Sequence[Direction], kept: Mapping[str, Tensor]) -> Grid:
+    names, rows, about = _rows(directions, None)
+    values = []
+    for name in names:
+        values.append([float(shares[rows(name, _side(layer))].mean()) for layer, shares in kept.items()])
+    return Grid(
+        "kept",
+        "How many of a layer's units a direction uses",
+        f"The share of all units; what is left is how sparse the layer is for the direction.{about}",
+        names,
+        [_label(name) for name in kept],
+        values,
+        full=1.0,
+    )
+
+
+def _picture(layer: str, directions: Sequence[Direction], each: Tensor) -> Grid:
+    """Draw the overlaps of one layer."""
+    names, rows, about = _rows(directions, _side(layer))
+    index = [rows(name, _side(layer)) for name in names]
+    values = [[float(_mean(each, one, other)) for other in index] for one in index]
+    return Grid(
+        f"overlap-{_side(layer)}-{_layer(layer) + 1}",
+        f"Overlap in {_label(layer)}",
+        f"Related languages are neighbors.{about}",
+        names,
+        names,
+        values,
+        full=1.0,
+        low=min(min(row) for row in values),
+    )
+
+
+def _rows(
+    directions: Sequence[Direction], side: str | None
+) -> tuple[list[str], Callable[[str, str], list[int]], str]:
+    """Return the names of a picture's rows, the directions of each by number on a side, and what to say.
+
+    If there are many directions, a row is a language: all directions whose source it is in the encoder, or
+    whose target it is in the decoder.
+    """
+    if len(directions) <= DRAWN:
+        names = [str(direction) for direction in directions]
+        return names, lambda name, side: [names.index(name)], ""
+    attributes = {"encoder": "source", "decoder": "target"}
+
+    def of(name: str, side: str) -> list[int]:
+        return [i for i, each in enumerate(directions) if getattr(each, attributes[side]) == name]
+
+    codes = {code for each in directions for code in (each.source, each.target)}
+    used = [code for code in sorted(codes, key=task_order) if all(of(code, each) for each in attributes)]
+    if side is not None:
+        used = [code for code in sorted(codes, key=task_order) if of(code, side)]
+    return used, of, " A row is the mean over all directions from a language, in the decoder into it."
+
+
+def _mean(each: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """Return the mean overlap of different directions; of one direction with itself, 1."""
+    part = each[list(rows)][:, list(columns)]
+    different = torch.tensor([[i != j for j in columns] for i in rows])
+    return part[different].mean() if different.any() else part.mean()
+
+
+def _said(directions: Sequence[Direction], found: Mapping[str, Tensor]) -> str:
+    """Say what the paper looks for: how overlaps go through the layers, and whether relatives share more."""
+    parts = []
+    for side in ("encoder", "decoder"):
+        medians = [float(_of_pairs(each).median()) for name, each in found.items() if _side(name) == side]
+        if len(medians) > 1:
+            parts.append(f"the median overlap goes from {medians[0]:.2f} to {medians[-1]:.2f} in the {side}")
+    last = next((name for name in reversed(list(found)) if _side(name) == "decoder"), None)
+    rows, columns = torch.triu_indices(len(directions), len(directions), 1)
+    pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    into = [(i, j) for i, j in pairs if directions[i].source == directions[j].source]
+    related = [pair for pair in into if are_related(directions[pair[0]], directions[pair[1]])]
+    others = [pair for pair in into if pair not in set(related)]
+    if last is not None and related and others:
+        means = [sum(float(found[last][i, j]) for i, j in each) / len(each) for each in (related, others)]
+        parts.append(
+            f"in {_label(last)} directions from one language into relatives share {means[0]:.2f}, into "
+            f"others {means[1]:.2f}"
+        )
+    return "; ".join(parts) or "one direction shares its units with none"
