@@ -104,6 +104,18 @@ BAD = [
         "'set' changes training.steps, but the members take",
     ),
     (
+        "directions",
+        {"members": {"naive": {"set": {"training": {"directions": ["en-de"]}}}}},
+        [],
+        "'set' changes training.directions, but the members train on the same directions",
+    ),
+    (
+        "not trained",
+        {"members": {"naive": {"trained": False, "each_direction": 3}}},
+        [],
+        "'each_direction' trains, but 'trained' is false: leave one out",
+    ),
+    (
         "seed",
         {"members": {"naive": {"set": {"training": {"seed": 9}}}}},
         [],
@@ -342,3 +354,27 @@ def test_a_member_that_is_not_trained_is_the_model_that_the_others_start_from(
     )
     with pytest.raises(UserError, match=r"'trained' is false, but there is no training\.start_from"):
         load_study(tmp_path / "s.yaml")
+
+
+def test_a_member_with_a_model_for_each_direction(base, tmp_path):
+    members = {"naive": {}, "alone": {"each_direction": 2, "title": "Bilingual"}}
+    (base / "alone.yaml").write_text(yaml.safe_dump(study_file(name="alone", members=members)))
+    study, out = load_study(base / "alone.yaml"), tmp_path / "out"
+    directions = study.recipes["alone"].data.directions
+    comparison = run_study(base / "alone.yaml", out)
+    both = {row.member: row for row in comparison.rows}
+    assert both["alone"].directions.keys() == both["naive"].directions.keys() == set(directions)
+    for direction in directions:
+        run = out / "alone-seed3" / direction
+        recipe = load_recipe(run / "recipe.yaml")
+        assert recipe.training.directions == [direction] and recipe.training.steps == 2
+        table = ScoreTable.read(run / "scores-specific.json")
+        assert [str(score.direction) for score in table.directions] == [direction]
+        assert both["alone"].directions[direction]["chrfpp"].mean == table.directions[0].metrics.chrfpp
+    costs = both["alone"].costs
+    assert costs.parameters == costs.serving_all == 4 * both["naive"].costs.parameters
+    assert costs.serving_one == both["naive"].costs.serving_one and costs.minutes is not None
+    before = tree(out)
+    run_study(base / "alone.yaml", out)
+    changed = {path for path, content in tree(out).items() if before.get(path) != content}
+    assert not [path for path in changed if "alone-seed3" in str(path)], "nothing is done again"

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import explain_errors, locked, write_whole
 from lsmoe_ds.inference.load import check_route
-from lsmoe_ds.languages import nearest
+from lsmoe_ds.languages import Direction, nearest
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.processes import smallest_world
 from lsmoe_ds.notices import counted
@@ -96,9 +97,12 @@ class Runs:
         )
         self.plans = {member: plan(recipe) for member, recipe in study.recipes.items()}
 
-    def folder(self, member: str, seed: int) -> Path:
-        """Return the run folder of a member; a member that is not trained has one for all seeds."""
-        return self.out / (f"{member}-seed{seed}" if self.is_to_train(member) else member)
+    def folder(self, member: str, seed: int, alone: Direction | None = None) -> Path:
+        """Return the run folder of a member; a member that is not trained has one for all seeds, and the
+        model of a direction ``alone`` is below it.
+        """
+        whole = self.out / (f"{member}-seed{seed}" if self.is_to_train(member) else member)
+        return whole if alone is None else whole / str(alone)
 
     def is_to_train(self, member: str) -> bool:
         return self.study.settings.members[member].trained
@@ -117,19 +121,25 @@ class Runs:
             check_precision(recipe)
         except UserError as error:
             raise UserError(f"member '{member}': {error}") from None
-        check_run(recipe, self.folder(member, seed), self.prepared.folder / "vocabulary.model")
-        self.is_trained(member, seed)
+        for alone in self.study.models(member):
+            own, folder = self.study.recipe(member, seed, alone), self.folder(member, seed, alone)
+            check_run(own, folder, self.prepared.folder / "vocabulary.model")
+            self.is_trained(member, seed, alone)
 
-    def is_there(self, member: str, seed: int) -> bool:
+    def is_there(self, member: str, seed: int, alone: Direction | None = None) -> bool:
         """Tell whether a run was started. Raises UserError if it is of another recipe."""
-        folder = self.folder(member, seed)
+        folder = self.folder(member, seed, alone)
         if not (folder / "recipe.yaml").exists():  # the last file that a new run writes
             return False
-        check_run(self.study.recipe(member, seed), folder, self.prepared.folder / "vocabulary.model")
+        check_run(self.study.recipe(member, seed, alone), folder, self.prepared.folder / "vocabulary.model")
         return True
 
-    def is_trained(self, member: str, seed: int) -> bool:
-        folder, steps = self.folder(member, seed), self.study.steps
+    def steps(self, member: str) -> int:
+        """Return the steps of each training of a member."""
+        return self.study.settings.members[member].each_direction or self.study.steps
+
+    def is_trained(self, member: str, seed: int, alone: Direction | None = None) -> bool:
+        folder, steps = self.folder(member, seed, alone), self.steps(member)
         found, _ = newest_whole(folder)
         if found is not None and step_of(found) > steps:
             trained = counted(step_of(found), "step")
@@ -140,33 +150,42 @@ class Runs:
         return found is not None and step_of(found) == steps
 
     def train(self, member: str, seed: int, processes: int | None) -> None:
+        """Train what is missing of a member."""
+        if self.is_to_train(member):
+            for alone in self.study.models(member):
+                self._train(member, seed, alone, processes)
+
+    def _train(self, member: str, seed: int, alone: Direction | None, processes: int | None) -> None:
         """Train in separate processes, whose memory and process groups end with them."""
-        name, folder = f"{member}, seed {seed}", self.folder(member, seed)
-        if not self.is_to_train(member):
-            return
-        if self.is_trained(member, seed):
+        name, folder = _name(member, seed, alone), self.folder(member, seed, alone)
+        if self.is_trained(member, seed, alone):
             return _say(f"{name}: trained already")
         _say(f"{name}: training {folder}")
-        recipe = self.out / "recipes" / f"{folder.name}.yaml"
+        recipe = self.out / "recipes" / f"{'-'.join(folder.relative_to(self.out).parts)}.yaml"
         with explain_errors(recipe):
             recipe.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(recipe, self.study.recipe(member, seed).to_yaml())
+        write_whole(recipe, self.study.recipe(member, seed, alone).to_yaml())
         command = [sys.executable, "-m", "lsmoe_ds", "train", str(recipe), "--out", str(folder)]
         command += ["--nproc", str(processes)] if processes else []
         environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
         status = launch.run(command, env=environment, stdout=2)  # standard output is for the table
-        if status or not self.is_trained(member, seed):
+        if status or not self.is_trained(member, seed, alone):
             raise UserError(
                 f"training {name} ended with status {status}; what was done is in {self.out}, and the same "
                 "command resumes"
             )
 
     def evaluate(self, member: str, seed: int, route: str) -> None:
-        name, options = f"{member}, seed {seed}, {route} route", self.study.settings.evaluate
-        if self.scores(member, seed, route) is not None:
+        """Score what is missing of a member."""
+        for alone in self.study.models(member):
+            self._evaluate(member, seed, alone, route)
+
+    def _evaluate(self, member: str, seed: int, alone: Direction | None, route: str) -> None:
+        name, options = f"{_name(member, seed, alone)}, {route} route", self.study.settings.evaluate
+        if self._scores(member, seed, alone, route) is not None:
             return _say(f"{name}: evaluated already")
         _say(f"{name}: evaluating")
-        folder = self.folder(member, seed)
+        folder = self.folder(member, seed, alone)
         of_base = not self.is_to_train(member)
         table = evaluate(
             _start_of(self.study.recipe(member, seed)) if of_base else folder,
@@ -182,21 +201,30 @@ class Runs:
         table.write(folder / f"scores-{route}.json")
 
     def scores(self, member: str, seed: int, route: str) -> ScoreTable | None:
-        """Return the scores of the last step with the study's options, or None if there are none.
+        """Return the scores of the last step with the study's options, of all models of a member together, or
+        None if some are missing.
 
-        Raises UserError if the run is of another recipe.
+        Raises UserError if a run is of another recipe.
         """
-        folder, options = self.folder(member, seed), self.study.settings.evaluate
+        tables = [self._scores(member, seed, alone, route) for alone in self.study.models(member)]
+        found = [table for table in tables if table is not None]
+        if len(found) < len(tables):
+            return None
+        return replace(found[0], directions=tuple(score for table in found for score in table.directions))
+
+    def _scores(self, member: str, seed: int, alone: Direction | None, route: str) -> ScoreTable | None:
+        folder, options = self.folder(member, seed, alone), self.study.settings.evaluate
         path = folder / f"scores-{route}.json"
-        if not path.is_file() or (self.is_to_train(member) and not self.is_there(member, seed)):
+        if not path.is_file() or (self.is_to_train(member) and not self.is_there(member, seed, alone)):
             return None
         table = ScoreTable.read(path)
         found = (table.step, table.route, table.split, table.beam, table.length_penalty)
-        step = self.study.steps if self.is_to_train(member) else table.step
+        step = self.steps(member) if self.is_to_train(member) else table.step
         wanted = (step, route, options.split, options.beam, options.length_penalty)
         held_out = {
             str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"]
             for d in self.prepared.languages.directions
+            if alone in (None, d)
         }
         counts = {
             direction: min(count, options.limit or count) for direction, count in held_out.items() if count
@@ -209,24 +237,30 @@ class Runs:
 
     def costs(self, member: str, route: str) -> Costs:
         """Return the planned parameters, and the speed and time of the runs that are fully trained."""
-        planned = self.plans[member]
+        planned, models = self.plans[member], self.study.models(member)
         serving = planned.routes.get(route, planned.parameters)
         done: list[Progress] = []
+        minutes = []
         for seed in self.study.settings.seeds:
-            path = self.folder(member, seed) / "metrics.jsonl"
-            there = self.is_to_train(member) and self.is_there(member, seed) and path.is_file()
-            progress = read_progress(path) if there else Progress()
-            if progress.steps >= self.study.steps:
-                done.append(progress)
+            of_seed = [self._progress(member, seed, alone) for alone in models]
+            finished = [each for each in of_seed if each.steps >= self.steps(member)]
+            done += finished
+            if len(finished) == len(models):
+                minutes.append(sum(each.seconds for each in finished) / 60)
         return Costs(
-            parameters=planned.parameters.whole.total,
-            serving_all=serving.whole.total,
+            parameters=planned.parameters.whole.total * len(models),
+            serving_all=serving.whole.total * len(models),
             serving_one=planned.serving.whole.total,
             tokens_per_second=Spread.of(
                 each.tokens_per_second for each in done if each.tokens_per_second is not None
             ),
-            minutes=Spread.of(each.seconds / 60 for each in done),
+            minutes=Spread.of(minutes),
         )
+
+    def _progress(self, member: str, seed: int, alone: Direction | None) -> Progress:
+        path = self.folder(member, seed, alone) / "metrics.jsonl"
+        there = self.is_to_train(member) and self.is_there(member, seed, alone) and path.is_file()
+        return read_progress(path) if there else Progress()
 
     def compare(self) -> Comparison:
         """Compare the scores that exist."""
@@ -265,6 +299,10 @@ def _start_of(recipe: Recipe) -> Path:
     """Return the folder from which a recipe's training starts, of a member that is not trained."""
     assert recipe.training.start_from is not None  # checked when the study was read
     return recipe.training.start_from
+
+
+def _name(member: str, seed: int, alone: Direction | None) -> str:
+    return f"{member}, seed {seed}" + (f", {alone}" if alone else "")
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,7 @@ from lsmoe_ds.config.file import load_recipe, read_mapping, validate
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.section import Positive, Section
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import nearest
+from lsmoe_ds.languages import Direction, nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -23,6 +23,7 @@ FIXED = {
     "name": "the members share the name of the base recipe and its prepared data",
     "training.steps": "the members take the same steps",
     "training.seed": "the study's 'seeds' say it",
+    "training.directions": "the members train on the same directions, or with 'each_direction' on each alone",
 }
 
 
@@ -38,10 +39,12 @@ class Evaluate(Section):
 class Member(Section):
     """A member of a study: ``set`` is merged into the base recipe, and each of ``routes`` is evaluated.
 
-    One that is not ``trained`` is the model of ``training.start_from``, as it is.
+    One that is not ``trained`` is the model of ``training.start_from``, as it is. With ``each_direction`` the
+    member is a model for each direction, which is trained on it alone for so many steps.
     """
 
     trained: bool = True
+    each_direction: Positive | None = None
     title: Annotated[str, Field(min_length=1)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     routes: Annotated[tuple[Literal["specific", "shared"], ...], Field(min_length=1)] = ("specific",)
@@ -55,6 +58,8 @@ class Member(Section):
     def _same_data_and_steps(self) -> Member:
         if len(self.routes) > len(set(self.routes)):
             raise ValueError("'routes' names a route twice")
+        if self.each_direction is not None and not self.trained:
+            raise ValueError("'each_direction' trains, but 'trained' is false: leave one out")
         for key in _keys(self.set):
             if key in FIXED:
                 raise ValueError(f"'set' changes {key}, but {FIXED[key]}")
@@ -103,10 +108,20 @@ class Study:
     def prepared(self) -> Path:
         return self.recipes[self.settings.baseline].prepared
 
-    def recipe(self, member: str, seed: int) -> Recipe:
-        """Return the whole recipe of one run."""
+    def recipe(self, member: str, seed: int, alone: Direction | None = None) -> Recipe:
+        """Return the whole recipe of one run, of a direction ``alone`` if the member has a model for each."""
         recipe = self.recipes[member]
-        return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
+        changes: dict[str, Any] = {"seed": seed}
+        if alone is not None:
+            steps = self.settings.members[member].each_direction
+            changes |= {"directions": [str(alone)], "steps": steps}
+        return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
+
+    def models(self, member: str) -> tuple[Direction | None, ...]:
+        """List the directions for which a member has a model of its own; None stands for all."""
+        if self.settings.members[member].each_direction is None:
+            return (None,)
+        return self.recipes[member].trained
 
     def title(self, member: str, route: str) -> str:
         """Return the title of a row; it names the route if the member has several."""
