@@ -43,6 +43,10 @@ def test_every_key_refuses_or_takes_a_value_of_another_kind_in_plain_words(tmp_p
     """Whatever the key, no word of the library that validates reaches the person."""
     value = yaml.safe_load(GOOD)
     value["model"] |= {"low_rank": {"rank": 2, "prune": {"ratio": 0.5, "epochs": 15}}, "clsr": {}}
+    value["model"] |= {"neurons": {}, "adapters": {}, "lass": {"tuned": "none", "at": "attention"}}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "recipe.yaml").write_text(GOOD)
+    value["training"]["start_from"] = str(tmp_path / "base")
     value["model"]["encoder"]["moe"] = value["model"]["decoder"]["moe"] = {"experts": 4, "capacity": {}}
     value["model"]["encoder"]["layers"] = 3  # low-rank matrices need a layer without experts
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(value))
