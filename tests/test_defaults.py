@@ -13,9 +13,12 @@ from pydantic import BaseModel
 from lsmoe_ds.config.moe import Capacity, MoE
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.section import is_section
+from lsmoe_ds.methods.adapters.settings import Adapters
 from lsmoe_ds.methods.clsr.settings import Clsr
+from lsmoe_ds.methods.lass.settings import Lass
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 from lsmoe_ds.methods.low_rank.settings import LowRank
+from lsmoe_ds.methods.neurons.settings import Neurons
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 SHORT = {
@@ -24,6 +27,9 @@ SHORT = {
     "low_rank": LowRank,
     "prune": Pruning,
     "clsr": Clsr,
+    "neurons": Neurons,
+    "lass": Lass,
+    "adapters": Adapters,
 }  # sections that the page names by their own name
 IN_WORDS = {"required", "by preset", "all three", ""}
 
