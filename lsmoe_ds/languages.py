@@ -373,6 +373,10 @@ class Languages:
             else self.id(direction.target if kind == "target" else direction.source)
         )
 
+    def same_target(self, direction: Direction) -> Direction | None:
+        """Return the first direction with the same target; None if there is none."""
+        return next((each for each in self.directions if each.target == direction.target), None)
+
     def task_groups(self, kind: str, groups: int) -> tuple[int, ...]:
         """Return the expert group of each task, from 0.
 

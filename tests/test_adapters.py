@@ -222,6 +222,14 @@ def test_what_does_not_fit_is_refused(section, says):
         Recipe.model_validate(value)
 
 
+def test_directions_that_were_never_trained():
+    new, languages = Direction("fr", "de"), Languages((*LANGUAGES.directions, Direction("de", "fr")))
+    assert SETTINGS["language"].stand_in(new, languages) is None
+    assert SETTINGS["family"].stand_in(new, languages) == Direction("de", "fr"), "of the same families"
+    with pytest.raises(ValueError, match="no adapter of fr-de was trained: train it, or use 'by: language'"):
+        SETTINGS["pair"].stand_in(new, languages)
+
+
 def test_no_hybrid_has_them(tmp_path):
     recipe = make_recipe(tmp_path, TOKEN_TOP2, None)
     recipe.model.adapters = Adapters(width=4)

@@ -27,8 +27,10 @@ from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.inference import load as load_module
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.inference.translate import translate
+from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.neurons.recording import record
 from lsmoe_ds.methods.neurons.selection import most_active
 from lsmoe_ds.parallel.topology import Topology
@@ -162,3 +164,20 @@ def test_the_dev_set_must_have_pairs(root, tmp_path):  # noqa: F811
     prepare(recipe)
     with pytest.raises(UserError, match=r"'model.neurons' reads the dev set, but .* has no dev pairs: raise"):
         start.check(recipe, tmp_path / "run")
+
+
+def test_a_direction_that_was_never_trained_has_the_masks_of_its_target(masked, capsys, monkeypatch):
+    loaded, used = load(masked["units"], "cpu"), []
+    true_search = load_module.beam_search
+    monkeypatch.setattr(load_module, "beam_search", lambda *a: used.append(a[2]) or true_search(*a))
+    assert list(translate(loaded, Direction("fr", "de"), ["ba de fi"]))
+    said = capsys.readouterr().err
+    assert "fr-de was never trained: what each direction has of its own is that of en-de" in said
+    languages = loaded.languages
+    numbers = languages.direction_id(Direction("en", "de")), languages.id("fr"), languages.id("de")
+    assert [(int(ids.direction), int(ids.source), int(ids.target)) for ids in used] == [numbers]
+    section = loaded.recipe.model.neurons.model_copy(update={"like": {"fr-de": "fr-en"}})
+    assert section.stand_in(Direction("fr", "de"), languages) == Direction("fr", "en")
+    only = Languages((Direction("en", "de"),))
+    with pytest.raises(ValueError, match="no direction into fr was trained, whose neurons de-fr could have"):
+        loaded.recipe.model.neurons.stand_in(Direction("de", "fr"), only)

@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 from lsmoe_ds.config.section import Section
 from lsmoe_ds.config.shapes import Count, MatrixProduct, Shape, SideName
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.languages import Direction, Languages
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Model, Recipe, Training
@@ -93,6 +93,13 @@ class MethodSection(Section):
 
     def choosing(self, model: Model) -> Any:
         """Return by which languages parameters are chosen, by site: a trained model keeps it."""
+        return None
+
+    def stand_in(self, direction: Direction, languages: Languages) -> Direction | None:
+        """Return the trained direction whose parameters one takes that was never trained.
+
+        None if no parameters are those of a direction. Raises ValueError, with a sentence, if none fits.
+        """
         return None
 
     def holdings(self, languages: Languages) -> Mapping[str, int]:

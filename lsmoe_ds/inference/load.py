@@ -19,6 +19,7 @@ from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, neve
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.notices import notice
 from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts
@@ -56,6 +57,8 @@ class Loaded:
         number = languages.direction_id(direction)
         ids = DirectionIds.of(languages, self.vocabulary, self.recipe.data.tags)
         batch = collate(sources, None, [number] * len(sources), ids).to(self.device)
+        if (other := stand_in(self.recipe, direction)) is not None:
+            batch.direction.fill_(self.languages.direction_id(other))
         banned = never_generated(self.vocabulary)
         return beam_search(
             self.model, batch.source, batch.ids, banned, search, self.route, batch.decoder_input
@@ -110,7 +113,30 @@ def with_direction(recipe: Recipe, kind: str, direction: Direction) -> Languages
         moe.by_task and moe.task == "pair" for _, _, moe in recipe.model.moe_layers()
     ):
         languages.direction_id(direction)  # raises
+    if (other := stand_in(recipe, direction)) is not None:
+        notice(f"{direction} was never trained: what each direction has of its own is that of {other}")
     return Languages((*languages.directions, direction))
+
+
+def stand_in(recipe: Recipe, direction: Direction) -> Direction | None:
+    """Return the trained direction whose parameters one takes that was never trained; None if it needs none.
+
+    Raises UserError if no direction fits all methods.
+    """
+    languages = recipe.languages
+    if direction in languages.directions:
+        return None
+    found: dict[Direction, str] = {}
+    for method in recipe.model.methods:
+        try:
+            if (other := method.stand_in(direction, languages)) is not None:
+                found[other] = method.name
+        except ValueError as error:
+            raise UserError(f"{direction} was never trained, and 'model.{method.name}': {error}") from None
+    if len(found) > 1:
+        ways = " and ".join(f"that of {other} for 'model.{name}'" for other, name in found.items())
+        raise UserError(f"{direction} was never trained, and would have the part of two directions: {ways}")
+    return next(iter(found), None)
 
 
 def check_route(route: str, recipe: Recipe) -> Route:

@@ -24,7 +24,7 @@ from lsmoe_ds.config.shapes import (
     count_linears,
     shapes_of,
 )
-from lsmoe_ds.languages import Languages, family, is_english
+from lsmoe_ds.languages import Direction, Languages, family, is_english
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Model, Recipe
@@ -103,9 +103,13 @@ class Adapters(MethodSection):
         """Return whose adapter each direction uses, or with ``by: language`` each language, by number."""
         if self.by == "language":
             return list(languages.codes)
+        return [self.holder(direction) for direction in languages.directions]
+
+    def holder(self, direction: Direction) -> str:
+        """Return whose adapter a direction uses, by pair or family."""
         if self.by == "pair":
-            return [str(direction) for direction in languages.directions]
-        return [f"{self.family_of(d.source)} - {self.family_of(d.target)}" for d in languages.directions]
+            return str(direction)
+        return f"{self.family_of(direction.source)} - {self.family_of(direction.target)}"
 
     def kind(self, side: SideName) -> str:
         """Return the task by which a sentence chooses its adapter on a side."""
@@ -115,6 +119,16 @@ class Adapters(MethodSection):
 
     def choosing(self, model: Model) -> Any:
         return [site.at for site in shapes_of(model) if self.is_at(site)], self.by
+
+    def stand_in(self, direction: Direction, languages: Languages) -> Direction | None:
+        """Return a direction with the same adapters: of the same families."""
+        if self.by == "language":
+            return None
+        wanted = self.holder(direction)
+        found = next((each for each in languages.directions if self.holder(each) == wanted), None)
+        if found is None:
+            raise ValueError(f"no adapter of {wanted} was trained: train it, or use 'by: language'")
+        return found
 
     def holdings(self, languages: Languages) -> dict[str, int]:
         return dict.fromkeys(self.holders(languages), self.width)

@@ -11,7 +11,7 @@ from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.places import is_in, parse_place
 from lsmoe_ds.config.shapes import LinearShape, Shape, shapes_of
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.languages import Direction, Languages
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Model, Recipe, Training
@@ -77,6 +77,15 @@ class Lass(MethodSection):
 
     def choosing(self, model: Model) -> Any:
         return [site.at for site in shapes_of(model) if self.is_at(site)]
+
+    def stand_in(self, direction: Direction, languages: Languages) -> Direction:
+        """Return the first direction with the same target."""
+        found = languages.same_target(direction)
+        if found is None:
+            raise ValueError(
+                f"no direction into {direction.target} was trained, whose sub-network {direction} could have"
+            )
+        return found
 
     def holdings(self, languages: Languages) -> dict[str, int]:
         return {str(direction): 1 for direction in languages.directions}

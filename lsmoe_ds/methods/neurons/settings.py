@@ -113,6 +113,16 @@ class Neurons(MethodSection):
     def choosing(self, model: Model) -> Any:
         return [site.at for site in shapes_of(model) if self.is_at(site)], self.remove
 
+    def stand_in(self, direction: Direction, languages: Languages) -> Direction:
+        """Return the direction that ``like`` names, or the first one with the same target."""
+        named = self.like.get(str(direction))
+        found = languages.find(Direction.parse(named)) if named else languages.same_target(direction)
+        if found is None:
+            raise ValueError(
+                f"no direction into {direction.target} was trained, whose neurons {direction} could have"
+            )
+        return found
+
     def holdings(self, languages: Languages) -> dict[str, int]:
         return {str(direction): 1 for direction in languages.directions}
 
