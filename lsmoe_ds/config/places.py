@@ -1,4 +1,4 @@
-"""Patterns by which a recipe chooses linear layers: ``encoder.0-8``, ``cross_attention.query``.
+"""Patterns by which a recipe chooses sites: ``encoder.0-8``, ``cross_attention.query``.
 
 A pattern is up to four words, joined by dots, in this order: a side (``encoder``, ``decoder``), a layer or a
 range of layers counted from 0 (``3``, ``0-8``), a sublayer (``self_attention``, ``cross_attention``,
@@ -10,9 +10,12 @@ feed-forwards), leaves out all.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, Field
 
 from lsmoe_ds.config.shapes import (
     LayerShape,
@@ -22,6 +25,9 @@ from lsmoe_ds.config.shapes import (
     attention_linears,
     feed_forward_linears,
 )
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.recipe import Model
 
 SIDES = ("encoder", "decoder")
 SUBLAYERS = {
@@ -76,6 +82,32 @@ def parse_place(pattern: str) -> Place:
     return Place(side, layers, sublayers, linear)
 
 
+def _check(value: str | list[str]) -> str | list[str]:
+    for pattern in patterns_of(value):
+        parse_place(pattern)
+    return value
+
+
+# What a recipe gives: several patterns, or one.
+PlaceList = Annotated[list[str], Field(min_length=1), AfterValidator(_check)]
+Places = Annotated[str, AfterValidator(_check)] | PlaceList
+
+
+def patterns_of(value: str | list[str]) -> list[str]:
+    """List the patterns that a recipe gives."""
+    return [value] if isinstance(value, str) else value
+
+
 def is_in(site: object, patterns: Collection[str]) -> bool:
     """Tell whether one of the patterns names a site."""
     return any(site in parse_place(pattern) for pattern in patterns)
+
+
+def check_named(patterns: Iterable[str], sites: Sequence[object], what: str, model: Model) -> None:
+    """Raise ValueError for a pattern that names none of the ``sites``, which are ``what``."""
+    for pattern in patterns:
+        if not any(is_in(site, [pattern]) for site in sites):
+            raise ValueError(
+                f"'{pattern}' names no {what} of the model, which has {model.encoder.layers} and "
+                f"{model.decoder.layers} layers, counted from 0: leave it out"
+            )

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from lsmoe_ds.config.method import Held, MethodSection
-from lsmoe_ds.config.places import is_in, parse_place
+from lsmoe_ds.config.places import Places, check_named, is_in, patterns_of
 from lsmoe_ds.config.section import Positive
 from lsmoe_ds.config.shapes import (
     Count,
@@ -48,23 +48,11 @@ class Adapters(MethodSection):
     width: Positive = 128
     by: By = "pair"
     families: Mapping[str, Annotated[list[str], Field(min_length=1)]] | None = None
-    at: str | Annotated[list[str], Field(min_length=1)] = "all"
-
-    @property
-    def patterns(self) -> list[str]:
-        """List the patterns of ``at``."""
-        return [self.at] if isinstance(self.at, str) else self.at
+    at: Places = "all"
 
     def is_at(self, site: Shape) -> bool:
         """Tell whether adapters follow a layer."""
-        return isinstance(site, LayerShape) and is_in(site, self.patterns)
-
-    @field_validator("at")
-    @classmethod
-    def _places(cls, value: Any) -> Any:
-        for pattern in [value] if isinstance(value, str) else value:
-            parse_place(pattern)
-        return value
+        return isinstance(site, LayerShape) and is_in(site, patterns_of(self.at))
 
     @model_validator(mode="after")
     def _families(self) -> Adapters:
@@ -73,14 +61,8 @@ class Adapters(MethodSection):
         return self
 
     def check(self, model: Model) -> None:
-        layers = [site for site in shapes_of(model) if isinstance(site, LayerShape)]
-        for pattern in self.patterns:
-            if not any(is_in(site, [pattern]) for site in layers):
-                raise ValueError(
-                    f"'{pattern}' names no layer of the model, which has {model.encoder.layers} and "
-                    f"{model.decoder.layers}, counted from 0: write a side, layers or both, such as encoder "
-                    "or decoder.0-2, or leave 'at' out"
-                )
+        sites = [site for site in shapes_of(model) if isinstance(site, LayerShape)]
+        check_named(patterns_of(self.at), sites, "layer", model)
         if model.distills:
             raise ValueError("'adapters' has nothing to distill: leave it out, or 'fuse_distillation'")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from lsmoe_ds.config.method import MethodSection
-from lsmoe_ds.config.places import is_in, parse_place
+from lsmoe_ds.config.places import Places, check_named, is_in, patterns_of
 from lsmoe_ds.config.shapes import LinearShape, Shape, shapes_of
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, Languages
@@ -31,32 +31,15 @@ class Lass(MethodSection):
 
     tuned: Path
     ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.7
-    at: str | Annotated[list[str], Field(min_length=1)] = "all"
-
-    @property
-    def patterns(self) -> list[str]:
-        """List the patterns of ``at``."""
-        return [self.at] if isinstance(self.at, str) else self.at
+    at: Places = "all"
 
     def is_at(self, site: Shape) -> bool:
         """Tell whether a linear layer has masks."""
-        return isinstance(site, LinearShape) and is_in(site, self.patterns)
-
-    @field_validator("at")
-    @classmethod
-    def _places(cls, value: Any) -> Any:
-        for pattern in [value] if isinstance(value, str) else value:
-            parse_place(pattern)
-        return value
+        return isinstance(site, LinearShape) and is_in(site, patterns_of(self.at))
 
     def check(self, model: Model) -> None:
-        linears = [site for site in shapes_of(model) if isinstance(site, LinearShape)]
-        for pattern in self.patterns:
-            if not any(is_in(site, [pattern]) for site in linears):
-                raise ValueError(
-                    f"'{pattern}' names no linear layer of the model, which has "
-                    f"{model.encoder.layers} and {model.decoder.layers} layers, counted from 0: leave it out"
-                )
+        sites = [site for site in shapes_of(model) if isinstance(site, LinearShape)]
+        check_named(patterns_of(self.at), sites, "linear layer", model)
         if model.distills:
             raise ValueError("'lass' has nothing to distill: leave it out, or 'fuse_distillation'")
 

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from lsmoe_ds.config.method import Held, MethodSection
-from lsmoe_ds.config.places import is_in, parse_place
+from lsmoe_ds.config.places import PlaceList, Places, check_named, is_in, patterns_of
 from lsmoe_ds.config.section import Positive
 from lsmoe_ds.config.shapes import Count, LinearShape, MatrixProduct, Shape, SideName, shapes_of
 from lsmoe_ds.languages import GROUPS, Languages
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Kind = Literal["source", "target"]
 Index = Literal["pair", "language", "source", "target", "learned"]
 Rank = Annotated[int, Field(ge=0, lt=2**31)]
-Patterns = Annotated[list[str], Field(min_length=1)]
 CHOSEN = {
     "pair": "pair",
     "language": "language",
@@ -67,8 +66,8 @@ class LowRank(MethodSection):
     by_language: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: Rank | dict[str, Rank]
-    index: Index | dict[Index, Patterns] = "pair"
-    at: str | Patterns = "feed_forward"
+    index: Index | dict[Index, PlaceList] = "pair"
+    at: Places = "feed_forward"
     every: Positive = 1
     columns: Positive | None = None
     zero: Literal["flat", "vertical"] = "flat"
@@ -98,17 +97,12 @@ class LowRank(MethodSection):
         """Return the rank of the shared matrices: the largest of all."""
         return max(self.ranks)
 
-    @property
-    def patterns(self) -> list[str]:
-        """List the patterns of ``at``."""
-        return [self.at] if isinstance(self.at, str) else self.at
-
     def is_at(self, site: Shape) -> bool:
         """Tell whether a site has matrices beside it."""
         return (
             isinstance(site, LinearShape)
             and (site.layer + 1) % self.every == 0
-            and is_in(site, self.patterns)
+            and is_in(site, patterns_of(self.at))
         )
 
     def index_at(self, site: LinearShape) -> Index:
@@ -146,16 +140,6 @@ class LowRank(MethodSection):
         inputs, outputs = self.size(site)
         return outputs < site.outputs if site.split == "column" else inputs < site.inputs
 
-    @field_validator("at", "index")
-    @classmethod
-    def _patterns(cls, value: Any) -> Any:
-        lists = value.values() if isinstance(value, dict) else [value] if isinstance(value, list) else []
-        for pattern in [each for patterns in lists for each in patterns]:
-            parse_place(pattern)
-        if isinstance(value, str) and value not in CHOSEN:
-            parse_place(value)
-        return value
-
     @model_validator(mode="after")
     def _ranks(self) -> LowRank:
         if not self.ranks:
@@ -187,7 +171,7 @@ class LowRank(MethodSection):
     def check(self, model: Model) -> None:
         found = [site for site in shapes_of(model) if self.is_at(site)]
         if not found:
-            at = ", ".join(self.patterns)
+            at = ", ".join(patterns_of(self.at))
             raise ValueError(
                 f"'low_rank' has no place: no linear layer is at '{at}' in every {self.every}. layer, and "
                 "feed-forwards with experts have none: choose another 'at' or 'every'"
@@ -197,12 +181,8 @@ class LowRank(MethodSection):
                 self.index_at(site)
         linears = [site for site in shapes_of(model) if isinstance(site, LinearShape)]
         indexed = self.index.values() if isinstance(self.index, dict) else []
-        for pattern in (*self.patterns, *(each for patterns in indexed for each in patterns)):
-            if not any(is_in(site, [pattern]) for site in linears):
-                raise ValueError(
-                    f"'{pattern}' names no linear layer of the model, which has "
-                    f"{model.encoder.layers} and {model.decoder.layers} layers, counted from 0: leave it out"
-                )
+        named = (*patterns_of(self.at), *(each for patterns in indexed for each in patterns))
+        check_named(named, linears, "linear layer", model)
         if model.teaches:
             raise ValueError(
                 "'low_rank' and 'moe.fuse_distillation' exclude each other: low-rank matrices distill by "
@@ -337,7 +317,7 @@ class LowRank(MethodSection):
         at = {"feed_forward": "feed-forwards", "attention": "attentions"}
         everywhere = "feed-forwards and attentions"
         places = ", ".join(
-            at.get(each, everywhere if each in ("all", "both") else each) for each in self.patterns
+            at.get(each, everywhere if each in ("all", "both") else each) for each in patterns_of(self.at)
         )
         by = f"language {by}" if by == "pair" else by
         pruned = "" if self.prune is None else f", {self.prune.ratio:.0%} pruned"

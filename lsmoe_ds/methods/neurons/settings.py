@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from lsmoe_ds.config.method import MethodSection
-from lsmoe_ds.config.places import is_in, parse_place
+from lsmoe_ds.config.places import Places, check_named, is_in, patterns_of
 from lsmoe_ds.config.section import Positive
 from lsmoe_ds.config.shapes import Shape, UnitsShape, shapes_of
 from lsmoe_ds.errors import UserError
@@ -42,28 +42,16 @@ class Neurons(MethodSection):
     pairs: Positive | None = None
     random: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     remove: Removed = "units"
-    at: str | Annotated[list[str], Field(min_length=1)] = "feed_forward"
+    at: Places = "feed_forward"
     like: Mapping[str, str] = Field(default_factory=dict)
 
     @property
     def reads_dev(self) -> bool:
         return self.random is None
 
-    @property
-    def patterns(self) -> list[str]:
-        """List the patterns of ``at``."""
-        return [self.at] if isinstance(self.at, str) else self.at
-
     def is_at(self, site: Shape) -> bool:
         """Tell whether the units of a site have masks."""
-        return isinstance(site, UnitsShape) and is_in(site, self.patterns)
-
-    @field_validator("at")
-    @classmethod
-    def _places(cls, value: Any) -> Any:
-        for pattern in [value] if isinstance(value, str) else value:
-            parse_place(pattern)
-        return value
+        return isinstance(site, UnitsShape) and is_in(site, patterns_of(self.at))
 
     @model_validator(mode="after")
     def _one_choice(self) -> Neurons:
@@ -79,14 +67,8 @@ class Neurons(MethodSection):
         return self
 
     def check(self, model: Model) -> None:
-        units = [site for site in shapes_of(model) if isinstance(site, UnitsShape)]
-        for pattern in self.patterns:
-            if not any(is_in(site, [pattern]) for site in units):
-                raise ValueError(
-                    f"'{pattern}' names no feed-forward without experts of the model, which has "
-                    f"{model.encoder.layers} and {model.decoder.layers} layers, counted from 0: write a "
-                    "side, layers or both, such as encoder or decoder.0-2, or leave 'at' out"
-                )
+        sites = [site for site in shapes_of(model) if isinstance(site, UnitsShape)]
+        check_named(patterns_of(self.at), sites, "feed-forward without experts", model)
         if model.distills:
             raise ValueError("'neurons' has nothing to distill: leave it out, or 'fuse_distillation'")
 
