@@ -12,11 +12,13 @@ from test_resharding import ONE, train
 
 from lsmoe_ds.analysis.findings import analyze_weights
 from lsmoe_ds.checkpoint.reading import read_checkpoint
+from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape, shapes_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.methods.low_rank.analysis import scores
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.report.report import render_report
 
@@ -82,6 +84,17 @@ def test_the_recipe_with_the_chosen_index_has_no_other_half(run, tmp_path):
             assert section.index_at(site) == ("source" if alone else chosen[site.side, site.layer]), site
     names = [name for name, _ in Transformer(recipe, 96).named_parameters() if "_low_rank." in name]
     assert names and not any(".source." in name or ".target." in name or "index" in name for name in names)
+
+
+def test_scores_in_the_middle_of_the_schedule_are_of_the_ratio_that_is_reached(run):
+    recipe = load_recipe(run / "recipe.yaml")
+    weights = dict(read_checkpoint(run / "checkpoints" / "step-3").weights)
+    generator = torch.Generator().manual_seed(1)
+    for name in [name for name in weights if name.endswith("_mask")]:
+        weights[name] = torch.rand(weights[name].shape, generator=generator) < 0.8
+    found = scores(recipe, recipe.model.low_rank, Tensors.of(weights))
+    assert all(0.15 < each.ratio < 0.25 for each in found)
+    assert sum(each.score for each in found) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_scores_follow_equation_5(run, tmp_path):

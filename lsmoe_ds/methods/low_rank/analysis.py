@@ -119,7 +119,10 @@ class Score(NamedTuple):
 
 
 def scores(recipe: Recipe, section: LowRank, weights: Tensors) -> list[Score]:
-    """Score each language's vertical matrix beside each linear layer by its mask."""
+    """Score each language's vertical matrix beside each linear layer by its mask.
+
+    The ratio is the one that is reached: in the middle of the schedule less than that of the recipe.
+    """
     assert section.prune is not None
     found = []
     rows = dict(zip(recipe.languages.codes, rows_of(section, recipe.languages), strict=False))
@@ -131,8 +134,9 @@ def scores(recipe: Recipe, section: LowRank, weights: Tensors) -> list[Score]:
                 if own.start < own.stop and section.prune.prunes(code, recipe.languages):
                     part = mask[own]
                     pruned = part.numel() - int(part.count_nonzero())
-                    found.append(Score(site, choice.name, code, part.numel(), pruned, section.prune.ratio))
-    return found
+                    found.append(Score(site, choice.name, code, part.numel(), pruned, 0.0))
+    ratio = sum(each.pruned for each in found) / max(1, sum(each.size for each in found))
+    return [each._replace(ratio=ratio) for each in found]
 
 
 def subspaces(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
