@@ -122,7 +122,16 @@ MODELS: dict[
         moe("task", 2) | {"low_rank": {"rank": 16, "at": "both"}},
         ("specific",),
     ),
+    "neurons": ("neurons of each direction, 95 %", {"neurons": {"share": 95}}, ("specific",)),
+    "neurons-rows": (
+        "neurons of each direction, 95 %, rows",
+        {"neurons": {"share": 95, "remove": "rows"}},
+        ("specific",),
+    ),
+    "lass": ("LaSS, 30 % of the weights", {"lass": {"tuned": "runs/tuned", "ratio": 0.7}}, ("specific",)),
+    "adapters": ("adapters of each pair, width 64", {"adapters": {"width": 64}}, ("specific",)),
 }
+STARTED = ("neurons", "neurons-rows", "lass", "adapters")  # from the dense model
 REFUSED = {
     "token": ("token", moe("token", 1)),
     "sentence": ("sentence", moe("sentence", 1)),
@@ -130,9 +139,13 @@ REFUSED = {
 }
 
 
-def recipe_of(changes: dict[str, Any], steps: int) -> Recipe:
+def recipe_of(changes: dict[str, Any], steps: int, start: Path | None = None) -> Recipe:
     training = {"steps": steps, "checkpoint_every": steps, "validate_every": min(steps, 500)}
-    return load_recipe(BASE, changes={"model": changes, "training": training})
+    data = {}
+    if start is not None:
+        training["start_from"] = str(start)
+        data["vocabulary"] = {"file": str(start / "vocabulary.model")}
+    return load_recipe(BASE, changes={"model": changes, "training": training, "data": data})
 
 
 def lsmoe(*arguments: str) -> None:
@@ -142,8 +155,11 @@ def lsmoe(*arguments: str) -> None:
 
 def train(name: str, steps: int, work: Path) -> Path:
     """A trained run; one that was begun goes on."""
-    recipe, run = recipe_of(MODELS[name][1], steps), work / "runs" / name
     work.mkdir(parents=True, exist_ok=True)
+    start = begin(steps, work) if name in STARTED else None
+    recipe, run = recipe_of(MODELS[name][1], steps, start), work / "runs" / name
+    if name == "lass":
+        tune(recipe, start, steps // 10, work)
     with contextlib.chdir(work):
         for corpus in map(str, recipe.data.corpora):
             if not Path("data/corpora", corpus, "PROVENANCE.json").exists():
@@ -155,6 +171,26 @@ def train(name: str, steps: int, work: Path) -> Path:
             write_whole(Path(f"{name}.yaml"), recipe.to_yaml())
             lsmoe("train", f"{name}.yaml", "--out", str(run), "--nproc", "1")
     return run
+
+
+def begin(steps: int, work: Path) -> Path:
+    """The dense model, as a folder to start from."""
+    run, start = train("dense", steps, work), work / "start"
+    if not start.exists():
+        lsmoe("convert", str(run), "--to", "consolidated", "--out", str(start), "--check", "0")
+    return start
+
+
+def tune(recipe: Recipe, start: Path | None, steps: int, work: Path) -> None:
+    """Fine-tunes the dense model on each direction."""
+    plain = recipe_of({}, steps, start)
+    with contextlib.chdir(work):
+        for direction in recipe.data.directions:
+            run = Path("runs/tuned", direction)
+            if newest_whole(run)[0] is None:
+                training = plain.training.model_copy(update={"directions": [direction], "validate_every": 0})
+                write_whole(Path("tuned.yaml"), plain.model_copy(update={"training": training}).to_yaml())
+                lsmoe("train", "tuned.yaml", "--out", str(run), "--nproc", "1")
 
 
 def converted(run: Path, direction: Direction, route: str, folder: Path) -> dict[str, Engine]:

@@ -347,12 +347,18 @@ def test_numbers_as_people_write_them_are_read(tmp_path):
 def test_methods_cannot_train_where_there_are_none(tmp_path):
     said = complaint(GOOD.replace(STEPS, "{steps: 4, trainable: methods}"), tmp_path)
     assert said == (
-        "r.yaml: 'training.trainable' is methods, but 'model' has no method: add clsr, low_rank or the "
-        "experts of 'moe', or give all or patterns of global names"
+        "r.yaml: 'training.trainable' is methods, but 'model' has none that trains: add adapters, clsr, "
+        "low_rank or the experts of 'moe', or give all or patterns of global names"
     )
+    value = yaml.safe_load(GOOD.replace(STEPS, "{steps: 4, trainable: methods}"))
+    value["model"]["neurons"] = {"random": 0.5}
+    assert complaint(yaml.safe_dump(value), tmp_path).endswith(said.partition(": ")[2]), "masks do not train"
 
 
-@pytest.mark.parametrize("method", ["low_rank={rank: 2}", "clsr={}", "decoder.moe={experts: 2}"])
+ANY = ["low_rank={rank: 2}", "clsr={}", "adapters={}", "decoder.moe={experts: 2}"]
+
+
+@pytest.mark.parametrize("method", ANY)
 def test_what_trains_may_be_any_method(tmp_path, method):
     (tmp_path / "r.yaml").write_text(GOOD)
     load_recipe(tmp_path / "r.yaml", ["training.trainable=methods", f"model.{method}"])

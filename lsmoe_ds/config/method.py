@@ -56,6 +56,8 @@ class MethodSection(Section):
     by_language: ClassVar[tuple[str, ...]] = ()
     # Why no dense model computes the same; None if one does.
     unmergeable: ClassVar[str | None] = None
+    # Whether it has parameters; some methods have only state that does not train.
+    trains: ClassVar[bool] = True
     # Whether what it must count over a whole step depends on hidden states.
     reads_states: ClassVar[bool] = False
 

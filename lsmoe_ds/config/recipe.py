@@ -244,10 +244,12 @@ class Recipe(Section):
                 raise ValueError(
                     f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}"
                 )
-        if self.training.trainable == "methods" and not hidden.methods and not any(hidden.moe_layers()):
+        trains = any(method.trains for method in hidden.methods) or any(hidden.moe_layers())
+        if self.training.trainable == "methods" and not trains:
+            known = ", ".join(name for name, kind in sections().items() if kind.trains)
             raise ValueError(
-                "'training.trainable' is methods, but 'model' has no method: add "
-                f"{', '.join(sections())} or the experts of 'moe', or give all or patterns of global names"
+                f"'training.trainable' is methods, but 'model' has none that trains: add {known} or the "
+                "experts of 'moe', or give all or patterns of global names"
             )
         if wrong := [each for each in self.training.directions or () if each not in self.data.directions]:
             raise ValueError(

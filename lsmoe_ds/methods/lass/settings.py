@@ -28,6 +28,7 @@ class Lass(MethodSection):
     """
 
     name: ClassVar[str] = "lass"
+    trains: ClassVar[bool] = False
 
     tuned: Path
     ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.7

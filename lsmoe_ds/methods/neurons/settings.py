@@ -36,6 +36,7 @@ class Neurons(MethodSection):
     """
 
     name: ClassVar[str] = "neurons"
+    trains: ClassVar[bool] = False
 
     share: Annotated[float, Field(ge=0.0, le=100.0)] = 95.0
     per: Per = "sentence"
