@@ -38,7 +38,9 @@ def test_overlaps_are_intersection_over_union():
 def test_relatives_are_languages_of_one_family_on_the_same_side():
     related = lambda one, other: are_related(Direction.parse(one), Direction.parse(other))  # noqa: E731
     assert related("en-de", "en-nl") and related("fr-en", "it-en")
+    assert related("fr-de", "fr-nl") and related("fr-ja", "it-ja")
     assert not related("en-de", "en-ru") and not related("en-de", "de-en") and not related("en-de", "nl-en")
+    assert not related("fr-de", "fr-it") and not related("de-fr", "nl-it")
 
 
 def test_many_directions_are_drawn_by_language_and_relatives_are_neighbors():

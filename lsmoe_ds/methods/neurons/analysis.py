@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsmoe_ds.languages import Direction, family, task_language, task_order
+from lsmoe_ds.languages import Direction, family, task_order
 from lsmoe_ds.methods.findings import Findings, Grid
 
 TITLE = "Units that directions share"
@@ -32,13 +32,10 @@ def overlaps(masks: Tensor) -> Tensor:
 
 
 def are_related(one: Direction, other: Direction) -> bool:
-    """Tell whether the languages beside English of two directions, each from or into it, are of one family.
-
-    Directions from English and into it are not compared.
-    """
-    if (one.source == other.source) == (one.target == other.target):
-        return False
-    return family(task_language(str(one))) == family(task_language(str(other)))
+    """Tell whether two directions from one language go into relatives, or into one come from relatives."""
+    if one.source == other.source:
+        return family(one.target) == family(other.target)
+    return one.target == other.target and family(one.source) == family(other.source)
 
 
 def find_overlaps(directions: Sequence[Direction], masks: Mapping[str, Tensor]) -> Findings:
@@ -179,11 +176,12 @@ def _mean(each: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
 
 def _said(directions: Sequence[Direction], found: Mapping[str, Tensor]) -> str:
     """Say what the paper looks for: how overlaps go through the layers, and whether relatives share more."""
-    parts = []
+    medians = []
     for side in ("encoder", "decoder"):
-        medians = [float(_of_pairs(each).median()) for name, each in found.items() if _side(name) == side]
-        if len(medians) > 1:
-            parts.append(f"the median overlap goes from {medians[0]:.2f} to {medians[-1]:.2f} in the {side}")
+        own = [float(_of_pairs(each).median()) for name, each in found.items() if _side(name) == side]
+        if own and len(directions) > 1:
+            medians.append(f"from {own[0]:.2f} to {own[-1]:.2f} in the {side}")
+    parts = [f"the median overlap goes {' and '.join(medians)}"] if medians else []
     last = next((name for name in reversed(list(found)) if _side(name) == "decoder"), None)
     rows, columns = torch.triu_indices(len(directions), len(directions), 1)
     pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
