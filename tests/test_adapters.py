@@ -89,6 +89,12 @@ def test_families_are_those_of_the_table_and_english_is_one_by_itself():
     assert found["en-de"] == found["en-nl"] == "en - Indo-European, Germanic"
     assert found["de-en"] == "Indo-European, Germanic - en"
     assert len(set(found.values())) == 6
+    unknown = Languages(tuple(english_centric(["xx", "yy"])))
+    assert len(set(Adapters(by="family").holders(unknown))) == 4, "unknown families are not one"
+    moved = Languages(LANGUAGES.directions)
+    west, east = ({"a": ["de", "fr"], "b": ["ru"]}, {"a": ["de"], "b": ["fr", "ru"]})
+    before, after = (Adapters(by="family", families=each).holdings(moved) for each in (west, east))
+    assert before != after, "or a language would get the adapter of another family"
 
 
 def model_of(recipe: Recipe) -> Transformer:
@@ -211,6 +217,10 @@ def test_new_directions_get_adapters_and_the_others_keep_theirs(adapted, tmp_pat
         ({"families": {"west": ["de"]}}, "'families' lists families, but 'by' is pair"),
         ({"by": "family", "families": {"west": ["de", "de"]}}, "'adapters.families' has de twice"),
         ({"by": "family", "families": {"west": ["nl"]}}, "'adapters.families' names nl: it may have de, en"),
+        (
+            {"by": "family", "families": {"fr": ["de", "ru"]}},
+            "'adapters.families' has a family 'fr', which is",
+        ),
         ({"at": "encoder.2"}, r"'encoder\.2' names no layer of the model, which has 2 and 2"),
         ({"at": "attention"}, "'attention' names no layer"),
     ],

@@ -19,7 +19,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction, english_centric
+from lsmoe_ds.languages import Direction, english_centric, table
 from lsmoe_ds.methods.neurons.analysis import are_related, find_overlaps, overlaps
 from lsmoe_ds.methods.neurons.selection import most_active
 from lsmoe_ds.report.report import write_report
@@ -63,6 +63,17 @@ def test_many_directions_are_drawn_by_language_and_relatives_are_neighbors():
     each = overlaps(masks["decoder.0"])[into_english][:, into_english]
     pairs = (each.sum() - len(each)) / (len(each) * (len(each) - 1))
     assert picture.values[picture.rows.index("en")][picture.rows.index("en")] == pytest.approx(float(pairs))
+
+
+def test_many_directions_into_one_language_and_a_single_direction():
+    directions = [Direction(code, "en") for code in table() if code != "en"][:42]
+    masks = {"encoder.0": torch.rand(42, 9) < 0.5, "decoder.0": torch.rand(42, 9) < 0.5}
+    found = find_overlaps(directions, masks)
+    kept = next(grid for grid in found.grids if grid.name == "kept")
+    assert len(kept.rows) == 43 and kept.values[kept.rows.index("en")][0] is None
+    assert all("<svg" in draw(grid) for grid in found.grids)
+    alone = find_overlaps(directions[:1], {name: mask[:1] for name, mask in masks.items()})
+    assert alone.said == "one direction shares its units with none"
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.lass.method import MaskedWeight, largest
 from lsmoe_ds.methods.sites import LinearSite
+from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training import start
 
@@ -32,7 +34,7 @@ DIRECTIONS = len(LANGUAGES.directions)
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.3, 0.7, 0.99])
 def test_the_threshold_of_a_tensor(ratio):
     weight = torch.randn(7, 11, generator=torch.Generator().manual_seed(1))
-    count = int(ratio * 77)
+    count = round(ratio * 77)
     ordered = sorted(weight.abs().flatten().tolist())
     wanted = weight.abs() > ordered[count - 1] if count else torch.ones(7, 11, dtype=torch.bool)
     assert torch.equal(largest(weight, ratio), wanted)
@@ -65,6 +67,24 @@ def test_a_linear_layer_with_masks_follows_the_equation(numbers):
             module.mask.logical_not_()
 
 
+def test_a_packed_layer_keeps_the_weight_of_the_latest_direction_alone():
+    base, module = masked()
+    module.pack()
+    x = torch.randn(2, LENGTH, INPUTS)
+    with torch.no_grad():
+        for number in (1, 4, 4, 1):
+            wanted = F.linear(x, base.weight * module.mask[number], base.bias)
+            torch.testing.assert_close(module(base, x, LanguageContext(ids_of([number] * 2))), wanted)
+
+
+def test_a_loaded_model_is_packed_and_a_trained_one_is_not(trained):
+    loaded = load(trained[0], "cpu")
+    packed = [module for module in loaded.model.modules() if isinstance(module, MaskedWeight)]
+    assert packed and all(module.is_packed for module in packed)
+    made = Transformer(loaded.recipe, 140)
+    assert not any(module.is_packed for module in made.modules() if isinstance(module, MaskedWeight))
+
+
 def with_lass(root: Path, **section) -> Recipe:  # noqa: F811
     value = recipe_from(root).model_dump(mode="json", exclude_none=True)
     value["model"]["lass"] = {"tuned": root / "tuned", "ratio": 0.6, **section}
@@ -86,7 +106,7 @@ def trained(pool, root):  # noqa: F811
 def test_masks_are_those_of_the_fine_tuned_models(root, trained):  # noqa: F811
     run, found = trained
     (_, said) = found["said"]
-    assert said.startswith("lass: masks of 4 directions keep 40.") and "made in" in said
+    assert said.startswith("lass: masks of 4 directions keep 39.9% of the weights") and "made in" in said
     stored = find_model(run)
     tensors = read_weights(stored).tensors
     masks = [name for name in tensors if name.endswith("_lass.mask")]
@@ -125,3 +145,35 @@ def test_a_folder_without_a_model_of_each_direction_is_refused(root, trained, tm
     del value["training"]["start_from"]
     with pytest.raises(ValueError, match=r"there is no 'training\.start_from': give the model"):
         Recipe.model_validate(value)
+
+
+def test_models_of_other_directions_or_sizes_are_refused(root, trained, tmp_path):  # noqa: F811
+    for direction in ("en-de", "de-en", "en-fr", "fr-en"):
+        (tmp_path / "tuned" / direction).parent.mkdir(exist_ok=True)
+        (tmp_path / "tuned" / direction).symlink_to(root / "tuned" / "en-de")
+    with pytest.raises(UserError, match=r"tuned/de-en was trained on en-de, not on de-en alone"):
+        start.check(with_lass(root, tuned=tmp_path / "tuned"), tmp_path / "run")
+
+
+def test_a_training_may_start_from_sub_networks_of_the_same_ratio_alone(root, trained, tmp_path):  # noqa: F811
+    convert(trained[0], "consolidated", None, tmp_path / "start", check=0)
+    again = changed(with_lass(root), training={"start_from": str(tmp_path / "start")})
+    value = again.model_dump(mode="json", exclude_none=True)
+    value["model"]["lass"] = {"tuned": "gone", "ratio": 0.6}
+    start.check(Recipe.model_validate(value), tmp_path / "run")
+    value["model"]["lass"]["ratio"] = 0.9
+    with pytest.raises(UserError, match=r"'model\.lass' chooses its parameters .* in another way"):
+        start.check(Recipe.model_validate(value), tmp_path / "other")
+
+
+def test_new_directions_of_a_grown_model_take_the_sub_network_of_their_target(trained, tmp_path):
+    more = ["data.languages=[de, fr, en]", "data.directions=all"]
+    convert(trained[0], "grown", None, tmp_path / "grown", check=0, overrides=more)
+    old, new = find_model(trained[0]), find_model(tmp_path / "grown")
+    before, after = read_weights(old).tensors, read_weights(new).tensors
+    name = "encoder.0.attention.query_lass.mask"
+    one, other = (
+        stored.recipe.languages.direction_id(direction)
+        for stored, direction in ((new, Direction("fr", "de")), (old, Direction("en", "de")))
+    )
+    assert torch.equal(after[name][one], before[name][other])

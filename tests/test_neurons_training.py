@@ -27,6 +27,7 @@ from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.peft import split
 from lsmoe_ds.inference import load as load_module
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
@@ -176,8 +177,72 @@ def test_a_direction_that_was_never_trained_has_the_masks_of_its_target(masked, 
     languages = loaded.languages
     numbers = languages.direction_id(Direction("en", "de")), languages.id("fr"), languages.id("de")
     assert [(int(ids.direction), int(ids.source), int(ids.target)) for ids in used] == [numbers]
-    section = loaded.recipe.model.neurons.model_copy(update={"like": {"fr-de": "fr-en"}})
-    assert section.stand_in(Direction("fr", "de"), languages) == Direction("fr", "en")
     only = Languages((Direction("en", "de"),))
     with pytest.raises(ValueError, match="no direction into fr was trained, whose neurons de-fr could have"):
         loaded.recipe.model.neurons.stand_in(Direction("de", "fr"), only)
+
+
+def test_named_directions_take_recorded_masks_even_of_one_another(pool, root, trained, tmp_path):  # noqa: F811
+    like = {"en-fr": "en-de", "eng-deu": "en-fr"}
+    found = pool.run(1, first_steps, with_neurons(root, like=like), tmp_path / "run")[0]
+    assert "; en-fr has that of en-de, en-de has that of en-fr" in found["said"][1]
+    languages = with_neurons(root).languages
+    de, fr = (languages.direction_id(Direction("en", code)) for code in ("de", "fr"))
+    masks, own = masks_in(tmp_path / "run"), masks_in(trained[0])
+    for name, mask in masks.items():
+        assert torch.equal(mask[de], own[name][fr]) and torch.equal(mask[fr], own[name][de])
+    assert any(not torch.equal(own[name][fr], own[name][de]) for name in own)
+
+
+def test_units_are_counted_as_the_recipe_says_on_all_directions(pool, root, tmp_path):  # noqa: F811
+    recipe = changed(with_neurons(root, per="token"), training={"directions": ["en-de"], "validate_every": 2})
+    found = pool.run(1, first_steps, recipe, tmp_path / "run")[0]
+    assert found["said"][1].startswith("neurons: 12 dev pairs recorded"), "of all four directions"
+    assert found["said"][2] == "every 2 steps it validates on 5 dev pairs in 1 direction"
+    base = load(root / "model")
+    batches = validation_batches(
+        PreparedData.of(recipe), base.languages, base.vocabulary, recipe.data.batch, limit=3
+    )
+    counts, _ = record(base.model, batches, 4, "token", Topology.single())
+    masks = masks_in(tmp_path / "run")
+    assert all(torch.equal(masks[f"{at}_neurons.mask"], most_active(each, 80)) for at, each in counts.items())
+
+
+def test_a_model_that_has_masks_keeps_them_and_takes_no_others(pool, root, trained, tmp_path):  # noqa: F811
+    convert(trained[0], "consolidated", None, tmp_path / "start", check=0)
+    again = changed(with_neurons(root), training={"start_from": str(tmp_path / "start")})
+    start.check(again, tmp_path / "run")
+    said = pool.run(1, first_steps, again, tmp_path / "run")[0]["said"]
+    assert said == [f"starting from {tmp_path / 'start'}"]
+    masks, own = masks_in(tmp_path / "run"), masks_in(trained[0])
+    assert all(torch.equal(masks[name], own[name]) for name in own)
+    for other in ({"share": 20}, {"per": "token"}, {"remove": "rows"}):
+        value = again.model_dump(mode="json", exclude_none=True)
+        value["model"]["neurons"] |= other
+        with pytest.raises(UserError, match=r"'model\.neurons' chooses its parameters .* in another way"):
+            start.check(Recipe.model_validate(value), tmp_path / "other")
+
+
+def test_masks_that_must_be_recorded_cannot_be_added_to_a_grown_model(root, trained, tmp_path):  # noqa: F811
+    overrides = ["model.neurons={}", f"training.start_from={root / 'model'}"]
+    with pytest.raises(UserError, match=r"'model\.neurons' is found out when a training starts"):
+        convert(root / "trained", "grown", None, tmp_path / "grown", check=0, overrides=overrides)
+
+
+def test_no_peft_adapter_fits_a_base_with_masks(masked, tmp_path):
+    value = find_model(masked["units"]).recipe.model_dump(mode="json", exclude_none=True)
+    value["model"]["low_rank"] = {"rank": 2}
+    with pytest.raises(UserError, match=r"'model\.neurons' gives the base of each direction other layers"):
+        split({}, Recipe.model_validate(value), Direction("en", "de"))
+
+
+@pytest.mark.parametrize(
+    ("like", "says"),
+    [
+        ({"en-de": "en-de"}, "'neurons.like' names en-de for itself"),
+        ({"en-de": "en-fr", "eng-deu": "fr-en"}, "'neurons.like' names eng-deu twice"),
+    ],
+)
+def test_directions_that_are_like_themselves_or_named_twice_are_refused(root, like, says):  # noqa: F811
+    with pytest.raises(ValueError, match=says):
+        with_neurons(root, like=like)

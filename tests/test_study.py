@@ -378,3 +378,12 @@ def test_a_member_with_a_model_for_each_direction(base, tmp_path):
     run_study(base / "alone.yaml", out)
     changed = {path for path, content in tree(out).items() if before.get(path) != content}
     assert not [path for path in changed if "alone-seed3" in str(path)], "nothing is done again"
+
+
+def test_scores_are_of_the_directions_that_the_recipe_trains(base, tmp_path):
+    recipe = load_recipe(base / "base.yaml", ["training.directions=[en-de, de-en]"])
+    (base / "some.yaml").write_text(recipe.to_yaml())
+    file = study_file(name="some", recipe="some.yaml", members={"naive": {}, "alone": {"each_direction": 1}})
+    (base / "of_some.yaml").write_text(yaml.safe_dump(file))
+    found = run_study(base / "of_some.yaml", tmp_path / "out")
+    assert [sorted(row.directions) for row in found.rows] == [["de-en", "en-de"]] * 2

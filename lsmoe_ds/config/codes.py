@@ -163,6 +163,10 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
             for name in kind.by_language:
                 *path, key = name.split(".")
                 section = reduce(_section, path, given)
+                if key == "*":
+                    at = f"model.{method}.{path[0]}"
+                    places += [(f"{at}.{each}", section, list, reader.code) for each in section]
+                    continue
                 kind_of = dict if isinstance(section.get(key), dict) else list
                 places.append((f"model.{method}.{name}", section, kind_of, _or_group(reader.code)))
         for key, section, shape, read in places:

@@ -52,7 +52,8 @@ class MethodSection(Section):
     name: ClassVar[str]
     # A key that, if true, gives the model a second route, the shared one.
     shared_route: ClassVar[str | None] = None
-    # Keys, such as "rank" or "prune.languages", of lists of language codes or mappings by them.
+    # Keys, such as "rank" or "prune.languages", of lists of language codes or mappings by them; "families.*"
+    # are all lists of a mapping.
     by_language: ClassVar[tuple[str, ...]] = ()
     # Why no dense model computes the same; None if one does.
     unmergeable: ClassVar[str | None] = None
@@ -70,6 +71,11 @@ class MethodSection(Section):
     def reads_dev(self) -> bool:
         """Whether it reads the dev set before the first step (:meth:`lsmoe_ds.methods.base.Method.begin`)."""
         return False
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is found out when a training starts from a model: none can be given it before."""
+        return self.reads_dev
 
     @property
     def distills(self) -> bool:

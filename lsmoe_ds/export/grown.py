@@ -66,6 +66,8 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
         "name": name_of(out),
         "data": {"name": None},
     }  # what is prepared for it gets its own name
+    if not any(key.startswith("training.directions") for key in given):
+        anew["training"] = {"directions": None}
     if "data.languages" in given and "data.directions" not in given:
         anew["data"]["directions"] = []  # those of the trained model were made of its languages
     if "data.directions" in given and "data.languages" not in given:
@@ -82,6 +84,13 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
             "its tags"
         )
     check_holders(before, after)
+    had = {method.name for method in before.model.methods}
+    for method in after.model.methods:
+        if method.begins and method.name not in had:
+            raise UserError(
+                f"'model.{method.name}' is found out when a training starts, and cannot be added before: "
+                "give it to the recipe of the training that starts from the grown model"
+            )
     vocabulary = Vocabulary.load(stored.vocabulary)
     new = [code for code in after.languages.codes if code not in vocabulary.codes]
     model = add_tags(stored.vocabulary.read_bytes(), new)
@@ -89,7 +98,7 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
     changes = {
         **anew,
         "data": {**anew["data"], "vocabulary": of_vocabulary},
-        "training": {"start_from": str(out)},
+        "training": {**anew.get("training", {}), "start_from": str(out)},
     }
     return load_recipe(stored.home / RECIPE, overrides, changes), model
 

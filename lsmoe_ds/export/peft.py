@@ -66,6 +66,12 @@ def split(
             "the model has no matrices beside its linear layers, which are what --to peft writes: use --to "
             "huggingface"
         )
+    for method in methods_of(recipe, Topology.single()):
+        if method.reshapes:
+            raise UserError(
+                f"'model.{method.name}' gives the base of each direction other layers or sizes, to which no "
+                "adapters of several fit: use --to dense or --to huggingface, which merge all"
+            )
     groups: dict[str, list[Direction]] = {}
     if direction is not None or chosen == "shared":
         groups[""] = [direction] if direction is not None else list(recipe.languages.directions)

@@ -74,6 +74,7 @@ class Method:
     analyses: ClassVar[tuple[str, ...]] = ()  # what `lsmoe analyze KIND` can find in its weights
     by_direction: ClassVar[bool] = False  # whether languages choose the parameters of the specific route
     adds_layers: ClassVar[bool] = False  # whether :meth:`merge` makes layers of what it adds
+    reshapes: ClassVar[bool] = False  # whether :meth:`merge` changes sizes or names of the model's tensors
     adds_products: ClassVar[bool] = False  # whether :meth:`products` is all that it adds
 
     def __init__(self, section: Any, recipe: Recipe, topology: Topology) -> None:

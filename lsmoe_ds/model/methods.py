@@ -39,6 +39,6 @@ def check_holders(before: Recipe, after: Recipe) -> None:
         was, now = old.choosing(before.model), section.choosing(after.model)
         if was != now:
             raise UserError(
-                f"'model.{section.name}' chooses its parameters by other languages, or at other places, than "
-                "the model has learned: leave what says so as it is"
+                f"'model.{section.name}' chooses its parameters by other languages, at other places or in "
+                "another way than the model has learned: leave what says so as it is"
             )

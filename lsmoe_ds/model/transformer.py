@@ -307,10 +307,10 @@ class Transformer(nn.Module):
                 yield from layer.sites(side, number)
 
     def pack(self) -> None:
-        """Pack all attentions, for inference (see :meth:`Attention.pack`)."""
+        """Pack all modules that have a ``pack``, for inference: weights must not change after that."""
         for module in self.modules():
-            if isinstance(module, Attention):
-                module.pack()
+            if module is not self and callable(pack := getattr(module, "pack", None)):
+                pack()
 
     def moe_layers(self) -> list[tuple[str, Any]]:
         """Return (side, MixtureOfExperts) of each MoE layer, in the order in which they run."""

@@ -104,6 +104,22 @@ class Runs:
         whole = self.out / (f"{member}-seed{seed}" if self.is_to_train(member) else member)
         return whole if alone is None else whole / str(alone)
 
+    def models(self, member: str) -> list[Direction | None]:
+        """List the directions with training text for which a member has a model of its own; None stands for
+        all.
+        """
+        bitexts = self.prepared.manifest["bitexts"]
+        return [
+            alone
+            for alone in self.study.models(member)
+            if alone is None or bitexts[alone.bitext]["train"]["pairs"]
+        ]
+
+    def _is_scored(self, direction: Direction) -> bool:
+        """Tell whether a direction has text to score."""
+        split = self.study.settings.evaluate.split
+        return bool(self.prepared.manifest["bitexts"][direction.bitext][split]["pairs"])
+
     def is_to_train(self, member: str) -> bool:
         return self.study.settings.members[member].trained
 
@@ -121,7 +137,7 @@ class Runs:
             check_precision(recipe)
         except UserError as error:
             raise UserError(f"member '{member}': {error}") from None
-        for alone in self.study.models(member):
+        for alone in self.models(member):
             own, folder = self.study.recipe(member, seed, alone), self.folder(member, seed, alone)
             check_run(own, folder, self.prepared.folder / "vocabulary.model")
             self.is_trained(member, seed, alone)
@@ -152,7 +168,7 @@ class Runs:
     def train(self, member: str, seed: int, processes: int | None) -> None:
         """Train what is missing of a member."""
         if self.is_to_train(member):
-            for alone in self.study.models(member):
+            for alone in self.models(member):
                 self._train(member, seed, alone, processes)
 
     def _train(self, member: str, seed: int, alone: Direction | None, processes: int | None) -> None:
@@ -177,8 +193,9 @@ class Runs:
 
     def evaluate(self, member: str, seed: int, route: str) -> None:
         """Score what is missing of a member."""
-        for alone in self.study.models(member):
-            self._evaluate(member, seed, alone, route)
+        for alone in self.models(member):
+            if alone is None or self._is_scored(alone):
+                self._evaluate(member, seed, alone, route)
 
     def _evaluate(self, member: str, seed: int, alone: Direction | None, route: str) -> None:
         name, options = f"{_name(member, seed, alone)}, {route} route", self.study.settings.evaluate
@@ -206,9 +223,10 @@ class Runs:
 
         Raises UserError if a run is of another recipe.
         """
-        tables = [self._scores(member, seed, alone, route) for alone in self.study.models(member)]
+        scored = [alone for alone in self.models(member) if alone is None or self._is_scored(alone)]
+        tables = [self._scores(member, seed, alone, route) for alone in scored]
         found = [table for table in tables if table is not None]
-        if len(found) < len(tables):
+        if len(found) < len(tables) or not found:
             return None
         return replace(found[0], directions=tuple(score for table in found for score in table.directions))
 
@@ -223,7 +241,7 @@ class Runs:
         wanted = (step, route, options.split, options.beam, options.length_penalty)
         held_out = {
             str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"]
-            for d in self.prepared.languages.directions
+            for d in self.study.recipes[member].trained
             if alone in (None, d)
         }
         counts = {
@@ -237,7 +255,7 @@ class Runs:
 
     def costs(self, member: str, route: str) -> Costs:
         """Return the planned parameters, and the speed and time of the runs that are fully trained."""
-        planned, models = self.plans[member], self.study.models(member)
+        planned, models = self.plans[member], self.models(member)
         serving = planned.routes.get(route, planned.parameters)
         done: list[Progress] = []
         minutes = []

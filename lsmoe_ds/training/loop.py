@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lsmoe_ds import interrupt
@@ -18,6 +18,7 @@ from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import SharedError
+from lsmoe_ds.languages import Direction
 from lsmoe_ds.launch.watchdog import beat
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.notices import counted, listed
@@ -65,13 +66,13 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     added: list[str] = []
     learned: list[str | None] = []
 
-    def dev(limit: int | None, doing: str = "reading the dev set") -> Iterator[Batch]:
+    def dev(limit: int | None, directions: Sequence[Direction], doing: str) -> Iterator[Batch]:
         batches = validation_batches(
             prepared,
             languages,
             vocabulary,
             data.batch,
-            recipe.trained,
+            directions,
             limit=limit,
             rank=topology.data_rank,
             world=topology.data,
@@ -90,7 +91,11 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
         base = find_model(training.start_from)
         load_weights(engine, starting_weights(recipe, base, vocabulary.size), topology)
         added = added_methods(recipe, base)
-        learned = [m.begin(engine.module, dev) for m in engine.module.methods if m.name in added]
+        learned = [
+            method.begin(engine.module, lambda limit: dev(limit, languages.directions, "reading the dev set"))
+            for method in engine.module.methods
+            if method.name in added
+        ]
     last_step = done >= training.steps
     with (
         Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
@@ -142,7 +147,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             losses: dict[str, float] = {}
             if training.validate_every and (number % training.validate_every == 0 or last_step):
                 for route in routes:
-                    batches = dev(training.validate_pairs, f"validating after step {number}")
+                    batches = dev(training.validate_pairs, recipe.trained, f"validating after step {number}")
                     losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(
                         engine, batches, topology, route
                     )

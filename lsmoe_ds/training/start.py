@@ -6,12 +6,13 @@ import hashlib
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint.run_folder import check_run, list_checkpoints, newest_whole, open_run
-from lsmoe_ds.checkpoint.stored import RECIPE
+from lsmoe_ds.checkpoint.stored import RECIPE, find_model
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
@@ -19,6 +20,7 @@ from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import locked
+from lsmoe_ds.languages import Direction
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
@@ -31,7 +33,7 @@ from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import check_precision
 from lsmoe_ds.training.schedules import inverse_square_root
-from lsmoe_ds.training.start_from import check_start_from
+from lsmoe_ds.training.start_from import added_methods, check_start_from
 
 
 def check(recipe: Recipe, run: Path) -> None:
@@ -45,8 +47,10 @@ def check(recipe: Recipe, run: Path) -> None:
     found, _ = newest_whole(run)
     if found is None and recipe.training.start_from is not None:
         check_start_from(recipe, recipe.training.start_from, vocabulary)
+        added = added_methods(recipe, find_model(recipe.training.start_from))
         for method in recipe.model.methods:
-            method.check_begin(recipe)
+            if method.name in added:
+                method.check_begin(recipe)
     open_run(recipe, run, vocabulary)
 
 
@@ -56,17 +60,20 @@ def _check_dev(recipe: Recipe, prepared: PreparedData) -> None:
     The loss of a validation would be 0, the best of all.
     """
     every, bitexts = recipe.training.validate_every, prepared.manifest["bitexts"]
-    if any(bitexts[each.bitext]["dev"]["pairs"] for each in recipe.trained):
-        return
+
+    def has_dev(directions: Iterable[Direction]) -> bool:
+        return any(bitexts[each.bitext]["dev"]["pairs"] for each in directions)
+
     for method in recipe.model.methods:
-        if method.reads_dev:
+        if method.reads_dev and not has_dev(recipe.languages.directions):
             raise UserError(
                 f"'model.{method.name}' reads the dev set, but {prepared.folder} has no dev pairs: raise "
                 "'data.held_out.dev' and prepare again"
             )
-    if every:
+    if every and not has_dev(recipe.trained):
+        of_these = " of 'training.directions'" if recipe.training.directions else ""
         raise UserError(
-            f"'training.validate_every' is {every}, but {prepared.folder} has no dev pairs: "
+            f"'training.validate_every' is {every}, but {prepared.folder} has no dev pairs{of_these}: "
             "set it to 0, or raise 'data.held_out.dev' and prepare again"
         )
 

@@ -78,6 +78,7 @@ class BottleneckAdapters(Method):
     name = NAME
     by_direction = True
     adds_layers = True
+    reshapes = True
 
     section: Adapters
 

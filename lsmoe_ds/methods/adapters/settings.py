@@ -24,7 +24,7 @@ from lsmoe_ds.config.shapes import (
     count_linears,
     shapes_of,
 )
-from lsmoe_ds.languages import Direction, Languages, family, is_english
+from lsmoe_ds.languages import UNKNOWN, Direction, Languages, family, is_english
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Model, Recipe
@@ -43,7 +43,7 @@ class Adapters(MethodSection):
     """
 
     name: ClassVar[str] = "adapters"
-    by_language: ClassVar[tuple[str, ...]] = ()
+    by_language: ClassVar[tuple[str, ...]] = ("families.*",)
 
     width: Positive = 128
     by: By = "pair"
@@ -70,6 +70,11 @@ class Adapters(MethodSection):
         named = [code for codes in (self.families or {}).values() for code in codes]
         if twice := next((code for code in named if named.count(code) > 1), None):
             raise ValueError(f"'adapters.families' has {twice} twice: a language is in one family")
+        if alike := sorted(set(self.families or ()) & set(languages.codes)):
+            raise ValueError(
+                f"'adapters.families' has a family '{alike[0]}', which is the code of a language: give it "
+                "another name"
+            )
         if wrong := sorted(set(named) - set(languages.codes)):
             raise ValueError(
                 f"'adapters.families' names {wrong[0]}: it may have {', '.join(languages.codes)}"
@@ -79,7 +84,7 @@ class Adapters(MethodSection):
         """Return the name of a language's family."""
         if self.families is not None:
             return next((name for name, codes in self.families.items() if code in codes), code)
-        return code if is_english(code) else family(code)
+        return code if is_english(code) or family(code) == UNKNOWN else family(code)
 
     def holders(self, languages: Languages) -> list[str]:
         """Return whose adapter each direction uses, or with ``by: language`` each language, by number."""
@@ -113,7 +118,9 @@ class Adapters(MethodSection):
         return found
 
     def holdings(self, languages: Languages) -> dict[str, int]:
-        return dict.fromkeys(self.holders(languages), self.width)
+        if self.by == "language":
+            return dict.fromkeys(languages.codes, self.width)
+        return {f"{each} ({self.holder(each)})": self.width for each in languages.directions}
 
     def build(self, recipe: Recipe, topology: Any) -> Any:
         from lsmoe_ds.methods.adapters.method import BottleneckAdapters

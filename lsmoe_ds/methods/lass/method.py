@@ -15,7 +15,7 @@ each in memory. A tensor-parallel rank holds those of its own part of W. S rows 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +49,7 @@ def largest(weight: Tensor, ratio: float) -> Tensor:
     all.
     """
     magnitude = weight.detach().float().abs()
-    count = int(ratio * magnitude.numel())
+    count = round(ratio * magnitude.numel())
     if count == 0:
         return torch.ones_like(magnitude, dtype=torch.bool)
     return magnitude > magnitude.flatten().kthvalue(count).values
@@ -96,7 +96,8 @@ class MaskedWeight(nn.Module):
         shape = [directions, site.outputs, site.inputs]
         dimension = 1 if site.split == "column" else 2
         shape[dimension] //= topology.tensor
-        self._kept: tuple[tuple[int, ...], Tensor] | None = None
+        self.is_packed = False
+        self._kept: tuple[int, Tensor] | None = None
         self.places = [slice(i, i + 1) for i in range(directions)]
         self.register_buffer(MASK, torch.ones(shape, dtype=torch.bool))
         if topology.tensor > 1:
@@ -117,11 +118,16 @@ class MaskedWeight(nn.Module):
             (y,) = sum_together((y,), group)
         return (y + base.bias).view(*x.shape[:-1], y.shape[-1])
 
+    def pack(self) -> None:
+        """Keep the masked weight of the latest direction from now on, for a search of frozen weights."""
+        self.is_packed = True
+
     def _masked(self, weight: Tensor, direction: int) -> Tensor:
-        """Return the masked weight of a direction; it is kept for the next call, as in a search."""
-        now = direction, weight.data_ptr(), weight._version, self.mask._version
-        if self._kept is None or self._kept[0] != now:
-            self._kept = now, weight * self.mask[direction]
+        """Return the masked weight of a direction."""
+        if not self.is_packed:
+            return weight * self.mask[direction]
+        if self._kept is None or self._kept[0] != direction:
+            self._kept = direction, weight * self.mask[direction]
         return self._kept[1]
 
 
@@ -189,6 +195,10 @@ class LanguageSpecificSubNetworks(Method):
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
         return {str(direction): slice(i, i + 1) for i, direction in enumerate(self.directions)}
+
+    def holder_like(self, new: str, known: Collection[str], like: str | None) -> str | None:
+        """Return the first direction with the same target, whose sub-network a new one takes."""
+        return next((each for each in known if each.partition("-")[2] == new.partition("-")[2]), None)
 
     def merge_at(
         self, weights: Tensors, at: str, direction: Direction | None, route: Route

@@ -34,6 +34,10 @@ class Lass(MethodSection):
     ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.7
     at: Places = "all"
 
+    @property
+    def begins(self) -> bool:
+        return True
+
     def is_at(self, site: Shape) -> bool:
         """Tell whether a linear layer has masks."""
         return isinstance(site, LinearShape) and is_in(site, patterns_of(self.at))
@@ -58,9 +62,21 @@ class Lass(MethodSection):
                 f"'model.lass.tuned' is {self.tuned}, which has no folder {lacking[0]}: it must have a model "
                 "for each direction, fine-tuned on it alone (training.directions)"
             )
+        from lsmoe_ds.checkpoint.stored import find_model  # imports torch
+
+        for direction in map(str, recipe.languages.directions):
+            try:
+                tuned = find_model(self.tuned / direction).recipe
+            except UserError as error:
+                raise UserError(f"'model.lass.tuned' has no model of {direction}: {error}") from None
+            if tuned.training.directions not in (None, [direction]):
+                raise UserError(
+                    f"'model.lass.tuned': {self.tuned / direction} was trained on "
+                    f"{', '.join(tuned.training.directions or ())}, not on {direction} alone"
+                )
 
     def choosing(self, model: Model) -> Any:
-        return [site.at for site in shapes_of(model) if self.is_at(site)]
+        return [site.at for site in shapes_of(model) if self.is_at(site)], self.ratio
 
     def stand_in(self, direction: Direction, languages: Languages) -> Direction:
         """Return the first direction with the same target."""

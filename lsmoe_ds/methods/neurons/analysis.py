@@ -113,9 +113,11 @@ def _spread(found: Mapping[str, Tensor]) -> Grid:
 
 def _kept(directions: Sequence[Direction], kept: Mapping[str, Tensor]) -> Grid:
     names, rows, about = _rows(directions, None)
-    values = []
-    for name in names:
-        values.append([float(shares[rows(name, _side(layer))].mean()) for layer, shares in kept.items()])
+
+    def share(shares: Tensor, own: list[int]) -> float | None:
+        return float(shares[own].mean()) if own else None
+
+    values = [[share(shares, rows(name, _side(layer))) for layer, shares in kept.items()] for name in names]
     return Grid(
         "kept",
         "How many of a layer's units a direction uses",
@@ -161,9 +163,9 @@ def _rows(
         return [i for i, each in enumerate(directions) if getattr(each, attributes[side]) == name]
 
     codes = {code for each in directions for code in (each.source, each.target)}
-    used = [code for code in sorted(codes, key=task_order) if all(of(code, each) for each in attributes)]
+    used = sorted(codes, key=task_order)
     if side is not None:
-        used = [code for code in sorted(codes, key=task_order) if of(code, side)]
+        used = [code for code in used if of(code, side)]
     return used, of, " A row is the mean over all directions from a language, in the decoder into it."
 
 
@@ -176,10 +178,12 @@ def _mean(each: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
 
 def _said(directions: Sequence[Direction], found: Mapping[str, Tensor]) -> str:
     """Say what the paper looks for: how overlaps go through the layers, and whether relatives share more."""
+    if len(directions) < 2:
+        return "one direction shares its units with none"
     medians = []
     for side in ("encoder", "decoder"):
-        own = [float(_of_pairs(each).median()) for name, each in found.items() if _side(name) == side]
-        if own and len(directions) > 1:
+        own = [float(_of_pairs(each).quantile(0.5)) for name, each in found.items() if _side(name) == side]
+        if own:
             medians.append(f"from {own[0]:.2f} to {own[-1]:.2f} in the {side}")
     parts = [f"the median overlap goes {' and '.join(medians)}"] if medians else []
     last = next((name for name in reversed(list(found)) if _side(name) == "decoder"), None)
@@ -194,4 +198,4 @@ def _said(directions: Sequence[Direction], found: Mapping[str, Tensor]) -> str:
             f"in {_label(last)} directions from one language into relatives share {means[0]:.2f}, into "
             f"others {means[1]:.2f}"
         )
-    return "; ".join(parts) or "one direction shares its units with none"
+    return "; ".join(parts)

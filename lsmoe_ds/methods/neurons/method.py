@@ -88,6 +88,7 @@ class NeuronSpecialization(Method):
     name = NAME
     by_direction = True
     analyses = (NAME,)
+    reshapes = True
 
     section: Neurons
 
@@ -119,8 +120,11 @@ class NeuronSpecialization(Method):
     def begin(self, model: Any, dev: Callable[[int | None], Iterable[Batch]]) -> str | None:
         """Record which units each direction activates on dev text, and choose its masks."""
         section = self.section
+        total = sum(module.mask.numel() * self.topology.tensor for module in self.masks.values())
+        size = f"{counted(len(self.directions), 'direction')} keep {{:.1%}} of the units, in "
+        size += counted((total + 7) // 8, "byte")
         if section.random is not None:
-            return None
+            return f"neurons: masks of {size.format(section.random)}, at random"
         begun = time.perf_counter()
         found, sentences = record(model, dev(section.pairs), len(self.directions), section.per, self.topology)
         counts = {at: found[at] for at in self.masks}
@@ -133,21 +137,22 @@ class NeuronSpecialization(Method):
                 f"'model.neurons' has no dev text of {lacking}, nor of a direction that it is like: name one "
                 f"with dev text in 'model.neurons.like', as in {{{lacking}: {self._recorded(sentences)}}}"
             ) from None
-        kept = total = 0
+        kept = 0
         for at, module in self.masks.items():
             mask = most_active(counts[at], section.share)
+            own_masks = mask.clone()
             for new, known in others.items():
-                mask[new] = mask[known]
-            kept, total = kept + int(mask.sum()), total + mask.numel()
+                mask[new] = own_masks[known]
+            kept += int(mask.sum())
             own = mask.chunk(self.topology.tensor, 1)[self.topology.tensor_rank]
             module.mask.copy_(own)
-        taken = [f"{self.directions[new]} that of {self.directions[known]}" for new, known in others.items()]
-        beside = f"; without dev text, {listed(taken)}" if taken else ""
+        names = [str(direction) for direction in self.directions]
+        taken = [f"{names[new]} has that of {names[known]}" for new, known in others.items()]
+        beside = f"; {listed(taken)}" if taken else ""
         read = counted(int(sentences.sum()), "dev pair")
         return (
             f"neurons: {read} recorded in {time.perf_counter() - begun:.1f} s; masks of "
-            f"{counted(len(self.directions), 'direction')} keep {kept / max(total, 1):.1%} of the units, in "
-            f"{counted((total + 7) // 8, 'byte')}{beside}"
+            f"{size.format(kept / max(total, 1))}{beside}"
         )
 
     def _recorded(self, sentences: Tensor) -> Direction | str:
@@ -164,7 +169,9 @@ class NeuronSpecialization(Method):
         with the language that new ones are like, or the first one with the same target.
         """
         source, target = new.split("-")
-        named = self.section.like.get(new)
+        numbers = self.section.named(self.recipe.languages)
+        number = numbers.get(next(i for i, each in enumerate(self.directions) if str(each) == new))
+        named = None if number is None else str(self.directions[number])
         replaced = [f"{source}-{like}", f"{like}-{target}"]
         alike = [each for each in known if each.endswith(f"-{target}")]
         return next((each for each in (named, *replaced, *alike) if each in known), None)

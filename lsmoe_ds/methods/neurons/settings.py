@@ -78,13 +78,16 @@ class Neurons(MethodSection):
 
     def named(self, languages: Languages) -> dict[int, int]:
         """Return ``like`` by numbers of directions. Raises ValueError for what is no direction of these."""
-        try:
-            return {
-                languages.direction_id(Direction.parse(new)): languages.direction_id(Direction.parse(known))
-                for new, known in self.like.items()
-            }
-        except UserError as error:
-            raise ValueError(f"'neurons.like': {error}") from None
+        found: dict[int, int] = {}
+        for new, known in self.like.items():
+            try:
+                one, other = (languages.direction_id(Direction.parse(each)) for each in (new, known))
+            except UserError as error:
+                raise ValueError(f"'neurons.like': {error}") from None
+            if one == other or one in found:
+                raise ValueError(f"'neurons.like' names {new} {'for itself' if one == other else 'twice'}")
+            found[one] = other
+        return found
 
     def check_training(self, training: Training) -> None:
         if self.random is None and training.start_from is None:
@@ -94,12 +97,12 @@ class Neurons(MethodSection):
             )
 
     def choosing(self, model: Model) -> Any:
-        return [site.at for site in shapes_of(model) if self.is_at(site)], self.remove
+        how = (self.share, self.per, self.pairs) if self.random is None else self.random
+        return [site.at for site in shapes_of(model) if self.is_at(site)], self.remove, how
 
     def stand_in(self, direction: Direction, languages: Languages) -> Direction:
-        """Return the direction that ``like`` names, or the first one with the same target."""
-        named = self.like.get(str(direction))
-        found = languages.find(Direction.parse(named)) if named else languages.same_target(direction)
+        """Return the first direction with the same target."""
+        found = languages.same_target(direction)
         if found is None:
             raise ValueError(
                 f"no direction into {direction.target} was trained, whose neurons {direction} could have"
