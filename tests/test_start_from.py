@@ -180,6 +180,21 @@ def test_going_on_needs_the_folder_no_more(pool, root, tmp_path):
         start.check(changed(longer, training={"start_from": None}), tmp_path / "run")
 
 
+def test_the_recipe_of_a_run_finds_its_own_vocabulary_if_the_first_is_gone(root, tmp_path):
+    shutil.copytree(root / "model", tmp_path / "model")
+    vocabulary = {"size": 140, "file": str(tmp_path / "model" / "vocabulary.model")}
+    recipe = changed(recipe_from(root), data={"vocabulary": vocabulary}, training={"steps": 2})
+    start.check(recipe, tmp_path / "run")
+    stored = tmp_path / "run" / "recipe.yaml"
+    assert load_recipe(stored).data.vocabulary.file == tmp_path / "model" / "vocabulary.model"
+    shutil.rmtree(tmp_path / "model")
+    shutil.copy(stored, tmp_path / "other.yaml")
+    assert load_recipe(tmp_path / "other.yaml").data.vocabulary.file == recipe.data.vocabulary.file
+    found = load_recipe(stored)
+    assert found.data.vocabulary.file == tmp_path / "run" / "vocabulary.model"
+    start.check(found, tmp_path / "run")
+
+
 def other_vocabulary(root: Path, recipe: Recipe) -> Recipe:
     return changed(recipe, data={"directory": root / "other", "vocabulary": {"size": 140, "type": "bpe"}})
 

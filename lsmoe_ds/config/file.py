@@ -42,6 +42,7 @@ def load_recipe(
     """
     path = shipped.choose("recipe", path)
     value, places = read_mapping(path, "recipe", Recipe)
+    _find_vocabulary(value, path)
     own = tags_of(value, path)
     _mark(changes or {}, f"{path}, changed by {changed_by}", (), places)
     merge(value, changes or {})
@@ -53,6 +54,19 @@ def load_recipe(
         at = tuple(key.split("."))
         raise UserError(f"{places[at].where if at in places else path}: {name(at)}: {sentence}")
     return validate(Recipe, value, path, places)
+
+
+def _find_vocabulary(value: dict[str, Any], path: Path) -> None:
+    """Let the recipe of a run or converted folder name the vocabulary in that folder, if the file from which
+    that was copied is gone.
+    """
+    data, beside = value.get("data"), path.with_name("vocabulary.model")
+    vocabulary = data.get("vocabulary") if isinstance(data, dict) else None
+    if path.name != "recipe.yaml" or not isinstance(vocabulary, dict) or not beside.is_file():
+        return
+    file = vocabulary.get("file")
+    if isinstance(file, str) and not Path(file).is_file():
+        vocabulary["file"] = str(beside)
 
 
 def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
