@@ -49,7 +49,7 @@ def test_many_directions_are_drawn_by_language_and_relatives_are_neighbors():
     generator = torch.Generator().manual_seed(1)
     shape = len(directions), 30
     masks = {name: torch.rand(shape, generator=generator) < 0.5 for name in ("encoder.0", "decoder.0")}
-    found = find_overlaps(directions, masks)
+    found = find_overlaps(directions, masks, "units")
     grids = {grid.name: grid for grid in found.grids}
     assert list(grids) == ["spread", "kept", "overlap-encoder-1", "overlap-decoder-1"]
     picture = grids["overlap-decoder-1"]
@@ -68,11 +68,11 @@ def test_many_directions_are_drawn_by_language_and_relatives_are_neighbors():
 def test_many_directions_into_one_language_and_a_single_direction():
     directions = [Direction(code, "en") for code in table() if code != "en"][:42]
     masks = {"encoder.0": torch.rand(42, 9) < 0.5, "decoder.0": torch.rand(42, 9) < 0.5}
-    found = find_overlaps(directions, masks)
+    found = find_overlaps(directions, masks, "units")
     kept = next(grid for grid in found.grids if grid.name == "kept")
     assert len(kept.rows) == 43 and kept.values[kept.rows.index("en")][0] is None
     assert all("<svg" in draw(grid) for grid in found.grids)
-    alone = find_overlaps(directions[:1], {name: mask[:1] for name, mask in masks.items()})
+    alone = find_overlaps(directions[:1], {name: mask[:1] for name, mask in masks.items()}, "units")
     assert alone.said == "one direction shares its units with none"
 
 
@@ -103,6 +103,8 @@ def test_a_run_with_experts(run, tmp_path):
         assert float(row["kept"]) == pytest.approx(float(mask[number].float().mean()), abs=1e-6)
     pairs = list(csv.DictReader((out / "overlaps.csv").open()))
     assert len(rows) == 5 * 4 and len(pairs) == 5 * 6
+    page = (out / "index.html").read_text()
+    assert "the units that have 95 % of the activations, counted by sentence in 16 dev sentences" in page
     whole = json.loads((out / "neurons.json").read_text())
     assert [grid["name"] for grid in whole["grids"]][:2] == ["spread", "kept"]
     assert (out / "overlap-decoder-3.svg").exists()

@@ -54,7 +54,12 @@ def analyze_neurons(
         raise UserError(f"{run} has {have} with {split} text: it takes two to compare")
     masks = {name: most_active(each[read], share) for name, each in counts.items()}
     directions = [loaded.languages.directions[i] for i in read]
-    return write_findings(Path(out), KIND, loaded.recipe.name, loaded.step, find_overlaps(directions, masks))
+    units = (
+        f"the units that have {share:g} % of the activations, counted by {per} in {int(sentences.sum()):,} "
+        f"{split} sentences"
+    )
+    found = find_overlaps(directions, masks, units)
+    return write_findings(Path(out), KIND, loaded.recipe.name, loaded.step, found)
 
 
 def record_all(

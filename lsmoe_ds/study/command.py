@@ -257,21 +257,20 @@ class Runs:
         """Return the planned parameters, and the speed and time of the runs that are fully trained."""
         planned, models = self.plans[member], self.models(member)
         serving = planned.routes.get(route, planned.parameters)
-        done: list[Progress] = []
-        minutes = []
+        minutes, speeds = [], []
         for seed in self.study.settings.seeds:
             of_seed = [self._progress(member, seed, alone) for alone in models]
             finished = [each for each in of_seed if each.steps >= self.steps(member)]
-            done += finished
             if len(finished) == len(models):
                 minutes.append(sum(each.seconds for each in finished) / 60)
+            known = [each.tokens_per_second for each in finished if each.tokens_per_second is not None]
+            if known:
+                speeds.append(sum(known) / len(known))
         return Costs(
-            parameters=planned.parameters.whole.total * len(models),
+            parameters=planned.trained * len(models) if self.is_to_train(member) else 0,
             serving_all=serving.whole.total * len(models),
             serving_one=planned.serving.whole.total,
-            tokens_per_second=Spread.of(
-                each.tokens_per_second for each in done if each.tokens_per_second is not None
-            ),
+            tokens_per_second=Spread.of(speeds),
             minutes=Spread.of(minutes),
         )
 

@@ -329,6 +329,8 @@ class Comparison:
 
 def _costs(costs: Costs) -> list[str]:
     sizes = [human(number) for number in (costs.parameters, costs.serving_all, costs.serving_one)]
+    if not costs.parameters:  # the base as it is
+        return ["–", *sizes[1:], "–", "–"]
     return [*sizes, _cell(costs.tokens_per_second, ",.0f"), _cell(costs.minutes)]
 
 

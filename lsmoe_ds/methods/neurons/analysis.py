@@ -38,13 +38,13 @@ def are_related(one: Direction, other: Direction) -> bool:
     return one.target == other.target and family(one.source) == family(other.source)
 
 
-def find_overlaps(directions: Sequence[Direction], masks: Mapping[str, Tensor]) -> Findings:
-    """Compare the masks [D, F] of each layer, by its name ``encoder.0``."""
+def find_overlaps(directions: Sequence[Direction], masks: Mapping[str, Tensor], units: str) -> Findings:
+    """Compare the masks [D, F] of each layer, by its name ``encoder.0``; ``units`` says what they hold."""
     order = sorted(range(len(directions)), key=lambda i: task_order(str(directions[i])))
     ordered = [directions[i] for i in order]
     found = {name: overlaps(mask[order]) for name, mask in masks.items()}
     kept = {name: mask[order].double().mean(1) for name, mask in masks.items()}
-    grids = [_spread(found), _kept(ordered, kept)]
+    grids = [_spread(found, units), _kept(ordered, kept)]
     for side in ("encoder", "decoder"):
         own = [name for name in masks if name.startswith(side)]
         for name in dict.fromkeys([*own[:1], *own[-1:]]):
@@ -95,7 +95,7 @@ def _of_pairs(each: Tensor) -> Tensor:
     return each[rows, columns]
 
 
-def _spread(found: Mapping[str, Tensor]) -> Grid:
+def _spread(found: Mapping[str, Tensor], units: str) -> Grid:
     values = [
         [float(_of_pairs(each).quantile(part)) if len(each) > 1 else None for each in found.values()]
         for part in QUANTILES.values()
@@ -103,7 +103,7 @@ def _spread(found: Mapping[str, Tensor]) -> Grid:
     return Grid(
         "spread",
         "How much every two directions share, layer by layer",
-        "Intersection over union of the units of every two directions: 1 where they use the same ones.",
+        f"Intersection over union of {units}, of every two directions: 1 where they use the same ones.",
         list(QUANTILES),
         [_label(name) for name in found],
         values,

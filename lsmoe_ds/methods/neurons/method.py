@@ -177,7 +177,7 @@ class NeuronSpecialization(Method):
         return next((each for each in (named, *replaced, *alike) if each in known), None)
 
     def analyze(self, kind: str, weights: Tensors) -> Findings:
-        return find_overlaps(self.directions, units_of(self.recipe, weights))
+        return find_overlaps(self.directions, units_of(self.recipe, weights), "the units that masks keep")
 
     def merge_at(
         self, weights: Tensors, at: str, direction: Direction | None, route: Route
