@@ -166,8 +166,9 @@ def test_a_plan_counts_adapters_and_the_layers_that_they_become(by):
 
 
 def test_the_sizes_of_the_paper():
-    """Of "Neuron Specialization", appendix A.2: 3.2M and 6.4M for a pair, 25.3M for a family, which two
-    adapters after each of 12 layers have; one after each layer has as much at twice the width.
+    """Compare sizes with "Neuron Specialization", appendix A.2: 3.2M and 6.4M for a pair, 25.3M for a family.
+
+    The paper has two adapters after each of 12 layers; one after each has as much at twice the width.
     """
     for hidden, width, paper in ((512, 128, 3.2), (1024, 128, 6.4), (1024, 512, 25.3)):
         assert 24 * Adapters(width=width).one(hidden) / 1e6 == pytest.approx(paper, abs=0.07)

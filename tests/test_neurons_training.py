@@ -1,4 +1,4 @@
-"""A training records which units its directions activate, and goes on with their masks."""
+"""A training records which units its directions activate, trains with their masks, and resumes with them."""
 
 from __future__ import annotations
 

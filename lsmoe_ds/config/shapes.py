@@ -148,6 +148,10 @@ def attention_linears(hidden: int) -> LinearShapes:
     }
 
 
+# The tensors of a feed-forward, below its name.
+FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bias")
+
+
 def feed_forward_linears(hidden: int, width: int) -> LinearShapes:
     """Return the linear layers of a feed-forward."""
     return {"expand": (hidden, width, "column"), "contract": (width, hidden, "row")}

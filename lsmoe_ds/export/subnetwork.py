@@ -38,6 +38,7 @@ from lsmoe_ds.checkpoint.stored import (
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Model, Parallel, Recipe, Side
+from lsmoe_ds.config.shapes import FEED_FORWARD
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import read_fields
 from lsmoe_ds.inference.load import check_route, empty_model
@@ -47,7 +48,6 @@ from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
 from lsmoe_ds.parallel.topology import Topology
 
 ALL = "all"  # in the place of a direction
-FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bias")
 
 
 def check_convertible(

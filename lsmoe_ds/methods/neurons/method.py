@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
+from lsmoe_ds.config.shapes import FEED_FORWARD
 from lsmoe_ds.errors import SharedError
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Draw, Method
@@ -220,6 +221,3 @@ def units_of(recipe: Recipe, weights: Tensors) -> dict[str, Tensor]:
     sides = (("encoder", recipe.model.encoder.layers), ("decoder", recipe.model.decoder.layers))
     names = [f"{side}.{layer}" for side, layers in sides for layer in range(layers)]
     return {name: weights[f"{name}{end}"].bool() for name in names if f"{name}{end}" in weights}
-
-
-FEED_FORWARD = ("expand.weight", "expand.bias", "contract.weight", "contract.bias")
