@@ -166,6 +166,7 @@ def test_recording_counts_what_is_active_and_no_padding(per):
 
 
 def recorded(topology, recipe: Recipe, batches: list[Batch], per: str):
+    recipe.training.dropout = 0.5  # recording must turn it off
     model = Transformer(recipe, VOCABULARY, topology)
     initialize(model, 1, topology)
     model.train()

@@ -171,11 +171,11 @@ def test_a_direction_that_was_never_trained_has_the_masks_of_its_target(masked, 
     loaded, used = load(masked["units"], "cpu"), []
     true_search = load_module.beam_search
     monkeypatch.setattr(load_module, "beam_search", lambda *a: used.append(a[2]) or true_search(*a))
-    assert list(translate(loaded, Direction("fr", "de"), ["ba de fi"]))
+    assert list(translate(loaded, Direction("de", "fr"), ["ba de fi"]))
     said = capsys.readouterr().err
-    assert "fr-de was never trained: what each direction has of its own is that of en-de" in said
+    assert "de-fr was never trained: what each direction has of its own is that of en-fr" in said
     languages = loaded.languages
-    numbers = languages.direction_id(Direction("en", "de")), languages.id("fr"), languages.id("de")
+    numbers = languages.direction_id(Direction("en", "fr")), languages.id("de"), languages.id("fr")
     assert [(int(ids.direction), int(ids.source), int(ids.target)) for ids in used] == [numbers]
     only = Languages((Direction("en", "de"),))
     with pytest.raises(ValueError, match="no direction into fr was trained, whose neurons de-fr could have"):
