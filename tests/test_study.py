@@ -336,6 +336,7 @@ def test_a_member_that_is_not_trained_is_the_model_that_the_others_start_from(
         "tuned": {"set": {"model": {"low_rank": {"rank": 2}}}},
     }
     training = {**recipe.model_dump(mode="json")["training"], "start_from": str(tmp_path / "start")}
+    training["directions"] = directions = [str(direction) for direction in recipe.trained[:2]]
     (tmp_path / "from.yaml").write_text(
         yaml.safe_dump({**yaml.safe_load((base / "base.yaml").read_text()), "training": training})
     )
@@ -345,8 +346,9 @@ def test_a_member_that_is_not_trained_is_the_model_that_the_others_start_from(
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["base"]
     row = found.to_dict()["rows"][0]
     assert row["title"] == "As it is"
-    wanted = evaluate(run, beam=2, limit=4, progress=False)
+    wanted = evaluate(run, directions, beam=2, limit=4, progress=False)
     table = ScoreTable.read(tmp_path / "out" / "base" / "scores-specific.json")
+    assert [str(each.direction) for each in table.directions] == directions, "not all that the base knows"
     assert [each.metrics for each in table.directions] == [each.metrics for each in wanted.directions]
     del training["start_from"]
     (tmp_path / "from.yaml").write_text(

@@ -206,7 +206,7 @@ class Runs:
         of_base = not self.is_to_train(member)
         table = evaluate(
             _start_of(self.study.recipe(member, seed)) if of_base else folder,
-            None,
+            [str(d) for d in self.study.recipes[member].trained] if of_base else None,
             options.beam,
             options.length_penalty,
             options.split,
