@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lsmoe_ds.data.batches import Batch, DirectionIds, collate
+from lsmoe_ds.data.batches import Batch, DirectionIds
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.launch import joining
@@ -159,5 +159,5 @@ def ragged_batches(
         directions.sort(
             key=lambda number: (languages.directions[number].source, languages.directions[number].target)
         )
-        batches.append(collate(texts[0], texts[1], directions, ids))
+        batches.append(ids.collate(texts[0], texts[1], directions))
     return batches

@@ -37,7 +37,7 @@ from common import Tags, alternate, argument_parser, in_processes, write
 from torch import Tensor, nn
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, DirectionIds, collate
+from lsmoe_ds.data.batches import Batch, DirectionIds
 from lsmoe_ds.languages import EOS
 from lsmoe_ds.launch import joining
 from lsmoe_ds.model.initialization import initialize
@@ -80,7 +80,7 @@ def sentences(recipe: Recipe, count: int, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(LENGTH * 4 // 5, LENGTH * 6 // 5 + 1, (count,), generator=generator).tolist()
     texts = [torch.randint(8, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return collate(texts, None, [0] * count, DirectionIds.of(recipe.languages, Tags()))
+    return DirectionIds.of(recipe.languages, Tags()).collate(texts, None, [0] * count)
 
 
 def build(recipe: Recipe, topology: Topology) -> Transformer:

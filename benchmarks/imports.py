@@ -32,7 +32,7 @@ import transformers
 from common import argument_parser, write
 
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.folders import read_json
@@ -195,7 +195,7 @@ def largest_difference(
     largest = 0.0
     for start in range(0, len(sources), BATCH):
         part = slice(start, start + BATCH)
-        batch = collate(sources[part], targets[part], [number] * len(sources[part]), ids)
+        batch = ids.collate(sources[part], targets[part], [number] * len(sources[part]))
         found = ours.model.logits(batch.source, batch.decoder_input, batch.ids)
         options = {
             "input_ids": batch.source,

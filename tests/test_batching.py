@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.data.batches import EOS, PAD, Batch, DirectionIds, Step, collate
+from lsmoe_ds.data.batches import EOS, PAD, Batch, DirectionIds, Step
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.units import by_length, cut
 from lsmoe_ds.errors import UserError
@@ -106,7 +106,7 @@ def sentences(batch: Batch) -> list[tuple[int, int]]:
 def test_layout() -> None:
     ids = DirectionIds.of(LANGUAGES, Vocabulary())
     to_de, from_zh = (LANGUAGES.direction_id(Direction.parse(d)) for d in ("en-de", "zh_Hans-en"))
-    batch = collate([[10, 11, 12], np.array([13], dtype=np.uint16)], [[20], [21, 22]], [to_de, from_zh], ids)
+    batch = ids.collate([[10, 11, 12], np.array([13], dtype=np.uint16)], [[20], [21, 22]], [to_de, from_zh])
     assert batch.source.tolist() == [[5, 10, 11, 12, EOS], [4, 13, EOS, PAD, PAD]]
     assert batch.decoder_input.tolist() == [[EOS, 20, PAD], [EOS, 21, 22]]
     assert batch.labels.tolist() == [[20, EOS, PAD], [21, 22, EOS]]
@@ -120,10 +120,10 @@ def test_layout() -> None:
 
 def test_sources_only_and_empty_sentences() -> None:
     ids = DirectionIds.of(LANGUAGES, Vocabulary())
-    batch = collate([[], [9]], None, [0, 0], ids)
+    batch = ids.collate([[], [9]], None, [0, 0])
     assert batch.source.tolist() == [[5, EOS, PAD], [5, 9, EOS]]
     assert batch.labels.shape == (2, 0) and batch.decoder_input.tolist() == [[EOS], [EOS]]
-    assert collate([[]], [[]], [0], ids).labels.tolist() == [[EOS]]
+    assert ids.collate([[]], [[]], [0]).labels.tolist() == [[EOS]]
 
 
 @pytest.mark.parametrize("kind", ["mixed", "homogeneous"])

@@ -109,11 +109,11 @@ def logits_in_peft(adapter: Path, base: Path, merge: bool = False) -> Any:
 
 
 def of_ours(model: Loaded, direction: Direction, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    from lsmoe_ds.data.batches import DirectionIds, collate
+    from lsmoe_ds.data.batches import DirectionIds
 
     ids = DirectionIds.of(model.languages, model.vocabulary, model.recipe.data.tags)
     number = model.languages.direction_id(direction)
-    batch = collate(source.tolist(), target.tolist(), [number] * len(source), ids)
+    batch = ids.collate(source.tolist(), target.tolist(), [number] * len(source))
     return batch, model.model.logits(batch.source, batch.decoder_input, batch.ids, model.route)
 
 

@@ -222,7 +222,9 @@ def test_losses_of_both_routes(monkeypatch, teacher, smoothing):
     apart = forth if teacher else (forth + F.kl_div(specific, shared, reduction="sum", log_target=True)) / 2
     entropy = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / 2
     nll = F.nll_loss(specific, labels[:7], reduction="sum")
-    found = FuseDistillation(teacher).losses(hidden, labels, embedding, smoothing, Topology.single())
+    found = FuseDistillation(teacher).losses(
+        project(hidden, embedding, Topology.single()), labels, smoothing, Topology.single()
+    )
     torch.testing.assert_close((found.loss, found.further["distillation"], found.nll), (entropy, apart, nll))
     parameters = [hidden, embedding.weight]
     expected = torch.autograd.grad(3 * (entropy + apart), parameters)
@@ -269,7 +271,7 @@ def test_records_are_of_the_tokens_that_experts_get(routing, static):
     recipe.model.decoder.moe.jitter = 0.0 if static else 0.3
     model, batch = model_of(recipe).train(), steps_of(recipe, 0, 1)[0].batches[1]
     state = torch.get_rng_state()
-    ahead = model.totals_ahead(batch.source, batch.decoder_input, batch.ids)["moe"]
+    ahead = model.totals_ahead(*batch.inputs)["moe"]
     torch.set_rng_state(state)
     records = model(batch.source, batch.decoder_input, batch.labels, batch.ids).notes["moe"]
     assert all(torch.equal(counts, record.counts) for counts, record in zip(ahead, records, strict=True))

@@ -31,7 +31,7 @@ from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights, write_
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary
@@ -103,12 +103,10 @@ def check_logits(folder: Path, ids: list[int], tensors: Tensors, recipe: Any, vo
         for lengths in ((9, 4, 7), (5, 8, 2))
     )
     direction = recipe.languages.directions[0]
-    batch = collate(
+    batch = DirectionIds.of(recipe.languages, vocabulary, "source-target").collate(
         sources,
         targets,
-        [recipe.languages.direction_id(direction)] * 3,
-        DirectionIds.of(recipe.languages, vocabulary, "source-target"),
-    )
+        [recipe.languages.direction_id(direction)] * 3)
     table = torch.tensor(ids)
     with torch.inference_mode():
         found = ours.logits(batch.source, batch.decoder_input, batch.ids)

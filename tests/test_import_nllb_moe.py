@@ -26,7 +26,7 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import build_model, load
@@ -86,7 +86,7 @@ def difference(folder: Path, used: dict[int, set[int]] | None = None) -> float:
             for each in lengths
         ]
         ids = DirectionIds.of(recipe.languages, vocabulary, recipe.data.tags)
-        batch = collate(texts[0], texts[1], [direction] * len(texts[0]), ids)
+        batch = ids.collate(texts[0], texts[1], [direction] * len(texts[0]))
         real = batch.decoder_input != vocabulary.PAD
         with torch.inference_mode():
             found = ours.logits(batch.source, batch.decoder_input, batch.ids)

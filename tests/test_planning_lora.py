@@ -11,7 +11,7 @@ from rich.console import Console
 from test_planning import PAPERS
 
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.model.transformer import outline
+from lsmoe_ds.model.build import outline
 from lsmoe_ds.planning.plan import Plan, plan
 
 

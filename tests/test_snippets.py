@@ -17,7 +17,7 @@ from test_translate import EN_DE
 
 from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.load import Loaded, load
@@ -149,7 +149,7 @@ def test_a_training_step_in_transformers_has_our_loss_and_gradients(place):
 
     tokens = [[ours.vocabulary.encode(text) for text in side] for side in zip(*pairs, strict=True)]
     number = ours.languages.direction_id(EN_DE)
-    wanted = collate(*tokens, [number] * len(pairs), DirectionIds.of(ours.languages, ours.vocabulary))
+    wanted = DirectionIds.of(ours.languages, ours.vocabulary).collate(*tokens, [number] * len(pairs))
     assert torch.equal(made["labels"].masked_fill(made["labels"] == -100, PAD), wanted.labels)
     weight = ours.model.embedding.tokens.weight.requires_grad_(True)
     losses = ours.model(wanted.source, wanted.decoder_input, wanted.labels, wanted.ids)

@@ -14,7 +14,7 @@ from test_beam_search import BANNED, make, sentences, slow_search
 from test_beam_search import same as same_hypotheses
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import UserError
@@ -36,20 +36,19 @@ def stream(prepared: Prepared, tags: str, languages: Languages = LANGUAGES, **ba
 
 def test_layout() -> None:
     """The tag of the translation is read by the decoder and is no label."""
-    batch = collate(
-        [[10, 11, 12], np.array([13], dtype=np.uint16)], [[20], [21, 22]], [TO_DE, FROM_ZH], ids()
-    )
+    batch = ids().collate(
+        [[10, 11, 12], np.array([13], dtype=np.uint16)], [[20], [21, 22]], [TO_DE, FROM_ZH])
     assert batch.source.tolist() == [[4, 10, 11, 12, EOS], [7, 13, EOS, PAD, PAD]]
     assert batch.decoder_input.tolist() == [[EOS, 5, 20, PAD], [EOS, 4, 21, 22]]
     assert batch.labels.tolist() == [[PAD, 20, EOS, PAD], [PAD, 21, 22, EOS]]
     assert batch.target_tokens == 5
     assert all(each.dtype == torch.int64 for each in tensors(batch))
-    assert collate([[]], [[]], [TO_DE], ids()).labels.tolist() == [[PAD, EOS]]
+    assert ids().collate([[]], [[]], [TO_DE]).labels.tolist() == [[PAD, EOS]]
 
 
 def test_a_translation_begins_with_what_is_given() -> None:
-    assert collate([[], [9]], None, [TO_DE, FROM_ZH], ids()).decoder_input.tolist() == [[EOS, 5], [EOS, 4]]
-    assert collate([[], [9]], None, [TO_DE, FROM_ZH], ids("target")).decoder_input.tolist() == [[EOS], [EOS]]
+    assert ids().collate([[], [9]], None, [TO_DE, FROM_ZH]).decoder_input.tolist() == [[EOS, 5], [EOS, 4]]
+    assert ids("target").collate([[], [9]], None, [TO_DE, FROM_ZH]).decoder_input.tolist() == [[EOS], [EOS]]
 
 
 @pytest.mark.parametrize("tags", BOTH)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsmoe_ds.analysis.routing import LayerRouting, Routing
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.inference.load import Loaded
 from lsmoe_ds.languages import Direction, Languages, is_english
@@ -117,9 +117,8 @@ def run_pairs(loaded: Loaded, data: PreparedData, split: str, chosen: dict[Direc
         pairs, number = data.tokens(direction, split), loaded.languages.direction_id(direction)
         for start in range(0, len(places), BATCH):
             part = places[start : start + BATCH]
-            batch = collate(
-                [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids
-            )
+            batch = ids.collate(
+                [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part))
             batch = batch.to(loaded.device)
             loaded.model(batch.source, batch.decoder_input, batch.labels, batch.ids, loaded.route)
 

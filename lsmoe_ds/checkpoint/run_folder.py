@@ -30,14 +30,18 @@ from lsmoe_ds.folders import (
     explain_errors,
     is_stored_recipe,
     read_json,
+    replaced,
     resolved,
     sha256,
     write_whole,
 )
+from lsmoe_ds.hosts.folder import HOST, copy_small
 
 # What may differ when a run is resumed: it changes neither the model nor any step already taken.
 MAY_CHANGE = {
     "data.directory",
+    "model.huggingface",  # the folder may be elsewhere: the run has the weights
+    "data.vocabulary.file",
     "data.name",  # that the data are the same is checked
     "parallel",  # a checkpoint is resharded to other ranks
     "deepspeed.zero_optimization",
@@ -52,7 +56,7 @@ MAY_CHANGE = {
 }
 
 FROZEN = "frozen"  # the folder of what does not train, see :mod:`lsmoe_ds.checkpoint.frozen`
-BEGUN = (".vocabulary.model.", f".{ORIGIN}.", ".recipe.yaml.")  # how files are called until they are whole
+BEGUN = (".vocabulary.model.", f".{ORIGIN}.", ".recipe.yaml.", f".{HOST}.")  # how files are called until they are whole
 
 
 def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
@@ -104,7 +108,7 @@ def _is_begun(path: Path, vocabulary: Path) -> bool:
     """Tell whether a file in a folder without recipe is what :func:`open_run` leaves when it is killed."""
     if path.name == "vocabulary.model":
         return path.is_file() and sha256(path) == sha256(vocabulary)
-    return path.name == ORIGIN or path.name.startswith(BEGUN)
+    return path.name in (ORIGIN, HOST) or path.name.startswith(BEGUN)
 
 
 def choose_run(file: Path, recipe: Recipe, out: Path | None) -> Path:
@@ -132,6 +136,9 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
             partial = run / f"{BEGUN[0]}partial"
             shutil.copyfile(vocabulary, partial)
             partial.replace(run / "vocabulary.model")
+        if recipe.model.huggingface is not None and not (run / HOST).is_dir():
+            with replaced(run / HOST) as new:
+                copy_small(recipe.model.huggingface, new)
         if not stored.exists() or stored.read_text(encoding="utf-8") != text:
             write_whole(stored, text)  # the last file that a new run gets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -15,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import GROUPS, Direction, check_code, english_centric, is_english, normalize_code
+from lsmoe_ds.notices import counted, listed
 
 SMALLEST = 64  # pieces of a vocabulary
 TagConvention = Literal["target", "source-target"]
@@ -65,9 +67,32 @@ class Vocabulary(Section):
 
     file: Path | None = None
     size: Annotated[int, Field(ge=SMALLEST, le=2**20)] = 16000
-    type: Literal["unigram", "bpe"] = "unigram"
+    type: Literal["unigram", "bpe", "tokenizer"] = "unigram"
     character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 0.9995
     sentences: Positive = 1_000_000
+
+
+class Prompt(Section):
+    """Set the text around a sentence pair for a decoder-only model, which learns the translation and ``end``.
+
+    In ``text`` {source} stands for the source, {source_language} and {target_language} for the English names
+    of the languages. Special tokens are written as in the model's tokenizer.
+    """
+
+    text: str = "Translate from {source_language} to {target_language}:\n{source}\n"
+    end: str | None = None
+
+    @field_validator("text")
+    @classmethod
+    def _placeholders(cls, value: str) -> str:
+        found = re.findall(r"\{[A-Za-z_]*\}", value)
+        known = ("{source}", "{source_language}", "{target_language}")
+        if wrong := [each for each in found if each not in known]:
+            raise ValueError(f"'text' has {wrong[0]}, which stands for nothing: known are {listed(known)}")
+        if found.count("{source}") != 1:
+            times = counted(found.count("{source}"), "time")
+            raise ValueError(f"'text' has {{source}} {times}: it must have it once")
+        return value
 
 
 class Cleaning(Section):
@@ -163,7 +188,7 @@ class Data(Section):
     ``name`` names the prepared data, by default as the recipe is named. ``tags`` says which tags a model
     reads: that of the ``target`` before the source and none before the translation, or that of the source
     language before the source and that of the target language before the translation, which is given and not
-    learned. ``pivot`` is the language by whose sentences a corpus' bitexts are joined into others (see
+    learned. ``prompt`` is for models that are decoders alone (``model.huggingface``). ``pivot`` is the language by whose sentences a corpus' bitexts are joined into others (see
     :mod:`lsmoe_ds.data.pivot`). ``max_pairs`` caps the training pairs of each bitext, or of each bitext of a
     language.
     """
@@ -180,6 +205,7 @@ class Data(Section):
     temperature: Annotated[float, Field(ge=1.0)] = 5.0
     batch: Batch = Batch()
     tags: TagConvention = "target"
+    prompt: Prompt | None = None
     pivot: str | None = None
     max_pairs: Positive | dict[str, Positive] | None = None
 

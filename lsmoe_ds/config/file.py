@@ -21,6 +21,7 @@ from lsmoe_ds.config.explain import At, Place, Places, explain, name
 from lsmoe_ds.config.recipe import Recipe, Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import how_to_import
+from lsmoe_ds.hosts.folder import HOST
 
 S = TypeVar("S", bound=Section)
 PlaceOf = Callable[[int], Place]  # of a line of the text
@@ -43,6 +44,7 @@ def load_recipe(
     path = shipped.choose("recipe", path)
     value, places = read_mapping(path, "recipe", Recipe)
     _find_vocabulary(value, path)
+    _find_host(value, path)
     own = tags_of(value, path)
     _mark(changes or {}, f"{path}, changed by {changed_by}", (), places)
     merge(value, changes or {})
@@ -67,6 +69,17 @@ def _find_vocabulary(value: dict[str, Any], path: Path) -> None:
     file = vocabulary.get("file")
     if isinstance(file, str) and not Path(file).is_file():
         vocabulary["file"] = str(beside)
+
+
+def _find_host(value: dict[str, Any], path: Path) -> None:
+    """Let the recipe of a run or converted folder name the copy of a model's configuration in that folder, if
+    the folder of the model is gone.
+    """
+    model, beside = value.get("model"), path.with_name(HOST)
+    folder = model.get("huggingface") if isinstance(model, dict) else None
+    if path.name == "recipe.yaml" and isinstance(folder, str) and beside.is_dir():
+        if not Path(folder).is_dir():
+            model["huggingface"] = str(beside)
 
 
 def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:

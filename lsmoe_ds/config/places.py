@@ -3,7 +3,7 @@
 A pattern is up to four words, joined by dots, in this order: a side (``encoder``, ``decoder``), a layer or a
 range of layers counted from 0 (``3``, ``0-8``), a sublayer (``self_attention``, ``cross_attention``,
 ``feed_forward``, or ``attention`` for both attentions) and a linear layer (``query``, ``key``, ``value``,
-``output``, ``expand``, ``contract``). What is left out may be anything; ``all``, or ``both`` (attentions and
+``output``, ``expand``, ``contract``; in models of transformers also ``gate``). What is left out may be anything; ``all``, or ``both`` (attentions and
 feed-forwards), leaves out all.
 """
 
@@ -36,7 +36,7 @@ SUBLAYERS = {
     "attention": ("attention", "cross_attention"),
     "feed_forward": ("feed_forward",),
 }
-LINEARS = (*attention_linears(1), *feed_forward_linears(1, 1))
+LINEARS = (*attention_linears(1), *feed_forward_linears(1, 1), "gate")
 LAYERS = re.compile(r"(\d+)(?:-(\d+))?")
 EVERYTHING = ("all", "both")
 

@@ -20,6 +20,8 @@ from lsmoe_ds.config.method import MethodSection, sections
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.config.shapes import LinearShape, shapes_of
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.hosts.folder import TOKENIZER, count_tokens, end_of
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.notices import counted, listed
 
@@ -36,7 +38,7 @@ class Side(Section):
     sub-network).
     """
 
-    layers: Annotated[int, Field(ge=1, le=1000)]
+    layers: Annotated[int, Field(ge=0, le=1000)]
     feed_forward: Positive | list[Positive]
     moe: MoE | None = None
 
@@ -62,8 +64,14 @@ class Side(Section):
 
 
 class _Model(Section):
-    """The host, and beside these keys one for each method."""
+    """The host, and beside these keys one for each method.
 
+    With ``huggingface`` it is the model that transformers saved in a folder, for a ``task``: its configuration
+    gives the other keys, and a side that it does not have has 0 layers.
+    """
+
+    huggingface: Path | None = None
+    task: Literal["translate"] = "translate"
     preset: Literal["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"] | None = (
         None
     )
@@ -71,6 +79,32 @@ class _Model(Section):
     heads: Positive
     encoder: Side
     decoder: Side
+
+    @model_validator(mode="before")
+    @classmethod
+    def _host(cls, value: Any) -> Any:
+        """Fill in what the configuration of a model of transformers says."""
+        if not isinstance(value, dict) or not isinstance(value.get("huggingface"), str | Path):
+            return value
+        from lsmoe_ds.hosts.outline import read_outline  # needs transformers and torch
+
+        if value.get("preset") is not None:
+            raise ValueError("'preset' and 'huggingface' are two models: leave one out")
+        try:
+            host = read_outline(Path(value["huggingface"]), value.get("task", "translate"))
+        except UserError as error:
+            raise ValueError(f"'huggingface': {error}") from None
+        sides = {
+            side: {"layers": host.layers.get(side, 0), "feed_forward": host.widths.get(side, 1)}
+            for side in ("encoder", "decoder")
+        }
+        own = {"hidden": host.hidden, "heads": host.heads, **sides}
+        for key, found in own.items():
+            given = value.get(key, found)
+            same = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+            if same != found:
+                raise ValueError(f"'{key}' is {given}, but the model in 'huggingface' has {found}: leave it out")
+        return {**value, **own}
 
     @model_validator(mode="before")
     @classmethod
@@ -92,6 +126,11 @@ class _Model(Section):
 
     @model_validator(mode="after")
     def _heads(self) -> _Model:
+        if self.huggingface is not None:
+            return self
+        for name, side in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if not side.layers:
+                raise ValueError(f"'{name}.layers' is 0: it must be at least 1")
         if self.hidden < 4:
             raise ValueError(
                 f"'hidden' is {self.hidden}: it must be at least 4, so that positions have a sine and a "
@@ -107,6 +146,11 @@ class _Model(Section):
     def _methods(self) -> _Model:
         for method in self.methods:
             method.checked(self)
+            if self.huggingface is not None and not any(map(method.is_at, shapes_of(self))):
+                raise ValueError(
+                    f"'{method.name}' has no place in a model of transformers, where only linear layers are "
+                    "sites: leave it out"
+                )
         for site in shapes_of(self) if len(self.methods) > 1 else ():
             here = [method.name for method in self.methods if method.is_at(site)]
             if isinstance(site, LinearShape) and len(here) > 1:
@@ -212,6 +256,34 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     deepspeed: str | dict[str, Any] = "ds_configs/zero1.json"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer(cls, value: Any) -> Any:
+        """Let the tokenizer of a model of transformers be the vocabulary."""
+        model, data = (value.get(key) if isinstance(value, dict) else None for key in ("model", "data"))
+        folder = model.get("huggingface") if isinstance(model, dict) else getattr(model, "huggingface", None)
+        if not isinstance(folder, str | Path) or not isinstance(data, dict):
+            return value
+        file = Path(folder) / TOKENIZER
+        if not file.is_file():
+            return value  # the check of the model says so
+        known = {"size": count_tokens(file), "type": "tokenizer"}
+        given = data.get("vocabulary") or {}
+        for key, found in known.items():
+            if isinstance(given, dict) and given.get(key, found) != found:
+                raise ValueError(
+                    f"'data.vocabulary.{key}' is {given[key]}, but that of 'model.huggingface' is {found}: "
+                    "leave 'data.vocabulary' out"
+                )
+        changed = {**data, "vocabulary": {**known, "file": str(file)}}
+        prompt = data.get("prompt") or {}
+        if isinstance(prompt, dict) and prompt.get("end") is None:
+            try:
+                prompt = {**prompt, "end": end_of(Path(folder))}
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return {**value, "data": {**changed, "prompt": prompt}}
+
     @field_validator("deepspeed")
     @classmethod
     def _read_deepspeed(cls, value: str | dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +292,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
         tensor, expert, hidden = self.parallel.tensor, self.parallel.expert, self.model
+        if hidden.huggingface is None and self.data.prompt is not None:
+            raise ValueError("'data.prompt' is for models of 'model.huggingface': leave it out")
+        if hidden.huggingface is not None:
+            self._fits_host()
         if hidden.heads % tensor:
             heads = counted(hidden.heads, "head")
             raise ValueError(
@@ -273,6 +349,25 @@ class Recipe(Section):
                     f"rank; found {affine.expert_groups}"
                 )
         return self
+
+    def _fits_host(self) -> None:
+        """Raise ValueError for what a model of transformers cannot do."""
+        from lsmoe_ds.hosts.outline import read_outline  # needs transformers and torch
+
+        if self.parallel.tensor > 1 or self.parallel.expert > 1:
+            raise ValueError(
+                f"'parallel.tensor' is {self.parallel.tensor} and 'parallel.expert' {self.parallel.expert}, but"
+                " a model of 'model.huggingface' is whole on each rank: leave both at 1"
+            )
+        assert self.model.huggingface is not None
+        window = read_outline(self.model.huggingface, self.model.task).window
+        longest = min(self.data.batch.tokens, 2 * self.data.batch.max_length)
+        if window is not None and longest > window:
+            raise ValueError(
+                f"'data.batch.max_length' {self.data.batch.max_length} allows prompts with answers of "
+                f"{longest} tokens, more than the {window} that the model reads: set it to at most "
+                f"{window // 2}"
+            )
 
     @property
     def languages(self) -> Languages:

@@ -1,4 +1,4 @@
-"""List the sites of our Transformer with their shapes, and count parameters.
+"""List the sites of a model with their shapes, and count parameters.
 
 Sites are what methods add to, and what planning counts. The model itself is built from the same shapes. No
 torch here: a plan of billions of parameters must take no time. H hidden, F feed-forward width.
@@ -158,7 +158,15 @@ def feed_forward_linears(hidden: int, width: int) -> LinearShapes:
 
 
 def shapes_of(model: Model) -> Iterator[Shape]:
-    """Yield the shape of every site of a model, layer by layer. Linear layers of experts are no sites."""
+    """Yield the shape of every site of a model, layer by layer. Linear layers of experts are no sites.
+
+    In a model of transformers only linear layers are.
+    """
+    if model.huggingface is not None:
+        from lsmoe_ds.hosts.outline import read_outline  # needs transformers and torch
+
+        yield from read_outline(model.huggingface, model.task).sites
+        return
     sides: tuple[SideName, ...] = ("encoder", "decoder")
     for side in sides:
         settings = model.encoder if side == "encoder" else model.decoder

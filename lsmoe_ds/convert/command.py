@@ -25,7 +25,7 @@ from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
-from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
@@ -121,7 +121,7 @@ def _logits(
     """Return teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
     number = engine.languages.direction_id(direction)
     ids = DirectionIds.of(engine.languages, engine.vocabulary, engine.recipe.data.tags)
-    batch = collate(sources, targets, [number] * len(sources), ids).to(engine.device)
+    batch = ids.collate(sources, targets, [number] * len(sources)).to(engine.device)
     if isinstance(engine, Exported):
         logits = engine.logits(batch.source, batch.decoder_input)
     else:

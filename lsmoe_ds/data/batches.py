@@ -6,8 +6,8 @@ B sentences, T positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +22,62 @@ class Tags(Protocol):
     def tag_id(self, code: str, /) -> int: ...
 
 
+class Batch(Protocol):
+    """What a model reads of B sentences. Ids of languages and directions are those of ``Languages``."""
+
+    source_language: torch.Tensor  # [B], int64 like all tensors of a batch
+    target_language: torch.Tensor  # [B]
+    direction: torch.Tensor  # [B]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The arguments of the model's forward pass."""
+        ...
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of labels that are learned."""
+        ...
+
+    @property
+    def ids(self) -> SentenceIds: ...
+    def to(self: AnyBatch, device: torch.device | str) -> AnyBatch: ...
+    def silent(self: AnyBatch) -> AnyBatch:
+        """Return the same without labels: it counts for nothing."""
+        ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
+
+class Form(Protocol):
+    """How sentence pairs become batches of a model: what stands around their tokens."""
+
+    source_language: Integers  # [directions]
+    target_language: Integers  # [directions]
+
+    @property
+    def given(self) -> int:
+        """Target positions of each sentence that are given and not learned."""
+        ...
+
+    def overhead(self, direction: int) -> tuple[int, int]:
+        """Return how many positions a direction has beside the tokens of source and target."""
+        ...
+
+    def collate(
+        self, sources: Sequence[ArrayLike], targets: Sequence[ArrayLike] | None, directions: ArrayLike
+    ) -> Batch:
+        """Make a batch of B token sequences; ``directions`` are B direction ids.
+
+        Without ``targets``, for translation, it ends where the model begins to write.
+        """
+        ...
+
+
 @dataclass(frozen=True)
-class Batch:
-    """Sentence pairs of any directions. All tensors are int64; ids of languages and directions are those of
-    ``Languages``.
-    """
+class PairBatch:
+    """Sentence pairs of any directions for an encoder-decoder."""
 
     source: torch.Tensor  # [B, Ts]  tag, tokens, EOS, PAD ...
     decoder_input: torch.Tensor  # [B, Tt]  EOS, given tag if any, tokens, PAD ...
@@ -36,16 +87,29 @@ class Batch:
     direction: torch.Tensor  # [B]
 
     @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SentenceIds]:
+        return self.source, self.decoder_input, self.labels, self.ids
+
+    @property
     def target_tokens(self) -> int:
-        """Number of labels that are not padding."""
         return int((self.labels != PAD).sum())
 
     @property
     def ids(self) -> SentenceIds:
         return SentenceIds(self.source_language, self.target_language, self.direction)
 
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+    def to(self, device: torch.device | str) -> PairBatch:
+        return moved(self, device)
+
+    def silent(self) -> PairBatch:
+        return replace(self, labels=torch.full_like(self.labels, PAD))
+
+
+def moved(batch: Any, device: torch.device | str) -> Any:
+    """Return a batch on another device."""
+    return type(batch)(
+        **{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in fields(batch)}
+    )
 
 
 @dataclass(frozen=True)
@@ -88,43 +152,43 @@ class DirectionIds:
         )
 
     @property
-    def overhead(self) -> tuple[int, int]:
-        """Positions beside the tokens: tag and EOS around a source; what begins a translation, or its end."""
+    def given(self) -> int:
+        return self.begin.shape[1] - 1
+
+    def overhead(self, direction: int) -> tuple[int, int]:
+        """Return 2, tag and EOS around a source; and what begins a translation, or its end."""
         return 2, self.begin.shape[1]
 
+    def collate(
+        self, sources: Sequence[ArrayLike], targets: Sequence[ArrayLike] | None, directions: ArrayLike
+    ) -> PairBatch:
+        """Make a batch of B token sequences without tag and EOS; ``directions`` are B direction ids.
 
-def collate(
-    sources: Sequence[ArrayLike],
-    targets: Sequence[ArrayLike] | None,
-    directions: ArrayLike,
-    ids: DirectionIds,
-) -> Batch:
-    """Make a batch of B token sequences without tag and EOS; ``directions`` are B direction ids.
-
-    Without ``targets`` (translation) ``decoder_input`` is what translations begin with [B, 1 or 2], and
-    ``labels`` are [B, 0].
-    """
-    chosen = np.asarray(directions, dtype=np.int64)
-    flat, mask = _flatten(sources)
-    source = _padding(mask, ids.overhead[0])
-    source[:, 1:-1][mask] = flat
-    source[:, 0] = ids.source_tag[chosen]
-    source[np.arange(len(chosen)), mask.sum(axis=1) + 1] = EOS
-    decoder_input, labels = ids.begin[chosen], np.empty((len(chosen), 0), dtype=np.int64)
-    if targets is not None:
-        flat, mask = _flatten(targets)
-        begin = decoder_input.shape[1]
-        labels = _padding(mask, begin)
-        labels[:, begin - 1 : -1][mask] = flat
-        labels[np.arange(len(chosen)), mask.sum(axis=1) + begin - 1] = EOS
-        tokens = _padding(mask, 0)
-        tokens[mask] = flat
-        decoder_input = np.concatenate([decoder_input, tokens], axis=1)
-    arrays = source, decoder_input, labels, ids.source_language[chosen], ids.target_language[chosen], chosen
-    return Batch(*(torch.from_numpy(array) for array in arrays))
+        Without ``targets`` (translation) ``decoder_input`` is what translations begin with [B, 1 or 2], and
+        ``labels`` are [B, 0].
+        """
+        chosen = np.asarray(directions, dtype=np.int64)
+        flat, mask = flatten(sources)
+        source = _padding(mask, 2)
+        source[:, 1:-1][mask] = flat
+        source[:, 0] = self.source_tag[chosen]
+        source[np.arange(len(chosen)), mask.sum(axis=1) + 1] = EOS
+        decoder_input, labels = self.begin[chosen], np.empty((len(chosen), 0), dtype=np.int64)
+        if targets is not None:
+            flat, mask = flatten(targets)
+            begin = decoder_input.shape[1]
+            labels = _padding(mask, begin)
+            labels[:, begin - 1 : -1][mask] = flat
+            labels[np.arange(len(chosen)), mask.sum(axis=1) + begin - 1] = EOS
+            tokens = _padding(mask, 0)
+            tokens[mask] = flat
+            decoder_input = np.concatenate([decoder_input, tokens], axis=1)
+        languages = self.source_language[chosen], self.target_language[chosen]
+        arrays = source, decoder_input, labels, *languages, chosen
+        return PairBatch(*(torch.from_numpy(array) for array in arrays))
 
 
-def _flatten(sequences: Sequence[Any]) -> tuple[Integers, NDArray[np.bool_]]:
+def flatten(sequences: Sequence[Any]) -> tuple[Integers, NDArray[np.bool_]]:
     """Concatenate all tokens; return them, and a mask [B, longest] of the places that they fill."""
     lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     flat = np.concatenate(sequences, dtype=np.int64, casting="unsafe")  # an empty list is of floats to numpy

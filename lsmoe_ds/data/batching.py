@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.config.data import TagConvention
+from lsmoe_ds.config.data import Prompt, TagConvention
 from lsmoe_ds.data.assignment import assign, check_affinity
-from lsmoe_ds.data.batches import Batch, DirectionIds, Step, Tags, collate
+from lsmoe_ds.data.batches import Batch, Step, Tags
+from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.shuffling import Integers, Words, choose, hash_words, permute, thresholds_of
 from lsmoe_ds.data.units import by_length, cut
 from lsmoe_ds.errors import UserError
@@ -106,6 +107,7 @@ class BatchStream:
         groups: Sequence[int] | None = None,
         at_home: Sequence[Collection[int]] | None = None,
         tags: TagConvention = "target",
+        prompt: Prompt | None = None,
         directions: Collection[Direction] | None = None,
     ) -> None:
         if batch.count % world:
@@ -116,15 +118,17 @@ class BatchStream:
             )
         check_affinity(batch.languages, len(languages.directions), world, groups, at_home)
         self._at_home = at_home
-        self._ids = DirectionIds.of(languages, vocabulary, tags)
+        self._form = form_of(languages, vocabulary, tags, prompt)
         self._batch, self._seed, self._rank, self._world = batch, seed, rank, world
         self._pairs = [prepared.tokens(d, split) for d in languages.directions]
         self._lengths = [(pairs.source.lengths, pairs.target.lengths) for pairs in self._pairs]
         self._sizes = np.array([len(source) for source, _ in self._lengths], dtype=np.int64)
-        overhead = self._ids.overhead
+        self._overheads = [self._form.overhead(number) for number in range(len(languages.directions))]
         counts = [
             _count_fitting(d, *lengths, overhead, batch)
-            for d, lengths in zip(languages.directions, self._lengths, strict=True)
+            for d, lengths, overhead in zip(
+                languages.directions, self._lengths, self._overheads, strict=True
+            )
         ]
         fitting, tokens = np.array(counts, dtype=np.float64).T
         self.skipped = {
@@ -156,6 +160,7 @@ class BatchStream:
             "data.directions": [str(d) for d in languages.directions],
             "number of training pairs": self._sizes.tolist(),
             "data.tags": tags,
+            "data.prompt": None if prompt is None else prompt.model_dump(),
             "data.temperature": float(temperature),
             "data.batch.tokens": batch.tokens,
             "data.batch.max_length": batch.max_length,
@@ -186,7 +191,7 @@ class BatchStream:
             mine = assigned[self._rank]
         self._step += 1
         sentences = sum(len(unit.index) for unit in units)
-        given = sentences * (self._ids.overhead[1] - 1)
+        given = sentences * self._form.given
         return Step(
             batches=[self._build(units[place]) for place in mine],
             target_tokens=sum(unit.target_tokens for unit in units) - given,
@@ -266,10 +271,10 @@ class BatchStream:
         for one, start, end in zip(
             pool.directions.tolist(), (ends - drawn).tolist(), ends.tolist(), strict=True
         ):
-            source[start:end] = self._lengths[one][0][index[start:end]]
-            target[start:end] = self._lengths[one][1][index[start:end]]
-        source += self._ids.overhead[0]
-        target += self._ids.overhead[1]
+            for lengths, side, overhead in zip(
+                self._lengths[one], (source, target), self._overheads[one], strict=True
+            ):
+                side[start:end] = lengths[index[start:end]] + overhead
         fits = np.flatnonzero(_fits(source, target, self._batch))
         if not len(fits):
             return _Chunk([], drawn)
@@ -293,13 +298,12 @@ class BatchStream:
     def _build(self, unit: _Unit) -> Batch:
         # By language, so that what belongs to a language is applied to neighbors together.
         order = np.lexsort(
-            (self._ids.target_language[unit.direction], self._ids.source_language[unit.direction])
+            (self._form.target_language[unit.direction], self._form.source_language[unit.direction])
         )
         direction, index = unit.direction[order], unit.index[order]
         sentences = [(self._pairs[d], i) for d, i in zip(direction.tolist(), index.tolist(), strict=True)]
-        return collate(
-            [p.source[i] for p, i in sentences], [p.target[i] for p, i in sentences], direction, self._ids
-        )
+        return self._form.collate(
+            [p.source[i] for p, i in sentences], [p.target[i] for p, i in sentences], direction)
 
 
 def _fits(source: Integers, target: Integers, batch: BatchSettings) -> NDArray[np.bool_]:

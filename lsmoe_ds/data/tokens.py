@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.data.workers import Workers, chunks
-from lsmoe_ds.languages import UNK
 
 CHUNK = 10_000
-Side = tuple[NDArray[Any], NDArray[np.int64]]
+Side = tuple[NDArray[Any], NDArray[np.int64], int]
 
 
 @cache
@@ -26,14 +25,14 @@ def _vocabulary(path: Path, _stamp: int) -> Vocabulary:
 
 
 def _encode_chunk(pairs: list[tuple[str, str]], model: Path, stamp: int, dtype: str) -> tuple[Side, Side]:
+    """Encode both sides of pairs: the ids, their number in each sentence, and how many are unknown."""
     vocabulary = _vocabulary(model, stamp)
 
     def side(index: int) -> Side:
         encoded = vocabulary.encode_all([clean_text(pair[index]) for pair in pairs])
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        return np.fromiter(
-            (i for ids in encoded for i in ids), dtype=dtype, count=int(lengths.sum())
-        ), lengths
+        ids = np.fromiter((i for each in encoded for i in each), dtype=dtype, count=int(lengths.sum()))
+        return ids, lengths, int((ids == vocabulary.UNK).sum()) if vocabulary.UNK >= 0 else 0
 
     return side(0), side(1)
 
@@ -98,11 +97,11 @@ def write_tokens(
 
     encode = partial(_encode_chunk, model=model, stamp=os.stat(model).st_mtime_ns, dtype=dtype)
     for done in workers.map(encode, chunks(passing(), CHUNK)):
-        for side, (ids, lengths) in enumerate(done):
+        for side, (ids, lengths, unknown) in enumerate(done):
             offsets[side].append(counts[side]["tokens"] + np.cumsum(lengths))
             tokens[side].append(ids)
             counts[side]["tokens"] += len(ids)
-            counts[side]["unknown"] += int((ids == UNK).sum())
+            counts[side]["unknown"] += unknown
             counts[side]["longest"] = max(counts[side]["longest"], int(lengths.max(initial=0)))
     for array in tokens + offsets:
         array.close()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
-import torch
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.config.data import TagConvention
-from lsmoe_ds.data.batches import Batch, DirectionIds, Tags, collate
+from lsmoe_ds.config.data import Prompt, TagConvention
+from lsmoe_ds.data.batches import Batch, Tags
 from lsmoe_ds.data.batching import Prepared, TokenPairs
+from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.units import by_length, cut
-from lsmoe_ds.languages import PAD, Direction, Languages
+from lsmoe_ds.languages import Direction, Languages
 
 
 def validation_batches(
@@ -27,29 +26,31 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
     tags: TagConvention = "target",
+    prompt: Prompt | None = None,
 ) -> Iterator[Batch]:
     """Yield every held-out pair once over all ranks, in batches of one direction, always the same.
 
     Of each direction (all by default) the first ``limit`` pairs are taken. None is left out: one that is
     longer than ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since
     experts are exchanged between them: where units run out the last batch of a rank repeats one pair with all
-    labels PAD, and counts for nothing.
+    labels ignored, and counts for nothing.
     """
-    ids = DirectionIds.of(languages, vocabulary, tags)
+    form = form_of(languages, vocabulary, tags, prompt)
     units: list[tuple[int, TokenPairs, list[int]]] = []
     for direction in languages.directions if directions is None else directions:
         pairs = prepared.tokens(direction, split)
-        source = pairs.source.lengths[:limit].astype(np.int64) + ids.overhead[0]
-        target = pairs.target.lengths[:limit].astype(np.int64) + ids.overhead[1]
+        number = languages.direction_id(direction)
+        overhead = form.overhead(number)
+        source = pairs.source.lengths[:limit].astype(np.int64) + overhead[0]
+        target = pairs.target.lengths[:limit].astype(np.int64) + overhead[1]
         if len(source):
             order = by_length(source, target, batch.tokens)
             ends = cut(source[order], target[order], batch.tokens)
             parts = np.split(order, ends[:-1])
-            units += [(languages.direction_id(direction), pairs, part.tolist()) for part in parts]
+            units += [(number, pairs, part.tolist()) for part in parts]
     for first in range(0, len(units), world):
         real = first + rank < len(units)
         number, pairs, part = units[first + rank] if real else (*units[0][:2], units[0][2][:1])
-        made = collate(
-            [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part), ids
-        )
-        yield made if real else replace(made, labels=torch.full_like(made.labels, PAD))
+        made = form.collate(
+            [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part))
+        yield made if real else made.silent()

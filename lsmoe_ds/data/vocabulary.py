@@ -15,6 +15,7 @@ import sentencepiece
 from lsmoe_ds.config import data as data_settings
 from lsmoe_ds.config.data import SMALLEST
 from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, nearest, tag
 
@@ -53,10 +54,15 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
+        """Read a file. One that holds a tokenizer of transformers gives a :class:`HostTokenizer`, which serves
+        as a vocabulary without tags.
+        """
         try:
             model = Path(path).read_bytes()
         except OSError as error:
             raise UserError(f"vocabulary {path} cannot be read: {error.strerror}") from None
+        if model.startswith(b"{"):
+            return HostTokenizer(model)  # type: ignore[return-value]
         try:
             return cls(model)
         except UserError as error:
@@ -214,6 +220,8 @@ def read_vocabulary(settings: data_settings.Vocabulary, codes: Sequence[str]) ->
             f"'data.vocabulary.type' is {settings.type}, but {settings.file} is of the type "
             f"{vocabulary.type}: set it to that"
         )
+    if isinstance(vocabulary, HostTokenizer):
+        return vocabulary
     if lacking := [code for code in codes if code not in vocabulary.codes]:
         raise UserError(
             f"{settings.file} has no tag for '{lacking[0]}': it has {', '.join(vocabulary.codes) or 'none'}"

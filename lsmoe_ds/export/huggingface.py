@@ -21,7 +21,7 @@ from lsmoe_ds.checkpoint.m2m_100 import rename, widest
 from lsmoe_ds.checkpoint.stored import Stored
 from lsmoe_ds.checkpoint.tensors import save_tensors
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.export.their_tokenizer import files_of, style_of
 from lsmoe_ds.export.tokenizer import special_tokens, tokenizer, tokenizer_config
@@ -180,7 +180,7 @@ class Exported:
         """
         number = self.languages.direction_id(direction)
         ids = DirectionIds.of(self.languages, self.vocabulary, self.recipe.data.tags)
-        batch = collate(sources, None, [number] * len(sources), ids)
+        batch = ids.collate(sources, None, [number] * len(sources))
         given = batch.decoder_input[0, 1:].tolist()
         limits = search.limits((batch.source != PAD).sum(1))
 

@@ -12,13 +12,15 @@ from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weigh
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.method import shared_route_keys
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import DirectionIds, collate
+from lsmoe_ds.data.forms import form_of
+from lsmoe_ds.data.prompts import PromptBatch, Prompts
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.context import Route
-from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.model.base import Model
+from lsmoe_ds.model.build import buffers_of, outline
 from lsmoe_ds.notices import notice
 from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
@@ -32,7 +34,7 @@ class Loaded:
     """A model ready to translate. ``kind`` is that of :class:`lsmoe_ds.checkpoint.stored.Stored`;
     ``home`` is the run or converted folder that it belongs to; ``route`` is what its sentences take."""
 
-    model: Transformer
+    model: Model
     recipe: Recipe
     vocabulary: Vocabulary
     languages: Languages
@@ -55,10 +57,16 @@ class Loaded:
         """Find the best translation of each token sequence, see :class:`lsmoe_ds.inference.engine.Engine`."""
         languages = with_direction(self.recipe, self.kind, direction)
         number = languages.direction_id(direction)
-        ids = DirectionIds.of(languages, self.vocabulary, self.recipe.data.tags)
-        batch = collate(sources, None, [number] * len(sources), ids).to(self.device)
+        data = self.recipe.data
+        form = form_of(languages, self.vocabulary, data.tags, data.prompt)
+        batch = form.collate(sources, None, [number] * len(sources)).to(self.device)
         if (other := stand_in(self.recipe, direction)) is not None:
             batch.direction.fill_(self.languages.direction_id(other))
+        if isinstance(form, Prompts):
+            from lsmoe_ds.inference.generate import generate  # needs transformers
+
+            lengths = [len(source) for source in sources]
+            return generate(self.model, batch, lengths, int(form.end[0]), search, self.route)
         banned = never_generated(self.vocabulary)
         return beam_search(
             self.model, batch.source, batch.ids, banned, search, self.route, batch.decoder_input
@@ -153,30 +161,30 @@ def check_route(route: str, recipe: Recipe) -> Route:
     return "shared"
 
 
-def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device) -> Transformer:
+def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device) -> Model:
     """Build the model with these weights, in evaluation mode. Raises UserError if they are not those of the
     recipe.
     """
     topology, tensors = Topology.single(device), Tensors.of(weights.tensors)
     model = empty_model(recipe, vocabulary, tensors, topology)
     names = global_names(model, topology)
-    model.load_state_dict({local: tensors[name] for local, name in names.items()}, assign=True)
+    model.adopt({local: tensors[name] for local, name in names.items()})
     _make_buffers(model, recipe, vocabulary)
     model.to(device).eval().requires_grad_(False)
     model.pack()
     return model
 
 
-def _make_buffers(model: Transformer, recipe: Recipe, vocabulary: int) -> None:
+def _make_buffers(model: Model, recipe: Recipe, vocabulary: int) -> None:
     """Give a model the buffers that are not stored, as its modules make them."""
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    made = dict(Transformer(recipe, vocabulary).named_buffers()) if left else {}
+    made = buffers_of(recipe, vocabulary) if left else {}
     for name in left:
         at, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(at), attribute, made[name])
 
 
-def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Topology) -> Transformer:
+def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Topology) -> Model:
     """Build the model that is to get these weights, on no device. Raises UserError if they are not those of
     the recipe.
     """
@@ -188,8 +196,7 @@ def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Top
             f"the weights do not belong to the recipe: it has {wanted_numbers:,} parameters, they are "
             f"{tensors.numbers:,}"
         )
-    with torch.device("meta"):  # without drawing weights that are replaced at once
-        model = Transformer(recipe, vocabulary, topology)
+    model = outline(recipe, vocabulary, topology)  # without drawing weights that are replaced at once
     names = global_names(model, topology)
     shapes = {names[name]: tuple(value.shape) for name, value in named_state(model)}
     for name in sorted(shapes.keys() | tensors.keys()):

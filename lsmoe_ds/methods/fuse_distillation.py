@@ -12,7 +12,7 @@ which both routes learn. For feed-forwards, with ``teacher``, D is KL(p_l || p_s
 (``moe.fuse_distillation``), with any router. A static router with as many experts as languages gives the
 paper's language-specific feed-forwards.
 
-N tokens of the single batch, V vocabulary, H hidden.
+N tokens of the single batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.objective import Objective, TokenLosses
-from lsmoe_ds.parallel.layers import project, smoothing_loss
+from lsmoe_ds.parallel.layers import Projected, smoothing_loss
 from lsmoe_ds.parallel.topology import Topology
 
 AT_ONCE = 2**20  # logits per block: a block and the values computed from it should fit a processor's cache
@@ -128,16 +128,15 @@ class FuseDistillation(Objective):
         return tuple(each[again] for each in batch), ids.select(again)
 
     def losses(
-        self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
+        self, projected: Projected, labels: Tensor, smoothing: float, topology: Topology
     ) -> TokenLosses:
-        """Return the losses of hidden states [2 N, H] with labels [2 N] of both routes, summed over N tokens.
+        """Return the losses of logits [2 N, V / tensor] with labels [2 N] of both routes, summed over N tokens.
 
         ``loss`` is the mean of the two smoothed cross-entropies; its gradient includes that of the
         divergence. ``nll`` is the specific route's negative log-likelihood, and ``further`` has the
         divergence as ``distillation``.
         """
-        projected = project(hidden, embedding, topology)
         loss, nll, divergence = _RouteLosses.apply(projected.logits, labels, topology, self.teacher)
         if smoothing:
-            loss = loss + smoothing_loss(projected, labels, embedding, smoothing, topology) / 2
+            loss = loss + smoothing_loss(projected, labels, smoothing, topology) / 2
         return TokenLosses(loss - divergence.sum(), nll[0].sum(), {"distillation": divergence.sum()})

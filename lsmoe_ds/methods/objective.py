@@ -1,17 +1,17 @@
 """The training objective: the label-smoothed cross-entropy of one route, unless a subclass says otherwise.
 
-N target tokens, V vocabulary, H hidden.
+N target tokens.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.context import Route
-from lsmoe_ds.parallel.layers import cross_entropy, project
+from lsmoe_ds.parallel.layers import Projected, cross_entropy
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -34,10 +34,8 @@ class Objective:
         return batch, ids
 
     def losses(
-        self, hidden: Tensor, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
+        self, projected: Projected, labels: Tensor, smoothing: float, topology: Topology
     ) -> TokenLosses:
-        """Return the losses of hidden states [N, H] with labels [N]; ``embedding`` is the output layer."""
-        loss, nll = cross_entropy(
-            project(hidden, embedding, topology), labels, embedding, smoothing, topology
-        )
+        """Return the losses of logits with labels [N]."""
+        loss, nll = cross_entropy(projected, labels, smoothing, topology)
         return TokenLosses(loss, nll.sum(), {})

@@ -11,7 +11,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.languages import nearest
 from lsmoe_ds.methods.base import Method
-from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.model.base import Model
 from lsmoe_ds.parallel.parameters import global_names, places
 from lsmoe_ds.parallel.topology import Topology
 
@@ -57,7 +57,7 @@ def choose(
     return chosen
 
 
-def freeze(model: Transformer, recipe: Recipe, topology: Topology) -> None:
+def freeze(model: Model, recipe: Recipe, topology: Topology) -> None:
     """Freeze all parameters but those that train. Raises SharedError on all ranks as :func:`choose` does."""
     trainable = recipe.training.trainable
     if trainable == "all":

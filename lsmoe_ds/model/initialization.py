@@ -20,18 +20,20 @@ from lsmoe_ds.parallel.parameters import global_names, named_state, partition_di
 from lsmoe_ds.parallel.topology import Topology
 
 if TYPE_CHECKING:
-    from lsmoe_ds.model.transformer import Transformer
+    from lsmoe_ds.model.base import Model
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int, topology: Topology) -> None:
-    """Initialize all parameters of a model.
+def initialize(model: Model, seed: int, topology: Topology) -> None:
+    """Initialize all parameters of a model, but those that are loaded.
 
     Linear weights are Xavier-uniform, embeddings normal with standard deviation H^-1/2, norms 1 and biases 0.
     Methods initialize their own parameters.
     """
     names = global_names(model, topology)
     for name, value in named_state(model):
+        if model.is_loaded(names[name]):
+            continue
         if not isinstance(value, nn.Parameter) and not is_drawn(names[name], model.methods):
             continue
         dimension = partition_dimension(value)

@@ -22,21 +22,11 @@ from lsmoe_ds.methods.context import LanguageContext, Notes, Route, mean_of_real
 from lsmoe_ds.methods.objective import Objective
 from lsmoe_ds.methods.sites import LayerSite, Linears, Site, SublayerSite, UnitsSite, WithSublayers
 from lsmoe_ds.model.attention import Attention, Cache, extend
+from lsmoe_ds.model.base import Losses, Model
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
-from lsmoe_ds.model.methods import methods_of, objective_of
-from lsmoe_ds.parallel.layers import output_logits
+from lsmoe_ds.parallel.layers import output_logits, project
 from lsmoe_ds.parallel.topology import Topology
-
-
-@dataclass
-class Losses:
-    """The losses of one micro-batch, summed over its target tokens."""
-
-    loss: Tensor  # this and the next two: see TokenLosses
-    nll: Tensor
-    further: dict[str, Tensor]
-    notes: Notes  # of each method, encoder first, for the auxiliary losses; empty in evaluation
 
 
 @dataclass
@@ -165,24 +155,15 @@ class Layer(WithSublayers):
         yield LayerSite(side, number, self.hidden, self)
 
 
-def outline(recipe: Recipe, vocabulary: int) -> Transformer:
-    """Return the whole model on no device: names and shapes without weights."""
-    with torch.device("meta"):
-        return Transformer(recipe, vocabulary)
-
-
-class Transformer(nn.Module):
+class Transformer(Model):
     """The whole model, with the recipe's shape and ``vocabulary`` tokens V."""
 
     def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
-        super().__init__()
         topology = topology or Topology.single()
+        super().__init__(recipe, topology)
         model, languages = recipe.model, recipe.languages
         self.embedding = Embedding(vocabulary, model.hidden, topology)
-        self.methods = methods_of(recipe, topology)
-        for method in self.methods:
-            for name, module in method.shared_modules():
-                self.add_module(name, module)
+        self.add_shared_modules()
         self.encoder = nn.ModuleList(
             Layer(recipe, model.encoder, i, False, languages, topology) for i in range(model.encoder.layers)
         )
@@ -191,14 +172,8 @@ class Transformer(nn.Module):
         )
         self.encoder_norm = nn.LayerNorm(model.hidden)
         self.decoder_norm = nn.LayerNorm(model.hidden)
-        for site in self.sites():
-            for method in self.methods:
-                method.install(site)
-        self.topology = topology
+        self.install_methods()
         self.dropout = recipe.training.dropout
-        self.smoothing = recipe.training.label_smoothing
-        self.objective = objective_of(recipe)
-        self.moe_names = [f"{side}.{layer}" for side, layer, _ in model.moe_layers()]
         self.summarize = model.decoder.moe is not None and model.decoder.moe.routing == "sentence"
 
     def _embed(self, ids: Tensor, offset: int = 0) -> Tensor:
@@ -287,9 +262,8 @@ class Transformer(nn.Module):
         )  # the vocabulary is projected for real tokens only
         hidden, labels = hidden.flatten(0, 1)[index], labels.reshape(-1)[index]
         smoothing = self.smoothing if self.training else 0.0
-        return Losses(
-            *objective.losses(hidden, labels, self.embedding.tokens, smoothing, self.topology), notes
-        )
+        projected = project(hidden, self.embedding.tokens, self.topology)
+        return Losses(*objective.losses(projected, labels, smoothing, self.topology), notes)
 
     def states(
         self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route = "specific"
@@ -306,29 +280,16 @@ class Transformer(nn.Module):
             for number, layer in enumerate(getattr(self, side)):
                 yield from layer.sites(side, number)
 
-    def pack(self) -> None:
-        """Pack all modules that have a ``pack``, for inference: weights must not change after that."""
-        for module in self.modules():
-            if module is not self and callable(pack := getattr(module, "pack", None)):
-                pack()
-
-    def moe_layers(self) -> list[tuple[str, Any]]:
-        """Return (side, MixtureOfExperts) of each MoE layer, in the order in which they run."""
-        return [(name.split(".")[0], self.get_submodule(f"{name}.feed_forward")) for name in self.moe_names]
-
     @torch.no_grad()
-    def totals_ahead(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds) -> Totals:
+    def totals_ahead(
+        self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds
+    ) -> Totals:
         """Return the part of the totals that :meth:`forward` will find if it draws the same random numbers.
 
         This runs a forward pass, unless all methods can count from the ids.
         """
         real = {"encoder": source != PAD, "decoder": decoder_input != PAD}
-        ahead = {method.name: method.count_ahead(self, real, ids) for method in self.methods}
-        if None not in ahead.values():
-            return {name: totals for name, totals in ahead.items() if totals is not None}
+        if (ahead := self.counted_ahead(real, ids)) is not None:
+            return ahead
         (source, decoder_input), ids = self.objective.expand((source, decoder_input), ids)
         return self.count(self.states(source, decoder_input, ids, self.objective.route)[1])
-
-    def count(self, notes: Notes) -> Totals:
-        """Return a micro-batch's part of each method's totals."""
-        return {method.name: method.count(notes.get(method.name, [])) for method in self.methods}

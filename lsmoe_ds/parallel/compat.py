@@ -422,7 +422,9 @@ def load_engine(engine: Any, checkpoint: Path, unpack: Unpack) -> None:
     def load(src: dict[str, Any], dst: torch.nn.Module) -> None:
         found = dst.load_state_dict(src, strict=False)
         frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
-        if wrong := sorted({*found.unexpected_keys, *found.missing_keys} - frozen):
+        own = {name for name, _ in (*dst.named_parameters(), *dst.named_buffers())}
+        missing = own.intersection(found.missing_keys)  # not the second names of tied parameters
+        if wrong := sorted({*found.unexpected_keys, *missing} - frozen):
             what = "has no place for" if wrong[0] in found.unexpected_keys else "finds nothing of"
             raise UserError(f"{checkpoint} does not belong to the model: it {what} {wrong[0]}")
 

@@ -103,9 +103,11 @@ def vocabulary_embedding(size: int, hidden: int, topology: Topology) -> nn.Modul
 class Projected(NamedTuple):
     """Hold what the losses of N tokens are computed from."""
 
-    hidden: Tensor  # [N, H]
-    copied: Tensor  # [N, H]: the same, with its gradient summed over the ranks' parts of the vocabulary
     logits: Tensor  # [N, V / tensor], float32: this rank's part of the vocabulary
+    # What they are products of; None of logits that a model made in another way.
+    hidden: Tensor | None = None  # [N, H]
+    copied: Tensor | None = None  # [N, H]: with its gradient summed over the ranks' parts of the vocabulary
+    embedding: nn.Module | None = None
 
 
 def project(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Projected:
@@ -116,11 +118,11 @@ def project(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Project
         from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
         copied = copy_to_tensor_model_parallel_region(hidden)
-    return Projected(hidden, copied, F.linear(copied, weight).float())
+    return Projected(F.linear(copied, weight).float(), hidden, copied, embedding)
 
 
 def cross_entropy(
-    projected: Projected, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
+    projected: Projected, labels: Tensor, smoothing: float, topology: Topology
 ) -> tuple[Tensor, Tensor]:
     """Return the summed label-smoothed cross-entropy, and each token's negative log-likelihood [N].
 
@@ -137,20 +139,23 @@ def cross_entropy(
         nll = vocab_parallel_cross_entropy(projected.logits, labels)
     loss = nll.sum()
     if smoothing:
-        loss = loss + smoothing_loss(projected, labels, embedding, smoothing, topology)
+        loss = loss + smoothing_loss(projected, labels, smoothing, topology)
     return loss, nll.detach()
 
 
 def smoothing_loss(
-    projected: Projected, labels: Tensor, embedding: nn.Module, smoothing: float, topology: Topology
+    projected: Projected, labels: Tensor, smoothing: float, topology: Topology
 ) -> Tensor:
     """Return what label smoothing adds to the summed negative log-likelihood.
 
-    It is the sum over tokens of ``s (z_label - mean_v z_v)``. The output layer is linear, so
+    It is the sum over tokens of ``s (z_label - mean_v z_v)``. Where the output layer is linear
     ``z_label = h . E[label]`` and ``mean_v z_v = h . mean_v E_v`` need no pass over the logits.
     """
+    logits, hidden, copied, embedding = projected
+    if hidden is None or copied is None or embedding is None:
+        label_logit = logits.gather(1, labels[:, None]).squeeze(1)
+        return smoothing * (label_logit - logits.mean(1)).sum()
     weight: Tensor = embedding.weight  # type: ignore[assignment]
-    hidden, copied, _ = projected
     if topology.tensor == 1:
         mean_logit = (hidden * weight.mean(0)).sum(-1)
     else:

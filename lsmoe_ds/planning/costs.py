@@ -16,6 +16,7 @@ from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, 
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.moe.costs import Exchange
 
+SIDES: tuple[SideName, ...] = ("encoder", "decoder")
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -27,7 +28,7 @@ def passes(recipe: Recipe) -> int:
 def count_side(
     recipe: Recipe, side: SideName, serving: bool = False, held: Held = "all", merged: bool = False
 ) -> Count:
-    """Count the encoder or the decoder with its final norm. Each sublayer has a norm; a norm has 2 H.
+    """Count the encoder or the decoder with its final norm; of a model of transformers, what methods add. Each sublayer has a norm; a norm has 2 H.
 
     ``serving`` counts what must be loaded to translate one direction. Methods are then ``merged`` into the
     layers beside them, if they can be, and add nothing (see :mod:`lsmoe_ds.export.subnetwork`).
@@ -37,13 +38,14 @@ def count_side(
     methods = [method for method in model.methods if method.unmergeable or not merged]
     held = "specific" if merged else held
     settings = model.encoder if side == "encoder" else model.decoder
-    total = Count(whole=2 * model.hidden)
+    is_ours = model.huggingface is None  # of others' models, what methods add
+    total = Count(whole=2 * model.hidden * is_ours)
     for method in methods:
         total += method.count_side(side, model, languages)
     for site in shapes_of(model):
         if site.side != side:
             continue
-        if isinstance(site, LinearShape):
+        if isinstance(site, LinearShape) and is_ours:
             total += count_linears({site.name: (site.inputs, site.outputs, site.split)})
         elif isinstance(site, SublayerShape):
             total += Count(whole=2 * model.hidden)
@@ -68,12 +70,14 @@ class Parts:
     @classmethod
     def of(cls, recipe: Recipe, serving: bool = False, held: Held = "all", merged: bool = False) -> Parts:
         model = recipe.model
-        vocabulary = Count(split=recipe.data.vocabulary.size * model.hidden)
-        return cls(
-            vocabulary,
-            count_side(recipe, "encoder", serving, held, merged),
-            count_side(recipe, "decoder", serving, held, merged),
-        )
+        sides = [count_side(recipe, side, serving, held, merged) for side in SIDES]
+        if model.huggingface is None:
+            return cls(Count(split=recipe.data.vocabulary.size * model.hidden), *sides)
+        from lsmoe_ds.hosts.outline import read_outline  # needs transformers and torch
+
+        own = read_outline(model.huggingface, model.task).parameters
+        sides = [Count(whole=own.get(side, 0)) + adds for side, adds in zip(SIDES, sides, strict=True)]
+        return cls(Count(whole=own["vocabulary"]), *sides)
 
     @property
     def whole(self) -> Count:

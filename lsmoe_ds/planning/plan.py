@@ -49,7 +49,7 @@ class Plan:
     step_bytes: int
     step_bytes_home: int | None  # with all batches on their experts' ranks; None if no side's can be
     task_affine: bool  # whether the recipe's batches are task-affine
-    flops: Flops
+    flops: Flops | None  # None of models of transformers, like the memory
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan for JSON: counts of parameters, bytes, and floating-point operations."""
@@ -83,7 +83,7 @@ class Plan:
             "step_bytes": self.step_bytes,
             "step_bytes_home": self.step_bytes_home,
             "task_affine": self.task_affine,
-            "flops": asdict(self.flops),
+            "flops": None if self.flops is None else asdict(self.flops),
         }
 
     def table(self) -> Group:
@@ -116,7 +116,7 @@ class Plan:
             own = " <- recipe" if (each.precision, each.stage) == (self.precision, self.stage) else ""
             cells = [in_bytes(getattr(each, part)) for part in parts]
             memories.add_row(f"{each.precision} ZeRO {each.stage}{own}", *cells)
-        made: list[Any] = [sizes, memories]
+        made: list[Any] = [sizes, memories] if self.memory else [sizes]
         if self.exchanges:
             columns = (
                 "side",
@@ -153,6 +153,8 @@ class Plan:
                     else " (needs data.batch.languages: task-affine)"
                 )
             made += [traffic, step]
+        if self.flops is None:
+            return Group(*made)
         work = table(
             f"floating-point operations of a token, sentences of {self.flops.length}",
             "",
@@ -238,10 +240,15 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         },
         serving=Parts.of(recipe, serving=True),
         routes=routes(recipe),
-        memory=[memory(recipe, world, stage, precision) for precision in VALUE_BYTES for stage in STAGES],
+        memory=[
+            memory(recipe, world, stage, precision)
+            for precision in VALUE_BYTES
+            for stage in STAGES
+            if recipe.model.huggingface is None
+        ],
         exchanges=found,
         step_bytes=step_bytes(recipe, found, world),
         step_bytes_home=step_bytes(recipe, found, world, at_home=True) if homes else None,
         task_affine=recipe.data.batch.languages == "task-affine",
-        flops=flops(recipe, length),
+        flops=flops(recipe, length) if recipe.model.huggingface is None else None,
     )

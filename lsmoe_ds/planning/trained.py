@@ -13,13 +13,13 @@ from lsmoe_ds.config.shapes import Count
 from lsmoe_ds.planning.costs import Parts
 
 if TYPE_CHECKING:
-    from lsmoe_ds.model.transformer import Transformer
+    from lsmoe_ds.model.base import Model
 
 
-def _frozen_outline(recipe: Recipe) -> Transformer:
+def _frozen_outline(recipe: Recipe) -> Model:
     # torch is not imported for a plan that does without.
     from lsmoe_ds.model.freezing import freeze
-    from lsmoe_ds.model.transformer import outline
+    from lsmoe_ds.model.build import outline
     from lsmoe_ds.parallel.topology import Topology
 
     model = outline(recipe, recipe.data.vocabulary.size)

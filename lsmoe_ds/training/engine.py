@@ -21,7 +21,8 @@ from lsmoe_ds.methods.base import StepSize, Totals
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.initialization import initialize
-from lsmoe_ds.model.transformer import Losses, Transformer
+from lsmoe_ds.model.base import Losses, Model
+from lsmoe_ds.model.build import build
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.parameters import partition_dimension
@@ -90,7 +91,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     """Build a DeepSpeed engine over a freshly initialized model with ``vocabulary`` tokens."""
     deepspeed = compat.import_deepspeed()
     config = engine_config(recipe, topology)
-    model = Transformer(recipe, vocabulary, topology)
+    model = build(recipe, vocabulary, topology)
     initialize(model, recipe.training.seed, topology)
     freeze(model, recipe, topology)
     spread = {name: partition_dimension(buffer) for name, buffer in model.named_buffers()}
@@ -128,7 +129,7 @@ def clipping_limit(recipe: Recipe) -> float:
 
 
 @torch.no_grad()
-def clip_gradients(model: Transformer, limit: float, topology: Topology) -> float:
+def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
     """Scale all gradients so that their global norm is at most ``limit``; returns the norm before. For ZeRO
     stage 0, where every rank holds whole gradients: DeepSpeed 0.19.8 counts different ranks' experts as
     replicas of one another.
@@ -175,7 +176,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    model: Transformer = engine.module
+    model: Model = engine.module
     size = StepSize(step.source_tokens, step.target_tokens + step.given_tokens)
     batches = [batch.to(topology.device) for batch in step.batches]
     for method in model.methods:
@@ -184,7 +185,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     totals = _totals_ahead(model, batches, topology) if len(batches) > 1 else None
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
-        result: Losses = engine(batch.source, batch.decoder_input, batch.labels, batch.ids)
+        result: Losses = engine(*batch.inputs)
         if totals is None:
             totals = _over_data_ranks(model.count(result.notes), topology)
         of_tokens = {"loss": result.loss, "nll": result.nll, **result.further}
@@ -251,14 +252,14 @@ def _sum_over_data_ranks(sums: dict[str, Tensor], topology: Topology) -> dict[st
     return dict(zip(sums, joined.tolist(), strict=True))
 
 
-def _totals_ahead(model: Transformer, batches: list[Batch], topology: Topology) -> Totals:
+def _totals_ahead(model: Model, batches: list[Batch], topology: Topology) -> Totals:
     """Compute the totals of the whole step before its first gradient; the random numbers stay as they were.
 
     With several micro-batches a rank, methods that read hidden states cost one more forward pass, which
     stores nothing.
     """
     state = compat.random_state(topology.tensor)
-    found = [model.totals_ahead(batch.source, batch.decoder_input, batch.ids) for batch in batches]
+    found = [model.totals_ahead(*batch.inputs) for batch in batches]
     compat.restore_random_state(state, topology.tensor)
     sums = {
         name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in found), strict=True)]
@@ -278,7 +279,7 @@ def _over_data_ranks(totals: Totals, topology: Topology) -> Totals:
     return {name: [next(sums).to(each.dtype) for each in several] for name, several in totals.items()}
 
 
-def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:
+def _take_traffic(model: Model, topology: Topology) -> dict[str, Traffic]:
     """Return the traffic of each side since the last call, summed over all ranks.
 
     It is zero if the experts are not spread over ranks.
@@ -299,7 +300,7 @@ def _take_traffic(model: Transformer, topology: Topology) -> dict[str, Traffic]:
     }
 
 
-def _fill_in_gradients(model: Transformer) -> None:
+def _fill_in_gradients(model: Model) -> None:
     """Fill in zeros for experts that no token of the step has used: Adam continues with their averages, as on
     several ranks.
     """
@@ -313,12 +314,12 @@ def validate(engine: Any, batches: Iterable[Batch], topology: Topology, route: R
     """Compute the mean negative log-likelihood per target token over the batches of all ranks, by one
     route.
     """
-    model: Transformer = engine.module
+    model: Model = engine.module
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         moved = batch.to(topology.device)
-        losses = model(moved.source, moved.decoder_input, moved.labels, moved.ids, route)
+        losses = model(*moved.inputs, route)
         sums += torch.tensor([float(losses.nll), float(batch.target_tokens)], dtype=torch.float64)
     model.train()
     for _, layer in model.moe_layers():

@@ -54,6 +54,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
         groups=groups,
         at_home=at_home,
         tags=data.tags,
+        prompt=data.prompt,
         directions=recipe.trained,
     )
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
@@ -77,6 +78,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             rank=topology.data_rank,
             world=topology.data,
             tags=data.tags,
+            prompt=data.prompt,
         )
         for batch in batches:
             beat(doing)

@@ -26,7 +26,7 @@ from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
 from lsmoe_ds.launch.memory import keep_large_blocks
 from lsmoe_ds.model.freezing import freeze
-from lsmoe_ds.model.transformer import outline
+from lsmoe_ds.model.build import outline
 from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
@@ -127,7 +127,7 @@ def _notice(recipe: Recipe) -> None:
             f"{training.learning_rate:.2e}"
         )
     base = training.start_from
-    if training.trainable != "all" and base is None:
+    if training.trainable != "all" and base is None and recipe.model.huggingface is None:
         interrupt.say(
             "training.trainable freezes weights, but there is no training.start_from: "
             "they stay as random as they begin"

@@ -1,0 +1,94 @@
+"""The tokenizer of a model of transformers in the place of a vocabulary of our own: a ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.errors import UserError
+
+
+class HostTokenizer:
+    """Text to ids and back; see :class:`lsmoe_ds.data.vocabulary.Vocabulary`. No text spells special tokens."""
+
+    type = "tokenizer"
+    codes: tuple[str, ...] = ()  # it has no tags of ours
+    unused: tuple[int, ...] = ()
+    their_tags: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self, content: bytes) -> None:
+        """Load the content of a ``tokenizer.json``. Raises UserError if it is none."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError(
+                "the tokenizer of 'model.huggingface' needs tokenizers, which is not installed: "
+                "pip install 'lsmoe_ds[hosts]'"
+            ) from None
+        try:
+            text = content.decode("utf-8")
+            self._plain, self._markup = Tokenizer.from_str(text), Tokenizer.from_str(text)
+            self._special = {
+                each["id"] for each in json.loads(text)["added_tokens"] if each.get("special")
+            }
+        except Exception as error:  # tokenizers raises Exception itself
+            raise UserError(
+                f"the tokenizer is damaged: it is no tokenizer.json ({' '.join(str(error).split())[:200]})"
+            ) from None
+        self._content = content
+        self._plain.encode_special_tokens = True  # as plain text: a sentence may hold them
+        for tokenizer in (self._plain, self._markup):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        unknown = getattr(self._plain.model, "unk_token", None)
+        number = self._plain.token_to_id(unknown) if isinstance(unknown, str) else None
+        self.UNK = -1 if number is None else int(number)
+
+    @classmethod
+    def load(cls, path: str | Path) -> HostTokenizer:
+        """Read a ``tokenizer.json``. Raises UserError if that fails."""
+        try:
+            return cls(Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self._plain.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
+        return self.encode_all([clean_text(text)])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each of many texts that :func:`clean_text` has already cleaned."""
+        found: list[Any] = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [list(each.ids) for each in found]
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are themselves."""
+        return list(self._markup.encode(text, add_special_tokens=False).ids)
+
+    def begin(self, text: str) -> list[int]:
+        """Return the ids of a text that begins a sequence, with the token that the model wants before it."""
+        first = self._markup.encode("", add_special_tokens=True).ids[:1]
+        ids = self.encode_markup(text)
+        return ids if ids[:1] == first else [*first, *ids]
+
+    def end(self, text: str | None) -> list[int]:
+        """Return the ids that end an answer. Raises UserError unless there are some."""
+        ids = self.encode_markup(text or "")
+        if not ids:
+            raise UserError("'data.prompt.end' is empty: give the text that ends an answer, such as </s>")
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; special tokens are skipped."""
+        return str(self._plain.decode([int(i) for i in ids if int(i) not in self._special]))
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(self._content)

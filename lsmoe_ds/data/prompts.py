@@ -1,0 +1,119 @@
+"""Prompts: sentence pairs as text that a decoder-only language model continues.
+
+A sequence is ``before source after target end``. What stands around source and target is that of the
+direction; the model learns target and end alone. B sentences, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from lsmoe_ds.config.data import Prompt
+from lsmoe_ds.data.batches import moved
+from lsmoe_ds.data.shuffling import Integers
+from lsmoe_ds.languages import Languages, SentenceIds, language_name
+
+if TYPE_CHECKING:
+    from lsmoe_ds.data.host_tokenizer import HostTokenizer
+
+IGNORED = -100  # a label that is not learned
+SOURCE = "{source}"
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts with their answers, padded at the end; in translation prompts alone, padded at the beginning."""
+
+    tokens: torch.Tensor  # [B, T]
+    labels: torch.Tensor  # [B, T]: the token that follows, IGNORED within the prompt and padding
+    real: torch.Tensor  # [B, T]: 1, or 0 at padding
+    source_language: torch.Tensor  # [B]
+    target_language: torch.Tensor  # [B]
+    direction: torch.Tensor  # [B]
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SentenceIds]:
+        return self.tokens, self.labels, self.real, self.ids
+
+    @property
+    def target_tokens(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def ids(self) -> SentenceIds:
+        return SentenceIds(self.source_language, self.target_language, self.direction)
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        found: PromptBatch = moved(self, device)
+        return found
+
+    def silent(self) -> PromptBatch:
+        return replace(self, labels=torch.full_like(self.labels, IGNORED))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """What stands around the tokens of each direction; see :class:`lsmoe_ds.data.batches.Form`."""
+
+    source_language: Integers  # [directions]
+    target_language: Integers  # [directions]
+    before: tuple[Integers, ...]
+    after: tuple[Integers, ...]
+    end: Integers
+    padding: int
+
+    given = 0
+
+    @classmethod
+    def of(cls, languages: Languages, tokenizer: HostTokenizer, prompt: Prompt) -> Prompts:
+        """Tokenize the prompt of each direction. Raises UserError if it ends an answer with no token."""
+        ids = [(languages.id(d.source), languages.id(d.target)) for d in languages.directions]
+        before, after = [], []
+        for direction in languages.directions:
+            text = prompt.text.replace("{source_language}", language_name(direction.source))
+            text = text.replace("{target_language}", language_name(direction.target))
+            first, second = text.split(SOURCE)
+            before.append(np.array(tokenizer.begin(first), dtype=np.int64))
+            after.append(np.array(tokenizer.encode_markup(second), dtype=np.int64))
+        end = np.array(tokenizer.end(prompt.end), dtype=np.int64)
+        sides = np.array(ids, dtype=np.int64).reshape(-1, 2).T
+        return cls(*sides, tuple(before), tuple(after), end, int(end[-1]))
+
+    def overhead(self, direction: int) -> tuple[int, int]:
+        """Return the positions of a direction's prompt, and those of the end."""
+        return len(self.before[direction]) + len(self.after[direction]), len(self.end)
+
+    def collate(
+        self, sources: Sequence[ArrayLike], targets: Sequence[ArrayLike] | None, directions: ArrayLike
+    ) -> PromptBatch:
+        """Make a batch of B pairs of token sequences; ``directions`` are B direction ids."""
+        chosen = np.asarray(directions, dtype=np.int64)
+        prompts = [
+            np.concatenate([self.before[d], np.asarray(source, dtype=np.int64), self.after[d]])
+            for d, source in zip(chosen.tolist(), sources, strict=True)
+        ]
+        answers = [np.empty(0, dtype=np.int64)] * len(prompts)
+        if targets is not None:
+            answers = [np.concatenate([np.asarray(each, dtype=np.int64), self.end]) for each in targets]
+        # The last token of an answer is read by nothing.
+        rows = [
+            np.concatenate([prompt, answer[:-1]]) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        longest = max(map(len, rows))
+        tokens = np.full((len(rows), longest), self.padding, dtype=np.int64)
+        labels, real = np.full_like(tokens, IGNORED), np.zeros_like(tokens)
+        for i, (row, prompt, answer) in enumerate(zip(rows, prompts, answers, strict=True)):
+            start = longest - len(row) if targets is None else 0
+            tokens[i, start : start + len(row)] = row
+            real[i, start : start + len(row)] = 1
+            if len(answer):
+                labels[i, len(prompt) - 1 : len(row)] = answer
+        languages = self.source_language[chosen], self.target_language[chosen]
+        arrays = tokens, labels, real, *languages, chosen
+        return PromptBatch(*(torch.from_numpy(array) for array in arrays))

@@ -1,0 +1,1 @@
+"""Models of transformers as hosts of methods: their linear layers are sites."""

@@ -1,0 +1,143 @@
+"""Open the folder of a model of transformers: ``config.json``, ``*.safetensors`` and ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import listed
+
+Task = Literal["translate"]
+CLASSES: dict[str, str] = {"translate": "AutoModelForCausalLM"}  # what loads the model of a task
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+HOST = "host"  # the folder, in a run or converted folder, of what :func:`copy_small` copies
+# What a run copies beside the weights, so that it needs the folder no more.
+SMALL = (
+    CONFIG,
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+)
+DROPOUTS = ("dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop")
+ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+
+
+def import_transformers() -> Any:
+    """Import transformers, without its progress bars. Raises UserError if it is not installed."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise UserError(
+            "'model.huggingface' needs transformers, which is not installed: pip install 'lsmoe_ds[hosts]'"
+        ) from None
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError unless a folder has a configuration and a tokenizer."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give a folder in which transformers saved a model")
+    if any(folder.glob("*.gguf")) and not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds a GGUF file: `lsmoe convert {folder} --to huggingface --out DIR` writes it as "
+            "safetensors"
+        )
+    if lacking := [name for name in (CONFIG, TOKENIZER) if not (folder / name).is_file()]:
+        raise UserError(
+            f"{folder} lacks {listed(lacking)}: give a folder in which transformers saved a model and its "
+            "fast tokenizer"
+        )
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UserError unless a folder has weights that are no pickles."""
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        found = f", but {others[0]}, which could run any code" if others else ""
+        raise UserError(
+            f"{folder} has no *.safetensors{found}: save the model with transformers' "
+            "save_pretrained, which writes safetensors"
+        )
+
+
+def read_config(folder: Path) -> Any:
+    """Return a model's configuration. Raises UserError if transformers cannot read it."""
+    check_folder(folder)
+    transformers = import_transformers()
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG} cannot be read: {_sentence(error)}") from None
+
+
+def set_dropout(config: Any, dropout: float, attention_dropout: float) -> None:
+    """Let a configuration have a recipe's dropout, where its model has any."""
+    for names, value in ((DROPOUTS, dropout), (ATTENTION_DROPOUTS, attention_dropout)):
+        for name in names:
+            if hasattr(config, name):
+                setattr(config, name, value)
+
+
+def load_pretrained(folder: Path, task: Task, config: Any) -> Any:
+    """Load a model with its weights, in float32. Raises UserError if that fails or weights are missing."""
+    check_weights(folder)
+    transformers = import_transformers()
+    import torch
+
+    try:
+        model, info = getattr(transformers, CLASSES[task]).from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"the model in {folder} cannot be loaded: {_sentence(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"the weights in {folder} lack {missing[0]}: the folder is damaged, or of another task")
+    return model
+
+
+def copy_small(folder: Path, to: Path) -> None:
+    """Copy a model's configuration and tokenizer."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in SMALL:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, to / name)
+
+
+@cache
+def count_tokens(tokenizer: Path) -> int:
+    """Count the tokens of a ``tokenizer.json``. Raises UserError if it cannot be read."""
+    from lsmoe_ds.data.host_tokenizer import HostTokenizer
+
+    return HostTokenizer.load(tokenizer).size
+
+
+def window_of(config: Any) -> int | None:
+    """Return the most positions that a model can read; None if its configuration does not say."""
+    found = getattr(config, "max_position_embeddings", None)
+    return int(found) if isinstance(found, int) and found > 0 else None
+
+
+def end_of(folder: Path) -> str:
+    """Return the text of the token with which a model ends what it writes. Raises UserError if unknown."""
+    path = folder / "tokenizer_config.json"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError):
+        value = None
+    value = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{path} names no eos_token: give the text that ends an answer as 'data.prompt.end'")
+    return value
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

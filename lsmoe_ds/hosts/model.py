@@ -1,0 +1,218 @@
+"""A model of transformers whose linear layers are sites of methods. B sentences, T positions, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.shapes import LinearShapes, SideName
+from lsmoe_ds.data.prompts import IGNORED
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.hosts.folder import load_pretrained, read_config, set_dropout
+from lsmoe_ds.hosts.outline import empty_host, read_outline
+from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.methods.base import Totals
+from lsmoe_ds.methods.context import LanguageContext, Notes, Route
+from lsmoe_ds.methods.objective import Objective
+from lsmoe_ds.methods.sites import Linears, LinearSite
+from lsmoe_ds.model.base import Losses, Model
+from lsmoe_ds.parallel.layers import Projected
+from lsmoe_ds.parallel.topology import Topology
+
+HOST = "host."  # before the names that parameters have in transformers
+
+
+def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
+    """Return the buffers of the host, by their names in :class:`HostModel`, without making its parameters."""
+    from accelerate import init_empty_weights
+
+    folder = recipe.model.huggingface
+    assert folder is not None
+    with init_empty_weights(include_buffers=False):
+        host = empty_host(folder, recipe.model.task, read_config(folder))
+    return {f"{HOST}{name}": buffer for name, buffer in host.named_buffers()}
+
+
+def _without_ties(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave the second name of a tied parameter out of a state, as ``named_parameters`` does."""
+    names = {f"{prefix}{name}" for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    for name in [name for name in state if name not in names]:
+        del state[name]
+
+
+class _Plain:
+    """A linear layer of the host without what stands beside it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight, self.layer.bias)
+
+
+class _Sublayer(Linears):
+    """Holds the modules beside the linear layers of a sublayer, under the names that they have in our model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: LinearShapes = {}
+
+
+class HostModel(Model):
+    """A decoder-only language model that learns the answers of prompts.
+
+    The model of transformers is called as anyone would call it. Where a method has added a module beside a
+    linear layer, this computes what that layer returns; the module gets the languages of the batch from
+    :attr:`context`, which holds for one forward pass.
+    """
+
+    def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
+        super().__init__(recipe, topology or Topology.single())
+        folder, task, training = recipe.model.huggingface, recipe.model.task, recipe.training
+        assert folder is not None
+        config = read_config(folder)
+        set_dropout(config, training.dropout, training.attention_dropout)
+        self.outline = read_outline(folder, task)
+        if vocabulary > self.outline.vocabulary:
+            raise UserError(
+                f"the tokenizer in {folder} has {vocabulary} tokens, more than the {self.outline.vocabulary} of"
+                " the model's embedding: they do not belong together"
+            )
+        empty = torch.get_default_device().type == "meta"
+        self.host: Any = empty_host(folder, task, config) if empty else load_pretrained(folder, task, config)
+        self.register_state_dict_post_hook(_without_ties)
+        self.context: LanguageContext | None = None
+        self.add_shared_modules()
+        self._sublayers: dict[str, _Sublayer] = {}
+        self._add_places()
+        self.install_methods()
+        for site in self.sites():
+            if (added := site.module.beside.get(site.name)) is not None:
+                layer = self.host.get_submodule(self.outline.modules[site.at])
+                layer.forward = partial(self._beside, added, _Plain(layer))
+        self._head_is_plain: bool | None = None  # not known before the first pass
+
+    def _add_places(self) -> None:
+        """Add the modules ``decoder.0.attention`` that hold what methods add."""
+        for shape in self.outline.sites:
+            at = f"{shape.side}.{shape.layer}.{shape.sublayer}"
+            if at not in self._sublayers:
+                above: nn.Module = self
+                for name in (shape.side, str(shape.layer)):
+                    if not hasattr(above, name):
+                        above.add_module(name, nn.Module())
+                    above = getattr(above, name)
+                self._sublayers[at] = _Sublayer()
+                above.add_module(shape.sublayer, self._sublayers[at])
+            self._sublayers[at].shapes[shape.name] = (shape.inputs, shape.outputs, shape.split)
+
+    def sites(self) -> Iterator[LinearSite]:
+        for shape in self.outline.sites:
+            module = self._sublayers[f"{shape.side}.{shape.layer}.{shape.sublayer}"]
+            yield LinearSite(**vars(shape), module=module)
+
+    def _beside(self, added: nn.Module, base: _Plain, x: Tensor) -> Tensor:
+        """Apply a linear layer of the host and the module beside it."""
+        assert self.context is not None
+        found: Tensor = added(base, x, self.context)
+        return found
+
+    def is_loaded(self, name: str) -> bool:
+        return name.startswith(HOST)
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Take tensors, by local name; parameters that transformers ties are stored once."""
+        self.load_state_dict(dict(weights), assign=True, strict=False)
+        self.host.tie_weights()
+
+    def _logits(self, tokens: Tensor, context: LanguageContext, index: Tensor) -> Tensor:
+        """Return the logits [N, V] at ``index`` [N] of the flat positions of tokens [B, T] padded at the end.
+
+        Padding needs no mask: no real position sees a later one.
+        """
+        self.context = context
+        try:
+            if not self._is_head_plain():
+                whole: Tensor = self.host(input_ids=tokens, use_cache=False).logits
+                return whole.flatten(0, 1)[index]
+            hidden = self.host.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            found: Tensor = self.host.get_output_embeddings()(hidden.flatten(0, 1)[index])
+            return found
+        finally:
+            self.context = None
+
+    def _is_head_plain(self) -> bool:
+        """Tell whether logits are the product of the last states and the output layer, as in most models.
+
+        Some scale or limit them. One token tells; then only the positions that are learned are multiplied.
+        """
+        if self._head_is_plain is None:
+            head = self.host.get_output_embeddings()
+            token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+            training, context = self.host.training, self.context
+            self.host.eval()
+            self.context = LanguageContext(SentenceIds(*[token[0]] * 3))
+            with torch.no_grad():
+                states = self.host.base_model(input_ids=token, use_cache=False).last_hidden_state
+                whole = self.host(input_ids=token, use_cache=False).logits
+                self._head_is_plain = torch.allclose(head(states), whole)
+            self.host.train(training)
+            self.context = context
+        return self._head_is_plain
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, real: Tensor, ids: SentenceIds, route: Route = "specific"
+    ) -> Losses:
+        """Compute the losses of prompts and answers [B, T], summed over the labels that are not IGNORED."""
+        objective = self.objective if self.training else Objective()
+        if self.training:
+            (tokens, labels), ids = objective.expand((tokens, labels), ids)
+            route = objective.route
+        notes: Notes = {}
+        index = (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
+        context = LanguageContext(ids, None, notes if self.training else None, route)
+        projected = Projected(self._logits(tokens, context, index).float())
+        smoothing = self.smoothing if self.training else 0.0
+        return Losses(
+            *objective.losses(projected, labels.reshape(-1)[index], smoothing, self.topology), notes
+        )
+
+    def logits(self, tokens: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
+        """Return teacher-forced logits [B, T, V] of tokens padded at the end; those at padding mean nothing."""
+        index = torch.arange(tokens.numel(), device=tokens.device)
+        return self._logits(tokens, LanguageContext(ids, None, None, route), index).unflatten(0, tokens.shape)
+
+    @torch.no_grad()
+    def totals_ahead(self, tokens: Tensor, labels: Tensor, real: Tensor, ids: SentenceIds) -> Totals:
+        sides: tuple[SideName, ...] = ("encoder", "decoder")
+        ahead = self.counted_ahead({side: real.bool() for side in sides}, ids)
+        assert ahead is not None, "no method beside linear layers counts hidden states"
+        return ahead
+
+    def generate(
+        self, tokens: Tensor, real: Tensor, ids: SentenceIds, route: Route, **options: Any
+    ) -> Tensor:
+        """Continue prompts [B, T], padded at the beginning: [B, T + new], by transformers' ``generate``.
+
+        With beams the hypotheses of a sentence are neighbors, so that the context of B sentences fits.
+        """
+        self.context = LanguageContext(ids, None, None, route)
+        try:
+            found: Tensor = self.host.generate(input_ids=tokens, attention_mask=real, **options)
+            return found
+        finally:
+            self.context = None

@@ -1,0 +1,141 @@
+"""Describe a model of transformers from its configuration: its linear layers as sites, and its sizes.
+
+The model is built without weights, so that this works for any size and any class that has known layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lsmoe_ds.config.shapes import LinearShape, SideName, Split, Sublayer
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.hosts.folder import CLASSES, CONFIG, Task, import_transformers, read_config, window_of
+
+# Linear layers by their names in a layer: of Llama, Qwen2 and the like; BERT and XLM-R; M2M-100; GPT-NeoX.
+PLACES: dict[str, tuple[Sublayer, str]] = {
+    **{
+        f"{at}.{theirs}": (sublayer, ours)
+        for at, sublayer in (("self_attn", "attention"), ("encoder_attn", "cross_attention"))
+        for theirs, ours in (
+            ("q_proj", "query"),
+            ("k_proj", "key"),
+            ("v_proj", "value"),
+            ("o_proj", "output"),
+            ("out_proj", "output"),
+        )
+    },
+    "mlp.gate_proj": ("feed_forward", "gate"),
+    "mlp.up_proj": ("feed_forward", "expand"),
+    "mlp.down_proj": ("feed_forward", "contract"),
+    **{f"attention.self.{name}": ("attention", name) for name in ("query", "key", "value")},
+    "attention.output.dense": ("attention", "output"),
+    "intermediate.dense": ("feed_forward", "expand"),
+    "output.dense": ("feed_forward", "contract"),
+    "fc1": ("feed_forward", "expand"),
+    "fc2": ("feed_forward", "contract"),
+}
+ROWS = ("output", "contract")  # what a tensor-parallel model would split by its inputs
+LAYER = re.compile(r"(.+)\.(\d+)")
+
+
+@dataclass(frozen=True)
+class HostOutline:
+    """A model without its weights.
+
+    ``modules`` has the name in transformers' model of each site, by the site's :attr:`LinearShape.at`.
+    """
+
+    hidden: int
+    heads: int
+    layers: Mapping[SideName, int]
+    widths: Mapping[SideName, int]  # of the feed-forwards
+    sites: tuple[LinearShape, ...]
+    modules: Mapping[str, str]
+    parameters: Mapping[str, int]  # of the vocabulary, and of each side
+    vocabulary: int  # rows of the embedding
+    window: int | None
+
+
+def read_outline(folder: Path, task: Task) -> HostOutline:
+    """Describe the model in a folder. Raises UserError if transformers or the task cannot take it."""
+    stamp = (folder / CONFIG).stat().st_mtime_ns if (folder / CONFIG).is_file() else 0
+    return _read(folder, task, stamp)
+
+
+@cache
+def _read(folder: Path, task: Task, _stamp: int) -> HostOutline:
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = empty_host(folder, task, config)
+    sites, modules = [], {}
+    layers: Counter[SideName] = Counter()
+    widths: dict[SideName, int] = {}
+    for side, number, name, layer in layers_of(model):
+        layers[side] = max(layers[side], number + 1)
+        for inside, module in layer.named_modules():
+            if (place := PLACES.get(inside)) is None or not isinstance(module, nn.Linear):
+                continue
+            split: Split = "row" if place[1] in ROWS else "column"
+            site = LinearShape(side, number, *place, module.in_features, module.out_features, split)
+            sites.append(site)
+            modules[site.at] = f"{name}.{inside}"
+            if place == ("feed_forward", "expand"):
+                widths[side] = max(widths.get(side, 0), module.out_features)
+    if not sites:
+        raise UserError(
+            f"{folder} holds a {type(model).__name__}, none of whose linear layers is known: models with the "
+            "layers of Llama, Qwen2, BERT, XLM-R or M2M-100 can be used"
+        )
+    parameters: Counter[str] = Counter()
+    stacks = {name.rpartition(".")[0]: side for side, _, name, _ in layers_of(model)}
+    embeddings = {id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each}
+    for name, parameter in model.named_parameters():
+        side = next((side for stack, side in stacks.items() if name.startswith(f"{stack}.")), None)
+        alone = next(iter(stacks.values())) if len({*stacks.values()}) == 1 else "decoder"
+        part = "vocabulary" if id(parameter) in embeddings else side or alone
+        parameters[part] += parameter.numel()
+    text = config.get_text_config()
+    return HostOutline(
+        hidden=int(text.hidden_size),
+        heads=int(text.num_attention_heads),
+        layers=dict(layers),
+        widths=widths,
+        sites=tuple(sites),
+        modules=modules,
+        parameters=dict(parameters),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        window=window_of(text),
+    )
+
+
+def empty_host(folder: Path, task: Task, config: Any) -> Any:
+    """Build the model of a configuration, on torch's default device. Raises UserError if it has no such task."""
+    transformers = import_transformers()
+    try:
+        return getattr(transformers, CLASSES[task]).from_config(config)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} holds a model of the type {config.model_type}, which cannot {task}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[SideName, int, str, nn.Module]]:
+    """Yield side, number, name and module of each layer: the members of the outermost lists of modules."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name in lists:
+        if any(name.startswith(f"{other}.") for other in lists):
+            continue
+        side: SideName = "encoder" if "encoder" in name.split(".") else "decoder"
+        for number, layer in enumerate(model.get_submodule(name).children()):
+            if any(isinstance(module, nn.Linear) for module in layer.modules()):
+                yield side, number, f"{name}.{number}", layer

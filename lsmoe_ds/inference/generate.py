@@ -1,0 +1,63 @@
+"""Translate with a language model of transformers, by its own beam search. B sentences, W beams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds.data.prompts import PromptBatch
+from lsmoe_ds.hosts.folder import import_transformers
+from lsmoe_ds.inference.beam_search import Hypothesis, Search
+from lsmoe_ds.methods.context import Route
+
+if TYPE_CHECKING:
+    from lsmoe_ds.hosts.model import HostModel
+
+# A byte-level tokenizer may cut a translation into more tokens than its source.
+PER_SOURCE_TOKEN = 4.0
+
+
+@torch.inference_mode()
+def generate(
+    model: HostModel, batch: PromptBatch, lengths: Sequence[int], end: int, search: Search, route: Route
+) -> list[Hypothesis]:
+    """Find the best answer of each prompt.
+
+    ``lengths`` are those of the B sources, which limit the answers; ``end`` is the token that ends one.
+    """
+    limits = [math.ceil(PER_SOURCE_TOKEN * length) + search.extra for length in lengths]
+    most = torch.tensor(limits, device=batch.tokens.device)
+    begun = batch.tokens.shape[1]
+
+    def stop(tokens: Tensor, scores: Tensor) -> Tensor:
+        """Allow only the end once the greatest length is reached; tokens [B W, positions], scores [B W, V]."""
+        over = (most < tokens.shape[1] - begun).repeat_interleave(search.beam)
+        ends = scores[over, end]
+        scores = scores.masked_fill(over[:, None], -math.inf)
+        scores[over, end] = ends
+        return scores
+
+    transformers = import_transformers()
+    found = model.generate(
+        batch.tokens,
+        batch.real,
+        batch.ids,
+        route,
+        # An end that is forced has its own probability, so it comes after the normalization.
+        logits_processor=transformers.LogitsProcessorList([transformers.LogitNormalization(), stop]),
+        # The folder's own settings may sample, or punish what was written before.
+        generation_config=transformers.GenerationConfig(
+            num_beams=search.beam,
+            length_penalty=search.length_penalty,
+            early_stopping=True,
+            max_new_tokens=max(limits) + 1,
+            eos_token_id=end,
+            pad_token_id=end,
+        ),
+    )
+    answers = (row[begun:] for row in found.tolist())
+    return [Hypothesis(row[: row.index(end)] if end in row else row, math.nan) for row in answers]
