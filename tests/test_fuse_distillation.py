@@ -23,6 +23,7 @@ from lsmoe_ds.methods.objective import Objective
 from lsmoe_ds.model import initialization, transformer
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel import parameters
+from lsmoe_ds.parallel.layers import project
 from lsmoe_ds.parallel.topology import Topology
 
 

@@ -104,9 +104,8 @@ def check_logits(folder: Path, ids: list[int], tensors: Tensors, recipe: Any, vo
     )
     direction = recipe.languages.directions[0]
     batch = DirectionIds.of(recipe.languages, vocabulary, "source-target").collate(
-        sources,
-        targets,
-        [recipe.languages.direction_id(direction)] * 3)
+        sources, targets, [recipe.languages.direction_id(direction)] * 3
+    )
     table = torch.tensor(ids)
     with torch.inference_mode():
         found = ours.logits(batch.source, batch.decoder_input, batch.ids)

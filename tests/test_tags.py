@@ -36,8 +36,7 @@ def stream(prepared: Prepared, tags: str, languages: Languages = LANGUAGES, **ba
 
 def test_layout() -> None:
     """The tag of the translation is read by the decoder and is no label."""
-    batch = ids().collate(
-        [[10, 11, 12], np.array([13], dtype=np.uint16)], [[20], [21, 22]], [TO_DE, FROM_ZH])
+    batch = ids().collate([[10, 11, 12], np.array([13], dtype=np.uint16)], [[20], [21, 22]], [TO_DE, FROM_ZH])
     assert batch.source.tolist() == [[4, 10, 11, 12, EOS], [7, 13, EOS, PAD, PAD]]
     assert batch.decoder_input.tolist() == [[EOS, 5, 20, PAD], [EOS, 4, 21, 22]]
     assert batch.labels.tolist() == [[PAD, 20, EOS, PAD], [PAD, 21, 22, EOS]]

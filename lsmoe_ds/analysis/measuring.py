@@ -118,7 +118,8 @@ def run_pairs(loaded: Loaded, data: PreparedData, split: str, chosen: dict[Direc
         for start in range(0, len(places), BATCH):
             part = places[start : start + BATCH]
             batch = ids.collate(
-                [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part))
+                [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part)
+            )
             batch = batch.to(loaded.device)
             loaded.model(batch.source, batch.decoder_input, batch.labels, batch.ids, loaded.route)
 

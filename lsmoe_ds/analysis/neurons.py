@@ -70,18 +70,22 @@ def record_all(
     """
     import torch
 
+    from lsmoe_ds.data.batches import PairBatch
     from lsmoe_ds.data.prepared import open_data
     from lsmoe_ds.data.validation import validation_batches
     from lsmoe_ds.methods.neurons.recording import Recorder, observed
+    from lsmoe_ds.model.transformer import Transformer
 
     recipe, data = loaded.recipe, open_data(loaded)
     languages, tags = loaded.languages, recipe.data.tags
     batches = validation_batches(
         data, languages, loaded.vocabulary, recipe.data.batch, split=split, limit=limit, tags=tags
     )
+    assert isinstance(loaded.model, Transformer)
     recorder = Recorder(loaded.model, len(languages.directions), per, torch.device(loaded.device))
     with observed(recorder, experts=True):
         for batch in batches:
+            assert isinstance(batch, PairBatch)
             recorder.read(batch.to(loaded.device))
     return {name: each.cpu() for name, each in by_layer(recorder.counts).items()}, recorder.sentences.cpu()
 

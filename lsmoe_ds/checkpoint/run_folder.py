@@ -56,7 +56,12 @@ MAY_CHANGE = {
 }
 
 FROZEN = "frozen"  # the folder of what does not train, see :mod:`lsmoe_ds.checkpoint.frozen`
-BEGUN = (".vocabulary.model.", f".{ORIGIN}.", ".recipe.yaml.", f".{HOST}.")  # how files are called until they are whole
+BEGUN = (
+    ".vocabulary.model.",
+    f".{ORIGIN}.",
+    ".recipe.yaml.",
+    f".{HOST}.",
+)  # how files are called until they are whole
 
 
 def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:

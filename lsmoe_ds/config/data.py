@@ -188,9 +188,9 @@ class Data(Section):
     ``name`` names the prepared data, by default as the recipe is named. ``tags`` says which tags a model
     reads: that of the ``target`` before the source and none before the translation, or that of the source
     language before the source and that of the target language before the translation, which is given and not
-    learned. ``prompt`` is for models that are decoders alone (``model.huggingface``). ``pivot`` is the language by whose sentences a corpus' bitexts are joined into others (see
-    :mod:`lsmoe_ds.data.pivot`). ``max_pairs`` caps the training pairs of each bitext, or of each bitext of a
-    language.
+    learned. ``prompt`` is for a decoder alone (``model.huggingface``), which reads no tags. ``pivot`` is the
+    language by whose sentences a corpus' bitexts are joined into others (see :mod:`lsmoe_ds.data.pivot`).
+    ``max_pairs`` caps the training pairs of each bitext, or of each bitext of a language.
     """
 
     name: Annotated[str, Field(pattern=NAME)] | None = None

@@ -77,9 +77,9 @@ def _find_host(value: dict[str, Any], path: Path) -> None:
     """
     model, beside = value.get("model"), path.with_name(HOST)
     folder = model.get("huggingface") if isinstance(model, dict) else None
-    if path.name == "recipe.yaml" and isinstance(folder, str) and beside.is_dir():
-        if not Path(folder).is_dir():
-            model["huggingface"] = str(beside)
+    is_copy = path.name == "recipe.yaml" and beside.is_dir()
+    if is_copy and isinstance(model, dict) and isinstance(folder, str) and not Path(folder).is_dir():
+        model["huggingface"] = str(beside)
 
 
 def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:

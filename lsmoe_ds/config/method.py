@@ -110,6 +110,15 @@ class MethodSection(Section):
         """
         return None
 
+    def takes(self, route: str) -> bool:
+        """Tell whether a route, beside specific and shared, is one that the method knows."""
+        return False
+
+    @property
+    def own_routes(self) -> tuple[str, ...]:
+        """Name the routes that :meth:`takes`, as a person would write them."""
+        return ()
+
     def holdings(self, languages: Languages) -> Mapping[str, int]:
         """Return how many rows each language has in a parameter, in their order; nothing if none has any."""
         return {}

@@ -3,8 +3,8 @@
 A pattern is up to four words, joined by dots, in this order: a side (``encoder``, ``decoder``), a layer or a
 range of layers counted from 0 (``3``, ``0-8``), a sublayer (``self_attention``, ``cross_attention``,
 ``feed_forward``, or ``attention`` for both attentions) and a linear layer (``query``, ``key``, ``value``,
-``output``, ``expand``, ``contract``; in models of transformers also ``gate``). What is left out may be anything; ``all``, or ``both`` (attentions and
-feed-forwards), leaves out all.
+``output``, ``expand``, ``contract``; in models of transformers also ``gate``). What is left out may be
+anything; ``all``, or ``both`` (attentions and feed-forwards), leaves out all.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class Side(Section):
 class _Model(Section):
     """The host, and beside these keys one for each method.
 
-    With ``huggingface`` it is the model that transformers saved in a folder, for a ``task``: its configuration
-    gives the other keys, and a side that it does not have has 0 layers.
+    With ``huggingface`` it is the model that transformers saved in a folder, for a ``task``: its
+    configuration gives the other keys, and a side that it does not have has 0 layers.
     """
 
     huggingface: Path | None = None
@@ -103,7 +103,9 @@ class _Model(Section):
             given = value.get(key, found)
             same = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
             if same != found:
-                raise ValueError(f"'{key}' is {given}, but the model in 'huggingface' has {found}: leave it out")
+                raise ValueError(
+                    f"'{key}' is {given}, but the model in 'huggingface' has {found}: leave it out"
+                )
         return {**value, **own}
 
     @model_validator(mode="before")
@@ -356,8 +358,8 @@ class Recipe(Section):
 
         if self.parallel.tensor > 1 or self.parallel.expert > 1:
             raise ValueError(
-                f"'parallel.tensor' is {self.parallel.tensor} and 'parallel.expert' {self.parallel.expert}, but"
-                " a model of 'model.huggingface' is whole on each rank: leave both at 1"
+                f"'parallel.tensor' is {self.parallel.tensor} and 'parallel.expert' {self.parallel.expert}, "
+                "but a model of 'model.huggingface' is whole on each rank: leave both at 1"
             )
         assert self.model.huggingface is not None
         window = read_outline(self.model.huggingface, self.model.task).window

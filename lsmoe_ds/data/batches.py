@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +25,6 @@ class Tags(Protocol):
 class Batch(Protocol):
     """What a model reads of B sentences. Ids of languages and directions are those of ``Languages``."""
 
-    source_language: torch.Tensor  # [B], int64 like all tensors of a batch
-    target_language: torch.Tensor  # [B]
-    direction: torch.Tensor  # [B]
-
     @property
     def inputs(self) -> tuple[Any, ...]:
         """The arguments of the model's forward pass."""
@@ -41,20 +37,29 @@ class Batch(Protocol):
 
     @property
     def ids(self) -> SentenceIds: ...
-    def to(self: AnyBatch, device: torch.device | str) -> AnyBatch: ...
-    def silent(self: AnyBatch) -> AnyBatch:
-        """Return the same without labels: it counts for nothing."""
+
+    @property
+    def direction(self) -> torch.Tensor:
+        """Direction ids [B]."""
         ...
 
+    def to(self, device: torch.device | str) -> Self: ...
 
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
+    def silent(self) -> Self:
+        """Return the same without labels: it counts for nothing."""
+        ...
 
 
 class Form(Protocol):
     """How sentence pairs become batches of a model: what stands around their tokens."""
 
-    source_language: Integers  # [directions]
-    target_language: Integers  # [directions]
+    @property
+    def source_language(self) -> Integers:
+        """Language ids [directions]."""
+        ...
+
+    @property
+    def target_language(self) -> Integers: ...
 
     @property
     def given(self) -> int:
@@ -98,18 +103,20 @@ class PairBatch:
     def ids(self) -> SentenceIds:
         return SentenceIds(self.source_language, self.target_language, self.direction)
 
-    def to(self, device: torch.device | str) -> PairBatch:
+    def to(self, device: torch.device | str) -> Self:
         return moved(self, device)
 
-    def silent(self) -> PairBatch:
+    def silent(self) -> Self:
         return replace(self, labels=torch.full_like(self.labels, PAD))
 
 
-def moved(batch: Any, device: torch.device | str) -> Any:
+AnyBatch = TypeVar("AnyBatch")
+
+
+def moved(batch: AnyBatch, device: torch.device | str) -> AnyBatch:
     """Return a batch on another device."""
-    return type(batch)(
-        **{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in fields(batch)}
-    )
+    tensors = {f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in fields(batch)}  # type: ignore[arg-type]
+    return type(batch)(**tensors)
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,7 @@ class BatchStream:
         self._overheads = [self._form.overhead(number) for number in range(len(languages.directions))]
         counts = [
             _count_fitting(d, *lengths, overhead, batch)
-            for d, lengths, overhead in zip(
-                languages.directions, self._lengths, self._overheads, strict=True
-            )
+            for d, lengths, overhead in zip(languages.directions, self._lengths, self._overheads, strict=True)
         ]
         fitting, tokens = np.array(counts, dtype=np.float64).T
         self.skipped = {
@@ -303,7 +301,8 @@ class BatchStream:
         direction, index = unit.direction[order], unit.index[order]
         sentences = [(self._pairs[d], i) for d, i in zip(direction.tolist(), index.tolist(), strict=True)]
         return self._form.collate(
-            [p.source[i] for p, i in sentences], [p.target[i] for p, i in sentences], direction)
+            [p.source[i] for p, i in sentences], [p.target[i] for p, i in sentences], direction
+        )
 
 
 def _fits(source: Integers, target: Integers, batch: BatchSettings) -> NDArray[np.bool_]:

@@ -1,4 +1,5 @@
-"""Choose how sentence pairs become batches: with tags for an encoder-decoder, or in prompts for a language model.
+"""Choose how sentence pairs become batches: with tags for an encoder-decoder, or in prompts for a language
+model.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from lsmoe_ds.errors import UserError
 
 
 class HostTokenizer:
-    """Text to ids and back; see :class:`lsmoe_ds.data.vocabulary.Vocabulary`. No text spells special tokens."""
+    """Text to ids and back, as :class:`lsmoe_ds.data.vocabulary.Vocabulary`. No text spells special tokens."""
 
     type = "tokenizer"
     codes: tuple[str, ...] = ()  # it has no tags of ours
@@ -31,9 +31,7 @@ class HostTokenizer:
         try:
             text = content.decode("utf-8")
             self._plain, self._markup = Tokenizer.from_str(text), Tokenizer.from_str(text)
-            self._special = {
-                each["id"] for each in json.loads(text)["added_tokens"] if each.get("special")
-            }
+            self._special = {each["id"] for each in json.loads(text)["added_tokens"] if each.get("special")}
         except Exception as error:  # tokenizers raises Exception itself
             raise UserError(
                 f"the tokenizer is damaged: it is no tokenizer.json ({' '.join(str(error).split())[:200]})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ SOURCE = "{source}"
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts with their answers, padded at the end; in translation prompts alone, padded at the beginning."""
+    """Prompts with their answers, padded at the end; in translation prompts alone, padded at the start."""
 
     tokens: torch.Tensor  # [B, T]
     labels: torch.Tensor  # [B, T]: the token that follows, IGNORED within the prompt and padding
@@ -49,11 +49,10 @@ class PromptBatch:
     def ids(self) -> SentenceIds:
         return SentenceIds(self.source_language, self.target_language, self.direction)
 
-    def to(self, device: torch.device | str) -> PromptBatch:
-        found: PromptBatch = moved(self, device)
-        return found
+    def to(self, device: torch.device | str) -> Self:
+        return moved(self, device)
 
-    def silent(self) -> PromptBatch:
+    def silent(self) -> Self:
         return replace(self, labels=torch.full_like(self.labels, IGNORED))
 
 
@@ -73,7 +72,10 @@ class Prompts:
     @classmethod
     def of(cls, languages: Languages, tokenizer: HostTokenizer, prompt: Prompt) -> Prompts:
         """Tokenize the prompt of each direction. Raises UserError if it ends an answer with no token."""
-        ids = [(languages.id(d.source), languages.id(d.target)) for d in languages.directions]
+        sources, targets = (
+            np.array([languages.id(code) for code in codes], dtype=np.int64)
+            for codes in zip(*((d.source, d.target) for d in languages.directions), strict=True)
+        )
         before, after = [], []
         for direction in languages.directions:
             text = prompt.text.replace("{source_language}", language_name(direction.source))
@@ -82,8 +84,7 @@ class Prompts:
             before.append(np.array(tokenizer.begin(first), dtype=np.int64))
             after.append(np.array(tokenizer.encode_markup(second), dtype=np.int64))
         end = np.array(tokenizer.end(prompt.end), dtype=np.int64)
-        sides = np.array(ids, dtype=np.int64).reshape(-1, 2).T
-        return cls(*sides, tuple(before), tuple(after), end, int(end[-1]))
+        return cls(sources, targets, tuple(before), tuple(after), end, int(end[-1]))
 
     def overhead(self, direction: int) -> tuple[int, int]:
         """Return the positions of a direction's prompt, and those of the end."""

@@ -52,5 +52,6 @@ def validation_batches(
         real = first + rank < len(units)
         number, pairs, part = units[first + rank] if real else (*units[0][:2], units[0][2][:1])
         made = form.collate(
-            [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part))
+            [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part)
+        )
         yield made if real else made.silent()

@@ -54,8 +54,8 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a file. One that holds a tokenizer of transformers gives a :class:`HostTokenizer`, which serves
-        as a vocabulary without tags.
+        """Read a file. One that holds a tokenizer of transformers gives a :class:`HostTokenizer`, which
+        serves as a vocabulary without tags.
         """
         try:
             model = Path(path).read_bytes()

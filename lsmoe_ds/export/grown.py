@@ -32,9 +32,9 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
+from lsmoe_ds.model.build import outline
 from lsmoe_ds.model.initialization import draw, drawn
 from lsmoe_ds.model.methods import check_holders, methods_of
-from lsmoe_ds.model.build import outline
 from lsmoe_ds.moe.routers import assign
 from lsmoe_ds.notices import counted, listed, notice
 from lsmoe_ds.parallel.parameters import global_names, named_state

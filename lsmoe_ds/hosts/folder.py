@@ -100,7 +100,9 @@ def load_pretrained(folder: Path, task: Task, config: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"the model in {folder} cannot be loaded: {_sentence(error)}") from None
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"the weights in {folder} lack {missing[0]}: the folder is damaged, or of another task")
+        raise UserError(
+            f"the weights in {folder} lack {missing[0]}: the folder is damaged, or of another task"
+        )
     return model
 
 

@@ -1,7 +1,11 @@
-"""A model of transformers whose linear layers are sites of methods. B sentences, T positions, V vocabulary."""
+"""A model of transformers whose linear layers are sites of methods.
+
+B sentences, T positions, N labels, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -30,8 +34,7 @@ HOST = "host."  # before the names that parameters have in transformers
 
 def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
     """Return the buffers of the host, by their names in :class:`HostModel`, without making its parameters."""
-    from accelerate import init_empty_weights
-
+    init_empty_weights = importlib.import_module("accelerate").init_empty_weights
     folder = recipe.model.huggingface
     assert folder is not None
     with init_empty_weights(include_buffers=False):
@@ -65,7 +68,7 @@ class _Plain:
 
 
 class _Sublayer(Linears):
-    """Holds the modules beside the linear layers of a sublayer, under the names that they have in our model."""
+    """Hold the modules beside the linear layers of a sublayer, under the names that they have in our model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,8 +92,8 @@ class HostModel(Model):
         self.outline = read_outline(folder, task)
         if vocabulary > self.outline.vocabulary:
             raise UserError(
-                f"the tokenizer in {folder} has {vocabulary} tokens, more than the {self.outline.vocabulary} of"
-                " the model's embedding: they do not belong together"
+                f"the tokenizer in {folder} has {vocabulary} tokens, more than the {self.outline.vocabulary} "
+                "of the model's embedding: they do not belong together"
             )
         empty = torch.get_default_device().type == "meta"
         self.host: Any = empty_host(folder, task, config) if empty else load_pretrained(folder, task, config)
@@ -192,7 +195,7 @@ class HostModel(Model):
         )
 
     def logits(self, tokens: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
-        """Return teacher-forced logits [B, T, V] of tokens padded at the end; those at padding mean nothing."""
+        """Return teacher-forced logits [B, T, V] of tokens padded at the end; at padding they mean nothing."""
         index = torch.arange(tokens.numel(), device=tokens.device)
         return self._logits(tokens, LanguageContext(ids, None, None, route), index).unflatten(0, tokens.shape)
 

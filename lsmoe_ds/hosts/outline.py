@@ -21,10 +21,14 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.hosts.folder import CLASSES, CONFIG, Task, import_transformers, read_config, window_of
 
 # Linear layers by their names in a layer: of Llama, Qwen2 and the like; BERT and XLM-R; M2M-100; GPT-NeoX.
+ATTENTIONS: tuple[tuple[str, Sublayer], ...] = (
+    ("self_attn", "attention"),
+    ("encoder_attn", "cross_attention"),
+)
 PLACES: dict[str, tuple[Sublayer, str]] = {
     **{
         f"{at}.{theirs}": (sublayer, ours)
-        for at, sublayer in (("self_attn", "attention"), ("encoder_attn", "cross_attention"))
+        for at, sublayer in ATTENTIONS
         for theirs, ours in (
             ("q_proj", "query"),
             ("k_proj", "key"),
@@ -97,11 +101,13 @@ def _read(folder: Path, task: Task, _stamp: int) -> HostOutline:
         )
     parameters: Counter[str] = Counter()
     stacks = {name.rpartition(".")[0]: side for side, _, name, _ in layers_of(model)}
-    embeddings = {id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each}
+    embeddings = {
+        id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each
+    }
     for name, parameter in model.named_parameters():
-        side = next((side for stack, side in stacks.items() if name.startswith(f"{stack}.")), None)
-        alone = next(iter(stacks.values())) if len({*stacks.values()}) == 1 else "decoder"
-        part = "vocabulary" if id(parameter) in embeddings else side or alone
+        within = [side for stack, side in stacks.items() if name.startswith(f"{stack}.")]
+        last = [*stacks.values()][-1]  # norms and positions beside the layers
+        part = "vocabulary" if id(parameter) in embeddings else within[0] if within else last
         parameters[part] += parameter.numel()
     text = config.get_text_config()
     return HostOutline(
@@ -118,7 +124,10 @@ def _read(folder: Path, task: Task, _stamp: int) -> HostOutline:
 
 
 def empty_host(folder: Path, task: Task, config: Any) -> Any:
-    """Build the model of a configuration, on torch's default device. Raises UserError if it has no such task."""
+    """Build the model of a configuration, on torch's default device.
+
+    Raises UserError if a model of its type has no such task.
+    """
     transformers = import_transformers()
     try:
         return getattr(transformers, CLASSES[task]).from_config(config)

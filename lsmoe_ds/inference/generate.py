@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.prompts import PromptBatch
 from lsmoe_ds.hosts.folder import import_transformers
+from lsmoe_ds.hosts.model import HostModel
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.methods.context import Route
-
-if TYPE_CHECKING:
-    from lsmoe_ds.hosts.model import HostModel
+from lsmoe_ds.model.base import Model
 
 # A byte-level tokenizer may cut a translation into more tokens than its source.
 PER_SOURCE_TOKEN = 4.0
@@ -23,18 +22,19 @@ PER_SOURCE_TOKEN = 4.0
 
 @torch.inference_mode()
 def generate(
-    model: HostModel, batch: PromptBatch, lengths: Sequence[int], end: int, search: Search, route: Route
+    model: Model, batch: Batch, lengths: Sequence[int], end: int, search: Search, route: Route
 ) -> list[Hypothesis]:
     """Find the best answer of each prompt.
 
     ``lengths`` are those of the B sources, which limit the answers; ``end`` is the token that ends one.
     """
+    assert isinstance(model, HostModel) and isinstance(batch, PromptBatch)
     limits = [math.ceil(PER_SOURCE_TOKEN * length) + search.extra for length in lengths]
     most = torch.tensor(limits, device=batch.tokens.device)
     begun = batch.tokens.shape[1]
 
     def stop(tokens: Tensor, scores: Tensor) -> Tensor:
-        """Allow only the end once the greatest length is reached; tokens [B W, positions], scores [B W, V]."""
+        """Allow only the end once the greatest length is reached; tokens [B W, T], scores [B W, V]."""
         over = (most < tokens.shape[1] - begun).repeat_interleave(search.beam)
         ends = scores[over, end]
         scores = scores.masked_fill(over[:, None], -math.inf)

@@ -12,8 +12,9 @@ from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weigh
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.method import shared_route_keys
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.batches import PairBatch
 from lsmoe_ds.data.forms import form_of
-from lsmoe_ds.data.prompts import PromptBatch, Prompts
+from lsmoe_ds.data.prompts import Prompts
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated
@@ -21,7 +22,8 @@ from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.base import Model
 from lsmoe_ds.model.build import buffers_of, outline
-from lsmoe_ds.notices import notice
+from lsmoe_ds.model.transformer import Transformer
+from lsmoe_ds.notices import listed, notice
 from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts
@@ -67,6 +69,7 @@ class Loaded:
 
             lengths = [len(source) for source in sources]
             return generate(self.model, batch, lengths, int(form.end[0]), search, self.route)
+        assert isinstance(batch, PairBatch) and isinstance(self.model, Transformer)
         banned = never_generated(self.vocabulary)
         return beam_search(
             self.model, batch.source, batch.ids, banned, search, self.route, batch.decoder_input
@@ -149,10 +152,11 @@ def stand_in(recipe: Recipe, direction: Direction) -> Direction | None:
 
 def check_route(route: str, recipe: Recipe) -> Route:
     """Return the route; raise UserError if it is none, or none of a model of this recipe."""
-    if route == "specific":
-        return "specific"
+    if route == "specific" or any(method.takes(route) for method in recipe.model.methods):
+        return route
     if route != "shared":
-        raise UserError(f"'{route}' is no route: choose specific or shared")
+        own = [each for method in recipe.model.methods for each in method.own_routes]
+        raise UserError(f"'{route}' is no route: choose {listed(['specific', 'shared', *own])}")
     if not recipe.model.distills:
         raise UserError(
             "the model has no parameters for the route 'shared': a model gets them by "

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from lsmoe_ds.languages import SentenceIds
 
 SHARED = -1  # stands for a language where the parameters shared by all languages are used
-Route = Literal["specific", "shared", "both"]
+# Which parameters a sentence uses: "specific", those of its languages; "shared", the shared ones; "both": the
+# second half of the sentences repeats the first and uses the shared ones; or one that a method knows.
+Route = str
 Notes = dict[str, list[Any]]  # of one forward pass, by method, in the order in which the layers ran
 
 
@@ -27,6 +29,12 @@ class Segment(NamedTuple):
     stop: int
 
 
+class Chooser(Hashable, Protocol):
+    """What chooses a language for each sentence, or SHARED."""
+
+    def languages(self, context: LanguageContext) -> list[int]: ...
+
+
 @dataclass
 class LanguageContext:
     """Hold what the layers of one side need besides the hidden states of B sentences."""
@@ -35,10 +43,8 @@ class LanguageContext:
     # [B, H]: in the decoder the mean of the encoder's output, for sentence routing
     summary: Tensor | None = None
     notes: Notes | None = None  # in training: what layers record for methods; see lsmoe_ds/methods/base.py
-    # Which parameters a sentence uses: "specific", those of its languages; "shared", the shared ones; "both":
-    # the second half of the sentences repeats the first and uses the shared ones.
     route: Route = "specific"
-    _segments: dict[str, list[Segment]] = field(default_factory=dict)
+    _segments: dict[str | Chooser, list[Segment]] = field(default_factory=dict)
     _known: dict[Hashable, Any] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> LanguageContext:
@@ -58,14 +64,14 @@ class LanguageContext:
         found: T = self._known[key]
         return found
 
-    def segments(self, kind: str) -> list[Segment]:
-        """Split the batch into segments of equal "source" or "target" language.
+    def segments(self, kind: str | Chooser) -> list[Segment]:
+        """Split the batch into segments of equal "source" or "target" language, or of one that is chosen.
 
         Waits for the device at the first call for each ``kind``.
         """
         if kind not in self._segments:
-            languages = self.ids.task(kind).tolist()
-            specific = {"specific": len(languages), "shared": 0, "both": len(languages) // 2}[self.route]
+            languages = self.ids.task(kind).tolist() if isinstance(kind, str) else kind.languages(self)
+            specific = {"shared": 0, "both": len(languages) // 2}.get(self.route, len(languages))
             segments, start = [], 0
             for language, same in groupby(languages[:specific] + [SHARED] * (len(languages) - specific)):
                 stop = start + sum(1 for _ in same)

@@ -130,7 +130,8 @@ class FuseDistillation(Objective):
     def losses(
         self, projected: Projected, labels: Tensor, smoothing: float, topology: Topology
     ) -> TokenLosses:
-        """Return the losses of logits [2 N, V / tensor] with labels [2 N] of both routes, summed over N tokens.
+        """Return the losses of logits [2 N, V / tensor] with labels [2 N] of both routes, summed over N
+        tokens.
 
         ``loss`` is the mean of the two smoothed cross-entropies; its gradient includes that of the
         divergence. ``nll`` is the specific route's negative log-likelihood, and ``further`` has the

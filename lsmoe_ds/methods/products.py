@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.context import Chooser, LanguageContext
 
 Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they multiply
 
@@ -211,7 +211,7 @@ class AddSentences(torch.autograd.Function):
 
 
 def sentence_rows(
-    places: Sequence[slice], context: LanguageContext, kind: str, largest: int, device: Any
+    places: Sequence[slice], context: LanguageContext, kind: str | Chooser, largest: int, device: Any
 ) -> SentenceRows:
     """Return the rows that each sentence uses, by its "source" or "target" language, unless its rank is above
     ``largest``.
@@ -230,7 +230,7 @@ def sentence_rows(
     return SentenceRows(torch.tensor(index, device=device), torch.tensor(real, device=device).unsqueeze(1))
 
 
-def slices_of(places: list[slice], context: LanguageContext, kind: str, rows: Tensor) -> Slices:
+def slices_of(places: list[slice], context: LanguageContext, kind: str | Chooser, rows: Tensor) -> Slices:
     """Return for each segment of equal "source" or "target" language its rows of the matrix, and its tokens.
 
     ``places`` are the rows of each language. ``rows`` [S, ...] holds equally many tokens of each sentence.

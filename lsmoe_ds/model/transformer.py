@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -281,9 +280,7 @@ class Transformer(Model):
                 yield from layer.sites(side, number)
 
     @torch.no_grad()
-    def totals_ahead(
-        self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds
-    ) -> Totals:
+    def totals_ahead(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds) -> Totals:
         """Return the part of the totals that :meth:`forward` will find if it draws the same random numbers.
 
         This runs a forward pass, unless all methods can count from the ids.

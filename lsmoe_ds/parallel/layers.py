@@ -143,9 +143,7 @@ def cross_entropy(
     return loss, nll.detach()
 
 
-def smoothing_loss(
-    projected: Projected, labels: Tensor, smoothing: float, topology: Topology
-) -> Tensor:
+def smoothing_loss(projected: Projected, labels: Tensor, smoothing: float, topology: Topology) -> Tensor:
     """Return what label smoothing adds to the summed negative log-likelihood.
 
     It is the sum over tokens of ``s (z_label - mean_v z_v)``. Where the output layer is linear

@@ -28,7 +28,9 @@ def passes(recipe: Recipe) -> int:
 def count_side(
     recipe: Recipe, side: SideName, serving: bool = False, held: Held = "all", merged: bool = False
 ) -> Count:
-    """Count the encoder or the decoder with its final norm; of a model of transformers, what methods add. Each sublayer has a norm; a norm has 2 H.
+    """Count the encoder or the decoder with its final norm; of a model of transformers, what methods add.
+
+    Each sublayer has a norm; a norm has 2 H.
 
     ``serving`` counts what must be loaded to translate one direction. Methods are then ``merged`` into the
     layers beside them, if they can be, and add nothing (see :mod:`lsmoe_ds.export.subnetwork`).

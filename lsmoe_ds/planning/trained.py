@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def _frozen_outline(recipe: Recipe) -> Model:
     # torch is not imported for a plan that does without.
-    from lsmoe_ds.model.freezing import freeze
     from lsmoe_ds.model.build import outline
+    from lsmoe_ds.model.freezing import freeze
     from lsmoe_ds.parallel.topology import Topology
 
     model = outline(recipe, recipe.data.vocabulary.size)

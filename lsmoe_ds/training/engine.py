@@ -19,10 +19,10 @@ from lsmoe_ds.data.batches import Batch, Step
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.methods.base import StepSize, Totals
 from lsmoe_ds.methods.context import Route
-from lsmoe_ds.model.freezing import freeze
-from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.base import Losses, Model
 from lsmoe_ds.model.build import build
+from lsmoe_ds.model.freezing import freeze
+from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.parameters import partition_dimension

@@ -25,8 +25,8 @@ from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find
 from lsmoe_ds.launch.memory import keep_large_blocks
-from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.build import outline
+from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main

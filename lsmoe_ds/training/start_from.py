@@ -12,9 +12,9 @@ from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, read_fields, sha256
 from lsmoe_ds.inference.load import empty_model
+from lsmoe_ds.model.build import outline
 from lsmoe_ds.model.initialization import drawn
 from lsmoe_ds.model.methods import check_holders, same_methods
-from lsmoe_ds.model.build import outline
 from lsmoe_ds.notices import listed
 from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology

@@ -1,5 +1,6 @@
 """The low-rank bank: language-specific matrices beside a linear layer ("Condensing Multilingual Knowledge",
-equation 1; "Exploring Intrinsic Language-specific Subspaces", equations 3 and 4).
+equation 1; "Exploring Intrinsic Language-specific Subspaces", equations 3 and 4; "Towards Modular
+Fine-tuning", equations 2 to 5).
 
     y = (W + V_i F_j) x                                 one pair of matrices
     y = W x + w_s V_s F_s x + w_t V_t F_t x             learned: of the source and of the target language
@@ -19,7 +20,7 @@ S rows (tokens), r rank, R the sum of the ranks of all matrices of a bank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from lsmoe_ds.config.shapes import LinearShape
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.low_rank.modular import Chosen, weigh
 from lsmoe_ds.methods.low_rank.settings import Choice, LowRank
 from lsmoe_ds.methods.products import (
     AddSentences,
@@ -56,6 +58,7 @@ def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
     ranks = [settings.rank_of(code, languages) for code in languages.codes] + [
         settings.shared_rank
     ] * settings.fuse_distillation
+    ranks += [0] * settings.is_modular  # for sentences that use none
     return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
 
 
@@ -71,6 +74,10 @@ class LowRankBank(nn.Module):
     ) -> None:
         super().__init__()
         self.choice, self.topology, self.split = choice, topology, site.split
+        self.kinds: dict[str, str | Chosen] = {kind: kind for kind in choice.kinds}
+        if settings.is_modular:
+            pivot, learned = languages.id(settings.pivot), settings.merge is not None
+            self.kinds = {kind: Chosen(kind, pivot, learned) for kind in ("in", "out")}
         self.rows = rows_of(settings, languages)
         self.rank, total = max(rows.stop - rows.start for rows in self.rows), self.rows[-1].stop
         spread = {FLAT: site.split == "row", VERTICAL: site.split == "column"}
@@ -110,13 +117,13 @@ class LowRankBank(nn.Module):
         Small products, one after another, cost more than their arithmetic; padding to the largest rank costs
         little while that is small.
         """
-        slices = slices_of(self.rows, context, kind, x)
+        slices = slices_of(self.rows, context, self.kinds[kind], x)
         largest = {"segments": -1, "sentences": self.rank, None: SMALL_RANK}[FORM]
-        if min(rows.stop - rows.start for rows in self.rows) > largest:
+        if min(rows.stop - rows.start for rows in self.rows if rows.start < rows.stop) > largest:
             return None, slices
         rows = context.once(
             (NAME, kind, largest, self.rows[-1].stop),
-            lambda: sentence_rows(self.rows, context, kind, largest, x.device),
+            lambda: sentence_rows(self.rows, context, self.kinds[kind], largest, x.device),
         )
         if rows.real.dtype != x.dtype:
             rows = SentenceRows(rows.index, rows.real.to(x.dtype))
@@ -166,11 +173,13 @@ class LowRankBank(nn.Module):
 class SideWeights(nn.Module):
     """Two numbers of each layer of a side, ``index`` [layers, 2], from which softmax makes the weights of the
     source's and the target's matrices (equation 4 of "Exploring Intrinsic Language-specific Subspaces").
+
+    In modular LoRA each direction has its own: [directions, layers, 2].
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.index = nn.Parameter(torch.empty(layers, 2))
+        self.index = nn.Parameter(torch.empty(*shape, 2))
 
 
 class LearnedBanks(nn.Module):
@@ -183,7 +192,32 @@ class LearnedBanks(nn.Module):
 
     def forward(self, base: nn.Module, x: Tensor, context: LanguageContext) -> Tensor:
         """Apply the linear layer ``base`` with both banks beside it: x [..., inputs] -> [..., outputs]."""
-        return _beside(base, x, context, [self.source, self.target], self._side[0].index[self.layer])
+        weights = self._side[0].index[self.layer].softmax(0)
+
+        def weigh(products: Sequence[Tensor]) -> Sequence[Tensor]:
+            return [product * weight for product, weight in zip(products, weights, strict=True)]
+
+        return _beside(base, x, context, [self.source, self.target], weigh)
+
+
+class ModularBanks(nn.Module):
+    """The banks of the source as input and of the target as output beside one linear layer, merged as the
+    route says (:mod:`lsmoe_ds.methods.low_rank.modular`).
+    """
+
+    def __init__(
+        self, banks: Sequence[LowRankBank], pivot: int, side: SideWeights | None, layer: int
+    ) -> None:
+        super().__init__()
+        for bank in banks:
+            self.add_module(bank.choice.name, bank)
+        self._banks, self.pivot, self.layer, self._side = tuple(banks), pivot, layer, (side,)
+
+    def forward(self, base: nn.Module, x: Tensor, context: LanguageContext) -> Tensor:
+        """Apply the linear layer ``base`` with both banks beside it: x [..., inputs] -> [..., outputs]."""
+        (side,) = self._side
+        index = None if side is None else side.index[:, self.layer]
+        return _beside(base, x, context, self._banks, lambda z: weigh(z, context, self.pivot, index))
 
 
 def _beside(
@@ -191,18 +225,12 @@ def _beside(
     x: Tensor,
     context: LanguageContext,
     banks: Sequence[LowRankBank],
-    index: Tensor | None = None,
+    weigh: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda products: products,
 ) -> Tensor:
-    """Apply a linear layer with banks beside it, weighted by the softmax of ``index`` if there is one.
+    """Apply a linear layer with banks beside it, whose products ``weigh`` weights.
 
-    The products z are weighted where they are whole on every rank, so that the gradient of ``index`` is, too.
+    The products z are weighted where they are whole on every rank, so that the gradient of weights is, too.
     """
-
-    def weigh(products: Sequence[Tensor]) -> Sequence[Tensor]:
-        if index is None:
-            return products
-        return [product * weight for product, weight in zip(products, index.softmax(0), strict=True)]
-
     rows = x.reshape(-1, x.shape[-1])
     z: Sequence[Tensor] = [bank.multiply(rows, context) for bank in banks]
     group = banks[0].topology.tensor_group

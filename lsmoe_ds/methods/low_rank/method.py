@@ -23,11 +23,13 @@ from lsmoe_ds.methods.low_rank.bank import (
     VERTICAL,
     LearnedBanks,
     LowRankBank,
+    ModularBanks,
     SideWeights,
     rows_of,
 )
 from lsmoe_ds.methods.low_rank.masks import smallest
-from lsmoe_ds.methods.low_rank.settings import Choice, LowRank
+from lsmoe_ds.methods.low_rank.modular import Merge, parse_route, weights_of
+from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.methods.sites import LinearSite
 from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
@@ -47,7 +49,6 @@ class Matrices(NamedTuple):
     at: str
     vertical_rows: slice
     flat_rows: slice
-    choice: Choice
 
 
 class LowRankMatrices(Method):
@@ -70,11 +71,12 @@ class LowRankMatrices(Method):
         model = self.recipe.model
         for side, settings in zip(SIDES, (model.encoder, model.decoder), strict=True):
             if self.section.learns(model, side):
-                self.sides[side] = SideWeights(settings.layers)
+                each = (len(self.languages.directions),) if self.section.is_modular else ()
+                self.sides[side] = SideWeights(*each, settings.layers)
         return [(f"{side}_{NAME}", weights) for side, weights in self.sides.items()]
 
-    def make(self, site: LinearSite) -> LowRankBank | LearnedBanks:
-        """Return the bank of one linear layer, or those whose weights are learned."""
+    def make(self, site: LinearSite) -> LowRankBank | LearnedBanks | ModularBanks:
+        """Return the bank of one linear layer, or the two that are weighted."""
         banks = [
             LowRankBank(site, self.section, choice, self.languages, self.topology)
             for choice in self.section.choices(site)
@@ -82,6 +84,9 @@ class LowRankMatrices(Method):
         self.banks += [(site, bank) for bank in banks]
         if len(banks) == 1:
             return banks[0]
+        if self.section.is_modular:
+            pivot = self.languages.id(self.section.pivot)
+            return ModularBanks(banks, pivot, self.sides.get(site.side), site.layer)
         source, target = banks
         return LearnedBanks(source, target, self.sides[site.side], site.layer)
 
@@ -98,29 +103,34 @@ class LowRankMatrices(Method):
     def matrices(self, at: str, direction: Direction | None, route: Route = "specific") -> list[Matrices]:
         """Return the pairs of matrices that a direction, or the shared route, uses beside a linear layer."""
         numbers = {"source": SHARED, "target": SHARED}
-        if route == "specific" and direction is not None:
-            numbers = {
-                "source": self.languages.id(direction.source),
-                "target": self.languages.id(direction.target),
-            }
+        if route != "shared" and direction is not None:
+            source, target = (self.languages.id(code) for code in (direction.source, direction.target))
+            numbers = {"source": source, "target": target, "in": source, "out": target}
         rows = rows_of(self.section, self.languages)
         return [
             Matrices(
                 f"{at}_{NAME}.{choice.name}{'.' if choice.name else ''}",
                 rows[numbers[choice.vertical]],
                 rows[numbers[choice.flat]],
-                choice,
             )
             for choice in self.section.choices(self.shapes[at])
         ]
 
-    def weight_of(self, weights: Tensors, at: str, choice: Choice) -> float:
-        """Return the weight of one of two pairs of matrices beside a linear layer, 1 of a single pair."""
-        if not choice.name:
-            return 1.0
-        site = self.shapes[at]
-        both = weights[f"{site.side}_{NAME}.index"][site.layer].softmax(0)
-        return float(both[("source", "target").index(choice.name)])
+    def merge_of(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> Merge:
+        """Return how the two pairs of matrices beside a linear layer are merged."""
+        site, modular = self.shapes[at], self.section.is_modular
+        if (merge := parse_route(route) if modular else None) is not None:
+            return merge
+        if modular and self.section.merge is None:
+            assert direction is not None
+            codes = (direction.source, direction.target, self.section.pivot)
+            return Merge("outputs", weights_of(*(self.languages.id(code) for code in codes)))
+        index = weights[f"{site.side}_{NAME}.index"]
+        if modular:
+            assert direction is not None
+            index = index[self.languages.direction_id(direction)]
+        first, second = index[site.layer].softmax(0).tolist()
+        return Merge("outputs", (first, second))
 
     def merge_at(
         self, weights: Tensors, at: str, direction: Direction | None, route: Route
@@ -141,17 +151,27 @@ class LowRankMatrices(Method):
     def product(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> Product:
         """Return what a direction, or the shared route, adds to a linear layer: V F.
 
-        Two pairs of matrices whose weights are learned become one of both their ranks, weights included.
+        Two weighted pairs of matrices become one of both their ranks, weights included; of one rank if the
+        route merges the matrices themselves.
         """
-        pairs = self.matrices(at, direction, route)
+        pairs, merge = self.matrices(at, direction, route), None
+        if len(pairs) == 2:
+            merge = self.merge_of(weights, at, direction, route)
+            pairs = [pair for pair, weight in zip(pairs, merge.weights, strict=True) if weight]
+        joint = merge is not None and merge.by == "matrices" and len(pairs) == 2
 
         def make() -> tuple[Tensor, Tensor]:
             down = [weights[each.at + FLAT][each.flat_rows] for each in pairs]
-            up = [
-                weights[each.at + VERTICAL][each.vertical_rows] * self.weight_of(weights, at, each.choice)
-                for each in pairs
-            ]
-            return torch.cat(down), torch.cat(up).t()
+            up = [weights[each.at + VERTICAL][each.vertical_rows] for each in pairs]
+            if merge is None:
+                return torch.cat(down), torch.cat(up).t()
+            if joint:
+                down, up = (
+                    [each * root for each, root in zip(side, merge.roots, strict=True)] for side in (down, up)
+                )
+                return down[0] + down[1], (up[0] + up[1]).t()
+            weighted = [each * weight for each, weight in zip(up, filter(None, merge.weights), strict=True)]
+            return torch.cat(down), torch.cat(weighted).t()
 
         def kept() -> int:
             count = product.values
@@ -161,7 +181,8 @@ class LowRankMatrices(Method):
                         count -= int((~weights[mask][rows].bool()).sum())
             return count
 
-        rank = sum(each.flat_rows.stop - each.flat_rows.start for each in pairs)
+        ranks = [each.flat_rows.stop - each.flat_rows.start for each in pairs]
+        rank = ranks[0] if joint else sum(ranks)
         product = Product(rank, *self.section.size(self.shapes[at]), make, kept)
         return product
 
@@ -180,10 +201,14 @@ class LowRankMatrices(Method):
             if self.section.is_at(site)
             for choice in self.section.choices(site)
         ]
-        return {kind for choice in choices for kind in (choice.vertical, choice.flat)}
+        names = {"in": "source", "out": "target"}
+        return {names.get(kind, kind) for choice in choices for kind in choice.kinds}
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
-        if name.removesuffix(MASK).rpartition(".")[2] not in (FLAT, VERTICAL):
+        last = name.removesuffix(MASK).rpartition(".")[2]
+        if last == "index" and self.section.is_modular:
+            return {str(each): slice(i, i + 1) for i, each in enumerate(self.languages.directions)}
+        if last not in (FLAT, VERTICAL):
             return {}
         return dict(
             zip([*self.languages.codes, "shared"], rows_of(self.section, self.languages), strict=False)
@@ -192,15 +217,17 @@ class LowRankMatrices(Method):
     def initial(self, name: str) -> Draw | None:
         """Initialize one matrix of each pair to 0, so that a new model computes the same as without them.
 
-        The other is drawn from a normal distribution with standard deviation ``init_std``. Learned indexes
-        begin with equal weights; nothing is pruned.
+        The other is drawn from a normal distribution with standard deviation ``init_std``. Learned weights
+        begin equal; nothing is pruned.
         """
         if not self.owns(name):
             return None
         last = name.rpartition(".")[2]
         if last.endswith(MASK):
             return lambda value, generator: value.fill_(1)
-        if last in ("index", self.section.zero):
+        if last == "index":
+            return lambda value, generator: value.fill_(float(self.section.is_modular))
+        if last == self.section.zero:
             return lambda value, generator: value.zero_()
         return lambda value, generator: value.normal_(0.0, self.section.init_std, generator=generator)
 

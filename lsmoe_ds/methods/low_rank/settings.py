@@ -15,14 +15,14 @@ from lsmoe_ds.config.method import Held, MethodSection
 from lsmoe_ds.config.places import PlaceList, Places, check_named, is_in, patterns_of
 from lsmoe_ds.config.section import Positive
 from lsmoe_ds.config.shapes import Count, LinearShape, MatrixProduct, Shape, SideName, shapes_of
-from lsmoe_ds.languages import GROUPS, Languages
+from lsmoe_ds.languages import GROUPS, Direction, Languages
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Model, Recipe, Training
 
-Kind = Literal["source", "target"]
-Index = Literal["pair", "language", "source", "target", "learned"]
+Kind = Literal["source", "target", "in", "out"]
+Index = Literal["pair", "language", "source", "target", "learned", "modular"]
 Rank = Annotated[int, Field(ge=0, lt=2**31)]
 CHOSEN = {
     "pair": "pair",
@@ -30,6 +30,7 @@ CHOSEN = {
     "source": "source language",
     "target": "target language",
     "learned": "source and each target language, weighted by layer",
+    "modular": "language as input and each as output",
 }
 
 
@@ -43,6 +44,10 @@ class Choice(NamedTuple):
     vertical: Kind
     flat: Kind
 
+    @property
+    def kinds(self) -> tuple[Kind, Kind]:
+        return self.vertical, self.flat
+
 
 class LowRank(MethodSection):
     """Low-rank language-specific matrices beside linear layers: LMS ("Condensing Multilingual Knowledge",
@@ -50,7 +55,9 @@ class LowRank(MethodSection):
 
     ``index`` says which languages choose the matrices: ``pair``, the source the vertical and the target the
     flat one; ``language``, the source in the encoder and the target in the decoder; ``source`` or ``target``;
-    ``learned``, both, each with matrices of its own and weighted by two learned numbers of each layer. Or a
+    ``learned``, both, each with matrices of its own and weighted by two learned numbers of each layer;
+    ``modular``, both, of which a direction into or out of ``pivot`` trains one alone, to be merged at
+    translation (:mod:`lsmoe_ds.methods.low_rank.modular`) or by weights that ``merge: learned`` trains. Or a
     mapping of these to patterns (:mod:`lsmoe_ds.config.places`), of which the first that names a linear layer
     decides. ``rank`` is one number or, unless the index is ``pair``, one for each language or each of
     ``data.groups``; 0 gives none. ``at`` places them, by patterns too, in every ``every``-th layer.
@@ -70,6 +77,8 @@ class LowRank(MethodSection):
     at: Places = "feed_forward"
     every: Positive = 1
     columns: Positive | None = None
+    pivot: str = "en"
+    merge: Literal["learned"] | None = None
     zero: Literal["flat", "vertical"] = "flat"
     init_std: Annotated[float, Field(gt=0.0)] = 0.1
     prune: Pruning | None = None
@@ -79,6 +88,11 @@ class LowRank(MethodSection):
     def ranks(self) -> list[int]:
         """List the ranks that the recipe gives."""
         return [self.rank] if isinstance(self.rank, int) else list(self.rank.values())
+
+    @property
+    def is_modular(self) -> bool:
+        """Whether matrices are those of languages as input and as output."""
+        return self.index == "modular"
 
     @property
     def needs_groups(self) -> bool:
@@ -123,6 +137,8 @@ class LowRank(MethodSection):
             return (Choice("", "source", "target"),)
         if index == "learned":
             return Choice("source", "source", "source"), Choice("target", "target", "target")
+        if index == "modular":
+            return Choice("in", "in", "in"), Choice("out", "out", "out")
         if index == "language":
             index = "target" if site.side == "decoder" else "source"
         return (Choice("", index, index),)
@@ -159,6 +175,10 @@ class LowRank(MethodSection):
                 "'index: learned' and 'fuse_distillation' exclude each other: the shared matrices would have "
                 "no language to be weighted by; leave one out"
             )
+        if "modular" in indexes:
+            self._check_modular()
+        elif self.merge is not None:
+            raise ValueError("'merge' is for 'index: modular': leave it out")
         if self.prune is not None and self.prune.start == 0 and self.zero == "vertical":
             raise ValueError(
                 "'prune.start' is 0 and 'zero' vertical: before the first step all vertical matrices are 0, "
@@ -167,6 +187,25 @@ class LowRank(MethodSection):
         if self.fuse_distillation and self.prune is not None:
             raise ValueError("'prune' and 'fuse_distillation' exclude each other: leave one out")
         return self
+
+    def _check_modular(self) -> None:
+        if not self.is_modular:
+            raise ValueError("'index: modular' is for all sites: leave out the patterns")
+        for key, given in (("fuse_distillation", self.fuse_distillation), ("prune", self.prune)):
+            if given:
+                raise ValueError(f"'index: modular' and '{key}' exclude each other: leave one out")
+
+    def takes(self, route: str) -> bool:
+        """Tell whether a route is one by which modular matrices are merged."""
+        from lsmoe_ds.methods.low_rank.modular import parse_route  # needs torch
+
+        merge = parse_route(route) if self.is_modular else None
+        return merge is not None and (merge.by == "outputs" or len({*self.ranks}) == 1)
+
+    @property
+    def own_routes(self) -> tuple[str, ...]:
+        same = ("matrices-W-W",) if len({*self.ranks}) == 1 else ()
+        return ("in", "out", "outputs-W-W", *same) if self.is_modular else ()
 
     def check(self, model: Model) -> None:
         found = [site for site in shapes_of(model) if self.is_at(site)]
@@ -190,6 +229,11 @@ class LowRank(MethodSection):
             )
 
     def check_languages(self, languages: Languages) -> None:
+        if self.is_modular and self.pivot not in languages.codes:
+            raise ValueError(
+                f"'low_rank.pivot' is {self.pivot}, which is no language of the recipe "
+                f"({', '.join(languages.codes)}): name the one that directions lead into and out of"
+            )
         if self.prune is not None:
             self.prune.check_languages(languages)
         if self.needs_groups and not languages.groups:
@@ -207,6 +251,12 @@ class LowRank(MethodSection):
             pruned = [code for code in languages.codes if self.prune.prunes(code, languages)]
             if not any(self.rank_of(code, languages) for code in pruned):
                 raise ValueError("'low_rank.prune' has nothing to prune: its languages have rank 0")
+
+    def stand_in(self, direction: Direction, languages: Languages) -> Direction | None:
+        """Return None: languages choose the matrices. Learned weights are those of trained directions."""
+        if self.is_modular and self.merge is not None:
+            raise ValueError("'merge: learned' has no weights for it: merge by a route, as in outputs-1-1")
+        return None
 
     def choosing(self, model: Model) -> Any:
         return {
@@ -247,19 +297,23 @@ class LowRank(MethodSection):
         )
 
     def learns(self, model: Model, side: SideName) -> bool:
-        """Tell whether a layer of this side learns which languages choose its matrices."""
+        """Tell whether a layer of this side learns weights of the two pairs of matrices beside its layers."""
+        if self.is_modular and self.merge is None:
+            return False
         sites = (site for site in shapes_of(model) if site.side == side and self.is_at(site))
         return any(isinstance(site, LinearShape) and len(self.choices(site)) > 1 for site in sites)
 
     def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
-        """Count the two numbers of each layer by which learned indexes weight their matrices."""
+        """Count the two numbers of each layer, in modular LoRA of each direction, that weight matrices."""
         layers = (model.encoder if side == "encoder" else model.decoder).layers
-        return Count(whole=2 * layers * self.learns(model, side))
+        each = len(languages.directions) if self.is_modular else 1
+        return Count(whole=2 * layers * each * self.learns(model, side))
 
     def products(self, site: LinearShape) -> list[MatrixProduct]:
         """List 2 r inputs and 2 r outputs of each pair, with the largest rank r of a language."""
         (inputs, outputs), choices = self.size(site), self.choices(site)
-        weights = (f"{site.side}_{self.name}.index",) if len(choices) > 1 else ()
+        learned = len(choices) > 1 and (not self.is_modular or self.merge is not None)
+        weights = (f"{site.side}_{self.name}.index",) if learned else ()
         found = []
         for choice in choices:
             at = f"{site.at}_{self.name}.{choice.name}{'.' if choice.name else ''}"

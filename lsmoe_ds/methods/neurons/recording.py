@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.data.batches import Batch
+from lsmoe_ds.data.batches import Batch, PairBatch
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.methods.neurons.settings import Per
 from lsmoe_ds.methods.sites import UnitsSite
@@ -41,7 +41,7 @@ class Recorder:
         self._direction = torch.empty(0)  # [B]
 
     @torch.no_grad()
-    def read(self, batch: Batch) -> None:
+    def read(self, batch: PairBatch) -> None:
         """Count in one batch. A sentence whose labels are all padding only fills up a rank's share."""
         counted = (batch.labels != PAD).any(1)
         self._real = {
@@ -117,6 +117,7 @@ def record(
     recorder = Recorder(model, directions, per, topology.device)
     with observed(recorder):
         for batch in batches:
+            assert isinstance(batch, PairBatch)
             recorder.read(batch.to(topology.device))
     if topology.data > 1:
         for each in (*recorder.counts.values(), recorder.sentences):
