@@ -59,6 +59,8 @@ class MethodSection(Section):
     unmergeable: ClassVar[str | None] = None
     # Whether it has parameters; some methods have only state that does not train.
     trains: ClassVar[bool] = True
+    # Whether a model of transformers can have it.
+    in_hosts: ClassVar[bool] = False
     # Whether what it must count over a whole step depends on hidden states.
     reads_states: ClassVar[bool] = False
 

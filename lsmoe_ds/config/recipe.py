@@ -147,12 +147,13 @@ class _Model(Section):
     @model_validator(mode="after")
     def _methods(self) -> _Model:
         for method in self.methods:
-            method.checked(self)
-            if self.huggingface is not None and not any(map(method.is_at, shapes_of(self))):
+            if self.huggingface is not None and not method.in_hosts:
+                known = [name for name, kind in sections().items() if kind.in_hosts]
                 raise ValueError(
-                    f"'{method.name}' has no place in a model of transformers, where only linear layers are "
-                    "sites: leave it out"
+                    f"'{method.name}' has no place in a model of transformers, which can have {listed(known)}: "
+                    "leave it out"
                 )
+            method.checked(self)
         for site in shapes_of(self) if len(self.methods) > 1 else ():
             here = [method.name for method in self.methods if method.is_at(site)]
             if isinstance(site, LinearShape) and len(here) > 1:

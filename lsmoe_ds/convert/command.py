@@ -42,6 +42,7 @@ from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
 from lsmoe_ds.languages import Direction, nearest, normalize_code, table
+from lsmoe_ds.model.transformer import Transformer
 
 BATCH = 16  # sentences whose logits are held at once
 
@@ -125,6 +126,7 @@ def _logits(
     if isinstance(engine, Exported):
         logits = engine.logits(batch.source, batch.decoder_input)
     else:
+        assert isinstance(engine.model, Transformer)
         logits = engine.model.logits(batch.source, batch.decoder_input, batch.ids, engine.route)
     return logits[batch.decoder_input != engine.vocabulary.PAD].cpu()
 

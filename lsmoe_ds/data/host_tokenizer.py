@@ -12,7 +12,7 @@ from lsmoe_ds.errors import UserError
 
 
 class HostTokenizer:
-    """Text to ids and back, as :class:`lsmoe_ds.data.vocabulary.Vocabulary`. No text spells special tokens."""
+    """Turn text to ids, as :class:`lsmoe_ds.data.vocabulary.Vocabulary`. No text spells a special token."""
 
     type = "tokenizer"
     codes: tuple[str, ...] = ()  # it has no tags of ours

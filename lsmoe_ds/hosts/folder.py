@@ -58,9 +58,14 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder has weights that are no pickles."""
+    return any(folder.glob("*.safetensors"))
+
+
 def check_weights(folder: Path) -> None:
     """Raise UserError unless a folder has weights that are no pickles."""
-    if not any(folder.glob("*.safetensors")):
+    if not has_weights(folder):
         others = sorted(path.name for path in folder.glob("*.bin"))
         found = f", but {others[0]}, which could run any code" if others else ""
         raise UserError(
@@ -89,7 +94,6 @@ def set_dropout(config: Any, dropout: float, attention_dropout: float) -> None:
 
 def load_pretrained(folder: Path, task: Task, config: Any) -> Any:
     """Load a model with its weights, in float32. Raises UserError if that fails or weights are missing."""
-    check_weights(folder)
     transformers = import_transformers()
     import torch
 

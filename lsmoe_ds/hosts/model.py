@@ -18,7 +18,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShapes, SideName
 from lsmoe_ds.data.prompts import IGNORED
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.hosts.folder import load_pretrained, read_config, set_dropout
+from lsmoe_ds.hosts.folder import has_weights, load_pretrained, read_config, set_dropout
 from lsmoe_ds.hosts.outline import empty_host, read_outline
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.base import Totals
@@ -68,7 +68,7 @@ class _Plain:
 
 
 class _Sublayer(Linears):
-    """Hold the modules beside the linear layers of a sublayer, under the names that they have in our model."""
+    """Hold the modules beside the linear layers of a sublayer, under the names they have in our model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,8 @@ class HostModel(Model):
                 f"the tokenizer in {folder} has {vocabulary} tokens, more than the {self.outline.vocabulary} "
                 "of the model's embedding: they do not belong together"
             )
-        empty = torch.get_default_device().type == "meta"
+        # Without weights where none are needed: for an outline, and where a checkpoint has them.
+        empty = torch.get_default_device().type == "meta" or not has_weights(folder)
         self.host: Any = empty_host(folder, task, config) if empty else load_pretrained(folder, task, config)
         self.register_state_dict_post_hook(_without_ties)
         self.context: LanguageContext | None = None
@@ -195,7 +196,7 @@ class HostModel(Model):
         )
 
     def logits(self, tokens: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
-        """Return teacher-forced logits [B, T, V] of tokens padded at the end; at padding they mean nothing."""
+        """Return teacher-forced logits [B, T, V] of tokens padded at the end; padding means nothing."""
         index = torch.arange(tokens.numel(), device=tokens.device)
         return self._logits(tokens, LanguageContext(ids, None, None, route), index).unflatten(0, tokens.shape)
 

@@ -29,13 +29,15 @@ def generate(
     ``lengths`` are those of the B sources, which limit the answers; ``end`` is the token that ends one.
     """
     assert isinstance(model, HostModel) and isinstance(batch, PromptBatch)
-    limits = [math.ceil(PER_SOURCE_TOKEN * length) + search.extra for length in lengths]
-    most = torch.tensor(limits, device=batch.tokens.device)
     begun = batch.tokens.shape[1]
+    limits = [math.ceil(PER_SOURCE_TOKEN * length) + search.extra for length in lengths]
+    if model.outline.window is not None:
+        limits = [max(1, min(limit, model.outline.window - begun - 1)) for limit in limits]
+    most = torch.tensor(limits, device=batch.tokens.device)
 
     def stop(tokens: Tensor, scores: Tensor) -> Tensor:
         """Allow only the end once the greatest length is reached; tokens [B W, T], scores [B W, V]."""
-        over = (most < tokens.shape[1] - begun).repeat_interleave(search.beam)
+        over = (most <= tokens.shape[1] - begun).repeat_interleave(search.beam)
         ends = scores[over, end]
         scores = scores.masked_fill(over[:, None], -math.inf)
         scores[over, end] = ends

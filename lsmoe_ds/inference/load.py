@@ -156,7 +156,7 @@ def check_route(route: str, recipe: Recipe) -> Route:
         return route
     if route != "shared":
         own = [each for method in recipe.model.methods for each in method.own_routes]
-        raise UserError(f"'{route}' is no route: choose {listed(['specific', 'shared', *own])}")
+        raise UserError(f"'{route}' is no route: choose {listed(['specific', *(own or ['shared'])])}")
     if not recipe.model.distills:
         raise UserError(
             "the model has no parameters for the route 'shared': a model gets them by "

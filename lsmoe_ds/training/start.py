@@ -20,6 +20,7 @@ from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import locked
+from lsmoe_ds.hosts.folder import check_weights
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
@@ -45,6 +46,8 @@ def check(recipe: Recipe, run: Path) -> None:
     vocabulary = prepared.folder / "vocabulary.model"
     check_run(recipe, run, vocabulary)
     found, _ = newest_whole(run)
+    if found is None and recipe.model.huggingface is not None:
+        check_weights(recipe.model.huggingface)
     if found is None and recipe.training.start_from is not None:
         check_start_from(recipe, recipe.training.start_from, vocabulary)
         added = added_methods(recipe, find_model(recipe.training.start_from))

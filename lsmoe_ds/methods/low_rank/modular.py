@@ -9,8 +9,7 @@ For a direction from source s to target t, with V F the product of a pair of mat
 
 ``in`` are the matrices of s as input, ``out`` those of t as output. Training is centered on a pivot language:
 a direction into the pivot trains those of its source as input alone, one out of the pivot those of its target
-as output. In a direction without the pivot both take part, with equal weights. Sentences from the pivot into
-itself train either in turn.
+as output. In a direction without the pivot both take part, with equal weights.
 """
 
 from __future__ import annotations
@@ -52,10 +51,8 @@ def parse_route(route: str) -> Merge | None:
     return Merge("matrices" if found[1] == "matrices" else "outputs", weights)
 
 
-def weights_of(source: int, target: int, pivot: int, number: int = 0) -> tuple[float, float]:
-    """Return the weights (in, out) of a direction in training; ``number`` is the place of the sentence."""
-    if source == pivot == target:
-        return (1.0, 0.0) if number % 2 == 0 else (0.0, 1.0)
+def weights_of(source: int, target: int, pivot: int) -> tuple[float, float]:
+    """Return the weights (in, out) of a direction in training."""
     if target == pivot:
         return 1.0, 0.0
     return (0.0, 1.0) if source == pivot else (0.5, 0.5)
@@ -81,10 +78,7 @@ class Chosen:
         if merge is not None:
             used = [bool(merge.weights[place])] * len(ids)
         else:
-            used = [
-                self.learned or weights_of(*each, self.pivot, number)[place] > 0
-                for number, each in enumerate(ids)
-            ]
+            used = [self.learned or weights_of(*each, self.pivot)[place] > 0 for each in ids]
         return [each[place] if uses else SHARED for each, uses in zip(ids, used, strict=True)]
 
 

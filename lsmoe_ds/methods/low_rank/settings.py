@@ -71,6 +71,7 @@ class LowRank(MethodSection):
     name: ClassVar[str] = "low_rank"
     shared_route: ClassVar[str | None] = "fuse_distillation"
     by_language: ClassVar[tuple[str, ...]] = ("rank",)
+    in_hosts: ClassVar[bool] = True
 
     rank: Rank | dict[str, Rank]
     index: Index | dict[Index, PlaceList] = "pair"

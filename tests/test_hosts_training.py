@@ -1,0 +1,139 @@
+"""Training a model of transformers: data parallel, resumed, translated with, and its data prepared."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small_host import host_recipe, write_host
+from small_run import write_corpus
+from test_resharding import losses
+from test_training import assert_same_end, loop
+
+from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.evaluate import evaluate
+from lsmoe_ds.inference.beam_search import Search
+from lsmoe_ds.inference.load import load
+from lsmoe_ds.languages import Direction
+
+pytest.importorskip("transformers")
+EN_DE, DE_FR = Direction("en", "de"), Direction("de", "fr")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Prepared data beside a folder of transformers."""
+    folder = tmp_path_factory.mktemp("host-training")
+    write_corpus(folder)
+    write_host(folder / "host", "Qwen2")
+    prepare(modular(folder))
+    return folder
+
+
+def modular(folder: Path, stage: int = 0, steps: int = 4) -> Recipe:
+    """Return a recipe of modular LoRA with English as the pivot."""
+    recipe = host_recipe(folder, folder / "host", stage, rank=2, index="modular", at="all")
+    recipe.training.steps, recipe.training.directions = steps, ["en-de", "de-en", "en-fr", "fr-en"]
+    recipe.training.log_every, recipe.training.checkpoint_every = 1, 2
+    recipe.training.validate_every, recipe.training.keep = 2, 9
+    return recipe
+
+
+def trained(pool, recipe: Recipe, run: Path, world: int = 1, *arguments: object) -> Path:
+    assert pool.run(world, loop, recipe, run, *arguments, tensor=1, expert=1) == [None] * world
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(pool, base):
+    return trained(pool, modular(base), base / "run")
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2))
+def test_two_processes_train_as_one(pool, base, run, stage, tmp_path):
+    other = trained(pool, modular(base, stage), tmp_path / "two", 2)
+    assert losses(other) == pytest.approx(losses(run), rel=1e-5)
+    found, wanted = (read_weights(find_model(each)).tensors for each in (other, run))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_interrupted_run_ends_bit_equal(pool, base, run, tmp_path):
+    cut = trained(pool, modular(base), tmp_path / "cut", 1, 3, KeyboardInterrupt())
+    trained(pool, modular(base), cut)
+    assert_same_end(run, cut, 4)
+
+
+def test_the_base_is_stored_once_and_only_matrices_train(base, run):
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base / "host", dtype=torch.float32)
+    found = read_weights(find_model(run)).tensors
+    for name, value in theirs.named_parameters():
+        assert torch.equal(found[f"host.{name}"], value)
+    files = [torch.load(path, weights_only=False) for path in (run / "checkpoints/step-4").glob("mp_rank*")]
+    assert files and all("low_rank" in name for each in files for name in each["module"])
+    unused = found["decoder.0.attention.query_low_rank.in.flat"][2:4]  # of English, which is never an input
+    assert not unused.any()
+
+
+def test_a_run_needs_the_folder_of_the_model_no_more(pool, base, run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "run")
+    text = (run / "recipe.yaml").read_text()
+    (copied / "recipe.yaml").write_text(text.replace(str(base / "host"), str(tmp_path / "gone")))
+    recipe = load_recipe(copied / "recipe.yaml")
+    assert recipe.model.huggingface == copied / "host"
+    recipe.training.steps = 6
+    trained(pool, recipe, copied)
+    recipe = modular(base)
+    recipe.training.steps = 6
+    assert losses(copied) == losses(trained(pool, recipe, shutil.copytree(run, tmp_path / "stayed")))
+
+
+@pytest.mark.parametrize(("direction", "route"), [(EN_DE, "specific"), (DE_FR, "matrices-1-3")])
+def test_it_translates_as_transformers_does_with_merged_weights(base, run, direction, route):
+    import transformers
+
+    loaded = load(run, route=route)
+    lines = PreparedData.of(loaded.recipe).text(direction, "test")[0][:4]
+    sources = [loaded.vocabulary.encode(line) for line in lines]
+    found = [each.tokens[:8] for each in loaded.search(sources, direction, Search(beam=1))]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base / "host", dtype=torch.float32).eval()
+    (method,) = loaded.model.methods
+    products = method.products(read_weights(find_model(run)).tensors, direction, route)
+    for at, product in products.items():
+        down, up = product.make()
+        theirs.get_submodule(loaded.model.outline.modules[at]).weight.data += up @ down
+    names = {"en": "English", "de": "German", "fr": "French"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(base / "host" / "tokenizer.json"))
+    for line, tokens in zip(lines, found, strict=True):
+        text = loaded.recipe.data.prompt.text.replace("{source}", line)
+        for place, code in (("{source_language}", direction.source), ("{target_language}", direction.target)):
+            text = text.replace(place, names[code])
+        asked = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        made = theirs.generate(
+            input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=8
+        )
+        assert tokens == made[0, asked["input_ids"].shape[1] :].tolist()
+
+
+def test_a_mixed_length_batch_translates_as_sentences_alone(run):
+    loaded = load(run)
+    sources = [loaded.vocabulary.encode(text) for text in ("ba", "de lo mi ba ko ra", "fa ki")]
+    together = loaded.search(sources, EN_DE, Search(beam=2))
+    alone = [loaded.search([source], EN_DE, Search(beam=2))[0] for source in sources]
+    assert [each.tokens for each in together] == [each.tokens for each in alone]
+
+
+def test_it_is_evaluated_by_a_route_of_its_own(run):
+    table = evaluate(run, ["de-fr", "en-de"], beam=1, limit=2, route="outputs-1-9", progress=False)
+    assert [str(each.direction) for each in table.directions] == ["de-fr", "en-de"]
+    assert table.route == "outputs-1-9" and (run / "scores").is_dir()
+    with pytest.raises(UserError, match="'sideways' is no route: choose specific, in, out, outputs-W-W"):
+        load(run, route="sideways")
