@@ -1,4 +1,4 @@
-"""Models of transformers as hosts: sites, prompts, losses, and low-rank matrices beside their linear layers."""
+"""Models of transformers as hosts: sites, prompts, losses, and matrices beside their linear layers."""
 
 import numpy as np
 import pytest
@@ -155,7 +155,9 @@ def test_modular_matrices_merge_as_the_paper_says(hosts, kind, route, tmp_path):
     total, sites = 0.0, [site.at for site in shapes_of(recipe.model)]
     for number, (name, weights) in enumerate(MERGED[route].items()):
         replaced = {
-            f"{model.outline.modules[at]}.weight": merged_weight(model, at, Direction.parse(name), weights, route)
+            f"{model.outline.modules[at]}.weight": merged_weight(
+                model, at, Direction.parse(name), weights, route
+            )
             for at in sites
         }
         for at in sites:  # transformers' own layers, without what stands beside them
@@ -180,8 +182,12 @@ def test_learned_weights_begin_equal_and_are_those_of_direction_and_layer(hosts,
     torch.testing.assert_close(model.logits(tokens, ids), model.logits(tokens, ids, "outputs-1-1"))
     index.data[4, :, 0] += torch.tensor(9.0).log()  # 9 to 1 in both layers of de-fr
     found = model.logits(tokens, ids)
-    torch.testing.assert_close(found[:1], model.logits(tokens[:1], ids.select(torch.tensor([0])), "outputs-1-1"))
-    torch.testing.assert_close(found[1:], model.logits(tokens[1:], ids.select(torch.tensor([1])), "outputs-9-1"))
+    torch.testing.assert_close(
+        found[:1], model.logits(tokens[:1], ids.select(torch.tensor([0])), "outputs-1-1")
+    )
+    torch.testing.assert_close(
+        found[1:], model.logits(tokens[1:], ids.select(torch.tensor([1])), "outputs-9-1")
+    )
     found[1:].sum().backward()
     assert bool(index.grad[4].any()) and not bool(index.grad[:4].any())
 
@@ -196,7 +202,14 @@ def test_prompts(hosts):
     names = [("English", "German"), ("English", "French"), ("German", "French")]
     start, end = (tokenizer.encode_markup(each) for each in (START, END))
     for row, labels, real, text, source, target, (first, second) in zip(
-        batch.tokens.tolist(), batch.labels.tolist(), batch.real.tolist(), texts, sources, targets, names, strict=True
+        batch.tokens.tolist(),
+        batch.labels.tolist(),
+        batch.real.tolist(),
+        texts,
+        sources,
+        targets,
+        names,
+        strict=True,
     ):
         prompt = [*start, *tokenizer.encode_markup(f"{first} to {second}:\n"), *source]
         prompt += [*tokenizer.encode_markup("\n"), *start]
@@ -209,7 +222,7 @@ def test_prompts(hosts):
         assert tokenizer.decode(source) == " ".join(text.split()), "special tokens of a text are text"
     assert batch.target_tokens == sum(map(len, targets)) + 3
     asked = form.collate(sources, None, [0, 2, 4])
-    for row, real in zip(asked.tokens, asked.real, strict=True):
+    for real in asked.real:
         assert real.tolist() == sorted(real.tolist()), "padded at the beginning"
     prompts = [len(source) + form.overhead(d)[0] for source, d in zip(sources, (0, 2, 4), strict=True)]
     assert asked.real.sum(1).tolist() == prompts
@@ -219,16 +232,28 @@ def test_prompts(hosts):
 BAD = [
     ({"model": {"huggingface": "nowhere"}}, "there is no folder nowhere"),
     ({"parallel": {"tensor": 2}}, "'parallel.tensor' is 2 and 'parallel.expert' 1, but a model of"),
-    ({"data": {"batch": {"max_length": 200, "tokens": 4096}}}, "allows prompts with answers of 400 tokens, more than the 256"),
+    (
+        {"data": {"batch": {"max_length": 200, "tokens": 4096}}},
+        "allows prompts with answers of 400 tokens, more than the 256",
+    ),
     ({"data": {"prompt": {"text": "no source"}}}, "'text' has {source} 0 times: it must have it once"),
     ({"data": {"prompt": {"text": "{source} {target}"}}}, "'text' has {target}, which stands for nothing"),
-    ({"data": {"vocabulary": {"size": 77}}}, "'data.vocabulary.size' is 77, but that of 'model.huggingface' is"),
+    (
+        {"data": {"vocabulary": {"size": 77}}},
+        "'data.vocabulary.size' is 77, but that of 'model.huggingface' is",
+    ),
     ({"model": {"hidden": 16}}, "'hidden' is 16, but the model in 'huggingface' has 32"),
     ({"model": {"preset": "transformer-tiny"}}, "'preset' and 'huggingface' are two models"),
-    ({"model": {"neurons": {"random": 0.5}}}, "'neurons' has no place in a model of transformers, which can have low_rank"),
-    ({"model": {"low_rank": {"rank": 2, "index": "modular", "pivot": "it"}}}, "'low_rank.pivot' is it, which is no language"),
+    (
+        {"model": {"neurons": {"random": 0.5}}},
+        "'neurons' has no place in a model of transformers, which can have low_rank",
+    ),
+    (
+        {"model": {"low_rank": {"rank": 2, "index": "modular", "pivot": "it"}}},
+        "'low_rank.pivot' is it, which is no language",
+    ),
     ({"model": {"low_rank": {"rank": 2, "merge": "learned"}}}, "'merge' is for 'index: modular'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "said"), BAD, ids=[said[:40] for _, said in BAD])
@@ -246,5 +271,7 @@ def test_weights_that_are_missing_or_pickled_are_refused(hosts, tmp_path):
 
     shutil.copytree(hosts["Llama"], tmp_path / "host")
     (tmp_path / "host" / "model.safetensors").rename(tmp_path / "host" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"has no \*.safetensors, but pytorch_model.bin, which could run any code"):
+    with pytest.raises(
+        UserError, match=r"has no \*.safetensors, but pytorch_model.bin, which could run any code"
+    ):
         check_weights(tmp_path / "host")

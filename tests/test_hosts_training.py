@@ -13,6 +13,7 @@ from test_training import assert_same_end, loop
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
@@ -20,6 +21,7 @@ from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import Direction
+from lsmoe_ds.training.start import check
 
 pytest.importorskip("transformers")
 EN_DE, DE_FR = Direction("en", "de"), Direction("de", "fr")
@@ -137,3 +139,20 @@ def test_it_is_evaluated_by_a_route_of_its_own(run):
     assert table.route == "outputs-1-9" and (run / "scores").is_dir()
     with pytest.raises(UserError, match="'sideways' is no route: choose specific, in, out, outputs-W-W"):
         load(run, route="sideways")
+
+
+def test_weights_of_two_matrices_are_learned_from_a_trained_model(pool, base, run, tmp_path):
+    convert(run, "consolidated", None, tmp_path / "start", check=0)
+    recipe = host_recipe(base, base / "host", rank=2, index="modular", at="all", merge="learned")
+    recipe.training.start_from, recipe.training.trainable = tmp_path / "start", ["decoder_low_rank.index"]
+    recipe.training.directions, recipe.training.steps = ["de-fr", "en-de"], 3
+    check(recipe, tmp_path / "learned")
+    trained(pool, recipe, tmp_path / "learned")
+    before, after = (read_weights(find_model(each)).tensors for each in (run, tmp_path / "learned"))
+    assert after.keys() - before.keys() == {"decoder_low_rank.index"}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    index, numbers = after["decoder_low_rank.index"], [str(d) for d in recipe.languages.directions]
+    moved = [numbers[i] for i, each in enumerate(index) if bool((each != 1.0).any())]
+    assert moved == ["en-de", "de-fr"]
+    first, second = index[numbers.index("de-fr")].softmax(1).T
+    torch.testing.assert_close(first + second, torch.ones(2))

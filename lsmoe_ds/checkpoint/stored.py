@@ -41,6 +41,7 @@ from lsmoe_ds.folders import (
     replaced,
     write_json,
 )
+from lsmoe_ds.hosts.folder import HOST, copy_small
 from lsmoe_ds.notices import counted, listed, notice
 
 RECIPE, VOCABULARY, PROVENANCE = "recipe.yaml", "vocabulary.model", "provenance.json"
@@ -243,6 +244,8 @@ def write_folder(
             vocabulary if isinstance(vocabulary, bytes) else vocabulary.read_bytes()
         )
         names = write(new, tensors, recipe, new / VOCABULARY, **options)
+        if recipe.model.huggingface is not None:
+            names = [*names, *(f"{HOST}/{name}" for name in copy_small(recipe.model.huggingface, new / HOST))]
         (new / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
         files = describe_files(new, (*names, RECIPE, VOCABULARY))
         if card:  # a text for people, who may change it

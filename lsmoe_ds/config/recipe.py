@@ -150,8 +150,8 @@ class _Model(Section):
             if self.huggingface is not None and not method.in_hosts:
                 known = [name for name, kind in sections().items() if kind.in_hosts]
                 raise ValueError(
-                    f"'{method.name}' has no place in a model of transformers, which can have {listed(known)}: "
-                    "leave it out"
+                    f"'{method.name}' has no place in a model of transformers, which can have "
+                    f"{listed(known)}: leave it out"
                 )
             method.checked(self)
         for site in shapes_of(self) if len(self.methods) > 1 else ():

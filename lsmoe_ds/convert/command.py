@@ -10,7 +10,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -25,7 +25,7 @@ from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
-from lsmoe_ds.data.batches import DirectionIds
+from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
@@ -34,7 +34,7 @@ from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.importing import read_huggingface
-from lsmoe_ds.export.peft import BASE, measure, open_adapted, split_stored
+from lsmoe_ds.export.peft import BASE, base_of, measure, open_adapted, split_stored
 from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
 from lsmoe_ds.inference.beam_search import Search
@@ -42,7 +42,6 @@ from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
 from lsmoe_ds.languages import Direction, nearest, normalize_code, table
-from lsmoe_ds.model.transformer import Transformer
 
 BATCH = 16  # sentences whose logits are held at once
 
@@ -121,14 +120,10 @@ def _logits(
 ) -> torch.Tensor:
     """Return teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
     number = engine.languages.direction_id(direction)
-    ids = DirectionIds.of(engine.languages, engine.vocabulary, engine.recipe.data.tags)
-    batch = ids.collate(sources, targets, [number] * len(sources)).to(engine.device)
-    if isinstance(engine, Exported):
-        logits = engine.logits(batch.source, batch.decoder_input)
-    else:
-        assert isinstance(engine.model, Transformer)
-        logits = engine.model.logits(batch.source, batch.decoder_input, batch.ids, engine.route)
-    return logits[batch.decoder_input != engine.vocabulary.PAD].cpu()
+    data = engine.recipe.data
+    form = form_of(engine.languages, engine.vocabulary, data.tags, data.prompt)
+    batch = form.collate(sources, targets, [number] * len(sources)).to(engine.device)
+    return engine.logits_of(batch)[batch.read].cpu()
 
 
 def convert(
@@ -196,6 +191,8 @@ def convert(
             )
         return _import(Path(run), to, overrides, out)
     stored = find_model(run)
+    if stored.recipe.model.huggingface is not None and to in ("dense", "hybrid", "ctranslate2"):
+        raise UserError(f"--to {to} is not for models of transformers: use --to huggingface or peft")
     direction = stored.recipe.languages.find(direction) if direction else None
     vocabulary: Path | bytes = stored.vocabulary
     rows: list[dict[str, Any]] = []
@@ -203,7 +200,7 @@ def convert(
         tensors, recipe, made = consolidate_stored(stored, average)
     elif to == "peft":
         tensors, recipe, adapters, made = split_stored(stored, direction, route, average)
-        rows, base = measure(adapters, tensors, recipe), options.get("base")
+        rows, base = measure(adapters, tensors, recipe), options.get("base") or base_of(tensors, recipe)
         options |= {"adapters": adapters, "sizes": rows, "of_base": made, "base": base, "home": out}
         made = made | {"base": str(base or BASE)}
     else:
@@ -226,7 +223,8 @@ def convert(
     write = importlib.import_module(WRITERS[to]).write_files
     files = write_folder(out, tensors, recipe, vocabulary, provenance, card, write, **options)
     seconds = time.perf_counter() - began
-    found = _compare(stored, to, direction, out, check, route if average == 1 else None, made)
+    served = {Direction.parse(each) for row in rows for each in row["directions"]}
+    found = _compare(stored, to, direction, out, check, route if average == 1 else None, made, served)
     sizes = {"bytes": _bytes(files), "seconds": round(seconds, 3), "folder": str(out)}
     if to not in SERVED:
         return {"kind": to, "parameters": tensors.numbers, **found, **sizes}
@@ -337,9 +335,10 @@ def _compare(
     check: int,
     route: str | None,
     made: dict[str, Any],
+    served: Collection[Direction] = (),
 ) -> dict[str, Any]:
     """Compare both models on held-out sentences, or say why that is not possible; ``route`` is None for a
-    mean of checkpoints.
+    mean of checkpoints. ``served`` are the directions that adapters serve, if not all.
     """
     if not check:
         return {}
@@ -353,7 +352,8 @@ def _compare(
     for package in {"huggingface": ["transformers"], "peft": ["transformers", "peft"]}.get(to, ()):
         if importlib.util.find_spec(package) is None:
             return {"not_checked": f"{package} is not installed: pip install {package}"}
-    directions = [direction] if direction else stored.recipe.languages.directions
+    all_of = [each for each in stored.recipe.languages.directions if not served or each in served]
+    directions = [direction] if direction else all_of
     try:
         data = PreparedData.of(stored.recipe, stored.home)
         texts = {each: _held_out(data, each, ceil(check / len(directions))) for each in directions}
@@ -382,7 +382,7 @@ def _open(kind: str, folder: Path) -> Callable[[Direction], Engine]:
         return open_adapted(find_model(folder))
     engine: Engine
     if kind == "huggingface":
-        engine = Exported.load(find_model(folder))
+        engine = Exported.open(find_model(folder))
     else:
         engine = load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
     return lambda direction: engine

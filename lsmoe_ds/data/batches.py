@@ -36,6 +36,11 @@ class Batch(Protocol):
         ...
 
     @property
+    def read(self) -> torch.Tensor:
+        """Where a real token [B, T] stands, of those that predictions are made at."""
+        ...
+
+    @property
     def ids(self) -> SentenceIds: ...
 
     @property
@@ -98,6 +103,10 @@ class PairBatch:
     @property
     def target_tokens(self) -> int:
         return int((self.labels != PAD).sum())
+
+    @property
+    def read(self) -> torch.Tensor:
+        return self.decoder_input != PAD
 
     @property
     def ids(self) -> SentenceIds:

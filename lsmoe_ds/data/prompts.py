@@ -17,13 +17,20 @@ from numpy.typing import ArrayLike
 from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.data.batches import moved
 from lsmoe_ds.data.shuffling import Integers
-from lsmoe_ds.languages import Languages, SentenceIds, language_name
+from lsmoe_ds.languages import Direction, Languages, SentenceIds, language_name
 
 if TYPE_CHECKING:
     from lsmoe_ds.data.host_tokenizer import HostTokenizer
 
 IGNORED = -100  # a label that is not learned
 SOURCE = "{source}"
+
+
+def prompt_text(prompt: Prompt, direction: Direction, source: str = SOURCE) -> str:
+    """Return the prompt of a direction as text, by default with a placeholder for the source."""
+    text = prompt.text.replace("{source_language}", language_name(direction.source))
+    text = text.replace("{target_language}", language_name(direction.target))
+    return text.replace(SOURCE, source)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,10 @@ class PromptBatch:
         return int((self.labels != IGNORED).sum())
 
     @property
+    def read(self) -> torch.Tensor:
+        return self.labels != IGNORED
+
+    @property
     def ids(self) -> SentenceIds:
         return SentenceIds(self.source_language, self.target_language, self.direction)
 
@@ -64,7 +75,7 @@ class Prompts:
     target_language: Integers  # [directions]
     before: tuple[Integers, ...]
     after: tuple[Integers, ...]
-    end: Integers
+    end: Integers  # of which the first ends a translation
     padding: int
 
     given = 0
@@ -78,9 +89,7 @@ class Prompts:
         )
         before, after = [], []
         for direction in languages.directions:
-            text = prompt.text.replace("{source_language}", language_name(direction.source))
-            text = text.replace("{target_language}", language_name(direction.target))
-            first, second = text.split(SOURCE)
+            first, second = prompt_text(prompt, direction).split(SOURCE)
             before.append(np.array(tokenizer.begin(first), dtype=np.int64))
             after.append(np.array(tokenizer.encode_markup(second), dtype=np.int64))
         end = np.array(tokenizer.end(prompt.end), dtype=np.int64)

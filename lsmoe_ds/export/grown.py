@@ -91,10 +91,11 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
                 f"'model.{method.name}' is found out when a training starts, and cannot be added before: "
                 "give it to the recipe of the training that starts from the grown model"
             )
-    vocabulary = Vocabulary.load(stored.vocabulary)
-    new = [code for code in after.languages.codes if code not in vocabulary.codes]
-    model = add_tags(stored.vocabulary.read_bytes(), new)
-    of_vocabulary = {"size": Vocabulary(model).size, "type": vocabulary.type, "file": str(out / VOCABULARY)}
+    vocabulary, model, of_vocabulary = Vocabulary.load(stored.vocabulary), stored.vocabulary.read_bytes(), {}
+    if after.model.huggingface is None:  # a model of transformers reads no tags of ours
+        new = [code for code in after.languages.codes if code not in vocabulary.codes]
+        model, file = add_tags(model, new), str(out / VOCABULARY)
+        of_vocabulary = {"size": Vocabulary(model).size, "type": vocabulary.type, "file": file}
     changes = {
         **anew,
         "data": {**anew["data"], "vocabulary": of_vocabulary},

@@ -37,6 +37,10 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, voc
     """Write the kind ``huggingface``. Raises UserError if the tensors or the vocabulary are not the
     recipe's.
     """
+    if recipe.model.huggingface is not None:
+        from lsmoe_ds.hosts.export import write_files as write_host
+
+        return write_host(folder, tensors, recipe)
     loaded, content = Vocabulary.load(vocabulary), vocabulary.read_bytes()
     model = config(recipe, loaded.size)
     names = save_tensors(rename(tensors, recipe, loaded.size), folder)
@@ -145,6 +149,15 @@ class Exported:
     device: str = "cpu"
 
     @classmethod
+    def open(cls, stored: Stored) -> Exported:
+        """Load the model of whatever class it is; needs transformers."""
+        if stored.recipe.model.huggingface is not None:
+            from lsmoe_ds.hosts.export import ExportedHost
+
+            return ExportedHost.load(stored)
+        return cls.load(stored)
+
+    @classmethod
     def load(cls, stored: Stored) -> Exported:
         """Load it as anybody would, with the recipe and vocabulary of ``stored.home``; needs transformers."""
         transformers: Any = importlib.import_module("transformers")
@@ -165,10 +178,12 @@ class Exported:
         """Return the ids of a line by the folder's tokenizer, without tag and EOS."""
         return list(self.tokenizer(line)["input_ids"][1:-1])
 
-    def logits(self, source: Tensor, decoder_input: Tensor) -> Tensor:
-        """Return teacher-forced logits [B, T, V]; those at padding mean nothing."""
+    def logits_of(self, batch: Any) -> Tensor:
+        """Return teacher-forced logits [B, T, V] of a batch; those at padding mean nothing."""
         found: Tensor = self.model(
-            input_ids=source, attention_mask=source != PAD, decoder_input_ids=decoder_input
+            input_ids=batch.source,
+            attention_mask=batch.source != PAD,
+            decoder_input_ids=batch.decoder_input,
         ).logits
         return found
 

@@ -29,9 +29,11 @@ from lsmoe_ds.export import huggingface
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import ALL, check_convertible, describe, extract
 from lsmoe_ds.folders import read_fields, read_json, resolved, write_json
+from lsmoe_ds.hosts.folder import has_weights
 from lsmoe_ds.inference.load import check_route, empty_model
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Product
+from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.parallel.topology import Topology
 
@@ -73,19 +75,27 @@ def split(
                 "adapters of several fit: use --to dense or --to huggingface, which merge all"
             )
     groups: dict[str, list[Direction]] = {}
+    routes: dict[str, Route] = {}
+    own = {name: each for method in methods for name, each in method.adapters().items()}
     if direction is not None or chosen == "shared":
         groups[""] = [direction] if direction is not None else list(recipe.languages.directions)
+    elif own:
+        if chosen != "specific":
+            raise UserError(f"the route {chosen} merges adapters: name a direction, as in --direction en-de")
+        groups = {name: [each] for name, (each, _) in own.items()}
+        routes = {name: route for name, (_, route) in own.items()}
     else:
         by = set().union(*(method.chosen_by for method in methods))
         for each in recipe.languages.directions:
             name = str(each) if len(by) > 1 else each.target if by == {"target"} else each.source
             groups.setdefault(name, []).append(each)
-    check_convertible(recipe, next(iter(groups.values()))[0], route)
+    if recipe.model.huggingface is None:
+        check_convertible(recipe, next(iter(groups.values()))[0], route)
     plain = recipe.model_copy(
         update={"model": recipe.model.model_copy(update={method.name: None for method in methods})}
     )
-    own = {name for name in whole if any(method.owns(name) for method in methods)}
-    rest = Tensors({name: entry for name, entry in whole.entries.items() if name not in own})
+    added = {name for name in whole if any(method.owns(name) for method in methods)}
+    rest = Tensors({name: entry for name, entry in whole.entries.items() if name not in added})
     base, changed = extract(rest, plain, direction)
     if direction is not None:
         training = changed.training.model_copy(update={"directions": None})
@@ -95,7 +105,7 @@ def split(
     for name, directions in groups.items():
         found: dict[str, Product] = {}
         for method in methods:
-            found |= method.products(whole, directions[0], chosen)
+            found |= method.products(whole, directions[0], routes.get(name, chosen))
         found = {at: product for at, product in found.items() if product.rank}
         adapters.append(Adapter(name, tuple(directions), found))
     if not any(adapter.products for adapter in adapters):
@@ -139,7 +149,7 @@ def write_files(
     ``of_base`` is the base's provenance; adapters refer to the base by its name in ``home``, where ``folder``
     will be. Raises UserError if ``base`` has other weights, or lies in ``home``.
     """
-    renamed = rename(tensors, recipe, recipe.data.vocabulary.size)
+    renamed = _renamed(tensors, recipe)
     if base is not None and resolved(base).is_relative_to(resolved(home)):
         raise UserError(f"--base {base} lies in {home}, which is replaced: choose another folder with --out")
     names: list[str] = [SIZES]
@@ -159,11 +169,25 @@ def write_files(
         if adapter.products:
             at = folder / adapter.name
             at.mkdir(exist_ok=True)
-            files_of = save_tensors(_tensors(adapter, renamed), at, STEM, sys.maxsize)
-            write_json(at / CONFIG, config(adapter, str(base or home / BASE)))
+            files_of = save_tensors(_tensors(adapter, renamed, recipe), at, STEM, sys.maxsize)
+            write_json(at / CONFIG, config(adapter, str(base or home / BASE), recipe))
             names += [str(Path(adapter.name, name)) for name in (*files_of, CONFIG)]
     write_json(folder / SIZES, {"adapters": list(sizes)})
     return names
+
+
+def base_of(tensors: Mapping[str, Tensor], recipe: Recipe) -> Path | None:
+    """Return the folder that adapters can have as their base as it is: that of a model of transformers of
+    which no weight was trained. None if the base must be written.
+    """
+    folder = recipe.model.huggingface
+    if folder is None or not has_weights(folder):
+        return None
+    try:
+        check_base(folder, _renamed(tensors, recipe))
+    except UserError:
+        return None
+    return folder.absolute()
 
 
 def check_base(base: Path, wanted: Tensors) -> None:
@@ -172,21 +196,34 @@ def check_base(base: Path, wanted: Tensors) -> None:
     for name in wanted:
         if name not in found:
             raise UserError(f"--base {base} lacks {name}: name a base that was written of this model")
-        if not torch.equal(found[name], wanted[name]):
+        if not torch.equal(found[name].to(wanted[name].dtype), wanted[name]):
             raise UserError(
                 f"--base {base} has another {name} than this model: adapters need the base that they were "
                 "trained beside"
             )
 
 
-def _module(at: str) -> str:
+def _renamed(tensors: Mapping[str, Tensor], recipe: Recipe) -> Tensors:
+    """Return the base's tensors by their names in transformers."""
+    if recipe.model.huggingface is not None:
+        from lsmoe_ds.hosts.export import theirs
+
+        return theirs(tensors)
+    return rename(tensors, recipe, recipe.data.vocabulary.size)
+
+
+def _module(at: str, recipe: Recipe) -> str:
     """Return the name of one of our linear layers in transformers' model."""
+    if recipe.model.huggingface is not None:
+        from lsmoe_ds.hosts.outline import read_outline
+
+        return read_outline(recipe.model.huggingface, recipe.model.task).modules[at]
     name = their_name(f"{at}.weight")
     assert name is not None
     return name.removesuffix(".weight")
 
 
-def _tensors(adapter: Adapter, base: Tensors) -> Tensors:
+def _tensors(adapter: Adapter, base: Tensors, recipe: Recipe) -> Tensors:
     """Return an adapter's tensors as peft names them, with zeros up to the size of the base's layers."""
 
     def made(product: Product, is_up: bool, shape: tuple[int, int]) -> LazyTensor:
@@ -198,7 +235,7 @@ def _tensors(adapter: Adapter, base: Tensors) -> Tensors:
 
     entries = {}
     for at, product in adapter.products.items():
-        module = _module(at)
+        module = _module(at, recipe)
         outputs, inputs = base.shape(f"{module}.weight")
         for kind, is_up, shape in (
             ("A", False, (product.rank, inputs)),
@@ -208,14 +245,14 @@ def _tensors(adapter: Adapter, base: Tensors) -> Tensors:
     return Tensors(entries)
 
 
-def config(adapter: Adapter, base: str) -> dict[str, Any]:
+def config(adapter: Adapter, base: str, recipe: Recipe) -> dict[str, Any]:
     """Return ``adapter_config.json``: the most frequent rank, and the layers that have another."""
-    ranks = {_module(at): product.rank for at, product in adapter.products.items()}
+    ranks = {_module(at, recipe): product.rank for at, product in adapter.products.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM",
+        "task_type": "SEQ_2_SEQ_LM" if recipe.model.huggingface is None else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": usual,
         "lora_alpha": usual,
@@ -238,12 +275,14 @@ def measure(adapters: Sequence[Adapter], base: Tensors, recipe: Recipe) -> list[
     A rank is one number, or the least and the greatest of several layers. Zeros that fill matrices up to the
     size of the base's layers count as bytes only.
     """
-    renamed = rename(base, recipe, recipe.data.vocabulary.size)
+    renamed = _renamed(base, recipe)
     rows = []
     for adapter in adapters:
         ranks: dict[str, set[int]] = {}
         for at, product in adapter.products.items():
-            _, side, _, _, kind = _module(at).split(".", 4)
+            _, side, _, _, kind = _module(at, recipe).split(".", 4)
+            if recipe.model.huggingface is not None:  # model.layers.0.self_attn.q_proj
+                side, _, kind = at.split(".", 2)
             ranks.setdefault(f"{side}.{kind}", set()).add(product.rank)
         products = adapter.products.values()
         rows.append(
@@ -253,7 +292,7 @@ def measure(adapters: Sequence[Adapter], base: Tensors, recipe: Recipe) -> list[
                 "ranks": {kind: sorted({min(each), max(each)}) for kind, each in ranks.items()},
                 "values": sum(each.values for each in products),
                 "values_kept": sum(each.kept() for each in products),
-                "bytes": sum(each.bytes for each in _tensors(adapter, renamed).entries.values()),
+                "bytes": sum(each.bytes for each in _tensors(adapter, renamed, recipe).entries.values()),
             }
         )
     return rows
@@ -291,14 +330,14 @@ def open_adapted(stored: Stored) -> Callable[[Direction], Exported]:
     base = read_fields(stored.home / PROVENANCE, base=str)["base"]
     base = stored.home / BASE if base == BASE else Path(base)
     rows = (read_json(stored.home / SIZES) or {})["adapters"]
-    exported = Exported.load(replace(stored, weights_in=base))
+    exported = Exported.open(replace(stored, weights_in=base))
     wrapped: Any = None
 
     def of(direction: Direction) -> Exported:
         nonlocal wrapped
         row = next(row for row in rows if str(direction) in row["directions"])
         if not row["ranks"]:
-            return Exported.load(replace(stored, weights_in=base))
+            return Exported.open(replace(stored, weights_in=base))
         name, folder = row["name"] or "default", stored.home / row["name"]
         if wrapped is None:
             wrapped = peft.PeftModel.from_pretrained(exported.model, folder, adapter_name=name)

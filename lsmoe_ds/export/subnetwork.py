@@ -182,6 +182,8 @@ def extract(
             merged = method.merge(merged, direction, check_route(route, recipe))
     except KeyError as error:
         raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
+    if recipe.model.huggingface is not None:
+        return merged, _without_methods(recipe, None if serves_all(recipe, route) else direction)
     kept = {side for side, _, moe in expert_layers(recipe.model, route) if not moe.by_task}
     return merged, _dense_recipe(
         recipe, None if serves_all(recipe, route) else direction, _widths(merged, recipe), kept
@@ -207,7 +209,7 @@ def serves_all(recipe: Recipe, route: str) -> bool:
     """Tell whether one dense model serves every direction of the recipe: by the shared route, or where
     nothing is specific.
     """
-    specific = route == "specific" and any(
+    specific = route != "shared" and any(
         method.by_direction for method in methods_of(recipe, Topology.single())
     )
     return not specific and not any(expert_layers(recipe.model, route))
@@ -235,6 +237,15 @@ def _dense_recipe(
     sections = {"model": model, "data": data, "training": training, "parallel": Parallel()}
     changed = recipe.model_copy(update=sections)
     return Recipe.model_validate(changed.model_dump())
+
+
+def _without_methods(recipe: Recipe, direction: Direction | None) -> Recipe:
+    """Return the recipe of a model of transformers into which its methods are merged."""
+    gone = {method.name: None for method in recipe.model.methods}
+    data = recipe.data if direction is None else recipe.data.only(direction)
+    training = recipe.training.model_copy(update={"trainable": "all", "directions": None, "start_from": None})
+    sections = {"model": recipe.model.model_copy(update=gone), "data": data, "training": training}
+    return Recipe.model_validate(recipe.model_copy(update=sections).model_dump())
 
 
 def extract_stored(

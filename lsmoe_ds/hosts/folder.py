@@ -110,12 +110,13 @@ def load_pretrained(folder: Path, task: Task, config: Any) -> Any:
     return model
 
 
-def copy_small(folder: Path, to: Path) -> None:
-    """Copy a model's configuration and tokenizer."""
+def copy_small(folder: Path, to: Path) -> list[str]:
+    """Copy a model's configuration and tokenizer, and return the names of the files."""
     to.mkdir(parents=True, exist_ok=True)
-    for name in SMALL:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, to / name)
+    names = [name for name in SMALL if (folder / name).is_file()]
+    for name in names:
+        shutil.copyfile(folder / name, to / name)
+    return names
 
 
 @cache

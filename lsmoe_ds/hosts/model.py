@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShapes, SideName
-from lsmoe_ds.data.prompts import IGNORED
+from lsmoe_ds.data.prompts import IGNORED, PromptBatch
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.hosts.folder import has_weights, load_pretrained, read_config, set_dropout
 from lsmoe_ds.hosts.outline import empty_host, read_outline
@@ -207,16 +207,14 @@ class HostModel(Model):
         assert ahead is not None, "no method beside linear layers counts hidden states"
         return ahead
 
-    def generate(
-        self, tokens: Tensor, real: Tensor, ids: SentenceIds, route: Route, **options: Any
-    ) -> Tensor:
+    def generate(self, batch: PromptBatch, route: Route, **options: Any) -> Tensor:
         """Continue prompts [B, T], padded at the beginning: [B, T + new], by transformers' ``generate``.
 
         With beams the hypotheses of a sentence are neighbors, so that the context of B sentences fits.
         """
-        self.context = LanguageContext(ids, None, None, route)
+        self.context = LanguageContext(batch.ids, None, None, route)
         try:
-            found: Tensor = self.host.generate(input_ids=tokens, attention_mask=real, **options)
+            found: Tensor = self.host.generate(input_ids=batch.tokens, attention_mask=batch.real, **options)
             return found
         finally:
             self.context = None

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.prompts import PromptBatch
 from lsmoe_ds.hosts.folder import import_transformers
-from lsmoe_ds.hosts.model import HostModel
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
-from lsmoe_ds.methods.context import Route
-from lsmoe_ds.model.base import Model
 
 # A byte-level tokenizer may cut a translation into more tokens than its source.
 PER_SOURCE_TOKEN = 4.0
@@ -22,17 +18,22 @@ PER_SOURCE_TOKEN = 4.0
 
 @torch.inference_mode()
 def generate(
-    model: Model, batch: Batch, lengths: Sequence[int], end: int, search: Search, route: Route
+    write: Callable[..., Tensor],
+    batch: PromptBatch,
+    lengths: Sequence[int],
+    end: int,
+    search: Search,
+    window: int | None,
 ) -> list[Hypothesis]:
-    """Find the best answer of each prompt.
+    """Find the best answer of each prompt by ``write``, transformers' ``generate`` of a model on this batch.
 
-    ``lengths`` are those of the B sources, which limit the answers; ``end`` is the token that ends one.
+    ``lengths`` are those of the B sources, which limit the answers, like the ``window`` of the model; ``end``
+    is the token that ends one.
     """
-    assert isinstance(model, HostModel) and isinstance(batch, PromptBatch)
     begun = batch.tokens.shape[1]
     limits = [math.ceil(PER_SOURCE_TOKEN * length) + search.extra for length in lengths]
-    if model.outline.window is not None:
-        limits = [max(1, min(limit, model.outline.window - begun - 1)) for limit in limits]
+    if window is not None:
+        limits = [max(1, min(limit, window - begun - 1)) for limit in limits]
     most = torch.tensor(limits, device=batch.tokens.device)
 
     def stop(tokens: Tensor, scores: Tensor) -> Tensor:
@@ -44,11 +45,7 @@ def generate(
         return scores
 
     transformers = import_transformers()
-    found = model.generate(
-        batch.tokens,
-        batch.real,
-        batch.ids,
-        route,
+    found = write(
         # An end that is forced has its own probability, so it comes after the normalization.
         logits_processor=transformers.LogitsProcessorList([transformers.LogitNormalization(), stop]),
         # The folder's own settings may sample, or punish what was written before.

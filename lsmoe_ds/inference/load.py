@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weigh
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.method import shared_route_keys
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import PairBatch
+from lsmoe_ds.data.batches import Batch, PairBatch
 from lsmoe_ds.data.forms import form_of
-from lsmoe_ds.data.prompts import Prompts
+from lsmoe_ds.data.prompts import PromptBatch, Prompts
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated
@@ -64,16 +65,34 @@ class Loaded:
         batch = form.collate(sources, None, [number] * len(sources)).to(self.device)
         if (other := stand_in(self.recipe, direction)) is not None:
             batch.direction.fill_(self.languages.direction_id(other))
-        if isinstance(form, Prompts):
-            from lsmoe_ds.inference.generate import generate  # needs transformers
-
-            lengths = [len(source) for source in sources]
-            return generate(self.model, batch, lengths, int(form.end[0]), search, self.route)
+        if isinstance(batch, PromptBatch):
+            assert isinstance(form, Prompts)
+            return self._generate(batch, [len(source) for source in sources], int(form.end[0]), search)
         assert isinstance(batch, PairBatch) and isinstance(self.model, Transformer)
         banned = never_generated(self.vocabulary)
         return beam_search(
             self.model, batch.source, batch.ids, banned, search, self.route, batch.decoder_input
         )
+
+    def _generate(
+        self, batch: PromptBatch, lengths: Sequence[int], end: int, search: Search
+    ) -> list[Hypothesis]:
+        from lsmoe_ds.hosts.model import HostModel  # needs transformers
+        from lsmoe_ds.inference.generate import generate
+
+        assert isinstance(self.model, HostModel)
+        write = partial(self.model.generate, batch, self.route)
+        return generate(write, batch, lengths, end, search, self.model.outline.window)
+
+    def logits_of(self, batch: Batch) -> torch.Tensor:
+        """Return teacher-forced logits [B, T, V] of a batch; those at padding mean nothing."""
+        if isinstance(batch, PairBatch):
+            assert isinstance(self.model, Transformer)
+            return self.model.logits(batch.source, batch.decoder_input, batch.ids, self.route)
+        from lsmoe_ds.hosts.model import HostModel  # needs transformers
+
+        assert isinstance(batch, PromptBatch) and isinstance(self.model, HostModel)
+        return self.model.logits(batch.tokens, batch.ids, self.route)
 
 
 def load(path: str | Path, device: torch.device | str | None = None, route: str = "specific") -> Loaded:

@@ -136,6 +136,13 @@ class Method:
         """Return what it adds to each linear layer, by the layer's name, as :meth:`merge` merges it."""
         raise NotImplementedError
 
+    def adapters(self) -> Mapping[str, tuple[Direction, Route]]:
+        """Return, by name, the direction and the route of each of its products that is an adapter of its own.
+
+        Empty if directions or their languages have the adapters (:attr:`chosen_by`).
+        """
+        return {}
+
     @property
     def chosen_by(self) -> set[str]:
         """Name the languages, "source" and "target", that choose the products of the specific route."""

@@ -36,18 +36,16 @@ def added_methods(recipe: Recipe, stored: Stored) -> list[str]:
 def starting_weights(recipe: Recipe, stored: Stored, vocabulary: int) -> Tensors:
     """Return the weights of a stored model, and the initial ones of methods that the recipe adds to it.
 
-    ``vocabulary`` is the number of tokens.
+    So begin parameters and masks that a method which both have has only in the recipe, such as weights that
+    it is now to learn. ``vocabulary`` is the number of tokens.
     """
     weights = Tensors.of(read_weights(stored).tensors)
-    if not (added := added_methods(recipe, stored)):
-        return weights
     model = outline(recipe, vocabulary)
-    methods = [method for method in model.methods if method.name in added]
     names = global_names(model, Topology.single())
     new = {
-        names[name]: drawn(names[name], value, recipe.training.seed, methods)
+        names[name]: drawn(names[name], value, recipe.training.seed, model.methods)
         for name, value in named_state(model)
-        if names[name] not in weights and any(method.owns(names[name]) for method in methods)
+        if names[name] not in weights and any(method.owns(names[name]) for method in model.methods)
     }
     return Tensors(weights.entries | new)
 

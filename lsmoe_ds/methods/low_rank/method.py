@@ -138,7 +138,7 @@ class LowRankMatrices(Method):
         """Return the merged weight W + V F of the linear layer ``at``; V F of both, weighted, if learned."""
         if at not in self.shapes:  # the weights of a side
             return {}
-        base, product = f"{at}.weight", self.product(weights, at, direction, route)
+        base, product = self.weight_at(at), self.product(weights, at, direction, route)
 
         def make() -> Tensor:
             down, up = product.make()
@@ -147,6 +147,15 @@ class LowRankMatrices(Method):
             return merged
 
         return {base: LazyTensor(weights.shape(base), make)}
+
+    def weight_at(self, at: str) -> str:
+        """Return the global name of the weight of a linear layer."""
+        model = self.recipe.model
+        if model.huggingface is None:
+            return f"{at}.weight"
+        from lsmoe_ds.hosts.outline import read_outline
+
+        return f"host.{read_outline(model.huggingface, model.task).modules[at]}.weight"
 
     def product(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> Product:
         """Return what a direction, or the shared route, adds to a linear layer: V F.
@@ -192,6 +201,18 @@ class LowRankMatrices(Method):
             for at, site in self.shapes.items()
             if self.section.is_at(site)
         }
+
+    def adapters(self) -> dict[str, tuple[Direction, Route]]:
+        """Return those of each language as input and as output, if they are modular and were trained."""
+        if not self.section.is_modular:
+            return {}
+        pivot, found = self.section.pivot, dict[str, tuple[Direction, Route]]()
+        for each in self.recipe.trained:
+            if each.target == pivot:
+                found[f"in-{each.source}"] = each, "in"
+            elif each.source == pivot:
+                found[f"out-{each.target}"] = each, "out"
+        return found
 
     @property
     def chosen_by(self) -> set[str]:

@@ -1,0 +1,86 @@
+"""Write a merged model of transformers as transformers loads it, and load it as its users do."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsmoe_ds.checkpoint.stored import Stored
+from lsmoe_ds.checkpoint.tensors import Tensors, save_tensors
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.prompts import PromptBatch, prompt_text
+from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.export.huggingface import Exported
+from lsmoe_ds.hosts.folder import copy_small
+from lsmoe_ds.inference.beam_search import Hypothesis, Search
+from lsmoe_ds.inference.generate import generate
+from lsmoe_ds.languages import Direction
+
+HOST = "host."  # before the names that parameters have in transformers
+
+
+def theirs(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return the tensors of the host by their names in transformers; what methods have added is left out."""
+    entries = Tensors.of(tensors).entries
+    return Tensors({name.removeprefix(HOST): each for name, each in entries.items() if name.startswith(HOST)})
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe) -> list[str]:
+    """Write a model and its tokenizer as transformers saves them."""
+    assert recipe.model.huggingface is not None
+    return [*save_tensors(theirs(tensors), folder), *copy_small(recipe.model.huggingface, folder)]
+
+
+@dataclass(frozen=True)
+class ExportedHost(Exported):
+    """A folder in transformers, on the CPU, which reads prompts as text by its own tokenizer."""
+
+    @classmethod
+    def load(cls, stored: Stored) -> ExportedHost:
+        """Load it as anybody would, with the recipe and vocabulary of ``stored.home``; needs transformers."""
+        transformers: Any = importlib.import_module("transformers")
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.AutoModelForCausalLM.from_pretrained(stored.weights_in, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(stored.weights_in)
+        if tokenizer.pad_token is None:  # any will do: padding is masked
+            tokenizer.pad_token = tokenizer.eos_token
+        return cls(
+            model.eval(),
+            tokenizer,
+            stored.recipe,
+            Vocabulary.load(stored.vocabulary),
+            stored.recipe.languages,
+            0,
+            stored.home,
+        )
+
+    def encode(self, line: str) -> list[int]:
+        return list(self.tokenizer(line, add_special_tokens=False)["input_ids"])
+
+    def logits_of(self, batch: Any) -> Tensor:
+        found: Tensor = self.model(input_ids=batch.tokens).logits
+        return found
+
+    def search(
+        self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
+    ) -> list[Hypothesis]:
+        """Search as :mod:`lsmoe_ds.inference.generate` does, from prompts that are tokenized as a whole."""
+        prompt = self.recipe.data.prompt
+        assert prompt is not None and prompt.end is not None
+        texts = [prompt_text(prompt, direction, self.vocabulary.decode(source)) for source in sources]
+        self.tokenizer.padding_side = "left"
+        read = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        none = torch.zeros(len(texts), dtype=torch.long)
+        ids = read["input_ids"]
+        batch = PromptBatch(ids, ids, read["attention_mask"], none, none, none)
+        end = self.encode(prompt.end)[0]
+        window = getattr(self.model.config, "max_position_embeddings", None)
+        write = partial(self.model.generate, input_ids=ids, attention_mask=batch.real)
+        return generate(write, batch, [len(source) for source in sources], end, search, window)

@@ -1,0 +1,111 @@
+"""Models of transformers with low-rank matrices, merged into a plain model and as adapters of peft."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_host import write_host
+from small_run import write_corpus
+from test_hosts_training import EN_DE, modular, trained
+
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.command import convert
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import sha256
+from lsmoe_ds.languages import Direction
+from lsmoe_ds.training.start import check
+
+pytest.importorskip("peft")
+DE_FR = Direction("de", "fr")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host-convert")
+    write_corpus(folder)
+    write_host(folder / "host", "Llama")
+    prepare(modular(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(pool, base):
+    return trained(pool, modular(base), base / "run")
+
+
+@pytest.mark.parametrize(
+    ("direction", "route"), [(EN_DE, "specific"), (DE_FR, "outputs-1-3"), (DE_FR, "matrices-1-3")]
+)
+@pytest.mark.parametrize("kind", ["huggingface", "peft"])
+def test_a_direction_merged(run, direction, route, kind, tmp_path):
+    found = convert(run, kind, direction, tmp_path / "out", 6, route)
+    assert found["largest_logit_difference"] < 1e-4 and found["same_translations"] == found["sentences"] == 6
+    if kind == "peft":
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert config["r"] == {"specific": 2, "outputs-1-3": 4, "matrices-1-3": 2}[route]
+        assert config["task_type"] == "CAUSAL_LM"
+        assert Path(config["base_model_name_or_path"]).name == "host", "the base is not written again"
+
+
+def test_every_adapter_is_a_folder(run, tmp_path):
+    import peft
+    import transformers
+
+    found = convert(run, "peft", None, tmp_path / "out", 8)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == [
+        "host",
+        "in-de", "in-fr", "out-de", "out-fr",
+    ]  # fmt: skip
+    assert found["largest_logit_difference"] < 1e-4 and found["same_translations"] == found["sentences"]
+    assert [row["directions"] for row in found["adapters"]] == [["en-de"], ["de-en"], ["en-fr"], ["fr-en"]]
+    base = transformers.AutoModelForCausalLM.from_pretrained(run.parent / "host", dtype=torch.float32)
+    both = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "in-de", adapter_name="in-de")
+    both.load_adapter(tmp_path / "out" / "out-fr", adapter_name="out-fr")
+    # Equation 3 is what peft calls a linear combination of adapters side by side.
+    both.add_weighted_adapter(["in-de", "out-fr"], [0.25, 0.75], "merged", combination_type="cat")
+    both.set_adapter("merged")
+    convert(run, "huggingface", DE_FR, tmp_path / "plain", 0, "outputs-1-3")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    tokens = torch.arange(40, 60)[None]
+    torch.testing.assert_close(both(tokens).logits, plain(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_language_leaves_the_files_of_the_others_bit_equal(pool, base, run, tmp_path):
+    old = convert(run, "peft", None, tmp_path / "old", 0)
+    directions = ["en-de", "de-en", "en-fr", "fr-en", "de-fr", "en-it", "it-en"]
+    more = [f"data.directions=[{','.join(directions)}]"]
+    convert(run, "grown", None, tmp_path / "grown", 0, overrides=more)
+    head, *lines = (base / "text.tsv").read_text().splitlines()
+    rows = [f"{head}\tit", *(f"{line}\t{line.split()[0].replace('a', 'o')} {line[:9]}" for line in lines)]
+    (tmp_path / "text.tsv").write_text("\n".join(rows) + "\n")
+    given = modular(base).model_dump(mode="json", exclude_none=True)
+    given["data"] |= {
+        "corpora": [{"path": str(tmp_path / "text.tsv"), "format": "tsv"}],
+        "directory": str(tmp_path / "data"),
+        "directions": directions,
+    }
+    given["training"] |= {"start_from": str(tmp_path / "grown"), "directions": ["en-it", "it-en"], "steps": 3}
+    recipe = Recipe.model_validate(given)
+    prepare(recipe)
+    check(recipe, tmp_path / "more")
+    trained(pool, recipe, tmp_path / "more")
+    convert(tmp_path / "more", "peft", None, tmp_path / "new", 0)
+    assert {path.name for path in (tmp_path / "new").iterdir()} >= {"in-it", "out-it"}
+    learned = load_file(tmp_path / "new" / "in-it" / "adapter_model.safetensors")
+    assert all(bool(value.any()) for value in learned.values())
+    assert len(old["adapters"]) == 4
+    for name in ("in-de", "in-fr", "out-de", "out-fr"):
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            before, after = (sha256(tmp_path / which / name / file) for which in ("old", "new"))
+            assert before == after, (name, file)
+
+
+def test_what_no_model_of_transformers_becomes(run, tmp_path):
+    for kind in ("dense", "ctranslate2", "hybrid"):
+        with pytest.raises(UserError, match=f"--to {kind} is not for models of transformers"):
+            convert(run, kind, EN_DE, tmp_path / kind)
+    with pytest.raises(UserError, match="the route outputs-1-3 merges adapters: name a direction"):
+        convert(run, "peft", None, tmp_path / "peft", route="outputs-1-3")
