@@ -203,11 +203,11 @@ class LowRankMatrices(Method):
         }
 
     def adapters(self) -> dict[str, tuple[Direction, Route]]:
-        """Return those of each language as input and as output, if they are modular and were trained."""
+        """Return those of each language as input and as output, if they are modular."""
         if not self.section.is_modular:
             return {}
         pivot, found = self.section.pivot, dict[str, tuple[Direction, Route]]()
-        for each in self.recipe.trained:
+        for each in self.languages.directions:
             if each.target == pivot:
                 found[f"in-{each.source}"] = each, "in"
             elif each.source == pivot:
