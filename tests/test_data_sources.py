@@ -164,7 +164,7 @@ def test_a_failed_download_tells_the_last_line(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(
-        UserError, match=r"corpus django could not be fetched through pip: .*No matching distribution"
+        UserError, match=r"django could not be fetched through pip: .*No matching distribution"
     ) as error:
         fetch(["django"], tmp_path)
     assert "\n" not in str(error.value)

@@ -20,7 +20,7 @@ from lsmoe_ds.methods import fuse_distillation
 from lsmoe_ds.methods.fuse_distillation import FuseDistillation
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.methods.objective import Objective
-from lsmoe_ds.model import initialization, transformer
+from lsmoe_ds.model import base, initialization
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel import parameters
 from lsmoe_ds.parallel.layers import project
@@ -68,7 +68,7 @@ def run_steps(topology, recipe: Recipe, teacher: bool):
         return results[-1]
 
     form = (
-        mock.patch.object(transformer, "objective_of", lambda recipe: FuseDistillation(teacher))
+        mock.patch.object(base, "objective_of", lambda recipe: FuseDistillation(teacher))
         if recipe.model.low_rank
         else nullcontext()
     )

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from small_host import END, START, TEXT, host_recipe, host_settings, write_host
 
 from lsmoe_ds.config.data import Prompt
+from lsmoe_ds.config.host import check_weights, count_tokens
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import shapes_of
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.prompts import IGNORED, Prompts
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.hosts.folder import check_weights, count_tokens
-from lsmoe_ds.hosts.model import HostModel
 from lsmoe_ds.languages import Direction, Languages, SentenceIds
 from lsmoe_ds.model.build import outline
+from lsmoe_ds.model.host import HostModel
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts

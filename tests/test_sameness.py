@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, Step
+from lsmoe_ds.data.batches import Batch, PairBatch, Step
 from lsmoe_ds.languages import EOS, PAD
 
 VOCABULARY = 48
@@ -99,7 +99,7 @@ def ragged_batch(generator: torch.Generator, recipe: Recipe, sentences: int) -> 
     ids = torch.tensor([[languages.id(d.source), languages.id(d.target)] for d in languages.directions])[
         direction
     ]
-    return Batch(source, decoder_input, labels, ids[:, 0], ids[:, 1], direction)
+    return PairBatch(source, decoder_input, labels, ids[:, 0], ids[:, 1], direction)
 
 
 def steps_of(recipe: Recipe, rank: int, ranks: int) -> list[Step]:

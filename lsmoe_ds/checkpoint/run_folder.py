@@ -15,6 +15,7 @@ from typing import Any
 
 from lsmoe_ds.config.codes import mean_the_same
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.host import HOST, copy_small
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import (
     MANIFEST,
@@ -35,7 +36,6 @@ from lsmoe_ds.folders import (
     sha256,
     write_whole,
 )
-from lsmoe_ds.hosts.folder import HOST, copy_small
 
 # What may differ when a run is resumed: it changes neither the model nor any step already taken.
 MAY_CHANGE = {

@@ -25,6 +25,7 @@ from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, step_of
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.host import HOST, copy_small
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import check_vocabulary, read_origin
 from lsmoe_ds.errors import UserError
@@ -41,7 +42,6 @@ from lsmoe_ds.folders import (
     replaced,
     write_json,
 )
-from lsmoe_ds.hosts.folder import HOST, copy_small
 from lsmoe_ds.notices import counted, listed, notice
 
 RECIPE, VOCABULARY, PROVENANCE = "recipe.yaml", "vocabulary.model", "provenance.json"

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from lsmoe_ds import shipped
 from lsmoe_ds.config.codes import resolve_codes, tags_of
 from lsmoe_ds.config.explain import At, Place, Places, explain, name
+from lsmoe_ds.config.host import HOST
 from lsmoe_ds.config.recipe import Recipe, Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import how_to_import
-from lsmoe_ds.hosts.folder import HOST
 
 S = TypeVar("S", bound=Section)
 PlaceOf = Callable[[int], Place]  # of a line of the text

@@ -16,12 +16,12 @@ from pydantic import Field, create_model, field_validator, model_validator
 
 from lsmoe_ds.config.data import Data
 from lsmoe_ds.config.deepspeed import read_deepspeed_config
+from lsmoe_ds.config.host import TOKENIZER, count_tokens, end_of
 from lsmoe_ds.config.method import MethodSection, sections
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.config.shapes import LinearShape, shapes_of
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.hosts.folder import TOKENIZER, count_tokens, end_of
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.notices import counted, listed
 
@@ -86,7 +86,7 @@ class _Model(Section):
         """Fill in what the configuration of a model of transformers says."""
         if not isinstance(value, dict) or not isinstance(value.get("huggingface"), str | Path):
             return value
-        from lsmoe_ds.hosts.outline import read_outline  # needs transformers and torch
+        from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
 
         if value.get("preset") is not None:
             raise ValueError("'preset' and 'huggingface' are two models: leave one out")
@@ -296,7 +296,10 @@ class Recipe(Section):
     def _fits(self) -> Recipe:
         tensor, expert, hidden = self.parallel.tensor, self.parallel.expert, self.model
         if hidden.huggingface is None and self.data.prompt is not None:
-            raise ValueError("'data.prompt' is for models of 'model.huggingface': leave it out")
+            given = [f"data.prompt.{key}" for key in sorted(self.data.prompt.model_fields_set)]
+            raise ValueError(
+                f"'{(given or ['data.prompt'])[0]}' is for models of 'model.huggingface': leave it out"
+            )
         if hidden.huggingface is not None:
             self._fits_host()
         if hidden.heads % tensor:
@@ -355,7 +358,7 @@ class Recipe(Section):
 
     def _fits_host(self) -> None:
         """Raise ValueError for what a model of transformers cannot do."""
-        from lsmoe_ds.hosts.outline import read_outline  # needs transformers and torch
+        from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
 
         if self.parallel.tensor > 1 or self.parallel.expert > 1:
             raise ValueError(

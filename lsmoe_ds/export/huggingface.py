@@ -38,7 +38,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, voc
     recipe's.
     """
     if recipe.model.huggingface is not None:
-        from lsmoe_ds.hosts.export import write_files as write_host
+        from lsmoe_ds.export.host import write_files as write_host
 
         return write_host(folder, tensors, recipe)
     loaded, content = Vocabulary.load(vocabulary), vocabulary.read_bytes()
@@ -152,7 +152,7 @@ class Exported:
     def open(cls, stored: Stored) -> Exported:
         """Load the model of whatever class it is; needs transformers."""
         if stored.recipe.model.huggingface is not None:
-            from lsmoe_ds.hosts.export import ExportedHost
+            from lsmoe_ds.export.host import ExportedHost
 
             return ExportedHost.load(stored)
         return cls.load(stored)

@@ -23,13 +23,13 @@ from torch import Tensor
 from lsmoe_ds.checkpoint.m2m_100 import rename, their_name
 from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
+from lsmoe_ds.config.host import has_weights
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export import huggingface
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import ALL, check_convertible, describe, extract
 from lsmoe_ds.folders import read_fields, read_json, resolved, write_json
-from lsmoe_ds.hosts.folder import has_weights
 from lsmoe_ds.inference.load import check_route, empty_model
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Product
@@ -206,7 +206,7 @@ def check_base(base: Path, wanted: Tensors) -> None:
 def _renamed(tensors: Mapping[str, Tensor], recipe: Recipe) -> Tensors:
     """Return the base's tensors by their names in transformers."""
     if recipe.model.huggingface is not None:
-        from lsmoe_ds.hosts.export import theirs
+        from lsmoe_ds.export.host import theirs
 
         return theirs(tensors)
     return rename(tensors, recipe, recipe.data.vocabulary.size)
@@ -215,7 +215,7 @@ def _renamed(tensors: Mapping[str, Tensor], recipe: Recipe) -> Tensors:
 def _module(at: str, recipe: Recipe) -> str:
     """Return the name of one of our linear layers in transformers' model."""
     if recipe.model.huggingface is not None:
-        from lsmoe_ds.hosts.outline import read_outline
+        from lsmoe_ds.config.host_outline import read_outline
 
         return read_outline(recipe.model.huggingface, recipe.model.task).modules[at]
     name = their_name(f"{at}.weight")

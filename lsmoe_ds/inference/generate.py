@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lsmoe_ds.config.host import import_transformers
 from lsmoe_ds.data.prompts import PromptBatch
-from lsmoe_ds.hosts.folder import import_transformers
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 
 # A byte-level tokenizer may cut a translation into more tokens than its source.

@@ -77,8 +77,8 @@ class Loaded:
     def _generate(
         self, batch: PromptBatch, lengths: Sequence[int], end: int, search: Search
     ) -> list[Hypothesis]:
-        from lsmoe_ds.hosts.model import HostModel  # needs transformers
         from lsmoe_ds.inference.generate import generate
+        from lsmoe_ds.model.host import HostModel  # needs transformers
 
         assert isinstance(self.model, HostModel)
         write = partial(self.model.generate, batch, self.route)
@@ -89,7 +89,7 @@ class Loaded:
         if isinstance(batch, PairBatch):
             assert isinstance(self.model, Transformer)
             return self.model.logits(batch.source, batch.decoder_input, batch.ids, self.route)
-        from lsmoe_ds.hosts.model import HostModel  # needs transformers
+        from lsmoe_ds.model.host import HostModel  # needs transformers
 
         assert isinstance(batch, PromptBatch) and isinstance(self.model, HostModel)
         return self.model.logits(batch.tokens, batch.ids, self.route)

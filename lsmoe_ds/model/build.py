@@ -17,7 +17,7 @@ def build(recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> 
     """
     if recipe.model.huggingface is None:
         return Transformer(recipe, vocabulary, topology)
-    from lsmoe_ds.hosts.model import HostModel  # needs transformers
+    from lsmoe_ds.model.host import HostModel  # needs transformers
 
     return HostModel(recipe, vocabulary, topology)
 
@@ -32,6 +32,6 @@ def buffers_of(recipe: Recipe, vocabulary: int) -> dict[str, Tensor]:
     """Return the buffers of a model as its modules make them, by local name."""
     if recipe.model.huggingface is None:
         return dict(build(recipe, vocabulary).named_buffers())
-    from lsmoe_ds.hosts.model import host_buffers  # needs transformers
+    from lsmoe_ds.model.host import host_buffers  # needs transformers
 
     return host_buffers(recipe)

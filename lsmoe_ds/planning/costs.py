@@ -75,7 +75,7 @@ class Parts:
         sides = [count_side(recipe, side, serving, held, merged) for side in SIDES]
         if model.huggingface is None:
             return cls(Count(split=recipe.data.vocabulary.size * model.hidden), *sides)
-        from lsmoe_ds.hosts.outline import read_outline  # needs transformers and torch
+        from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
 
         own = read_outline(model.huggingface, model.task).parameters
         sides = [Count(whole=own.get(side, 0)) + adds for side, adds in zip(SIDES, sides, strict=True)]

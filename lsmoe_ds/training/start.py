@@ -14,13 +14,13 @@ from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint.run_folder import check_run, list_checkpoints, newest_whole, open_run
 from lsmoe_ds.checkpoint.stored import RECIPE, find_model
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.host import check_weights
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import locked
-from lsmoe_ds.hosts.folder import check_weights
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch

@@ -153,7 +153,7 @@ class LowRankMatrices(Method):
         model = self.recipe.model
         if model.huggingface is None:
             return f"{at}.weight"
-        from lsmoe_ds.hosts.outline import read_outline
+        from lsmoe_ds.config.host_outline import read_outline
 
         return f"host.{read_outline(model.huggingface, model.task).modules[at]}.weight"
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsmoe_ds.config.host import has_weights, load_pretrained, read_config, set_dropout
+from lsmoe_ds.config.host_outline import empty_host, read_outline
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShapes, SideName
 from lsmoe_ds.data.prompts import IGNORED, PromptBatch
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.hosts.folder import has_weights, load_pretrained, read_config, set_dropout
-from lsmoe_ds.hosts.outline import empty_host, read_outline
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.base import Totals
 from lsmoe_ds.methods.context import LanguageContext, Notes, Route

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lsmoe_ds.checkpoint.stored import Stored
 from lsmoe_ds.checkpoint.tensors import Tensors, save_tensors
+from lsmoe_ds.config.host import copy_small
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prompts import PromptBatch, prompt_text
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.export.huggingface import Exported
-from lsmoe_ds.hosts.folder import copy_small
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.generate import generate
 from lsmoe_ds.languages import Direction

@@ -45,7 +45,11 @@ def import_transformers() -> Any:
 def check_folder(folder: Path) -> None:
     """Raise UserError unless a folder has a configuration and a tokenizer."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: give a folder in which transformers saved a model")
+        fetched = folder.parent.name == "models"
+        hint = f", or fetch it with `lsmoe data fetch {folder.name}`" if fetched else ""
+        raise UserError(
+            f"there is no folder {folder}: give a folder in which transformers saved a model{hint}"
+        )
     if any(folder.glob("*.gguf")) and not (folder / CONFIG).is_file():
         raise UserError(
             f"{folder} holds a GGUF file: `lsmoe convert {folder} --to huggingface --out DIR` writes it as "
@@ -121,10 +125,13 @@ def copy_small(folder: Path, to: Path) -> list[str]:
 
 @cache
 def count_tokens(tokenizer: Path) -> int:
-    """Count the tokens of a ``tokenizer.json``. Raises UserError if it cannot be read."""
-    from lsmoe_ds.data.host_tokenizer import HostTokenizer
-
-    return HostTokenizer.load(tokenizer).size
+    """Count the tokens of a ``tokenizer.json``, special ones included. Raises UserError if it is none."""
+    import_transformers()  # without which there are no tokenizers either
+    try:
+        found = importlib.import_module("tokenizers").Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(f"{tokenizer} cannot be read: {_sentence(error)}") from None
+    return int(found.get_vocab_size(with_added_tokens=True))
 
 
 def window_of(config: Any) -> int | None:

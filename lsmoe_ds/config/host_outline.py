@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lsmoe_ds.config.host import CLASSES, CONFIG, Task, import_transformers, read_config, window_of
 from lsmoe_ds.config.shapes import LinearShape, SideName, Split, Sublayer
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.hosts.folder import CLASSES, CONFIG, Task, import_transformers, read_config, window_of
 
 # Linear layers by their names in a layer: of Llama, Qwen2 and the like; BERT and XLM-R; M2M-100; GPT-NeoX.
 ATTENTIONS: tuple[tuple[str, Sublayer], ...] = (

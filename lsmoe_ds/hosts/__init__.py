@@ -1,1 +1,0 @@
-"""Models of transformers as hosts of methods: their linear layers are sites."""
