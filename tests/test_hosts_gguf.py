@@ -53,10 +53,8 @@ def write_gguf(host: Path, file: Path) -> None:
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    pieces = {
-        **tokenizer["model"]["vocab"],
-        **{each["content"]: each["id"] for each in tokenizer["added_tokens"]},
-    }
+    special = {each["content"]: each["id"] for each in tokenizer["added_tokens"]}
+    pieces = {**tokenizer["model"]["vocab"], **special}
     tokens = sorted(pieces, key=pieces.__getitem__)
     tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
