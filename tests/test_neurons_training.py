@@ -160,6 +160,31 @@ def test_new_directions_of_a_grown_model_take_masks_of_their_target(masked, tmp_
             assert torch.equal(mask[number], row), f"{name} of {direction}"
 
 
+def test_new_directions_of_a_grown_model_take_the_masks_that_the_recipe_names(root, trained, tmp_path):  # noqa: F811
+    more = ["data.languages=[de, fr, en]", "data.directions=all", "model.neurons.like={fr-de: fr-en}"]
+    convert(trained[0], "grown", None, tmp_path / "grown", check=0, overrides=more)
+    old, new = with_neurons(root).languages, find_model(tmp_path / "grown").recipe.languages
+    before, after = masks_in(trained[0]), masks_in(tmp_path / "grown")
+    taken = {"fr-de": "fr-en", "de-fr": "en-fr", "en-de": "en-de"}
+    for name, mask in after.items():
+        for direction, like in taken.items():
+            row = before[name][old.direction_id(Direction.parse(like))]
+            assert torch.equal(mask[new.direction_id(Direction.parse(direction))], row), (
+                f"{name} of {direction}"
+            )
+    by_target = [masks[old.direction_id(Direction("en", "de"))] for masks in before.values()]
+    named = [masks[old.direction_id(Direction("fr", "en"))] for masks in before.values()]
+    assert not torch.equal(torch.cat(by_target), torch.cat(named)), "or the name makes no difference"
+
+
+def test_units_kept_at_random_are_at_least_one_of_a_layer(pool, root, tmp_path):  # noqa: F811
+    value = recipe_from(root).model_dump(mode="json", exclude_none=True)
+    value["model"]["neurons"] = {"random": 0.01}
+    found = pool.run(1, first_steps, Recipe.model_validate(value), tmp_path / "run")[0]
+    assert found["said"][1] == "neurons: masks of 4 directions keep 4.2% of the units, in 36 bytes, at random"
+    assert all((mask.sum(1) == 1).all() for mask in masks_in(tmp_path / "run").values())
+
+
 def test_the_dev_set_must_have_pairs(root, tmp_path):  # noqa: F811
     recipe = changed(with_neurons(root), data={"held_out": {"dev": 0, "test": 20}, "name": "without"})
     prepare(recipe)

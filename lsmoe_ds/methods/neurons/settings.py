@@ -21,6 +21,11 @@ Per = Literal["sentence", "token"]
 Removed = Literal["units", "rows"]
 
 
+def kept_at_random(units: int, part: float) -> int:
+    """Return how many of a layer's units each direction keeps at random: ``part`` of them, at least one."""
+    return max(round(part * units), 1)
+
+
 class Neurons(MethodSection):
     """Masks of the hidden units of feed-forwards, one for each direction ("Neuron Specialization", 2024).
 
