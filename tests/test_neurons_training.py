@@ -248,10 +248,18 @@ def test_a_model_that_has_masks_keeps_them_and_takes_no_others(pool, root, train
             start.check(Recipe.model_validate(value), tmp_path / "other")
 
 
-def test_masks_that_must_be_recorded_cannot_be_added_to_a_grown_model(root, trained, tmp_path):  # noqa: F811
-    overrides = ["model.neurons={}", f"training.start_from={root / 'model'}"]
-    with pytest.raises(UserError, match=r"'model\.neurons' is found out when a training starts"):
-        convert(root / "trained", "grown", None, tmp_path / "grown", check=0, overrides=overrides)
+@pytest.mark.parametrize("method", ["neurons={}", "lass={tuned: tuned}"])
+def test_masks_that_are_found_at_the_start_cannot_be_added_to_a_grown_model(root, tmp_path, method):  # noqa: F811
+    says = rf"'model\.{method.partition('=')[0]}' is found out when a training starts, and cannot be added"
+    with pytest.raises(UserError, match=says):
+        convert(root / "trained", "grown", None, tmp_path / "grown", check=0, overrides=[f"model.{method}"])
+
+
+def test_masks_at_random_of_a_grown_model_cannot_become_recorded_ones(masked, tmp_path):
+    convert(masked["units"], "consolidated", None, tmp_path / "whole", check=0)
+    for run in (masked["units"], tmp_path / "whole"):
+        with pytest.raises(UserError, match=r"'model\.neurons' chooses its parameters .* in another way"):
+            convert(run, "grown", None, tmp_path / "g", check=0, overrides=["model.neurons={share: 80}"])
 
 
 def test_no_peft_adapter_fits_a_base_with_masks(masked, tmp_path):

@@ -60,14 +60,16 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
 
     Raises UserError for overrides that take something away or that nothing here can follow.
     """
-    before = stored.recipe
+    before, vocabulary = stored.recipe, Vocabulary.load(stored.vocabulary)
     given = {override.partition("=")[0].strip() for override in overrides}
+    whole = {"size": vocabulary.size, "type": vocabulary.type, "file": str(stored.vocabulary)}
     anew: dict[str, Any] = {
         "name": name_of(out),
-        "data": {"name": None},
-    }  # what is prepared for it gets its own name
+        "data": {"name": None, "vocabulary": whole},  # what is prepared for it gets its own name
+        "training": {"start_from": str(out)},  # some methods are only for a training that starts from a model
+    }
     if not any(key.startswith("training.directions") for key in given):
-        anew["training"] = {"directions": None}
+        anew["training"]["directions"] = None
     if "data.languages" in given and "data.directions" not in given:
         anew["data"]["directions"] = []  # those of the trained model were made of its languages
     if "data.directions" in given and "data.languages" not in given:
@@ -91,16 +93,10 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
                 f"'model.{method.name}' is found out when a training starts, and cannot be added before: "
                 "give it to the recipe of the training that starts from the grown model"
             )
-    vocabulary = Vocabulary.load(stored.vocabulary)
     new = [code for code in after.languages.codes if code not in vocabulary.codes]
     model = add_tags(stored.vocabulary.read_bytes(), new)
-    of_vocabulary = {"size": Vocabulary(model).size, "type": vocabulary.type, "file": str(out / VOCABULARY)}
-    changes = {
-        **anew,
-        "data": {**anew["data"], "vocabulary": of_vocabulary},
-        "training": {**anew.get("training", {}), "start_from": str(out)},
-    }
-    return load_recipe(stored.home / RECIPE, overrides, changes), model
+    anew["data"]["vocabulary"] |= {"size": Vocabulary(model).size, "file": str(out / VOCABULARY)}
+    return load_recipe(stored.home / RECIPE, overrides, anew), model
 
 
 def grow(
