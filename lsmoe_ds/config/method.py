@@ -120,6 +120,12 @@ class MethodSection(Section):
     def check_begin(self, recipe: Recipe) -> None:
         """Raise UserError if something is missing that a training reads before its first step."""
 
+    def check_grown(self, before: Any, languages: Languages) -> None:
+        """Raise UserError if a model of the section ``before`` and its ``languages`` cannot grow to this one.
+
+        That :meth:`choosing` stays the same is checked for all methods.
+        """
+
     def is_at(self, site: Shape) -> bool:
         """Tell whether the method adds a module at a site."""
         return False

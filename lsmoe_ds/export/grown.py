@@ -33,7 +33,7 @@ from lsmoe_ds.data.vocabulary import Vocabulary, add_tags
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
 from lsmoe_ds.model.initialization import draw, drawn
-from lsmoe_ds.model.methods import check_holders, methods_of
+from lsmoe_ds.model.methods import check_holders, methods_of, same_methods
 from lsmoe_ds.model.transformer import outline
 from lsmoe_ds.moe.routers import assign
 from lsmoe_ds.notices import counted, listed, notice
@@ -86,6 +86,8 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
             "its tags"
         )
     check_holders(before, after)
+    for section, old in same_methods(before, after):
+        section.check_grown(old, before.languages)
     had = {method.name for method in before.model.methods}
     for method in after.model.methods:
         if method.begins and method.name not in had:
