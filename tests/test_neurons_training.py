@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from test_start_from import (  # noqa: F401  (root is a fixture)
     recipe_from,
     root,
 )
+from typer.testing import CliRunner
 
 from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.checkpoint.tensors import Tensors, open_tensors
+from lsmoe_ds.cli import app
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
@@ -136,6 +140,34 @@ def test_exports_of_a_direction_translate_the_same(masked, remove, to, tmp_path)
     assert record["dense_parameters"] < record["sparse_parameters"]
     with pytest.raises(UserError, match="needs a direction"):
         convert(masked[remove], to, None, tmp_path / "all", check=0)
+
+
+def test_a_folder_says_what_was_merged_and_what_is_padded(masked, tmp_path):
+    direction, folders = Direction("fr", "en"), {to: tmp_path / to for to in ("dense", "huggingface")}
+    records = {to: convert(masked["units"], to, direction, out, check=0) for to, out in folders.items()}
+    records["again"] = convert(folders["huggingface"], "dense", None, tmp_path / "again", check=0)
+    folders["again"] = tmp_path / "again"
+    cards = {to: (folder / "README.md").read_text() for to, folder in folders.items()}
+    merged = "masks of each direction on its feed-forwards' units (40% at random)"
+    assert all(f"| merged into its layers | {merged} |" in card for card in cards.values())
+    dense = Tensors.of(read_weights(find_model(folders["dense"])).tensors).numbers
+    padded = open_tensors(folders["huggingface"]).numbers
+    assert [record["dense_parameters"] for record in records.values()] == [dense] * 3 != [padded] * 3
+    of_folder = json.loads((folders["huggingface"] / "provenance.json").read_text())
+    for each in (of_folder, records["huggingface"]):
+        assert each["padded_parameters"] == padded
+    assert not any("padded_parameters" in records[to] for to in ("dense", "again"))
+    whole = f"| parameters | {dense:,} (the whole model: {of_folder['sparse_parameters']:,})"
+    assert f"{whole}; {padded:,} in this folder, with zeros up to one width a side |" in cards["huggingface"]
+    assert f"{whole} |" in cards["dense"] and f"{whole} |" in cards["again"]
+
+
+def test_the_size_of_a_folder_is_that_of_its_files(masked, tmp_path):
+    """CTranslate2's file is not the dense model's: it has a table of positions, and may be rounded."""
+    options = ["--direction", "en-de", "--out", str(tmp_path / "out"), "--check", "0"]
+    said = CliRunner().invoke(app, ["convert", str(masked["rows"]), "--to", "ctranslate2", *options])
+    assert f"bytes of its weight files: {(tmp_path / 'out' / 'model.bin').stat().st_size}\n" in said.output
+    assert "dense bytes" not in said.output
 
 
 def test_masks_take_a_bit_each_in_a_checkpoint(masked):
