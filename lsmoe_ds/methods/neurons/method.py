@@ -9,7 +9,7 @@ With the mask m of a sentence's direction its feed-forwards compute
 in training and at inference. In training, a direction therefore updates only the rows of W_1 that its mask
 keeps, and under ``units`` only those of W_2. All other parameters are shared.
 
-Masks are state that does not train: [D, F] truth values, a bit each in checkpoints. A tensor-parallel rank
+Masks are state that does not train: [D, F] truth values, a bit each in files. A tensor-parallel rank
 holds those of its own units. B sentences, T positions, D directions, F units.
 """
 
