@@ -139,7 +139,16 @@ class MethodSection(Section):
         return Count()
 
     def count_served(self, site: Any) -> Count:
-        """Count what the dense model of a direction has more at a site where it :meth:`is_at`."""
+        """Count what the dense model of a direction has more, or less, at a site where it :meth:`is_at`."""
+        return Count()
+
+    @property
+    def served_at_most(self) -> bool:
+        """Whether only training tells how much smaller the dense model of a direction is."""
+        return False
+
+    def count_masks(self, site: Any, languages: Languages) -> Count:
+        """Count the truth values of its masks, a byte of memory each, at a site where it :meth:`is_at`."""
         return Count()
 
     def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
