@@ -11,7 +11,11 @@ from lsmoe_ds.cli_options import NPROC, AsJson, InOneWord, Route, Run, direction
 from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.console import print_json, show_table
 
-LABELS = {"sparse_parameters": "parameters of the whole model"}  # which may be dense
+LABELS = {
+    "sparse_parameters": "parameters of the whole model",  # which may be dense
+    "padded_parameters": "parameters of the folder, padded to one width a side",
+    "dense_bytes": "bytes of its weight files",  # rounded, padded, or with a table of positions
+}
 
 
 def write_layout(

@@ -13,7 +13,7 @@ from test_sameness import VOCABULARY, recipe_for
 from torch import nn
 
 from lsmoe_ds.checkpoint.run_folder import open_run
-from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
@@ -210,6 +210,48 @@ def test_new_directions_get_adapters_and_the_others_keep_theirs(adapted, tmp_pat
                 before[name][number * rows : (number + 1) * rows], after[name][at * rows : (at + 1) * rows]
             )
         assert len(after[name]) == 6 * rows
+
+
+@pytest.fixture(scope="module")
+def by_family(adapted, tmp_path_factory):
+    """A model with adapters of two families, never trained."""
+    stored = find_model(adapted)
+    value = stored.recipe.model_dump(mode="json", exclude_none=True)
+    value["model"]["adapters"] = {"width": 6, "by": "family", "families": {"a": ["de"], "b": ["fr"]}}
+    recipe = Recipe.model_validate(value)
+    model = Transformer(recipe, recipe.data.vocabulary.size)
+    initialize(model, 1, Topology.single())
+    names = global_names(model, Topology.single())
+    weights = {names[name]: value for name, value in model.state_dict().items()}
+    folder, made = (
+        tmp_path_factory.mktemp("families") / "model",
+        {"kind": "consolidated", "run": "a", "step": 0},
+    )
+    write_folder(folder, weights, recipe, stored.vocabulary, made)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("families", "says"),
+    [
+        ("{a: [fr], b: [de]}", "moves de from the family 'a' to 'b', whose adapters have not learned it"),
+        ("{a: [de, fr]}", "moves fr from the family 'b' to 'a'"),
+        ("{a: [de]}", "moves fr from the family 'b' to 'fr'"),
+    ],
+)
+def test_a_grown_model_keeps_the_families_of_its_languages(by_family, tmp_path, families, says):
+    with pytest.raises(UserError, match=f"'model.adapters' {says}"):
+        convert(
+            by_family, "grown", None, tmp_path / "grown", overrides=[f"model.adapters.families={families}"]
+        )
+
+
+def test_a_new_language_may_join_a_family(by_family, tmp_path):
+    more = ["data.languages=[de, fr, nl]", "model.adapters.families={b: [fr], a: [nl, de]}"]
+    convert(by_family, "grown", None, tmp_path / "grown", check=0, overrides=more)
+    before, after = (read_weights(find_model(each)).tensors for each in (by_family, tmp_path / "grown"))
+    banks = [name for name in before if "_adapters." in name]
+    assert banks and all(before[name].shape == after[name].shape for name in banks)
 
 
 @pytest.mark.parametrize(

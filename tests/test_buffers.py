@@ -302,3 +302,48 @@ def test_a_hostile_list_of_buffers(tmp_path, header):
     safetensors.torch.save_file({"a": torch.ones(2)}, path, {"buffers": header})
     with pytest.raises(UserError, match=r"is damaged: its 'buffers' should be a list of names"):
         open_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [None, 200], ids=["one file", "shards"])
+def test_truth_values_take_a_bit_each_in_a_folder(tmp_path, shard):
+    masks = {f"mask{i}": torch.arange(13 * 107).view(13, 107) % (i + 2) == 0 for i in range(3)}
+    entries = {
+        name: LazyTensor((107, 13), mask.t, torch.bool, name != "mask0") for name, mask in masks.items()
+    }
+    entries["weight"] = LazyTensor((3,), lambda: torch.ones(3))
+    files = save_tensors(Tensors(entries), tmp_path, shard=shard)
+    assert len(files) == (1 if shard is None else 3 + 1), "174 bytes each, the last with the weight"
+    stored = [path for path in tmp_path.iterdir() if path.suffix == ".safetensors"]
+    values = {name: value for path in stored for name, value in safetensors.torch.load_file(path).items()}
+    assert all(values[name].shape == (174,) and values[name].dtype == torch.uint8 for name in masks)
+    found = open_tensors(tmp_path)
+    assert [found.entries[f"mask{i}"].is_buffer for i in range(3)] == [False, True, True]
+    for name, mask in masks.items():
+        assert found[name].dtype == found.entries[name].dtype == torch.bool
+        assert torch.equal(found[name], mask.t()) and found.shape(name) == (107, 13)
+    assert torch.equal(found["weight"], torch.ones(3))
+
+
+def test_truth_values_of_earlier_folders_are_read(tmp_path):
+    mask = torch.arange(100) % 3 == 0
+    safetensors.torch.save_file({"mask": mask}, tmp_path / "model.safetensors", {"buffers": '["mask"]'})
+    found = open_tensors(tmp_path)
+    assert torch.equal(found["mask"], mask) and found.entries["mask"].is_buffer
+
+
+DAMAGED = {
+    "no JSON": "{",
+    "a list": "[]",
+    "no shape": '{"mask": 80}',
+    "a negative size": '{"mask": [-80]}',
+    "more values": '{"mask": [8, 99]}',
+    "bits of numbers": '{"weight": [16]}',
+}
+
+
+@pytest.mark.parametrize("header", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_shapes_of_truth_values(tmp_path, header):
+    tensors = {"mask": torch.ones(10, dtype=torch.uint8), "weight": torch.ones(2)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"packed": header})
+    with pytest.raises(UserError, match="is damaged: "):
+        dict(open_tensors(tmp_path))

@@ -72,7 +72,7 @@ def test_a_direction_without_sentences_is_skipped_and_said(scarce_run, capsys, m
     monkeypatch.setattr(
         "lsmoe_ds.evaluation.evaluate.load_engine", None
     )  # refused before any model is loaded
-    with pytest.raises(UserError, match="there is nothing to score: en-xx has no test sentences"):
+    with pytest.raises(UserError, match="en-xx has no test sentences; --test FILES scores text of your own"):
         evaluate(run, ["en-xx"], beam=1, progress=False)
 
 
@@ -92,7 +92,8 @@ def test_a_direction_that_was_not_trained(scarce_run, tmp_path, capsys):
     assert (
         table.directions[0].samples[0].hypothesis == " ".join(vocabulary.decode(found.tokens).split()) != ""
     )
-    with pytest.raises(UserError, match="direction de-xx is not in this system"):
+    own = "so no held-out text of it is scored: --test FILES scores text of your own"
+    with pytest.raises(UserError, match=f"direction de-xx is not in this system, {own}"):
         evaluate(scarce_run, ["de-xx"], beam=1, progress=False)
     assert find_direction(loaded, Direction("deu", "xx")) == Direction("de", "xx")
     assert find_direction(loaded, Direction("deu", "en")) == Direction("de", "en")

@@ -58,6 +58,12 @@ def test_random_masks_keep_their_part_of_each_direction():
     assert len({tuple(row) for row in mask.tolist()}) == 12
 
 
+@pytest.mark.parametrize(("units", "part", "kept"), [(9, 0.3, 3), (9, 0.4, 4), (9, 0.9, 8), (9, 0.01, 1)])
+def test_random_masks_keep_the_nearest_number_and_at_least_one_unit(units, part, kept):
+    mask = at_random(5, units, part, torch.Generator().manual_seed(1))
+    assert mask.sum(1).tolist() == [kept] * 5
+
+
 def test_a_direction_without_text_takes_the_mask_of_its_target():
     directions = [Direction.parse(each) for each in ("en-de", "de-en", "en-fr", "fr-de", "fr-en", "de-fr")]
     known = [True, True, True, False, True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from test_start_from import (  # noqa: F401  (root is a fixture)
     recipe_from,
     root,
 )
+from typer.testing import CliRunner
 
 from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.checkpoint.tensors import Tensors, open_tensors
+from lsmoe_ds.cli import app
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
@@ -138,6 +142,34 @@ def test_exports_of_a_direction_translate_the_same(masked, remove, to, tmp_path)
         convert(masked[remove], to, None, tmp_path / "all", check=0)
 
 
+def test_a_folder_says_what_was_merged_and_what_is_padded(masked, tmp_path):
+    direction, folders = Direction("fr", "en"), {to: tmp_path / to for to in ("dense", "huggingface")}
+    records = {to: convert(masked["units"], to, direction, out, check=0) for to, out in folders.items()}
+    records["again"] = convert(folders["huggingface"], "dense", None, tmp_path / "again", check=0)
+    folders["again"] = tmp_path / "again"
+    cards = {to: (folder / "README.md").read_text() for to, folder in folders.items()}
+    merged = "masks of each direction on its feed-forwards' units (40% at random)"
+    assert all(f"| merged into its layers | {merged} |" in card for card in cards.values())
+    dense = Tensors.of(read_weights(find_model(folders["dense"])).tensors).numbers
+    padded = open_tensors(folders["huggingface"]).numbers
+    assert [record["dense_parameters"] for record in records.values()] == [dense] * 3 != [padded] * 3
+    of_folder = json.loads((folders["huggingface"] / "provenance.json").read_text())
+    for each in (of_folder, records["huggingface"]):
+        assert each["padded_parameters"] == padded
+    assert not any("padded_parameters" in records[to] for to in ("dense", "again"))
+    whole = f"| parameters | {dense:,} (the whole model: {of_folder['sparse_parameters']:,})"
+    assert f"{whole}; {padded:,} in this folder, with zeros up to one width a side |" in cards["huggingface"]
+    assert f"{whole} |" in cards["dense"] and f"{whole} |" in cards["again"]
+
+
+def test_the_size_of_a_folder_is_that_of_its_files(masked, tmp_path):
+    """CTranslate2's file is not the dense model's: it has a table of positions, and may be rounded."""
+    options = ["--direction", "en-de", "--out", str(tmp_path / "out"), "--check", "0"]
+    said = CliRunner().invoke(app, ["convert", str(masked["rows"]), "--to", "ctranslate2", *options])
+    assert f"bytes of its weight files: {(tmp_path / 'out' / 'model.bin').stat().st_size}\n" in said.output
+    assert "dense bytes" not in said.output
+
+
 def test_masks_take_a_bit_each_in_a_checkpoint(masked):
     (weights,) = masked["units"].glob("checkpoints/*/mp_rank_00_model_states.pt")
     stored = torch.load(weights, weights_only=True)["module"]
@@ -158,6 +190,31 @@ def test_new_directions_of_a_grown_model_take_masks_of_their_target(masked, tmp_
             like = direction if direction in known.directions else Direction("en", direction.target)
             row = before[name][known.direction_id(like)]
             assert torch.equal(mask[number], row), f"{name} of {direction}"
+
+
+def test_new_directions_of_a_grown_model_take_the_masks_that_the_recipe_names(root, trained, tmp_path):  # noqa: F811
+    more = ["data.languages=[de, fr, en]", "data.directions=all", "model.neurons.like={fr-de: fr-en}"]
+    convert(trained[0], "grown", None, tmp_path / "grown", check=0, overrides=more)
+    old, new = with_neurons(root).languages, find_model(tmp_path / "grown").recipe.languages
+    before, after = masks_in(trained[0]), masks_in(tmp_path / "grown")
+    taken = {"fr-de": "fr-en", "de-fr": "en-fr", "en-de": "en-de"}
+    for name, mask in after.items():
+        for direction, like in taken.items():
+            row = before[name][old.direction_id(Direction.parse(like))]
+            assert torch.equal(mask[new.direction_id(Direction.parse(direction))], row), (
+                f"{name} of {direction}"
+            )
+    by_target = [masks[old.direction_id(Direction("en", "de"))] for masks in before.values()]
+    named = [masks[old.direction_id(Direction("fr", "en"))] for masks in before.values()]
+    assert not torch.equal(torch.cat(by_target), torch.cat(named)), "or the name makes no difference"
+
+
+def test_units_kept_at_random_are_at_least_one_of_a_layer(pool, root, tmp_path):  # noqa: F811
+    value = recipe_from(root).model_dump(mode="json", exclude_none=True)
+    value["model"]["neurons"] = {"random": 0.01}
+    found = pool.run(1, first_steps, Recipe.model_validate(value), tmp_path / "run")[0]
+    assert found["said"][1] == "neurons: masks of 4 directions keep 4.2% of the units, in 36 bytes, at random"
+    assert all((mask.sum(1) == 1).all() for mask in masks_in(tmp_path / "run").values())
 
 
 def test_the_dev_set_must_have_pairs(root, tmp_path):  # noqa: F811
@@ -223,10 +280,18 @@ def test_a_model_that_has_masks_keeps_them_and_takes_no_others(pool, root, train
             start.check(Recipe.model_validate(value), tmp_path / "other")
 
 
-def test_masks_that_must_be_recorded_cannot_be_added_to_a_grown_model(root, trained, tmp_path):  # noqa: F811
-    overrides = ["model.neurons={}", f"training.start_from={root / 'model'}"]
-    with pytest.raises(UserError, match=r"'model\.neurons' is found out when a training starts"):
-        convert(root / "trained", "grown", None, tmp_path / "grown", check=0, overrides=overrides)
+@pytest.mark.parametrize("method", ["neurons={}", "lass={tuned: tuned}"])
+def test_masks_that_are_found_at_the_start_cannot_be_added_to_a_grown_model(root, tmp_path, method):  # noqa: F811
+    says = rf"'model\.{method.partition('=')[0]}' is found out when a training starts, and cannot be added"
+    with pytest.raises(UserError, match=says):
+        convert(root / "trained", "grown", None, tmp_path / "grown", check=0, overrides=[f"model.{method}"])
+
+
+def test_masks_at_random_of_a_grown_model_cannot_become_recorded_ones(masked, tmp_path):
+    convert(masked["units"], "consolidated", None, tmp_path / "whole", check=0)
+    for run in (masked["units"], tmp_path / "whole"):
+        with pytest.raises(UserError, match=r"'model\.neurons' chooses its parameters .* in another way"):
+            convert(run, "grown", None, tmp_path / "g", check=0, overrides=["model.neurons={share: 80}"])
 
 
 def test_no_peft_adapter_fits_a_base_with_masks(masked, tmp_path):

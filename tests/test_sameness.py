@@ -10,6 +10,7 @@ import torch
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Batch, PairBatch, Step
 from lsmoe_ds.languages import EOS, PAD
+from lsmoe_ds.methods.lass.method import MaskedWeight
 
 VOCABULARY = 48
 UNITS = 4
@@ -26,6 +27,7 @@ METHODS = {
     "square": {"low_rank": SQUARE},
     "units": {"neurons": {"random": 0.6}},
     "adapters": {"adapters": {"width": 5}},
+    "lass": {"lass": {"tuned": "none"}},
     "rows": {"neurons": {"random": 0.6, "remove": "rows"}, "low_rank": {"rank": 3}},
 }
 
@@ -76,6 +78,7 @@ def recipe_for(routing: str, tensor: int, expert: int, stage: int, clip: float =
                 "dropout": 0.0,
                 "label_smoothing": 0.1,
                 "max_grad_norm": clip,
+                **({"start_from": "none"} if routing == "lass" else {}),
             },
             "parallel": {"tensor": tensor, "expert": expert},
             "deepspeed": {"zero_optimization": {"stage": stage}},
@@ -117,6 +120,16 @@ def steps_of(recipe: Recipe, rank: int, ranks: int) -> list[Step]:
     return steps
 
 
+def draw_masks(model, topology) -> None:
+    """Draw the masks of LaSS, which a training would find in fine-tuned models, alike in every layout."""
+    modules = [module for module in model.modules() if isinstance(module, MaskedWeight)]
+    for number, module in enumerate(modules):
+        dimension, whole = 1 if module.split == "column" else 2, list(module.mask.shape)
+        whole[dimension] *= topology.tensor
+        mask = torch.rand(whole, generator=torch.Generator().manual_seed(number)) < 0.6
+        module.mask.copy_(mask.chunk(topology.tensor, dimension)[topology.tensor_rank])
+
+
 def train(topology, recipe: Recipe):
     """Losses, gradient norms, the first step's gradients and the final weights of the whole model, by global
     name.
@@ -127,6 +140,7 @@ def train(topology, recipe: Recipe):
     from lsmoe_ds.training.engine import build_engine, train_step
 
     engine = build_engine(recipe, VOCABULARY, topology)
+    draw_masks(engine.module, topology)
     # Adam divides rounding noise by itself where the true gradient is zero (a key's bias): the weights of two
     # correct runs differ there. With a larger epsilon they are a smooth function of the gradients, and
     # comparable.

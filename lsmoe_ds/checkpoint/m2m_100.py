@@ -41,6 +41,13 @@ def widest(side: Side) -> int:
     return max(side.width(layer) for layer in range(side.layers))
 
 
+def count_padding(recipe: Recipe) -> int:
+    """Count the zeros that :func:`rename` adds to a dense model of this recipe: 2 H + 1 for each unit."""
+    sides = (recipe.model.encoder, recipe.model.decoder)
+    units = sum(widest(side) - side.width(layer) for side in sides for layer in range(side.layers))
+    return units * (2 * recipe.model.hidden + 1)
+
+
 def their_name(name: str) -> str | None:
     """Return the name of one of our tensors in M2M-100; None for one that it lacks."""
     if name == EMBEDDING[0]:

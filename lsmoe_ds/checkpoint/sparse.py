@@ -40,16 +40,17 @@ def _pack(tensor: Tensor) -> Tensor | dict[str, Any]:
         return tensor
     flat = tensor.detach().reshape(-1)
     if tensor.dtype == torch.bool:
-        return {SHAPE: list(tensor.shape), BITS: _to_bits(flat)}
+        return {SHAPE: list(tensor.shape), BITS: to_bits(flat)}
     if not tensor.is_floating_point() or (kind := INTEGERS.get(tensor.element_size())) is None:
         return tensor
     there = flat.view(kind) != 0
     if int(there.count_nonzero()) > WORTHWHILE * len(flat):
         return tensor
-    return {SHAPE: list(tensor.shape), BITS: _to_bits(there), VALUES: flat[there]}
+    return {SHAPE: list(tensor.shape), BITS: to_bits(there), VALUES: flat[there]}
 
 
-def _to_bits(flags: Tensor) -> Tensor:
+def to_bits(flags: Tensor) -> Tensor:
+    """Pack truth values of one dimension into bytes, eight a byte."""
     return torch.from_numpy(np.packbits(flags.numpy()))
 
 
@@ -85,19 +86,26 @@ def _unpacked(state: Any, path: object) -> Any:
     return state
 
 
-def _unpack(packed: dict[str, Any], path: object) -> Tensor:
-    shape, bits, values = packed[SHAPE], packed[BITS], packed.get(VALUES)
+def from_bits(bits: Any, shape: Any, path: object) -> Tensor:
+    """Return the truth values of a ``shape`` that :func:`to_bits` packed.
+
+    Raises UserError, with the file's ``path``, if the bits are not those of the shape.
+    """
     whole = isinstance(shape, list) and all(isinstance(size, int) and size >= 0 for size in shape)
     if not whole or not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.dim() != 1:
         raise UserError(f"{path} is damaged: it has a packed tensor without shape or bits")
     count = math.prod(shape)
     if len(bits) != (count + 7) // 8:
         raise UserError(f"{path} is damaged: it has {len(bits)} bytes of bits for {count} values")
-    there = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool().view(shape)
+
+
+def _unpack(packed: dict[str, Any], path: object) -> Tensor:
+    there, values = from_bits(packed[BITS], packed[SHAPE], path), packed.get(VALUES)
     if values is None:
-        return there.view(shape)
+        return there
     if not isinstance(values, Tensor) or values.shape != (int(there.count_nonzero()),):
         raise UserError(f"{path} is damaged: a packed tensor has other values than its bits say")
-    tensor = torch.zeros(count, dtype=values.dtype)
+    tensor = torch.zeros(there.shape, dtype=values.dtype)
     tensor[there] = values
-    return tensor.view(shape)
+    return tensor

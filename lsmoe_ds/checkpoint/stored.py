@@ -6,6 +6,9 @@ most), ``recipe.yaml``, ``vocabulary.model``, a model card ``README.md`` and ``p
     {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N,
      "direction": "en-de" or "all", "route": "specific" or "shared", "source_files": {name: sha256},
      "sparse_parameters": N, "dense_parameters": N, "files": {name: {"bytes", "sha256"}}}
+
+If methods were merged, ``merged`` describes them. In the kind "huggingface" ``padded_parameters`` counts also
+the zeros that fill narrower feed-forwards up.
 """
 
 from __future__ import annotations

@@ -20,15 +20,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.sparse import LEAST, from_bits, to_bits
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import is_plain, read_json, write_json
+from lsmoe_ds.folders import is_count, is_plain, read_json, write_json
 
 SHARD = 2**29  # bytes of a file, unless one tensor alone has more
 AT_ONCE = 2**28  # bytes that are read of mapped files before they are opened anew
 # Types that stay what they are when they are read, by safetensors' names; others, of weights, become float32.
 KEPT = {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 KEPT |= {"U8": torch.uint8, "BOOL": torch.bool}
-BUFFERS = "buffers"  # in the metadata of a file: which of its tensors are no parameters
+# In the metadata of a file: which of its tensors are no parameters, and the shapes of those that are bits.
+BUFFERS, PACKED = "buffers", "packed"
 T = TypeVar("T")
 
 
@@ -124,10 +126,17 @@ def save_tensors(
     """Write ``stem.safetensors``, or shards and ``stem.safetensors.index.json``, and return the names of the
     files.
 
-    A shard has up to ``shard`` bytes, :data:`SHARD` if that is None; one is held at a time. Raises OSError on
-    a full disk, otherwise UserError, if they cannot be written.
+    A shard has up to ``shard`` bytes, :data:`SHARD` if that is None; one is held at a time. Truth values are
+    stored as bits, unless they are few. Raises OSError on a full disk, otherwise UserError, if they cannot be
+    written.
     """
-    whole = Tensors.of(tensors)
+    given = Tensors.of(tensors).entries
+    packed = {
+        name: entry.shape
+        for name, entry in given.items()
+        if entry.dtype == torch.bool and entry.numbers >= LEAST
+    }
+    whole = Tensors(given | {name: _as_bits(given[name]) for name in packed})
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in whole.entries.items():
@@ -137,14 +146,14 @@ def save_tensors(
         shards[-1].append(name)
         size += entry.bytes
     if len(shards) == 1:
-        _save(whole, shards[0], folder / f"{stem}.safetensors")
+        _save(whole, shards[0], packed, folder / f"{stem}.safetensors")
         return [f"{stem}.safetensors"]
     files = {
         f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": names
         for number, names in enumerate(shards, 1)
     }
     for file, names in files.items():
-        _save(whole, names, folder / file)
+        _save(whole, names, packed, folder / file)
     index = f"{stem}.safetensors.index.json"
     places = {name: file for file, names in files.items() for name in names}
     size = sum(entry.bytes for entry in whole.entries.values())
@@ -152,9 +161,20 @@ def save_tensors(
     return [*files, index]
 
 
-def _save(tensors: Tensors, names: list[str], path: Path) -> None:
-    buffers = [name for name in names if tensors.entries[name].is_buffer]
-    metadata = {"format": "pt"} | ({BUFFERS: json.dumps(buffers)} if buffers else {})
+def _as_bits(entry: LazyTensor) -> LazyTensor:
+    return entry._replace(
+        shape=((entry.numbers + 7) // 8,),
+        make=lambda: to_bits(entry.make().reshape(-1)),
+        dtype=torch.uint8,
+    )
+
+
+def _save(tensors: Tensors, names: list[str], packed: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    notes = {
+        BUFFERS: [name for name in names if tensors.entries[name].is_buffer],
+        PACKED: {name: packed[name] for name in names if name in packed},
+    }
+    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in notes.items() if value}
     try:
         safetensors.torch.save_file({name: _apart(tensors[name]) for name in names}, path, metadata)
     except safetensors.SafetensorError as error:
@@ -179,12 +199,14 @@ def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None
 
     def entries(path: Path) -> dict[str, LazyTensor]:
         opened = files.get(path)
-        buffers, found = _buffers(path, opened), {}
+        buffers, packed, found = _buffers(path, opened), _packed(path, opened), {}
         for name in opened.keys():  # noqa: SIM118
             part = opened.get_slice(name)
             entry = _entry(
                 files, path, name, tuple(part.get_shape()), KEPT.get(part.get_dtype(), torch.float32)
             )
+            if name in packed:
+                entry = _from_bits(entry, packed[name], path)
             found[name] = entry._replace(is_buffer=name in buffers)
         return found
 
@@ -243,15 +265,36 @@ def _join(folder: Path, stem: str, ending: str, read: Callable[[Path], dict[str,
     return Tensors(entries)
 
 
+def _note(opened: Any, key: str, otherwise: Any) -> Any:
+    """Return a note in the metadata of an open file; None if it is damaged."""
+    try:
+        return json.loads((opened.metadata() or {}).get(key, json.dumps(otherwise)))
+    except (ValueError, RecursionError):
+        return None
+
+
 def _buffers(path: Path, opened: Any) -> list[str]:
     """Return which tensors of an open file are buffers."""
-    try:
-        names = json.loads((opened.metadata() or {}).get(BUFFERS, "[]"))
-    except (ValueError, RecursionError):
-        names = None
+    names = _note(opened, BUFFERS, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is damaged: its '{BUFFERS}' should be a list of names")
     return names
+
+
+def _packed(path: Path, opened: Any) -> dict[str, list[int]]:
+    """Return the shapes of the tensors of an open file that are stored as bits."""
+    shapes = _note(opened, PACKED, {})
+    if not isinstance(shapes, dict) or not all(
+        isinstance(shape, list) and all(is_count(size) for size in shape) for shape in shapes.values()
+    ):
+        raise UserError(f"{path} is damaged: its '{PACKED}' should be shapes by name")
+    return shapes
+
+
+def _from_bits(entry: LazyTensor, shape: list[int], path: Path) -> LazyTensor:
+    return entry._replace(
+        shape=tuple(shape), make=lambda: from_bits(entry.make(), shape, path), dtype=torch.bool
+    )
 
 
 def _entry(

@@ -131,6 +131,12 @@ class MethodSection(Section):
     def check_begin(self, recipe: Recipe) -> None:
         """Raise UserError if something is missing that a training reads before its first step."""
 
+    def check_grown(self, before: Any, languages: Languages) -> None:
+        """Raise UserError if a model of the section ``before`` and its ``languages`` cannot grow to this one.
+
+        That :meth:`choosing` stays the same is checked for all methods.
+        """
+
     def is_at(self, site: Shape) -> bool:
         """Tell whether the method adds a module at a site."""
         return False
@@ -144,7 +150,16 @@ class MethodSection(Section):
         return Count()
 
     def count_served(self, site: Any) -> Count:
-        """Count what the dense model of a direction has more at a site where it :meth:`is_at`."""
+        """Count what the dense model of a direction has more, or less, at a site where it :meth:`is_at`."""
+        return Count()
+
+    @property
+    def served_at_most(self) -> bool:
+        """Whether only training tells how much smaller the dense model of a direction is."""
+        return False
+
+    def count_masks(self, site: Any, languages: Languages) -> Count:
+        """Count the truth values of its masks, a byte of memory each, at a site where it :meth:`is_at`."""
         return Count()
 
     def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:

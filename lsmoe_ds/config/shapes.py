@@ -86,6 +86,7 @@ class UnitsShape:
     side: SideName
     layer: int
     units: int
+    hidden: int
     sublayer: ClassVar[Sublayer] = "feed_forward"
 
     @property
@@ -181,7 +182,7 @@ def shapes_of(model: Model) -> Iterator[Shape]:
                 for name, (inputs, outputs, split) in linears.items():
                     yield LinearShape(side, layer, sublayer, name, inputs, outputs, split)
             if found["feed_forward"]:
-                yield UnitsShape(side, layer, settings.width(layer))
+                yield UnitsShape(side, layer, settings.width(layer), model.hidden)
             yield LayerShape(side, layer, model.hidden)
 
 

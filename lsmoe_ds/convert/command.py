@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from lsmoe_ds import __version__
+from lsmoe_ds.checkpoint.m2m_100 import count_padding
 from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
@@ -219,6 +220,8 @@ def convert(
             "direction": ALL,
             "dense_parameters": tensors.numbers,
         }
+    if to == "huggingface":
+        made["padded_parameters"] = tensors.numbers + count_padding(recipe)
     if options.pop("optimizer", False):
         options["optimizer_of"] = stored
     shown = {"quantization": options.get("quantization", QUANTIZATIONS[0])} if to == "ctranslate2" else {}
@@ -234,9 +237,8 @@ def convert(
     if to not in SERVED:
         return {"kind": to, "parameters": tensors.numbers, **found, **sizes}
     record: dict[str, Any] = {"kind": to, **shown}
-    record |= {
-        name: made[name] for name in ("direction", "route", "step", "sparse_parameters", "dense_parameters")
-    }
+    sizes_of = ("sparse_parameters", "dense_parameters", "padded_parameters")
+    record |= {name: made[name] for name in ("direction", "route", "step", *sizes_of) if name in made}
     record |= {"average": average} if average > 1 else {}
     record |= {"adapters": rows} if rows else {}
     record |= {

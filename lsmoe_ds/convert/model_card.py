@@ -286,6 +286,8 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     yield "format", ", ".join([kind, *([provenance["quantization"]] if "quantization" in provenance else [])])
     yield "direction", ", ".join(map(str, recipe.languages.directions))
     yield "route", provenance["route"]
+    if "merged" in provenance:
+        yield "merged into its layers", provenance["merged"]
     averaged = (
         f", the mean of {provenance['average']} checkpoints up to it" if "average" in provenance else ""
     )
@@ -296,7 +298,13 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
         else f"{provenance['sparse_parameters']:,}"
     )
     whole = f" ({'before' if 'grown_from' in provenance else 'the whole model'}: {before})" if before else ""
-    yield "parameters", f"{provenance['dense_parameters']:,}{whole}"
+    padded, dense = provenance.get("padded_parameters"), provenance["dense_parameters"]
+    zeros = (
+        f"; {padded:,} in this folder, with zeros up to one width a side"
+        if padded not in (None, dense)
+        else ""
+    )
+    yield "parameters", f"{dense:,}{whole}{zeros}"
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
         widths = sorted({side.width(layer) for layer in range(side.layers)})
         experts = ""

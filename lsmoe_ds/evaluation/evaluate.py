@@ -23,11 +23,11 @@ from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
-from lsmoe_ds.evaluation.texts import Texts, check_split, read_held_out, read_own, tell_skipped
+from lsmoe_ds.evaluation.texts import OWN, Texts, check_split, read_held_out, read_own, tell_skipped
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, say_untrained
-from lsmoe_ds.inference.load import Loaded, check_route, with_direction
+from lsmoe_ds.inference.load import Loaded, check_direction, check_route, with_direction
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.notices import LINE_EVERY
 
@@ -69,9 +69,15 @@ def evaluate(
     stored = find_model(run)
     check_route(route, stored.recipe)
     languages = stored.recipe.trained
-    asked = choose_directions(directions, stored.recipe.languages, bool(test), languages)
+    asked = choose_directions(directions, stored.recipe.languages, untrained=True, default=languages)
     for direction in asked:
-        with_direction(stored.recipe, stored.kind, direction)
+        if test:
+            with_direction(stored.recipe, stored.kind, direction)
+        elif direction not in stored.recipe.languages.directions:
+            check_direction(stored.recipe, stored.kind, direction)  # raises if no text could be scored
+            raise UserError(
+                f"direction {direction} is not in this system, so no held-out text of it is scored: {OWN}"
+            )
     data = None if test else held_out or open_data(stored)
     whole = read_held_out(data, split, asked) if data else read_own(test, split, asked)
     folder = ScoreFolder(Path(out) if out is not None else stored.home)

@@ -29,6 +29,7 @@ FORMS = (
     "give a folder, a TSV file, the common part of file names (mytest for mytest.de and mytest.en), or --test"
     " CODE=FILE for each language"
 )
+OWN = "--test FILES scores text of your own"
 Pairs = tuple[list[str], list[str]]
 
 
@@ -60,9 +61,8 @@ class Texts:
 def read_held_out(data: PreparedData, split: str, directions: Sequence[Direction]) -> Texts:
     """Read the ``test`` or ``dev`` text of prepared data. Raises UserError if no direction has any."""
     check_split(split)
-    return _skip_empty(
-        split, {direction: data.text(direction, split) for direction in directions}, f"{split} sentences"
-    )
+    texts = {direction: data.text(direction, split) for direction in directions}
+    return _skip_empty(split, texts, f"{split} sentences", f"; {OWN}")
 
 
 def check_split(split: str) -> None:
@@ -102,10 +102,10 @@ def read_own(paths: Sequence[str], split: str, directions: Sequence[Direction]) 
     return _skip_empty(split, texts, f"text in {name}")
 
 
-def _skip_empty(split: str, texts: dict[Direction, Pairs], what: str) -> Texts:
+def _skip_empty(split: str, texts: dict[Direction, Pairs], what: str, instead: str = "") -> Texts:
     skipped = tuple(direction for direction, (source, _) in texts.items() if not source)
     if len(skipped) == len(texts):
-        raise UserError(f"there is nothing to score: {say_skipped(skipped, what)}")
+        raise UserError(f"there is nothing to score: {say_skipped(skipped, what)}{instead}")
     return Texts(
         split, {direction: text for direction, text in texts.items() if direction not in skipped}, skipped
     )

@@ -34,7 +34,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
 from lsmoe_ds.model.build import outline
 from lsmoe_ds.model.initialization import draw, drawn
-from lsmoe_ds.model.methods import check_holders, methods_of
+from lsmoe_ds.model.methods import check_holders, methods_of, same_methods
 from lsmoe_ds.moe.routers import assign
 from lsmoe_ds.notices import counted, listed, notice
 from lsmoe_ds.parallel.parameters import global_names, named_state
@@ -60,14 +60,16 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
 
     Raises UserError for overrides that take something away or that nothing here can follow.
     """
-    before = stored.recipe
+    before, vocabulary = stored.recipe, Vocabulary.load(stored.vocabulary)
     given = {override.partition("=")[0].strip() for override in overrides}
+    whole = {"size": vocabulary.size, "type": vocabulary.type, "file": str(stored.vocabulary)}
     anew: dict[str, Any] = {
         "name": name_of(out),
-        "data": {"name": None},
-    }  # what is prepared for it gets its own name
+        "data": {"name": None, "vocabulary": whole},  # what is prepared for it gets its own name
+        "training": {"start_from": str(out)},  # some methods are only for a training that starts from a model
+    }
     if not any(key.startswith("training.directions") for key in given):
-        anew["training"] = {"directions": None}
+        anew["training"]["directions"] = None
     if "data.languages" in given and "data.directions" not in given:
         anew["data"]["directions"] = []  # those of the trained model were made of its languages
     if "data.directions" in given and "data.languages" not in given:
@@ -84,6 +86,8 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
             "its tags"
         )
     check_holders(before, after)
+    for section, old in same_methods(before, after):
+        section.check_grown(old, before.languages)
     had = {method.name for method in before.model.methods}
     for method in after.model.methods:
         if method.begins and method.name not in had:
@@ -91,17 +95,11 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
                 f"'model.{method.name}' is found out when a training starts, and cannot be added before: "
                 "give it to the recipe of the training that starts from the grown model"
             )
-    vocabulary, model, of_vocabulary = Vocabulary.load(stored.vocabulary), stored.vocabulary.read_bytes(), {}
-    if after.model.huggingface is None:  # a model of transformers reads no tags of ours
-        new = [code for code in after.languages.codes if code not in vocabulary.codes]
-        model, file = add_tags(model, new), str(out / VOCABULARY)
-        of_vocabulary = {"size": Vocabulary(model).size, "type": vocabulary.type, "file": file}
-    changes = {
-        **anew,
-        "data": {**anew["data"], "vocabulary": of_vocabulary},
-        "training": {**anew.get("training", {}), "start_from": str(out)},
-    }
-    return load_recipe(stored.home / RECIPE, overrides, changes), model
+    model = stored.vocabulary.read_bytes()
+    if after.model.huggingface is None:  # one of transformers reads no tags of ours
+        model = add_tags(model, [code for code in after.languages.codes if code not in vocabulary.codes])
+        anew["data"]["vocabulary"] |= {"size": Vocabulary(model).size, "file": str(out / VOCABULARY)}
+    return load_recipe(stored.home / RECIPE, overrides, anew), model
 
 
 def grow(

@@ -40,7 +40,7 @@ from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Model, Parallel, Recipe, Side
 from lsmoe_ds.config.shapes import FEED_FORWARD
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import read_fields
+from lsmoe_ds.folders import check_fields, read_fields
 from lsmoe_ds.inference.load import check_route, empty_model
 from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.model.methods import methods_of
@@ -277,6 +277,8 @@ def extract_stored(
         tensors, recipe = extract(whole.tensors, stored.recipe, direction, route, hybrid)
     of_all = len(recipe.data.directions) > 1 if dense else serves_all(stored.recipe, route)
     made = describe(stored, whole, ALL if of_all else recipe.data.directions[0], route, tensors.numbers)
+    if methods := stored.recipe.model.methods:
+        made["merged"] = "; ".join(method.describe() for method in methods)
     return tensors, recipe, made
 
 
@@ -294,13 +296,16 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
         "sparse_parameters": whole.parameters,
         "dense_parameters": parameters,
     }
-    fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int}
+    fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int, "merged": str}
     plain = dict.fromkeys(PLAIN, ("run", "route", "sparse_parameters"))
     carried = {**plain, "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
     if stored.kind not in carried:
         return provenance
-    before = read_fields(stored.home / PROVENANCE, **{key: fields[key] for key in carried[stored.kind]})
-    return provenance | {key: before[key] for key in carried[stored.kind]}
+    path = stored.home / PROVENANCE
+    before = read_fields(path)
+    kept = (*carried[stored.kind], *(["merged"] if "merged" in before else []))
+    check_fields(path, before, **{key: fields[key] for key in kept})
+    return provenance | {key: before[key] for key in kept}
 
 
 def convert_to_dense(

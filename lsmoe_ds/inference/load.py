@@ -132,20 +132,30 @@ def load(path: str | Path, device: torch.device | str | None = None, route: str 
 def with_direction(recipe: Recipe, kind: str, direction: Direction) -> Languages:
     """Number the directions of a model together with one that it was perhaps never trained on (zero-shot).
 
-    Raises UserError for languages that it does not know, and where such a direction has no parameters: in a
-    model of one direction, and where layers choose experts by the pair of languages.
+    Says on standard error whose part such a direction takes. Raises UserError as :func:`check_direction`.
     """
     languages = recipe.languages
     if direction in languages.directions:
         return languages
+    if (other := check_direction(recipe, kind, direction)) is not None:
+        notice(f"{direction} was never trained: what each direction has of its own is that of {other}")
+    return Languages((*languages.directions, direction))
+
+
+def check_direction(recipe: Recipe, kind: str, direction: Direction) -> Direction | None:
+    """Return the trained direction whose part one takes that was never trained; None if it needs none.
+
+    Raises UserError for languages that the model does not know, and where such a direction has no parameters:
+    in a model of one direction, where layers choose experts by the pair of languages, and where
+    :func:`stand_in` does.
+    """
+    languages = recipe.languages
     languages.id(direction.source), languages.id(direction.target)
     if kind not in WHOLE or any(
         moe.by_task and moe.task == "pair" for _, _, moe in recipe.model.moe_layers()
     ):
         languages.direction_id(direction)  # raises
-    if (other := stand_in(recipe, direction)) is not None:
-        notice(f"{direction} was never trained: what each direction has of its own is that of {other}")
-    return Languages((*languages.directions, direction))
+    return stand_in(recipe, direction)
 
 
 def stand_in(recipe: Recipe, direction: Direction) -> Direction | None:

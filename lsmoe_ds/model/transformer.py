@@ -150,7 +150,7 @@ class Layer(WithSublayers):
             if isinstance(module, Linears):
                 yield from module.linear_sites(side, number, name)
             if isinstance(module, FeedForward):
-                yield UnitsSite(side, number, module.shapes["expand"][1], module)
+                yield UnitsSite(side, number, module.shapes["expand"][1], self.hidden, module)
         yield LayerSite(side, number, self.hidden, self)
 
 

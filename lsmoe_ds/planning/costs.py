@@ -61,6 +61,16 @@ def count_side(
     return total
 
 
+def count_masks(recipe: Recipe) -> Count:
+    """Count the truth values of all masks of methods; each takes a byte of memory."""
+    total = Count()
+    for site in shapes_of(recipe.model):
+        for method in recipe.model.methods:
+            if method.is_at(site):
+                total += method.count_masks(site, recipe.languages)
+    return total
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parameters by part. The output layer is tied to the embedding and adds none."""

@@ -13,7 +13,7 @@ from lsmoe_ds.config.deepspeed import STAGE_0_BUCKET
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, shapes_of
 from lsmoe_ds.moe import costs as experts
-from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, passes
+from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, passes
 from lsmoe_ds.planning.trained import count_trained
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
@@ -65,11 +65,12 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     """Compute the memory of one rank.
 
     v is the bytes per value (4 or 2); n is the number of the rank's parameters (:func:`local_parameters`), of
-    which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`).
+    which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`); m is the number
+    of truth values in its masks (:func:`lsmoe_ds.planning.costs.count_masks`), a byte each.
     ZeRO partitions dense state over the D = world / tensor data ranks, and expert state over the X = world /
     expert ranks that hold the same experts; p = d / D + e / X::
 
-        weights     v n                  in every stage
+        weights     v n + m              in every stage
         gradients   v (d + e)            stages 0 and 1;    v p   in stage 2
         optimizer   8 (d + e)            stage 0 in float32: Adam's two float32 moments
                     12 (d + e)           stage 0 in bfloat16: also a float32 copy of the weights
@@ -79,6 +80,7 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     """
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
+    masks = sum(local_parameters(count_masks(recipe), layout.tensor, layout.expert))
     dense, experts = local_parameters(count_trained(recipe), layout.tensor, layout.expert)
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
@@ -86,7 +88,7 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     return Memory(
         precision=precision,
         stage=stage,
-        weights=value * held,
+        weights=value * held + masks,
         gradients=value * (part if stage == 2 else own),
         optimizer=state,
         activations=activations(recipe, value),

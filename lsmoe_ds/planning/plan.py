@@ -43,6 +43,7 @@ class Plan:
     trained: int  # of the parameters
     figures: dict[str, int]  # further counts of parameters by methods
     serving: Parts
+    serving_at_most: bool  # whether training finds out how much less that is
     routes: dict[str, Parts]  # what must be loaded to serve all directions by each route; see :func:`routes`
     memory: list[Memory]
     exchanges: list[Exchange]
@@ -65,6 +66,7 @@ class Plan:
             "trained": self.trained,
             "figures": self.figures,
             "serving": self.serving.to_dict(),
+            "serving_at_most": self.serving_at_most,
             "routes": {route: parts.to_dict() for route, parts in self.routes.items()},
             "recipe_precision": self.precision,
             "recipe_stage": self.stage,
@@ -100,7 +102,8 @@ class Plan:
         ranks, data = counted(self.world, "rank"), self.world // self.tensor
         layout = f"{ranks}: tensor {self.tensor}, data {data}, expert {self.expert}"
         routes = [f"all directions, {route} route" for route in self.routes]
-        sizes = table(f"{self.name}: parameters", "part", "whole model", "one direction served", *routes)
+        served = "one direction served" + (", at most" if self.serving_at_most else "")
+        sizes = table(f"{self.name}: parameters", "part", "whole model", served, *routes)
         counts = [each.to_dict() for each in (self.parameters, self.serving, *self.routes.values())]
         for part in counts[0]:
             sizes.add_row(part, *("tied" if part == "output" else human(count[part]) for count in counts))
@@ -239,6 +242,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
             for name, count in method.figures(recipe.model, recipe.languages).items()
         },
         serving=Parts.of(recipe, serving=True),
+        serving_at_most=any(method.served_at_most for method in recipe.model.methods),
         routes=routes(recipe),
         memory=[
             memory(recipe, world, stage, precision)

@@ -24,6 +24,7 @@ from lsmoe_ds.config.shapes import (
     count_linears,
     shapes_of,
 )
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import UNKNOWN, Direction, Languages, family, is_english
 
 if TYPE_CHECKING:
@@ -79,6 +80,15 @@ class Adapters(MethodSection):
             raise ValueError(
                 f"'adapters.families' names {wrong[0]}: it may have {', '.join(languages.codes)}"
             )
+
+    def check_grown(self, before: Adapters, languages: Languages) -> None:
+        """Raise UserError if a language has another family than before, with adapters of other languages."""
+        for code in languages.codes if self.by == "family" else ():
+            if (was := before.family_of(code)) != (now := self.family_of(code)):
+                raise UserError(
+                    f"'model.adapters' moves {code} from the family '{was}' to '{now}', whose adapters have "
+                    "not learned it: a language that the model has keeps its family"
+                )
 
     def family_of(self, code: str) -> str:
         """Return the name of a language's family."""

@@ -8,8 +8,8 @@ With the mask M of a sentence's direction a linear layer computes
 in training and at inference, so that a direction reads and updates only its own values of W. M has a 1 where
 the magnitude of the direction's fine-tuned weight is above its k-th smallest, k = ratio x size of the tensor.
 
-Masks are state that does not train: [D, outputs, inputs] truth values, a bit each in checkpoints and a byte
-each in memory. A tensor-parallel rank holds those of its own part of W. S rows (tokens), D directions.
+Masks are state that does not train: [D, outputs, inputs] truth values, a bit each in files and a byte each in
+memory. A tensor-parallel rank holds those of its own part of W. S rows (tokens), D directions.
 """
 
 from __future__ import annotations

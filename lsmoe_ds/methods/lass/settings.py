@@ -9,7 +9,7 @@ from pydantic import Field
 
 from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.places import Places, check_named, is_in, patterns_of
-from lsmoe_ds.config.shapes import LinearShape, Shape, shapes_of
+from lsmoe_ds.config.shapes import Count, LinearShape, Shape, shapes_of
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, Languages
 
@@ -89,6 +89,9 @@ class Lass(MethodSection):
 
     def holdings(self, languages: Languages) -> dict[str, int]:
         return {str(direction): 1 for direction in languages.directions}
+
+    def count_masks(self, site: LinearShape, languages: Languages) -> Count:
+        return Count(split=len(languages.directions) * site.inputs * site.outputs)
 
     def build(self, recipe: Recipe, topology: Any) -> Any:
         from lsmoe_ds.methods.lass.method import LanguageSpecificSubNetworks

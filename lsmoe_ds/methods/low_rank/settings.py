@@ -297,6 +297,15 @@ class LowRank(MethodSection):
             Count(whole=total * (split + whole)) if self.is_cut(site) else Count(total * split, total * whole)
         )
 
+    def count_masks(self, site: LinearShape, languages: Languages) -> Count:
+        """Count the values of the matrices that are pruned, split as :meth:`count` says."""
+        total, found = self.rank_sum(languages) * len(self.choices(site)), Count()
+        for name, width, split in zip(("flat", "vertical"), self.size(site), ("row", "column"), strict=True):
+            if self.prune is not None and name in self.prune.pruned:
+                is_split = site.split == split and not self.is_cut(site)
+                found += Count(split=total * width) if is_split else Count(whole=total * width)
+        return found
+
     def learns(self, model: Model, side: SideName) -> bool:
         """Tell whether a layer of this side learns weights of the two pairs of matrices beside its layers."""
         if self.is_modular and self.merge is None:

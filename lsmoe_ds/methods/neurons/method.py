@@ -9,7 +9,7 @@ With the mask m of a sentence's direction its feed-forwards compute
 in training and at inference. In training, a direction therefore updates only the rows of W_1 that its mask
 keeps, and under ``units`` only those of W_2. All other parameters are shared.
 
-Masks are state that does not train: [D, F] truth values, a bit each in checkpoints. A tensor-parallel rank
+Masks are state that does not train: [D, F] truth values, a bit each in files. A tensor-parallel rank
 holds those of its own units. B sentences, T positions, D directions, F units.
 """
 
@@ -33,7 +33,7 @@ from lsmoe_ds.methods.findings import Findings
 from lsmoe_ds.methods.neurons.analysis import find_overlaps
 from lsmoe_ds.methods.neurons.recording import record
 from lsmoe_ds.methods.neurons.selection import at_random, most_active, relatives
-from lsmoe_ds.methods.neurons.settings import Neurons, Removed
+from lsmoe_ds.methods.neurons.settings import Neurons, Removed, kept_at_random
 from lsmoe_ds.methods.sites import UnitsSite
 from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat
@@ -121,11 +121,13 @@ class NeuronSpecialization(Method):
     def begin(self, model: Any, dev: Callable[[int | None], Iterable[Batch]]) -> str | None:
         """Record which units each direction activates on dev text, and choose its masks."""
         section = self.section
-        total = sum(module.mask.numel() * self.topology.tensor for module in self.masks.values())
+        widths = [module.mask.shape[1] * self.topology.tensor for module in self.masks.values()]
+        total = len(self.directions) * sum(widths)
         size = f"{counted(len(self.directions), 'direction')} keep {{:.1%}} of the units, in "
         size += counted((total + 7) // 8, "byte")
         if section.random is not None:
-            return f"neurons: masks of {size.format(section.random)}, at random"
+            drawn = sum(kept_at_random(units, section.random) for units in widths)
+            return f"neurons: masks of {size.format(drawn / max(sum(widths), 1))}, at random"
         begun = time.perf_counter()
         found, sentences = record(model, dev(section.pairs), len(self.directions), section.per, self.topology)
         counts = {at: found[at] for at in self.masks}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.languages import Direction
+from lsmoe_ds.methods.neurons.settings import kept_at_random
 
 
 def most_active(counts: Tensor, share: float) -> Tensor:
@@ -28,7 +29,7 @@ def most_active(counts: Tensor, share: float) -> Tensor:
 
 def at_random(directions: int, units: int, part: float, generator: torch.Generator) -> Tensor:
     """Return masks [D, F] that keep ``part`` of the units of each direction, at random."""
-    kept = round(part * units)
+    kept = kept_at_random(units, part)
     order = torch.rand(directions, units, generator=generator).argsort(-1)
     return torch.zeros(directions, units, dtype=torch.bool).scatter(-1, order[:, :kept], True)
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.places import Places, check_named, is_in, patterns_of
 from lsmoe_ds.config.section import Positive
-from lsmoe_ds.config.shapes import Shape, UnitsShape, shapes_of
+from lsmoe_ds.config.shapes import Count, Shape, UnitsShape, shapes_of
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, Languages
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 Per = Literal["sentence", "token"]
 Removed = Literal["units", "rows"]
+
+
+def kept_at_random(units: int, part: float) -> int:
+    """Return how many of a layer's units each direction keeps at random: ``part`` of them, at least one."""
+    return max(round(part * units), 1)
 
 
 class Neurons(MethodSection):
@@ -111,6 +116,18 @@ class Neurons(MethodSection):
 
     def holdings(self, languages: Languages) -> dict[str, int]:
         return {str(direction): 1 for direction in languages.directions}
+
+    @property
+    def served_at_most(self) -> bool:
+        return self.random is None and self.share < 100
+
+    def count_served(self, site: UnitsShape) -> Count:
+        """Subtract the units that are masked, 2 H + 1 parameters each, as far as they are known."""
+        gone = 0 if self.random is None else site.units - kept_at_random(site.units, self.random)
+        return Count(split=-gone * (2 * site.hidden + 1))
+
+    def count_masks(self, site: UnitsShape, languages: Languages) -> Count:
+        return Count(split=len(languages.directions) * site.units)
 
     def build(self, recipe: Recipe, topology: Any) -> Any:
         from lsmoe_ds.methods.neurons.method import NeuronSpecialization
