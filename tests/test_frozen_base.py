@@ -18,7 +18,7 @@ from test_training import assert_same_end, loop
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints, newest_whole
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
-from lsmoe_ds.config.recipe import MoE
+from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError

@@ -1,6 +1,7 @@
 """Models of transformers with low-rank matrices, merged into a plain model and as adapters of peft."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from test_hosts_training import EN_DE, modular, trained
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import sha256
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.inference.beam_search import Search
+from lsmoe_ds.inference.load import load
+from lsmoe_ds.languages import Direction, SentenceIds
 from lsmoe_ds.training.start import check
 
 pytest.importorskip("peft")
@@ -109,3 +113,36 @@ def test_what_no_model_of_transformers_becomes(run, tmp_path):
             convert(run, kind, EN_DE, tmp_path / kind)
     with pytest.raises(UserError, match="the route outputs-1-3 merges adapters: name a direction"):
         convert(run, "peft", None, tmp_path / "peft", route="outputs-1-3")
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "peft"])
+def test_the_code_of_a_model_card_translates_as_the_run_does(run, kind, tmp_path, capsys):
+    convert(run, kind, EN_DE, tmp_path / "out", 0)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    loaded = load(run)
+    line = PreparedData.of(loaded.recipe).text(EN_DE, "test")[0][0]
+    code = code.replace("FOLDER", str(tmp_path / "out")).replace("Text to translate.", line)
+    # This model never ends: a few tokens of greedy search tell.
+    exec(code.replace('"num_beams": 5, "early_stopping": True', '"num_beams": 1').replace("200", "8"), {})
+    (found,) = loaded.search([loaded.vocabulary.encode(line)], EN_DE, Search(beam=1))
+    assert capsys.readouterr().out == loaded.vocabulary.decode(found.tokens[:8]) + "\n" != "\n"
+
+
+def test_a_model_is_imported_as_it_is(base, run, tmp_path):
+    """For a study of the model itself, or to start from."""
+    import transformers
+
+    overrides = [
+        f"data.corpora=[{{path: {base / 'text.tsv'}, format: tsv}}]",
+        "data.directions=[en-de, de-fr]",
+    ]
+    overrides += [f"data.directory={base / 'data'}", "data.batch.max_length=96"]
+    convert(base / "host", "consolidated", None, tmp_path / "start", overrides=overrides)
+    loaded = load(tmp_path / "start")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base / "host", dtype=torch.float32)
+    tokens = torch.arange(30, 50)[None]
+    none = SentenceIds(*torch.zeros(3, 1, dtype=torch.long))
+    torch.testing.assert_close(loaded.model.logits(tokens, none), theirs(tokens).logits)
+    assert loaded.parameters == theirs.num_parameters()
+    with pytest.raises(UserError, match="nothing says on what the model is to be trained"):
+        convert(base / "host", "consolidated", None, tmp_path / "other")

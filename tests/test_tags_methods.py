@@ -11,7 +11,8 @@ import pytest
 from small_run import TARGET_TOP2, make_recipe, write_corpus
 from test_training import loop
 
-from lsmoe_ds.config.recipe import MoE, Recipe
+from lsmoe_ds.config.moe import MoE
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
-from lsmoe_ds.config.recipe import Recipe, Side
+from lsmoe_ds.config.model import Side
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted
 

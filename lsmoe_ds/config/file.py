@@ -19,7 +19,8 @@ from lsmoe_ds import shipped
 from lsmoe_ds.config.codes import resolve_codes, tags_of
 from lsmoe_ds.config.explain import At, Place, Places, explain, name
 from lsmoe_ds.config.host import HOST
-from lsmoe_ds.config.recipe import Recipe, Section
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.section import Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import how_to_import
 

@@ -42,6 +42,15 @@ def import_transformers() -> Any:
     return transformers
 
 
+def is_host(folder: Path) -> bool:
+    """Tell whether the configuration in a folder is that of a model for one of the tasks."""
+    try:
+        named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architectures"]
+        return any(str(name).endswith(CLASSES["translate"].removeprefix("AutoModel")) for name in named)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def check_folder(folder: Path) -> None:
     """Raise UserError unless a folder has a configuration and a tokenizer."""
     if not folder.is_dir():

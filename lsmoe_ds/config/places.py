@@ -27,7 +27,7 @@ from lsmoe_ds.config.shapes import (
 )
 
 if TYPE_CHECKING:
-    from lsmoe_ds.config.recipe import Model
+    from lsmoe_ds.config.model import Model
 
 SIDES = ("encoder", "decoder")
 SUBLAYERS = {

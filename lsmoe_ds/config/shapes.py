@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from lsmoe_ds.config.recipe import Model
+    from lsmoe_ds.config.model import Model
 
 SideName = Literal["encoder", "decoder"]
 Sublayer = Literal["attention", "cross_attention", "feed_forward"]

@@ -10,7 +10,18 @@ from lsmoe_ds.languages import Direction, tag
 
 WHAT = """A base and the matrices beside its linear layers, as LoRA adapters of `peft`, taken out of the model
 `{run}` with lsmoe_ds {version}: together they compute what that model computes {of}."""
-USE = """```python
+SIZES = """
+`model.merge_and_unload()` makes a plain model of both. Sizes of the adapters, also in `sizes.json`:
+
+| {{ header|join(' | ') }} |
+|---|---|---:|---:|---:|
+{%- for row in rows %}
+| {{ row|join(' | ') }} |
+{%- endfor %}
+
+Values exclude the zeros that fill matrices up to the size of the base's layers; bytes include them."""
+USE = (
+    """```python
 from peft import PeftModel
 from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 
@@ -28,16 +39,9 @@ print(tokenizer.batch_decode(model.generate(**inputs, forced_bos_token_id=target
 print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
 {%- endif %}
 ```
-
-`model.merge_and_unload()` makes a plain model of both. Sizes of the adapters, also in `sizes.json`:
-
-| {{ header|join(' | ') }} |
-|---|---|---:|---:|---:|
-{%- for row in rows %}
-| {{ row|join(' | ') }} |
-{%- endfor %}
-
-Values exclude the zeros that fill matrices up to the size of the base's layers; bytes include them."""
+"""
+    + SIZES
+)
 
 
 def words(rows: Sequence[Mapping[str, Any]], given: bool, provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jinja2 import Environment
 
 from lsmoe_ds.checkpoint.stored import VOCABULARY
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.convert import adapter_card
+from lsmoe_ds.convert import adapter_card, host_card
 from lsmoe_ds.data.cleaning import INVISIBLE
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.prepared import PreparedData
@@ -219,12 +219,17 @@ def model_card(
     targets = list(dict.fromkeys(direction.target for direction in directions))
     words = {"targets": targets, "tags": [tag(code) for code in targets], "clean": CLEAN.rstrip()}
     given = recipe.data.tags == "source-target"
-    theirs = given and kind in ("huggingface", "peft")
+    theirs = given and kind in ("huggingface", "peft") and recipe.model.huggingface is None
     style = style_of(Vocabulary.load(home / VOCABULARY), recipe) if theirs else None
     last = next(direction for direction in directions if direction.target == targets[-1])
     if adapters:
         words |= adapter_card.words(adapters, given, provenance)
-    use = environment.from_string(USES[kind]).render(
+    uses = USES
+    if recipe.model.huggingface is not None and kind in host_card.USES:
+        uses = USES | host_card.USES
+        named = [Direction.parse(row["directions"][0]) for row in adapters if row["ranks"]]
+        words |= host_card.words(recipe, Vocabulary.load(home / VOCABULARY), [*named, *directions][0])
+    use = environment.from_string(uses[kind]).render(
         first=directions[0], last=last, given=given, style=style, **words
     )
     scores = _scores(home, directions, provenance)

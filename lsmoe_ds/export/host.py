@@ -76,7 +76,9 @@ class ExportedHost(Exported):
         assert prompt is not None and prompt.end is not None
         texts = [prompt_text(prompt, direction, self.vocabulary.decode(source)) for source in sources]
         self.tokenizer.padding_side = "left"
-        read = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        begun = str(self.tokenizer.bos_token or "")
+        special = not (begun and texts[0].startswith(begun))
+        read = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special)
         none = torch.zeros(len(texts), dtype=torch.long)
         ids = read["input_ids"]
         batch = PromptBatch(ids, ids, read["attention_mask"], none, none, none)

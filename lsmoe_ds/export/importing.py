@@ -21,13 +21,16 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_pickled, open_
 from lsmoe_ds.config.codes import resolve_codes
 from lsmoe_ds.config.explain import Places
 from lsmoe_ds.config.file import apply_override, merge, validate
+from lsmoe_ds.config.host import TOKENIZER, check_weights, is_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export import nllb_moe
+from lsmoe_ds.export.host import HOST
 from lsmoe_ds.export.their_vocabulary import read_vocabulary
 from lsmoe_ds.export.tokenizer import is_ours
 from lsmoe_ds.folders import is_count, read_json
+from lsmoe_ds.model.build import outline
 from lsmoe_ds.notices import counted
 
 TIED = (
@@ -59,6 +62,8 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
     say on what it is to be trained. Raises UserError for a folder that is damaged or of another architecture,
     and for overrides that are not possible.
     """
+    if (read_json(folder / "config.json") or {}).get("model_type") not in KINDS and is_host(folder):
+        return read_host(folder, overrides, out)
     config = _read_config(folder)
     theirs = _open_weights(folder)
     for side in ("encoder", "decoder"):
@@ -181,17 +186,28 @@ def _own_settings(folder: Path) -> dict[str, Any]:
     return found | ({"batch": {"max_length": longest}} if is_count(longest) and 4 <= longest < 2**20 else {})
 
 
-def _recipe(
-    config: Mapping[str, Any], overrides: Sequence[str], out: Path, model: bytes, data: dict[str, Any]
-) -> Recipe:
-    """Return the recipe of a training that begins with the model in ``out``."""
-    vocabulary = Vocabulary(model)
-    training = {
-        **TRAINING,
-        "dropout": config.get("dropout", 0.1),
-        "attention_dropout": config.get("attention_dropout", 0.0),
-    }
-    value: dict[str, Any] = {"name": name_of(out), "data": data, "training": training}
+def read_host(folder: Path, overrides: Sequence[str], out: Path) -> tuple[Tensors, Recipe, bytes]:
+    """Return the same of a language model of transformers, with its own tokenizer (docs/hosts.md)."""
+    check_weights(folder)
+    training = {**TRAINING, "label_smoothing": 0.0, "dropout": 0.0}
+    value: dict[str, Any] = {"name": name_of(out), "data": {}, "training": training}
+    places = _override(value, overrides)
+    merge(value, {"model": {"huggingface": str(folder)}, "training": {"start_from": str(out)}})
+    if wrong := resolve_codes(value):
+        raise UserError(f"'--set {wrong[0]}': {wrong[1]}")
+    recipe = validate(Recipe, value, out / RECIPE, places)
+    wanted = {name for name, _ in outline(recipe, recipe.data.vocabulary.size).named_parameters()}
+    theirs = {f"{HOST}{name}": entry for name, entry in open_tensors(folder).entries.items()}
+    if lacking := sorted(wanted - theirs.keys()):
+        raise UserError(f"{folder} lacks {lacking[0].removeprefix(HOST)}")
+    entries = {name: theirs[name] for name in sorted(wanted)}
+    return Tensors(entries), recipe, (folder / TOKENIZER).read_bytes()
+
+
+def _override(value: dict[str, Any], overrides: Sequence[str]) -> Places:
+    """Change a recipe, in place, and return the places of its keys. Raises UserError unless it then says on
+    what the model is to be trained.
+    """
     places: Places = {}
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -208,6 +224,21 @@ def _recipe(
             "nothing says which languages are to be trained: add --set data.languages=[de,fr] or --set "
             "data.directions=[en-de]"
         )
+    return places
+
+
+def _recipe(
+    config: Mapping[str, Any], overrides: Sequence[str], out: Path, model: bytes, data: dict[str, Any]
+) -> Recipe:
+    """Return the recipe of a training that begins with the model in ``out``."""
+    vocabulary = Vocabulary(model)
+    training = {
+        **TRAINING,
+        "dropout": config.get("dropout", 0.1),
+        "attention_dropout": config.get("attention_dropout", 0.0),
+    }
+    value: dict[str, Any] = {"name": name_of(out), "data": data, "training": training}
+    places = _override(value, overrides)
     sides = {
         side: {"layers": config[f"{side}_layers"], "feed_forward": config[f"{side}_ffn_dim"]}
         for side in ("encoder", "decoder")

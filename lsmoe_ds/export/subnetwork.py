@@ -36,8 +36,9 @@ from lsmoe_ds.checkpoint.stored import (
     write_folder,
 )
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
+from lsmoe_ds.config.model import Model, Side
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.config.recipe import Model, Parallel, Recipe, Side
+from lsmoe_ds.config.recipe import Parallel, Recipe
 from lsmoe_ds.config.shapes import FEED_FORWARD
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import check_fields, read_fields

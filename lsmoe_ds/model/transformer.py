@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.config.recipe import Recipe, Side
+from lsmoe_ds.config.model import Side
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import SideName, Sublayer
 from lsmoe_ds.languages import PAD, Languages, SentenceIds
 from lsmoe_ds.methods.base import Totals

@@ -206,7 +206,7 @@ class Runs:
         of_base = not self.is_to_train(member)
         table = evaluate(
             _start_of(self.study.recipe(member, seed)) if of_base else folder,
-            [str(d) for d in self.study.recipes[member].trained] if of_base else None,
+            [str(d) for d in self.study.scored(member) if alone in (None, d)],
             options.beam,
             options.length_penalty,
             options.split,
@@ -241,7 +241,7 @@ class Runs:
         wanted = (step, route, options.split, options.beam, options.length_penalty)
         held_out = {
             str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"]
-            for d in self.study.recipes[member].trained
+            for d in self.study.scored(member)
             if alone in (None, d)
         }
         counts = {
@@ -256,7 +256,7 @@ class Runs:
     def costs(self, member: str, route: str) -> Costs:
         """Return the planned parameters, and the speed and time of the runs that are fully trained."""
         planned, models = self.plans[member], self.models(member)
-        serving = planned.routes.get(route, planned.parameters)
+        serving = planned.routes.get(route, planned.routes.get("specific", planned.parameters))
         minutes, speeds = [], []
         for seed in self.study.settings.seeds:
             of_seed = [self._progress(member, seed, alone) for alone in models]

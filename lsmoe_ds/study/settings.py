@@ -18,18 +18,20 @@ from lsmoe_ds.languages import Direction, nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+DIRECTIONS = "training.directions"
 # What a member may not change, and why.
 FIXED = {
     "name": "the members share the name of the base recipe and its prepared data",
     "training.steps": "the members take the same steps",
     "training.seed": "the study's 'seeds' say it",
-    "training.directions": "the members train on the same directions, or with 'each_direction' on each alone",
+    DIRECTIONS: "the members train on the same directions, or with 'each_direction' on each alone",
 }
 
 
 class Evaluate(Section):
-    """The options of ``lsmoe evaluate``."""
+    """The options of ``lsmoe evaluate``; ``directions`` are those that are trained, or all of the data."""
 
+    directions: Literal["trained", "all"] = "trained"
     beam: Positive = 5
     length_penalty: float = 1.0
     split: Literal["test", "dev"] = "test"
@@ -47,7 +49,7 @@ class Member(Section):
     each_direction: Positive | None = None
     title: Annotated[str, Field(min_length=1)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
-    routes: Annotated[tuple[Literal["specific", "shared"], ...], Field(min_length=1)] = ("specific",)
+    routes: Annotated[tuple[str, ...], Field(min_length=1)] = ("specific",)
 
     @field_validator("title")
     @classmethod
@@ -61,7 +63,7 @@ class Member(Section):
         if self.each_direction is not None and not self.trained:
             raise ValueError("'each_direction' trains, but 'trained' is false: leave one out")
         for key in _keys(self.set):
-            if key in FIXED:
+            if key in FIXED and key != DIRECTIONS:  # of which the whole study decides
                 raise ValueError(f"'set' changes {key}, but {FIXED[key]}")
             if key == "data" or (key.startswith("data.") and key.split(".")[1] != "batch"):
                 raise ValueError(
@@ -89,6 +91,13 @@ class Settings(Section):
                 f"'baseline' is {self.baseline}, which is no member{nearest(self.baseline, self.members)}: "
                 f"the members are {', '.join(self.members)}"
             )
+        for name, member in self.members.items():
+            # What each is trained on may differ where all directions are scored.
+            if DIRECTIONS in _keys(member.set) and self.evaluate.directions == "trained":
+                raise ValueError(
+                    f"in member '{name}' 'set' changes {DIRECTIONS}, but {FIXED[DIRECTIONS]}; or let "
+                    "'evaluate.directions' be all"
+                )
         return self
 
 
@@ -122,6 +131,13 @@ class Study:
         if self.settings.members[member].each_direction is None:
             return (None,)
         return self.recipes[member].trained
+
+    def scored(self, member: str) -> tuple[Direction, ...]:
+        """List the directions in which a member is scored, as far as there is text."""
+        recipe = self.recipes[member]
+        return (
+            recipe.trained if self.settings.evaluate.directions == "trained" else recipe.languages.directions
+        )
 
     def title(self, member: str, route: str) -> str:
         """Return the title of a row; it names the route if the member has several."""

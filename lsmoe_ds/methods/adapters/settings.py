@@ -28,7 +28,8 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import UNKNOWN, Direction, Languages, family, is_english
 
 if TYPE_CHECKING:
-    from lsmoe_ds.config.recipe import Model, Recipe
+    from lsmoe_ds.config.model import Model
+    from lsmoe_ds.config.recipe import Recipe
 
 By = Literal["pair", "family", "language"]
 

@@ -23,7 +23,8 @@ from lsmoe_ds.config.shapes import (
 from lsmoe_ds.languages import Languages
 
 if TYPE_CHECKING:
-    from lsmoe_ds.config.recipe import Model, Recipe
+    from lsmoe_ds.config.model import Model
+    from lsmoe_ds.config.recipe import Recipe
 
 
 class Clsr(MethodSection):

@@ -19,7 +19,8 @@ from lsmoe_ds.languages import GROUPS, Direction, Languages
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 
 if TYPE_CHECKING:
-    from lsmoe_ds.config.recipe import Model, Recipe, Training
+    from lsmoe_ds.config.model import Model
+    from lsmoe_ds.config.recipe import Recipe, Training
 
 Kind = Literal["source", "target", "in", "out"]
 Index = Literal["pair", "language", "source", "target", "learned", "modular"]

@@ -15,7 +15,8 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, Languages
 
 if TYPE_CHECKING:
-    from lsmoe_ds.config.recipe import Model, Recipe, Training
+    from lsmoe_ds.config.model import Model
+    from lsmoe_ds.config.recipe import Recipe, Training
 
 Per = Literal["sentence", "token"]
 Removed = Literal["units", "rows"]
