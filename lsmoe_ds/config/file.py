@@ -97,6 +97,8 @@ def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
         return  # the recipe's own checks say what is wrong with it
     vocabulary = data.get("vocabulary") or {}
     model = value.get("model", {})
+    if isinstance(model, dict) and "huggingface" in model:
+        return  # whose configuration and tokenizer say it all
     whole = not isinstance(model, dict) or bool({"preset", "hidden"} & model.keys())
     if whole and (not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()):
         return
