@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lsmoe_ds.config.shapes import LinearShape
 from lsmoe_ds.languages import Languages
 from lsmoe_ds.methods.context import LanguageContext
-from lsmoe_ds.methods.low_rank.modular import Chosen, weigh
+from lsmoe_ds.methods.low_rank.modular import Chosen, only_used, weigh
 from lsmoe_ds.methods.low_rank.settings import Choice, LowRank
 from lsmoe_ds.methods.products import (
     AddSentences,
@@ -217,6 +217,10 @@ class ModularBanks(nn.Module):
         """Apply the linear layer ``base`` with both banks beside it: x [..., inputs] -> [..., outputs]."""
         (side,) = self._side
         index = None if side is None else side.index[:, self.layer]
+        if not torch.is_grad_enabled() and index is None:  # in training both get a gradient, if of zeros
+            only = context.once((NAME, "only", self.pivot), lambda: only_used(context, self.pivot))
+            if only is not None:
+                return _beside(base, x, context, [self._banks[only]])
         return _beside(base, x, context, self._banks, lambda z: weigh(z, context, self.pivot, index))
 
 

@@ -82,6 +82,18 @@ class Chosen:
         return [each[place] if uses else SHARED for each, uses in zip(ids, used, strict=True)]
 
 
+def only_used(context: LanguageContext, pivot: int) -> int | None:
+    """Return 0 if all sentences use the matrices as input alone, 1 if all use those as output, else None."""
+    merge = parse_route(context.route)
+    if merge is not None:
+        found = {merge.weights}
+    else:
+        ids = zip(context.ids.source.tolist(), context.ids.target.tolist(), strict=True)
+        found = {weights_of(*each, pivot) for each in ids}
+    only = found.pop() if len(found) == 1 else (0.5, 0.5)
+    return only.index(1.0) if 1.0 in only else None
+
+
 def weigh(
     products: Sequence[Tensor], context: LanguageContext, pivot: int, index: Tensor | None
 ) -> Sequence[Tensor]:
