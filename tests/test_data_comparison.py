@@ -100,7 +100,8 @@ def test_all_that_shapes_the_data_is_compared() -> None:
         "groups",
         "batch",
         "tags",
-    }  # languages become directions, and all have tags
+        "prompt",
+    }  # languages become directions, all have tags, and prompts are put around tokens
     assert compared | free == set(Data.model_fields)
     for section in ("vocabulary", "cleaning", "held_out"):
         tried = {change[1].split(".")[2] for change in CHANGES if change[1].startswith(f"data.{section}.")}

@@ -12,7 +12,6 @@ import yaml
 
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study.settings import load_study
 
 GOOD = """\
@@ -372,8 +371,3 @@ def test_an_option_changes_one_of_two_sections_that_share_an_alias(tmp_path):
     (tmp_path / "r.yaml").write_text(re.sub(r"  encoder.*\n  decoder.*\n", moe, GOOD))
     model = load_recipe(tmp_path / "r.yaml", ["model.decoder.moe.experts=8"]).model
     assert (model.encoder.moe.experts, model.decoder.moe.experts) == (4, 8)
-
-
-def test_recipes_that_come_with_the_project_are_read():
-    for path in (PROJECT / "recipes").rglob("*.yaml"):
-        load_recipe(path)

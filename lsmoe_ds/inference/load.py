@@ -24,7 +24,7 @@ from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.base import Model
 from lsmoe_ds.model.build import buffers_of, outline
 from lsmoe_ds.model.transformer import Transformer
-from lsmoe_ds.notices import listed, notice
+from lsmoe_ds.notices import notice
 from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts
@@ -185,7 +185,8 @@ def check_route(route: str, recipe: Recipe) -> Route:
         return route
     if route != "shared":
         own = [each for method in recipe.model.methods for each in method.own_routes]
-        raise UserError(f"'{route}' is no route: choose {listed(['specific', *(own or ['shared'])])}")
+        known = ["specific", *(own or ["shared"])]
+        raise UserError(f"'{route}' is no route: choose {', '.join(known[:-1])} or {known[-1]}")
     if not recipe.model.distills:
         raise UserError(
             "the model has no parameters for the route 'shared': a model gets them by "
