@@ -26,7 +26,10 @@ def write_host(folder: Path, kind: str = "Llama", **settings: Any) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["baden leise German French English"], trainer)
+    # First letters of the small corpus with the space before them, which a prompt can join to them.
+    tokenizer.train_from_iterator(
+        ["baden leise German French English", " b d f g k l m n p r s t" * 9], trainer
+    )
     tokenizer.add_special_tokens([AddedToken(START), AddedToken(END)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_host import host_recipe, write_host
+from small_host import END, TEXT, host_recipe, write_host
 from small_run import write_corpus
 from test_resharding import losses
 from test_training import assert_same_end, loop
 
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.prompts import joined
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.inference.beam_search import Search
@@ -156,3 +158,19 @@ def test_weights_of_two_matrices_are_learned_from_a_trained_model(pool, base, ru
     assert moved == ["en-de", "de-fr"]
     first, second = index[numbers.index("de-fr")].softmax(1).T
     torch.testing.assert_close(first + second, torch.ones(2))
+
+
+def test_prompts_that_the_tokenizer_joins_with_the_text_are_counted(base):
+    data = PreparedData.of(modular(base))
+    assert joined(data, Prompt(text=TEXT, end=END)) == (0, 25)
+    wrong, seen = joined(data, Prompt(text="To {target_language} {source}\n", end=END))
+    assert 0 < wrong <= seen == 25
+
+
+def test_bfloat16(pool, base, run, tmp_path):
+    recipe = modular(base)
+    recipe.deepspeed |= {"bf16": {"enabled": True}}
+    trained(pool, recipe, tmp_path / "bf16")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(run), rel=0.02)
+    weights = read_weights(find_model(tmp_path / "bf16")).tensors
+    assert weights["decoder.0.attention.query_low_rank.out.flat"].dtype == torch.float32, "the optimizer's"

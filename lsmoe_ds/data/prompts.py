@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from numpy.typing import ArrayLike
 
 from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.data.batches import moved
+from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.shuffling import Integers
 from lsmoe_ds.languages import Direction, Languages, SentenceIds, language_name
 
 if TYPE_CHECKING:
     from lsmoe_ds.data.host_tokenizer import HostTokenizer
+    from lsmoe_ds.data.prepared import PreparedData
 
 IGNORED = -100  # a label that is not learned
 SOURCE = "{source}"
@@ -31,6 +33,24 @@ def prompt_text(prompt: Prompt, direction: Direction, source: str = SOURCE) -> s
     text = prompt.text.replace("{source_language}", language_name(direction.source))
     text = text.replace("{target_language}", language_name(direction.target))
     return text.replace(SOURCE, source)
+
+
+def joined(prepared: PreparedData, prompt: Prompt, most: int = 200) -> tuple[int, int]:
+    """Count the dev sentences whose tokens are others if the whole prompt is tokenized as one text, and all
+    sentences that were looked at, up to ``most``.
+
+    Whoever writes prompts as text, as users of an exported model do, gets those.
+    """
+    tokenizer, found, seen = cast("HostTokenizer", prepared.vocabulary), 0, 0
+    for direction in prepared.languages.directions:
+        first, second = prompt_text(prompt, direction).split(SOURCE)
+        around = [tokenizer.encode_markup(each) for each in (first, second)]
+        for text in prepared.text(direction, "dev")[0][: max(1, most // len(prepared.languages.directions))]:
+            clean = clean_text(text)
+            apart = [*around[0], *tokenizer.encode(clean), *around[1]]
+            found += apart != tokenizer.encode_markup(f"{first}{clean}{second}")
+            seen += 1
+    return found, seen
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.prompts import joined
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import locked
 from lsmoe_ds.languages import Direction
@@ -135,6 +136,14 @@ def _notice(recipe: Recipe) -> None:
             "training.trainable freezes weights, but there is no training.start_from: "
             "they stay as random as they begin"
         )
+    if recipe.data.prompt is not None:
+        wrong, seen = joined(PreparedData.of(recipe), recipe.data.prompt)
+        if wrong:
+            interrupt.say(
+                f"in {wrong:,} of {counted(seen, 'dev sentence')} the tokenizer joins the prompt with the "
+                "text, so that the whole prompt as one text has other tokens than are trained on: let "
+                "{source} stand on a line of its own in data.prompt.text"
+            )
     with suppress(UserError):  # a resumed run needs the folder no more
         if base is not None and (learned := load_recipe(base / RECIPE).data.tags) != recipe.data.tags:
             interrupt.say(
