@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_host import END, START, TEXT, host_recipe, host_settings, write_host
+from small_host import END, SIZES, START, TEXT, host_recipe, host_settings, write_host
 
 from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.config.host import check_weights, count_tokens
@@ -252,6 +252,7 @@ BAD = [
         {"model": {"low_rank": {"rank": 2, "index": "modular", "pivot": "it"}}},
         "'low_rank.pivot' is it, which is no language",
     ),
+    ({"model": {"task": "causal"}}, "'task' is causal: it must be translate"),
     ({"model": {"low_rank": {"rank": 2, "merge": "learned"}}}, "'merge' is for 'index: modular'"),
 ]
 
@@ -275,3 +276,31 @@ def test_weights_that_are_missing_or_pickled_are_refused(hosts, tmp_path):
         UserError, match=r"has no \*.safetensors, but pytorch_model.bin, which could run any code"
     ):
         check_weights(tmp_path / "host")
+
+
+def test_what_no_decoder_is_or_cannot_be_read_is_refused(hosts, tmp_path):
+    import json
+    import shutil
+
+    import transformers
+
+    folder = shutil.copytree(hosts["Llama"], tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 33}))
+    with pytest.raises(ValueError, match=r"config.json cannot be read|which cannot translate"):
+        host_recipe(tmp_path, folder)
+    encoder = shutil.copytree(hosts["Llama"], tmp_path / "bert")
+    transformers.BertConfig(**SIZES, vocab_size=300).save_pretrained(encoder)
+    with pytest.raises(ValueError, match="which has an encoder: models that are a decoder alone"):
+        host_recipe(tmp_path, encoder)
+    cut = shutil.copytree(hosts["Llama"], tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"the model in .*cut cannot be loaded"):
+        HostModel(host_recipe(tmp_path, cut), 200)
+
+
+def test_an_end_is_one_token(hosts):
+    tokenizer = HostTokenizer.load(hosts["Llama"] / "tokenizer.json")
+    for end in ("<|nope|>", ""):
+        with pytest.raises(UserError, match=r"'data\.prompt\.end' is .* tokens? of the model's tokenizer"):
+            Prompts.of(LANGUAGES, tokenizer, Prompt(text=TEXT, end=end))

@@ -93,7 +93,7 @@ def read_config(folder: Path) -> Any:
     transformers = import_transformers()
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever transformers raises of what it does not like
         raise UserError(f"{folder / CONFIG} cannot be read: {_sentence(error)}") from None
 
 
@@ -114,7 +114,7 @@ def load_pretrained(folder: Path, task: Task, config: Any) -> Any:
         model, info = getattr(transformers, CLASSES[task]).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # such as safetensors' own
         raise UserError(f"the model in {folder} cannot be loaded: {_sentence(error)}") from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(

@@ -97,7 +97,12 @@ def _read(folder: Path, task: Task, _stamp: int) -> HostOutline:
     if not sites:
         raise UserError(
             f"{folder} holds a {type(model).__name__}, none of whose linear layers is known: models with the "
-            "layers of Llama, Qwen2, BERT, XLM-R or M2M-100 can be used"
+            "layers of Llama or Qwen2 can be used"
+        )
+    if layers.keys() != {"decoder"}:
+        raise UserError(
+            f"{folder} holds a {type(model).__name__}, which has an encoder: models that are a decoder alone "
+            "can translate here"
         )
     parameters: Counter[str] = Counter()
     stacks = {name.rpartition(".")[0]: side for side, _, name, _ in layers_of(model)}
@@ -131,7 +136,7 @@ def empty_host(folder: Path, task: Task, config: Any) -> Any:
     transformers = import_transformers()
     try:
         return getattr(transformers, CLASSES[task]).from_config(config)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers raises of what it does not like
         raise UserError(
             f"{folder} holds a model of the type {config.model_type}, which cannot {task}: "
             f"{' '.join(str(error).split())[:200]}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
+from lsmoe_ds.config.host import CLASSES
 from lsmoe_ds.config.method import MethodSection, sections
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.section import Positive, Section
@@ -78,10 +79,12 @@ class _Model(Section):
             return value
         from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
 
+        if (task := value.get("task", "translate")) not in CLASSES:
+            raise ValueError(f"'task' is {task}: it must be {' or '.join(CLASSES)}")
         if value.get("preset") is not None:
             raise ValueError("'preset' and 'huggingface' are two models: leave one out")
         try:
-            host = read_outline(Path(value["huggingface"]), value.get("task", "translate"))
+            host = read_outline(Path(value["huggingface"]), task)
         except UserError as error:
             raise ValueError(f"'huggingface': {error}") from None
         sides = {

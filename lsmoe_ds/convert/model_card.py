@@ -311,6 +311,8 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     )
     yield "parameters", f"{dense:,}{whole}{zeros}"
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
+        if not side.layers:
+            continue  # a decoder alone
         widths = sorted({side.width(layer) for layer in range(side.layers)})
         experts = ""
         if side.moe is not None:
@@ -325,7 +327,8 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
 def _corpus(corpus: Any, directory: Path) -> str:
     """Describe a corpus and its license, from its ``PROVENANCE.json``."""
     if not isinstance(corpus, str):
-        held_out = " (held-out text only)" if corpus.format in HELD_OUT_ONLY else ""
+        only = corpus.format in HELD_OUT_ONLY and corpus.train is None
+        held_out = " (held-out text only)" if only else ""
         return f"{corpus.path.name}{held_out}, from the trainer's own disk; license unknown"  # where it lay is nobody's business
     found = read_json(corpus_folder(corpus, directory) / PROVENANCE)
     if found is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import counted
 
 
 class HostTokenizer:
@@ -78,10 +79,16 @@ class HostTokenizer:
         return ids if ids[:1] == first else [*first, *ids]
 
     def end(self, text: str | None) -> list[int]:
-        """Return the ids that end an answer. Raises UserError unless there are some."""
+        """Return the ids that end an answer. Raises UserError unless there is exactly one.
+
+        Translation stops at one token; the first of several may stand within an answer.
+        """
         ids = self.encode_markup(text or "")
-        if not ids:
-            raise UserError("'data.prompt.end' is empty: give the text that ends an answer, such as </s>")
+        if len(ids) != 1:
+            raise UserError(
+                f"'data.prompt.end' is {text!r}, which is {counted(len(ids), 'token')} of the model's "
+                "tokenizer: give a text that is one, such as </s>"
+            )
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -52,7 +52,7 @@ def generate(
         generation_config=transformers.GenerationConfig(
             num_beams=search.beam,
             length_penalty=search.length_penalty,
-            early_stopping=True,
+            early_stopping=search.beam > 1,
             max_new_tokens=max(limits) + 1,
             eos_token_id=end,
             pad_token_id=end,
