@@ -160,7 +160,7 @@ def test_modular_matrices_merge_as_the_paper_says(hosts, kind, route, tmp_path):
             )
             for at in sites
         }
-        for at in sites:  # transformers' own layers, without what stands beside them
+        for at in sites:  # the host's own layers alone, without banks
             model.host.get_submodule(model.outline.modules[at]).__dict__.pop("forward", None)
         wanted = torch.func.functional_call(model.host, replaced, (), {"input_ids": tokens[[number]]}).logits
         torch.testing.assert_close(logits[[number]], wanted, atol=1e-5, rtol=1e-5)

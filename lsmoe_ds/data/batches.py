@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -22,37 +22,45 @@ class Tags(Protocol):
     def tag_id(self, code: str, /) -> int: ...
 
 
-class Batch(Protocol):
-    """What a model reads of B sentences. Ids of languages and directions are those of ``Languages``."""
+class Batch:
+    """What a model reads of B sentences, a frozen dataclass of int64 tensors.
+
+    Ids of languages and directions are those of ``Languages``.
+    """
+
+    ignored: ClassVar[int]  # the label of what is not learned
+    labels: torch.Tensor  # [B, T]
+    source_language: torch.Tensor  # [B]
+    target_language: torch.Tensor  # [B]
+    direction: torch.Tensor  # [B]
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         """The arguments of the model's forward pass."""
-        ...
-
-    @property
-    def target_tokens(self) -> int:
-        """Number of labels that are learned."""
-        ...
+        raise NotImplementedError
 
     @property
     def read(self) -> torch.Tensor:
         """Where a real token [B, T] stands, of those that predictions are made at."""
-        ...
+        raise NotImplementedError
 
     @property
-    def ids(self) -> SentenceIds: ...
+    def target_tokens(self) -> int:
+        """Number of labels that are learned."""
+        return int((self.labels != self.ignored).sum())
 
     @property
-    def direction(self) -> torch.Tensor:
-        """Direction ids [B]."""
-        ...
+    def ids(self) -> SentenceIds:
+        return SentenceIds(self.source_language, self.target_language, self.direction)
 
-    def to(self, device: torch.device | str) -> Self: ...
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same on another device."""
+        names = (field.name for field in fields(self))  # type: ignore[arg-type]
+        return type(self)(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     def silent(self) -> Self:
         """Return the same without labels: it counts for nothing."""
-        ...
+        return replace(self, labels=torch.full_like(self.labels, self.ignored))  # type: ignore[type-var]
 
 
 class Form(Protocol):
@@ -86,8 +94,10 @@ class Form(Protocol):
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(Batch):
     """Sentence pairs of any directions for an encoder-decoder."""
+
+    ignored = PAD
 
     source: torch.Tensor  # [B, Ts]  tag, tokens, EOS, PAD ...
     decoder_input: torch.Tensor  # [B, Tt]  EOS, given tag if any, tokens, PAD ...
@@ -101,31 +111,8 @@ class PairBatch:
         return self.source, self.decoder_input, self.labels, self.ids
 
     @property
-    def target_tokens(self) -> int:
-        return int((self.labels != PAD).sum())
-
-    @property
     def read(self) -> torch.Tensor:
         return self.decoder_input != PAD
-
-    @property
-    def ids(self) -> SentenceIds:
-        return SentenceIds(self.source_language, self.target_language, self.direction)
-
-    def to(self, device: torch.device | str) -> Self:
-        return moved(self, device)
-
-    def silent(self) -> Self:
-        return replace(self, labels=torch.full_like(self.labels, PAD))
-
-
-AnyBatch = TypeVar("AnyBatch")
-
-
-def moved(batch: AnyBatch, device: torch.device | str) -> AnyBatch:
-    """Return a batch on another device."""
-    tensors = {f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in fields(batch)}  # type: ignore[arg-type]
-    return type(batch)(**tensors)
 
 
 @dataclass(frozen=True)

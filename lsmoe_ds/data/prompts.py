@@ -7,15 +7,15 @@ direction; the model learns target and end alone. B sentences, T positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
 from lsmoe_ds.config.data import Prompt
-from lsmoe_ds.data.batches import moved
+from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.shuffling import Integers
 from lsmoe_ds.languages import Direction, Languages, SentenceIds, language_name
@@ -54,8 +54,10 @@ def joined(prepared: PreparedData, prompt: Prompt, most: int = 200) -> tuple[int
 
 
 @dataclass(frozen=True)
-class PromptBatch:
+class PromptBatch(Batch):
     """Prompts with their answers, padded at the end; in translation prompts alone, padded at the start."""
+
+    ignored = IGNORED
 
     tokens: torch.Tensor  # [B, T]
     labels: torch.Tensor  # [B, T]: the token that follows, IGNORED within the prompt and padding
@@ -69,22 +71,8 @@ class PromptBatch:
         return self.tokens, self.labels, self.real, self.ids
 
     @property
-    def target_tokens(self) -> int:
-        return int((self.labels != IGNORED).sum())
-
-    @property
     def read(self) -> torch.Tensor:
         return self.labels != IGNORED
-
-    @property
-    def ids(self) -> SentenceIds:
-        return SentenceIds(self.source_language, self.target_language, self.direction)
-
-    def to(self, device: torch.device | str) -> Self:
-        return moved(self, device)
-
-    def silent(self) -> Self:
-        return replace(self, labels=torch.full_like(self.labels, IGNORED))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsmoe_ds.checkpoint.stored import Stored
 from lsmoe_ds.checkpoint.tensors import Tensors, save_tensors
-from lsmoe_ds.config.host import copy_small
+from lsmoe_ds.config.host import CLASSES, copy_small
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prompts import PromptBatch, prompt_text
-from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.generate import generate
@@ -42,24 +39,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe) -> 
 class ExportedHost(Exported):
     """A folder in transformers, on the CPU, which reads prompts as text by its own tokenizer."""
 
-    @classmethod
-    def load(cls, stored: Stored) -> ExportedHost:
-        """Load it as anybody would, with the recipe and vocabulary of ``stored.home``; needs transformers."""
-        transformers: Any = importlib.import_module("transformers")
-        transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(stored.weights_in, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(stored.weights_in)
-        if tokenizer.pad_token is None:  # any will do: padding is masked
-            tokenizer.pad_token = tokenizer.eos_token
-        return cls(
-            model.eval(),
-            tokenizer,
-            stored.recipe,
-            Vocabulary.load(stored.vocabulary),
-            stored.recipe.languages,
-            0,
-            stored.home,
-        )
+    theirs = CLASSES["translate"]
 
     def encode(self, line: str) -> list[int]:
         return list(self.tokenizer(line, add_special_tokens=False)["input_ids"])

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -138,6 +138,8 @@ class Exported:
     :class:`lsmoe_ds.inference.engine.Engine`.
     """
 
+    theirs: ClassVar[str] = "M2M100ForConditionalGeneration"  # the class that loads the model
+
     model: Any
     tokenizer: Any
     recipe: Recipe
@@ -162,10 +164,12 @@ class Exported:
         """Load it as anybody would, with the recipe and vocabulary of ``stored.home``; needs transformers."""
         transformers: Any = importlib.import_module("transformers")
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.M2M100ForConditionalGeneration.from_pretrained(stored.weights_in).eval()
+        model = getattr(transformers, cls.theirs).from_pretrained(stored.weights_in, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(stored.weights_in)
+        if tokenizer.pad_token is None:  # any will do: padding is masked
+            tokenizer.pad_token = tokenizer.eos_token
         return cls(
-            model,
+            model.eval(),
             tokenizer,
             stored.recipe,
             Vocabulary.load(stored.vocabulary),

@@ -50,7 +50,7 @@ def _without_ties(model: nn.Module, state: dict[str, Any], prefix: str, metadata
 
 
 class _Plain:
-    """A linear layer of the host without what stands beside it."""
+    """Apply a linear layer of the host alone, without the module that a method added."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
