@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_host import write_host
-from small_run import write_corpus
-from test_hosts_training import EN_DE, modular, trained
+from test_hosts_training import EN_DE, modular, prepared, trained
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
@@ -28,11 +26,7 @@ DE_FR = Direction("de", "fr")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("host-convert")
-    write_corpus(folder)
-    write_host(folder / "host", "Llama")
-    prepare(modular(folder))
-    return folder
+    return prepared(tmp_path_factory.mktemp("host-convert"), "Llama")
 
 
 @pytest.fixture(scope="module")

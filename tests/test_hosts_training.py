@@ -29,14 +29,17 @@ pytest.importorskip("transformers")
 EN_DE, DE_FR = Direction("en", "de"), Direction("de", "fr")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """Prepared data beside a folder of transformers."""
-    folder = tmp_path_factory.mktemp("host-training")
+def prepared(folder: Path, kind: str) -> Path:
+    """Write a corpus, a model of a class of transformers, and the prepared data of :func:`modular`."""
     write_corpus(folder)
-    write_host(folder / "host", "Qwen2")
+    write_host(folder / "host", kind)
     prepare(modular(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("host-training"), "Qwen2")
 
 
 def modular(folder: Path, stage: int = 0, steps: int = 4) -> Recipe:

@@ -12,16 +12,11 @@ from unittest import mock
 import pytest
 import yaml
 from small_host import write_host
-from small_run import make_recipe, write_corpus
+from small_study import prepared_base, study_file
 from test_bad_input import inside, main, tree
 from test_report import Page
-from test_resharding import ONE, train
 
-from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.convert.command import convert
-from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import locked
@@ -44,34 +39,9 @@ def test_the_studies_that_come_with_the_project(tmp_path, monkeypatch):
             check_route(route, study.recipes[member])
 
 
-def study_file(**changes) -> dict:
-    value = {
-        "name": "pair",
-        "recipe": "base.yaml",
-        "seeds": [3],
-        "baseline": "naive",
-        "evaluate": {"beam": 2, "limit": 4},
-        "members": {
-            "naive": {"title": "Naive"},
-            "fd": {
-                "set": {"model": {"low_rank": {"rank": 2, "fuse_distillation": True}}},
-                "routes": ["specific", "shared"],
-            },
-        },
-    }
-    return {**value, **changes}
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Prepared data and base.yaml."""
-    folder = tmp_path_factory.mktemp("study")
-    write_corpus(folder)
-    recipe = make_recipe(folder, None, None, stage=0)
-    recipe.training.steps, recipe.training.log_every = 4, 2
-    (folder / "base.yaml").write_text(recipe.to_yaml())
-    prepare(recipe)
-    return folder
+    return prepared_base(tmp_path_factory.mktemp("study"))
 
 
 def test_recipes_of_the_members(base):
@@ -325,96 +295,3 @@ def test_a_lock_that_is_waited_for(tmp_path):
         order.append("first")
     waiting.join(5)
     assert order == ["first", "second"]
-
-
-def test_a_member_that_is_not_trained_is_the_model_that_the_others_start_from(
-    pool, base, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(base / "base.yaml")
-    run = tmp_path / "run"
-    train(pool, recipe, run, ONE)
-    convert(run, "consolidated", None, tmp_path / "start", check=0)
-    members = {
-        "base": {"trained": False, "title": "As it is"},
-        "tuned": {"set": {"model": {"low_rank": {"rank": 2}}}},
-    }
-    training = {**recipe.model_dump(mode="json")["training"], "start_from": str(tmp_path / "start")}
-    training["directions"] = directions = [str(direction) for direction in recipe.trained[:2]]
-    (tmp_path / "from.yaml").write_text(
-        yaml.safe_dump({**yaml.safe_load((base / "base.yaml").read_text()), "training": training})
-    )
-    value = study_file(recipe="from.yaml", seeds=[1, 2], baseline="base", members=members)
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(value))
-    found = run_study(tmp_path / "s.yaml", tmp_path / "out", members=["base"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["base"]
-    row = found.to_dict()["rows"][0]
-    assert row["title"] == "As it is"
-    wanted = evaluate(run, directions, beam=2, limit=4, progress=False)
-    table = ScoreTable.read(tmp_path / "out" / "base" / "scores-specific.json")
-    assert [str(each.direction) for each in table.directions] == directions, "not all that the base knows"
-    assert [each.metrics for each in table.directions] == [each.metrics for each in wanted.directions]
-    del training["start_from"]
-    (tmp_path / "from.yaml").write_text(
-        yaml.safe_dump({**yaml.safe_load((base / "base.yaml").read_text()), "training": training})
-    )
-    with pytest.raises(UserError, match=r"'trained' is false, but there is no training\.start_from"):
-        load_study(tmp_path / "s.yaml")
-
-
-def test_a_member_with_a_model_for_each_direction(base, tmp_path):
-    members = {"naive": {}, "alone": {"each_direction": 2, "title": "Bilingual"}}
-    (base / "alone.yaml").write_text(yaml.safe_dump(study_file(name="alone", members=members)))
-    study, out = load_study(base / "alone.yaml"), tmp_path / "out"
-    directions = study.recipes["alone"].data.directions
-    comparison = run_study(base / "alone.yaml", out)
-    both = {row.member: row for row in comparison.rows}
-    assert both["alone"].directions.keys() == both["naive"].directions.keys() == set(directions)
-    for direction in directions:
-        run = out / "alone-seed3" / direction
-        recipe = load_recipe(run / "recipe.yaml")
-        assert recipe.training.directions == [direction] and recipe.training.steps == 2
-        table = ScoreTable.read(run / "scores-specific.json")
-        assert [str(score.direction) for score in table.directions] == [direction]
-        assert both["alone"].directions[direction]["chrfpp"].mean == table.directions[0].metrics.chrfpp
-    costs = both["alone"].costs
-    assert costs.parameters == costs.serving_all == 4 * both["naive"].costs.parameters
-    assert costs.serving_one == both["naive"].costs.serving_one and costs.minutes is not None
-    before = tree(out)
-    run_study(base / "alone.yaml", out)
-    changed = {path for path, content in tree(out).items() if before.get(path) != content}
-    assert not [path for path in changed if "alone-seed3" in str(path)], "nothing is done again"
-
-
-def test_scores_are_of_the_directions_that_the_recipe_trains(base, tmp_path):
-    recipe = load_recipe(base / "base.yaml", ["training.directions=[en-de, de-en]"])
-    (base / "some.yaml").write_text(recipe.to_yaml())
-    file = study_file(name="some", recipe="some.yaml", members={"naive": {}, "alone": {"each_direction": 1}})
-    (base / "of_some.yaml").write_text(yaml.safe_dump(file))
-    found = run_study(base / "of_some.yaml", tmp_path / "out")
-    assert [sorted(row.directions) for row in found.rows] == [["de-en", "en-de"]] * 2
-
-
-def test_rows_of_routes_in_directions_that_were_not_trained(base, tmp_path):
-    members = {
-        "naive": {},
-        "modular": {
-            "set": {
-                "model": {"low_rank": {"rank": 2, "index": "modular"}},
-                "training": {"directions": ["en-de", "de-en"]},
-            },
-            "routes": ["specific", "matrices-1-3"],
-        },
-    }
-    value = study_file(members=members, evaluate={"beam": 1, "limit": 2, "directions": "all"})
-    (base / "routes.yaml").write_text(yaml.safe_dump(value, sort_keys=False))
-    found = run_study(base / "routes.yaml", tmp_path / "out")
-    assert [row.title for row in found.rows] == ["naive", "modular, specific", "modular, matrices-1-3"]
-    for route in ("specific", "matrices-1-3"):
-        table = ScoreTable.read(tmp_path / "out" / "modular-seed3" / f"scores-{route}.json")
-        scored = [str(each.direction) for each in table.directions]
-        assert table.route == route and scored == ["en-de", "de-en", "en-fr", "fr-en"]
-    value["members"]["modular"]["routes"] = ["sideways"]
-    (base / "routes.yaml").write_text(yaml.safe_dump(value))
-    with pytest.raises(UserError, match="member 'modular': 'sideways' is no route"):
-        run_study(base / "routes.yaml", tmp_path / "other")
