@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
-from lsmoe_ds.config import recipe as recipe_module
+from lsmoe_ds.config import model as model_section
 from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape, Shape
@@ -115,12 +115,12 @@ class StructureSection(MethodSection):
 @contextmanager
 def structured() -> Iterator[None]:
     """Give the method to every model with experts; a dense one, which a conversion makes, has it no more."""
-    given = recipe_module.Model.methods.fget
+    given = model_section.Model.methods.fget
 
     def methods(model: Any) -> list[MethodSection]:
         return [*given(model), *([StructureSection()] if any(model.moe_layers()) else [])]
 
-    with mock.patch.object(recipe_module._Model, "methods", property(methods)):
+    with mock.patch.object(model_section._Model, "methods", property(methods)):
         yield
 
 

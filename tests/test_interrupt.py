@@ -167,7 +167,8 @@ def test_one_process_saves_and_leaves_with_the_promised_status(folder):
     for numbers, status, name in (
         ((signal.SIGINT,), 130, r"SIGINT \(Ctrl-C\)"),
         ((signal.SIGTERM, signal.SIGTERM), 75, "SIGTERM"),
-        ((signal.SIGUSR1, signal.SIGTERM), 75, "SIGUSR1"),
+        # Sent in the same moment, they may reach two threads of the process: either may be the first.
+        ((signal.SIGUSR1, signal.SIGTERM), 75, "SIG(?:USR1|TERM)"),
     ):
         training, before = Command(folder / "one.log", "train", file, "--out", run), records_in(run)
         training.wait_for(lambda before=before: records_in(run) > before + 1)
