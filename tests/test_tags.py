@@ -31,7 +31,8 @@ def ids(tags: str = "source-target") -> DirectionIds:
 
 def stream(prepared: Prepared, tags: str, languages: Languages = LANGUAGES, **batch: int) -> BatchStream:
     chosen = BatchSettings.model_validate({"tokens": 512, "count": 4, **batch})
-    return BatchStream(prepared, languages, Vocabulary(), chosen, 5.0, 1, tags=tags)
+    form = DirectionIds.of(languages, Vocabulary(), tags)
+    return BatchStream(prepared, languages, Vocabulary(), chosen, 5.0, 1, form=form)
 
 
 def test_layout() -> None:
@@ -81,7 +82,7 @@ def test_validation_counts_the_same_labels_by_both() -> None:
     counts = []
     for tags in BOTH:
         batches = list(
-            validation_batches(prepare(), LANGUAGES, Vocabulary(), BatchSettings(tokens=512), tags=tags)
+            validation_batches(prepare(), LANGUAGES, Vocabulary(), BatchSettings(tokens=512), form=ids(tags))
         )
         assert all(batch.source.numel() + batch.labels.numel() <= 512 for batch in batches)
         assert (batches[0].decoder_input[:, 1] == 5).all() == (tags == "source-target")  # en-de is first

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lsmoe_ds.config.host import Task
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import GROUPS, Direction, check_code, english_centric, is_english, normalize_code
@@ -20,6 +21,10 @@ from lsmoe_ds.notices import counted, listed
 
 SMALLEST = 64  # pieces of a vocabulary
 TagConvention = Literal["target", "source-target"]
+LABELLED: dict[str, Task] = {"wikiann": "tag", "conll": "tag", "squad": "answer"}  # formats of other tasks
+# Settings of text that labelled corpora take as it is.
+OF_TRANSLATION = ("directions", "cleaning", "held_out", "tags", "prompt", "pivot", "max_pairs")
+NAMES = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")  # WikiANN's
 
 
 def _twice(values: Iterable[Hashable]) -> Any:
@@ -34,7 +39,7 @@ class Corpus(Section):
     """
 
     path: Path
-    format: Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv"]
+    format: Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv", "wikiann", "conll", "squad"]
     source: str | None = None
     target: str | None = None
     train: Literal["dev", "test"] | None = None
@@ -191,6 +196,9 @@ class Data(Section):
     learned. ``prompt`` is for a decoder alone (``model.huggingface``), which reads no tags. ``pivot`` is the
     language by whose sentences a corpus' bitexts are joined into others (see :mod:`lsmoe_ds.data.pivot`).
     ``max_pairs`` caps the training pairs of each bitext, or of each bitext of a language.
+
+    Corpora of other tasks are by language. ``labels`` are the tags of names in the BIO scheme, and questions
+    are read with windows of their context that overlap by ``stride`` tokens.
     """
 
     name: Annotated[str, Field(pattern=NAME)] | None = None
@@ -208,6 +216,14 @@ class Data(Section):
     prompt: Prompt | None = None
     pivot: str | None = None
     max_pairs: Positive | dict[str, Positive] | None = None
+    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    stride: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def task(self) -> Task:
+        """Tell what the corpora are for."""
+        formats = [corpus.format for corpus in self.corpora if isinstance(corpus, Corpus)]
+        return next((LABELLED[each] for each in formats if each in LABELLED), "translate")
 
     def most_pairs(self, codes: Iterable[str]) -> int | None:
         """Return the largest number of training pairs of a bitext of these languages; None if any."""
@@ -240,6 +256,64 @@ class Data(Section):
         if twice := _twice(codes):
             raise ValueError(f"'languages' names {twice} twice: name it once")
         return {**value, "directions": ["-".join(pair) for pair in permutations(codes, 2)]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_language(cls, value: Any) -> Any:
+        """Give labelled corpora a direction for each language, from it into itself."""
+        corpora = value.get("corpora") if isinstance(value, dict) else None
+        formats = [
+            each.get("format") if isinstance(each, dict) else None
+            for each in (corpora if isinstance(corpora, list) else ())
+        ]
+        tasks = {LABELLED.get(str(each), "translate") for each in formats}
+        if not tasks - {"translate"}:
+            return value
+        if len(tasks) > 1:
+            raise ValueError(f"'corpora' are for {listed(sorted(tasks))}: a recipe has one task")
+        codes = value.get("languages")
+        if not isinstance(codes, list) or not codes or not all(isinstance(each, str) for each in codes):
+            raise ValueError(f"corpora of the format {formats[0]} are by language: list 'languages'")
+        own = [f"{code}-{code}" for code in codes]
+        given = {key: value[key] for key in OF_TRANSLATION if value.get(key) is not None}
+        if given.get("directions") == own:  # of a recipe that was written out
+            given.pop("directions")
+        defaults = {name: cls.model_fields[name].get_default() for name in given}
+        for key, found in given.items():
+            default = defaults[key]
+            if found != (default.model_dump(exclude_none=True) if isinstance(default, Section) else default):
+                raise ValueError(
+                    f"'{key}' is for translation, but {formats[0]} is a format of labelled text: leave it out"
+                )
+        task = tasks.pop()
+        more = {"labels": value.get("labels") or list(NAMES)} if task == "tag" else {}
+        more |= {"stride": 128 if (found := value.get("stride")) is None else found} if task == "answer" else {}
+        return {**{k: v for k, v in value.items() if k not in given}, "directions": own, **more}
+
+    @field_validator("labels")
+    @classmethod
+    def _scheme(cls, labels: list[str] | None) -> list[str] | None:
+        for label in labels or ():
+            if label != "O" and not re.fullmatch(r"[BI]-\S+", label):
+                raise ValueError(f"'labels' has {label}, which is no tag of the BIO scheme: O, B-X or I-X")
+        if labels and (twice := _twice(labels)):
+            raise ValueError(f"'labels' has {twice} twice: name it once")
+        if labels and labels[0] != "O":
+            raise ValueError(f"'labels' begins with {labels[0]}: O, of a word in no name, must be the first")
+        return labels
+
+    @model_validator(mode="after")
+    def _of_task(self) -> Data:
+        for key, task in (("labels", "tag"), ("stride", "answer")):
+            if getattr(self, key) is not None and self.task != task:
+                kinds = [name for name, of in LABELLED.items() if of == task]
+                raise ValueError(f"'{key}' is for corpora of the format {listed(kinds)}: leave it out")
+        if self.stride is not None and self.stride > self.batch.max_length // 2:
+            raise ValueError(
+                f"'stride' is {self.stride}, more than half of the {self.batch.max_length} tokens of a window "
+                "('batch.max_length'): give a smaller one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _directions(self) -> Data:
@@ -276,7 +350,7 @@ class Data(Section):
 
     def only(self, direction: Direction) -> Data:
         """Return the same with one direction: what it says of other languages is left out."""
-        codes = (direction.source, direction.target)
+        codes = tuple(dict.fromkeys((direction.source, direction.target)))
         groups = self.groups
         if groups.listed:
             lists = {

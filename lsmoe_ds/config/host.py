@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,13 @@ from typing import Any, Literal
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import listed
 
-Task = Literal["translate"]
-CLASSES: dict[str, str] = {"translate": "AutoModelForCausalLM"}  # what loads the model of a task
+Task = Literal["translate", "tag", "answer"]
+# What loads the model of a task.
+CLASSES: dict[str, str] = {
+    "translate": "AutoModelForCausalLM",
+    "tag": "AutoModelForTokenClassification",
+    "answer": "AutoModelForQuestionAnswering",
+}
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 HOST = "host"  # the folder, in a run or converted folder, of what :func:`copy_small` copies
 # What a run copies beside the weights, so that it needs the folder no more.
@@ -46,7 +52,8 @@ def is_host(folder: Path) -> bool:
     """Tell whether the configuration in a folder is that of a model for one of the tasks."""
     try:
         named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architectures"]
-        return any(str(name).endswith(CLASSES["translate"].removeprefix("AutoModel")) for name in named)
+        kinds = tuple(name.removeprefix("AutoModel") for name in CLASSES.values())
+        return any(str(name).endswith(kinds) for name in named)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -105,8 +112,22 @@ def set_dropout(config: Any, dropout: float, attention_dropout: float) -> None:
                 setattr(config, name, value)
 
 
-def load_pretrained(folder: Path, task: Task, config: Any) -> Any:
-    """Load a model with its weights, in float32. Raises UserError if that fails or weights are missing."""
+def set_labels(config: Any, labels: Sequence[str]) -> None:
+    """Let a configuration have the classes of a head that tags words."""
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+
+
+def is_in_head(name: str, model: Any) -> bool:
+    """Tell whether a parameter is of what a task adds to the body of a model of transformers."""
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def load_pretrained(folder: Path, task: Task, config: Any) -> tuple[Any, list[str]]:
+    """Load a model with its weights, in float32, and list the parameters of its head that have none.
+
+    Raises UserError if that fails or other weights are missing.
+    """
     transformers = import_transformers()
     import torch
 
@@ -116,11 +137,12 @@ def load_pretrained(folder: Path, task: Task, config: Any) -> Any:
         )
     except Exception as error:  # such as safetensors' own
         raise UserError(f"the model in {folder} cannot be loaded: {_sentence(error)}") from None
-    if missing := sorted(info["missing_keys"]):
+    fresh = [name for name in info["missing_keys"] if task != "translate" and is_in_head(name, model)]
+    if missing := sorted(set(info["missing_keys"]) - set(fresh)):
         raise UserError(
             f"the weights in {folder} lack {missing[0]}: the folder is damaged, or of another task"
         )
-    return model
+    return model, fresh
 
 
 def copy_small(folder: Path, to: Path) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lsmoe_ds.config.host import CLASSES, CONFIG, Task, import_transformers, read_config, window_of
+from lsmoe_ds.config.host import (
+    CLASSES,
+    CONFIG,
+    Task,
+    import_transformers,
+    read_config,
+    set_labels,
+    window_of,
+)
 from lsmoe_ds.config.shapes import LinearShape, SideName, Split, Sublayer
 from lsmoe_ds.errors import UserError
 
@@ -47,6 +55,7 @@ PLACES: dict[str, tuple[Sublayer, str]] = {
     "fc1": ("feed_forward", "expand"),
     "fc2": ("feed_forward", "contract"),
 }
+SIDE: dict[Task, SideName] = {"translate": "decoder", "tag": "encoder", "answer": "encoder"}
 ROWS = ("output", "contract")  # what a tensor-parallel model would split by its inputs
 LAYER = re.compile(r"(.+)\.(\d+)")
 
@@ -69,15 +78,20 @@ class HostOutline:
     window: int | None
 
 
-def read_outline(folder: Path, task: Task) -> HostOutline:
-    """Describe the model in a folder. Raises UserError if transformers or the task cannot take it."""
+def read_outline(folder: Path, task: Task, labels: Sequence[str] = ()) -> HostOutline:
+    """Describe the model in a folder, with a head for ``labels`` if the task is to tag.
+
+    Raises UserError if transformers or the task cannot take it.
+    """
     stamp = (folder / CONFIG).stat().st_mtime_ns if (folder / CONFIG).is_file() else 0
-    return _read(folder, task, stamp)
+    return _read(folder, task, tuple(labels), stamp)
 
 
 @cache
-def _read(folder: Path, task: Task, _stamp: int) -> HostOutline:
+def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> HostOutline:
     config = read_config(folder)
+    if labels:
+        set_labels(config, labels)
     with torch.device("meta"):
         model = empty_host(folder, task, config)
     sites, modules = [], {}
@@ -99,10 +113,11 @@ def _read(folder: Path, task: Task, _stamp: int) -> HostOutline:
             f"{folder} holds a {type(model).__name__}, none of whose linear layers is known: models with the "
             "layers of Llama or Qwen2 can be used"
         )
-    if layers.keys() != {"decoder"}:
+    if layers.keys() != {SIDE[task]}:
+        other = "encoder" if SIDE[task] == "decoder" else "decoder"
         raise UserError(
-            f"{folder} holds a {type(model).__name__}, which has an encoder: models that are a decoder alone "
-            "can translate here"
+            f"{folder} holds a {type(model).__name__}, which has a{'n' * (other == 'encoder')} {other}: "
+            f"models that are a{'n' * (SIDE[task] == 'encoder')} {SIDE[task]} alone can {task} here"
         )
     parameters: Counter[str] = Counter()
     stacks = {name.rpartition(".")[0]: side for side, _, name, _ in layers_of(model)}
@@ -124,8 +139,22 @@ def _read(folder: Path, task: Task, _stamp: int) -> HostOutline:
         modules=modules,
         parameters=dict(parameters),
         vocabulary=model.get_input_embeddings().weight.shape[0],
-        window=window_of(text),
+        window=_window(model, text),
     )
+
+
+def _window(model: nn.Module, config: Any) -> int | None:
+    """Return the most tokens that a model can read.
+
+    RoBERTa and XLM-R count positions from the number after that of padding.
+    """
+    padded = [
+        module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    window, first = window_of(config), next((number for number in padded if number is not None), -1) + 1
+    return None if window is None else window - first
 
 
 def empty_host(folder: Path, task: Task, config: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
-from lsmoe_ds.config.host import CLASSES
+from lsmoe_ds.config.host import CLASSES, Task
 from lsmoe_ds.config.method import MethodSection, sections
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.section import Positive, Section
@@ -57,12 +57,13 @@ class Side(Section):
 class _Model(Section):
     """The host, and beside these keys one for each method.
 
-    With ``huggingface`` it is the model that transformers saved in a folder, for a ``task``: its
-    configuration gives the other keys, and a side that it does not have has 0 layers.
+    With ``huggingface`` it is the model that transformers saved in a folder, for a ``task``: a decoder alone
+    translates, an encoder alone tags words or finds answers. Its configuration gives the other keys, and a
+    side that it does not have has 0 layers.
     """
 
     huggingface: Path | None = None
-    task: Literal["translate"] = "translate"
+    task: Task = "translate"
     preset: Literal["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"] | None = (
         None
     )
@@ -123,6 +124,8 @@ class _Model(Section):
     def _heads(self) -> _Model:
         if self.huggingface is not None:
             return self
+        if self.task != "translate":
+            raise ValueError(f"'task' is {self.task}, which is for models of 'huggingface': give a folder")
         for name, side in (("encoder", self.encoder), ("decoder", self.decoder)):
             if not side.layers:
                 raise ValueError(f"'{name}.layers' is 0: it must be at least 1")

@@ -88,6 +88,9 @@ class Recipe(Section):
                     "leave 'data.vocabulary' out"
                 )
         changed = {**data, "vocabulary": {**known, "file": str(file)}}
+        task = model.get("task", "translate") if isinstance(model, dict) else getattr(model, "task", None)
+        if task != "translate":
+            return {**value, "data": changed}
         prompt = data.get("prompt") or {}
         if isinstance(prompt, dict) and prompt.get("end") is None:
             try:
@@ -108,6 +111,11 @@ class Recipe(Section):
             given = [f"data.prompt.{key}" for key in sorted(self.data.prompt.model_fields_set)]
             raise ValueError(
                 f"'{(given or ['data.prompt'])[0]}' is for models of 'model.huggingface': leave it out"
+            )
+        if hidden.task != self.data.task:
+            raise ValueError(
+                f"'model.task' is {hidden.task}, but 'data.corpora' are text to {self.data.task}: they must "
+                "be the same"
             )
         if hidden.huggingface is not None:
             self._fits_host()
@@ -177,11 +185,27 @@ class Recipe(Section):
         assert self.model.huggingface is not None
         window = read_outline(self.model.huggingface, self.model.task).window
         longest = min(self.data.batch.tokens, 2 * self.data.batch.max_length)
-        if window is not None and longest > window:
+        if self.model.task != "translate":
+            self._fits_labels(window)
+        elif window is not None and longest > window:
             raise ValueError(
                 f"'data.batch.max_length' {self.data.batch.max_length} allows prompts with answers of "
                 f"{longest} tokens, more than the {window} that the model reads: set it to at most "
                 f"{window // 2}"
+            )
+
+    def _fits_labels(self, window: int | None) -> None:
+        """Raise ValueError for settings that an encoder cannot have."""
+        longest, smoothing = self.data.batch.max_length, self.training.label_smoothing
+        if window is not None and longest > window:
+            raise ValueError(
+                f"'data.batch.max_length' is {longest}, more than the {window} tokens that the model reads: "
+                "set it to at most that"
+            )
+        if self.model.task == "answer" and smoothing:
+            raise ValueError(
+                f"'training.label_smoothing' is {smoothing}, but the places of an answer are not smoothed: "
+                "set it to 0"
             )
 
     @property

@@ -122,8 +122,7 @@ def _logits(
 ) -> torch.Tensor:
     """Return teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
     number = engine.languages.direction_id(direction)
-    data = engine.recipe.data
-    form = form_of(engine.languages, engine.vocabulary, data.tags, data.prompt)
+    form = form_of(engine.recipe.data, engine.languages, engine.vocabulary)
     batch = form.collate(sources, targets, [number] * len(sources)).to(engine.device)
     return engine.logits_of(batch)[batch.read].cpu()
 

@@ -5,7 +5,7 @@ B sentences, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, Self
 
@@ -16,6 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from lsmoe_ds.config.data import TagConvention
 from lsmoe_ds.data.shuffling import Integers
 from lsmoe_ds.languages import EOS, PAD, Languages, SentenceIds
+
+
+IGNORED = -100  # a label of a sequence that is not learned
 
 
 class Tags(Protocol):
@@ -79,6 +82,11 @@ class Form(Protocol):
         """Target positions of each sentence that are given and not learned."""
         ...
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of the recipe on which batches depend, by their keys."""
+        ...
+
     def overhead(self, direction: int) -> tuple[int, int]:
         """Return how many positions a direction has beside the tokens of source and target."""
         ...
@@ -113,6 +121,31 @@ class PairBatch(Batch):
     @property
     def read(self) -> torch.Tensor:
         return self.decoder_input != PAD
+
+
+@dataclass(frozen=True)
+class SequenceBatch(Batch):
+    """Single sequences: prompts with their answers, or text with labels.
+
+    They are padded at the end; prompts without answers, for translation, at the beginning.
+    """
+
+    ignored = IGNORED
+
+    tokens: torch.Tensor  # [B, T]
+    labels: torch.Tensor  # [B, T], or [B, 2]: first and last token of an answer
+    real: torch.Tensor  # [B, T]: number of the segment, from 1; 0 at padding
+    source_language: torch.Tensor  # [B]
+    target_language: torch.Tensor  # [B]
+    direction: torch.Tensor  # [B]
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SentenceIds]:
+        return self.tokens, self.labels, self.real, self.ids
+
+    @property
+    def read(self) -> torch.Tensor:
+        return self.labels != IGNORED
 
 
 @dataclass(frozen=True)
@@ -157,6 +190,10 @@ class DirectionIds:
     @property
     def given(self) -> int:
         return self.begin.shape[1] - 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"data.tags": "source-target" if self.given else "target"}
 
     def overhead(self, direction: int) -> tuple[int, int]:
         """Return 2, tag and EOS around a source; and what begins a translation, or its end."""

@@ -19,10 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.config.data import Prompt, TagConvention
 from lsmoe_ds.data.assignment import assign, check_affinity
-from lsmoe_ds.data.batches import Batch, Step, Tags
-from lsmoe_ds.data.forms import form_of
+from lsmoe_ds.data.batches import Batch, DirectionIds, Form, Step, Tags
 from lsmoe_ds.data.shuffling import Integers, Words, choose, hash_words, permute, thresholds_of
 from lsmoe_ds.data.units import by_length, cut
 from lsmoe_ds.errors import UserError
@@ -106,8 +104,7 @@ class BatchStream:
         split: str = "train",
         groups: Sequence[int] | None = None,
         at_home: Sequence[Collection[int]] | None = None,
-        tags: TagConvention = "target",
-        prompt: Prompt | None = None,
+        form: Form | None = None,
         directions: Collection[Direction] | None = None,
     ) -> None:
         if batch.count % world:
@@ -118,7 +115,7 @@ class BatchStream:
             )
         check_affinity(batch.languages, len(languages.directions), world, groups, at_home)
         self._at_home = at_home
-        self._form = form_of(languages, vocabulary, tags, prompt)
+        self._form = form or DirectionIds.of(languages, vocabulary)
         self._batch, self._seed, self._rank, self._world = batch, seed, rank, world
         self._pairs = [prepared.tokens(d, split) for d in languages.directions]
         self._lengths = [(pairs.source.lengths, pairs.target.lengths) for pairs in self._pairs]
@@ -157,8 +154,7 @@ class BatchStream:
         self._plan = {
             "data.directions": [str(d) for d in languages.directions],
             "number of training pairs": self._sizes.tolist(),
-            "data.tags": tags,
-            "data.prompt": None if prompt is None else prompt.model_dump(),
+            **self._form.settings,
             "data.temperature": float(temperature),
             "data.batch.tokens": batch.tokens,
             "data.batch.max_length": batch.max_length,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsmoe_ds.config.data import Corpus
+from lsmoe_ds.data.labelled import find_questions, find_words
 from lsmoe_ds.data.lines import read_lines
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.data.spelling import Half, Pair, Wanted, say_spellings
@@ -351,4 +352,7 @@ FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[TextPart]]] = {
     "iwslt": _iwslt,
     "moses": _moses,
     "tsv": _tsv,
+    "wikiann": find_words,
+    "conll": find_words,
+    "squad": find_questions,
 }

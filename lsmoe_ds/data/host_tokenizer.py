@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,53 @@ class HostTokenizer:
                 "tokenizer: give a text that is one, such as </s>"
             )
         return ids
+
+    @property
+    def padding(self) -> int:
+        """The id that fills a batch; a model is told where it stands."""
+        found = (self._plain.token_to_id(token) for token in ("<pad>", "[PAD]"))
+        return next((int(number) for number in found if number is not None), 0)
+
+    def encode_words(self, words: Sequence[str], longest: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield a sentence in pieces of at most ``longest`` tokens, cut between words: its ids with special
+        tokens, and the position of the first sub-word of each word, or -1.
+
+        Of a word that is longer than that, the end is left out.
+        """
+        room = longest - self._plain.num_special_tokens_to_add(False)
+        whole = self._plain.encode(list(words), is_pretokenized=True, add_special_tokens=False)
+        sizes = Counter(whole.word_ids)
+        start = count = 0
+        for number in range(len(words) + 1):
+            if number == len(words) or (count and count + sizes[number] > room):
+                part = self._plain.encode(
+                    list(words[start:number]), is_pretokenized=True, add_special_tokens=False
+                )
+                part.truncate(room)
+                made = self._plain.post_process(part)
+                first = {word: i for i, word in reversed(list(enumerate(made.word_ids))) if word is not None}
+                yield list(made.ids), [first.get(word, -1) for word in range(number - start)]
+                start, count = number, 0
+            count += sizes[number]
+
+    def encode_windows(
+        self, question: str, context: str, longest: int, stride: int
+    ) -> Iterator[tuple[list[int], int, list[tuple[int, int]]]]:
+        """Yield a question with each window of its context, of at most ``longest`` tokens together: ids,
+        where the context begins, and the characters of each of its tokens.
+
+        The end of a question is left out that has more than a quarter of the tokens.
+        """
+        asked = self._plain.encode(question, add_special_tokens=False)
+        asked.truncate(max(1, longest // 4))
+        read = self._plain.encode(context, add_special_tokens=False)
+        room = longest - len(asked.ids) - self._plain.num_special_tokens_to_add(True)
+        read.truncate(room, stride=min(stride, room - 1))
+        for part in (read, *read.overflowing):
+            made = self._plain.post_process(asked, part)
+            ids = made.sequence_ids
+            begin = ids.index(1) if 1 in ids else len(ids)
+            yield list(made.ids), begin, [tuple(span) for span in made.offsets[begin : begin + len(part.ids)]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special tokens are skipped."""

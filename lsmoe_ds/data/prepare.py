@@ -32,6 +32,7 @@ from lsmoe_ds.data.formats import SPLITS, name_of
 from lsmoe_ds.data.held_out import HELD_OUT
 from lsmoe_ds.data.notices import Notices, why_no_text
 from lsmoe_ds.data.pivot import JoinedPart, search_and_join
+from lsmoe_ds.data.prepare_labelled import LabelledPreparation
 from lsmoe_ds.data.prepared import FORMAT, PreparedData
 from lsmoe_ds.data.spelling import say_spellings
 from lsmoe_ds.data.splitting import hold_out
@@ -66,11 +67,19 @@ def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
             return _up_to_date(recipe, state, console)
         console.print(f"preparing {folder}{' again' if folder.exists() else ''}: {state.reason}")
         with replaced(folder) as new:
-            manifest = _Preparation(recipe, new, console).run()
+            kind = _Preparation if recipe.data.task == "translate" else LabelledPreparation
+            manifest = kind(recipe, new, console).run()
             write_json(new / MANIFEST, manifest)
     for notice in manifest["notices"]:
         console.print(notice)
     pairs = sum(splits["train"]["pairs"] for splits in manifest["bitexts"].values())
+    if recipe.data.task != "translate":
+        examples = sum(splits["train"]["examples"] for splits in manifest["bitexts"].values())
+        console.print(
+            f"prepared {folder}: {counted(examples, 'training example')} in "
+            f"{counted(len(manifest['bitexts']), 'language')}, {counted(pairs, 'sequence')}"
+        )
+        return PreparedData.of(recipe)
     console.print(
         f"prepared {folder}: {counted(pairs, 'training pair')} in "
         f"{counted(len(manifest['bitexts']), 'bitext')}"

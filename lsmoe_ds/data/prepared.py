@@ -2,7 +2,8 @@
 
 ``SPLIT/BITEXT/CODE.tokens.npy`` holds the ids of all sentences of one side, one after another, without tag
 and EOS; ``CODE.offsets.npy`` where each begins (int64 [N+1]); for dev and test ``CODE.txt`` holds the
-sentences, one a line.
+sentences, one a line. Labelled text has ``labels`` as its other side (:mod:`lsmoe_ds.data.labels`); a long
+example is several sequences of tokens there, but one line of text.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import check_fields, damage, read_json
 from lsmoe_ds.languages import Direction, Languages
 
+LABELS = "labels"  # the other side of labelled text
 FORMAT = 2  # of the folder and of the rules of cleaning and holding out: a change of any must prepare anew
 PREPARE = "run 'lsmoe data prepare' on the recipe"
 
@@ -94,6 +96,12 @@ def _open_array(path: Path, kinds: str) -> NDArray[Any]:
     if array.ndim != 1 or array.dtype.kind not in kinds:
         raise UserError(f"prepared data: {path} holds {array.dtype} in {array.ndim} dimensions")
     return array
+
+
+def sides(direction: Direction) -> tuple[str, str]:
+    """Return the names of a direction's two sides in files: its languages, or the language and its labels."""
+    alone = direction.source == direction.target
+    return direction.source, LABELS if alone else direction.target
 
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -223,14 +231,14 @@ class PreparedData:
     def tokens(self, direction: Direction, split: str) -> TokenPairs:
         """Return the tokens of a direction in ``train``, ``dev`` or ``test``."""
         folder = self._bitext(direction, split)
-        return TokenPairs(TokenStore(folder, direction.source), TokenStore(folder, direction.target))
+        source, target = sides(direction)
+        return TokenPairs(TokenStore(folder, source), TokenStore(folder, target))
 
     def text(self, direction: Direction, split: str) -> tuple[list[str], list[str]]:
-        """Return source and target sentences of a direction in ``dev`` or ``test``."""
+        """Return source and target lines of a direction in ``dev`` or ``test``."""
         folder = self._bitext(direction, split)
-        return _read_lines(folder / f"{direction.source}.txt"), _read_lines(
-            folder / f"{direction.target}.txt"
-        )
+        source, target = sides(direction)
+        return _read_lines(folder / f"{source}.txt"), _read_lines(folder / f"{target}.txt")
 
 
 def _read_lines(path: Path) -> list[str]:

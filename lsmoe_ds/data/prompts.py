@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
 from lsmoe_ds.config.data import Prompt
-from lsmoe_ds.data.batches import Batch
+from lsmoe_ds.data.batches import IGNORED, SequenceBatch
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.shuffling import Integers
-from lsmoe_ds.languages import Direction, Languages, SentenceIds, language_name
+from lsmoe_ds.languages import Direction, Languages, language_name
 
 if TYPE_CHECKING:
     from lsmoe_ds.data.host_tokenizer import HostTokenizer
     from lsmoe_ds.data.prepared import PreparedData
 
-IGNORED = -100  # a label that is not learned
 SOURCE = "{source}"
 
 
@@ -53,28 +52,6 @@ def joined(prepared: PreparedData, prompt: Prompt, most: int = 200) -> tuple[int
     return found, seen
 
 
-@dataclass(frozen=True)
-class PromptBatch(Batch):
-    """Prompts with their answers, padded at the end; in translation prompts alone, padded at the start."""
-
-    ignored = IGNORED
-
-    tokens: torch.Tensor  # [B, T]
-    labels: torch.Tensor  # [B, T]: the token that follows, IGNORED within the prompt and padding
-    real: torch.Tensor  # [B, T]: 1, or 0 at padding
-    source_language: torch.Tensor  # [B]
-    target_language: torch.Tensor  # [B]
-    direction: torch.Tensor  # [B]
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SentenceIds]:
-        return self.tokens, self.labels, self.real, self.ids
-
-    @property
-    def read(self) -> torch.Tensor:
-        return self.labels != IGNORED
-
-
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """What stands around the tokens of each direction; see :class:`lsmoe_ds.data.batches.Form`."""
@@ -85,6 +62,7 @@ class Prompts:
     after: tuple[Integers, ...]
     end: Integers  # of which the first ends a translation
     padding: int
+    settings: dict[str, Any]
 
     given = 0
 
@@ -101,7 +79,8 @@ class Prompts:
             before.append(np.array(tokenizer.begin(first), dtype=np.int64))
             after.append(np.array(tokenizer.encode_markup(second), dtype=np.int64))
         end = np.array(tokenizer.end(prompt.end), dtype=np.int64)
-        return cls(sources, targets, tuple(before), tuple(after), end, int(end[-1]))
+        settings = {"data.prompt": prompt.model_dump()}
+        return cls(sources, targets, tuple(before), tuple(after), end, int(end[-1]), settings)
 
     def overhead(self, direction: int) -> tuple[int, int]:
         """Return the positions of a direction's prompt, and those of the end."""
@@ -109,8 +88,11 @@ class Prompts:
 
     def collate(
         self, sources: Sequence[ArrayLike], targets: Sequence[ArrayLike] | None, directions: ArrayLike
-    ) -> PromptBatch:
-        """Make a batch of B pairs of token sequences; ``directions`` are B direction ids."""
+    ) -> SequenceBatch:
+        """Make a batch of B pairs of token sequences; ``directions`` are B direction ids.
+
+        Labels are the tokens that follow, IGNORED within a prompt.
+        """
         chosen = np.asarray(directions, dtype=np.int64)
         prompts = [
             np.concatenate([self.before[d], np.asarray(source, dtype=np.int64), self.after[d]])
@@ -134,4 +116,4 @@ class Prompts:
                 labels[i, len(prompt) - 1 : len(row)] = answer
         languages = self.source_language[chosen], self.target_language[chosen]
         arrays = tokens, labels, real, *languages, chosen
-        return PromptBatch(*(torch.from_numpy(array) for array in arrays))
+        return SequenceBatch(*(torch.from_numpy(array) for array in arrays))

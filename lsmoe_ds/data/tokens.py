@@ -37,7 +37,7 @@ def _encode_chunk(pairs: list[tuple[str, str]], model: Path, stamp: int, dtype: 
     return side(0), side(1)
 
 
-class _ArrayFile:
+class ArrayFile:
     """A growing one-dimensional .npy file.
 
     The header is rewritten at the end; numpy leaves room in it for a longer shape.
@@ -80,8 +80,8 @@ def write_tokens(
     """
     folder.mkdir(parents=True)
     dtype = "<u2" if size <= 1 << 16 else "<u4"
-    tokens = [_ArrayFile(folder / f"{code}.tokens.npy", dtype) for code in codes]
-    offsets = [_ArrayFile(folder / f"{code}.offsets.npy", "<i8") for code in codes]
+    tokens = [ArrayFile(folder / f"{code}.tokens.npy", dtype) for code in codes]
+    offsets = [ArrayFile(folder / f"{code}.offsets.npy", "<i8") for code in codes]
     counts = [{"tokens": 0, "unknown": 0, "longest": 0} for _ in codes]
     for array in offsets:
         array.append(np.zeros(1, dtype=np.int64))

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lsmoe_ds.config.data import Batch as BatchSettings
-from lsmoe_ds.config.data import Prompt, TagConvention
-from lsmoe_ds.data.batches import Batch, Tags
+from lsmoe_ds.data.batches import Batch, DirectionIds, Form, Tags
 from lsmoe_ds.data.batching import Prepared, TokenPairs
-from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.units import by_length, cut
 from lsmoe_ds.languages import Direction, Languages
 
@@ -25,17 +23,16 @@ def validation_batches(
     limit: int | None = None,
     rank: int = 0,
     world: int = 1,
-    tags: TagConvention = "target",
-    prompt: Prompt | None = None,
+    form: Form | None = None,
 ) -> Iterator[Batch]:
     """Yield every held-out pair once over all ranks, in batches of one direction, always the same.
 
     Of each direction (all by default) the first ``limit`` pairs are taken. None is left out: one that is
     longer than ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since
     experts are exchanged between them: where units run out the last batch of a rank repeats one pair with all
-    labels ignored, and counts for nothing.
+    labels ignored, and counts for nothing. ``form`` is by default that of pairs with the target's tag.
     """
-    form = form_of(languages, vocabulary, tags, prompt)
+    form = form or DirectionIds.of(languages, vocabulary)
     units: list[tuple[int, TokenPairs, list[int]]] = []
     for direction in languages.directions if directions is None else directions:
         pairs = prepared.tokens(direction, split)

@@ -14,7 +14,8 @@ from torch import Tensor
 from lsmoe_ds.checkpoint.tensors import Tensors, save_tensors
 from lsmoe_ds.config.host import CLASSES, copy_small
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.prompts import PromptBatch, prompt_text
+from lsmoe_ds.data.batches import SequenceBatch
+from lsmoe_ds.data.prompts import prompt_text
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.generate import generate
@@ -61,7 +62,7 @@ class ExportedHost(Exported):
         read = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special)
         none = torch.zeros(len(texts), dtype=torch.long)
         ids = read["input_ids"]
-        batch = PromptBatch(ids, ids, read["attention_mask"], none, none, none)
+        batch = SequenceBatch(ids, ids, read["attention_mask"], none, none, none)
         end = self.encode(prompt.end)[0]
         window = getattr(self.model.config, "max_position_embeddings", None)
         write = partial(self.model.generate, input_ids=ids, attention_mask=batch.real)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.config.host import import_transformers
-from lsmoe_ds.data.prompts import PromptBatch
+from lsmoe_ds.data.batches import SequenceBatch
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 
 # A byte-level tokenizer may cut a translation into more tokens than its source.
@@ -19,7 +19,7 @@ PER_SOURCE_TOKEN = 4.0
 @torch.inference_mode()
 def generate(
     write: Callable[..., Tensor],
-    batch: PromptBatch,
+    batch: SequenceBatch,
     lengths: Sequence[int],
     end: int,
     search: Search,

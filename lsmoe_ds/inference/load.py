@@ -13,9 +13,9 @@ from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weigh
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.method import shared_route_keys
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, PairBatch
+from lsmoe_ds.data.batches import Batch, PairBatch, SequenceBatch
 from lsmoe_ds.data.forms import form_of
-from lsmoe_ds.data.prompts import PromptBatch, Prompts
+from lsmoe_ds.data.prompts import Prompts
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated
@@ -60,12 +60,11 @@ class Loaded:
         """Find the best translation of each token sequence, see :class:`lsmoe_ds.inference.engine.Engine`."""
         languages = with_direction(self.recipe, self.kind, direction)
         number = languages.direction_id(direction)
-        data = self.recipe.data
-        form = form_of(languages, self.vocabulary, data.tags, data.prompt)
+        form = form_of(self.recipe.data, languages, self.vocabulary)
         batch = form.collate(sources, None, [number] * len(sources)).to(self.device)
         if (other := stand_in(self.recipe, direction)) is not None:
             batch.direction.fill_(self.languages.direction_id(other))
-        if isinstance(batch, PromptBatch):
+        if isinstance(batch, SequenceBatch):
             assert isinstance(form, Prompts)
             return self._generate(batch, [len(source) for source in sources], int(form.end[0]), search)
         assert isinstance(batch, PairBatch) and isinstance(self.model, Transformer)
@@ -75,7 +74,7 @@ class Loaded:
         )
 
     def _generate(
-        self, batch: PromptBatch, lengths: Sequence[int], end: int, search: Search
+        self, batch: SequenceBatch, lengths: Sequence[int], end: int, search: Search
     ) -> list[Hypothesis]:
         from lsmoe_ds.inference.generate import generate
         from lsmoe_ds.model.host import HostModel  # needs transformers
@@ -85,13 +84,18 @@ class Loaded:
         return generate(write, batch, lengths, end, search, self.model.outline.window)
 
     def logits_of(self, batch: Batch) -> torch.Tensor:
-        """Return teacher-forced logits [B, T, V] of a batch; those at padding mean nothing."""
+        """Return teacher-forced logits [B, T, V] of a batch, those at padding mean nothing; or the logits of
+        :class:`lsmoe_ds.model.host.LabellingModel`.
+        """
         if isinstance(batch, PairBatch):
             assert isinstance(self.model, Transformer)
             return self.model.logits(batch.source, batch.decoder_input, batch.ids, self.route)
-        from lsmoe_ds.model.host import HostModel  # needs transformers
+        from lsmoe_ds.model.host import HostModel, LabellingModel  # needs transformers
 
-        assert isinstance(batch, PromptBatch) and isinstance(self.model, HostModel)
+        assert isinstance(batch, SequenceBatch)
+        if isinstance(self.model, LabellingModel):
+            return self.model.logits(batch.tokens, batch.real, batch.ids, self.route)
+        assert isinstance(self.model, HostModel)
         return self.model.logits(batch.tokens, batch.ids, self.route)
 
 

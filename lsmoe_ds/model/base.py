@@ -60,6 +60,10 @@ class Model(nn.Module):
         """Tell whether the parameter of a global name has trained weights from the beginning."""
         return False
 
+    def is_in_head(self, name: str) -> bool:
+        """Tell whether the parameter of a global name is of a head that a task adds to a model of others."""
+        return False
+
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """Take tensors, by local name, as the parameters and stored buffers."""
         self.load_state_dict(dict(weights), assign=True)

@@ -17,9 +17,10 @@ def build(recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> 
     """
     if recipe.model.huggingface is None:
         return Transformer(recipe, vocabulary, topology)
-    from lsmoe_ds.model.host import HostModel  # needs transformers
+    from lsmoe_ds.model.host import HostModel, LabellingModel  # needs transformers
 
-    return HostModel(recipe, vocabulary, topology)
+    kind = HostModel if recipe.model.task == "translate" else LabellingModel
+    return kind(recipe, vocabulary, topology)
 
 
 def outline(recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> Model:

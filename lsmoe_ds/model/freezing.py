@@ -22,9 +22,11 @@ def choose(
     names: Collection[str],
     trainable: Literal["all", "methods"] | list[str],
     methods: Sequence[Method],
+    head: Collection[str] = (),
 ) -> set[str]:
     """Return the parameters that train, of a model with these global ``names``.
 
+    With its methods trains the ``head`` that a task adds to a model of others, which begins at random.
     Raises UserError for a pattern that matches none, if none train, or if only some experts of a layer do.
     """
     if trainable == "all":
@@ -34,7 +36,7 @@ def choose(
         if not chosen:
             found = "'training.trainable' is methods, but no method of the model has parameters"
             raise UserError(f"{found}: give all or patterns of global names")
-        return chosen
+        return chosen.union(head)
     chosen = set()
     for pattern in trainable:
         matched = {name for name in names if fnmatchcase(name, pattern)}
@@ -65,7 +67,7 @@ def freeze(model: Model, recipe: Recipe, topology: Topology) -> None:
     names, buffers = global_names(model, topology), {name for name, _ in model.named_buffers()}
     of_all = [name for name, (local, _) in places(model, topology).items() if local not in buffers]
     try:
-        chosen = choose(of_all, trainable, model.methods)
+        chosen = choose(of_all, trainable, model.methods, [name for name in of_all if model.is_in_head(name)])
     except UserError as error:
         raise SharedError(str(error)) from None
     for name, parameter in model.named_parameters():

@@ -1,6 +1,6 @@
-"""A model of transformers whose linear layers are sites of methods.
+"""Models of transformers whose linear layers are sites of methods.
 
-B sentences, T positions, N labels, V vocabulary.
+B sentences, T positions, N labels, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsmoe_ds.config.host import has_weights, load_pretrained, read_config, set_dropout
+from lsmoe_ds.config.host import (
+    has_weights,
+    is_in_head,
+    load_pretrained,
+    read_config,
+    set_dropout,
+    set_labels,
+)
 from lsmoe_ds.config.host_outline import empty_host, read_outline
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShapes, SideName
-from lsmoe_ds.data.prompts import IGNORED, PromptBatch
+from lsmoe_ds.data.batches import IGNORED, SequenceBatch
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.base import Totals
@@ -30,6 +37,7 @@ from lsmoe_ds.parallel.layers import Projected
 from lsmoe_ds.parallel.topology import Topology
 
 HOST = "host."  # before the names that parameters have in transformers
+OUTSIDE = -1e4  # the logit of an answer's end at padding
 
 
 def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
@@ -37,8 +45,11 @@ def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
     init_empty_weights = importlib.import_module("accelerate").init_empty_weights
     folder = recipe.model.huggingface
     assert folder is not None
+    config, labels = read_config(folder), recipe.data.labels or ()
+    if labels:
+        set_labels(config, labels)
     with init_empty_weights(include_buffers=False):
-        host = empty_host(folder, recipe.model.task, read_config(folder))
+        host = empty_host(folder, recipe.model.task, config)
     return {f"{HOST}{name}": buffer for name, buffer in host.named_buffers()}
 
 
@@ -75,21 +86,22 @@ class _Sublayer(Linears):
         self.shapes: LinearShapes = {}
 
 
-class HostModel(Model):
-    """A decoder-only language model that learns the answers of prompts.
+class Host(Model):
+    """A model of transformers, which is called as anyone would call it.
 
-    The model of transformers is called as anyone would call it. Where a method has added a module beside a
-    linear layer, this computes what that layer returns; the module gets the languages of the batch from
-    :attr:`context`, which holds for one forward pass.
+    Where a method has added a module beside a linear layer, this computes what that layer returns; the module
+    gets the languages of the batch from :attr:`context`, which holds for one forward pass.
     """
 
     def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
         super().__init__(recipe, topology or Topology.single())
         folder, task, training = recipe.model.huggingface, recipe.model.task, recipe.training
         assert folder is not None
-        config = read_config(folder)
+        config, labels = read_config(folder), recipe.data.labels or ()
         set_dropout(config, training.dropout, training.attention_dropout)
-        self.outline = read_outline(folder, task)
+        if labels:
+            set_labels(config, labels)
+        self.outline = read_outline(folder, task, labels)
         if vocabulary > self.outline.vocabulary:
             raise UserError(
                 f"the tokenizer in {folder} has {vocabulary} tokens, more than the {self.outline.vocabulary} "
@@ -97,7 +109,13 @@ class HostModel(Model):
             )
         # Without weights where none are needed: for an outline, and where a checkpoint has them.
         empty = torch.get_default_device().type == "meta" or not has_weights(folder)
-        self.host: Any = empty_host(folder, task, config) if empty else load_pretrained(folder, task, config)
+        self.host: Any
+        self._fresh: list[str] = []  # parameters of the head that no weights were loaded for
+        if empty:
+            self.host = empty_host(folder, task, config)
+        else:
+            self.host, self._fresh = load_pretrained(folder, task, config)
+        self._is_headed = task != "translate"
         self.register_state_dict_post_hook(_without_ties)
         self.context: LanguageContext | None = None
         self.add_shared_modules()
@@ -108,7 +126,6 @@ class HostModel(Model):
             if (added := site.module.beside.get(site.name)) is not None:
                 layer = self.host.get_submodule(self.outline.modules[site.at])
                 layer.forward = partial(self._beside, added, _Plain(layer))
-        self._head_is_plain: bool | None = None  # not known before the first pass
 
     def _add_places(self) -> None:
         """Add the modules ``decoder.0.attention`` that hold what methods add."""
@@ -136,14 +153,58 @@ class HostModel(Model):
         return found
 
     def is_loaded(self, name: str) -> bool:
-        return name.startswith(HOST)
+        return name.startswith(HOST) and name.removeprefix(HOST) not in self._fresh
+
+    def is_in_head(self, name: str) -> bool:
+        own = name.startswith(HOST) and self._is_headed
+        return own and is_in_head(name.removeprefix(HOST), self.host)
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """Take tensors, by local name; parameters that transformers ties are stored once."""
         self.load_state_dict(dict(weights), assign=True, strict=False)
         self.host.tie_weights()
 
-    def _logits(self, tokens: Tensor, context: LanguageContext, index: Tensor) -> Tensor:
+    def _logits_at(
+        self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor
+    ) -> Tensor:
+        """Return the logits [N, classes] at ``index`` [N] of the flat places that may have a label."""
+        raise NotImplementedError
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, real: Tensor, ids: SentenceIds, route: Route = "specific"
+    ) -> Losses:
+        """Compute the losses of sequences [B, T], summed over the labels that are not IGNORED."""
+        objective = self.objective if self.training else Objective()
+        if self.training:
+            (tokens, labels, real), ids = objective.expand((tokens, labels, real), ids)
+            route = objective.route
+        notes: Notes = {}
+        index = (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
+        context = LanguageContext(ids, None, notes if self.training else None, route)
+        projected = Projected(self._logits_at(tokens, real, context, index).float())
+        smoothing = self.smoothing if self.training else 0.0
+        return Losses(
+            *objective.losses(projected, labels.reshape(-1)[index], smoothing, self.topology), notes
+        )
+
+    @torch.no_grad()
+    def totals_ahead(self, tokens: Tensor, labels: Tensor, real: Tensor, ids: SentenceIds) -> Totals:
+        sides: tuple[SideName, ...] = ("encoder", "decoder")
+        ahead = self.counted_ahead({side: real.bool() for side in sides}, ids)
+        assert ahead is not None, "no method beside linear layers counts hidden states"
+        return ahead
+
+
+class HostModel(Host):
+    """A decoder-only language model that learns the answers of prompts."""
+
+    def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
+        super().__init__(recipe, vocabulary, topology)
+        self._head_is_plain: bool | None = None  # not known before the first pass
+
+    def _logits_at(
+        self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor
+    ) -> Tensor:
         """Return the logits [N, V] at ``index`` [N] of the flat positions of tokens [B, T] padded at the end.
 
         Padding needs no mask: no real position sees a later one.
@@ -178,36 +239,13 @@ class HostModel(Model):
             self.context = context
         return self._head_is_plain
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor, real: Tensor, ids: SentenceIds, route: Route = "specific"
-    ) -> Losses:
-        """Compute the losses of prompts and answers [B, T], summed over the labels that are not IGNORED."""
-        objective = self.objective if self.training else Objective()
-        if self.training:
-            (tokens, labels), ids = objective.expand((tokens, labels), ids)
-            route = objective.route
-        notes: Notes = {}
-        index = (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
-        context = LanguageContext(ids, None, notes if self.training else None, route)
-        projected = Projected(self._logits(tokens, context, index).float())
-        smoothing = self.smoothing if self.training else 0.0
-        return Losses(
-            *objective.losses(projected, labels.reshape(-1)[index], smoothing, self.topology), notes
-        )
-
     def logits(self, tokens: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
         """Return teacher-forced logits [B, T, V] of tokens padded at the end; padding means nothing."""
         index = torch.arange(tokens.numel(), device=tokens.device)
-        return self._logits(tokens, LanguageContext(ids, None, None, route), index).unflatten(0, tokens.shape)
+        context = LanguageContext(ids, None, None, route)
+        return self._logits_at(tokens, torch.ones_like(tokens), context, index).unflatten(0, tokens.shape)
 
-    @torch.no_grad()
-    def totals_ahead(self, tokens: Tensor, labels: Tensor, real: Tensor, ids: SentenceIds) -> Totals:
-        sides: tuple[SideName, ...] = ("encoder", "decoder")
-        ahead = self.counted_ahead({side: real.bool() for side in sides}, ids)
-        assert ahead is not None, "no method beside linear layers counts hidden states"
-        return ahead
-
-    def generate(self, batch: PromptBatch, route: Route, **options: Any) -> Tensor:
+    def generate(self, batch: SequenceBatch, route: Route, **options: Any) -> Tensor:
         """Continue prompts [B, T], padded at the beginning: [B, T + new], by transformers' ``generate``.
 
         With beams the hypotheses of a sentence are neighbors, so that the context of B sentences fits.
@@ -218,3 +256,40 @@ class HostModel(Model):
             return found
         finally:
             self.context = None
+
+
+class LabellingModel(Host):
+    """An encoder that labels words, or places the ends of an answer.
+
+    ``real`` has the number of each token's segment, from 1, and 0 at padding: the second segment of a
+    question is its context.
+    """
+
+    def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
+        super().__init__(recipe, vocabulary, topology)
+        self._has_types = getattr(self.host.config, "type_vocab_size", 1) > 1
+        self._is_answering = recipe.model.task == "answer"
+
+    def logits(self, tokens: Tensor, real: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
+        """Return the logits of the classes at each token [B, T, C], or of both ends of an answer [B, 2, T]."""
+        return self._logits(tokens, real, LanguageContext(ids, None, None, route))
+
+    def _logits(self, tokens: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
+        self.context = context
+        types = {"token_type_ids": (real == 2).long()} if self._has_types else {}
+        try:
+            found = self.host(input_ids=tokens, attention_mask=(real > 0).long(), **types)
+        finally:
+            self.context = None
+        if not self._is_answering:
+            classes: Tensor = found.logits
+            return classes
+        # Not minus infinity, of which fuse distillation would take a difference.
+        return torch.stack([found.start_logits, found.end_logits], 1).masked_fill(
+            real[:, None] == 0, OUTSIDE
+        )
+
+    def _logits_at(
+        self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor
+    ) -> Tensor:
+        return self._logits(tokens, real, context).flatten(0, 1)[index]

@@ -87,7 +87,7 @@ class Parts:
             return cls(Count(split=recipe.data.vocabulary.size * model.hidden), *sides)
         from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
 
-        own = read_outline(model.huggingface, model.task).parameters
+        own = read_outline(model.huggingface, model.task, recipe.data.labels or ()).parameters
         sides = [Count(whole=own.get(side, 0)) + adds for side, adds in zip(SIDES, sides, strict=True)]
         return cls(Count(whole=own["vocabulary"]), *sides)
 

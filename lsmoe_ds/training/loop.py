@@ -15,6 +15,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity
 from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.batching import BatchStream
+from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.errors import SharedError
@@ -41,6 +42,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     training, data = recipe.training, recipe.data
     prepared = PreparedData.of(recipe)
     languages, vocabulary = recipe.languages, prepared.vocabulary
+    form = form_of(data, languages, vocabulary)
     groups, at_home = affinity(recipe, languages, topology.tensor, topology.expert, topology.data)
     stream = BatchStream(
         prepared,
@@ -53,8 +55,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
         world=topology.data,
         groups=groups,
         at_home=at_home,
-        tags=data.tags,
-        prompt=data.prompt,
+        form=form,
         directions=recipe.trained,
     )
     compat.seed_tensor_parallel_random(training.seed + 1009 * topology.data_rank, topology.tensor_rank)
@@ -77,8 +78,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             limit=limit,
             rank=topology.data_rank,
             world=topology.data,
-            tags=data.tags,
-            prompt=data.prompt,
+            form=form,
         )
         for batch in batches:
             beat(doing)

@@ -1,0 +1,179 @@
+"""Read labelled text: names in WikiANN's layout or CoNLL's, and questions in SQuAD's JSON.
+
+The pairs of a part are those of :mod:`lsmoe_ds.data.labels`: a source line, and a line of its labels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lsmoe_ds.config.data import Corpus
+from lsmoe_ds.data.lines import read_lines
+from lsmoe_ds.data.spelling import Wanted
+from lsmoe_ds.data.text_part import TextPart
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.languages import language_name
+from lsmoe_ds.notices import counted, notice
+
+SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev", "test": "test"}
+
+
+@dataclass(frozen=True)
+class LabelledPart(TextPart):
+    """The labelled text of one corpus in one language and split."""
+
+    def pairs(self, tell: Callable[[str], None] = notice) -> Iterator[tuple[str, str]]:
+        for file in self.files:
+            if self.reader == "questions":
+                yield from _read_questions(file, self.bitext.split("-")[0], tell)
+            else:
+                yield from _read_words(file, self.reader == "prefixed")
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split that a file's name begins with or has as a word."""
+    words = re.findall(r"[a-z]+", path.name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), None)
+
+
+def find_words(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
+    """Find a folder for each language, with files ``train``, ``dev`` and ``test``, of whatever endings."""
+    folders = [path for path in sorted(corpus.path.iterdir()) if path.is_dir()] if corpus.path.is_dir() else []
+    found = [(path.name, path) for path in folders]
+    if corpus.source is not None:
+        found.append((corpus.source, corpus.path))
+    if not found:
+        raise UserError(
+            f"{corpus.path} is not laid out as {corpus.format}: it has no folder for a language, such as "
+            f"{corpus.path / 'de'} with files train, dev and test"
+        )
+    reader = "prefixed" if corpus.format == "wikiann" else "columns"
+    for bitext, (code, _) in wanted.items():
+        folder = wanted.choose(found, code)
+        if folder is None:
+            continue
+        files: dict[str, list[Path]] = {}
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and (split := _split_of(path)) is not None:
+                files.setdefault(split, []).append(path)
+        for split, several in files.items():
+            if len(several) > 1:
+                raise UserError(
+                    f"{folder} has {counted(len(several), 'file')} of the {split} set, {several[0].name} and "
+                    f"{several[1].name}: leave one"
+                )
+            yield LabelledPart(str(corpus.path), bitext, split, tuple(several), reader)
+
+
+def _read_words(file: Path, prefixed: bool) -> Iterator[tuple[str, str]]:
+    """Yield sentences of a file with a word a line, its tag in the last column, and empty lines between."""
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate(read_lines(file), 1):
+        cells = line.split("\t") if "\t" in line else line.split(" ")
+        if not line.strip() or cells[0] == "-DOCSTART-":
+            if words:
+                yield " ".join(words), " ".join(tags)
+                words, tags = [], []
+            continue
+        word, tag = cells[0], cells[-1].strip()
+        if prefixed:
+            word = word.partition(":")[2] if ":" in word else word
+        if len(cells) < 2 or not word.strip() or not tag:
+            raise UserError(
+                f"{file}, line {number}: a word and its tag with a tab or space between were expected, found "
+                f"{line[:40]!r}"
+            )
+        words.append("_".join(word.split()))
+        tags.append(tag)
+    if words:
+        yield " ".join(words), " ".join(tags)
+
+
+def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
+    """Find JSON files whose names have a language and a split, as XTREME's of TyDiQA-GoldP.
+
+    A file that names no language, such as the original TyDiQA-GoldP, has all: then the id of a question
+    begins with the English name of its language.
+    """
+    paths = [corpus.path] if corpus.path.is_file() else sorted(corpus.path.rglob("*.json"))
+    files: dict[str, list[tuple[str, Path]]] = {}
+    of_all: dict[str, list[Path]] = {}
+    codes = {code for _, (code, _) in wanted.items()}
+    for path in paths:
+        split = _split_of(path) or _split_of(path.parent) or "train"
+        parts = [part for part in re.split(r"[._-]", path.stem) if part]
+        named = [part for part in parts if part in codes]
+        if corpus.source is not None:
+            files.setdefault(split, []).append((corpus.source, path))
+        elif named:
+            files.setdefault(split, []).append((named[-1], path))
+        else:
+            of_all.setdefault(split, []).append(path)
+    if not files and not of_all:
+        raise UserError(f"{corpus.path} is not laid out as squad: it has no *.json")
+    for bitext, (code, _) in wanted.items():
+        for split in dict.fromkeys(SPLITS.values()):
+            path = wanted.choose(files.get(split, []), code)
+            chosen = [path] if path is not None else [p for p in of_all.get(split, []) if _has(p, code)]
+            if chosen:
+                yield LabelledPart(str(corpus.path), bitext, split, tuple(chosen), "questions")
+
+
+def _load(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+
+
+def _questions(file: Path) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
+    """Yield id, question, context and answers of each question. Raises UserError for another layout."""
+    try:
+        for article in _load(file)["data"]:
+            for paragraph in article["paragraphs"]:
+                for each in paragraph["qas"]:
+                    answers = [{"text": a["text"], "start": a["answer_start"]} for a in each["answers"]]
+                    yield str(each["id"]), str(each["question"]), str(paragraph["context"]), answers
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is not laid out as SQuAD: {type(error).__name__} {error}") from None
+
+
+def _name_in(number: str) -> str:
+    """Return the language that the id of a question begins with, as TyDiQA's do; empty if none."""
+    found = re.match(r"([a-z]+)-", number)
+    return found[1] if found else ""
+
+
+def _has(file: Path, code: str) -> bool:
+    """Tell whether a file without a language in its name has questions in one."""
+    return any(_name_in(number) == language_name(code).lower() for number, *_ in _questions(file))
+
+
+def _read_questions(file: Path, code: str, tell: Callable[[str], None]) -> Iterator[tuple[str, str]]:
+    name, parts = language_name(code).lower(), re.split(r"[._-]", file.stem)
+    own = {_name_in(number) for number, *_ in _questions(file)}
+    by_id = code not in parts and name in own
+    without = 0
+    for number, question, context, answers in _questions(file):
+        if by_id and _name_in(number) != name:
+            continue
+        for answer in answers:
+            start, text = answer["start"], answer["text"]
+            if not text or context[start : start + len(text)] != text:
+                raise UserError(
+                    f"{file}: the answer {text[:40]!r} of question {number} does not stand at character "
+                    f"{start} of its context"
+                )
+        if not answers:
+            without += 1
+            continue
+        source = {"id": number, "question": question, "context": context}
+        yield json.dumps(source, ensure_ascii=False), json.dumps(answers, ensure_ascii=False)
+    if without:
+        tell(f"{file}: {counted(without, 'question')} without an answer are left out")
