@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import listed
 
-Task = Literal["translate"]
+Task = Literal["translate", "tag", "answer"]
 CLASSES: dict[str, str] = {"translate": "AutoModelForCausalLM"}  # what loads the model of a task
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 HOST = "host"  # the folder, in a run or converted folder, of what :func:`copy_small` copies
