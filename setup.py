@@ -75,7 +75,14 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4"],
         "serve": ["ctranslate2>=4.6,<5"],
-        "hosts": ["transformers>=5", "tokenizers>=0.21", "accelerate>=1", "gguf>=0.17", "peft>=0.21"],
+        "hosts": [
+            "transformers>=5",
+            "tokenizers>=0.21",
+            "accelerate>=1",
+            "gguf>=0.17",
+            "peft>=0.21",
+            "seqeval>=1.2.2",
+        ],
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
@@ -86,6 +93,7 @@ setup(
             "peft>=0.21",
             "accelerate>=1",
             "gguf>=0.17",
+            "seqeval>=1.2.2",
             "ctranslate2>=4.6,<5",
             "langcodes>=3.5",
             "language_data>=1.4",

@@ -54,6 +54,11 @@ def not_a_code(text: str) -> str:
     )
 
 
+def not_a_direction(text: str) -> str:
+    """Return the sentence that rejects a text as a direction of translation."""
+    return f"'{text}' is not a direction: write source-target with two different codes, such as en-de"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the valid choice closest to ``word``, or an empty string."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
@@ -253,26 +258,44 @@ def find_code(code: str, codes: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True, order=True)
 class Direction:
-    """Translation from ``source`` into ``target``."""
+    """Translation from ``source`` into ``target``, or one language alone, for text that is not translated."""
 
     source: str
     target: str
 
     @classmethod
     def parse(cls, text: str) -> Direction:
-        """Parse the result of ``str``. Raises UserError if ``text`` is not a direction.
+        """Parse the result of ``str``, which may be one language alone (``de-de``).
+
+        Raises UserError for other text.
 
         :func:`lsmoe_ds.config.codes.read_direction` reads what a user wrote.
         """
         parts = text.split("-")
-        if len(parts) != 2 or parts[0] == parts[1] or not all(CODE.match(p) for p in parts):
-            raise UserError(
-                f"'{text}' is not a direction: write source-target with two different codes, such as en-de"
-            )
+        if len(parts) != 2 or not all(CODE.match(p) for p in parts):
+            raise UserError(not_a_direction(text))
         return cls(*parts)
+
+    @classmethod
+    def parse_translation(cls, text: str) -> Direction:
+        """Parse a direction between two languages. Raises UserError for anything else."""
+        found = cls.parse(text)
+        if found.alone:
+            raise UserError(not_a_direction(text))
+        return found
 
     def __str__(self) -> str:
         return f"{self.source}-{self.target}"
+
+    @property
+    def alone(self) -> bool:
+        """Tell whether this is one language rather than a translation between two."""
+        return self.source == self.target
+
+    @property
+    def label(self) -> str:
+        """Return how tables name it: ``en-de``, or ``de`` for one language alone."""
+        return self.source if self.alone else str(self)
 
     @property
     def reverse(self) -> Direction:

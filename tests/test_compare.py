@@ -20,9 +20,10 @@ from lsmoe_ds.cli import app
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.compare import compare_runs
 from lsmoe_ds.evaluation.compare_page import check_place, write_page
+from lsmoe_ds.evaluation.direction_scores import score_direction
 from lsmoe_ds.evaluation.metrics import make_metrics
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
-from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
+from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.significance import Trials, interval, run_trials
 from lsmoe_ds.languages import Direction
 

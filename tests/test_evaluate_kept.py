@@ -103,7 +103,9 @@ def test_every_translation_is_kept_beside_its_source_and_reference(run, tmp_path
         )
         lines = hypothesis.decode().split("\n")[:-1]
         assert lines == list(translate(loaded, score.direction, source.decode().split("\n")[:-1], beam=2))
-        assert BLEU().corpus_score(lines, [reference.decode().split("\n")[:-1]]).score == score.metrics.bleu
+        assert (
+            BLEU().corpus_score(lines, [reference.decode().split("\n")[:-1]]).score == score.metrics["bleu"]
+        )
 
 
 def test_scores_of_a_run_that_cannot_be_written(run, tmp_path, monkeypatch, capsys):

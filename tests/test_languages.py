@@ -17,8 +17,8 @@ from lsmoe_ds.config.codes import asked_direction, read_code, read_direction, re
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.data.cleaning import PairFilter
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.direction_scores import score_direction
 from lsmoe_ds.evaluation.groups import membership
-from lsmoe_ds.evaluation.scores import score_direction
 from lsmoe_ds.export.their_vocabulary import M2M_100
 from lsmoe_ds.languages import (
     Direction,

@@ -14,8 +14,9 @@ import pytest
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.direction_scores import score_direction
 from lsmoe_ds.evaluation.groups import Metrics
-from lsmoe_ds.evaluation.scores import ScoreTable, score_direction
+from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.languages import Direction, english_centric
 from lsmoe_ds.report.progress import Progress
 from lsmoe_ds.report.report import _caveat, write_report
@@ -195,7 +196,11 @@ def test_report_of_a_whole_run(tmp_path) -> None:
 def test_scores_by_classes_of_source_and_target(tmp_path) -> None:
     run = make_run(tmp_path)
     table = ScoreTable.read(run / "scores.json")
-    first = replace(table.directions[0], direction=Direction("de", "he"), metrics=Metrics(1.0, 77.7, 2.0))
+    first = replace(
+        table.directions[0],
+        direction=Direction("de", "he"),
+        metrics=Metrics({"bleu": 1.0, "chrf": 77.7, "chrfpp": 2.0}),
+    )
     groups = {"de": "medium", "he": "very_low", "en": "high", "nl": "high", "ru": "high"}
     replace(table, directions=(first, *table.directions[1:]), groups=groups).write(run / "scores.json")
     page = Page(write_report(run))
@@ -214,7 +219,9 @@ def test_bars_are_as_long_as_the_scores(tmp_path) -> None:
     page = Page(write_report(run))
     widths = [float(w) for w in re.findall(r'<i style="width:([\d.]+)%"></i>', page.source)]
     values = [
-        v for s in ScoreTable.read(run / "scores.json").directions for v in (s.metrics.chrf, s.copy.chrf)
+        v
+        for s in ScoreTable.read(run / "scores.json").directions
+        for v in (s.metrics["chrf"], s.copy["chrf"])
     ]
     assert max(widths[: len(values)]) == 85
     for value in values:
@@ -373,9 +380,14 @@ def test_every_conversion_is_told_with_what_it_is(tmp_path) -> None:
 )
 def test_the_caveat_compares_with_copying_in_plain_words(ahead: float, said: str) -> None:
     score = score_direction(english_centric(["de"])[0], ["a b c"], ["x y z"], ["q r s"])
-    metrics = Metrics(0.0, 20.0 + ahead, 0.0)
+    metrics = Metrics({"bleu": 0.0, "chrf": 20.0 + ahead, "chrfpp": 0.0})
     table = ScoreTable(
-        "x", 10, "test", 5, 1.0, (replace(score, metrics=metrics, copy=Metrics(0.0, 20.0, 0.0)),)
+        "x",
+        10,
+        "test",
+        5,
+        1.0,
+        (replace(score, metrics=metrics, copy=Metrics({"bleu": 0.0, "chrf": 20.0, "chrfpp": 0.0})),),
     )
     caveat = _caveat(table, Progress(steps=10, seconds=180.0))
     assert caveat is not None and caveat.startswith(

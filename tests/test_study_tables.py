@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from test_report import HOSTILE, Page
 
+from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.evaluation.groups import Metrics
-from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable
+from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.languages import Direction
 from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study.comparing import compare
@@ -30,8 +31,8 @@ def scored(**chrfpp: float) -> ScoreTable:
     directions = tuple(
         DirectionScore(
             Direction(*name.split("_")),
-            Metrics(value / 2, value + 1, value),
-            Metrics(10, 11, 12),
+            Metrics({"bleu": value / 2, "chrf": value + 1, "chrfpp": value}),
+            Metrics({"bleu": 10, "chrf": 11, "chrfpp": 12}),
             7,
             0.0,
             0.0,

@@ -174,7 +174,8 @@ def task_section(task: str) -> tuple[int, str]:
 
 
 def task_name(task: str) -> str:
-    return " → ".join(language_name(code) for code in task.split("-"))
+    """Name the languages of a task: ``English → German``, or one language alone, ``German``."""
+    return " → ".join(language_name(code) for code in dict.fromkeys(task.split("-")))
 
 
 def read_routing(path: Path) -> list[LayerRouting]:

@@ -327,7 +327,7 @@ class Data(Section):
                     "'languages' names no language beside English: list at least one, or write 'directions'"
                 )
             self.directions = [str(d) for d in english_centric(self.languages)]
-        parsed = [_as_value_error(Direction.parse, d) for d in self.directions]
+        parsed = [_as_value_error(Direction.parse_translation, d) for d in self.directions]
         if twice := _twice(parsed):
             raise ValueError(f"'directions' names {twice} twice: name it once")
         used = {code for direction in parsed for code in (direction.source, direction.target)}

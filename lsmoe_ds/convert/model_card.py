@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment
 
 from lsmoe_ds.checkpoint.stored import VOCABULARY
+from lsmoe_ds.config.host import Task
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert import adapter_card, host_card
 from lsmoe_ds.data.cleaning import INVISIBLE
@@ -20,12 +21,13 @@ from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.export.their_tokenizer import style_of
 from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import Direction, language_name, tag
-from lsmoe_ds.notices import counted
+from lsmoe_ds.notices import counted, listed
 
 TRANSLATE = """With lsmoe_ds installed:
 
@@ -148,18 +150,18 @@ ROUNDED = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {v
 
 CARD = """---
 language: [{% for code in codes %}"{{ code }}"{{ ", " if not loop.last }}{% endfor %}]
-pipeline_tag: translation
+pipeline_tag: {{ pipeline }}
 {%- if kind == 'huggingface' %}
 library_name: transformers
 {%- elif kind == 'peft' %}
 library_name: peft
 {%- endif %}
-tags: [translation, {{ kind }}]
+tags: [{{ pipeline }}, {{ kind }}]
 ---
 
-# {{ provenance.run }}, {{ 'all directions' if directions|length > 1 else directions[0] }}
+# {{ provenance.run }}, {{ 'all ' ~ unit ~ 's' if directions|length > 1 else directions[0].label }}
 
-Translates {{ names }}. {{ what }}
+{{ does }} {{ names }}. {{ what }}
 
 | | |
 |---|---|
@@ -182,13 +184,15 @@ The license of the model is not stated here: whoever publishes it decides it, wi
 {% if scores -%}
 {{ question }}{{ remarks }}
 
-| direction | BLEU | chrF++ | sentences |
-|---|---:|---:|---:|
+| {{ scores.scoring.unit }} | {% for title in metrics.values() %}{{ title }} | {% endfor %}{{ scores.scoring.item }}s |
+|---|{% for _ in metrics %}---:|{% endfor %}---:|
 {%- for score in scored %}
-| {{ score.direction }} | {{ "%.1f"|format(score.metrics.bleu) }} | {{ "%.1f"|format(score.metrics.chrfpp) }} | {{ score.sentences }} |
+| {{ score.direction.label }} | {% for name in metrics %}{{ "%.1f"|format(score.metrics[name]) }} | {% endfor %}{{ score.sentences }} |
 {%- endfor %}
+{%- if signatures %}
 
 {{ signatures|join('; ') }}
+{%- endif %}
 {%- else -%}
 None are known: `lsmoe evaluate` on the run writes them.
 {%- endif %}
@@ -200,6 +204,12 @@ None are known: `lsmoe evaluate` on the run writes them.
 
 
 HELD_OUT_ONLY = ("flores", "ntrex")  # layouts that have no training text
+# What a task is called on the Hub, and what a model does.
+DOES: dict[Task, tuple[str, str]] = {
+    "translate": ("translation", "Translates"),
+    "tag": ("token-classification", "Finds names in text in"),
+    "answer": ("question-answering", "Finds the answers to questions in text in"),
+}
 MOST_NAMED = 12  # directions named in the first sentence
 
 
@@ -232,10 +242,17 @@ def model_card(
     use = environment.from_string(uses[kind]).render(
         first=directions[0], last=last, given=given, style=style, **words
     )
+    pipeline, does = DOES[recipe.model.task]
     scores = _scores(home, directions, provenance)
     scored = [score for score in scores.directions if score.direction in directions] if scores else []
+    metrics = (
+        {name: title for name, title in scores.scoring.titles.items() if name != "chrf"} if scores else {}
+    )
     return environment.from_string(CARD).render(
         kind=kind,
+        pipeline=pipeline,
+        does=does,
+        unit=TASKS[recipe.model.task].unit,
         provenance=provenance,
         what=_what(kind, provenance).format(
             **provenance,
@@ -251,8 +268,9 @@ def model_card(
         scores=scores if scored else None,
         question=replace(scores, directions=tuple(scored)).describe(directions) if scores else "",
         scored=scored,
+        metrics=metrics,
         signatures=list(
-            dict.fromkeys(score.signatures[metric] for score in scored for metric in ("bleu", "chrfpp"))
+            dict.fromkeys(s.signatures[name] for s in scored for name in metrics if name in s.signatures)
         ),
         use=use,
     )
@@ -279,8 +297,11 @@ def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any]) -> str:
 
 
 def _names(directions: tuple[Direction, ...]) -> str:
+    alone = all(direction.alone for direction in directions)
     if len(directions) > MOST_NAMED:
-        return f"in {len(directions)} directions"
+        return f"{len(directions)} languages" if alone else f"in {len(directions)} directions"
+    if alone:
+        return listed(language_name(direction.source) for direction in directions)
     return ", ".join(
         f"{language_name(direction.source)} to {language_name(direction.target)}" for direction in directions
     )
@@ -289,7 +310,8 @@ def _names(directions: tuple[Direction, ...]) -> str:
 def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     model = recipe.model
     yield "format", ", ".join([kind, *([provenance["quantization"]] if "quantization" in provenance else [])])
-    yield "direction", ", ".join(map(str, recipe.languages.directions))
+    labels = (direction.label for direction in recipe.languages.directions)
+    yield TASKS[model.task].unit, ", ".join(labels)
     yield "route", provenance["route"]
     if "merged" in provenance:
         yield "merged into its layers", provenance["merged"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.scores import DirectionScore
+from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.folders import sha256
 
 BATCH = 16

@@ -17,12 +17,13 @@ from lsmoe_ds.checkpoint.stored import Stored, find_model
 from lsmoe_ds.data.prepared import PreparedData, open_data
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.comet import Comet
+from lsmoe_ds.evaluation.direction_scores import DirectionScore, score_direction
 from lsmoe_ds.evaluation.groups import resource_groups
 from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
-from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable, score_direction
+from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.texts import OWN, Texts, check_split, read_held_out, read_own, tell_skipped
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.beam_search import Search

@@ -1,4 +1,5 @@
 """Average scores over groups of directions: into and out of English, between others, and by resources.
+Scores of languages alone are averaged by resources only.
 
 An average is the plain mean over its directions, whatever their numbers of sentences. A direction's resource
 group is that of its bitext: by the number of training pairs, or that of its rarer language. Where not all
@@ -9,7 +10,7 @@ from languages of the group high into very_low.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lsmoe_ds.config.data import Groups
@@ -20,51 +21,68 @@ GROUPS = ("into_english", "out_of_english", "between_others", "all", *RESOURCES)
 CLASSES = {
     f"{source[0]}2{target[0]}".upper(): (source, target) for source in RESOURCES for target in RESOURCES
 }
+# The titles of averages; that of "all" is a task's.
+AVERAGES = {
+    "into_english": "into English",
+    "out_of_english": "out of English",
+    "between_others": "between others",
+    "high": "high resource",
+    "medium": "medium resource",
+    "low": "low resource",
+    "very_low": "very low resource",
+} | {name: f"{name}: {source} into {target}".replace("_", " ") for name, (source, target) in CLASSES.items()}
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """BLEU, chrF (characters only) and chrF++ (with words and word pairs), each from 0 to 100."""
+    """Scores by the name of the metric, each from 0 to 100.
 
-    bleu: float
-    chrf: float
-    chrfpp: float
+    The names are those of a task in :data:`lsmoe_ds.evaluation.metrics.TASKS`.
+    """
+
+    values: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return dict(self.values)
 
     @classmethod
     def mean(cls, several: Sequence[Metrics]) -> Metrics:
-        """Average at least one direction's metrics."""
-        count = len(several)
-        return cls(
-            sum(m.bleu for m in several) / count,
-            sum(m.chrf for m in several) / count,
-            sum(m.chrfpp for m in several) / count,
-        )
+        """Average the metrics, of one task, of at least one direction."""
+        return cls({name: sum(m[name] for m in several) / len(several) for name in several[0].values})
 
 
 class Scored(Protocol):
-    """A direction's scores, and the scores of copying its source."""
+    """A direction's scores, and the scores of copying its source if it was translated."""
 
     @property
     def direction(self) -> Direction: ...
     @property
     def metrics(self) -> Metrics: ...
     @property
-    def copy(self) -> Metrics: ...
+    def copy(self) -> Metrics | None: ...
 
 
 @dataclass(frozen=True)
 class Average:
-    """The mean scores over ``directions`` directions, and those of copying their sources."""
+    """The mean scores over ``directions`` directions or languages, and those of copying their sources."""
 
     directions: int
     metrics: Metrics
-    copy: Metrics
+    copy: Metrics | None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"directions": self.directions, **self.metrics.as_dict(), "copy": self.copy.as_dict()}
+        copied = {} if self.copy is None else {"copy": self.copy.as_dict()}
+        return {"directions": self.directions, **self.metrics.as_dict(), **copied}
+
+    @classmethod
+    def of(cls, scores: Sequence[Scored]) -> Average:
+        """Average at least one direction."""
+        copies = [score.copy for score in scores if score.copy is not None]
+        copy = Metrics.mean(copies) if len(copies) == len(scores) else None
+        return cls(len(scores), Metrics.mean([score.metrics for score in scores]), copy)
 
 
 def resource_groups(pairs: Mapping[str, int], groups: Groups) -> dict[str, str]:
@@ -72,11 +90,17 @@ def resource_groups(pairs: Mapping[str, int], groups: Groups) -> dict[str, str]:
     return {bitext: groups.of_bitext(bitext, count) for bitext, count in pairs.items()}
 
 
-def membership(direction: Direction, resources: Mapping[str, str]) -> tuple[str, ...]:
+def membership(
+    direction: Direction, resources: Mapping[str, str], groups: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
     """Return the groups of :data:`GROUPS` to which a direction belongs.
 
-    ``resources`` maps bitexts to resource groups; it may lack some bitexts.
+    ``resources`` maps bitexts to resource groups, and ``groups`` languages, which matters for a language
+    alone; each may lack some.
     """
+    if direction.alone:
+        found = (groups or {}).get(direction.source)
+        return ("all",) if found is None else ("all", found)
     if is_english(direction.target):
         side = "into_english"
     elif is_english(direction.source):
@@ -97,16 +121,10 @@ def averages(
     members: dict[str, list[Scored]] = {name: [] for name in (*GROUPS, *CLASSES)}
     classes = {between: name for name, between in CLASSES.items()}
     for score in scores:
-        names = list(membership(score.direction, resources))
+        names = list(membership(score.direction, resources, groups))
         between = groups.get(score.direction.source, ""), groups.get(score.direction.target, "")
         for name in [*names, *([classes[between]] if between in classes else [])]:
             members[name].append(score)
     if not members["between_others"]:
         members = {name: members[name] for name in GROUPS}
-    return {
-        name: Average(
-            len(found), Metrics.mean([s.metrics for s in found]), Metrics.mean([s.copy for s in found])
-        )
-        for name, found in members.items()
-        if found
-    }
+    return {name: Average.of(found) for name, found in members.items() if found}

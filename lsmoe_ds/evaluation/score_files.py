@@ -15,8 +15,7 @@ from lsmoe_ds.data.formats import read_lines
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.comet import Comet
 from lsmoe_ds.evaluation.groups import Metrics
-from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics, score_corpus
-from lsmoe_ds.evaluation.scores import WEAK, shares
+from lsmoe_ds.evaluation.metrics import METRICS, WEAK, Tokenizer, make_metrics, score_corpus, shares
 from lsmoe_ds.languages import language_name
 
 
@@ -61,8 +60,8 @@ class FileScore:
                 table.add_column(column, justify=justify)  # type: ignore[arg-type]
         table.add_column("signature", overflow="fold")
         for name, shown in METRICS.items():
-            copied = [f"{getattr(self.copy, name):.1f}"] if self.copy else []
-            table.add_row(shown, f"{getattr(self.metrics, name):.1f}", *copied, self.signatures[name])
+            copied = [f"{self.copy[name]:.1f}"] if self.copy else []
+            table.add_row(shown, f"{self.metrics[name]:.1f}", *copied, self.signatures[name])
         if self.comet is not None:
             table.add_row(
                 "COMET", f"{self.comet:.4f}", *([""] if self.copy else []), self.signatures["comet"]

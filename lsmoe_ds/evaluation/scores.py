@@ -1,4 +1,5 @@
-"""Scores of a model's translations, by direction, beside those of copying the source.
+"""Scores of a model's translations, by direction, beside those of copying the source, or of another task by
+language.
 
 A :class:`ScoreTable` answers one question, which is the step, the text, the route, the search and BLEU's
 tokenizer. Its JSON::
@@ -14,7 +15,10 @@ tokenizer. Its JSON::
                               "samples": [{"source", "hypothesis", "reference"}, ...]}}}
 
 GROUP is one of "high", "medium", "low" and "very_low". With COMET a direction also has "comet", and the table
-"comet", which names the checkpoint.
+"comet", which names the checkpoint. The table of another task also has "task"; its metrics are those of the
+task (:data:`lsmoe_ds.evaluation.metrics.TASKS`), and its directions are languages, "de-de". It lacks what
+only translations have: "beam", "length_penalty", "tokenize", "signatures", "copy", and the shares "exact"
+and "weak" of a direction.
 """
 
 from __future__ import annotations
@@ -22,118 +26,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
-from sacrebleu.metrics import CHRF
 
+from lsmoe_ds.config.host import Task
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.groups import CLASSES, Average, Metrics, averages
-from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics, score_corpus
+from lsmoe_ds.evaluation.direction_scores import DirectionScore
+from lsmoe_ds.evaluation.groups import Average, averages
+from lsmoe_ds.evaluation.metrics import TASKS, TaskMetrics
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.languages import GROUPS, Direction
+from lsmoe_ds.notices import counted
 
-AVERAGES = {
-    "into_english": "into English",
-    "out_of_english": "out of English",
-    "between_others": "between others",
-    "all": "all directions",
-    "high": "high resource",
-    "medium": "medium resource",
-    "low": "low resource",
-    "very_low": "very low resource",
-} | {name: f"{name}: {source} into {target}".replace("_", " ") for name, (source, target) in CLASSES.items()}
-WEAK = 30.0
-"""A translation whose own chrF is below this is rarely of any use."""
 BEAM, PENALTY = 5, 1.0  # the usual search
 LONGEST_NAME = 60  # characters of the directions in a question's name
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sentence of the test set, the model's translation, and the reference."""
-
-    source: str
-    hypothesis: str
-    reference: str
-
-
-@dataclass(frozen=True)
-class DirectionScore:
-    """The scores of one direction.
-
-    ``exact`` and ``weak`` are the shares of sentences, from 0 to 1, that equal the reference and that have a
-    chrF below :data:`WEAK`. ``seconds`` is the time that translation took. ``comet`` is COMET's system score.
-    """
-
-    direction: Direction
-    metrics: Metrics
-    copy: Metrics
-    sentences: int
-    exact: float
-    weak: float
-    seconds: float
-    signatures: dict[str, str]
-    samples: tuple[Sample, ...]
-    comet: float | None = None
-
-
-def score_direction(
-    direction: Direction,
-    sources: Sequence[str],
-    hypotheses: Sequence[str],
-    references: Sequence[str],
-    seconds: float = 0.0,
-    samples: int = 5,
-    tokenizer: Tokenizer | None = None,
-) -> DirectionScore:
-    """Score N detokenized ``hypotheses``, and the N ``sources`` as a copy, against N ``references``.
-
-    The samples are spread evenly over the lines, not hand-picked. Raises UserError if there is no line,
-    ValueError if the numbers of lines differ.
-    """
-    if not len(sources) == len(hypotheses) == len(references):
-        raise ValueError(
-            f"{direction}: {len(sources)} sources, {len(hypotheses)} hypotheses and {len(references)} "
-            "references"
-        )
-    if not references:
-        raise UserError(
-            f"{direction} has no sentences to score: 'data.held_out' must keep at least one of this split"
-        )
-    metrics, count = make_metrics(direction.target, tokenizer), len(references)
-    shown = min(samples, count)
-    exact, weak = shares(hypotheses, [references])
-    return DirectionScore(
-        direction=direction,
-        metrics=score_corpus(metrics, hypotheses, [references]),
-        copy=score_corpus(metrics, sources, [references]),
-        sentences=count,
-        exact=exact,
-        weak=weak,
-        seconds=seconds,
-        signatures={name: str(metric.get_signature()) for name, metric in metrics.items()},
-        samples=tuple(
-            Sample(sources[i], hypotheses[i], references[i])
-            for i in (k * count // shown for k in range(shown))
-        ),
-    )
-
-
-def shares(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """Compute the shares of N hypotheses that equal a reference and that have a chrF below :data:`WEAK`.
-
-    ``references`` is [R, N].
-    """
-    characters, several = CHRF(), list(zip(*references, strict=True))
-    exact = sum(h.strip() in [r.strip() for r in each] for h, each in zip(hypotheses, several, strict=True))
-    weak = sum(
-        characters.sentence_score(h, list(each)).score < WEAK
-        for h, each in zip(hypotheses, several, strict=True)
-    )
-    return exact / len(hypotheses), weak / len(hypotheses)
 
 
 @dataclass(frozen=True)
@@ -145,15 +53,16 @@ class ScoreTable:
     None for all; ``tokenize`` is the name of BLEU's tokenizer if the user chose it; ``asked`` are the
     directions that were asked for, None for all; ``skipped`` are those of them without text; ``comet`` is the
     name of COMET's checkpoint; ``resources`` and ``groups`` are the resource groups of bitexts and languages,
-    as far as they are known.
+    as far as they are known. Only translations have a search: other tasks leave ``beam``, ``length_penalty``,
+    ``tokenize`` and ``comet`` at their defaults.
     """
 
     name: str
     step: int
     split: str
-    beam: int
-    length_penalty: float
-    directions: tuple[DirectionScore, ...]
+    beam: int = BEAM
+    length_penalty: float = PENALTY
+    directions: tuple[DirectionScore, ...] = ()
     resources: Mapping[str, str] = field(default_factory=dict)
     route: str = "specific"
     limit: int | None = None
@@ -162,14 +71,25 @@ class ScoreTable:
     skipped: tuple[Direction, ...] = ()
     comet: str | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
+    task: Task = "translate"
+
+    @property
+    def scoring(self) -> TaskMetrics:
+        """Return what is scored of the task."""
+        return TASKS[self.task]
+
+    @property
+    def translates(self) -> bool:
+        return self.task == "translate"
 
     @property
     def question(self) -> str:
         """Return the question's name in file names.
 
-        It is ``step-200.test.beam-5``, plus whatever differs from a complete evaluation.
+        It is ``step-200.test.beam-5``, or ``step-200.test`` of a task without a search, plus whatever differs
+        from a complete evaluation.
         """
-        parts = [f"step-{self.step}", self.split, f"beam-{self.beam}"]
+        parts = [f"step-{self.step}", self.split, *([f"beam-{self.beam}"] if self.translates else [])]
         parts += [f"penalty-{self.length_penalty}"] if self.length_penalty != PENALTY else []
         parts += [self.route] if self.route != "specific" else []
         parts += [f"limit-{self.limit}"] if self.limit is not None else []
@@ -194,20 +114,20 @@ class ScoreTable:
 
     def describe(self, directions: Sequence[Direction]) -> str:
         """Describe the question, and how it falls short of a complete evaluation of ``directions``."""
-        said = f"Step {self.step:,}, {self.split} set, {self.sentences:,} sentences, beam {self.beam}"
+        unit, item = self.scoring.unit, self.scoring.item
+        said = f"Step {self.step:,}, {self.split} set, {counted(self.sentences, item)}"
+        said += f", beam {self.beam}" if self.translates else ""
         said += f", length penalty {self.length_penalty:g}" if self.length_penalty != PENALTY else ""
         said += ", shared route." if self.route == "shared" else "."
         scored = {score.direction for score in self.directions}
         without = [direction for direction in directions if direction in self.skipped]
         if without:
-            said += f" Without sentences, and not scored: {', '.join(map(str, without))}."
+            said += f" Without {item}s, and not scored: {', '.join(each.label for each in without)}."
         if self.covers(directions):
             return said
-        lacks = (
-            [f"only the first {self.limit:,} sentences of each direction"] if self.limit is not None else []
-        )
+        lacks = [f"only the first {self.limit:,} {item}s of each {unit}"] if self.limit is not None else []
         missing = sum(direction not in scored and direction not in self.skipped for direction in directions)
-        lacks += [f"only {len(scored)} of {len(directions)} directions"] if missing else []
+        lacks += [f"only {len(scored)} of {len(directions)} {unit}s"] if missing else []
         lacks += [f"BLEU by the tokenizer {self.tokenize}"] if self.tokenize is not None else []
         lacks += ["not the test set"] if self.split != "test" else []
         return f"{said} This is no complete evaluation: {', '.join(lacks)}."
@@ -230,29 +150,30 @@ class ScoreTable:
         names = dict.fromkeys(name for score in self.directions for name in score.signatures)
         return {
             name: list(dict.fromkeys(score.signatures[name] for score in self.directions))
-            for name in names or METRICS
+            for name in names or (self.scoring.titles if self.translates else ())
         }
 
     def to_json(self) -> str:
+        search = {"beam": self.beam, "length_penalty": self.length_penalty}
         value = {
             "name": self.name,
+            **({} if self.translates else {"task": self.task}),
             "question": self.question,
             "step": self.step,
             "split": self.split,
-            "beam": self.beam,
-            "length_penalty": self.length_penalty,
+            **(search if self.translates else {}),
             "route": self.route,
             "limit": self.limit,
-            "tokenize": self.tokenize,
+            **({"tokenize": self.tokenize} if self.translates else {}),
             "asked": None if self.asked is None else [str(direction) for direction in self.asked],
             "skipped": [str(direction) for direction in self.skipped],
             **({"comet": self.comet} if self.comet is not None else {}),
             "sentences": self.sentences,
-            "signatures": self.signatures(),
+            **({"signatures": self.signatures()} if self.translates else {}),
             "averages": {name: average.as_dict() for name, average in self.averages().items()},
             "resources": dict(self.resources),
             "groups": dict(self.groups),
-            "directions": {str(score.direction): _direction_to_json(score) for score in self.directions},
+            "directions": {str(score.direction): score.to_dict() for score in self.directions},
         }
         return json.dumps(value, ensure_ascii=False, indent=1)
 
@@ -273,17 +194,21 @@ class ScoreTable:
                 raise ValueError(f"a resource group is none of {', '.join(GROUPS)}")
             if not value["directions"] and not empty:
                 raise ValueError("no direction is scored")
+            task = value.get("task", "translate")
+            if task not in TASKS:
+                raise ValueError(f"the task {task!r} is none of {', '.join(TASKS)}")
             scored = tuple(
-                _direction_from_json(Direction.parse(name), score)
+                DirectionScore.from_dict(task, Direction.parse(name), score)
                 for name, score in value["directions"].items()
             )
+            search = value if task == "translate" else {"beam": BEAM, "length_penalty": PENALTY}
             asked = value.get("asked", [str(score.direction) for score in scored])
             return cls(
                 name=str(value["name"]),
                 step=int(value["step"]),
                 split=str(value["split"]),
-                beam=int(value["beam"]),
-                length_penalty=float(value["length_penalty"]),
+                beam=int(search["beam"]),
+                length_penalty=float(search["length_penalty"]),
                 directions=scored,
                 resources=resources,
                 groups=groups,
@@ -293,6 +218,7 @@ class ScoreTable:
                 asked=None if asked is None else tuple(map(Direction.parse, asked)),
                 skipped=tuple(map(Direction.parse, value.get("skipped", ()))),
                 comet=None if value.get("comet") is None else str(value["comet"]),
+                task=task,
             )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"these scores cannot be read: {error}") from None
@@ -322,72 +248,36 @@ class ScoreTable:
 
         The score of copying the source is in parentheses.
         """
-        title = f"{self.name}: {self.question}"
-        table = Table(title=title, caption="in parentheses: copying the source")
-        table.add_column("direction")
-        for column in (*METRICS.values(), *(["COMET"] if self.comet else []), "sentences"):
+        title, scoring = f"{self.name}: {self.question}", self.scoring
+        copied = any(score.copy is not None for score in self.directions)
+        table = Table(title=title, caption="in parentheses: copying the source" if copied else None)
+        table.add_column(scoring.unit)
+        comets = ["COMET"] if self.comet else []
+        for column in (*scoring.titles.values(), *comets, f"{scoring.item}s"):
             table.add_column(column, justify="right")
         for score in self.directions:
             comet = [] if self.comet is None else [f"{score.comet:.4f}" if score.comet is not None else ""]
-            table.add_row(
-                str(score.direction), *_cells(score.metrics, score.copy), *comet, f"{score.sentences:,}"
-            )
+            table.add_row(score.direction.label, *self._cells(score), *comet, f"{score.sentences:,}")
         table.add_section()
         for name, average in self.averages().items():
             comet = [] if self.comet is None else [""]
             table.add_row(
-                AVERAGES[name],
-                *_cells(average.metrics, average.copy),
+                scoring.averages[name],
+                *self._cells(average),
                 *comet,
-                f"{average.directions} direction{'s' if average.directions > 1 else ''}",
+                counted(average.directions, scoring.unit),
             )
         return table
+
+    def _cells(self, score: DirectionScore | Average) -> list[str]:
+        copied = {name: f" ({value:.1f})" for name, value in score.copy.values.items()} if score.copy else {}
+        return [f"{score.metrics[name]:.1f}{copied.get(name, '')}" for name in self.scoring.titles]
 
 
 def _name_directions(directions: Iterable[Direction]) -> str:
     """Name directions, in any order: ``de-en+en-de``, or if that is too long their number and a checksum."""
-    names = sorted(map(str, directions))
+    names = sorted(direction.label for direction in directions)
     joined = "+".join(names)
     if len(joined) <= LONGEST_NAME:
         return joined
     return f"{len(names)}-directions-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
-
-
-def _cells(metrics: Metrics, copy: Metrics) -> list[str]:
-    return [f"{getattr(metrics, name):.1f} ({getattr(copy, name):.1f})" for name in METRICS]
-
-
-def _direction_to_json(score: DirectionScore) -> dict[str, Any]:
-    return {
-        **score.metrics.as_dict(),
-        **({"comet": score.comet} if score.comet is not None else {}),
-        "copy": score.copy.as_dict(),
-        "sentences": score.sentences,
-        "exact": score.exact,
-        "weak": score.weak,
-        "seconds": score.seconds,
-        "signatures": score.signatures,
-        "samples": [asdict(sample) for sample in score.samples],
-    }
-
-
-def _direction_from_json(direction: Direction, value: Mapping[str, Any]) -> DirectionScore:
-    def metrics(of: Mapping[str, Any]) -> Metrics:
-        return Metrics(**{name: float(of[name]) for name in METRICS})
-
-    return DirectionScore(
-        direction=direction,
-        metrics=metrics(value),
-        copy=metrics(value["copy"]),
-        sentences=int(value["sentences"]),
-        exact=float(value["exact"]),
-        weak=float(value["weak"]),
-        seconds=float(value["seconds"]),
-        signatures={
-            name: str(value["signatures"][name]) for name in dict.fromkeys([*METRICS, *value["signatures"]])
-        },
-        samples=tuple(
-            Sample(str(s["source"]), str(s["hypothesis"]), str(s["reference"])) for s in value["samples"]
-        ),
-        comet=None if value.get("comet") is None else float(value["comet"]),
-    )

@@ -26,13 +26,15 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.evaluation.groups import CLASSES
-from lsmoe_ds.evaluation.metrics import METRICS
+from lsmoe_ds.evaluation.metrics import TASKS, WEAK
 from lsmoe_ds.evaluation.plots import number
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
-from lsmoe_ds.evaluation.scores import AVERAGES, WEAK, DirectionScore, ScoreTable
+from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import check_can_write, write_whole
 from lsmoe_ds.languages import GROUPS, Direction, is_english, language_name, script, task_order
+from lsmoe_ds.notices import counted
 from lsmoe_ds.pages import duration, open_template
 from lsmoe_ds.report.progress import Progress, draw_charts, read_progress
 
@@ -125,7 +127,7 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
     full = largest_share(layers or [])
     averages = scores.averages() if scores else {}
     classes = {CLASSES[name]: average for name, average in averages.items() if name in CLASSES}
-    return open_template("lsmoe_ds.report", "template.html", number=number).render(
+    return open_template("lsmoe_ds.report", "template.html", number=number, counted=counted).render(
         direction_name=lambda direction: task_name(str(direction)),
         recipe=recipe,
         summary=_summary(recipe, progress),
@@ -139,17 +141,13 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
         averages={name: average for name, average in averages.items() if name not in CLASSES},
         classes=classes,
         class_groups=[group for group in GROUPS if any(group in between for between in classes)],
-        average_names=AVERAGES,
-        metric_names=METRICS,
+        scoring=scores.scoring if scores else TASKS["translate"],
+        shown=_shown(scores) if scores else "",
+        copied=scores is not None and scores.translates,
+        samples_title="Sample translations" if scores is None or scores.translates else "Samples",
         caveat=_caveat(scores, progress) if scores else None,
         sides=_sides(scores) if scores else [],
-        # The longest bar leaves room for its number.
-        bar_scale=(
-            85
-            / max(1.0, *(value.chrf for score in scores.directions for value in (score.metrics, score.copy)))
-            if scores
-            else 0
-        ),
+        bar_scale=_bar_scale(scores) if scores else 0,
         open_samples=_open_samples(scores) if scores else set(),
         maps=[(layer, heat_map(layer, full), reading(layer)) for layer in layers or []],
         full=full,
@@ -173,6 +171,17 @@ def _question(scores: ScoreTable, progress: Progress | None, recipe: Recipe) -> 
     if progress is not None and progress.steps > scores.step:
         said += f" Training has gone on to step {progress.steps:,} since."
     return said
+
+
+def _shown(scores: ScoreTable) -> str:
+    """Return the metric of the bars: chrF, in which :data:`WEAK` is, or the main one of another task."""
+    return "chrf" if scores.translates else scores.scoring.main
+
+
+def _bar_scale(scores: ScoreTable) -> float:
+    """Return the width of a bar, in percent, of the score 1; the longest bar leaves room for its number."""
+    bars = [bar for score in scores.directions for bar in (score.metrics, score.copy) if bar is not None]
+    return 85 / max(1.0, *(bar[_shown(scores)] for bar in bars))
 
 
 def _inconvertible(recipe: Recipe) -> str | None:
@@ -226,14 +235,16 @@ def _summary(recipe: Recipe, progress: Progress | None) -> str:
     parts = [*sparse, *(method.describe() for method in model.methods)]
     what = f"{model.preset or 'transformer'} {'with ' + ' and '.join(parts) if parts else 'without experts'}"
     steps = f", trained for {progress.steps:,} steps" if progress and progress.steps else ""
-    return f"{len(languages.codes)} languages in {len(languages.directions)} directions: {what}{steps}."
+    translates = not all(direction.alone for direction in languages.directions)
+    directions = f" in {len(languages.directions)} directions" if translates else ""
+    return f"{len(languages.codes)} languages{directions}: {what}{steps}."
 
 
 def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
     """Describe, in its own figures, what a short training achieved.
 
-    None if the training was long or its translations are good all the same, or if the scores are of an
-    earlier step.
+    None if the training was long or its translations are good all the same, if the scores are of an earlier
+    step, or if nothing was translated.
     """
     if (
         progress is None
@@ -243,7 +254,9 @@ def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
     ):
         return None
     average = scores.averages()["all"]
-    ahead = average.metrics.chrf - average.copy.chrf
+    if average.copy is None:
+        return None
+    ahead = average.metrics["chrf"] - average.copy["chrf"]
     compared = (
         f"{abs(ahead):.1f} chrF {'above' if ahead > 0 else 'below'}"
         if abs(ahead) >= 0.05
@@ -267,7 +280,7 @@ class SideScores:
     scores: list[DirectionScore]
 
     def label(self, direction: Direction) -> str:
-        """Return the name of the language that is not English."""
+        """Return the name of the language that is not English, or of both."""
         return {
             "into_english": language_name(direction.source),
             "out_of_english": language_name(direction.target),
@@ -279,6 +292,8 @@ def _sides(scores: ScoreTable) -> list[SideScores]:
         found = [score for score in scores.directions if wanted(score.direction)]
         return SideScores(title, group, sorted(found, key=lambda score: task_order(str(score.direction))))
 
+    if not scores.translates:
+        return [of("Languages", "all", lambda _: True)]
     sides = [
         of("Into English", "into_english", lambda d: is_english(d.target)),
         of("Out of English", "out_of_english", lambda d: is_english(d.source)),

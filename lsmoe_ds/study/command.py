@@ -236,9 +236,9 @@ class Runs:
         if not path.is_file() or (self.is_to_train(member) and not self.is_there(member, seed, alone)):
             return None
         table = ScoreTable.read(path)
-        found = (table.step, table.route, table.split, table.beam, table.length_penalty)
         step = self.steps(member) if self.is_to_train(member) else table.step
-        wanted = (step, route, options.split, options.beam, options.length_penalty)
+        found, wanted = (table.step, table.route, table.split), (step, route, options.split)
+        search = (table.beam, table.length_penalty) == (options.beam, options.length_penalty)
         held_out = {
             str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"]
             for d in self.study.scored(member)
@@ -249,7 +249,9 @@ class Runs:
         }
         return (
             table
-            if found == wanted and counts == {str(s.direction): s.sentences for s in table.directions}
+            if found == wanted
+            and (search or not table.translates)
+            and counts == {str(s.direction): s.sentences for s in table.directions}
             else None
         )
 
@@ -295,6 +297,7 @@ class Runs:
             titles={row: study.title(*row) for row in study.rows()},
             costs={row: self.costs(*row) for row in study.rows()},
             scores=scores,
+            task=study.recipes[settings.baseline].model.task,
         )
 
     def write_tables(self) -> None:

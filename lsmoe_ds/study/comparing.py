@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lsmoe_ds.config.host import Task
 from lsmoe_ds.evaluation.groups import Metrics
-from lsmoe_ds.evaluation.scores import METRICS, ScoreTable
-from lsmoe_ds.languages import is_english, task_order
-from lsmoe_ds.study.table import MAIN, Comparison, Costs, Row, Scores, Spread
+from lsmoe_ds.evaluation.metrics import TASKS
+from lsmoe_ds.evaluation.scores import ScoreTable
+from lsmoe_ds.study.table import Comparison, Costs, Row, Scores, Spread
 
 
 def compare(
@@ -20,25 +21,27 @@ def compare(
     titles: Mapping[tuple[str, str], str],
     costs: Mapping[tuple[str, str], Costs],
     scores: Mapping[tuple[str, str], Mapping[int, ScoreTable]],
+    task: Task = "translate",
 ) -> Comparison:
     """Compare the rows (member, route) of ``titles`` with the row ``baseline``; scores may be missing."""
+    main = TASKS[task].main
     against = scores.get(baseline, {})
     means, reference = _by_direction(against.values()), _group_scores(against.values())
     rows = []
     for key, title in titles.items():
         tables = dict(sorted(scores.get(key, {}).items()))
         directions, groups = _by_direction(tables.values()), _group_scores(tables.values())
-        gains = {d: score[MAIN].mean - means[d][MAIN].mean for d, score in directions.items() if d in means}
-        base = reference["all"][MAIN].mean if reference else None
+        gains = {d: score[main].mean - means[d][main].mean for d, score in directions.items() if d in means}
+        base = reference["all"][main].mean if reference else None
         by_seed = (
             {}
             if base is None
-            else {seed: getattr(t.averages()["all"].metrics, MAIN) - base for seed, t in tables.items()}
+            else {seed: t.averages()["all"].metrics[main] - base for seed, t in tables.items()}
         )
         ratio = sum(gain > 0 for gain in gains.values()) / len(gains) if gains and key != baseline else None
-        gain = groups["all"][MAIN].mean - base if groups and base is not None else None
+        gain = groups["all"][main].mean - base if groups and base is not None else None
         beyond = (
-            _apart(groups["all"][MAIN], reference["all"][MAIN])
+            _apart(groups["all"][main], reference["all"][main])
             if groups and reference and key != baseline
             else None
         )
@@ -59,18 +62,11 @@ def compare(
             )
         )
     any_table = next((table for tables in scores.values() for table in tables.values()), None)
-    copy = {group: average.copy for group, average in any_table.averages().items()} if any_table else {}
-    # Into English first; related languages are neighbors.
-    ordered = (
-        sorted(
-            any_table.directions,
-            key=lambda s: (not is_english(s.direction.target), task_order(str(s.direction))),
-        )
-        if any_table
-        else []
-    )
-    copied = {str(score.direction): score.copy for score in ordered}
-    return Comparison(name, steps, tuple(seeds), evaluate, titles[baseline], tuple(rows), copy, copied)
+    averages = any_table.averages() if any_table else {}
+    copy = {group: average.copy for group, average in averages.items() if average.copy is not None}
+    of_directions = any_table.directions if any_table else ()
+    copied = {str(score.direction): score.copy for score in of_directions if score.copy is not None}
+    return Comparison(name, steps, tuple(seeds), evaluate, titles[baseline], tuple(rows), copy, copied, task)
 
 
 def _apart(one: Spread, other: Spread) -> bool | None:
@@ -99,8 +95,8 @@ def _spreads(found: Sequence[Mapping[str, Metrics]]) -> dict[str, Scores]:
     spreads: dict[str, Scores] = {}
     for key in keys:
         spreads[key] = {}
-        for metric in METRICS:
-            spread = Spread.of(getattr(each[key], metric) for each in found)
+        for metric in found[0][key].values:
+            spread = Spread.of(each[key][metric] for each in found)
             assert spread is not None
             spreads[key][metric] = spread
     return spreads

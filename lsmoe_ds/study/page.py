@@ -19,7 +19,7 @@ def render_page(comparison: Comparison) -> str:
         grids=comparison.grids(),
         rows=rows,
         compared=compared,
-        directions=list(comparison.copy_by_direction),
+        directions=comparison.directions,
         scale=Scale.of(gain for row in rows for gain in row.gain_by_seed.values()),
         range=(min(of_baseline), max(of_baseline)) if len(of_baseline) > 1 else None,
         largest=largest or 1.0,

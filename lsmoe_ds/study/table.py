@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lsmoe_ds.config.host import Task
 from lsmoe_ds.evaluation.groups import CLASSES, GROUPS, Metrics
-from lsmoe_ds.evaluation.scores import AVERAGES, METRICS
+from lsmoe_ds.evaluation.metrics import TASKS, TaskMetrics
+from lsmoe_ds.languages import Direction, is_english, task_order
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.plan import human
 
-MAIN = "chrfpp"  # the metric for gains and win ratios
 MISSING = "missing"
 SHORT = {"into_english": "into en", "out_of_english": "out of en", "between_others": "others", "all": "all"}
 
@@ -64,7 +65,8 @@ class Costs:
 class Row:
     """The scores of a row over the seeds that exist.
 
-    Gains are in chrF++ over the baseline's mean, for all directions by seed and for each direction.
+    Gains are in the task's main metric over the baseline's mean, for all directions by seed and for each
+    direction.
     ``win_ratio`` is the share of directions, from 0 to 1, whose mean over seeds is above the baseline's.
     ``beyond_seeds`` is true if the gain exceeds the variation between seeds: every seed of the row scores
     above every seed of the baseline, or every one below. It is None for the baseline itself, and if either
@@ -140,7 +142,8 @@ class Grid:
 class Comparison:
     """Everything that a study's tables and page show.
 
-    ``copy`` and ``copy_by_direction`` are the scores of copying the source.
+    ``copy`` and ``copy_by_direction`` are the scores of copying the source; empty for a task other than
+    translation.
     """
 
     name: str
@@ -151,11 +154,40 @@ class Comparison:
     rows: tuple[Row, ...]
     copy: dict[str, Metrics]
     copy_by_direction: dict[str, Metrics]
+    task: Task = "translate"
+
+    @property
+    def scoring(self) -> TaskMetrics:
+        """Return what is scored of the task."""
+        return TASKS[self.task]
+
+    @property
+    def main(self) -> str:
+        """Return the title of the metric for gains and win ratios."""
+        return self.scoring.titles[self.scoring.main]
 
     @property
     def groups(self) -> list[str]:
         """Return the groups that have a direction."""
-        return [group for group in GROUPS if group in self.copy]
+        return self._of_rows(GROUPS)
+
+    @property
+    def classes(self) -> list[str]:
+        """Return the classes of source and target that have a direction."""
+        return self._of_rows(CLASSES)
+
+    def _of_rows(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if any(name in row.groups for row in self.rows)]
+
+    @property
+    def directions(self) -> list[str]:
+        """Return the scored directions: into English first; related languages are neighbors."""
+
+        def order(name: str) -> tuple[bool, tuple[str, ...]]:
+            direction = Direction.parse(name)
+            return direction.alone or not is_english(direction.target), task_order(name)
+
+        return sorted({name for row in self.rows for name in row.directions}, key=order)
 
     @property
     def runs_missing(self) -> int:
@@ -164,13 +196,18 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``study.json``."""
-        return asdict(self) | {"score_of_gains": MAIN, "rows": [row.to_dict(self.seeds) for row in self.rows]}
+        return asdict(self) | {
+            "score_of_gains": self.scoring.main,
+            "rows": [row.to_dict(self.seeds) for row in self.rows],
+            "copy": {name: metrics.as_dict() for name, metrics in self.copy.items()},
+            "copy_by_direction": {name: each.as_dict() for name, each in self.copy_by_direction.items()},
+        }
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Comparison:
         """Read what :meth:`to_dict` returned."""
         copies = {
-            name: {key: Metrics(**each) for key, each in value[name].items()}
+            name: {key: Metrics(each) for key, each in value[name].items()}
             for name in ("copy", "copy_by_direction")
         }
         kept = {name: each for name, each in value.items() if name != "score_of_gains"}
@@ -185,9 +222,10 @@ class Comparison:
 
     def about(self) -> str:
         """Describe in one line what was trained and evaluated."""
-        options = f"{self.evaluate['split']} set, beam {self.evaluate['beam']}"
+        options = f"{self.evaluate['split']} set"
+        options += f", beam {self.evaluate['beam']}" if self.task == "translate" else ""
         if limit := self.evaluate["limit"]:
-            options += f", the first {counted(limit, 'sentence')} of each direction"
+            options += f", the first {counted(limit, self.scoring.item)} of each {self.scoring.unit}"
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
         lacking, wanted = self.runs_missing, counted(len(self.rows) * len(self.seeds), "score")
         missing = f" {lacking} of {wanted} {'is' if lacking == 1 else 'are'} missing." if lacking else ""
@@ -213,11 +251,12 @@ class Comparison:
             if len(self.seeds) > 1
             else ""
         )
+        unit = self.scoring.unit
         columns = [
             "Model",
             "Trained",
-            "Served, all directions",
-            "One direction",
+            f"Served, all {unit}s",
+            f"One {unit}",
             "Tokens/s",
             "Minutes",
             "Scores",
@@ -226,24 +265,23 @@ class Comparison:
             [row.title, *_costs(row.costs), f"{len(row.seeds)} of {len(self.seeds)}"] for row in self.rows
         ]
         about = (
-            "Parameters that are trained, that are loaded to serve all directions by the row's route, and "
-            "that serve one direction once methods are merged into their layers and experts of the task "
-            "taken out. Tokens of both sides a second in training (median of a run), minutes of training, "
-            "and how many seeds are scored." + spread
+            f"Parameters that are trained, that are loaded to serve all {unit}s by the row's route, and that "
+            f"serve one {unit} once methods are merged into their layers and experts of the task taken out. "
+            f"Tokens {'of both sides ' if self.task == 'translate' else ''}a second in training (median of a "
+            "run), minutes of training, and how many seeds are scored." + spread
         )
         grids = [Grid("Size and speed", about, columns, rows)]
-        for metric in (MAIN, *(name for name in METRICS if name != MAIN)):
+        for metric in dict.fromkeys([self.scoring.main, *self.scoring.titles]):
             grids.append(self._by_group(metric, spread))
-            if any(name in self.copy for name in CLASSES):
+            if self.classes:
                 grids.append(self._by_class(metric, spread))
-        return [*grids, self._by_direction(spread)] if self.copy else grids
+        return [*grids, self._by_direction(spread)] if self.directions else grids
 
     def _by_group(self, metric: str, spread: str) -> Grid:
-        names = [AVERAGES[group][0].upper() + AVERAGES[group][1:] for group in self.groups] or [
-            "All directions"
-        ]
-        groups = self.groups or ["all"]
-        with_ratio = metric == MAIN
+        groups, unit = self.groups or ["all"], self.scoring.unit
+        titles = [self.scoring.averages[group] for group in groups]
+        names = [title[0].upper() + title[1:] for title in titles]
+        with_ratio = metric == self.scoring.main
         rows = []
         for row in self.rows:
             cells = [_cell(row.groups.get(group, {}).get(metric)) for group in groups]
@@ -251,38 +289,47 @@ class Comparison:
                 [row.title, *cells, *([self._ratio(row), row.certainty or "–"] if with_ratio else [])]
             )
         if self.copy:
-            copied = [f"{getattr(self.copy[group], metric):.1f}" for group in groups]
-            rows.append(["Copying the source", *copied, *(["–", "–"] if with_ratio else [])])
-        about = f"Means over the directions of a group.{spread}"
+            rows.append(
+                ["Copying the source", *self._copied(groups, metric), *(["–", "–"] if with_ratio else [])]
+            )
+        about = f"Means over the {unit}s of a group.{spread}"
         if with_ratio:
             about += (
-                f" Win ratio: the share of directions whose mean is above that of {self.baseline}. "
+                f" Win ratio: the share of {unit}s whose mean is above that of {self.baseline}. "
                 f"{self.about_seeds()}"
             )
         return Grid(
-            METRICS[metric],
+            self.scoring.titles[metric],
             about,
             ["Model", *names, *(["Win ratio", "Difference"] if with_ratio else [])],
             rows,
         )
 
     def _by_class(self, metric: str, spread: str) -> Grid:
-        classes = [name for name in CLASSES if name in self.copy]
         rows = [
-            [row.title, *(_cell(row.groups.get(name, {}).get(metric)) for name in classes)]
+            [row.title, *(_cell(row.groups.get(name, {}).get(metric)) for name in self.classes)]
             for row in self.rows
         ]
-        rows.append(["Copying the source", *(f"{getattr(self.copy[name], metric):.1f}" for name in classes)])
+        rows.append(["Copying the source", *self._copied(self.classes, metric)])
         about = "From high (H), medium (M), low (L) and very low resource (V) languages into such." + spread
-        return Grid(f"{METRICS[metric]} by source and target", about, ["Model", *classes], rows)
+        title = f"{self.scoring.titles[metric]} by source and target"
+        return Grid(title, about, ["Model", *self.classes], rows)
+
+    def _copied(self, groups: Iterable[str], metric: str) -> list[str]:
+        return [f"{self.copy[group][metric]:.1f}" if group in self.copy else MISSING for group in groups]
 
     def _by_direction(self, spread: str) -> Grid:
+        main, unit = self.scoring.main, self.scoring.unit
         rows = []
-        for direction, copied in self.copy_by_direction.items():
-            cells = [_cell(row.directions.get(direction, {}).get(MAIN)) for row in self.rows]
-            rows.append([direction, *cells, f"{getattr(copied, MAIN):.1f}"])
-        columns = ["Direction", *(row.title for row in self.rows), "Copying"]
-        return Grid(f"{METRICS[MAIN]} by direction", spread.strip() or "One seed.", columns, rows)
+        for name in self.directions:
+            cells = [_cell(row.directions.get(name, {}).get(main)) for row in self.rows]
+            if self.copy_by_direction:
+                copied = self.copy_by_direction.get(name)
+                cells.append(MISSING if copied is None else f"{copied[main]:.1f}")
+            rows.append([Direction.parse(name).label, *cells])
+        copying = ["Copying"] if self.copy_by_direction else []
+        columns = [unit.capitalize(), *(row.title for row in self.rows), *copying]
+        return Grid(f"{self.main} by {unit}", spread.strip() or "One seed.", columns, rows)
 
     def _ratio(self, row: Row) -> str:
         if row.is_baseline:
@@ -303,15 +350,16 @@ class Comparison:
             caption=Text(f"win ratio against {self.baseline}. {self.about_seeds()}"),
         )
         groups = [group for group in self.groups if group in SHORT] or ["all"]
-        scores = [f"{METRICS[MAIN]} {SHORT[group]}" for group in groups]
+        scores = [f"{self.main} {SHORT[group]}" for group in groups]
+        second = next(name for name in self.scoring.titles if name != self.scoring.main)
         columns = [
             "model",
             "trained",
-            "one direction",
+            f"one {self.scoring.unit}",
             "tokens/s",
             "minutes",
             *scores,
-            "BLEU all",
+            f"{self.scoring.titles[second]} all",
             "win ratio",
             "difference",
         ]
@@ -319,10 +367,10 @@ class Comparison:
             table.add_column(column, justify="right" if i else "left")
         for row in self.rows:
             trained, _, one, *speed = _costs(row.costs)
-            cells = [_cell(row.groups.get(group, {}).get(MAIN)) for group in groups]
-            bleu = _cell(row.groups.get("all", {}).get("bleu"))
+            cells = [_cell(row.groups.get(group, {}).get(self.scoring.main)) for group in groups]
+            cells.append(_cell(row.groups.get("all", {}).get(second)))
             table.add_row(
-                Text(row.title), trained, one, *speed, *cells, bleu, self._ratio(row), row.certainty or "–"
+                Text(row.title), trained, one, *speed, *cells, self._ratio(row), row.certainty or "–"
             )
         return table
 
