@@ -362,8 +362,11 @@ class Languages:
         """Return the same direction in the system's own codes. Raises UserError if there is none."""
         found = Direction(self.own(direction.source), self.own(direction.target))
         if found not in self.directions:
-            known = ", ".join(str(d) for d in self.directions)
-            raise UserError(f"direction {direction} is not in this system: it knows {known}")
+            if direction.alone and not self.directions[0].alone:
+                raise UserError(not_a_direction(direction.source))
+            known = ", ".join(each.label for each in self.directions)
+            what = "language" if self.directions[0].alone else "direction"
+            raise UserError(f"{what} {direction.label} is not in this system: it knows {known}")
         return found
 
     def own(self, code: str) -> str:

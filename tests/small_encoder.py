@@ -23,7 +23,8 @@ def write_encoder(folder: Path, kind: str = "XLMRoberta", **settings: Any) -> Pa
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-    text = [*WORDS.values(), *(name for names in NAMES.values() for name in names), "wer wo? who where? qui."]
+    named = [name for several in NAMES.values() for name in several]
+    text = [*WORDS.values(), *named, "wer wo? who where? qui."]
     letters = list(string.ascii_letters + string.digits)
     if kind == "Bert":
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -57,7 +58,13 @@ def write_encoder(folder: Path, kind: str = "XLMRoberta", **settings: Any) -> Pa
         if kind == "Bert"
         else (special[1], special[3], special[0], special[2], special[4])
     )
-    named = {"pad_token": pad, "unk_token": unknown, "cls_token": first, "sep_token": last, "mask_token": mask}
+    named = {
+        "pad_token": pad,
+        "unk_token": unknown,
+        "cls_token": first,
+        "sep_token": last,
+        "mask_token": mask,
+    }
     (folder / "tokenizer_config.json").write_text(
         json.dumps({**named, "tokenizer_class": "PreTrainedTokenizerFast"})
     )
@@ -67,8 +74,8 @@ def write_encoder(folder: Path, kind: str = "XLMRoberta", **settings: Any) -> Pa
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **ids, **types, **settings})
     torch.manual_seed(3)
     model = getattr(transformers, f"{kind}ForMaskedLM")(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.2)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2)
     model.save_pretrained(folder)
     return folder
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_encoder import LANGUAGES, encoder_recipe, encoder_settings, write_encoder, write_names, write_questions
+from small_encoder import (
+    LANGUAGES,
+    encoder_recipe,
+    encoder_settings,
+    write_encoder,
+    write_names,
+    write_questions,
+)
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import IGNORED, SequenceBatch

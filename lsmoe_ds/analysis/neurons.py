@@ -71,15 +71,16 @@ def record_all(
     import torch
 
     from lsmoe_ds.data.batches import PairBatch
+    from lsmoe_ds.data.forms import form_of
     from lsmoe_ds.data.prepared import open_data
     from lsmoe_ds.data.validation import validation_batches
     from lsmoe_ds.methods.neurons.recording import Recorder, observed
     from lsmoe_ds.model.transformer import Transformer
 
     recipe, data = loaded.recipe, open_data(loaded)
-    languages, tags = loaded.languages, recipe.data.tags
+    languages, form = loaded.languages, form_of(recipe.data, loaded.languages, loaded.vocabulary)
     batches = validation_batches(
-        data, languages, loaded.vocabulary, recipe.data.batch, split=split, limit=limit, tags=tags
+        data, languages, loaded.vocabulary, recipe.data.batch, split=split, limit=limit, form=form
     )
     assert isinstance(loaded.model, Transformer)
     recorder = Recorder(loaded.model, len(languages.directions), per, torch.device(loaded.device))

@@ -13,6 +13,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from lsmoe_ds.config.data import LABELLED
 from lsmoe_ds.config.method import sections
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import (
@@ -39,11 +40,11 @@ class Reader:
 
     At the end of a ``with`` block one line on standard error says what was read as another code, and which
     codes the table lacks. The latter is not said of a code of ``own``, or of one that will be looked up in a
-    trained system (``of_system``).
+    trained system (``of_system``). Where languages stand alone, ``de`` is a direction, too.
     """
 
-    def __init__(self, own: Iterable[str] = (), of_system: bool = False) -> None:
-        self._own, self._of_system = tuple(own), of_system
+    def __init__(self, own: Iterable[str] = (), of_system: bool = False, alone: bool = False) -> None:
+        self._own, self._of_system, self._alone = tuple(own), of_system, alone
         self._read: dict[str, str] = {}
         self._unknown: list[str] = []
 
@@ -62,6 +63,8 @@ class Reader:
     def direction(self, text: str) -> Direction:
         """Return a direction such as ``en-de`` or ``eng_Latn-zh-TW``. Raises UserError for what is none."""
         text = text.strip()
+        if self._alone and "-" not in text:
+            return Direction(*[self.code(text)] * 2)
         found = TWO_CODES.fullmatch(text)
         parts = found.groups() if found else tuple(text.split("-"))
         wanted = "write source-target with two different codes, such as en-de"
@@ -71,7 +74,7 @@ class Reader:
             )
             raise UserError(f"'{text}' is not a direction: {wanted}{more}")
         source, target = map(self.code, parts)
-        if source == target:
+        if source == target and not self._alone:
             raise UserError(
                 f"'{text}' is not a direction: both codes are {source} ({language_name(source)}); {wanted}"
             )
@@ -113,17 +116,19 @@ def read_code(text: str, own: Iterable[str] = (), of_system: bool = False) -> st
         return reader.code(text)
 
 
-def read_direction(text: str, own: Iterable[str] = (), of_system: bool = False) -> Direction:
+def read_direction(
+    text: str, own: Iterable[str] = (), of_system: bool = False, alone: bool = False
+) -> Direction:
     """Return a direction; see :class:`Reader`."""
-    with Reader(own, of_system) as reader:
+    with Reader(own, of_system, alone) as reader:
         return reader.direction(text)
 
 
 def read_directions(
-    texts: Iterable[str], own: Iterable[str] = (), of_system: bool = False
+    texts: Iterable[str], own: Iterable[str] = (), of_system: bool = False, alone: bool = False
 ) -> list[Direction]:
     """Return the directions that a command line names; see :class:`Reader`."""
-    with Reader(own, of_system) as reader:
+    with Reader(own, of_system, alone) as reader:
         return [reader.direction(text) for text in texts if text.strip()]
 
 
@@ -144,7 +149,9 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
     wrong with it, or None.
     """
     data, model, training = (_section(recipe, name) for name in ("data", "model", "training"))
-    with Reader(own) as reader:
+    corpora = data.get("corpora")
+    entries = [each for each in corpora if isinstance(each, dict)] if isinstance(corpora, list) else []
+    with Reader(own, alone=any(each.get("format") in LABELLED for each in entries)) as reader:
         places: list[tuple[str, dict[str, Any], type, Callable[[str], str]]] = [
             ("data.languages", data, list, reader.code),
             ("data.directions", data, list, lambda text: str(reader.direction(text))),

@@ -287,7 +287,8 @@ class Data(Section):
                 )
         task = tasks.pop()
         more = {"labels": value.get("labels") or list(NAMES)} if task == "tag" else {}
-        more |= {"stride": 128 if (found := value.get("stride")) is None else found} if task == "answer" else {}
+        if task == "answer" and value.get("stride") is None:
+            more = {"stride": 128}
         return {**{k: v for k, v in value.items() if k not in given}, "directions": own, **more}
 
     @field_validator("labels")
@@ -310,8 +311,8 @@ class Data(Section):
                 raise ValueError(f"'{key}' is for corpora of the format {listed(kinds)}: leave it out")
         if self.stride is not None and self.stride > self.batch.max_length // 2:
             raise ValueError(
-                f"'stride' is {self.stride}, more than half of the {self.batch.max_length} tokens of a window "
-                "('batch.max_length'): give a smaller one"
+                f"'stride' is {self.stride}, more than half of the {self.batch.max_length} tokens of a "
+                "window ('batch.max_length'): give a smaller one"
             )
         return self
 
@@ -327,7 +328,8 @@ class Data(Section):
                     "'languages' names no language beside English: list at least one, or write 'directions'"
                 )
             self.directions = [str(d) for d in english_centric(self.languages)]
-        parsed = [_as_value_error(Direction.parse_translation, d) for d in self.directions]
+        parse = Direction.parse_translation if self.task == "translate" else Direction.parse
+        parsed = [_as_value_error(parse, d) for d in self.directions]
         if twice := _twice(parsed):
             raise ValueError(f"'directions' names {twice} twice: name it once")
         used = {code for direction in parsed for code in (direction.source, direction.target)}

@@ -17,7 +17,6 @@ from lsmoe_ds.config.data import TagConvention
 from lsmoe_ds.data.shuffling import Integers
 from lsmoe_ds.languages import EOS, PAD, Languages, SentenceIds
 
-
 IGNORED = -100  # a label of a sequence that is not learned
 
 

@@ -137,7 +137,8 @@ class HostTokenizer:
             made = self._plain.post_process(asked, part)
             ids = made.sequence_ids
             begin = ids.index(1) if 1 in ids else len(ids)
-            yield list(made.ids), begin, [tuple(span) for span in made.offsets[begin : begin + len(part.ids)]]
+            spans = [(int(start), int(end)) for start, end in made.offsets[begin : begin + len(part.ids)]]
+            yield list(made.ids), begin, spans
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special tokens are skipped."""

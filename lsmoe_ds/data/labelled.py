@@ -43,8 +43,8 @@ def _split_of(path: Path) -> str | None:
 
 def find_words(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     """Find a folder for each language, with files ``train``, ``dev`` and ``test``, of whatever endings."""
-    folders = [path for path in sorted(corpus.path.iterdir()) if path.is_dir()] if corpus.path.is_dir() else []
-    found = [(path.name, path) for path in folders]
+    inside = sorted(corpus.path.iterdir()) if corpus.path.is_dir() else []
+    found = [(path.name, path) for path in inside if path.is_dir()]
     if corpus.source is not None:
         found.append((corpus.source, corpus.path))
     if not found:
@@ -119,8 +119,8 @@ def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
         raise UserError(f"{corpus.path} is not laid out as squad: it has no *.json")
     for bitext, (code, _) in wanted.items():
         for split in dict.fromkeys(SPLITS.values()):
-            path = wanted.choose(files.get(split, []), code)
-            chosen = [path] if path is not None else [p for p in of_all.get(split, []) if _has(p, code)]
+            own = wanted.choose(files.get(split, []), code)
+            chosen = [own] if own is not None else [p for p in of_all.get(split, []) if _has(p, code)]
             if chosen:
                 yield LabelledPart(str(corpus.path), bitext, split, tuple(chosen), "questions")
 

@@ -83,9 +83,8 @@ class LabelledPreparation:
             if split == "train":
                 trained = {source for source, _ in examples}
             elif again := sum(source in trained for source, _ in examples):
-                self.notices.append(
-                    f"{code}: {again} of {counted(len(examples), f'{split} example')} are in the training text"
-                )
+                of_all = counted(len(examples), f"{split} example")
+                self.notices.append(f"{code}: {again} of {of_all} are in the training text, too")
             found[split] = self._write(split, direction, examples, form)
         if not found["train"]["examples"] and not found["dev"]["examples"] and not found["test"]["examples"]:
             corpora = ", ".join(map(name_of, self.recipe.data.corpora))

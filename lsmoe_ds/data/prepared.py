@@ -100,8 +100,7 @@ def _open_array(path: Path, kinds: str) -> NDArray[Any]:
 
 def sides(direction: Direction) -> tuple[str, str]:
     """Return the names of a direction's two sides in files: its languages, or the language and its labels."""
-    alone = direction.source == direction.target
-    return direction.source, LABELS if alone else direction.target
+    return direction.source, LABELS if direction.alone else direction.target
 
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -233,6 +232,11 @@ class PreparedData:
         folder = self._bitext(direction, split)
         source, target = sides(direction)
         return TokenPairs(TokenStore(folder, source), TokenStore(folder, target))
+
+    def lines(self, direction: Direction, split: str) -> int:
+        """Count the lines of text of a direction: sentence pairs, or examples with labels."""
+        found = self.manifest["bitexts"][direction.bitext][split]
+        return int(found.get("examples", found["pairs"]))
 
     def text(self, direction: Direction, split: str) -> tuple[list[str], list[str]]:
         """Return source and target lines of a direction in ``dev`` or ``test``."""

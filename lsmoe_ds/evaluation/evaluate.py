@@ -19,6 +19,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.comet import Comet
 from lsmoe_ds.evaluation.direction_scores import DirectionScore, score_direction
 from lsmoe_ds.evaluation.groups import resource_groups
+from lsmoe_ds.evaluation.labelled import readable, score_language
 from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import choose_directions
@@ -28,6 +29,7 @@ from lsmoe_ds.evaluation.texts import OWN, Texts, check_split, read_held_out, re
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, say_untrained
+from lsmoe_ds.inference.label import Labeller, label_all
 from lsmoe_ds.inference.load import Loaded, check_direction, check_route, with_direction
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.notices import LINE_EVERY
@@ -49,7 +51,8 @@ def evaluate(
     comet: str | Path | None = None,
     held_out: PreparedData | None = None,
 ) -> ScoreTable:
-    """Translate and score the held-out text, or the user's own ``test`` set, in every direction.
+    """Translate and score the held-out text, or the user's own ``test`` set, in every direction; or label and
+    score it in every language, where that is the task of the model.
 
     Scores and text are written as :mod:`lsmoe_ds.evaluation.score_folder` says. ``run`` is a run folder, a
     checkpoint in it or a converted folder. ``limit`` scores only the first sentences of each direction.
@@ -71,6 +74,10 @@ def evaluate(
     check_route(route, stored.recipe)
     languages = stored.recipe.trained
     asked = choose_directions(directions, stored.recipe.languages, untrained=True, default=languages)
+    if stored.recipe.model.task != "translate" and (test or tokenize is not None or comet is not None):
+        given = "--test" if test else "--tokenize" if tokenize is not None else "--comet"
+        task = stored.recipe.model.task
+        raise UserError(f"{given} is for translations, but the task of the model is to {task}")
     for direction in asked:
         if test:
             with_direction(stored.recipe, stored.kind, direction)
@@ -107,6 +114,7 @@ def evaluate(
         whole.skipped,
         judge.name if judge else None,
         groups,
+        loaded.recipe.model.task,
     )
     texts = _deal(whole, part).first(limit)
     table = replace(
@@ -165,7 +173,8 @@ def _score(
     console = Console(stderr=True)
     shown = progress and console.is_terminal
     with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
-        task = bar.add_task("translating", total=texts.sentences, rate="")
+        alone = any(direction.alone for direction in texts.by_direction)
+        bars = bar.add_task("labelling" if alone else "translating", total=texts.sentences, rate="")
         began, translated = time.perf_counter(), 0
         said = began
 
@@ -174,19 +183,29 @@ def _score(
             translated += count
             now = time.perf_counter()
             rate = f"{translated / (now - began):.0f} sentences/s"
-            bar.update(task, advance=count, rate=rate)
+            bar.update(bars, advance=count, rate=rate)
             if progress and not shown and now - said >= LINE_EVERY:
                 said = now
                 print(
-                    f"translated {translated:,} of {texts.sentences:,} sentences · {rate}",
+                    f"{'labelled' if alone else 'translated'} {translated:,} of {texts.sentences:,} "
+                    f"sentences · {rate}",
                     file=sys.stderr,
                     flush=True,
                 )
 
         folder.make(question)
         for direction, (sources, references) in texts.by_direction.items():
-            bar.update(task, description=f"translating {direction}")
+            doing = "labelling" if alone else "translating"
+            bar.update(bars, description=f"{doing} {direction.label}")
             start = time.perf_counter()
+            if (task := loaded.recipe.model.task) != "translate":
+                assert isinstance(loaded, Labeller)
+                hypotheses = label_all(loaded, direction, sources, advance)
+                seconds = time.perf_counter() - start
+                sources, references = readable(task, sources, references)
+                folder.write_text(question, direction, sources, hypotheses, references)
+                scores.append(score_language(task, direction, sources, hypotheses, references, seconds))
+                continue
             hypotheses = translate_all(loaded, direction, sources, search, advance=advance)
             seconds = time.perf_counter() - start
             folder.write_text(question, direction, sources, hypotheses, references)

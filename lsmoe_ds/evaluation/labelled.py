@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import string
 from collections import Counter
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from lsmoe_ds.config.host import Task
+from lsmoe_ds.data.labels import read_question
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.direction_scores import DirectionScore, spread_samples
 from lsmoe_ds.evaluation.groups import Metrics
@@ -58,6 +60,16 @@ def score_language(
             replace(each, reference=each.reference.replace(BETWEEN_ANSWERS, " | ")) for each in shown
         ),
     )
+
+
+def readable(task: Task, sources: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return lines of :mod:`lsmoe_ds.data.labels` as scores keep them: a question with its context, and the
+    right answers.
+    """
+    if task == "tag":
+        return list(sources), list(references)
+    asked = [" ".join(f"{question} | {context}".split()) for question, context in map(read_question, sources)]
+    return asked, [join_answers([each["text"] for each in json.loads(line)]) for line in references]
 
 
 def join_answers(answers: Sequence[str]) -> str:

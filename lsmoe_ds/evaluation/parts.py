@@ -39,7 +39,9 @@ def choose_directions(
     """
     if asked is None:
         return list(languages.directions if default is None else default)
-    chosen = read_directions(asked, languages.codes, of_system=True)
+    alone = languages.directions[0].alone
+    chosen = read_directions(asked, languages.codes, of_system=True, alone=alone)
+    untrained = untrained and not alone
     if untrained:
         for direction in chosen:
             languages.id(direction.source), languages.id(direction.target)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.checkpoint.tensors import Tensors, save_tensors
-from lsmoe_ds.config.host import CLASSES, copy_small
+from lsmoe_ds.config.host import CLASSES, Task, copy_small, read_config, set_labels
+from lsmoe_ds.config.host_outline import empty_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import SequenceBatch
 from lsmoe_ds.data.prompts import prompt_text
@@ -22,6 +23,7 @@ from lsmoe_ds.inference.generate import generate
 from lsmoe_ds.languages import Direction
 
 HOST = "host."  # before the names that parameters have in transformers
+OUTSIDE = -1e4  # the logit of an answer's end at padding
 
 
 def theirs(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -32,8 +34,17 @@ def theirs(tensors: Mapping[str, Tensor]) -> Tensors:
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe) -> list[str]:
     """Write a model and its tokenizer as transformers saves them."""
-    assert recipe.model.huggingface is not None
-    return [*save_tensors(theirs(tensors), folder), *copy_small(recipe.model.huggingface, folder)]
+    host, task = recipe.model.huggingface, recipe.model.task
+    assert host is not None
+    names = [*save_tensors(theirs(tensors), folder), *copy_small(host, folder)]
+    if task != "translate":  # its class and labels are others than those of the model it comes from
+        config = read_config(host)
+        set_labels(config, recipe.data.labels or ())
+        with torch.device("meta"):
+            kind = type(empty_host(host, task, config)).__name__
+        config.architectures = [kind]
+        config.save_pretrained(folder)
+    return names
 
 
 @dataclass(frozen=True)
@@ -67,3 +78,37 @@ class ExportedHost(Exported):
         window = getattr(self.model.config, "max_position_embeddings", None)
         write = partial(self.model.generate, input_ids=ids, attention_mask=batch.real)
         return generate(write, batch, [len(source) for source in sources], end, search, window)
+
+
+@dataclass(frozen=True)
+class ExportedTagger(Exported):
+    """A folder whose model tags words, in transformers, on the CPU."""
+
+    theirs = CLASSES["tag"]
+
+    def logits_of(self, batch: Any) -> Tensor:
+        found: Tensor = self._read(batch).logits
+        return found
+
+    def _read(self, batch: Any) -> Any:
+        has_types = getattr(self.model.config, "type_vocab_size", 1) > 1
+        types = {"token_type_ids": (batch.real == 2).long()} if has_types else {}
+        return self.model(input_ids=batch.tokens, attention_mask=(batch.real > 0).long(), **types)
+
+
+@dataclass(frozen=True)
+class ExportedAnswerer(ExportedTagger):
+    """A folder whose model finds answers, in transformers, on the CPU."""
+
+    theirs = CLASSES["answer"]
+
+    def logits_of(self, batch: Any) -> Tensor:
+        found = self._read(batch)
+        ends = torch.stack([found.start_logits, found.end_logits], 1)
+        return ends.masked_fill(batch.real[:, None] == 0, OUTSIDE)
+
+
+def exported_of(task: Task) -> type[Exported]:
+    """Return what loads the folder of a task."""
+    kinds: dict[Task, type[Exported]] = {"tag": ExportedTagger, "answer": ExportedAnswerer}
+    return kinds.get(task, ExportedHost)

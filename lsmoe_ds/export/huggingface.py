@@ -154,9 +154,9 @@ class Exported:
     def open(cls, stored: Stored) -> Exported:
         """Load the model of whatever class it is; needs transformers."""
         if stored.recipe.model.huggingface is not None:
-            from lsmoe_ds.export.host import ExportedHost
+            from lsmoe_ds.export.host import exported_of
 
-            return ExportedHost.load(stored)
+            return exported_of(stored.recipe.model.task).load(stored)
         return cls.load(stored)
 
     @classmethod

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, SequenceBatch
+from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.labels import NOWHERE, Labels, Window, read_question
 from lsmoe_ds.data.vocabulary import Vocabulary
@@ -20,6 +20,7 @@ BATCH_TOKENS = 4096
 LONGEST_ANSWER = 30  # tokens, as usual for SQuAD
 
 
+@runtime_checkable
 class Labeller(Protocol):
     """A model ready to label; the fields are those of :class:`lsmoe_ds.inference.load.Loaded`."""
 
@@ -89,11 +90,11 @@ def _answer(
     best: dict[int, tuple[float, tuple[int, int]]] = {}
     sequences = [(window.ids, [window.context, NOWHERE, NOWHERE]) for _, window in windows]
     for at, logits in _logits(engine, form, number, sequences, batch_tokens):
-        line, window = windows[at]
+        number_of_line, window = windows[at]
         found = best_span(logits, window)
         if found is not None:
-            best[line] = max(best.get(line, found), found)
-        advance(int(at + 1 == len(windows) or windows[at + 1][0] != line))
+            best[number_of_line] = max(best.get(number_of_line, found), found)
+        advance(int(at + 1 == len(windows) or windows[at + 1][0] != number_of_line))
     answers = []
     for i, line in enumerate(lines):
         start, end = best[i][1] if i in best else (0, 0)

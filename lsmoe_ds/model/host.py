@@ -164,9 +164,7 @@ class Host(Model):
         self.load_state_dict(dict(weights), assign=True, strict=False)
         self.host.tie_weights()
 
-    def _logits_at(
-        self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor
-    ) -> Tensor:
+    def _logits_at(self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor) -> Tensor:
         """Return the logits [N, classes] at ``index`` [N] of the flat places that may have a label."""
         raise NotImplementedError
 
@@ -202,9 +200,7 @@ class HostModel(Host):
         super().__init__(recipe, vocabulary, topology)
         self._head_is_plain: bool | None = None  # not known before the first pass
 
-    def _logits_at(
-        self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor
-    ) -> Tensor:
+    def _logits_at(self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor) -> Tensor:
         """Return the logits [N, V] at ``index`` [N] of the flat positions of tokens [B, T] padded at the end.
 
         Padding needs no mask: no real position sees a later one.
@@ -271,7 +267,7 @@ class LabellingModel(Host):
         self._is_answering = recipe.model.task == "answer"
 
     def logits(self, tokens: Tensor, real: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
-        """Return the logits of the classes at each token [B, T, C], or of both ends of an answer [B, 2, T]."""
+        """Return the logits of the classes at each token [B, T, C], or of an answer's ends [B, 2, T]."""
         return self._logits(tokens, real, LanguageContext(ids, None, None, route))
 
     def _logits(self, tokens: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
@@ -285,11 +281,7 @@ class LabellingModel(Host):
             classes: Tensor = found.logits
             return classes
         # Not minus infinity, of which fuse distillation would take a difference.
-        return torch.stack([found.start_logits, found.end_logits], 1).masked_fill(
-            real[:, None] == 0, OUTSIDE
-        )
+        return torch.stack([found.start_logits, found.end_logits], 1).masked_fill(real[:, None] == 0, OUTSIDE)
 
-    def _logits_at(
-        self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor
-    ) -> Tensor:
+    def _logits_at(self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor) -> Tensor:
         return self._logits(tokens, real, context).flatten(0, 1)[index]

@@ -117,8 +117,7 @@ class Runs:
 
     def _is_scored(self, direction: Direction) -> bool:
         """Tell whether a direction has text to score."""
-        split = self.study.settings.evaluate.split
-        return bool(self.prepared.manifest["bitexts"][direction.bitext][split]["pairs"])
+        return bool(self.prepared.lines(direction, self.study.settings.evaluate.split))
 
     def is_to_train(self, member: str) -> bool:
         return self.study.settings.members[member].trained
@@ -240,7 +239,7 @@ class Runs:
         found, wanted = (table.step, table.route, table.split), (step, route, options.split)
         search = (table.beam, table.length_penalty) == (options.beam, options.length_penalty)
         held_out = {
-            str(d): self.prepared.manifest["bitexts"][d.bitext][options.split]["pairs"]
+            str(d): self.prepared.lines(d, options.split)
             for d in self.study.scored(member)
             if alone in (None, d)
         }

@@ -1,0 +1,180 @@
+"""Training encoders of transformers: data parallel, resumed, evaluated, converted and compared in a study."""
+
+import json
+
+import pytest
+import torch
+from small_encoder import encoder_recipe, write_encoder, write_names, write_questions
+from test_hosts_training import trained
+from test_resharding import losses
+from test_training import assert_same_end
+
+from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.evaluation.evaluate import evaluate
+from lsmoe_ds.inference.label import best_span, label_all
+from lsmoe_ds.inference.load import load
+from lsmoe_ds.languages import Direction
+
+transformers = pytest.importorskip("transformers")
+DE = Direction("de", "de")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders-training")
+    write_names(folder / "names", 60)
+    write_questions(folder / "questions", 40)
+    for kind, task in (("XLMRoberta", "tag"), ("Bert", "answer")):
+        write_encoder(folder / task, kind)
+        prepare(recipe_of(folder, task))
+    return folder
+
+
+def recipe_of(folder, task: str, stage: int = 0, steps: int = 4, **changes) -> Recipe:
+    """Return a recipe of LMS with fuse distillation, language-wise at the feed-forwards."""
+    low_rank = {"rank": 2, "index": "language", "at": "feed_forward", "fuse_distillation": True}
+    recipe = encoder_recipe(folder, folder / task, task, stage, **(low_rank | changes))
+    recipe.training.trainable, recipe.training.steps = "all", steps
+    recipe.training.log_every, recipe.training.checkpoint_every = 1, 2
+    recipe.training.validate_every, recipe.training.keep = 2, 9
+    return recipe
+
+
+@pytest.fixture(scope="module", params=("tag", "answer"))
+def task(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(pool, base, task):
+    return trained(pool, recipe_of(base, task), base / f"run-{task}")
+
+
+@pytest.mark.parametrize("stage", (0, 2))
+def test_two_processes_train_as_one(pool, base, task, run, stage, tmp_path):
+    other = trained(pool, recipe_of(base, task, stage), tmp_path / "two", 2)
+    assert losses(other) == pytest.approx(losses(run), rel=1e-5)
+    found, wanted = (read_weights(find_model(each)).tensors for each in (other, run))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=2e-6)
+
+
+def test_an_interrupted_run_ends_bit_equal(pool, base, task, run, tmp_path):
+    cut = trained(pool, recipe_of(base, task), tmp_path / "cut", 1, 3, KeyboardInterrupt())
+    trained(pool, recipe_of(base, task), cut)
+    assert_same_end(run, cut, 4)
+
+
+@pytest.mark.parametrize("route", ("specific", "shared"))
+def test_scores_of_labels_by_language(base, task, run, route, tmp_path):
+    """Those of seqeval, or of the words, computed from the files of text beside them."""
+    recipe = load_recipe(run / "recipe.yaml")
+    assert recipe.data.directions == ["de-de", "en-en", "fr-fr"]
+    split = "test" if task == "tag" else "dev"
+    table = evaluate(run, None, split=split, route=route, progress=False, out=tmp_path)
+    assert [score.direction.label for score in table.directions] == ["de", "en", "fr"]
+    text = tmp_path / "scores" / table.question
+    for score in table.directions:
+        source, found, wanted = (
+            (text / f"{score.direction}.{side}").read_text().split("\n")[:-1]
+            for side in ("source", "hypothesis", "reference")
+        )
+        assert score.sentences == len(source) == {"tag": 9, "answer": 6}[task]
+        if task == "tag":
+            from seqeval.metrics import f1_score
+
+            f1 = f1_score([line.split() for line in wanted], [line.split() for line in found])
+            assert score.metrics["f1"] == pytest.approx(100 * f1)
+            assert [len(line.split()) for line in found] == [len(line.split()) for line in source]
+        else:
+            same = sum(a.rstrip(".") == b for a, b in zip(found, wanted, strict=True))
+            assert score.metrics["exact"] == pytest.approx(100 * same / 6)
+            assert all(a in b for a, b in zip(found, source, strict=True))
+
+
+def test_it_learns_to_label(pool, base, task, tmp_path):
+    recipe = recipe_of(base, task, steps=400, fuse_distillation=False)
+    recipe.training.learning_rate, recipe.training.validate_every = 3e-3, 0
+    recipe.training.log_every, recipe.training.warmup = 100, 20
+    recipe.training.checkpoint_every = 400
+    run = trained(pool, recipe, tmp_path / "run")
+    table = evaluate(run, ["de", "fr"], split="dev", progress=False)
+    assert [score.direction.label for score in table.directions] == ["de", "fr"]
+    assert table.averages()["all"].metrics["f1"] > {"tag": 50, "answer": 50}[task]
+
+
+def test_labels_are_those_of_transformers_on_each_sequence(base, task, run):
+    """In batches of other lengths, too; long texts are cut."""
+    loaded = load(run)
+    sources, _ = PreparedData.of(loaded.recipe).text(DE, "dev")
+    if task == "tag":
+        sources = [*sources, " ".join(sources)]
+    found = label_all(loaded, DE, sources)
+    assert found == [label_all(loaded, DE, [line])[0] for line in sources]
+    assert found == label_all(loaded, DE, sources, batch_tokens=1)
+    (method,) = loaded.model.methods
+    products = method.products(read_weights(find_model(run)).tensors, DE, "specific")
+    kind = {"tag": "AutoModelForTokenClassification", "answer": "AutoModelForQuestionAnswering"}[task]
+    theirs = getattr(transformers, kind).from_config(loaded.model.host.config).eval()
+    theirs.load_state_dict(
+        {
+            name.removeprefix("host."): value
+            for name, value in loaded.model.state_dict().items()
+            if name.startswith("host.")
+        }
+    )
+    for at, product in products.items():
+        down, up = product.make()
+        theirs.get_submodule(loaded.model.outline.modules[at]).weight.data += up @ down
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / task)
+    for line, labels in zip(sources[:6], found, strict=False):
+        if task == "tag":
+            words = line.split(" ")
+            read = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+            numbers = theirs(**read).logits[0].argmax(-1).tolist()
+            first = {word: i for i, word in reversed(list(enumerate(read.word_ids()))) if word is not None}
+            assert labels.split() == [loaded.recipe.data.labels[numbers[first[i]]] for i in range(len(words))]
+            continue
+        value = json.loads(line)
+        read = tokenizer(
+            value["question"],
+            value["context"],
+            truncation="only_second",
+            max_length=48,
+            stride=16,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_token_type_ids=True,
+            padding=True,
+            return_tensors="pt",
+        )
+        spans = read.pop("offset_mapping").tolist()
+        read.pop("overflow_to_sample_mapping")
+        with torch.no_grad():
+            both, best = theirs(**read), (-1e9, "")
+        for row, (start, end) in enumerate(zip(both.start_logits, both.end_logits, strict=True)):
+            inside = [i for i, which in enumerate(read.encodings[row].sequence_ids) if which == 1]
+            for i in inside:
+                for j in (k for k in inside if i <= k < i + 30):
+                    text = value["context"][spans[row][i][0] : spans[row][j][1]]
+                    best = max(best, (float(start[i] + end[j]), " ".join(text.split())))
+        assert labels == best[1]
+
+
+def test_the_best_span_ends_after_it_begins():
+    import numpy as np
+
+    from lsmoe_ds.data.labels import Window
+
+    window = Window([0] * 8, 2, [(0, 1), (2, 3), (4, 5), (6, 7)])
+    logits = np.zeros((2, 8))
+    logits[0, 5], logits[1, 2] = 9.0, 9.0  # the end before the beginning
+    logits[0, 3], logits[1, 4] = 2.0, 8.0
+    logits[0, 0], logits[1, 0] = 99.0, 99.0  # outside of the context
+    assert best_span(logits, window) == (10.0, (2, 5))
+    assert best_span(logits, Window([0] * 8, 8, [])) is None
