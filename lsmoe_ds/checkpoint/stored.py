@@ -156,9 +156,11 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
     if not sums:
         raise UserError(f"{stored.home} is damaged: {PROVENANCE} lists no weights")
     tensors = open_tensors(stored.home, check=checker(stored.home, files))
-    return Weights(
-        restore(tensors, stored.recipe) if stored.kind == "huggingface" else tensors, provenance["step"], sums
-    )
+    if stored.kind == "huggingface" and stored.recipe.model.huggingface is not None:
+        tensors = Tensors({f"{HOST}.{name}": each for name, each in tensors.entries.items()})
+    elif stored.kind == "huggingface":
+        tensors = restore(tensors, stored.recipe)
+    return Weights(tensors, provenance["step"], sums)
 
 
 @contextmanager

@@ -113,7 +113,9 @@ def set_dropout(config: Any, dropout: float, attention_dropout: float) -> None:
 
 
 def set_labels(config: Any, labels: Sequence[str]) -> None:
-    """Let a configuration have the classes of a head that tags words."""
+    """Let a configuration have the classes of a head that tags words; none, of other heads, change nothing."""
+    if not labels:
+        return
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
 

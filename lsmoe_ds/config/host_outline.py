@@ -90,8 +90,7 @@ def read_outline(folder: Path, task: Task, labels: Sequence[str] = ()) -> HostOu
 @cache
 def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> HostOutline:
     config = read_config(folder)
-    if labels:
-        set_labels(config, labels)
+    set_labels(config, labels)
     with torch.device("meta"):
         model = empty_host(folder, task, config)
     sites, modules = [], {}

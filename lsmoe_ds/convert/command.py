@@ -11,23 +11,21 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from lsmoe_ds import __version__
 from lsmoe_ds.checkpoint.m2m_100 import count_padding
 from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.agreement import compare, compare_labels
 from lsmoe_ds.convert.gguf import convert_gguf, find_gguf
 from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
-from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
@@ -39,14 +37,9 @@ from lsmoe_ds.export.importing import read_huggingface
 from lsmoe_ds.export.peft import BASE, base_of, measure, open_adapted, split_stored
 from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
-from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine
-from lsmoe_ds.inference.load import Loaded, load
-from lsmoe_ds.inference.translate import cut_line, translate_tokens
+from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import Direction, nearest, normalize_code, table
-
-BATCH = 16  # sentences whose logits are held at once
-
 
 WRITERS = {
     "consolidated": "lsmoe_ds.export.consolidated",
@@ -67,64 +60,6 @@ OPTIONS = {
     "nproc": "layout",
     "base": "peft",
 }  # and the kind that has them
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and beam-5
-    translations.
-    """
-
-    largest_logit_difference: float | None
-    same_translations: int
-    sentences: int
-
-
-def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequence[str]) -> Agreement:
-    """Compare the logits of both models along the sparse model's translations, and the translations
-    themselves.
-
-    A model with a tokenizer of its own reads the sentences with that.
-    """
-    parts = [cut_line(line, sparse) for line in sentences]
-    sources = [part for each in parts for part in each]
-    theirs = sources
-    if isinstance(other, Exported):
-        theirs = [
-            part
-            for line, each in zip(sentences, parts, strict=True)
-            for part in (each if len(each) != 1 else [other.encode(line)])
-        ]
-    first, second = (
-        translate_tokens(sparse, direction, sources, Search()),
-        translate_tokens(other, direction, theirs, Search()),
-    )
-    same = sum(a.tokens == b.tokens for a, b in zip(first, second, strict=True))
-    if not isinstance(other, Loaded | Exported):
-        return Agreement(None, same, len(sources))
-    largest = 0.0
-    for start in range(0, len(sources), BATCH):
-        targets = [hypothesis.tokens for hypothesis in first[start : start + BATCH]]
-        logits = [
-            _logits(model, direction, sources[start : start + BATCH], targets) for model in (sparse, other)
-        ]
-        both = min(each.shape[1] for each in logits)  # a grown model has further tags, at the end
-        largest = max(largest, (logits[0][:, :both] - logits[1][:, :both]).abs().max().item())
-    return Agreement(largest, same, len(sources))
-
-
-@torch.inference_mode()
-def _logits(
-    engine: Loaded | Exported,
-    direction: Direction,
-    sources: Sequence[Sequence[int]],
-    targets: Sequence[Sequence[int]],
-) -> torch.Tensor:
-    """Return teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
-    number = engine.languages.direction_id(direction)
-    form = form_of(engine.recipe.data, engine.languages, engine.vocabulary)
-    batch = form.collate(sources, targets, [number] * len(sources)).to(engine.device)
-    return engine.logits_of(batch)[batch.read].cpu()
 
 
 def convert(
@@ -198,6 +133,8 @@ def convert(
     stored = find_model(run)
     if stored.recipe.model.huggingface is not None and to in ("dense", "hybrid", "ctranslate2"):
         raise UserError(f"--to {to} is not for models of transformers: use --to huggingface or peft")
+    if stored.recipe.model.task != "translate" and to == "peft":
+        raise UserError("--to peft is for models that translate: use --to huggingface, by language")
     direction = stored.recipe.languages.find(direction) if direction else None
     vocabulary: Path | bytes = stored.vocabulary
     rows: list[dict[str, Any]] = []
@@ -371,7 +308,8 @@ def _compare(
         }
     # The run may continue training meanwhile: what is compared is this checkpoint.
     sparse, other = load(stored.weights_in, "cpu", route), _open(to, out)
-    found = [compare(sparse, other(each), each, sentences) for each, sentences in texts.items() if sentences]
+    by = compare if stored.recipe.model.task == "translate" else compare_labels
+    found = [by(sparse, other(each), each, sentences) for each, sentences in texts.items() if sentences]
     differences = [
         each.largest_logit_difference for each in found if each.largest_logit_difference is not None
     ]

@@ -14,7 +14,7 @@ from jinja2 import Environment
 from lsmoe_ds.checkpoint.stored import VOCABULARY
 from lsmoe_ds.config.host import Task
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.convert import adapter_card, host_card
+from lsmoe_ds.convert import adapter_card, encoder_card, host_card
 from lsmoe_ds.data.cleaning import INVISIBLE
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.prepared import PreparedData
@@ -235,7 +235,10 @@ def model_card(
     if adapters:
         words |= adapter_card.words(adapters, given, provenance)
     uses = USES
-    if recipe.model.huggingface is not None and kind in host_card.USES:
+    if recipe.model.task != "translate":
+        uses = USES | encoder_card.USES[recipe.model.task]
+        words |= encoder_card.words(recipe)
+    elif recipe.model.huggingface is not None and kind in host_card.USES:
         uses = USES | host_card.USES
         named = [Direction.parse(row["directions"][0]) for row in adapters if row["ranks"]]
         words |= host_card.words(recipe, Vocabulary.load(home / VOCABULARY), [*named, *directions][0])

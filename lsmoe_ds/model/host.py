@@ -46,8 +46,7 @@ def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
     folder = recipe.model.huggingface
     assert folder is not None
     config, labels = read_config(folder), recipe.data.labels or ()
-    if labels:
-        set_labels(config, labels)
+    set_labels(config, labels)
     with init_empty_weights(include_buffers=False):
         host = empty_host(folder, recipe.model.task, config)
     return {f"{HOST}{name}": buffer for name, buffer in host.named_buffers()}
@@ -99,8 +98,7 @@ class Host(Model):
         assert folder is not None
         config, labels = read_config(folder), recipe.data.labels or ()
         set_dropout(config, training.dropout, training.attention_dropout)
-        if labels:
-            set_labels(config, labels)
+        set_labels(config, labels)
         self.outline = read_outline(folder, task, labels)
         if vocabulary > self.outline.vocabulary:
             raise UserError(

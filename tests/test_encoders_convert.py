@@ -1,0 +1,117 @@
+"""Encoders cut out for a language, and studies of them."""
+
+import re
+
+import pytest
+from small_encoder import LANGUAGES, encoder_settings
+from test_encoders_training import DE, base, recipe_of  # noqa: F401
+from test_hosts_training import trained
+
+from lsmoe_ds.convert.command import convert
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.engine import load_engine
+from lsmoe_ds.inference.label import label_all
+from lsmoe_ds.inference.load import load
+from lsmoe_ds.languages import Direction
+from lsmoe_ds.planning.plan import plan
+from lsmoe_ds.study.command import run_study
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module", params=("tag", "answer"))
+def task(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(pool, base, task):  # noqa: F811
+    return trained(pool, recipe_of(base, task), base / f"run-{task}")
+
+
+@pytest.mark.parametrize("route", ("specific", "shared"))
+def test_a_language_is_cut_out_and_gives_the_same_labels(task, run, route, tmp_path):
+    direction = DE if route == "specific" else None
+    record = convert(run, "huggingface", direction, tmp_path / "out", check=6, route=route)
+    assert record["same_translations"] == record["sentences"] == 6
+    assert 0 <= record["largest_logit_difference"] < 1e-4
+    loaded = load(run, route=route)
+    sources, _ = PreparedData.of(loaded.recipe).text(DE, "dev")
+    assert label_all(load_engine(tmp_path / "out"), DE, sources) == label_all(loaded, DE, sources)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    kind = {"tag": "XLMRobertaForTokenClassification", "answer": "BertForQuestionAnswering"}[task]
+    assert config.architectures == [kind]
+    if task == "tag":
+        assert list(config.id2label.values()) == loaded.recipe.data.labels
+
+
+def test_the_code_of_a_card_runs(task, run, tmp_path, capsys):
+    convert(run, "huggingface", DE, tmp_path, check=0)
+    card = (tmp_path / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = code.replace('"FOLDER"', repr(str(tmp_path)))
+    if task == "tag":
+        code = code.replace("Words and punctuation marks between spaces .", "Anna wohnt in Bonn")
+        wanted = label_all(load(run), DE, ["Anna wohnt in Bonn"])[0].split()
+        exec(compile(code, "card", "exec"), {})
+        found = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+        assert found == wanted
+    else:
+        exec(compile(code, "card", "exec"), {})
+        assert capsys.readouterr().out.strip()
+    assert {"tag": "token-classification", "answer": "question-answering"}[task] in card
+
+
+def test_what_an_encoder_cannot_become_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="--to peft is for models that translate"):
+        convert(run, "peft", None, tmp_path / "out")
+    with pytest.raises(UserError, match="--to dense is not for models of transformers"):
+        convert(run, "dense", DE, tmp_path / "out")
+    with pytest.raises(UserError, match="language en-de is not in this system: it knows de, en, fr"):
+        convert(run, "huggingface", Direction("en", "de"), tmp_path / "out")
+
+
+def test_all_languages_are_kept_whole(task, run, tmp_path):
+    convert(run, "consolidated", None, tmp_path / "whole", check=3)
+    sources, _ = PreparedData.of(load(run).recipe).text(DE, "dev")
+    assert label_all(load(tmp_path / "whole"), DE, sources) == label_all(load(run), DE, sources)
+
+
+def test_a_plan_counts_the_head_and_the_languages(base, task):  # noqa: F811
+    recipe = recipe_of(base, task)
+    counted = plan(recipe)
+    per_language = 2 * 2 * 2 * (32 + 48)  # rank 2 at both matrices of two layers
+    plain = plan(type(recipe).model_validate(encoder_settings(base, base / task, task)))
+    assert counted.parameters.whole.total - plain.parameters.whole.total == 4 * per_language
+    assert counted.routes["shared"].whole.total - plain.parameters.whole.total == per_language
+
+
+def test_a_study_of_tagging(base, tmp_path, monkeypatch):  # noqa: F811
+    import yaml
+
+    settings = encoder_settings(base, base / "tag")
+    settings["training"] |= {"steps": 2, "log_every": 1, "checkpoint_every": 2}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(settings))
+    low_rank = {"rank": 2, "index": "language", "at": "feed_forward"}
+    study = {
+        "name": "names",
+        "recipe": "base.yaml",
+        "seeds": [1],
+        "baseline": "naive",
+        "members": {
+            "naive": {"title": "Naive"},
+            "fd": {
+                "title": "FD",
+                "set": {"model": {"low_rank": {**low_rank, "fuse_distillation": True}}},
+                "routes": ["specific", "shared"],
+            },
+        },
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    monkeypatch.chdir(tmp_path)
+    comparison = run_study(tmp_path / "study.yaml")
+    assert comparison.runs_missing == 0 and len(comparison.rows) == 3
+    assert set(comparison.rows[0].directions) == {f"{code}-{code}" for code in LANGUAGES}
+    text = (tmp_path / "runs/names/study.md").read_text()
+    assert "F1" in text and "BLEU" not in text and "opying" not in text
