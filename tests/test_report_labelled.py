@@ -1,4 +1,4 @@
-"""The report of a run and the card of a model that label words."""
+"""The report of a run and the card of a model that label words; what a report says of COMET."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from test_report import Page, make_run
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.model_card import model_card
+from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.report import report
 from lsmoe_ds.report.report import write_report
 
@@ -46,6 +47,17 @@ def test_report_shows_what_was_scored(tmp_path, monkeypatch: pytest.MonkeyPatch)
     for other in ("BLEU", "chrF", "opying", "irection", "beam", "→", "translation", "de-de"):
         assert other not in scores, other
     assert "the model is not a translator yet" not in page.text
+
+
+def test_report_names_the_checkpoint_of_comet(tmp_path) -> None:
+    run = make_run(tmp_path)
+    table = ScoreTable.read(run / "scores.json")
+    scores = [
+        replace(score, comet=0.5, signatures={**score.signatures, "comet": "comet-1a2b"})
+        for score in table.directions
+    ]
+    replace(table, directions=tuple(scores), comet="comet-1a2b").write(run / "scores.json")
+    assert "COMET comet-1a2b" in Page(write_report(run)).text
 
 
 def test_card_says_what_the_model_does(tmp_path) -> None:
