@@ -71,7 +71,7 @@ def test_a_member_with_a_model_for_each_direction(base, tmp_path):
         assert recipe.training.directions == [direction] and recipe.training.steps == 2
         table = ScoreTable.read(run / "scores-specific.json")
         assert [str(score.direction) for score in table.directions] == [direction]
-        assert both["alone"].directions[direction]["chrfpp"].mean == table.directions[0].metrics.chrfpp
+        assert both["alone"].directions[direction]["chrfpp"].mean == table.directions[0].metrics["chrfpp"]
     costs = both["alone"].costs
     assert costs.parameters == costs.serving_all == 4 * both["naive"].costs.parameters
     assert costs.serving_one == both["naive"].costs.serving_one and costs.minutes is not None

@@ -158,6 +158,11 @@ def compare_runs(
     if len(paths) < 2:
         raise UserError("there is nothing to compare: name two runs or more, the baseline first")
     systems = tuple(find_system(Path(path)) for path in paths)
+    if other := [system for system in systems if not system.table.translates]:
+        raise UserError(
+            f"{other[0].path} has scores of the task {other[0].table.task}: only translations are compared; "
+            "`lsmoe study` compares other tasks over seeds"
+        )
     baseline = systems[0]
     for system in systems[1:]:
         _check_question(baseline, system, tokenize is not None)
