@@ -76,8 +76,10 @@ setup(
         "mpi": ["mpi4py>=4"],
         "serve": ["ctranslate2>=4.6,<5"],
         "hosts": ["transformers>=5", "tokenizers>=0.21", "accelerate>=1", "gguf>=0.17", "peft>=0.21"],
+        "names": ["faker>=40"],  # recipes/silver_names.py
         "dev": [
             "pytest>=8",
+            "faker>=40",
             "hypothesis>=6",
             "ruff",
             "mypy",
