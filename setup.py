@@ -83,8 +83,10 @@ setup(
             "peft>=0.21",
             "seqeval>=1.2.2",
         ],
+        "names": ["faker>=40"],  # recipes/silver_names.py
         "dev": [
             "pytest>=8",
+            "faker>=40",
             "hypothesis>=6",
             "ruff",
             "mypy",

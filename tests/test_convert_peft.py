@@ -19,7 +19,8 @@ from torch import nn
 from lsmoe_ds.checkpoint.stored import VOCABULARY, find_model, write_folder
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.peft import open_adapted
 from lsmoe_ds.inference.load import Loaded, load

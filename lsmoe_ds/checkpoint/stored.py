@@ -28,7 +28,7 @@ from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, step_of
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.config.host import HOST, copy_small
+from lsmoe_ds.config.host import HOST, PREFIX, copy_small
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import check_vocabulary, read_origin
 from lsmoe_ds.errors import UserError
@@ -157,7 +157,7 @@ def read_weights(stored: Stored, average: int = 1) -> Weights:
         raise UserError(f"{stored.home} is damaged: {PROVENANCE} lists no weights")
     tensors = open_tensors(stored.home, check=checker(stored.home, files))
     if stored.kind == "huggingface" and stored.recipe.model.huggingface is not None:
-        tensors = Tensors({f"{HOST}.{name}": each for name, each in tensors.entries.items()})
+        tensors = Tensors({f"{PREFIX}{name}": each for name, each in tensors.entries.items()})
     elif stored.kind == "huggingface":
         tensors = restore(tensors, stored.recipe)
     return Weights(tensors, provenance["step"], sums)

@@ -21,6 +21,7 @@ CLASSES: dict[str, str] = {
     "answer": "AutoModelForQuestionAnswering",
 }
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+PREFIX = "host."  # before the names that parameters have in transformers
 HOST = "host"  # the folder, in a run or converted folder, of what :func:`copy_small` copies
 # What a run copies beside the weights, so that it needs the folder no more.
 SMALL = (

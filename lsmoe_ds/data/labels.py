@@ -24,6 +24,7 @@ from lsmoe_ds.languages import Languages
 if TYPE_CHECKING:
     from lsmoe_ds.data.host_tokenizer import HostTokenizer
 
+OUTSIDE = -1e4  # the logit of an answer's end at padding
 NOWHERE = 0  # where the ends of an answer are that is not in a window: the token before the text
 
 

@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.checkpoint.tensors import Tensors, save_tensors
-from lsmoe_ds.config.host import CLASSES, Task, copy_small, read_config, set_labels
+from lsmoe_ds.config.host import CLASSES, PREFIX, Task, copy_small, read_config, set_labels
 from lsmoe_ds.config.host_outline import empty_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import SequenceBatch
+from lsmoe_ds.data.labels import OUTSIDE
 from lsmoe_ds.data.prompts import prompt_text
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.generate import generate
 from lsmoe_ds.languages import Direction
 
-HOST = "host."  # before the names that parameters have in transformers
-OUTSIDE = -1e4  # the logit of an answer's end at padding
-
 
 def theirs(tensors: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors of the host by their names in transformers; what methods have added is left out."""
     entries = Tensors.of(tensors).entries
-    return Tensors({name.removeprefix(HOST): each for name, each in entries.items() if name.startswith(HOST)})
+    return Tensors(
+        {name.removeprefix(PREFIX): each for name, each in entries.items() if name.startswith(PREFIX)}
+    )
 
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe) -> list[str]:

@@ -21,12 +21,11 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_pickled, open_
 from lsmoe_ds.config.codes import resolve_codes
 from lsmoe_ds.config.explain import Places
 from lsmoe_ds.config.file import apply_override, merge, validate
-from lsmoe_ds.config.host import TOKENIZER, check_weights, is_host
+from lsmoe_ds.config.host import PREFIX, TOKENIZER, check_weights, is_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export import nllb_moe
-from lsmoe_ds.export.host import HOST
 from lsmoe_ds.export.their_vocabulary import read_vocabulary
 from lsmoe_ds.export.tokenizer import is_ours
 from lsmoe_ds.folders import is_count, read_json
@@ -197,9 +196,9 @@ def read_host(folder: Path, overrides: Sequence[str], out: Path) -> tuple[Tensor
         raise UserError(f"'--set {wrong[0]}': {wrong[1]}")
     recipe = validate(Recipe, value, out / RECIPE, places)
     wanted = {name for name, _ in outline(recipe, recipe.data.vocabulary.size).named_parameters()}
-    theirs = {f"{HOST}{name}": entry for name, entry in open_tensors(folder).entries.items()}
+    theirs = {f"{PREFIX}{name}": entry for name, entry in open_tensors(folder).entries.items()}
     if lacking := sorted(wanted - theirs.keys()):
-        raise UserError(f"{folder} lacks {lacking[0].removeprefix(HOST)}")
+        raise UserError(f"{folder} lacks {lacking[0].removeprefix(PREFIX)}")
     entries = {name: theirs[name] for name in sorted(wanted)}
     return Tensors(entries), recipe, (folder / TOKENIZER).read_bytes()
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.config.host import (
+    PREFIX,
     has_weights,
     is_in_head,
     load_pretrained,
@@ -26,6 +27,7 @@ from lsmoe_ds.config.host_outline import empty_host, read_outline
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShapes, SideName
 from lsmoe_ds.data.batches import IGNORED, SequenceBatch
+from lsmoe_ds.data.labels import OUTSIDE
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.base import Totals
@@ -35,9 +37,6 @@ from lsmoe_ds.methods.sites import Linears, LinearSite
 from lsmoe_ds.model.base import Losses, Model
 from lsmoe_ds.parallel.layers import Projected
 from lsmoe_ds.parallel.topology import Topology
-
-HOST = "host."  # before the names that parameters have in transformers
-OUTSIDE = -1e4  # the logit of an answer's end at padding
 
 
 def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
@@ -49,7 +48,7 @@ def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
     set_labels(config, labels)
     with init_empty_weights(include_buffers=False):
         host = empty_host(folder, recipe.model.task, config)
-    return {f"{HOST}{name}": buffer for name, buffer in host.named_buffers()}
+    return {f"{PREFIX}{name}": buffer for name, buffer in host.named_buffers()}
 
 
 def _without_ties(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -151,11 +150,11 @@ class Host(Model):
         return found
 
     def is_loaded(self, name: str) -> bool:
-        return name.startswith(HOST) and name.removeprefix(HOST) not in self._fresh
+        return name.startswith(PREFIX) and name.removeprefix(PREFIX) not in self._fresh
 
     def is_in_head(self, name: str) -> bool:
-        own = name.startswith(HOST) and self._is_headed
-        return own and is_in_head(name.removeprefix(HOST), self.host)
+        own = name.startswith(PREFIX) and self._is_headed
+        return own and is_in_head(name.removeprefix(PREFIX), self.host)
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """Take tensors, by local name; parameters that transformers ties are stored once."""
