@@ -114,7 +114,7 @@ def set_dropout(config: Any, dropout: float, attention_dropout: float) -> None:
 
 
 def set_labels(config: Any, labels: Sequence[str]) -> None:
-    """Let a configuration have the classes of a head that tags words; none, of other heads, change nothing."""
+    """Let a configuration have the classes of a head that tags words; other heads have no labels."""
     if not labels:
         return
     config.id2label = dict(enumerate(labels))
