@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import BaseModel
+from small_encoder import write_encoder
 from small_host import write_host
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -54,10 +55,13 @@ def test_links_lead_somewhere():
 def test_recipes_that_come_with_the_project_are_valid(tmp_path):
     recipes = sorted((PROJECT / "recipes").rglob("*.yaml"))
     assert recipes
-    host = write_host(tmp_path / "host", max_position_embeddings=2048)
+    decoder = write_host(tmp_path / "decoder", max_position_embeddings=2048)
+    encoder = write_encoder(tmp_path / "encoder", max_position_embeddings=514)
     for path in recipes:
-        fetched = "huggingface:" in path.read_text(encoding="utf-8")
-        assert load_recipe(path, [f"model.huggingface={host}"] if fetched else []).name == Path(path).stem
+        text = path.read_text(encoding="utf-8")
+        host = encoder if "  task: " in text else decoder
+        changes = [f"model.huggingface={host}"] if "huggingface:" in text else []
+        assert load_recipe(path, changes).name == Path(path).stem
 
 
 def test_yaml_of_the_documentation_is_valid(tmp_path):

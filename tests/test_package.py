@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_encoder import write_encoder
 from small_host import write_host
 
 from lsmoe_ds import __version__, cli, shipped
@@ -38,7 +39,10 @@ print(json.dumps({"at": lsmoe_ds.__file__, "recipes": recipes, "studies": studie
 def test_a_wheel_has_all_that_a_checkout_has(tmp_path):
     source, place, here = tmp_path / "source", tmp_path / "place", tmp_path / "here"
     here.mkdir()
-    write_host(here / "data/models/smollm2", max_position_embeddings=2048)  # which one recipe is for
+    # Which some recipes are for.
+    write_host(here / "data/models/smollm2", max_position_embeddings=2048)
+    for folder in ("models/xlm-roberta-base", "data/models/small-xlm-r"):
+        write_encoder(here / folder, max_position_embeddings=514)
     for name in ("lsmoe_ds", "recipes", "studies", "ds_configs", "slurm"):
         shutil.copytree(PROJECT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml"):

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from small_encoder import write_encoder
 from small_host import write_host
 from small_study import prepared_base, study_file
 from test_bad_input import inside, main, tree
@@ -30,7 +31,9 @@ from lsmoe_ds.study.settings import load_study
 
 def test_the_studies_that_come_with_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_host(tmp_path / "data/models/smollm2", max_position_embeddings=2048)  # which one of them is for
+    # Which some of them are for.
+    write_host(tmp_path / "data/models/smollm2", max_position_embeddings=2048)
+    write_encoder(tmp_path / "data/models/small-xlm-r", max_position_embeddings=258)
     for path in sorted((PROJECT / "studies").glob("*.yaml")):
         study = load_study(path)
         assert study.settings.name == path.stem
