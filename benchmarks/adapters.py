@@ -23,7 +23,8 @@ from imports import KINDS, SIZES, corpus_of, make, text_of
 
 from lsmoe_ds.checkpoint.stored import VOCABULARY, find_model, write_folder
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.peft import open_adapted

@@ -34,7 +34,8 @@ from lsmoe_ds.checkpoint.run_folder import newest_whole, step_of
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.engine import load_engine

@@ -16,7 +16,8 @@ from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run
 
 from lsmoe_ds.checkpoint.stored import Weights
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import check_convertible, convert_to_dense, extract

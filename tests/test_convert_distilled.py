@@ -14,7 +14,8 @@ from test_convert_low_rank import EN_DE, FR_EN, LINES, dense_of
 from test_sameness import whole
 
 from lsmoe_ds.checkpoint.reading import read_checkpoint
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import check_convertible, extract
 from lsmoe_ds.inference.load import Loaded, load

@@ -22,7 +22,8 @@ from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.cli import app
 from lsmoe_ds.config.data import Vocabulary as VocabularySettings
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
 from lsmoe_ds.errors import UserError

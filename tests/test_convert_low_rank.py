@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from lsmoe_ds.checkpoint.stored import Weights
 from lsmoe_ds.cli import app
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import check_convertible, extract
 from lsmoe_ds.inference.load import Loaded, build_model, load

@@ -18,7 +18,8 @@ from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.cli import main
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import extract

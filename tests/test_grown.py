@@ -15,7 +15,8 @@ from test_convert import EN_DE, FR_EN, PAIR_TOP2, global_weights, random_loaded
 
 from lsmoe_ds.checkpoint.stored import Weights, find_model
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe

@@ -13,7 +13,8 @@ from test_convert_peft import EN_DE, FR_EN, LINES, whole_model
 from lsmoe_ds.checkpoint.tensors import Tensors, open_tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.convert.command import compare, convert
+from lsmoe_ds.convert.agreement import compare
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.methods.low_rank.bank import rows_of
