@@ -109,10 +109,12 @@ def plan(
     """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
     from lsmoe_ds.checkpoint.run_folder import choose_run
     from lsmoe_ds.config.file import load_recipe
+    from lsmoe_ds.config.host import tell_missing_weights
     from lsmoe_ds.planning.plan import plan as make_plan
 
     loaded = load_recipe(recipe, overrides or ())
     made = make_plan(loaded, world)
+    tell_missing_weights(loaded.model.huggingface)
     if as_json:
         print_json({"run": str(choose_run(recipe, loaded, None)), **made.to_dict()})
     else:

@@ -11,12 +11,12 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from lsmoe_ds import interrupt
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.notices import guess_rank
+from lsmoe_ds.notices import LINE_EVERY, guess_rank
 
 CLOSED = "standard output is closed, so there is nowhere to print to: leave out '>&-', or redirect it"
 BROKEN_PIPE = 141  # as a shell says of a process that SIGPIPE ended
@@ -145,6 +145,41 @@ def standard_input() -> BinaryIO:
 def _discard(descriptor: int) -> None:
     """Send what is still buffered nowhere, so that the end of the process does not complain a second time."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show on a terminal what takes long."""
+    from rich.console import Console
+
+    with Console(stderr=True, soft_wrap=True, highlight=False).status(what):
+        yield
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of ``total`` sentences are done; the function that is given is told how many more are.
+
+    That is a bar on a terminal, and otherwise a line every half minute.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    done, said = 0, time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done, said
+            done += count
+            bar.update(task, advance=count)
+            if not console.is_terminal and (now := time.monotonic()) - said >= LINE_EVERY:
+                said = now
+                print(f"lsmoe: {what}: {done:,} of {total:,} sentences", file=sys.stderr, flush=True)
+
+        yield advance
 
 
 def print_json(value: Any) -> None:

@@ -112,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-KINDS = {int: "a count", float: "a number", str: "text", dict: "an object"}
+KINDS = {int: "a count", float: "a number", str: "text", dict: "an object", list: "a list"}
 
 
 def read_fields(path: Path, **fields: type) -> dict[str, Any]:

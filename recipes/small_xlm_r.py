@@ -70,7 +70,9 @@ def write(corpus: Path, out: Path, vocabulary: int, seed: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, default=Path("data/corpora/silver-names"))
     parser.add_argument("--out", type=Path, default=Path("data/models/small-xlm-r"))
     parser.add_argument("--vocabulary", type=int, default=12000)

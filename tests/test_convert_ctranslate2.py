@@ -16,7 +16,8 @@ from test_bad_input import main
 from test_convert import PAIR_TOP3, global_weights
 
 from lsmoe_ds.checkpoint.stored import write_folder
-from lsmoe_ds.convert.command import _logits, convert
+from lsmoe_ds.convert.agreement import _logits
+from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError

@@ -229,9 +229,10 @@ def test_one_base_serves_several_folders(run, tmp_path):
     base = tmp_path / "first" / "base"
     convert(whole, "peft", FR_EN, tmp_path / "second", check=0, base=base)
     assert not (tmp_path / "second" / "base").exists()
-    assert json.loads((tmp_path / "second" / "adapter_config.json").read_text())[
-        "base_model_name_or_path"
-    ] == str(base)
+    assert (
+        json.loads((tmp_path / "second" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "../first/base"
+    )
     assert_same_logits(load(whole, "cpu"), FR_EN, tmp_path / "second", base)
     engine = open_adapted(find_model(tmp_path / "second"))(FR_EN)
     assert compare(load(whole, "cpu"), engine, FR_EN, LINES).largest_logit_difference <= 1e-4

@@ -40,6 +40,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_nothing_stands_for_the_default(tmp_path: Path) -> None:
+    found = load_recipe(written(tmp_path, LISTS), ["data.groups=null"])
+    assert found.data.groups == Groups() == load_recipe(written(tmp_path, None)).data.groups
+
+
 def test_listed_groups_of_languages_and_bitexts(tmp_path: Path) -> None:
     lists = {**LISTS, "high": ["eng_Latn", "de"]}
     found = load_recipe(written(tmp_path, lists))

@@ -1,24 +1,30 @@
 """Models of transformers as hosts: sites, prompts, losses, and matrices beside their linear layers."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from small_host import END, SIZES, START, TEXT, host_recipe, host_settings, write_host
+from test_bad_input import main
 
 from lsmoe_ds.config.data import Prompt
-from lsmoe_ds.config.host import check_weights, count_tokens
+from lsmoe_ds.config.host import check_folder, check_weights, count_tokens, load_pretrained, read_config
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import shapes_of
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.prompts import IGNORED, Prompts
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import Direction, Languages, SentenceIds
+from lsmoe_ds.methods.low_rank.bank import LowRankBank
 from lsmoe_ds.model.build import outline
 from lsmoe_ds.model.host import HostModel
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts
+from lsmoe_ds.planning.trained import count_trained
 
 pytest.importorskip("transformers")
 LANGUAGES = Languages(tuple(map(Direction.parse, ("en-de", "de-en", "en-fr", "fr-en", "de-fr"))))
@@ -128,11 +134,11 @@ def merged_weight(model: HostModel, at: str, direction: Direction, weights, rout
     pairs = []
     for choice, code in (("in", direction.source), ("out", direction.target)):
         own = bank.get_submodule(choice)
-        rows = slice(2 * LANGUAGES.id(code), 2 * LANGUAGES.id(code) + 2)
+        rows = {"de": slice(0, 2), "en": slice(0, 0), "fr": slice(2, 4)}[code]  # the pivot has none
         pairs.append((own.vertical[rows].t(), own.flat[rows]))
     (b_in, a_in), (b_out, a_out) = pairs
     base = model.host.get_submodule(model.outline.modules[at]).weight
-    if route.startswith("matrices"):
+    if route.startswith("matrices") and "en" not in (direction.source, direction.target):
         first, second = (weight**0.5 for weight in weights)
         return base + (first * b_in + second * b_out) @ (first * a_in + second * a_out)
     return base + weights[0] * b_in @ a_in + weights[1] * b_out @ a_out
@@ -170,6 +176,32 @@ def test_modular_matrices_merge_as_the_paper_says(hosts, kind, route, tmp_path):
     for name, parameter in trained.items():
         wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(gradients[name], wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "route", "banks"),
+    [
+        (["en-de", "en-fr"], "specific", 1),
+        (["de-en", "fr-en"], "specific", 1),
+        (["en-de", "de-en"], "specific", 2),
+        (["de-fr", "de-fr"], "specific", 2),
+        (["de-fr", "en-de"], "in", 1),
+        (["de-fr", "en-de"], "out", 1),
+        (["de-fr", "fr-en"], "outputs-1-9", 2),
+    ],
+)
+def test_one_bank_computes_what_both_do(hosts, names, route, banks, tmp_path, monkeypatch):
+    """Where all sentences use matrices of one kind, inference leaves the others out."""
+    model = built(host_recipe(tmp_path, hosts["Llama"], rank=2, index="modular", at="all"))
+    tokens, _, ids = example(model, [list(map(str, LANGUAGES.directions)).index(name) for name in names])
+    wanted = model.logits(tokens, ids, route)
+    multiply, used = LowRankBank.multiply, []
+    monkeypatch.setattr(
+        LowRankBank, "multiply", lambda bank, *arguments: used.append(bank) or multiply(bank, *arguments)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(tokens, ids, route), wanted)
+    assert len(used) == banks * 2 * 7, "in two layers of seven linear layers"
 
 
 def test_learned_weights_begin_equal_and_are_those_of_direction_and_layer(hosts, tmp_path):
@@ -254,6 +286,15 @@ BAD = [
     ),
     ({"model": {"task": "causal"}}, "'task' is causal: it must be translate"),
     ({"model": {"low_rank": {"rank": 2, "merge": "learned"}}}, "'merge' is for 'index: modular'"),
+    ({"model": {"low_rank": {"rank": 2, "pivot": "de"}}}, "'pivot' is for 'index: modular'"),
+    (
+        {"model": {"low_rank": {"rank": {"en": 2, "de": 2, "fr": 2}, "index": "modular"}}},
+        "'low_rank.rank' names en, the 'pivot', which has no matrices",
+    ),
+    (
+        {"model": {"low_rank": {"rank": 2, "every": 3}}},
+        "no linear layer is at 'feed_forward' in layers that 'every: 3' chooses, and",
+    ),
 ]
 
 
@@ -267,9 +308,51 @@ def test_what_does_not_fit_is_refused_with_a_sentence(hosts, tmp_path, changes, 
     assert said in str(error.value)
 
 
-def test_weights_that_are_missing_or_pickled_are_refused(hosts, tmp_path):
-    import shutil
+@pytest.mark.parametrize("groups", [None, {"high": ["en"], "low": ["de", "fr"]}])
+def test_a_pivot_needs_no_rank_and_counts_nothing(hosts, tmp_path, groups):
+    settings = host_settings(tmp_path, hosts["Llama"], rank={"low": 3} if groups else {"de": 3, "fr": 3})
+    settings["model"]["low_rank"] |= {"index": "modular", "at": "attention.query"}
+    settings["data"]["groups"] = groups
+    recipe = Recipe.model_validate(settings)
+    banks = {name: p for name, p in built(recipe).named_parameters() if "low_rank" in name}
+    assert {tuple(each.shape) for each in banks.values()} == {(6, 32)} and len(banks) == 2 * 2 * 2
+    assert count_trained(recipe).total == 8 * 6 * 32
 
+
+def test_a_plan_says_that_there_are_no_weights(hosts, tmp_path, capsys):
+    host = shutil.copytree(hosts["Llama"], tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(host_recipe(tmp_path, host).to_yaml())
+    assert main(["plan", str(recipe)]) == 0 and "refuse" not in capsys.readouterr().err
+    (host / "model.safetensors").unlink()
+    assert main(["plan", str(recipe)]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"lsmoe: training will refuse this model: {host} has no *.safetensors: save")
+    assert len(said.splitlines()) == 1
+
+
+def test_tensors_without_a_place_are_named_in_a_sentence(hosts, tmp_path, capsys):
+    import transformers
+
+    transformers.utils.logging.set_verbosity_info()
+    folder = shutil.copytree(hosts["Llama"], tmp_path / "host")
+    tensors = load_file(folder / "model.safetensors") | {"model.extra.weight": torch.ones(2)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    load_pretrained(folder, "translate", read_config(folder))
+    said = "has no place for model.extra.weight, which its files hold: left out"
+    assert capsys.readouterr().err == f"lsmoe: the model in {folder} {said}\n"
+    assert transformers.utils.logging.get_verbosity() == transformers.utils.logging.ERROR
+
+
+@pytest.mark.parametrize(("name", "hint"), [("smollm2", True), ("another", False)])
+def test_a_folder_that_is_not_there_can_be_fetched_if_it_is_known(tmp_path, name, hint):
+    with pytest.raises(UserError, match="there is no folder") as error:
+        check_folder(tmp_path / "models" / name)
+    assert ("lsmoe data fetch" in str(error.value)) is hint
+
+
+def test_weights_that_are_missing_or_pickled_are_refused(hosts, tmp_path):
     shutil.copytree(hosts["Llama"], tmp_path / "host")
     (tmp_path / "host" / "model.safetensors").rename(tmp_path / "host" / "pytorch_model.bin")
     with pytest.raises(
@@ -280,7 +363,6 @@ def test_weights_that_are_missing_or_pickled_are_refused(hosts, tmp_path):
 
 def test_what_no_decoder_is_or_cannot_be_read_is_refused(hosts, tmp_path):
     import json
-    import shutil
 
     import transformers
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_hosts_training import EN_DE, modular, prepared, trained
 
+from lsmoe_ds.config.host_origin import Origin, origin_of
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.convert.agreement import spread
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
@@ -26,7 +29,10 @@ DE_FR = Direction("de", "fr")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return prepared(tmp_path_factory.mktemp("host-convert"), "Llama")
+    folder = prepared(tmp_path_factory.mktemp("host-convert"), "Llama")
+    (folder / "host" / "README.md").write_text("---\nlanguage: [en]\nlicense: apache-2.0\n---\n# A model\n")
+    (folder / "host" / "LICENSE").write_text("Take it.\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +44,11 @@ def run(pool, base):
     ("direction", "route"), [(EN_DE, "specific"), (DE_FR, "outputs-1-3"), (DE_FR, "matrices-1-3")]
 )
 @pytest.mark.parametrize("kind", ["huggingface", "peft"])
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_a_direction_merged(run, direction, route, kind, tmp_path):
     found = convert(run, kind, direction, tmp_path / "out", 6, route)
     assert found["largest_logit_difference"] < 1e-4 and found["same_translations"] == found["sentences"] == 6
+    assert "padded_parameters" not in found
     if kind == "peft":
         config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert config["r"] == {"specific": 2, "outputs-1-3": 4, "matrices-1-3": 2}[route]
@@ -69,6 +77,78 @@ def test_every_adapter_is_a_folder(run, tmp_path):
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     tokens = torch.arange(40, 60)[None]
     torch.testing.assert_close(both(tokens).logits, plain(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_card_names_base_license_and_what_was_trained(run, tmp_path):
+    convert(run, "huggingface", DE_FR, tmp_path / "plain", 0, "outputs-1-3")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "host"
+    assert "| base model | host, license: apache-2.0, `host/LICENSE` |" in card
+    assert "| trained directions | en-de, de-en, en-fr, fr-en |\n| not trained (zero-shot) | de-fr |" in card
+    text = card.partition("## Training data")[2].partition("##")[0]
+    assert "- de-en: 285 pairs of sentences\n- en-fr: 285 pairs" in text and "de-fr" not in text
+    assert "licenses of its base model and its data" in text
+    assert (tmp_path / "plain" / "host" / "LICENSE").read_text() == "Take it.\n"
+    convert(run, "consolidated", None, tmp_path / "start", 0)
+    more = ["data.directions=[en-de, de-en, en-fr, fr-en, de-fr, en-it, it-en]"]
+    convert(tmp_path / "start", "grown", None, tmp_path / "grown", 0, overrides=more)
+    card = (tmp_path / "grown" / "README.md").read_text()
+    assert "| not trained (zero-shot) | de-fr, en-it, it-en |" in card
+    found = convert(tmp_path / "plain", "huggingface", DE_FR, tmp_path / "again", 2)
+    assert found["largest_logit_difference"] < 1e-4, "it is read back as it was written"
+    assert "(zero-shot) | de-fr |" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_run_that_started_from_a_model_says_so(pool, base, run, tmp_path):
+    convert(run, "consolidated", None, tmp_path / "start", 0)
+    recipe = modular(base, steps=2)
+    recipe.training.start_from, recipe.training.directions = tmp_path / "start", ["en-de"]
+    convert(trained(pool, recipe, tmp_path / "more"), "huggingface", EN_DE, tmp_path / "plain", 0)
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "| trained directions | en-de; training started from start |" in card
+    convert(tmp_path / "more", "peft", None, tmp_path / "peft", 0)
+    assert (
+        "| not trained here | de-en, en-fr, fr-en, de-fr |" in (tmp_path / "peft" / "README.md").read_text()
+    )
+
+
+def test_the_name_and_license_of_a_base(run, tmp_path):
+    assert origin_of(run / "host") == Origin("host", "apache-2.0"), "kept in the run"
+    for named, told in (("owner/small", "owner/small"), ("/where/it/lay", "lay"), ("", "model")):
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"_name_or_path": named}))
+        assert origin_of(folder) == Origin(told, None)
+    (folder / "PROVENANCE.json").write_text(json.dumps({"license": "MIT"}))
+    assert origin_of(folder).license == "MIT"
+    for head, license in (("license: other\nlicense_name: own", "own"), ("license: [", "MIT")):
+        (folder / "README.md").write_text(f"---\n{head}\n---\n")
+        assert origin_of(folder).license == license
+
+
+def test_no_path_of_the_base_leaves_the_machine(run, tmp_path):
+    import transformers
+
+    for out, one, all_of in (
+        (tmp_path / "out", "host", "host"),
+        (run.parent / "beside", "../host", "../../host"),
+    ):
+        for direction, name, found in ((EN_DE, "", one), (None, "in-de", all_of)):
+            convert(run, "peft", direction, out, 2)
+            config = json.loads((out / name / "adapter_config.json").read_text())
+            assert config["base_model_name_or_path"] == found
+            card = (out / "README.md").read_text()
+            assert str(run.parent) not in card + (out / "provenance.json").read_text()
+            assert ("`BASE` is the folder of the base model, host." in card) is (found == "host")
+    folder = run.parent / "beside" / "in-de" / found
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_the_sentences_to_compare_are_spread_over_directions(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lsmoe_ds.console.LINE_EVERY", 0.0)
+    assert convert(run, "consolidated", None, tmp_path / "out", 3)["sentences"] == 3
+    assert "lsmoe: comparing both models: 6 of 6 sentences" in capsys.readouterr().err
+    assert spread(10, 132).count(1) == 10 == sum(spread(10, 132)) and spread(7, 3) == [2, 2, 3]
 
 
 def test_a_new_language_leaves_the_files_of_the_others_bit_equal(pool, base, run, tmp_path):
@@ -116,6 +196,7 @@ def test_the_code_of_a_model_card_translates_as_the_run_does(run, kind, tmp_path
     loaded = load(run)
     line = PreparedData.of(loaded.recipe).text(EN_DE, "test")[0][0]
     code = code.replace("FOLDER", str(tmp_path / "out")).replace("Text to translate.", line)
+    code = code.replace('"BASE"', repr(str(run.parent / "host")))
     # This model never ends: a few tokens of greedy search tell.
     exec(code.replace('"num_beams": 5, "early_stopping": True', '"num_beams": 1').replace("200", "8"), {})
     (found,) = loaded.search([loaded.vocabulary.encode(line)], EN_DE, Search(beam=1))

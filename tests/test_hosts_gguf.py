@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_host import write_host
 
+from lsmoe_ds.config.host import FETCHED
 from lsmoe_ds.convert import fetch_models
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.fetch_models import MODELS, fetch_model
@@ -124,6 +125,7 @@ def test_a_named_model_is_fetched_once(host, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     fetch_model("smollm2", tmp_path / "data")
     assert "is there already" in capsys.readouterr().err
+    assert MODELS.keys() == set(FETCHED), "what errors suggest to fetch"
     (folder / "config.json").unlink()
     fetch_model("smollm2", tmp_path / "data")
     assert (folder / "config.json").is_file()

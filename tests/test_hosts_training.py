@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_host import END, TEXT, host_recipe, write_host
 from small_run import write_corpus
 from test_resharding import losses
@@ -15,15 +16,17 @@ from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
-from lsmoe_ds.data.prompts import joined
+from lsmoe_ds.data.prompts import IGNORED, joined
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import Direction
-from lsmoe_ds.training.start import check
+from lsmoe_ds.training.schedules import inverse_square_root
+from lsmoe_ds.training.start import _notice, check
 
 pytest.importorskip("transformers")
 EN_DE, DE_FR = Direction("en", "de"), Direction("de", "fr")
@@ -86,8 +89,8 @@ def test_the_base_is_stored_once_and_only_matrices_train(base, run):
         assert torch.equal(found[f"host.{name}"], value)
     files = [torch.load(path, weights_only=False) for path in (run / "checkpoints/step-4").glob("mp_rank*")]
     assert files and all("low_rank" in name for each in files for name in each["module"])
-    unused = found["decoder.0.attention.query_low_rank.in.flat"][2:4]  # of English, which is never an input
-    assert not unused.any()
+    rows = {name: value.shape[0] for name, value in found.items() if name.endswith((".in.flat", ".out.flat"))}
+    assert set(rows.values()) == {4}, "of German and French, each of rank 2: English is the pivot"
 
 
 def test_a_run_needs_the_folder_of_the_model_no_more(pool, base, run, tmp_path):
@@ -170,10 +173,68 @@ def test_prompts_that_the_tokenizer_joins_with_the_text_are_counted(base):
     assert 0 < wrong <= seen == 25
 
 
-def test_bfloat16(pool, base, run, tmp_path):
-    recipe = modular(base)
+def plain_losses(recipe: Recipe, dtype: torch.dtype) -> list[float]:
+    """Train transformers' model in plain torch: weights of this type, and a float32 copy that AdamW steps."""
+    import transformers
+
+    folder, data = recipe.model.huggingface, PreparedData.of(recipe)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    copies = [torch.nn.Parameter(parameter.detach().float()) for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(copies, lr=0.01, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1)
+    stream = BatchStream(
+        data,
+        recipe.languages,
+        data.vocabulary,
+        recipe.data.batch,
+        recipe.data.temperature,
+        recipe.training.seed,
+        prompt=recipe.data.prompt,
+        directions=recipe.trained,
+    )
+    found = []
+    for number, step in zip(range(1, recipe.training.steps + 1), stream, strict=False):
+        sums = [torch.zeros_like(copy) for copy in copies]
+        total = 0.0
+        for batch in step.batches:
+            real = batch.labels != IGNORED
+            logits = model(input_ids=batch.tokens).logits[real].float()
+            loss = F.cross_entropy(logits, batch.labels[real], reduction="sum") / step.target_tokens
+            loss.backward()
+            total += float(loss.detach())
+            for each, parameter in zip(sums, model.parameters(), strict=True):
+                each += parameter.grad.float()
+                parameter.grad = None
+        for copy, gradient in zip(copies, sums, strict=True):
+            copy.grad = gradient
+        torch.nn.utils.clip_grad_norm_(copies, recipe.training.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = inverse_square_root(number, 0.01, recipe.training.warmup)
+        optimizer.step()
+        with torch.no_grad():
+            for copy, parameter in zip(copies, model.parameters(), strict=True):
+                parameter.copy_(copy)
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("stage", (0, 1))
+def test_bfloat16_trains_as_plain_torch_does(pool, base, stage, tmp_path):
+    """The whole model, in weights of bfloat16 beside a float32 copy."""
+    recipe = host_recipe(base, base / "host", stage)
+    recipe.training.steps, recipe.training.log_every, recipe.training.weight_decay = 3, 1, 0.1
     recipe.deepspeed |= {"bf16": {"enabled": True}}
-    trained(pool, recipe, tmp_path / "bf16")
-    assert losses(tmp_path / "bf16") == pytest.approx(losses(run), rel=0.02)
-    weights = read_weights(find_model(tmp_path / "bf16")).tensors
-    assert weights["decoder.0.attention.query_low_rank.out.flat"].dtype == torch.float32, "the optimizer's"
+    found = losses(trained(pool, recipe, tmp_path / "bf16"))
+    same, other = (plain_losses(recipe, dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert found == pytest.approx(same, rel=2e-5) != pytest.approx(other, rel=2e-5)
+
+
+def test_what_is_unusual_of_modular_matrices_is_said(base, tmp_path, capfd):
+    recipe = host_recipe(base, base / "host", rank=2, index="modular", merge="learned")
+    recipe.training.directions = ["de-fr"]
+    _notice(recipe)
+    said = capfd.readouterr().err
+    assert "no direction that trains leads into or out of low_rank.pivot, which is en" in said
+    assert "low_rank.merge is learned, but there is no training.start_from" in said
+    recipe.training.directions = ["de-fr", "en-de"]
+    recipe.training.start_from = tmp_path
+    _notice(recipe)
+    assert "low_rank" not in capfd.readouterr().err

@@ -140,6 +140,18 @@ def test_progress_counts_every_line(loaded):
     assert sum(counts) == len(lines)
 
 
+def test_what_takes_long_is_told(loaded, capsys, monkeypatch):
+    line = "ba. " * 200
+    list(translate(loaded, EN_DE, [line], beam=1))
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(module, "LINE_EVERY", 0.0)
+    list(translate(loaded, EN_DE, [line], beam=1, batch_tokens=2))
+    first, *_ = capsys.readouterr().err.splitlines()
+    parts = len(cut_line(line, loaded))
+    assert parts > 1
+    assert first == f"lsmoe: translated 1 of {parts} sentences or parts of long lines"
+
+
 def test_lines_of_a_stream():
     assert list(read_lines(io.BytesIO("\ufeffä\r\nb\n\nc\u2028d\ne".encode()))) == [
         "ä",

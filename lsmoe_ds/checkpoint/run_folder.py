@@ -15,7 +15,8 @@ from typing import Any
 
 from lsmoe_ds.config.codes import mean_the_same
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.config.host import HOST, copy_small
+from lsmoe_ds.config.host import HOST
+from lsmoe_ds.config.host_origin import copy_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import (
     MANIFEST,
@@ -143,7 +144,7 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
             partial.replace(run / "vocabulary.model")
         if recipe.model.huggingface is not None and not (run / HOST).is_dir():
             with replaced(run / HOST) as new:
-                copy_small(recipe.model.huggingface, new)
+                copy_host(recipe.model.huggingface, new)
         if not stored.exists() or stored.read_text(encoding="utf-8") != text:
             write_whole(stored, text)  # the last file that a new run gets
 

@@ -8,7 +8,8 @@ most), ``recipe.yaml``, ``vocabulary.model``, a model card ``README.md`` and ``p
      "sparse_parameters": N, "dense_parameters": N, "files": {name: {"bytes", "sha256"}}}
 
 If methods were merged, ``merged`` describes them. In the kind "huggingface" ``padded_parameters`` counts also
-the zeros that fill narrower feed-forwards up.
+the zeros that fill narrower feed-forwards up. ``trained`` lists the directions of the run's training, and
+``started_from`` names the model with which that began, if it was not new.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, step_of
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config.file import load_recipe
-from lsmoe_ds.config.host import HOST, PREFIX, copy_small
+from lsmoe_ds.config.host import HOST, PREFIX
+from lsmoe_ds.config.host_origin import copy_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import check_vocabulary, read_origin
 from lsmoe_ds.errors import UserError
@@ -250,7 +252,7 @@ def write_folder(
         )
         names = write(new, tensors, recipe, new / VOCABULARY, **options)
         if recipe.model.huggingface is not None:
-            names = [*names, *(f"{HOST}/{name}" for name in copy_small(recipe.model.huggingface, new / HOST))]
+            names = [*names, *(f"{HOST}/{name}" for name in copy_host(recipe.model.huggingface, new / HOST))]
         (new / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
         files = describe_files(new, (*names, RECIPE, VOCABULARY))
         if card:  # a text for people, who may change it

@@ -143,6 +143,8 @@ class Groups(Section):
     @classmethod
     def _defaults(cls, value: Any) -> Any:
         """Let nothing stand for the defaults, which are thresholds, and leave them out beside lists."""
+        if value is None:
+            return {}
         if not isinstance(value, dict):
             return value
         given = {key: each for key, each in value.items() if each is not None}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.notices import listed
+from lsmoe_ds.notices import listed, notice
 
 Task = Literal["translate", "tag", "answer"]
 # What loads the model of a task.
@@ -33,12 +33,13 @@ SMALL = (
     "chat_template.jinja",
     "added_tokens.json",
 )
+FETCHED = ("smollm2",)  # models that `lsmoe data fetch` knows, by its table
 DROPOUTS = ("dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop")
 ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
 
 def import_transformers() -> Any:
-    """Import transformers, without its progress bars. Raises UserError if it is not installed."""
+    """Import transformers, without its progress bars and remarks. Raises UserError if it is not installed."""
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -46,6 +47,7 @@ def import_transformers() -> Any:
             "'model.huggingface' needs transformers, which is not installed: pip install 'lsmoe_ds[hosts]'"
         ) from None
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # it reports tensors that :func:`load_pretrained` names
     return transformers
 
 
@@ -62,7 +64,7 @@ def is_host(folder: Path) -> bool:
 def check_folder(folder: Path) -> None:
     """Raise UserError unless a folder has a configuration and a tokenizer."""
     if not folder.is_dir():
-        fetched = folder.parent.name == "models"
+        fetched = folder.parent.name == "models" and folder.name in FETCHED
         hint = f", or fetch it with `lsmoe data fetch {folder.name}`" if fetched else ""
         raise UserError(
             f"there is no folder {folder}: give a folder in which transformers saved a model{hint}"
@@ -93,6 +95,16 @@ def check_weights(folder: Path) -> None:
             f"{folder} has no *.safetensors{found}: save the model with transformers' "
             "save_pretrained, which writes safetensors"
         )
+
+
+def tell_missing_weights(folder: Path | None) -> None:
+    """Say on standard error what training would refuse, unless a run's copy of the configuration is named."""
+    if folder is None or (folder.name == HOST and folder.with_name("recipe.yaml").is_file()):
+        return
+    try:
+        check_weights(folder)
+    except UserError as error:
+        notice(f"training will refuse this model: {error}")
 
 
 def read_config(folder: Path) -> Any:
@@ -145,6 +157,8 @@ def load_pretrained(folder: Path, task: Task, config: Any) -> tuple[Any, list[st
         raise UserError(
             f"the weights in {folder} lack {missing[0]}: the folder is damaged, or of another task"
         )
+    if left := sorted(info["unexpected_keys"]):
+        notice(f"the model in {folder} has no place for {listed(left)}, which its files hold: left out")
     return model, fresh
 
 

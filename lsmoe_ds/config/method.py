@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -128,6 +128,10 @@ class MethodSection(Section):
 
     def check_training(self, training: Training) -> None:
         """Raise ValueError if the method does not fit how the recipe trains."""
+
+    def notices(self, recipe: Recipe) -> Iterator[str]:
+        """Yield sentences on what the recipe of a training says that is allowed and seldom meant."""
+        return iter(())
 
     def check_begin(self, recipe: Recipe) -> None:
         """Raise UserError if something is missing that a training reads before its first step."""

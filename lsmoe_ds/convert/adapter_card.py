@@ -20,8 +20,12 @@ SIZES = """
 {%- endfor %}
 
 Values exclude the zeros that fill matrices up to the size of the base's layers; bytes include them."""
+ELSEWHERE = """{% if base == "BASE" %}`BASE` is the folder of the base model, {{ base_name }}.
+
+{% endif %}"""
 USE = (
-    """```python
+    ELSEWHERE
+    + """```python
 from peft import PeftModel
 from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 
@@ -46,6 +50,7 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 
 def words(rows: Sequence[Mapping[str, Any]], given: bool, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the use of adapters is written with; the example is the first that has matrices."""
+    named = provenance["base"]
     adapter = next(row for row in rows if row["ranks"])
     shown = Direction.parse(adapter["directions"][0])
     return {
@@ -53,7 +58,8 @@ def words(rows: Sequence[Mapping[str, Any]], given: bool, provenance: Mapping[st
         "shown": shown,
         "first_tag": tag(shown.source if given else shown.target),
         "last_tag": tag(shown.target),
-        "base": f"FOLDER/{BASE}" if provenance["base"] == BASE else provenance["base"],
+        "base": f"FOLDER/{named}" if named == BASE or named.startswith("../") else "BASE",
+        "base_name": named,
         "header": HEADER,
         "rows": [cells(row) for row in rows],
     }

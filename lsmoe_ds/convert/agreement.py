@@ -1,19 +1,29 @@
-"""Compare a converted model with what it came from, on the same held-out text."""
+"""Compare a converted model with what it was made of, loaded as its users do, on held-out sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
+from lsmoe_ds.checkpoint.stored import Stored, find_model
+from lsmoe_ds.console import progress
 from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.forms import form_of
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.huggingface import Exported
+from lsmoe_ds.export.peft import open_adapted
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.label import Labeller, label_all
-from lsmoe_ds.inference.load import Loaded
+from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
 from lsmoe_ds.languages import Direction
 
@@ -31,11 +41,18 @@ class Agreement:
     sentences: int
 
 
-def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequence[str]) -> Agreement:
+def compare(
+    sparse: Loaded,
+    other: Engine,
+    direction: Direction,
+    sentences: Sequence[str],
+    advance: Callable[[int], None] = lambda sentences: None,
+) -> Agreement:
     """Compare the logits of both models along the sparse model's translations, and the translations
     themselves.
 
-    A model with a tokenizer of its own reads the sentences with that.
+    A model with a tokenizer of its own reads the sentences with that. ``advance`` is told the number of
+    sentences that each model has translated.
     """
     parts = [cut_line(line, sparse) for line in sentences]
     sources = [part for each in parts for part in each]
@@ -47,8 +64,8 @@ def compare(sparse: Loaded, other: Engine, direction: Direction, sentences: Sequ
             for part in (each if len(each) != 1 else [other.encode(line)])
         ]
     first, second = (
-        translate_tokens(sparse, direction, sources, Search()),
-        translate_tokens(other, direction, theirs, Search()),
+        translate_tokens(sparse, direction, sources, Search(), advance=advance),
+        translate_tokens(other, direction, theirs, Search(), advance=advance),
     )
     same = sum(a.tokens == b.tokens for a, b in zip(first, second, strict=True))
     if not isinstance(other, Loaded | Exported):
@@ -92,10 +109,97 @@ class _Noted:
         return found
 
 
-def compare_labels(sparse: Loaded, other: Engine, direction: Direction, lines: Sequence[str]) -> Agreement:
+def compare_labels(
+    sparse: Loaded,
+    other: Engine,
+    direction: Direction,
+    lines: Sequence[str],
+    advance: Callable[[int], None] = lambda lines: None,
+) -> Agreement:
     """Compare the logits and the labels of two encoders on the same lines."""
     assert isinstance(other, Labeller)
     both = _Noted(sparse), _Noted(other)
-    first, second = (label_all(each, direction, lines) for each in both)
+    first, second = (label_all(each, direction, lines, advance) for each in both)
     largest = max(float((a - b).abs().max()) for a, b in zip(both[0].logits, both[1].logits, strict=True))
     return Agreement(largest, sum(a == b for a, b in zip(first, second, strict=True)), len(lines))
+
+
+def check_agreement(
+    stored: Stored,
+    to: str,
+    direction: Direction | None,
+    out: Path,
+    check: int,
+    route: str | None,
+    made: dict[str, Any],
+    served: Collection[Direction] = (),
+    base: Path | None = None,
+) -> dict[str, Any]:
+    """Compare both models on ``check`` held-out sentences, or say why that is not possible.
+
+    Without a ``direction`` they are spread evenly over all, or over those that adapters have ``served``.
+    ``route`` is None for a mean of checkpoints. ``base`` is that of adapters, if it lies elsewhere.
+    """
+    if not check:
+        return {}
+    if route is None:
+        return {"not_checked": "no trained model is the mean of several checkpoints"}
+    needed = 4 * (made["sparse_parameters"] + made["dense_parameters"])
+    if needed > (free := psutil.virtual_memory().available):
+        return {
+            "not_checked": f"both models need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+        }
+    for package in {"huggingface": ["transformers"], "peft": ["transformers", "peft"]}.get(to, ()):
+        if importlib.util.find_spec(package) is None:
+            return {"not_checked": f"{package} is not installed: pip install {package}"}
+    all_of = [each for each in stored.recipe.languages.directions if not served or each in served]
+    directions = [direction] if direction else all_of
+    try:
+        data = PreparedData.of(stored.recipe, stored.home)
+        shares = spread(check, len(directions))
+        texts = {each: _held_out(data, each, n) for each, n in zip(directions, shares, strict=True) if n}
+    except UserError as error:
+        return {"not_checked": f"no held-out text to compare on: {error}"}
+    if not any(texts.values()):
+        return {
+            "not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"
+        }
+    # The run may continue training meanwhile: what is compared is this checkpoint.
+    sparse, other = load(stored.weights_in, "cpu", route), _open(to, out, base)
+    by = compare if stored.recipe.model.task == "translate" else compare_labels
+    with progress("comparing both models", 2 * sum(map(len, texts.values()))) as advance:
+        found = [
+            by(sparse, other(each), each, sentences, advance)
+            for each, sentences in texts.items()
+            if sentences
+        ]
+    differences = [
+        each.largest_logit_difference for each in found if each.largest_logit_difference is not None
+    ]
+    record: dict[str, Any] = {"largest_logit_difference": max(differences)} if differences else {}
+    return record | {
+        "same_translations": sum(each.same_translations for each in found),
+        "sentences": sum(each.sentences for each in found),
+    }
+
+
+def spread(count: int, over: int) -> list[int]:
+    """Divide a count evenly: 3 over 5 is 0, 1, 0, 1, 1."""
+    return [(i + 1) * count // over - i * count // over for i in range(over)]
+
+
+def _open(kind: str, folder: Path, base: Path | None) -> Callable[[Direction], Engine]:
+    """Load what was just written, as its users do, and return a function that gives a direction's engine."""
+    if kind == "peft":
+        return open_adapted(find_model(folder), base)
+    engine: Engine
+    if kind == "huggingface":
+        engine = Exported.open(find_model(folder))
+    else:
+        engine = load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
+    return lambda direction: engine
+
+
+def _held_out(data: PreparedData, direction: Direction, count: int) -> list[str]:
+    """Return up to ``count`` source sentences of the test set, or where that is empty of the dev set."""
+    return data.text(direction, "test")[0][:count] or data.text(direction, "dev")[0][:count]

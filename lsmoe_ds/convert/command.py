@@ -10,35 +10,28 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from math import ceil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from lsmoe_ds import __version__
 from lsmoe_ds.checkpoint.m2m_100 import count_padding
 from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.convert.agreement import compare, compare_labels
+from lsmoe_ds.console import waiting
+from lsmoe_ds.convert.agreement import check_agreement
 from lsmoe_ds.convert.gguf import convert_gguf, find_gguf
 from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
-from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.ctranslate2 import QUANTIZATIONS
-from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
-from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.importing import read_huggingface
-from lsmoe_ds.export.peft import BASE, base_of, measure, open_adapted, split_stored
+from lsmoe_ds.export.peft import BASE, base_of, measure, refer, split_stored
 from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
-from lsmoe_ds.inference.engine import Engine
-from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import Direction, nearest, normalize_code, table
 
 WRITERS = {
@@ -144,7 +137,7 @@ def convert(
         tensors, recipe, adapters, made = split_stored(stored, direction, route, average)
         rows, base = measure(adapters, tensors, recipe), options.get("base") or base_of(tensors, recipe)
         options |= {"adapters": adapters, "sizes": rows, "of_base": made, "base": base, "home": out}
-        made = made | {"base": str(base or BASE)}
+        made = made | {"base": refer(base or out / BASE, out, out)}
     else:
         tensors, recipe, made = extract_stored(stored, direction, route, to == "hybrid", average)
     if to == "grown":
@@ -156,7 +149,7 @@ def convert(
             "direction": ALL,
             "dense_parameters": tensors.numbers,
         }
-    if to == "huggingface":
+    if to == "huggingface" and recipe.model.huggingface is None:
         made["padded_parameters"] = tensors.numbers + count_padding(recipe)
     if options.pop("optimizer", False):
         options["optimizer_of"] = stored
@@ -165,10 +158,12 @@ def convert(
     provenance = {"kind": kind, **made, **shown, **({"average": average} if average > 1 else {})}
     card = model_card(kind, recipe, provenance, stored.home, rows)
     write = importlib.import_module(WRITERS[to]).write_files
-    files = write_folder(out, tensors, recipe, vocabulary, provenance, card, write, **options)
+    with waiting(f"writing {out}"):
+        files = write_folder(out, tensors, recipe, vocabulary, provenance, card, write, **options)
     seconds = time.perf_counter() - began
     served = {Direction.parse(each) for row in rows for each in row["directions"]}
-    found = _compare(stored, to, direction, out, check, route if average == 1 else None, made, served)
+    by = route if average == 1 else None
+    found = check_agreement(stored, to, direction, out, check, by, made, served, options.get("base"))
     sizes = {"bytes": _bytes(files), "seconds": round(seconds, 3), "folder": str(out)}
     if to not in SERVED:
         return {"kind": to, "parameters": tensors.numbers, **found, **sizes}
@@ -268,70 +263,3 @@ def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recip
     of_all = len(stored.recipe.data.directions) > 1
     direction = ALL if of_all else stored.recipe.data.directions[0]
     return tensors, stored.recipe, describe(stored, whole, direction, "specific", tensors.numbers)
-
-
-def _compare(
-    stored: Stored,
-    to: str,
-    direction: Direction | None,
-    out: Path,
-    check: int,
-    route: str | None,
-    made: dict[str, Any],
-    served: Collection[Direction] = (),
-) -> dict[str, Any]:
-    """Compare both models on held-out sentences, or say why that is not possible; ``route`` is None for a
-    mean of checkpoints. ``served`` are the directions that adapters serve, if not all.
-    """
-    if not check:
-        return {}
-    if route is None:
-        return {"not_checked": "no trained model is the mean of several checkpoints"}
-    needed = 4 * (made["sparse_parameters"] + made["dense_parameters"])
-    if needed > (free := psutil.virtual_memory().available):
-        return {
-            "not_checked": f"both models need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
-        }
-    for package in {"huggingface": ["transformers"], "peft": ["transformers", "peft"]}.get(to, ()):
-        if importlib.util.find_spec(package) is None:
-            return {"not_checked": f"{package} is not installed: pip install {package}"}
-    all_of = [each for each in stored.recipe.languages.directions if not served or each in served]
-    directions = [direction] if direction else all_of
-    try:
-        data = PreparedData.of(stored.recipe, stored.home)
-        texts = {each: _held_out(data, each, ceil(check / len(directions))) for each in directions}
-    except UserError as error:
-        return {"not_checked": f"no held-out text to compare on: {error}"}
-    if not any(texts.values()):
-        return {
-            "not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"
-        }
-    # The run may continue training meanwhile: what is compared is this checkpoint.
-    sparse, other = load(stored.weights_in, "cpu", route), _open(to, out)
-    by = compare if stored.recipe.model.task == "translate" else compare_labels
-    found = [by(sparse, other(each), each, sentences) for each, sentences in texts.items() if sentences]
-    differences = [
-        each.largest_logit_difference for each in found if each.largest_logit_difference is not None
-    ]
-    record: dict[str, Any] = {"largest_logit_difference": max(differences)} if differences else {}
-    return record | {
-        "same_translations": sum(each.same_translations for each in found),
-        "sentences": sum(each.sentences for each in found),
-    }
-
-
-def _open(kind: str, folder: Path) -> Callable[[Direction], Engine]:
-    """Load what was just written, as its users do, and return a function that gives a direction's engine."""
-    if kind == "peft":
-        return open_adapted(find_model(folder))
-    engine: Engine
-    if kind == "huggingface":
-        engine = Exported.open(find_model(folder))
-    else:
-        engine = load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
-    return lambda direction: engine
-
-
-def _held_out(data: PreparedData, direction: Direction, count: int) -> list[str]:
-    """Return up to ``count`` source sentences of the test set, or where that is empty of the dev set."""
-    return data.text(direction, "test")[0][:count] or data.text(direction, "dev")[0][:count]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.convert.adapter_card import SIZES
+from lsmoe_ds.convert.adapter_card import ELSEWHERE, SIZES
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.prompts import SOURCE, prompt_text
 from lsmoe_ds.data.vocabulary import Vocabulary
@@ -30,7 +30,8 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")"""
     + ANSWER
     + """
 Sentences are translated one by one: cut longer text at their ends.""",
-    "peft": """```python
+    "peft": ELSEWHERE
+    + """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -13,19 +13,17 @@ from jinja2 import Environment
 
 from lsmoe_ds.checkpoint.stored import VOCABULARY
 from lsmoe_ds.config.host import Task
+from lsmoe_ds.config.host_origin import origin_of
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert import adapter_card, encoder_card, host_card
+from lsmoe_ds.convert.training_text import TrainingText
 from lsmoe_ds.data.cleaning import INVISIBLE
-from lsmoe_ds.data.comparison import find_directory
-from lsmoe_ds.data.prepared import PreparedData
-from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.export.their_tokenizer import style_of
-from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import Direction, language_name, tag
 from lsmoe_ds.notices import counted, listed
 
@@ -157,6 +155,9 @@ library_name: transformers
 library_name: peft
 {%- endif %}
 tags: [{{ pipeline }}, {{ kind }}]
+{%- if base %}
+base_model: {{ base|tojson }}
+{%- endif %}
 ---
 
 # {{ provenance.run }}, {{ 'all ' ~ unit ~ 's' if directions|length > 1 else directions[0].label }}
@@ -171,13 +172,11 @@ tags: [{{ pipeline }}, {{ kind }}]
 
 ## Training data
 
-{% for corpus in corpora -%}
-- {{ corpus }}
-{% endfor -%}
-{% for name, pairs in pairs.items() -%}
-- {{ name }}: {{ pairs }} of sentences
+{% for line in text -%}
+- {{ line }}
 {% endfor %}
-The license of the model is not stated here: whoever publishes it decides it, with regard to the licenses of its data.
+The license of the model is not stated here: whoever publishes it decides it, with regard to the licenses of
+{{- " its base model and" if base }} its data.
 
 ## Scores
 
@@ -203,7 +202,6 @@ None are known: `lsmoe evaluate` on the run writes them.
 """
 
 
-HELD_OUT_ONLY = ("flores", "ntrex")  # layouts that have no training text
 # What a task is called on the Hub, and what a model does.
 DOES: dict[Task, tuple[str, str]] = {
     "translate": ("translation", "Translates"),
@@ -246,6 +244,7 @@ def model_card(
         first=directions[0], last=last, given=given, style=style, **words
     )
     pipeline, does = DOES[recipe.model.task]
+    text = TrainingText.of(recipe, provenance, home)
     scores = _scores(home, directions, provenance)
     scored = [score for score in scores.directions if score.direction in directions] if scores else []
     metrics = (
@@ -265,9 +264,9 @@ def model_card(
         directions=directions,
         remarks=_remarks(scores, provenance),
         names=_names(directions),
-        facts=list(_facts(kind, recipe, provenance)),
-        corpora=[_corpus(corpus, find_directory(recipe, home)) for corpus in recipe.data.corpora],
-        pairs={name: counted(pairs, "pair") for name, pairs in _pairs(recipe, home).items()},
+        base=None if recipe.model.huggingface is None else origin_of(recipe.model.huggingface).name,
+        facts=[*_facts(kind, recipe, provenance), *text.facts(recipe, provenance)],
+        text=text.lines(),
         scores=scores if scored else None,
         question=replace(scores, directions=tuple(scored)).describe(directions) if scores else "",
         scored=scored,
@@ -347,31 +346,6 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     yield "hidden size, heads", f"{model.hidden}, {model.heads}"
     yield "vocabulary", f"{recipe.data.vocabulary.size:,} pieces ({recipe.data.vocabulary.type})"
     yield "longest source", f"{recipe.data.batch.max_length} tokens"
-
-
-def _corpus(corpus: Any, directory: Path) -> str:
-    """Describe a corpus and its license, from its ``PROVENANCE.json``."""
-    if not isinstance(corpus, str):
-        only = corpus.format in HELD_OUT_ONLY and corpus.train is None
-        held_out = " (held-out text only)" if only else ""
-        return f"{corpus.path.name}{held_out}, from the trainer's own disk; license unknown"  # where it lay is nobody's business
-    found = read_json(corpus_folder(corpus, directory) / PROVENANCE)
-    if found is None:
-        return f"{corpus}; version and license unknown"
-    package, version, license, date = (
-        found.get(key, "unknown") for key in ("package", "version", "license", "date")
-    )
-    return f"{corpus}: {package} {version}, license {license}, fetched {date}"
-
-
-def _pairs(recipe: Recipe, home: Path) -> dict[str, int]:
-    """Return the number of training pairs of each bitext; empty if the prepared data are not the run's."""
-    try:
-        bitexts = PreparedData.of(recipe, home).manifest["bitexts"]
-    except UserError:
-        return {}
-    names = dict.fromkeys(direction.bitext for direction in recipe.languages.directions)
-    return {name: bitexts[name]["train"]["pairs"] for name in names if name in bitexts}
 
 
 def _scores(home: Path, directions: Sequence[Direction], provenance: Mapping[str, Any]) -> ScoreTable | None:

@@ -164,6 +164,7 @@ class Exported:
         """Load it as anybody would, with the recipe and vocabulary of ``stored.home``; needs transformers."""
         transformers: Any = importlib.import_module("transformers")
         transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
         model = getattr(transformers, cls.theirs).from_pretrained(stored.weights_in, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(stored.weights_in)
         if tokenizer.pad_token is None:  # any will do: padding is masked

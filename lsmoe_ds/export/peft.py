@@ -9,7 +9,9 @@ everywhere. Written without peft and transformers.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from lsmoe_ds.checkpoint.m2m_100 import rename, their_name
 from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config.host import has_weights
+from lsmoe_ds.config.host_origin import origin_of
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export import huggingface
@@ -146,7 +149,7 @@ def write_files(
 ) -> list[str]:
     """Write the kind ``peft``: adapters, their ``sizes`` and the base, unless ``base`` is a folder with it.
 
-    ``of_base`` is the base's provenance; adapters refer to the base by its name in ``home``, where ``folder``
+    ``of_base`` is the base's provenance; adapters :func:`refer` to the base from ``home``, where ``folder``
     will be. Raises UserError if ``base`` has other weights, or lies in ``home``.
     """
     renamed = _renamed(tensors, recipe)
@@ -170,10 +173,21 @@ def write_files(
             at = folder / adapter.name
             at.mkdir(exist_ok=True)
             files_of = save_tensors(_tensors(adapter, renamed, recipe), at, STEM, sys.maxsize)
-            write_json(at / CONFIG, config(adapter, str(base or home / BASE), recipe))
+            refers = refer(base or home / BASE, home / adapter.name, home)
+            write_json(at / CONFIG, config(adapter, refers, recipe))
             names += [str(Path(adapter.name, name)) for name in (*files_of, CONFIG)]
     write_json(folder / SIZES, {"adapters": list(sizes)})
     return names
+
+
+def refer(base: Path, at: Path, out: Path) -> str:
+    """Return how files in the folder ``at`` of ``out`` name a base.
+
+    That is the relative path to a base in ``out`` or beside it; of any other, whose place means nothing to
+    others, the name of the model.
+    """
+    base, at, out = resolved(base), resolved(at), resolved(out)
+    return os.path.relpath(base, at) if base.is_relative_to(out.parent) else origin_of(base).name
 
 
 def base_of(tensors: Mapping[str, Tensor], recipe: Recipe) -> Path | None:
@@ -321,14 +335,14 @@ def size_table(rows: Sequence[Mapping[str, Any]]) -> Any:
     return shown
 
 
-def open_adapted(stored: Stored) -> Callable[[Direction], Exported]:
+def open_adapted(stored: Stored, base: Path | None = None) -> Callable[[Direction], Exported]:
     """Load a folder of the kind ``peft`` on its base; needs peft and transformers.
 
+    ``base`` is the folder of one that lies elsewhere, which the folder knows by name alone.
     The function that is returned gives the engine of a direction, which is usable until it is called again.
     """
     peft: Any = importlib.import_module("peft")
-    base = read_fields(stored.home / PROVENANCE, base=str)["base"]
-    base = stored.home / BASE if base == BASE else Path(base)
+    base = base or stored.home / read_fields(stored.home / PROVENANCE, base=str)["base"]
     rows = (read_json(stored.home / SIZES) or {})["adapters"]
     exported = Exported.open(replace(stored, weights_in=base))
     wrapped: Any = None
@@ -339,10 +353,12 @@ def open_adapted(stored: Stored) -> Callable[[Direction], Exported]:
         if not row["ranks"]:
             return Exported.open(replace(stored, weights_in=base))
         name, folder = row["name"] or "default", stored.home / row["name"]
-        if wrapped is None:
-            wrapped = peft.PeftModel.from_pretrained(exported.model, folder, adapter_name=name)
-        elif name not in wrapped.peft_config:
-            wrapped.load_adapter(folder, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks what transformers has renamed
+            if wrapped is None:
+                wrapped = peft.PeftModel.from_pretrained(exported.model, folder, adapter_name=name)
+            elif name not in wrapped.peft_config:
+                wrapped.load_adapter(folder, adapter_name=name)
         wrapped.set_adapter(name)
         return replace(exported, model=wrapped.eval())
 

@@ -297,15 +297,21 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
         "sparse_parameters": whole.parameters,
         "dense_parameters": parameters,
     }
-    fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int, "merged": str}
+    if stored.kind == "sparse":
+        training = stored.recipe.training
+        provenance["trained"] = [str(each) for each in stored.recipe.trained]
+        if training.start_from is not None:
+            provenance["started_from"] = training.start_from.name
+    fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int}
+    optional: dict[str, type] = {"merged": str, "trained": list, "started_from": str}
     plain = dict.fromkeys(PLAIN, ("run", "route", "sparse_parameters"))
     carried = {**plain, "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
     if stored.kind not in carried:
         return provenance
     path = stored.home / PROVENANCE
     before = read_fields(path)
-    kept = (*carried[stored.kind], *(["merged"] if "merged" in before else []))
-    check_fields(path, before, **{key: fields[key] for key in kept})
+    kept = (*carried[stored.kind], *(key for key in optional if key in before))
+    check_fields(path, before, **{key: (fields | optional)[key] for key in kept})
     return provenance | {key: before[key] for key in kept}
 
 

@@ -358,7 +358,7 @@ def knowing_what_trains(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
-    """Work around five problems of DeepSpeed 0.19.8's engine.
+    """Work around six problems of DeepSpeed 0.19.8's engine.
 
     1. ZeRO stage 0 clips by a norm of its own and forgets it: ``clip`` clips instead, and the norm that it
        returns is kept.
@@ -369,6 +369,8 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
     4. With experts, stage 0 writes the optimizer's state twice, and one of the two is never read: it is left
        out.
     5. The engine puts recovery scripts beside the checkpoints, which do not know experts: it puts none.
+    6. Stage 0 in 16 bits makes the optimizer's state by a step with gradients of 0, which counts, so that
+       Adam's first steps are too small, and which decays the float32 copies: both are undone.
     """
     from deepspeed.utils import groups
 
@@ -386,6 +388,11 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
         rank == 0 or groups._get_data_parallel_rank() == 0
     )
     engine._copy_recovery_script = lambda folder: None
+    if hasattr(engine.optimizer, "fp32_groups"):
+        for state in optimizer_states(engine).values():
+            state["step"].zero_()
+        for piece in optimizer_pieces(engine):
+            piece.holder.data.copy_(piece.parameter.data)
 
 
 def save_engine(

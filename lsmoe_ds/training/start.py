@@ -144,6 +144,9 @@ def _notice(recipe: Recipe) -> None:
                 "text, so that the whole prompt as one text has other tokens than are trained on: let "
                 "{source} stand on a line of its own in data.prompt.text"
             )
+    for method in recipe.model.methods:
+        for text in method.notices(recipe):
+            interrupt.say(text)
     with suppress(UserError):  # a resumed run needs the folder no more
         if base is not None and (learned := load_recipe(base / RECIPE).data.tags) != recipe.data.tags:
             interrupt.say(

@@ -50,6 +50,10 @@ class Matrices(NamedTuple):
     vertical_rows: slice
     flat_rows: slice
 
+    @property
+    def rank(self) -> int:
+        return int(self.flat_rows.stop - self.flat_rows.start)
+
 
 class LowRankMatrices(Method):
     """Add banks beside the linear layers that ``at`` names; layers of experts have none."""
@@ -163,10 +167,12 @@ class LowRankMatrices(Method):
         Two weighted pairs of matrices become one of both their ranks, weights included; of one rank if the
         route merges the matrices themselves.
         """
-        pairs, merge = self.matrices(at, direction, route), None
+        pairs, merge, shares = self.matrices(at, direction, route), None, list[float]()
         if len(pairs) == 2:
             merge = self.merge_of(weights, at, direction, route)
-            pairs = [pair for pair, weight in zip(pairs, merge.weights, strict=True) if weight]
+            used = [each for each in zip(pairs, merge.weights, strict=True) if each[1]]
+            used = [each for each in used if each[0].rank] or used[:1]  # the pivot has none
+            pairs, shares = [pair for pair, _ in used], [share for _, share in used]
         joint = merge is not None and merge.by == "matrices" and len(pairs) == 2
 
         def make() -> tuple[Tensor, Tensor]:
@@ -179,7 +185,7 @@ class LowRankMatrices(Method):
                     [each * root for each, root in zip(side, merge.roots, strict=True)] for side in (down, up)
                 )
                 return down[0] + down[1], (up[0] + up[1]).t()
-            weighted = [each * weight for each, weight in zip(up, filter(None, merge.weights), strict=True)]
+            weighted = [each * share for each, share in zip(up, shares, strict=True)]
             return torch.cat(down), torch.cat(weighted).t()
 
         def kept() -> int:
@@ -190,7 +196,7 @@ class LowRankMatrices(Method):
                         count -= int((~weights[mask][rows].bool()).sum())
             return count
 
-        ranks = [each.flat_rows.stop - each.flat_rows.start for each in pairs]
+        ranks = [each.rank for each in pairs]
         rank = ranks[0] if joint else sum(ranks)
         product = Product(rank, *self.section.size(self.shapes[at]), make, kept)
         return product

@@ -107,8 +107,10 @@ def weigh(
         if merge.by == "outputs":
             return [product * weight for product, weight in zip(products, merge.weights, strict=True)]
         joint = products[0] * merge.roots[0] + products[1] * merge.roots[1]
-        return [joint * root for root in merge.roots]
-    if index is not None:
+        has = context.once(("low_rank.has", pivot), lambda: _has(context, pivot)).to(joint.dtype)
+        weights = has * torch.tensor(merge.roots, dtype=joint.dtype, device=joint.device)
+        products = [joint, joint]
+    elif index is not None:
         weights = index.softmax(1)[context.ids.direction]  # [B, 2]
     else:
         found = context.once(("low_rank.modular", pivot), lambda: _in_training(context, pivot))
@@ -120,6 +122,11 @@ def weigh(
         (product.unflatten(0, sentences) * weights[:, place, None, None]).flatten(0, 1)
         for place, product in enumerate(products)
     ]
+
+
+def _has(context: LanguageContext, pivot: int) -> Tensor:
+    """Return 1 where a sentence has matrices as input and as output [B, 2], 0 where that is the pivot."""
+    return torch.stack([context.ids.source != pivot, context.ids.target != pivot], 1)
 
 
 def _in_training(context: LanguageContext, pivot: int) -> Tensor | None:

@@ -6,7 +6,7 @@ R is the sum of the ranks r of a bank's matrices.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -16,6 +16,7 @@ from lsmoe_ds.config.places import PlaceList, Places, check_named, is_in, patter
 from lsmoe_ds.config.section import Positive
 from lsmoe_ds.config.shapes import Count, LinearShape, MatrixProduct, Shape, SideName, shapes_of
 from lsmoe_ds.languages import GROUPS, Direction, Languages
+from lsmoe_ds.methods.low_rank.checks import check_pivot, check_ranks, notices_of
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ class LowRank(MethodSection):
     translation (:mod:`lsmoe_ds.methods.low_rank.modular`) or by weights that ``merge: learned`` trains. Or a
     mapping of these to patterns (:mod:`lsmoe_ds.config.places`), of which the first that names a linear layer
     decides. ``rank`` is one number or, unless the index is ``pair``, one for each language or each of
-    ``data.groups``; 0 gives none. ``at`` places them, by patterns too, in every ``every``-th layer.
-    ``columns`` limits them to the first inputs and outputs of a layer.
+    ``data.groups``; 0 gives none, and ``pivot`` has none. ``at`` places them, by patterns too, in every
+    ``every``-th layer. ``columns`` limits them to the first inputs and outputs of a layer.
 
     Before training the matrices ``zero`` are 0 and the others are normal with the deviation ``init_std``.
     ``prune`` removes values during training. With ``fuse_distillation`` all languages share one more matrix
@@ -103,7 +104,9 @@ class LowRank(MethodSection):
         return by_group or (self.prune is not None and self.prune.needs_groups)
 
     def rank_of(self, code: str, languages: Languages) -> int:
-        """Return the rank of a language's matrices."""
+        """Return the rank of a language's matrices; the pivot of modular ones trains none."""
+        if self.is_modular and code == self.pivot:
+            return 0
         if isinstance(self.rank, int):
             return self.rank
         return self.rank[code if code in self.rank else languages.groups[code]]
@@ -181,6 +184,8 @@ class LowRank(MethodSection):
             self._check_modular()
         elif self.merge is not None:
             raise ValueError("'merge' is for 'index: modular': leave it out")
+        elif self.pivot != "en":  # which stored recipes of any index name
+            raise ValueError("'pivot' is for 'index: modular': leave it out")
         if self.prune is not None and self.prune.start == 0 and self.zero == "vertical":
             raise ValueError(
                 "'prune.start' is 0 and 'zero' vertical: before the first step all vertical matrices are 0, "
@@ -213,9 +218,10 @@ class LowRank(MethodSection):
         found = [site for site in shapes_of(model) if self.is_at(site)]
         if not found:
             at = ", ".join(patterns_of(self.at))
+            every = f" in layers that 'every: {self.every}' chooses" if self.every > 1 else ""
             raise ValueError(
-                f"'low_rank' has no place: no linear layer is at '{at}' in every {self.every}. layer, and "
-                "feed-forwards with experts have none: choose another 'at' or 'every'"
+                f"'low_rank' has no place: no linear layer is at '{at}'{every}, and feed-forwards "
+                "with experts have none: choose another 'at' or 'every'"
             )
         for site in found:
             if isinstance(site, LinearShape):
@@ -231,24 +237,12 @@ class LowRank(MethodSection):
             )
 
     def check_languages(self, languages: Languages) -> None:
-        if self.is_modular and self.pivot not in languages.codes:
-            raise ValueError(
-                f"'low_rank.pivot' is {self.pivot}, which is no language of the recipe "
-                f"({', '.join(languages.codes)}): name the one that directions lead into and out of"
-            )
+        check_pivot(self, languages)
         if self.prune is not None:
             self.prune.check_languages(languages)
         if self.needs_groups and not languages.groups:
             return  # 'data.groups' has thresholds: the prepared data decide
-        if isinstance(self.rank, dict):
-            by_group = bool(self.rank.keys() & set(GROUPS))
-            named, what = set(self.rank), "of the groups" if by_group else "of"
-            known = set(languages.groups.values() if by_group else languages.codes)
-            if wrong := sorted(named ^ known):
-                raise ValueError(
-                    f"'low_rank.rank' {'lacks' if wrong[0] in known else 'names'} {wrong[0]}: it must have "
-                    f"each {what} {', '.join(sorted(known))}"
-                )
+        check_ranks(self, languages)
         if self.prune is not None:
             pruned = [code for code in languages.codes if self.prune.prunes(code, languages)]
             if not any(self.rank_of(code, languages) for code in pruned):
@@ -259,6 +253,9 @@ class LowRank(MethodSection):
         if self.is_modular and self.merge is not None:
             raise ValueError("'merge: learned' has no weights for it: merge by a route, as in outputs-1-1")
         return None
+
+    def notices(self, recipe: Recipe) -> Iterator[str]:
+        return notices_of(self, recipe)
 
     def choosing(self, model: Model) -> Any:
         return {
