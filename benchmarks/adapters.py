@@ -25,6 +25,7 @@ from lsmoe_ds.checkpoint.stored import VOCABULARY, find_model, write_folder
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors
 from lsmoe_ds.convert.agreement import compare
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.peft import open_adapted
@@ -33,7 +34,6 @@ from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate_tokens
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 DIRECTIONS = [Direction("en", "de"), Direction("fr", "en")]

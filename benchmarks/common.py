@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from lsmoe_ds.data.batches import Batch, DirectionIds
+from lsmoe_ds.directions import Languages
 from lsmoe_ds.folders import write_whole
-from lsmoe_ds.languages import Languages
 from lsmoe_ds.launch import joining
 from lsmoe_ds.launch.memory import keep_large_blocks
 

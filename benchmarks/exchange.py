@@ -34,7 +34,7 @@ from torch import Tensor
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity
 from lsmoe_ds.data.batching import BatchStream
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.launch import joining
 from lsmoe_ds.parallel import collectives, compat
 from lsmoe_ds.parallel.topology import Topology

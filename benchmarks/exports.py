@@ -37,6 +37,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.agreement import compare
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.huggingface import Exported
@@ -46,7 +47,6 @@ from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate_all
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.model.attention import Attention
 from lsmoe_ds.report.progress import read_progress
 from lsmoe_ds.shipped import ROOT as PROJECT

@@ -62,7 +62,7 @@ def write_corpus(folder: Path, pairs: int) -> list[str]:
 
 def count_leaks(data: Any) -> int:
     """Training pairs of which a side is, to the letter, a held-out sentence of any bitext."""
-    from lsmoe_ds.languages import Direction
+    from lsmoe_ds.directions import Direction
 
     held: set[bytes] = set()
     for number, split in enumerate(("dev", "test", "train")):

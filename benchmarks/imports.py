@@ -34,12 +34,13 @@ from common import argument_parser, write
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.folders import read_json
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate_tokens
-from lsmoe_ds.languages import EOS, PAD, Direction
+from lsmoe_ds.languages import EOS, PAD
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 sys.path.insert(0, str(PROJECT / "tests"))

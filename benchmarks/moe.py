@@ -20,7 +20,7 @@ from common import alternate, argument_parser, write
 from torch import Tensor
 
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.languages import Languages, SentenceIds, english_centric
+from lsmoe_ds.directions import Languages, SentenceIds, english_centric
 from lsmoe_ds.launch import joining
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.feed_forward import FeedForward

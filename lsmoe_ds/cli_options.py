@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from lsmoe_ds.config.codes import asked_direction, read_direction
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.part import Part
-from lsmoe_ds.languages import Direction
 
 RecipeFile = Annotated[
     Path,

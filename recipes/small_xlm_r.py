@@ -4,8 +4,8 @@
     python recipes/small_xlm_r.py            # writes data/models/small-xlm-r
 
 It is of transformers' class XLMRobertaForMaskedLM, with 4 layers of 128, and its tokenizer is trained on the
-sentences of the corpus that train. Nothing is pretrained: scores of models that start from it compare methods, and
-say nothing of what XLM-R reaches.
+training sentences of the corpus. Nothing is pretrained: scores of models that start from it compare methods,
+and say nothing of what XLM-R reaches.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.evaluation.direction_scores import DirectionScore, Sample
 from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.scores import ScoreTable
-from lsmoe_ds.languages import Direction
 
 GROUPS = {"de": "high", "en": "high", "oc": "low"}
 

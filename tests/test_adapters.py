@@ -17,9 +17,10 @@ from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.directions import Direction, Languages, english_centric
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import extract
-from lsmoe_ds.languages import PAD, Direction, Languages, english_centric
+from lsmoe_ds.languages import PAD
 from lsmoe_ds.methods.adapters.method import AdapterBank
 from lsmoe_ds.methods.adapters.settings import Adapters
 from lsmoe_ds.methods.context import LanguageContext

@@ -21,9 +21,10 @@ from lsmoe_ds.analysis.measures import measure_layer, similarity
 from lsmoe_ds.analysis.measuring import Counts, choose_pairs
 from lsmoe_ds.analysis.routing import LayerRouting, Routing, read_routing
 from lsmoe_ds.data.prepared import open_data
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction, Languages, table
+from lsmoe_ds.languages import table
 
 SVG = "{http://www.w3.org/2000/svg}"
 # German and Dutch are relatives; Russian is of another branch.

@@ -17,9 +17,10 @@ from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.cli import app
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.directions import Direction, english_centric
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction, english_centric, table
+from lsmoe_ds.languages import table
 from lsmoe_ds.methods.neurons.analysis import are_related, find_overlaps, overlaps
 from lsmoe_ds.methods.neurons.selection import most_active
 from lsmoe_ds.report.report import write_report

@@ -18,8 +18,8 @@ from lsmoe_ds.config.data import Batch as BatchSettings
 from lsmoe_ds.data.batches import EOS, PAD, Batch, DirectionIds, Step
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.units import by_length, cut
+from lsmoe_ds.directions import Direction, Languages, english_centric
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, Languages, english_centric
 
 FIRST = 100  # token ids of the stand-in: below are specials and tags
 

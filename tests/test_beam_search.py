@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search
-from lsmoe_ds.languages import BOS, EOS, PAD, SentenceIds
+from lsmoe_ds.languages import BOS, EOS, PAD
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology

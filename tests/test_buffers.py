@@ -26,10 +26,10 @@ from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape, Shape
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, read_json, write_json
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Method
 from lsmoe_ds.methods.sites import LinearSite
 from lsmoe_ds.model.transformer import Transformer

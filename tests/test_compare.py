@@ -17,6 +17,7 @@ from sacrebleu.significance import PairedTest
 from typer.testing import CliRunner
 
 from lsmoe_ds.cli import app
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.compare import compare_runs
 from lsmoe_ds.evaluation.compare_page import check_place, write_page
@@ -25,7 +26,6 @@ from lsmoe_ds.evaluation.metrics import make_metrics
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.significance import Trials, interval, run_trials
-from lsmoe_ds.languages import Direction
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
 EN_DE, DE_EN, EN_FR = (Direction(*text.split("-")) for text in ("en-de", "de-en", "en-fr"))

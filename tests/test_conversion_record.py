@@ -12,7 +12,7 @@ import pytest
 from small_run import PAIR_TOP1, TARGET_TOP2, make_run
 
 from lsmoe_ds.convert.command import convert
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.directions import Direction
 
 EN_DE, EN_FR = Direction("en", "de"), Direction("en", "fr")
 

@@ -19,11 +19,11 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.convert.agreement import compare
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.convert.model_card import model_card
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import check_convertible, convert_to_dense, extract
 from lsmoe_ds.inference.load import Loaded, build_model, load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.parameters import global_names

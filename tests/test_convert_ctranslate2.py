@@ -20,6 +20,7 @@ from lsmoe_ds.convert.agreement import _logits
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.ctranslate2 import write_files
 from lsmoe_ds.export.engine import load_engine
@@ -28,7 +29,7 @@ from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.ctranslate2 import CTranslate2
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate, translate_tokens
-from lsmoe_ds.languages import EOS, Direction
+from lsmoe_ds.languages import EOS
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer

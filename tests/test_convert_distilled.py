@@ -16,11 +16,11 @@ from test_sameness import whole
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.convert.agreement import compare
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import check_convertible, extract
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.planning.costs import Parts
 from lsmoe_ds.planning.memory import local_parameters
 

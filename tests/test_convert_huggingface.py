@@ -26,6 +26,7 @@ from lsmoe_ds.convert.agreement import compare
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary, train_vocabulary
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.huggingface import Exported, write_files
 from lsmoe_ds.export.subnetwork import extract
@@ -34,7 +35,7 @@ from lsmoe_ds.folders import write_json
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate, translate_tokens
-from lsmoe_ds.languages import EOS, Direction
+from lsmoe_ds.languages import EOS
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology

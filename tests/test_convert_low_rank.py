@@ -18,11 +18,11 @@ from lsmoe_ds.cli import app
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.convert.agreement import compare
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import check_convertible, extract
 from lsmoe_ds.inference.load import Loaded, build_model, load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer

@@ -21,11 +21,12 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.agreement import compare
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.peft import open_adapted
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import EOS, Direction
+from lsmoe_ds.languages import EOS
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.parameters import global_names, named_state

@@ -14,8 +14,8 @@ from lsmoe_ds.data.fingerprints import state_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.summary import show
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction
 
 COUNT = 200
 NUMBERS = {code: {sentence(code, n): n for n in range(2 * COUNT)} for code in SYLLABLES}

@@ -19,8 +19,8 @@ from lsmoe_ds.data.cleaning import near_duplicate_form
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.summary import show
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from test_data_notices import flores, moses, notices, table
 from lsmoe_ds.data.formats import split_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.summary import show
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.texts import read_own
-from lsmoe_ds.languages import Direction
 
 
 def test_which_of_two_test_sets_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

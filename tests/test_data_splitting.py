@@ -19,7 +19,7 @@ from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.splitting import hold_out
 from lsmoe_ds.data.summary import show
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.directions import Direction
 
 Lines = list[tuple[str, str]]
 

@@ -23,8 +23,8 @@ from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.labels import Labels
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.host import LabellingModel
 from lsmoe_ds.model.initialization import initialize

@@ -9,11 +9,11 @@ from test_hosts_training import trained
 
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.label import label_all
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.planning.plan import plan
 from lsmoe_ds.study.command import run_study
 

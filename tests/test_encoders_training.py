@@ -14,10 +14,10 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.inference.label import best_span, label_all
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction
 
 transformers = pytest.importorskip("transformers")
 DE = Direction("de", "de")

@@ -17,6 +17,7 @@ from test_bad_input import tree
 from lsmoe_ds.analysis.command import analyze_routing
 from lsmoe_ds.analysis.measuring import Counts, layer_routing, measure_routing
 from lsmoe_ds.analysis.routing import read_routing
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate, open_data
 from lsmoe_ds.evaluation.part import Part
@@ -25,7 +26,6 @@ from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.export.subnetwork import convert_to_dense
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction, Languages
 
 TOKEN_BY_PAIR = TOKEN_TOP2 | {"task": "pair", "every": 1}
 

@@ -13,6 +13,7 @@ from test_bad_input import tree
 
 from lsmoe_ds.analysis.command import analyze_routing
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate, open_data
 from lsmoe_ds.evaluation.part import Part
@@ -21,7 +22,6 @@ from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.export.subnetwork import convert_to_dense
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.report.report import render_report, write_report
 
 

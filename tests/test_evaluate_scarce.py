@@ -12,6 +12,7 @@ from lsmoe_ds.analysis.routing import read_routing
 from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.directions import Direction, SentenceIds
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.part import Part
@@ -20,7 +21,7 @@ from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.inference.beam_search import Search, beam_search, never_generated
 from lsmoe_ds.inference.engine import find_direction
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import EOS, Direction, SentenceIds
+from lsmoe_ds.languages import EOS
 from lsmoe_ds.report.report import render_report
 
 

@@ -21,11 +21,11 @@ from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.training.start import check
 
 EN_DE = Direction("en", "de")

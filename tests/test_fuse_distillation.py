@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from test_sameness import VOCABULARY, close, recipe_for, steps_of, train, whole
 
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.inference.beam_search import Search, beam_search
-from lsmoe_ds.languages import PAD, SentenceIds
+from lsmoe_ds.languages import PAD
 from lsmoe_ds.methods import fuse_distillation
 from lsmoe_ds.methods.fuse_distillation import FuseDistillation
 from lsmoe_ds.methods.low_rank.settings import LowRank

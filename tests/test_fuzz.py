@@ -31,11 +31,11 @@ from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.fingerprints import reason_to_prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import convert_to_dense
 from lsmoe_ds.folders import describe_files
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction
 
 SECONDS = 10  # for one file; a reader that hangs is stopped
 MEMORY = 2 << 30  # bytes that a reader may ask for beyond what the process has

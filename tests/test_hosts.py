@@ -16,8 +16,8 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import shapes_of
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.prompts import IGNORED, Prompts
+from lsmoe_ds.directions import Direction, Languages, SentenceIds
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, Languages, SentenceIds
 from lsmoe_ds.methods.low_rank.bank import LowRankBank
 from lsmoe_ds.model.build import outline
 from lsmoe_ds.model.host import HostModel

@@ -16,11 +16,11 @@ from lsmoe_ds.convert.agreement import spread
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction, SentenceIds
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import sha256
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction, SentenceIds
 from lsmoe_ds.training.start import check
 
 pytest.importorskip("peft")

@@ -20,11 +20,11 @@ from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.prompts import IGNORED, joined
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.training.schedules import inverse_square_root
 from lsmoe_ds.training.start import _notice, check
 

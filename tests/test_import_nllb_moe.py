@@ -28,10 +28,10 @@ from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import build_model, load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.planning.plan import plan
 from lsmoe_ds.training import start
 

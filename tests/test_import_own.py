@@ -22,12 +22,12 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary, add_tags, train_vocabulary
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.their_vocabulary import read_vocabulary
 from lsmoe_ds.export.tokenizer import is_ours, tokenizer
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction
 
 EN_DE = Direction("en", "de")
 LINES = ["ba de fi", "ko la mi nobu", "e\u0301 su", "tabi\u00adrefu", "<2fr> ba </s>"]

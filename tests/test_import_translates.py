@@ -23,13 +23,14 @@ from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 
 from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate_all, translate_tokens
-from lsmoe_ds.languages import EOS, Direction
+from lsmoe_ds.languages import EOS
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 NAMES = {

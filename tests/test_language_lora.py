@@ -17,9 +17,9 @@ from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.places import is_in, parse_place
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import extract
-from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.low_rank.bank import LearnedBanks, LowRankBank, SideWeights
 from lsmoe_ds.methods.low_rank.masks import smallest

@@ -16,21 +16,12 @@ from lsmoe_ds import notices
 from lsmoe_ds.config.codes import asked_direction, read_code, read_direction, read_directions
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.data.cleaning import PairFilter
+from lsmoe_ds.directions import Direction, english_centric, task_language, task_order
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.direction_scores import score_direction
 from lsmoe_ds.evaluation.groups import membership
 from lsmoe_ds.export.their_vocabulary import M2M_100
-from lsmoe_ds.languages import (
-    Direction,
-    english_centric,
-    family,
-    is_known,
-    language_name,
-    normalize_code,
-    script,
-    task_language,
-    task_order,
-)
+from lsmoe_ds.languages import family, is_known, language_name, normalize_code, script
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 

@@ -24,11 +24,12 @@ from lsmoe_ds.data.notices import why_no_text
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.export.subnetwork import extract_stored
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction, normalize_code
+from lsmoe_ds.languages import normalize_code
 
 
 @pytest.fixture(autouse=True)

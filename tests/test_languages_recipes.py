@@ -10,14 +10,10 @@ from test_languages import write_recipe
 
 from lsmoe_ds.config.codes import resolve_codes
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.parts import choose_directions
-from lsmoe_ds.languages import (
-    Direction,
-    Languages,
-    normalize_code,
-    table,
-)
+from lsmoe_ds.languages import normalize_code, table
 
 
 def test_recipes_hold_the_codes_of_the_table(tmp_path, capsys):

@@ -16,9 +16,9 @@ from torch import nn
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.lass.method import MaskedWeight, largest
 from lsmoe_ds.methods.sites import LinearSite

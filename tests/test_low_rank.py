@@ -9,7 +9,7 @@ from torch import nn
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape
-from lsmoe_ds.languages import Languages, SentenceIds, english_centric
+from lsmoe_ds.directions import Languages, SentenceIds, english_centric
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.low_rank.bank import LowRankBank
 from lsmoe_ds.methods.low_rank.settings import LowRank

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.config.moe import Capacity, MoE
-from lsmoe_ds.languages import Languages, SentenceIds, english_centric
+from lsmoe_ds.directions import Languages, SentenceIds, english_centric
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.moe.costs import bytes_per_row

@@ -13,8 +13,9 @@ from test_sameness import VOCABULARY, ragged_batch, recipe_for
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Batch
+from lsmoe_ds.directions import Direction, SentenceIds
 from lsmoe_ds.export.subnetwork import extract
-from lsmoe_ds.languages import PAD, Direction, SentenceIds
+from lsmoe_ds.languages import PAD
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.neurons.method import UnitMask
 from lsmoe_ds.methods.neurons.recording import Recorder, observed, record

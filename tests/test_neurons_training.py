@@ -30,12 +30,12 @@ from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.peft import split
 from lsmoe_ds.inference import load as load_module
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.neurons.recording import record
 from lsmoe_ds.methods.neurons.selection import most_active
 from lsmoe_ds.parallel.topology import Topology

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import extract
-from lsmoe_ds.languages import EOS, Direction
+from lsmoe_ds.languages import EOS
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.moe.costs import bytes_per_row, rows_at_home, rows_at_random

@@ -11,8 +11,8 @@ from test_memory import kept_by_autograd, small_batches
 from test_planning import PAPERS, VOCABULARY, flops_by_torch, millions, recipe_of, sizes, traffic
 
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.subnetwork import extract
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer

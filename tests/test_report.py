@@ -13,11 +13,11 @@ import pytest
 
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.directions import Direction, english_centric
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.direction_scores import score_direction
 from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.scores import ScoreTable
-from lsmoe_ds.languages import Direction, english_centric
 from lsmoe_ds.report.progress import Progress
 from lsmoe_ds.report.report import _caveat, write_report
 

@@ -18,6 +18,7 @@ from small_corpora import write_lines
 from typer.testing import CliRunner
 
 from lsmoe_ds.cli import app
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation import metrics as module
 from lsmoe_ds.evaluation.comet import Comet
@@ -26,7 +27,6 @@ from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.metrics import TOKENIZERS, Tokenizer, bleu_tokenizer
 from lsmoe_ds.evaluation.score_files import score_files
 from lsmoe_ds.evaluation.scores import ScoreTable
-from lsmoe_ds.languages import Direction
 
 HYPOTHESES = ["The page, as it was saved, is here.", "Show the users' changes", "", "It's 1.39 of 2,000 km/h"]
 REFERENCES = [

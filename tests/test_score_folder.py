@@ -10,10 +10,10 @@ from test_scores import fake
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.model_card import model_card
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.score_folder import ScoreFolder, fullest
 from lsmoe_ds.evaluation.scores import ScoreTable
-from lsmoe_ds.languages import Direction
 
 EN_DE, DE_EN = Direction("en", "de"), Direction("de", "en")
 BOTH = (EN_DE, DE_EN)

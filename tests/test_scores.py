@@ -10,13 +10,13 @@ from rich.console import Console
 from sacrebleu.metrics import BLEU, CHRF
 
 from lsmoe_ds.config.data import Groups
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation import metrics as module
 from lsmoe_ds.evaluation.direction_scores import DirectionScore, score_direction
 from lsmoe_ds.evaluation.groups import Metrics, resource_groups
 from lsmoe_ds.evaluation.metrics import bleu_tokenizer
 from lsmoe_ds.evaluation.scores import ScoreTable
-from lsmoe_ds.languages import Direction
 
 SOURCES = ["The page has been saved.", "Show the changes of the user", "MediaWiki 1.39"]
 HYPOTHESES = ["Die Seite wurde gespeichert.", "Zeige Benutzer", "MediaWiki 1.39"]

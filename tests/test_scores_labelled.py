@@ -14,13 +14,13 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 
 from lsmoe_ds.config.codes import read_direction
 from lsmoe_ds.config.data import Data
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.compare import compare_runs
 from lsmoe_ds.evaluation.direction_scores import Sample, score_direction
 from lsmoe_ds.evaluation.labelled import join_answers, score_answers, score_language, score_tags
 from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.evaluation.scores import ScoreTable
-from lsmoe_ds.languages import Direction
 
 DE = Direction("de", "de")
 # A prediction, its right answers, and the F1 and the exact match that the official script gives.

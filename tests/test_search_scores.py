@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.inference.beam_search import Search, beam_search
-from lsmoe_ds.languages import BOS, EOS, PAD, SentenceIds
+from lsmoe_ds.languages import BOS, EOS, PAD
 
 A, B, C, D, BANNED = 4, 5, 6, 7, 8
 END, START = EOS, EOS  # the decoder starts from EOS

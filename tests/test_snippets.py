@@ -18,11 +18,12 @@ from test_translate import EN_DE
 from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.batches import DirectionIds
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import EOS, PAD, Direction
+from lsmoe_ds.languages import EOS, PAD
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.shipped import ROOT as PROJECT
 

@@ -20,8 +20,8 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.training import start
 
 # (tensor, expert, world, ZeRO stage, bfloat16)

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from test_report import HOSTILE, Page
 
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.scores import ScoreTable
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study.comparing import compare
 from lsmoe_ds.study.page import render_page

@@ -17,9 +17,10 @@ from lsmoe_ds.config.data import Batch as BatchSettings
 from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.validation import validation_batches
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Search, beam_search
-from lsmoe_ds.languages import EOS, PAD, Direction, Languages
+from lsmoe_ds.languages import EOS, PAD
 
 TO_DE, FROM_ZH = (LANGUAGES.direction_id(Direction.parse(each)) for each in ("en-de", "zh_Hans-en"))
 BOTH = ("target", "source-target")

@@ -16,11 +16,11 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.low_rank.settings import LowRank
 

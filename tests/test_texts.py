@@ -10,9 +10,9 @@ from small_corpora import write_lines
 
 from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.data.formats import find_parts
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.texts import read_own
-from lsmoe_ds.languages import Direction
 
 EN_DE, DE_EN, DE_FR, EN_FR = (Direction(*text.split("-")) for text in ("en-de", "de-en", "de-fr", "en-fr"))
 TEXT = {"en": ["One.", "", "Three"], "de": ["Eins.", "Zwei", ""], "fr": ["Un.", "Deux", "Trois"]}

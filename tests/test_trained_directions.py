@@ -16,11 +16,11 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.prepare import prepare as prepare_data
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import merge
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.report.report import write_report
 
 

@@ -12,13 +12,14 @@ import torch
 from small_run import TARGET_TOP2, make_recipe, write_corpus
 
 from lsmoe_ds.data.vocabulary import train_vocabulary
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference import translate as module
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import Loaded
 from lsmoe_ds.inference.stream import FIRST_CHUNK, LARGEST_CHUNK, read_chunks, read_lines
 from lsmoe_ds.inference.translate import cut_line, translate, translate_chunks, translate_tokens
-from lsmoe_ds.languages import Direction, tag
+from lsmoe_ds.languages import tag
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology

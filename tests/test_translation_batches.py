@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.translate import cut_line, translate, translate_all, translate_tokens
-from lsmoe_ds.languages import Direction, Languages
 
 DIRECTIONS = [Direction("en", code) for code in ("de", "zh_Hans", "ja", "th", "zh_Hant")]
 

@@ -7,7 +7,7 @@ from test_batching import LANGUAGES, Vocabulary, prepare, same, sentences
 
 from lsmoe_ds.config.data import Batch as BatchSettings
 from lsmoe_ds.data.validation import validation_batches
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.directions import Direction
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

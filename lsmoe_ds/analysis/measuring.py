@@ -14,8 +14,9 @@ from lsmoe_ds.analysis.routing import LayerRouting, Routing
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.inference.load import Loaded
-from lsmoe_ds.languages import Direction, Languages, is_english
+from lsmoe_ds.languages import is_english
 
 if TYPE_CHECKING:
     from lsmoe_ds.moe.layer import Seen

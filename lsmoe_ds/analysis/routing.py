@@ -28,8 +28,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from lsmoe_ds.directions import TASKS, task_language, task_order
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import TASKS, family, is_english, language_name, task_language, task_order
+from lsmoe_ds.languages import family, is_english, language_name
 
 UNKNOWN = "Unknown"
 SIDES = ("encoder", "decoder")

@@ -15,11 +15,10 @@ from typing import Any
 
 from lsmoe_ds.config.data import LABELLED
 from lsmoe_ds.config.method import sections
+from lsmoe_ds.directions import GROUPS, Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import (
     CODE,
-    GROUPS,
-    Direction,
     check_code,
     find_code,
     is_known,

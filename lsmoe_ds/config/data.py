@@ -15,8 +15,9 @@ from pydantic import Field, field_validator, model_validator
 
 from lsmoe_ds.config.host import Task
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
+from lsmoe_ds.directions import GROUPS, Direction, english_centric
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import GROUPS, Direction, check_code, english_centric, is_english, normalize_code
+from lsmoe_ds.languages import check_code, is_english, normalize_code
 from lsmoe_ds.notices import counted, listed
 
 SMALLEST = 64  # pieces of a vocabulary

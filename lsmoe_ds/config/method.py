@@ -23,8 +23,8 @@ from pydantic_core import PydanticCustomError
 
 from lsmoe_ds.config.section import Section
 from lsmoe_ds.config.shapes import Count, MatrixProduct, Shape, SideName
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, Languages
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.model import Model

@@ -20,8 +20,8 @@ from lsmoe_ds.config.host import TOKENIZER, count_tokens, end_of
 from lsmoe_ds.config.method import sections
 from lsmoe_ds.config.model import Model
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.notices import counted, listed
 
 

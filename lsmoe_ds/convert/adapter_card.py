@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.peft import BASE, HEADER, cells
-from lsmoe_ds.languages import Direction, tag
+from lsmoe_ds.languages import tag
 
 WHAT = """A base and the matrices beside its linear layers, as LoRA adapters of `peft`, taken out of the model
 `{run}` with lsmoe_ds {version}: together they compute what that model computes {of}."""

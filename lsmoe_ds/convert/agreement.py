@@ -16,6 +16,7 @@ from lsmoe_ds.console import progress
 from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.huggingface import Exported
@@ -25,7 +26,6 @@ from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.label import Labeller, label_all
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
-from lsmoe_ds.languages import Direction
 
 BATCH = 16  # sentences whose logits are held at once
 

@@ -25,6 +25,7 @@ from lsmoe_ds.convert.gguf import convert_gguf, find_gguf
 from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.ctranslate2 import QUANTIZATIONS
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
@@ -32,7 +33,7 @@ from lsmoe_ds.export.importing import read_huggingface
 from lsmoe_ds.export.peft import BASE, base_of, measure, refer, split_stored
 from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
-from lsmoe_ds.languages import Direction, nearest, normalize_code, table
+from lsmoe_ds.languages import nearest, normalize_code, table
 
 WRITERS = {
     "consolidated": "lsmoe_ds.export.consolidated",

@@ -9,7 +9,7 @@ from lsmoe_ds.convert.adapter_card import ELSEWHERE, SIZES
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.prompts import SOURCE, prompt_text
 from lsmoe_ds.data.vocabulary import Vocabulary
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.directions import Direction
 
 ANSWER = """
 prompt = {{ prompt }}

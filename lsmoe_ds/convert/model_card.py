@@ -19,12 +19,13 @@ from lsmoe_ds.convert import adapter_card, encoder_card, host_card
 from lsmoe_ds.convert.training_text import TrainingText
 from lsmoe_ds.data.cleaning import INVISIBLE
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.export.their_tokenizer import style_of
-from lsmoe_ds.languages import Direction, language_name, tag
+from lsmoe_ds.languages import language_name, tag
 from lsmoe_ds.notices import counted, listed
 
 TRANSLATE = """With lsmoe_ds installed:

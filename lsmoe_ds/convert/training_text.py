@@ -13,10 +13,10 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.folders import read_json
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.notices import counted
 
 HELD_OUT_ONLY = ("flores", "ntrex")  # layouts that have no training text

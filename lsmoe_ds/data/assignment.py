@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.directions import Languages
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Languages
 
 
 def affinity(

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from lsmoe_ds.config.data import TagConvention
 from lsmoe_ds.data.shuffling import Integers
-from lsmoe_ds.languages import EOS, PAD, Languages, SentenceIds
+from lsmoe_ds.directions import Languages, SentenceIds
+from lsmoe_ds.languages import EOS, PAD
 
 IGNORED = -100  # a label of a sequence that is not learned
 

@@ -23,8 +23,8 @@ from lsmoe_ds.data.assignment import assign, check_affinity
 from lsmoe_ds.data.batches import Batch, DirectionIds, Form, Step, Tags
 from lsmoe_ds.data.shuffling import Integers, Words, choose, hash_words, permute, thresholds_of
 from lsmoe_ds.data.units import by_length, cut
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, Languages
 
 CHUNK_UNITS = 200  # units' worth of sentences that are sorted together: padding stays under 10 % on real text
 SMALLEST_CHUNK_UNITS = 48  # in small data a chunk shrinks so that no sentence is in it twice, down to this

@@ -8,7 +8,7 @@ from lsmoe_ds.config.data import Data
 from lsmoe_ds.data.batches import DirectionIds, Form
 from lsmoe_ds.data.labels import Labels
 from lsmoe_ds.data.prompts import Prompts
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.directions import Languages
 
 
 def form_of(data: Data, languages: Languages, vocabulary: Any) -> Form:

@@ -8,8 +8,8 @@ from lsmoe_ds.config.file import validate
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import GROUPS
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import GROUPS
 
 
 def with_listed_groups(recipe: Recipe) -> Recipe:

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from lsmoe_ds.config.data import Data
 from lsmoe_ds.data.batches import IGNORED, SequenceBatch
 from lsmoe_ds.data.shuffling import Integers
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.directions import Languages
 
 if TYPE_CHECKING:
     from lsmoe_ds.data.host_tokenizer import HostTokenizer

@@ -19,7 +19,7 @@ from lsmoe_ds.config.data import Cleaning, Data
 from lsmoe_ds.data.cleaning import PairFilter, clean_text, hash64
 from lsmoe_ds.data.formats import Search, search
 from lsmoe_ds.data.text_part import TextPart
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.notices import notice
 
 Leg = tuple[TextPart, ...]

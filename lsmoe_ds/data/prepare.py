@@ -40,9 +40,9 @@ from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.tokens import write_tokens
 from lsmoe_ds.data.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
 from lsmoe_ds.data.workers import Workers, cores
+from lsmoe_ds.directions import Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, locked, replaced, write_json
-from lsmoe_ds.languages import Languages
 from lsmoe_ds.notices import counted, listed
 
 # Below this many bytes of corpora, starting processes takes longer than they save.

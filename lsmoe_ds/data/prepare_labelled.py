@@ -21,9 +21,9 @@ from lsmoe_ds.data.labels import Labels
 from lsmoe_ds.data.prepared import FORMAT, LABELS
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.tokens import ArrayFile
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.notices import counted, listed
 
 

@@ -22,9 +22,9 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, VOCABULARY, check_settings, check_trained_on, data_directories
 from lsmoe_ds.data.formats import SPLITS
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import check_fields, damage, read_json
-from lsmoe_ds.languages import Direction, Languages
 
 LABELS = "labels"  # the other side of labelled text
 FORMAT = 2  # of the folder and of the rules of cleaning and holding out: a change of any must prepare anew

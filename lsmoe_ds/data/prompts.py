@@ -18,7 +18,8 @@ from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.data.batches import IGNORED, SequenceBatch
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.shuffling import Integers
-from lsmoe_ds.languages import Direction, Languages, language_name
+from lsmoe_ds.directions import Direction, Languages
+from lsmoe_ds.languages import language_name
 
 if TYPE_CHECKING:
     from lsmoe_ds.data.host_tokenizer import HostTokenizer

@@ -23,9 +23,10 @@ from rich.console import Console
 from lsmoe_ds.data.archives import opened
 from lsmoe_ds.data.catalogues import without_game_markup, without_tags
 from lsmoe_ds.data.readers import HTML, MALLARD, Catalogues, Documents, Messages, Reader
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, describe_files, locked, read_json, replaced, sha256, write_json
-from lsmoe_ds.languages import Direction, nearest
+from lsmoe_ds.languages import nearest
 from lsmoe_ds.notices import counted
 
 PROVENANCE = "PROVENANCE.json"

@@ -10,7 +10,7 @@ from lsmoe_ds.config.data import Batch as BatchSettings
 from lsmoe_ds.data.batches import Batch, DirectionIds, Form, Tags
 from lsmoe_ds.data.batching import Prepared, TokenPairs
 from lsmoe_ds.data.units import by_length, cut
-from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.directions import Direction, Languages
 
 
 def validation_batches(

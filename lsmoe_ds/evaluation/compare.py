@@ -16,13 +16,13 @@ from rich.table import Table
 
 from lsmoe_ds.config.codes import read_directions
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import METRICS, Tokenizer, make_metrics
 from lsmoe_ds.evaluation.parts import RECIPE, find_home
 from lsmoe_ds.evaluation.score_folder import SCORES, ScoreFolder, fullest
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.significance import TRIALS, Outcome, Trials, run_trials
-from lsmoe_ds.languages import Direction
 
 TEXT = ("split", "limit")  # must be the same, or scores do not compare at all
 SEARCH = ("route", "beam", "length_penalty")  # must be the same, too, unless the user names records

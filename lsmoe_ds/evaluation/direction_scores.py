@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lsmoe_ds.config.host import Task
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.metrics import TASKS, Tokenizer, make_metrics, score_corpus, shares
-from lsmoe_ds.languages import Direction
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lsmoe_ds.config.data import Groups
-from lsmoe_ds.languages import GROUPS as RESOURCES
-from lsmoe_ds.languages import Direction, is_english
+from lsmoe_ds.directions import GROUPS as RESOURCES
+from lsmoe_ds.directions import Direction
+from lsmoe_ds.languages import is_english
 
 GROUPS = ("into_english", "out_of_english", "between_others", "all", *RESOURCES)
 CLASSES = {

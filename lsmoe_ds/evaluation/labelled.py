@@ -13,10 +13,10 @@ from typing import Any
 
 from lsmoe_ds.config.host import Task
 from lsmoe_ds.data.labels import read_question
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.direction_scores import DirectionScore, spread_samples
 from lsmoe_ds.evaluation.groups import Metrics
-from lsmoe_ds.languages import Direction
 
 BETWEEN_ANSWERS = "\t"  # in a line of references
 ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -14,6 +14,7 @@ from pathlib import Path
 from lsmoe_ds.checkpoint.run_folder import step_of
 from lsmoe_ds.config.codes import read_directions
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.evaluation.metrics import Tokenizer
@@ -21,7 +22,6 @@ from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.texts import read_own
-from lsmoe_ds.languages import Direction, Languages
 
 RECIPE = "recipe.yaml"
 

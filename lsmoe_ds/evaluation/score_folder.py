@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import check_can_write, explain_errors, locked, read_json, write_whole
-from lsmoe_ds.languages import Direction
 
 SIDES = ("source", "hypothesis", "reference")
 SCORES, ROUTING, RECIPE = "scores.json", "routing.json", "recipe.yaml"

@@ -32,12 +32,12 @@ from pathlib import Path
 from rich.table import Table
 
 from lsmoe_ds.config.host import Task
+from lsmoe_ds.directions import GROUPS, Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.evaluation.groups import Average, averages
 from lsmoe_ds.evaluation.metrics import TASKS, TaskMetrics
 from lsmoe_ds.folders import write_whole
-from lsmoe_ds.languages import GROUPS, Direction
 from lsmoe_ds.notices import counted
 
 BEAM, PENALTY = 5, 1.0  # the usual search

@@ -19,8 +19,9 @@ from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.data.formats import find_parts
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.text_part import TextPart
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import CODE, Direction, find_code, normalize_code
+from lsmoe_ds.languages import CODE, find_code, normalize_code
 from lsmoe_ds.notices import listed, notice
 
 SPLITS = ("test", "dev")

@@ -6,13 +6,14 @@ import tempfile
 from pathlib import Path
 
 from lsmoe_ds.checkpoint.stored import READABLE, find_model
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.ctranslate2 import write_files
 from lsmoe_ds.export.subnetwork import extract_stored
 from lsmoe_ds.inference.ctranslate2 import CTranslate2
 from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.load import check_route, load
-from lsmoe_ds.languages import Direction, nearest
+from lsmoe_ds.languages import nearest
 
 ENGINES = ("torch", "ctranslate2")
 

@@ -18,10 +18,10 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import SequenceBatch
 from lsmoe_ds.data.labels import OUTSIDE
 from lsmoe_ds.data.prompts import prompt_text
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.generate import generate
-from lsmoe_ds.languages import Direction
 
 
 def theirs(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -23,11 +23,12 @@ from lsmoe_ds.checkpoint.tensors import save_tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.export.their_tokenizer import files_of, style_of
 from lsmoe_ds.export.tokenizer import special_tokens, tokenizer, tokenizer_config
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, never_generated
-from lsmoe_ds.languages import BOS, EOS, PAD, Direction, Languages
+from lsmoe_ds.languages import BOS, EOS, PAD
 from lsmoe_ds.methods.context import Route
 
 POSITIONS = 1024  # transformers makes further ones when they are needed

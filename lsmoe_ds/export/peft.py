@@ -28,13 +28,13 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_
 from lsmoe_ds.config.host import has_weights
 from lsmoe_ds.config.host_origin import origin_of
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export import huggingface
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.subnetwork import ALL, check_convertible, describe, extract
 from lsmoe_ds.folders import read_fields, read_json, resolved, write_json
 from lsmoe_ds.inference.load import check_route, empty_model
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Product
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.methods import methods_of

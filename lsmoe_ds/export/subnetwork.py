@@ -40,10 +40,10 @@ from lsmoe_ds.config.model import Model, Side
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Parallel, Recipe
 from lsmoe_ds.config.shapes import FEED_FORWARD
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import check_fields, read_fields
 from lsmoe_ds.inference.load import check_route, empty_model
-from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
 from lsmoe_ds.parallel.topology import Topology

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import BOS, EOS, PAD, SentenceIds
+from lsmoe_ds.languages import BOS, EOS, PAD
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.transformer import Transformer
 

@@ -28,10 +28,11 @@ import torch
 from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, read_fields
 from lsmoe_ds.inference.beam_search import NOT_FINITE, Hypothesis, Search, never_generated
-from lsmoe_ds.languages import EOS, Direction, Languages
+from lsmoe_ds.languages import EOS
 from lsmoe_ds.methods.context import Route
 
 END = SPECIALS[EOS]

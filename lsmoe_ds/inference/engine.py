@@ -8,9 +8,9 @@ from typing import Protocol
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.load import Loaded, with_direction
-from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.notices import listed, notice
 

@@ -14,7 +14,7 @@ from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.labels import NOWHERE, Labels, Window, read_question
 from lsmoe_ds.data.vocabulary import Vocabulary
-from lsmoe_ds.languages import Direction, Languages
+from lsmoe_ds.directions import Direction, Languages
 
 BATCH_TOKENS = 4096
 LONGEST_ANSWER = 30  # tokens, as usual for SQuAD

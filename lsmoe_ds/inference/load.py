@@ -17,9 +17,9 @@ from lsmoe_ds.data.batches import Batch, PairBatch, SequenceBatch
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prompts import Prompts
 from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated
-from lsmoe_ds.languages import Direction, Languages
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.base import Model
 from lsmoe_ds.model.build import buffers_of, outline

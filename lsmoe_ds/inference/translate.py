@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.engine import Engine, own_direction
 from lsmoe_ds.inference.stream import in_chunks
-from lsmoe_ds.languages import Direction, script
+from lsmoe_ds.languages import script
 from lsmoe_ds.notices import LINE_EVERY, counted
 
 BATCH_TOKENS = 2048

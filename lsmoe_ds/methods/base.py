@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Generator, Tensor, nn
 
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
+from lsmoe_ds.directions import Direction, SentenceIds
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, SentenceIds
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.methods.findings import Findings
 from lsmoe_ds.methods.sites import Site

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.directions import SentenceIds
 
 SHARED = -1  # stands for a language where the parameters shared by all languages are used
 # Which parameters a sentence uses: "specific", those of its languages; "shared", the shared ones; "both": the

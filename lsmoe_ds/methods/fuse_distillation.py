@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.methods.objective import Objective, TokenLosses
 from lsmoe_ds.parallel.layers import Projected, smoothing_loss
 from lsmoe_ds.parallel.topology import Topology

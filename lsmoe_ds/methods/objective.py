@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.parallel.layers import Projected, cross_entropy
 from lsmoe_ds.parallel.topology import Topology

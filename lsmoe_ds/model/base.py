@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.languages import SentenceIds
+from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.methods.base import Totals
 from lsmoe_ds.methods.context import Notes
 from lsmoe_ds.methods.sites import Site

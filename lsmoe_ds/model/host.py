@@ -28,8 +28,8 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShapes, SideName
 from lsmoe_ds.data.batches import IGNORED, SequenceBatch
 from lsmoe_ds.data.labels import OUTSIDE
+from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import SentenceIds
 from lsmoe_ds.methods.base import Totals
 from lsmoe_ds.methods.context import LanguageContext, Notes, Route
 from lsmoe_ds.methods.objective import Objective

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lsmoe_ds.config.model import Side
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import SideName, Sublayer
-from lsmoe_ds.languages import PAD, Languages, SentenceIds
+from lsmoe_ds.directions import Languages, SentenceIds
+from lsmoe_ds.languages import PAD
 from lsmoe_ds.methods.base import Totals
 from lsmoe_ds.methods.context import LanguageContext, Notes, Route, mean_of_real
 from lsmoe_ds.methods.objective import Objective

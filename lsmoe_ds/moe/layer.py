@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.directions import Languages
 from lsmoe_ds.methods.context import LanguageContext, mean_of_real
 from lsmoe_ds.moe.dispatch import Dispatcher
 from lsmoe_ds.moe.losses import NAME, record_routing

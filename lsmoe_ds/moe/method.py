@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.languages import Direction, SentenceIds
+from lsmoe_ds.directions import Direction, SentenceIds
 from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.methods.context import LanguageContext, Route
 from lsmoe_ds.moe.losses import NAME, RoutingRecord, balance_loss, count_first_choices, z_loss

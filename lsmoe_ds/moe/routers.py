@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lsmoe_ds.config.moe import Capacity, MoE
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.directions import Languages
 
 DROPPED = -1
 

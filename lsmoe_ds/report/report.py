@@ -25,6 +25,7 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import find_directory
 from lsmoe_ds.data.sources import PROVENANCE, corpus_folder
+from lsmoe_ds.directions import GROUPS, Direction, task_order
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.evaluation.groups import CLASSES
@@ -33,7 +34,7 @@ from lsmoe_ds.evaluation.plots import number
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import check_can_write, write_whole
-from lsmoe_ds.languages import GROUPS, Direction, is_english, language_name, script, task_order
+from lsmoe_ds.languages import is_english, language_name, script
 from lsmoe_ds.notices import counted
 from lsmoe_ds.pages import duration, open_template
 from lsmoe_ds.report.progress import Progress, draw_charts, read_progress

@@ -20,13 +20,14 @@ from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepared import MANIFEST, PreparedData
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import explain_errors, locked, write_whole
 from lsmoe_ds.inference.load import check_route
-from lsmoe_ds.languages import Direction, nearest
+from lsmoe_ds.languages import nearest
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.processes import smallest_world
 from lsmoe_ds.notices import counted

@@ -13,8 +13,9 @@ from lsmoe_ds import shipped
 from lsmoe_ds.config.file import load_recipe, read_mapping, validate
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.section import Positive, Section
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, nearest
+from lsmoe_ds.languages import nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lsmoe_ds.config.host import Task
+from lsmoe_ds.directions import Direction, task_order
 from lsmoe_ds.evaluation.groups import CLASSES, GROUPS, Metrics
 from lsmoe_ds.evaluation.metrics import TASKS, TaskMetrics
-from lsmoe_ds.languages import Direction, is_english, task_order
+from lsmoe_ds.languages import is_english
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.plan import human
 

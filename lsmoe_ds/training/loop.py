@@ -18,8 +18,8 @@ from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import SharedError
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.launch.watchdog import beat
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.notices import counted, listed

@@ -20,9 +20,9 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.prompts import joined
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import locked
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
 from lsmoe_ds.launch.membership import Membership, find

@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.shapes import attention_linears
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.methods.adapters.settings import Adapters
 from lsmoe_ds.methods.base import Draw, Method
 from lsmoe_ds.methods.context import LanguageContext, Route

@@ -24,8 +24,9 @@ from lsmoe_ds.config.shapes import (
     count_linears,
     shapes_of,
 )
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import UNKNOWN, Direction, Languages, family, is_english
+from lsmoe_ds.languages import UNKNOWN, family, is_english
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.model import Model

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from lsmoe_ds.config.shapes import SideName
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.directions import Languages
 from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.context import LanguageContext

@@ -20,7 +20,7 @@ from lsmoe_ds.config.shapes import (
     SublayerShape,
     shapes_of,
 )
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.directions import Languages
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.model import Model

@@ -24,8 +24,8 @@ from torch import Generator, Tensor, nn
 
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Draw, Method
 from lsmoe_ds.methods.context import LanguageContext, Route
 from lsmoe_ds.methods.lass.settings import Lass

@@ -10,8 +10,8 @@ from pydantic import Field
 from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.places import Places, check_named, is_in, patterns_of
 from lsmoe_ds.config.shapes import Count, LinearShape, Shape, shapes_of
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import Direction, Languages
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.model import Model

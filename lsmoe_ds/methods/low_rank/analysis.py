@@ -13,7 +13,8 @@ from typing import NamedTuple
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape, SideName, shapes_of
-from lsmoe_ds.languages import GROUPS, language_name
+from lsmoe_ds.directions import GROUPS
+from lsmoe_ds.languages import language_name
 from lsmoe_ds.methods.findings import Findings, Grid
 from lsmoe_ds.methods.low_rank.bank import MASK, NAME, VERTICAL, rows_of
 from lsmoe_ds.methods.low_rank.settings import Index, LowRank

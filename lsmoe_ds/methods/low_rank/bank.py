@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.config.shapes import LinearShape
-from lsmoe_ds.languages import Languages
+from lsmoe_ds.directions import Languages
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.low_rank.modular import Chosen, only_used, weigh
 from lsmoe_ds.methods.low_rank.settings import Choice, LowRank

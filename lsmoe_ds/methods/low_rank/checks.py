@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lsmoe_ds.languages import GROUPS, Languages
+from lsmoe_ds.directions import GROUPS, Languages
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Recipe

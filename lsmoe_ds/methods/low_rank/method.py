@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.shapes import LinearShape, SideName, shapes_of
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.methods.base import Draw, Method, Product
 from lsmoe_ds.methods.context import SHARED, Route
 from lsmoe_ds.methods.findings import Findings

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lsmoe_ds.config.section import Positive, Section
-from lsmoe_ds.languages import GROUPS, Languages
+from lsmoe_ds.directions import GROUPS, Languages
 
 
 class Pruning(Section):

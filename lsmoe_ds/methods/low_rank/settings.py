@@ -15,7 +15,7 @@ from lsmoe_ds.config.method import Held, MethodSection
 from lsmoe_ds.config.places import PlaceList, Places, check_named, is_in, patterns_of
 from lsmoe_ds.config.section import Positive
 from lsmoe_ds.config.shapes import Count, LinearShape, MatrixProduct, Shape, SideName, shapes_of
-from lsmoe_ds.languages import GROUPS, Direction, Languages
+from lsmoe_ds.directions import GROUPS, Direction, Languages
 from lsmoe_ds.methods.low_rank.checks import check_pivot, check_ranks, notices_of
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 

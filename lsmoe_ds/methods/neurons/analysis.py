@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsmoe_ds.languages import Direction, family, task_order
+from lsmoe_ds.directions import Direction, task_order
+from lsmoe_ds.languages import family
 from lsmoe_ds.methods.findings import Findings, Grid
 
 TITLE = "Units that directions share"

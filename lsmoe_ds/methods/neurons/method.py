@@ -25,8 +25,8 @@ from torch import Generator, Tensor, nn
 
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.shapes import FEED_FORWARD
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import SharedError
-from lsmoe_ds.languages import Direction
 from lsmoe_ds.methods.base import Draw, Method
 from lsmoe_ds.methods.context import LanguageContext, Route
 from lsmoe_ds.methods.findings import Findings

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lsmoe_ds.languages import Direction
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.methods.neurons.settings import kept_at_random
 
 
