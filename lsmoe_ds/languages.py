@@ -13,12 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
 from lsmoe_ds.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 # The first ids of every vocabulary, in the order of fairseq and M2M-100.
 BOS, PAD, EOS, UNK = range(4)
