@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
 from lsmoe_ds.errors import UserError
 
 # The first ids of every vocabulary, in the order of fairseq and M2M-100.
