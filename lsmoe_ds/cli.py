@@ -306,7 +306,7 @@ def bench(
             metavar="NAME",
             help=(
                 "The benchmark: adapters, checkpoint, convert, decode, exchange, exports, frozen, held_out, "
-                "imports, low_rank, moe or train."
+                "hosts, imports, language_lora, low_rank, moe, neurons or train."
             ),
             show_default=False,
         ),

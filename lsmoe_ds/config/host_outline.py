@@ -117,6 +117,7 @@ def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> Hos
         raise UserError(
             f"{folder} holds a {type(model).__name__}, which has a{'n' * (other == 'encoder')} {other}: "
             f"models that are a{'n' * (SIDE[task] == 'encoder')} {SIDE[task]} alone can {task} here"
+            + ("; `lsmoe convert` imports it" if config.model_type == "m2m_100" else "")
         )
     parameters: Counter[str] = Counter()
     stacks = {name.rpartition(".")[0]: side for side, _, name, _ in layers_of(model)}
