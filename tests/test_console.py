@@ -118,7 +118,10 @@ def test_the_version(capsys):
             ["convert", "run", "--to", "dense", "--out", "x", "--direction", "en-de", "--from", "en"],
             "leave out --from and --to-language",
         ),
-        (["convert", "run", "--to", "dense", "--out", "x", "--direction", "de"], "'de' is not a direction"),
+        (
+            ["convert", "run", "--to", "dense", "--out", "x", "--direction", "de-de"],
+            "'de-de' is not a direction",
+        ),
         (["translate", "run", "--from", "en"], "--from and --to name a direction together"),
         (["translate", "run"], "name the languages: --from en --to de, or --direction en-de"),
     ],

@@ -128,7 +128,7 @@ def test_a_dense_model_is_used_without_deepspeed_and_megatron(run, tmp_path):
     convert_to_dense(run, EN_DE, tmp_path / "dense")
     program = (
         "import sys\nfrom lsmoe_ds.inference.load import load\nfrom lsmoe_ds.inference.translate import "
-        "translate\nfrom lsmoe_ds.languages import "
+        "translate\nfrom lsmoe_ds.directions import "
         f"Direction\nprint(list(translate(load({str(tmp_path / 'dense')!r}), Direction('en', 'de'), "
         "['ba'])))\nassert not {'deepspeed', 'megatron'} & set(sys.modules)"
     )

@@ -101,7 +101,10 @@ def test_all_that_shapes_the_data_is_compared() -> None:
         "batch",
         "tags",
         "prompt",
-    }  # languages become directions, all have tags, and prompts are put around tokens
+        "labels",
+        "stride",
+    }  # languages become directions, all have tags, prompts are put around tokens, and the last two are of
+    # labelled text (tests/test_encoders.py)
     assert compared | free == set(Data.model_fields)
     for section in ("vocabulary", "cleaning", "held_out"):
         tried = {change[1].split(".")[2] for change in CHANGES if change[1].startswith(f"data.{section}.")}

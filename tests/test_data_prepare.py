@@ -288,7 +288,7 @@ def test_full_disk(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> No
 
     where = {
         "bitext": "lsmoe_ds.data.bitext.np.save",
-        "tokens": "lsmoe_ds.data.tokens._ArrayFile.close",
+        "tokens": "lsmoe_ds.data.tokens.ArrayFile.close",
         "vocabulary": "lsmoe_ds.data.vocabulary.Vocabulary.save",
         "manifest": "lsmoe_ds.data.prepare.write_json",
     }

@@ -61,7 +61,9 @@ def test_two_processes_train_as_one(pool, base, task, run, stage, tmp_path):
     found, wanted = (read_weights(find_model(each)).tensors for each in (other, run))
     assert found.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=2e-6)
+        # A bias of keys changes no attention: its gradient is rounding, which Adam makes whole steps of.
+        if not name.endswith("self.key.bias"):
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=2e-6, msg=name)
 
 
 def test_an_interrupted_run_ends_bit_equal(pool, base, task, run, tmp_path):

@@ -17,6 +17,7 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.batching import BatchStream
+from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.prompts import IGNORED, joined
@@ -188,7 +189,7 @@ def plain_losses(recipe: Recipe, dtype: torch.dtype) -> list[float]:
         recipe.data.batch,
         recipe.data.temperature,
         recipe.training.seed,
-        prompt=recipe.data.prompt,
+        form=form_of(recipe.data, recipe.languages, data.vocabulary),
         directions=recipe.trained,
     )
     found = []

@@ -36,7 +36,7 @@ WRITTEN = [
         "{path: a}",
         (
             "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, ntrex, "
-            "iwslt, moses or tsv"
+            "iwslt, moses, tsv, wikiann, conll or squad"
         ),
     ),
     (

@@ -150,7 +150,7 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
     data, model, training = (_section(recipe, name) for name in ("data", "model", "training"))
     corpora = data.get("corpora")
     entries = [each for each in corpora if isinstance(each, dict)] if isinstance(corpora, list) else []
-    with Reader(own, alone=any(each.get("format") in LABELLED for each in entries)) as reader:
+    with Reader(own, alone=any(str(each.get("format")) in LABELLED for each in entries)) as reader:
         places: list[tuple[str, dict[str, Any], type, Callable[[str], str]]] = [
             ("data.languages", data, list, reader.code),
             ("data.directions", data, list, lambda text: str(reader.direction(text))),

@@ -43,7 +43,6 @@ USES: dict[Task, dict[str, str]] = {"tag": {"huggingface": TAG}, "answer": {"hug
 
 def words(recipe: Recipe) -> dict[str, Any]:
     """Return what the use of a model is written with."""
-    assert recipe.model.huggingface is not None
-    config = read_config(recipe.model.huggingface)
-    types = getattr(config, "type_vocab_size", 1) > 1
+    host = recipe.model.huggingface
+    types = host is not None and getattr(read_config(host), "type_vocab_size", 1) > 1
     return {"types": types, "longest": recipe.data.batch.max_length, "stride": recipe.data.stride}

@@ -277,7 +277,7 @@ class LabellingModel(Host):
         if not self._is_answering:
             classes: Tensor = found.logits
             return classes
-        # Not minus infinity, of which fuse distillation would take a difference.
+        # Not minus infinity: an objective may take the difference of two logits.
         return torch.stack([found.start_logits, found.end_logits], 1).masked_fill(real[:, None] == 0, OUTSIDE)
 
     def _logits_at(self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor) -> Tensor:
