@@ -44,7 +44,7 @@ Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept at each step of 
 LengthPenalty = Annotated[float, typer.Option(help="Scores are divided by length to this power.")]
 Split = Annotated[str, typer.Option(metavar="test|dev", help="The held-out set to use.")]
 InOneWord = Annotated[
-    str | None, typer.Option("--direction", metavar="A-B", help="From language A to language B, as in en-de.")
+    str | None, typer.Option("--direction", metavar="A-B", help="From A to B, as in en-de, or a language.")
 ]
 PartOption = Annotated[
     Part | None,

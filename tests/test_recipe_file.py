@@ -43,8 +43,8 @@ WRITTEN = [
         CORPUS,
         "{path: a, format: mosses}",
         (
-            "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, ntrex, iwslt, moses or "
-            "tsv, found 'mosses' (did you mean 'moses'?)"
+            "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, ntrex, iwslt, moses, "
+            "tsv, wikiann, conll or squad, found 'mosses' (did you mean 'moses'?)"
         ),
     ),
     (

@@ -126,7 +126,8 @@ def convert(
         return _import(Path(run), to, overrides, out)
     stored = find_model(run)
     if stored.recipe.model.huggingface is not None and to in ("dense", "hybrid", "ctranslate2"):
-        raise UserError(f"--to {to} is not for models of transformers: use --to huggingface or peft")
+        ways = "huggingface or peft" if stored.recipe.model.task == "translate" else "huggingface"
+        raise UserError(f"--to {to} is not for models of transformers: use --to {ways}")
     if stored.recipe.model.task != "translate" and to == "peft":
         raise UserError("--to peft is for models that translate: use --to huggingface, by language")
     direction = stored.recipe.languages.find(direction) if direction else None

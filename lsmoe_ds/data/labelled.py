@@ -32,7 +32,7 @@ class LabelledPart(TextPart):
             if self.reader == "questions":
                 yield from _read_questions(file, self.bitext.split("-")[0], tell)
             else:
-                yield from _read_words(file, self.reader == "prefixed")
+                yield from _read_words(file, f"{file.parent.name}:" if self.reader == "prefixed" else "")
 
 
 def _split_of(path: Path) -> str | None:
@@ -50,7 +50,8 @@ def find_words(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     if not found:
         raise UserError(
             f"{corpus.path} is not laid out as {corpus.format}: it has no folder for a language, such as "
-            f"{corpus.path / 'de'} with files train, dev and test"
+            f"{corpus.path / 'de'} with files train, dev and test (or name the language of its files, as in "
+            "'source: de')"
         )
     reader = "prefixed" if corpus.format == "wikiann" else "columns"
     for bitext, (code, _) in wanted.items():
@@ -70,8 +71,11 @@ def find_words(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
             yield LabelledPart(str(corpus.path), bitext, split, tuple(several), reader)
 
 
-def _read_words(file: Path, prefixed: bool) -> Iterator[tuple[str, str]]:
-    """Yield sentences of a file with a word a line, its tag in the last column, and empty lines between."""
+def _read_words(file: Path, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield sentences of a file with a word a line, its tag in the last column, and empty lines between.
+
+    A ``prefix`` of words is left out where it stands.
+    """
     words: list[str] = []
     tags: list[str] = []
     for number, line in enumerate(read_lines(file), 1):
@@ -81,9 +85,7 @@ def _read_words(file: Path, prefixed: bool) -> Iterator[tuple[str, str]]:
                 yield " ".join(words), " ".join(tags)
                 words, tags = [], []
             continue
-        word, tag = cells[0], cells[-1].strip()
-        if prefixed:
-            word = word.partition(":")[2] if ":" in word else word
+        word, tag = cells[0].removeprefix(prefix), cells[-1].strip()
         if len(cells) < 2 or not word.strip() or not tag:
             raise UserError(
                 f"{file}, line {number}: a word and its tag with a tab or space between were expected, found "
@@ -176,4 +178,4 @@ def _read_questions(file: Path, code: str, tell: Callable[[str], None]) -> Itera
         source = {"id": number, "question": question, "context": context}
         yield json.dumps(source, ensure_ascii=False), json.dumps(answers, ensure_ascii=False)
     if without:
-        tell(f"{file}: {counted(without, 'question')} without an answer are left out")
+        tell(f"{file}: left out {counted(without, 'question')} without an answer")

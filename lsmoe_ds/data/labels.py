@@ -49,6 +49,11 @@ def read_question(line: str) -> tuple[str, str]:
     return value["question"], value["context"]
 
 
+def content_of(line: str) -> str:
+    """Return what two source lines have in common that say the same: all but the id of a question."""
+    return "\n".join(read_question(line)) if line.startswith('{"id"') else line
+
+
 def places_of(window: Window, start: int, text: str) -> tuple[int, int]:
     """Return the first and the last token of an answer in a window; NOWHERE if it is not whole in there."""
     end = start + len(text)

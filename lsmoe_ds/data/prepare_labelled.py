@@ -17,7 +17,7 @@ from lsmoe_ds.data.comparison import VOCABULARY, settings_of
 from lsmoe_ds.data.fingerprints import corpora_fingerprint
 from lsmoe_ds.data.formats import SPLITS, find_parts, name_of
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
-from lsmoe_ds.data.labels import Labels
+from lsmoe_ds.data.labels import Labels, content_of
 from lsmoe_ds.data.prepared import FORMAT, LABELS
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.tokens import ArrayFile
@@ -81,8 +81,8 @@ class LabelledPreparation:
             parts = [part for part in self.parts if (part.bitext, part.split) == (direction.bitext, split)]
             examples = [pair for part in parts for pair in self._checked(part)]
             if split == "train":
-                trained = {source for source, _ in examples}
-            elif again := sum(source in trained for source, _ in examples):
+                trained = {content_of(source) for source, _ in examples}
+            elif again := sum(content_of(source) in trained for source, _ in examples):
                 of_all = counted(len(examples), f"{split} example")
                 self.notices.append(f"{code}: {again} of {of_all} are in the training text, too")
             found[split] = self._write(split, direction, examples, form)

@@ -11,7 +11,8 @@ from rich.text import Text
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.fingerprints import state_of
 from lsmoe_ds.data.formats import SPLITS
-from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.prepared import LABELS, PreparedData, sides
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.languages import language_name
 
 
@@ -71,7 +72,9 @@ class Summary:
             table.add_column(name, justify="right")
         rows = {(row.direction, row.split): row for row in self.rows}
         for train in (row for row in self.rows if row.split == "train"):
-            source, target = map(language_name, train.direction.split("-"))
+            parsed = Direction.parse(train.direction)
+            source, target = language_name(parsed.source), language_name(parsed.target)
+            target = LABELS if parsed.alone else target
             counts = [f"{rows[train.direction, split].pairs:,}" for split in SPLITS]
             tokens = [
                 f"{train.source_tokens:,}",
@@ -81,7 +84,7 @@ class Summary:
             ]
             counts.append(f"{train.held_out:,}")
             table.add_row(
-                train.direction, source, target, train.group, *counts, *tokens, f"{100 * train.unknown:.2f}"
+                parsed.label, source, target, train.group, *counts, *tokens, f"{100 * train.unknown:.2f}"
             )
         return table
 
@@ -104,10 +107,7 @@ def show(recipe: Recipe) -> Summary:
         group = recipe.data.groups.of_bitext(direction.bitext, splits["train"]["pairs"])
         for split in SPLITS:
             pairs = splits[split]["pairs"]
-            source, target = (
-                splits[split]["sides"][direction.source],
-                splits[split]["sides"][direction.target],
-            )
+            source, target = (splits[split]["sides"][side] for side in sides(direction))
             tokens = source["tokens"] + target["tokens"]
             rows.append(
                 Row(

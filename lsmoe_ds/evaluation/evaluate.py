@@ -24,7 +24,7 @@ from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.parts import choose_directions
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
-from lsmoe_ds.evaluation.scores import ScoreTable
+from lsmoe_ds.evaluation.scores import BEAM, PENALTY, ScoreTable
 from lsmoe_ds.evaluation.texts import OWN, Texts, check_split, read_held_out, read_own, tell_skipped
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.beam_search import Search
@@ -74,10 +74,12 @@ def evaluate(
     check_route(route, stored.recipe)
     languages = stored.recipe.trained
     asked = choose_directions(directions, stored.recipe.languages, untrained=True, default=languages)
-    if stored.recipe.model.task != "translate" and (test or tokenize is not None or comet is not None):
-        given = "--test" if test else "--tokenize" if tokenize is not None else "--comet"
-        task = stored.recipe.model.task
-        raise UserError(f"{given} is for translations, but the task of the model is to {task}")
+    if (task := stored.recipe.model.task) != "translate":
+        options = {"--test": bool(test), "--tokenize": tokenize is not None, "--comet": comet is not None}
+        options |= {"--beam": beam != BEAM, "--length-penalty": length_penalty != PENALTY}
+        for option, given in options.items():
+            if given:
+                raise UserError(f"{option} is for translations, but the task of the model is to {task}")
     for direction in asked:
         if test:
             with_direction(stored.recipe, stored.kind, direction)

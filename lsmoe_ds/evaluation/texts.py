@@ -63,6 +63,9 @@ def read_held_out(data: PreparedData, split: str, directions: Sequence[Direction
     """Read the ``test`` or ``dev`` text of prepared data. Raises UserError if no direction has any."""
     check_split(split)
     texts = {direction: data.text(direction, split) for direction in directions}
+    if all(direction.alone for direction in texts):
+        other = next(each for each in SPLITS if each != split)
+        return _skip_empty(split, texts, f"{split} set", f"; `--split {other}` scores the {other} set")
     return _skip_empty(split, texts, f"{split} sentences", f"; {OWN}")
 
 
@@ -114,7 +117,7 @@ def _skip_empty(split: str, texts: dict[Direction, Pairs], what: str, instead: s
 
 def say_skipped(skipped: Sequence[Direction], what: str) -> str:
     """Return one line that says which directions have no text."""
-    return f"{listed(map(str, skipped))} {'has' if len(skipped) == 1 else 'have'} no {what}"
+    return f"{listed(each.label for each in skipped)} {'has' if len(skipped) == 1 else 'have'} no {what}"
 
 
 def tell_skipped(texts: Texts) -> None:

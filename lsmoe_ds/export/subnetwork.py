@@ -92,7 +92,9 @@ def check_convertible(
             "--direction en-de"
         )
     if direction is None and not serves_all(recipe, route):
-        raise UserError("the specific route needs a direction: name one, as in --direction en-de")
+        first = recipe.languages.directions[0]
+        what = "language" if first.alone else "direction"
+        raise UserError(f"the specific route needs a {what}: name one, as in --direction {first.label}")
 
 
 def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:

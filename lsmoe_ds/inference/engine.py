@@ -9,6 +9,7 @@ from typing import Protocol
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction, Languages
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.load import Loaded, with_direction
 from lsmoe_ds.methods.context import Route
@@ -55,6 +56,11 @@ def own_direction(engine: Engine, direction: Direction) -> Direction:
     take.
     """
     languages = engine.languages
+    if (task := engine.recipe.model.task) != "translate":
+        raise UserError(
+            f"the task of the model is to {task}: `lsmoe evaluate` labels held-out text, and `lsmoe convert "
+            "--to huggingface` writes a model whose card has the code for any other"
+        )
     own = Direction(languages.own(direction.source), languages.own(direction.target))
     if own in languages.directions or not isinstance(engine, Loaded):
         return languages.find(own)

@@ -157,7 +157,7 @@ class Plan:
                 )
             made += [traffic, step]
         if self.flops is None:
-            return Group(*made)
+            return Group(*made, "memory and arithmetic are not planned for models of transformers")
         work = table(
             f"floating-point operations of a token, sentences of {self.flops.length}",
             "",

@@ -177,5 +177,7 @@ def _describe_validation(recipe: Recipe, prepared: PreparedData) -> str:
     training, bitexts = recipe.training, prepared.manifest["bitexts"]
     counts = [bitexts[direction.bitext]["dev"]["pairs"] for direction in recipe.trained]
     pairs = sum(min(count, training.validate_pairs or count) for count in counts)
-    read, among = counted(pairs, "dev pair"), counted(sum(map(bool, counts)), "direction")
+    translates = recipe.model.task == "translate"
+    read = counted(pairs, "dev pair" if translates else "dev sequence")
+    among = counted(sum(map(bool, counts)), "direction" if translates else "language")
     return f"every {counted(training.validate_every, 'step')} it validates on {read} in {among}"
