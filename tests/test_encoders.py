@@ -350,6 +350,27 @@ def test_bad_text_is_told_before_training(folder, tmp_path, file, text, said):
         prepare(recipe)
 
 
+def test_words_with_colons_and_repeated_questions(folder, tmp_path):
+    """A word loses its language's prefix alone; two questions are the same whatever their ids."""
+    for code in LANGUAGES:
+        (tmp_path / "names" / code).mkdir(parents=True)
+        for split in ("train", "dev", "test"):
+            text = f"um\tO\n12:30\tO\n{code}:http://x.de\tO\n:\tO\n{code}:{code}:\tB-PER\n"
+            (tmp_path / "names" / code / split).write_text(text)
+    prepared = prepare(encoder_recipe(tmp_path, folder / "XLMRoberta"))
+    assert prepared.text(DE, "test") == (["um 12:30 http://x.de : de:"], ["O O O O B-PER"])
+    assert "de: the training text has 1 of 1 test example, too" in prepared.manifest["notices"]
+    shutil.copytree(folder / "questions", tmp_path / "questions")
+    train = tmp_path / "questions/small.goldp.de.train.json"
+    value = json.loads(train.read_text())
+    for number, paragraph in enumerate(value["data"][0]["paragraphs"][:3]):
+        paragraph["qas"][0]["id"] = f"other-{number}"
+    value["data"][0]["paragraphs"] = value["data"][0]["paragraphs"][:3]
+    (tmp_path / "questions/small.goldp.de.dev.json").write_text(json.dumps(value))
+    prepared = prepare(encoder_recipe(tmp_path, folder / "XLMRoberta", "answer"))
+    assert "de: the training text has 3 of 3 dev examples, too" in prepared.manifest["notices"]
+
+
 def test_other_layouts(folder, tmp_path):
     """CoNLL with spaces and further columns; one file of TyDiQA for all languages."""
     for code in LANGUAGES:
@@ -382,4 +403,4 @@ def test_other_layouts(folder, tmp_path):
     sources, targets = prepared.text(DE, "dev")
     assert [json.loads(line)["question"] for line in sources] == ["wo 0", "wo 1"]
     assert json.loads(targets[0]) == [{"text": "Bonn", "start": 13}]
-    assert any("without an answer are left out" in notice for notice in prepared.manifest["notices"])
+    assert any("left out 1 question without an answer" in notice for notice in prepared.manifest["notices"])

@@ -15,9 +15,11 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.directions import Direction
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.inference.label import best_span, label_all
 from lsmoe_ds.inference.load import load
+from lsmoe_ds.inference.translate import translate
 
 transformers = pytest.importorskip("transformers")
 DE = Direction("de", "de")
@@ -168,6 +170,18 @@ def test_labels_are_those_of_transformers_on_each_sequence(base, task, run):
                     text = value["context"][spans[row][i][0] : spans[row][j][1]]
                     best = max(best, (float(start[i] + end[j]), " ".join(text.split())))
         assert labels == best[1]
+
+
+def test_what_is_for_translations_is_refused(run, task):
+    found = load(run)
+    for options in ({"beam": 3}, {"tokenize": "13a"}, {"test": ["x.de"]}):
+        with pytest.raises(UserError, match=f"is for translations, but the task of the model is to {task}"):
+            evaluate(run, split="dev", progress=False, **options)
+    with pytest.raises(UserError, match=f"the task of the model is to {task}: `lsmoe evaluate` labels"):
+        translate(found, DE, ["Anna"])
+    if task == "answer":
+        with pytest.raises(UserError, match="have no test set; `--split dev` scores the dev set"):
+            evaluate(run, progress=False)
 
 
 def test_the_best_span_ends_after_it_begins():

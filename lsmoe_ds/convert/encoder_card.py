@@ -19,8 +19,8 @@ for place, word in enumerate(words):
     print(word, model.config.id2label[int(numbers[inputs.word_ids().index(place)])])
 ```
 
-The tag of a word is that of its first sub-word. Sentences are read one by one; one of more than {{ longest }} tokens was
-cut between words."""
+The tag of a word is that of its first sub-word. Sentences are read one by one; one of more than {{ longest }}
+tokens was cut between words."""
 ANSWER = """```python
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 

@@ -84,7 +84,7 @@ class LabelledPreparation:
                 trained = {content_of(source) for source, _ in examples}
             elif again := sum(content_of(source) in trained for source, _ in examples):
                 of_all = counted(len(examples), f"{split} example")
-                self.notices.append(f"{code}: {again} of {of_all} are in the training text, too")
+                self.notices.append(f"{code}: the training text has {again} of {of_all}, too")
             found[split] = self._write(split, direction, examples, form)
         if not found["train"]["examples"] and not found["dev"]["examples"] and not found["test"]["examples"]:
             corpora = ", ".join(map(name_of, self.recipe.data.corpora))
