@@ -11,9 +11,16 @@ from typing import Any
 import torch
 
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.batches import SequenceBatch
+from lsmoe_ds.data.forms import form_of
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
 LANGUAGES = ("de", "en", "fr")
+KINDS = ("XLMRoberta", "Bert")
+DE = Direction("de", "de")
 NAMES = {"PER": ("Anna Berg", "Otto", "Li Wei"), "LOC": ("Bonn", "New York"), "ORG": ("Acme Corp",)}
 WORDS = {"de": "wohnt in und mag", "en": "lives in and likes", "fr": "habite à et aime"}
 
@@ -154,3 +161,39 @@ def encoder_settings(
 
 def encoder_recipe(folder: Path, host: Path, task: str = "tag", stage: int = 0, **low_rank: Any) -> Recipe:
     return Recipe.model_validate(encoder_settings(folder, host, task, stage, **low_rank))
+
+
+def write_all(path: Path) -> Path:
+    """Write both encoders and both corpora, and prepare them for each."""
+    write_names(path / "names")
+    write_questions(path / "questions")
+    for kind in KINDS:
+        write_encoder(path / kind, kind)
+        for task in ("tag", "answer"):
+            prepare(recipe_of(path, kind, task))
+    return path
+
+
+def recipe_of(
+    folder: Path, kind: str = "XLMRoberta", task: str = "tag", stage: int = 0, **low_rank
+) -> Recipe:
+    recipe = encoder_recipe(folder, folder / kind, task, stage, **low_rank)
+    recipe.data.name = f"{task}-{kind}"
+    return recipe
+
+
+def form_and_pairs(recipe: Recipe, split: str = "train"):
+    prepared = PreparedData.of(recipe)
+    form = form_of(recipe.data, recipe.languages, prepared.vocabulary)
+    return form, [prepared.tokens(direction, split) for direction in recipe.languages.directions]
+
+
+def example(recipe: Recipe, each: int = 2) -> SequenceBatch:
+    """Return a batch of training sequences of all languages."""
+    form, pairs = form_and_pairs(recipe)
+    chosen = [(d, i) for d in range(len(pairs)) for i in range(each)]
+    return form.collate(
+        [pairs[d].source[i] for d, i in chosen],
+        [pairs[d].target[i] for d, i in chosen],
+        [d for d, _ in chosen],
+    )

@@ -3,28 +3,20 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from small_encoder import (
-    LANGUAGES,
+    KINDS,
     encoder_recipe,
     encoder_settings,
-    write_encoder,
-    write_names,
-    write_questions,
+    example,
+    recipe_of,
+    write_all,
 )
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import IGNORED, SequenceBatch
-from lsmoe_ds.data.forms import form_of
-from lsmoe_ds.data.host_tokenizer import HostTokenizer
-from lsmoe_ds.data.labels import Labels
-from lsmoe_ds.data.prepare import prepare
-from lsmoe_ds.data.prepared import PreparedData
-from lsmoe_ds.directions import Direction
-from lsmoe_ds.errors import UserError
+from lsmoe_ds.data.batches import IGNORED
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.host import LabellingModel
 from lsmoe_ds.model.initialization import initialize
@@ -32,28 +24,12 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts
 
 transformers = pytest.importorskip("transformers")
-KINDS = ("XLMRoberta", "Bert")
 CLASSES = {"tag": "AutoModelForTokenClassification", "answer": "AutoModelForQuestionAnswering"}
-DE = Direction("de", "de")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with both encoders, both corpora, and what is prepared of them."""
-    path = tmp_path_factory.mktemp("encoders")
-    write_names(path / "names")
-    write_questions(path / "questions")
-    for kind in KINDS:
-        write_encoder(path / kind, kind)
-        for task in CLASSES:
-            prepare(recipe_of(path, kind, task))
-    return path
-
-
-def recipe_of(folder, kind: str = "XLMRoberta", task: str = "tag", stage: int = 0, **low_rank) -> Recipe:
-    recipe = encoder_recipe(folder, folder / kind, task, stage, **low_rank)
-    recipe.data.name = f"{task}-{kind}"
-    return recipe
+    return write_all(tmp_path_factory.mktemp("encoders"))
 
 
 def built(recipe: Recipe) -> LabellingModel:
@@ -65,23 +41,6 @@ def built(recipe: Recipe) -> LabellingModel:
         if "low_rank" in name:
             parameter.data.normal_(0.0, 0.2)
     return model.eval()
-
-
-def form_and_pairs(recipe: Recipe, split: str = "train"):
-    prepared = PreparedData.of(recipe)
-    form = form_of(recipe.data, recipe.languages, prepared.vocabulary)
-    return form, [prepared.tokens(direction, split) for direction in recipe.languages.directions]
-
-
-def example(recipe: Recipe, each: int = 2) -> SequenceBatch:
-    """Return a batch of training sequences of all languages."""
-    form, pairs = form_and_pairs(recipe)
-    chosen = [(d, i) for d in range(len(pairs)) for i in range(each)]
-    return form.collate(
-        [pairs[d].source[i] for d, i in chosen],
-        [pairs[d].target[i] for d, i in chosen],
-        [d for d, _ in chosen],
-    )
 
 
 def theirs(model: LabellingModel, task: str, folder, kind: str):
@@ -189,84 +148,6 @@ def test_the_head_begins_at_random_and_trains_with_the_methods(folder):
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sub_words_are_those_of_transformers(folder, kind):
-    """Also of words that have none, and of sentences longer than a window."""
-    tokenizer = HostTokenizer.load(folder / kind / "tokenizer.json")
-    other = transformers.AutoTokenizer.from_pretrained(folder / kind)
-    words = ["Anna", "Berg-Otto", "\u200d", "wohnt", "in", "Bonn"]
-    ((ids, starts),) = tokenizer.encode_words(words, 48)
-    read = other(words, is_split_into_words=True)
-    assert ids == read["input_ids"]
-    first = {word: i for i, word in reversed(list(enumerate(read.word_ids()))) if word is not None}
-    assert starts == [first.get(i, -1) for i in range(len(words))]
-    pieces = list(tokenizer.encode_words(words * 9, 24))
-    assert len(pieces) > 3 and all(len(ids) <= 24 for ids, _ in pieces)
-    assert sum(len(starts) for _, starts in pieces) == 9 * len(words)
-    if kind == "XLMRoberta":  # the other one knows no sub-word of it
-        ((ids, starts),) = tokenizer.encode_words(["Anna" * 20], 12)
-        assert len(ids) == 12 and starts == [1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_windows_are_those_of_transformers(folder, kind):
-    tokenizer = HostTokenizer.load(folder / kind / "tokenizer.json")
-    other = transformers.AutoTokenizer.from_pretrained(folder / kind)
-    context = " ".join(["Anna wohnt in Bonn.", "Otto mag New York."] * 4)
-    found = list(tokenizer.encode_windows("wer?", context, 40, 12))
-    read = other(
-        "wer?",
-        context,
-        truncation="only_second",
-        max_length=40,
-        stride=12,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-    )
-    assert [ids for ids, _, _ in found] == read["input_ids"] and len(found) > 2
-    for (ids, begin, spans), offsets in zip(found, read["offset_mapping"], strict=True):
-        assert offsets[begin : begin + len(spans)] == spans
-        assert len(ids) <= 40 and begin + len(spans) == len(ids) - 1
-
-
-def test_answers_are_found_in_each_window(folder):
-    recipe = recipe_of(folder, task="answer")
-    form, pairs = form_and_pairs(recipe)
-    assert isinstance(form, Labels)
-    file = json.loads((folder / "questions/small.goldp.de.train.json").read_text())
-    sequence = seen = 0
-    for paragraph in file["data"][0]["paragraphs"]:
-        asked = paragraph["qas"][0]
-        answer = asked["answers"][0]
-        line = json.dumps({"question": asked["question"], "context": paragraph["context"]})
-        for window in form.windows(line):
-            context, first, last = pairs[0].target[sequence].tolist()
-            assert pairs[0].source[sequence].tolist() == window.ids and context == window.context
-            start, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
-            if window.spans[0][0] <= start and end <= window.spans[-1][1]:
-                spans = window.spans[first - context][0], window.spans[last - context][1]
-                assert spans[0] <= start and end <= spans[1]
-                assert paragraph["context"][spans[0] : spans[1]].strip(" .") == answer["text"]
-                seen += 1
-            else:
-                assert (first, last) == (0, 0)
-            sequence += 1
-    assert sequence == len(pairs[0]) > 20 and seen >= 20
-
-
-def test_labels_stand_at_first_sub_words(folder):
-    recipe = recipe_of(folder)
-    batch, tokenizer = example(recipe, 1), HostTokenizer.load(folder / "XLMRoberta/tokenizer.json")
-    labels = recipe.data.labels
-    lines = (folder / "names/de/train").read_text().split("\n\n")[0].split("\n")
-    words = [line.split("\t")[0].removeprefix("de:") for line in lines]
-    ((ids, starts),) = tokenizer.encode_words(words, 48)
-    assert batch.tokens[0, : len(ids)].tolist() == ids
-    wanted = np.full(batch.tokens.shape[1], IGNORED)
-    wanted[starts] = [labels.index(line.split("\t")[1]) for line in lines]
-    assert batch.labels[0].tolist() == wanted.tolist()
-
-
 BAD = [
     ({"model": {"task": "answer"}}, "'model.task' is answer, but 'data.corpora' are text to tag"),
     ({"data": {"directions": ["de-en"]}}, "'directions' is for translation, but wikiann is a format"),
@@ -299,6 +180,31 @@ def test_places_of_answers_are_not_smoothed(folder):
         Recipe.model_validate(settings)
 
 
+def test_a_head_of_other_labels_is_refused(folder, tmp_path):
+    """Rows of the head would be of other tags."""
+    recipe = recipe_of(folder)
+    model = built(recipe)
+    shutil.copytree(folder / "XLMRoberta", tmp_path / "headed")
+    model.host.save_pretrained(tmp_path / "headed")
+    settings = encoder_settings(folder, tmp_path / "headed")
+    again = LabellingModel(Recipe.model_validate(settings), recipe.data.vocabulary.size)
+    assert torch.equal(again.host.classifier.weight, model.host.classifier.weight) and not again._fresh
+    settings["data"]["labels"] = ["O", "I-PER", *recipe.data.labels[1:2], *recipe.data.labels[3:]]
+    with pytest.raises(
+        ValueError, match=r"the model tags words by O, B-PER, I-PER.*but 'data.labels' are O, I-PER"
+    ):
+        Recipe.model_validate(settings)
+
+
+def test_answers_have_two_ends_whatever_the_folder_says(folder, tmp_path):
+    shutil.copytree(folder / "Bert", tmp_path / "nli")
+    config = json.loads((tmp_path / "nli/config.json").read_text())
+    names = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    (tmp_path / "nli/config.json").write_text(json.dumps({**config, **names}))
+    model = LabellingModel(encoder_recipe(folder, tmp_path / "nli", "answer"), 100)
+    assert model.host.qa_outputs.out_features == 2
+
+
 def test_a_decoder_cannot_tag(folder, tmp_path):
     transformers.LlamaConfig(
         hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=48
@@ -306,101 +212,3 @@ def test_a_decoder_cannot_tag(folder, tmp_path):
     shutil.copy(folder / "XLMRoberta/tokenizer.json", tmp_path)
     with pytest.raises(ValueError, match="models that are an encoder alone can tag here"):
         encoder_recipe(folder, tmp_path)
-
-
-BAD_TEXT = [
-    ("names/de/train", "de:Anna\tB-MISC\n", r"has the tag B-MISC, which is none of 'data\.labels': O, B-PER"),
-    ("names/de/dev", "de:Anna\n", r"line 1: a word and its tag with a tab or space between were expected"),
-    ("questions/small.goldp.de.train.json", "{}", r"is not laid out as SQuAD"),
-    ("questions/small.goldp.de.train.json", "[", r"cannot be read as JSON"),
-    (
-        "questions/small.goldp.fr.dev.json",
-        json.dumps(
-            {
-                "data": [
-                    {
-                        "paragraphs": [
-                            {
-                                "context": "Anna",
-                                "qas": [
-                                    {
-                                        "id": "7",
-                                        "question": "q",
-                                        "answers": [{"text": "Otto", "answer_start": 1}],
-                                    }
-                                ],
-                            }
-                        ]
-                    }
-                ]
-            }
-        ),
-        r"the answer 'Otto' of question 7 does not stand at character 1 of its context",
-    ),
-]
-
-
-@pytest.mark.parametrize(("file", "text", "said"), BAD_TEXT, ids=[said[:30] for *_, said in BAD_TEXT])
-def test_bad_text_is_told_before_training(folder, tmp_path, file, text, said):
-    corpus = file.split("/")[0]
-    shutil.copytree(folder / corpus, tmp_path / corpus)
-    (tmp_path / file).write_text(text)
-    recipe = encoder_recipe(tmp_path, folder / "XLMRoberta", {"names": "tag"}.get(corpus, "answer"))
-    with pytest.raises(UserError, match=said):
-        prepare(recipe)
-
-
-def test_words_with_colons_and_repeated_questions(folder, tmp_path):
-    """A word loses its language's prefix alone; two questions are the same whatever their ids."""
-    for code in LANGUAGES:
-        (tmp_path / "names" / code).mkdir(parents=True)
-        for split in ("train", "dev", "test"):
-            text = f"um\tO\n12:30\tO\n{code}:http://x.de\tO\n:\tO\n{code}:{code}:\tB-PER\n"
-            (tmp_path / "names" / code / split).write_text(text)
-    prepared = prepare(encoder_recipe(tmp_path, folder / "XLMRoberta"))
-    assert prepared.text(DE, "test") == (["um 12:30 http://x.de : de:"], ["O O O O B-PER"])
-    assert "de: the training text has 1 of 1 test example, too" in prepared.manifest["notices"]
-    shutil.copytree(folder / "questions", tmp_path / "questions")
-    train = tmp_path / "questions/small.goldp.de.train.json"
-    value = json.loads(train.read_text())
-    for number, paragraph in enumerate(value["data"][0]["paragraphs"][:3]):
-        paragraph["qas"][0]["id"] = f"other-{number}"
-    value["data"][0]["paragraphs"] = value["data"][0]["paragraphs"][:3]
-    (tmp_path / "questions/small.goldp.de.dev.json").write_text(json.dumps(value))
-    prepared = prepare(encoder_recipe(tmp_path, folder / "XLMRoberta", "answer"))
-    assert "de: the training text has 3 of 3 dev examples, too" in prepared.manifest["notices"]
-
-
-def test_other_layouts(folder, tmp_path):
-    """CoNLL with spaces and further columns; one file of TyDiQA for all languages."""
-    for code in LANGUAGES:
-        (tmp_path / "names" / code).mkdir(parents=True)
-        for split in ("train", "valid", "test"):
-            text = f"-DOCSTART- -X- O O\n\nAnna NN B-PER\nlebt VB O\n\n{split} NN O\n"
-            (tmp_path / "names" / code / f"{code}.{split}.conll").write_text(text)
-    settings = encoder_settings(tmp_path, folder / "XLMRoberta")
-    settings["data"]["corpora"][0]["format"] = "conll"
-    prepared = prepare(Recipe.model_validate(settings))
-    assert prepared.text(DE, "dev") == (["Anna lebt", "valid"], ["B-PER O", "O"])
-    questions = {
-        "context": "Anna\nlebt in Bonn",
-        "qas": [
-            {
-                "id": f"{name}-{i}-0",
-                "question": f"wo {i}",
-                "answers": [{"text": "Bonn", "answer_start": 13}] * (i < 2),
-            }
-            for name in ("german", "english", "french")
-            for i in range(3)
-        ],
-    }
-    (tmp_path / "questions").mkdir()
-    for split in ("train", "dev"):
-        (tmp_path / "questions" / f"tydiqa-goldp-v1.1-{split}.json").write_text(
-            json.dumps({"data": [{"paragraphs": [questions]}]})
-        )
-    prepared = prepare(encoder_recipe(tmp_path, folder / "XLMRoberta", "answer"))
-    sources, targets = prepared.text(DE, "dev")
-    assert [json.loads(line)["question"] for line in sources] == ["wo 0", "wo 1"]
-    assert json.loads(targets[0]) == [{"text": "Bonn", "start": 13}]
-    assert any("left out 1 question without an answer" in notice for notice in prepared.manifest["notices"])

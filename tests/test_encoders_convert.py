@@ -1,12 +1,17 @@
 """Encoders cut out for a language, and studies of them."""
 
+import json
 import re
 
 import pytest
+import torch
 from small_encoder import LANGUAGES, encoder_settings
 from test_encoders_training import DE, base, recipe_of  # noqa: F401
 from test_hosts_training import trained
 
+from lsmoe_ds.analysis.neurons import analyze_neurons
+from lsmoe_ds.checkpoint.stored import find_model, read_weights
+from lsmoe_ds.convert.agreement import Agreement, compare_labels
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.directions import Direction
@@ -16,6 +21,7 @@ from lsmoe_ds.inference.label import label_all
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.planning.plan import plan
 from lsmoe_ds.study.command import run_study
+from lsmoe_ds.training.start_from import check_start_from
 
 transformers = pytest.importorskip("transformers")
 
@@ -58,8 +64,9 @@ def test_the_code_of_a_card_runs(task, run, tmp_path, capsys):
         found = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
         assert found == wanted
     else:
+        line = json.dumps({"question": "A question?", "context": "A text that holds its answer."})
         exec(compile(code, "card", "exec"), {})
-        assert capsys.readouterr().out.strip()
+        assert capsys.readouterr().out.split() == label_all(load(run), DE, [line])[0].split()
     assert {"tag": "token-classification", "answer": "question-answering"}[task] in card
 
 
@@ -70,6 +77,47 @@ def test_what_an_encoder_cannot_become_is_refused(run, tmp_path):
         convert(run, "dense", DE, tmp_path / "out")
     with pytest.raises(UserError, match="language en-de is not in this system: it knows de, en, fr"):
         convert(run, "huggingface", Direction("en", "de"), tmp_path / "out")
+
+
+def test_models_that_differ_are_told_apart(run):
+    one, other = load(run), load(run)
+    sources, _ = PreparedData.of(one.recipe).text(DE, "dev")
+    assert compare_labels(one, other, DE, sources) == Agreement(0.0, len(sources), len(sources))
+    for name, parameter in other.model.named_parameters():
+        if name.endswith(("classifier.weight", "qa_outputs.weight")):
+            parameter.data.neg_()
+    found = compare_labels(one, other, DE, sources)
+    assert found.largest_logit_difference > 0.01 and found.same_translations < found.sentences
+
+
+def test_a_language_is_added_and_the_others_stay(task, run, tmp_path):
+    convert(run, "grown", None, tmp_path / "grown", check=0, overrides=["data.languages=[de, en, fr, nl]"])
+    grown, before = (read_weights(find_model(path)).tensors for path in (tmp_path / "grown", run))
+    assert find_model(tmp_path / "grown").recipe.data.directions[-1] == "nl-nl"
+    name = "encoder.0.feed_forward.expand_low_rank.flat"
+    # Each language has two rows in the order of codes, and then what all share.
+    assert torch.equal(grown[name][:6], before[name][:6]) and torch.equal(grown[name][8:], before[name][6:])
+    head = {"tag": "host.classifier.weight", "answer": "host.qa_outputs.weight"}[task]
+    assert torch.equal(grown[head], before[head])
+
+
+def test_what_is_not_for_encoders_is_refused(base, task, run, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="holds an encoder, of which nothing is to be imported"):
+        convert(base / task, "consolidated", None, tmp_path / "out", overrides=["data.languages=[de]"])
+    with pytest.raises(UserError, match="'analyze neurons' knows the units of our own alone"):
+        analyze_neurons(run, tmp_path / "out")
+
+
+def test_labels_of_a_start_are_those_of_the_recipe(base, task, run, tmp_path):  # noqa: F811
+    if task == "answer":
+        pytest.skip("answers have no labels")
+    convert(run, "consolidated", None, tmp_path / "whole", check=0)
+    recipe = recipe_of(base, task)
+    vocabulary = recipe.prepared / "vocabulary.model"
+    check_start_from(recipe, tmp_path / "whole", vocabulary)
+    recipe.data.labels = [*recipe.data.labels[:1], *recipe.data.labels[:0:-1]]
+    with pytest.raises(UserError, match=r"its 'data.labels' are O, .*: give the same in this order"):
+        check_start_from(recipe, tmp_path / "whole", vocabulary)
 
 
 def test_all_languages_are_kept_whole(task, run, tmp_path):

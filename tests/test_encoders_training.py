@@ -189,10 +189,10 @@ def test_the_best_span_ends_after_it_begins():
 
     from lsmoe_ds.data.labels import Window
 
-    window = Window([0] * 8, 2, [(0, 1), (2, 3), (4, 5), (6, 7)])
+    window = Window([0] * 8, 2, [(0, 1), (2, 3), (4, 5), (6, 7)], 0, 7)
     logits = np.zeros((2, 8))
     logits[0, 5], logits[1, 2] = 9.0, 9.0  # the end before the beginning
     logits[0, 3], logits[1, 4] = 2.0, 8.0
     logits[0, 0], logits[1, 0] = 99.0, 99.0  # outside of the context
     assert best_span(logits, window) == (10.0, (2, 5))
-    assert best_span(logits, Window([0] * 8, 8, [])) is None
+    assert best_span(logits, Window([0] * 8, 8, [], 0, 0)) is None

@@ -77,12 +77,15 @@ def record_all(
     from lsmoe_ds.methods.neurons.recording import Recorder, observed
     from lsmoe_ds.model.transformer import Transformer
 
+    if not isinstance(loaded.model, Transformer):
+        raise UserError(
+            f"{loaded.home} is a model of transformers: 'analyze neurons' knows the units of our own alone"
+        )
     recipe, data = loaded.recipe, open_data(loaded)
     languages, form = loaded.languages, form_of(recipe.data, loaded.languages, loaded.vocabulary)
     batches = validation_batches(
         data, languages, loaded.vocabulary, recipe.data.batch, split=split, limit=limit, form=form
     )
-    assert isinstance(loaded.model, Transformer)
     recorder = Recorder(loaded.model, len(languages.directions), per, torch.device(loaded.device))
     with observed(recorder, experts=True):
         for batch in batches:

@@ -25,6 +25,7 @@ TagConvention = Literal["target", "source-target"]
 LABELLED: dict[str, Task] = {"wikiann": "tag", "conll": "tag", "squad": "answer"}  # formats of other tasks
 # Settings of text that labelled corpora take as it is.
 OF_TRANSLATION = ("directions", "cleaning", "held_out", "tags", "prompt", "pivot", "max_pairs")
+SHORTEST_WINDOW = 16  # tokens
 NAMES = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")  # WikiANN's
 
 
@@ -281,7 +282,7 @@ class Data(Section):
         given = {key: value[key] for key in OF_TRANSLATION if value.get(key) is not None}
         if given.get("directions") == own:  # of a recipe that was written out
             given.pop("directions")
-        defaults = {name: cls.model_fields[name].get_default() for name in given}
+        defaults = {name: cls.model_fields[name].get_default(call_default_factory=True) for name in given}
         for key, found in given.items():
             default = defaults[key]
             if found != (default.model_dump(exclude_none=True) if isinstance(default, Section) else default):
@@ -312,6 +313,11 @@ class Data(Section):
             if getattr(self, key) is not None and self.task != task:
                 kinds = [name for name, of in LABELLED.items() if of == task]
                 raise ValueError(f"'{key}' is for corpora of the format {listed(kinds)}: leave it out")
+        if self.task == "answer" and self.batch.max_length < SHORTEST_WINDOW:
+            raise ValueError(
+                f"'batch.max_length' is {self.batch.max_length}: a question and a part of its context need "
+                f"at least {SHORTEST_WINDOW} tokens"
+            )
         if self.stride is not None and self.stride > self.batch.max_length // 2:
             raise ValueError(
                 f"'stride' is {self.stride}, more than half of the {self.batch.max_length} tokens of a "

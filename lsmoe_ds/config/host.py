@@ -52,11 +52,19 @@ def import_transformers() -> Any:
 
 
 def is_host(folder: Path) -> bool:
-    """Tell whether the configuration in a folder is that of a model for one of the tasks."""
+    """Tell whether the configuration in a folder is that of a language model."""
+    return _is_one_of(folder, CLASSES["translate"])
+
+
+def is_encoder(folder: Path) -> bool:
+    """Tell whether the configuration in a folder is that of a model that labels text, or fills in words."""
+    return _is_one_of(folder, CLASSES["tag"], CLASSES["answer"], "AutoModelForMaskedLM")
+
+
+def _is_one_of(folder: Path, *classes: str) -> bool:
     try:
         named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architectures"]
-        kinds = tuple(name.removeprefix("AutoModel") for name in CLASSES.values())
-        return any(str(name).endswith(kinds) for name in named)
+        return any(str(name).endswith(each.removeprefix("AutoModel")) for name in named for each in classes)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -125,10 +133,23 @@ def set_dropout(config: Any, dropout: float, attention_dropout: float) -> None:
                 setattr(config, name, value)
 
 
-def set_labels(config: Any, labels: Sequence[str]) -> None:
-    """Let a configuration have the classes of a head that tags words; other heads have no labels."""
-    if not labels:
+def set_head(config: Any, task: Task, labels: Sequence[str]) -> None:
+    """Let a configuration have the classes of a task's head: ``labels`` of words, or both ends of an answer.
+
+    Raises UserError if the model has a head for other labels.
+    """
+    if task == "answer":
+        config.num_labels = 2
+    if task != "tag" or not labels:
         return
+    own = [str(each) for _, each in sorted(config.id2label.items())]
+    headed = any(str(each).endswith("ForTokenClassification") for each in config.architectures or ())
+    unnamed = own == [f"LABEL_{number}" for number in range(len(labels))]
+    if headed and not unnamed and own != list(labels):
+        raise UserError(
+            f"the model tags words by {', '.join(own)}, but 'data.labels' are {', '.join(labels)}: give the "
+            "same in the same order, or a model without such a head"
+        )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
 

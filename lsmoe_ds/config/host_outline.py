@@ -22,7 +22,7 @@ from lsmoe_ds.config.host import (
     Task,
     import_transformers,
     read_config,
-    set_labels,
+    set_head,
     window_of,
 )
 from lsmoe_ds.config.shapes import LinearShape, SideName, Split, Sublayer
@@ -90,7 +90,7 @@ def read_outline(folder: Path, task: Task, labels: Sequence[str] = ()) -> HostOu
 @cache
 def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> HostOutline:
     config = read_config(folder)
-    set_labels(config, labels)
+    set_head(config, task, labels)
     with torch.device("meta"):
         model = empty_host(folder, task, config)
     sites, modules = [], {}
@@ -109,8 +109,8 @@ def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> Hos
                 widths[side] = max(widths.get(side, 0), module.out_features)
     if not sites:
         raise UserError(
-            f"{folder} holds a {type(model).__name__}, none of whose linear layers is known: models with the "
-            "layers of Llama or Qwen2 can be used"
+            f"the linear layers of the {type(model).__name__} in {folder} are not known: models with the "
+            f"layers of {'Llama or Qwen2' if task == 'translate' else 'BERT'} can be used"
         )
     if layers.keys() != {SIDE[task]}:
         other = "encoder" if SIDE[task] == "decoder" else "decoder"

@@ -183,7 +183,10 @@ class Recipe(Section):
                 "but a model of 'model.huggingface' is whole on each rank: leave both at 1"
             )
         assert self.model.huggingface is not None
-        window = read_outline(self.model.huggingface, self.model.task).window
+        try:
+            window = read_outline(self.model.huggingface, self.model.task, self.data.labels or ()).window
+        except UserError as error:
+            raise ValueError(f"'model.huggingface' is {self.model.huggingface}: {error}") from None
         longest = min(self.data.batch.tokens, 2 * self.data.batch.max_length)
         if self.model.task != "translate":
             self._fits_labels(window)

@@ -93,6 +93,15 @@ class HostTokenizer:
         return ids
 
     @property
+    def joins_words(self) -> bool:
+        """Tell whether a word that begins a text has no sign of a beginning, as in RoBERTa's byte-level
+        pieces.
+        """
+        step = json.loads(self._content).get("pre_tokenizer") or {}
+        steps = step.get("pretokenizers", [step])
+        return any(each.get("type") == "ByteLevel" and not each.get("add_prefix_space") for each in steps)
+
+    @property
     def padding(self) -> int:
         """The id that fills a batch; a model is told where it stands."""
         found = (self._plain.token_to_id(token) for token in ("<pad>", "[PAD]"))

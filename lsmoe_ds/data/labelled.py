@@ -17,10 +17,15 @@ from lsmoe_ds.data.lines import read_lines
 from lsmoe_ds.data.spelling import Wanted
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import language_name
+from lsmoe_ds.languages import find_code, language_name
 from lsmoe_ds.notices import counted, notice
 
-SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev", "test": "test"}
+SPLITS = {
+    "train": "train",
+    **dict.fromkeys(("dev", "valid", "validation", "val", "testa"), "dev"),
+    **dict.fromkeys(("test", "testb"), "test"),
+}
+OTHERS = re.compile(r"\.|.*(~|\.swp|\.bak)$")  # names of hidden files and copies of editors
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ def _split_of(path: Path) -> str | None:
 
 def find_words(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     """Find a folder for each language, with files ``train``, ``dev`` and ``test``, of whatever endings."""
+    if not corpus.path.is_dir():
+        raise UserError(f"{corpus.path} is a file: give the folder of a corpus in the format {corpus.format}")
     inside = sorted(corpus.path.iterdir()) if corpus.path.is_dir() else []
     found = [(path.name, path) for path in inside if path.is_dir()]
     if corpus.source is not None:
@@ -60,7 +67,7 @@ def find_words(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
             continue
         files: dict[str, list[Path]] = {}
         for path in sorted(folder.iterdir()):
-            if path.is_file() and (split := _split_of(path)) is not None:
+            if path.is_file() and not OTHERS.match(path.name) and (split := _split_of(path)) is not None:
                 files.setdefault(split, []).append(path)
         for split, several in files.items():
             if len(several) > 1:
@@ -79,19 +86,19 @@ def _read_words(file: Path, prefix: str) -> Iterator[tuple[str, str]]:
     words: list[str] = []
     tags: list[str] = []
     for number, line in enumerate(read_lines(file), 1):
-        cells = line.split("\t") if "\t" in line else line.split(" ")
-        if not line.strip() or cells[0] == "-DOCSTART-":
+        cells = line.rstrip().split("\t") if "\t" in line else line.rstrip().split(" ")
+        if not line.strip() or cells[0] == "-DOCSTART-" or line.startswith("# id "):
             if words:
                 yield " ".join(words), " ".join(tags)
                 words, tags = [], []
             continue
         word, tag = cells[0].removeprefix(prefix), cells[-1].strip()
-        if len(cells) < 2 or not word.strip() or not tag:
+        if len(cells) < 2 or not word or not tag or len(tag.split()) > 1:
             raise UserError(
                 f"{file}, line {number}: a word and its tag with a tab or space between were expected, found "
                 f"{line[:40]!r}"
             )
-        words.append("_".join(word.split()))
+        words.append("_".join(word.split()) or "_")
         tags.append(tag)
     if words:
         yield " ".join(words), " ".join(tags)
@@ -108,13 +115,13 @@ def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     of_all: dict[str, list[Path]] = {}
     codes = {code for _, (code, _) in wanted.items()}
     for path in paths:
-        split = _split_of(path) or _split_of(path.parent) or "train"
-        parts = [part for part in re.split(r"[._-]", path.stem) if part]
-        named = [part for part in parts if part in codes]
+        above = [each for each in path.parents if each.is_relative_to(corpus.path)]
+        split = next(filter(None, map(_split_of, (path, *above))), "train")
+        named = [each for each in _spellings(path) if find_code(each, codes) is not None]
         if corpus.source is not None:
             files.setdefault(split, []).append((corpus.source, path))
         elif named:
-            files.setdefault(split, []).append((named[-1], path))
+            files.setdefault(split, []).append((named[0], path))
         else:
             of_all.setdefault(split, []).append(path)
     if not files and not of_all:
@@ -127,9 +134,16 @@ def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
                 yield LabelledPart(str(corpus.path), bitext, split, tuple(chosen), "questions")
 
 
+def _spellings(path: Path) -> list[str]:
+    """Return the parts of a file's name, and its folder's, that may be a code, the likeliest first."""
+    whole = path.stem.split(".")
+    parts = [part for each in whole for part in re.split(r"[_-]", each)]
+    return [each for each in (*reversed(whole), *reversed(parts), path.parent.name) if each]
+
+
 def _load(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
 
@@ -141,8 +155,12 @@ def _questions(file: Path) -> Iterator[tuple[str, str, str, list[dict[str, Any]]
             for paragraph in article["paragraphs"]:
                 for each in paragraph["qas"]:
                     answers = [{"text": a["text"], "start": a["answer_start"]} for a in each["answers"]]
-                    yield str(each["id"]), str(each["question"]), str(paragraph["context"]), answers
-    except (KeyError, TypeError) as error:
+                    texts = [each["question"], paragraph["context"], *(a["text"] for a in answers)]
+                    "".join(texts).encode()  # raises for half of a character
+                    if not all(type(a["start"]) is int for a in answers):
+                        raise TypeError("an answer_start is no whole number")
+                    yield str(each["id"]), each["question"], paragraph["context"], answers
+    except (KeyError, TypeError, UnicodeEncodeError) as error:
         raise UserError(f"{file} is not laid out as SQuAD: {type(error).__name__} {error}") from None
 
 
@@ -158,16 +176,16 @@ def _has(file: Path, code: str) -> bool:
 
 
 def _read_questions(file: Path, code: str, tell: Callable[[str], None]) -> Iterator[tuple[str, str]]:
-    name, parts = language_name(code).lower(), re.split(r"[._-]", file.stem)
+    name = language_name(code).lower()
     own = {_name_in(number) for number, *_ in _questions(file)}
-    by_id = code not in parts and name in own
+    by_id = name in own and not any(find_code(each, [code]) for each in _spellings(file))
     without = 0
     for number, question, context, answers in _questions(file):
         if by_id and _name_in(number) != name:
             continue
         for answer in answers:
             start, text = answer["start"], answer["text"]
-            if not text or context[start : start + len(text)] != text:
+            if not text.strip() or start < 0 or context[start : start + len(text)] != text:
                 raise UserError(
                     f"{file}: the answer {text[:40]!r} of question {number} does not stand at character "
                     f"{start} of its context"

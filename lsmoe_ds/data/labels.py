@@ -20,6 +20,7 @@ from lsmoe_ds.config.data import Data
 from lsmoe_ds.data.batches import IGNORED, SequenceBatch
 from lsmoe_ds.data.shuffling import Integers
 from lsmoe_ds.directions import Languages
+from lsmoe_ds.errors import UserError
 
 if TYPE_CHECKING:
     from lsmoe_ds.data.host_tokenizer import HostTokenizer
@@ -41,6 +42,8 @@ class Window(NamedTuple):
     ids: list[int]
     context: int  # the first token of the context
     spans: list[tuple[int, int]]  # the characters of each of its tokens
+    first: int  # of the characters of the context that are in the window
+    end: int
 
 
 def read_question(line: str) -> tuple[str, str]:
@@ -55,13 +58,16 @@ def content_of(line: str) -> str:
 
 
 def places_of(window: Window, start: int, text: str) -> tuple[int, int]:
-    """Return the first and the last token of an answer in a window; NOWHERE if it is not whole in there."""
+    """Return the first and the last token of an answer in a window; NOWHERE if it is not whole in there.
+
+    Several tokens may be of one character: all of them are of the answer.
+    """
+    start, text = start + len(text) - len(text.lstrip()), text.strip()
     end = start + len(text)
-    if not window.spans or start < window.spans[0][0] or end > window.spans[-1][1]:
+    inside = [i for i, (begin, stop) in enumerate(window.spans) if begin < end and stop > start]
+    if not inside or start < window.first or end > window.end:
         return NOWHERE, NOWHERE
-    first = max(i for i, (begin, _) in enumerate(window.spans) if begin <= start)
-    last = min(i for i, (_, stop) in enumerate(window.spans) if stop >= end)
-    return window.context + first, window.context + last
+    return window.context + inside[0], window.context + inside[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +88,15 @@ class Labels:
 
     @classmethod
     def of(cls, data: Data, languages: Languages, tokenizer: HostTokenizer) -> Labels:
-        """Make the form for the languages of a model."""
+        """Make the form for the languages of a model.
+
+        Raises UserError for a tokenizer that would join the words of a sentence.
+        """
+        if data.task == "tag" and tokenizer.joins_words:
+            raise UserError(
+                "the tokenizer of 'model.huggingface' reads words as parts of one: save it with "
+                "AutoTokenizer.from_pretrained(FOLDER, add_prefix_space=True).save_pretrained(FOLDER)"
+            )
         numbers = np.array([languages.id(d.source) for d in languages.directions], dtype=np.int64)
         settings = {f"data.{key}": getattr(data, key) for key in ("labels", "stride")}
         return cls(
@@ -131,9 +145,16 @@ class Labels:
     def windows(self, source: str) -> list[Window]:
         """Cut the context of a question into windows that overlap by ``stride`` tokens."""
         question, context = read_question(source)
+        found = list(self.tokenizer.encode_windows(question, context, self.longest, self.stride))
         return [
-            Window(*each)
-            for each in self.tokenizer.encode_windows(question, context, self.longest, self.stride)
+            Window(
+                ids,
+                begin,
+                spans,
+                first=0 if number == 0 or not spans else spans[0][0],
+                end=len(context) if number + 1 == len(found) or not spans else spans[-1][1],
+            )
+            for number, (ids, begin, spans) in enumerate(found)
         ]
 
     def collate(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.checkpoint.tensors import Tensors, save_tensors
-from lsmoe_ds.config.host import CLASSES, PREFIX, Task, copy_small, read_config, set_labels
+from lsmoe_ds.config.host import CLASSES, PREFIX, Task, copy_small, read_config, set_head
 from lsmoe_ds.config.host_outline import empty_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import SequenceBatch
@@ -39,7 +39,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe) -> 
     names = [*save_tensors(theirs(tensors), folder), *copy_small(host, folder)]
     if task != "translate":  # its class and labels are others than those of the model it comes from
         config = read_config(host)
-        set_labels(config, recipe.data.labels or ())
+        set_head(config, task, recipe.data.labels or ())
         with torch.device("meta"):
             kind = type(empty_host(host, task, config)).__name__
         config.architectures = [kind]

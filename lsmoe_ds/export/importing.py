@@ -21,7 +21,7 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_pickled, open_
 from lsmoe_ds.config.codes import resolve_codes
 from lsmoe_ds.config.explain import Places
 from lsmoe_ds.config.file import apply_override, merge, validate
-from lsmoe_ds.config.host import PREFIX, TOKENIZER, check_weights, is_host
+from lsmoe_ds.config.host import PREFIX, TOKENIZER, check_weights, is_encoder, is_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
@@ -61,6 +61,11 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
     say on what it is to be trained. Raises UserError for a folder that is damaged or of another architecture,
     and for overrides that are not possible.
     """
+    if is_encoder(folder):
+        raise UserError(
+            f"{folder} holds an encoder, of which nothing is to be imported: name it in a recipe as "
+            "'model.huggingface', with 'model.task' tag or answer"
+        )
     if (read_json(folder / "config.json") or {}).get("model_type") not in KINDS and is_host(folder):
         return read_host(folder, overrides, out)
     config = _read_config(folder)

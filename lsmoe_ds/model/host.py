@@ -21,7 +21,7 @@ from lsmoe_ds.config.host import (
     load_pretrained,
     read_config,
     set_dropout,
-    set_labels,
+    set_head,
 )
 from lsmoe_ds.config.host_outline import empty_host, read_outline
 from lsmoe_ds.config.recipe import Recipe
@@ -44,8 +44,8 @@ def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
     init_empty_weights = importlib.import_module("accelerate").init_empty_weights
     folder = recipe.model.huggingface
     assert folder is not None
-    config, labels = read_config(folder), recipe.data.labels or ()
-    set_labels(config, labels)
+    config = read_config(folder)
+    set_head(config, recipe.model.task, recipe.data.labels or ())
     with init_empty_weights(include_buffers=False):
         host = empty_host(folder, recipe.model.task, config)
     return {f"{PREFIX}{name}": buffer for name, buffer in host.named_buffers()}
@@ -97,7 +97,7 @@ class Host(Model):
         assert folder is not None
         config, labels = read_config(folder), recipe.data.labels or ()
         set_dropout(config, training.dropout, training.attention_dropout)
-        set_labels(config, labels)
+        set_head(config, task, labels)
         self.outline = read_outline(folder, task, labels)
         if vocabulary > self.outline.vocabulary:
             raise UserError(

@@ -70,6 +70,10 @@ def check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
                 f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and"
                 " prepare again"
             )
+        if (labels := stored.recipe.data.labels) != recipe.data.labels:
+            raise UserError(
+                f"its 'data.labels' are {listed(labels or ['none'])}: give the same in this order"
+            )
         size = Vocabulary.load(vocabulary).size
         _check_same_model(recipe, stored, size, starting_weights(recipe, stored, size))
         if wrong := damage(
