@@ -91,7 +91,7 @@ def direction_of(word: str | None, source: str | None, target: str | None, to: s
     if word is not None:
         if source is not None or target is not None:
             raise UserError(f"--direction {word} names both languages: leave out --from and {to}")
-        # Of a system that does not translate, a language alone.
+        # A system that labels text knows single languages, such as de.
         return read_direction(word, of_system=True, alone="-" not in word)
     if (source is None) != (target is None):
         raise UserError(f"--from and {to} name a direction together: give both or neither")

@@ -16,8 +16,8 @@ from lsmoe_ds.methods.context import Route
 from lsmoe_ds.notices import listed, notice
 
 
-class Engine(Protocol):
-    """A model ready to translate; the fields are those of :class:`lsmoe_ds.inference.load.Loaded`."""
+class Ready(Protocol):
+    """A model ready for its task; the fields are those of :class:`lsmoe_ds.inference.load.Loaded`."""
 
     @property
     def recipe(self) -> Recipe: ...
@@ -25,6 +25,11 @@ class Engine(Protocol):
     def vocabulary(self) -> Vocabulary: ...
     @property
     def languages(self) -> Languages: ...
+
+
+class Engine(Ready, Protocol):
+    """A model ready to translate."""
+
     @property
     def step(self) -> int: ...
     @property

@@ -9,27 +9,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.labels import NOWHERE, Labels, Window, read_question
-from lsmoe_ds.data.vocabulary import Vocabulary
-from lsmoe_ds.directions import Direction, Languages
+from lsmoe_ds.directions import Direction
+from lsmoe_ds.inference.engine import Ready
 
 BATCH_TOKENS = 4096
 LONGEST_ANSWER = 30  # tokens, as usual for SQuAD
 
 
 @runtime_checkable
-class Labeller(Protocol):
-    """A model ready to label; the fields are those of :class:`lsmoe_ds.inference.load.Loaded`."""
+class Labeller(Ready, Protocol):
+    """A model ready to label."""
 
-    @property
-    def recipe(self) -> Recipe: ...
-    @property
-    def vocabulary(self) -> Vocabulary: ...
-    @property
-    def languages(self) -> Languages: ...
     @property
     def device(self) -> torch.device: ...
 
