@@ -104,14 +104,17 @@ def test_scores_of_labels_by_language(base, task, run, route, tmp_path):
 
 
 def test_it_learns_to_label(pool, base, task, tmp_path):
-    recipe = recipe_of(base, task, steps=400, fuse_distillation=False)
+    """Four steps give an F1 of 3 to 20, 200 give 70 of names and 55 of answers, a few points either way with
+    the processor's rounding.
+    """
+    recipe = recipe_of(base, task, steps=200, fuse_distillation=False)
     recipe.training.learning_rate, recipe.training.validate_every = 3e-3, 0
     recipe.training.log_every, recipe.training.warmup = 100, 20
-    recipe.training.checkpoint_every = 400
+    recipe.training.checkpoint_every = 200
     run = trained(pool, recipe, tmp_path / "run")
     table = evaluate(run, ["de", "fr"], split="dev", progress=False)
     assert [score.direction.label for score in table.directions] == ["de", "fr"]
-    assert table.averages()["all"].metrics["f1"] > {"tag": 50, "answer": 50}[task]
+    assert table.averages()["all"].metrics["f1"] > {"tag": 50, "answer": 35}[task]
 
 
 def test_labels_are_those_of_transformers_on_each_sequence(base, task, run):

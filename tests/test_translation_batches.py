@@ -19,7 +19,10 @@ class Echo:
     languages = Languages(tuple(DIRECTIONS))
 
     def __init__(self, longest: int = 10, size: int = 100) -> None:
-        self.recipe = SimpleNamespace(data=SimpleNamespace(batch=SimpleNamespace(max_length=longest + 2)))
+        self.recipe = SimpleNamespace(
+            data=SimpleNamespace(batch=SimpleNamespace(max_length=longest + 2)),
+            model=SimpleNamespace(task="translate"),
+        )
         self.vocabulary = SimpleNamespace(
             size=size,
             encode=lambda text: [ord(each) for each in text],
