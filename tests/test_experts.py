@@ -49,7 +49,7 @@ def results(
 
 def grouped_results(monkeypatch, *arguments) -> dict[str, Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "use_grouped", lambda _, rows: len(rows) > 0)
+        patch.setattr(module, "use_grouped", lambda *_: True)
         patch.setattr(Experts, "_one_by_one", None)
         return results(*arguments)
 
@@ -59,6 +59,7 @@ CHOSEN = {
     "some without rows": [[1, 3], [3, 1], [1, 3], [3, 1]],
     "one row": [[2, 0]],
     "some choices dropped": [[DROPPED, 4], [DROPPED, DROPPED], [3, 0], [DROPPED, 4]],
+    "all choices dropped": [[DROPPED, DROPPED], [DROPPED, DROPPED]],
 }
 
 
@@ -76,7 +77,7 @@ def test_grouped_gives_what_one_after_another_gives(monkeypatch, case, dtype):
     )
     exact = results(experts.float(), rows.float(), chosen, weights)
     names = dict(experts.named_parameters())
-    assert found.keys() == {"out", "rows", "weights", *names}, "an expert without rows gets zeros"
+    assert found.keys() == {"out", "rows", "weights", *names}, "an expert without rows gets zeros, all do"
     for name, value in found.items():
         assert value.dtype == (torch.float32 if name == "weights" else dtype)
         if name not in exact:
@@ -86,14 +87,18 @@ def test_grouped_gives_what_one_after_another_gives(monkeypatch, case, dtype):
         assert error <= 1.1 * of_rival + torch.finfo(dtype).eps / 2 * float(exact[name].norm()), name
 
 
+@pytest.mark.parametrize("forced", [pytest.param(True, marks=needs_grouped), False])
 @pytest.mark.parametrize("rows", [0, 3])
-def test_no_choice_at_all(monkeypatch, rows):
+def test_no_choice_at_all(monkeypatch, rows, forced):
     experts = experts_of()
+    experts.run_idle = True  # as on several ranks
     x, chosen = torch.randn(rows, HIDDEN, requires_grad=True), torch.full((rows, 2), DROPPED)
-    monkeypatch.setattr(module, "use_grouped", lambda _, rows: len(rows) > 0)
+    monkeypatch.setattr(module, "use_grouped", lambda *_: forced)
     out = experts(x, chosen, torch.zeros(rows, 2))
     out.sum().backward()
     assert out.shape == x.shape and not out.any() and not x.grad.any()
+    for parameter in experts.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
 
 
 @pytest.mark.parametrize("forced", [pytest.param(True, marks=needs_grouped), False])
@@ -238,9 +243,9 @@ def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     plain = experts_of(torch.bfloat16).deepspeed_experts
     assert use_grouped(plain, fake_rows())
+    assert use_grouped(plain, fake_rows(0)), "or gradients would come in another order on ranks without rows"
     assert not use_grouped(plain, fake_rows(device="cpu"))
     assert not use_grouped(plain, fake_rows(dtype=torch.float32))
-    assert not use_grouped(plain, fake_rows(0))
     assert not use_grouped(experts_of().deepspeed_experts, fake_rows()), "weights in float32"
     assert not use_grouped(experts_of(torch.bfloat16, width=20).deepspeed_experts, fake_rows()), (
         "not a multiple of 8"
@@ -249,8 +254,9 @@ def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch)
     assert not use_grouped(changed(lambda experts: experts.insert(2, other)), fake_rows())
     linear = type("Linear", (nn.Linear,), {})(WIDTH, HIDDEN, dtype=torch.bfloat16)
     assert not use_grouped(changed(lambda experts: setattr(experts[1], "contract", linear)), fake_rows())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert not use_grouped(plain, fake_rows())
+    for other in ((8, 0), (10, 0), (12, 0)):  # in Blackwell's kernel groups without rows get wrong gradients
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, other=other: other)
+        assert not use_grouped(plain, fake_rows())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(module, "_grouped_mm", None)
     assert not use_grouped(plain, fake_rows())

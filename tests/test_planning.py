@@ -300,6 +300,12 @@ def test_stage_and_precision_are_the_recipes():
     ) == (0, 2)
     half = plan(recipe_of("dense", "dense", stage=2, bf16=True))
     assert (half.stage, half.precision) == (2, "bfloat16")
+    zero = plan(recipe_of("dense", "dense", stage=0, bf16=True), 2)
+    assert (zero.stage, zero.precision) == (1, "bfloat16"), "what the engine trains at"
+    assert [(each.precision, each.stage) for each in zero.memory] == [
+        *(("float32", stage) for stage in (0, 1, 2)),
+        *(("bfloat16", stage) for stage in (1, 2)),
+    ]
 
 
 def test_plan_of_thirteen_billion_needs_no_torch(tmp_path):
@@ -322,7 +328,7 @@ def test_tables_and_json_say_the_same(capsys):
     assert value["parameters"]["total"] == planned.parameters.whole.total
     assert value["layout"] == {"world": 4, "tensor": 1, "expert": 2, "data": 4}
     assert value["flops"]["source_training"] == planned.flops.source_training > 2 * planned.flops.source
-    assert value["memory"][5]["total"] == planned.memory[5].total
+    assert value["memory"][4]["total"] == planned.memory[4].total
     Console(width=160).print(planned.table())
     shown = capsys.readouterr().out
     assert "float32 ZeRO 2 <- recipe" in shown

@@ -54,6 +54,8 @@ MAY_CHANGE = {
     "training.keep",
     "training.keep_best",
     "training.hang_timeout",
+    "training.max_skipped",
+    "training.deterministic",
 }
 
 FROZEN = "frozen"  # the folder of what does not train, see :mod:`lsmoe_ds.checkpoint.frozen`

@@ -51,6 +51,8 @@ class Training(Section):
     keep: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 0
     hang_timeout: Annotated[float, Field(gt=0, le=1e6)] = 900.0
+    max_skipped: Annotated[int, Field(ge=0)] = 20
+    deterministic: bool = False
 
 
 class Parallel(Section):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from lsmoe_ds.directions import SentenceIds
@@ -82,5 +83,9 @@ class LanguageContext:
 
 
 def mean_of_real(x: Tensor, real: Tensor) -> Tensor:
-    """Average [B, T, H] over the positions where ``real`` [B, T] is true -> [B, H]; zero where none is."""
-    return (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+    """Average [B, T, H] over the positions where ``real`` [B, T] is true -> [B, H]; zero where none is.
+
+    In at least float32, as routers read it.
+    """
+    total = (x * real[:, :, None]).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return total / real.sum(1, keepdim=True).clamp(min=1)

@@ -1,7 +1,7 @@
 """The experts of one rank: sort rows by expert, apply the experts, sum the outputs with their weights.
 
-On a GPU in bfloat16 one grouped product per linear layer computes all experts; elsewhere they run one after
-another.
+On a Hopper GPU in bfloat16 one grouped product per linear layer computes all experts; elsewhere they run one
+after another.
 
 n rows with N choices of a local expert, K top-k, H hidden, F feed-forward width, E local experts.
 """
@@ -9,7 +9,7 @@ n rows with N choices of a local expert, K top-k, H hidden, F feed-forward width
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -54,6 +54,12 @@ class Assignment:
         return cls(
             numbers, ends[1:] - none, choices, copies.view_as(chosen), chosen != DROPPED if none else None
         )
+
+    def with_one_row(self) -> Assignment:
+        """Return an assignment without copies, and one row for the last expert."""
+        experts, ends = self.experts.new_full((1,), len(self.ends) - 1), self.ends.clone()
+        ends[-1] = 1
+        return replace(self, experts=experts, ends=ends)
 
     def counts(self) -> list[int]:
         """Count the copies that go to each local expert. Waits for the device."""
@@ -169,21 +175,29 @@ class _AddBias(torch.autograd.Function):
         return gradient, _grouped_mm(ones.t(), gradient, offs=ctx.assignment.ends)[:, 0], None
 
 
-def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
-    """Tell whether :func:`grouped` can compute these experts for rows [N, H], and faster than a loop."""
-    # Only compute capability 9 and 10 have the kernel; elsewhere torch loops over the groups and waits for
-    # the device.
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether a device has a grouped product for this type that is faster than a loop, and right."""
+    # Elsewhere torch loops over the groups and waits for the device. Blackwell (10) has a kernel, too, but
+    # there the weight gradient of a group without rows was seen not to be zero: Hopper alone, until that is
+    # mended.
     return (
         _grouped_mm is not None
-        and rows.is_cuda
-        and rows.dtype == torch.bfloat16
-        and rows.shape[0] > 0  # the kernel rejects products over zero rows
-        and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
-        and all(_fits(expert) for expert in experts)
+        and device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device)[0] == 9
     )
 
 
-def _fits(expert: nn.Module) -> bool:
+def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
+    """Tell whether :func:`grouped` computes these experts for rows [N, H].
+
+    The answer depends on types and device alone, never on N: were it another one on another rank, gradients
+    would arrive in another order there.
+    """
+    return has_kernel(rows.device, rows.dtype) and all(_fits(expert, rows.dtype) for expert in experts)
+
+
+def _fits(expert: nn.Module, dtype: torch.dtype) -> bool:
     if (
         not vars(type(expert)).get("is_plain")  # a subclass may compute something else
         or type(expert.expand) is not nn.Linear
@@ -191,13 +205,18 @@ def _fits(expert: nn.Module) -> bool:
     ):
         return False
     weight = expert.expand.weight  # [F, H]
-    return weight.dtype == torch.bfloat16 and not any(
+    return weight.dtype == dtype and not any(
         size * weight.element_size() % ALIGNMENT for size in weight.shape
     )
 
 
 def grouped(experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) -> Tensor:
-    """Apply the experts to rows [N, H], N > 0, sorted by expert: [N, H]. Every expert gets a gradient."""
+    """Apply the experts to rows [N, H], sorted by expert: [N, H]. Every expert gets a gradient."""
+    if not rows.shape[0]:
+        # The kernel rejects products over zero rows: one row of zeros goes to the last expert, and its output
+        # is dropped, so that all gradients are zeros and come as on the ranks that have rows.
+        padding = rows.new_zeros(1, rows.shape[1])
+        return grouped(experts, torch.cat([rows, padding]), assignment.with_one_row())[:0]
     expand, contract = [[getattr(expert, part) for expert in experts] for part in ("expand", "contract")]
     return _linear(contract, F.relu(_linear(expand, rows, assignment)), assignment)
 

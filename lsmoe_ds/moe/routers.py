@@ -5,7 +5,9 @@
 - task:      softmax(W[task_s])        all tokens of a task choose alike, so its experts can be extracted
 - static:    each task is assigned K experts, with weights 1 / K; nothing is learned
 
-Routers that read tokens or sentences add a bias b [E] to W x with ``router_bias``.
+Routers that read tokens or sentences add a bias b [E] to W x with ``router_bias``. All routers compute in
+float32, whatever the types of x and W: in 16 bits, logits that differ by little would be equal, and which
+expert a token uses would be chance (Switch, section 2.4).
 
 S tokens, B sentences, H hidden, E experts, K top-k.
 """
@@ -116,7 +118,10 @@ class TokenRouter(Router):
         self.bias = nn.Parameter(torch.empty(settings.experts)) if settings.router_bias else None
 
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
-        return choose(nn.functional.linear(self._shake(tokens), self.weight, self.bias), self.top_k)
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(tokens.device.type, enabled=False):  # which would compute products in 16 bits
+            logits = nn.functional.linear(self._shake(tokens.float()), self.weight.float(), bias)
+        return choose(logits, self.top_k)
 
 
 class SentenceRouter(TokenRouter):

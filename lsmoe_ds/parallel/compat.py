@@ -336,29 +336,41 @@ def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
 
 
 @contextlib.contextmanager
-def knowing_what_trains(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Make an engine that is built inside the context treat a model with no expert to optimize as dense.
+def building(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Adapt how DeepSpeed builds an engine inside the context, in two points.
 
-    Once expert groups exist, DeepSpeed otherwise insists that a model with layers of experts trains some.
+    1. A model with no expert to optimize is treated as dense: once expert groups exist, DeepSpeed otherwise
+       insists that a model with layers of experts trains some.
+    2. ZeRO stage 1 in bfloat16 with gradients in float32 has the optimizer of stages 1 and 2, as it has in
+       float16. DeepSpeed takes another one there, whose files, norm and clipping would need adapters of their
+       own.
     """
+    from deepspeed.runtime.constants import BFLOAT16
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
-    configure = DeepSpeedEngine._configure_optimizer
+    configure, choose = DeepSpeedEngine._configure_optimizer, DeepSpeedEngine._do_optimizer_sanity_check
     experts = any(is_expert_parameter(each) for group in optimizer.param_groups for each in group["params"])
 
     def configure_optimizer(engine: Any, *arguments: Any) -> None:
         engine.has_moe_layers = experts
         configure(engine, *arguments)
 
+    def choose_optimizer(engine: Any, *arguments: Any) -> Any:
+        chosen = choose(engine, *arguments)
+        return ZERO_OPTIMIZATION if chosen == BFLOAT16 else chosen
+
     DeepSpeedEngine._configure_optimizer = configure_optimizer
+    DeepSpeedEngine._do_optimizer_sanity_check = choose_optimizer
     try:
         yield
     finally:
         DeepSpeedEngine._configure_optimizer = configure
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
-    """Work around six problems of DeepSpeed 0.19.8's engine.
+    """Work around seven problems of DeepSpeed 0.19.8's engine.
 
     1. ZeRO stage 0 clips by a norm of its own and forgets it: ``clip`` clips instead, and the norm that it
        returns is kept.
@@ -369,8 +381,9 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
     4. With experts, stage 0 writes the optimizer's state twice, and one of the two is never read: it is left
        out.
     5. The engine puts recovery scripts beside the checkpoints, which do not know experts: it puts none.
-    6. Stage 0 in 16 bits makes the optimizer's state by a step with gradients of 0, which counts, so that
-       Adam's first steps are too small, and which decays the float32 copies: both are undone.
+    6. Stage 2 reduces gradients in the order in which they arrive: see :func:`_reduce_in_one_order`.
+    7. Dynamic loss scaling raises a bare Exception where the scale cannot fall any further: the step is
+       skipped like any other, and whoever counts the skipped steps ends the run.
     """
     from deepspeed.utils import groups
 
@@ -384,15 +397,54 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
         if engine.has_moe_layers:
             common = engine._common_checkpoint_state
             engine._common_checkpoint_state = lambda *arguments: common(*arguments) | {"optimizer": None}
+    elif engine.zero_optimization_stage() == 2:
+        _reduce_in_one_order(engine)
     engine.checkpoint_engine.is_data_parallel_writer = lambda rank: (
         rank == 0 or groups._get_data_parallel_rank() == 0
     )
     engine._copy_recovery_script = lambda folder: None
-    if hasattr(engine.optimizer, "fp32_groups"):
-        for state in optimizer_states(engine).values():
-            state["step"].zero_()
-        for piece in optimizer_pieces(engine):
-            piece.holder.data.copy_(piece.parameter.data)
+    if hasattr(engine.optimizer, "loss_scaler"):
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+
+
+def _reduce_in_one_order(engine: Any) -> None:
+    """Make ZeRO stage 2 reduce gradients in the reverse order of the model's parameters, on every rank.
+
+    DeepSpeed fills its buckets in the order in which gradients arrive, and adds up whatever lies at the same
+    place in the buckets of several ranks. So a rank whose gradients arrive in another order, or that has none
+    of a parameter, would spoil those of all ranks, silently. Here a gradient waits for those before it, and
+    one that has not come by the end of the backward pass is zero. The reverse order is about that in which
+    they arrive, so few wait.
+    """
+    optimizer = engine.optimizer
+    process, finish = optimizer.process_gradients, optimizer.overlapping_partition_gradients_reduce_epilogue
+    group_of = {parameter: i for i, group in enumerate(optimizer.bit16_groups) for parameter in group}
+    order = [parameter for parameter in engine.module.parameters() if parameter in group_of][::-1]
+    arrived: set[torch.nn.Parameter] = set()
+    waiting = list(order[::-1])  # the next one is the last
+
+    def arrive(parameter: torch.nn.Parameter, group: int) -> None:
+        arrived.add(parameter)
+        while waiting and waiting[-1] in arrived:
+            following = waiting.pop()
+            process(following, group_of[following])
+
+    def end() -> None:
+        while waiting:
+            following = waiting.pop()
+            if following.grad is None:
+                following.grad = torch.zeros_like(following)
+            process(following, group_of[following])
+        arrived.clear()
+        waiting.extend(order[::-1])
+        finish()
+
+    optimizer.process_gradients, optimizer.overlapping_partition_gradients_reduce_epilogue = arrive, end
+
+
+def loss_scale(engine: Any) -> float:
+    """Return the number by which DeepSpeed multiplies the loss of float16."""
+    return float(engine.optimizer.loss_scale)
 
 
 def save_engine(
@@ -456,24 +508,16 @@ class Piece(NamedTuple):
 def optimizer_pieces(engine: Any) -> list[Piece]:
     """List the pieces of parameters whose optimizer state this rank holds.
 
-    ZeRO stages 1 and 2 step flat partitions, each a part of a group's parameters; stage 0 steps the
-    parameters or, in bfloat16, float32 copies of them.
+    ZeRO stages 1 and 2 step flat partitions, each a part of a group's parameters; stage 0, which is in
+    float32 alone, steps the parameters.
     """
     optimizer = engine.optimizer
-    partitions = getattr(
-        optimizer, "single_partition_of_fp32_groups", getattr(optimizer, "fp32_groups_flat_partition", None)
-    )
+    partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
     if partitions is None:
-        if hasattr(optimizer, "fp32_groups"):
-            parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
-            holders = [copy for group in optimizer.fp32_groups for copy in group]
-        else:
-            parameters = holders = [
-                parameter for group in optimizer.param_groups for parameter in group["params"]
-            ]
-        both = enumerate(zip(parameters, holders, strict=True))
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return [
-            Piece(parameter, 0, parameter.numel(), holder, number, 0) for number, (parameter, holder) in both
+            Piece(parameter, 0, parameter.numel(), parameter, number, 0)
+            for number, parameter in enumerate(stepped)
         ]
     pieces = []
     for parameter in engine.module.parameters():
@@ -514,7 +558,7 @@ def read_optimizer_file(
     values = values.get("optimizer_state_dict") or values["optimizer"]
     if "base_optimizer_state" in values:
         return values["base_optimizer_state"]["state"], values["single_partition_of_fp32_groups"]
-    if "fp32_groups" in values:
+    if "fp32_groups" in values:  # of stage 0 in 16 bits, which earlier versions trained in
         return values["optimizer_state_dict"]["state"], [
             copy for group in values["fp32_groups"] for copy in group
         ]

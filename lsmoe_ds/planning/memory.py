@@ -62,7 +62,7 @@ def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
 
 
 def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
-    """Compute the memory of one rank.
+    """Compute the memory of one rank. Stage 0 is in float32 (:func:`lsmoe_ds.config.deepspeed.complete`).
 
     v is the bytes per value (4 or 2); n is the number of the rank's parameters (:func:`local_parameters`), of
     which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`); m is the number
@@ -71,10 +71,10 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     expert ranks that hold the same experts; p = d / D + e / X::
 
         weights     v n + m              in every stage
-        gradients   v (d + e)            stages 0 and 1;    v p   in stage 2
-        optimizer   8 (d + e)            stage 0 in float32: Adam's two float32 moments
-                    12 (d + e)           stage 0 in bfloat16: also a float32 copy of the weights
-                    12 p                 stages 1 and 2: DeepSpeed keeps such a copy even of a float32 model
+        gradients   4 (d + e)            stages 0 and 1;    4 p   in stage 2: sums in float32
+        optimizer   8 (d + e)            stage 0: Adam's two float32 moments
+                    12 p                 stages 1 and 2: also a float32 copy of the weights, which DeepSpeed
+                                         keeps even of a float32 model
 
     :func:`activations` and :func:`buffers` compute the temporary memory.
     """
@@ -84,13 +84,12 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     dense, experts = local_parameters(count_trained(recipe), layout.tensor, layout.expert)
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
-    state = (8 if value == 4 else 12) * own if stage == 0 else 12 * part
     return Memory(
         precision=precision,
         stage=stage,
         weights=value * held + masks,
-        gradients=value * (part if stage == 2 else own),
-        optimizer=state,
+        gradients=4 * (part if stage == 2 else own),
+        optimizer=8 * own if stage == 0 else 12 * part,
         activations=activations(recipe, value),
         buffers=buffers(recipe, dense, experts, part, world, stage, value),
     )
@@ -156,9 +155,10 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
 
     d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
 
-        stage 0     v min(2^24, max(d, e))          copies of dense, then of expert gradients
-                    4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32
-        stages 1, 2 v min(b, d + e) + 4 p           the bucket; float32 gradients of the rank's own part
+        stage 0     4 min(2^24, max(d, e))          copies of dense, then of expert gradients
+        stages 1, 2 4 min(b, d + e) + 4 p           the bucket; gradients of the rank's part, in one tensor
+        stage 2     2 min(b, d + e)                 in bfloat16: the bucket, and float32 copies
+                    + 4 min(b, max(d, e))           of its dense, then of its expert gradients
 
     A stage-0 bucket holds at least one whole gradient: if that is more, V H / t values or as many as a
     method's largest parameter. On a GPU the bucket of stages 1 and 2 always takes all its b values. Rows in
@@ -170,7 +170,10 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
             [largest, *(method.largest(recipe.model, recipe.languages) for method in recipe.model.methods)]
         )
         copies = min(max(STAGE_0_BUCKET, largest), max(dense, experts)) if world > 1 else 0
-        return value * copies if value == 4 else 4 * (copies + dense + experts)
+        return 4 * copies
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     bucket = int(config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
-    return value * min(bucket, dense + experts) + 4 * part
+    full = min(bucket, dense + experts)
+    if stage == 2 and value == 2:
+        return value * full + 4 * min(bucket, max(dense, experts))
+    return 4 * (full + part)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
-from lsmoe_ds.config.deepspeed import HALF
+from lsmoe_ds.config import deepspeed
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.groups import with_listed_groups
@@ -218,12 +218,9 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
     world = lcm(tensor, expert) if world is None else world
     check_layout(recipe, world)
-    config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
-    half = any(config.get(kind, {}).get("enabled") for kind in HALF)
-    # A single rank in float32 always runs stage 0, whatever the recipe says: see
-    # training.engine.engine_config.
-    stage = 0 if world == 1 and not half else int(config.get("zero_optimization", {}).get("stage", 0))
-    precision = "bfloat16" if half else "float32"
+    config = deepspeed.complete(recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}, world)
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    precision = "float32" if deepspeed.precision(config) is None else "bfloat16"
     parts = Parts.of(recipe)
     found = exchanges(recipe, VALUE_BYTES[precision])
     homes = any(each.rows_home is not None for each in found)
@@ -248,7 +245,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
             memory(recipe, world, stage, precision)
             for precision in VALUE_BYTES
             for stage in STAGES
-            if recipe.model.huggingface is None
+            if recipe.model.huggingface is None and (precision == "float32" or stage > 0)
         ],
         exchanges=found,
         step_bytes=step_bytes(recipe, found, world),

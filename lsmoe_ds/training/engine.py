@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from lsmoe_ds.config.deepspeed import HALF, STAGE_0_BUCKET
+from lsmoe_ds.config.deepspeed import HALF, STAGE_0_BUCKET, complete, precision
 from lsmoe_ds.config.layout import accumulation_steps
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Batch, Step
@@ -42,23 +42,20 @@ class StepResult:
     """What one optimizer step computed, over all ranks."""
 
     metrics: dict[str, float]  # per-token means of the objective's losses, and what each method measures
-    grad_norm: float | None  # before clipping
+    grad_norm: float | None  # before clipping; None of a skipped step
     learning_rate: float
     exchanged: dict[str, Traffic]  # of each side, to and from its experts, summed over all ranks
     totals: Totals = field(default_factory=dict)
+    skipped: bool = False  # the gradients have overflowed float16, and the weights are as before
 
     @property
     def loss(self) -> float:
         return self.metrics["loss"]
 
 
-def check_precision(recipe: Recipe) -> str | None:
-    """Return "bf16" or "fp16", whichever the recipe enables, or None for float32.
-
-    Raises UserError if this machine cannot train in it.
-    """
-    given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
-    half = next((kind for kind in HALF if given.get(kind, {}).get("enabled")), None)
+def check_precision(recipe: Recipe) -> None:
+    """Raise UserError if this machine cannot train in the numbers that the recipe enables."""
+    half = precision(recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {})
     if half is not None and not compat.trains_in(half):
         device, other = (
             "GPU" if torch.cuda.is_available() else "CPU",
@@ -68,18 +65,13 @@ def check_precision(recipe: Recipe) -> str | None:
             f"the DeepSpeed configuration enables '{half}', in which this machine's {device} cannot train: "
             f"enable '{other}', or neither, which is float32"
         )
-    return half
 
 
 def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     """Return the recipe's DeepSpeed configuration, completed by what the recipe itself decides."""
-    given = dict(recipe.deepspeed) if isinstance(recipe.deepspeed, dict) else {}
-    half = check_precision(recipe)
-    if topology.world == 1 and half is None:
-        # One rank has nothing to partition, and ZeRO's copies would cost it a third of its speed.
-        given["zero_optimization"] = {"stage": 0}
+    check_precision(recipe)
     return {
-        **given,
+        **complete(recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}, topology.world),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation_steps(recipe, topology.data),
         "gradient_clipping": clipping_limit(recipe),
@@ -106,7 +98,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     )
     try:
         layout = compat.ModelParallelUnit()
-        with compat.knowing_what_trains(optimizer):
+        with compat.building(optimizer):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
     except ValidationError as error:  # of a section that is a pydantic model
         wrong = error.errors()[0]
@@ -171,7 +163,8 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
 
     The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary
     losses are computed over all routed tokens of the step, so none depends on how the step was cut into
-    micro-batches and ranks. Raises NonFinite before a broken gradient reaches the weights.
+    micro-batches and ranks. Raises NonFinite before a broken gradient reaches the weights, but for a gradient
+    that overflows float16: that step is skipped, and DeepSpeed lowers the loss scale.
     """
     rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
     for group in engine.optimizer.param_groups:
@@ -217,14 +210,14 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     total = math.fsum(found.values())
     if not math.isfinite(total):
         raise NonFinite(f"the loss is {total}")
-    if topology.world == 1:
+    if topology.world == 1 and not engine.zero_optimization():  # ZeRO has zeros of its own
         _fill_in_gradients(model)
     engine.step()
-    norm = engine.get_global_grad_norm()
-    norm = None if norm is None else float(norm)
+    skipped = engine.fp16_enabled() and not engine.was_step_applied()
+    norm = None if skipped else float(engine.get_global_grad_norm())
     if norm is not None and not (math.isfinite(norm) and norm >= 0):
         raise NonFinite("the gradient norm is not finite")
-    return StepResult(measured, norm, rate, _take_traffic(model, topology), totals)
+    return StepResult(measured, norm, rate, _take_traffic(model, topology), totals, skipped)
 
 
 @torch.no_grad()

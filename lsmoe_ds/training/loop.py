@@ -36,8 +36,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     whatever layout. Without one, begin with the weights of ``training.start_from``, or with random ones.
 
     Killed at any instant and started again in the same layout, it ends with the same losses and weights, to
-    the bit. Returns None after the last step; asked to stop (see :mod:`lsmoe_ds.interrupt`), it saves and
-    returns the signal.
+    the bit (on GPUs if ``training.deterministic``). Returns None after the last step; asked to stop (see
+    :mod:`lsmoe_ds.interrupt`), it saves and returns the signal.
     """
     training, data = recipe.training, recipe.data
     prepared = PreparedData.of(recipe)
@@ -129,6 +129,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 f"{interrupt.name_of(asked)} before step {done + 1}: nothing new to save; the same command "
                 "resumes"
             )
+        skipped = 0  # steps in a row up to here
         for number in range(done + 1, done + 1 if asked else training.steps + 1):
             beat(f"in step {number}")
             step = next(stream)
@@ -136,13 +137,21 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 result = train_step(engine, step, number, recipe, topology)
             except NonFinite as error:
                 directions = ", ".join(str(languages.directions[i]) for i in step.directions)
-                saver.finish()
-                last = list_checkpoints(run)
-                saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
                 raise SharedError(
-                    f"step {number}: {error}; the directions in the batch: {directions}; {saved}"
+                    f"step {number}: {error}; the directions in the batch: {directions}; {_last(saver)}"
                 ) from None
             monitor.after_step(number, step, result)
+            skipped = skipped + 1 if result.skipped else 0
+            if skipped:
+                scale = f"the loss scale is now {compat.loss_scale(engine):g}"
+                monitor.say(f"step {number} is skipped: its gradients overflow float16; {scale}")
+                if skipped > training.max_skipped:
+                    raise SharedError(
+                        f"step {number}: gradients overflow float16 in {counted(skipped, 'step')} in a row, "
+                        f"and training.max_skipped is {training.max_skipped}; {scale}: train in bf16 or "
+                        "float32, or with a lower training.learning_rate, or, while the scale is still high, "
+                        f"allow more; {_last(saver)}"
+                    )
             asked = interrupt.agreed(topology)
             begun = time.perf_counter()
             last_step = number == training.steps
@@ -170,6 +179,13 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 break
     engine.destroy()
     return None if last_step else asked
+
+
+def _last(saver: checkpoints.Saver) -> str:
+    """Finish what is being saved, and say which checkpoint is the last. Called by every rank."""
+    saver.finish()
+    last = list_checkpoints(saver.run)
+    return f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
 
 
 def _describe_validation(recipe: Recipe, prepared: PreparedData) -> str:

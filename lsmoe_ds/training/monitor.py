@@ -33,7 +33,8 @@ class Monitor:
 
     def __init__(self, run: Path, steps: int, every: int, main: bool, world: int = 1) -> None:
         self.run, self.steps, self.every, self.main, self.world = run, steps, every, main, world
-        self.sums: dict[str, float] = {"weight": 0.0}  # target tokens; by name, metrics times target tokens
+        # Target tokens, and skipped steps; by name, metrics times target tokens.
+        self.sums: dict[str, float] = {"weight": 0.0, "skipped": 0.0}
         self.tokens, self.since = 0, time.perf_counter()
         self.exchanged = {side: Traffic() for side in SIDES}
         self.away, self.steps_in_window = 0, 0
@@ -93,6 +94,7 @@ class Monitor:
 
     def after_step(self, number: int, step: Step, result: StepResult) -> None:
         self.sums["weight"] += step.target_tokens
+        self.sums["skipped"] += result.skipped
         for name, value in result.metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * step.target_tokens
         self.tokens += step.source_tokens + step.target_tokens
@@ -120,6 +122,7 @@ class Monitor:
             # per step that a task-affine stream could not assign to the rank of their experts.
             **self._exchange(seconds),
             "away": self.away / self.steps_in_window,
+            **({"skipped": int(self.sums["skipped"])} if self.sums["skipped"] else {}),
         }
         self.exchanged = {side: Traffic() for side in SIDES}
         self.away, self.steps_in_window = 0, 0

@@ -25,6 +25,7 @@ from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import locked
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
+from lsmoe_ds.launch.determinism import make_deterministic
 from lsmoe_ds.launch.membership import Membership, find
 from lsmoe_ds.launch.memory import keep_large_blocks
 from lsmoe_ds.model.build import outline
@@ -98,6 +99,8 @@ def train(recipe: Recipe, run: Path, processes: int | None) -> int:
     lost.
     """
     membership = find(os.environ)
+    if recipe.training.deterministic:
+        make_deterministic()
     if recipe.model.needs_groups:
         recipe = _with_listed_groups(recipe)
     if membership.is_alone:
