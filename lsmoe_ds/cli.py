@@ -17,19 +17,14 @@ from lsmoe_ds.cli_evaluate import compare, evaluate, score
 from lsmoe_ds.cli_options import (
     NPROC,
     AsJson,
-    Beam,
-    InOneWord,
-    LengthPenalty,
     Out,
     Overrides,
     PartOption,
     RecipeFile,
-    Route,
     Run,
-    direction_of,
 )
-from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table, standard_input
-from lsmoe_ds.errors import UserError
+from lsmoe_ds.cli_translate import label, translate
+from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table
 
 ABOUT = "Train mixture-of-experts translation models on DeepSpeed, and extract small dense models from them."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -155,47 +150,8 @@ def train(
     raise typer.Exit(status)
 
 
-for verb in (evaluate, score, compare):
+for verb in (evaluate, score, compare, translate, label):
     app.command()(verb)
-
-
-@app.command()
-def translate(
-    run: Run,
-    source: Annotated[
-        str | None, typer.Option("--from", metavar="LANGUAGE", help="Language of the input.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")
-    ] = None,
-    direction: InOneWord = None,
-    beam: Beam = 5,
-    length_penalty: LengthPenalty = 1.0,
-    route: Route = "specific",
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="torch|ctranslate2",
-            help="By default ctranslate2 for a folder converted to it, otherwise torch.",
-        ),
-    ] = None,
-) -> None:
-    """Translate standard input to standard output, line by line, as lines come; both are UTF-8. An empty line
-    stays empty.
-    """
-    chosen = direction_of(direction, source, target, "--to")
-    if chosen is None:
-        raise UserError("name the languages: --from en --to de, or --direction en-de")
-    text = standard_input()
-    from lsmoe_ds.export.engine import load_engine
-    from lsmoe_ds.inference.engine import find_direction
-    from lsmoe_ds.inference.stream import read_chunks
-    from lsmoe_ds.inference.translate import translate_chunks
-
-    loaded = load_engine(run, route, engine, chosen)
-    chosen = find_direction(loaded, chosen)
-    for line in translate_chunks(loaded, chosen, read_chunks(text), beam, length_penalty):
-        print(line, flush=True)
 
 
 app.command()(convert)

@@ -235,7 +235,7 @@ def model_card(
         words |= adapter_card.words(adapters, given, provenance)
     uses = USES
     if recipe.model.task != "translate":
-        uses = USES | encoder_card.USES[recipe.model.task]
+        uses = USES | encoder_card.uses(recipe.model.task)
         words |= encoder_card.words(recipe)
     elif recipe.model.huggingface is not None and kind in host_card.USES:
         uses = USES | host_card.USES
