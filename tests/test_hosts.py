@@ -238,6 +238,18 @@ def test_subspaces_beside_all_linear_layers_of_a_host(hosts, tmp_path):
     assert pruned == {"gate"} and len({each["linear"] for each in records}) == 7
 
 
+def test_a_sublayer_with_linear_layers_of_other_names_has_no_matrices(tmp_path):
+    """Rather than half of them without a word."""
+    host = write_host(tmp_path / "Starcoder2", "Starcoder2")  # whose feed-forward is c_fc and c_proj
+    assert host_recipe(tmp_path, host, rank=2, index="target", at="attention")
+    with pytest.raises(
+        ValueError, match=r"'low_rank' names the feed_forward .* mlp.c_fc is of no known kind"
+    ):
+        host_recipe(tmp_path, host, rank=2, index="target", at="all")
+    with pytest.raises(ValueError, match=r"the linear layers of the Phi3ForCausalLM in .* are not known"):
+        host_recipe(tmp_path, write_host(tmp_path / "Phi3", "Phi3", pad_token_id=0))
+
+
 def test_prompts(hosts):
     tokenizer = HostTokenizer.load(hosts["Llama"] / "tokenizer.json")
     form = Prompts.of(LANGUAGES, tokenizer, Prompt(text=TEXT, end=END))
