@@ -18,6 +18,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.grown import Likeness
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.lass.method import MaskedWeight, largest
@@ -177,3 +178,15 @@ def test_new_directions_of_a_grown_model_take_the_sub_network_of_their_target(tr
         for stored, direction in ((new, Direction("fr", "de")), (old, Direction("en", "de")))
     )
     assert torch.equal(after[name][one], before[name][other])
+
+
+def test_a_new_language_takes_the_sub_networks_of_the_one_that_is_named(trained, tmp_path):
+    more = ["data.languages=[de, fr, en, nl]"]
+    convert(trained[0], "grown", None, tmp_path / "grown", 0, overrides=more, like=Likeness(language="fr"))
+    old, new = find_model(trained[0]), find_model(tmp_path / "grown")
+    before, after = read_weights(old).tensors, read_weights(new).tensors
+    name = "encoder.0.attention.query_lass.mask"
+    for direction, like in (("en-nl", "en-fr"), ("nl-en", "fr-en")):
+        one = new.recipe.languages.direction_id(Direction.parse(direction))
+        other = old.recipe.languages.direction_id(Direction.parse(like))
+        assert torch.equal(after[name][one], before[name][other]), direction

@@ -216,3 +216,12 @@ class Method:
     def analyze(self, kind: str, weights: Tensors) -> Findings:
         """Return what a kind of :attr:`analyses` finds in the whole model's weights, by global name."""
         raise NotImplementedError
+
+
+def direction_like(new: str, known: Collection[str], like: str | None) -> str | None:
+    """Return the known direction that a new one is like: the same with the language ``like``, or the first
+    with the same target; None if there is none.
+    """
+    source, target = new.split("-")
+    alike = (each for each in known if each.endswith(f"-{target}"))
+    return next((each for each in (f"{source}-{like}", f"{like}-{target}", *alike) if each in known), None)
