@@ -274,6 +274,7 @@ class Runs:
             serving_one=planned.serving.whole.total,
             tokens_per_second=Spread.of(speeds),
             minutes=Spread.of(minutes),
+            serving_at_most=planned.serving_at_most,
         )
 
     def _progress(self, member: str, seed: int, alone: Direction | None) -> Progress:
