@@ -245,6 +245,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("no checkpoint", lambda: shutil.rmtree("run/checkpoints"), ["evaluate", "run"], "has no checkpoint yet"),
     ("unknown language", NOTHING, ["evaluate", "run", "--directions", "en-xx"], "language 'xx' is not in this system"),
     ("unknown direction", NOTHING, ["evaluate", "run", "--directions", "de-fr"], "direction de-fr is not in this system, so no held-out text of it is scored: --test FILES scores text of your own"),
+    ("unknown direction to merge", NOTHING, ["evaluate", "run", "--merge", "2", "--directions", "de-fr"], "direction de-fr is not in this system, so no held-out text of it is scored: --test FILES scores text of your own"),
     ("part 0", NOTHING, ["evaluate", "run", "--part", "0/8"], "'0/8' is no part: write I/N for the I-th of N, from 1 to N"),
     ("part beyond", NOTHING, ["evaluate", "run", "--part", "9/8"], "'9/8' is no part"),
     ("part of letters", NOTHING, ["evaluate", "run", "--part", "a/b"], "'a/b' is no part"),

@@ -22,10 +22,10 @@ from lsmoe_ds.evaluation.groups import resource_groups
 from lsmoe_ds.evaluation.labelled import readable, score_language
 from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.part import Part
-from lsmoe_ds.evaluation.parts import choose_directions
+from lsmoe_ds.evaluation.parts import check_held_out, choose_directions
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import BEAM, PENALTY, ScoreTable
-from lsmoe_ds.evaluation.texts import OWN, Texts, check_split, read_held_out, read_own, tell_skipped
+from lsmoe_ds.evaluation.texts import Texts, check_split, read_held_out, read_own, tell_skipped
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, say_untrained
@@ -85,9 +85,7 @@ def evaluate(
             with_direction(stored.recipe, stored.kind, direction)
         elif direction not in stored.recipe.languages.directions:
             check_direction(stored.recipe, stored.kind, direction)  # raises if no text could be scored
-            raise UserError(
-                f"direction {direction} is not in this system, so no held-out text of it is scored: {OWN}"
-            )
+            check_held_out([direction], stored.recipe.languages)
     data = None if test else held_out or open_data(stored)
     whole = read_held_out(data, split, asked) if data else read_own(test, split, asked)
     folder = ScoreFolder(Path(out) if out is not None else stored.home)
