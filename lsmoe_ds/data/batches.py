@@ -61,6 +61,11 @@ class Batch:
         names = (field.name for field in fields(self))  # type: ignore[arg-type]
         return type(self)(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
+    def pinned(self) -> Self:
+        """Return the same in pinned memory."""
+        names = (field.name for field in fields(self))  # type: ignore[arg-type]
+        return type(self)(**{name: getattr(self, name).pin_memory() for name in names})
+
     def silent(self) -> Self:
         """Return the same without labels: it counts for nothing."""
         return replace(self, labels=torch.full_like(self.labels, self.ignored))  # type: ignore[type-var]
@@ -165,6 +170,10 @@ class Step:
     directions: list[int]
     away: int = 0
     given_tokens: int = 0
+
+    def pinned(self) -> Step:
+        """Return the same with the batches in pinned memory."""
+        return replace(self, batches=[batch.pinned() for batch in self.batches])
 
 
 @dataclass(frozen=True, eq=False)
