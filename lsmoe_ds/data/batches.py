@@ -48,6 +48,11 @@ class Batch:
         raise NotImplementedError
 
     @property
+    def source_read(self) -> torch.Tensor:
+        """Where a real token [B, T] of a source stands."""
+        raise NotImplementedError
+
+    @property
     def target_tokens(self) -> int:
         """Number of labels that are learned."""
         return int((self.labels != self.ignored).sum())
@@ -127,6 +132,10 @@ class PairBatch(Batch):
     def read(self) -> torch.Tensor:
         return self.decoder_input != PAD
 
+    @property
+    def source_read(self) -> torch.Tensor:
+        return self.source != PAD
+
 
 @dataclass(frozen=True)
 class SequenceBatch(Batch):
@@ -151,6 +160,10 @@ class SequenceBatch(Batch):
     @property
     def read(self) -> torch.Tensor:
         return self.labels != IGNORED
+
+    @property
+    def source_read(self) -> torch.Tensor:
+        return self.real > 0
 
 
 @dataclass(frozen=True)
