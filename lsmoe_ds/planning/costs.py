@@ -112,12 +112,12 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
     ``data.batch``, times how often each token is routed, times :meth:`Exchange.token_bytes`, plus the counts:
     all tensor-parallel peers dispatch each of the ``count`` micro-batches. If a rank has several
     micro-batches per step and a router or a method counts by hidden states, one more forward pass computes
-    these counts ahead of the step.
+    these counts ahead of the step, unless ``training.auxiliary_over`` is micro-batch.
     """
     batch, tensor, model = recipe.data.batch, recipe.parallel.tensor, recipe.model
     reads = any(method.reads_states for method in model.methods)
     reads = reads or any(moe.routing in ("token", "sentence") for _, _, moe in model.moe_layers())
-    ahead = reads and batch.count * tensor > world
+    ahead = reads and batch.count * tensor > world and recipe.training.auxiliary_over == "step"
     each_token = [
         each.routed * each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes)
         for each in found
