@@ -23,6 +23,7 @@ from lsmoe_ds.cli_options import (
     RecipeFile,
     Run,
 )
+from lsmoe_ds.cli_plan import plan
 from lsmoe_ds.cli_translate import label, translate
 from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table
 
@@ -91,29 +92,7 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson =
         show_table(shown.table())
 
 
-@app.command()
-def plan(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    world: Annotated[
-        int | None,
-        typer.Option("--world", min=1, help="Processes to plan for; by default as few as the layout needs."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
-    from lsmoe_ds.checkpoint.run_folder import choose_run
-    from lsmoe_ds.config.file import load_recipe
-    from lsmoe_ds.config.host import tell_missing_weights
-    from lsmoe_ds.planning.plan import plan as make_plan
-
-    loaded = load_recipe(recipe, overrides or ())
-    made = make_plan(loaded, world)
-    tell_missing_weights(loaded.model.huggingface)
-    if as_json:
-        print_json({"run": str(choose_run(recipe, loaded, None)), **made.to_dict()})
-    else:
-        show_table(made.table())
+app.command()(plan)
 
 
 @app.command()

@@ -28,6 +28,8 @@ from lsmoe_ds.notices import counted, listed
 class Training(Section):
     """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
     match one of the glob patterns. ``directions`` are those of the data that train, by default all.
+    ``auxiliary_over`` says over which tokens the auxiliary losses of methods are computed: all of a step, or
+    those of a micro-batch of all ranks, and then averaged.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"clip": "max_grad_norm", "patience": "hang_timeout"}
@@ -43,6 +45,7 @@ class Training(Section):
     attention_dropout: Fraction = 0.0
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    auxiliary_over: Literal["step", "micro-batch"] = "step"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     log_every: Positive = 20
     validate_every: Annotated[int, Field(ge=0)] = 0

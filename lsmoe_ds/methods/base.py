@@ -199,8 +199,11 @@ class Method:
         """
         return {}
 
-    def sums(self, notes: Sequence[Any]) -> dict[str, float]:
-        """Return further numbers of a micro-batch, by name, to be summed over the step."""
+    def sums(self, notes: Sequence[Any]) -> dict[str, Tensor | float]:
+        """Return further numbers of a micro-batch, by name, to be summed over the step.
+
+        A tensor is better than a number for which the device must be waited for.
+        """
         return {}
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:

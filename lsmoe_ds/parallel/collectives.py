@@ -64,7 +64,7 @@ def _exchange(
 
 
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
-    """Send one integer of ``counts`` [R] to each rank; return the one received from each rank [R]."""
+    """Send one row of integers ``counts`` [R, ...] to each rank; return those received [R, ...]."""
     ones = [1] * counts.shape[0]
     return _exchange(counts, ones, ones, group, traffic)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import logging
 import os
 import warnings
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.imports import quick_import
 
+LARGEST_GROUP = 178_956_971  # values of experts in a group of several layers: DeepSpeed's own limit
 Unpack = Callable[[Any, object], Any]
 
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
@@ -321,13 +323,34 @@ def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
 def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return groups of the parameters that train, as DeepSpeed wants them: those of experts apart, under the
     name of their process groups.
+
+    DeepSpeed flattens each group into one buffer, and would cut the experts into groups of at most
+    :data:`LARGEST_GROUP` values wherever that ends. Here no group ends within a layer: its experts lie in
+    one buffer, at equal distances, and a grouped product reads them without a copy.
     """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    both = {"params": parameters, "name": "parameters"}
-    groups = split_params_into_different_moe_groups_for_optimizer(both)
-    return [group for group in groups if group["params"]]
+    layers = {
+        parameter: name.partition(".deepspeed_moe.")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    both = {"params": list(layers), "name": "parameters"}
+    groups = split_params_into_different_moe_groups_for_optimizer(both, max_group_size=None)
+    found = []
+    for group in groups:
+        parts: list[list[torch.nn.Parameter]] = [[]]
+        for _, of_layer in itertools.groupby(group["params"], layers.__getitem__):
+            layer = list(of_layer)
+            if parts[-1] and group.get("moe") and _values(parts[-1]) + _values(layer) > LARGEST_GROUP:
+                parts.append([])
+            parts[-1] += layer
+        found += [{**group, "params": part} for part in parts if part]
+    return found
+
+
+def _values(parameters: list[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:

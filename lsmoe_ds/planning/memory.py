@@ -109,12 +109,10 @@ def activations(recipe: Recipe, value: int) -> int:
         feed-forward        3 H + F / t
         experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
-        output layer        H + 3 V / t float32  per target token: log-probabilities, and two more at their
-                                                 gradient
+        output layer        H + V / t            per target token: the gradient takes the place of the logits
         methods                                  see each method's ``values``
 
-    If both routes are trained, everything counts twice, except that the output layer stores only V / t
-    float32, because the gradient overwrites the logits. On the shared route a feed-forward takes the place of
+    If both routes are trained, everything counts twice. On the shared route a feed-forward takes the place of
     the experts from which it is distilled. Attention probabilities are not stored:
     ``scaled_dot_product_attention`` recomputes them (with ``training.attention_dropout`` on a CPU it stores
     them).
@@ -126,7 +124,8 @@ def activations(recipe: Recipe, value: int) -> int:
     """
     model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
     norm = (2 + (recipe.training.dropout > 0)) * hidden  # in and out of a norm, and dropout's mask
-    found: dict[SideName, float] = {"encoder": norm, "decoder": norm + hidden}
+    output = hidden + recipe.data.vocabulary.size / tensor
+    found: dict[SideName, float] = {"encoder": norm, "decoder": norm + output}
     for site in shapes_of(model):
         side = model.encoder if site.side == "encoder" else model.decoder
         if isinstance(site, SublayerShape):
@@ -140,9 +139,7 @@ def activations(recipe: Recipe, value: int) -> int:
         here = [method for method in model.methods if method.is_at(site)]
         found[site.reads] += sum(method.values(site, tensor) for method in here)
     twice = passes(recipe)
-    logits = 3 if twice == 1 else 1
-    floats = logits * recipe.data.vocabulary.size / tensor
-    floats += sum(
+    floats = sum(
         2 * moe.experts * model.routed(moe) / twice
         for _, _, moe in model.moe_layers()
         if moe.routing == "token"

@@ -171,7 +171,8 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
 
     The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary
     losses are computed over all routed tokens of the step, so none depends on how the step was cut into
-    micro-batches and ranks. Raises NonFinite before a broken gradient reaches the weights.
+    micro-batches and ranks; unless ``training.auxiliary_over`` is micro-batch. Raises NonFinite before a
+    broken gradient reaches the weights.
     """
     rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
     for group in engine.optimizer.param_groups:
@@ -182,12 +183,18 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     for method in model.methods:
         if masks := method.before_step(model, number, recipe.training.steps):
             zero_out(engine, masks)
-    totals = _totals_ahead(model, batches, topology) if len(batches) > 1 else None
+    apart = len(batches) > 1 and recipe.training.auxiliary_over == "micro-batch"
+    totals = _totals_ahead(model, batches, topology) if len(batches) > 1 and not apart else None
+    counted: list[Totals] = []
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
         result: Losses = engine(*batch.inputs)
-        if totals is None:
-            totals = _over_data_ranks(model.count(result.notes), topology)
+        of, over = size, totals
+        if apart:
+            of, over = _of_micro_batch(batch, model.count(result.notes), topology)
+            counted.append(over)
+        elif over is None:
+            over = totals = _over_data_ranks(model.count(result.notes), topology)
         of_tokens = {"loss": result.loss, "nll": result.nll, **result.further}
         loss = sum(result.further.values(), start=result.loss) / step.target_tokens
         parts: dict[str, Tensor | float] = {
@@ -195,7 +202,9 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
         }
         for method in model.methods:
             notes = result.notes.get(method.name, [])
-            auxiliary = method.losses(notes, totals[method.name], size)
+            auxiliary = method.losses(notes, over[method.name], of)
+            if apart:
+                auxiliary = {name: each / len(batches) for name, each in auxiliary.items()}
             for each in auxiliary.values():
                 loss = loss + each
             parts |= {name: each.detach() for name, each in auxiliary.items()}
@@ -209,6 +218,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
             )
         if i + 1 < len(batches):
             engine.step()  # counts the micro-batch
+    totals = _sum(counted) if apart else totals
     assert totals is not None
     found = _sum_over_data_ranks(sums, topology)
     measured = {name: found[name] for name in of_tokens}
@@ -261,11 +271,23 @@ def _totals_ahead(model: Model, batches: list[Batch], topology: Topology) -> Tot
     state = compat.random_state(topology.tensor)
     found = [model.totals_ahead(*batch.inputs) for batch in batches]
     compat.restore_random_state(state, topology.tensor)
-    sums = {
-        name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in found), strict=True)]
-        for name in found[0]
+    return _over_data_ranks(_sum(found), topology)
+
+
+def _sum(parts: list[Totals]) -> Totals:
+    return {
+        name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in parts), strict=True)]
+        for name in parts[0]
     }
-    return _over_data_ranks(sums, topology)
+
+
+def _of_micro_batch(batch: Batch, own: Totals, topology: Topology) -> tuple[StepSize, Totals]:
+    """Return the size and the totals of the micro-batches that all ranks compute at once."""
+    read = torch.stack([batch.source_read.sum(), batch.read.sum()])
+    totals = _over_data_ranks({**own, "size": [read]}, topology)
+    (read,) = totals.pop("size")
+    source, target = read.tolist()
+    return StepSize(source, target), totals
 
 
 def _over_data_ranks(totals: Totals, topology: Topology) -> Totals:

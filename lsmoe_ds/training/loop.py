@@ -16,6 +16,7 @@ from lsmoe_ds.data.assignment import affinity
 from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.forms import form_of
+from lsmoe_ds.data.prefetching import Prefetched
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.directions import Direction
@@ -102,6 +103,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     with (
         Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
         checkpoints.Saver(run, topology, training.keep, training.keep_best, frozen) as saver,
+        Prefetched(stream) as steps,
     ):
         monitor.start(done, window)
         for complaint in complaints:
@@ -131,7 +133,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             )
         for number in range(done + 1, done + 1 if asked else training.steps + 1):
             beat(f"in step {number}")
-            step = next(stream)
+            step = next(steps)
             try:
                 result = train_step(engine, step, number, recipe, topology)
             except NonFinite as error:
@@ -155,7 +157,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                     )
                 monitor.record_dev_loss(number, losses)
             if number % training.checkpoint_every == 0 or last_step or asked:
-                position = {"stream": stream.state_dict(), "window": monitor.state_dict()}
+                position = {"stream": steps.state_dict(), "window": monitor.state_dict()}
                 beat(f"saving step {number}")
                 saving = time.perf_counter()
                 saver.save(engine, number, position, losses.get("dev_loss"))
