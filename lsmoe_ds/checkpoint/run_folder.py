@@ -48,6 +48,7 @@ MAY_CHANGE = {
     "deepspeed.zero_optimization",
     "training.steps",
     "training.log_every",
+    "training.peak_flops",
     "training.validate_every",
     "training.validate_pairs",
     "training.checkpoint_every",

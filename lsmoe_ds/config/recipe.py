@@ -45,6 +45,7 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     log_every: Positive = 20
+    peak_flops: Annotated[float, Field(gt=0.0)] | None = None
     validate_every: Annotated[int, Field(ge=0)] = 0
     validate_pairs: Positive | None = None
     checkpoint_every: Positive = 500

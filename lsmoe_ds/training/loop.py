@@ -29,6 +29,7 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
 from lsmoe_ds.training.monitor import Monitor
 from lsmoe_ds.training.start_from import added_methods, starting_weights
+from lsmoe_ds.training.throughput import Throughput, peak_of
 
 
 def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
@@ -99,8 +100,11 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             if method.name in added
         ]
     last_step = done >= training.steps
+    throughput = Throughput(recipe, topology.world, peak_of(recipe, topology)) if topology.is_main else None
     with (
-        Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
+        Monitor(
+            run, training.steps, training.log_every, topology.is_main, topology.world, throughput
+        ) as monitor,
         checkpoints.Saver(run, topology, training.keep, training.keep_best, frozen) as saver,
     ):
         monitor.start(done, window)
