@@ -17,6 +17,7 @@ from lsmoe_ds.cli_evaluate import compare, evaluate, score
 from lsmoe_ds.cli_options import (
     NPROC,
     AsJson,
+    AverageOption,
     Beam,
     InOneWord,
     LengthPenalty,
@@ -172,6 +173,7 @@ def translate(
     beam: Beam = 5,
     length_penalty: LengthPenalty = 1.0,
     route: Route = "specific",
+    average: AverageOption = "1",
     engine: Annotated[
         str | None,
         typer.Option(
@@ -187,12 +189,13 @@ def translate(
     if chosen is None:
         raise UserError("name the languages: --from en --to de, or --direction en-de")
     text = standard_input()
+    from lsmoe_ds.checkpoint.averages import read_average
     from lsmoe_ds.export.engine import load_engine
     from lsmoe_ds.inference.engine import find_direction
     from lsmoe_ds.inference.stream import read_chunks
     from lsmoe_ds.inference.translate import translate_chunks
 
-    loaded = load_engine(run, route, engine, chosen)
+    loaded = load_engine(run, route, engine, chosen, read_average(average))
     chosen = find_direction(loaded, chosen)
     for line in translate_chunks(loaded, chosen, read_chunks(text), beam, length_penalty):
         print(line, flush=True)

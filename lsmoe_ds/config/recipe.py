@@ -34,6 +34,14 @@ class EarlyStopping(Section):
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
 
 
+class Ema(Section):
+    """Keep an exponential moving average of the weights, in which each step has ``decay`` times the share of
+    the next.
+    """
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+
+
 class Training(Section):
     """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
     match one of the glob patterns. ``directions`` are those of the data that train, by default all.
@@ -52,6 +60,7 @@ class Training(Section):
     attention_dropout: Fraction = 0.0
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    ema: Ema | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     log_every: Positive = 20
     peak_flops: Annotated[float, Field(gt=0.0)] | None = None

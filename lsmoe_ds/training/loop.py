@@ -26,6 +26,7 @@ from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.ema import update_ema
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
 from lsmoe_ds.training.monitor import Monitor
 from lsmoe_ds.training.start_from import added_methods, starting_weights
@@ -154,6 +155,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 raise SharedError(
                     f"step {number}: {error}; the directions in the batch: {directions}; {saved}"
                 ) from None
+            if training.ema is not None:
+                update_ema(engine, training.ema.decay, number)
             monitor.after_step(number, step, result)
             asked = interrupt.agreed(topology)
             begun = time.perf_counter()
