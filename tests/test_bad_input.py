@@ -213,6 +213,8 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("clipping twice", recipe(lambda r: r.update(deepspeed={"gradient_clipping": 1})), TRAIN, "which the recipe decides by training.max_grad_norm"),
     ("--set without value", NOTHING, ["train", "good.yaml", "--set", "training.steps"], "write --set a.b=value"),
     ("--set of nothing known", NOTHING, ["train", "good.yaml", "--set", "training.step=3"], "(did you mean 'steps'?)"),
+    ("stopping by what is not measured", recipe(lambda r: r["training"].update(early_stopping={"patience": 2})), TRAIN, "counts validations, but 'training.validate_every' is 0"),
+    ("patience of nothing", recipe(lambda r: r["training"].update(early_stopping={"patience": 0}, validate_every=1)), TRAIN, "'training.early_stopping.patience' should be at least 1, found 0"),
     # corpora
     ("unknown source", NOTHING, ["data", "fetch", "djagno"], "djagno"),
     ("corpus not fetched", recipe(lambda r: r["data"].update(corpora=["django"])), PREPARE, "django"),

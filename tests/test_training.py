@@ -92,6 +92,7 @@ def records(run: Path, with_bytes: bool = False) -> list[dict]:
     left_out = (
         "seconds",
         "tokens_per_second",
+        "tflops_per_rank",
         "exchange_share",
         *(() if with_bytes else ("exchanged_bytes",)),
     )

@@ -21,7 +21,7 @@ from lsmoe_ds.folders import checker, is_count, is_plain, read_fields
 from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 
-VALUES = "values"  # beside the optimizer's own names: the float32 values that it steps
+VALUES = "values"  # beside the optimizer's own names, and EMA: the float32 values that it steps
 PIECES = re.compile(r"pieces-rank-\d+\.json")
 STATE, STEM = "state.json", "optimizer"  # of a consolidated folder
 
@@ -133,7 +133,19 @@ class Pieces:
             )
         return next(iter(self.steps))
 
-    def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    @property
+    def file_names(self) -> list[str]:
+        """List the files that hold the state."""
+        found = {
+            place.file.name
+            for parts in self.places.values()
+            for places in parts.values()
+            for place in places.values()
+        }
+        return sorted(found)
+
+    def whole(self, name: str, shape: tuple[int, ...], only: str | None = None) -> dict[str, Tensor]:
+        """Return the state of a parameter, or of it ``only`` the tensor of this name, if there is one."""
         parts, dimension = self.places.get(name, {}), self.partition.get(name)
         sizes = list(shape)
         if name in self.partition and parts:
@@ -141,7 +153,7 @@ class Pieces:
                 of = f"{counted(len(parts), 'part')} of the optimizer state of {name}"
                 raise UserError(f"the checkpoint is damaged: its {of} cannot make a whole")
             sizes[dimension] //= len(parts)
-        found = [self._part(name, parts[part], torch.Size(sizes)) for part in sorted(parts)]
+        found = [self._part(name, parts[part], torch.Size(sizes), only) for part in sorted(parts)]
         if not found:
             raise UserError(f"the checkpoint holds no optimizer state of {name}")
         if dimension is None:
@@ -152,7 +164,9 @@ class Pieces:
             )
         return {key: torch.cat([each[key] for each in found], dimension) for key in found[0]}
 
-    def _part(self, name: str, places: dict[int, _Place], shape: torch.Size) -> dict[str, Tensor]:
+    def _part(
+        self, name: str, places: dict[int, _Place], shape: torch.Size, only: str | None
+    ) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         filled = 0
         for _, place in sorted(places.items()):
@@ -165,6 +179,8 @@ class Pieces:
                 if holders is not None:
                     held[VALUES] = holders[place.number]
                 for key, value in held.items():
+                    if only not in (None, key):
+                        continue
                     whole = values.setdefault(key, torch.zeros(shape.numel()))
                     part = value.reshape(-1)[place.offset : place.offset + place.length]
                     whole[place.start : place.start + place.length] = part

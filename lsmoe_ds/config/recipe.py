@@ -25,6 +25,23 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
 
 
+class EarlyStopping(Section):
+    """End a training once ``patience`` validations in a row have not lowered the dev loss by more than
+    ``min_delta``.
+    """
+
+    patience: Positive
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class Ema(Section):
+    """Keep an exponential moving average of the weights, in which each step has ``decay`` times the share of
+    the next.
+    """
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+
+
 class Training(Section):
     """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
     match one of the glob patterns. ``directions`` are those of the data that train, by default all.
@@ -46,10 +63,13 @@ class Training(Section):
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     auxiliary_over: Literal["step", "micro-batch"] = "step"
+    ema: Ema | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     log_every: Positive = 20
+    peak_flops: Annotated[float, Field(gt=0.0)] | None = None
     validate_every: Annotated[int, Field(ge=0)] = 0
     validate_pairs: Positive | None = None
+    early_stopping: EarlyStopping | None = None
     checkpoint_every: Positive = 500
     keep: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 0
@@ -157,6 +177,11 @@ class Recipe(Section):
             raise ValueError(
                 f"'training.directions' names {wrong[0]}, which is not among 'data.directions': "
                 f"{listed(self.data.directions)}"
+            )
+        if self.training.early_stopping is not None and not self.training.validate_every:
+            raise ValueError(
+                "'training.early_stopping' counts validations, but 'training.validate_every' is 0: set it to "
+                "the steps between them"
             )
         for method in hidden.methods:
             method.check_languages(self.languages)

@@ -75,6 +75,7 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
         optimizer   8 (d + e)            stage 0 in float32: Adam's two float32 moments
                     12 (d + e)           stage 0 in bfloat16: also a float32 copy of the weights
                     12 p                 stages 1 and 2: DeepSpeed keeps such a copy even of a float32 model
+                    4 (d + e) or 4 p     beside, for the moving average of ``training.ema``
 
     :func:`activations` and :func:`buffers` compute the temporary memory.
     """
@@ -85,6 +86,8 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
     state = (8 if value == 4 else 12) * own if stage == 0 else 12 * part
+    if recipe.training.ema is not None:
+        state += 4 * (own if stage == 0 else part)
     return Memory(
         precision=precision,
         stage=stage,
