@@ -25,7 +25,7 @@ def plan(
         bool, typer.Option("--fit", help="Find the layouts that fit into --gpus, and their step time.")
     ] = False,
     gpus: Annotated[int | None, typer.Option(min=1, help="With --fit: how many GPUs.")] = None,
-    device: Annotated[str, typer.Option(help="With --fit: their kind, such as h100.")] = "h100",
+    device: Annotated[str, typer.Option(help="With --fit: their kind, such as A100.")] = "H100",
     memory: Annotated[
         str | None, typer.Option(help="With --fit: the memory of each, as in 80GB, if it is another.")
     ] = None,
@@ -68,9 +68,9 @@ def plan(
         else:
             show_table(made.table())
         return
-    if device not in DEVICES:
+    kinds = {name.lower(): kind for name, kind in DEVICES.items()}
+    if (kind := kinds.get(device.lower())) is None:
         raise UserError(f"--device is {device!r}, but known are {', '.join(DEVICES)}")
-    kind = DEVICES[device]
     if memory is not None:
         kind = replace(kind, memory=read_bytes("--memory", memory))
     found = find_fits(loaded, Cluster(gpus, node, kind, read_bytes("--network", network), efficiency))

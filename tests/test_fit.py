@@ -14,7 +14,7 @@ from lsmoe_ds.planning.devices import DEVICES, Device
 from lsmoe_ds.planning.fit import Cluster, estimate, find_fits
 from lsmoe_ds.planning.plan import plan
 
-SMALL = Device(memory=2e9, flops=1e12, memory_rate=1e11, link_rate=1e10)
+SMALL = Device(memory=2e9, memory_rate=1e11, link_rate=1e10, half=1e12, single=1e11)
 BIG = "recipes/papers/web-big-128.yaml"
 
 

@@ -13,8 +13,8 @@ from test_monitor import result
 from lsmoe_ds.data.batches import Step
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.arithmetic import flops
+from lsmoe_ds.planning.devices import DEVICES
 from lsmoe_ds.training import monitor as module
-from lsmoe_ds.training import throughput
 from lsmoe_ds.training.monitor import Monitor
 from lsmoe_ds.training.throughput import Throughput, Work, describe_rates, find_peak, peak_of
 
@@ -128,8 +128,6 @@ def test_records_and_lines_have_the_rates_of_their_own_steps(tmp_path, capsys):
 
 
 def test_every_known_device_is_found_by_its_own_row():
-    for name, half, full in throughput.PEAKS:
-        assert (find_peak(f"NVIDIA {name}", True), find_peak(f"NVIDIA {name}", False)) == (
-            1e12 * half,
-            1e12 * full,
-        )
+    for name, device in DEVICES.items():
+        found = find_peak(f"NVIDIA {name}", True), find_peak(f"NVIDIA {name}", False)
+        assert found == (device.half, device.single), name

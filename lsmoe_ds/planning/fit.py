@@ -222,7 +222,7 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
     stage = int(recipe.deepspeed["zero_optimization"]["stage"])  # type: ignore[index]
     stepped = dense / data + experts / replicas if stage else dense + experts
     return Times(
-        compute=operations / world / (cluster.device.flops * cluster.efficiency),
+        compute=operations / world / (cluster.device.half * cluster.efficiency),
         dispatch=sent * (outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate),
         tensor=summed / rates[tensor],
         gradients=reduced / rates[world],

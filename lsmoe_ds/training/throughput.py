@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,30 +11,9 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Step
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.arithmetic import Flops, flops
+from lsmoe_ds.planning.devices import find_device
 from lsmoe_ds.planning.trained import trains
 from lsmoe_ds.training.engine import check_precision
-
-# TFLOP/s of one GPU in 16 bits (bfloat16 or float16 with float32 sums) and in float32, from NVIDIA's data
-# sheets. These print the 16-bit figure with 2:4 sparsity, which is twice the dense one that stands here; in
-# float32 it is that of the CUDA cores. The first name that is a word of the device's name counts.
-PEAKS: tuple[tuple[str, float, float], ...] = (
-    ("GB200", 2500, 80),
-    ("B200", 2250, 75),
-    ("GH200", 989, 67),
-    ("H200 NVL", 835, 60),
-    ("H200", 989, 67),
-    ("H100 NVL", 835, 60),
-    ("H100 PCIe", 756, 51),
-    ("H100", 989, 67),  # SXM, whose name has no such word
-    ("A100", 312, 19.5),
-    ("A40", 149.7, 37.4),
-    ("L40S", 362, 91.6),
-    ("L40", 181, 90.5),
-    ("L4", 121, 30.3),
-    ("V100-PCIE", 112, 14),
-    ("V100", 125, 15.7),
-    ("T4", 65, 8.1),
-)
 
 
 @dataclass(frozen=True)
@@ -71,13 +49,9 @@ def find_peak(name: str, half: bool, tf32: bool = False) -> float | None:
     With ``tf32``, matrix products of float32 run at half the speed of 16 bits. None for a device that is not
     in the table, or a part of one (MIG).
     """
-    words = set(name.split())
-    if "MIG" in words:
+    if (device := find_device(name)) is None:
         return None
-    for known, in_half, in_float in PEAKS:
-        if re.search(rf"\b{known}\b", name):
-            return 1e12 * (in_half if half else in_half / 2 if tf32 else in_float)
-    return None
+    return device.half if half else device.half / 2 if tf32 else device.single
 
 
 def peak_of(recipe: Recipe, topology: Topology) -> float | None:
