@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,34 @@ def test_models_of_other_directions_or_sizes_are_refused(root, trained, tmp_path
         (tmp_path / "tuned" / direction).symlink_to(root / "tuned" / "en-de")
     with pytest.raises(UserError, match=r"tuned/de-en was trained on en-de, not on de-en alone"):
         start.check(with_lass(root, tuned=tmp_path / "tuned"), tmp_path / "run")
+
+
+def test_models_that_were_not_fine_tuned_from_the_start_are_refused(pool, root, trained, tmp_path):  # noqa: F811
+    """By the checksum that a run or folder has of the weights with which it began, if it has one."""
+    said = "the training of .*tuned/en-de began with {} of 'training.start_from', .*: fine-tune that model"
+    copied = shutil.copytree(root / "tuned", tmp_path / "tuned")
+    start.check(with_lass(root, tuned=copied), tmp_path / "good")
+    # Another base of the same shapes.
+    other = changed(recipe_from(root), training={"directions": ["en-de"], "steps": 1})
+    convert(root / "tuned" / "de-en", "consolidated", None, tmp_path / "start", check=0)
+    other.training.start_from = tmp_path / "start"
+    shutil.rmtree(copied / "en-de")
+    start.check(other, copied / "en-de")  # notes the checksum
+    train_in(pool, other, copied / "en-de", ONE[:4])
+    shutil.rmtree(tmp_path / "start")
+    with pytest.raises(UserError, match=said.format("other weights than those")):
+        start.check(with_lass(root, tuned=copied), tmp_path / "bad")
+    convert(copied / "en-de", "consolidated", None, tmp_path / "whole", check=0)
+    shutil.rmtree(copied / "en-de")
+    (tmp_path / "whole").rename(copied / "en-de")
+    with pytest.raises(UserError, match=said.format("other weights than those")):
+        start.check(with_lass(root, tuned=copied), tmp_path / "bad")
+    # No base at all.
+    new = changed(recipe_from(root), training={"directions": ["en-de"], "steps": 1, "start_from": None})
+    shutil.rmtree(copied / "en-de")
+    train_in(pool, new, copied / "en-de", ONE[:4])
+    with pytest.raises(UserError, match=said.format("new weights, not those")):
+        start.check(with_lass(root, tuned=copied), tmp_path / "bad")
 
 
 def test_a_training_may_start_from_sub_networks_of_the_same_ratio_alone(root, trained, tmp_path):  # noqa: F811

@@ -9,7 +9,8 @@ most), ``recipe.yaml``, ``vocabulary.model``, a model card ``README.md`` and ``p
 
 If methods were merged, ``merged`` describes them. In the kind "huggingface" ``padded_parameters`` counts also
 the zeros that fill narrower feed-forwards up. ``trained`` lists the directions of the run's training, and
-``started_from`` names the model with which that began, if it was not new.
+``started_from`` names the model with which that began, if it was not new, and ``start`` is a checksum of its
+weights.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lsmoe_ds.checkpoint.averages import EMA, Averaging
 from lsmoe_ds.checkpoint.m2m_100 import restore
 from lsmoe_ds.checkpoint.optimizer import Pieces, open_optimizer
 from lsmoe_ds.checkpoint.reading import read_checkpoint
-from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, step_of
+from lsmoe_ds.checkpoint.run_folder import FROZEN, START, list_checkpoints, step_of, weights_digest
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.host import HOST, PREFIX
@@ -120,6 +121,21 @@ def find_model(path: str | Path) -> Stored:
         noted = files.get(VOCABULARY) if isinstance(files, dict) else None
         check_vocabulary(found.home, noted.get("sha256") if isinstance(noted, dict) else None)
     return found
+
+
+def start_of(stored: Stored) -> str | None:
+    """Return the checksum of the weights with which a model's training began
+    (:func:`lsmoe_ds.checkpoint.run_folder.weights_digest`): empty if it was new, None if nobody knows.
+    """
+    if stored.kind == "sparse":
+        noted, folder = read_origin(stored.home).get(START), stored.recipe.training.start_from
+        if noted is None and folder is not None:
+            noted = weights_digest(folder)
+        return "" if folder is None else noted if isinstance(noted, str) else None
+    provenance = read_json(stored.home / PROVENANCE) or {}
+    if isinstance(noted := provenance.get(START), str):
+        return noted
+    return "" if "trained" in provenance and "started_from" not in provenance else None
 
 
 def read_weights(stored: Stored, average: Averaging = 1) -> Weights:
