@@ -101,6 +101,13 @@ def train(
     overrides: Overrides = None,
     processes: Annotated[int | None, typer.Option("--nproc", min=1, help=NPROC)] = None,
     out: Out = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="STEPS", help="Trace these steps, as in 10-12, into RUN/profile."),
+    ] = None,
+    memory_snapshot: Annotated[
+        bool, typer.Option("--memory-snapshot", help="Record what these steps allocate on a GPU, too.")
+    ] = False,
 ) -> None:
     """Train a recipe; an interrupted training resumes from its last whole checkpoint.
 
@@ -118,10 +125,12 @@ def train(
     with quick_import():
         from lsmoe_ds.checkpoint.run_folder import choose_run
         from lsmoe_ds.config.file import load_recipe
+        from lsmoe_ds.training.profiling import Traced
         from lsmoe_ds.training.start import train as train_recipe
 
+    traced = Traced.parse(profile, memory_snapshot)
     loaded = load_recipe(recipe, overrides or ())
-    status = train_recipe(loaded, choose_run(recipe, loaded, out), processes)
+    status = train_recipe(loaded, choose_run(recipe, loaded, out), processes, traced)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         end_at_once(
             status

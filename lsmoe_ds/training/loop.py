@@ -30,14 +30,16 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.ema import update_ema
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
 from lsmoe_ds.training.monitor import Monitor
+from lsmoe_ds.training.profiling import Profiler, Traced
 from lsmoe_ds.training.start_from import added_methods, starting_weights
 from lsmoe_ds.training.stopping import Stopping
 from lsmoe_ds.training.throughput import Throughput, peak_of
 
 
-def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
+def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None = None) -> int | None:
     """Train in an open run folder, on every rank of ``topology``, from the newest whole checkpoint, of
-    whatever layout. Without one, begin with the weights of ``training.start_from``, or with random ones.
+    whatever layout. Without one, begin with the weights of ``training.start_from``, or with random ones. The
+    steps that are ``traced`` are profiled.
 
     Killed at any instant and started again in the same layout, it ends with the same losses and weights, to
     the bit. Returns None after the last step; asked to stop (see :mod:`lsmoe_ds.interrupt`), it saves and
@@ -113,6 +115,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
         ) as monitor,
         checkpoints.Saver(run, topology, training.keep, training.keep_best, frozen) as saver,
         Prefetched(stream) as steps,
+        Profiler(traced, run, topology, monitor.say) as profiler,
     ):
         monitor.start(done, window)
         for complaint in complaints:
@@ -138,6 +141,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 monitor.say(text)
         if training.validate_every and not last_step:
             monitor.say(_describe_validation(recipe, prepared))
+        profiler.announce(done, done if last_step else training.steps)
         asked = interrupt.agreed(topology)
         if asked and not last_step:
             monitor.say(
@@ -146,6 +150,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             )
         for number in range(done + 1, done + 1 if asked or last_step else training.steps + 1):
             beat(f"in step {number}")
+            profiler.before_step(number)
             step = next(steps)
             try:
                 result = train_step(engine, step, number, recipe, topology)
@@ -162,6 +167,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             monitor.after_step(number, step, result)
             asked = interrupt.agreed(topology)
             begun = time.perf_counter()
+            profiler.after_step(number)
             last_step = number == training.steps
             losses: dict[str, float] = {}
             if training.validate_every and (number % training.validate_every == 0 or last_step):
