@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from lsmoe_ds.config.moe import Capacity, MoE
+from lsmoe_ds.config.optimizer import Adafactor
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.section import is_section
 from lsmoe_ds.methods.adapters.settings import Adapters
@@ -30,6 +31,7 @@ SHORT = {
     "neurons": Neurons,
     "lass": Lass,
     "adapters": Adapters,
+    "adafactor": Adafactor,
 }  # sections that the page names by their own name
 IN_WORDS = {"required", "by preset", "all three", ""}
 
