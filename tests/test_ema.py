@@ -18,6 +18,7 @@ from lsmoe_ds.checkpoint.optimizer import VALUES, open_optimizer
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.config.optimizer import Adafactor
 from lsmoe_ds.config.recipe import Ema
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
@@ -95,6 +96,21 @@ def test_every_layout_averages_what_it_steps(pool, folder, run, layout, bf16):
         for name, value in one.items():
             if not name.endswith("key.bias"):  # whose gradient is rounding, which Adam makes steps of
                 torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("master_weights", (True, False))
+def test_weights_of_16_bits_that_adafactor_steps_are_averaged_in_float32(pool, folder, master_weights):
+    recipe = recipe_of(folder, bf16=True)
+    changes = {"optimizer": "adafactor", "adafactor": Adafactor(master_weights=master_weights)}
+    recipe = recipe.model_copy(
+        update={
+            "training": recipe.training.model_copy(update=changes),
+            "deepspeed": {**recipe.deepspeed, "zero_optimization": {"stage": 0}},
+        }
+    )
+    there = folder / f"run-adafactor-{master_weights}"
+    train(pool, recipe, there, ONE)
+    assert_average(there, 4)
 
 
 def test_one_process_averages_what_it_steps(run):

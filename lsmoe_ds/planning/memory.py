@@ -14,7 +14,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, shapes_of
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, passes
-from lsmoe_ds.planning.trained import count_trained
+from lsmoe_ds.planning.trained import count_averages, count_trained, largest_trained
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 PROCESS = (
@@ -76,8 +76,10 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
                     12 (d + e)           stage 0 in bfloat16: also a float32 copy of the weights
                     12 p                 stages 1 and 2: DeepSpeed keeps such a copy even of a float32 model
                     4 (d + e) or 4 p     beside, for the moving average of ``training.ema``
+                    4 a + 4 k (d + e)    Adafactor: its averages, and k of momentum and a float32 copy
 
-    :func:`activations` and :func:`buffers` compute the temporary memory.
+    Adafactor's averages are a values (:func:`lsmoe_ds.planning.trained.count_averages`): n + m of a matrix
+    [n, m], n of a vector. :func:`activations` and :func:`buffers` compute the temporary memory.
     """
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
@@ -85,7 +87,10 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     dense, experts = local_parameters(count_trained(recipe), layout.tensor, layout.expert)
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
-    state = (8 if value == 4 else 12) * own if stage == 0 else 12 * part
+    optimizer = recipe.training.optimizer_settings
+    state = optimizer.value_bytes(stage, value == 2) * (own if stage == 0 else part)
+    if optimizer.averaged:
+        state += 4 * sum(local_parameters(count_averages(recipe), layout.tensor, layout.expert))
     if recipe.training.ema is not None:
         state += 4 * (own if stage == 0 else part)
     return Memory(
@@ -158,8 +163,11 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
 
         stage 0     v min(2^24, max(d, e))          copies of dense, then of expert gradients
                     4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32
+                    at least s l, with Adafactor, which makes no float32 copies of gradients
         stages 1, 2 v min(b, d + e) + 4 p           the bucket; float32 gradients of the rank's own part
 
+    Adafactor steps one parameter after another; for each value of the largest, of l values, it needs s bytes:
+    4 in float32, 8 in bfloat16, 16 without float32 copies of the weights.
     A stage-0 bucket holds at least one whole gradient: if that is more, V H / t values or as many as a
     method's largest parameter. On a GPU the bucket of stages 1 and 2 always takes all its b values. Rows in
     exchange with other ranks' experts and ZeRO's padding are left out, because they are small.
@@ -170,6 +178,9 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
             [largest, *(method.largest(recipe.model, recipe.languages) for method in recipe.model.methods)]
         )
         copies = min(max(STAGE_0_BUCKET, largest), max(dense, experts)) if world > 1 else 0
+        optimizer = recipe.training.optimizer_settings
+        if optimizer.steps_halves:  # after the gradients are reduced
+            return max(4 * copies, optimizer.step_bytes(value == 2) * largest_trained(recipe))
         return value * copies if value == 4 else 4 * (copies + dense + experts)
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     bucket = int(config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))

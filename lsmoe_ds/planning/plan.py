@@ -2,8 +2,8 @@
 
 The formulas are in :mod:`lsmoe_ds.planning.costs`, :mod:`lsmoe_ds.planning.arithmetic` and
 :mod:`lsmoe_ds.planning.memory`. No model is built and torch is not imported, so a plan of many billion
-parameters takes no time and little memory; only where not all parameters train, an outline of the model tells
-which do.
+parameters takes no time and little memory; only where not all parameters train, or the optimizer keeps
+averages over their dimensions, an outline of the model tells their names and shapes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from lsmoe_ds.planning.trained import count_trained
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-STAGES = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -247,7 +245,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         memory=[
             memory(recipe, world, stage, precision)
             for precision in VALUE_BYTES
-            for stage in STAGES
+            for stage in recipe.training.optimizer_settings.stages
             if recipe.model.huggingface is None
         ],
         exchanges=found,

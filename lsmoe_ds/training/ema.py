@@ -25,10 +25,11 @@ def update_ema(engine: Any, decay: float, number: int) -> None:
     newest = (1 - decay) / (1 - decay**number)
     averages, weights = [], []
     for holder, state in compat.optimizer_states(engine).items():
+        values = state.get(compat.VALUES, holder).detach()
         if EMA in state:
             averages.append(state[EMA])
-            weights.append(holder)
+            weights.append(values.float())
         elif state:  # an optimizer takes a state that is not empty for one that it has begun
-            state[EMA] = holder.detach().clone()
+            state[EMA] = values.to(torch.float32, copy=True)
     if averages:
         torch._foreach_lerp_(averages, weights, newest)

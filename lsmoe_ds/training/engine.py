@@ -27,10 +27,10 @@ from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.optimizers import build_optimizer
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")
-BETAS, EPSILON = (0.9, 0.98), 1e-9  # "Attention is all you need", section 5.3
 
 
 class NonFinite(Exception):
@@ -95,18 +95,14 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     initialize(model, recipe.training.seed, topology)
     freeze(model, recipe, topology)
     spread = {name: partition_dimension(buffer) for name, buffer in model.named_buffers()}
-    training = recipe.training
-    optimizer = torch.optim.AdamW(
-        compat.optimizer_groups(model),
-        lr=training.learning_rate,
-        betas=BETAS,
-        eps=EPSILON,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
+    groups, alone = compat.optimizer_groups(model), recipe.training.optimizer_settings.steps_halves
+
+    def optimizer(parameters: object) -> torch.optim.Optimizer:
+        return build_optimizer(recipe, groups, model, topology)
+
     try:
         layout = compat.ModelParallelUnit()
-        with compat.knowing_what_trains(optimizer):
+        with compat.knowing_what_trains(groups, alone):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
     except ValidationError as error:  # of a section that is a pydantic model
         wrong = error.errors()[0]
@@ -147,10 +143,7 @@ def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
                 else "replicated"
             )
             parts[kind].append(parameter.grad)
-    squares = {
-        kind: torch.nn.utils.get_total_norm(gradients).double().cpu() ** 2
-        for kind, gradients in parts.items()
-    }
+    squares = {kind: _norm(gradients).double().cpu() ** 2 for kind, gradients in parts.items()}
     for kind, size, group in (
         ("tensor", topology.tensor, topology.tensor_group),
         ("expert", topology.expert, topology.expert_group),
@@ -164,6 +157,12 @@ def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
     if norm > limit:
         torch._foreach_mul_([g for gradients in parts.values() for g in gradients], limit / norm)
     return norm
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients, which torch.nn.utils.get_total_norm rounds to 16 bits like them."""
+    norms = torch._foreach_norm(gradients, 2.0, torch.float32) if gradients else [torch.zeros(())]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
@@ -241,16 +240,16 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
 def zero_out(engine: Any, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
     """Set parameters to 0 where their mask is false, also in the optimizer's copies and averages.
 
-    Without its averages Adam moves a value that gets no gradient no more.
+    Without its averages an optimizer moves a value that gets no gradient no more; averages over several
+    values move none.
     """
     for parameter, mask in masks.items():
         parameter.masked_fill_(~mask, 0.0)  # a product would leave -0.0
-    states = compat.optimizer_states(engine)
     for piece in compat.optimizer_pieces(engine):
         if piece.parameter in masks:
             own = masks[piece.parameter].reshape(-1)[piece.start : piece.start + piece.length]
-            for held in (piece.holder, *states.get(piece.holder, {}).values()):
-                if held.shape == piece.holder.shape and held is not piece.parameter:
+            for held in (piece.values, *piece.state.values()):
+                if held.shape == piece.values.shape and held is not piece.parameter:
                     held.view(-1)[piece.offset : piece.offset + piece.length].masked_fill_(~own, 0.0)
 
 
