@@ -51,8 +51,16 @@ def test_rates_are_of_one_rank(tmp_path):
     assert rates == {"tflops_per_rank": pytest.approx(of_all / 8e12), "mfu": pytest.approx(1 / 8)}
     assert describe_rates(rates) == " · 12.5 % MFU"
     rates = Throughput(recipe, 4, None).rates(work, seconds=2.0)
-    assert list(rates) == ["tflops_per_rank"] and describe_rates(rates).endswith(" TFLOP/s a rank")
-    assert describe_rates({"tflops_per_rank": 0.01234}) == " · 0.0123 TFLOP/s a rank"
+    assert list(rates) == ["tflops_per_rank"]
+
+
+@pytest.mark.parametrize(
+    ("tflops", "text"),
+    [(123.44, "123.4 TFLOP/s"), (0.01234, "12.3 GFLOP/s"), (7.87e-5, "78.7 MFLOP/s"), (1e-9, "0.0 MFLOP/s")],
+)
+def test_rates_are_written_in_a_unit_of_their_size(tflops, text):
+    assert describe_rates({"tflops_per_rank": tflops}) == f" · {text} a rank"
+    assert describe_rates({"tflops_per_rank": tflops, "mfu": 0.381}) == " · 38.1 % MFU"
     assert describe_rates({}) == ""
 
 

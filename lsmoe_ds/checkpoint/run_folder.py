@@ -50,6 +50,7 @@ MAY_CHANGE = {
     "deepspeed.zero_optimization",
     "training.steps",
     "training.log_every",
+    "training.log_to",
     "training.peak_flops",
     "training.validate_every",
     "training.validate_pairs",

@@ -69,6 +69,7 @@ class Training(Section):
     ema: Ema | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     log_every: Positive = 20
+    log_to: list[Literal["tensorboard", "wandb"]] = Field(default=["tensorboard"])
     peak_flops: Annotated[float, Field(gt=0.0)] | None = None
     validate_every: Annotated[int, Field(ge=0)] = 0
     validate_pairs: Positive | None = None

@@ -111,13 +111,21 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
     throughput = Throughput(recipe, topology.world, peak_of(recipe, topology)) if topology.is_main else None
     with (
         Monitor(
-            run, training.steps, training.log_every, topology.is_main, topology.world, throughput
+            run,
+            training.steps,
+            training.log_every,
+            topology.is_main,
+            topology.world,
+            throughput,
+            training.log_to,
         ) as monitor,
         checkpoints.Saver(run, topology, training.keep, training.keep_best, frozen) as saver,
         Prefetched(stream) as steps,
         Profiler(traced, run, topology, monitor.say) as profiler,
     ):
-        monitor.start(done, window)
+        on_main(lambda: monitor.start(done, window))  # all end if it cannot
+        if not topology.is_main:
+            monitor.start(done, window)
         for complaint in complaints:
             monitor.say(f"damaged checkpoint: {complaint}")
         if found is not None:

@@ -1,10 +1,11 @@
-"""Show the progress of a training: progress bar, ``metrics.jsonl``, TensorBoard."""
+"""Show the progress of a training: progress bar, ``metrics.jsonl``, curves."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ from lsmoe_ds.data.batches import Step
 from lsmoe_ds.folders import explain_errors, write_whole
 from lsmoe_ds.notices import LINE_EVERY
 from lsmoe_ds.parallel.collectives import Traffic
+from lsmoe_ds.training.curves import PLACES, Curves
 from lsmoe_ds.training.engine import SIDES, StepResult
 from lsmoe_ds.training.throughput import Throughput, Work, describe_rates
 
@@ -32,7 +34,8 @@ from lsmoe_ds.training.throughput import Throughput, Work, describe_rates
 class Monitor:
     """Average metrics over ``every`` steps, on all ranks, and show them, on the main rank only.
 
-    ``throughput`` computes the rates that depend on the model and its devices.
+    ``throughput`` computes the rates that depend on the model and its devices; ``log_to`` names the places of
+    :data:`lsmoe_ds.training.curves.PLACES` where curves are drawn.
     """
 
     def __init__(
@@ -43,32 +46,32 @@ class Monitor:
         main: bool,
         world: int = 1,
         throughput: Throughput | None = None,
+        log_to: Sequence[str] = ("tensorboard",),
     ) -> None:
         self.run, self.steps, self.every, self.main, self.world = run, steps, every, main, world
-        self.throughput = throughput
+        self.throughput, self.log_to = throughput, log_to
         self.sums: dict[str, float] = {"weight": 0.0}  # target tokens; by name, metrics times target tokens
         self.work, self.since = Work(), time.perf_counter()
         self.exchanged = {side: Traffic() for side in SIDES}
         self.away, self.steps_in_window = 0, 0
         self.line = _Line(0, time.perf_counter(), throughput)
         self.progress: Progress | None = None
-        self.writer: Any = None
+        self.curves: list[Curves] = []
 
     def start(self, step: int, window: dict[str, float] | None) -> None:
         """Start or resume after ``step``, and remove the records of later steps.
 
-        ``window`` is the :meth:`state_dict` of the checkpoint.
+        ``window`` is the :meth:`state_dict` of the checkpoint. Raises UserError if curves cannot be drawn
+        where they should.
         """
         self.sums = {**self.sums, **(window or {})}
         if not self.main:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         metrics = self.run / "metrics.jsonl"
         if metrics.exists():
             kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
             write_whole(metrics, "".join(f"{line}\n" for line in kept))
-        self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
+        self.curves = [PLACES[name](self.run, step) for name in dict.fromkeys(self.log_to)]
         console = Console(stderr=True)
         columns = [
             TextColumn("train"),
@@ -93,9 +96,9 @@ class Monitor:
     ) -> None:
         if self.progress is not None:
             self.progress.stop()
-        if self.writer is not None:
+        for place in self.curves:
             with suppress(OSError):  # :meth:`_draw` has reported it already
-                self.writer.close()
+                place.close()
 
     def state_dict(self) -> dict[str, float]:
         """Return the sums since the last record.
@@ -197,16 +200,15 @@ class Monitor:
         self._draw(record)
 
     def _draw(self, record: dict[str, Any]) -> None:
-        """Write a record to TensorBoard. A write error, such as a full disk, does not end the training."""
-        if self.writer is None:
-            return
-        try:
-            for name, value in record.items():
-                if name not in ("step", "tokens", "seconds") and value is not None:
-                    self.writer.add_scalar(name, value, record["step"])
-        except OSError as error:
-            self.writer = None
-            self.say(f"TensorBoard's curves end at step {record['step']}: {error.strerror or error}")
+        """Add a record to the curves. A write error, such as a full disk, does not end the training."""
+        left_out = ("step", "tokens", "seconds")
+        values = {name: value for name, value in record.items() if name not in left_out and value is not None}
+        for place in list(self.curves):
+            try:
+                place.write(record["step"], values)
+            except OSError as error:
+                self.curves.remove(place)
+                self.say(f"{place.name}'s curves end at step {record['step']}: {error.strerror or error}")
 
 
 class _Line:

@@ -33,6 +33,7 @@ from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.curves import check_installed
 from lsmoe_ds.training.engine import check_precision
 from lsmoe_ds.training.profiling import Traced
 from lsmoe_ds.training.schedules import inverse_square_root
@@ -41,6 +42,7 @@ from lsmoe_ds.training.start_from import added_methods, check_start_from
 
 def check(recipe: Recipe, run: Path) -> None:
     """Open the run folder; raises UserError for whatever training could only fail on later."""
+    check_installed(recipe.training.log_to)
     prepared = PreparedData.of(recipe)
     _check_dev(recipe, prepared)
     if recipe.training.trainable != "all":

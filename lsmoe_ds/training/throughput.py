@@ -98,7 +98,11 @@ class Throughput:
 
 
 def describe_rates(rates: dict[str, float]) -> str:
-    """Write the rates for a line of the log: `` · 41.3 % MFU``, `` · 0.0123 TFLOP/s a rank`` or nothing."""
+    """Write the rates for a line of the log: `` · 41.3 % MFU``, `` · 12.3 GFLOP/s a rank`` or nothing."""
     if "mfu" in rates:
-        return f" · {rates['mfu']:.1%} MFU".replace("%", " %")
-    return f" · {rates['tflops_per_rank']:.3g} TFLOP/s a rank" if "tflops_per_rank" in rates else ""
+        return f" · {100 * rates['mfu']:.1f} % MFU"
+    if "tflops_per_rank" not in rates:
+        return ""
+    flops = 1e12 * rates["tflops_per_rank"]
+    size, unit = next((each for each in ((1e12, "T"), (1e9, "G")) if flops >= each[0]), (1e6, "M"))
+    return f" · {flops / size:.1f} {unit}FLOP/s a rank"
