@@ -46,7 +46,7 @@ AverageOption = Annotated[
         "--average",
         metavar="N|ema",
         help=(
-            "Of a run, take the mean of the last N checkpoints; ema: the moving average of the weights that "
+            "Take the mean of the last N checkpoints of a run; ema: the moving average of the weights that "
             "training.ema keeps."
         ),
     ),

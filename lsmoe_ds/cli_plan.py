@@ -24,21 +24,21 @@ def plan(
     fit: Annotated[
         bool, typer.Option("--fit", help="Find the layouts that fit into --gpus, and their step time.")
     ] = False,
-    gpus: Annotated[int | None, typer.Option(min=1, help="With --fit: how many GPUs.")] = None,
-    device: Annotated[str, typer.Option(help="With --fit: their kind, such as A100.")] = "H100",
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many GPUs, for --fit.")] = None,
+    device: Annotated[str, typer.Option(help="The kind of GPU, such as A100, for --fit.")] = "H100",
     memory: Annotated[
-        str | None, typer.Option(help="With --fit: the memory of each, as in 80GB, if it is another.")
+        str | None, typer.Option(help="The memory of each GPU, as in 40GB, if it is another, for --fit.")
     ] = None,
-    node: Annotated[int, typer.Option(min=1, help="With --fit: GPUs in a machine.")] = 8,
+    node: Annotated[int, typer.Option(min=1, help="GPUs in a machine, for --fit.")] = 8,
     network: Annotated[
-        str, typer.Option(help="With --fit: bytes a second of each GPU between machines, as in 50GB.")
+        str, typer.Option(help="Bytes a second of each GPU between machines, as in 50GB, for --fit.")
     ] = "50GB",
     efficiency: Annotated[
         float,
-        typer.Option(min=0.01, max=1.0, help="With --fit: the share of the peak FLOP/s that is reached."),
+        typer.Option(min=0.01, max=1.0, help="The share of the peak FLOP/s that is reached, for --fit."),
     ] = 0.4,
     out: Annotated[
-        Path | None, typer.Option(help="With --fit: a new file for the recipe in the fastest layout.")
+        Path | None, typer.Option(help="A new file for the recipe in the fastest layout, for --fit.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

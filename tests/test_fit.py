@@ -34,7 +34,8 @@ def base() -> list[str]:
         for side in ("encoder", "decoder")
     ]
     batch = ["data.batch={tokens: 1024, count: 4, max_length: 64}", "parallel.expert=1"]
-    return [*sizes, *sides, *batch]
+    adam = ["training.optimizer=adam", "deepspeed=ds_configs/bf16_zero1.json"]
+    return [*sizes, *sides, *batch, *adam]
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 ROWS = 10  # of the table
 PRECISION, VALUE = "bfloat16", VALUE_BYTES["bfloat16"]
 USABLE = 0.95  # of a GPU's memory
-# Bytes that a step of Adam reads and writes for each value: gradient, float32 copy and two moments are read;
-# copy, moments and the 16-bit weight are written.
-ADAM_BYTES = 4 * 4 + 3 * 4 + 2
 
 
 @dataclass(frozen=True)
@@ -196,9 +193,11 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
         dispatch    bytes of :func:`lsmoe_ds.moe.costs.exchanges` / ranks / rate
         tensor      for each sum over the t ranks, forward and backward: 2 (t - 1) / t S / 2 H v / D
         gradients   2 (D - 1) / D v d, and 2 (X - 1) / X v e over the X ranks that hold the same experts
-        optimizer   30 bytes for each value that the rank steps / memory rate
+        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate
 
-    d and e are a rank's trained dense and expert parameters. The rate is that between machines for what
+    d and e are a rank's trained dense and expert parameters; s are the bytes that the optimizer keeps and
+    needs for a value, which it reads and writes beside the float32 gradient and the weight (12 of Adam). The
+    rate is that between machines for what
     leaves one, otherwise that within. Launches, waiting for the slowest rank, and data are left out.
     """
     world, tensor, expert = cluster.gpus, recipe.parallel.tensor, recipe.parallel.expert
@@ -220,11 +219,13 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
     }
     reduced = 2 * VALUE * (dense * (data - 1) / data + experts * (replicas - 1) / replicas)
     stage = int(recipe.deepspeed["zero_optimization"]["stage"])  # type: ignore[index]
+    optimizer = recipe.training.optimizer_settings
+    kept = optimizer.value_bytes(stage, True) + optimizer.step_bytes(True)
     stepped = dense / data + experts / replicas if stage else dense + experts
     return Times(
         compute=operations / world / (cluster.device.half * cluster.efficiency),
         dispatch=sent * (outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate),
         tensor=summed / rates[tensor],
         gradients=reduced / rates[world],
-        optimizer=stepped * ADAM_BYTES / cluster.device.memory_rate,
+        optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate,
     )
