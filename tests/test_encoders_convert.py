@@ -1,11 +1,14 @@
 """Encoders cut out for a language, and studies of them."""
 
+import io
 import json
 import re
+import subprocess
 
 import pytest
 import torch
 from small_encoder import LANGUAGES, encoder_settings
+from test_bad_input import main
 from test_encoders_training import DE, base, recipe_of  # noqa: F401
 from test_hosts_training import trained
 
@@ -24,6 +27,11 @@ from lsmoe_ds.study.command import run_study
 from lsmoe_ds.training.start_from import check_start_from
 
 transformers = pytest.importorskip("transformers")
+# What the cards' commands label, as a source line.
+sentence_of = {
+    "tag": "Words and punctuation marks between spaces .",
+    "answer": json.dumps({"question": "A question?", "context": "A text that holds its answer."}),
+}
 
 
 @pytest.fixture(scope="module", params=("tag", "answer"))
@@ -68,6 +76,20 @@ def test_the_code_of_a_card_runs(task, run, tmp_path, capsys):
         exec(compile(code, "card", "exec"), {})
         assert capsys.readouterr().out.split() == label_all(load(run), DE, [line])[0].split()
     assert {"tag": "token-classification", "answer": "question-answering"}[task] in card
+
+
+@pytest.mark.parametrize("kind", ("huggingface", "consolidated"))
+def test_the_command_of_a_card_runs(task, run, kind, tmp_path, monkeypatch, capsys):
+    convert(run, kind, DE if kind == "huggingface" else None, tmp_path, check=0)
+    card = (tmp_path / "README.md").read_text()
+    (command,) = re.findall(r"```sh\n(.*?)```", card, re.DOTALL)
+    line = label_all(load(run), DE, [sentence_of[task]])[0]
+    text, _, ours = command.partition(" | lsmoe ")
+    given = subprocess.run(["bash", "-c", text], capture_output=True, check=True).stdout
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main(ours.replace("FOLDER", str(tmp_path)).split()) == 0
+    assert capsys.readouterr().out == f"{line}\n"
+    assert "translate" not in card
 
 
 def test_what_an_encoder_cannot_become_is_refused(run, tmp_path):

@@ -180,7 +180,7 @@ def test_what_is_for_translations_is_refused(run, task):
     for options in ({"beam": 3}, {"tokenize": "13a"}, {"test": ["x.de"]}):
         with pytest.raises(UserError, match=f"is for translations, but the task of the model is to {task}"):
             evaluate(run, split="dev", progress=False, **options)
-    with pytest.raises(UserError, match=f"the task of the model is to {task}: `lsmoe evaluate` labels"):
+    with pytest.raises(UserError, match=f"the task of the model is to {task}: use `lsmoe label`"):
         translate(found, DE, ["Anna"])
     if task == "answer":
         with pytest.raises(UserError, match="have no test set; `--split dev` scores the dev set"):

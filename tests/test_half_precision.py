@@ -62,7 +62,7 @@ def first_step(topology, recipe: Recipe, step: Step | None = None):
     local = {parameter: names[name] for name, parameter in engine.module.named_parameters()}
 
     def held(piece) -> Tensor:
-        return piece.holder.detach().view(-1)[piece.offset : piece.offset + piece.length].clone()
+        return piece.values.detach().view(-1)[piece.offset : piece.offset + piece.length].clone()
 
     pieces = compat.optimizer_pieces(engine)
     before = [held(piece) for piece in pieces]

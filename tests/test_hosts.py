@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from small_host import END, SIZES, START, TEXT, host_recipe, host_settings, write_host
 from test_bad_input import main
 
+from lsmoe_ds.analysis.findings import find
 from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.config.host import check_folder, check_weights, count_tokens, load_pretrained, read_config
 from lsmoe_ds.config.recipe import Recipe
@@ -27,6 +28,7 @@ from lsmoe_ds.planning.costs import Parts
 from lsmoe_ds.planning.trained import count_trained
 
 pytest.importorskip("transformers")
+PRUNE = {"ratio": 0.5, "start": 0, "length": 2}
 LANGUAGES = Languages(tuple(map(Direction.parse, ("en-de", "de-en", "en-fr", "fr-en", "de-fr"))))
 MODELS = {
     "Llama": {},
@@ -222,6 +224,30 @@ def test_learned_weights_begin_equal_and_are_those_of_direction_and_layer(hosts,
     )
     found[1:].sum().backward()
     assert bool(index.grad[4].any()) and not bool(index.grad[:4].any())
+
+
+def test_subspaces_beside_all_linear_layers_of_a_host(hosts, tmp_path):
+    """The gate of the feed-forward among them, which our own models lack."""
+    recipe = host_recipe(tmp_path, hosts["Llama"], rank=2, index="target", at="all", prune=PRUNE)
+    weights = dict(built(recipe).state_dict())
+    for name, value in weights.items():
+        if name.endswith("gate_low_rank.vertical_mask"):
+            value.zero_()
+    records = find(recipe, weights, "subspaces", "RUN").records
+    pruned = {each["linear"] for each in records if each["pruned"] == each["size"]}
+    assert pruned == {"gate"} and len({each["linear"] for each in records}) == 7
+
+
+def test_a_sublayer_with_linear_layers_of_other_names_has_no_matrices(tmp_path):
+    """Rather than half of them without a word."""
+    host = write_host(tmp_path / "Starcoder2", "Starcoder2")  # whose feed-forward is c_fc and c_proj
+    assert host_recipe(tmp_path, host, rank=2, index="target", at="attention")
+    with pytest.raises(
+        ValueError, match=r"'low_rank' names the feed_forward .* mlp.c_fc is of no known kind"
+    ):
+        host_recipe(tmp_path, host, rank=2, index="target", at="all")
+    with pytest.raises(ValueError, match=r"the linear layers of the Phi3ForCausalLM in .* are not known"):
+        host_recipe(tmp_path, write_host(tmp_path / "Phi3", "Phi3", pad_token_id=0))
 
 
 def test_prompts(hosts):

@@ -1,5 +1,7 @@
 """Training a model of transformers: data parallel, resumed, translated with, and its data prepared."""
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from small_run import write_corpus
 from test_resharding import losses
 from test_training import assert_same_end, loop
 
+from lsmoe_ds.analysis.findings import analyze_weights
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.config.file import load_recipe
@@ -150,21 +153,53 @@ def test_it_is_evaluated_by_a_route_of_its_own(run):
         load(run, route="sideways")
 
 
-def test_weights_of_two_matrices_are_learned_from_a_trained_model(pool, base, run, tmp_path):
-    convert(run, "consolidated", None, tmp_path / "start", check=0)
+@pytest.fixture(scope="module")
+def learned(pool, base, run):
+    """A run in which two directions train nothing but their weights of the matrices of :func:`run`."""
+    convert(run, "consolidated", None, base / "start", check=0)
     recipe = host_recipe(base, base / "host", rank=2, index="modular", at="all", merge="learned")
-    recipe.training.start_from, recipe.training.trainable = tmp_path / "start", ["decoder_low_rank.index"]
+    recipe.training.start_from, recipe.training.trainable = base / "start", ["decoder_low_rank.index"]
     recipe.training.directions, recipe.training.steps = ["de-fr", "en-de"], 3
-    check(recipe, tmp_path / "learned")
-    trained(pool, recipe, tmp_path / "learned")
-    before, after = (read_weights(find_model(each)).tensors for each in (run, tmp_path / "learned"))
+    check(recipe, base / "learned")
+    return trained(pool, recipe, base / "learned")
+
+
+def test_weights_of_two_matrices_are_learned_from_a_trained_model(run, learned):
+    before, after = (read_weights(find_model(each)).tensors for each in (run, learned))
     assert after.keys() - before.keys() == {"decoder_low_rank.index"}
     assert all(torch.equal(before[name], after[name]) for name in before)
-    index, numbers = after["decoder_low_rank.index"], [str(d) for d in recipe.languages.directions]
+    index, numbers = after["decoder_low_rank.index"], load_recipe(learned / "recipe.yaml").data.directions
     moved = [numbers[i] for i, each in enumerate(index) if bool((each != 1.0).any())]
     assert moved == ["en-de", "de-fr"]
     first, second = index[numbers.index("de-fr")].softmax(1).T
     torch.testing.assert_close(first + second, torch.ones(2))
+
+
+def test_learned_weights_are_drawn_by_direction_and_layer(run, learned, tmp_path):
+    """Figure 2 of the paper; what did not train is left out."""
+    summary = analyze_weights(learned, "structure", tmp_path / "out")
+    assert summary["files"] == ["index.html", "structure.csv", "structure.json", "weights.svg"]
+    index = read_weights(find_model(learned)).tensors["decoder_low_rank.index"]
+    numbers = load_recipe(learned / "recipe.yaml").data.directions
+    with (tmp_path / "out/structure.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    places = [(row["direction"], row["side"], row["layer"]) for row in rows]
+    assert places == [(name, "decoder", str(layer)) for name in ("en-de", "de-fr") for layer in range(2)]
+    for row in rows:
+        w_in, w_out = index[numbers.index(row["direction"]), int(row["layer"])].softmax(0).tolist()
+        assert (float(row["in"]), float(row["out"])) == pytest.approx((w_in, w_out))
+        assert w_in != 0.5
+    (grid,) = json.loads((tmp_path / "out/structure.json").read_text())["grids"]
+    assert (grid["rows"], grid["columns"]) == (["English to German", "German to French"], ["1", "2"])
+    assert [share for row in grid["values"] for share in row] == pytest.approx(
+        [float(r["out"]) for r in rows]
+    )
+    picture = (tmp_path / "out/weights.svg").read_text()
+    for row in rows:
+        color = "more" if float(row["out"]) > 0.5 else "less"
+        assert f'class="{color}"' in picture and f"{float(row['out']):.2f}</text>" in picture
+    with pytest.raises(UserError, match=r"train with 'low_rank\.merge: learned'"):
+        analyze_weights(run, "structure", tmp_path / "none")
 
 
 def test_prompts_that_the_tokenizer_joins_with_the_text_are_counted(base):

@@ -142,21 +142,25 @@ def precision(config: Mapping[str, Any]) -> str | None:
     return next((kind for kind in HALF if config.get(kind, {}).get("enabled")), None)
 
 
-def complete(config: Mapping[str, Any], world: int) -> dict[str, Any]:
+def complete(config: Mapping[str, Any], world: int, steps_halves: bool = False) -> dict[str, Any]:
     """Complete a configuration by what its precision needs on ``world`` ranks.
 
     - One rank in float32 has nothing to partition, and ZeRO's copies would cost it a third of its speed: it
       trains at stage 0.
     - In 16 bits DeepSpeed's stage 0 leaves experts out of the gradient norm and adds gradients up in 16 bits:
-      stage 1 takes its place, which has the same results otherwise.
-    - In 16 bits the gradients of micro-batches and of ranks are added up in float32 unless the configuration
-      names another type: bfloat16 has 8 bits, so a sum soon loses what is added to it.
+      stage 1 takes its place, which has the same results otherwise. An optimizer that ``steps_halves`` steps
+      whole parameters itself, and stays at stage 0.
+    - In 16 bits the gradients of ranks are added up in float32 unless the configuration names another type,
+      and so are those of micro-batches at stages 1 and 2: bfloat16 has 8 bits, so a sum soon loses what is
+      added to it.
     """
     zero: dict[str, Any] = config.get("zero_optimization", {})
     if precision(config) is None:
         return {**config, "zero_optimization": {"stage": 0}} if world == 1 else dict(config)
+    config = {"communication_data_type": FLOAT32, **config}
+    if steps_halves:
+        return config
     return {
-        "communication_data_type": FLOAT32,
         **config,
         "zero_optimization": {**zero, "stage": max(zero.get("stage", 0), 1)},
         "data_types": {"grad_accum_dtype": FLOAT32, **config.get("data_types", {})},

@@ -149,6 +149,7 @@ class _Model(Section):
                     f"'{method.name}' has no place in a model of transformers, which can have "
                     f"{listed(known)}: leave it out"
                 )
+            self._check_known(method)
             method.checked(self)
         for site in shapes_of(self) if len(self.methods) > 1 else ():
             here = [method.name for method in self.methods if method.is_at(site)]
@@ -157,6 +158,21 @@ class _Model(Section):
                     f"'{here[0]}' and '{here[1]}' both stand beside {site.at}: a linear layer takes one"
                 )
         return self
+
+    def _check_known(self, method: MethodSection) -> None:
+        """Raise ValueError if a method names a sublayer of a host that has linear layers of unknown kinds."""
+        if self.huggingface is None:
+            return
+        from lsmoe_ds.config.host_outline import read_outline
+
+        host = read_outline(self.huggingface, self.task)
+        for site in host.unknown:
+            if method.is_at(site):
+                others = dict.fromkeys(each.sublayer for each in host.sites)
+                raise ValueError(
+                    f"'{method.name}' names the {site.sublayer} of the model in 'huggingface', whose linear "
+                    f"layer {site.name} is of no known kind: choose other places, such as {listed(others)}"
+                )
 
     @property
     def methods(self) -> list[MethodSection]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import logging
 import os
 import warnings
@@ -22,8 +23,11 @@ import torch.distributed as dist
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.imports import quick_import
 
+LARGEST_GROUP = 178_956_971  # values of experts in a group of several layers: DeepSpeed's own limit
 Unpack = Callable[[Any, object], Any]
 
+# Among an optimizer's state tensors: the float32 values that it steps in the place of a 16-bit parameter.
+VALUES = "values"
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
 
 
@@ -321,13 +325,34 @@ def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
 def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return groups of the parameters that train, as DeepSpeed wants them: those of experts apart, under the
     name of their process groups.
+
+    DeepSpeed flattens each group into one buffer, and would cut the experts into groups of at most
+    :data:`LARGEST_GROUP` values wherever that ends. Here no group ends within a layer: its experts lie in
+    one buffer, at equal distances, and a grouped product reads them without a copy.
     """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    both = {"params": parameters, "name": "parameters"}
-    groups = split_params_into_different_moe_groups_for_optimizer(both)
-    return [group for group in groups if group["params"]]
+    layers = {
+        parameter: name.partition(".deepspeed_moe.")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    both = {"params": list(layers), "name": "parameters"}
+    groups = split_params_into_different_moe_groups_for_optimizer(both, max_group_size=None)
+    found = []
+    for group in groups:
+        parts: list[list[torch.nn.Parameter]] = [[]]
+        for _, of_layer in itertools.groupby(group["params"], layers.__getitem__):
+            layer = list(of_layer)
+            if parts[-1] and group.get("moe") and _values(parts[-1]) + _values(layer) > LARGEST_GROUP:
+                parts.append([])
+            parts[-1] += layer
+        found += [{**group, "params": part} for part in parts if part]
+    return found
+
+
+def _values(parameters: list[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
@@ -336,12 +361,15 @@ def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
 
 
 @contextlib.contextmanager
-def building(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Adapt how DeepSpeed builds an engine inside the context, in two points.
+def building(groups: list[dict[str, Any]], steps_halves: bool) -> Iterator[None]:
+    """Adapt how DeepSpeed builds an engine inside the context, in three points.
 
     1. A model with no expert to optimize is treated as dense: once expert groups exist, DeepSpeed otherwise
        insists that a model with layers of experts trains some.
-    2. ZeRO stage 1 in bfloat16 with gradients in float32 has the optimizer of stages 1 and 2, as it has in
+    2. An optimizer that ``steps_halves`` steps 16-bit parameters itself: at ZeRO stage 0 DeepSpeed would wrap
+       it in one that makes float32 copies of all weights and gradients at once, and whose norm leaves out
+       experts.
+    3. ZeRO stage 1 in bfloat16 with gradients in float32 has the optimizer of stages 1 and 2, as it has in
        float16. DeepSpeed takes another one there, whose files, norm and clipping would need adapters of their
        own.
     """
@@ -350,13 +378,15 @@ def building(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
     configure, choose = DeepSpeedEngine._configure_optimizer, DeepSpeedEngine._do_optimizer_sanity_check
-    experts = any(is_expert_parameter(each) for group in optimizer.param_groups for each in group["params"])
+    experts = any(is_expert_parameter(each) for group in groups for each in group["params"])
 
     def configure_optimizer(engine: Any, *arguments: Any) -> None:
         engine.has_moe_layers = experts
         configure(engine, *arguments)
 
     def choose_optimizer(engine: Any, *arguments: Any) -> Any:
+        if steps_halves:
+            return None  # the name of no wrapper
         chosen = choose(engine, *arguments)
         return ZERO_OPTIMIZATION if chosen == BFLOAT16 else chosen
 
@@ -365,8 +395,7 @@ def building(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        DeepSpeedEngine._configure_optimizer = configure
-        DeepSpeedEngine._do_optimizer_sanity_check = choose
+        DeepSpeedEngine._configure_optimizer, DeepSpeedEngine._do_optimizer_sanity_check = configure, choose
 
 
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
@@ -384,6 +413,8 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
     6. Stage 2 reduces gradients in the order in which they arrive: see :func:`_reduce_in_one_order`.
     7. Dynamic loss scaling raises a bare Exception where the scale cannot fall any further: the step is
        skipped like any other, and whoever counts the skipped steps ends the run.
+    8. Stage 0 leaves clipping in 16 bits to the wrapper that an optimizer which steps them itself has not:
+       it clips before each step.
     """
     from deepspeed.utils import groups
 
@@ -405,6 +436,8 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
     engine._copy_recovery_script = lambda folder: None
     if hasattr(engine.optimizer, "loss_scaler"):
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    if engine.bfloat16_enabled() and not engine.zero_optimization():
+        engine.optimizer.register_step_pre_hook(lambda *_: clip_and_keep_norm())
 
 
 def _reduce_in_one_order(engine: Any) -> None:
@@ -419,9 +452,9 @@ def _reduce_in_one_order(engine: Any) -> None:
     optimizer = engine.optimizer
     process, finish = optimizer.process_gradients, optimizer.overlapping_partition_gradients_reduce_epilogue
     group_of = {parameter: i for i, group in enumerate(optimizer.bit16_groups) for parameter in group}
-    order = [parameter for parameter in engine.module.parameters() if parameter in group_of][::-1]
+    order = [parameter for parameter in engine.module.parameters() if parameter in group_of]
     arrived: set[torch.nn.Parameter] = set()
-    waiting = list(order[::-1])  # the next one is the last
+    waiting = list(order)  # the next one is the last
 
     def arrive(parameter: torch.nn.Parameter, group: int) -> None:
         arrived.add(parameter)
@@ -436,7 +469,7 @@ def _reduce_in_one_order(engine: Any) -> None:
                 following.grad = torch.zeros_like(following)
             process(following, group_of[following])
         arrived.clear()
-        waiting.extend(order[::-1])
+        waiting.extend(order)
         finish()
 
     optimizer.process_gradients, optimizer.overlapping_partition_gradients_reduce_epilogue = arrive, end
@@ -492,15 +525,16 @@ def load_engine(engine: Any, checkpoint: Path, unpack: Unpack) -> None:
 
 
 class Piece(NamedTuple):
-    """A run of values of one parameter whose optimizer state this rank holds. ``holder`` is what the
-    optimizer steps; the piece begins at ``offset`` in it, flattened, and ``number`` is the holder's in the
-    optimizer's order.
+    """A run of values of one parameter whose optimizer state this rank holds. ``values`` are what the
+    optimizer steps; the piece begins at ``offset`` in them, flattened. ``state`` holds the state tensors of
+    all of ``values``, and ``number`` is their place in the optimizer's order.
     """
 
     parameter: torch.nn.Parameter
     start: int  # in the flattened parameter
     length: int
-    holder: torch.Tensor
+    values: torch.Tensor
+    state: dict[str, torch.Tensor]
     number: int
     offset: int
 
@@ -508,16 +542,16 @@ class Piece(NamedTuple):
 def optimizer_pieces(engine: Any) -> list[Piece]:
     """List the pieces of parameters whose optimizer state this rank holds.
 
-    ZeRO stages 1 and 2 step flat partitions, each a part of a group's parameters; stage 0, which is in
-    float32 alone, steps the parameters.
+    ZeRO stages 1 and 2 step flat partitions, each a part of a group's parameters. Stage 0 steps the
+    parameters or, in 16 bits, float32 copies of them that are in the state.
     """
-    optimizer = engine.optimizer
+    optimizer, states = engine.optimizer, optimizer_states(engine)
     partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
     if partitions is None:
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return [
-            Piece(parameter, 0, parameter.numel(), parameter, number, 0)
-            for number, parameter in enumerate(stepped)
+            Piece(each, 0, each.numel(), states[each].get(VALUES, each), states[each], number, 0)
+            for number, each in enumerate(stepped)
         ]
     pieces = []
     for parameter in engine.module.parameters():
@@ -525,15 +559,23 @@ def optimizer_pieces(engine: Any) -> list[Piece]:
         if mapping is not None:  # else it lies with other ranks, or does not train
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             number = mapping.param_group_index
-            pieces.append(Piece(parameter, here.start, here.numel, partitions[number], number, there.start))
+            values = partitions[number]
+            pieces.append(
+                Piece(parameter, here.start, here.numel, values, states[values], number, there.start)
+            )
     return pieces
 
 
 def optimizer_states(engine: Any) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the innermost optimizer's state tensors of each holder."""
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    states: dict[torch.Tensor, dict[str, torch.Tensor]] = inner.state
+    """Return the innermost optimizer's state tensors of each tensor that it steps."""
+    states: dict[torch.Tensor, dict[str, torch.Tensor]] = innermost_optimizer(engine).state
     return states
+
+
+def innermost_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that the recipe names, from below DeepSpeed's."""
+    optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return optimizer
 
 
 def optimizer_file(engine: Any, tag: str, expert_rank: int) -> str:

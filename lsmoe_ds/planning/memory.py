@@ -14,7 +14,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, shapes_of
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, passes
-from lsmoe_ds.planning.trained import count_trained
+from lsmoe_ds.planning.trained import count_averages, count_trained, largest_trained
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 PROCESS = (
@@ -62,7 +62,8 @@ def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
 
 
 def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
-    """Compute the memory of one rank. Stage 0 is in float32 (:func:`lsmoe_ds.config.deepspeed.complete`).
+    """Compute the memory of one rank. In bfloat16, stage 0 is for optimizers that step it themselves, such as
+    Adafactor (:func:`lsmoe_ds.config.deepspeed.complete`).
 
     v is the bytes per value (4 or 2); n is the number of the rank's parameters (:func:`local_parameters`), of
     which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`); m is the number
@@ -71,12 +72,16 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     expert ranks that hold the same experts; p = d / D + e / X::
 
         weights     v n + m              in every stage
-        gradients   4 (d + e)            stages 0 and 1;    4 p   in stage 2: sums in float32
+        gradients   v (d + e)            stage 0
+                    4 (d + e)            stage 1;    4 p   in stage 2: sums in float32
         optimizer   8 (d + e)            stage 0: Adam's two float32 moments
                     12 p                 stages 1 and 2: also a float32 copy of the weights, which DeepSpeed
                                          keeps even of a float32 model
+                    4 (d + e) or 4 p     beside, for the moving average of ``training.ema``
+                    4 a + 4 k (d + e)    Adafactor: its averages, and k of momentum and a float32 copy
 
-    :func:`activations` and :func:`buffers` compute the temporary memory.
+    Adafactor's averages are a values (:func:`lsmoe_ds.planning.trained.count_averages`): n + m of a matrix
+    [n, m], n of a vector. :func:`activations` and :func:`buffers` compute the temporary memory.
     """
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
@@ -84,12 +89,18 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     dense, experts = local_parameters(count_trained(recipe), layout.tensor, layout.expert)
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
+    optimizer = recipe.training.optimizer_settings
+    state = optimizer.value_bytes(stage, value == 2) * (own if stage == 0 else part)
+    if optimizer.averaged:
+        state += 4 * sum(local_parameters(count_averages(recipe), layout.tensor, layout.expert))
+    if recipe.training.ema is not None:
+        state += 4 * (own if stage == 0 else part)
     return Memory(
         precision=precision,
         stage=stage,
         weights=value * held + masks,
-        gradients=4 * (part if stage == 2 else own),
-        optimizer=8 * own if stage == 0 else 12 * part,
+        gradients=value * own if stage == 0 else 4 * (own if stage == 1 else part),
+        optimizer=state,
         activations=activations(recipe, value),
         buffers=buffers(recipe, dense, experts, part, world, stage, value),
     )
@@ -108,12 +119,10 @@ def activations(recipe: Recipe, value: int) -> int:
         feed-forward        3 H + F / t
         experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
-        output layer        H + 3 V / t float32  per target token: log-probabilities, and two more at their
-                                                 gradient
+        output layer        H + V / t            per target token: the gradient takes the place of the logits
         methods                                  see each method's ``values``
 
-    If both routes are trained, everything counts twice, except that the output layer stores only V / t
-    float32, because the gradient overwrites the logits. On the shared route a feed-forward takes the place of
+    If both routes are trained, everything counts twice. On the shared route a feed-forward takes the place of
     the experts from which it is distilled. Attention probabilities are not stored:
     ``scaled_dot_product_attention`` recomputes them (with ``training.attention_dropout`` on a CPU it stores
     them).
@@ -125,7 +134,8 @@ def activations(recipe: Recipe, value: int) -> int:
     """
     model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
     norm = (2 + (recipe.training.dropout > 0)) * hidden  # in and out of a norm, and dropout's mask
-    found: dict[SideName, float] = {"encoder": norm, "decoder": norm + hidden}
+    output = hidden + recipe.data.vocabulary.size / tensor
+    found: dict[SideName, float] = {"encoder": norm, "decoder": norm + output}
     for site in shapes_of(model):
         side = model.encoder if site.side == "encoder" else model.decoder
         if isinstance(site, SublayerShape):
@@ -139,9 +149,7 @@ def activations(recipe: Recipe, value: int) -> int:
         here = [method for method in model.methods if method.is_at(site)]
         found[site.reads] += sum(method.values(site, tensor) for method in here)
     twice = passes(recipe)
-    logits = 3 if twice == 1 else 1
-    floats = logits * recipe.data.vocabulary.size / tensor
-    floats += sum(
+    floats = sum(
         2 * moe.experts * model.routed(moe) / twice
         for _, _, moe in model.moe_layers()
         if moe.routing == "token"
@@ -156,10 +164,14 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
     d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
 
         stage 0     4 min(2^24, max(d, e))          copies of dense, then of expert gradients
+                    6 min(2^24, max(d, e))          in bfloat16: in both types
+                    at least s l, with Adafactor
         stages 1, 2 4 min(b, d + e) + 4 p           the bucket; gradients of the rank's part, in one tensor
         stage 2     2 min(b, d + e)                 in bfloat16: the bucket, and float32 copies
                     + 4 min(b, max(d, e))           of its dense, then of its expert gradients
 
+    Adafactor steps one parameter after another; for each value of the largest, of l values, it needs s bytes:
+    4 in float32, 8 in bfloat16, 16 without float32 copies of the weights.
     A stage-0 bucket holds at least one whole gradient: if that is more, V H / t values or as many as a
     method's largest parameter. On a GPU the bucket of stages 1 and 2 always takes all its b values. Rows in
     exchange with other ranks' experts and ZeRO's padding are left out, because they are small.
@@ -170,7 +182,11 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
             [largest, *(method.largest(recipe.model, recipe.languages) for method in recipe.model.methods)]
         )
         copies = min(max(STAGE_0_BUCKET, largest), max(dense, experts)) if world > 1 else 0
-        return 4 * copies
+        copies *= 4 if value == 4 else 2 + 4
+        optimizer = recipe.training.optimizer_settings
+        if optimizer.steps_halves:  # after the gradients are reduced
+            return max(copies, optimizer.step_bytes(value == 2) * largest_trained(recipe))
+        return copies
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     bucket = int(config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
     full = min(bucket, dense + experts)

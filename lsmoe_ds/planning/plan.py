@@ -2,8 +2,8 @@
 
 The formulas are in :mod:`lsmoe_ds.planning.costs`, :mod:`lsmoe_ds.planning.arithmetic` and
 :mod:`lsmoe_ds.planning.memory`. No model is built and torch is not imported, so a plan of many billion
-parameters takes no time and little memory; only where not all parameters train, an outline of the model tells
-which do.
+parameters takes no time and little memory; only where not all parameters train, or the optimizer keeps
+averages over their dimensions, an outline of the model tells their names and shapes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from lsmoe_ds.planning.trained import count_trained
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-STAGES = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,9 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
     world = lcm(tensor, expert) if world is None else world
     check_layout(recipe, world)
-    config = deepspeed.complete(recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}, world)
+    optimizer = recipe.training.optimizer_settings
+    given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
+    config = deepspeed.complete(given, world, optimizer.steps_halves)
     stage = int(config.get("zero_optimization", {}).get("stage", 0))
     precision = "float32" if deepspeed.precision(config) is None else "bfloat16"
     parts = Parts.of(recipe)
@@ -244,8 +244,8 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         memory=[
             memory(recipe, world, stage, precision)
             for precision in VALUE_BYTES
-            for stage in STAGES
-            if recipe.model.huggingface is None and (precision == "float32" or stage > 0)
+            for stage in optimizer.stages_in(precision != "float32")
+            if recipe.model.huggingface is None
         ],
         exchanges=found,
         step_bytes=step_bytes(recipe, found, world),
