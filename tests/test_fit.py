@@ -47,7 +47,7 @@ def test_all_layouts_are_there_and_hold_the_step(recipe):
     found = find_fits(recipe, cluster(4))
     layouts = {(each.recipe.parallel.tensor, each.recipe.parallel.expert) for each in found}
     assert layouts == {(t, r) for t in (1, 2) for r in (1, 2, 4)}, "tensor stays within a node of 2"
-    assert {each.memory.stage for each in found} == {0, 1, 2}
+    assert {each.memory.stage for each in found} == {1, 2}, "in bfloat16 Adam does not train at stage 0"
     assert all(each.recipe.data.batch.tokens * each.recipe.data.batch.count == 4096 for each in found)
     assert all(each.accumulation == 1 for each in found)
     assert [each.times.step for each in found] == sorted(each.times.step for each in found)

@@ -92,7 +92,8 @@ def test_the_grouped_product_is_as_exact_as_one_expert_after_another(device, cas
             continue
         assert value.isfinite().all(), name
         error, of_rival = (float((each[name].float() - exact[name]).norm()) for each in (found, rival))
-        assert error <= 1.5 * of_rival + 2**-9 * float(exact[name].norm()), name
+        # The product is rounded to bfloat16 before the bias is added, once more than a linear layer rounds.
+        assert error <= 1.5 * of_rival + 2**-7 * float(exact[name].norm()), name
 
 
 @pytest.mark.usefixtures("kernel")
