@@ -20,6 +20,7 @@ from small_encoder import (
     write_all,
 )
 
+from lsmoe_ds.config.data import Groups
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import IGNORED
 from lsmoe_ds.data.formats import find_parts
@@ -27,6 +28,7 @@ from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.labels import Labels, Window, places_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.summary import show
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.label import label_all
 
@@ -175,6 +177,21 @@ def test_a_tokenizer_that_joins_words_cannot_tag(folder, tmp_path):
             encoder_recipe(folder, folder / "XLMRoberta").languages,
             HostTokenizer.load(tmp_path / "bytes/tokenizer.json"),
         )
+
+
+def test_what_is_prepared_is_shown_in_words_of_the_task(folder):
+    table = show(recipe_of(folder)).table()
+    assert [column.header for column in table.columns][:4] == ["language", "text", "with", "group"]
+    assert [column.header for column in table.columns][8:12] == [
+        "tokens",
+        "labels",
+        "mean tokens",
+        "mean labels",
+    ]
+    assert set(table.columns[3]._cells) == {""}, "nothing says which languages are rich"
+    recipe = recipe_of(folder)
+    recipe.data.groups = Groups(high=["de", "en"], low=["fr"])
+    assert show(recipe).table().columns[3]._cells == ["high", "high", "low"]
 
 
 def test_compressed_text_is_read_like_any_other(folder, tmp_path):

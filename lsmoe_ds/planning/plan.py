@@ -100,8 +100,9 @@ class Plan:
 
         ranks, data = counted(self.world, "rank"), self.world // self.tensor
         layout = f"{ranks}: tensor {self.tensor}, data {data}, expert {self.expert}"
-        routes = [f"all directions, {route} route" for route in self.routes]
-        served = "one direction served" + (", at most" if self.serving_at_most else "")
+        unit = "language" if self.alone == "encoder" else "direction"
+        routes = [f"all {unit}s, {route} route" for route in self.routes]
+        served = f"one {unit} served" + (", at most" if self.serving_at_most else "")
         sizes = table(f"{self.name}: parameters", "part", "whole model", served, *routes)
         counts = [each.to_dict() for each in (self.parameters, self.serving, *self.routes.values())]
         for part in counts[0]:

@@ -21,7 +21,7 @@ from lsmoe_ds.evaluation.plots import Series, line_chart, smooth
 class Progress:
     """The content of ``metrics.jsonl``.
 
-    Curves are by step; losses are in nats per target token. ``seconds`` and ``tokens`` are totals.
+    Curves are by step; losses are in nats per target token or label. ``seconds`` and ``tokens`` are totals.
     """
 
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
@@ -78,8 +78,10 @@ class TrainingCharts:
     low: list[tuple[str, Markup]]  # (title, chart) of the low charts below
 
 
-def draw_charts(progress: Progress, recipe: Recipe) -> TrainingCharts:
-    """Draw the losses, and below them what the recipe's methods want to be seen."""
+def draw_charts(progress: Progress, recipe: Recipe, learned: str) -> TrainingCharts:
+    """Draw the losses, of each of what is ``learned``, and below them what the recipe's methods want to be
+    seen.
+    """
     curve = progress.curves
     loss, dev, shared = curve["nll"], curve["dev_loss"], curve["dev_loss_shared"]
     series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []
@@ -89,7 +91,7 @@ def draw_charts(progress: Progress, recipe: Recipe) -> TrainingCharts:
     series += [Series(shared, "shared")] if shared else []
     low = [("Learning rate", [Series(curve["learning_rate"])])]
     if recipe.model.distills:
-        low.append(("Divergence of the two routes, in nats a target token", [Series(curve["distillation"])]))
+        low.append((f"Divergence of the two routes, in nats a {learned}", [Series(curve["distillation"])]))
     for chart in (chart for method in recipe.model.methods for chart in method.charts()):
         aim = [] if chart.aim is None else [Series([(0, chart.aim), (progress.steps, chart.aim)], "aim")]
         low.append((chart.title, [*aim, Series(curve[chart.metric])]))
