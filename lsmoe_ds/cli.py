@@ -23,6 +23,7 @@ from lsmoe_ds.cli_options import (
     RecipeFile,
     Run,
 )
+from lsmoe_ds.cli_plan import plan
 from lsmoe_ds.cli_translate import label, translate
 from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table
 
@@ -95,29 +96,7 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson =
         show_table(shown.table())
 
 
-@app.command()
-def plan(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    world: Annotated[
-        int | None,
-        typer.Option("--world", min=1, help="Processes to plan for; by default as few as the layout needs."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
-    from lsmoe_ds.checkpoint.run_folder import choose_run
-    from lsmoe_ds.config.file import load_recipe
-    from lsmoe_ds.config.host import tell_missing_weights
-    from lsmoe_ds.planning.plan import plan as make_plan
-
-    loaded = load_recipe(recipe, overrides or ())
-    made = make_plan(loaded, world)
-    tell_missing_weights(loaded.model.huggingface)
-    if as_json:
-        print_json({"run": str(choose_run(recipe, loaded, None)), **made.to_dict()})
-    else:
-        show_table(made.table())
+app.command()(plan)
 
 
 @app.command()
@@ -126,6 +105,13 @@ def train(
     overrides: Overrides = None,
     processes: Annotated[int | None, typer.Option("--nproc", min=1, help=NPROC)] = None,
     out: Out = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="STEPS", help="Trace these steps, as in 10-12, into RUN/profile."),
+    ] = None,
+    memory_snapshot: Annotated[
+        bool, typer.Option("--memory-snapshot", help="Record what these steps allocate on a GPU, too.")
+    ] = False,
 ) -> None:
     """Train a recipe; an interrupted training resumes from its last whole checkpoint.
 
@@ -143,10 +129,12 @@ def train(
     with quick_import():
         from lsmoe_ds.checkpoint.run_folder import choose_run
         from lsmoe_ds.config.file import load_recipe
+        from lsmoe_ds.training.profiling import Traced
         from lsmoe_ds.training.start import train as train_recipe
 
+    traced = Traced.parse(profile, memory_snapshot)
     loaded = load_recipe(recipe, overrides or ())
-    status = train_recipe(loaded, choose_run(recipe, loaded, out), processes)
+    status = train_recipe(loaded, choose_run(recipe, loaded, out), processes, traced)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         end_at_once(
             status

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lsmoe_ds.cli_options import Beam, InOneWord, LengthPenalty, Route, Run, direction_of
+from lsmoe_ds.cli_options import AverageOption, Beam, InOneWord, LengthPenalty, Route, Run, direction_of
 from lsmoe_ds.console import standard_input
 from lsmoe_ds.errors import UserError
 
@@ -24,6 +24,7 @@ def translate(
     beam: Beam = 5,
     length_penalty: LengthPenalty = 1.0,
     route: Route = "specific",
+    average: AverageOption = "1",
     engine: Annotated[
         str | None,
         typer.Option(
@@ -39,12 +40,13 @@ def translate(
     if chosen is None:
         raise UserError("name the languages: --from en --to de, or --direction en-de")
     text = standard_input("one sentence a line, as in 'lsmoe translate ... < text'")
+    from lsmoe_ds.checkpoint.averages import read_average
     from lsmoe_ds.export.engine import load_engine
     from lsmoe_ds.inference.engine import find_direction
     from lsmoe_ds.inference.stream import read_chunks
     from lsmoe_ds.inference.translate import translate_chunks
 
-    loaded = load_engine(run, route, engine, chosen)
+    loaded = load_engine(run, route, engine, chosen, read_average(average))
     chosen = find_direction(loaded, chosen)
     for line in translate_chunks(loaded, chosen, read_chunks(text), beam, length_penalty):
         print(line, flush=True)
@@ -56,6 +58,7 @@ def label(
         str | None, typer.Option("--language", metavar="LANGUAGE", help="Language of the text.")
     ] = None,
     route: Route = "specific",
+    average: AverageOption = "1",
     as_json: Annotated[
         bool,
         typer.Option(
@@ -73,11 +76,13 @@ def label(
     if language is None:
         raise UserError("name the language of the text: --language de")
     text = standard_input("a sentence, or a question and its context, in each line")
+    from lsmoe_ds.checkpoint.averages import read_average
     from lsmoe_ds.config.codes import read_code
     from lsmoe_ds.export.engine import load_engine
     from lsmoe_ds.inference.label_lines import label_chunks
     from lsmoe_ds.inference.stream import read_chunks
 
     code = read_code(language, of_system=True)
-    for found in label_chunks(load_engine(run, route), code, read_chunks(text)):
+    loaded = load_engine(run, route, average=read_average(average))
+    for found in label_chunks(loaded, code, read_chunks(text)):
         print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found.shown, flush=True)

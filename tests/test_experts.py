@@ -31,13 +31,13 @@ def experts_of(dtype: torch.dtype = torch.float32, width: int = WIDTH) -> Expert
 
 
 def results(
-    experts: Experts, rows: Tensor, chosen: Tensor, weights: Tensor, dropped: bool = True
+    experts: Experts, rows: Tensor, chosen: Tensor, weights: Tensor, count: int | None = None
 ) -> dict[str, Tensor]:
     """Outputs and every gradient of two passes, which are added up."""
     experts.zero_grad()
     rows, weights = rows.clone().requires_grad_(), weights.clone().requires_grad_()
     for scale in (1, 2):
-        out = experts(rows, chosen, weights, dropped)
+        out = experts(rows, chosen, weights, count)
         (out * torch.linspace(-scale, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
     of_parameters = {
         name: parameter.grad.clone()
@@ -100,9 +100,7 @@ def test_no_choice_at_all(monkeypatch, rows):
 def test_where_no_choice_can_be_dropped_the_results_are_the_same(monkeypatch, forced):
     chosen, rows = torch.tensor(CHOSEN["all experts"]), torch.randn(6, HIDDEN)
     compute = (lambda *a: grouped_results(monkeypatch, *a)) if forced else results
-    found, wanted = (
-        compute(experts_of(), rows, chosen, torch.ones(6, 2), dropped) for dropped in (False, True)
-    )
+    found, wanted = (compute(experts_of(), rows, chosen, torch.ones(6, 2), count) for count in (12, None))
     for name, value in wanted.items():
         assert torch.equal(value, found[name]), name
 
@@ -112,10 +110,10 @@ def test_the_dispatcher_passes_on_that_none_is_dropped():
         [FeedForward(HIDDEN, WIDTH, Topology.single()) for _ in range(EXPERTS)], EXPERTS, Topology.single()
     )
     seen = []
-    dispatcher.experts.forward = lambda rows, chosen, weights, dropped: seen.append(dropped) or rows
+    dispatcher.experts.forward = lambda rows, chosen, weights, count: seen.append(count) or rows
     for arguments in ([], [False]):
         dispatcher(torch.randn(1, HIDDEN), torch.tensor([[2]]), torch.ones(1, 1), *arguments)
-    assert seen == [True, False]
+    assert seen == [None, 1]
 
 
 @needs_grouped
@@ -123,7 +121,7 @@ def test_nothing_waits_for_the_device_where_no_choice_can_be_dropped():
     """A tensor without storage raises where its values are asked for."""
     with FakeTensorMode():
         chosen = torch.empty(7, 2, dtype=torch.long)
-        assignment = Assignment.of(chosen, EXPERTS, dropped=False)
+        assignment = Assignment.of(chosen, EXPERTS, chosen.numel())
         rows, weights, biases = (
             torch.empty(*shape, dtype=torch.bfloat16, requires_grad=True)
             for shape in ((14, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH))
@@ -132,7 +130,7 @@ def test_nothing_waits_for_the_device_where_no_choice_can_be_dropped():
         module._AddBias.apply(products, biases, assignment).relu().sum().backward()
         assert [x.grad.shape for x in (rows, weights, biases)] == [x.shape for x in (rows, weights, biases)]
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            Assignment.of(chosen, EXPERTS, dropped=True)
+            Assignment.of(chosen, EXPERTS, None)
 
 
 def spread(distance: int, count: int = 3, size: int = 16, first: int = 0) -> list[Tensor]:
@@ -254,3 +252,33 @@ def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(module, "_grouped_mm", None)
     assert not use_grouped(plain, fake_rows())
+
+
+def test_no_group_of_the_optimizer_ends_within_a_layer():
+    """At the size of 128 experts of Transformer-Big on 8 ranks: 134M values a layer, of 179M in a group."""
+    from lsmoe_ds.parallel import compat
+
+    topology = Topology(world=8, tensor=1, expert=8, rank=0)
+    with torch.device("meta"):
+        layers = [
+            Experts([FeedForward(1024, 4096, Topology.single()) for _ in range(16)], topology)
+            for _ in range(3)
+        ]
+        model = nn.ModuleList(
+            nn.ModuleDict({"deepspeed_moe": each, "norm": nn.LayerNorm(8)}) for each in layers
+        )
+    groups = [{id(each) for each in group["params"]} for group in compat.optimizer_groups(model)]
+    assert len(groups) == 1 + 3, "norms, and each layer by itself: two are more than the limit"
+    assert sum(map(len, groups)) == len(list(model.parameters()))
+    for layer in layers:
+        assert {id(each) for each in layer.parameters()} in groups
+
+
+def test_layers_share_a_group_of_the_optimizer_up_to_its_limit(monkeypatch):
+    from lsmoe_ds.parallel import compat
+
+    layers = [Experts([FeedForward(8, 16, Topology.single())] * 1, Topology.single()) for _ in range(5)]
+    model = nn.ModuleList(nn.ModuleDict({"deepspeed_moe": each}) for each in layers)
+    values = sum(each.numel() for each in layers[0].parameters())
+    monkeypatch.setattr(compat, "LARGEST_GROUP", 2 * values)
+    assert [len(group["params"]) for group in compat.optimizer_groups(model)] == [8, 8, 4]

@@ -14,11 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.directions import SentenceIds
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.host import Host, HostModel, LabellingModel
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.arithmetic import flops
+from lsmoe_ds.planning.devices import DEVICES
+from lsmoe_ds.planning.fit import Cluster, find_fits
 from lsmoe_ds.planning.memory import PROCESS, TRANSFORMERS, activations, memory
 from lsmoe_ds.planning.plan import plan
 
@@ -27,6 +30,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 LINEARS = {"rank": 3, "index": "target", "at": "all"}
 FUSED = LINEARS | {"index": "language", "fuse_distillation": True}
 MODULAR = LINEARS | {"index": "modular"}
+CLUSTER = Cluster(2, 2, DEVICES["A100"], 1e9, 0.5)
 # Every sequence has so many tokens; in a decoder the second half is learned.
 LENGTH, COUNT = 6, 3
 
@@ -116,7 +120,7 @@ def test_training_takes_what_torch_counts(folder, kind, task, trainable, low_ran
 
 
 def kept(recipe: Recipe, count: int, length: int) -> int:
-    """Count the bytes that autograd keeps, and the two gradients of the size of logits."""
+    """Count the bytes that autograd keeps."""
     model, batch = built(recipe), batch_of(recipe, count, length)
     if isinstance(model, HostModel):
         model._is_head_plain()
@@ -130,8 +134,7 @@ def kept(recipe: Recipe, count: int, length: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         model(*batch)
-    logits = count * length // 2 * model.outline.vocabulary if recipe.model.task == "translate" else 0
-    return sum(each.untyped_storage().nbytes() for each in found.values()) + 2 * 4 * logits
+    return sum(each.untyped_storage().nbytes() for each in found.values())
 
 
 @pytest.mark.parametrize(
@@ -196,3 +199,21 @@ def test_layers_of_another_kind_are_not_planned(folder):
     recipe = recipe_of(folder, "DebertaV2", "tag", **LINEARS | {"at": "feed_forward"})
     assert "memory and arithmetic are not planned: layers of this model are not those of" in shown(recipe)
     assert plan(recipe).memory == [] and plan(recipe).flops is None
+    with pytest.raises(UserError, match=r"'model\.huggingface': memory and arithmetic are not planned"):
+        find_fits(recipe, CLUSTER)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("Llama", "translate"), ("XLMRoberta", "tag")])
+def test_layouts_that_fit_are_data_parallel(folder, kind, task):
+    recipe = recipe_of(folder, kind, task)
+    recipe.data.batch.count, recipe.data.batch.tokens = 4, 2048
+    fits = find_fits(recipe, CLUSTER)
+    assert {each.recipe.parallel.tensor for each in fits} == {1} and {each.memory.stage for each in fits} == {
+        0,
+        1,
+        2,
+    }
+    work = flops(recipe)
+    tokens = 4 * 2048 if task == "tag" else 2 * 2048
+    wanted = tokens * (work.source_training + (work.target_training if task == "translate" else 0))
+    assert fits[0].times.compute == pytest.approx(wanted / 2 / (DEVICES["A100"].half * 0.5))

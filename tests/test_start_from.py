@@ -66,7 +66,7 @@ def first_steps(topology: Any, recipe: Recipe, run: Path) -> dict[str, Any]:
                 (
                     local[piece.parameter],
                     piece.start,
-                    piece.holder.detach().view(-1)[piece.offset : piece.offset + piece.length].numpy(),
+                    piece.values.detach().view(-1)[piece.offset : piece.offset + piece.length].numpy(),
                 )
                 for piece in compat.optimizer_pieces(engine)
             ]

@@ -92,6 +92,7 @@ def records(run: Path, with_bytes: bool = False) -> list[dict]:
     left_out = (
         "seconds",
         "tokens_per_second",
+        "tflops_per_rank",
         "exchange_share",
         *(() if with_bytes else ("exchanged_bytes",)),
     )
@@ -332,8 +333,8 @@ def test_task_affine_batches_exchange_counts_only(pool, folder):
     layers, batches, ranks = 2, 4, 2
     for record in found["affine"]:
         assert record["away"] == 0
-        assert record["exchanged_bytes"] == layers * batches * 8 * (ranks - 1), (
-            "one count for each other rank"
+        assert record["exchanged_bytes"] == layers * batches * 16 * (ranks - 1), (
+            "two counts for each other rank"
         )
     assert all(record["exchanged_bytes"] > 100 * layers * batches for record in found["mixed"])
     assert found["affine"][-1]["loss"] < found["affine"][0]["loss"]
@@ -356,7 +357,7 @@ def test_exchange_is_told_by_side(pool, folder):
         2,
     )  # one pass ahead of the step, since the encoder's routers read hidden states
     for line in lines:
-        counts = layers * batches * passes * 8 * (ranks - 1)
+        counts = layers * batches * passes * 16 * (ranks - 1)
         assert line["exchanged_bytes_decoder"] == counts
         assert line["exchanged_bytes_encoder"] > 100 * counts
         assert line["exchanged_bytes"] == line["exchanged_bytes_encoder"] + line["exchanged_bytes_decoder"]

@@ -5,7 +5,7 @@ time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,22 +16,33 @@ from torch import Tensor
 from lsmoe_ds.checkpoint.reading import explain_damage
 from lsmoe_ds.checkpoint.sparse import unpack
 from lsmoe_ds.checkpoint.tensors import Files, open_tensors
+from lsmoe_ds.config.optimizer import AVERAGED
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, is_count, is_plain, read_fields
 from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel.compat import VALUES
+from lsmoe_ds.parallel.parameters import averaged_partition, averaged_shape
 
-VALUES = "values"  # beside the optimizer's own names: the float32 values that it steps
 PIECES = re.compile(r"pieces-rank-\d+\.json")
 STATE, STEM = "state.json", "optimizer"  # of a consolidated folder
 
 
 class OptimizerState(Protocol):
-    """The optimizer's state of whole parameters, by global name."""
+    """The optimizer's state of whole parameters, by global name.
+
+    State tensors have the names that the optimizer gives them, and the shape of the parameter, unless they
+    are averages (:data:`lsmoe_ds.config.optimizer.AVERAGED`). The float32 values that it steps in the place
+    of a parameter are called :data:`lsmoe_ds.parallel.compat.VALUES`.
+    """
+
+    def keys(self, name: str) -> list[str]:
+        """Return the names of a parameter's state tensors. Raises UserError if there are none."""
+        ...
 
     def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """Return each state tensor of a parameter, in its whole ``shape``. Raises UserError if anything is
-        missing.
+        """Return each state tensor of a parameter whose whole shape is ``shape``. Raises UserError if
+        anything is missing.
         """
         ...
 
@@ -75,9 +86,14 @@ class ConsolidatedOptimizer:
             name, _, key = each.rpartition(".")
             self._keys.setdefault(name, []).append(key)
 
+    def keys(self, name: str) -> list[str]:
+        if name not in self._keys:
+            raise UserError(f"the folder holds no optimizer state of {name}")
+        return self._keys[name]
+
     def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        found = {key: self._tensors[f"{name}.{key}"] for key in self._keys.get(name, [])}
-        if not found or any(tuple(value.shape) != tuple(shape) for value in found.values()):
+        found = {key: self._tensors[f"{name}.{key}"] for key in self.keys(name)}
+        if any(tuple(value.shape) != state_shape(key, shape) for key, value in found.items()):
             raise UserError(f"the optimizer state holds nothing of {name} in the shape {tuple(shape)}")
         return found
 
@@ -133,7 +149,37 @@ class Pieces:
             )
         return next(iter(self.steps))
 
-    def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    @property
+    def file_names(self) -> list[str]:
+        """List the files that hold the state."""
+        found = {
+            place.file.name
+            for parts in self.places.values()
+            for places in parts.values()
+            for place in places.values()
+        }
+        return sorted(found)
+
+    def keys(self, name: str) -> list[str]:
+        places = [place for part in self.places.get(name, {}).values() for place in part.values()]
+        if not places:
+            raise UserError(f"the checkpoint holds no optimizer state of {name}")
+        return list(self._held(places[0], 0))
+
+    def _held(self, place: _Place, to_read: int) -> dict[str, Tensor]:
+        """Return the state tensors in which a place is, as they lie in the file."""
+        with explain_damage(place.file):
+            states, holders = self._files.get(place.file, to_read)
+            held = dict(states[place.number])
+            if holders is not None:
+                held[VALUES] = holders[place.number]
+            step = float(held.pop("step"))
+        if to_read:
+            self.steps.add(step)
+        return held
+
+    def whole(self, name: str, shape: tuple[int, ...], only: str | None = None) -> dict[str, Tensor]:
+        """Return the state of a parameter, or of it ``only`` the tensor of this name, if there is one."""
         parts, dimension = self.places.get(name, {}), self.partition.get(name)
         sizes = list(shape)
         if name in self.partition and parts:
@@ -141,7 +187,7 @@ class Pieces:
                 of = f"{counted(len(parts), 'part')} of the optimizer state of {name}"
                 raise UserError(f"the checkpoint is damaged: its {of} cannot make a whole")
             sizes[dimension] //= len(parts)
-        found = [self._part(name, parts[part], torch.Size(sizes)) for part in sorted(parts)]
+        found = [self._part(name, parts[part], torch.Size(sizes), only) for part in sorted(parts)]
         if not found:
             raise UserError(f"the checkpoint holds no optimizer state of {name}")
         if dimension is None:
@@ -150,21 +196,31 @@ class Pieces:
             raise UserError(
                 f"the checkpoint is damaged: parts of the optimizer state of {name} differ in kind"
             )
-        return {key: torch.cat([each[key] for each in found], dimension) for key in found[0]}
+        spread = {
+            key: averaged_partition(dimension, len(shape), AVERAGED[key]) if key in AVERAGED else dimension
+            for key in found[0]
+        }
+        return {
+            key: found[0][key] if along is None else torch.cat([each[key] for each in found], along)
+            for key, along in spread.items()
+        }
 
-    def _part(self, name: str, places: dict[int, _Place], shape: torch.Size) -> dict[str, Tensor]:
+    def _part(
+        self, name: str, places: dict[int, _Place], shape: torch.Size, only: str | None
+    ) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         filled = 0
         for _, place in sorted(places.items()):
             if place.start != filled:
                 break
+            held = self._held(place, 12 * place.length)
             with explain_damage(place.file):
-                states, holders = self._files.get(place.file, 12 * place.length)
-                held = {key: value for key, value in states[place.number].items() if key != "step"}
-                self.steps.add(float(states[place.number]["step"]))
-                if holders is not None:
-                    held[VALUES] = holders[place.number]
                 for key, value in held.items():
+                    if only not in (None, key):
+                        continue
+                    if key in AVERAGED:
+                        values[key] = value.float().view(state_shape(key, shape))
+                        continue
                     whole = values.setdefault(key, torch.zeros(shape.numel()))
                     part = value.reshape(-1)[place.offset : place.offset + place.length]
                     whole[place.start : place.start + place.length] = part
@@ -172,4 +228,12 @@ class Pieces:
         if filled != shape.numel():
             wanted = counted(shape.numel(), "value")
             raise UserError(f"the checkpoint holds the optimizer state of {filled:,} of {wanted} of {name}")
-        return {key: value.view(shape) for key, value in values.items()}
+        return {key: value if key in AVERAGED else value.view(shape) for key, value in values.items()}
+
+
+def state_shape(key: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a state tensor of a parameter of ``shape``. Raises UserError if it has none."""
+    over = AVERAGED.get(key)
+    if over is not None and len(shape) < 2:
+        raise UserError(f"the optimizer state is damaged: {key} is of matrices, not of the shape {shape}")
+    return averaged_shape(shape, over)

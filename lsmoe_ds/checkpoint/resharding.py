@@ -15,11 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsmoe_ds.checkpoint.optimizer import VALUES, OptimizerState
+from lsmoe_ds.checkpoint.optimizer import OptimizerState
 from lsmoe_ds.checkpoint.tensors import Tensors
+from lsmoe_ds.config.optimizer import AVERAGED
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.parallel import compat
-from lsmoe_ds.parallel.parameters import global_names, named_state, partition_dimension
+from lsmoe_ds.parallel.parameters import (
+    averaged_partition,
+    global_names,
+    named_state,
+    partition_dimension,
+)
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -44,19 +50,21 @@ def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topolog
     model: nn.Module = engine.module
     names = global_names(model, topology)
     local = {parameter: name for name, parameter in model.named_parameters()}
-    states = compat.optimizer_states(engine)
-    for piece in compat.optimizer_pieces(engine):
-        name = names[local[piece.parameter]]
-        held = states[piece.holder]
+    pieces = compat.optimizer_pieces(engine)
+    for piece in pieces:
+        name, held = names[local[piece.parameter]], piece.state
         for key, value in state.whole(name, weights.shape(name)).items():
-            target = (
-                piece.holder
-                if key == VALUES
-                else held.setdefault(key, torch.zeros_like(piece.holder, dtype=torch.float32))
-            )
+            if key in AVERAGED:
+                dimension, dimensions = partition_dimension(piece.parameter), piece.parameter.dim()
+                spread = averaged_partition(dimension, dimensions, AVERAGED[key])
+                held[key].copy_(_part(value, spread, topology))
+                continue
+            target = piece.values if key == compat.VALUES else held.get(key)
+            if target is None:
+                target = held[key] = torch.zeros_like(piece.values, dtype=torch.float32)
             _fill(target, value, piece, topology)
-    for held in states.values():
-        held["step"] = torch.tensor(state.step, dtype=torch.float32, device=topology.device)
+    for piece in pieces:
+        piece.state["step"] = torch.tensor(state.step, dtype=torch.float32, device=topology.device)
 
 
 @torch.no_grad()
@@ -70,8 +78,8 @@ def load_weights(engine: Any, weights: Mapping[str, Tensor], topology: Topology)
         value.copy_(_own(weights[names[name]], value, topology))
     local = {parameter: name for name, parameter in model.named_parameters()}
     for piece in compat.optimizer_pieces(engine):
-        if piece.holder is not piece.parameter:
-            _fill(piece.holder, weights[names[local[piece.parameter]]], piece, topology)
+        if piece.values is not piece.parameter:
+            _fill(piece.values, weights[names[local[piece.parameter]]], piece, topology)
 
 
 @torch.no_grad()
@@ -86,7 +94,7 @@ def load_frozen(engine: Any, weights: Mapping[str, Tensor], topology: Topology) 
 
 def _fill(target: Tensor, whole: Tensor, piece: compat.Piece, topology: Topology) -> None:
     """Copy the values of a piece from its whole parameter into ``target``, which has the layout of the
-    piece's holder.
+    piece's values.
     """
     own = _own(whole, piece.parameter, topology).reshape(-1)[piece.start : piece.start + piece.length]
     target.view(-1)[piece.offset : piece.offset + piece.length] = own
@@ -94,5 +102,9 @@ def _fill(target: Tensor, whole: Tensor, piece: compat.Piece, topology: Topology
 
 def _own(whole: Tensor, parameter: Tensor, topology: Topology) -> Tensor:
     """Return this rank's part of a whole parameter."""
-    dimension = partition_dimension(parameter)
+    return _part(whole, partition_dimension(parameter), topology)
+
+
+def _part(whole: Tensor, dimension: int | None, topology: Topology) -> Tensor:
+    """Return this rank's part of a tensor that is spread along ``dimension``."""
     return whole if dimension is None else whole.chunk(topology.tensor, dimension)[topology.tensor_rank]

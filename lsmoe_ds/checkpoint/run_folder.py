@@ -31,6 +31,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import (
     damage,
     explain_errors,
+    is_count,
     is_stored_recipe,
     read_json,
     replaced,
@@ -49,14 +50,18 @@ MAY_CHANGE = {
     "deepspeed.zero_optimization",
     "training.steps",
     "training.log_every",
+    "training.log_to",
+    "training.peak_flops",
     "training.validate_every",
     "training.validate_pairs",
+    "training.early_stopping",
     "training.checkpoint_every",
     "training.keep",
     "training.keep_best",
     "training.hang_timeout",
 }
 
+STOPPING = "stopping"  # in the position of a checkpoint: see :class:`lsmoe_ds.training.stopping.Stopping`
 START = "start"  # in ``origin.json``: :func:`weights_digest` of ``training.start_from``
 FROZEN = "frozen"  # the folder of what does not train, see :mod:`lsmoe_ds.checkpoint.frozen`
 BEGUN = (
@@ -191,6 +196,18 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
 def step_of(checkpoint: Path) -> int:
     """Return the step in the name of a checkpoint folder."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def has_ended(checkpoint: Path, steps: int, patience: int | None) -> bool:
+    """Tell whether a training of ``steps`` ends with a checkpoint: it is of the last step, or early stopping
+    with this ``patience`` ends it there.
+    """
+    if step_of(checkpoint) >= steps:
+        return True
+    state = (read_json(checkpoint / "state.json") or {}).get("position")
+    stopping = state.get(STOPPING) if isinstance(state, dict) else None
+    waited = stopping.get("waited") if isinstance(stopping, dict) else None
+    return patience is not None and is_count(waited) and waited >= patience
 
 
 def list_checkpoints(run: Path) -> list[Path]:

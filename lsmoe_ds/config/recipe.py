@@ -19,15 +19,35 @@ from lsmoe_ds.config.deepspeed import read_deepspeed_config
 from lsmoe_ds.config.host import TOKENIZER, count_tokens, end_of
 from lsmoe_ds.config.method import sections
 from lsmoe_ds.config.model import Model
+from lsmoe_ds.config.optimizer import OPTIMIZERS, Adafactor, OptimizerSettings
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
 
 
+class EarlyStopping(Section):
+    """End a training once ``patience`` validations in a row have not lowered the dev loss by more than
+    ``min_delta``.
+    """
+
+    patience: Positive
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class Ema(Section):
+    """Keep an exponential moving average of the weights, in which each step has ``decay`` times the share of
+    the next.
+    """
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+
+
 class Training(Section):
     """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
     match one of the glob patterns. ``directions`` are those of the data that train, by default all.
+    ``auxiliary_over`` says over which tokens the auxiliary losses of methods are computed: all of a step, or
+    those of a micro-batch of all ranks, and then averaged.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"clip": "max_grad_norm", "patience": "hang_timeout"}
@@ -36,6 +56,8 @@ class Training(Section):
     start_from: Path | None = None
     trainable: Literal["all", "methods"] | list[str] = "all"
     directions: Annotated[list[str], Field(min_length=1)] | None = None
+    optimizer: Literal["adam", "adafactor"] = "adam"
+    adafactor: Adafactor | None = None
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     warmup: Annotated[int, Field(ge=0)] = 4000
     label_smoothing: Fraction = 0.1
@@ -43,14 +65,33 @@ class Training(Section):
     attention_dropout: Fraction = 0.0
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    auxiliary_over: Literal["step", "micro-batch"] = "step"
+    ema: Ema | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     log_every: Positive = 20
+    log_to: list[Literal["tensorboard", "wandb"]] = Field(default=["tensorboard"])
+    peak_flops: Annotated[float, Field(gt=0.0)] | None = None
     validate_every: Annotated[int, Field(ge=0)] = 0
     validate_pairs: Positive | None = None
+    early_stopping: EarlyStopping | None = None
     checkpoint_every: Positive = 500
     keep: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 0
     hang_timeout: Annotated[float, Field(gt=0, le=1e6)] = 900.0
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_optimizer(self) -> Training:
+        if self.adafactor is not None and self.optimizer != "adafactor":
+            raise ValueError(
+                f"'adafactor' is given, but 'optimizer' is {self.optimizer}: leave it out, or set "
+                "'optimizer: adafactor'"
+            )
+        return self
+
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        given: OptimizerSettings | None = getattr(self, self.optimizer, None)
+        return OPTIMIZERS[self.optimizer]() if given is None else given
 
 
 class Parallel(Section):
@@ -143,6 +184,7 @@ class Recipe(Section):
                 raise ValueError(
                     f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}"
                 )
+        self._fits_optimizer()
         trains = any(method.trains for method in hidden.methods) or any(hidden.moe_layers())
         if self.training.trainable == "methods" and not trains:
             known = ", ".join(name for name, kind in sections().items() if kind.trains)
@@ -154,6 +196,11 @@ class Recipe(Section):
             raise ValueError(
                 f"'training.directions' names {wrong[0]}, which is not among 'data.directions': "
                 f"{listed(self.data.directions)}"
+            )
+        if self.training.early_stopping is not None and not self.training.validate_every:
+            raise ValueError(
+                "'training.early_stopping' counts validations, but 'training.validate_every' is 0: set it to "
+                "the steps between them"
             )
         for method in hidden.methods:
             method.check_languages(self.languages)
@@ -172,6 +219,23 @@ class Recipe(Section):
                     f"rank; found {affine.expert_groups}"
                 )
         return self
+
+    def _fits_optimizer(self) -> None:
+        """Raise ValueError for a DeepSpeed configuration under which the optimizer cannot step."""
+        config = self.deepspeed if isinstance(self.deepspeed, dict) else {}
+        stage, name = config.get("zero_optimization", {}).get("stage", 0), self.training.optimizer
+        settings = self.training.optimizer_settings
+        if stage not in settings.stages:
+            raise ValueError(
+                f"'training.optimizer' is {name}, whose statistics are of whole matrices, but 'deepspeed' "
+                f"asks for ZeRO stage {stage}, which steps flat parts: set 'deepspeed' to "
+                "ds_configs/zero0.json or ds_configs/bf16_zero0.json"
+            )
+        if settings.steps_halves and config.get("fp16", {}).get("enabled"):
+            raise ValueError(
+                f"'training.optimizer' is {name}, which steps weights in float32 and bfloat16, but "
+                "'deepspeed' enables 'fp16': enable 'bf16', or neither"
+            )
 
     def _fits_host(self) -> None:
         """Raise ValueError for what a model of transformers cannot do."""

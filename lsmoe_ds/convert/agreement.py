@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.stored import Stored, find_model
 from lsmoe_ds.console import progress
 from lsmoe_ds.data.batches import Batch
@@ -131,7 +132,8 @@ def check_agreement(
     direction: Direction | None,
     out: Path,
     check: int,
-    route: str | None,
+    route: str,
+    average: Averaging,
     made: dict[str, Any],
     served: Collection[Direction] = (),
     base: Path | None = None,
@@ -139,12 +141,10 @@ def check_agreement(
     """Compare both models on ``check`` held-out sentences, or say why that is not possible.
 
     Without a ``direction`` they are spread evenly over all, or over those that adapters have ``served``.
-    ``route`` is None for a mean of checkpoints. ``base`` is that of adapters, if it lies elsewhere.
+    ``base`` is that of adapters, if it lies elsewhere.
     """
     if not check:
         return {}
-    if route is None:
-        return {"not_checked": "no trained model is the mean of several checkpoints"}
     needed = 4 * (made["sparse_parameters"] + made["dense_parameters"])
     if needed > (free := psutil.virtual_memory().available):
         return {
@@ -166,7 +166,7 @@ def check_agreement(
             "not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"
         }
     # The run may continue training meanwhile: what is compared is this checkpoint.
-    sparse, other = load(stored.weights_in, "cpu", route), _open(to, out, base)
+    sparse, other = load(stored.weights_in, "cpu", route, average), _open(to, out, base)
     by = compare if stored.recipe.model.task == "translate" else compare_labels
     with progress("comparing both models", 2 * sum(map(len, texts.values()))) as advance:
         found = [

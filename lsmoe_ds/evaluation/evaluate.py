@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lsmoe_ds.analysis.measuring import measure_routing
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.stored import Stored, find_model
 from lsmoe_ds.data.prepared import PreparedData, open_data
 from lsmoe_ds.errors import UserError
@@ -50,13 +51,15 @@ def evaluate(
     out: str | Path | None = None,
     comet: str | Path | None = None,
     held_out: PreparedData | None = None,
+    average: Averaging = 1,
 ) -> ScoreTable:
     """Translate and score the held-out text, or the user's own ``test`` set, in every direction; or label and
     score it in every language, where that is the task of the model.
 
     Scores and text are written as :mod:`lsmoe_ds.evaluation.score_folder` says. ``run`` is a run folder, a
     checkpoint in it or a converted folder. ``limit`` scores only the first sentences of each direction.
-    ``route`` "shared" uses the parameters that all languages share. ``tokenize`` chooses BLEU's tokenizer.
+    ``route`` "shared" uses the parameters that all languages share. ``average`` chooses the weights of a run.
+    ``tokenize`` chooses BLEU's tokenizer.
     ``out`` is written to instead of the run folder, ``held_out`` read instead of its prepared data. With a
     ``part``, only this share of the directions is scored; the first part measures the routing. Directions
     without sentences are named on standard error and skipped.
@@ -94,7 +97,7 @@ def evaluate(
         folder.claim(stored.home)
     judge = Comet.open(comet) if comet is not None else None
     tell_skipped(whole)
-    loaded = load_engine(run, route)
+    loaded = load_engine(run, route, average=average)
     untrained = [direction for direction in whole.by_direction if direction not in languages]
     if untrained and loaded.step:  # of what an imported model has learned, nothing is known
         say_untrained(untrained)
@@ -115,6 +118,7 @@ def evaluate(
         judge.name if judge else None,
         groups,
         loaded.recipe.model.task,
+        average,
     )
     texts = _deal(whole, part).first(limit)
     table = replace(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.run_folder import step_of
 from lsmoe_ds.config.codes import read_directions
 from lsmoe_ds.config.file import load_recipe
@@ -74,6 +75,7 @@ def merge(
     tokenize: str | None = None,
     out: str | Path | None = None,
     comet: str | Path | None = None,
+    average: Averaging = 1,
 ) -> ScoreTable:
     """Merge ``count`` parts into the scores that one evaluation with the same options would write.
 
@@ -104,6 +106,7 @@ def merge(
         (),
         judge,
         task=recipe.model.task,
+        average=average,
     )
     folder = ScoreFolder(Path(out) if out is not None else home)
     question, parts = _find_parts(folder, wanted, step, count, run)

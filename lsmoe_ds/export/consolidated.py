@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lsmoe_ds.checkpoint.optimizer import STATE, STEM, OptimizerState, open_optimizer
+from lsmoe_ds.checkpoint.optimizer import STATE, STEM, OptimizerState, open_optimizer, state_shape
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.stored import Stored
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, save_tensors
@@ -60,7 +60,6 @@ def _tensors(optimizer: OptimizerState, weights: Tensors) -> Tensors:
         return optimizer.whole(name, weights.shape(name))
 
     def entry(name: str, key: str) -> LazyTensor:
-        return LazyTensor(weights.shape(name), lambda: of(name)[key])
+        return LazyTensor(state_shape(key, weights.shape(name)), lambda: of(name)[key])
 
-    keys = list(of(next(iter(weights))))
-    return Tensors({f"{name}.{key}": entry(name, key) for name in weights for key in keys})
+    return Tensors({f"{name}.{key}": entry(name, key) for name in weights for key in optimizer.keys(name)})

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds import __version__
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.run_folder import START
 from lsmoe_ds.checkpoint.stored import (
     PLAIN,
@@ -258,7 +259,7 @@ def extract_stored(
     direction: Direction | None,
     route: str = "specific",
     hybrid: bool = False,
-    average: int = 1,
+    average: Averaging = 1,
 ) -> tuple[Tensors, Recipe, dict[str, Any]]:
     """Apply :func:`extract` to a run, a checkpoint or a folder; also return the ``provenance.json`` of the
     result, except kind and files.

@@ -106,9 +106,12 @@ class Method:
         """
         return None
 
-    def is_spread(self, name: str) -> bool:
-        """Tell whether tensor-parallel ranks share out a parameter of this method, by its global name."""
-        return False
+    def spread_along(self, name: str) -> int | None:
+        """Return the dimension along which tensor-parallel ranks share out the parameter of a global name.
+
+        None for parameters of others, and for those that every rank holds whole.
+        """
+        return None
 
     def check_merge(self, route: Route) -> None:
         """Raise UserError, with the section's reason, if no dense model computes the same as this route."""
@@ -199,8 +202,11 @@ class Method:
         """
         return {}
 
-    def sums(self, notes: Sequence[Any]) -> dict[str, float]:
-        """Return further numbers of a micro-batch, by name, to be summed over the step."""
+    def sums(self, notes: Sequence[Any]) -> dict[str, Tensor | float]:
+        """Return further numbers of a micro-batch, by name, to be summed over the step.
+
+        A tensor is better than a number for which the device must be waited for.
+        """
         return {}
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:

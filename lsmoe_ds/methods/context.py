@@ -46,6 +46,7 @@ class LanguageContext:
     route: Route = "specific"
     _segments: dict[str | Chooser, list[Segment]] = field(default_factory=dict)
     _known: dict[Hashable, Any] = field(default_factory=dict)
+    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> LanguageContext:
         """Return the context of the sentences that ``index`` names, in that order."""
@@ -62,6 +63,17 @@ class LanguageContext:
         if key not in self._known:
             self._known[key] = make()
         found: T = self._known[key]
+        return found
+
+    def places(self, real: Tensor, sentences: int) -> Tensor:
+        """Return the index of the real positions among those of the first ``sentences`` of ``real`` [B, T].
+
+        Waits for the device at the first call for each ``real``, which all layers of a side share.
+        """
+        held, found = self._places.get(sentences, (None, real))
+        if held is not real:
+            found = real[:sentences].reshape(-1).nonzero().squeeze(1)
+            self._places[sentences] = real, found
         return found
 
     def segments(self, kind: str | Chooser) -> list[Segment]:

@@ -36,18 +36,18 @@ class Assignment:
     real: Tensor | None  # [n, K]: whether the choice is one; None where all are
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int, dropped: bool) -> Assignment:
+    def of(cls, chosen: Tensor, experts: int, count: int | None) -> Assignment:
         """Sort the choices by expert.
 
-        ``chosen`` [n, K] holds local expert numbers or, only if ``dropped``, DROPPED. If ``dropped`` is
-        false, this does not wait for the device.
+        ``chosen`` [n, K] holds local expert numbers or DROPPED. ``count`` is the number N of those that are
+        not DROPPED; None asks the device for it, and waits.
         """
         flat = chosen.reshape(-1)
         numbers, choices = flat.sort(stable=True)  # DROPPED first
         ends = torch.searchsorted(
             numbers, torch.arange(DROPPED, experts, device=flat.device), right=True, out_int32=True
         )
-        none = int(ends[0]) if dropped else 0
+        none = int(ends[0]) if count is None else len(flat) - count
         numbers, choices = numbers[none:], choices[none:]
         copies = torch.zeros_like(flat)
         copies[choices] = torch.arange(choices.shape[0], device=flat.device)
@@ -231,13 +231,13 @@ class Experts(nn.Module):
         for parameter in self.parameters():
             mark_expert_parameter(parameter, topology.expert)
 
-    def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor, dropped: bool = True) -> Tensor:
+    def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor, count: int | None = None) -> Tensor:
         """Return the weighted sum of each row's expert outputs [n, H].
 
-        ``rows`` [n, H]; ``chosen`` [n, K] are local expert numbers or DROPPED; ``weights`` [n, K]. If
-        ``dropped`` is false, no number may be DROPPED.
+        ``rows`` [n, H]; ``chosen`` [n, K] are local expert numbers or DROPPED; ``weights`` [n, K]; ``count``:
+        see :meth:`Assignment.of`.
         """
-        assignment = Assignment.of(chosen, len(self.deepspeed_experts), dropped)
+        assignment = Assignment.of(chosen, len(self.deepspeed_experts), count)
         copies = _Gather.apply(rows, assignment)
         compute = grouped if use_grouped(self.deepspeed_experts, copies) else self._one_by_one
         out: Tensor = _Combine.apply(compute(self.deepspeed_experts, copies, assignment), weights, assignment)

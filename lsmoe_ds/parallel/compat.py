@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import logging
 import os
 import warnings
@@ -22,8 +23,11 @@ import torch.distributed as dist
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.imports import quick_import
 
+LARGEST_GROUP = 178_956_971  # values of experts in a group of several layers: DeepSpeed's own limit
 Unpack = Callable[[Any, object], Any]
 
+# Among an optimizer's state tensors: the float32 values that it steps in the place of a 16-bit parameter.
+VALUES = "values"
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
 
 
@@ -321,13 +325,34 @@ def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
 def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return groups of the parameters that train, as DeepSpeed wants them: those of experts apart, under the
     name of their process groups.
+
+    DeepSpeed flattens each group into one buffer, and would cut the experts into groups of at most
+    :data:`LARGEST_GROUP` values wherever that ends. Here no group ends within a layer: its experts lie in
+    one buffer, at equal distances, and a grouped product reads them without a copy.
     """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    both = {"params": parameters, "name": "parameters"}
-    groups = split_params_into_different_moe_groups_for_optimizer(both)
-    return [group for group in groups if group["params"]]
+    layers = {
+        parameter: name.partition(".deepspeed_moe.")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    both = {"params": list(layers), "name": "parameters"}
+    groups = split_params_into_different_moe_groups_for_optimizer(both, max_group_size=None)
+    found = []
+    for group in groups:
+        parts: list[list[torch.nn.Parameter]] = [[]]
+        for _, of_layer in itertools.groupby(group["params"], layers.__getitem__):
+            layer = list(of_layer)
+            if parts[-1] and group.get("moe") and _values(parts[-1]) + _values(layer) > LARGEST_GROUP:
+                parts.append([])
+            parts[-1] += layer
+        found += [{**group, "params": part} for part in parts if part]
+    return found
+
+
+def _values(parameters: list[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
@@ -336,29 +361,34 @@ def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
 
 
 @contextlib.contextmanager
-def knowing_what_trains(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Make an engine that is built inside the context treat a model with no expert to optimize as dense.
+def knowing_what_trains(groups: list[dict[str, Any]], steps_halves: bool) -> Iterator[None]:
+    """Make an engine that is built inside the context treat a model with no expert to optimize as dense, and
+    let an optimizer that ``steps_halves`` step 16-bit parameters itself.
 
-    Once expert groups exist, DeepSpeed otherwise insists that a model with layers of experts trains some.
+    Once expert groups exist, DeepSpeed otherwise insists that a model with layers of experts trains some. At
+    ZeRO stage 0 in 16 bits it would wrap the optimizer in one that makes float32 copies of all weights and
+    gradients at once, and whose norm leaves out experts.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    configure = DeepSpeedEngine._configure_optimizer
-    experts = any(is_expert_parameter(each) for group in optimizer.param_groups for each in group["params"])
+    configure, choose = DeepSpeedEngine._configure_optimizer, DeepSpeedEngine._do_optimizer_sanity_check
+    experts = any(is_expert_parameter(each) for group in groups for each in group["params"])
 
     def configure_optimizer(engine: Any, *arguments: Any) -> None:
         engine.has_moe_layers = experts
         configure(engine, *arguments)
 
     DeepSpeedEngine._configure_optimizer = configure_optimizer
+    if steps_halves:
+        DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: None  # the name of no wrapper
     try:
         yield
     finally:
-        DeepSpeedEngine._configure_optimizer = configure
+        DeepSpeedEngine._configure_optimizer, DeepSpeedEngine._do_optimizer_sanity_check = configure, choose
 
 
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
-    """Work around six problems of DeepSpeed 0.19.8's engine.
+    """Work around seven problems of DeepSpeed 0.19.8's engine.
 
     1. ZeRO stage 0 clips by a norm of its own and forgets it: ``clip`` clips instead, and the norm that it
        returns is kept.
@@ -371,6 +401,8 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
     5. The engine puts recovery scripts beside the checkpoints, which do not know experts: it puts none.
     6. Stage 0 in 16 bits makes the optimizer's state by a step with gradients of 0, which counts, so that
        Adam's first steps are too small, and which decays the float32 copies: both are undone.
+    7. Stage 0 leaves clipping in 16 bits to the wrapper that an optimizer which steps them itself has not:
+       it clips before each step.
     """
     from deepspeed.utils import groups
 
@@ -392,7 +424,9 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
         for state in optimizer_states(engine).values():
             state["step"].zero_()
         for piece in optimizer_pieces(engine):
-            piece.holder.data.copy_(piece.parameter.data)
+            piece.values.data.copy_(piece.parameter.data)
+    elif engine.bfloat16_enabled() and not engine.zero_optimization():
+        engine.optimizer.register_step_pre_hook(lambda *_: clip_and_keep_norm())
 
 
 def save_engine(
@@ -440,15 +474,16 @@ def load_engine(engine: Any, checkpoint: Path, unpack: Unpack) -> None:
 
 
 class Piece(NamedTuple):
-    """A run of values of one parameter whose optimizer state this rank holds. ``holder`` is what the
-    optimizer steps; the piece begins at ``offset`` in it, flattened, and ``number`` is the holder's in the
-    optimizer's order.
+    """A run of values of one parameter whose optimizer state this rank holds. ``values`` are what the
+    optimizer steps; the piece begins at ``offset`` in them, flattened. ``state`` holds the state tensors of
+    all of ``values``, and ``number`` is their place in the optimizer's order.
     """
 
     parameter: torch.nn.Parameter
     start: int  # in the flattened parameter
     length: int
-    holder: torch.Tensor
+    values: torch.Tensor
+    state: dict[str, torch.Tensor]
     number: int
     offset: int
 
@@ -456,24 +491,29 @@ class Piece(NamedTuple):
 def optimizer_pieces(engine: Any) -> list[Piece]:
     """List the pieces of parameters whose optimizer state this rank holds.
 
-    ZeRO stages 1 and 2 step flat partitions, each a part of a group's parameters; stage 0 steps the
-    parameters or, in bfloat16, float32 copies of them.
+    ZeRO stages 1 and 2 step flat partitions, each a part of a group's parameters. Stage 0 steps the
+    parameters or, in 16 bits, float32 copies of them, which are in a wrapper or in the state.
     """
-    optimizer = engine.optimizer
+    optimizer, states = engine.optimizer, optimizer_states(engine)
     partitions = getattr(
         optimizer, "single_partition_of_fp32_groups", getattr(optimizer, "fp32_groups_flat_partition", None)
     )
     if partitions is None:
-        if hasattr(optimizer, "fp32_groups"):
-            parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
-            holders = [copy for group in optimizer.fp32_groups for copy in group]
-        else:
-            parameters = holders = [
-                parameter for group in optimizer.param_groups for parameter in group["params"]
-            ]
-        both = enumerate(zip(parameters, holders, strict=True))
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        wrapped = getattr(optimizer, "fp16_groups", None)
+        parameters = stepped if wrapped is None else [each for group in wrapped for each in group]
+        both = enumerate(zip(parameters, stepped, strict=True))
         return [
-            Piece(parameter, 0, parameter.numel(), holder, number, 0) for number, (parameter, holder) in both
+            Piece(
+                parameter,
+                0,
+                parameter.numel(),
+                states[holder].get(VALUES, holder),
+                states[holder],
+                number,
+                0,
+            )
+            for number, (parameter, holder) in both
         ]
     pieces = []
     for parameter in engine.module.parameters():
@@ -481,15 +521,23 @@ def optimizer_pieces(engine: Any) -> list[Piece]:
         if mapping is not None:  # else it lies with other ranks, or does not train
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             number = mapping.param_group_index
-            pieces.append(Piece(parameter, here.start, here.numel, partitions[number], number, there.start))
+            values = partitions[number]
+            pieces.append(
+                Piece(parameter, here.start, here.numel, values, states[values], number, there.start)
+            )
     return pieces
 
 
 def optimizer_states(engine: Any) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the innermost optimizer's state tensors of each holder."""
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    states: dict[torch.Tensor, dict[str, torch.Tensor]] = inner.state
+    """Return the innermost optimizer's state tensors of each tensor that it steps."""
+    states: dict[torch.Tensor, dict[str, torch.Tensor]] = innermost_optimizer(engine).state
     return states
+
+
+def innermost_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that the recipe names, from below DeepSpeed's."""
+    optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return optimizer
 
 
 def optimizer_file(engine: Any, tag: str, expert_rank: int) -> str:

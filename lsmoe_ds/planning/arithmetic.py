@@ -49,7 +49,7 @@ class Flops:
     target_training: int
 
 
-def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
+def flops(recipe: Recipe, length: int = LENGTH, trained: Callable[[str], bool] | None = None) -> Flops:
     """Count the operations of the matrix products.
 
     Source and target both have ``length`` L tokens::
@@ -65,10 +65,11 @@ def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
     In the backward pass a product F of an input and a weight takes F for the gradient of the input if
     anything below the input trains, and F if the weight does. The two products of attention take F / 2 each
     for the gradients of queries, keys, values and attention weights that something below needs. A norm of a
-    model of transformers counts as if it stood before its layer. Raises UserError where
-    :func:`lsmoe_ds.planning.trained.trains` does.
+    model of transformers counts as if it stood before its layer. ``trained`` is what
+    :func:`lsmoe_ds.planning.trained.trains` returns, which is called without it. Raises UserError where that
+    does.
     """
-    return _Pass(recipe, length).run()
+    return _Pass(recipe, length, trained or trains(recipe)).run()
 
 
 class _Names:
@@ -113,12 +114,11 @@ class _Pass:
     is computed from trains.
     """
 
-    def __init__(self, recipe: Recipe, length: int) -> None:
-        self.recipe, self.model, self.length = recipe, recipe.model, length
+    def __init__(self, recipe: Recipe, length: int, trained: Callable[[str], bool]) -> None:
+        self.recipe, self.model, self.length, self.trains = recipe, recipe.model, length, trained
         self.alone = recipe.model.alone  # the side, if there is one
         self.names = _Names(recipe) if recipe.model.huggingface is None else _NamesOfHost(recipe)
         self.positions = 2 * length if self.alone == "decoder" else length
-        self.trains: Callable[[str], bool] = trains(recipe)
         self.routes = (False, True) if self.model.distills else (False,)  # whether it is the shared one
         self.forward: dict[tuple[SideName, bool], int] = {}
         self.attention: dict[SideName, int] = {"encoder": 0, "decoder": 0}

@@ -118,19 +118,26 @@ class Parts:
         }
 
 
+def counts_ahead(recipe: Recipe, world: int) -> bool:
+    """Tell whether one more forward pass goes ahead of each step: where a rank has several micro-batches and
+    a router or a method counts by hidden states, unless ``training.auxiliary_over`` is micro-batch.
+    """
+    model = recipe.model
+    reads = any(method.reads_states for method in model.methods)
+    reads = reads or any(moe.routing in ("token", "sentence") for _, _, moe in model.moe_layers())
+    several = recipe.data.batch.count * recipe.parallel.tensor > world
+    return reads and several and recipe.training.auxiliary_over == "step"
+
+
 def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool = False) -> int:
     """Return an upper bound on the expected bytes that all ranks exchange in one step.
 
     The bound assumes no padding and all tokens on the more expensive side. The bytes are tokens x count of
     ``data.batch``, times how often each token is routed, times :meth:`Exchange.token_bytes`, plus the counts:
-    all tensor-parallel peers dispatch each of the ``count`` micro-batches. If a rank has several
-    micro-batches per step and a router or a method counts by hidden states, one more forward pass computes
-    these counts ahead of the step.
+    all tensor-parallel peers dispatch each of the ``count`` micro-batches. A pass ahead of the step
+    (:func:`counts_ahead`) exchanges rows, too.
     """
-    batch, tensor, model = recipe.data.batch, recipe.parallel.tensor, recipe.model
-    reads = any(method.reads_states for method in model.methods)
-    reads = reads or any(moe.routing in ("token", "sentence") for _, _, moe in model.moe_layers())
-    ahead = reads and batch.count * tensor > world
+    batch, tensor, ahead = recipe.data.batch, recipe.parallel.tensor, counts_ahead(recipe, world)
     each_token = [
         each.routed * each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes)
         for each in found

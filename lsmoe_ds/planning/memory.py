@@ -14,7 +14,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, shapes_of
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, outline_of, passes
-from lsmoe_ds.planning.trained import count_trained
+from lsmoe_ds.planning.trained import count_averages, count_trained, largest_trained
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 PROCESS = (
@@ -77,8 +77,11 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
         optimizer   8 (d + e)            stage 0 in float32: Adam's two float32 moments
                     12 (d + e)           stage 0 in bfloat16: also a float32 copy of the weights
                     12 p                 stages 1 and 2: DeepSpeed keeps such a copy even of a float32 model
+                    4 (d + e) or 4 p     beside, for the moving average of ``training.ema``
+                    4 a + 4 k (d + e)    Adafactor: its averages, and k of momentum and a float32 copy
 
-    :func:`activations` and :func:`buffers` compute the temporary memory.
+    Adafactor's averages are a values (:func:`lsmoe_ds.planning.trained.count_averages`): n + m of a matrix
+    [n, m], n of a vector. :func:`activations` and :func:`buffers` compute the temporary memory.
     """
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
@@ -86,7 +89,12 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
     dense, experts = local_parameters(trained or count_trained(recipe), layout.tensor, layout.expert)
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
-    state = (8 if value == 4 else 12) * own if stage == 0 else 12 * part
+    optimizer = recipe.training.optimizer_settings
+    state = optimizer.value_bytes(stage, value == 2) * (own if stage == 0 else part)
+    if optimizer.averaged:
+        state += 4 * sum(local_parameters(count_averages(recipe), layout.tensor, layout.expert))
+    if recipe.training.ema is not None:
+        state += 4 * (own if stage == 0 else part)
     return Memory(
         precision=precision,
         stage=stage,
@@ -113,15 +121,13 @@ def activations(recipe: Recipe, value: int) -> int:
         feed-forward        3 H + F / t
         experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
-        output layer        H + 3 V / t float32  per target token: log-probabilities, and two more at their
-                                                 gradient
+        output layer        H + V / t            per target token: the gradient takes the place of the logits
         methods                                  see each method's ``values``
         of transformers     2 H of a layer norm, 3 H of one in Python, H for a mask of dropout where there is
                             one; in an attention its own widths; 2 F for what a feed-forward's activation
-                            function reads, 2 F for a gate; C classes float32 of an encoder
+                            function reads, 2 F for a gate; C classes of an encoder's token
 
-    If both routes are trained, everything counts twice, except that the output layer stores only V / t
-    float32, because the gradient overwrites the logits. On the shared route a feed-forward takes the place of
+    If both routes are trained, everything counts twice. On the shared route a feed-forward takes the place of
     the experts from which it is distilled. Attention probabilities are not stored:
     ``scaled_dot_product_attention`` recomputes them (with ``training.attention_dropout`` on a CPU it stores
     them).
@@ -134,15 +140,17 @@ def activations(recipe: Recipe, value: int) -> int:
     model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
     mask = (recipe.training.dropout > 0) * hidden
     norm = 2 * hidden + mask  # in and out of a norm, and dropout's mask
-    found: dict[SideName, float] = {"encoder": norm, "decoder": norm + hidden}
-    inner = 1  # times a feed-forward's width is kept: a ReLU keeps its result alone
-    classes, of_source, of_target = recipe.data.vocabulary.size, 0.5, 0.5
+    output = hidden + recipe.data.vocabulary.size / tensor
+    found: dict[SideName, float] = {"encoder": norm, "decoder": norm + output}
+    inner, share = 1, 0.5  # times a feed-forward's width is kept (a ReLU keeps its result alone); of tokens
     if (alone := model.alone) is not None:
         around = outline_of(recipe).around
-        mask, inner = mask * around.drops, 2
-        found, norm = {alone: around.kept + mask}, mask
-        classes = around.heads[0][2]
-        of_source, of_target = 1.0, 0.5 if alone == "decoder" else 1.0
+        mask, inner, share = mask * around.drops, 2, 1.0
+        classes = around.heads[0][2] * (0.5 if alone == "decoder" else 1.0)
+        masks = (
+            3 * mask if model.task == "tag" else mask
+        )  # the embedding's; before classes of words a mask and its result
+        found, norm = {alone: around.kept + masks + classes}, mask
     for site in shapes_of(model):
         side = model.encoder if site.side == "encoder" else model.decoder
         if isinstance(site, SublayerShape):
@@ -157,15 +165,13 @@ def activations(recipe: Recipe, value: int) -> int:
         here = [method for method in model.methods if method.is_at(site)]
         found[site.reads] += sum(method.values(site, tensor) for method in here)
     twice = passes(recipe)
-    logits = 3 if twice == 1 else 1
-    floats = logits * classes / tensor
-    floats += sum(
+    floats = sum(
         2 * moe.experts * model.routed(moe) / twice
         for _, _, moe in model.moe_layers()
         if moe.routing == "token"
     )
     values = sum(found.values())
-    return round(twice * recipe.data.batch.tokens * (of_source * value * values + of_target * 4 * floats))
+    return round(twice * share * recipe.data.batch.tokens * (value * values + 4 * floats))
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:
@@ -175,8 +181,11 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
 
         stage 0     v min(2^24, max(d, e))          copies of dense, then of expert gradients
                     4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32
+                    at least s l, with Adafactor, which makes no float32 copies of gradients
         stages 1, 2 v min(b, d + e) + 4 p           the bucket; float32 gradients of the rank's own part
 
+    Adafactor steps one parameter after another; for each value of the largest, of l values, it needs s bytes:
+    4 in float32, 8 in bfloat16, 16 without float32 copies of the weights.
     A stage-0 bucket holds at least one whole gradient: if that is more, V H / t values or as many as a
     method's largest parameter. On a GPU the bucket of stages 1 and 2 always takes all its b values. Rows in
     exchange with other ranks' experts and ZeRO's padding are left out, because they are small.
@@ -187,6 +196,9 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
             [largest, *(method.largest(recipe.model, recipe.languages) for method in recipe.model.methods)]
         )
         copies = min(max(STAGE_0_BUCKET, largest), max(dense, experts)) if world > 1 else 0
+        optimizer = recipe.training.optimizer_settings
+        if optimizer.steps_halves:  # after the gradients are reduced
+            return max(4 * copies, optimizer.step_bytes(value == 2) * largest_trained(recipe))
         return value * copies if value == 4 else 4 * (copies + dense + experts)
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     bucket = int(config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))

@@ -2,8 +2,8 @@
 
 The formulas are in :mod:`lsmoe_ds.planning.costs`, :mod:`lsmoe_ds.planning.arithmetic` and
 :mod:`lsmoe_ds.planning.memory`. No model is built and torch is not imported, so a plan of many billion
-parameters takes no time and little memory; only where not all parameters train, an outline of the model tells
-which do.
+parameters takes no time and little memory; only where not all parameters train, or the optimizer keeps
+averages over their dimensions, an outline of the model tells their names and shapes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from lsmoe_ds.planning.trained import count_trained
 if TYPE_CHECKING:
     from rich.console import Group
 
-STAGES = (0, 1, 2)
+
+UNKNOWN = "memory and arithmetic are not planned: layers of this model are not those of Llama or BERT"
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,7 @@ class Plan:
                 )
             made += [traffic, step]
         if self.flops is None:
-            return Group(
-                *made,
-                "memory and arithmetic are not planned: layers of this model are not those of Llama or BERT",
-            )
+            return Group(*made, UNKNOWN)
         work = table(
             f"floating-point operations of a token, sentences of {self.flops.length}",
             "",
@@ -195,6 +193,11 @@ def in_bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
+def is_known(recipe: Recipe) -> bool:
+    """Tell whether memory and arithmetic of a recipe's model are planned."""
+    return recipe.model.huggingface is None or outline_of(recipe).around.is_plain
+
+
 def routes(recipe: Recipe) -> dict[str, Parts]:
     """Count what must be loaded to serve all directions by each route; empty if that is the whole model."""
     model = recipe.model
@@ -224,7 +227,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     precision = "bfloat16" if half else "float32"
     parts, trained = Parts.of(recipe), count_trained(recipe)
     found = exchanges(recipe, VALUE_BYTES[precision])
-    is_known = recipe.model.huggingface is None or outline_of(recipe).around.is_plain
+    known = is_known(recipe)
     homes = any(each.rows_home is not None for each in found)
     return Plan(
         name=recipe.name,
@@ -246,13 +249,13 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         memory=[
             memory(recipe, world, stage, precision, trained)
             for precision in VALUE_BYTES
-            for stage in STAGES
-            if is_known
+            for stage in recipe.training.optimizer_settings.stages
+            if known
         ],
         exchanges=found,
         step_bytes=step_bytes(recipe, found, world),
         step_bytes_home=step_bytes(recipe, found, world, at_home=True) if homes else None,
         task_affine=recipe.data.batch.languages == "task-affine",
-        flops=flops(recipe, length) if is_known else None,
+        flops=flops(recipe, length) if known else None,
         alone=recipe.model.alone,
     )

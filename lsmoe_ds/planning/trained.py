@@ -1,11 +1,13 @@
-"""Tell and count what trains of a recipe's model, by ``training.trainable``.
+"""Tell and count what trains of a recipe's model, by ``training.trainable``, and what an optimizer averages.
 
-Unless all does, that takes the names of all parameters: an outline of the model is made, without weights.
+Unless all trains, and for averages, that takes the names and shapes of all parameters: an outline of the
+model is made, without weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from lsmoe_ds.config.recipe import Recipe
@@ -49,24 +51,57 @@ def count_trained(recipe: Recipe) -> Count:
     """
     if recipe.training.trainable == "all":
         return Parts.of(recipe).whole
+    return sum((_count(shape, along, is_expert) for shape, along, is_expert in _trained(recipe)), Count())
+
+
+def count_averages(recipe: Recipe) -> Count:
+    """Count the values that an optimizer keeps which averages over the dimensions of matrices, by how ranks
+    hold them; without those that it keeps for each value of a matrix.
+
+    Raises UserError where :func:`lsmoe_ds.model.freezing.choose` does.
+    """
+    from lsmoe_ds.parallel.parameters import averaged_partition, averaged_shape
+
+    total = Count()
+    for shape, along, is_expert in _trained(recipe):
+        averaged = recipe.training.optimizer_settings.averaged.values()
+        if len(shape) < 2:
+            total += _count(shape, along, is_expert)
+            continue
+        for over in averaged:
+            spread = averaged_partition(along, len(shape), over)
+            total += _count(averaged_shape(shape, over), spread, is_expert)
+    return total
+
+
+def largest_trained(recipe: Recipe) -> int:
+    """Count the values of the largest parameter that trains, on one rank."""
+    tensor = recipe.parallel.tensor
+    return max(prod(shape) // (1 if along is None else tensor) for shape, along, _ in _trained(recipe))
+
+
+def _count(shape: Sequence[int], along: int | None, is_expert: bool) -> Count:
+    kind = "expert" if is_expert else "whole" if along is None else "split"
+    return Count(**{kind: prod(shape)})
+
+
+def _trained(recipe: Recipe) -> Iterator[tuple[tuple[int, ...], int | None, bool]]:
+    """Yield the shape of each parameter that trains, the dimension that tensor-parallel ranks share out, and
+    whether it is of an expert.
+    """
     from lsmoe_ds.methods.sites import Linears
     from lsmoe_ds.parallel import compat
 
     model = _frozen_outline(recipe)
-    spread = {"embedding.tokens.weight"}
+    spread = {"embedding.tokens.weight": 0}
     for at, module in model.named_modules():
         if isinstance(module, Linears):
             for name, (_, _, split) in module.shapes.items():
-                own = (".weight", ".bias") if split == "column" else (".weight",)
-                spread |= {f"{at}.{name}{part}" for part in own}
-    total = Count()
+                own = {".weight": 0, ".bias": 0} if split == "column" else {".weight": 1}
+                spread |= {f"{at}.{name}{part}": dimension for part, dimension in own.items()}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if compat.is_expert_parameter(parameter):
-            total += Count(expert=parameter.numel())
-        elif name in spread or any(method.is_spread(name) for method in model.methods):
-            total += Count(split=parameter.numel())
-        else:
-            total += Count(whole=parameter.numel())
-    return total
+        if parameter.requires_grad:
+            of_methods = (method.spread_along(name) for method in model.methods)
+            along = spread.get(name, next((each for each in of_methods if each is not None), None))
+            is_expert = compat.is_expert_parameter(parameter)
+            yield tuple(parameter.shape), None if is_expert else along, is_expert

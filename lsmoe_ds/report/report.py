@@ -21,6 +21,7 @@ from lsmoe_ds.analysis.grids import draw
 from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.page import measures_table, reading
 from lsmoe_ds.analysis.routing import read_routing, task_name
+from lsmoe_ds.checkpoint.averages import Averaging, describe_average
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import find_directory
@@ -58,7 +59,7 @@ class Conversion(BaseModel):
     direction: str
     route: str = "specific"
     step: int | None = None
-    average: int = 1
+    average: Averaging = 1
     sparse_parameters: int
     dense_parameters: int
     largest_logit_difference: float | None = None
@@ -103,7 +104,7 @@ class Conversion(BaseModel):
             self.quantization,
             "shared route" if self.route == "shared" else None,
         ]
-        parts.append(f"mean of {self.average} checkpoints" if self.average > 1 else None)
+        parts.append(describe_average(self.average).removeprefix("the ") if self.average != 1 else None)
         return ", ".join(part for part in parts if part)
 
 

@@ -157,6 +157,7 @@ class Comparison:
     copy: dict[str, Metrics]
     copy_by_direction: dict[str, Metrics]
     task: Task = "translate"
+    stops_early: bool = False  # whether any member may stop before the last of the ``steps``
 
     @property
     def scoring(self) -> TaskMetrics:
@@ -231,7 +232,8 @@ class Comparison:
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
         lacking, wanted = self.runs_missing, counted(len(self.rows) * len(self.seeds), "score")
         missing = f" {lacking} of {wanted} {'is' if lacking == 1 else 'are'} missing." if lacking else ""
-        return f"{counted(self.steps, 'step')} each on the same data, {seeds}; {options}.{missing}"
+        steps = f"{'at most ' if self.stops_early else ''}{counted(self.steps, 'step')}"
+        return f"{steps} each on the same data, {seeds}; {options}.{missing}"
 
     def about_seeds(self) -> str:
         """Explain how far gains and win ratios can be trusted."""

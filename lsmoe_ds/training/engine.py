@@ -27,10 +27,10 @@ from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.optimizers import build_optimizer
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")
-BETAS, EPSILON = (0.9, 0.98), 1e-9  # "Attention is all you need", section 5.3
 
 
 class NonFinite(Exception):
@@ -95,18 +95,14 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     initialize(model, recipe.training.seed, topology)
     freeze(model, recipe, topology)
     spread = {name: partition_dimension(buffer) for name, buffer in model.named_buffers()}
-    training = recipe.training
-    optimizer = torch.optim.AdamW(
-        compat.optimizer_groups(model),
-        lr=training.learning_rate,
-        betas=BETAS,
-        eps=EPSILON,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
+    groups, alone = compat.optimizer_groups(model), recipe.training.optimizer_settings.steps_halves
+
+    def optimizer(parameters: object) -> torch.optim.Optimizer:
+        return build_optimizer(recipe, groups, model, topology)
+
     try:
         layout = compat.ModelParallelUnit()
-        with compat.knowing_what_trains(optimizer):
+        with compat.knowing_what_trains(groups, alone):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
     except ValidationError as error:  # of a section that is a pydantic model
         wrong = error.errors()[0]
@@ -147,10 +143,7 @@ def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
                 else "replicated"
             )
             parts[kind].append(parameter.grad)
-    squares = {
-        kind: torch.nn.utils.get_total_norm(gradients).double().cpu() ** 2
-        for kind, gradients in parts.items()
-    }
+    squares = {kind: _norm(gradients).double().cpu() ** 2 for kind, gradients in parts.items()}
     for kind, size, group in (
         ("tensor", topology.tensor, topology.tensor_group),
         ("expert", topology.expert, topology.expert_group),
@@ -166,12 +159,19 @@ def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
     return norm
 
 
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients, which torch.nn.utils.get_total_norm rounds to 16 bits like them."""
+    norms = torch._foreach_norm(gradients, 2.0, torch.float32) if gradients else [torch.zeros(())]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
     """Take one optimizer step, the ``number``-th counted from 1, over this rank's micro-batches of ``step``.
 
     The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary
     losses are computed over all routed tokens of the step, so none depends on how the step was cut into
-    micro-batches and ranks. Raises NonFinite before a broken gradient reaches the weights.
+    micro-batches and ranks; unless ``training.auxiliary_over`` is micro-batch. Raises NonFinite before a
+    broken gradient reaches the weights.
     """
     rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
     for group in engine.optimizer.param_groups:
@@ -182,12 +182,18 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     for method in model.methods:
         if masks := method.before_step(model, number, recipe.training.steps):
             zero_out(engine, masks)
-    totals = _totals_ahead(model, batches, topology) if len(batches) > 1 else None
+    apart = len(batches) > 1 and recipe.training.auxiliary_over == "micro-batch"
+    totals = _totals_ahead(model, batches, topology) if len(batches) > 1 and not apart else None
+    counted: list[Totals] = []
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
         result: Losses = engine(*batch.inputs)
-        if totals is None:
-            totals = _over_data_ranks(model.count(result.notes), topology)
+        of, over = size, totals
+        if apart:
+            of, over = _of_micro_batch(batch, model.count(result.notes), topology)
+            counted.append(over)
+        elif over is None:
+            over = totals = _over_data_ranks(model.count(result.notes), topology)
         of_tokens = {"loss": result.loss, "nll": result.nll, **result.further}
         loss = sum(result.further.values(), start=result.loss) / step.target_tokens
         parts: dict[str, Tensor | float] = {
@@ -195,7 +201,9 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
         }
         for method in model.methods:
             notes = result.notes.get(method.name, [])
-            auxiliary = method.losses(notes, totals[method.name], size)
+            auxiliary = method.losses(notes, over[method.name], of)
+            if apart:
+                auxiliary = {name: each / len(batches) for name, each in auxiliary.items()}
             for each in auxiliary.values():
                 loss = loss + each
             parts |= {name: each.detach() for name, each in auxiliary.items()}
@@ -209,6 +217,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
             )
         if i + 1 < len(batches):
             engine.step()  # counts the micro-batch
+    totals = _sum(counted) if apart else totals
     assert totals is not None
     found = _sum_over_data_ranks(sums, topology)
     measured = {name: found[name] for name in of_tokens}
@@ -231,16 +240,16 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
 def zero_out(engine: Any, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
     """Set parameters to 0 where their mask is false, also in the optimizer's copies and averages.
 
-    Without its averages Adam moves a value that gets no gradient no more.
+    Without its averages an optimizer moves a value that gets no gradient no more; averages over several
+    values move none.
     """
     for parameter, mask in masks.items():
         parameter.masked_fill_(~mask, 0.0)  # a product would leave -0.0
-    states = compat.optimizer_states(engine)
     for piece in compat.optimizer_pieces(engine):
         if piece.parameter in masks:
             own = masks[piece.parameter].reshape(-1)[piece.start : piece.start + piece.length]
-            for held in (piece.holder, *states.get(piece.holder, {}).values()):
-                if held.shape == piece.holder.shape and held is not piece.parameter:
+            for held in (piece.values, *piece.state.values()):
+                if held.shape == piece.values.shape and held is not piece.parameter:
                     held.view(-1)[piece.offset : piece.offset + piece.length].masked_fill_(~own, 0.0)
 
 
@@ -261,11 +270,23 @@ def _totals_ahead(model: Model, batches: list[Batch], topology: Topology) -> Tot
     state = compat.random_state(topology.tensor)
     found = [model.totals_ahead(*batch.inputs) for batch in batches]
     compat.restore_random_state(state, topology.tensor)
-    sums = {
-        name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in found), strict=True)]
-        for name in found[0]
+    return _over_data_ranks(_sum(found), topology)
+
+
+def _sum(parts: list[Totals]) -> Totals:
+    return {
+        name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in parts), strict=True)]
+        for name in parts[0]
     }
-    return _over_data_ranks(sums, topology)
+
+
+def _of_micro_batch(batch: Batch, own: Totals, topology: Topology) -> tuple[StepSize, Totals]:
+    """Return the size and the totals of the micro-batches that all ranks compute at once."""
+    read = torch.stack([batch.source_read.sum(), batch.read.sum()])
+    totals = _over_data_ranks({**own, "size": [read]}, topology)
+    (read,) = totals.pop("size")
+    source, target = read.tolist()
+    return StepSize(source, target), totals
 
 
 def _over_data_ranks(totals: Totals, topology: Topology) -> Totals:

@@ -150,9 +150,6 @@ class LanguageSpecificSubNetworks(Method):
         self.masks[site.at] = made
         return made
 
-    def is_spread(self, name: str) -> bool:
-        return self.owns(name)
-
     def initial(self, name: str) -> Draw | None:
         """Keep all weights until :meth:`begin`."""
         return _fill_with_ones if self.owns(name) else None

@@ -94,15 +94,15 @@ class LowRankMatrices(Method):
         source, target = banks
         return LearnedBanks(source, target, self.sides[site.side], site.layer)
 
-    def is_spread(self, name: str) -> bool:
-        """Tell whether it is the vertical matrix beside a column linear, or the flat one beside a row linear,
+    def spread_along(self, name: str) -> int | None:
+        """Return 1 for the vertical matrix beside a column linear and the flat one beside a row linear,
         unless ``columns`` cut it.
         """
         at, _, matrix = name.partition(f"_{NAME}.")
         site = self.shapes.get(at)
         if site is None or self.section.is_cut(site):
-            return False
-        return matrix.rpartition(".")[2] == (VERTICAL if site.split == "column" else FLAT)
+            return None
+        return 1 if matrix.rpartition(".")[2] == (VERTICAL if site.split == "column" else FLAT) else None
 
     def matrices(self, at: str, direction: Direction | None, route: Route = "specific") -> list[Matrices]:
         """Return the pairs of matrices that a direction, or the shared route, uses beside a linear layer."""

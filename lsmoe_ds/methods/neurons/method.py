@@ -104,9 +104,6 @@ class NeuronSpecialization(Method):
         self.masks[site.at] = made
         return made
 
-    def is_spread(self, name: str) -> bool:
-        return self.owns(name)
-
     def initial(self, name: str) -> Draw | None:
         """Keep units at random if the recipe says so; otherwise all, until :meth:`begin`."""
         return self._draw if self.owns(name) else None

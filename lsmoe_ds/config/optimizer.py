@@ -1,0 +1,76 @@
+"""The optimizers that a recipe can name: their settings, and what each keeps of a parameter.
+
+Planning, checkpoints and the engine ask the settings, and know no optimizer by name. The optimizers
+themselves are built in :mod:`lsmoe_ds.training.optimizers`. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from lsmoe_ds.config.section import Fraction, Section
+
+
+class OptimizerSettings(Section):
+    """What a recipe says of one optimizer, and what the optimizer keeps."""
+
+    # The ZeRO stages at which it works. Stages 1 and 2 step flat partitions, in which a matrix has no shape.
+    stages: ClassVar[tuple[int, ...]] = (0, 1, 2)
+    # Whether it steps 16-bit weights itself, one parameter at a time; otherwise DeepSpeed makes float32
+    # copies of all weights and gradients for it.
+    steps_halves: ClassVar[bool] = False
+    # State tensors that are means over one dimension of a matrix: that dimension, counted from the end. Such
+    # an optimizer keeps one value for each value of a vector.
+    averaged: ClassVar[Mapping[str, int]] = {}
+
+    def value_bytes(self, stage: int, half: bool) -> int:
+        """Return the bytes that it keeps for each value that trains, without those of :attr:`averaged`."""
+        raise NotImplementedError
+
+    def step_bytes(self, half: bool) -> int:
+        """Return the bytes that a step needs for each value of the parameter that it steps."""
+        return 0
+
+
+class Adam(OptimizerSettings):
+    """AdamW. At ZeRO stage 0 in float32 it keeps two moments; else a float32 copy of the weights too."""
+
+    def value_bytes(self, stage: int, half: bool) -> int:
+        return 12 if half or stage > 0 else 8
+
+
+class Adafactor(OptimizerSettings):
+    """Adafactor ("Adafactor: Adaptive Learning Rates with Sublinear Memory Cost").
+
+    ``momentum`` is beta_1 (0: none), ``decay`` the exponent c of beta_2 = 1 - t^-c, ``clip_threshold`` the
+    largest root mean square d of an update. With ``scale_parameters`` a step is relative to the root mean
+    square of the parameter. Without ``master_weights`` 16-bit weights have no float32 copy, and are rounded
+    at random, so that small steps are not lost.
+    """
+
+    stages: ClassVar[tuple[int, ...]] = (0,)
+    steps_halves: ClassVar[bool] = True
+    averaged: ClassVar[Mapping[str, int]] = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
+
+    momentum: Fraction = 0.0
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    clip_threshold: Annotated[float, Field(gt=0.0)] = 1.0
+    scale_parameters: bool = False
+    master_weights: bool = True
+
+    def value_bytes(self, stage: int, half: bool) -> int:
+        return 4 * ((self.momentum > 0) + (half and self.master_weights))
+
+    def step_bytes(self, half: bool) -> int:
+        """Count the squared gradient that becomes the update, in 16 bits the gradient in float32, and
+        without float32 copies the weights and their noise.
+        """
+        return 4 + 4 * half + 8 * (half and not self.master_weights)
+
+
+OPTIMIZERS: Mapping[str, type[OptimizerSettings]] = {"adam": Adam, "adafactor": Adafactor}
+# Of all of them; checkpoints tell such state tensors by their names.
+AVERAGED = {key: over for kind in OPTIMIZERS.values() for key, over in kind.averaged.items()}
