@@ -27,9 +27,13 @@ from lsmoe_ds.cli_plan import plan
 from lsmoe_ds.cli_translate import label, translate
 from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table
 
-ABOUT = "Train mixture-of-experts translation models on DeepSpeed, and extract small dense models from them."
+ABOUT = (
+    "Train multilingual models with parts for each language (experts, low-rank matrices and others) on "
+    "DeepSpeed, to translate, to find names or to answer questions, and take small models of single "
+    "directions or languages out of them."
+)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at parallel text.")
+data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at parallel or labelled text.")
 app.add_typer(data_app, name="data")
 app.add_typer(analyze_app, name="analyze")
 slurm_app = typer.Typer(
@@ -81,7 +85,7 @@ def data_prepare(
 
 @data_app.command("show")
 def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
+    """Show pairs, tokens, mean lengths and resource groups of the prepared data, by direction or language."""
     from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.data.summary import show
 

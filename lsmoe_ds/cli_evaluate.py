@@ -28,7 +28,7 @@ from lsmoe_ds.evaluation.part import MOST
 def evaluate(
     run: Run,
     directions: Annotated[
-        str | None, typer.Option(metavar="A-B,...", help="Directions to score; all by default.")
+        str | None, typer.Option(metavar="A-B,...", help="Directions or languages to score; all by default.")
     ] = None,
     beam: Beam = 5,
     length_penalty: LengthPenalty = 1.0,
@@ -66,7 +66,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Translate held-out text, or a test set of your own, and score it: BLEU, chrF and chrF++, beside copying
-    the source.
+    the source. Or label held-out text: F1 of names, F1 and exact match of answers.
 
     Scores and text are kept in RUN/scores, in files named after the question (step, text, search,
     directions).

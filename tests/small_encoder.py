@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_host import SIZES, two_steps
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import SequenceBatch
@@ -18,7 +19,6 @@ from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.directions import Direction
 
-SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
 LANGUAGES = ("de", "en", "fr")
 KINDS: dict[str, dict[str, Any]] = {"XLMRoberta": {}, "Bert": {}}
 OTHERS: dict[str, dict[str, Any]] = {  # whose feed-forwards alone are BERT's
@@ -152,15 +152,7 @@ def encoder_settings(
             **({"stride": 16} if task == "answer" else {}),
         },
         "model": {"huggingface": str(host), "task": task, "low_rank": low_rank or None},
-        "training": {
-            "steps": 2,
-            "learning_rate": 0.01,
-            "warmup": 1,
-            "label_smoothing": 0.0,
-            "dropout": 0.0,
-            "trainable": "methods" if low_rank else "all",
-        },
-        "deepspeed": {"zero_optimization": {"stage": stage}},
+        **two_steps(stage, "methods" if low_rank else "all"),
     }
 
 

@@ -154,6 +154,10 @@ BAD = [
     ({"model": {"task": "answer"}}, "'model.task' is answer, but 'data.corpora' are text to tag"),
     ({"data": {"directions": ["de-en"]}}, "'directions' is for translation, but wikiann is a format"),
     ({"data": {"prompt": {"text": "{source}"}}}, "'prompt' is for translation"),
+    (
+        {"data": {"groups": {"high": 50, "medium": 5}}},
+        "'groups' has numbers of training pairs, of which labelled",
+    ),
     ({"data": {"labels": ["B-PER", "O"]}}, "'labels' begins with B-PER: O, of a word in no name"),
     ({"data": {"labels": ["O", "PER"]}}, "'labels' has PER, which is no tag of the BIO scheme"),
     ({"data": {"stride": 9}}, "'stride' is for corpora of the format squad"),

@@ -84,6 +84,7 @@ def test_scores_of_labels_by_language(base, task, run, route, tmp_path):
     split = "test" if task == "tag" else "dev"
     table = evaluate(run, None, split=split, route=route, progress=False, out=tmp_path)
     assert [score.direction.label for score in table.directions] == ["de", "en", "fr"]
+    assert list(table.averages()) == ["all"], "no text has bitexts to count resources by"
     text = tmp_path / "scores" / table.question
     for score in table.directions:
         source, found, wanted = (

@@ -13,6 +13,7 @@ from test_bad_input import main
 from lsmoe_ds.analysis.findings import find
 from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.config.host import check_folder, check_weights, count_tokens, load_pretrained, read_config
+from lsmoe_ds.config.host_outline import read_outline
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import shapes_of
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
@@ -105,7 +106,7 @@ def test_sites_are_its_linear_layers_under_our_names(hosts, tmp_path):
         "decoder.1.attention.query": (32, 32),
         "decoder.1.feed_forward.gate": (32, 48),
     }
-    names = dict.fromkeys(site.name for site in shapes_of(model))
+    names = dict.fromkeys(site.name for site in read_outline(model.huggingface, model.task).sites)
     assert list(names) == ["query", "key", "value", "output", "gate", "expand", "contract"]
     assert (model.hidden, model.heads, model.encoder.layers, model.decoder.layers) == (32, 4, 0, 2)
 
@@ -160,7 +161,7 @@ def test_modular_matrices_merge_as_the_paper_says(hosts, kind, route, tmp_path):
     F.cross_entropy(logits[real], labels[real], reduction="sum").backward()
     gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
     model.zero_grad()
-    total, sites = 0.0, [site.at for site in shapes_of(recipe.model)]
+    total, sites = 0.0, list(model.outline.modules)
     for number, (name, weights) in enumerate(MERGED[route].items()):
         replaced = {
             f"{model.outline.modules[at]}.weight": merged_weight(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small_host import END, TEXT, host_recipe, write_host
+from small_host import END, TEXT, host_recipe, host_settings, write_host
 from small_run import write_corpus
 from test_resharding import losses
 from test_training import assert_same_end, loop
@@ -269,8 +269,31 @@ def test_what_is_unusual_of_modular_matrices_is_said(base, tmp_path, capfd):
     _notice(recipe)
     said = capfd.readouterr().err
     assert "no direction that trains leads into or out of low_rank.pivot, which is en" in said
-    assert "low_rank.merge is learned, but there is no training.start_from" in said
+    assert "no training.start_from: matrices and weights train together from the beginning" in said
     recipe.training.directions = ["de-fr", "en-de"]
     recipe.training.start_from = tmp_path
     _notice(recipe)
     assert "low_rank" not in capfd.readouterr().err
+
+
+def test_weights_of_matrices_that_are_not_trained_are_refused(base, tmp_path):
+    """Their gradient is 0: nothing would be learned."""
+    settings = host_settings(base, base / "host", rank=2, index="modular", merge="learned")
+    settings["training"]["trainable"] = ["*_low_rank.index"]
+    with pytest.raises(
+        ValueError, match=r"with a product of 0: give the trained model as 'training.start_from'"
+    ):
+        Recipe.model_validate(settings)
+    plain = host_settings(base, base / "host")
+    plain["data"]["directions"] = settings["data"]["directions"]
+    overrides = [f"data.corpora=[{{path: {base / 'text.tsv'}, format: tsv}}]", "data.batch.max_length=96"]
+    overrides += [
+        f"data.directions=[{', '.join(plain['data']['directions'])}]",
+        f"data.directory={base / 'data'}",
+    ]
+    convert(base / "host", "consolidated", None, tmp_path / "start", check=0, overrides=overrides)
+    settings["training"]["start_from"] = str(tmp_path / "start")
+    with pytest.raises(UserError, match=r"and the model in 'training.start_from' has none"):
+        check(Recipe.model_validate(settings), tmp_path / "run")
+    settings["training"] |= {"start_from": None, "trainable": "methods"}
+    assert Recipe.model_validate(settings)

@@ -25,6 +25,7 @@ from lsmoe_ds.config.host import (
     set_head,
     window_of,
 )
+from lsmoe_ds.config.host_surroundings import Surroundings
 from lsmoe_ds.config.shapes import LinearShape, SideName, Split, Sublayer
 from lsmoe_ds.errors import UserError
 
@@ -80,7 +81,7 @@ class HostOutline:
     sites: tuple[LinearShape, ...]
     modules: Mapping[str, str]
     unknown: tuple[LinearShape, ...]
-    parameters: Mapping[str, int]  # of the vocabulary, and of each side
+    around: Surroundings
     vocabulary: int  # rows of the embedding
     window: int | None
 
@@ -135,16 +136,6 @@ def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> Hos
             f"models that are a{'n' * (SIDE[task] == 'encoder')} {SIDE[task]} alone can {task} here"
             + ("; `lsmoe convert` imports it" if config.model_type == "m2m_100" else "")
         )
-    parameters: Counter[str] = Counter()
-    stacks = {name.rpartition(".")[0]: side for side, _, name, _ in layers_of(model)}
-    embeddings = {
-        id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each
-    }
-    for name, parameter in model.named_parameters():
-        within = [side for stack, side in stacks.items() if name.startswith(f"{stack}.")]
-        last = [*stacks.values()][-1]  # norms and positions beside the layers
-        part = "vocabulary" if id(parameter) in embeddings else within[0] if within else last
-        parameters[part] += parameter.numel()
     text = config.get_text_config()
     return HostOutline(
         hidden=int(text.hidden_size),
@@ -154,7 +145,7 @@ def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> Hos
         sites=tuple(sites),
         modules=modules,
         unknown=tuple(unknown),
-        parameters=dict(parameters),
+        around=Surroundings.of(model, task, list(layers_of(model)), sites),
         vocabulary=model.get_input_embeddings().weight.shape[0],
         window=_window(model, text),
     )

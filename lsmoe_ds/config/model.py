@@ -12,7 +12,7 @@ from lsmoe_ds.config.host import CLASSES, Task
 from lsmoe_ds.config.method import MethodSection, sections
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.section import Positive, Section
-from lsmoe_ds.config.shapes import LinearShape, shapes_of
+from lsmoe_ds.config.shapes import LinearShape, SideName, shapes_of
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
 
@@ -179,6 +179,13 @@ class _Model(Section):
         """List the sections of the methods that the model has."""
         found = (getattr(self, name, None) for name in sections())
         return [section for section in found if section is not None]
+
+    @property
+    def alone(self) -> SideName | None:
+        """Return the side of a model of transformers, which lacks the other."""
+        if self.huggingface is None:
+            return None
+        return "encoder" if self.encoder.layers else "decoder"
 
     @property
     def teaches(self) -> bool:

@@ -19,6 +19,7 @@ from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.peft import open_adapted
@@ -33,12 +34,12 @@ BATCH = 16  # sentences whose logits are held at once
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and beam-5
-    translations; or the logits and the labels of encoders.
+    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and how
+    many beam-5 translations are the ``same``; or logits and labels of encoders.
     """
 
     largest_logit_difference: float | None
-    same_translations: int
+    same: int
     sentences: int
 
 
@@ -177,9 +178,10 @@ def check_agreement(
         each.largest_logit_difference for each in found if each.largest_logit_difference is not None
     ]
     record: dict[str, Any] = {"largest_logit_difference": max(differences)} if differences else {}
+    task = TASKS[stored.recipe.model.task]
     return record | {
-        "same_translations": sum(each.same_translations for each in found),
-        "sentences": sum(each.sentences for each in found),
+        f"same_{task.results}": sum(each.same for each in found),
+        f"{task.item}s": sum(each.sentences for each in found),
     }
 
 

@@ -237,9 +237,9 @@ class PreparedData:
 
     def language_groups(self) -> dict[str, str]:
         """Return the resource group of each language: the recipe's, or by the training pairs of its largest
-        bitext.
+        bitext. Languages alone, which have no bitext, have none but the recipe's.
         """
-        if self.languages.groups:
+        if self.languages.groups or self.languages.directions[0].alone:
             return dict(self.languages.groups)
         sizes = {
             code: [

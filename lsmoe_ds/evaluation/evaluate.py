@@ -225,6 +225,8 @@ def _groups(stored: Stored, data: PreparedData | None) -> tuple[dict[str, str], 
     known.
     """
     recipe = stored.recipe
+    if recipe.model.task != "translate":
+        return {}, dict(recipe.languages.groups)
     if data is None:
         with suppress(UserError):
             data = open_data(stored)

@@ -21,7 +21,7 @@ from lsmoe_ds.planning.arithmetic import LENGTH, flops
 from lsmoe_ds.planning.costs import VALUE_BYTES, counts_ahead
 from lsmoe_ds.planning.devices import Device
 from lsmoe_ds.planning.memory import Memory, local_parameters, memory
-from lsmoe_ds.planning.plan import human
+from lsmoe_ds.planning.plan import UNKNOWN, human, is_known
 from lsmoe_ds.planning.trained import count_trained
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
     recipe's experts allow, the optimizer's ZeRO stages, in bfloat16. A step keeps its tokens: micro-batches
     are as large as the memory allows. Raises UserError if no layout fits.
     """
-    if recipe.model.huggingface is not None:
-        raise UserError("'model.huggingface' is a model of transformers, whose memory is not planned")
+    if not is_known(recipe):
+        raise UserError(f"'model.huggingface': {UNKNOWN}")
     found: list[Fit] = []
     smallest: Memory | None = None
     for layout in _layouts(recipe, cluster):
@@ -205,7 +205,8 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
     step = recipe.data.batch.tokens * recipe.data.batch.count
     work, found = flops(recipe, LENGTH), exchanges(recipe, VALUE)
     ahead = 1 + counts_ahead(recipe, world) / 3
-    operations = ahead * step / 2 * (work.source_training + work.target_training)
+    half = step if recipe.model.alone == "encoder" else step / 2  # of whose tokens none is a target
+    operations = ahead * half * (work.source_training + work.target_training)
     affine = recipe.data.batch.languages == "task-affine"
     sent = ahead * sum(step / 2 * each.routed * each.token_bytes(affine) for each in found) / world
     outside = max(0, expert - cluster.node) / max(1, expert - 1)  # of the other ranks of an expert group

@@ -13,13 +13,14 @@ from lsmoe_ds.config.deepspeed import STAGE_0_BUCKET
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, shapes_of
 from lsmoe_ds.moe import costs as experts
-from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, passes
+from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, outline_of, passes
 from lsmoe_ds.planning.trained import count_averages, count_trained, largest_trained
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 PROCESS = (
     480 * 2**20
 )  # measured on Linux: Python, torch, DeepSpeed, Megatron-core and their threads, with nothing loaded
+TRANSFORMERS = 150 * 2**20  # measured there: what importing it and a model's class adds
 # Allocator fragmentation, measured on a CPU: some blocks of one micro-batch's shapes fit none of the next
 # one's.
 ALLOCATOR = 1.4
@@ -40,6 +41,7 @@ class Memory:
     optimizer: int
     activations: int
     buffers: int
+    process: int = PROCESS
 
     @property
     def total(self) -> int:
@@ -53,7 +55,7 @@ class Memory:
         Activations and buffers are not needed at the same moment, but the memory blocks that one frees rarely
         fit the other.
         """
-        return self.total + PROCESS + round(ALLOCATOR * (self.activations + self.buffers))
+        return self.total + self.process + round(ALLOCATOR * (self.activations + self.buffers))
 
 
 def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
@@ -61,9 +63,11 @@ def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
     return count.split // tensor + count.whole, count.expert // expert
 
 
-def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
-    """Compute the memory of one rank. In bfloat16, stage 0 is for optimizers that step it themselves, such as
-    Adafactor (:func:`lsmoe_ds.config.deepspeed.complete`).
+def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Count | None = None) -> Memory:
+    """Compute the memory of one rank; ``trained`` is what of the parameters trains, if that is known already.
+
+    In bfloat16, stage 0 is for optimizers that step it themselves, such as Adafactor
+    (:func:`lsmoe_ds.config.deepspeed.complete`).
 
     v is the bytes per value (4 or 2); n is the number of the rank's parameters (:func:`local_parameters`), of
     which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`); m is the number
@@ -86,7 +90,7 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
     masks = sum(local_parameters(count_masks(recipe), layout.tensor, layout.expert))
-    dense, experts = local_parameters(count_trained(recipe), layout.tensor, layout.expert)
+    dense, experts = local_parameters(trained or count_trained(recipe), layout.tensor, layout.expert)
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
     optimizer = recipe.training.optimizer_settings
@@ -103,6 +107,7 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
         optimizer=state,
         activations=activations(recipe, value),
         buffers=buffers(recipe, dense, experts, part, world, stage, value),
+        process=PROCESS + (recipe.model.huggingface is not None) * TRANSFORMERS,
     )
 
 
@@ -110,7 +115,8 @@ def activations(recipe: Recipe, value: int) -> int:
     """Count the bytes that one micro-batch stores for its backward pass, with ``value`` bytes v per value.
 
     The micro-batch has ``data.batch.tokens`` padded tokens S, half source and half target. The table is per
-    token, in values, with a factor 1 / t for what is split over tensor-parallel ranks::
+    token, in values, with a factor 1 / t for what is split over tensor-parallel ranks; a model of
+    transformers has all S tokens on its one side::
 
         self-attention      3 H + 4 H / t        in and out of its norm, dropout's mask; query, key, value,
                                                  mixture
@@ -121,6 +127,9 @@ def activations(recipe: Recipe, value: int) -> int:
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
         output layer        H + V / t            per target token: the gradient takes the place of the logits
         methods                                  see each method's ``values``
+        of transformers     2 H of a layer norm, 3 H of one in Python, H for a mask of dropout where there is
+                            one; in an attention its own widths; 2 F for what a feed-forward's activation
+                            function reads, 2 F for a gate; C classes of an encoder's token
 
     If both routes are trained, everything counts twice. On the shared route a feed-forward takes the place of
     the experts from which it is distilled. Attention probabilities are not stored:
@@ -133,19 +142,30 @@ def activations(recipe: Recipe, value: int) -> int:
     freed. There is no activation checkpointing.
     """
     model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
-    norm = (2 + (recipe.training.dropout > 0)) * hidden  # in and out of a norm, and dropout's mask
+    mask = (recipe.training.dropout > 0) * hidden
+    norm = 2 * hidden + mask  # in and out of a norm, and dropout's mask
     output = hidden + recipe.data.vocabulary.size / tensor
     found: dict[SideName, float] = {"encoder": norm, "decoder": norm + output}
+    inner, share = 1, 0.5  # times a feed-forward's width is kept (a ReLU keeps its result alone); of tokens
+    if (alone := model.alone) is not None:
+        around = outline_of(recipe).around
+        mask, inner, share = mask * around.drops, 2, 1.0
+        classes = around.heads[0][2] * (0.5 if alone == "decoder" else 1.0)
+        masks = (
+            3 * mask if model.task == "tag" else mask
+        )  # the embedding's; before classes of words a mask and its result
+        found, norm = {alone: around.kept + masks + classes}, mask
     for site in shapes_of(model):
         side = model.encoder if site.side == "encoder" else model.decoder
         if isinstance(site, SublayerShape):
             found[site.side] += norm
-            if site.sublayer == "feed_forward":
-                width, moe = side.width(site.layer), side.moe if side.is_moe(site.layer) else None
-                found[site.side] += (width if moe is None else experts.values(hidden, width, moe)) / tensor
-        elif isinstance(site, LinearShape) and site.sublayer != "feed_forward":
-            # query, key, value, and the mixture that the output layer reads
-            found[site.reads] += hidden / tensor
+            if site.sublayer == "feed_forward" and side.is_moe(site.layer):
+                assert side.moe is not None
+                found[site.side] += experts.values(hidden, side.width(site.layer), side.moe) / tensor
+        elif isinstance(site, LinearShape) and site.name != "contract":
+            # The mixture that the output layer of an attention reads, and the results of all others.
+            width = site.inputs if site.name == "output" else site.outputs
+            found[site.reads] += width * (inner if site.sublayer == "feed_forward" else 1) / tensor
         here = [method for method in model.methods if method.is_at(site)]
         found[site.reads] += sum(method.values(site, tensor) for method in here)
     twice = passes(recipe)
@@ -155,7 +175,7 @@ def activations(recipe: Recipe, value: int) -> int:
         if moe.routing == "token"
     )
     values = sum(found.values())
-    return round(twice * recipe.data.batch.tokens / 2 * (value * values + 4 * floats))
+    return round(twice * share * recipe.data.batch.tokens * (value * values + 4 * floats))
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:

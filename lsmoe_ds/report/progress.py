@@ -21,8 +21,8 @@ from lsmoe_ds.evaluation.plots import Series, line_chart, smooth
 class Progress:
     """The content of ``metrics.jsonl``.
 
-    Curves are by step; losses are in nats per target token. ``seconds`` and ``tokens`` are totals, rates are
-    medians.
+    Curves are by step; losses are in nats per target token or label. ``seconds`` and ``tokens`` are totals,
+    rates are medians.
     """
 
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
@@ -81,8 +81,10 @@ class TrainingCharts:
     low: list[tuple[str, Markup]]  # (title, chart) of the low charts below
 
 
-def draw_charts(progress: Progress, recipe: Recipe) -> TrainingCharts:
-    """Draw the losses, and below them what the recipe's methods want to be seen."""
+def draw_charts(progress: Progress, recipe: Recipe, learned: str) -> TrainingCharts:
+    """Draw the losses, of each of what is ``learned``, and below them what the recipe's methods want to be
+    seen.
+    """
     curve = progress.curves
     loss, dev, shared = curve["nll"], curve["dev_loss"], curve["dev_loss_shared"]
     series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []
@@ -96,7 +98,7 @@ def draw_charts(progress: Progress, recipe: Recipe) -> TrainingCharts:
     else:
         low.append(("TFLOP/s of a rank", [Series(curve["tflops_per_rank"])]))
     if recipe.model.distills:
-        low.append(("Divergence of the two routes, in nats a target token", [Series(curve["distillation"])]))
+        low.append((f"Divergence of the two routes, in nats a {learned}", [Series(curve["distillation"])]))
     for chart in (chart for method in recipe.model.methods for chart in method.charts()):
         aim = [] if chart.aim is None else [Series([(0, chart.aim), (progress.steps, chart.aim)], "aim")]
         low.append((chart.title, [*aim, Series(curve[chart.metric])]))

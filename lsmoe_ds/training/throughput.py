@@ -78,8 +78,8 @@ class Throughput:
         self._by_length: dict[int, Flops] = {}
 
     def flops(self, work: Work) -> float | None:
-        """Return the FLOPs of forward and backward passes; None of a model of transformers, whose arithmetic
-        is not planned.
+        """Return the FLOPs of forward and backward passes; None of a model of transformers: a step does not
+        count the words around its texts, such as prompts.
         """
         if self.recipe.model.huggingface is not None:
             return None
