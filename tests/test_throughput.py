@@ -43,6 +43,17 @@ def test_what_is_frozen_takes_less(tmp_path):
     assert taken[1] == 60 * planned.source_training + 60 * planned.target_training < taken[0]
 
 
+def test_counting_leaves_the_random_numbers_of_the_training_alone(tmp_path, monkeypatch):
+    def drawing(recipe):
+        torch.rand(3)
+        return lambda name: True
+
+    monkeypatch.setattr(throughput, "trains", drawing)
+    before = torch.get_rng_state()
+    assert Throughput(recipe_in(tmp_path), 1, None).flops(Work() + STEP)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_rates_are_of_one_rank(tmp_path):
     recipe = recipe_in(tmp_path)
     work = Work() + STEP
