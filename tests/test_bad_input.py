@@ -217,6 +217,8 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("--set without value", NOTHING, ["train", "good.yaml", "--set", "training.steps"], "write --set a.b=value"),
     ("--set of nothing known", NOTHING, ["train", "good.yaml", "--set", "training.step=3"], "(did you mean 'steps'?)"),
     ("stopping by what is not measured", recipe(lambda r: r["training"].update(early_stopping={"patience": 2})), TRAIN, "counts validations, but 'training.validate_every' is 0"),
+    ("stopping by what is not translated", recipe(lambda r: r["training"].update(early_stopping={"patience": 2, "metric": "chrf"}, validate_every=1)), TRAIN, "'training.early_stopping.metric' is chrf, but nothing is translated"),
+    ("translations of no validation", recipe(lambda r: r["training"].update(validate_translations=5)), TRAIN, "is of validations, but 'training.validate_every' is 0"),
     ("patience of nothing", recipe(lambda r: r["training"].update(early_stopping={"patience": 0}, validate_every=1)), TRAIN, "'training.early_stopping.patience' should be at least 1, found 0"),
     ("steps the wrong way round", NOTHING, [*TRAIN[:1], "good.yaml", *TRAIN[2:], "--profile", "12-10"], "--profile is '12-10': give a step, or the first and the last of several, as in 10-12"),
     ("memory without steps", NOTHING, [*TRAIN[:1], "good.yaml", *TRAIN[2:], "--memory-snapshot"], "--memory-snapshot records the steps of --profile"),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from small_host import END, TEXT, host_recipe, host_settings, write_host
 from small_run import write_corpus
 from test_resharding import losses
-from test_training import assert_same_end, loop
+from test_training import assert_same_but_rounding, assert_same_end, loop
 
 from lsmoe_ds.analysis.findings import analyze_weights
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
@@ -75,7 +75,7 @@ def test_two_processes_train_as_one(pool, base, run, stage, tmp_path):
     found, wanted = (read_weights(find_model(each)).tensors for each in (other, run))
     assert found.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+        assert_same_but_rounding(found[name], wanted[name], name)
 
 
 def test_an_interrupted_run_ends_bit_equal(pool, base, run, tmp_path):

@@ -103,6 +103,16 @@ def test_empty_metrics(tmp_path) -> None:
     assert "No training is recorded" in Page(write_report(run)).text
 
 
+def test_the_chrf_of_dev_translations_has_a_chart(tmp_path) -> None:
+    run = make_run(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "dev_chrf": step / 10}) + "\n" for step in (50, 100))
+    page = Page(write_report(run))
+    assert "chrF of dev translations" in page.text
+    ((left, low), (right, high)) = charts(page)[1]["dev"]
+    assert (left, right) == (500, 1000) and high < low, "it rises"
+
+
 @pytest.mark.parametrize("peak", [True, False])
 def test_rates_are_figures_of_the_page_and_a_chart(peak: bool, tmp_path) -> None:
     run = make_run(tmp_path)

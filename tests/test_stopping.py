@@ -24,7 +24,7 @@ def ends(losses: list[float], patience: int, min_delta: float = 0.0) -> int | No
     """Return after how many validations a training ends; None if it does not."""
     stopping = Stopping(EarlyStopping(patience=patience, min_delta=min_delta))
     for number, loss in enumerate(losses, start=1):
-        stopping.after_validation(number, loss)
+        stopping.after_validation(number, {"dev_loss": loss, "dev_loss_shared": 0.0})
         restored = Stopping(stopping.settings)
         restored.load_state_dict(json.loads(json.dumps(stopping.state_dict())))
         assert restored == stopping
@@ -52,18 +52,36 @@ def test_validations_without_an_improvement_are_counted(losses, patience, min_de
 def test_without_settings_nothing_ends():
     stopping = Stopping(None)
     for number in range(9):
-        stopping.after_validation(number, 1.0)
+        stopping.after_validation(number, {"dev_loss": 1.0})
     assert stopping.waited == 8 and not stopping.ended
 
 
 def test_the_reason_is_told():
     stopping = Stopping(EarlyStopping(patience=2, min_delta=0.01))
     for number, loss in ((100, 3.25), (200, 3.245), (300, 4.0)):
-        stopping.after_validation(number, loss)
+        stopping.after_validation(number, {"dev_loss": loss})
     assert stopping.describe() == (
         "the dev loss has not improved by more than 0.01 on 3.250, that of step 100, in 2 validations "
         "(training.early_stopping)"
     )
+
+
+def test_chrf_improves_by_rising_and_a_change_of_metric_counts_anew():
+    stopping = Stopping(EarlyStopping(metric="chrf", patience=2, min_delta=0.5))
+    for number, chrf in ((1, 20.0), (2, 20.5), (3, 21.0), (4, 21.25), (5, 5.0)):
+        assert not stopping.ended
+        stopping.after_validation(number, {"dev_loss": 1.0 - number, "dev_chrf": chrf})
+    assert stopping.ended and (stopping.best, stopping.step) == (21.0, 3)
+    assert stopping.describe().startswith("the dev chrF has not improved by more than 0.5 on 21.00, that of ")
+    by_loss = Stopping(EarlyStopping(patience=2))
+    by_loss.load_state_dict(stopping.state_dict())
+    assert by_loss.best is None and by_loss.waited == 0
+
+
+def test_a_loss_that_never_is_a_number_is_told_as_such():
+    stopping = Stopping(EarlyStopping(patience=1))
+    stopping.after_validation(1, {"dev_loss": float("nan")})
+    assert stopping.ended and stopping.describe().startswith("the dev loss was no number in 1 validation")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +158,7 @@ def test_an_ended_training_goes_on_only_if_the_recipe_waits_longer(pool, folder)
     assert steps_of(run)[-1] == "step-12", "10 and 12 are better"
     assert json.loads((run / "checkpoints" / "step-12" / "state.json").read_text())["position"][
         "stopping"
-    ] == {"best": 0.5, "step": 12, "waited": 0}
+    ] == {"metric": "loss", "best": 0.5, "step": 12, "waited": 0}
 
 
 def test_every_rank_stops_and_the_best_checkpoint_is_named(pool, folder):

@@ -15,6 +15,7 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.arithmetic import flops
 from lsmoe_ds.planning.devices import DEVICES
 from lsmoe_ds.training import monitor as module
+from lsmoe_ds.training import throughput
 from lsmoe_ds.training.monitor import Monitor
 from lsmoe_ds.training.throughput import Throughput, Work, describe_rates, find_peak, peak_of
 
@@ -41,6 +42,17 @@ def test_what_is_frozen_takes_less(tmp_path):
     taken = [Throughput(recipe, 1, None).flops(Work() + STEP) for recipe in (whole, frozen)]
     planned = flops(frozen, 6)
     assert taken[1] == 60 * planned.source_training + 60 * planned.target_training < taken[0]
+
+
+def test_counting_leaves_the_random_numbers_of_the_training_alone(tmp_path, monkeypatch):
+    def drawing(recipe):
+        torch.rand(3)
+        return lambda name: True
+
+    monkeypatch.setattr(throughput, "trains", drawing)
+    before = torch.get_rng_state()
+    assert Throughput(recipe_in(tmp_path), 1, None).flops(Work() + STEP)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_rates_are_of_one_rank(tmp_path):

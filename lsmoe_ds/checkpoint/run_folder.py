@@ -54,6 +54,7 @@ MAY_CHANGE = {
     "training.peak_flops",
     "training.validate_every",
     "training.validate_pairs",
+    "training.validate_translations",
     "training.early_stopping",
     "training.checkpoint_every",
     "training.keep",
@@ -63,6 +64,7 @@ MAY_CHANGE = {
     "training.deterministic",
 }
 
+CHRF = "dev_chrf"  # of dev translations, in records and checkpoints
 STOPPING = "stopping"  # in the position of a checkpoint: see :class:`lsmoe_ds.training.stopping.Stopping`
 START = "start"  # in ``origin.json``: :func:`weights_digest` of ``training.start_from``
 FROZEN = "frozen"  # the folder of what does not train, see :mod:`lsmoe_ds.checkpoint.frozen`
@@ -222,12 +224,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def to_remove(checkpoints: list[Path], keep: int, best: int) -> list[Path]:
+def to_remove(checkpoints: list[Path], keep: int, best: int, by_chrf: bool = False) -> list[Path]:
     """List a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the
-    ``best`` of lowest dev loss. Checkpoints without a dev loss never count as best.
+    ``best`` of lowest dev loss, or of highest chrF. Checkpoints without that never count as best.
     """
-    losses = {path: (read_json(path / "state.json") or {}).get("dev_loss") for path in checkpoints}
-    scored = sorted((loss, path) for path, loss in losses.items() if isinstance(loss, float | int))
+    key, sign = (CHRF, -1) if by_chrf else ("dev_loss", 1)
+    found = {path: (read_json(path / "state.json") or {}).get(key) for path in checkpoints}
+    scored = sorted((sign * value, path) for path, value in found.items() if isinstance(value, float | int))
     kept = {*checkpoints[-keep:], *(path for _, path in scored[:best])}
     return [path for path in checkpoints if path not in kept]
 

@@ -27,10 +27,11 @@ from lsmoe_ds.notices import counted, listed
 
 
 class EarlyStopping(Section):
-    """End a training once ``patience`` validations in a row have not lowered the dev loss by more than
-    ``min_delta``.
+    """End a training once ``patience`` validations in a row have not improved the dev loss, or the chrF of
+    dev translations, by more than ``min_delta``.
     """
 
+    metric: Literal["loss", "chrf"] = "loss"
     patience: Positive
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
 
@@ -73,7 +74,13 @@ class Training(Section):
     peak_flops: Annotated[float, Field(gt=0.0)] | None = None
     validate_every: Annotated[int, Field(ge=0)] = 0
     validate_pairs: Positive | None = None
+    validate_translations: Positive | None = None
     early_stopping: EarlyStopping | None = None
+
+    @property
+    def stops_by_chrf(self) -> bool:
+        return self.early_stopping is not None and self.early_stopping.metric == "chrf"
+
     checkpoint_every: Positive = 500
     keep: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 0
@@ -199,11 +206,7 @@ class Recipe(Section):
                 f"'training.directions' names {wrong[0]}, which is not among 'data.directions': "
                 f"{listed(self.data.directions)}"
             )
-        if self.training.early_stopping is not None and not self.training.validate_every:
-            raise ValueError(
-                "'training.early_stopping' counts validations, but 'training.validate_every' is 0: set it to "
-                "the steps between them"
-            )
+        self._fits_validation()
         for method in hidden.methods:
             method.check_languages(self.languages)
             method.check_training(self.training)
@@ -237,6 +240,29 @@ class Recipe(Section):
             raise ValueError(
                 f"'training.optimizer' is {name}, which steps weights in float32 and bfloat16, but "
                 "'deepspeed' enables 'fp16': enable 'bf16', or neither"
+            )
+
+    def _fits_validation(self) -> None:
+        """Raise ValueError for what no validation measures."""
+        training = self.training
+        if training.early_stopping is not None and not training.validate_every:
+            raise ValueError(
+                "'training.early_stopping' counts validations, but 'training.validate_every' is 0: set it to "
+                "the steps between them"
+            )
+        if training.validate_translations is not None and not training.validate_every:
+            raise ValueError(
+                "'training.validate_translations' is of validations, but 'training.validate_every' is 0: set "
+                "it to the steps between them"
+            )
+        if training.validate_translations is not None and self.model.huggingface is not None:
+            raise ValueError(
+                "'training.validate_translations' is not for models of 'model.huggingface': leave it out"
+            )
+        if training.stops_by_chrf and training.validate_translations is None:
+            raise ValueError(
+                "'training.early_stopping.metric' is chrf, but nothing is translated: set "
+                "'training.validate_translations' to the dev pairs of each direction to translate"
             )
 
     def _fits_host(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lsmoe_ds.checkpoint.run_folder import CHRF
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.plots import Series, line_chart, smooth
@@ -92,7 +93,10 @@ def draw_charts(progress: Progress, recipe: Recipe, learned: str) -> TrainingCha
     # the other.
     series += [Series(dev, "dev wide" if shared else "dev")] if dev else []
     series += [Series(shared, "shared")] if shared else []
-    low = [("Learning rate", [Series(curve["learning_rate"])])]
+    low = [
+        ("chrF of dev translations", [Series(curve[CHRF], "dev")]),
+        ("Learning rate", [Series(curve["learning_rate"])]),
+    ]
     if curve["mfu"]:
         low.append(("Model FLOPs utilization", [Series(curve["mfu"])]))
     else:

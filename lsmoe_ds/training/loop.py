@@ -9,7 +9,7 @@ from pathlib import Path
 from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint import saving as checkpoints
 from lsmoe_ds.checkpoint.resharding import load_weights
-from lsmoe_ds.checkpoint.run_folder import FROZEN, STOPPING, list_checkpoints, newest_whole
+from lsmoe_ds.checkpoint.run_folder import CHRF, FROZEN, STOPPING, list_checkpoints, newest_whole
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity
@@ -34,6 +34,7 @@ from lsmoe_ds.training.profiling import Profiler, Traced
 from lsmoe_ds.training.start_from import added_methods, starting_weights
 from lsmoe_ds.training.stopping import Stopping
 from lsmoe_ds.training.throughput import Throughput, peak_of
+from lsmoe_ds.training.translating import dev_chrf
 
 
 def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None = None) -> int | None:
@@ -119,7 +120,9 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
             throughput,
             training.log_to,
         ) as monitor,
-        checkpoints.Saver(run, topology, training.keep, training.keep_best, frozen) as saver,
+        checkpoints.Saver(
+            run, topology, training.keep, training.keep_best, frozen, training.stops_by_chrf
+        ) as saver,
         Prefetched(stream) as steps,
         Profiler(traced, run, topology, monitor.say) as profiler,
     ):
@@ -193,8 +196,12 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
                     losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(
                         engine, batches, topology, route
                     )
+                if training.validate_translations is not None:
+                    doing = f"translating after step {number}"
+                    batches = dev(training.validate_translations, recipe.trained, doing)
+                    losses[CHRF] = dev_chrf(engine, batches, form.given, vocabulary, topology)
                 monitor.record_dev_loss(number, losses)
-                stopping.after_validation(number, losses["dev_loss"])
+                stopping.after_validation(number, losses)
                 last_step = last_step or stopping.ended
             if number % training.checkpoint_every == 0 or last_step or asked:
                 position = {
@@ -204,13 +211,13 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
                 }
                 beat(f"saving step {number}")
                 saving = time.perf_counter()
-                saver.save(engine, number, position, losses.get("dev_loss"))
+                saver.save(engine, number, position, losses)
                 monitor.record_save(number, time.perf_counter() - saving)
             monitor.pause(time.perf_counter() - begun)
             if last_step and number < training.steps:
                 saver.finish()
                 monitor.say(
-                    f"stopped after step {number:,}: {stopping.describe()}; {_find_best(run, stopping)}"
+                    f"stopped after step {number:,}: {stopping.describe()}{_find_best(run, stopping)}"
                 )
                 break
             if asked:
@@ -232,12 +239,14 @@ def _last(saver: checkpoints.Saver) -> str:
 
 
 def _find_best(run: Path, stopping: Stopping) -> str:
-    """Say where the weights of the best validation are."""
+    """Say where the weights of the best validation are, if there is one."""
     best = run / "checkpoints" / f"step-{stopping.step}"
+    if stopping.best is None:
+        return ""
     if best in list_checkpoints(run):
-        return f"the best weights are in {best}"
+        return f"; the best weights are in {best}"
     return (
-        f"no checkpoint has the weights of step {stopping.step:,}: training.keep_best keeps the best that "
+        f"; no checkpoint has the weights of step {stopping.step:,}: training.keep_best keeps the best that "
         "training.checkpoint_every saves"
     )
 

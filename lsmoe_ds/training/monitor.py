@@ -181,7 +181,7 @@ class Monitor:
         self.line.since += seconds
 
     def record_dev_loss(self, number: int, losses: dict[str, float]) -> None:
-        """Record the dev losses by name, ``dev_loss`` first."""
+        """Record what a validation has measured, by name, ``dev_loss`` first."""
         self._write({"step": number, **losses})
 
     def record_save(self, number: int, seconds: float) -> None:

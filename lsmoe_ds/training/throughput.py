@@ -83,7 +83,10 @@ class Throughput:
         """
         if self.recipe.model.huggingface is not None:
             return None
-        self._trained = self._trained or trains(self.recipe)
+        if self._trained is None:
+            # An outline of the model may draw random numbers, which are the training's.
+            with torch.random.fork_rng(devices=[]):
+                self._trained = trains(self.recipe)
         if (each := self._by_length.get(work.length)) is None:
             each = self._by_length[work.length] = flops(self.recipe, work.length, self._trained)
         return work.source * each.source_training + (work.target + work.given) * each.target_training
