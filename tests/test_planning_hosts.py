@@ -164,12 +164,12 @@ def test_memory_by_arithmetic(folder, kind, task):
     whole = sum(each.numel() for each in host.parameters())
     trained = sum(each.numel() for each in host.parameters() if each.requires_grad)
     half = -(-trained // 2)
-    for precision, value in (("float32", 4), ("bfloat16", 2)):
-        one = memory(recipe, 1, 0, precision)
-        assert (one.weights, one.gradients) == (value * whole, value * trained)
+    for precision, stage, value in (("float32", 0, 4), ("bfloat16", 1, 2)):
+        one = memory(recipe, 1, stage, precision)
+        assert (one.weights, one.gradients) == (value * whole, 4 * trained)
         assert one.optimizer == (8 if value == 4 else 12) * trained
         two = memory(recipe, 2, 2, precision)
-        assert (two.weights, two.gradients) == (value * whole, value * half)
+        assert (two.weights, two.gradients) == (value * whole, 4 * half)
         assert two.optimizer == 12 * half
     assert one.peak == one.total + PROCESS + TRANSFORMERS + round(1.4 * (one.activations + one.buffers))
 
@@ -208,11 +208,8 @@ def test_layouts_that_fit_are_data_parallel(folder, kind, task):
     recipe = recipe_of(folder, kind, task)
     recipe.data.batch.count, recipe.data.batch.tokens = 4, 2048
     fits = find_fits(recipe, CLUSTER)
-    assert {each.recipe.parallel.tensor for each in fits} == {1} and {each.memory.stage for each in fits} == {
-        0,
-        1,
-        2,
-    }
+    assert {each.recipe.parallel.tensor for each in fits} == {1}
+    assert {each.memory.stage for each in fits} == {1, 2}, "in bfloat16 Adam does not train at stage 0"
     work = flops(recipe)
     tokens = 4 * 2048 if task == "tag" else 2 * 2048
     wanted = tokens * (work.source_training + (work.target_training if task == "translate" else 0))
