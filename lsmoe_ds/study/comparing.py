@@ -21,9 +21,9 @@ def compare(
     titles: Mapping[tuple[str, str], str],
     costs: Mapping[tuple[str, str], Costs],
     scores: Mapping[tuple[str, str], Mapping[int, ScoreTable]],
-    wanted: Mapping[str, Sequence[int]] | None = None,
     task: Task = "translate",
     stops_early: bool = False,
+    wanted: Mapping[str, Sequence[int]] | None = None,
 ) -> Comparison:
     """Compare the rows (member, route) of ``titles`` with the row ``baseline``; scores may be missing.
 
