@@ -57,8 +57,9 @@ def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
 
     In the backward pass a product F of an input and a weight takes F for the gradient of the input if
     anything below the input trains, and F if the weight does. The two products of attention take F / 2 each
-    for the gradients of queries, keys, values and attention weights that something below needs. Raises
-    UserError where :func:`lsmoe_ds.planning.trained.trains` does.
+    for the gradients of queries, keys, values and attention weights that something below needs. With
+    ``training.activation_checkpointing`` the products of each layer through which a gradient passes are
+    computed once more. Raises UserError where :func:`lsmoe_ds.planning.trained.trains` does.
     """
     return _Pass(recipe, length).run()
 
@@ -77,25 +78,28 @@ class _Pass:
         self.forward: dict[tuple[SideName, bool], int] = {}
         self.attention: dict[SideName, int] = {"encoder": 0, "decoder": 0}
         self.backward: dict[SideName, int] = {"encoder": 0, "decoder": 0}
+        self.again: dict[SideName, int] = {"encoder": 0, "decoder": 0}  # with activation checkpointing
         self.memory = False  # whether the encoder's output needs a gradient
 
     def run(self) -> Flops:
         embedding = "embedding.tokens.weight"
         x = self.trains(embedding)
-        sublayers = groupby(shapes_of(self.model), key=lambda site: (site.side, site.layer, site.sublayer))
+        layers = groupby(shapes_of(self.model), key=lambda site: (site.side, site.layer))
         side: SideName = "encoder"
-        for _, found in sublayers:
-            sites = list(found)
-            if sites[0].side != side:
+        for (of, _), sublayers in layers:
+            if of != side:
                 self.memory = x or self.norm("encoder_norm")
-                side, x = sites[0].side, self.trains(embedding)
-            x = self.sublayer(sites, x) or x
+                side, x = of, self.trains(embedding)
+            before = self.taken(side)
+            for _, found in groupby(sublayers, key=lambda site: site.sublayer):
+                x = self.sublayer(list(found), x) or x
+            if self.recipe.training.activation_checkpointing and x:
+                self.again[side] += self.taken(side) - before
         x = x or self.norm("decoder_norm")
         vocabulary = self.recipe.data.vocabulary.size
         self.products([MatrixProduct(2 * self.model.hidden * vocabulary, embedding)], "decoder", x)
         training = {
-            side: taken + sum(self.forward[side, shared] for shared in self.routes)
-            for side, taken in self.backward.items()
+            side: taken + self.again[side] + self.taken(side) for side, taken in self.backward.items()
         }
         return Flops(
             length=self.length,
@@ -108,6 +112,10 @@ class _Pass:
             source_training=training["encoder"],
             target_training=training["decoder"],
         )
+
+    def taken(self, side: SideName) -> int:
+        """Return the operations of the forward pass so far, by all routes."""
+        return sum(self.forward.get((side, shared), 0) for shared in self.routes)
 
     def norm(self, name: str) -> bool:
         return self.trains(f"{name}.weight") or self.trains(f"{name}.bias")

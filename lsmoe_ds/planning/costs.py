@@ -123,4 +123,5 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
         for each in found
     ]
     counts = sum(batch.count * tensor * each.layers * each.count_bytes for each in found)
-    return round(batch.tokens * batch.count * max(each_token, default=0.0)) + (1 + ahead) * counts
+    forward = 1 + ahead + recipe.training.activation_checkpointing
+    return round(batch.tokens * batch.count * max(each_token, default=0.0)) + forward * counts

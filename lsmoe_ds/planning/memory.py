@@ -124,36 +124,46 @@ def activations(recipe: Recipe, value: int) -> int:
     ``scaled_dot_product_attention`` recomputes them (with ``training.attention_dropout`` on a CPU it stores
     them).
 
+    With ``training.activation_checkpointing`` a layer keeps its input alone, H, and what is computed again is
+    kept of one layer at a time: that of the largest is counted, less what is gone by then, the output
+    layer's float32. Keys and values of the source, and what methods add to them, are computed outside the
+    decoder's layers.
+
     Three things are approximate: the split into source and target (a batch with longer target sentences takes
     more); the dropout masks, counted as values as on a CPU (on a GPU they are bytes); and the even load of
     the experts over their ranks. With several micro-batches each starts after the last one's activations are
-    freed. There is no activation checkpointing.
+    freed.
     """
     model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
+    twice = passes(recipe)
     norm = (2 + (recipe.training.dropout > 0)) * hidden  # in and out of a norm, and dropout's mask
-    found: dict[SideName, float] = {"encoder": norm, "decoder": norm + hidden}
+    logits = 4 * (3 if twice == 1 else 1) * recipe.data.vocabulary.size / tensor
+    # Bytes of a token: outside the layers, by side, and in each layer.
+    beside: dict[SideName, float] = {"encoder": value * norm, "decoder": value * (norm + hidden)}
+    layers: dict[tuple[SideName, int], float] = {}
     for site in shapes_of(model):
-        side = model.encoder if site.side == "encoder" else model.decoder
+        side, at = model.encoder if site.side == "encoder" else model.decoder, (site.side, site.layer)
+        layers.setdefault(at, 0.0)
+        own: float = sum(method.values(site, tensor) for method in model.methods if method.is_at(site))
         if isinstance(site, SublayerShape):
-            found[site.side] += norm
+            layers[at] += value * norm
             if site.sublayer == "feed_forward":
                 width, moe = side.width(site.layer), side.moe if side.is_moe(site.layer) else None
-                found[site.side] += (width if moe is None else experts.values(hidden, width, moe)) / tensor
+                own += (width if moe is None else experts.values(hidden, width, moe)) / tensor
+                if moe is not None and moe.routing == "token":
+                    layers[at] += 4 * 2 * moe.experts * model.routed(moe) / twice
         elif isinstance(site, LinearShape) and site.sublayer != "feed_forward":
-            # query, key, value, and the mixture that the output layer reads
-            found[site.reads] += hidden / tensor
-        here = [method for method in model.methods if method.is_at(site)]
-        found[site.reads] += sum(method.values(site, tensor) for method in here)
-    twice = passes(recipe)
-    logits = 3 if twice == 1 else 1
-    floats = logits * recipe.data.vocabulary.size / tensor
-    floats += sum(
-        2 * moe.experts * model.routed(moe) / twice
-        for _, _, moe in model.moe_layers()
-        if moe.routing == "token"
-    )
-    values = sum(found.values())
-    return round(twice * recipe.data.batch.tokens / 2 * (value * values + 4 * floats))
+            own += hidden / tensor  # query, key, value, and the mixture that the output layer reads
+        if site.reads == site.side:
+            layers[at] += value * own
+        else:
+            beside[site.reads] += value * own
+    if recipe.training.activation_checkpointing:
+        input = value * hidden  # also what the first norm of the layer reads
+        within = input * len(layers) + max(logits, max(layers.values()) - input)
+    else:
+        within = sum(layers.values()) + logits
+    return round(twice * recipe.data.batch.tokens / 2 * (sum(beside.values()) + within))
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:

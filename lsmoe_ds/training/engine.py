@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.methods.base import StepSize, Totals
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.base import Losses, Model
-from lsmoe_ds.model.build import build
+from lsmoe_ds.model.build import build, made_in
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.parallel import compat
@@ -91,7 +92,12 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     """Build a DeepSpeed engine over a freshly initialized model with ``vocabulary`` tokens."""
     deepspeed = compat.import_deepspeed()
     config = engine_config(recipe, topology)
-    model = build(recipe, vocabulary, topology)
+    half = check_precision(recipe)
+    # Others' models come with their weights, and a configuration may keep modules in float32.
+    whole = half is None or recipe.model.huggingface is not None or "data_types" in config
+    dtype = torch.float16 if half == "fp16" else torch.bfloat16
+    with nullcontext() if whole else made_in(dtype, topology.device):
+        model = build(recipe, vocabulary, topology)
     initialize(model, recipe.training.seed, topology)
     freeze(model, recipe, topology)
     spread = {name: partition_dimension(buffer) for name, buffer in model.named_buffers()}
