@@ -167,8 +167,16 @@ def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Return the norm of all gradients, which torch.nn.utils.get_total_norm rounds to 16 bits like them."""
-    norms = torch._foreach_norm(gradients, 2.0, torch.float32) if gradients else [torch.zeros(())]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    if not gradients:
+        return torch.zeros(())
+    if gradients[0].is_cuda or gradients[0].dtype == torch.float32:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)))
+    # On a CPU torch makes a float32 copy of each, and the norm may come to lie in its memory, which the next
+    # copy then does not fit: the heap would grow by all of them.
+    copy, norms = torch.empty(max(map(torch.numel, gradients))), torch.empty(len(gradients))
+    for gradient, norm in zip(gradients, norms, strict=True):
+        torch.linalg.vector_norm(copy[: gradient.numel()].copy_(gradient.view(-1)), out=norm)
+    return torch.linalg.vector_norm(norms)
 
 
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
