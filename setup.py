@@ -75,6 +75,7 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4"],
         "serve": ["ctranslate2>=4.6,<5"],
+        "wandb": ["wandb>=0.18"],
         "hosts": [
             "transformers>=5",
             "tokenizers>=0.21",

@@ -116,11 +116,11 @@ def measure(name: str, base: Path, work: Path, text: dict[str, list[str]], count
         for form, engine in converted(whole, direction, folder).items():
             found = compare(model, engine, direction, lines)
             assert found.sentences == len(lines)
-            same[form] = same.get(form, 0) + found.same_translations
+            same[form] = same.get(form, 0) + found.same
             largest = found.largest_logit_difference
             difference[form] = None if largest is None else max(difference.get(form) or 0.0, largest)
         alone = Exported.load(find_model(folder / "peft" / "base"))
-        of_base += compare(model, alone, direction, lines).same_translations
+        of_base += compare(model, alone, direction, lines).same
         print(title, direction, same, difference, of_base, flush=True)
     return {
         "matrices": title,

@@ -242,14 +242,14 @@ def measure(run: Path, route: str) -> dict[str, Any]:
                 texts.setdefault(name, []).extend(translate_all(engine, direction, lines, Search()))
         for name, engine in (engines | {"model in float64": exact}).items():
             found = compare(model, engine, direction, lines)
-            same[name] += found.same_translations
+            same[name] += found.same
             if found.largest_logit_difference is not None:
                 difference[name] = max(difference.get(name, 0.0), found.largest_logit_difference)
             if isinstance(engine, Exported):
-                if found.same_translations < found.sentences:
+                if found.same < found.sentences:
                     engine.model.double()
                     found = compare(exact, engine, direction, lines)
-                same["huggingface, in float64"] += found.same_translations
+                same["huggingface, in float64"] += found.same
     chrf = CHRF(word_order=2)
     scores = {name: round(chrf.corpus_score(each, [references]).score, 2) for name, each in texts.items()}
     return {

@@ -17,23 +17,23 @@ from lsmoe_ds.cli_evaluate import compare, evaluate, score
 from lsmoe_ds.cli_options import (
     NPROC,
     AsJson,
-    Beam,
-    InOneWord,
-    LengthPenalty,
     Out,
     Overrides,
     PartOption,
     RecipeFile,
-    Route,
     Run,
-    direction_of,
 )
-from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table, standard_input
-from lsmoe_ds.errors import UserError
+from lsmoe_ds.cli_plan import plan
+from lsmoe_ds.cli_translate import label, translate
+from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table
 
-ABOUT = "Train mixture-of-experts translation models on DeepSpeed, and extract small dense models from them."
+ABOUT = (
+    "Train multilingual models with parts for each language (experts, low-rank matrices and others) on "
+    "DeepSpeed, to translate, to find names or to answer questions, and take small models of single "
+    "directions or languages out of them."
+)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at parallel text.")
+data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at parallel or labelled text.")
 app.add_typer(data_app, name="data")
 app.add_typer(analyze_app, name="analyze")
 slurm_app = typer.Typer(
@@ -85,7 +85,7 @@ def data_prepare(
 
 @data_app.command("show")
 def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show pairs, tokens, mean lengths and resource groups of the prepared data, by direction."""
+    """Show pairs, tokens, mean lengths and resource groups of the prepared data, by direction or language."""
     from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.data.summary import show
 
@@ -96,29 +96,7 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson =
         show_table(shown.table())
 
 
-@app.command()
-def plan(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    world: Annotated[
-        int | None,
-        typer.Option("--world", min=1, help="Processes to plan for; by default as few as the layout needs."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
-    from lsmoe_ds.checkpoint.run_folder import choose_run
-    from lsmoe_ds.config.file import load_recipe
-    from lsmoe_ds.config.host import tell_missing_weights
-    from lsmoe_ds.planning.plan import plan as make_plan
-
-    loaded = load_recipe(recipe, overrides or ())
-    made = make_plan(loaded, world)
-    tell_missing_weights(loaded.model.huggingface)
-    if as_json:
-        print_json({"run": str(choose_run(recipe, loaded, None)), **made.to_dict()})
-    else:
-        show_table(made.table())
+app.command()(plan)
 
 
 @app.command()
@@ -127,6 +105,13 @@ def train(
     overrides: Overrides = None,
     processes: Annotated[int | None, typer.Option("--nproc", min=1, help=NPROC)] = None,
     out: Out = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="STEPS", help="Trace these steps, as in 10-12, into RUN/profile."),
+    ] = None,
+    memory_snapshot: Annotated[
+        bool, typer.Option("--memory-snapshot", help="Record what these steps allocate on a GPU, too.")
+    ] = False,
 ) -> None:
     """Train a recipe; an interrupted training resumes from its last whole checkpoint.
 
@@ -144,10 +129,12 @@ def train(
     with quick_import():
         from lsmoe_ds.checkpoint.run_folder import choose_run
         from lsmoe_ds.config.file import load_recipe
+        from lsmoe_ds.training.profiling import Traced
         from lsmoe_ds.training.start import train as train_recipe
 
+    traced = Traced.parse(profile, memory_snapshot)
     loaded = load_recipe(recipe, overrides or ())
-    status = train_recipe(loaded, choose_run(recipe, loaded, out), processes)
+    status = train_recipe(loaded, choose_run(recipe, loaded, out), processes, traced)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         end_at_once(
             status
@@ -155,47 +142,8 @@ def train(
     raise typer.Exit(status)
 
 
-for verb in (evaluate, score, compare):
+for verb in (evaluate, score, compare, translate, label):
     app.command()(verb)
-
-
-@app.command()
-def translate(
-    run: Run,
-    source: Annotated[
-        str | None, typer.Option("--from", metavar="LANGUAGE", help="Language of the input.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")
-    ] = None,
-    direction: InOneWord = None,
-    beam: Beam = 5,
-    length_penalty: LengthPenalty = 1.0,
-    route: Route = "specific",
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="torch|ctranslate2",
-            help="By default ctranslate2 for a folder converted to it, otherwise torch.",
-        ),
-    ] = None,
-) -> None:
-    """Translate standard input to standard output, line by line, as lines come; both are UTF-8. An empty line
-    stays empty.
-    """
-    chosen = direction_of(direction, source, target, "--to")
-    if chosen is None:
-        raise UserError("name the languages: --from en --to de, or --direction en-de")
-    text = standard_input()
-    from lsmoe_ds.export.engine import load_engine
-    from lsmoe_ds.inference.engine import find_direction
-    from lsmoe_ds.inference.stream import read_chunks
-    from lsmoe_ds.inference.translate import translate_chunks
-
-    loaded = load_engine(run, route, engine, chosen)
-    chosen = find_direction(loaded, chosen)
-    for line in translate_chunks(loaded, chosen, read_chunks(text), beam, length_penalty):
-        print(line, flush=True)
 
 
 app.command()(convert)

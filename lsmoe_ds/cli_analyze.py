@@ -47,7 +47,7 @@ def _analyze_weights(run: Path, kind: str, out: Path, as_json: bool) -> None:
 @analyze_app.command("structure")
 def analyze_structure(run: Run, out: Folder, as_json: AsJson = False) -> None:
     """Draw by which language each layer has learned to choose its matrices, and write the recipe that has
-    chosen.
+    chosen; of modular LoRA, how each direction has learned to weight both.
     """
     _analyze_weights(run, "structure", out, as_json)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lsmoe_ds.cli_options import NPROC, AsJson, InOneWord, Route, Run, direction_of
+from lsmoe_ds.cli_options import NPROC, AsJson, AverageOption, InOneWord, Route, Run, direction_of
 from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.console import print_json, show_table
 
@@ -54,7 +54,7 @@ def convert(
     check: Annotated[
         int, typer.Option(min=0, help="Compare both models on so many held-out sentences; 0: do not.")
     ] = 100,
-    average: Annotated[int, typer.Option(min=1, help="Take the mean of the last N checkpoints.")] = 1,
+    average: AverageOption = "1",
     quantization: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +92,7 @@ def convert(
     """Take the sub-network of one direction out of a sparse model, or bring the whole model into another
     form.
     """
+    from lsmoe_ds.checkpoint.averages import read_average
     from lsmoe_ds.convert.command import convert as convert_run
     from lsmoe_ds.export.grown import Likeness
     from lsmoe_ds.export.peft import size_table
@@ -100,7 +101,8 @@ def convert(
     like_language = None if like_language is None else read_code(like_language, of_system=True)
     like = None if like_language is None and like_expert is None else Likeness(like_expert, like_language)
     options = {"quantization": quantization, "optimizer": optimizer, "nproc": processes, "base": base}
-    summary = convert_run(run, to, chosen, out, check, route, average, overrides or (), like, **options)
+    weights = read_average(average)
+    summary = convert_run(run, to, chosen, out, check, route, weights, overrides or (), like, **options)
     if as_json:
         print_json(summary)
     else:

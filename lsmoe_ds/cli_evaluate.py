@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lsmoe_ds.cli_options import (
     AsJson,
+    AverageOption,
     Beam,
     CometFile,
     LengthPenalty,
@@ -27,7 +28,7 @@ from lsmoe_ds.evaluation.part import MOST
 def evaluate(
     run: Run,
     directions: Annotated[
-        str | None, typer.Option(metavar="A-B,...", help="Directions to score; all by default.")
+        str | None, typer.Option(metavar="A-B,...", help="Directions or languages to score; all by default.")
     ] = None,
     beam: Beam = 5,
     length_penalty: LengthPenalty = 1.0,
@@ -37,6 +38,7 @@ def evaluate(
         typer.Option(metavar="N", min=1, help="Score only the first N sentences of each direction."),
     ] = None,
     route: Route = "specific",
+    average: AverageOption = "1",
     test: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,32 +66,47 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Translate held-out text, or a test set of your own, and score it: BLEU, chrF and chrF++, beside copying
-    the source.
+    the source. Or label held-out text: F1 of names, F1 and exact match of answers.
 
     Scores and text are kept in RUN/scores, in files named after the question (step, text, search,
     directions).
     """
-    named = directions.split(",") if directions is not None else None
+    from lsmoe_ds.checkpoint.averages import read_average
+
+    named, weights = directions.split(",") if directions is not None else None, read_average(average)
     if merge is not None:
         from lsmoe_ds.evaluation.parts import merge as merge_parts
 
         if part is not None:
             raise UserError("--merge puts parts together and --part scores one: give one of them")
         table = merge_parts(
-            run, merge, named, beam, length_penalty, split, limit, route, test or (), tokenize, out, comet
+            run,
+            merge,
+            named,
+            beam,
+            length_penalty,
+            split,
+            limit,
+            route,
+            test or (),
+            tokenize,
+            out,
+            comet,
+            weights,
         )
     else:
         from lsmoe_ds.evaluation.evaluate import evaluate as score
 
-        options = {
+        options: dict[str, Any] = {
             "route": route,
+            "average": weights,
             "part": part,
             "test": test or (),
             "tokenize": tokenize,
             "out": out,
             "comet": comet,
         }
-        table = score(run, named, beam, length_penalty, split, limit, **options)  # type: ignore[arg-type]
+        table = score(run, named, beam, length_penalty, split, limit, **options)
     if as_json:
         print(table.to_json())
     else:

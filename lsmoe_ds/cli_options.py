@@ -40,6 +40,17 @@ Route = Annotated[
         ),
     ),
 ]
+AverageOption = Annotated[
+    str,
+    typer.Option(
+        "--average",
+        metavar="N|ema",
+        help=(
+            "Take the mean of the last N checkpoints of a run; ema: the moving average of the weights that "
+            "training.ema keeps."
+        ),
+    ),
+]
 Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept at each step of the search.")]
 LengthPenalty = Annotated[float, typer.Option(help="Scores are divided by length to this power.")]
 Split = Annotated[str, typer.Option(metavar="test|dev", help="The held-out set to use.")]

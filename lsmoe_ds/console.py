@@ -132,13 +132,12 @@ def check_output() -> None:
         raise UserError(CLOSED)
 
 
-def standard_input() -> BinaryIO:
-    """Return standard input, in bytes. Raises UserError if it is closed."""
+def standard_input(how: str) -> BinaryIO:
+    """Return standard input, in bytes. Raises UserError, which says ``how`` to give the text, if it is
+    closed.
+    """
     if sys.stdin is None:
-        raise UserError(
-            "standard input is closed: give the text there, one sentence a line, as in 'lsmoe translate ... <"
-            " text'"
-        )
+        raise UserError(f"standard input is closed: give the text there, {how}")
     return sys.stdin.buffer
 
 

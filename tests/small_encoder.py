@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from small_host import SIZES, two_steps
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import SequenceBatch
@@ -17,9 +19,12 @@ from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.directions import Direction
 
-SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
 LANGUAGES = ("de", "en", "fr")
-KINDS = ("XLMRoberta", "Bert")
+KINDS: dict[str, dict[str, Any]] = {"XLMRoberta": {}, "Bert": {}}
+OTHERS: dict[str, dict[str, Any]] = {  # whose feed-forwards alone are BERT's
+    "DebertaV2": {"type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "Longformer": {"attention_window": 8, "sep_token_id": 2},
+}
 DE = Direction("de", "de")
 NAMES = {"PER": ("Anna Berg", "Otto", "Li Wei"), "LOC": ("Bonn", "New York"), "ORG": ("Acme Corp",)}
 WORDS = {"de": "wohnt in und mag", "en": "lives in and likes", "fr": "habite à et aime"}
@@ -147,15 +152,7 @@ def encoder_settings(
             **({"stride": 16} if task == "answer" else {}),
         },
         "model": {"huggingface": str(host), "task": task, "low_rank": low_rank or None},
-        "training": {
-            "steps": 2,
-            "learning_rate": 0.01,
-            "warmup": 1,
-            "label_smoothing": 0.0,
-            "dropout": 0.0,
-            "trainable": "methods" if low_rank else "all",
-        },
-        "deepspeed": {"zero_optimization": {"stage": stage}},
+        **two_steps(stage, "methods" if low_rank else "all"),
     }
 
 
@@ -163,12 +160,12 @@ def encoder_recipe(folder: Path, host: Path, task: str = "tag", stage: int = 0, 
     return Recipe.model_validate(encoder_settings(folder, host, task, stage, **low_rank))
 
 
-def write_all(path: Path) -> Path:
-    """Write both encoders and both corpora, and prepare them for each."""
+def write_all(path: Path, kinds: Mapping[str, dict[str, Any]] = KINDS) -> Path:
+    """Write encoders, by default both, and both corpora, and prepare them for each."""
     write_names(path / "names")
     write_questions(path / "questions")
-    for kind in KINDS:
-        write_encoder(path / kind, kind)
+    for kind, settings in kinds.items():
+        write_encoder(path / kind, kind, **settings)
         for task in ("tag", "answer"):
             prepare(recipe_of(path, kind, task))
     return path

@@ -63,13 +63,20 @@ def host_settings(folder: Path, host: Path, stage: int = 0, **low_rank: Any) -> 
             "prompt": {"text": TEXT},
         },
         "model": {"huggingface": str(host), "low_rank": low_rank or None},
+        **two_steps(stage, "methods" if low_rank else "all"),
+    }
+
+
+def two_steps(stage: int, trainable: str) -> dict[str, Any]:
+    """Return how models of transformers train in tests."""
+    return {
         "training": {
             "steps": 2,
             "learning_rate": 0.01,
             "warmup": 1,
             "label_smoothing": 0.0,
             "dropout": 0.0,
-            "trainable": "methods" if low_rank else "all",
+            "trainable": trainable,
         },
         "deepspeed": {"zero_optimization": {"stage": stage}},
     }

@@ -206,8 +206,8 @@ def test_bytes_of_a_step_count_the_pass_ahead(pool):
     (rows, sent), _ = pool.run(2, step_traffic, gated, expert=2)
     training, inference = (bytes_per_row(16, 2, 4, of_training) for of_training in (True, False))
     assert (
-        sent == rows / 2 * (training + inference) + 2 * 4 * 3 * 8
-    )  # 8 bytes for each micro-batch and layer, in both passes
+        sent == rows / 2 * (training + inference) + 2 * 4 * 3 * 16
+    )  # 16 bytes for each micro-batch and layer, in both passes
     assert (
         plan(gated, 2).step_bytes
         == plan(recipe("token", None), 2).step_bytes

@@ -106,7 +106,7 @@ def test_experts_of_unequal_widths(run, tmp_path):
         48,
     )  # 24, 48 and 24, 3 x 16, 24
     found = compare(sparse, model, EN_DE, LINES)
-    assert found.same_translations == found.sentences == len(LINES)
+    assert found.same == found.sentences == len(LINES)
     assert 0 < found.largest_logit_difference <= 1e-4
     assert generated(model, LINES) == ours(sparse, EN_DE, LINES)
     # Scores too: what is never generated takes no part in the softmax.
@@ -130,7 +130,7 @@ def test_experts_of_unequal_widths(run, tmp_path):
 def test_low_rank_matrices_of_a_direction(run, tmp_path):
     sparse = low_rank(run, False, "specific")
     found = compare(sparse, exported(sparse, FR_EN, tmp_path / "fr-en"), FR_EN, LINES)
-    assert found.same_translations == found.sentences and 0 < found.largest_logit_difference <= 1e-4
+    assert found.same == found.sentences and 0 < found.largest_logit_difference <= 1e-4
 
 
 def test_the_shared_route_serves_all_directions(run, tmp_path):
@@ -138,7 +138,7 @@ def test_the_shared_route_serves_all_directions(run, tmp_path):
     model = exported(sparse, None, tmp_path / "all")
     for direction in sparse.languages.directions:
         found = compare(sparse, model, direction, LINES[:3])
-        assert found.same_translations == found.sentences and 0 < found.largest_logit_difference <= 1e-4
+        assert found.same == found.sentences and 0 < found.largest_logit_difference <= 1e-4
     assert generated(model, LINES) == ours(sparse, EN_DE, LINES)  # the first direction
     assert generated(model, LINES, "<2fr>") == ours(sparse, EN_FR, LINES) != ours(sparse, EN_DE, LINES)
 

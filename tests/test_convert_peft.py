@@ -144,7 +144,7 @@ def test_an_adapter_of_a_direction_computes_what_the_run_computes(run, tmp_path,
     model = load(whole, "cpu")
     assert_same_logits(model, direction, out, out / "base")
     found = compare(model, open_adapted(find_model(out))(direction), direction, LINES)
-    assert found.same_translations == found.sentences >= len(LINES)
+    assert found.same == found.sentences >= len(LINES)
     assert found.largest_logit_difference <= 1e-4  # 0 where the products are in the same order
     plain = Exported.load(find_model(out / "base"))
     assert compare(model, plain, direction, LINES).largest_logit_difference > 1e-2, "the comparison can fail"

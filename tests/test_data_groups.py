@@ -117,7 +117,7 @@ def test_training_and_plan_list_the_groups_only_for_a_method_that_needs_them(
 ) -> None:
     trained: list[dict[str, str]] = []
 
-    def begin(given, run, processes) -> int:
+    def begin(given, run, processes, traced) -> int:
         trained.append(dict(given.languages.groups))
         return 0
 

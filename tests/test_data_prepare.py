@@ -70,7 +70,13 @@ def test_from_corpora_to_tokens(root: Path) -> None:
     assert (
         len(tokens) == len(tokens.source.lengths) == 300 - 30 - data.manifest["cleaning"]["de-en"]["held out"]
     )
-    assert tokens.source.lengths.dtype == np.int32 and tokens.source.lengths.sum() == len(tokens.source.ids)
+    lengths = tokens.source.lengths[:]
+    assert lengths.sum() == len(tokens.source.ids) and lengths.tolist() == [
+        len(each) for each in tokens.source
+    ]
+    assert tokens.source.lengths[np.array([7, 2])].tolist() == [lengths[7], lengths[2]]
+    assert tokens.source.lengths[200:].tolist() == lengths[200:].tolist()
+    assert tokens.source.lengths[5:5].tolist() == []
     assert isinstance(tokens.source.ids, np.memmap) and tokens.source.ids.dtype == np.uint16
     assert set(train_text(data, "de-en")) <= set(pairs("de", "en", 300))
     copy = pickle.loads(pickle.dumps(tokens))

@@ -47,7 +47,7 @@ def test_ids_offsets_and_counts(
         expected = [vocabulary.encode(pair[side]) for pair in PAIRS]
         store = TokenStore(tmp_path / "x", code)
         assert [store[number].tolist() for number in range(len(PAIRS))] == expected
-        assert store.offsets[0] == 0 and store.lengths.tolist() == [len(ids) for ids in expected]
+        assert store.offsets[0] == 0 and store.lengths[:].tolist() == [len(ids) for ids in expected]
         flat = [index for ids in expected for index in ids]
         assert counts[code] == {
             "tokens": len(flat),

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from lsmoe_ds.config.moe import Capacity, MoE
 from lsmoe_ds.config.optimizer import Adafactor
-from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.recipe import EarlyStopping, Ema, Recipe
 from lsmoe_ds.config.section import is_section
 from lsmoe_ds.methods.adapters.settings import Adapters
 from lsmoe_ds.methods.clsr.settings import Clsr
@@ -31,6 +31,8 @@ SHORT = {
     "neurons": Neurons,
     "lass": Lass,
     "adapters": Adapters,
+    "early_stopping": EarlyStopping,
+    "ema": Ema,
     "adafactor": Adafactor,
 }  # sections that the page names by their own name
 IN_WORDS = {"required", "by preset", "all three", ""}

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from small_encoder import (
     KINDS,
+    OTHERS,
+    SIZES,
     encoder_recipe,
     encoder_settings,
     example,
@@ -29,7 +31,7 @@ CLASSES = {"tag": "AutoModelForTokenClassification", "answer": "AutoModelForQues
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_all(tmp_path_factory.mktemp("encoders"))
+    return write_all(tmp_path_factory.mktemp("encoders"), KINDS | OTHERS)
 
 
 def built(recipe: Recipe) -> LabellingModel:
@@ -52,7 +54,7 @@ def theirs(model: LabellingModel, task: str, folder, kind: str):
     return found.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, *OTHERS))
 @pytest.mark.parametrize("task", CLASSES)
 def test_without_methods_the_loss_is_that_of_transformers(folder, kind, task):
     recipe = recipe_of(folder, kind, task)
@@ -75,7 +77,7 @@ def test_without_methods_the_loss_is_that_of_transformers(folder, kind, task):
     assert Parts.of(recipe).whole.total == other.num_parameters()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, *OTHERS))
 @pytest.mark.parametrize("task", CLASSES)
 @pytest.mark.parametrize("shared", (False, True))
 def test_matrices_of_languages_and_fuse_distillation(folder, kind, task, shared):
@@ -152,6 +154,10 @@ BAD = [
     ({"model": {"task": "answer"}}, "'model.task' is answer, but 'data.corpora' are text to tag"),
     ({"data": {"directions": ["de-en"]}}, "'directions' is for translation, but wikiann is a format"),
     ({"data": {"prompt": {"text": "{source}"}}}, "'prompt' is for translation"),
+    (
+        {"data": {"groups": {"high": 50, "medium": 5}}},
+        "'groups' has numbers of training pairs, of which labelled",
+    ),
     ({"data": {"labels": ["B-PER", "O"]}}, "'labels' begins with B-PER: O, of a word in no name"),
     ({"data": {"labels": ["O", "PER"]}}, "'labels' has PER, which is no tag of the BIO scheme"),
     ({"data": {"stride": 9}}, "'stride' is for corpora of the format squad"),
@@ -203,6 +209,47 @@ def test_answers_have_two_ends_whatever_the_folder_says(folder, tmp_path):
     (tmp_path / "nli/config.json").write_text(json.dumps({**config, **names}))
     model = LabellingModel(encoder_recipe(folder, tmp_path / "nli", "answer"), 100)
     assert model.host.qa_outputs.out_features == 2
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("at", ("all", "attention", "encoder.1", ["feed_forward", "self_attention"]))
+def test_an_attention_of_another_kind_has_no_matrices(folder, kind, at):
+    """DeBERTa multiplies distances by the matrices of queries, Longformer reads positions first."""
+    name = {"DebertaV2": "query_proj", "Longformer": "query_global"}[kind]
+    with pytest.raises(ValueError, match=rf"whose linear layer attention.self.{name} is of no known kind"):
+        encoder_recipe(folder, folder / kind, rank=2, at=at)
+    with pytest.raises(ValueError, match=r"'attention.value' names no linear layer"):
+        encoder_recipe(folder, folder / kind, rank=2, at=["feed_forward", "attention.value"])
+
+
+TYPES = {
+    "nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 8},
+    "yoso": {},
+    "fnet": {},
+    "convbert": {},
+}
+
+
+@pytest.mark.parametrize("kind", (*TYPES, "bert", "deberta-v2"))
+def test_a_model_that_reads_padding_is_refused(folder, kind, tmp_path):
+    """As it would train on other labels than those of each text alone."""
+    sizes = {**SIZES, "embedding_size": 32, "vocab_size": 130, "max_position_embeddings": 66}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **TYPES.get(kind, {}))
+    torch.manual_seed(1)
+    model = transformers.AutoModelForTokenClassification.from_config(config).eval()
+    tokens = torch.randint(5, 130, (1, 12))
+    mask = torch.tensor([[1] * 9 + [0] * 3])
+    options = {} if kind == "fnet" else {"attention_mask": mask}  # it takes none
+    with torch.no_grad():
+        padded, alone = model(tokens, **options).logits[:, :9], model(tokens[:, :9]).logits
+    assert torch.allclose(padded, alone, atol=1e-5) == (kind not in TYPES)
+    config.save_pretrained(tmp_path)
+    shutil.copy(folder / "XLMRoberta/tokenizer.json", tmp_path)
+    if kind not in TYPES:
+        assert encoder_recipe(folder, tmp_path, rank=2, at="feed_forward")
+        return
+    with pytest.raises(ValueError, match=f"of the type {kind}, whose labels of a text depend on the padding"):
+        encoder_recipe(folder, tmp_path)
 
 
 def test_a_decoder_cannot_tag(folder, tmp_path):

@@ -1,11 +1,14 @@
 """Encoders cut out for a language, and studies of them."""
 
+import io
 import json
 import re
+import subprocess
 
 import pytest
 import torch
 from small_encoder import LANGUAGES, encoder_settings
+from test_bad_input import main
 from test_encoders_training import DE, base, recipe_of  # noqa: F401
 from test_hosts_training import trained
 
@@ -20,10 +23,16 @@ from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.label import label_all
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.planning.plan import plan
+from lsmoe_ds.report.report import render_report
 from lsmoe_ds.study.command import run_study
 from lsmoe_ds.training.start_from import check_start_from
 
 transformers = pytest.importorskip("transformers")
+# What the cards' commands label, as a source line.
+sentence_of = {
+    "tag": "Words and punctuation marks between spaces .",
+    "answer": json.dumps({"question": "A question?", "context": "A text that holds its answer."}),
+}
 
 
 @pytest.fixture(scope="module", params=("tag", "answer"))
@@ -40,7 +49,8 @@ def run(pool, base, task):  # noqa: F811
 def test_a_language_is_cut_out_and_gives_the_same_labels(task, run, route, tmp_path):
     direction = DE if route == "specific" else None
     record = convert(run, "huggingface", direction, tmp_path / "out", check=6, route=route)
-    assert record["same_translations"] == record["sentences"] == 6
+    same, of = {"tag": ("same_labels", "sentences"), "answer": ("same_answers", "questions")}[task]
+    assert record[same] == record[of] == 6 and "same_translations" not in record
     assert 0 <= record["largest_logit_difference"] < 1e-4
     loaded = load(run, route=route)
     sources, _ = PreparedData.of(loaded.recipe).text(DE, "dev")
@@ -70,6 +80,36 @@ def test_the_code_of_a_card_runs(task, run, tmp_path, capsys):
     assert {"tag": "token-classification", "answer": "question-answering"}[task] in card
 
 
+@pytest.mark.parametrize("kind", ("huggingface", "consolidated"))
+def test_the_command_of_a_card_runs(task, run, kind, tmp_path, monkeypatch, capsys):
+    convert(run, kind, DE if kind == "huggingface" else None, tmp_path, check=0)
+    card = (tmp_path / "README.md").read_text()
+    (command,) = re.findall(r"```sh\n(.*?)```", card, re.DOTALL)
+    line = label_all(load(run), DE, [sentence_of[task]])[0]
+    text, _, ours = command.partition(" | lsmoe ")
+    given = subprocess.run(["bash", "-c", text], capture_output=True, check=True).stdout
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main(ours.replace("FOLDER", str(tmp_path)).split()) == 0
+    assert capsys.readouterr().out == f"{line}\n"
+    assert "translate" not in card
+
+
+def test_the_report_speaks_of_the_task(task, run, tmp_path):
+    convert(run, "huggingface", DE, tmp_path / "out", check=6)
+    page = re.sub(r"<[^>]*>", " ", render_report(run).partition("<body")[2].split("<details><summary>Rec")[0])
+    results, learned = {"tag": ("labels", "word"), "answer": ("answers", "end of an answer")}[task]
+    for expected in (
+        f"Same {results}",
+        "6 of 6",
+        f"nats for each {learned}",
+        f"in nats a {learned}",
+        "Language",
+    ):
+        assert expected in page, expected
+    for other in ("ranslation", "target token", "irection"):
+        assert other not in page, other
+
+
 def test_what_an_encoder_cannot_become_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="--to peft is for models that translate"):
         convert(run, "peft", None, tmp_path / "out")
@@ -87,7 +127,7 @@ def test_models_that_differ_are_told_apart(run):
         if name.endswith(("classifier.weight", "qa_outputs.weight")):
             parameter.data.neg_()
     found = compare_labels(one, other, DE, sources)
-    assert found.largest_logit_difference > 0.01 and found.same_translations < found.sentences
+    assert found.largest_logit_difference > 0.01 and found.same < found.sentences
 
 
 def test_a_language_is_added_and_the_others_stay(task, run, tmp_path):

@@ -1,5 +1,6 @@
 """Labelled text for encoders: layouts, sub-words, windows, places of answers, and what is refused."""
 
+import gzip
 import json
 import shutil
 from types import SimpleNamespace
@@ -19,12 +20,15 @@ from small_encoder import (
     write_all,
 )
 
+from lsmoe_ds.config.data import Groups
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import IGNORED
+from lsmoe_ds.data.formats import find_parts
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.labels import Labels, Window, places_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.summary import show
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.label import label_all
 
@@ -175,8 +179,55 @@ def test_a_tokenizer_that_joins_words_cannot_tag(folder, tmp_path):
         )
 
 
+def test_what_is_prepared_is_shown_in_words_of_the_task(folder):
+    table = show(recipe_of(folder)).table()
+    assert [column.header for column in table.columns][:4] == ["language", "text", "with", "group"]
+    assert [column.header for column in table.columns][8:12] == [
+        "tokens",
+        "labels",
+        "mean tokens",
+        "mean labels",
+    ]
+    assert set(table.columns[3]._cells) == {""}, "nothing says which languages are rich"
+    recipe = recipe_of(folder)
+    recipe.data.groups = Groups(high=["de", "en"], low=["fr"])
+    assert show(recipe).table().columns[3]._cells == ["high", "high", "low"]
+
+
+def test_compressed_text_is_read_like_any_other(folder, tmp_path):
+    """Of two files that differ by it alone the plain one is read."""
+    for name, kind, task in (("names", "XLMRoberta", "tag"), ("questions", "Bert", "answer")):
+        shutil.copytree(folder / name, tmp_path / name)
+        for path in [path for path in (tmp_path / name).rglob("*") if path.is_file()]:
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+        recipe = recipe_of(folder, kind, task)
+        recipe.data.corpora[0].path = tmp_path / name
+        bitexts = [direction.bitext for direction in recipe.languages.directions]
+        found, wanted = (
+            {(part.bitext, part.split): list(part.pairs()) for part in find_parts(corpora, folder, bitexts)}
+            for corpora in (recipe.data.corpora, recipe_of(folder, kind, task).data.corpora)
+        )
+        assert found == wanted != {}
+    (tmp_path / "names/de/train").write_text("de:Otto\tB-PER\n")
+    recipe = recipe_of(folder)
+    recipe.data.corpora[0].path = tmp_path / "names"
+    (part,) = (part for part in find_parts(recipe.data.corpora, folder, ["de-de"]) if part.split == "train")
+    assert list(part.pairs()) == [("Otto", "B-PER")]
+    (tmp_path / "one.train.json.gz").write_bytes(b"\x1f\x8bno")
+    recipe = recipe_of(folder, "Bert", "answer")
+    recipe.data.corpora[0].path, recipe.data.corpora[0].source = tmp_path / "one.train.json", "de"
+    (part,) = find_parts(recipe.data.corpora, folder, ["de-de"])
+    with pytest.raises(UserError, match=r"one\.train\.json\.gz is damaged: gzip cannot read it"):
+        list(part.pairs())
+
+
 BAD_TEXT = [
-    ("names/de/train", "de:Anna\tB-MISC\n", r"has the tag B-MISC, which is none of 'data\.labels': O, B-PER"),
+    (
+        "names/de/train",
+        "de:mag\tO\n\nde:Otto\tB-PER\nde:Anna\tI-MISC\nde:in\tB-X\n",
+        r"names/de/train, line 4: the tag I-MISC is none of 'data\.labels': O, B-PER",
+    ),
     ("names/de/train", "de:Anna\tO O\n", r"line 1: a word and its tag with a tab or space between were"),
     (
         "questions/small.goldp.de.train.json",

@@ -7,7 +7,7 @@ import torch
 from small_encoder import encoder_recipe, write_encoder, write_names, write_questions
 from test_hosts_training import trained
 from test_resharding import losses
-from test_training import assert_same_end
+from test_training import assert_same_but_rounding, assert_same_end
 
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.file import load_recipe
@@ -67,7 +67,7 @@ def test_two_processes_train_as_one(pool, base, task, run, stage, tmp_path):
         # answer: their gradients are rounding, of which Adam makes whole steps.
         same_everywhere = ("qa_outputs.bias", "1.output.LayerNorm.bias") if task == "answer" else ()
         if not name.endswith(("self.key.bias", *same_everywhere)):
-            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=2e-6, msg=name)
+            assert_same_but_rounding(found[name], wanted[name], name)
 
 
 def test_an_interrupted_run_ends_bit_equal(pool, base, task, run, tmp_path):
@@ -84,6 +84,7 @@ def test_scores_of_labels_by_language(base, task, run, route, tmp_path):
     split = "test" if task == "tag" else "dev"
     table = evaluate(run, None, split=split, route=route, progress=False, out=tmp_path)
     assert [score.direction.label for score in table.directions] == ["de", "en", "fr"]
+    assert list(table.averages()) == ["all"], "no text has bitexts to count resources by"
     text = tmp_path / "scores" / table.question
     for score in table.directions:
         source, found, wanted = (
@@ -180,7 +181,7 @@ def test_what_is_for_translations_is_refused(run, task):
     for options in ({"beam": 3}, {"tokenize": "13a"}, {"test": ["x.de"]}):
         with pytest.raises(UserError, match=f"is for translations, but the task of the model is to {task}"):
             evaluate(run, split="dev", progress=False, **options)
-    with pytest.raises(UserError, match=f"the task of the model is to {task}: `lsmoe evaluate` labels"):
+    with pytest.raises(UserError, match=f"the task of the model is to {task}: use `lsmoe label`"):
         translate(found, DE, ["Anna"])
     if task == "answer":
         with pytest.raises(UserError, match="have no test set; `--split dev` scores the dev set"):

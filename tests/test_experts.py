@@ -31,13 +31,13 @@ def experts_of(dtype: torch.dtype = torch.float32, width: int = WIDTH) -> Expert
 
 
 def results(
-    experts: Experts, rows: Tensor, chosen: Tensor, weights: Tensor, dropped: bool = True
+    experts: Experts, rows: Tensor, chosen: Tensor, weights: Tensor, count: int | None = None
 ) -> dict[str, Tensor]:
     """Outputs and every gradient of two passes, which are added up."""
     experts.zero_grad()
     rows, weights = rows.clone().requires_grad_(), weights.clone().requires_grad_()
     for scale in (1, 2):
-        out = experts(rows, chosen, weights, dropped)
+        out = experts(rows, chosen, weights, count)
         (out * torch.linspace(-scale, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
     of_parameters = {
         name: parameter.grad.clone()
@@ -49,7 +49,7 @@ def results(
 
 def grouped_results(monkeypatch, *arguments) -> dict[str, Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "use_grouped", lambda _, rows: len(rows) > 0)
+        patch.setattr(module, "use_grouped", lambda *_: True)
         patch.setattr(Experts, "_one_by_one", None)
         return results(*arguments)
 
@@ -59,6 +59,7 @@ CHOSEN = {
     "some without rows": [[1, 3], [3, 1], [1, 3], [3, 1]],
     "one row": [[2, 0]],
     "some choices dropped": [[DROPPED, 4], [DROPPED, DROPPED], [3, 0], [DROPPED, 4]],
+    "all choices dropped": [[DROPPED, DROPPED], [DROPPED, DROPPED]],
 }
 
 
@@ -76,7 +77,7 @@ def test_grouped_gives_what_one_after_another_gives(monkeypatch, case, dtype):
     )
     exact = results(experts.float(), rows.float(), chosen, weights)
     names = dict(experts.named_parameters())
-    assert found.keys() == {"out", "rows", "weights", *names}, "an expert without rows gets zeros"
+    assert found.keys() == {"out", "rows", "weights", *names}, "an expert without rows gets zeros, all do"
     for name, value in found.items():
         assert value.dtype == (torch.float32 if name == "weights" else dtype)
         if name not in exact:
@@ -86,23 +87,25 @@ def test_grouped_gives_what_one_after_another_gives(monkeypatch, case, dtype):
         assert error <= 1.1 * of_rival + torch.finfo(dtype).eps / 2 * float(exact[name].norm()), name
 
 
+@pytest.mark.parametrize("forced", [pytest.param(True, marks=needs_grouped), False])
 @pytest.mark.parametrize("rows", [0, 3])
-def test_no_choice_at_all(monkeypatch, rows):
+def test_no_choice_at_all(monkeypatch, rows, forced):
     experts = experts_of()
+    experts.run_idle = True  # as on several ranks
     x, chosen = torch.randn(rows, HIDDEN, requires_grad=True), torch.full((rows, 2), DROPPED)
-    monkeypatch.setattr(module, "use_grouped", lambda _, rows: len(rows) > 0)
+    monkeypatch.setattr(module, "use_grouped", lambda *_: forced)
     out = experts(x, chosen, torch.zeros(rows, 2))
     out.sum().backward()
     assert out.shape == x.shape and not out.any() and not x.grad.any()
+    for parameter in experts.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
 
 
 @pytest.mark.parametrize("forced", [pytest.param(True, marks=needs_grouped), False])
 def test_where_no_choice_can_be_dropped_the_results_are_the_same(monkeypatch, forced):
     chosen, rows = torch.tensor(CHOSEN["all experts"]), torch.randn(6, HIDDEN)
     compute = (lambda *a: grouped_results(monkeypatch, *a)) if forced else results
-    found, wanted = (
-        compute(experts_of(), rows, chosen, torch.ones(6, 2), dropped) for dropped in (False, True)
-    )
+    found, wanted = (compute(experts_of(), rows, chosen, torch.ones(6, 2), count) for count in (12, None))
     for name, value in wanted.items():
         assert torch.equal(value, found[name]), name
 
@@ -112,10 +115,10 @@ def test_the_dispatcher_passes_on_that_none_is_dropped():
         [FeedForward(HIDDEN, WIDTH, Topology.single()) for _ in range(EXPERTS)], EXPERTS, Topology.single()
     )
     seen = []
-    dispatcher.experts.forward = lambda rows, chosen, weights, dropped: seen.append(dropped) or rows
+    dispatcher.experts.forward = lambda rows, chosen, weights, count: seen.append(count) or rows
     for arguments in ([], [False]):
         dispatcher(torch.randn(1, HIDDEN), torch.tensor([[2]]), torch.ones(1, 1), *arguments)
-    assert seen == [True, False]
+    assert seen == [None, 1]
 
 
 @needs_grouped
@@ -123,7 +126,7 @@ def test_nothing_waits_for_the_device_where_no_choice_can_be_dropped():
     """A tensor without storage raises where its values are asked for."""
     with FakeTensorMode():
         chosen = torch.empty(7, 2, dtype=torch.long)
-        assignment = Assignment.of(chosen, EXPERTS, dropped=False)
+        assignment = Assignment.of(chosen, EXPERTS, chosen.numel())
         rows, weights, biases = (
             torch.empty(*shape, dtype=torch.bfloat16, requires_grad=True)
             for shape in ((14, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH))
@@ -132,7 +135,7 @@ def test_nothing_waits_for_the_device_where_no_choice_can_be_dropped():
         module._AddBias.apply(products, biases, assignment).relu().sum().backward()
         assert [x.grad.shape for x in (rows, weights, biases)] == [x.shape for x in (rows, weights, biases)]
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            Assignment.of(chosen, EXPERTS, dropped=True)
+            Assignment.of(chosen, EXPERTS, None)
 
 
 def spread(distance: int, count: int = 3, size: int = 16, first: int = 0) -> list[Tensor]:
@@ -238,9 +241,9 @@ def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     plain = experts_of(torch.bfloat16).deepspeed_experts
     assert use_grouped(plain, fake_rows())
+    assert use_grouped(plain, fake_rows(0)), "or gradients would come in another order on ranks without rows"
     assert not use_grouped(plain, fake_rows(device="cpu"))
     assert not use_grouped(plain, fake_rows(dtype=torch.float32))
-    assert not use_grouped(plain, fake_rows(0))
     assert not use_grouped(experts_of().deepspeed_experts, fake_rows()), "weights in float32"
     assert not use_grouped(experts_of(torch.bfloat16, width=20).deepspeed_experts, fake_rows()), (
         "not a multiple of 8"
@@ -249,8 +252,39 @@ def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch)
     assert not use_grouped(changed(lambda experts: experts.insert(2, other)), fake_rows())
     linear = type("Linear", (nn.Linear,), {})(WIDTH, HIDDEN, dtype=torch.bfloat16)
     assert not use_grouped(changed(lambda experts: setattr(experts[1], "contract", linear)), fake_rows())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert not use_grouped(plain, fake_rows())
+    for other in ((8, 0), (10, 0), (12, 0)):  # in Blackwell's kernel groups without rows get wrong gradients
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, other=other: other)
+        assert not use_grouped(plain, fake_rows())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(module, "_grouped_mm", None)
     assert not use_grouped(plain, fake_rows())
+
+
+def test_no_group_of_the_optimizer_ends_within_a_layer():
+    """At the size of 128 experts of Transformer-Big on 8 ranks: 134M values a layer, of 179M in a group."""
+    from lsmoe_ds.parallel import compat
+
+    topology = Topology(world=8, tensor=1, expert=8, rank=0)
+    with torch.device("meta"):
+        layers = [
+            Experts([FeedForward(1024, 4096, Topology.single()) for _ in range(16)], topology)
+            for _ in range(3)
+        ]
+        model = nn.ModuleList(
+            nn.ModuleDict({"deepspeed_moe": each, "norm": nn.LayerNorm(8)}) for each in layers
+        )
+    groups = [{id(each) for each in group["params"]} for group in compat.optimizer_groups(model)]
+    assert len(groups) == 1 + 3, "norms, and each layer by itself: two are more than the limit"
+    assert sum(map(len, groups)) == len(list(model.parameters()))
+    for layer in layers:
+        assert {id(each) for each in layer.parameters()} in groups
+
+
+def test_layers_share_a_group_of_the_optimizer_up_to_its_limit(monkeypatch):
+    from lsmoe_ds.parallel import compat
+
+    layers = [Experts([FeedForward(8, 16, Topology.single())] * 1, Topology.single()) for _ in range(5)]
+    model = nn.ModuleList(nn.ModuleDict({"deepspeed_moe": each}) for each in layers)
+    values = sum(each.numel() for each in layers[0].parameters())
+    monkeypatch.setattr(compat, "LARGEST_GROUP", 2 * values)
+    assert [len(group["params"]) for group in compat.optimizer_groups(model)] == [8, 8, 4]

@@ -17,13 +17,12 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.inference.beam_search import Search, beam_search
 from lsmoe_ds.languages import PAD
-from lsmoe_ds.methods import fuse_distillation
 from lsmoe_ds.methods.fuse_distillation import FuseDistillation
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.methods.objective import Objective
 from lsmoe_ds.model import base, initialization
 from lsmoe_ds.model.transformer import Transformer
-from lsmoe_ds.parallel import parameters
+from lsmoe_ds.parallel import cross_entropy, parameters
 from lsmoe_ds.parallel.layers import project
 from lsmoe_ds.parallel.topology import Topology
 
@@ -210,7 +209,7 @@ def test_layout_computes_what_one_process_computes(
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("teacher", [False, True])
 def test_losses_of_both_routes(monkeypatch, teacher, smoothing):
-    monkeypatch.setattr(fuse_distillation, "AT_ONCE", 100)  # three tokens at a time, the last alone
+    monkeypatch.setattr(cross_entropy, "AT_ONCE", 100)  # three tokens at a time, the last alone
     generator = torch.Generator().manual_seed(1)
     hidden, embedding = (
         (3 * torch.randn(14, 8, generator=generator)).requires_grad_(),

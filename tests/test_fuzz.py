@@ -124,7 +124,7 @@ def prepared(path: str) -> Any:
             sum(splits["train"]["pairs"] for splits in data.manifest["bitexts"].values()),
         ]
         for store in (data.tokens(direction, "train").source, data.tokens(direction, "dev").target):
-            found += [store.lengths.tolist(), [store[index].tolist() for index in range(len(store))]]
+            found += [store.lengths[:].tolist(), [store[index].tolist() for index in range(len(store))]]
     return found
 
 

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from small_host import END, SIZES, START, TEXT, host_recipe, host_settings, write_host
 from test_bad_input import main
 
+from lsmoe_ds.analysis.findings import find
 from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.config.host import check_folder, check_weights, count_tokens, load_pretrained, read_config
+from lsmoe_ds.config.host_outline import read_outline
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import shapes_of
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
@@ -27,6 +29,7 @@ from lsmoe_ds.planning.costs import Parts
 from lsmoe_ds.planning.trained import count_trained
 
 pytest.importorskip("transformers")
+PRUNE = {"ratio": 0.5, "start": 0, "length": 2}
 LANGUAGES = Languages(tuple(map(Direction.parse, ("en-de", "de-en", "en-fr", "fr-en", "de-fr"))))
 MODELS = {
     "Llama": {},
@@ -103,7 +106,7 @@ def test_sites_are_its_linear_layers_under_our_names(hosts, tmp_path):
         "decoder.1.attention.query": (32, 32),
         "decoder.1.feed_forward.gate": (32, 48),
     }
-    names = dict.fromkeys(site.name for site in shapes_of(model))
+    names = dict.fromkeys(site.name for site in read_outline(model.huggingface, model.task).sites)
     assert list(names) == ["query", "key", "value", "output", "gate", "expand", "contract"]
     assert (model.hidden, model.heads, model.encoder.layers, model.decoder.layers) == (32, 4, 0, 2)
 
@@ -158,7 +161,7 @@ def test_modular_matrices_merge_as_the_paper_says(hosts, kind, route, tmp_path):
     F.cross_entropy(logits[real], labels[real], reduction="sum").backward()
     gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
     model.zero_grad()
-    total, sites = 0.0, [site.at for site in shapes_of(recipe.model)]
+    total, sites = 0.0, list(model.outline.modules)
     for number, (name, weights) in enumerate(MERGED[route].items()):
         replaced = {
             f"{model.outline.modules[at]}.weight": merged_weight(
@@ -222,6 +225,30 @@ def test_learned_weights_begin_equal_and_are_those_of_direction_and_layer(hosts,
     )
     found[1:].sum().backward()
     assert bool(index.grad[4].any()) and not bool(index.grad[:4].any())
+
+
+def test_subspaces_beside_all_linear_layers_of_a_host(hosts, tmp_path):
+    """The gate of the feed-forward among them, which our own models lack."""
+    recipe = host_recipe(tmp_path, hosts["Llama"], rank=2, index="target", at="all", prune=PRUNE)
+    weights = dict(built(recipe).state_dict())
+    for name, value in weights.items():
+        if name.endswith("gate_low_rank.vertical_mask"):
+            value.zero_()
+    records = find(recipe, weights, "subspaces", "RUN").records
+    pruned = {each["linear"] for each in records if each["pruned"] == each["size"]}
+    assert pruned == {"gate"} and len({each["linear"] for each in records}) == 7
+
+
+def test_a_sublayer_with_linear_layers_of_other_names_has_no_matrices(tmp_path):
+    """Rather than half of them without a word."""
+    host = write_host(tmp_path / "Starcoder2", "Starcoder2")  # whose feed-forward is c_fc and c_proj
+    assert host_recipe(tmp_path, host, rank=2, index="target", at="attention")
+    with pytest.raises(
+        ValueError, match=r"'low_rank' names the feed_forward .* mlp.c_fc is of no known kind"
+    ):
+        host_recipe(tmp_path, host, rank=2, index="target", at="all")
+    with pytest.raises(ValueError, match=r"the linear layers of the Phi3ForCausalLM in .* are not known"):
+        host_recipe(tmp_path, write_host(tmp_path / "Phi3", "Phi3", pad_token_id=0))
 
 
 def test_prompts(hosts):

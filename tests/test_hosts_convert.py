@@ -2,20 +2,26 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_host import END, START, host_settings
 from test_hosts_training import EN_DE, modular, prepared, trained
 
+from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.config.host_origin import Origin, origin_of
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.agreement import spread
 from lsmoe_ds.convert.command import convert
+from lsmoe_ds.data.forms import form_of
+from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.prompts import SOURCE, prompt_text
 from lsmoe_ds.directions import Direction, SentenceIds
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import sha256
@@ -189,18 +195,82 @@ def test_what_no_model_of_transformers_becomes(run, tmp_path):
         convert(run, "peft", None, tmp_path / "peft", route="outputs-1-3")
 
 
+ODD = [
+    "  ba de",
+    "ba 123 45",
+    "1",
+    "ba\u00adde",
+    f"x{START}y",
+    "Ba\tde\u00a0 fi",
+    "e\u0301",
+    "日本 ba",
+    "don't 3.5",
+]
+
+
 @pytest.mark.parametrize("kind", ["huggingface", "peft"])
 def test_the_code_of_a_model_card_translates_as_the_run_does(run, kind, tmp_path, capsys):
     convert(run, kind, EN_DE, tmp_path / "out", 0)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
     loaded = load(run)
     line = PreparedData.of(loaded.recipe).text(EN_DE, "test")[0][0]
-    code = code.replace("FOLDER", str(tmp_path / "out")).replace("Text to translate.", line)
-    code = code.replace('"BASE"', repr(str(run.parent / "host")))
+    code = code.replace("FOLDER", str(tmp_path / "out")).replace('"BASE"', repr(str(run.parent / "host")))
     # This model never ends: a few tokens of greedy search tell.
-    exec(code.replace('"num_beams": 5, "early_stopping": True', '"num_beams": 1').replace("200", "8"), {})
-    (found,) = loaded.search([loaded.vocabulary.encode(line)], EN_DE, Search(beam=1))
-    assert capsys.readouterr().out == loaded.vocabulary.decode(found.tokens[:8]) + "\n" != "\n"
+    code = code.replace('"num_beams": 5, "early_stopping": True', '"num_beams": 1').replace(": 200}", ": 8}")
+    exec(code.replace("Text to translate.", line), found := {})
+    (wanted,) = loaded.search([loaded.vocabulary.encode(line)], EN_DE, Search(beam=1))
+    assert capsys.readouterr().out == loaded.vocabulary.decode(wanted.tokens[:8]) + "\n" != "\n"
+    # Prompts of other texts have the tokens that the run reads.
+    form = form_of(loaded.recipe.data, loaded.languages, loaded.vocabulary)
+    number = loaded.languages.direction_id(EN_DE)
+    parts = code[code.index("before, after") : code.index("inputs, end")]
+    for text in ODD:
+        exec(parts.replace('"Text to translate."', repr(text)), found)
+        tokens = form.collate([loaded.vocabulary.encode(text)], None, [number]).tokens
+        assert found["ids"] == tokens[0].tolist(), text
+
+
+def test_whole_prompts_have_other_tokens(base):
+    """So the test above can fail."""
+    prompt = Prompt(text="To {target_language} {source}\n", end=END)
+    tokenizer = HostTokenizer.load(base / "host/tokenizer.json")
+    first, second = prompt_text(prompt, EN_DE).split(SOURCE)
+    apart = [
+        [*tokenizer.encode_markup(first), *tokenizer.encode(t), *tokenizer.encode_markup(second)] for t in ODD
+    ]
+    assert all(
+        a != tokenizer.encode_markup(f"{first}{t}{second}") for a, t in zip(apart[:2], ODD, strict=False)
+    )
+
+
+def test_a_prompt_that_the_tokenizer_would_join_with_the_text(pool, base, tmp_path):
+    """Folders, and the code of their cards, read the parts apart, after the token that begins a text."""
+    host = shutil.copytree(base / "host", tmp_path / "host")
+    tokenizer = json.loads((host / "tokenizer.json").read_text())
+    (start,) = (each["id"] for each in tokenizer["added_tokens"] if each["content"] == START)
+    token = {"SpecialToken": {"id": START, "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [token, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {START: {"id": START, "ids": [start], "tokens": [START]}},
+    }
+    (host / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = host_settings(base, host, rank=2, index="target", at="attention")
+    settings["data"] |= {"name": "joined", "prompt": {"text": "To {target_language} {source}\n"}}
+    prepare(recipe := Recipe.model_validate(settings))
+    made = trained(pool, recipe, tmp_path / "run")
+    record = convert(made, "huggingface", EN_DE, tmp_path / "out", 4)
+    assert record["same_translations"] == record["sentences"] == 4
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    assert f"ids = [*encode({START!r}), *encode(before)" in code
+    found = {}
+    exec(code.replace("FOLDER", str(tmp_path / "out")).replace(": 200}", ": 2}"), found)
+    loaded = load(made)
+    form = form_of(recipe.data, loaded.languages, loaded.vocabulary)
+    source = loaded.vocabulary.encode("Text to translate.")
+    wanted = form.collate([source], None, [loaded.languages.direction_id(EN_DE)]).tokens[0].tolist()
+    assert found["ids"] == wanted and wanted[0] == start
 
 
 def test_a_model_is_imported_as_it_is(base, run, tmp_path):

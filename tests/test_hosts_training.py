@@ -1,16 +1,19 @@
 """Training a model of transformers: data parallel, resumed, translated with, and its data prepared."""
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_host import END, TEXT, host_recipe, write_host
+from small_host import END, TEXT, host_recipe, host_settings, write_host
 from small_run import write_corpus
 from test_resharding import losses
-from test_training import assert_same_end, loop
+from test_training import assert_same_but_rounding, assert_same_end, loop
 
+from lsmoe_ds.analysis.findings import analyze_weights
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.data import Prompt
 from lsmoe_ds.config.file import load_recipe
@@ -72,7 +75,7 @@ def test_two_processes_train_as_one(pool, base, run, stage, tmp_path):
     found, wanted = (read_weights(find_model(each)).tensors for each in (other, run))
     assert found.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+        assert_same_but_rounding(found[name], wanted[name], name)
 
 
 def test_an_interrupted_run_ends_bit_equal(pool, base, run, tmp_path):
@@ -150,21 +153,53 @@ def test_it_is_evaluated_by_a_route_of_its_own(run):
         load(run, route="sideways")
 
 
-def test_weights_of_two_matrices_are_learned_from_a_trained_model(pool, base, run, tmp_path):
-    convert(run, "consolidated", None, tmp_path / "start", check=0)
+@pytest.fixture(scope="module")
+def learned(pool, base, run):
+    """A run in which two directions train nothing but their weights of the matrices of :func:`run`."""
+    convert(run, "consolidated", None, base / "start", check=0)
     recipe = host_recipe(base, base / "host", rank=2, index="modular", at="all", merge="learned")
-    recipe.training.start_from, recipe.training.trainable = tmp_path / "start", ["decoder_low_rank.index"]
+    recipe.training.start_from, recipe.training.trainable = base / "start", ["decoder_low_rank.index"]
     recipe.training.directions, recipe.training.steps = ["de-fr", "en-de"], 3
-    check(recipe, tmp_path / "learned")
-    trained(pool, recipe, tmp_path / "learned")
-    before, after = (read_weights(find_model(each)).tensors for each in (run, tmp_path / "learned"))
+    check(recipe, base / "learned")
+    return trained(pool, recipe, base / "learned")
+
+
+def test_weights_of_two_matrices_are_learned_from_a_trained_model(run, learned):
+    before, after = (read_weights(find_model(each)).tensors for each in (run, learned))
     assert after.keys() - before.keys() == {"decoder_low_rank.index"}
     assert all(torch.equal(before[name], after[name]) for name in before)
-    index, numbers = after["decoder_low_rank.index"], [str(d) for d in recipe.languages.directions]
+    index, numbers = after["decoder_low_rank.index"], load_recipe(learned / "recipe.yaml").data.directions
     moved = [numbers[i] for i, each in enumerate(index) if bool((each != 1.0).any())]
     assert moved == ["en-de", "de-fr"]
     first, second = index[numbers.index("de-fr")].softmax(1).T
     torch.testing.assert_close(first + second, torch.ones(2))
+
+
+def test_learned_weights_are_drawn_by_direction_and_layer(run, learned, tmp_path):
+    """Figure 2 of the paper; what did not train is left out."""
+    summary = analyze_weights(learned, "structure", tmp_path / "out")
+    assert summary["files"] == ["index.html", "structure.csv", "structure.json", "weights.svg"]
+    index = read_weights(find_model(learned)).tensors["decoder_low_rank.index"]
+    numbers = load_recipe(learned / "recipe.yaml").data.directions
+    with (tmp_path / "out/structure.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    places = [(row["direction"], row["side"], row["layer"]) for row in rows]
+    assert places == [(name, "decoder", str(layer)) for name in ("en-de", "de-fr") for layer in range(2)]
+    for row in rows:
+        w_in, w_out = index[numbers.index(row["direction"]), int(row["layer"])].softmax(0).tolist()
+        assert (float(row["in"]), float(row["out"])) == pytest.approx((w_in, w_out))
+        assert w_in != 0.5
+    (grid,) = json.loads((tmp_path / "out/structure.json").read_text())["grids"]
+    assert (grid["rows"], grid["columns"]) == (["English to German", "German to French"], ["1", "2"])
+    assert [share for row in grid["values"] for share in row] == pytest.approx(
+        [float(r["out"]) for r in rows]
+    )
+    picture = (tmp_path / "out/weights.svg").read_text()
+    for row in rows:
+        color = "more" if float(row["out"]) > 0.5 else "less"
+        assert f'class="{color}"' in picture and f"{float(row['out']):.2f}</text>" in picture
+    with pytest.raises(UserError, match=r"train with 'low_rank\.merge: learned'"):
+        analyze_weights(run, "structure", tmp_path / "none")
 
 
 def test_prompts_that_the_tokenizer_joins_with_the_text_are_counted(base):
@@ -234,8 +269,31 @@ def test_what_is_unusual_of_modular_matrices_is_said(base, tmp_path, capfd):
     _notice(recipe)
     said = capfd.readouterr().err
     assert "no direction that trains leads into or out of low_rank.pivot, which is en" in said
-    assert "low_rank.merge is learned, but there is no training.start_from" in said
+    assert "no training.start_from: matrices and weights train together from the beginning" in said
     recipe.training.directions = ["de-fr", "en-de"]
     recipe.training.start_from = tmp_path
     _notice(recipe)
     assert "low_rank" not in capfd.readouterr().err
+
+
+def test_weights_of_matrices_that_are_not_trained_are_refused(base, tmp_path):
+    """Their gradient is 0: nothing would be learned."""
+    settings = host_settings(base, base / "host", rank=2, index="modular", merge="learned")
+    settings["training"]["trainable"] = ["*_low_rank.index"]
+    with pytest.raises(
+        ValueError, match=r"with a product of 0: give the trained model as 'training.start_from'"
+    ):
+        Recipe.model_validate(settings)
+    plain = host_settings(base, base / "host")
+    plain["data"]["directions"] = settings["data"]["directions"]
+    overrides = [f"data.corpora=[{{path: {base / 'text.tsv'}, format: tsv}}]", "data.batch.max_length=96"]
+    overrides += [
+        f"data.directions=[{', '.join(plain['data']['directions'])}]",
+        f"data.directory={base / 'data'}",
+    ]
+    convert(base / "host", "consolidated", None, tmp_path / "start", check=0, overrides=overrides)
+    settings["training"]["start_from"] = str(tmp_path / "start")
+    with pytest.raises(UserError, match=r"and the model in 'training.start_from' has none"):
+        check(Recipe.model_validate(settings), tmp_path / "run")
+    settings["training"] |= {"start_from": None, "trainable": "methods"}
+    assert Recipe.model_validate(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.grown import Likeness
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.lass.method import MaskedWeight, largest
@@ -155,6 +157,34 @@ def test_models_of_other_directions_or_sizes_are_refused(root, trained, tmp_path
         start.check(with_lass(root, tuned=tmp_path / "tuned"), tmp_path / "run")
 
 
+def test_models_that_were_not_fine_tuned_from_the_start_are_refused(pool, root, trained, tmp_path):  # noqa: F811
+    """By the checksum that a run or folder has of the weights with which it began, if it has one."""
+    said = "the training of .*tuned/en-de began with {} of 'training.start_from', .*: fine-tune that model"
+    copied = shutil.copytree(root / "tuned", tmp_path / "tuned")
+    start.check(with_lass(root, tuned=copied), tmp_path / "good")
+    # Another base of the same shapes.
+    other = changed(recipe_from(root), training={"directions": ["en-de"], "steps": 1})
+    convert(root / "tuned" / "de-en", "consolidated", None, tmp_path / "start", check=0)
+    other.training.start_from = tmp_path / "start"
+    shutil.rmtree(copied / "en-de")
+    start.check(other, copied / "en-de")  # notes the checksum
+    train_in(pool, other, copied / "en-de", ONE[:4])
+    shutil.rmtree(tmp_path / "start")
+    with pytest.raises(UserError, match=said.format("other weights than those")):
+        start.check(with_lass(root, tuned=copied), tmp_path / "bad")
+    convert(copied / "en-de", "consolidated", None, tmp_path / "whole", check=0)
+    shutil.rmtree(copied / "en-de")
+    (tmp_path / "whole").rename(copied / "en-de")
+    with pytest.raises(UserError, match=said.format("other weights than those")):
+        start.check(with_lass(root, tuned=copied), tmp_path / "bad")
+    # No base at all.
+    new = changed(recipe_from(root), training={"directions": ["en-de"], "steps": 1, "start_from": None})
+    shutil.rmtree(copied / "en-de")
+    train_in(pool, new, copied / "en-de", ONE[:4])
+    with pytest.raises(UserError, match=said.format("new weights, not those")):
+        start.check(with_lass(root, tuned=copied), tmp_path / "bad")
+
+
 def test_a_training_may_start_from_sub_networks_of_the_same_ratio_alone(root, trained, tmp_path):  # noqa: F811
     convert(trained[0], "consolidated", None, tmp_path / "start", check=0)
     again = changed(with_lass(root), training={"start_from": str(tmp_path / "start")})
@@ -177,3 +207,15 @@ def test_new_directions_of_a_grown_model_take_the_sub_network_of_their_target(tr
         for stored, direction in ((new, Direction("fr", "de")), (old, Direction("en", "de")))
     )
     assert torch.equal(after[name][one], before[name][other])
+
+
+def test_a_new_language_takes_the_sub_networks_of_the_one_that_is_named(trained, tmp_path):
+    more = ["data.languages=[de, fr, en, nl]"]
+    convert(trained[0], "grown", None, tmp_path / "grown", 0, overrides=more, like=Likeness(language="fr"))
+    old, new = find_model(trained[0]), find_model(tmp_path / "grown")
+    before, after = read_weights(old).tensors, read_weights(new).tensors
+    name = "encoder.0.attention.query_lass.mask"
+    for direction, like in (("en-nl", "en-fr"), ("nl-en", "fr-en")):
+        one = new.recipe.languages.direction_id(Direction.parse(direction))
+        other = old.recipe.languages.direction_id(Direction.parse(like))
+        assert torch.equal(after[name][one], before[name][other]), direction

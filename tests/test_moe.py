@@ -292,7 +292,7 @@ def test_a_token_travels_once_however_many_of_its_experts_live_on_a_rank(pool, t
     found = pool.run(ranks, dispatch, tokens, top_k, expert=ranks)
     rows = [tokens * (rank + 1) for rank in range(ranks)]
     assert [each[0] for each in found] == rows
-    counts = 8 * ranks * (ranks - 1)
+    counts = 16 * ranks * (ranks - 1)
     assert sum(each[1] for each in found) == counts + sum(rows) * bytes_per_row(
         HIDDEN, top_k, 4, training=True
     )

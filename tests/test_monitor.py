@@ -141,7 +141,8 @@ def test_curves_that_cannot_be_written_end_no_training(tmp_path, capsys):
     with Monitor(tmp_path, steps=3, every=1, main=True) as monitor:
         monitor.start(0, None)
         monitor.after_step(1, step(10), result(1.0))
-        monitor.writer = mock.Mock(add_scalar=mock.Mock(side_effect=OSError(28, "No space left on device")))
+        full = mock.Mock(add_scalar=mock.Mock(side_effect=OSError(28, "No space left on device")))
+        monitor.curves[0]._writer = full
         for number in (2, 3):
             monitor.after_step(number, step(10), result(1.0))
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]

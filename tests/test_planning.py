@@ -196,7 +196,7 @@ def test_choices_of_several_micro_batches_are_counted_ahead(pool, routing):
     recipe.data.batch.count = 4  # as steps_of has them
     (rows, sent), _ = pool.run(2, step_traffic, recipe, expert=2)
     training, inference = bytes_per_row(16, 2, 4, True), bytes_per_row(16, 2, 4, False)
-    counts = 4 * 3 * 8  # micro-batches x layers x bytes
+    counts = 4 * 3 * 16  # micro-batches x layers x bytes
     if routing == "token":
         assert sent == rows / 2 * (training + inference) + 2 * counts
     else:
@@ -207,7 +207,7 @@ def test_bytes_of_a_step():
     recipe = recipe_of("target", "target", expert=2, expert_groups=2)
     planned = plan(recipe)
     row = bytes_per_row(16, 2, 4, True)
-    counts = 8 * 3 * 8  # micro-batches x layers x bytes
+    counts = 8 * 3 * 16  # micro-batches x layers x bytes
     assert [each.rows for each in planned.exchanges] == [0.5, 0.5]  # a task's experts are here or there
     assert (
         planned.step_bytes == 64 * 8 * 2 * 0.5 * row + counts
@@ -303,6 +303,12 @@ def test_stage_and_precision_are_the_recipes():
     ) == (0, 2)
     half = plan(recipe_of("dense", "dense", stage=2, bf16=True))
     assert (half.stage, half.precision) == (2, "bfloat16")
+    zero = plan(recipe_of("dense", "dense", stage=0, bf16=True), 2)
+    assert (zero.stage, zero.precision) == (1, "bfloat16"), "what the engine trains at"
+    assert [(each.precision, each.stage) for each in zero.memory] == [
+        *(("float32", stage) for stage in (0, 1, 2)),
+        *(("bfloat16", stage) for stage in (1, 2)),
+    ]
 
 
 def test_plan_of_thirteen_billion_needs_no_torch(tmp_path):
@@ -325,7 +331,7 @@ def test_tables_and_json_say_the_same(capsys):
     assert value["parameters"]["total"] == planned.parameters.whole.total
     assert value["layout"] == {"world": 4, "tensor": 1, "expert": 2, "data": 4}
     assert value["flops"]["source_training"] == planned.flops.source_training > 2 * planned.flops.source
-    assert value["memory"][5]["total"] == planned.memory[5].total
+    assert value["memory"][4]["total"] == planned.memory[4].total
     Console(width=160).print(planned.table())
     shown = capsys.readouterr().out
     assert "float32 ZeRO 2 <- recipe" in shown

@@ -286,7 +286,7 @@ def test_tabs_are_named(tmp_path):
             "deepspeed=none.json",
             (
                 "'deepspeed': there is no file none.json: give a file, or one that comes with lsmoe_ds: "
-                "bf16_zero1"
+                "bf16_zero0, bf16_zero1, "
             ),
         ),
         ("deepspeed={foo: 1}", "'deepspeed': unknown key 'foo'" + OF_DEEPSPEED),

@@ -101,3 +101,28 @@ def test_empty_metrics(tmp_path) -> None:
     run = make_run(tmp_path)
     (run / "metrics.jsonl").write_text("", encoding="utf-8")
     assert "No training is recorded" in Page(write_report(run)).text
+
+
+def test_the_chrf_of_dev_translations_has_a_chart(tmp_path) -> None:
+    run = make_run(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "dev_chrf": step / 10}) + "\n" for step in (50, 100))
+    page = Page(write_report(run))
+    assert "chrF of dev translations" in page.text
+    ((left, low), (right, high)) = charts(page)[1]["dev"]
+    assert (left, right) == (500, 1000) and high < low, "it rises"
+
+
+@pytest.mark.parametrize("peak", [True, False])
+def test_rates_are_figures_of_the_page_and_a_chart(peak: bool, tmp_path) -> None:
+    run = make_run(tmp_path)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        if "loss" in record:
+            record |= {"tflops_per_rank": 100.0 + record["step"]} | (
+                {"mfu": 0.3 + record["step"] / 1000} if peak else {}
+            )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = Page(write_report(run))
+    assert len(charts(page)) == 3 and "150 TFLOP/s a rank" in page.text
+    assert ("Model FLOPs utilization" in page.text) == ("35.0 %" in page.text) == peak

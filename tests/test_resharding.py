@@ -146,3 +146,16 @@ def test_a_checkpoint_that_does_not_say_what_lies_where(pool, folder, begun, tmp
             path.unlink()
     with pytest.raises(UserError, match="cannot resume in another layout"):
         open_optimizer(tmp_path / "run" / "checkpoints" / "step-10")
+
+
+def test_the_state_of_a_run_in_16_bits_at_stage_0_is_read(tmp_path):
+    """Earlier versions trained there; such a run resumes at stage 1."""
+    from lsmoe_ds.parallel.compat import read_optimizer_file
+
+    copies = [[torch.randn(3)], [torch.randn(2), torch.randn(1)]]
+    state = {i: {"step": torch.tensor(4.0), "exp_avg": torch.randn(i + 1)} for i in range(3)}
+    written = {"fp32_groups": copies, "optimizer_state_dict": {"state": state, "param_groups": []}}
+    torch.save({"optimizer": written}, tmp_path / "state.pt")
+    found, holders = read_optimizer_file(tmp_path / "state.pt", lambda values, path: values)
+    assert found.keys() == state.keys() and torch.equal(found[2]["exp_avg"], state[2]["exp_avg"])
+    assert all(map(torch.equal, holders, [copy for group in copies for copy in group]))

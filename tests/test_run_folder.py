@@ -34,7 +34,7 @@ def test_the_recipe_of_a_run_goes_on_in_its_folder(tmp_path, monkeypatch):
     (tmp_path / "small.yaml").write_text(recipe.to_yaml())
     trained: list[Path] = []
     monkeypatch.setattr(interrupt, "leave_before_training", lambda: None)
-    monkeypatch.setattr(start, "train", lambda recipe, run, processes: trained.append(run) or 0)
+    monkeypatch.setattr(start, "train", lambda recipe, run, *_: trained.append(run) or 0)
     for arguments in ([run / "recipe.yaml"], [run / "recipe.yaml", "--out", out], [tmp_path / "small.yaml"]):
         assert CliRunner().invoke(app, ["train", *map(str, arguments)]).exit_code == 0
     assert trained == [run, out, Path("runs/small")]

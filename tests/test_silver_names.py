@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -65,13 +65,11 @@ MESSAGES = {
 @pytest.fixture(scope="module")
 def silver():
     """Return the script as a module, with fewer names than usual."""
-    spec = importlib.util.spec_from_file_location("silver_names", PROJECT / "recipes" / "silver_names.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    module.POOL = 400
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PROJECT / "recipes")
+        module = importlib.import_module("silver_names")
+        patch.setattr(module, "POOL", 400)
+        yield module
 
 
 @pytest.fixture(scope="module")

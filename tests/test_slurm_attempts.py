@@ -12,10 +12,10 @@ from lsmoe_ds.folders import describe_files, write_json
 from lsmoe_ds.launch.slurm import begin, end
 
 
-def save(run: Path, step: int) -> Path:
+def save(run: Path, step: int, **state) -> Path:
     checkpoint = run / "checkpoints" / f"step-{step}"
     checkpoint.mkdir(parents=True)
-    write_json(checkpoint / "state.json", {"step": step})
+    write_json(checkpoint / "state.json", {"step": step, **state})
     write_json(checkpoint / "manifest.json", {"files": describe_files(checkpoint, ["state.json"])})
     return checkpoint
 
@@ -113,6 +113,20 @@ def test_more_steps_than_before_are_not_finished_yet(recipe):
     save(run, 2)
     assert end(run, 1) == 0
     begin(recipe, ["training.steps=4"])
+    assert end(run, 1) == 75
+
+
+def test_a_training_that_has_stopped_early_is_finished_until_the_recipe_waits_longer(recipe, capsys):
+    stops = ["training.validate_every=1", "training.early_stopping={patience: 3}"]
+    run = begin(recipe, stops)
+    save(run, 1, position={"stopping": {"best": 1.0, "step": 1, "waited": 3}})
+    assert end(run, 0) == 0 and "is at step 1 of 2: finished, stopped early" in capsys.readouterr().err
+    begin(recipe, ["training.validate_every=1", "training.early_stopping={patience: 4}"])
+    assert end(run, 1) == 75
+    begin(recipe)
+    assert end(run, 1) == 75, "without early stopping it has not ended"
+    attempts = run.with_name(".small.attempts")
+    attempts.write_text(attempts.read_text().replace(', "patience": 0', ""))  # of an earlier version
     assert end(run, 1) == 75
 
 

@@ -13,7 +13,7 @@ from lsmoe_ds.convert.command import convert
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.scores import ScoreTable
-from lsmoe_ds.study.command import run_study
+from lsmoe_ds.study.command import Runs, run_study
 from lsmoe_ds.study.settings import load_study
 
 
@@ -49,6 +49,11 @@ def test_a_member_that_is_not_trained_is_the_model_that_the_others_start_from(
     table = ScoreTable.read(tmp_path / "out" / "base" / "scores-specific.json")
     assert [str(each.direction) for each in table.directions] == directions, "not all that the base knows"
     assert [each.metrics for each in table.directions] == [each.metrics for each in wanted.directions]
+    members["neurons"] = {"set": {"model": {"neurons": {}}}}
+    (tmp_path / "masks.yaml").write_text(yaml.safe_dump({**value, "members": members}))
+    runs = Runs(load_study(tmp_path / "masks.yaml"), tmp_path / "masks")
+    at_most = [member for member in members if runs.costs(member, "specific").serving_at_most]
+    assert at_most == ["neurons"], "training finds out how many units a direction uses"
     del training["start_from"]
     (tmp_path / "from.yaml").write_text(
         yaml.safe_dump({**yaml.safe_load((base / "base.yaml").read_text()), "training": training})

@@ -16,7 +16,7 @@ from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.study.comparing import compare
 from lsmoe_ds.study.page import render_page
-from lsmoe_ds.study.table import Comparison, Costs, Spread
+from lsmoe_ds.study.table import Comparison, Costs, Row, Spread
 
 SIGNATURES = {"bleu": "b", "chrf": "c", "chrfpp": "p"}
 RESOURCES = {"de-en": "high", "en-fr": "low"}
@@ -87,6 +87,19 @@ def test_means_spreads_gains_and_win_ratio():
     assert lms.win_ratio == 0.75 and lms.seeds == (1, 2)
     assert naive.win_ratio is None and naive.gain_by_seed == {1: -1.25, 2: 1.25}
     assert shared.win_ratio is None and shared.gain is None and shared.groups == {} and shared.seeds == ()
+
+
+def test_an_upper_bound_is_called_so():
+    found = comparison_of(SCORES)
+    first, second = found.rows[:2]
+    bound = replace(second, costs=replace(second.costs, serving_at_most=True))
+    found = replace(found, rows=(first, bound))
+    assert [row[3] for row in found.grids()[0].rows] == ["5.00M", "at most 5.00M"]
+    again = Comparison.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.rows[1].costs.serving_at_most and not again.rows[0].costs.serving_at_most
+    old = first.to_dict([1, 2])
+    del old["costs"]["serving_at_most"]  # as stored before
+    assert Row.from_dict(json.loads(json.dumps(old))).costs == first.costs
 
 
 def test_whether_a_difference_is_larger_than_what_seeds_do():

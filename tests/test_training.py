@@ -92,6 +92,7 @@ def records(run: Path, with_bytes: bool = False) -> list[dict]:
     left_out = (
         "seconds",
         "tokens_per_second",
+        "tflops_per_rank",
         "exchange_share",
         *(() if with_bytes else ("exchanged_bytes",)),
     )
@@ -111,6 +112,17 @@ def assert_same_end(run: Path, other: Path, step: int) -> None:
     assert first == second
     a, b = weights(run, step), weights(other, step)
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def assert_same_but_rounding(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    """Compare weights after a few steps of Adam at a rate of 0.01, of sums in another order.
+
+    Adam divides a gradient by its own size, so where gradients nearly cancel their rounding moves an entry
+    by more than it moves others: the root mean square may be a thousandth of a step. A gradient that lacks
+    the part of a rank moves most entries by whole steps.
+    """
+    difference = (found.float() - wanted.float()).square().mean().sqrt()
+    assert difference <= 1e-5, f"{name}: {float(difference):.1e}"
 
 
 LAYOUTS = [
@@ -332,8 +344,8 @@ def test_task_affine_batches_exchange_counts_only(pool, folder):
     layers, batches, ranks = 2, 4, 2
     for record in found["affine"]:
         assert record["away"] == 0
-        assert record["exchanged_bytes"] == layers * batches * 8 * (ranks - 1), (
-            "one count for each other rank"
+        assert record["exchanged_bytes"] == layers * batches * 16 * (ranks - 1), (
+            "two counts for each other rank"
         )
     assert all(record["exchanged_bytes"] > 100 * layers * batches for record in found["mixed"])
     assert found["affine"][-1]["loss"] < found["affine"][0]["loss"]
@@ -356,7 +368,7 @@ def test_exchange_is_told_by_side(pool, folder):
         2,
     )  # one pass ahead of the step, since the encoder's routers read hidden states
     for line in lines:
-        counts = layers * batches * passes * 8 * (ranks - 1)
+        counts = layers * batches * passes * 16 * (ranks - 1)
         assert line["exchanged_bytes_decoder"] == counts
         assert line["exchanged_bytes_encoder"] > 100 * counts
         assert line["exchanged_bytes"] == line["exchanged_bytes_encoder"] + line["exchanged_bytes_decoder"]

@@ -14,10 +14,11 @@ from small_run import TARGET_TOP2, make_recipe, write_corpus
 from lsmoe_ds.data.vocabulary import train_vocabulary
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.inference import stream
 from lsmoe_ds.inference import translate as module
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import Loaded
-from lsmoe_ds.inference.stream import FIRST_CHUNK, LARGEST_CHUNK, read_chunks, read_lines
+from lsmoe_ds.inference.stream import FIRST_CHUNK, LARGEST_CHUNK, read_chunks
 from lsmoe_ds.inference.translate import cut_line, translate, translate_chunks, translate_tokens
 from lsmoe_ds.languages import tag
 from lsmoe_ds.model.initialization import initialize
@@ -145,7 +146,7 @@ def test_what_takes_long_is_told(loaded, capsys, monkeypatch):
     line = "ba. " * 200
     list(translate(loaded, EN_DE, [line], beam=1))
     assert not capsys.readouterr().err
-    monkeypatch.setattr(module, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(stream, "LINE_EVERY", 0.0)
     list(translate(loaded, EN_DE, [line], beam=1, batch_tokens=2))
     first, *_ = capsys.readouterr().err.splitlines()
     parts = len(cut_line(line, loaded))
@@ -153,17 +154,21 @@ def test_what_takes_long_is_told(loaded, capsys, monkeypatch):
     assert first == f"lsmoe: translated 1 of {parts} sentences or parts of long lines"
 
 
+def lines_in(stream: io.BufferedIOBase) -> list[str]:
+    return [line for chunk in read_chunks(stream) for line in chunk]
+
+
 def test_lines_of_a_stream():
-    assert list(read_lines(io.BytesIO("\ufeffä\r\nb\n\nc\u2028d\ne".encode()))) == [
+    assert lines_in(io.BytesIO("\ufeffä\r\nb\n\nc\u2028d\ne".encode())) == [
         "ä",
         "b",
         "",
         "c\u2028d",
         "e",
     ]
-    assert list(read_lines(io.BytesIO(b""))) == []
+    assert lines_in(io.BytesIO(b"")) == []
     with pytest.raises(UserError, match=r"line 2 is not UTF-8 \(byte 0xff at position 3\)"):
-        list(read_lines(io.BytesIO(b"good\nab\xff\n")))
+        lines_in(io.BytesIO(b"good\nab\xff\n"))
 
 
 @pytest.fixture
@@ -204,9 +209,7 @@ def test_chunks_are_the_lines_of_a_stream(pipe, content):
     writer, reader = pipe
     writer.write(content.encode())
     writer.close()
-    assert [line for chunk in read_chunks(reader) for line in chunk] == list(
-        read_lines(io.BytesIO(content.encode()))
-    )
+    assert lines_in(reader) == lines_in(io.BytesIO(content.encode()))
 
 
 def test_what_stands_before_a_bad_line_is_translated(pipe):

@@ -56,7 +56,8 @@ def _heads(grid: Grid, left: float, top: float, turned: bool, width: int) -> Ite
 
 
 def _cells(grid: Grid, left: float, top: float, small: bool) -> Iterator[Markup]:
-    full = grid.full or max((abs(v) for row in grid.values for v in row if v is not None), default=0.0) or 1.0
+    far = (abs(v - grid.middle) for row in grid.values for v in row if v is not None)
+    full = grid.full or max(far, default=0.0) or 1.0
     width, height = (SMALL, SMALL) if small else (WIDTH, HEIGHT)
     for i, (name, row) in enumerate(zip(grid.rows, grid.values, strict=True)):
         y = top + height * i
@@ -65,14 +66,14 @@ def _cells(grid: Grid, left: float, top: float, small: bool) -> Iterator[Markup]
         for j, value in enumerate(row):
             if value is None:
                 continue
-            strength, x = _strength(grid, abs(value), full), left + width * j
+            strength, x = _strength(grid, abs(value - grid.middle), full), left + width * j
             number = f"{100 * value:+.0f}" if grid.signed else f"{value:.2f}"
             title = f"{name}, {grid.columns[j]}: {f'{value:+.1%}' if grid.signed else number}"
             cell = Markup(
                 '<rect class="{}" x="{:.0f}" y="{:.0f}" width="{}" height="{}" rx="2" '
                 'fill-opacity="{:.2f}"><title>{}</title></rect>'
             )
-            side = "less" if value < 0 else "more"
+            side = "less" if value < grid.middle else "more"
             yield cell.format(side, x + 1, y + 1, width - 2, height - 2, 0.04 + 0.96 * strength, title)
             if small:
                 continue

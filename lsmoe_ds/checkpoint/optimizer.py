@@ -148,6 +148,17 @@ class Pieces:
             )
         return next(iter(self.steps))
 
+    @property
+    def file_names(self) -> list[str]:
+        """List the files that hold the state."""
+        found = {
+            place.file.name
+            for parts in self.places.values()
+            for places in parts.values()
+            for place in places.values()
+        }
+        return sorted(found)
+
     def keys(self, name: str) -> list[str]:
         places = [place for part in self.places.get(name, {}).values() for place in part.values()]
         if not places:
@@ -166,7 +177,8 @@ class Pieces:
             self.steps.add(step)
         return held
 
-    def whole(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    def whole(self, name: str, shape: tuple[int, ...], only: str | None = None) -> dict[str, Tensor]:
+        """Return the state of a parameter, or of it ``only`` the tensor of this name, if there is one."""
         parts, dimension = self.places.get(name, {}), self.partition.get(name)
         sizes = list(shape)
         if name in self.partition and parts:
@@ -174,7 +186,7 @@ class Pieces:
                 of = f"{counted(len(parts), 'part')} of the optimizer state of {name}"
                 raise UserError(f"the checkpoint is damaged: its {of} cannot make a whole")
             sizes[dimension] //= len(parts)
-        found = [self._part(name, parts[part], torch.Size(sizes)) for part in sorted(parts)]
+        found = [self._part(name, parts[part], torch.Size(sizes), only) for part in sorted(parts)]
         if not found:
             raise UserError(f"the checkpoint holds no optimizer state of {name}")
         if dimension is None:
@@ -192,7 +204,9 @@ class Pieces:
             for key, along in spread.items()
         }
 
-    def _part(self, name: str, places: dict[int, _Place], shape: torch.Size) -> dict[str, Tensor]:
+    def _part(
+        self, name: str, places: dict[int, _Place], shape: torch.Size, only: str | None
+    ) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         filled = 0
         for _, place in sorted(places.items()):
@@ -201,6 +215,8 @@ class Pieces:
             held = self._held(place, 12 * place.length)
             with explain_damage(place.file):
                 for key, value in held.items():
+                    if only not in (None, key):
+                        continue
                     if key in AVERAGED:
                         values[key] = value.float().view(state_shape(key, shape))
                         continue

@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 from lsmoe_ds.config.codes import mean_the_same
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.host import HOST
-from lsmoe_ds.config.host_origin import copy_host
+from lsmoe_ds.config.host_origin import CONVERTED, copy_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import (
     MANIFEST,
@@ -30,6 +31,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import (
     damage,
     explain_errors,
+    is_count,
     is_stored_recipe,
     read_json,
     replaced,
@@ -49,14 +51,23 @@ MAY_CHANGE = {
     "training.steps",
     "training.activation_checkpointing",
     "training.log_every",
+    "training.log_to",
+    "training.peak_flops",
     "training.validate_every",
     "training.validate_pairs",
+    "training.validate_translations",
+    "training.early_stopping",
     "training.checkpoint_every",
     "training.keep",
     "training.keep_best",
     "training.hang_timeout",
+    "training.max_skipped",
+    "training.deterministic",
 }
 
+CHRF = "dev_chrf"  # of dev translations, in records and checkpoints
+STOPPING = "stopping"  # in the position of a checkpoint: see :class:`lsmoe_ds.training.stopping.Stopping`
+START = "start"  # in ``origin.json``: :func:`weights_digest` of ``training.start_from``
 FROZEN = "frozen"  # the folder of what does not train, see :mod:`lsmoe_ds.checkpoint.frozen`
 BEGUN = (
     ".vocabulary.model.",
@@ -135,6 +146,8 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     """
     check_run(recipe, run, vocabulary)
     stored, text, origin = run / "recipe.yaml", recipe.to_yaml(), describe_origin(vocabulary.parent)
+    if origin is not None and (start := _start(recipe, run)) is not None:
+        origin |= {START: start}
     with explain_errors(run):
         resolved(run).mkdir(parents=True, exist_ok=True)
         if origin is not None and origin != read_json(run / ORIGIN):
@@ -148,6 +161,27 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
                 copy_host(recipe.model.huggingface, new)
         if not stored.exists() or stored.read_text(encoding="utf-8") != text:
             write_whole(stored, text)  # the last file that a new run gets
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Return a checksum of the weights of a converted folder, as it notes those of its files; None if there
+    are none.
+    """
+    files = (read_json(folder / CONVERTED) or {}).get("files")
+    sums = {
+        name: each.get("sha256") if isinstance(each, dict) else None
+        for name, each in (files.items() if isinstance(files, dict) else ())
+        if name.endswith(".safetensors")
+    }
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest() if sums else None
+
+
+def _start(recipe: Recipe, run: Path) -> str | None:
+    """Return the checksum of the weights with which a run began, whose folder may be gone since."""
+    if (run / "recipe.yaml").exists():
+        known = read_origin(run).get(START)
+        return known if isinstance(known, str) else None
+    return None if recipe.training.start_from is None else weights_digest(recipe.training.start_from)
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:
@@ -169,6 +203,18 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def has_ended(checkpoint: Path, steps: int, patience: int | None) -> bool:
+    """Tell whether a training of ``steps`` ends with a checkpoint: it is of the last step, or early stopping
+    with this ``patience`` ends it there.
+    """
+    if step_of(checkpoint) >= steps:
+        return True
+    state = (read_json(checkpoint / "state.json") or {}).get("position")
+    stopping = state.get(STOPPING) if isinstance(state, dict) else None
+    waited = stopping.get("waited") if isinstance(stopping, dict) else None
+    return patience is not None and is_count(waited) and waited >= patience
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """List the checkpoints of a run, oldest first; what was cut off while being written is not among them."""
     found = [
@@ -179,12 +225,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def to_remove(checkpoints: list[Path], keep: int, best: int) -> list[Path]:
+def to_remove(checkpoints: list[Path], keep: int, best: int, by_chrf: bool = False) -> list[Path]:
     """List a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the
-    ``best`` of lowest dev loss. Checkpoints without a dev loss never count as best.
+    ``best`` of lowest dev loss, or of highest chrF. Checkpoints without that never count as best.
     """
-    losses = {path: (read_json(path / "state.json") or {}).get("dev_loss") for path in checkpoints}
-    scored = sorted((loss, path) for path, loss in losses.items() if isinstance(loss, float | int))
+    key, sign = (CHRF, -1) if by_chrf else ("dev_loss", 1)
+    found = {path: (read_json(path / "state.json") or {}).get(key) for path in checkpoints}
+    scored = sorted((sign * value, path) for path, value in found.items() if isinstance(value, float | int))
     kept = {*checkpoints[-keep:], *(path for _, path in scored[:best])}
     return [path for path in checkpoints if path not in kept]
 

@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from copy import copy
@@ -45,7 +45,8 @@ POLL, PATIENCE = 0.02, 10.0  # seconds; how long the ranks' notes are waited for
 
 
 class Saver:
-    """Write the checkpoints of a run and keep the newest ``keep`` and the ``best`` by dev loss.
+    """Write the checkpoints of a run and keep the newest ``keep`` and the ``best`` by dev loss, or
+    ``by_chrf``.
 
     ``frozen`` is the checksum of the frozen base, as the checkpoint has it from which the run resumes.
     Without one the base, if there is any, is written with the first checkpoint.
@@ -62,8 +63,10 @@ class Saver:
         keep: int,
         best: int = 0,
         frozen: str | None = None,
+        by_chrf: bool = False,
     ) -> None:
         self.run, self.topology, self.keep, self.best, self.frozen = run, topology, keep, best, frozen
+        self.by_chrf = by_chrf
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writes: list[Future[None]] = []
         self._unfinished: Future[None] | None = None
@@ -83,9 +86,11 @@ class Saver:
             else:
                 self._failed.set()
 
-    def save(self, engine: Any, step: int, position: dict[str, Any], dev_loss: float | None = None) -> None:
+    def save(
+        self, engine: Any, step: int, position: dict[str, Any], dev: Mapping[str, float] | None = None
+    ) -> None:
         """Begin ``checkpoints/step-N``, after finishing the one before; when it returns the weights may
-        change.
+        change. ``dev`` is what a validation in this step has measured.
 
         Raises UserError, here or in :meth:`finish`, if it cannot be written.
         """
@@ -108,7 +113,8 @@ class Saver:
             write_pieces(engine, partial, topology)
             partition = _gather_partition(engine.module, topology)
             if topology.is_main:
-                state: dict[str, Any] = {"step": step, **layout(engine, topology), "dev_loss": dev_loss}
+                state: dict[str, Any] = {"step": step, **layout(engine, topology)}
+                state |= {"dev_loss": None, **(dev or {})}
                 state |= {"position": position, "partition": partition}
                 state |= {} if self.frozen is None else {FROZEN: self.frozen}
                 held = {name for name, _ in engine.module.named_buffers()}
@@ -170,7 +176,7 @@ class Saver:
                 _remove(final)
             partial.rename(final)
             sync(final.parent, contents=False)
-            for old in to_remove(list_checkpoints(self.run), self.keep, self.best):
+            for old in to_remove(list_checkpoints(self.run), self.keep, self.best, self.by_chrf):
                 _remove(old)
 
     def _wait_for_all(self, partial: Path) -> None:

@@ -9,7 +9,8 @@ most), ``recipe.yaml``, ``vocabulary.model``, a model card ``README.md`` and ``p
 
 If methods were merged, ``merged`` describes them. In the kind "huggingface" ``padded_parameters`` counts also
 the zeros that fill narrower feed-forwards up. ``trained`` lists the directions of the run's training, and
-``started_from`` names the model with which that began, if it was not new.
+``started_from`` names the model with which that began, if it was not new, and ``start`` is a checksum of its
+weights.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.averages import EMA, Averaging
 from lsmoe_ds.checkpoint.m2m_100 import restore
+from lsmoe_ds.checkpoint.optimizer import Pieces, open_optimizer
 from lsmoe_ds.checkpoint.reading import read_checkpoint
-from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, step_of
+from lsmoe_ds.checkpoint.run_folder import FROZEN, START, list_checkpoints, step_of, weights_digest
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.host import HOST, PREFIX
@@ -120,13 +123,31 @@ def find_model(path: str | Path) -> Stored:
     return found
 
 
-def read_weights(stored: Stored, average: int = 1) -> Weights:
-    """Return the weights, read when they are asked for; in a run also the mean of the last ``average``
-    checkpoints up to this one.
-
-    Raises UserError if they are damaged, or there are not that many checkpoints.
+def start_of(stored: Stored) -> str | None:
+    """Return the checksum of the weights with which a model's training began
+    (:func:`lsmoe_ds.checkpoint.run_folder.weights_digest`): empty if it was new, None if nobody knows.
     """
-    if average > 1:
+    if stored.kind == "sparse":
+        noted, folder = read_origin(stored.home).get(START), stored.recipe.training.start_from
+        if noted is None and folder is not None:
+            noted = weights_digest(folder)
+        return "" if folder is None else noted if isinstance(noted, str) else None
+    provenance = read_json(stored.home / PROVENANCE) or {}
+    if isinstance(noted := provenance.get(START), str):
+        return noted
+    return "" if "trained" in provenance and "started_from" not in provenance else None
+
+
+def read_weights(stored: Stored, average: Averaging = 1) -> Weights:
+    """Return the weights, read when they are asked for; of a run also an ``average`` of them.
+
+    Raises UserError if they are damaged, or there is no such average.
+    """
+    if average != 1 and stored.kind != "sparse":
+        raise UserError(f"--average is for the checkpoints of a run: {stored.home} holds one model")
+    if average == EMA:
+        return _moving_average(stored)
+    if average != 1:
         return _mean(stored, average)
     if stored.kind == "sparse":
         with _naming_another(stored):
@@ -179,9 +200,36 @@ def _naming_another(stored: Stored) -> Iterator[None]:
         raise UserError(f"{error}{way}") from None
 
 
+def _moving_average(stored: Stored) -> Weights:
+    """Return the average of what trains, and the rest as it is."""
+    if stored.recipe.training.ema is None:
+        raise UserError(
+            f"--average {EMA} is the average that training.ema keeps, but {stored.home} was trained without: "
+            "--average N takes the mean of the last N checkpoints"
+        )
+    with _naming_another(stored):
+        whole = read_checkpoint(stored.weights_in)
+        state = open_optimizer(stored.weights_in, verify=True)
+    assert isinstance(state, Pieces)
+
+    def entry(name: str, shape: tuple[int, ...]) -> LazyTensor:
+        def make() -> Tensor:
+            with _naming_another(stored):
+                if (found := state.whole(name, shape, EMA).get(EMA)) is None:
+                    raise UserError(f"{stored.weights_in} is damaged: it holds no average of {name}")
+                return found
+
+        return LazyTensor(shape, make)
+
+    entries = whole.weights.entries
+    trained = [name for name, each in entries.items() if name not in whole.frozen and not each.is_buffer]
+    averages = {name: entry(name, entries[name].shape) for name in trained}
+    described = read_fields(stored.weights_in / "manifest.json", files=dict)["files"]
+    files = {name: described[name]["sha256"] for name in state.file_names}
+    return Weights(Tensors(entries | averages), whole.step, whole.files | files)
+
+
 def _mean(stored: Stored, average: int) -> Weights:
-    if stored.kind != "sparse":
-        raise UserError(f"--average is for the checkpoints of a run: {stored.home} holds one model")
     here = stored.weights_in.resolve()
     chosen = [each for each in list_checkpoints(stored.home) if step_of(each) <= step_of(here)][-average:]
     if len(chosen) < average:

@@ -313,6 +313,11 @@ class Data(Section):
             if getattr(self, key) is not None and self.task != task:
                 kinds = [name for name, of in LABELLED.items() if of == task]
                 raise ValueError(f"'{key}' is for corpora of the format {listed(kinds)}: leave it out")
+        if self.task != "translate" and not self.groups.listed and self.groups != Groups():
+            raise ValueError(
+                "'groups' has numbers of training pairs, of which labelled text has none: list the languages "
+                "of each group"
+            )
         if self.task == "answer" and self.batch.max_length < SHORTEST_WINDOW:
             raise ValueError(
                 f"'batch.max_length' is {self.batch.max_length}: a question and a part of its context need "

@@ -66,6 +66,7 @@ SECTIONS = {
     "aio": "block_size intra_op_parallelism overlap_events queue_depth single_submit use_gds",
 }
 HALF = ("bf16", "fp16")  # the sections that choose 16-bit numbers
+FLOAT32 = "fp32"
 STAGE_0_BUCKET = 2**24  # values: ours, where DeepSpeed would copy up to 5e8
 # What the recipe decides; in a DeepSpeed configuration these would be a second, silent answer.
 RECIPE_KEYS = {
@@ -77,6 +78,17 @@ RECIPE_KEYS = {
     "activation_checkpointing": "training.activation_checkpointing",
     "scheduler": "training.warmup",
 }
+# Settings that are refused with these values: section, key, value, and why.
+REFUSED: tuple[tuple[str, str, bool, str], ...] = (
+    (
+        "zero_optimization",
+        "overlap_comm",
+        True,
+        "reducing beside the backward pass is not tested with experts",
+    ),
+    ("zero_optimization", "compute_grad_norm", False, "a gradient of NaN would reach the weights unseen"),
+    ("bf16", "check_grad_overflow", False, "a gradient of NaN would reach the weights unseen"),
+)
 KEYS = {section: frozenset(keys.split()) for section, keys in {"": TOP, **SECTIONS}.items()}
 
 
@@ -108,12 +120,52 @@ def read_deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
     if config.get("wall_clock_breakdown") or config.get("flops_profiler", {}).get("enabled"):
         key = "wall_clock_breakdown" if config.get("wall_clock_breakdown") else "flops_profiler"
         raise ValueError(f"{source}it sets '{key}', whose timers DeepSpeed cannot run here: remove it there")
+    for section, key, value, why in REFUSED:
+        if config.get(section, {}).get(key) is value:
+            raise ValueError(f"{source}'{section}.{key}' is {str(value).lower()}: {why}; remove it there")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise ValueError(f"{source}it asks for ZeRO stage {stage}: 0, 1 and 2 are supported")
     if all(config.get(kind, {}).get("enabled") for kind in HALF):
         raise ValueError(f"{source}'bf16' and 'fp16' are both enabled: enable one of them")
+    summed, own = config.get("data_types", {}).get("grad_accum_dtype"), precision(config)
+    for place, found, kinds in (
+        ("communication_data_type", config.get("communication_data_type"), [FLOAT32, *HALF]),
+        ("data_types.grad_accum_dtype", summed, [FLOAT32] if own is None else [FLOAT32, own]),
+    ):
+        if found is not None and found not in kinds:
+            raise ValueError(f"{source}'{place}' is {found!r}: it should be {' or '.join(kinds)} here")
     return config
+
+
+def precision(config: Mapping[str, Any]) -> str | None:
+    """Return "bf16" or "fp16", whichever is enabled, or None for float32."""
+    return next((kind for kind in HALF if config.get(kind, {}).get("enabled")), None)
+
+
+def complete(config: Mapping[str, Any], world: int, steps_halves: bool = False) -> dict[str, Any]:
+    """Complete a configuration by what its precision needs on ``world`` ranks.
+
+    - One rank in float32 has nothing to partition, and ZeRO's copies would cost it a third of its speed: it
+      trains at stage 0.
+    - In 16 bits DeepSpeed's stage 0 leaves experts out of the gradient norm and adds gradients up in 16 bits:
+      stage 1 takes its place, which has the same results otherwise. An optimizer that ``steps_halves`` steps
+      whole parameters itself, and stays at stage 0.
+    - In 16 bits the gradients of ranks are added up in float32 unless the configuration names another type,
+      and so are those of micro-batches at stages 1 and 2: bfloat16 has 8 bits, so a sum soon loses what is
+      added to it.
+    """
+    zero: dict[str, Any] = config.get("zero_optimization", {})
+    if precision(config) is None:
+        return {**config, "zero_optimization": {"stage": 0}} if world == 1 else dict(config)
+    config = {"communication_data_type": FLOAT32, **config}
+    if steps_halves:
+        return config
+    return {
+        **config,
+        "zero_optimization": {**zero, "stage": max(zero.get("stage", 0), 1)},
+        "data_types": {"grad_accum_dtype": FLOAT32, **config.get("data_types", {})},
+    }
 
 
 def _unknown_key(config: Mapping[str, Any]) -> str | None:

@@ -25,6 +25,7 @@ from lsmoe_ds.config.host import (
     set_head,
     window_of,
 )
+from lsmoe_ds.config.host_surroundings import Surroundings
 from lsmoe_ds.config.shapes import LinearShape, SideName, Split, Sublayer
 from lsmoe_ds.errors import UserError
 
@@ -55,6 +56,11 @@ PLACES: dict[str, tuple[Sublayer, str]] = {
     "fc1": ("feed_forward", "expand"),
     "fc2": ("feed_forward", "contract"),
 }
+# The parts of a layer whose linear layers are sublayers', if of unknown names.
+ATTENTION = re.compile("att(entio)?n")
+FEED_FORWARD = ("mlp", "ffn", "feed_forward", "intermediate", "output")
+# Their labels change with the padding beside a text, or with the length to which it is padded.
+READ_PADDING = ("canine", "convbert", "fnet", "nystromformer", "reformer", "yoso")
 SIDE: dict[Task, SideName] = {"translate": "decoder", "tag": "encoder", "answer": "encoder"}
 ROWS = ("output", "contract")  # what a tensor-parallel model would split by its inputs
 LAYER = re.compile(r"(.+)\.(\d+)")
@@ -64,7 +70,8 @@ LAYER = re.compile(r"(.+)\.(\d+)")
 class HostOutline:
     """A model without its weights.
 
-    ``modules`` has the name in transformers' model of each site, by the site's :attr:`LinearShape.at`.
+    ``modules`` has the name in transformers' model of each site, by the site's :attr:`LinearShape.at`. A
+    sublayer with linear layers of ``unknown`` kinds has no sites; these have their names in a layer there.
     """
 
     hidden: int
@@ -73,7 +80,8 @@ class HostOutline:
     widths: Mapping[SideName, int]  # of the feed-forwards
     sites: tuple[LinearShape, ...]
     modules: Mapping[str, str]
-    parameters: Mapping[str, int]  # of the vocabulary, and of each side
+    unknown: tuple[LinearShape, ...]
+    around: Surroundings
     vocabulary: int  # rows of the embedding
     window: int | None
 
@@ -91,22 +99,31 @@ def read_outline(folder: Path, task: Task, labels: Sequence[str] = ()) -> HostOu
 def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> HostOutline:
     config = read_config(folder)
     set_head(config, task, labels)
+    if config.model_type in READ_PADDING:
+        raise UserError(
+            f"{folder} holds a model of the type {config.model_type}, whose labels of a text depend on the "
+            "padding beside it, so that batches change them: models with BERT's attention can be used"
+        )
     with torch.device("meta"):
         model = empty_host(folder, task, config)
-    sites, modules = [], {}
+    sites, modules, unknown = list[LinearShape](), dict[str, str](), list[LinearShape]()
     layers: Counter[SideName] = Counter()
     widths: dict[SideName, int] = {}
     for side, number, name, layer in layers_of(model):
         layers[side] = max(layers[side], number + 1)
+        strange = _unknown(side, number, layer)
+        unknown += strange
         for inside, module in layer.named_modules():
             if (place := PLACES.get(inside)) is None or not isinstance(module, nn.Linear):
+                continue
+            if place == ("feed_forward", "expand"):
+                widths[side] = max(widths.get(side, 0), module.out_features)
+            if any(each.sublayer == place[0] for each in strange):
                 continue
             split: Split = "row" if place[1] in ROWS else "column"
             site = LinearShape(side, number, *place, module.in_features, module.out_features, split)
             sites.append(site)
             modules[site.at] = f"{name}.{inside}"
-            if place == ("feed_forward", "expand"):
-                widths[side] = max(widths.get(side, 0), module.out_features)
     if not sites:
         raise UserError(
             f"the linear layers of the {type(model).__name__} in {folder} are not known: models with the "
@@ -119,16 +136,6 @@ def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> Hos
             f"models that are a{'n' * (SIDE[task] == 'encoder')} {SIDE[task]} alone can {task} here"
             + ("; `lsmoe convert` imports it" if config.model_type == "m2m_100" else "")
         )
-    parameters: Counter[str] = Counter()
-    stacks = {name.rpartition(".")[0]: side for side, _, name, _ in layers_of(model)}
-    embeddings = {
-        id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each
-    }
-    for name, parameter in model.named_parameters():
-        within = [side for stack, side in stacks.items() if name.startswith(f"{stack}.")]
-        last = [*stacks.values()][-1]  # norms and positions beside the layers
-        part = "vocabulary" if id(parameter) in embeddings else within[0] if within else last
-        parameters[part] += parameter.numel()
     text = config.get_text_config()
     return HostOutline(
         hidden=int(text.hidden_size),
@@ -137,10 +144,30 @@ def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> Hos
         widths=widths,
         sites=tuple(sites),
         modules=modules,
-        parameters=dict(parameters),
+        unknown=tuple(unknown),
+        around=Surroundings.of(model, task, list(layers_of(model)), sites),
         vocabulary=model.get_input_embeddings().weight.shape[0],
         window=_window(model, text),
     )
+
+
+def _unknown(side: SideName, number: int, layer: nn.Module) -> list[LinearShape]:
+    """List the linear layers of sublayers whose kind is not known: such a sublayer may compute otherwise."""
+    found = []
+    for inside, module in layer.named_modules():
+        if not isinstance(module, nn.Linear) or inside in PLACES:
+            continue
+        sublayer: Sublayer
+        if ATTENTION.search(inside):
+            sublayer = "attention"
+        elif inside.split(".")[0] in FEED_FORWARD:
+            sublayer = "feed_forward"
+        else:
+            continue
+        found.append(
+            LinearShape(side, number, sublayer, inside, module.in_features, module.out_features, "column")
+        )
+    return found
 
 
 def _window(model: nn.Module, config: Any) -> int | None:

@@ -12,7 +12,7 @@ from lsmoe_ds.config.host import CLASSES, Task
 from lsmoe_ds.config.method import MethodSection, sections
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.section import Positive, Section
-from lsmoe_ds.config.shapes import LinearShape, shapes_of
+from lsmoe_ds.config.shapes import LinearShape, SideName, shapes_of
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
 
@@ -149,6 +149,7 @@ class _Model(Section):
                     f"'{method.name}' has no place in a model of transformers, which can have "
                     f"{listed(known)}: leave it out"
                 )
+            self._check_known(method)
             method.checked(self)
         for site in shapes_of(self) if len(self.methods) > 1 else ():
             here = [method.name for method in self.methods if method.is_at(site)]
@@ -158,11 +159,33 @@ class _Model(Section):
                 )
         return self
 
+    def _check_known(self, method: MethodSection) -> None:
+        """Raise ValueError if a method names a sublayer of a host that has linear layers of unknown kinds."""
+        if self.huggingface is None:
+            return
+        from lsmoe_ds.config.host_outline import read_outline
+
+        host = read_outline(self.huggingface, self.task)
+        for site in host.unknown:
+            if method.is_at(site):
+                others = dict.fromkeys(each.sublayer for each in host.sites)
+                raise ValueError(
+                    f"'{method.name}' names the {site.sublayer} of the model in 'huggingface', whose linear "
+                    f"layer {site.name} is of no known kind: choose other places, such as {listed(others)}"
+                )
+
     @property
     def methods(self) -> list[MethodSection]:
         """List the sections of the methods that the model has."""
         found = (getattr(self, name, None) for name in sections())
         return [section for section in found if section is not None]
+
+    @property
+    def alone(self) -> SideName | None:
+        """Return the side of a model of transformers, which lacks the other."""
+        if self.huggingface is None:
+            return None
+        return "encoder" if self.encoder.layers else "decoder"
 
     @property
     def teaches(self) -> bool:

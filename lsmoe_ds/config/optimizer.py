@@ -26,6 +26,13 @@ class OptimizerSettings(Section):
     # an optimizer keeps one value for each value of a vector.
     averaged: ClassVar[Mapping[str, int]] = {}
 
+    def stages_in(self, half: bool) -> tuple[int, ...]:
+        """Return the ZeRO stages at which it trains in 16 bits or in float32.
+
+        See :func:`lsmoe_ds.config.deepspeed.complete`.
+        """
+        return tuple(stage for stage in self.stages if stage or not half or self.steps_halves)
+
     def value_bytes(self, stage: int, half: bool) -> int:
         """Return the bytes that it keeps for each value that trains, without those of :attr:`averaged`."""
         raise NotImplementedError

@@ -26,9 +26,29 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
 
 
+class EarlyStopping(Section):
+    """End a training once ``patience`` validations in a row have not improved the dev loss, or the chrF of
+    dev translations, by more than ``min_delta``.
+    """
+
+    metric: Literal["loss", "chrf"] = "loss"
+    patience: Positive
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class Ema(Section):
+    """Keep an exponential moving average of the weights, in which each step has ``decay`` times the share of
+    the next.
+    """
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+
+
 class Training(Section):
     """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
     match one of the glob patterns. ``directions`` are those of the data that train, by default all.
+    ``auxiliary_over`` says over which tokens the auxiliary losses of methods are computed: all of a step, or
+    those of a micro-batch of all ranks, and then averaged.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"clip": "max_grad_norm", "patience": "hang_timeout"}
@@ -47,14 +67,27 @@ class Training(Section):
     activation_checkpointing: bool = False
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    auxiliary_over: Literal["step", "micro-batch"] = "step"
+    ema: Ema | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     log_every: Positive = 20
+    log_to: list[Literal["tensorboard", "wandb"]] = Field(default=["tensorboard"])
+    peak_flops: Annotated[float, Field(gt=0.0)] | None = None
     validate_every: Annotated[int, Field(ge=0)] = 0
     validate_pairs: Positive | None = None
+    validate_translations: Positive | None = None
+    early_stopping: EarlyStopping | None = None
+
+    @property
+    def stops_by_chrf(self) -> bool:
+        return self.early_stopping is not None and self.early_stopping.metric == "chrf"
+
     checkpoint_every: Positive = 500
     keep: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 0
     hang_timeout: Annotated[float, Field(gt=0, le=1e6)] = 900.0
+    max_skipped: Annotated[int, Field(ge=0)] = 20
+    deterministic: bool = False
 
     @model_validator(mode="after")
     def _settings_are_of_the_optimizer(self) -> Training:
@@ -174,6 +207,7 @@ class Recipe(Section):
                 f"'training.directions' names {wrong[0]}, which is not among 'data.directions': "
                 f"{listed(self.data.directions)}"
             )
+        self._fits_validation()
         for method in hidden.methods:
             method.check_languages(self.languages)
             method.check_training(self.training)
@@ -207,6 +241,29 @@ class Recipe(Section):
             raise ValueError(
                 f"'training.optimizer' is {name}, which steps weights in float32 and bfloat16, but "
                 "'deepspeed' enables 'fp16': enable 'bf16', or neither"
+            )
+
+    def _fits_validation(self) -> None:
+        """Raise ValueError for what no validation measures."""
+        training = self.training
+        if training.early_stopping is not None and not training.validate_every:
+            raise ValueError(
+                "'training.early_stopping' counts validations, but 'training.validate_every' is 0: set it to "
+                "the steps between them"
+            )
+        if training.validate_translations is not None and not training.validate_every:
+            raise ValueError(
+                "'training.validate_translations' is of validations, but 'training.validate_every' is 0: set "
+                "it to the steps between them"
+            )
+        if training.validate_translations is not None and self.model.huggingface is not None:
+            raise ValueError(
+                "'training.validate_translations' is not for models of 'model.huggingface': leave it out"
+            )
+        if training.stops_by_chrf and training.validate_translations is None:
+            raise ValueError(
+                "'training.early_stopping.metric' is chrf, but nothing is translated: set "
+                "'training.validate_translations' to the dev pairs of each direction to translate"
             )
 
     def _fits_host(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -161,12 +162,15 @@ def feed_forward_linears(hidden: int, width: int) -> LinearShapes:
 def shapes_of(model: Model) -> Iterator[Shape]:
     """Yield the shape of every site of a model, layer by layer. Linear layers of experts are no sites.
 
-    In a model of transformers only linear layers are.
+    In a model of transformers linear layers are, and sublayers that have any.
     """
     if model.huggingface is not None:
         from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
 
-        yield from read_outline(model.huggingface, model.task).sites
+        sites = read_outline(model.huggingface, model.task).sites
+        for (on, number, of), inside in groupby(sites, lambda site: (site.side, site.layer, site.sublayer)):
+            yield SublayerShape(on, number, of, model.hidden)
+            yield from inside
         return
     sides: tuple[SideName, ...] = ("encoder", "decoder")
     for side in sides:

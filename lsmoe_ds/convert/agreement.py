@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.stored import Stored, find_model
 from lsmoe_ds.console import progress
 from lsmoe_ds.data.batches import Batch
@@ -18,6 +19,7 @@ from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.export.peft import open_adapted
@@ -32,12 +34,12 @@ BATCH = 16  # sentences whose logits are held at once
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and beam-5
-    translations; or the logits and the labels of encoders.
+    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and how
+    many beam-5 translations are the ``same``; or logits and labels of encoders.
     """
 
     largest_logit_difference: float | None
-    same_translations: int
+    same: int
     sentences: int
 
 
@@ -130,7 +132,8 @@ def check_agreement(
     direction: Direction | None,
     out: Path,
     check: int,
-    route: str | None,
+    route: str,
+    average: Averaging,
     made: dict[str, Any],
     served: Collection[Direction] = (),
     base: Path | None = None,
@@ -138,12 +141,10 @@ def check_agreement(
     """Compare both models on ``check`` held-out sentences, or say why that is not possible.
 
     Without a ``direction`` they are spread evenly over all, or over those that adapters have ``served``.
-    ``route`` is None for a mean of checkpoints. ``base`` is that of adapters, if it lies elsewhere.
+    ``base`` is that of adapters, if it lies elsewhere.
     """
     if not check:
         return {}
-    if route is None:
-        return {"not_checked": "no trained model is the mean of several checkpoints"}
     needed = 4 * (made["sparse_parameters"] + made["dense_parameters"])
     if needed > (free := psutil.virtual_memory().available):
         return {
@@ -165,7 +166,7 @@ def check_agreement(
             "not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"
         }
     # The run may continue training meanwhile: what is compared is this checkpoint.
-    sparse, other = load(stored.weights_in, "cpu", route), _open(to, out, base)
+    sparse, other = load(stored.weights_in, "cpu", route, average), _open(to, out, base)
     by = compare if stored.recipe.model.task == "translate" else compare_labels
     with progress("comparing both models", 2 * sum(map(len, texts.values()))) as advance:
         found = [
@@ -177,9 +178,10 @@ def check_agreement(
         each.largest_logit_difference for each in found if each.largest_logit_difference is not None
     ]
     record: dict[str, Any] = {"largest_logit_difference": max(differences)} if differences else {}
+    task = TASKS[stored.recipe.model.task]
     return record | {
-        "same_translations": sum(each.same_translations for each in found),
-        "sentences": sum(each.sentences for each in found),
+        f"same_{task.results}": sum(each.same for each in found),
+        f"{task.item}s": sum(each.sentences for each in found),
     }
 
 

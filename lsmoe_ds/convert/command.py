@@ -15,8 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds import __version__
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.m2m_100 import count_padding
-from lsmoe_ds.checkpoint.stored import RECIPE, Stored, check_writable, find_model, read_weights, write_folder
+from lsmoe_ds.checkpoint.stored import (
+    RECIPE,
+    Stored,
+    check_writable,
+    find_model,
+    read_weights,
+    write_folder,
+)
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.console import waiting
@@ -63,15 +71,15 @@ def convert(
     out: str | Path,
     check: int = 100,
     route: str = "specific",
-    average: int = 1,
+    average: Averaging = 1,
     overrides: Sequence[str] = (),
     like: Likeness | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Convert a run, a checkpoint, a converted folder or one of Hugging Face, and return what was written.
 
-    For one direction, or by the shared route for all; a dense folder is taken as it is. ``average``
-    checkpoints are averaged. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
+    For one direction, or by the shared route for all; a dense folder is taken as it is. ``average`` chooses
+    the weights of a run. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
     new parts begin as. ``options`` are those of the kind's writer: ``quantization`` of ctranslate2,
     ``optimizer`` of consolidated, ``nproc`` of layout, ``base`` of peft. The first ``check`` held-out
     sentences of the direction, or as many spread over all, are translated by both models. If that is not
@@ -92,7 +100,7 @@ def convert(
         if OPTIONS[name] != to:
             raise UserError(f"--{name} is for --to {OPTIONS[name]}, not for {to}")
     if to == "layout":
-        if direction or route != "specific" or average > 1 or like:
+        if direction or route != "specific" or average != 1 or like:
             raise UserError(
                 "--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only"
             )
@@ -119,7 +127,7 @@ def convert(
     check_writable(out)
     began = time.perf_counter()
     if imported:
-        if average > 1 or options:
+        if average != 1 or options:
             raise UserError(
                 f"{run} is a Hugging Face model, which has no checkpoints to average and no optimizer's state"
             )
@@ -157,22 +165,23 @@ def convert(
         options["optimizer_of"] = stored
     shown = {"quantization": options.get("quantization", QUANTIZATIONS[0])} if to == "ctranslate2" else {}
     kind = "consolidated" if whole else to
-    provenance = {"kind": kind, **made, **shown, **({"average": average} if average > 1 else {})}
+    provenance = {"kind": kind, **made, **shown, **({"average": average} if average != 1 else {})}
     card = model_card(kind, recipe, provenance, stored.home, rows)
     write = importlib.import_module(WRITERS[to]).write_files
     with waiting(f"writing {out}"):
         files = write_folder(out, tensors, recipe, vocabulary, provenance, card, write, **options)
     seconds = time.perf_counter() - began
     served = {Direction.parse(each) for row in rows for each in row["directions"]}
-    by = route if average == 1 else None
-    found = check_agreement(stored, to, direction, out, check, by, made, served, options.get("base"))
+    found = check_agreement(
+        stored, to, direction, out, check, route, average, made, served, options.get("base")
+    )
     sizes = {"bytes": _bytes(files), "seconds": round(seconds, 3), "folder": str(out)}
     if to not in SERVED:
         return {"kind": to, "parameters": tensors.numbers, **found, **sizes}
     record: dict[str, Any] = {"kind": to, **shown}
     sizes_of = ("sparse_parameters", "dense_parameters", "padded_parameters")
     record |= {name: made[name] for name in ("direction", "route", "step", *sizes_of) if name in made}
-    record |= {"average": average} if average > 1 else {}
+    record |= {"average": average} if average != 1 else {}
     record |= {"adapters": rows} if rows else {}
     record |= {
         **found,
@@ -256,7 +265,7 @@ def _import(folder: Path, to: str, overrides: Sequence[str], out: Path) -> dict[
     }
 
 
-def consolidate_stored(stored: Stored, average: int = 1) -> tuple[Tensors, Recipe, dict[str, Any]]:
+def consolidate_stored(stored: Stored, average: Averaging = 1) -> tuple[Tensors, Recipe, dict[str, Any]]:
     """Return the whole model as it is, with its recipe and the ``provenance.json`` of the result, except kind
     and files.
     """

@@ -1,4 +1,4 @@
-"""What the model card says of an encoder: how transformers finds names or answers with it."""
+"""What the model card says of an encoder: how names or answers are found with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ for place, word in enumerate(words):
 ```
 
 The tag of a word is that of its first sub-word. Sentences are read one by one; one of more than {{ longest }}
-tokens was cut between words."""
+tokens was cut between words.
+
+"""
 ANSWER = """```python
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -38,8 +40,30 @@ print(context[spans[i][0] : spans[j][1]])
 ```
 
 A question and a context of more than {{ longest }} tokens were read in windows that overlap by
-{{ stride }} tokens."""
-USES: dict[Task, dict[str, str]] = {"tag": {"huggingface": TAG}, "answer": {"huggingface": ANSWER}}
+{{ stride }} tokens.
+
+"""
+LINES: dict[Task, str] = {
+    "tag": "echo 'Words and punctuation marks between spaces .'",
+    "answer": "printf 'A question?\\tA text that holds its answer.\\n'",
+}
+LABEL = """With lsmoe_ds installed, {what} in each line:
+
+```sh
+{line} | lsmoe label FOLDER --language {{{{ first.source }}}}
+```"""
+WHAT: dict[Task, str] = {"tag": "a sentence", "answer": "a question and its context"}
+WHOLE = """
+
+`lsmoe convert FOLDER` takes the model of one language out of it; with `training.start_from: FOLDER` a
+training begins with it."""
+
+
+def uses(task: Task) -> dict[str, str]:
+    """Return how a folder of each kind is used."""
+    label = LABEL.format(what=WHAT[task], line=LINES[task])
+    code = TAG if task == "tag" else ANSWER
+    return {"huggingface": code + label, "consolidated": label + WHOLE}
 
 
 def words(recipe: Recipe) -> dict[str, Any]:

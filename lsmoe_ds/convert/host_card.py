@@ -11,33 +11,51 @@ from lsmoe_ds.data.prompts import SOURCE, prompt_text
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction
 
+IMPORTS = """```python
+import re
+import unicodedata
+
+import torch
+"""
 ANSWER = """
-prompt = {{ prompt }}
-text = prompt.replace("{{ source }}", "Text to translate.")
-inputs = tokenizer(text, return_tensors="pt", add_special_tokens={{ begins }})
-end = tokenizer({{ end }}, add_special_tokens=False)["input_ids"][0]
+{{ clean }}
+
+
+def encode(text, plain=False):
+    \"\"\"Tokenize a part of a prompt, in which special tokens are themselves unless it is plain text.\"\"\"
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+
+
+before, after = {{ prompt }}.split("{{ source }}")
+text = encode(clean("Text to translate."), plain=True)
+ids = [{{ start }}*encode(before), *text, *encode(after)]
+inputs, end = torch.tensor([ids]), encode({{ end }})[0]
 options = {"num_beams": 5, "early_stopping": True, "do_sample": False, "max_new_tokens": 200}
-found = model.generate(**inputs, **options, eos_token_id=end, pad_token_id=end)
-print(tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+options |= {"attention_mask": torch.ones_like(inputs), "eos_token_id": end, "pad_token_id": end}
+found = model.generate(inputs, **options)
+print(tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True))
 ```
+
+The parts of a prompt are tokenized apart, as in training.
 """
 USES = {
-    "huggingface": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+    "huggingface": IMPORTS
+    + """from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")"""
+tokenizer = PreTrainedTokenizerFast.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+"""
     + ANSWER
-    + """
-Sentences are translated one by one: cut longer text at their ends.""",
+    + """Sentences are translated one by one: cut longer text at their ends.""",
     "peft": ELSEWHERE
-    + """```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+    + IMPORTS
+    + """from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-tokenizer = AutoTokenizer.from_pretrained("{{ base }}")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("{{ base }}")
 model = AutoModelForCausalLM.from_pretrained("{{ base }}")
-model = PeftModel.from_pretrained(model, "FOLDER{{ adapter.name and '/' + adapter.name }}")"""
+model = PeftModel.from_pretrained(model, "FOLDER{{ adapter.name and '/' + adapter.name }}")
+"""
     + ANSWER
     + SIZES,
 }
@@ -48,10 +66,10 @@ def words(recipe: Recipe, vocabulary: Vocabulary | HostTokenizer, direction: Dir
     prompt = recipe.data.prompt
     assert prompt is not None and isinstance(vocabulary, HostTokenizer)
     text = prompt_text(prompt, direction)
-    begun = text.split(SOURCE)[0]
+    tokens = vocabulary.before(text.split(SOURCE)[0])
     return {
         "prompt": repr(text),
         "source": SOURCE,
         "end": repr(prompt.end),
-        "begins": vocabulary.begin(begun) != vocabulary.encode_markup(begun),
+        "start": "".join(f"*encode({token!r}), " for token in tokens),
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from lsmoe_ds.checkpoint.averages import describe_average
 from lsmoe_ds.checkpoint.stored import VOCABULARY
 from lsmoe_ds.config.host import Task
 from lsmoe_ds.config.host_origin import origin_of
@@ -235,7 +236,7 @@ def model_card(
         words |= adapter_card.words(adapters, given, provenance)
     uses = USES
     if recipe.model.task != "translate":
-        uses = USES | encoder_card.USES[recipe.model.task]
+        uses = USES | encoder_card.uses(recipe.model.task)
         words |= encoder_card.words(recipe)
     elif recipe.model.huggingface is not None and kind in host_card.USES:
         uses = USES | host_card.USES
@@ -318,9 +319,8 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     yield "route", provenance["route"]
     if "merged" in provenance:
         yield "merged into its layers", provenance["merged"]
-    averaged = (
-        f", the mean of {provenance['average']} checkpoints up to it" if "average" in provenance else ""
-    )
+    average = provenance.get("average", 1)
+    averaged = f", {describe_average(average)} up to it" if average != 1 else ""
     yield "trained steps", f"{provenance['step']:,}{averaged}"
     before = (
         ""
@@ -350,10 +350,11 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
 
 
 def _scores(home: Path, directions: Sequence[Direction], provenance: Mapping[str, Any]) -> ScoreTable | None:
-    """Find the fullest scores of these directions by the model's route; None if there are none that can be
-    read.
+    """Find the fullest scores of these directions by the model's route and with its weights; None if there
+    are none that can be read.
     """
+    route, step, average = provenance["route"], provenance["step"], provenance.get("average", 1)
     try:
-        return ScoreFolder(home).best(directions, provenance["route"], provenance["step"])
+        return ScoreFolder(home).best(directions, route, step, average)
     except UserError:
         return None

@@ -48,6 +48,11 @@ class Batch:
         raise NotImplementedError
 
     @property
+    def source_read(self) -> torch.Tensor:
+        """Where a real token [B, T] of a source stands."""
+        raise NotImplementedError
+
+    @property
     def target_tokens(self) -> int:
         """Number of labels that are learned."""
         return int((self.labels != self.ignored).sum())
@@ -60,6 +65,11 @@ class Batch:
         """Return the same on another device."""
         names = (field.name for field in fields(self))  # type: ignore[arg-type]
         return type(self)(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    def pinned(self) -> Self:
+        """Return the same in pinned memory."""
+        names = (field.name for field in fields(self))  # type: ignore[arg-type]
+        return type(self)(**{name: getattr(self, name).pin_memory() for name in names})
 
     def silent(self) -> Self:
         """Return the same without labels: it counts for nothing."""
@@ -122,6 +132,10 @@ class PairBatch(Batch):
     def read(self) -> torch.Tensor:
         return self.decoder_input != PAD
 
+    @property
+    def source_read(self) -> torch.Tensor:
+        return self.source != PAD
+
 
 @dataclass(frozen=True)
 class SequenceBatch(Batch):
@@ -147,6 +161,10 @@ class SequenceBatch(Batch):
     def read(self) -> torch.Tensor:
         return self.labels != IGNORED
 
+    @property
+    def source_read(self) -> torch.Tensor:
+        return self.real > 0
+
 
 @dataclass(frozen=True)
 class Step:
@@ -165,6 +183,10 @@ class Step:
     directions: list[int]
     away: int = 0
     given_tokens: int = 0
+
+    def pinned(self) -> Step:
+        """Return the same with the batches in pinned memory."""
+        return replace(self, batches=[batch.pinned() for batch in self.batches])
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,9 +31,14 @@ SMALLEST_CHUNK_UNITS = 48  # in small data a chunk shrinks so that no sentence i
 SHARES, STEPS, UNITS, TIES, ORDER, PLACES = range(6)  # purposes, the second part of every hash
 
 
+class Lengths(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> NDArray[Any]: ...
+
+
 class TokenStore(Protocol):
     @property
-    def lengths(self) -> NDArray[Any]: ...
+    def lengths(self) -> Lengths: ...
     def __getitem__(self, index: int, /) -> NDArray[Any]: ...
 
 
@@ -307,8 +312,8 @@ def _fits(source: Integers, target: Integers, batch: BatchSettings) -> NDArray[n
 
 def _count_fitting(
     direction: Direction,
-    source: NDArray[Any],
-    target: NDArray[Any],
+    source: Lengths,
+    target: Lengths,
     overhead: tuple[int, int],
     batch: BatchSettings,
 ) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.data.labelled import find_questions, find_words
-from lsmoe_ds.data.lines import read_lines
+from lsmoe_ds.data.lines import plain_or_gz, read_lines, readable, without_gz
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.data.spelling import Half, Pair, Wanted, say_spellings
 from lsmoe_ds.data.text_part import TextPart
@@ -110,23 +110,6 @@ def _both_ways(paths: Iterable[Path]) -> Iterator[tuple[tuple[str, ...], Path]]:
         yield from ((codes, path), (codes[::-1], path))
 
 
-def plain_or_gz(path: Path) -> Path:
-    """Return the path, or ``PATH.gz`` if only that file exists."""
-    compressed = path.parent / f"{path.name}.gz"
-    return compressed if not path.exists() and compressed.exists() else path
-
-
-def _plain(path: Path) -> Path:
-    """Return the path without ``.gz`` at its end."""
-    return path.with_suffix("") if path.suffix == ".gz" else path
-
-
-def _readable(paths: Iterable[Path]) -> list[Path]:
-    """Sort the paths, without compressed copies of uncompressed files."""
-    found = set(paths)
-    return sorted(path for path in found if path.suffix != ".gz" or _plain(path) not in found)
-
-
 def _aligned(
     wanted: Wanted, split: str, reader: str, name: str, files: list[tuple[str, Path]]
 ) -> Iterator[TextPart]:
@@ -174,9 +157,9 @@ def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
         raise UserError(f"{corpus.path} is not laid out as FLORES: it has neither 'dev' nor 'devtest' in it")
     for name, folder in sets.items():
         files = [
-            (_plain(path).stem, path)
-            for path in _readable(folder.glob(f"*.{name}*"))
-            if _plain(path).suffix == f".{name}"
+            (without_gz(path).stem, path)
+            for path in readable(folder.glob(f"*.{name}*"))
+            if without_gz(path).suffix == f".{name}"
         ]
         split = "dev" if name == "dev" else "test"
         yield from _aligned(wanted, "train" if split == corpus.train else split, "lines", name, files)
@@ -193,8 +176,8 @@ def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     """
     folder = corpus.path / "NTREX-128" if (corpus.path / "NTREX-128").is_dir() else corpus.path
     found: dict[str, list[tuple[str, Path]]] = {"src": [], "ref": []}
-    for path in _readable(folder.iterdir() if folder.is_dir() else ()):
-        if match := NTREX_FILE.fullmatch(_plain(path).name):
+    for path in readable(folder.iterdir() if folder.is_dir() else ()):
+        if match := NTREX_FILE.fullmatch(without_gz(path).name):
             found[match[2]].append((match[3], path))
     if not found["src"] or not found["ref"]:
         raise UserError(
@@ -216,12 +199,12 @@ IWSLT_SET = re.compile(r"(?P<set>IWSLT\w*\.\w+\.(?P<kind>dev|tst)\w*\.[\w@-]+)\.
 
 def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     found: dict[tuple[str, str, str], list[tuple[str, Path]]] = {}
-    for path in _readable(corpus.path.rglob("*")):
-        if match := IWSLT_TRAIN.fullmatch(_plain(path).name):
+    for path in readable(corpus.path.rglob("*")):
+        if match := IWSLT_TRAIN.fullmatch(without_gz(path).name):
             found.setdefault(("train", "tagged", f"{path.parent}/{match['set']}"), []).append(
                 (match["code"], path)
             )
-        elif match := IWSLT_SET.fullmatch(_plain(path).name):
+        elif match := IWSLT_SET.fullmatch(without_gz(path).name):
             split = "dev" if match["kind"] == "dev" else "test"
             found.setdefault((split, "segments", f"{path.parent}/{match['set']}"), []).append(
                 (match["code"], path)
@@ -255,9 +238,9 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     folder = corpus.path if corpus.path.is_dir() else corpus.path.parent
     recipes = {code for pair in wanted.bitexts.values() for code in pair}
     stems: dict[str, list[tuple[str, Path]]] = {}
-    for path in _readable(folder.glob("*.*") if folder.is_dir() else ()):
+    for path in readable(folder.glob("*.*") if folder.is_dir() else ()):
         stem, spelling, text = _stem_and_code(path, recipes)
-        bare = _plain(path).with_suffix("")  # takes precedence over the file with .txt
+        bare = without_gz(path).with_suffix("")  # takes precedence over the file with .txt
         hidden = text and plain_or_gz(bare).is_file()
         if path.is_file() and not hidden and (corpus.path.is_dir() or stem == corpus.path.name):
             stems.setdefault(stem, []).append((spelling, path))
@@ -279,7 +262,7 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
 
 def _stem_and_code(path: Path, recipes: Iterable[str]) -> tuple[str, str, bool]:
     """Split the name of an aligned file: return its stem, its language code, and whether ``.txt`` follows."""
-    plain = _plain(path)
+    plain = without_gz(path)
     if text := plain.suffix == ".txt" and _names_language(Path(plain.stem).suffix[1:], recipes):
         plain = Path(plain.stem)
     return plain.stem, plain.suffix[1:], text

@@ -20,6 +20,11 @@ def with_listed_groups(recipe: Recipe) -> Recipe:
     """
     if recipe.data.groups.listed:
         return recipe
+    if recipe.model.task != "translate":
+        raise UserError(
+            "the model depends on resource groups, but labelled text has no bitexts to count: list the "
+            "languages of each group in 'data.groups'"
+        )
     if not (recipe.prepared / MANIFEST).is_file():
         raise UserError(
             "the model depends on resource groups, but 'data.groups' has thresholds and there is no prepared "

@@ -73,11 +73,16 @@ class HostTokenizer:
         """Return the ids of a text in which special tokens are themselves."""
         return list(self._markup.encode(text, add_special_tokens=False).ids)
 
+    def before(self, text: str) -> dict[str, int]:
+        """Return the token that the model wants before a text that begins a sequence, if that lacks it."""
+        first = self._markup.encode("", add_special_tokens=True)
+        if first.ids[:1] == self.encode_markup(text)[:1]:
+            return {}
+        return dict(zip(first.tokens[:1], first.ids[:1], strict=True))
+
     def begin(self, text: str) -> list[int]:
         """Return the ids of a text that begins a sequence, with the token that the model wants before it."""
-        first = self._markup.encode("", add_special_tokens=True).ids[:1]
-        ids = self.encode_markup(text)
-        return ids if ids[:1] == first else [*first, *ids]
+        return [*self.before(text).values(), *self.encode_markup(text)]
 
     def end(self, text: str | None) -> list[int]:
         """Return the ids that end an answer. Raises UserError unless there is exactly one.

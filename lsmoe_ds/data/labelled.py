@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config.data import Corpus
-from lsmoe_ds.data.lines import read_lines
+from lsmoe_ds.data.lines import plain_or_gz, read_lines, read_whole, readable, without_gz
 from lsmoe_ds.data.spelling import Wanted
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
@@ -37,7 +37,20 @@ class LabelledPart(TextPart):
             if self.reader == "questions":
                 yield from _read_questions(file, self.bitext.split("-")[0], tell)
             else:
-                yield from _read_words(file, f"{file.parent.name}:" if self.reader == "prefixed" else "")
+                yield from _read_words(file, self._prefix(file))
+
+    def _prefix(self, file: Path) -> str:
+        return f"{file.parent.name}:" if self.reader == "prefixed" else ""
+
+    def find_tag(self, tags: Collection[str]) -> tuple[Path, int, str]:
+        """Return the file and line where the first of these tags stands, and which it is."""
+        lines = (
+            (file, number, tag)
+            for file in self.files
+            for number, _, tag in _read_tags(file, self._prefix(file))
+            if tag in tags
+        )
+        return next(lines)
 
 
 def _split_of(path: Path) -> str | None:
@@ -66,7 +79,7 @@ def find_words(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
         if folder is None:
             continue
         files: dict[str, list[Path]] = {}
-        for path in sorted(folder.iterdir()):
+        for path in readable(folder.iterdir()):
             if path.is_file() and not OTHERS.match(path.name) and (split := _split_of(path)) is not None:
                 files.setdefault(split, []).append(path)
         for split, several in files.items():
@@ -79,18 +92,27 @@ def find_words(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
 
 
 def _read_words(file: Path, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yield sentences of a file with a word a line, its tag in the last column, and empty lines between.
+    """Yield sentences: words and tags between spaces."""
+    sentence: list[tuple[str, str]] = []
+    for _, word, tag in _read_tags(file, prefix):
+        if word:
+            sentence.append((word, tag))
+        elif sentence:
+            yield " ".join(word for word, _ in sentence), " ".join(tag for _, tag in sentence)
+            sentence = []
+
+
+def _read_tags(file: Path, prefix: str) -> Iterator[tuple[int, str, str]]:
+    """Yield the number, word and tag of each line of a file with a word a line, its tag in the last column,
+    and empty lines between sentences: an empty word ends one.
 
     A ``prefix`` of words is left out where it stands.
     """
-    words: list[str] = []
-    tags: list[str] = []
+    number = 0
     for number, line in enumerate(read_lines(file), 1):
         cells = line.rstrip().split("\t") if "\t" in line else line.rstrip().split(" ")
         if not line.strip() or cells[0] == "-DOCSTART-" or line.startswith("# id "):
-            if words:
-                yield " ".join(words), " ".join(tags)
-                words, tags = [], []
+            yield number, "", ""
             continue
         word, tag = cells[0].removeprefix(prefix), cells[-1].strip()
         if len(cells) < 2 or not word or not tag or len(tag.split()) > 1:
@@ -98,10 +120,8 @@ def _read_words(file: Path, prefix: str) -> Iterator[tuple[str, str]]:
                 f"{file}, line {number}: a word and its tag with a tab or space between were expected, found "
                 f"{line[:40]!r}"
             )
-        words.append("_".join(word.split()) or "_")
-        tags.append(tag)
-    if words:
-        yield " ".join(words), " ".join(tags)
+        yield number, "_".join(word.split()) or "_", tag
+    yield number, "", ""
 
 
 def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
@@ -110,7 +130,9 @@ def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     A file that names no language, such as the original TyDiQA-GoldP, has all: then the id of a question
     begins with the English name of its language.
     """
-    paths = [corpus.path] if corpus.path.is_file() else sorted(corpus.path.rglob("*.json"))
+    here = plain_or_gz(corpus.path)
+    inside = (each for ending in ("json", "json.gz") for each in corpus.path.rglob(f"*.{ending}"))
+    paths = [here] if here.is_file() else readable(inside)
     files: dict[str, list[tuple[str, Path]]] = {}
     of_all: dict[str, list[Path]] = {}
     codes = {code for _, (code, _) in wanted.items()}
@@ -125,7 +147,7 @@ def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
         else:
             of_all.setdefault(split, []).append(path)
     if not files and not of_all:
-        raise UserError(f"{corpus.path} is not laid out as squad: it has no *.json")
+        raise UserError(f"{corpus.path} is not laid out as squad: it has no *.json or *.json.gz")
     for bitext, (code, _) in wanted.items():
         for split in dict.fromkeys(SPLITS.values()):
             own = wanted.choose(files.get(split, []), code)
@@ -136,15 +158,15 @@ def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
 
 def _spellings(path: Path) -> list[str]:
     """Return the parts of a file's name, and its folder's, that may be a code, the likeliest first."""
-    whole = path.stem.split(".")
+    whole = without_gz(path).stem.split(".")
     parts = [part for each in whole for part in re.split(r"[_-]", each)]
     return [each for each in (*reversed(whole), *reversed(parts), path.parent.name) if each]
 
 
 def _load(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_whole(file))
+    except ValueError as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
 
 

@@ -17,6 +17,7 @@ from lsmoe_ds.data.comparison import VOCABULARY, settings_of
 from lsmoe_ds.data.fingerprints import corpora_fingerprint
 from lsmoe_ds.data.formats import SPLITS, find_parts, name_of
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
+from lsmoe_ds.data.labelled import LabelledPart
 from lsmoe_ds.data.labels import Labels, content_of
 from lsmoe_ds.data.prepared import FORMAT, LABELS
 from lsmoe_ds.data.text_part import TextPart
@@ -96,9 +97,10 @@ class LabelledPreparation:
         labels = self.recipe.data.labels
         for source, target in part.pairs(self.notices.append):
             if labels is not None and (wrong := set(target.split(" ")) - set(labels)):
+                assert isinstance(part, LabelledPart)
+                file, line, tag = part.find_tag(wrong)
                 raise UserError(
-                    f"{part.files[0]} has the tag {min(wrong)}, which is none of 'data.labels': "
-                    f"{', '.join(labels)}"
+                    f"{file}, line {line}: the tag {tag} is none of 'data.labels': {', '.join(labels)}"
                 )
             yield source, target
 

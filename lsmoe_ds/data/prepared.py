@@ -64,14 +64,38 @@ class TokenStore:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
     @property
-    def lengths(self) -> NDArray[np.int32]:
+    def lengths(self) -> Lengths:
         """Number of ids of each sentence [N]."""
-        lengths = np.diff(self.offsets)
-        if (lengths < 0).any():
+        return Lengths(self)
+
+
+class Lengths:
+    """The lengths of N sentences, read from the memory-mapped offsets when they are asked for.
+
+    A billion pairs cost no memory of a process: all processes of a machine, and both directions of a bitext,
+    share the pages of the file.
+    """
+
+    def __init__(self, store: TokenStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: slice | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Return the lengths at places, or of a slice without a step."""
+        offsets = self.store.offsets
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            found = np.diff(np.asarray(offsets[start : stop + 1])) if start < stop else np.zeros(0, np.int64)
+        else:
+            found = np.asarray(offsets[index + 1] - offsets[index])
+        if (found < 0).any():
             raise UserError(
-                f"prepared data: {self.folder} has sentences of {self.code} that end before they begin"
+                f"prepared data: {self.store.folder} has sentences of {self.store.code} that end before they "
+                "begin"
             )
-        return lengths.astype(np.int32)
+        return found.astype(np.int64, copy=False)
 
 
 @dataclass(frozen=True)
@@ -213,9 +237,9 @@ class PreparedData:
 
     def language_groups(self) -> dict[str, str]:
         """Return the resource group of each language: the recipe's, or by the training pairs of its largest
-        bitext.
+        bitext. Languages alone, which have no bitext, have none but the recipe's.
         """
-        if self.languages.groups:
+        if self.languages.groups or self.languages.directions[0].alone:
             return dict(self.languages.groups)
         sizes = {
             code: [

@@ -56,19 +56,15 @@ class Summary:
         title = f"{self.folder}: {len(self.languages)} languages, vocabulary of {self.vocabulary:,}"
         caption = Text("\n".join(self.notices), justify="left") if self.notices else None
         table = Table(title=Text(title), caption=caption)
-        for name in ("direction", "from", "into", "group"):
-            table.add_column(name)
+        alone = all(Direction.parse(row.direction).alone for row in self.rows)
         for name in (
-            "train",
-            "dev",
-            "test",
-            "held out",
-            "source tokens",
-            "target tokens",
-            "mean source",
-            "mean target",
-            "unknown %",
+            ("language", "text", "with", "group") if alone else ("direction", "from", "into", "group")
         ):
+            table.add_column(name)
+        counted = ("source tokens", "target tokens", "mean source", "mean target")
+        if alone:
+            counted = ("tokens", "labels", "mean tokens", "mean labels")
+        for name in (*SPLITS, "held out", *counted, "unknown %"):
             table.add_column(name, justify="right")
         rows = {(row.direction, row.split): row for row in self.rows}
         for train in (row for row in self.rows if row.split == "train"):
@@ -104,7 +100,9 @@ def show(recipe: Recipe) -> Summary:
     rows = []
     for direction in data.languages.directions:
         splits = data.manifest["bitexts"][direction.bitext]
-        group = recipe.data.groups.of_bitext(direction.bitext, splits["train"]["pairs"])
+        group = data.languages.groups.get(direction.source, "")
+        if not direction.alone:
+            group = recipe.data.groups.of_bitext(direction.bitext, splits["train"]["pairs"])
         for split in SPLITS:
             pairs = splits[split]["pairs"]
             source, target = (splits[split]["sides"][side] for side in sides(direction))

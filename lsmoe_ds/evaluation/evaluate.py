@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lsmoe_ds.analysis.measuring import measure_routing
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.stored import Stored, find_model
 from lsmoe_ds.data.prepared import PreparedData, open_data
 from lsmoe_ds.errors import UserError
@@ -22,10 +23,10 @@ from lsmoe_ds.evaluation.groups import resource_groups
 from lsmoe_ds.evaluation.labelled import readable, score_language
 from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.part import Part
-from lsmoe_ds.evaluation.parts import choose_directions
+from lsmoe_ds.evaluation.parts import check_held_out, choose_directions
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import BEAM, PENALTY, ScoreTable
-from lsmoe_ds.evaluation.texts import OWN, Texts, check_split, read_held_out, read_own, tell_skipped
+from lsmoe_ds.evaluation.texts import Texts, check_split, read_held_out, read_own, tell_skipped
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine, say_untrained
@@ -50,13 +51,15 @@ def evaluate(
     out: str | Path | None = None,
     comet: str | Path | None = None,
     held_out: PreparedData | None = None,
+    average: Averaging = 1,
 ) -> ScoreTable:
     """Translate and score the held-out text, or the user's own ``test`` set, in every direction; or label and
     score it in every language, where that is the task of the model.
 
     Scores and text are written as :mod:`lsmoe_ds.evaluation.score_folder` says. ``run`` is a run folder, a
     checkpoint in it or a converted folder. ``limit`` scores only the first sentences of each direction.
-    ``route`` "shared" uses the parameters that all languages share. ``tokenize`` chooses BLEU's tokenizer.
+    ``route`` "shared" uses the parameters that all languages share. ``average`` chooses the weights of a run.
+    ``tokenize`` chooses BLEU's tokenizer.
     ``out`` is written to instead of the run folder, ``held_out`` read instead of its prepared data. With a
     ``part``, only this share of the directions is scored; the first part measures the routing. Directions
     without sentences are named on standard error and skipped.
@@ -85,9 +88,7 @@ def evaluate(
             with_direction(stored.recipe, stored.kind, direction)
         elif direction not in stored.recipe.languages.directions:
             check_direction(stored.recipe, stored.kind, direction)  # raises if no text could be scored
-            raise UserError(
-                f"direction {direction} is not in this system, so no held-out text of it is scored: {OWN}"
-            )
+            check_held_out([direction], stored.recipe.languages)
     data = None if test else held_out or open_data(stored)
     whole = read_held_out(data, split, asked) if data else read_own(test, split, asked)
     folder = ScoreFolder(Path(out) if out is not None else stored.home)
@@ -96,7 +97,7 @@ def evaluate(
         folder.claim(stored.home)
     judge = Comet.open(comet) if comet is not None else None
     tell_skipped(whole)
-    loaded = load_engine(run, route)
+    loaded = load_engine(run, route, average=average)
     untrained = [direction for direction in whole.by_direction if direction not in languages]
     if untrained and loaded.step:  # of what an imported model has learned, nothing is known
         say_untrained(untrained)
@@ -117,6 +118,7 @@ def evaluate(
         judge.name if judge else None,
         groups,
         loaded.recipe.model.task,
+        average,
     )
     texts = _deal(whole, part).first(limit)
     table = replace(
@@ -223,6 +225,8 @@ def _groups(stored: Stored, data: PreparedData | None) -> tuple[dict[str, str], 
     known.
     """
     recipe = stored.recipe
+    if recipe.model.task != "translate":
+        return {}, dict(recipe.languages.groups)
     if data is None:
         with suppress(UserError):
             data = open_data(stored)

@@ -32,13 +32,16 @@ class TaskMetrics:
     """What is scored of a task.
 
     ``titles`` are those of the metrics by name; ``main`` is the metric of gains and win ratios. The scores
-    are listed by ``unit``, and are of so many ``item``.
+    are listed by ``unit``, and are of so many ``item``, for each of which a model gives one of ``results``.
+    Losses are of each of what is ``learned``.
     """
 
     titles: dict[str, str]
     main: str
     unit: str = "language"
     item: str = "sentence"
+    results: str = "translations"
+    learned: str = "target token"
 
     @property
     def averages(self) -> dict[str, str]:
@@ -48,8 +51,16 @@ class TaskMetrics:
 
 TASKS: dict[Task, TaskMetrics] = {
     "translate": TaskMetrics({"bleu": "BLEU", "chrf": "chrF", "chrfpp": "chrF++"}, "chrfpp", "direction"),
-    "tag": TaskMetrics({"f1": "F1", "precision": "Precision", "recall": "Recall"}, "f1"),
-    "answer": TaskMetrics({"f1": "F1", "exact": "Exact match"}, "f1", item="question"),
+    "tag": TaskMetrics(
+        {"f1": "F1", "precision": "Precision", "recall": "Recall"}, "f1", results="labels", learned="word"
+    ),
+    "answer": TaskMetrics(
+        {"f1": "F1", "exact": "Exact match"},
+        "f1",
+        item="question",
+        results="answers",
+        learned="end of an answer",
+    ),
 }
 METRICS = TASKS["translate"].titles
 WEAK = 30.0

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.run_folder import step_of
 from lsmoe_ds.config.codes import read_directions
 from lsmoe_ds.config.file import load_recipe
@@ -21,7 +22,7 @@ from lsmoe_ds.evaluation.metrics import Tokenizer
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
-from lsmoe_ds.evaluation.texts import read_own
+from lsmoe_ds.evaluation.texts import OWN, read_own
 
 RECIPE = "recipe.yaml"
 
@@ -52,6 +53,15 @@ def choose_directions(
     return list(dict.fromkeys(chosen))
 
 
+def check_held_out(directions: Sequence[Direction], languages: Languages) -> None:
+    """Raise UserError for a direction that is not in the system, so that prepared data have no text of it."""
+    for direction in directions:
+        if direction not in languages.directions:
+            raise UserError(
+                f"direction {direction} is not in this system, so no held-out text of it is scored: {OWN}"
+            )
+
+
 def merge(
     run: str | Path,
     count: int,
@@ -65,6 +75,7 @@ def merge(
     tokenize: str | None = None,
     out: str | Path | None = None,
     comet: str | Path | None = None,
+    average: Averaging = 1,
 ) -> ScoreTable:
     """Merge ``count`` parts into the scores that one evaluation with the same options would write.
 
@@ -73,7 +84,9 @@ def merge(
     """
     home, step = find_home(Path(run))
     recipe = load_recipe(home / RECIPE)
-    chosen = choose_directions(directions, recipe.languages, bool(test), recipe.trained)
+    chosen = choose_directions(directions, recipe.languages, untrained=True, default=recipe.trained)
+    if not test:
+        check_held_out(chosen, recipe.languages)
     asked = None if set(chosen) == set(recipe.trained) else tuple(chosen)
     named = read_own(test, split, chosen).split if test else split
     words = Tokenizer.parse(tokenize).name if tokenize is not None else None
@@ -93,6 +106,7 @@ def merge(
         (),
         judge,
         task=recipe.model.task,
+        average=average,
     )
     folder = ScoreFolder(Path(out) if out is not None else home)
     question, parts = _find_parts(folder, wanted, step, count, run)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.part import Part
@@ -101,10 +102,11 @@ class ScoreFolder:
     def write(self, table: ScoreTable, directions: Sequence[Direction]) -> None:
         """Write the record of a question, and ``scores.json`` if it is a complete evaluation.
 
-        It is complete if it covers the system's ``directions``, by the specific route.
+        It is complete if it covers the system's ``directions``, by the specific route, with the weights as
+        they were trained.
         """
         table.write(self.record(table.question))
-        if table.route != "specific" or not table.covers(directions):
+        if table.route != "specific" or table.average != 1 or not table.covers(directions):
             return
         with locked(self.home / SCORES, wait=True):
             before = self._read(self.home / SCORES)
@@ -133,7 +135,7 @@ class ScoreFolder:
         """
         text = json.dumps({"step": table.step, "route": table.route, **routing}) + "\n"
         write_whole(self.folder(table.question) / ROUTING, text)
-        if (table.route, table.split) != ("specific", "test"):
+        if (table.route, table.split, table.average) != ("specific", "test", 1):
             return
         with locked(self.home / ROUTING, wait=True):
             before = read_json(self.home / ROUTING) or {}
@@ -147,10 +149,15 @@ class ScoreFolder:
         return [ScoreTable.read(path) for path in paths if path.is_file()]
 
     def best(
-        self, directions: Sequence[Direction], route: str | None = None, step: int | None = None
+        self,
+        directions: Sequence[Direction],
+        route: str | None = None,
+        step: int | None = None,
+        average: Averaging | None = None,
     ) -> ScoreTable | None:
-        """Choose the :func:`fullest` of the scores here, or with ``route`` of that route's scores."""
-        return fullest([table for table in self.tables() if route in (None, table.route)], directions, step)
+        """Choose the :func:`fullest` of the scores here, or of those of a ``route`` and an ``average``."""
+        tables = [table for table in self.tables() if route in (None, table.route)]
+        return fullest([table for table in tables if average in (None, table.average)], directions, step)
 
     def parts(self, count: int) -> Iterator[tuple[str, list[Part]]]:
         """Yield each question that has scored parts of ``count``, and these parts."""
@@ -172,7 +179,8 @@ def fullest(
 ) -> ScoreTable | None:
     """Choose the complete evaluation of ``directions``, or else the one with most of them, or None.
 
-    Among several complete ones the specific route comes first, then ``step``, then the latest step, then the
+    Among several complete ones the specific route comes first, then weights as they were trained, then
+    ``step``, then the latest step, then the
     usual search.
     """
     wanted = set(directions)
@@ -181,7 +189,7 @@ def fullest(
         scored = [score.sentences for score in table.directions if score.direction in wanted]
         complete = table.covers(directions)
         sizes = (0, 0) if complete else (len(scored), sum(scored))
-        usual = complete, table.route == "specific", table.split == "test"
+        usual = complete, table.route == "specific", table.average == 1, table.split == "test"
         return (bool(scored), *usual, *sizes, table.step == step, *_rank(table))
 
     best = max(tables, key=fullness, default=None)  # the first of equals

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from lsmoe_ds.checkpoint.averages import Averaging, describe_average, read_average
 from lsmoe_ds.config.host import Task
 from lsmoe_ds.directions import GROUPS, Direction
 from lsmoe_ds.errors import UserError
@@ -72,6 +73,7 @@ class ScoreTable:
     comet: str | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
     task: Task = "translate"
+    average: Averaging = 1
 
     @property
     def scoring(self) -> TaskMetrics:
@@ -89,7 +91,8 @@ class ScoreTable:
         It is ``step-200.test.beam-5``, or ``step-200.test`` of a task without a search, plus whatever differs
         from a complete evaluation.
         """
-        parts = [f"step-{self.step}", self.split, *([f"beam-{self.beam}"] if self.translates else [])]
+        parts = [f"step-{self.step}", *self._weights(), self.split]
+        parts += [f"beam-{self.beam}"] if self.translates else []
         parts += [f"penalty-{self.length_penalty}"] if self.length_penalty != PENALTY else []
         parts += [self.route] if self.route != "specific" else []
         parts += [f"limit-{self.limit}"] if self.limit is not None else []
@@ -97,6 +100,11 @@ class ScoreTable:
         parts += [self.comet] if self.comet is not None else []
         parts += [_name_directions(self.asked)] if self.asked is not None else []
         return ".".join(parts)
+
+    def _weights(self) -> list[str]:
+        if self.average == 1:
+            return []
+        return [self.average if isinstance(self.average, str) else f"mean-{self.average}"]
 
     def covers(self, directions: Iterable[Direction]) -> bool:
         """Tell whether this evaluates directions completely: all test sentences, default tokenizers."""
@@ -115,7 +123,8 @@ class ScoreTable:
     def describe(self, directions: Sequence[Direction]) -> str:
         """Describe the question, and how it falls short of a complete evaluation of ``directions``."""
         unit, item = self.scoring.unit, self.scoring.item
-        said = f"Step {self.step:,}, {self.split} set, {counted(self.sentences, item)}"
+        averaged = f", {describe_average(self.average)}" if self.average != 1 else ""
+        said = f"Step {self.step:,}{averaged}, {self.split} set, {counted(self.sentences, item)}"
         said += f", beam {self.beam}" if self.translates else ""
         said += f", length penalty {self.length_penalty:g}" if self.length_penalty != PENALTY else ""
         said += ", shared route." if self.route == "shared" else "."
@@ -163,6 +172,7 @@ class ScoreTable:
             "split": self.split,
             **(search if self.translates else {}),
             "route": self.route,
+            **({"average": self.average} if self.average != 1 else {}),
             "limit": self.limit,
             **({"tokenize": self.tokenize} if self.translates else {}),
             "asked": None if self.asked is None else [str(direction) for direction in self.asked],
@@ -219,6 +229,7 @@ class ScoreTable:
                 skipped=tuple(map(Direction.parse, value.get("skipped", ()))),
                 comet=None if value.get("comet") is None else str(value["comet"]),
                 task=task,
+                average=read_average(str(value.get("average", 1))),
             )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"these scores cannot be read: {error}") from None

@@ -16,8 +16,10 @@ from lsmoe_ds.config.host import CLASSES, PREFIX, Task, copy_small, read_config,
 from lsmoe_ds.config.host_outline import empty_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import SequenceBatch
+from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.data.labels import OUTSIDE
-from lsmoe_ds.data.prompts import prompt_text
+from lsmoe_ds.data.prompts import SOURCE, prompt_text
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.huggingface import Exported
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
@@ -49,12 +51,20 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe) -> 
 
 @dataclass(frozen=True)
 class ExportedHost(Exported):
-    """A folder in transformers, on the CPU, which reads prompts as text by its own tokenizer."""
+    """A folder in transformers, on the CPU, which reads the parts of prompts as the code of its card does.
+
+    What ``AutoTokenizer`` finds may add to the steps of ``tokenizer.json``.
+    """
 
     theirs = CLASSES["translate"]
+    tokenizes = "PreTrainedTokenizerFast"
 
     def encode(self, line: str) -> list[int]:
-        return list(self.tokenizer(line, add_special_tokens=False)["input_ids"])
+        return self._ids(clean_text(line), plain=True)
+
+    def _ids(self, text: str, plain: bool = False) -> list[int]:
+        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)
+        return list(found["input_ids"])
 
     def logits_of(self, batch: Any) -> Tensor:
         found: Tensor = self.model(input_ids=batch.tokens).logits
@@ -63,20 +73,19 @@ class ExportedHost(Exported):
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
     ) -> list[Hypothesis]:
-        """Search as :mod:`lsmoe_ds.inference.generate` does, from prompts that are tokenized as a whole."""
+        """Search as :mod:`lsmoe_ds.inference.generate` does."""
         prompt = self.recipe.data.prompt
-        assert prompt is not None and prompt.end is not None
-        texts = [prompt_text(prompt, direction, self.vocabulary.decode(source)) for source in sources]
-        self.tokenizer.padding_side = "left"
-        begun = str(self.tokenizer.bos_token or "")
-        special = not (begun and texts[0].startswith(begun))
-        read = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special)
-        none = torch.zeros(len(texts), dtype=torch.long)
+        assert prompt is not None and prompt.end is not None and isinstance(self.vocabulary, HostTokenizer)
+        first, second = prompt_text(prompt, direction).split(SOURCE)
+        before, after = [*self.vocabulary.before(first).values(), *self._ids(first)], self._ids(second)
+        prompts = {"input_ids": [[*before, *source, *after] for source in sources]}
+        read = self.tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
+        none = torch.zeros(len(sources), dtype=torch.long)
         ids = read["input_ids"]
         batch = SequenceBatch(ids, ids, read["attention_mask"], none, none, none)
-        end = self.encode(prompt.end)[0]
         window = getattr(self.model.config, "max_position_embeddings", None)
         write = partial(self.model.generate, input_ids=ids, attention_mask=batch.real)
+        end = self._ids(prompt.end)[0]
         return generate(write, batch, [len(source) for source in sources], end, search, window)
 
 

@@ -140,6 +140,7 @@ class Exported:
     """
 
     theirs: ClassVar[str] = "M2M100ForConditionalGeneration"  # the class that loads the model
+    tokenizes: ClassVar[str] = "AutoTokenizer"
 
     model: Any
     tokenizer: Any
@@ -167,7 +168,7 @@ class Exported:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         model = getattr(transformers, cls.theirs).from_pretrained(stored.weights_in, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(stored.weights_in)
+        tokenizer = getattr(transformers, cls.tokenizes).from_pretrained(stored.weights_in)
         if tokenizer.pad_token is None:  # any will do: padding is masked
             tokenizer.pad_token = tokenizer.eos_token
         return cls(

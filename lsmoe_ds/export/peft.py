@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.m2m_100 import rename, their_name
 from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, read_weights, write_folder
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_tensors, save_tensors
@@ -120,7 +121,7 @@ def split(
 
 
 def split_stored(
-    stored: Stored, direction: Direction | None, route: str = "specific", average: int = 1
+    stored: Stored, direction: Direction | None, route: str = "specific", average: Averaging = 1
 ) -> tuple[Tensors, Recipe, list[Adapter], dict[str, Any]]:
     """Apply :func:`split` to a run, a checkpoint or a folder; also return the ``provenance.json`` of the
     result, except kind and files.

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds import __version__
+from lsmoe_ds.checkpoint.averages import Averaging
+from lsmoe_ds.checkpoint.run_folder import START
 from lsmoe_ds.checkpoint.stored import (
     PLAIN,
     PROVENANCE,
@@ -33,6 +35,7 @@ from lsmoe_ds.checkpoint.stored import (
     Weights,
     find_model,
     read_weights,
+    start_of,
     write_folder,
 )
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
@@ -256,7 +259,7 @@ def extract_stored(
     direction: Direction | None,
     route: str = "specific",
     hybrid: bool = False,
-    average: int = 1,
+    average: Averaging = 1,
 ) -> tuple[Tensors, Recipe, dict[str, Any]]:
     """Apply :func:`extract` to a run, a checkpoint or a folder; also return the ``provenance.json`` of the
     result, except kind and files.
@@ -304,8 +307,10 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
         provenance["trained"] = [str(each) for each in stored.recipe.trained]
         if training.start_from is not None:
             provenance["started_from"] = training.start_from.name
+            if (start := start_of(stored)) is not None:
+                provenance[START] = start
     fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int}
-    optional: dict[str, type] = {"merged": str, "trained": list, "started_from": str}
+    optional: dict[str, type] = {"merged": str, "trained": list, "started_from": str, START: str}
     plain = dict.fromkeys(PLAIN, ("run", "route", "sparse_parameters"))
     carried = {**plain, "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
     if stored.kind not in carried:

@@ -62,10 +62,7 @@ def own_direction(engine: Engine, direction: Direction) -> Direction:
     """
     languages = engine.languages
     if (task := engine.recipe.model.task) != "translate":
-        raise UserError(
-            f"the task of the model is to {task}: `lsmoe evaluate` labels held-out text, and `lsmoe convert "
-            "--to huggingface` writes a model whose card has the code for any other"
-        )
+        raise UserError(f"the task of the model is to {task}: use `lsmoe label`")
     own = Direction(languages.own(direction.source), languages.own(direction.target))
     if own in languages.directions or not isinstance(engine, Loaded):
         return languages.find(own)
@@ -75,4 +72,4 @@ def own_direction(engine: Engine, direction: Direction) -> Direction:
 
 def say_untrained(directions: Iterable[Direction]) -> None:
     """Say on standard error which directions a model is used for that it was not trained on."""
-    notice(f"the model was not trained on {listed(map(str, directions))} (zero-shot)")
+    notice(f"the model was not trained on {listed(each.label for each in directions)} (zero-shot)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +32,29 @@ class Labeller(Ready, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The best span of a context: characters ``start`` to ``end``, and the sum of the logits of both ends.
+
+    The score is None of a context without tokens.
+    """
+
+    text: str = ""
+    score: float | None = None
+    start: int = 0
+    end: int = 0
+
+    @property
+    def shown(self) -> str:
+        """The text in one line."""
+        return " ".join(self.text.split())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return text, score and characters; null where there is no answer."""
+        span = {"start": self.start, "end": self.end} if self.text else {"start": None, "end": None}
+        return {"answer": self.text, "score": self.score and round(self.score, 4), **span}
+
+
 def label_all(
     engine: Labeller,
     direction: Direction,
@@ -39,60 +63,82 @@ def label_all(
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
     """Label source lines (see :mod:`lsmoe_ds.data.labels`) in a language: the tags of the words between
-    spaces, or the text of the answer.
+    spaces, or the text of the answer, in one line.
     """
-    form = form_of(engine.recipe.data, engine.languages, engine.vocabulary)
-    assert isinstance(form, Labels)
-    number = engine.languages.direction_id(direction)
-    if form.tags:
-        return _tag(engine, form, number, lines, advance, batch_tokens)
-    return _answer(engine, form, number, lines, advance, batch_tokens)
+    reading = Reading.of(engine, direction, batch_tokens)
+    if reading.form.tags:
+        return [" ".join(tags) for tags in reading.tag(lines, advance)]
+    return [answer.shown for answer in reading.answer(lines, advance)]
 
 
-def _tag(
-    engine: Labeller,
-    form: Labels,
-    number: int,
-    lines: Sequence[str],
-    advance: Callable[[int], None],
-    batch_tokens: int,
-) -> list[str]:
-    pieces = [(i, piece) for i, line in enumerate(lines) for piece in form.pieces(line)]
-    found: dict[int, list[str]] = {}
-    sequences = [(piece.ids, form.target_of(piece, ["O"] * len(piece.starts))) for _, piece in pieces]
-    for at, logits in _logits(engine, form, number, sequences, batch_tokens):
-        line, piece = pieces[at]
-        best = logits.argmax(1)
-        found[at] = ["O" if start < 0 else form.tags[best[start]] for start in piece.starts]
-        advance(int(at + 1 == len(pieces) or pieces[at + 1][0] != line))
-    tags: list[list[str]] = [[] for _ in lines]
-    for at, (line, _) in enumerate(pieces):
-        tags[line] += found[at]
-    return [" ".join(each) for each in tags]
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads lines in one language."""
 
+    engine: Labeller
+    form: Labels
+    number: int  # of the language, among directions
+    batch_tokens: int
 
-def _answer(
-    engine: Labeller,
-    form: Labels,
-    number: int,
-    lines: Sequence[str],
-    advance: Callable[[int], None],
-    batch_tokens: int,
-) -> list[str]:
-    windows = [(i, window) for i, line in enumerate(lines) for window in form.windows(line)]
-    best: dict[int, tuple[float, tuple[int, int]]] = {}
-    sequences = [(window.ids, [window.context, NOWHERE, NOWHERE]) for _, window in windows]
-    for at, logits in _logits(engine, form, number, sequences, batch_tokens):
-        number_of_line, window = windows[at]
-        found = best_span(logits, window)
-        if found is not None:
-            best[number_of_line] = max(best.get(number_of_line, found), found)
-        advance(int(at + 1 == len(windows) or windows[at + 1][0] != number_of_line))
-    answers = []
-    for i, line in enumerate(lines):
-        start, end = best[i][1] if i in best else (0, 0)
-        answers.append(" ".join(read_question(line)[1][start:end].split()))
-    return answers
+    @classmethod
+    def of(cls, engine: Labeller, direction: Direction, batch_tokens: int = BATCH_TOKENS) -> Reading:
+        form = form_of(engine.recipe.data, engine.languages, engine.vocabulary)
+        assert isinstance(form, Labels)
+        return cls(engine, form, engine.languages.direction_id(direction), batch_tokens)
+
+    def tag(self, lines: Sequence[str], advance: Callable[[int], None]) -> list[list[str]]:
+        """Return the tags of the words of each source line. ``advance`` is told how many more are done."""
+        pieces = [(i, piece) for i, line in enumerate(lines) for piece in self.form.pieces(line)]
+        found: list[list[str]] = [[] for _ in pieces]
+        targets = [self.form.target_of(piece, ["O"] * len(piece.starts)) for _, piece in pieces]
+        sequences = [(line, piece.ids, target) for (line, piece), target in zip(pieces, targets, strict=True)]
+        for at, logits in self._logits(sequences, advance):
+            best = logits.argmax(1)
+            starts = pieces[at][1].starts
+            found[at] = ["O" if start < 0 else self.form.tags[best[start]] for start in starts]
+        tags: list[list[str]] = [[] for _ in lines]
+        for (line, _), part in zip(pieces, found, strict=True):
+            tags[line] += part
+        return tags
+
+    def answer(self, lines: Sequence[str], advance: Callable[[int], None]) -> list[Answer]:
+        """Return the answer to each source line, the best of its windows; see :meth:`tag`."""
+        windows = [(i, window) for i, line in enumerate(lines) for window in self.form.windows(line)]
+        best: dict[int, tuple[float, tuple[int, int]]] = {}
+        sequences = [(line, each.ids, [each.context, NOWHERE, NOWHERE]) for line, each in windows]
+        for at, logits in self._logits(sequences, advance):
+            number, window = windows[at]
+            if (found := best_span(logits, window)) is not None:
+                best[number] = max(best.get(number, found), found)
+        answers = []
+        for number, line in enumerate(lines):
+            score, (start, end) = best.get(number, (None, (0, 0)))
+            answers.append(Answer(read_question(line)[1][start:end], score, start, end))
+        return answers
+
+    @torch.inference_mode()
+    def _logits(
+        self, sequences: Sequence[tuple[int, list[int], list[int]]], advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield the index and the logits of each sequence, in batches of like length.
+
+        A sequence is the number of its line, ids, and a target; those of a line are neighbors.
+        """
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][1]))
+        start = 0
+        while start < len(order):
+            end = start + 1
+            while end < len(order) and len(sequences[order[end]][1]) * (end + 1 - start) <= self.batch_tokens:
+                end += 1
+            part = order[start:end]
+            _, ids, targets = zip(*(sequences[i] for i in part), strict=True)
+            batch = self.form.collate(ids, targets, [self.number] * len(part))
+            logits = self.engine.logits_of(batch.to(self.engine.device)).float().cpu().numpy()
+            for i, of_sequence in zip(part, logits, strict=True):
+                yield i, of_sequence
+                is_last = i + 1 == len(sequences) or sequences[i + 1][0] != sequences[i][0]
+                advance(int(is_last))
+            start = end
 
 
 def best_span(logits: NDArray[Any], window: Window) -> tuple[float, tuple[int, int]] | None:
@@ -108,27 +154,3 @@ def best_span(logits: NDArray[Any], window: Window) -> tuple[float, tuple[int, i
     sums = np.where((tokens >= 0) & (tokens < LONGEST_ANSWER), first[:, None] + last, -np.inf)
     begin, end = np.unravel_index(int(sums.argmax()), sums.shape)
     return float(sums[begin, end]), (window.spans[begin][0], window.spans[end][1])
-
-
-@torch.inference_mode()
-def _logits(
-    engine: Labeller,
-    form: Labels,
-    number: int,
-    sequences: Sequence[tuple[list[int], list[int]]],
-    batch_tokens: int,
-) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Yield the index and the logits of each sequence, in batches of like length."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and len(sequences[order[end]][0]) * (end + 1 - start) <= batch_tokens:
-            end += 1
-        part = order[start:end]
-        batch = form.collate(
-            [sequences[i][0] for i in part], [sequences[i][1] for i in part], [number] * len(part)
-        )
-        logits = engine.logits_of(batch.to(engine.device)).float().cpu().numpy()
-        yield from zip(part, logits, strict=True)
-        start = end

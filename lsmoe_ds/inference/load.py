@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.method import shared_route_keys
@@ -99,13 +100,18 @@ class Loaded:
         return self.model.logits(batch.tokens, batch.ids, self.route)
 
 
-def load(path: str | Path, device: torch.device | str | None = None, route: str = "specific") -> Loaded:
+def load(
+    path: str | Path,
+    device: torch.device | str | None = None,
+    route: str = "specific",
+    average: Averaging = 1,
+) -> Loaded:
     """Load a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and
     evaluation mode.
 
     ``device`` defaults to the GPU if there is one. ``route`` "shared" translates by what all languages share.
-    Raises UserError for a path that is none of these, or is damaged, or was converted for another engine, and
-    for a route that the model lacks.
+    ``average`` chooses the weights of a run. Raises UserError for a path that is none of these, or is
+    damaged, or was converted for another engine, and for a route or an average that the model lacks.
     """
     stored = find_model(path)
     if stored.kind not in READABLE:
@@ -120,7 +126,7 @@ def load(path: str | Path, device: torch.device | str | None = None, route: str 
         if device is not None
         else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    model = build_model(stored.recipe, vocabulary.size, weights := read_weights(stored), device)
+    model = build_model(stored.recipe, vocabulary.size, weights := read_weights(stored, average), device)
     return Loaded(
         model,
         stored.recipe,

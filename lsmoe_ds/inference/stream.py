@@ -1,22 +1,31 @@
-"""Lines of a stream in chunks: large ones while lines come fast, small ones when the stream pauses."""
+"""Lines of a stream in chunks, large ones while lines come fast, small ones when the stream pauses; and lines
+that tell how far a chunk is.
+"""
 
 from __future__ import annotations
 
 import io
 import os
 import select
-from collections.abc import Iterable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import LINE_EVERY
 
 FIRST_CHUNK, LARGEST_CHUNK = 16, 2048  # lines
 PAUSE = 0.1  # seconds without a further line after which those that are there make a chunk
 BLOCK = 1 << 16
 
 
-def in_chunks(lines: Iterable[str]) -> Iterator[list[str]]:
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def in_chunks(lines: Iterable[In]) -> Iterator[list[In]]:
     """Yield lines in chunks that grow from 16 to 2,048 lines."""
     rest, size = iter(lines), FIRST_CHUNK
     while chunk := list(islice(rest, size)):
@@ -31,12 +40,36 @@ def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
 
     Raises UserError that names the first line which is not UTF-8, after the lines before it.
     """
+    return convert_lines(_read_bytes(stream), decode_line)
+
+
+def convert_lines(chunks: Iterable[Sequence[In]], convert: Callable[[In, int], Out]) -> Iterator[list[Out]]:
+    """Yield chunks of what ``convert`` makes of each line and its number, from 1.
+
+    A UserError of a line is raised after the lines before it.
+    """
+    number = 0
+    for chunk in chunks:
+        done: list[Out] = []
+        for line in chunk:
+            number += 1
+            try:
+                done.append(convert(line, number))
+            except UserError:
+                if done:
+                    yield done
+                raise
+        yield done
+
+
+def _read_bytes(stream: BinaryIO) -> Iterator[list[bytes]]:
+    """Yield the lines of a stream, undecoded, in chunks as :func:`read_chunks`; none is empty."""
     try:
         descriptor = stream.fileno()
     except io.UnsupportedOperation:  # not a file of the system's
-        yield from in_chunks(read_lines(stream))
+        yield from in_chunks(stream)
         return
-    size, number, ended = FIRST_CHUNK, 0, False
+    size, ended = FIRST_CHUNK, False
     lines: list[bytes] = []
     rest = b""
     while not ended or lines:
@@ -53,26 +86,9 @@ def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
             ended = not block
             lines += found if not ended or not rest else [*found, rest]
         chunk, lines = lines[:size], lines[size:]
-        texts = []
-        for line in chunk:
-            number += 1
-            try:
-                texts.append(decode_line(line, number))
-            except UserError:
-                if texts:
-                    yield texts
-                raise
-        if texts:
-            yield texts
+        if chunk:
+            yield chunk
         size = min(2 * size, LARGEST_CHUNK) if len(chunk) == size else size
-
-
-def read_lines(stream: Iterable[bytes]) -> Iterator[str]:
-    """Yield the lines of a stream of UTF-8 without their ends. Raises UserError that names the first line
-    which is not UTF-8.
-    """
-    for number, line in enumerate(stream, start=1):
-        yield decode_line(line, number)
 
 
 def decode_line(line: bytes, number: int) -> str:
@@ -83,3 +99,19 @@ def decode_line(line: bytes, number: int) -> str:
         raise UserError(
             f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1})"
         ) from None
+
+
+def telling(done: str, total: int, of: str) -> Callable[[int], None]:
+    """Return a function that is told how many more of ``total`` are done, and says so every half minute:
+    ``DONE 10 of 50 OF``.
+    """
+    count, said = 0, time.monotonic()
+
+    def advance(more: int) -> None:
+        nonlocal count, said
+        count += more
+        if count < total and (now := time.monotonic()) - said >= LINE_EVERY:
+            said = now
+            print(f"lsmoe: {done} {count:,} of {total:,} {of}", file=sys.stderr, flush=True)
+
+    return advance

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.engine import Engine, own_direction
-from lsmoe_ds.inference.stream import in_chunks
+from lsmoe_ds.inference.stream import in_chunks, telling
 from lsmoe_ds.languages import script
-from lsmoe_ds.notices import LINE_EVERY, counted
 
 BATCH_TOKENS = 2048
 LOGITS = 2**26  # of one step of a batch: 256 MiB
@@ -75,7 +72,7 @@ def translate_all(
     """
     parts = [cut_line(line, engine) for line in lines]
     flat = [part for each in parts for part in each]
-    advance = advance or _telling(len(flat))
+    advance = advance or telling("translated", len(flat), "sentences or parts of long lines")
     found = iter(translate_tokens(engine, direction, flat, search, batch_tokens, advance))
     advance(len(lines) - len(flat))
     joint = "" if script(direction.target) in UNSPACED else " "
@@ -84,21 +81,6 @@ def translate_all(
         for each in parts
     ]
     return [joint.join(" ".join(text.split()) for text in each) for each in texts]
-
-
-def _telling(total: int) -> Callable[[int], None]:
-    """Return a function that is told how many more of ``total`` parts are done, and says so now and then."""
-    done, said = 0, time.monotonic()
-
-    def advance(count: int) -> None:
-        nonlocal done, said
-        done += count
-        if done < total and (now := time.monotonic()) - said >= LINE_EVERY:
-            said = now
-            of = f"{done:,} of {counted(total, 'sentence')} or parts of long lines"
-            print(f"lsmoe: translated {of}", file=sys.stderr, flush=True)
-
-    return advance
 
 
 def translate_tokens(

@@ -16,10 +16,10 @@ from json import dumps
 from pathlib import Path
 
 from lsmoe_ds import interrupt, shipped
-from lsmoe_ds.checkpoint.run_folder import choose_run, find_damage, list_checkpoints, step_of
+from lsmoe_ds.checkpoint.run_folder import choose_run, find_damage, has_ended, list_checkpoints, step_of
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import explain_errors, read_fields, resolved, write_whole
+from lsmoe_ds.folders import explain_errors, is_count, read_fields, resolved, write_whole
 from lsmoe_ds.notices import counted
 
 REFUSED = 2  # the status of a UserError
@@ -32,19 +32,25 @@ NOT_FOUND = {
 
 @dataclass(frozen=True)
 class Attempts:
-    """Attempts of a ``job``: ``tries`` in a row, of at most ``allowed``, started at ``step`` of ``steps``."""
+    """Attempts of a ``job``: ``tries`` in a row, of at most ``allowed``, started at ``step`` of ``steps``.
+
+    ``patience`` is that of early stopping, 0 without.
+    """
 
     job: str
     step: int
     steps: int
     tries: int
     allowed: int
+    patience: int = 0
 
     @classmethod
     def read(cls, run: Path) -> Attempts:
         """Read the attempts of a run. Raises UserError if there are none."""
         fields = read_fields(_file(run), job=str, step=int, steps=int, tries=int, allowed=int)
-        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+        known = {name: fields[name] for name in cls.__dataclass_fields__ if name != "patience"}
+        patience = fields.get("patience")  # of no attempt of earlier versions
+        return cls(**known, patience=patience if is_count(patience) else 0)
 
     def write(self, run: Path) -> None:
         write_whole(_file(run), dumps(asdict(self)) + "\n")
@@ -60,7 +66,9 @@ def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, 
     run = choose_run(recipe, loaded, out)
     with explain_errors(run):
         _file(run).parent.mkdir(parents=True, exist_ok=True)
-    now = Attempts(os.environ.get("SLURM_JOB_ID", ""), newest_step(run), loaded.training.steps, 1, allowed)
+    training, step = loaded.training, newest_step(run)
+    patience = training.early_stopping.patience if training.early_stopping is not None else 0
+    now = Attempts(os.environ.get("SLURM_JOB_ID", ""), step, training.steps, 1, allowed, patience)
     if _file(run).exists():
         before = Attempts.read(run)
         if before.job == now.job and before.step == now.step:
@@ -81,13 +89,14 @@ def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, 
 def end(run: Path, status: int) -> int:
     """Return the job's exit status after training has ended with ``status``, and print the reason.
 
-    The result is 0 if the run is at its last step, whatever ``status`` is; 75 if the job should be requeued;
-    2 if it should give up. Raises UserError unless :func:`begin` recorded an attempt.
+    The result is 0 if the run is at its last step or has stopped early, whatever ``status`` is; 75 if the job
+    should be requeued; 2 if it should give up. Raises UserError unless :func:`begin` recorded an attempt.
     """
-    attempt, step = Attempts.read(run), newest_step(run)
+    attempt, newest = Attempts.read(run), _newest(run)
+    step = step_of(newest) if newest is not None else 0
     at = f"{run} is at step {step} of {attempt.steps}"
-    if step >= attempt.steps:
-        _say(f"{at}: finished")
+    if newest is not None and has_ended(newest, attempt.steps, attempt.patience or None):
+        _say(f"{at}: finished{'' if step >= attempt.steps else ', stopped early'}")
         return 0
     if status == REFUSED or status in NOT_FOUND:
         why = f"{NOT_FOUND[status]} (status {status}), " if status in NOT_FOUND else ""
@@ -104,18 +113,15 @@ def end(run: Path, status: int) -> int:
 
 
 def newest_step(run: Path) -> int:
-    """Return the step of the newest checkpoint whose files all have the right size; 0 if there is none.
+    """Return the step of the newest checkpoint whose files all have the right size; 0 if there is none."""
+    newest = _newest(run)
+    return 0 if newest is None else step_of(newest)
 
-    Checksums are not compared here; training compares them.
-    """
-    return next(
-        (
-            step_of(path)
-            for path in reversed(list_checkpoints(run))
-            if find_damage(path, checksums=False) is None
-        ),
-        0,
-    )
+
+def _newest(run: Path) -> Path | None:
+    """Return that checkpoint. Checksums are not compared here; training compares them."""
+    checkpoints = reversed(list_checkpoints(run))
+    return next((path for path in checkpoints if find_damage(path, checksums=False) is None), None)
 
 
 def copy_scripts(folder: Path) -> None:

@@ -202,8 +202,11 @@ class Method:
         """
         return {}
 
-    def sums(self, notes: Sequence[Any]) -> dict[str, float]:
-        """Return further numbers of a micro-batch, by name, to be summed over the step."""
+    def sums(self, notes: Sequence[Any]) -> dict[str, Tensor | float]:
+        """Return further numbers of a micro-batch, by name, to be summed over the step.
+
+        A tensor is better than a number for which the device must be waited for.
+        """
         return {}
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
@@ -219,3 +222,12 @@ class Method:
     def analyze(self, kind: str, weights: Tensors) -> Findings:
         """Return what a kind of :attr:`analyses` finds in the whole model's weights, by global name."""
         raise NotImplementedError
+
+
+def direction_like(new: str, known: Collection[str], like: str | None) -> str | None:
+    """Return the known direction that a new one is like: the same with the language ``like``, or the first
+    with the same target; None if there is none.
+    """
+    source, target = new.split("-")
+    alike = (each for each in known if each.endswith(f"-{target}"))
+    return next((each for each in (f"{source}-{like}", f"{like}-{target}", *alike) if each in known), None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from lsmoe_ds.directions import SentenceIds
@@ -47,6 +48,7 @@ class LanguageContext:
     route: Route = "specific"
     _segments: dict[str | Chooser, list[Segment]] = field(default_factory=dict)
     _known: dict[Hashable, Any] = field(default_factory=dict)
+    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> LanguageContext:
         """Return the context of the sentences that ``index`` names, in that order."""
@@ -65,9 +67,21 @@ class LanguageContext:
         found: T = self._known[key]
         return found
 
+    def places(self, real: Tensor, sentences: int) -> Tensor:
+        """Return the index of the real positions among those of the first ``sentences`` of ``real`` [B, T].
+
+        Waits for the device at the first call for each ``real``, which all layers of a side share.
+        """
+        held, found = self._places.get(sentences, (None, real))
+        if held is not real:
+            found = real[:sentences].reshape(-1).nonzero().squeeze(1)
+            self._places[sentences] = real, found
+        return found
+
     def replay(self) -> AbstractContextManager[None]:
-        """Return a context inside which a layer that runs a second time finds what is known now, and whose
-        notes are dropped: it has left them the first time.
+        """Return a context inside which a layer that runs a second time finds what was known before its first
+        run, and whose notes are dropped: it has left them the first time. Places of real positions are found
+        once for both runs.
         """
         known = dict(self._known)
 
@@ -100,5 +114,9 @@ class LanguageContext:
 
 
 def mean_of_real(x: Tensor, real: Tensor) -> Tensor:
-    """Average [B, T, H] over the positions where ``real`` [B, T] is true -> [B, H]; zero where none is."""
-    return (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+    """Average [B, T, H] over the positions where ``real`` [B, T] is true -> [B, H]; zero where none is.
+
+    In at least float32, as routers read it.
+    """
+    total = (x * real[:, :, None]).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return total / real.sum(1, keepdim=True).clamp(min=1)

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class Grid:
     """A table of numbers that is drawn in colors; None is an empty cell.
 
-    ``name`` is that of its file. Colors go from ``low`` to ``full``, by default the largest value. If
-    ``signed``, red is for negative values, blue for positive ones, and both are shares, drawn in percentage
-    points.
+    ``name`` is that of its file. Colors go from ``low`` to ``full``, by default the largest value; those of
+    values below ``middle`` are red, and both are distances from there. ``signed`` values are shares that are
+    drawn in percentage points.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Grid:
     signed: bool = False
     full: float | None = None
     low: float = 0.0
+    middle: float = 0.0
 
 
 @dataclass(frozen=True)

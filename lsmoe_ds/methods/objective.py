@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.methods.context import Route
-from lsmoe_ds.parallel.layers import Projected, cross_entropy
+from lsmoe_ds.parallel.cross_entropy import cross_entropy
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -33,9 +33,9 @@ class Objective:
         """Return the sentences [B, ...] that the model reads in training."""
         return batch, ids
 
-    def losses(
-        self, projected: Projected, labels: Tensor, smoothing: float, topology: Topology
-    ) -> TokenLosses:
-        """Return the losses of logits with labels [N]."""
-        loss, nll = cross_entropy(projected, labels, smoothing, topology)
+    def losses(self, logits: Tensor, labels: Tensor, smoothing: float, topology: Topology) -> TokenLosses:
+        """Return the losses of logits [N, V / tensor] with labels [N]. The backward pass overwrites the
+        logits.
+        """
+        loss, nll = cross_entropy(logits, labels, smoothing, topology)
         return TokenLosses(loss, nll.sum(), {})

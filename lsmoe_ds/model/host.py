@@ -37,7 +37,6 @@ from lsmoe_ds.methods.objective import Objective
 from lsmoe_ds.methods.sites import Linears, LinearSite
 from lsmoe_ds.model.base import Losses, Model
 from lsmoe_ds.model.recomputing import recompute
-from lsmoe_ds.parallel.layers import Projected
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -197,11 +196,9 @@ class Host(Model):
         notes: Notes = {}
         index = (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
         context = LanguageContext(ids, None, notes if self.training else None, route)
-        projected = Projected(self._logits_at(tokens, real, context, index).float())
+        logits, learned = self._logits_at(tokens, real, context, index), labels.reshape(-1)[index]
         smoothing = self.smoothing if self.training else 0.0
-        return Losses(
-            *objective.losses(projected, labels.reshape(-1)[index], smoothing, self.topology), notes
-        )
+        return Losses(*objective.losses(logits, learned, smoothing, self.topology), notes)
 
     @torch.no_grad()
     def totals_ahead(self, tokens: Tensor, labels: Tensor, real: Tensor, ids: SentenceIds) -> Totals:

@@ -278,8 +278,8 @@ class Transformer(Model):
         )  # the vocabulary is projected for real tokens only
         hidden, labels = hidden.flatten(0, 1)[index], labels.reshape(-1)[index]
         smoothing = self.smoothing if self.training else 0.0
-        projected = project(hidden, self.embedding.tokens, self.topology)
-        return Losses(*objective.losses(projected, labels, smoothing, self.topology), notes)
+        logits = project(hidden, self.embedding.tokens, self.topology)
+        return Losses(*objective.losses(logits, labels, smoothing, self.topology), notes)
 
     def states(
         self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, route: Route = "specific"

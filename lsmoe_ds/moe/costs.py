@@ -153,7 +153,7 @@ class Exchange:
     # How often each token is routed in training: twice where both routes are trained, unless a shared
     # feed-forward takes one of them.
     routed: int
-    count_bytes: int  # that leave each rank, per layer and micro-batch: one int64 count for each other rank
+    count_bytes: int  # that leave each rank, per layer and micro-batch: two int64 counts for each other rank
 
     def token_bytes(self, at_home: bool = False) -> float:
         """Return the bytes per routed token of this side, over all its layers, forward and backward."""
@@ -184,7 +184,7 @@ def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
                     rows=rows_at_random(moe.experts, moe.top_k, layout.expert, moe.expert_groups),
                     rows_home=rows_at_home(moe, model.affine, layout.expert, layout.tensor),
                     routed=model.routed(moe),
-                    count_bytes=8 * (layout.expert - 1),
+                    count_bytes=16 * (layout.expert - 1),
                 )
             )
     return found

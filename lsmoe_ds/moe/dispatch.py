@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lsmoe_ds.moe.experts import Experts
-from lsmoe_ds.moe.routers import DROPPED
+from lsmoe_ds.moe.routers import DROPPED, count
 from lsmoe_ds.parallel.collectives import Traffic, all_to_all, exchange_counts, join_rows, split_rows
 from lsmoe_ds.parallel.topology import Topology
 
@@ -44,19 +44,23 @@ class Dispatcher(nn.Module):
 
     def _dispatch(self, tokens: Tensor, experts: Tensor, weights: Tensor, dropped: bool) -> Tensor:
         if self.topology.expert == 1:
-            out: Tensor = self.experts(tokens, experts, weights, dropped)
+            out: Tensor = self.experts(tokens, experts, weights, None if dropped else experts.numel())
             return out
         group, ranks, top_k = self.topology.expert_group, self.topology.expert, experts.shape[1]
         assert group is not None
         rank_of = torch.where(experts == DROPPED, ranks, experts // self.local)  # [S, K]
-        wanted = torch.zeros(experts.shape[0], ranks + 1, dtype=torch.bool, device=experts.device).scatter_(
-            1, rank_of, True
-        )
-        ranks_of_rows, rows = wanted[:, :ranks].t().nonzero(as_tuple=True)  # by rank, then token
-        send_counts = torch.bincount(ranks_of_rows, minlength=ranks)
+        wanted = torch.zeros(ranks + 1, experts.shape[0], dtype=torch.bool, device=experts.device)
+        wanted = wanted.scatter_(0, rank_of.t(), True)[:ranks]  # [R, S]
+        choices = count(rank_of.reshape(-1), ranks + 1)[:ranks]
+        send_counts = torch.stack(
+            [wanted.sum(1), choices], 1
+        )  # of each rank: rows, and choices of its experts
         receive_counts = exchange_counts(send_counts, group, self.traffic)
-        send, receive = torch.stack([send_counts, receive_counts]).tolist()  # waits for the device once
+        both = torch.stack([send_counts, receive_counts]).tolist()  # the one place that waits for the device
+        send, receive = ([rows for rows, _ in each] for each in both)
+        arriving = sum(choices for _, choices in both[1])
         self.traffic.rows += sum(send) - send[self.topology.expert_rank]
+        ranks_of_rows, rows = _places(wanted, sum(send))
 
         # Each row travels with the local numbers of its experts on the target rank (DROPPED for experts
         # elsewhere) and their weights.
@@ -67,6 +71,18 @@ class Dispatcher(nn.Module):
         )  # whole numbers are exact in float32
         told = all_to_all(told, send, receive, group, self.traffic)
         arrived = all_to_all(tokens.index_select(0, rows), send, receive, group, self.traffic)
-        outputs = self.experts(arrived, told[:, :top_k].detach().long(), told[:, top_k:])
+        outputs = self.experts(arrived, told[:, :top_k].detach().long(), told[:, top_k:], arriving)
         returned = all_to_all(outputs, receive, send, group, self.traffic)
         return torch.zeros_like(tokens).index_add(0, rows, returned)
+
+
+def _places(wanted: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Return the rank and the token of each of the ``total`` places of ``wanted`` [R, S] that are true.
+
+    ``nonzero`` would wait for the device to count them.
+    """
+    flat = wanted.reshape(-1)
+    place = torch.where(flat, flat.cumsum(0) - 1, total)  # what is not wanted falls behind the last
+    found = torch.empty(total + 1, dtype=torch.int64, device=flat.device)
+    found = found.scatter_(0, place, torch.arange(len(flat), device=flat.device))[:total]
+    return found // wanted.shape[1], found % wanted.shape[1]

@@ -1,7 +1,7 @@
 """The experts of one rank: sort rows by expert, apply the experts, sum the outputs with their weights.
 
-On a GPU in bfloat16 one grouped product per linear layer computes all experts; elsewhere they run one after
-another.
+On a Hopper GPU in bfloat16 one grouped product per linear layer computes all experts; elsewhere they run one
+after another.
 
 n rows with N choices of a local expert, K top-k, H hidden, F feed-forward width, E local experts.
 """
@@ -9,7 +9,7 @@ n rows with N choices of a local expert, K top-k, H hidden, F feed-forward width
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -36,24 +36,30 @@ class Assignment:
     real: Tensor | None  # [n, K]: whether the choice is one; None where all are
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int, dropped: bool) -> Assignment:
+    def of(cls, chosen: Tensor, experts: int, count: int | None) -> Assignment:
         """Sort the choices by expert.
 
-        ``chosen`` [n, K] holds local expert numbers or, only if ``dropped``, DROPPED. If ``dropped`` is
-        false, this does not wait for the device.
+        ``chosen`` [n, K] holds local expert numbers or DROPPED. ``count`` is the number N of those that are
+        not DROPPED; None asks the device for it, and waits.
         """
         flat = chosen.reshape(-1)
         numbers, choices = flat.sort(stable=True)  # DROPPED first
         ends = torch.searchsorted(
             numbers, torch.arange(DROPPED, experts, device=flat.device), right=True, out_int32=True
         )
-        none = int(ends[0]) if dropped else 0
+        none = int(ends[0]) if count is None else len(flat) - count
         numbers, choices = numbers[none:], choices[none:]
         copies = torch.zeros_like(flat)
         copies[choices] = torch.arange(choices.shape[0], device=flat.device)
         return cls(
             numbers, ends[1:] - none, choices, copies.view_as(chosen), chosen != DROPPED if none else None
         )
+
+    def with_one_row(self) -> Assignment:
+        """Return an assignment without copies, and one row for the last expert."""
+        experts, ends = self.experts.new_full((1,), len(self.ends) - 1), self.ends.clone()
+        ends[-1] = 1
+        return replace(self, experts=experts, ends=ends)
 
     def counts(self) -> list[int]:
         """Count the copies that go to each local expert. Waits for the device."""
@@ -169,21 +175,29 @@ class _AddBias(torch.autograd.Function):
         return gradient, _grouped_mm(ones.t(), gradient, offs=ctx.assignment.ends)[:, 0], None
 
 
-def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
-    """Tell whether :func:`grouped` can compute these experts for rows [N, H], and faster than a loop."""
-    # Only compute capability 9 and 10 have the kernel; elsewhere torch loops over the groups and waits for
-    # the device.
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether a device has a grouped product for this type that is faster than a loop, and right."""
+    # Elsewhere torch loops over the groups and waits for the device. Blackwell (10) has a kernel, too, but
+    # there the weight gradient of a group without rows was seen not to be zero: Hopper alone, until that is
+    # mended.
     return (
         _grouped_mm is not None
-        and rows.is_cuda
-        and rows.dtype == torch.bfloat16
-        and rows.shape[0] > 0  # the kernel rejects products over zero rows
-        and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
-        and all(_fits(expert) for expert in experts)
+        and device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device)[0] == 9
     )
 
 
-def _fits(expert: nn.Module) -> bool:
+def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
+    """Tell whether :func:`grouped` computes these experts for rows [N, H].
+
+    The answer depends on types and device alone, never on N: were it another one on another rank, gradients
+    would arrive in another order there.
+    """
+    return has_kernel(rows.device, rows.dtype) and all(_fits(expert, rows.dtype) for expert in experts)
+
+
+def _fits(expert: nn.Module, dtype: torch.dtype) -> bool:
     if (
         not vars(type(expert)).get("is_plain")  # a subclass may compute something else
         or type(expert.expand) is not nn.Linear
@@ -191,13 +205,18 @@ def _fits(expert: nn.Module) -> bool:
     ):
         return False
     weight = expert.expand.weight  # [F, H]
-    return weight.dtype == torch.bfloat16 and not any(
+    return weight.dtype == dtype and not any(
         size * weight.element_size() % ALIGNMENT for size in weight.shape
     )
 
 
 def grouped(experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) -> Tensor:
-    """Apply the experts to rows [N, H], N > 0, sorted by expert: [N, H]. Every expert gets a gradient."""
+    """Apply the experts to rows [N, H], sorted by expert: [N, H]. Every expert gets a gradient."""
+    if not rows.shape[0]:
+        # The kernel rejects products over zero rows: one row of zeros goes to the last expert, and its output
+        # is dropped, so that all gradients are zeros and come as on the ranks that have rows.
+        padding = rows.new_zeros(1, rows.shape[1])
+        return grouped(experts, torch.cat([rows, padding]), assignment.with_one_row())[:0]
     expand, contract = [[getattr(expert, part) for expert in experts] for part in ("expand", "contract")]
     return _linear(contract, F.relu(_linear(expand, rows, assignment)), assignment)
 
@@ -231,13 +250,13 @@ class Experts(nn.Module):
         for parameter in self.parameters():
             mark_expert_parameter(parameter, topology.expert)
 
-    def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor, dropped: bool = True) -> Tensor:
+    def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor, count: int | None = None) -> Tensor:
         """Return the weighted sum of each row's expert outputs [n, H].
 
-        ``rows`` [n, H]; ``chosen`` [n, K] are local expert numbers or DROPPED; ``weights`` [n, K]. If
-        ``dropped`` is false, no number may be DROPPED.
+        ``rows`` [n, H]; ``chosen`` [n, K] are local expert numbers or DROPPED; ``weights`` [n, K]; ``count``:
+        see :meth:`Assignment.of`.
         """
-        assignment = Assignment.of(chosen, len(self.deepspeed_experts), dropped)
+        assignment = Assignment.of(chosen, len(self.deepspeed_experts), count)
         copies = _Gather.apply(rows, assignment)
         compute = grouped if use_grouped(self.deepspeed_experts, copies) else self._one_by_one
         out: Tensor = _Combine.apply(compute(self.deepspeed_experts, copies, assignment), weights, assignment)

@@ -69,17 +69,17 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor, Routes]:
         """Return the index of the real positions among B T, their hidden states, and their routes.
 
-        ``x`` [B, T, H] may be None if the router uses only the task. ``real`` [B, T]. The B sentences are the
-        first B of ``context``.
+        ``x`` [B, T, H] may be None if the router uses only the task. The B sentences are the first B of
+        ``real`` [B or more, T] and of ``context``.
         """
-        batch, length = real.shape
-        index = real.reshape(-1).nonzero().squeeze(1)
+        batch, length = len(real if x is None else x), real.shape[1]
+        index = context.places(real, batch)
         sentences = index // length
         tasks = context.ids.task(self.settings.task)[sentences]
         summary = None if context.summary is None else context.summary[:batch]
         if self.settings.routing == "sentence" and summary is None:
             assert x is not None
-            summary = mean_of_real(x, real)
+            summary = mean_of_real(x, real[:batch])
         tokens = real.new_empty(0) if x is None else x.reshape(batch * length, -1)
         if x is not None and index.shape[0] < batch * length:
             tokens = tokens.index_select(0, index)
@@ -97,7 +97,7 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
             out: Tensor = self.shared(x)
             return out
         half = x.shape[0] // 2
-        return torch.cat([self._by_experts(x[:half], real[:half], context), self.shared(x[half:])])
+        return torch.cat([self._by_experts(x[:half], real, context), self.shared(x[half:])])
 
     def _by_experts(self, x: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
         index, tokens, chosen = self.route(x, real, context)
@@ -114,6 +114,6 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
             tasks = context.ids.task(self.settings.task)[sentences]
             self.observer(Seen(tokens, sentences, tasks, kept))
         out = self.deepspeed_moe(tokens, kept.experts, kept.weights, dropped=kept is not chosen)
-        if out.shape[0] < real.numel():
-            out = x.new_zeros(real.numel(), x.shape[2]).index_copy(0, index, out)
+        if out.shape[0] < (places := x.shape[0] * x.shape[1]):
+            out = x.new_zeros(places, x.shape[2]).index_copy(0, index, out)
         return out.view_as(x)

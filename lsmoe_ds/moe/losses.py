@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.moe.routers import DROPPED, Routes
+from lsmoe_ds.moe.routers import DROPPED, Routes, count
 
 NAME = "moe"  # under which layers leave their notes
 
@@ -32,7 +31,7 @@ class RoutingRecord:
 
 def count_first_choices(routes: Routes, experts: int) -> Tensor:
     """Count the tokens whose first choice is each expert: [E] int64."""
-    return torch.bincount(routes.experts[:, 0], minlength=experts)
+    return count(routes.experts[:, 0], experts)
 
 
 def record_routing(settings: MoE, chosen: Routes, kept: Routes) -> RoutingRecord:

@@ -74,9 +74,9 @@ class MixturesOfExperts(Method):
             z = z + record.settings.z_loss_weight * z_loss(record, routed)
         return {"balance": balance, "z_loss": z}
 
-    def sums(self, notes: Sequence[RoutingRecord]) -> dict[str, float]:
+    def sums(self, notes: Sequence[RoutingRecord]) -> dict[str, Tensor | float]:
         return {
-            "dropped": sum(int(record.dropped) for record in notes),
+            "dropped": torch.stack([record.dropped for record in notes]).sum(),
             "choices": sum(record.choices for record in notes),
         }
 

@@ -5,7 +5,9 @@
 - task:      softmax(W[task_s])        all tokens of a task choose alike, so its experts can be extracted
 - static:    each task is assigned K experts, with weights 1 / K; nothing is learned
 
-Routers that read tokens or sentences add a bias b [E] to W x with ``router_bias``.
+Routers that read tokens or sentences add a bias b [E] to W x with ``router_bias``. All routers compute in
+float32, whatever the types of x and W: in 16 bits, logits that differ by little would be equal, and which
+expert a token uses would be chance (Switch, section 2.4).
 
 S tokens, B sentences, H hidden, E experts, K top-k.
 """
@@ -37,14 +39,6 @@ class Routes:
         parts = (self.experts, self.weights, self.probabilities, self.log_sums)
         return Routes(*(part.index_select(0, index) for part in parts))
 
-    def to(self, device: torch.device) -> Routes:
-        return Routes(
-            self.experts.to(device),
-            self.weights.to(device),
-            self.probabilities.to(device),
-            self.log_sums.to(device),
-        )
-
 
 @dataclass
 class RouterInputs:
@@ -69,25 +63,30 @@ def choose(logits: Tensor, top_k: int) -> Routes:
     return Routes(experts, weights, probabilities, logits.logsumexp(-1))
 
 
+def count(numbers: Tensor, size: int) -> Tensor:
+    """Count each of 0 ... size - 1 among int64 ``numbers`` [S]: [size]. Does not wait for the device."""
+    return numbers.new_zeros(size).scatter_add_(0, numbers, torch.ones_like(numbers))
+
+
 def limit(routes: Routes, settings: Capacity, factor: float) -> Routes:
     """Drop choices so that each expert has at most ``ceil(factor K S / E)`` tokens.
 
     S counts the tokens of one batch, however many ranks share it, so the parallel layout does not change what
     is dropped. The weights of a token's other experts do not change (GShard, algorithm 1).
     """
-    count, top_k = routes.experts.shape
+    tokens, top_k = routes.experts.shape
     experts = routes.probabilities.shape[1]
-    capacity = -int(-factor * top_k * count // experts)
+    capacity = -int(-factor * top_k * tokens // experts)
     flat = routes.experts.t().reshape(-1)  # all first choices, then all second ones
     order = torch.arange(flat.shape[0], device=flat.device)
     if settings.drop == "probability":
         order = routes.weights.detach().t().reshape(-1).argsort(descending=True, stable=True)
     order = order[flat[order].argsort(stable=True)]  # by expert, the best first
-    sizes = torch.bincount(flat, minlength=experts)
+    sizes = count(flat, experts)
     starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)
     rank[order] = torch.arange(flat.shape[0], device=flat.device) - starts[flat[order]]
-    kept = (rank < capacity).view(top_k, count).t()
+    kept = (rank < capacity).view(top_k, tokens).t()
     return replace(routes, experts=routes.experts.masked_fill(~kept, DROPPED), weights=routes.weights * kept)
 
 
@@ -116,7 +115,10 @@ class TokenRouter(Router):
         self.bias = nn.Parameter(torch.empty(settings.experts)) if settings.router_bias else None
 
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
-        return choose(nn.functional.linear(self._shake(tokens), self.weight, self.bias), self.top_k)
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(tokens.device.type, enabled=False):  # which would compute products in 16 bits
+            logits = nn.functional.linear(self._shake(tokens.float()), self.weight.float(), bias)
+        return choose(logits, self.top_k)
 
 
 class SentenceRouter(TokenRouter):
@@ -129,6 +131,21 @@ class SentenceRouter(TokenRouter):
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
         assert inputs.summary is not None
         return super().forward(inputs.summary, inputs).of(inputs.sentences)
+
+
+class _OnDevices:
+    """A constant tensor, copied once to each device that asks for it: each copy would wait for the device.
+
+    It is no buffer of the module: that would be meta where the module is built as meta.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._copies = {value.device: value}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._copies:
+            self._copies[device] = next(iter(self._copies.values())).to(device)
+        return self._copies[device]
 
 
 class RouterByTask(Router):
@@ -153,20 +170,20 @@ class TaskRouter(RouterByTask):
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
         super().__init__(hidden, settings, languages)
         self.weight = nn.Parameter(torch.empty(len(languages.tasks(settings.task)), settings.experts))
-        self.groups = (
-            languages.task_groups(settings.task, settings.expert_groups)
-            if settings.expert_groups > 1
-            else None
-        )
+        self._outside: _OnDevices | None = None  # [tasks, E]: whether an expert is outside the task's group
+        if settings.expert_groups > 1:
+            groups = torch.tensor(
+                languages.task_groups(settings.task, settings.expert_groups), device=torch.device("cpu")
+            )
+            each = settings.experts // settings.expert_groups
+            own = torch.arange(settings.experts, device=groups.device) // each
+            self._outside = _OnDevices(groups[:, None] != own)
 
     def logits(self) -> Tensor:
         """Return the expert logits of all tasks [tasks, E], minus infinity outside a task's group."""
-        if self.groups is None:
+        if self._outside is None:
             return self.weight
-        group_of_task = torch.tensor(self.groups, device=self.weight.device)
-        each = self.weight.shape[1] // (max(self.groups) + 1)
-        group_of_expert = torch.arange(self.weight.shape[1], device=self.weight.device) // each
-        return self.weight.masked_fill(group_of_task[:, None] != group_of_expert, -torch.inf)
+        return self.weight.masked_fill(self._outside.on(self.weight.device), -torch.inf)
 
     def of_tasks(self) -> Routes:
         return choose(self.logits(), self.top_k)
@@ -177,17 +194,17 @@ class StaticRouter(RouterByTask):
 
     def __init__(self, hidden: int, settings: MoE, languages: Languages) -> None:
         super().__init__(hidden, settings, languages)
-        self.assigned = assign(settings, languages)
+        self._chosen = _OnDevices(torch.tensor(assign(settings, languages), device=torch.device("cpu")))
         self.experts = settings.experts
 
-    def of_tasks(self) -> Routes:
-        chosen = torch.tensor(self.assigned)  # [tasks, K]
-        weights = torch.full(chosen.shape, 1 / self.top_k)
-        probabilities = torch.zeros(chosen.shape[0], self.experts).scatter_(1, chosen, weights)
+    def of_tasks(self, device: torch.device | None = None) -> Routes:
+        chosen = self._chosen.on(device or torch.device("cpu"))  # [tasks, K]
+        weights = torch.full(chosen.shape, 1 / self.top_k, device=chosen.device)
+        probabilities = weights.new_zeros(chosen.shape[0], self.experts).scatter_(1, chosen, weights)
         return Routes(chosen, weights, probabilities, weights.new_zeros(chosen.shape[0]))
 
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
-        return self.of_tasks().of(inputs.tasks.cpu()).to(inputs.tasks.device)
+        return self.of_tasks(inputs.tasks.device).of(inputs.tasks)
 
 
 def assign(settings: MoE, languages: Languages) -> list[list[int]]:

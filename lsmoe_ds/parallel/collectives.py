@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -20,17 +21,40 @@ from lsmoe_ds.errors import SharedError, UserError
 T = TypeVar("T")
 
 
+def make_event(device: torch.device) -> Any:
+    """Return an event that the device times; None if the host's clock tells when its work is done."""
+    return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+
+
 @dataclass
 class Traffic:
     """What this rank has sent to other ranks, and the seconds that it spent in the exchanges.
 
-    ``seconds`` includes the wait for the slowest rank. On a GPU it is the time to queue the exchange, not the
-    time the exchange takes.
+    ``seconds`` includes the wait for the slowest rank. On a GPU it is the time between two events in the
+    stream of the model's work, which waits for the exchange; they are read when both have passed, so that
+    nothing waits for the device.
     """
 
     bytes: int = 0
     rows: int = 0  # sent in forward passes, also by layers that are computed again
     seconds: float = 0.0
+    pending: list[tuple[Any, Any]] = field(
+        default_factory=list, repr=False
+    )  # events that may not have passed
+
+    @contextmanager
+    def timing(self, device: torch.device) -> Iterator[None]:
+        """Time an exchange of tensors on a device."""
+        before, after = make_event(device), make_event(device)
+        if before is None:
+            begun = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - begun
+        else:
+            before.record()
+            yield
+            after.record()
+            self.pending.append((before, after))
 
     @classmethod
     def sum(cls, parts: Iterable[Traffic]) -> Traffic:
@@ -45,9 +69,15 @@ class Traffic:
         return total
 
     def take(self) -> Traffic:
-        """Return the traffic since the last call, and reset it."""
+        """Return the traffic since the last call, and reset it. The seconds of an exchange that the device
+        has yet to make are left for the next call.
+        """
+        passed = [after.query() for _, after in self.pending]
+        for (before, after), done in zip(self.pending, passed, strict=True):
+            self.seconds += before.elapsed_time(after) / 1000 if done else 0.0
         taken = Traffic(self.bytes, self.rows, self.seconds)
         self.bytes, self.rows, self.seconds = 0, 0, 0.0
+        self.pending = [pair for pair, done in zip(self.pending, passed, strict=True) if not done]
         return taken
 
 
@@ -55,16 +85,15 @@ def _exchange(
     tensor: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic
 ) -> Tensor:
     received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
-    begun = time.perf_counter()
-    dist.all_to_all_single(received, tensor.contiguous(), receive, send, group=group)
-    traffic.seconds += time.perf_counter() - begun
+    with traffic.timing(tensor.device):
+        dist.all_to_all_single(received, tensor.contiguous(), receive, send, group=group)
     leaving = sum(send) - send[dist.get_rank(group)]
     traffic.bytes += leaving * tensor.element_size() * math.prod(tensor.shape[1:])
     return received
 
 
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
-    """Send one integer of ``counts`` [R] to each rank; return the one received from each rank [R]."""
+    """Send one row of integers ``counts`` [R, ...] to each rank; return those received [R, ...]."""
     ones = [1] * counts.shape[0]
     return _exchange(counts, ones, ones, group, traffic)
 

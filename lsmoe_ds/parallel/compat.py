@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import logging
 import os
 import warnings
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.imports import quick_import
 
+LARGEST_GROUP = 178_956_971  # values of experts in a group of several layers: DeepSpeed's own limit
 Unpack = Callable[[Any, object], Any]
 
 # Among an optimizer's state tensors: the float32 values that it steps in the place of a 16-bit parameter.
@@ -346,13 +348,34 @@ def restore_random_state(state: dict[str, torch.Tensor], tensor: int) -> None:
 def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return groups of the parameters that train, as DeepSpeed wants them: those of experts apart, under the
     name of their process groups.
+
+    DeepSpeed flattens each group into one buffer, and would cut the experts into groups of at most
+    :data:`LARGEST_GROUP` values wherever that ends. Here no group ends within a layer: its experts lie in
+    one buffer, at equal distances, and a grouped product reads them without a copy.
     """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    both = {"params": parameters, "name": "parameters"}
-    groups = split_params_into_different_moe_groups_for_optimizer(both)
-    return [group for group in groups if group["params"]]
+    layers = {
+        parameter: name.partition(".deepspeed_moe.")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    both = {"params": list(layers), "name": "parameters"}
+    groups = split_params_into_different_moe_groups_for_optimizer(both, max_group_size=None)
+    found = []
+    for group in groups:
+        parts: list[list[torch.nn.Parameter]] = [[]]
+        for _, of_layer in itertools.groupby(group["params"], layers.__getitem__):
+            layer = list(of_layer)
+            if parts[-1] and group.get("moe") and _values(parts[-1]) + _values(layer) > LARGEST_GROUP:
+                parts.append([])
+            parts[-1] += layer
+        found += [{**group, "params": part} for part in parts if part]
+    return found
+
+
+def _values(parameters: list[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
@@ -361,15 +384,21 @@ def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
 
 
 @contextlib.contextmanager
-def knowing_what_trains(groups: list[dict[str, Any]], steps_halves: bool) -> Iterator[None]:
-    """Make an engine that is built inside the context treat a model with no expert to optimize as dense, and
-    let an optimizer that ``steps_halves`` step 16-bit parameters itself.
+def building(groups: list[dict[str, Any]], steps_halves: bool) -> Iterator[None]:
+    """Adapt how DeepSpeed builds an engine inside the context, in three points.
 
-    Once expert groups exist, DeepSpeed otherwise insists that a model with layers of experts trains some. At
-    ZeRO stage 0 in 16 bits it would wrap the optimizer in one that makes float32 copies of all weights and
-    gradients at once, and whose norm leaves out experts.
+    1. A model with no expert to optimize is treated as dense: once expert groups exist, DeepSpeed otherwise
+       insists that a model with layers of experts trains some.
+    2. An optimizer that ``steps_halves`` steps 16-bit parameters itself: at ZeRO stage 0 DeepSpeed would wrap
+       it in one that makes float32 copies of all weights and gradients at once, and whose norm leaves out
+       experts.
+    3. ZeRO stage 1 in bfloat16 with gradients in float32 has the optimizer of stages 1 and 2, as it has in
+       float16. DeepSpeed takes another one there, whose files, norm and clipping would need adapters of their
+       own.
     """
+    from deepspeed.runtime.constants import BFLOAT16
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
     configure, choose = DeepSpeedEngine._configure_optimizer, DeepSpeedEngine._do_optimizer_sanity_check
     experts = any(is_expert_parameter(each) for group in groups for each in group["params"])
@@ -378,9 +407,14 @@ def knowing_what_trains(groups: list[dict[str, Any]], steps_halves: bool) -> Ite
         engine.has_moe_layers = experts
         configure(engine, *arguments)
 
+    def choose_optimizer(engine: Any, *arguments: Any) -> Any:
+        if steps_halves:
+            return None  # the name of no wrapper
+        chosen = choose(engine, *arguments)
+        return ZERO_OPTIMIZATION if chosen == BFLOAT16 else chosen
+
     DeepSpeedEngine._configure_optimizer = configure_optimizer
-    if steps_halves:
-        DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: None  # the name of no wrapper
+    DeepSpeedEngine._do_optimizer_sanity_check = choose_optimizer
     try:
         yield
     finally:
@@ -399,9 +433,10 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
     4. With experts, stage 0 writes the optimizer's state twice, and one of the two is never read: it is left
        out.
     5. The engine puts recovery scripts beside the checkpoints, which do not know experts: it puts none.
-    6. Stage 0 in 16 bits makes the optimizer's state by a step with gradients of 0, which counts, so that
-       Adam's first steps are too small, and which decays the float32 copies: both are undone.
-    7. Stage 0 leaves clipping in 16 bits to the wrapper that an optimizer which steps them itself has not:
+    6. Stage 2 reduces gradients in the order in which they arrive: see :func:`_reduce_in_one_order`.
+    7. Dynamic loss scaling raises a bare Exception where the scale cannot fall any further: the step is
+       skipped like any other, and whoever counts the skipped steps ends the run.
+    8. Stage 0 leaves clipping in 16 bits to the wrapper that an optimizer which steps them itself has not:
        it clips before each step.
     """
     from deepspeed.utils import groups
@@ -416,17 +451,56 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
         if engine.has_moe_layers:
             common = engine._common_checkpoint_state
             engine._common_checkpoint_state = lambda *arguments: common(*arguments) | {"optimizer": None}
+    elif engine.zero_optimization_stage() == 2:
+        _reduce_in_one_order(engine)
     engine.checkpoint_engine.is_data_parallel_writer = lambda rank: (
         rank == 0 or groups._get_data_parallel_rank() == 0
     )
     engine._copy_recovery_script = lambda folder: None
-    if hasattr(engine.optimizer, "fp32_groups"):
-        for state in optimizer_states(engine).values():
-            state["step"].zero_()
-        for piece in optimizer_pieces(engine):
-            piece.values.data.copy_(piece.parameter.data)
-    elif engine.bfloat16_enabled() and not engine.zero_optimization():
+    if hasattr(engine.optimizer, "loss_scaler"):
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    if engine.bfloat16_enabled() and not engine.zero_optimization():
         engine.optimizer.register_step_pre_hook(lambda *_: clip_and_keep_norm())
+
+
+def _reduce_in_one_order(engine: Any) -> None:
+    """Make ZeRO stage 2 reduce gradients in the reverse order of the model's parameters, on every rank.
+
+    DeepSpeed fills its buckets in the order in which gradients arrive, and adds up whatever lies at the same
+    place in the buckets of several ranks. So a rank whose gradients arrive in another order, or that has none
+    of a parameter, would spoil those of all ranks, silently. Here a gradient waits for those before it, and
+    one that has not come by the end of the backward pass is zero. The reverse order is about that in which
+    they arrive, so few wait.
+    """
+    optimizer = engine.optimizer
+    process, finish = optimizer.process_gradients, optimizer.overlapping_partition_gradients_reduce_epilogue
+    group_of = {parameter: i for i, group in enumerate(optimizer.bit16_groups) for parameter in group}
+    order = [parameter for parameter in engine.module.parameters() if parameter in group_of]
+    arrived: set[torch.nn.Parameter] = set()
+    waiting = list(order)  # the next one is the last
+
+    def arrive(parameter: torch.nn.Parameter, group: int) -> None:
+        arrived.add(parameter)
+        while waiting and waiting[-1] in arrived:
+            following = waiting.pop()
+            process(following, group_of[following])
+
+    def end() -> None:
+        while waiting:
+            following = waiting.pop()
+            if following.grad is None:
+                following.grad = torch.zeros_like(following)
+            process(following, group_of[following])
+        arrived.clear()
+        waiting.extend(order)
+        finish()
+
+    optimizer.process_gradients, optimizer.overlapping_partition_gradients_reduce_epilogue = arrive, end
+
+
+def loss_scale(engine: Any) -> float:
+    """Return the number by which DeepSpeed multiplies the loss of float16."""
+    return float(engine.optimizer.loss_scale)
 
 
 def save_engine(
@@ -492,28 +566,15 @@ def optimizer_pieces(engine: Any) -> list[Piece]:
     """List the pieces of parameters whose optimizer state this rank holds.
 
     ZeRO stages 1 and 2 step flat partitions, each a part of a group's parameters. Stage 0 steps the
-    parameters or, in 16 bits, float32 copies of them, which are in a wrapper or in the state.
+    parameters or, in 16 bits, float32 copies of them that are in the state.
     """
     optimizer, states = engine.optimizer, optimizer_states(engine)
-    partitions = getattr(
-        optimizer, "single_partition_of_fp32_groups", getattr(optimizer, "fp32_groups_flat_partition", None)
-    )
+    partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
     if partitions is None:
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        wrapped = getattr(optimizer, "fp16_groups", None)
-        parameters = stepped if wrapped is None else [each for group in wrapped for each in group]
-        both = enumerate(zip(parameters, stepped, strict=True))
         return [
-            Piece(
-                parameter,
-                0,
-                parameter.numel(),
-                states[holder].get(VALUES, holder),
-                states[holder],
-                number,
-                0,
-            )
-            for number, (parameter, holder) in both
+            Piece(each, 0, each.numel(), states[each].get(VALUES, each), states[each], number, 0)
+            for number, each in enumerate(stepped)
         ]
     pieces = []
     for parameter in engine.module.parameters():
@@ -562,7 +623,7 @@ def read_optimizer_file(
     values = values.get("optimizer_state_dict") or values["optimizer"]
     if "base_optimizer_state" in values:
         return values["base_optimizer_state"]["state"], values["single_partition_of_fp32_groups"]
-    if "fp32_groups" in values:
+    if "fp32_groups" in values:  # of stage 0 in 16 bits, which earlier versions trained in
         return values["optimizer_state_dict"]["state"], [
             copy for group in values["fp32_groups"] for copy in group
         ]

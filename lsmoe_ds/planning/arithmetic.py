@@ -1,6 +1,6 @@
 """The arithmetic of a model: the operations of its matrix products, forward and in training.
 
-H hidden, V vocabulary, L sentence length.
+H hidden, V vocabulary, L sentence length, C classes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
+from lsmoe_ds.config.host import PREFIX
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import (
     LayerShape,
@@ -20,6 +21,7 @@ from lsmoe_ds.config.shapes import (
     shapes_of,
 )
 from lsmoe_ds.moe import costs as experts
+from lsmoe_ds.planning.costs import outline_of
 from lsmoe_ds.planning.trained import trains
 
 LENGTH = 32  # default tokens per sentence
@@ -30,12 +32,15 @@ NORMS = {"attention": "attention_norm", "cross_attention": "cross_norm", "feed_f
 class Flops:
     """Floating-point operations of one token in a forward pass and in training; a multiply-add counts as 2.
 
-    Training takes the forward and the backward pass, by each route that a token takes.
+    Training takes the forward and the backward pass, by each route that a token takes. A decoder alone reads
+    a prompt of source tokens before its target tokens; an encoder alone has no target tokens.
     """
 
     length: int
     source: int  # per source token: the encoder, and the decoder's keys and values of the source
-    target: int  # per target token: the decoder and the output layer
+    target: (
+        int  # per target token: the decoder and the output layer, which is an encoder's own if it is alone
+    )
     source_attention: int  # the part of ``source`` that grows with the sentence length
     target_attention: int
     source_shared: int  # by the shared route if the model trains one, otherwise 0
@@ -44,7 +49,7 @@ class Flops:
     target_training: int
 
 
-def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
+def flops(recipe: Recipe, length: int = LENGTH, trained: Callable[[str], bool] | None = None) -> Flops:
     """Count the operations of the matrix products.
 
     Source and target both have ``length`` L tokens::
@@ -54,14 +59,53 @@ def flops(recipe: Recipe, length: int = LENGTH) -> Flops:
 
     The decoder's keys and values of the source are computed once per source token and counted there. All L
     positions are counted, as if there were no causal mask. Norms, softmax, dropout and sums are left out.
+    A decoder alone attends to 2 L positions with queries of whatever width, and multiplies the target tokens
+    alone by its output layer; an encoder alone multiplies each token by its C classes, 2 H C.
 
     In the backward pass a product F of an input and a weight takes F for the gradient of the input if
     anything below the input trains, and F if the weight does. The two products of attention take F / 2 each
-    for the gradients of queries, keys, values and attention weights that something below needs. With
-    ``training.activation_checkpointing`` the products of each layer through which a gradient passes are
-    computed once more. Raises UserError where :func:`lsmoe_ds.planning.trained.trains` does.
+    for the gradients of queries, keys, values and attention weights that something below needs. A norm of a
+    model of transformers counts as if it stood before its layer. With ``training.activation_checkpointing``
+    the products of each layer through which a gradient passes are computed once more. ``trained`` is what
+    :func:`lsmoe_ds.planning.trained.trains` returns, which is called without it. Raises UserError where that
+    does.
     """
-    return _Pass(recipe, length).run()
+    return _Pass(recipe, length, trained or trains(recipe)).run()
+
+
+class _Names:
+    """The names of a model's parameters, and the products that give its logits."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        hidden, vocabulary = recipe.model.hidden, recipe.data.vocabulary.size
+        self.below: tuple[str, ...] = ("embedding.tokens.weight",)
+        self.above: tuple[str, ...] = ("decoder_norm.weight", "decoder_norm.bias")
+        self.heads = [MatrixProduct(2 * hidden * vocabulary, self.below[0])]
+
+    def linear(self, site: LinearShape) -> str:
+        return site.at
+
+    def norm(self, site: SublayerShape) -> tuple[str, ...]:
+        at = f"{site.side}.{site.layer}.{NORMS[site.sublayer]}"
+        return f"{at}.weight", f"{at}.bias"
+
+
+class _NamesOfHost(_Names):
+    def __init__(self, recipe: Recipe) -> None:
+        self.host = outline_of(recipe)
+        around = self.host.around
+        self.below, self.above = (tuple(map(_in_host, names)) for names in (around.below, around.above))
+        self.heads = [MatrixProduct(2 * h * v, _in_host(name)) for name, h, v in around.heads]
+
+    def linear(self, site: LinearShape) -> str:
+        return _in_host(self.host.modules[site.at])
+
+    def norm(self, site: SublayerShape) -> tuple[str, ...]:
+        return tuple(map(_in_host, self.host.around.norms[site.side, site.layer]))
+
+
+def _in_host(name: str) -> str:
+    return f"{PREFIX}{name}"
 
 
 class _Pass:
@@ -71,9 +115,11 @@ class _Pass:
     is computed from trains.
     """
 
-    def __init__(self, recipe: Recipe, length: int) -> None:
-        self.recipe, self.model, self.length = recipe, recipe.model, length
-        self.trains: Callable[[str], bool] = trains(recipe)
+    def __init__(self, recipe: Recipe, length: int, trained: Callable[[str], bool]) -> None:
+        self.recipe, self.model, self.length, self.trains = recipe, recipe.model, length, trained
+        self.alone = recipe.model.alone  # the side, if there is one
+        self.names = _Names(recipe) if recipe.model.huggingface is None else _NamesOfHost(recipe)
+        self.positions = 2 * length if self.alone == "decoder" else length
         self.routes = (False, True) if self.model.distills else (False,)  # whether it is the shared one
         self.forward: dict[tuple[SideName, bool], int] = {}
         self.attention: dict[SideName, int] = {"encoder": 0, "decoder": 0}
@@ -82,29 +128,30 @@ class _Pass:
         self.memory = False  # whether the encoder's output needs a gradient
 
     def run(self) -> Flops:
-        embedding = "embedding.tokens.weight"
-        x = self.trains(embedding)
-        layers = groupby(shapes_of(self.model), key=lambda site: (site.side, site.layer))
-        side: SideName = "encoder"
-        for (of, _), sublayers in layers:
+        x = begun = any(map(self.trains, self.names.below))
+        side: SideName = self.alone or "encoder"
+        for (of, _), layer in groupby(shapes_of(self.model), key=lambda site: (site.side, site.layer)):
             if of != side:
-                self.memory = x or self.norm("encoder_norm")
-                side, x = of, self.trains(embedding)
+                self.memory = x or any(map(self.trains, ("encoder_norm.weight", "encoder_norm.bias")))
+                side, x = of, begun
             before = self.taken(side)
-            for _, found in groupby(sublayers, key=lambda site: site.sublayer):
-                x = self.sublayer(list(found), x) or x
+            for _, sites in groupby(layer, key=lambda site: site.sublayer):
+                x = self.sublayer(list(sites), x) or x
             if self.recipe.training.activation_checkpointing and x:
                 self.again[side] += self.taken(side) - before
-        x = x or self.norm("decoder_norm")
-        vocabulary = self.recipe.data.vocabulary.size
-        self.products([MatrixProduct(2 * self.model.hidden * vocabulary, embedding)], "decoder", x)
+        x = x or any(map(self.trains, self.names.above))
+        if self.alone == "decoder":  # its prompt is read by the same layers
+            self.forward |= {("encoder", shared): self.forward["decoder", shared] for shared in self.routes}
+            for taken in (self.attention, self.backward, self.again):
+                taken["encoder"] = taken["decoder"]
+        self.products(self.names.heads, side, x)
         training = {
             side: taken + self.again[side] + self.taken(side) for side, taken in self.backward.items()
         }
         return Flops(
             length=self.length,
-            source=self.forward["encoder", False],
-            target=self.forward["decoder", False],
+            source=self.forward.get(("encoder", False), 0),
+            target=self.forward.get(("decoder", False), 0),
             source_attention=self.attention["encoder"],
             target_attention=self.attention["decoder"],
             source_shared=self.forward.get(("encoder", True), 0),
@@ -116,9 +163,6 @@ class _Pass:
     def taken(self, side: SideName) -> int:
         """Return the operations of the forward pass so far, by all routes."""
         return sum(self.forward.get((side, shared), 0) for shared in self.routes)
-
-    def norm(self, name: str) -> bool:
-        return self.trains(f"{name}.weight") or self.trains(f"{name}.bias")
 
     def add(self, side: SideName, forward: int, backward: int, routes: Iterable[bool]) -> None:
         for shared in routes:
@@ -145,7 +189,8 @@ class _Pass:
 
     def linear(self, site: LinearShape, x: bool) -> bool:
         """Take a linear layer and what methods add beside it."""
-        own = MatrixProduct(2 * site.inputs * site.outputs, f"{site.at}.weight", (f"{site.at}.bias",))
+        at = self.names.linear(site)
+        own = MatrixProduct(2 * site.inputs * site.outputs, f"{at}.weight", (f"{at}.bias",))
         return self.products([own, *self.of_methods(site)], site.reads, x)
 
     def of_methods(self, site: Shape) -> list[MatrixProduct]:
@@ -162,12 +207,13 @@ class _Pass:
         if isinstance(site, LayerShape):
             return self.products(self.of_methods(site), site.side, x)
         assert isinstance(site, SublayerShape)
-        x = x or self.norm(f"{site.side}.{site.layer}.{NORMS[site.sublayer]}")
+        x = x or any(map(self.trains, self.names.norm(site)))
         linears = {each.name: each for each in sites if isinstance(each, LinearShape)}
         if site.sublayer != "feed_forward":
             y = self.attend(linears, x, self.memory if site.sublayer == "cross_attention" else x)
         elif linears:
-            y = self.linear(linears["contract"], self.linear(linears["expand"], x))
+            inner = [self.linear(linears[name], x) for name in ("gate", "expand") if name in linears]
+            y = self.linear(linears["contract"], any(inner))
         else:
             y = self.experts(site, x)
         for method in self.model.methods:
@@ -179,7 +225,7 @@ class _Pass:
         """Take an attention from x to a memory."""
         query = self.linear(linears["query"], x)
         key, value = (self.linear(linears[name], memory) for name in ("key", "value"))
-        side, each = linears["query"].side, 2 * self.length * self.model.hidden
+        side, each = linears["query"].side, 2 * self.positions * linears["query"].outputs
         weights = query or key
         self.attention[side] += 2 * each
         self.add(side, 2 * each, each * (query + key + weights + value), self.routes)

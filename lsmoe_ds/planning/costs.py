@@ -9,12 +9,16 @@ H hidden, F feed-forward width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lsmoe_ds.config.method import Held
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, count_linears, shapes_of
 from lsmoe_ds.moe import costs as experts
 from lsmoe_ds.moe.costs import Exchange
+
+if TYPE_CHECKING:
+    from lsmoe_ds.config.host_outline import HostOutline
 
 SIDES: tuple[SideName, ...] = ("encoder", "decoder")
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -23,6 +27,14 @@ VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 def passes(recipe: Recipe) -> int:
     """Count the passes of each token through the model in training: one per route."""
     return 2 if recipe.model.distills else 1
+
+
+def outline_of(recipe: Recipe) -> HostOutline:
+    """Describe the model of transformers of a recipe."""
+    from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
+
+    assert recipe.model.huggingface is not None
+    return read_outline(recipe.model.huggingface, recipe.model.task, recipe.data.labels or ())
 
 
 def count_side(
@@ -49,7 +61,7 @@ def count_side(
             continue
         if isinstance(site, LinearShape) and is_ours:
             total += count_linears({site.name: (site.inputs, site.outputs, site.split)})
-        elif isinstance(site, SublayerShape):
+        elif isinstance(site, SublayerShape) and is_ours:
             total += Count(whole=2 * model.hidden)
             if settings.moe is not None and site.sublayer == "feed_forward" and settings.is_moe(site.layer):
                 tasks, width = len(languages.tasks(settings.moe.task)), settings.width(site.layer)
@@ -73,36 +85,48 @@ def count_masks(recipe: Recipe) -> Count:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parameters by part. The output layer is tied to the embedding and adds none."""
+    """The parameters by part. An output layer that is tied to the embedding adds none, as our models' is."""
 
     vocabulary: Count
     encoder: Count
     decoder: Count
+    output: Count
 
     @classmethod
     def of(cls, recipe: Recipe, serving: bool = False, held: Held = "all", merged: bool = False) -> Parts:
         model = recipe.model
-        sides = [count_side(recipe, side, serving, held, merged) for side in SIDES]
+        encoder, decoder = (count_side(recipe, side, serving, held, merged) for side in SIDES)
         if model.huggingface is None:
-            return cls(Count(split=recipe.data.vocabulary.size * model.hidden), *sides)
-        from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
-
-        own = read_outline(model.huggingface, model.task, recipe.data.labels or ()).parameters
-        sides = [Count(whole=own.get(side, 0)) + adds for side, adds in zip(SIDES, sides, strict=True)]
-        return cls(Count(whole=own["vocabulary"]), *sides)
+            return cls(Count(split=recipe.data.vocabulary.size * model.hidden), encoder, decoder, Count())
+        own = outline_of(recipe).around.parameters
+        vocabulary, *sides, output = (
+            Count(whole=own.get(part, 0)) for part in ("vocabulary", *SIDES, "output")
+        )
+        return cls(vocabulary, sides[0] + encoder, sides[1] + decoder, output)
 
     @property
     def whole(self) -> Count:
-        return self.vocabulary + self.encoder + self.decoder
+        return self.vocabulary + self.encoder + self.decoder + self.output
 
     def to_dict(self) -> dict[str, int]:
         return {
             "vocabulary": self.vocabulary.total,
             "encoder": self.encoder.total,
             "decoder": self.decoder.total,
-            "output": 0,
+            "output": self.output.total,
             "total": self.whole.total,
         }
+
+
+def counts_ahead(recipe: Recipe, world: int) -> bool:
+    """Tell whether one more forward pass goes ahead of each step: where a rank has several micro-batches and
+    a router or a method counts by hidden states, unless ``training.auxiliary_over`` is micro-batch.
+    """
+    model = recipe.model
+    reads = any(method.reads_states for method in model.methods)
+    reads = reads or any(moe.routing in ("token", "sentence") for _, _, moe in model.moe_layers())
+    several = recipe.data.batch.count * recipe.parallel.tensor > world
+    return reads and several and recipe.training.auxiliary_over == "step"
 
 
 def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool = False) -> int:
@@ -110,14 +134,10 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
 
     The bound assumes no padding and all tokens on the more expensive side. The bytes are tokens x count of
     ``data.batch``, times how often each token is routed, times :meth:`Exchange.token_bytes`, plus the counts:
-    all tensor-parallel peers dispatch each of the ``count`` micro-batches. If a rank has several
-    micro-batches per step and a router or a method counts by hidden states, one more forward pass computes
-    these counts ahead of the step.
+    all tensor-parallel peers dispatch each of the ``count`` micro-batches. A pass ahead of the step
+    (:func:`counts_ahead`) exchanges rows, too.
     """
-    batch, tensor, model = recipe.data.batch, recipe.parallel.tensor, recipe.model
-    reads = any(method.reads_states for method in model.methods)
-    reads = reads or any(moe.routing in ("token", "sentence") for _, _, moe in model.moe_layers())
-    ahead = reads and batch.count * tensor > world
+    batch, tensor, ahead = recipe.data.batch, recipe.parallel.tensor, counts_ahead(recipe, world)
     each_token = [
         each.routed * each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes)
         for each in found

@@ -13,13 +13,14 @@ from lsmoe_ds.config.deepspeed import STAGE_0_BUCKET
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, shapes_of
 from lsmoe_ds.moe import costs as experts
-from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, passes
+from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, outline_of, passes
 from lsmoe_ds.planning.trained import count_averages, count_trained, largest_trained
 
 BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 PROCESS = (
     480 * 2**20
 )  # measured on Linux: Python, torch, DeepSpeed, Megatron-core and their threads, with nothing loaded
+TRANSFORMERS = 150 * 2**20  # measured there: what importing it and a model's class adds
 # Allocator fragmentation, measured on a CPU: some blocks of one micro-batch's shapes fit none of the next
 # one's.
 ALLOCATOR = 1.4
@@ -40,6 +41,7 @@ class Memory:
     optimizer: int
     activations: int
     buffers: int
+    process: int = PROCESS
 
     @property
     def total(self) -> int:
@@ -53,7 +55,7 @@ class Memory:
         Activations and buffers are not needed at the same moment, but the memory blocks that one frees rarely
         fit the other.
         """
-        return self.total + PROCESS + round(ALLOCATOR * (self.activations + self.buffers))
+        return self.total + self.process + round(ALLOCATOR * (self.activations + self.buffers))
 
 
 def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
@@ -61,8 +63,11 @@ def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
     return count.split // tensor + count.whole, count.expert // expert
 
 
-def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
-    """Compute the memory of one rank.
+def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Count | None = None) -> Memory:
+    """Compute the memory of one rank; ``trained`` is what of the parameters trains, if that is known already.
+
+    In bfloat16, stage 0 is for optimizers that step it themselves, such as Adafactor
+    (:func:`lsmoe_ds.config.deepspeed.complete`).
 
     v is the bytes per value (4 or 2); n is the number of the rank's parameters (:func:`local_parameters`), of
     which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`); m is the number
@@ -71,10 +76,12 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     expert ranks that hold the same experts; p = d / D + e / X::
 
         weights     v n + m              in every stage
-        gradients   v (d + e)            stages 0 and 1;    v p   in stage 2
-        optimizer   8 (d + e)            stage 0 in float32: Adam's two float32 moments
-                    12 (d + e)           stage 0 in bfloat16: also a float32 copy of the weights
-                    12 p                 stages 1 and 2: DeepSpeed keeps such a copy even of a float32 model
+        gradients   v (d + e)            stage 0
+                    4 (d + e)            stage 1;    4 p   in stage 2: sums in float32
+        optimizer   8 (d + e)            stage 0: Adam's two float32 moments
+                    12 p                 stages 1 and 2: also a float32 copy of the weights, which DeepSpeed
+                                         keeps even of a float32 model
+                    4 (d + e) or 4 p     beside, for the moving average of ``training.ema``
                     4 a + 4 k (d + e)    Adafactor: its averages, and k of momentum and a float32 copy
 
     Adafactor's averages are a values (:func:`lsmoe_ds.planning.trained.count_averages`): n + m of a matrix
@@ -83,21 +90,24 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str) -> Memory:
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
     masks = sum(local_parameters(count_masks(recipe), layout.tensor, layout.expert))
-    dense, experts = local_parameters(count_trained(recipe), layout.tensor, layout.expert)
+    dense, experts = local_parameters(trained or count_trained(recipe), layout.tensor, layout.expert)
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
     optimizer = recipe.training.optimizer_settings
     state = optimizer.value_bytes(stage, value == 2) * (own if stage == 0 else part)
     if optimizer.averaged:
         state += 4 * sum(local_parameters(count_averages(recipe), layout.tensor, layout.expert))
+    if recipe.training.ema is not None:
+        state += 4 * (own if stage == 0 else part)
     return Memory(
         precision=precision,
         stage=stage,
         weights=value * held + masks,
-        gradients=value * (part if stage == 2 else own),
+        gradients=value * own if stage == 0 else 4 * (own if stage == 1 else part),
         optimizer=state,
         activations=activations(recipe, value),
         buffers=buffers(recipe, dense, experts, part, world, stage, value),
+        process=PROCESS + (recipe.model.huggingface is not None) * TRANSFORMERS,
     )
 
 
@@ -105,7 +115,8 @@ def activations(recipe: Recipe, value: int) -> int:
     """Count the bytes that one micro-batch stores for its backward pass, with ``value`` bytes v per value.
 
     The micro-batch has ``data.batch.tokens`` padded tokens S, half source and half target. The table is per
-    token, in values, with a factor 1 / t for what is split over tensor-parallel ranks::
+    token, in values, with a factor 1 / t for what is split over tensor-parallel ranks; a model of
+    transformers has all S tokens on its one side::
 
         self-attention      3 H + 4 H / t        in and out of its norm, dropout's mask; query, key, value,
                                                  mixture
@@ -114,19 +125,20 @@ def activations(recipe: Recipe, value: int) -> int:
         feed-forward        3 H + F / t
         experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
-        output layer        H + 3 V / t float32  per target token: log-probabilities, and two more at their
-                                                 gradient
+        output layer        H + V / t            per target token: the gradient takes the place of the logits
         methods                                  see each method's ``values``
+        of transformers     2 H of a layer norm, 3 H of one in Python, H for a mask of dropout where there is
+                            one; in an attention its own widths; 2 F for what a feed-forward's activation
+                            function reads, 2 F for a gate; C classes of an encoder's token
 
-    If both routes are trained, everything counts twice, except that the output layer stores only V / t
-    float32, because the gradient overwrites the logits. On the shared route a feed-forward takes the place of
+    If both routes are trained, everything counts twice. On the shared route a feed-forward takes the place of
     the experts from which it is distilled. Attention probabilities are not stored:
     ``scaled_dot_product_attention`` recomputes them (with ``training.attention_dropout`` on a CPU it stores
     them).
 
     With ``training.activation_checkpointing`` a layer keeps its input alone, H, and what is computed again is
-    kept of one layer at a time: that of the largest is counted, less what is gone by then, the output
-    layer's float32. Keys and values of the source, and what methods add to them, are computed outside the
+    kept of one layer at a time: that of the largest is counted, or the logits if they are more, which are
+    gone by then. Keys and values of the source, and what methods add to them, are computed outside the
     decoder's layers.
 
     Three things are approximate: the split into source and target (a batch with longer target sentences takes
@@ -136,34 +148,45 @@ def activations(recipe: Recipe, value: int) -> int:
     """
     model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
     twice = passes(recipe)
-    norm = (2 + (recipe.training.dropout > 0)) * hidden  # in and out of a norm, and dropout's mask
-    logits = 4 * (3 if twice == 1 else 1) * recipe.data.vocabulary.size / tensor
-    # Bytes of a token: outside the layers, by side, and in each layer.
-    beside: dict[SideName, float] = {"encoder": value * norm, "decoder": value * (norm + hidden)}
+    mask = (recipe.training.dropout > 0) * hidden
+    norm = 2 * hidden + mask  # in and out of a norm, and dropout's mask
+    # Outside the layers: the ends of both sides, and what the output layer reads.
+    beside: float = 2 * norm + hidden
+    logits = recipe.data.vocabulary.size / tensor
     layers: dict[tuple[SideName, int], float] = {}
+    inner, share = 1, 0.5  # times a feed-forward's width is kept (a ReLU keeps its result alone); of tokens
+    if (alone := model.alone) is not None:
+        around = outline_of(recipe).around
+        mask, inner, share = mask * around.drops, 2, 1.0
+        # The embedding's mask; before classes of words a mask and its result.
+        beside, norm = around.kept_outside + mask * (3 if model.task == "tag" else 1), mask
+        logits = around.heads[0][2] * (0.5 if alone == "decoder" else 1.0)
+        layers |= around.kept
     for site in shapes_of(model):
         side, at = model.encoder if site.side == "encoder" else model.decoder, (site.side, site.layer)
         layers.setdefault(at, 0.0)
         own: float = sum(method.values(site, tensor) for method in model.methods if method.is_at(site))
         if isinstance(site, SublayerShape):
-            layers[at] += value * norm
-            if site.sublayer == "feed_forward":
-                width, moe = side.width(site.layer), side.moe if side.is_moe(site.layer) else None
-                own += (width if moe is None else experts.values(hidden, width, moe)) / tensor
-                if moe is not None and moe.routing == "token":
-                    layers[at] += 4 * 2 * moe.experts * model.routed(moe) / twice
-        elif isinstance(site, LinearShape) and site.sublayer != "feed_forward":
-            own += hidden / tensor  # query, key, value, and the mixture that the output layer reads
+            layers[at] += norm
+            if site.sublayer == "feed_forward" and side.is_moe(site.layer):
+                assert side.moe is not None
+                own += experts.values(hidden, side.width(site.layer), side.moe) / tensor
+                if side.moe.routing == "token":  # in float32
+                    own += 4 / value * 2 * side.moe.experts * model.routed(side.moe) / twice
+        elif isinstance(site, LinearShape) and site.name != "contract":
+            # The mixture that the output layer of an attention reads, and the results of all others.
+            width = site.inputs if site.name == "output" else site.outputs
+            own += width * (inner if site.sublayer == "feed_forward" else 1) / tensor
         if site.reads == site.side:
-            layers[at] += value * own
+            layers[at] += own
         else:
-            beside[site.reads] += value * own
+            beside += own
     if recipe.training.activation_checkpointing:
-        input = value * hidden  # also what the first norm of the layer reads
-        within = input * len(layers) + max(logits, max(layers.values()) - input)
+        # The input of a layer is also what its first norm reads, or the result of the last layer's last one.
+        within = hidden * len(layers) + max(logits, max(layers.values()) - hidden)
     else:
         within = sum(layers.values()) + logits
-    return round(twice * recipe.data.batch.tokens / 2 * (sum(beside.values()) + within))
+    return round(value * twice * share * recipe.data.batch.tokens * (beside + within))
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:
@@ -171,10 +194,12 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
 
     d, e, p and v as in :func:`memory`, b = ``reduce_bucket_size``::
 
-        stage 0     v min(2^24, max(d, e))          copies of dense, then of expert gradients
-                    4 min(2^24, max(d, e)) + 4 (d + e)   in bfloat16: copies and gradients in float32
-                    at least s l, with Adafactor, which makes no float32 copies of gradients
-        stages 1, 2 v min(b, d + e) + 4 p           the bucket; float32 gradients of the rank's own part
+        stage 0     4 min(2^24, max(d, e))          copies of dense, then of expert gradients
+                    6 min(2^24, max(d, e))          in bfloat16: in both types
+                    at least s l, with Adafactor
+        stages 1, 2 4 min(b, d + e) + 4 p           the bucket; gradients of the rank's part, in one tensor
+        stage 2     2 min(b, d + e)                 in bfloat16: the bucket, and float32 copies
+                    + 4 min(b, max(d, e))           of its dense, then of its expert gradients
 
     Adafactor steps one parameter after another; for each value of the largest, of l values, it needs s bytes:
     4 in float32, 8 in bfloat16, 16 without float32 copies of the weights.
@@ -188,10 +213,14 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
             [largest, *(method.largest(recipe.model, recipe.languages) for method in recipe.model.methods)]
         )
         copies = min(max(STAGE_0_BUCKET, largest), max(dense, experts)) if world > 1 else 0
+        copies *= 4 if value == 4 else 2 + 4
         optimizer = recipe.training.optimizer_settings
         if optimizer.steps_halves:  # after the gradients are reduced
-            return max(4 * copies, optimizer.step_bytes(value == 2) * largest_trained(recipe))
-        return value * copies if value == 4 else 4 * (copies + dense + experts)
+            return max(copies, optimizer.step_bytes(value == 2) * largest_trained(recipe))
+        return copies
     config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     bucket = int(config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
-    return value * min(bucket, dense + experts) + 4 * part
+    full = min(bucket, dense + experts)
+    if stage == 2 and value == 2:
+        return value * full + 4 * min(bucket, max(dense, experts))
+    return 4 * (full + part)

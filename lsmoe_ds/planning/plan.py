@@ -12,19 +12,23 @@ from dataclasses import asdict, dataclass
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
-from lsmoe_ds.config.deepspeed import HALF
+from lsmoe_ds.config import deepspeed
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.shapes import SideName
 from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.moe.costs import Exchange, exchanges
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.arithmetic import LENGTH, Flops, flops
-from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, step_bytes
-from lsmoe_ds.planning.memory import PROCESS, Memory, memory
+from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, outline_of, step_bytes
+from lsmoe_ds.planning.memory import Memory, memory
 from lsmoe_ds.planning.trained import count_trained
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+
+UNKNOWN = "memory and arithmetic are not planned: layers of this model are not those of Llama or BERT"
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Plan:
     step_bytes: int
     step_bytes_home: int | None  # with all batches on their experts' ranks; None if no side's can be
     task_affine: bool  # whether the recipe's batches are task-affine
-    flops: Flops | None  # None of models of transformers, like the memory
+    flops: Flops | None  # None of layers that are not known to the last matrix, as the memory is empty then
+    alone: SideName | None  # the side of a model that lacks the other
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan for JSON: counts of parameters, bytes, and floating-point operations."""
@@ -68,10 +73,7 @@ class Plan:
             "routes": {route: parts.to_dict() for route, parts in self.routes.items()},
             "recipe_precision": self.precision,
             "recipe_stage": self.stage,
-            "memory": [
-                asdict(each) | {"total": each.total, "process": PROCESS, "peak": each.peak}
-                for each in self.memory
-            ],
+            "memory": [asdict(each) | {"total": each.total, "peak": each.peak} for each in self.memory],
             "exchanges": [
                 asdict(each)
                 | {
@@ -99,19 +101,22 @@ class Plan:
 
         ranks, data = counted(self.world, "rank"), self.world // self.tensor
         layout = f"{ranks}: tensor {self.tensor}, data {data}, expert {self.expert}"
-        routes = [f"all directions, {route} route" for route in self.routes]
-        served = "one direction served" + (", at most" if self.serving_at_most else "")
+        unit = "language" if self.alone == "encoder" else "direction"
+        routes = [f"all {unit}s, {route} route" for route in self.routes]
+        served = f"one {unit} served" + (", at most" if self.serving_at_most else "")
         sizes = table(f"{self.name}: parameters", "part", "whole model", served, *routes)
         counts = [each.to_dict() for each in (self.parameters, self.serving, *self.routes.values())]
         for part in counts[0]:
-            sizes.add_row(part, *("tied" if part == "output" else human(count[part]) for count in counts))
+            is_tied = part == "output" and not counts[0][part]
+            sizes.add_row(part, *("tied" if is_tied else human(count[part]) for count in counts))
         if self.trained < self.parameters.whole.total:
             sizes.add_row("of these train", human(self.trained), *("-" for _ in counts[1:]))
         for name, count in self.figures.items():
             sizes.add_row(name, human(count), *("-" for _ in counts[1:]))
         parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak")
+        process = in_bytes(self.memory[0].process) if self.memory else ""
         memories = table(
-            f"memory of each rank; {layout}; peak with {in_bytes(PROCESS)} of the process itself", "", *parts
+            f"memory of each rank; {layout}; peak with {process} of the process itself", "", *parts
         )
         for each in self.memory:
             own = " <- recipe" if (each.precision, each.stage) == (self.precision, self.stage) else ""
@@ -155,7 +160,7 @@ class Plan:
                 )
             made += [traffic, step]
         if self.flops is None:
-            return Group(*made, "memory and arithmetic are not planned for models of transformers")
+            return Group(*made, UNKNOWN)
         work = table(
             f"floating-point operations of a token, sentences of {self.flops.length}",
             "",
@@ -163,18 +168,11 @@ class Plan:
             "of it attention",
             "training",
         )
-        work.add_row(
-            "source token",
-            human(self.flops.source),
-            human(self.flops.source_attention),
-            human(self.flops.source_training),
-        )
-        work.add_row(
-            "target token",
-            human(self.flops.target),
-            human(self.flops.target_attention),
-            human(self.flops.target_training),
-        )
+        names = {"encoder": ("token",), "decoder": ("prompt token", "target token")}
+        rows = names[self.alone] if self.alone else ("source token", "target token")
+        for name, token in zip(rows, ("source", "target"), strict=False):
+            kinds = (token, f"{token}_attention", f"{token}_training")
+            work.add_row(name, *(human(getattr(self.flops, kind)) for kind in kinds))
         return Group(*made, work)
 
 
@@ -193,6 +191,11 @@ def in_bytes(number: float) -> str:
         if number >= 2**exponent:
             return f"{number / 2**exponent:.2f} {unit}"
     return f"{number:.0f} B"
+
+
+def is_known(recipe: Recipe) -> bool:
+    """Tell whether memory and arithmetic of a recipe's model are planned."""
+    return recipe.model.huggingface is None or outline_of(recipe).around.is_plain
 
 
 def routes(recipe: Recipe) -> dict[str, Parts]:
@@ -216,14 +219,14 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
     world = lcm(tensor, expert) if world is None else world
     check_layout(recipe, world)
-    config = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
-    half = any(config.get(kind, {}).get("enabled") for kind in HALF)
-    # A single rank in float32 always runs stage 0, whatever the recipe says: see
-    # training.engine.engine_config.
-    stage = 0 if world == 1 and not half else int(config.get("zero_optimization", {}).get("stage", 0))
-    precision = "bfloat16" if half else "float32"
-    parts = Parts.of(recipe)
+    optimizer = recipe.training.optimizer_settings
+    given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
+    config = deepspeed.complete(given, world, optimizer.steps_halves)
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    precision = "float32" if deepspeed.precision(config) is None else "bfloat16"
+    parts, trained = Parts.of(recipe), count_trained(recipe)
     found = exchanges(recipe, VALUE_BYTES[precision])
+    known = is_known(recipe)
     homes = any(each.rows_home is not None for each in found)
     return Plan(
         name=recipe.name,
@@ -233,7 +236,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         precision=precision,
         stage=stage,
         parameters=parts,
-        trained=count_trained(recipe).total,
+        trained=trained.total,
         figures={
             name: count
             for method in recipe.model.methods
@@ -243,14 +246,15 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         serving_at_most=any(method.served_at_most for method in recipe.model.methods),
         routes=routes(recipe),
         memory=[
-            memory(recipe, world, stage, precision)
+            memory(recipe, world, stage, precision, trained)
             for precision in VALUE_BYTES
-            for stage in recipe.training.optimizer_settings.stages
-            if recipe.model.huggingface is None
+            for stage in optimizer.stages_in(precision != "float32")
+            if known
         ],
         exchanges=found,
         step_bytes=step_bytes(recipe, found, world),
         step_bytes_home=step_bytes(recipe, found, world, at_home=True) if homes else None,
         task_affine=recipe.data.batch.languages == "task-affine",
-        flops=flops(recipe, length) if recipe.model.huggingface is None else None,
+        flops=flops(recipe, length) if known else None,
+        alone=recipe.model.alone,
     )

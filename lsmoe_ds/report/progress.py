@@ -12,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lsmoe_ds.checkpoint.run_folder import CHRF
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.plots import Series, line_chart, smooth
@@ -21,7 +22,8 @@ from lsmoe_ds.evaluation.plots import Series, line_chart, smooth
 class Progress:
     """The content of ``metrics.jsonl``.
 
-    Curves are by step; losses are in nats per target token. ``seconds`` and ``tokens`` are totals.
+    Curves are by step; losses are in nats per target token or label. ``seconds`` and ``tokens`` are totals,
+    rates are medians.
     """
 
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
@@ -29,6 +31,8 @@ class Progress:
     seconds: float = 0.0
     tokens: int = 0
     tokens_per_second: float | None = None
+    mfu: float | None = None  # model FLOPs utilization, of 1
+    tflops_per_rank: float | None = None
 
 
 def read_progress(path: Path) -> Progress:
@@ -47,7 +51,7 @@ def read_progress(path: Path) -> Progress:
                 raise UserError(
                     f"{path} cannot be read: line {index + 1} is not a JSON object with a 'step'"
                 ) from None
-    progress, speeds = Progress(), []
+    progress = Progress()
     for step, record in sorted(by_step.items()):
         value = {
             key: float(number)
@@ -61,11 +65,11 @@ def read_progress(path: Path) -> Progress:
             value.setdefault("nll", value["loss"])
         for name in value.keys() - {"step"}:
             progress.curves[name].append((step, value[name]))
-        if "tokens_per_second" in value:
-            speeds.append(value["tokens_per_second"])
         progress.seconds += value.get("seconds", 0.0)
         progress.tokens += int(value.get("tokens", 0))
-    progress.tokens_per_second = median(speeds) if speeds else None
+    for rate in ("tokens_per_second", "mfu", "tflops_per_rank"):
+        if rate in progress.curves:
+            setattr(progress, rate, median(value for _, value in progress.curves[rate]))
     return progress
 
 
@@ -78,8 +82,10 @@ class TrainingCharts:
     low: list[tuple[str, Markup]]  # (title, chart) of the low charts below
 
 
-def draw_charts(progress: Progress, recipe: Recipe) -> TrainingCharts:
-    """Draw the losses, and below them what the recipe's methods want to be seen."""
+def draw_charts(progress: Progress, recipe: Recipe, learned: str) -> TrainingCharts:
+    """Draw the losses, of each of what is ``learned``, and below them what the recipe's methods want to be
+    seen.
+    """
     curve = progress.curves
     loss, dev, shared = curve["nll"], curve["dev_loss"], curve["dev_loss_shared"]
     series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []
@@ -87,9 +93,16 @@ def draw_charts(progress: Progress, recipe: Recipe) -> TrainingCharts:
     # the other.
     series += [Series(dev, "dev wide" if shared else "dev")] if dev else []
     series += [Series(shared, "shared")] if shared else []
-    low = [("Learning rate", [Series(curve["learning_rate"])])]
+    low = [
+        ("chrF of dev translations", [Series(curve[CHRF], "dev")]),
+        ("Learning rate", [Series(curve["learning_rate"])]),
+    ]
+    if curve["mfu"]:
+        low.append(("Model FLOPs utilization", [Series(curve["mfu"])]))
+    else:
+        low.append(("TFLOP/s of a rank", [Series(curve["tflops_per_rank"])]))
     if recipe.model.distills:
-        low.append(("Divergence of the two routes, in nats a target token", [Series(curve["distillation"])]))
+        low.append((f"Divergence of the two routes, in nats a {learned}", [Series(curve["distillation"])]))
     for chart in (chart for method in recipe.model.methods for chart in method.charts()):
         aim = [] if chart.aim is None else [Series([(0, chart.aim), (progress.steps, chart.aim)], "aim")]
         low.append((chart.title, [*aim, Series(curve[chart.metric])]))

@@ -21,6 +21,7 @@ from lsmoe_ds.analysis.grids import draw
 from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.page import measures_table, reading
 from lsmoe_ds.analysis.routing import read_routing, task_name
+from lsmoe_ds.checkpoint.averages import Averaging, describe_average
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import find_directory
@@ -58,17 +59,31 @@ class Conversion(BaseModel):
     direction: str
     route: str = "specific"
     step: int | None = None
-    average: int = 1
+    average: Averaging = 1
     sparse_parameters: int
     dense_parameters: int
     largest_logit_difference: float | None = None
     same_translations: int | None = None
+    same_labels: int | None = None
+    same_answers: int | None = None
     sentences: int | None = None
+    questions: int | None = None
     dense_bytes: int | None = None
     seconds: float | None = None
     dense_folder: str | None = None
     not_checked: str | None = None
     date: str | None = None
+
+    @property
+    def same(self) -> int | None:
+        """Return how many results were the same, of whatever task."""
+        found = (self.same_translations, self.same_labels, self.same_answers)
+        return next((count for count in found if count is not None), None)
+
+    @property
+    def compared(self) -> int | None:
+        """Return of how many sentences or questions."""
+        return self.sentences if self.sentences is not None else self.questions
 
     @property
     def quantized(self) -> bool:
@@ -89,7 +104,7 @@ class Conversion(BaseModel):
             self.quantization,
             "shared route" if self.route == "shared" else None,
         ]
-        parts.append(f"mean of {self.average} checkpoints" if self.average > 1 else None)
+        parts.append(describe_average(self.average).removeprefix("the ") if self.average != 1 else None)
         return ", ".join(part for part in parts if part)
 
 
@@ -125,7 +140,7 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
     conversions = _conversions(run)
     timings = _if_there(run / "timings.json", lambda path: _read(path, TypeAdapter(dict[str, float])))
     findings = find_all(run, recipe)
-    full = largest_share(layers or [])
+    full, task = largest_share(layers or []), TASKS[recipe.model.task]
     averages = scores.averages() if scores else {}
     classes = {CLASSES[name]: average for name, average in averages.items() if name in CLASSES}
     return open_template("lsmoe_ds.report", "template.html", number=number, counted=counted).render(
@@ -133,7 +148,7 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
         recipe=recipe,
         summary=_summary(recipe, progress),
         progress=progress,
-        curves=draw_charts(progress, recipe) if progress else None,
+        curves=draw_charts(progress, recipe, task.learned) if progress else None,
         findings=[(each, [(grid, draw(grid)) for grid in each.grids[:GRIDS]]) for each in findings],
         scores=scores,
         question=_question(scores, progress, recipe) if scores else "",
@@ -142,10 +157,11 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
         averages={name: average for name, average in averages.items() if name not in CLASSES},
         classes=classes,
         class_groups=[group for group in GROUPS if any(group in between for between in classes)],
-        scoring=scores.scoring if scores else TASKS["translate"],
+        scoring=task,
         shown=_shown(scores) if scores else "",
         copied=scores is not None and scores.translates,
-        samples_title="Sample translations" if scores is None or scores.translates else "Samples",
+        samples_title="Sample translations" if recipe.model.task == "translate" else "Samples",
+        extraction="dense" if recipe.model.huggingface is None else "huggingface",
         caveat=_caveat(scores, progress) if scores else None,
         sides=_sides(scores) if scores else [],
         bar_scale=_bar_scale(scores) if scores else 0,

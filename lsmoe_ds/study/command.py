@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from lsmoe_ds.checkpoint.run_folder import check_run, newest_whole, step_of
+from lsmoe_ds.checkpoint.run_folder import check_run, has_ended, list_checkpoints, newest_whole, step_of
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
@@ -163,7 +163,17 @@ class Runs:
                 f"{folder} was trained for {trained}, the study takes {steps:,}: write to another folder with"
                 " --out"
             )
-        return found is not None and step_of(found) == steps
+        return found is not None and has_ended(found, steps, self._patience(member))
+
+    def _patience(self, member: str) -> int | None:
+        stopping = self.study.recipes[member].training.early_stopping
+        return None if stopping is None else stopping.patience
+
+    def last_step(self, member: str, seed: int, alone: Direction | None = None) -> int:
+        """Return the step with which a training ends: the last one, or that at which it has stopped early."""
+        steps, patience = self.steps(member), self._patience(member)
+        found = [] if patience is None else list_checkpoints(self.folder(member, seed, alone))
+        return step_of(found[-1]) if found and has_ended(found[-1], steps, patience) else steps
 
     def train(self, member: str, seed: int, processes: int | None) -> None:
         """Train what is missing of a member."""
@@ -236,7 +246,7 @@ class Runs:
         if not path.is_file() or (self.is_to_train(member) and not self.is_there(member, seed, alone)):
             return None
         table = ScoreTable.read(path)
-        step = self.steps(member) if self.is_to_train(member) else table.step
+        step = self.last_step(member, seed, alone) if self.is_to_train(member) else table.step
         found, wanted = (table.step, table.route, table.split), (step, route, options.split)
         search = (table.beam, table.length_penalty) == (options.beam, options.length_penalty)
         held_out = {
@@ -261,8 +271,10 @@ class Runs:
         serving = planned.routes.get(route, planned.routes.get("specific", planned.parameters))
         minutes, speeds = [], []
         for seed in self.study.settings.seeds:
-            of_seed = [self._progress(member, seed, alone) for alone in models]
-            finished = [each for each in of_seed if each.steps >= self.steps(member)]
+            of_seed = {alone: self._progress(member, seed, alone) for alone in models}
+            finished = [
+                each for alone, each in of_seed.items() if each.steps >= self.last_step(member, seed, alone)
+            ]
             if len(finished) == len(models):
                 minutes.append(sum(each.seconds for each in finished) / 60)
             known = [each.tokens_per_second for each in finished if each.tokens_per_second is not None]
@@ -274,6 +286,7 @@ class Runs:
             serving_one=planned.serving.whole.total,
             tokens_per_second=Spread.of(speeds),
             minutes=Spread.of(minutes),
+            serving_at_most=planned.serving_at_most,
         )
 
     def _progress(self, member: str, seed: int, alone: Direction | None) -> Progress:
@@ -291,6 +304,7 @@ class Runs:
         return compare(
             name=settings.name,
             steps=study.steps,
+            stops_early=any(self._patience(member) is not None for member in study.recipes),
             seeds=settings.seeds,
             evaluate=settings.evaluate.model_dump(),
             baseline=(settings.baseline, settings.members[settings.baseline].routes[0]),

@@ -22,6 +22,7 @@ def compare(
     costs: Mapping[tuple[str, str], Costs],
     scores: Mapping[tuple[str, str], Mapping[int, ScoreTable]],
     task: Task = "translate",
+    stops_early: bool = False,
 ) -> Comparison:
     """Compare the rows (member, route) of ``titles`` with the row ``baseline``; scores may be missing."""
     main = TASKS[task].main
@@ -66,7 +67,18 @@ def compare(
     copy = {group: average.copy for group, average in averages.items() if average.copy is not None}
     of_directions = any_table.directions if any_table else ()
     copied = {str(score.direction): score.copy for score in of_directions if score.copy is not None}
-    return Comparison(name, steps, tuple(seeds), evaluate, titles[baseline], tuple(rows), copy, copied, task)
+    return Comparison(
+        name,
+        steps,
+        tuple(seeds),
+        evaluate,
+        titles[baseline],
+        tuple(rows),
+        copy,
+        copied,
+        task,
+        stops_early,
+    )
 
 
 def _apart(one: Spread, other: Spread) -> bool | None:

@@ -51,8 +51,8 @@ class Costs:
     """The costs of a row.
 
     Parameters are those trained, those loaded to serve all directions, and those that serve one direction
-    after merging or extraction. The measured speed is tokens per second, the median of a run's records;
-    ``minutes`` are of training.
+    after merging or extraction, an upper bound if ``serving_at_most``. The measured speed is tokens per
+    second, the median of a run's records; ``minutes`` are of training.
     """
 
     parameters: int
@@ -60,6 +60,7 @@ class Costs:
     serving_one: int
     tokens_per_second: Spread | None = None
     minutes: Spread | None = None
+    serving_at_most: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class Comparison:
     copy: dict[str, Metrics]
     copy_by_direction: dict[str, Metrics]
     task: Task = "translate"
+    stops_early: bool = False  # whether any member may stop before the last of the ``steps``
 
     @property
     def scoring(self) -> TaskMetrics:
@@ -230,7 +232,8 @@ class Comparison:
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
         lacking, wanted = self.runs_missing, counted(len(self.rows) * len(self.seeds), "score")
         missing = f" {lacking} of {wanted} {'is' if lacking == 1 else 'are'} missing." if lacking else ""
-        return f"{counted(self.steps, 'step')} each on the same data, {seeds}; {options}.{missing}"
+        steps = f"{'at most ' if self.stops_early else ''}{counted(self.steps, 'step')}"
+        return f"{steps} each on the same data, {seeds}; {options}.{missing}"
 
     def about_seeds(self) -> str:
         """Explain how far gains and win ratios can be trusted."""
@@ -378,6 +381,8 @@ class Comparison:
 
 def _costs(costs: Costs) -> list[str]:
     sizes = [human(number) for number in (costs.parameters, costs.serving_all, costs.serving_one)]
+    if costs.serving_at_most:
+        sizes[-1] = f"at most {sizes[-1]}"
     if not costs.parameters:  # the base as it is
         return ["–", *sizes[1:], "–", "–"]
     return [*sizes, _cell(costs.tokens_per_second, ",.0f"), _cell(costs.minutes)]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from lsmoe_ds.config.deepspeed import HALF, STAGE_0_BUCKET
+from lsmoe_ds.config.deepspeed import HALF, STAGE_0_BUCKET, complete, precision
 from lsmoe_ds.config.layout import accumulation_steps
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Batch, Step
@@ -43,10 +43,11 @@ class StepResult:
     """What one optimizer step computed, over all ranks."""
 
     metrics: dict[str, float]  # per-token means of the objective's losses, and what each method measures
-    grad_norm: float | None  # before clipping
+    grad_norm: float | None  # before clipping; None of a skipped step
     learning_rate: float
     exchanged: dict[str, Traffic]  # of each side, to and from its experts, summed over all ranks
     totals: Totals = field(default_factory=dict)
+    skipped: bool = False  # the gradients have overflowed float16, and the weights are as before
 
     @property
     def loss(self) -> float:
@@ -58,8 +59,7 @@ def check_precision(recipe: Recipe) -> str | None:
 
     Raises UserError if this machine cannot train in it.
     """
-    given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
-    half = next((kind for kind in HALF if given.get(kind, {}).get("enabled")), None)
+    half = precision(recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {})
     if half is not None and not compat.trains_in(half):
         device, other = (
             "GPU" if torch.cuda.is_available() else "CPU",
@@ -74,13 +74,10 @@ def check_precision(recipe: Recipe) -> str | None:
 
 def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     """Return the recipe's DeepSpeed configuration, completed by what the recipe itself decides."""
-    given = dict(recipe.deepspeed) if isinstance(recipe.deepspeed, dict) else {}
-    half = check_precision(recipe)
-    if topology.world == 1 and half is None:
-        # One rank has nothing to partition, and ZeRO's copies would cost it a third of its speed.
-        given["zero_optimization"] = {"stage": 0}
+    check_precision(recipe)
+    given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     return {
-        **given,
+        **complete(given, topology.world, recipe.training.optimizer_settings.steps_halves),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation_steps(recipe, topology.data),
         "gradient_clipping": clipping_limit(recipe),
@@ -108,7 +105,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
 
     try:
         layout = compat.ModelParallelUnit()
-        with compat.knowing_what_trains(groups, alone):
+        with compat.building(groups, alone):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
     except ValidationError as error:  # of a section that is a pydantic model
         wrong = error.errors()[0]
@@ -184,7 +181,9 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
 
     The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary
     losses are computed over all routed tokens of the step, so none depends on how the step was cut into
-    micro-batches and ranks. Raises NonFinite before a broken gradient reaches the weights.
+    micro-batches and ranks; unless ``training.auxiliary_over`` is micro-batch. Raises NonFinite before a
+    broken gradient reaches the weights, but for a gradient that overflows float16: that step is skipped, and
+    DeepSpeed lowers the loss scale.
     """
     rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
     for group in engine.optimizer.param_groups:
@@ -195,12 +194,18 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     for method in model.methods:
         if masks := method.before_step(model, number, recipe.training.steps):
             zero_out(engine, masks)
-    totals = _totals_ahead(model, batches, topology) if len(batches) > 1 else None
+    apart = len(batches) > 1 and recipe.training.auxiliary_over == "micro-batch"
+    totals = _totals_ahead(model, batches, topology) if len(batches) > 1 and not apart else None
+    counted: list[Totals] = []
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
         result: Losses = engine(*batch.inputs)
-        if totals is None:
-            totals = _over_data_ranks(model.count(result.notes), topology)
+        of, over = size, totals
+        if apart:
+            of, over = _of_micro_batch(batch, model.count(result.notes), topology)
+            counted.append(over)
+        elif over is None:
+            over = totals = _over_data_ranks(model.count(result.notes), topology)
         of_tokens = {"loss": result.loss, "nll": result.nll, **result.further}
         loss = sum(result.further.values(), start=result.loss) / step.target_tokens
         parts: dict[str, Tensor | float] = {
@@ -208,7 +213,9 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
         }
         for method in model.methods:
             notes = result.notes.get(method.name, [])
-            auxiliary = method.losses(notes, totals[method.name], size)
+            auxiliary = method.losses(notes, over[method.name], of)
+            if apart:
+                auxiliary = {name: each / len(batches) for name, each in auxiliary.items()}
             for each in auxiliary.values():
                 loss = loss + each
             parts |= {name: each.detach() for name, each in auxiliary.items()}
@@ -222,6 +229,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
             )
         if i + 1 < len(batches):
             engine.step()  # counts the micro-batch
+    totals = _sum(counted) if apart else totals
     assert totals is not None
     found = _sum_over_data_ranks(sums, topology)
     measured = {name: found[name] for name in of_tokens}
@@ -230,14 +238,14 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     total = math.fsum(found.values())
     if not math.isfinite(total):
         raise NonFinite(f"the loss is {total}")
-    if topology.world == 1:
+    if topology.world == 1 and not engine.zero_optimization():  # ZeRO has zeros of its own
         _fill_in_gradients(model)
     engine.step()
-    norm = engine.get_global_grad_norm()
-    norm = None if norm is None else float(norm)
+    skipped = engine.fp16_enabled() and not engine.was_step_applied()
+    norm = None if skipped else float(engine.get_global_grad_norm())
     if norm is not None and not (math.isfinite(norm) and norm >= 0):
         raise NonFinite("the gradient norm is not finite")
-    return StepResult(measured, norm, rate, _take_traffic(model, topology), totals)
+    return StepResult(measured, norm, rate, _take_traffic(model, topology), totals, skipped)
 
 
 @torch.no_grad()
@@ -274,11 +282,23 @@ def _totals_ahead(model: Model, batches: list[Batch], topology: Topology) -> Tot
     state = compat.random_state(topology.tensor)
     found = [model.totals_ahead(*batch.inputs) for batch in batches]
     compat.restore_random_state(state, topology.tensor)
-    sums = {
-        name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in found), strict=True)]
-        for name in found[0]
+    return _over_data_ranks(_sum(found), topology)
+
+
+def _sum(parts: list[Totals]) -> Totals:
+    return {
+        name: [torch.stack(each).sum(0) for each in zip(*(totals[name] for totals in parts), strict=True)]
+        for name in parts[0]
     }
-    return _over_data_ranks(sums, topology)
+
+
+def _of_micro_batch(batch: Batch, own: Totals, topology: Topology) -> tuple[StepSize, Totals]:
+    """Return the size and the totals of the micro-batches that all ranks compute at once."""
+    read = torch.stack([batch.source_read.sum(), batch.read.sum()])
+    totals = _over_data_ranks({**own, "size": [read]}, topology)
+    (read,) = totals.pop("size")
+    source, target = read.tolist()
+    return StepSize(source, target), totals
 
 
 def _over_data_ranks(totals: Totals, topology: Topology) -> Totals:

@@ -9,13 +9,14 @@ from pathlib import Path
 from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint import saving as checkpoints
 from lsmoe_ds.checkpoint.resharding import load_weights
-from lsmoe_ds.checkpoint.run_folder import FROZEN, list_checkpoints, newest_whole
+from lsmoe_ds.checkpoint.run_folder import CHRF, FROZEN, STOPPING, list_checkpoints, newest_whole
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity
 from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.forms import form_of
+from lsmoe_ds.data.prefetching import Prefetched
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.validation import validation_batches
 from lsmoe_ds.directions import Direction
@@ -26,18 +27,24 @@ from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.ema import update_ema
 from lsmoe_ds.training.engine import NonFinite, build_engine, train_step, validate
 from lsmoe_ds.training.monitor import Monitor
+from lsmoe_ds.training.profiling import Profiler, Traced
 from lsmoe_ds.training.start_from import added_methods, starting_weights
+from lsmoe_ds.training.stopping import Stopping
+from lsmoe_ds.training.throughput import Throughput, peak_of
+from lsmoe_ds.training.translating import dev_chrf
 
 
-def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
+def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None = None) -> int | None:
     """Train in an open run folder, on every rank of ``topology``, from the newest whole checkpoint, of
-    whatever layout. Without one, begin with the weights of ``training.start_from``, or with random ones.
+    whatever layout. Without one, begin with the weights of ``training.start_from``, or with random ones. The
+    steps that are ``traced`` are profiled.
 
     Killed at any instant and started again in the same layout, it ends with the same losses and weights, to
-    the bit. Returns None after the last step; asked to stop (see :mod:`lsmoe_ds.interrupt`), it saves and
-    returns the signal.
+    the bit (on GPUs if ``training.deterministic``). Returns None after the last step; asked to stop (see
+    :mod:`lsmoe_ds.interrupt`), it saves and returns the signal.
     """
     training, data = recipe.training, recipe.data
     prepared = PreparedData.of(recipe)
@@ -65,6 +72,7 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
     beat("looking for the newest whole checkpoint")
     found, complaints = on_main(lambda: newest_whole(run))
     done, window, frozen = 0, None, None
+    stopping = Stopping(training.early_stopping)
     added: list[str] = []
     learned: list[str | None] = []
 
@@ -89,6 +97,8 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
         state = checkpoints.load(engine, found, topology)
         stream.load_state_dict(state["position"]["stream"])
         done, window, frozen = state["step"], state["position"]["window"], state.get(FROZEN)
+        if (stored := state["position"].get(STOPPING)) is not None:
+            stopping.load_state_dict(stored)
     elif training.start_from is not None:
         base = find_model(training.start_from)
         load_weights(engine, starting_weights(recipe, base, vocabulary.size), topology)
@@ -98,12 +108,27 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
             for method in engine.module.methods
             if method.name in added
         ]
-    last_step = done >= training.steps
+    last_step = done >= training.steps or stopping.ended
+    throughput = Throughput(recipe, topology.world, peak_of(recipe, topology)) if topology.is_main else None
     with (
-        Monitor(run, training.steps, training.log_every, topology.is_main, topology.world) as monitor,
-        checkpoints.Saver(run, topology, training.keep, training.keep_best, frozen) as saver,
+        Monitor(
+            run,
+            training.steps,
+            training.log_every,
+            topology.is_main,
+            topology.world,
+            throughput,
+            training.log_to,
+        ) as monitor,
+        checkpoints.Saver(
+            run, topology, training.keep, training.keep_best, frozen, training.stops_by_chrf
+        ) as saver,
+        Prefetched(stream) as steps,
+        Profiler(traced, run, topology, monitor.say) as profiler,
     ):
-        monitor.start(done, window)
+        on_main(lambda: monitor.start(done, window))  # all end if it cannot
+        if not topology.is_main:
+            monitor.start(done, window)
         for complaint in complaints:
             monitor.say(f"damaged checkpoint: {complaint}")
         if found is not None:
@@ -116,6 +141,10 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                     else f"beyond training.steps, which is {training.steps:,}"
                 )
                 monitor.say(f"{run} is at step {done:,} {beyond}: nothing is left to train")
+            elif stopping.ended:
+                monitor.say(
+                    f"{run} has ended at step {done:,}, nothing is left to train: {stopping.describe()}"
+                )
         elif training.start_from is not None:
             beside = f", which is given {listed(added)}" if added else ""
             monitor.say(f"starting from {training.start_from}{beside}")
@@ -123,28 +152,42 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 monitor.say(text)
         if training.validate_every and not last_step:
             monitor.say(_describe_validation(recipe, prepared))
+        profiler.announce(done, done if last_step else training.steps)
         asked = interrupt.agreed(topology)
         if asked and not last_step:
             monitor.say(
                 f"{interrupt.name_of(asked)} before step {done + 1}: nothing new to save; the same command "
                 "resumes"
             )
-        for number in range(done + 1, done + 1 if asked else training.steps + 1):
+        skipped = 0  # steps in a row up to here
+        for number in range(done + 1, done + 1 if asked or last_step else training.steps + 1):
             beat(f"in step {number}")
-            step = next(stream)
+            profiler.before_step(number)
+            step = next(steps)
             try:
                 result = train_step(engine, step, number, recipe, topology)
             except NonFinite as error:
                 directions = ", ".join(str(languages.directions[i]) for i in step.directions)
-                saver.finish()
-                last = list_checkpoints(run)
-                saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
                 raise SharedError(
-                    f"step {number}: {error}; the directions in the batch: {directions}; {saved}"
+                    f"step {number}: {error}; the directions in the batch: {directions}; {_last(saver)}"
                 ) from None
+            if training.ema is not None:
+                update_ema(engine, training.ema.decay, number)
             monitor.after_step(number, step, result)
+            skipped = skipped + 1 if result.skipped else 0
+            if skipped:
+                scale = f"the loss scale is now {compat.loss_scale(engine):g}"
+                monitor.say(f"step {number} is skipped: its gradients overflow float16; {scale}")
+                if skipped > training.max_skipped:
+                    raise SharedError(
+                        f"step {number}: gradients overflow float16 in {counted(skipped, 'step')} in a row, "
+                        f"and training.max_skipped is {training.max_skipped}; {scale}: train in bf16 or "
+                        "float32, or with a lower training.learning_rate, or, while the scale is still high, "
+                        f"allow more; {_last(saver)}"
+                    )
             asked = interrupt.agreed(topology)
             begun = time.perf_counter()
+            profiler.after_step(number)
             last_step = number == training.steps
             losses: dict[str, float] = {}
             if training.validate_every and (number % training.validate_every == 0 or last_step):
@@ -153,14 +196,30 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                     losses["dev_loss" if route == "specific" else f"dev_loss_{route}"] = validate(
                         engine, batches, topology, route
                     )
+                if training.validate_translations is not None:
+                    doing = f"translating after step {number}"
+                    batches = dev(training.validate_translations, recipe.trained, doing)
+                    losses[CHRF] = dev_chrf(engine, batches, form.given, vocabulary, topology)
                 monitor.record_dev_loss(number, losses)
+                stopping.after_validation(number, losses)
+                last_step = last_step or stopping.ended
             if number % training.checkpoint_every == 0 or last_step or asked:
-                position = {"stream": stream.state_dict(), "window": monitor.state_dict()}
+                position = {
+                    "stream": steps.state_dict(),
+                    "window": monitor.state_dict(),
+                    STOPPING: stopping.state_dict(),
+                }
                 beat(f"saving step {number}")
                 saving = time.perf_counter()
-                saver.save(engine, number, position, losses.get("dev_loss"))
+                saver.save(engine, number, position, losses)
                 monitor.record_save(number, time.perf_counter() - saving)
             monitor.pause(time.perf_counter() - begun)
+            if last_step and number < training.steps:
+                saver.finish()
+                monitor.say(
+                    f"stopped after step {number:,}: {stopping.describe()}{_find_best(run, stopping)}"
+                )
+                break
             if asked:
                 beat(f"finishing the checkpoint of step {number}")
                 saver.finish()
@@ -170,6 +229,26 @@ def train(recipe: Recipe, run: Path, topology: Topology) -> int | None:
                 break
     engine.destroy()
     return None if last_step else asked
+
+
+def _last(saver: checkpoints.Saver) -> str:
+    """Finish what is being saved, and say which checkpoint is the last. Called by every rank."""
+    saver.finish()
+    last = list_checkpoints(saver.run)
+    return f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
+
+
+def _find_best(run: Path, stopping: Stopping) -> str:
+    """Say where the weights of the best validation are, if there is one."""
+    best = run / "checkpoints" / f"step-{stopping.step}"
+    if stopping.best is None:
+        return ""
+    if best in list_checkpoints(run):
+        return f"; the best weights are in {best}"
+    return (
+        f"; no checkpoint has the weights of step {stopping.step:,}: training.keep_best keeps the best that "
+        "training.checkpoint_every saves"
+    )
 
 
 def _describe_validation(recipe: Recipe, prepared: PreparedData) -> str:

@@ -1,10 +1,11 @@
-"""Show the progress of a training: progress bar, ``metrics.jsonl``, TensorBoard."""
+"""Show the progress of a training: progress bar, ``metrics.jsonl``, curves."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,37 +26,53 @@ from lsmoe_ds.data.batches import Step
 from lsmoe_ds.folders import explain_errors, write_whole
 from lsmoe_ds.notices import LINE_EVERY
 from lsmoe_ds.parallel.collectives import Traffic
+from lsmoe_ds.training.curves import PLACES, Curves
 from lsmoe_ds.training.engine import SIDES, StepResult
+from lsmoe_ds.training.throughput import Throughput, Work, describe_rates
 
 
 class Monitor:
-    """Average metrics over ``every`` steps, on all ranks, and show them, on the main rank only."""
+    """Average metrics over ``every`` steps, on all ranks, and show them, on the main rank only.
 
-    def __init__(self, run: Path, steps: int, every: int, main: bool, world: int = 1) -> None:
+    ``throughput`` computes the rates that depend on the model and its devices; ``log_to`` names the places of
+    :data:`lsmoe_ds.training.curves.PLACES` where curves are drawn.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        steps: int,
+        every: int,
+        main: bool,
+        world: int = 1,
+        throughput: Throughput | None = None,
+        log_to: Sequence[str] = ("tensorboard",),
+    ) -> None:
         self.run, self.steps, self.every, self.main, self.world = run, steps, every, main, world
-        self.sums: dict[str, float] = {"weight": 0.0}  # target tokens; by name, metrics times target tokens
-        self.tokens, self.since = 0, time.perf_counter()
+        self.throughput, self.log_to = throughput, log_to
+        # Target tokens, and skipped steps; by name, metrics times target tokens.
+        self.sums: dict[str, float] = {"weight": 0.0, "skipped": 0.0}
+        self.work, self.since = Work(), time.perf_counter()
         self.exchanged = {side: Traffic() for side in SIDES}
         self.away, self.steps_in_window = 0, 0
-        self.line = _Line(0, time.perf_counter())
+        self.line = _Line(0, time.perf_counter(), throughput)
         self.progress: Progress | None = None
-        self.writer: Any = None
+        self.curves: list[Curves] = []
 
     def start(self, step: int, window: dict[str, float] | None) -> None:
         """Start or resume after ``step``, and remove the records of later steps.
 
-        ``window`` is the :meth:`state_dict` of the checkpoint.
+        ``window`` is the :meth:`state_dict` of the checkpoint. Raises UserError if curves cannot be drawn
+        where they should.
         """
         self.sums = {**self.sums, **(window or {})}
         if not self.main:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         metrics = self.run / "metrics.jsonl"
         if metrics.exists():
             kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
             write_whole(metrics, "".join(f"{line}\n" for line in kept))
-        self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
+        self.curves = [PLACES[name](self.run, step) for name in dict.fromkeys(self.log_to)]
         console = Console(stderr=True)
         columns = [
             TextColumn("train"),
@@ -70,7 +87,7 @@ class Monitor:
         self.task = self.progress.add_task("", total=self.steps, completed=step)
         self.progress.start()
         self.since = time.perf_counter()
-        self.line = _Line(step, self.since)
+        self.line = _Line(step, self.since, self.throughput)
 
     def __enter__(self) -> Monitor:
         return self
@@ -80,9 +97,9 @@ class Monitor:
     ) -> None:
         if self.progress is not None:
             self.progress.stop()
-        if self.writer is not None:
+        for place in self.curves:
             with suppress(OSError):  # :meth:`_draw` has reported it already
-                self.writer.close()
+                place.close()
 
     def state_dict(self) -> dict[str, float]:
         """Return the sums since the last record.
@@ -93,9 +110,10 @@ class Monitor:
 
     def after_step(self, number: int, step: Step, result: StepResult) -> None:
         self.sums["weight"] += step.target_tokens
+        self.sums["skipped"] += result.skipped
         for name, value in result.metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * step.target_tokens
-        self.tokens += step.source_tokens + step.target_tokens
+        self.work += step
         self.exchanged = {
             side: Traffic.sum([so_far, result.exchanged[side]]) for side, so_far in self.exchanged.items()
         }
@@ -108,27 +126,31 @@ class Monitor:
         if number % self.every and number != self.steps:
             return
         seconds = time.perf_counter() - self.since
+        rates = self.throughput.rates(self.work, seconds) if self.throughput is not None else {}
         record = {
             "step": number,
             **{name: self.sums[name] / self.sums["weight"] for name in result.metrics},
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
-            "tokens": self.tokens,
-            "tokens_per_second": self.tokens / seconds,
+            "tokens": self.work.tokens,
+            "tokens_per_second": self.work.tokens / seconds,
+            "tokens_per_second_per_rank": self.work.tokens / (seconds * self.world),
+            **rates,
             "seconds": seconds,
             # Traffic of experts over all ranks: bytes per step and share of the ranks' time; then the batches
             # per step that a task-affine stream could not assign to the rank of their experts.
             **self._exchange(seconds),
             "away": self.away / self.steps_in_window,
+            **({"skipped": int(self.sums["skipped"])} if self.sums["skipped"] else {}),
         }
         self.exchanged = {side: Traffic() for side in SIDES}
         self.away, self.steps_in_window = 0, 0
         self.sums = dict.fromkeys(self.sums, 0.0)
-        self.tokens, self.since = 0, time.perf_counter()
+        self.work, self.since = Work(), time.perf_counter()
         self._write(record)
         text = (
-            f"loss {record['loss']:.3f} · {record['tokens_per_second']:,.0f} tokens/s · lr "
-            f"{result.learning_rate:.2e}"
+            f"loss {record['loss']:.3f} · {record['tokens_per_second']:,.0f} tokens/s{describe_rates(rates)} "
+            f"· lr {result.learning_rate:.2e}"
         )
         if self.progress is not None:
             self.progress.update(self.task, description=text)
@@ -159,7 +181,7 @@ class Monitor:
         self.line.since += seconds
 
     def record_dev_loss(self, number: int, losses: dict[str, float]) -> None:
-        """Record the dev losses by name, ``dev_loss`` first."""
+        """Record what a validation has measured, by name, ``dev_loss`` first."""
         self._write({"step": number, **losses})
 
     def record_save(self, number: int, seconds: float) -> None:
@@ -181,28 +203,27 @@ class Monitor:
         self._draw(record)
 
     def _draw(self, record: dict[str, Any]) -> None:
-        """Write a record to TensorBoard. A write error, such as a full disk, does not end the training."""
-        if self.writer is None:
-            return
-        try:
-            for name, value in record.items():
-                if name not in ("step", "tokens", "seconds") and value is not None:
-                    self.writer.add_scalar(name, value, record["step"])
-        except OSError as error:
-            self.writer = None
-            self.say(f"TensorBoard's curves end at step {record['step']}: {error.strerror or error}")
+        """Add a record to the curves. A write error, such as a full disk, does not end the training."""
+        left_out = ("step", "tokens", "seconds")
+        values = {name: value for name, value in record.items() if name not in left_out and value is not None}
+        for place in list(self.curves):
+            try:
+                place.write(record["step"], values)
+            except OSError as error:
+                self.curves.remove(place)
+                self.say(f"{place.name}'s curves end at step {record['step']}: {error.strerror or error}")
 
 
 class _Line:
     """The lines of a log: after the first step, then every :data:`LINE_EVERY` seconds, and after the last."""
 
-    def __init__(self, step: int, now: float) -> None:
-        self.first, self.begun = step, now
+    def __init__(self, step: int, now: float, throughput: Throughput | None) -> None:
+        self.first, self.begun, self.throughput = step, now, throughput
         self.due = now
         self._begin(now)
 
     def _begin(self, now: float) -> None:
-        self.loss, self.weight, self.tokens, self.since = 0.0, 0, 0, now
+        self.loss, self.work, self.since = 0.0, Work(), now
 
     def after_step(self, number: int, steps: int, step: Step, result: StepResult) -> str | None:
         """Return a line if it is time for one, otherwise None.
@@ -211,19 +232,20 @@ class _Line:
         step so far, which includes validations and checkpoints.
         """
         self.loss += result.loss * step.target_tokens
-        self.weight += step.target_tokens
-        self.tokens += step.source_tokens + step.target_tokens
+        self.work += step
         now = time.perf_counter()
         if now < self.due and number != steps:
             return None
         left = timedelta(seconds=round((now - self.begun) / (number - self.first) * (steps - number)))
-        loss, rate = self.loss / self.weight, self.tokens / max(now - self.since, 1e-9)
+        seconds, work = max(now - self.since, 1e-9), self.work
+        rates = self.throughput.rates(work, seconds) if self.throughput is not None else {}
+        text = (
+            f"step {number}/{steps} · loss {self.loss / work.target:.3f} · {work.tokens / seconds:,.0f} "
+            f"tokens/s{describe_rates(rates)} · lr {result.learning_rate:.2e} · {left} left"
+        )
         self._begin(now)
         self.due = now + LINE_EVERY
-        return (
-            f"step {number}/{steps} · loss {loss:.3f} · {rate:,.0f} tokens/s · lr {result.learning_rate:.2e} "
-            f"· {left} left"
-        )
+        return text
 
 
 def _step(line: str) -> float:

@@ -25,6 +25,7 @@ from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import locked
 from lsmoe_ds.launch import joining, watchdog
 from lsmoe_ds.launch import processes as launch
+from lsmoe_ds.launch.determinism import make_deterministic
 from lsmoe_ds.launch.membership import Membership, find
 from lsmoe_ds.launch.memory import keep_large_blocks
 from lsmoe_ds.model.build import outline
@@ -33,13 +34,16 @@ from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.curves import check_installed
 from lsmoe_ds.training.engine import check_precision
+from lsmoe_ds.training.profiling import Traced
 from lsmoe_ds.training.schedules import inverse_square_root
 from lsmoe_ds.training.start_from import added_methods, check_start_from
 
 
 def check(recipe: Recipe, run: Path) -> None:
     """Open the run folder; raises UserError for whatever training could only fail on later."""
+    check_installed(recipe.training.log_to)
     prepared = PreparedData.of(recipe)
     _check_dev(recipe, prepared)
     if recipe.training.trainable != "all":
@@ -91,17 +95,20 @@ def _check_processes(recipe: Recipe, world: int) -> None:
         raise SharedError(str(error)) from None
 
 
-def train(recipe: Recipe, run: Path, processes: int | None) -> int:
+def train(recipe: Recipe, run: Path, processes: int | None, traced: Traced | None = None) -> int:
     """Train on the processes that a launcher has started, this one among them, or else on ``processes`` of
-    this machine (by default as few as the layout needs). Returns the exit status: 0 after the last step,
-    :func:`interrupt.status_of` the signal when asked to stop, :data:`watchdog.STATUS` when another rank is
-    lost.
+    this machine (by default as few as the layout needs), and profile the ``traced`` steps.
+
+    Returns the exit status: 0 after the last step, :func:`interrupt.status_of` the signal when asked to stop,
+    :data:`watchdog.STATUS` when another rank is lost.
     """
     membership = find(os.environ)
+    if recipe.training.deterministic:
+        make_deterministic()
     if recipe.model.needs_groups:
         recipe = _with_listed_groups(recipe)
     if membership.is_alone:
-        return _start(recipe, run, processes)
+        return _start(recipe, run, processes, traced)
     os.environ.update(membership.environment())
     if processes not in (None, membership.world):
         started = counted(membership.world, "process")
@@ -109,7 +116,7 @@ def train(recipe: Recipe, run: Path, processes: int | None) -> int:
             f"--nproc is {processes}, but {membership.launcher} has started {started}: leave --nproc out"
         )
     _check_processes(recipe, membership.world)
-    return _join_and_train(recipe, run, membership)
+    return _join_and_train(recipe, run, membership, traced)
 
 
 def _with_listed_groups(recipe: Recipe) -> Recipe:
@@ -155,15 +162,16 @@ def _notice(recipe: Recipe) -> None:
             )
 
 
-def _start(recipe: Recipe, run: Path, processes: int | None) -> int:
+def _start(recipe: Recipe, run: Path, processes: int | None, traced: Traced | None) -> int:
     world = processes or launch.smallest_world(recipe)
     with locked(run) as lock:
         _check_processes(recipe, world)
         check(recipe, run)
         _notice(recipe)
         if world == 1:
-            return _join_and_train(recipe, run, Membership())
-        return launch.start(["train", str(run / "recipe.yaml"), "--out", str(run)], world, lock)
+            return _join_and_train(recipe, run, Membership(), traced)
+        options = traced.arguments() if traced is not None else []
+        return launch.start(["train", str(run / "recipe.yaml"), "--out", str(run), *options], world, lock)
 
 
 def _open(recipe: Recipe, run: Path, held: ExitStack) -> None:
@@ -173,7 +181,7 @@ def _open(recipe: Recipe, run: Path, held: ExitStack) -> None:
     check(recipe, run)
 
 
-def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
+def _join_and_train(recipe: Recipe, run: Path, membership: Membership, traced: Traced | None) -> int:
     import torch.distributed as dist
 
     from lsmoe_ds.training.loop import train as train_on_this_rank
@@ -194,7 +202,7 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership) -> int:
         try:
             if not membership.is_alone:
                 on_main(lambda: _open(recipe, run, held))
-            asked = train_on_this_rank(recipe, run, here)
+            asked = train_on_this_rank(recipe, run, here, traced)
         except RuntimeError as error:
             if compat.is_lost_peer(error):
                 watchdog.leave_behind(party)

@@ -26,7 +26,7 @@ from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import SharedError, UserError
-from lsmoe_ds.methods.base import Draw, Method
+from lsmoe_ds.methods.base import Draw, Method, direction_like
 from lsmoe_ds.methods.context import LanguageContext, Route
 from lsmoe_ds.methods.lass.settings import Lass
 from lsmoe_ds.methods.products import Slices, slices_of
@@ -194,8 +194,8 @@ class LanguageSpecificSubNetworks(Method):
         return {str(direction): slice(i, i + 1) for i, direction in enumerate(self.directions)}
 
     def holder_like(self, new: str, known: Collection[str], like: str | None) -> str | None:
-        """Return the first direction with the same target, whose sub-network a new one takes."""
-        return next((each for each in known if each.partition("-")[2] == new.partition("-")[2]), None)
+        """Return the direction whose sub-network a new one takes (:func:`direction_like`)."""
+        return direction_like(new, known, like)
 
     def merge_at(
         self, weights: Tensors, at: str, direction: Direction | None, route: Route

@@ -63,13 +63,23 @@ class Lass(MethodSection):
                 f"'model.lass.tuned' is {self.tuned}, which has no folder {lacking[0]}: it must have a model "
                 "for each direction, fine-tuned on it alone (training.directions)"
             )
-        from lsmoe_ds.checkpoint.stored import find_model  # imports torch
+        from lsmoe_ds.checkpoint.run_folder import weights_digest
+        from lsmoe_ds.checkpoint.stored import find_model, start_of  # imports torch
 
+        base = recipe.training.start_from
+        assert base is not None
         for direction in map(str, recipe.languages.directions):
             try:
-                tuned = find_model(self.tuned / direction).recipe
+                stored = find_model(self.tuned / direction)
             except UserError as error:
                 raise UserError(f"'model.lass.tuned' has no model of {direction}: {error}") from None
+            if (start := start_of(stored)) is not None and start != weights_digest(base):
+                how = "began with other weights than those" if start else "began with new weights, not those"
+                raise UserError(
+                    f"'model.lass.tuned': the training of {self.tuned / direction} {how} of "
+                    f"'training.start_from', {base}: fine-tune that model"
+                )
+            tuned = stored.recipe
             if tuned.training.directions not in (None, [direction]):
                 raise UserError(
                     f"'model.lass.tuned': {self.tuned / direction} was trained on "

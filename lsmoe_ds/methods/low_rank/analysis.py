@@ -1,6 +1,7 @@
 """Read trained low-rank matrices ("Exploring Intrinsic Language-specific Subspaces", section 4).
 
-By which language does each layer choose its matrices, and how large a subspace does each language need?
+By which language does each layer choose its matrices, or each direction weight them, and how large a subspace
+does each language need?
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from typing import NamedTuple
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape, SideName, shapes_of
-from lsmoe_ds.directions import GROUPS
+from lsmoe_ds.directions import GROUPS, Direction
 from lsmoe_ds.languages import language_name
 from lsmoe_ds.methods.findings import Findings, Grid
 from lsmoe_ds.methods.low_rank.bank import MASK, NAME, VERTICAL, rows_of
 from lsmoe_ds.methods.low_rank.settings import Index, LowRank
 
 SIDES: tuple[SideName, ...] = ("encoder", "decoder")
-SHORT = {"query": "q", "key": "k", "value": "v", "output": "o", "expand": "fc1", "contract": "fc2"}
+EQUAL = 0.5  # both weights, before any is learned
+SHORT = {
+    **{"query": "q", "key": "k", "value": "v", "output": "o"},
+    **{"gate": "gate", "expand": "fc1", "contract": "fc2"},
+}
 
 
 def linears_of(recipe: Recipe, section: LowRank) -> list[LinearShape]:
@@ -30,8 +35,10 @@ def linears_of(recipe: Recipe, section: LowRank) -> list[LinearShape]:
 
 def structure(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
     """Return the learned weights of source and target in each layer (figure 1), and the recipe in which each
-    layer has the index of larger weight.
+    layer has the index of larger weight; of modular LoRA :func:`merges`.
     """
+    if section.is_modular:
+        return merges(recipe, section, weights)
     learned: dict[tuple[SideName, int], tuple[float, float]] = {}
     for site in linears_of(recipe, section):
         if section.index_at(site) == "learned":
@@ -59,6 +66,43 @@ def structure(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
     model = recipe.model.model_copy(update={NAME: changed})
     found = recipe.model_copy(update={"name": f"{recipe.name}-structured", "model": model})
     return Findings("Languages by which layers choose their matrices", said, records, [grid], found)
+
+
+def merges(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
+    """Return the learned weights w_in, w_out of each direction in each layer (figure 2 of "Towards Modular
+    Fine-tuning of LLM-based Multilingual Neural Machine Translation").
+
+    A direction that did not train, here or before, and so weighs both alike, is left out.
+    """
+    layers = list(dict.fromkeys((site.side, site.layer) for site in linears_of(recipe, section)))
+    index = {side: weights[f"{side}_{NAME}.index"] for side in dict.fromkeys(side for side, _ in layers)}
+    shares: dict[Direction, list[tuple[float, float]]] = {}
+    for number, direction in enumerate(recipe.languages.directions):
+        own = [index[side][number, layer] for side, layer in layers]
+        if direction in recipe.trained or any(first != second for first, second in own):
+            shares[direction] = [(w_in, w_out) for w_in, w_out in (each.softmax(0).tolist() for each in own)]
+    records = [
+        {"direction": str(direction), "side": side, "layer": layer, "in": w_in, "out": w_out}
+        for direction, own in shares.items()
+        for (side, layer), (w_in, w_out) in zip(layers, own, strict=True)
+    ]
+    names = [f"{language_name(each.source)} to {language_name(each.target)}" for each in shares]
+    outs = [[w_out for _, w_out in own] for own in shares.values()]
+    most = max((abs(share - EQUAL) for own in outs for share in own), default=0.0)
+    grid = Grid(
+        "weights",
+        "Weights of the target's matrices as output",
+        "Those of the source's matrices as input are the rest to 1. Blue: the target weighs more; red: the "
+        f"source does. Full color is {EQUAL - most:.3f} or {EQUAL + most:.3f}. Layers count from 1.",
+        names,
+        [f"{side} {layer + 1}" if len(index) > 1 else f"{layer + 1}" for side, layer in layers],
+        outs,
+        middle=EQUAL,
+    )
+    means = {str(direction): sum(own) / len(own) for direction, own in zip(shares, outs, strict=True)}
+    shown = ", ".join(f"{name} {mean:.3f}" for name, mean in sorted(means.items(), key=lambda each: -each[1]))
+    said = f"mean weight of the target's matrices as output: {shown}"
+    return Findings("Languages by which directions merge their matrices", said, records, [grid])
 
 
 def _patterns(
@@ -251,6 +295,8 @@ def _mean(values: Sequence[float] | None) -> float | None:
 
 def why_not(kind: str, recipe: Recipe, section: LowRank) -> str | None:
     """Say why a model has nothing of the ``kind``, "structure" or "subspaces", to analyze; None if it has."""
+    if kind == "structure" and section.is_modular:
+        return None if section.merge else "its weights are not learned: train with 'low_rank.merge: learned'"
     if kind == "structure":
         learned = any(section.index_at(site) == "learned" for site in linears_of(recipe, section))
         return None if learned else "no layer of it learns its index: train with 'low_rank.index: learned'"

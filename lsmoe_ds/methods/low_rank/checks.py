@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lsmoe_ds.directions import GROUPS, Languages
 
 if TYPE_CHECKING:
-    from lsmoe_ds.config.recipe import Recipe
+    from lsmoe_ds.config.recipe import Recipe, Training
     from lsmoe_ds.methods.low_rank.settings import LowRank
 
 
@@ -40,6 +40,17 @@ def check_ranks(section: LowRank, languages: Languages) -> None:
         )
 
 
+def learns_weights_alone(section: LowRank, training: Training) -> bool:
+    """Tell whether nothing of the matrices trains but the weights by which they are merged."""
+    indexes = section.index.keys() if isinstance(section.index, dict) else (section.index,)
+    learns = section.merge is not None or "learned" in indexes
+    return (
+        learns
+        and isinstance(training.trainable, list)
+        and all(p.endswith("index") for p in training.trainable)
+    )
+
+
 def notices_of(section: LowRank, recipe: Recipe) -> Iterator[str]:
     """Yield what is unusual of a training of modular matrices."""
     if not section.is_modular:
@@ -51,6 +62,6 @@ def notices_of(section: LowRank, recipe: Recipe) -> Iterator[str]:
         )
     if section.merge is not None and recipe.training.start_from is None:
         yield (
-            "low_rank.merge is learned, but there is no training.start_from: the matrices that it weights "
-            "begin untrained"
+            "low_rank.merge is learned and there is no training.start_from: matrices and weights train "
+            "together from the beginning; the paper learns the weights of matrices that are trained already"
         )

@@ -16,7 +16,8 @@ from lsmoe_ds.config.places import PlaceList, Places, check_named, is_in, patter
 from lsmoe_ds.config.section import Positive
 from lsmoe_ds.config.shapes import Count, LinearShape, MatrixProduct, Shape, SideName, shapes_of
 from lsmoe_ds.directions import GROUPS, Direction, Languages
-from lsmoe_ds.methods.low_rank.checks import check_pivot, check_ranks, notices_of
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.methods.low_rank.checks import check_pivot, check_ranks, learns_weights_alone, notices_of
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ CHOSEN = {
     "learned": "source and each target language, weighted by layer",
     "modular": "language as input and each as output",
 }
+
+
+NOTHING_TO_WEIGHT = (
+    "'training.trainable' names the weights of 'low_rank' alone, by which trained matrices are merged, but "
+    "these would begin untrained, with a product of 0"
+)
 
 
 class Choice(NamedTuple):
@@ -268,8 +275,14 @@ class LowRank(MethodSection):
         return {code: self.rank_of(code, languages) for code in languages.codes}
 
     def check_training(self, training: Training) -> None:
+        if training.start_from is None and learns_weights_alone(self, training):
+            raise ValueError(f"{NOTHING_TO_WEIGHT}: give the trained model as 'training.start_from'")
         if self.prune is not None and self.prune.epochs is None:
             self.prune.check_end(training.steps, "'training.steps'")
+
+    def check_begin(self, recipe: Recipe) -> None:
+        if learns_weights_alone(self, recipe.training):
+            raise UserError(f"{NOTHING_TO_WEIGHT}, and the model in 'training.start_from' has none")
 
     def build(self, recipe: Recipe, topology: Any) -> Any:
         from lsmoe_ds.methods.low_rank.method import LowRankMatrices

@@ -27,7 +27,7 @@ from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
 from lsmoe_ds.config.shapes import FEED_FORWARD
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import SharedError
-from lsmoe_ds.methods.base import Draw, Method
+from lsmoe_ds.methods.base import Draw, Method, direction_like
 from lsmoe_ds.methods.context import LanguageContext, Route
 from lsmoe_ds.methods.findings import Findings
 from lsmoe_ds.methods.neurons.analysis import find_overlaps
@@ -165,16 +165,13 @@ class NeuronSpecialization(Method):
         return {str(direction): slice(i, i + 1) for i, direction in enumerate(self.directions)}
 
     def holder_like(self, new: str, known: Collection[str], like: str | None) -> str | None:
-        """Return the direction whose mask a new one takes: the one that the recipe names for it, the same
-        with the language that new ones are like, or the first one with the same target.
+        """Return the direction whose mask a new one takes: the one that the recipe names for it, or that of
+        :func:`direction_like`.
         """
-        source, target = new.split("-")
         numbers = self.section.named(self.recipe.languages)
         number = numbers.get(next(i for i, each in enumerate(self.directions) if str(each) == new))
         named = None if number is None else str(self.directions[number])
-        replaced = [f"{source}-{like}", f"{like}-{target}"]
-        alike = [each for each in known if each.endswith(f"-{target}")]
-        return next((each for each in (named, *replaced, *alike) if each in known), None)
+        return named if named in known else direction_like(new, known, like)
 
     def analyze(self, kind: str, weights: Tensors) -> Findings:
         return find_overlaps(self.directions, units_of(self.recipe, weights), "the units that masks keep")

@@ -1,0 +1,88 @@
+"""The verbs ``lsmoe translate`` and ``label``, which answer standard input line by line."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from lsmoe_ds.cli_options import AverageOption, Beam, InOneWord, LengthPenalty, Route, Run, direction_of
+from lsmoe_ds.console import standard_input
+from lsmoe_ds.errors import UserError
+
+
+def translate(
+    run: Run,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="LANGUAGE", help="Language of the input.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")
+    ] = None,
+    direction: InOneWord = None,
+    beam: Beam = 5,
+    length_penalty: LengthPenalty = 1.0,
+    route: Route = "specific",
+    average: AverageOption = "1",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="torch|ctranslate2",
+            help="By default ctranslate2 for a folder converted to it, otherwise torch.",
+        ),
+    ] = None,
+) -> None:
+    """Translate standard input to standard output, line by line, as lines come; both are UTF-8. An empty line
+    stays empty.
+    """
+    chosen = direction_of(direction, source, target, "--to")
+    if chosen is None:
+        raise UserError("name the languages: --from en --to de, or --direction en-de")
+    text = standard_input("one sentence a line, as in 'lsmoe translate ... < text'")
+    from lsmoe_ds.checkpoint.averages import read_average
+    from lsmoe_ds.export.engine import load_engine
+    from lsmoe_ds.inference.engine import find_direction
+    from lsmoe_ds.inference.stream import read_chunks
+    from lsmoe_ds.inference.translate import translate_chunks
+
+    loaded = load_engine(run, route, engine, chosen, read_average(average))
+    chosen = find_direction(loaded, chosen)
+    for line in translate_chunks(loaded, chosen, read_chunks(text), beam, length_penalty):
+        print(line, flush=True)
+
+
+def label(
+    run: Run,
+    language: Annotated[
+        str | None, typer.Option("--language", metavar="LANGUAGE", help="Language of the text.")
+    ] = None,
+    route: Route = "specific",
+    average: AverageOption = "1",
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print an object in JSON for each line: words, tags and names, or answer, score and place.",
+        ),
+    ] = False,
+) -> None:
+    """Label standard input line by line, as lines come; both are UTF-8. An empty line stays empty.
+
+    Where the model tags, a line is a sentence, with spaces between words and punctuation marks, and becomes
+    their tags. Where it answers, a line is a question and its context with a tab between, or a JSON object of
+    "question" and "context", and becomes the answer.
+    """
+    if language is None:
+        raise UserError("name the language of the text: --language de")
+    text = standard_input("a sentence, or a question and its context, in each line")
+    from lsmoe_ds.checkpoint.averages import read_average
+    from lsmoe_ds.config.codes import read_code
+    from lsmoe_ds.export.engine import load_engine
+    from lsmoe_ds.inference.label_lines import label_chunks
+    from lsmoe_ds.inference.stream import read_chunks
+
+    code = read_code(language, of_system=True)
+    loaded = load_engine(run, route, average=read_average(average))
+    for found in label_chunks(loaded, code, read_chunks(text)):
+        print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found.shown, flush=True)

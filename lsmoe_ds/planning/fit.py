@@ -1,0 +1,232 @@
+"""``lsmoe plan --fit``: the layouts of a recipe that fit into given GPUs, by their estimated step time.
+
+S tokens, H hidden, R expert-parallel ranks; t tensor-parallel, D data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from lsmoe_ds.config.layout import check_layout
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.shapes import LinearShape, shapes_of
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.moe.costs import exchanges
+from lsmoe_ds.notices import counted
+from lsmoe_ds.planning.arithmetic import LENGTH, flops
+from lsmoe_ds.planning.costs import VALUE_BYTES, counts_ahead
+from lsmoe_ds.planning.devices import Device
+from lsmoe_ds.planning.memory import Memory, local_parameters, memory
+from lsmoe_ds.planning.plan import UNKNOWN, human, is_known
+from lsmoe_ds.planning.trained import count_trained
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROWS = 10  # of the table
+PRECISION, VALUE = "bfloat16", VALUE_BYTES["bfloat16"]
+USABLE = 0.95  # of a GPU's memory
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``gpus`` equal GPUs, ``node`` of them in each machine."""
+
+    gpus: int
+    node: int
+    device: Device
+    network_rate: float  # bytes a second between machines, of each GPU, in one direction
+    efficiency: float  # the share of the peak FLOP/s that matrix products reach
+
+
+@dataclass(frozen=True)
+class Times:
+    """The seconds of one optimizer step by part, one after another: nothing is taken to overlap."""
+
+    compute: float
+    dispatch: float  # tokens to and from their experts
+    tensor: float  # sums over tensor-parallel ranks
+    gradients: float  # reduction of gradients and, from ZeRO stage 1, collection of weights
+    optimizer: float
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.dispatch + self.tensor + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One layout of a recipe, and what it costs."""
+
+    recipe: Recipe
+    accumulation: int  # micro-batches a rank
+    memory: Memory
+    times: Times
+
+    @property
+    def tokens_per_second(self) -> float:
+        batch = self.recipe.data.batch
+        return batch.tokens * batch.count / self.times.step
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fit for JSON: bytes and seconds."""
+        parallel, batch = self.recipe.parallel, self.recipe.data.batch
+        return {
+            "tensor": parallel.tensor,
+            "expert": parallel.expert,
+            "zero": self.memory.stage,
+            "batch_tokens": batch.tokens,
+            "batch_count": batch.count,
+            "accumulation": self.accumulation,
+            "peak_bytes": self.memory.peak,
+            "seconds": asdict(self.times) | {"step": self.times.step},
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
+    """Return the layouts that fit into the memory of each GPU, the fastest first.
+
+    All powers of two of tensor-parallel ranks of one machine, all numbers of expert-parallel ranks that the
+    recipe's experts allow, the optimizer's ZeRO stages, in bfloat16. A step keeps its tokens: micro-batches
+    are as large as the memory allows. Raises UserError if no layout fits.
+    """
+    if not is_known(recipe):
+        raise UserError(f"'model.huggingface': {UNKNOWN}")
+    found: list[Fit] = []
+    smallest: Memory | None = None
+    for layout in _layouts(recipe, cluster):
+        for stage in recipe.training.optimizer_settings.stages_in(half=True):
+            for accumulation in _powers_of_two(recipe.data.batch.tokens * recipe.data.batch.count):
+                changed = _with(recipe, cluster, layout, stage, accumulation)
+                if changed is None:
+                    break
+                needed = memory(changed, cluster.gpus, stage, PRECISION)
+                if smallest is None or needed.peak < smallest.peak:
+                    smallest = needed
+                if needed.peak <= USABLE * cluster.device.memory:
+                    found.append(Fit(changed, accumulation, needed, estimate(changed, cluster)))
+                    break
+    if not found:
+        least = "" if smallest is None else f"; the smallest needs {smallest.peak / 1e9:.3g} GB on each"
+        raise UserError(
+            f"no layout of {counted(cluster.gpus, 'GPU')} of {cluster.device.memory / 1e9:.3g} GB holds the "
+            f"recipe{least}: give more of them, or larger ones"
+        )
+    return sorted(found, key=lambda each: (each.times.step, each.memory.peak))
+
+
+def table_of(fits: Sequence[Fit]) -> Table:
+    """Return the fastest fit of each layout as a table of the first ROWS."""
+    from rich.table import Table
+
+    parts = ("compute", "dispatch", "tensor", "gradients", "optimizer", "step")
+    batch = fits[0].recipe.data.batch
+    title = f"{fits[0].recipe.name}: {batch.tokens * batch.count:,} tokens a step, in bfloat16; milliseconds"
+    made = Table(title=title, title_justify="left")
+    layout = ("parallel.tensor", "parallel.expert", "ZeRO", "batch.count", "batch.tokens", "peak")
+    for column in (*layout, *parts, "tokens / s"):
+        made.add_column(column, justify="right")
+    best: dict[tuple[int, int], Fit] = {}
+    for each in fits:
+        best.setdefault((each.recipe.parallel.tensor, each.recipe.parallel.expert), each)
+    for (tensor, expert), each in list(best.items())[:ROWS]:
+        size, times = each.recipe.data.batch, asdict(each.times) | {"step": each.times.step}
+        made.add_row(
+            *(str(number) for number in (tensor, expert, each.memory.stage, size.count)),
+            f"{size.tokens:,}",
+            f"{each.memory.peak / 1e9:.1f} GB",
+            *(f"{1e3 * times[part]:.3g}" for part in parts),
+            human(each.tokens_per_second),
+        )
+    return made
+
+
+def _powers_of_two(limit: int) -> Iterator[int]:
+    number = 1
+    while number <= limit:
+        yield number
+        number *= 2
+
+
+def _layouts(recipe: Recipe, cluster: Cluster) -> Iterator[dict[str, int]]:
+    experts = [moe.experts for _, _, moe in recipe.model.moe_layers()]
+    for tensor in _powers_of_two(min(cluster.node, cluster.gpus)):
+        for expert in range(1, cluster.gpus + 1):
+            if cluster.gpus % tensor or cluster.gpus % expert or any(each % expert for each in experts):
+                continue
+            if expert == 1 or experts:
+                yield {"tensor": tensor, "expert": expert}
+
+
+def _with(
+    recipe: Recipe, cluster: Cluster, layout: Mapping[str, int], stage: int, accumulation: int
+) -> Recipe | None:
+    """Return the recipe in a layout, its step cut anew; None if it cannot be so."""
+    count = cluster.gpus // layout["tensor"] * accumulation
+    tokens = recipe.data.batch.tokens * recipe.data.batch.count // count
+    if tokens < 2 * recipe.data.batch.max_length:
+        return None
+    given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
+    zero = {**given.get("zero_optimization", {}), "stage": stage}
+    value = recipe.model_dump(mode="json", exclude_none=True)
+    value["parallel"] = dict(layout)
+    value["data"]["batch"] |= {"tokens": tokens, "count": count}
+    value["deepspeed"] = {**given, "bf16": {"enabled": True}, "zero_optimization": zero}
+    try:
+        changed = Recipe.model_validate(value)
+        check_layout(changed, cluster.gpus)
+    except (ValidationError, UserError):
+        return None
+    return changed
+
+
+def estimate(recipe: Recipe, cluster: Cluster) -> Times:
+    """Estimate the seconds of one optimizer step in bfloat16. With v = 2 bytes a value and S tokens a step,
+    half source and half target::
+
+        compute     FLOPs of S tokens / ranks / (peak x efficiency); a third more if a pass goes ahead
+        dispatch    bytes of :func:`lsmoe_ds.moe.costs.exchanges` / ranks / rate
+        tensor      for each sum over the t ranks, forward and backward: 2 (t - 1) / t S / 2 H v / D
+        gradients   2 (D - 1) / D v d, and 2 (X - 1) / X v e over the X ranks that hold the same experts
+        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate
+
+    d and e are a rank's trained dense and expert parameters; s are the bytes that the optimizer keeps and
+    needs for a value, which it reads and writes beside the float32 gradient and the weight (12 of Adam). The
+    rate is that between machines for what
+    leaves one, otherwise that within. Launches, waiting for the slowest rank, and data are left out.
+    """
+    world, tensor, expert = cluster.gpus, recipe.parallel.tensor, recipe.parallel.expert
+    data, replicas = world // tensor, world // expert
+    step = recipe.data.batch.tokens * recipe.data.batch.count
+    work, found = flops(recipe, LENGTH), exchanges(recipe, VALUE)
+    ahead = 1 + counts_ahead(recipe, world) / 3
+    half = step if recipe.model.alone == "encoder" else step / 2  # of whose tokens none is a target
+    operations = ahead * half * (work.source_training + work.target_training)
+    affine = recipe.data.batch.languages == "task-affine"
+    sent = ahead * sum(step / 2 * each.routed * each.token_bytes(affine) for each in found) / world
+    outside = max(0, expert - cluster.node) / max(1, expert - 1)  # of the other ranks of an expert group
+    # A row-parallel layer sums its outputs, and the layers before it the gradients of their input.
+    sums = sum(isinstance(site, LinearShape) and site.split == "row" for site in shapes_of(recipe.model))
+    summed = 2 * sums * 2 * (tensor - 1) / tensor * step / 2 / data * recipe.model.hidden * VALUE
+    dense, experts = local_parameters(count_trained(recipe), tensor, expert)
+    rates = {
+        ranks: cluster.device.link_rate if ranks <= cluster.node else cluster.network_rate
+        for ranks in (world, tensor)
+    }
+    reduced = 2 * VALUE * (dense * (data - 1) / data + experts * (replicas - 1) / replicas)
+    stage = int(recipe.deepspeed["zero_optimization"]["stage"])  # type: ignore[index]
+    optimizer = recipe.training.optimizer_settings
+    kept = optimizer.value_bytes(stage, True) + optimizer.step_bytes(True)
+    stepped = dense / data + experts / replicas if stage else dense + experts
+    return Times(
+        compute=operations / world / (cluster.device.half * cluster.efficiency),
+        dispatch=sent * (outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate),
+        tensor=summed / rates[tensor],
+        gradients=reduced / rates[world],
+        optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate,
+    )

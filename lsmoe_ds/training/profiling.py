@@ -1,0 +1,167 @@
+"""Trace some steps of a training with torch's profiler, and record what they allocate on a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from lsmoe_ds.errors import SharedError, UserError
+from lsmoe_ds.folders import explain_errors, write_whole
+from lsmoe_ds.launch.watchdog import beat
+from lsmoe_ds.notices import counted
+from lsmoe_ds.parallel.topology import Topology
+
+ROWS = 30  # operators of the table
+ALLOCATIONS = 100_000  # the latest that a snapshot has
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The steps that --profile asks for, and whether --memory-snapshot does beside."""
+
+    first: int
+    last: int
+    memory: bool = False
+
+    @classmethod
+    def parse(cls, steps: str | None, memory: bool = False) -> Traced | None:
+        """Read the options. Raises UserError, on every rank alike, if they ask for what cannot be."""
+        if steps is None and not memory:
+            return None
+        if steps is None:
+            raise SharedError(
+                "--memory-snapshot records the steps of --profile: give both, as in --profile 10-12"
+            )
+        found = re.fullmatch(r"([1-9][0-9]*)(?:-([1-9][0-9]*))?", steps, re.ASCII)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise SharedError(
+                f"--profile is {steps!r}: give a step, or the first and the last of several, as in 10-12"
+            )
+        if memory and not torch.cuda.is_available():
+            raise SharedError(
+                "--memory-snapshot records the memory of a GPU, and there is none here: leave it out"
+            )
+        return cls(first, last, memory)
+
+    @property
+    def steps(self) -> str:
+        return f"{self.first}-{self.last}" if self.last > self.first else str(self.first)
+
+    def arguments(self) -> list[str]:
+        """Return the options again, for the processes that are started."""
+        return ["--profile", self.steps, *(["--memory-snapshot"] if self.memory else [])]
+
+
+class Profiler:
+    """Write a trace of each rank and a table of operators into ``RUN/profile``; without ``traced`` nothing.
+
+    Everything that happens in the steps is recorded, and the validations and checkpoints between them.
+    Leaving the context writes what is there of steps that were cut short; after an error, as where memory is
+    short, the snapshot of memory alone.
+    """
+
+    def __init__(
+        self, traced: Traced | None, run: Path, topology: Topology, say: Callable[[str], None]
+    ) -> None:
+        self.traced, self.folder, self.topology, self.say = traced, run / "profile", topology, say
+        self._profile: Any = None
+        self._mark: Any = None
+        self._begun = self._last = 0
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._profile is None:
+            return
+        if kind is None:
+            self._write()
+            return
+        self._profile.stop()
+        self._write_memory()
+
+    def announce(self, done: int, steps: int) -> None:
+        """Say so if a training that resumes after step ``done`` takes none of the steps."""
+        if self.traced is not None and not (done < self.traced.last and self.traced.first <= steps):
+            self.say(f"nothing is profiled: this training takes none of the steps {self.traced.steps}")
+
+    def before_step(self, number: int) -> None:
+        """Begin to record if a step is one of those."""
+        if self.traced is None or not self.traced.first <= number <= self.traced.last:
+            return
+        if self._profile is None:
+            self._start(number)
+        self._last, self._mark = number, record_function(f"step {number}")
+        self._mark.__enter__()
+
+    def after_step(self, number: int) -> None:
+        """End the record of a step, and write the files after the last one."""
+        if self._profile is None or self.traced is None:
+            return
+        self._mark.__exit__(None, None, None)
+        if number >= self.traced.last:
+            self._write()
+
+    def _start(self, number: int) -> None:
+        assert self.traced is not None
+        if self.traced.memory:
+            torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
+        activities = [ProfilerActivity.CPU]
+        activities += [ProfilerActivity.CUDA] if self.topology.device.type == "cuda" else []
+        self._begun, self._profile = number, profile(activities=activities)
+        self._profile.start()
+
+    def _path(self, end: str) -> Path:
+        """Make the folder, and return the path of a file about the steps that were recorded."""
+        with explain_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        first, last = self._begun, self._last
+        return self.folder / f"{f'steps-{first}-{last}' if last > first else f'step-{first}'}{end}"
+
+    def _write(self) -> None:
+        """Write what was recorded. A full disk is told, and ends no training."""
+        beat(f"writing the profile of step {self._last}")
+        found, self._profile = self._profile, None
+        found.stop()
+        self._write_memory()
+        rank = f"-rank-{self.topology.rank:05d}"
+        try:
+            trace, table = self._path(f"{rank}.json.gz"), self._path("-operators.txt")
+            with explain_errors(trace):
+                found.export_chrome_trace(str(trace))
+            if self.topology.is_main:
+                device = "device" if self.topology.device.type == "cuda" else "cpu"
+                operators = found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
+                write_whole(table, f"{operators}\n")
+        except UserError as error:
+            return self.say(f"the profile is not written: {error}")
+        others = self.topology.world - 1
+        beside = f", and those of {counted(others, 'other rank')} beside it" if others else ""
+        steps = table.name.removesuffix("-operators.txt")
+        self.say(
+            f"profiled {steps}: operators in {table}, the trace in {trace}{beside}: ui.perfetto.dev and "
+            "chrome://tracing show it"
+        )
+
+    def _write_memory(self) -> None:
+        if self.traced is None or not self.traced.memory:
+            return
+        try:
+            path = self._path(f"-rank-{self.topology.rank:05d}-memory.pickle")
+            with explain_errors(path):
+                torch.cuda.memory._dump_snapshot(str(path))
+        except UserError as error:
+            return self.say(f"the memory snapshot is not written: {error}")
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self.say(f"the memory of these steps is in {path}: pytorch.org/memory_viz shows it")

@@ -1,0 +1,37 @@
+"""Tests for a machine with a GPU: ``pytest tests/gpu``. Where torch sees none, each is skipped, and one line
+of the summary says so.
+
+``LSMOE_GPU_TESTS=cuda`` lets them fail rather than be skipped; ``LSMOE_GPU_TESTS=cpu`` runs them on a CPU, to
+try the tests themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+WANTED = os.environ.get("LSMOE_GPU_TESTS")
+REASON = "tests/gpu was skipped: torch sees no CUDA device"
+SKIPPED = WANTED is None and not torch.cuda.is_available()
+HAS_SKIPPED = pytest.StashKey[bool]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    own = [item for item in items if HERE in item.path.parents]
+    for item in own if SKIPPED else ():
+        item.add_marker(pytest.mark.skip(reason=REASON))
+    config.stash[HAS_SKIPPED] = SKIPPED and bool(own)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash.get(HAS_SKIPPED, False):
+        terminalreporter.write_line(REASON)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cpu" if WANTED == "cpu" else "cuda")

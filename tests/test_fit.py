@@ -1,0 +1,144 @@
+"""Layouts that fit into given GPUs: which there are, their times by hand, the recipe, bad input."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lsmoe_ds.cli import app
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.planning.arithmetic import flops
+from lsmoe_ds.planning.devices import DEVICES, Device
+from lsmoe_ds.planning.fit import Cluster, estimate, find_fits
+from lsmoe_ds.planning.plan import plan
+
+SMALL = Device(memory=2e9, memory_rate=1e11, link_rate=1e10, half=1e12, single=1e11)
+BIG = "recipes/papers/web-big-128.yaml"
+
+
+def cluster(gpus: int, node: int = 2, **changes: float) -> Cluster:
+    return Cluster(gpus, node, replace(SMALL, **changes), network_rate=1e9, efficiency=0.5)
+
+
+def run_plan(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def base() -> list[str]:
+    """Return the changes that make the paper's recipe a model of a few millions."""
+    sizes = ["model.preset=null", "model.hidden=64", "model.heads=4", "data.vocabulary.size=1000"]
+    sides = [
+        f"model.{side}={{layers: 2, feed_forward: 128, moe: {{experts: 4, every: 2, routing: token}}}}"
+        for side in ("encoder", "decoder")
+    ]
+    batch = ["data.batch={tokens: 1024, count: 4, max_length: 64}", "parallel.expert=1"]
+    adam = ["training.optimizer=adam", "deepspeed=ds_configs/bf16_zero1.json"]
+    return [*sizes, *sides, *batch, *adam]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe(BIG, base())
+
+
+def test_all_layouts_are_there_and_hold_the_step(recipe):
+    found = find_fits(recipe, cluster(4))
+    layouts = {(each.recipe.parallel.tensor, each.recipe.parallel.expert) for each in found}
+    assert layouts == {(t, r) for t in (1, 2) for r in (1, 2, 4)}, "tensor stays within a node of 2"
+    assert {each.memory.stage for each in found} == {1, 2}, "in bfloat16 Adam does not train at stage 0"
+    assert all(each.recipe.data.batch.tokens * each.recipe.data.batch.count == 4096 for each in found)
+    assert all(each.accumulation == 1 for each in found)
+    assert [each.times.step for each in found] == sorted(each.times.step for each in found)
+
+
+def test_less_memory_takes_smaller_micro_batches(recipe):
+    largest = {each.memory.peak for each in find_fits(recipe, cluster(2))}
+    found = find_fits(recipe, cluster(2, memory=min(largest) * 0.995 / 0.95))
+    assert found and all(each.accumulation > 1 for each in found)
+    assert all(each.memory.peak <= min(largest) for each in found)
+    for each in found:
+        assert each.recipe.data.batch.count == 2 // each.recipe.parallel.tensor * each.accumulation
+
+
+def test_times_are_those_of_a_count_by_hand(recipe):
+    """Four ranks in two machines, experts over all: tokens to two of the three other ranks leave."""
+    changed = load_recipe(
+        BIG,
+        [*base(), "parallel={tensor: 2, expert: 4}", "data.batch={tokens: 2048, count: 2, max_length: 64}"],
+    )
+    times = estimate(changed, cluster(4))
+    made, work = plan(changed, 4), flops(changed)
+    step, hidden = 4096, 64
+    assert times.compute == pytest.approx(
+        step / 2 * (work.source_training + work.target_training) / 4 / (1e12 * 0.5)
+    )
+    sent = step / 2 * sum(each.token_bytes() for each in made.exchanges) / 4
+    assert times.dispatch == pytest.approx(sent * (2 / 3 / 1e9 + 1 / 3 / 1e10))
+    # encoder: 2 attentions, 1 dense feed-forward; decoder: 4 and 1; forward and backward, of 2 ranks each
+    summed = 2 * 8 * (2 * 1 / 2) * step / 2 / 2 * hidden * 2
+    assert times.tensor == pytest.approx(summed / 1e10)
+    whole = made.parameters.whole
+    dense, experts = whole.split // 2 + whole.whole, whole.expert // 4
+    assert times.gradients == pytest.approx(2 * 2 * dense * (1 / 2) / 1e9), "experts have no replica"
+    stepped = dense / 2 + experts
+    assert times.optimizer == pytest.approx(30 * stepped / 1e11)
+
+
+def test_a_pass_ahead_of_the_step_takes_a_third_more(recipe):
+    several = load_recipe(BIG, [*base(), "data.batch={tokens: 512, count: 8, max_length: 64}"])
+    without = load_recipe(
+        BIG,
+        [
+            *base(),
+            "data.batch={tokens: 512, count: 8, max_length: 64}",
+            "training.auxiliary_over=micro-batch",
+        ],
+    )
+    ahead, saved = (estimate(each, cluster(4)).compute for each in (several, without))
+    assert ahead == pytest.approx(4 / 3 * saved)
+
+
+def test_the_command_writes_the_fastest_recipe(tmp_path):
+    out = tmp_path / "fits.yaml"
+    sets = [f"--set={each}" for each in base()]
+    told = json.loads(
+        run_plan(BIG, *sets, "--fit", "--gpus", "4", "--memory", "2GB", "--out", str(out), "--json").stdout
+    )
+    fastest = told["layouts"][0]
+    written = load_recipe(out)
+    assert (written.parallel.tensor, written.parallel.expert) == (fastest["tensor"], fastest["expert"])
+    assert written.data.batch.count == fastest["batch_count"]
+    assert written.deepspeed["zero_optimization"]["stage"] == fastest["zero"]
+    assert written.deepspeed["bf16"] == {"enabled": True}
+    table = run_plan(BIG, *sets, "--fit", "--gpus", "4").stdout
+    assert "parallel.expert" in table and "tokens / s" in table
+
+
+def test_what_does_not_fit_is_said(recipe):
+    with pytest.raises(
+        UserError, match=r"no layout of 4 GPUs of 0.5 GB holds .*; the smallest needs 0\.\d+ GB"
+    ):
+        find_fits(recipe, cluster(4, memory=5e8))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fit"], "--fit and --gpus go together"),
+        (["--gpus", "4"], "--fit and --gpus go together"),
+        (["--fit", "--gpus", "4", "--world", "4"], "leave it out with --fit"),
+        (
+            ["--fit", "--gpus", "4", "--device", "k80"],
+            "--device is 'k80', but known are " + ", ".join(DEVICES),
+        ),
+        (["--fit", "--gpus", "4", "--memory", "80"], "--memory is '80': write a number of bytes as in 80GB"),
+        (["--fit", "--gpus", "4", "--network", "0GB"], "--network is '0GB'"),
+        (["--out", "x.yaml"], "--out is for the recipe that --fit finds"),
+        (["--fit", "--gpus", "4", "--out", BIG], f"{BIG} exists"),
+    ],
+)
+def test_bad_input(options, said):
+    found = run_plan(BIG, *options)
+    assert isinstance(found.exception, UserError) and said in str(found.exception)
