@@ -60,7 +60,8 @@ def recipe_of(case: str, experts: int) -> Recipe:
 
 
 def planned(recipe: Recipe) -> Memory:
-    return next(each for each in plan(recipe, 1).memory if (each.precision, each.stage) == ("bfloat16", 0))
+    made = plan(recipe, 1)
+    return next(each for each in made.memory if (each.precision, each.stage) == (made.precision, made.stage))
 
 
 def train(case: str, experts: int, steps: int) -> dict[str, Any]:

@@ -155,10 +155,12 @@ class Exchange:
     routed: int
     count_bytes: int  # that leave each rank, per layer and micro-batch: two int64 counts for each other rank
 
-    def token_bytes(self, at_home: bool = False) -> float:
-        """Return the bytes per routed token of this side, over all its layers, forward and backward."""
+    def token_bytes(self, at_home: bool = False, ahead: bool = False) -> float:
+        """Return the bytes per routed token of this side, over all its layers, forward and backward, and in
+        one more forward pass if that goes ``ahead``.
+        """
         rows = self.rows_home if at_home and self.rows_home is not None else self.rows
-        return self.layers * rows * self.row_bytes
+        return self.layers * rows * (self.row_bytes + ahead * self.row_bytes_inference)
 
 
 def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:

@@ -48,6 +48,11 @@ class Flops:
     source_training: int
     target_training: int
 
+    @property
+    def forward(self) -> int:
+        """Return the operations of the forward pass of a source and a target token by all routes."""
+        return self.source + self.target + self.source_shared + self.target_shared
+
 
 def flops(recipe: Recipe, length: int = LENGTH, trained: Callable[[str], bool] | None = None) -> Flops:
     """Count the operations of the matrix products.
