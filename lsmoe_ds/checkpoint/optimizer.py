@@ -16,13 +16,12 @@ from torch import Tensor
 from lsmoe_ds.checkpoint.reading import explain_damage
 from lsmoe_ds.checkpoint.sparse import unpack
 from lsmoe_ds.checkpoint.tensors import Files, open_tensors
-from lsmoe_ds.config.optimizer import AVERAGED
+from lsmoe_ds.config.optimizer import AVERAGED, averaged_partition, averaged_shape
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, is_count, is_plain, read_fields
 from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.compat import VALUES
-from lsmoe_ds.parallel.parameters import averaged_partition, averaged_shape
 
 PIECES = re.compile(r"pieces-rank-\d+\.json")
 STATE, STEM = "state.json", "optimizer"  # of a consolidated folder

@@ -17,15 +17,10 @@ from torch import Tensor, nn
 
 from lsmoe_ds.checkpoint.optimizer import OptimizerState
 from lsmoe_ds.checkpoint.tensors import Tensors
-from lsmoe_ds.config.optimizer import AVERAGED
+from lsmoe_ds.config.optimizer import AVERAGED, averaged_partition
 from lsmoe_ds.folders import write_json
 from lsmoe_ds.parallel import compat
-from lsmoe_ds.parallel.parameters import (
-    averaged_partition,
-    global_names,
-    named_state,
-    partition_dimension,
-)
+from lsmoe_ds.parallel.parameters import global_names, named_state, partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 
 

@@ -155,26 +155,34 @@ class Exchange:
     routed: int
     count_bytes: int  # that leave each rank, per layer and micro-batch: two int64 counts for each other rank
 
-    def token_bytes(self, at_home: bool = False) -> float:
-        """Return the bytes per routed token of this side, over all its layers, forward and backward."""
+    def token_bytes(self, at_home: bool = False, ahead: bool = False) -> float:
+        """Return the bytes per routed token of this side, over all its layers, forward and backward, and in
+        one more forward pass if that goes ``ahead``.
+        """
         rows = self.rows_home if at_home and self.rows_home is not None else self.rows
-        return self.layers * rows * self.row_bytes
+        return self.layers * rows * (self.row_bytes + ahead * self.row_bytes_inference)
 
 
 def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
-    """Return the exchange of each side that has experts; an empty list without expert parallelism."""
-    model, layout = recipe.model, recipe.parallel
+    """Return the exchange of each side that has experts; an empty list without expert parallelism.
+
+    With activation checkpointing the rows of a forward pass travel twice.
+    """
+    model, layout, again = recipe.model, recipe.parallel, recipe.training.activation_checkpointing
     found = []
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
         layers = sum(side.is_moe(layer) for layer in range(side.layers))
         if side.moe is not None and layers and layout.expert > 1:
             moe, learned = side.moe, side.moe.routing != "static"
+            training, inference = (
+                bytes_per_row(model.hidden, moe.top_k, value_bytes, each, learned) for each in (True, False)
+            )
             found.append(
                 Exchange(
                     side=name,
                     layers=layers,
-                    row_bytes=bytes_per_row(model.hidden, moe.top_k, value_bytes, True, learned),
-                    row_bytes_inference=bytes_per_row(model.hidden, moe.top_k, value_bytes, False, learned),
+                    row_bytes=training + again * inference,
+                    row_bytes_inference=inference,
                     rows=rows_at_random(moe.experts, moe.top_k, layout.expert, moe.expert_groups),
                     rows_home=rows_at_home(moe, model.affine, layout.expert, layout.tensor),
                     routed=model.routed(moe),

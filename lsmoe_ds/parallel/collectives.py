@@ -36,7 +36,7 @@ class Traffic:
     """
 
     bytes: int = 0
-    rows: int = 0  # sent in forward passes
+    rows: int = 0  # sent in forward passes, also by layers that are computed again
     seconds: float = 0.0
     pending: list[tuple[Any, Any]] = field(
         default_factory=list, repr=False

@@ -291,6 +291,29 @@ def tensor_parallel_random() -> contextlib.AbstractContextManager[None]:
     return context
 
 
+def replay_tensor_parallel_random(tensor: int) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which :func:`tensor_parallel_random` gives once more the numbers that it gives from
+    now on.
+    """
+    if tensor == 1:
+        return contextlib.nullcontext()
+    from megatron.core.tensor_parallel import random as tracked
+
+    tracker = tracked.get_cuda_rng_tracker()
+    states = tracker.get_states()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        after = tracker.get_states()
+        tracker.set_states(states)
+        try:
+            yield
+        finally:
+            tracker.set_states(after)
+
+    return again()
+
+
 def random_state(tensor: int) -> dict[str, torch.Tensor]:
     """Return the state of every random number generator of this rank."""
     state = {"cpu": torch.get_rng_state()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.methods.base import StepSize, Totals
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.base import Losses, Model
-from lsmoe_ds.model.build import build
+from lsmoe_ds.model.build import build, made_in
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.parallel import compat
@@ -88,7 +89,12 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     """Build a DeepSpeed engine over a freshly initialized model with ``vocabulary`` tokens."""
     deepspeed = compat.import_deepspeed()
     config = engine_config(recipe, topology)
-    model = build(recipe, vocabulary, topology)
+    half = check_precision(recipe)
+    # Others' models come with their weights, and a configuration may keep modules in float32.
+    whole = half is None or recipe.model.huggingface is not None or "data_types" in config
+    dtype = torch.float16 if half == "fp16" else torch.bfloat16
+    with nullcontext() if whole else made_in(dtype, topology.device):
+        model = build(recipe, vocabulary, topology)
     initialize(model, recipe.training.seed, topology)
     freeze(model, recipe, topology)
     spread = {name: partition_dimension(buffer) for name, buffer in model.named_buffers()}
@@ -158,8 +164,16 @@ def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Return the norm of all gradients, which torch.nn.utils.get_total_norm rounds to 16 bits like them."""
-    norms = torch._foreach_norm(gradients, 2.0, torch.float32) if gradients else [torch.zeros(())]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    if not gradients:
+        return torch.zeros(())
+    if gradients[0].is_cuda or gradients[0].dtype == torch.float32:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)))
+    # On a CPU torch makes a float32 copy of each, and the norm may come to lie in its memory, which the next
+    # copy then does not fit: the heap would grow by all of them.
+    copy, norms = torch.empty(max(map(torch.numel, gradients))), torch.empty(len(gradients))
+    for gradient, norm in zip(gradients, norms, strict=True):
+        torch.linalg.vector_norm(copy[: gradient.numel()].copy_(gradient.view(-1)), out=norm)
+    return torch.linalg.vector_norm(norms)
 
 
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
