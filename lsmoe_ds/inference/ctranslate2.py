@@ -37,6 +37,7 @@ from lsmoe_ds.methods.context import Route
 
 END = SPECIALS[EOS]
 PIECES = "shared_vocabulary.json"
+MAP = "vmap.txt"  # a vocabulary map, by CTranslate2's own name
 Scored = tuple[list[str], float]  # pieces, with their end if they have ended, and their score
 
 
@@ -60,6 +61,7 @@ class CTranslate2:
     step: int
     home: Path
     route: Route = "specific"
+    maps: bool = False  # whether only candidates of a vocabulary map are scored
 
     @classmethod
     def load(cls, stored: Stored, route: Route) -> CTranslate2:
@@ -80,9 +82,8 @@ class CTranslate2:
         device = "cuda" if module.get_cuda_device_count() else "cpu"
         translator = module.Translator(str(folder), device=device, intra_threads=torch.get_num_threads())
         pieces = json.loads((folder / PIECES).read_text(encoding="utf-8"))
-        return cls(
-            translator, pieces, recipe, Vocabulary.load(vocabulary), recipe.languages, step, home, route
-        )
+        known, maps = Vocabulary.load(vocabulary), (folder / MAP).is_file()
+        return cls(translator, pieces, recipe, known, recipe.languages, step, home, route, maps)
 
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
@@ -135,6 +136,7 @@ class CTranslate2:
             suppress_sequences=[[self.pieces[index]] for index in never_generated(self.vocabulary)],
             return_end_token=True,
             return_scores=True,
+            use_vmap=self.maps,
         )
         if not all(math.isfinite(score) for result in results for score in result.scores):
             raise UserError(NOT_FINITE)
