@@ -241,7 +241,7 @@ def test_a_vocabulary_map_scores_the_candidates_of_a_sentence_alone(dense, tmp_p
         (best,) = engine.search([source], EN_DE, Search(5, 1.0))
         assert known >= set(best.tokens) and len(known) < size / 2
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "use_vmap=True" in card and "1 candidates for each piece of a source; a held-out sentence" in card
+    assert "use_vmap=True" in card and "1 candidates for each piece of a source, of en-de alone; " in card
     assert "vmap.txt" in json.loads((tmp_path / "model" / "provenance.json").read_text())["files"]
 
 
@@ -252,8 +252,8 @@ def test_a_vocabulary_map_of_all_pieces_changes_nothing(dense, tmp_path):
     everything = VocabularyMap(np.arange(size), [np.zeros(0, np.int64)] * size)
     tensors = read_weights(find_model(dense)).tensors
     names = write_files(tmp_path, tensors, recipe, dense / "vocabulary.model", candidates=everything)
-    engine = CTranslate2.open(tmp_path, recipe, dense / "vocabulary.model", 2, tmp_path)
-    assert engine.maps and "vmap.txt" in names
+    engine = CTranslate2.open(tmp_path, recipe, dense / "vocabulary.model", 2, tmp_path, "specific", EN_DE)
+    assert "vmap.txt" in names
     assert list(translate(engine, EN_DE, lines)) == list(translate(loaded, EN_DE, lines))
 
 

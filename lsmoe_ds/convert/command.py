@@ -171,7 +171,7 @@ def convert(
     if to == "ctranslate2":
         shown = {"quantization": options.get("quantization", QUANTIZATIONS[0])}
         if count := options.pop("vocabulary_map", None):
-            options["candidates"], shown["vocabulary_map"] = _map_vocabulary(stored, recipe, count)
+            options["candidates"], shown["vocabulary_map"] = _map_vocabulary(stored, recipe, direction, count)
     kind = "consolidated" if whole else to
     provenance = {"kind": kind, **made, **shown, **({"average": average} if average != 1 else {})}
     card = model_card(kind, recipe, provenance, stored.home, rows)
@@ -201,17 +201,23 @@ def convert(
     return record
 
 
-def _map_vocabulary(stored: Stored, recipe: Recipe, count: int) -> tuple[VocabularyMap, dict[str, Any]]:
-    """Make the vocabulary map of a model of one direction, with ``count`` candidates for each source piece.
+def _map_vocabulary(
+    stored: Stored, recipe: Recipe, direction: Direction | None, count: int
+) -> tuple[VocabularyMap, dict[str, Any]]:
+    """Make the vocabulary map of one direction, with ``count`` candidates for each source piece.
 
     Return what the record says of it, too.
     """
-    if len(recipe.languages.directions) > 1:
+    if direction is None and len(recipe.languages.directions) > 1:
         raise UserError("--vocabulary-map is of one direction: add --direction")
-    (direction,), data = recipe.languages.directions, open_data(stored)
+    direction, data = direction or recipe.languages.directions[0], open_data(stored)
     with waiting("counting which pieces go together"):
         found = VocabularyMap.of(data, direction, count)
-    return found, {"candidates_of_a_piece": count, **found.measure(data, direction)}
+    return found, {
+        "mapped": str(direction),
+        "candidates_of_a_piece": count,
+        **found.measure(data, direction),
+    }
 
 
 def _note(record: Mapping[str, Any], run: Path) -> None:

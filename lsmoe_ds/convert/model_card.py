@@ -247,7 +247,7 @@ def model_card(
         last=last,
         given=given,
         style=style,
-        maps="vocabulary_map" in provenance,
+        maps=provenance.get("vocabulary_map", {}).get("mapped") == str(directions[0]),
         **words,
     )
     pipeline, does = DOES[recipe.model.task]
@@ -332,7 +332,10 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
             if of_a_sentence is not None
             else ""
         )
-        yield "vocabulary map", f"{of_a_piece} candidates for each piece of a source{measured}"
+        yield (
+            "vocabulary map",
+            f"{of_a_piece} candidates for each piece of a source, of {mapped['mapped']} alone{measured}",
+        )
     if "merged" in provenance:
         yield "merged into its layers", provenance["merged"]
     average = provenance.get("average", 1)

@@ -56,7 +56,7 @@ class Conversion(BaseModel):
 
     kind: str = "dense"
     quantization: str | None = None
-    vocabulary_map: dict[str, float] | None = None
+    vocabulary_map: dict[str, float | str] | None = None
     direction: str
     route: str = "specific"
     step: int | None = None
