@@ -159,6 +159,22 @@ def test_a_weight_without_gradient_shrinks_by_the_decay_alone(pool):
     assert 32 <= idle < 48
 
 
+def test_zeros_of_idle_experts_take_the_memory_of_one():
+    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.training.engine import _fill_in_gradients
+
+    model = Transformer(recipe_of("target"), VOCABULARY)
+    used = next(each for each in model.parameters() if compat.is_expert_parameter(each))
+    used.grad = torch.ones_like(used)
+    _fill_in_gradients(model)
+    assert used.grad.all(), "an expert that was used keeps its gradient"
+    filled = [each for each in model.parameters() if each.grad is not None and each is not used]
+    assert all(compat.is_expert_parameter(each) and not each.grad.any() for each in filled)
+    assert (
+        len(filled) > len({each.shape for each in filled}) == len({each.grad.data_ptr() for each in filled})
+    )
+
+
 LAYOUTS = [(1, 0, True), (2, 0, False), (2, 1, False), (2, 2, True)]
 
 

@@ -32,6 +32,7 @@ from lsmoe_ds.training.optimizers import build_optimizer
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")
+AT_ONCE = 2**20  # values of a 16-bit gradient that are copied to float32 on a CPU
 
 
 class NonFinite(Exception):
@@ -91,7 +92,8 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     config = engine_config(recipe, topology)
     half = check_precision(recipe)
     # Others' models come with their weights, and a configuration may keep modules in float32.
-    whole = half is None or recipe.model.huggingface is not None or "data_types" in config
+    kept = "keep_in_fp32_modules" in config.get("data_types", {})
+    whole = half is None or recipe.model.huggingface is not None or kept
     dtype = torch.float16 if half == "fp16" else torch.bfloat16
     with nullcontext() if whole else made_in(dtype, topology.device):
         model = build(recipe, vocabulary, topology)
@@ -170,9 +172,10 @@ def _norm(gradients: list[Tensor]) -> Tensor:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)))
     # On a CPU torch makes a float32 copy of each, and the norm may come to lie in its memory, which the next
     # copy then does not fit: the heap would grow by all of them.
-    copy, norms = torch.empty(max(map(torch.numel, gradients))), torch.empty(len(gradients))
-    for gradient, norm in zip(gradients, norms, strict=True):
-        torch.linalg.vector_norm(copy[: gradient.numel()].copy_(gradient.view(-1)), out=norm)
+    pieces = [piece for gradient in gradients for piece in gradient.view(-1).split(AT_ONCE)]
+    copy, norms = torch.empty(max(map(torch.numel, pieces))), torch.empty(len(pieces))
+    for piece, norm in zip(pieces, norms, strict=True):
+        torch.linalg.vector_norm(copy[: piece.numel()].copy_(piece), out=norm)
     return torch.linalg.vector_norm(norms)
 
 
@@ -334,12 +337,15 @@ def _take_traffic(model: Model, topology: Topology) -> dict[str, Traffic]:
 
 
 def _fill_in_gradients(model: Model) -> None:
-    """Fill in zeros for experts that no token of the step has used: Adam continues with their averages, as on
-    several ranks.
+    """Fill in zeros for experts that no token of the step has used: the optimizer continues with their
+    averages, as on several ranks. Those of equal shape share the zeros, which an optimizer only reads.
     """
+    zeros: dict[torch.Size, Tensor] = {}
     for parameter in model.parameters():
         if parameter.grad is None and parameter.requires_grad and compat.is_expert_parameter(parameter):
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.shape not in zeros:
+                zeros[parameter.shape] = torch.zeros_like(parameter)
+            parameter.grad = zeros[parameter.shape].detach()  # another tensor of the same memory
 
 
 @torch.no_grad()
