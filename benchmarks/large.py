@@ -13,6 +13,7 @@ experts that are chosen in each step is among the results.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -103,8 +104,8 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--experts", type=int, default=27, metavar="E", help="of each layer (default: 27)")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps of each (default: 3)")
-    parser.add_argument("--case", choices=CASES)
-    parser.add_argument("--part", type=Path)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part is not None:
         found = train(arguments.case, arguments.experts, arguments.steps)

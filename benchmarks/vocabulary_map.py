@@ -41,9 +41,10 @@ def translate(engine: Engine, sources: list[list[int]], direction: Direction, ba
 
 def main() -> None:
     parser = argument_parser(__doc__, rounds=5)
-    parser.add_argument("model", type=Path, metavar="MODEL")
-    parser.add_argument("--direction", default="en-de", metavar="FROM-TO")
-    parser.add_argument("--candidates", type=int, nargs="+", default=[10, 30, 100], metavar="N")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a run or a converted folder")
+    parser.add_argument("--direction", default="en-de", metavar="FROM-TO", help="(default: %(default)s)")
+    about = "of each source piece, for a map each (default: 10 30 100)"
+    parser.add_argument("--candidates", type=int, nargs="+", default=[10, 30, 100], metavar="N", help=about)
     arguments = parser.parse_args()
     stored, direction = find_model(arguments.model), Direction.parse(arguments.direction)
     lines, references = (side[:SENTENCES] for side in open_data(stored).text(direction, "test"))
