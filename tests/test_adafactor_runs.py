@@ -156,7 +156,7 @@ def kept_by_engine(topology: Any, recipe: Recipe) -> tuple[int, int, int, bool]:
     """Return the bytes of a rank's weights, gradients and optimizer state after a step, and whether what is
     frozen stays as it was.
     """
-    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.parallel import deepspeed_engine
     from lsmoe_ds.training.engine import build_engine
 
     engine = build_engine(recipe, VOCABULARY, topology)
@@ -168,7 +168,7 @@ def kept_by_engine(topology: Any, recipe: Recipe) -> tuple[int, int, int, bool]:
         engine.backward(engine(batch.source, batch.decoder_input, batch.labels, batch.ids).loss)
         gradients = sum(p.grad.nbytes for p in engine.module.parameters() if p.grad is not None)
         engine.step()
-    states = compat.optimizer_states(engine).values()
+    states = deepspeed_engine.optimizer_states(engine).values()
     state = sum(value.nbytes for each in states for value in each.values() if value.dim())
     weights = sum(p.nbytes for p in engine.module.parameters())
     same = all(torch.equal(p, value) for p, value in frozen.items())

@@ -147,7 +147,7 @@ def test_rows_at_home():
 
 def test_bytes_per_row():
     assert bytes_per_row(512, 2, 4, training=False) == 2 * 512 * 4 + 2 * 2 * 4
-    assert bytes_per_row(512, 2, 2, training=True) == 4 * 512 * 2 + 4 * 2 * 4
+    assert bytes_per_row(512, 2, 2, training=True) == 4 * 512 * 2 + 3 * 2 * 4
 
 
 def traffic(topology, recipe):

@@ -93,12 +93,12 @@ def values(hidden: int, width: int, settings: MoE) -> float:
 def bytes_per_row(hidden: int, top_k: int, value_bytes: int, training: bool, learned: bool = True) -> int:
     """Count the bytes sent for one row that travels to another rank's experts and back.
 
-    The row and its result are 2 H values. Its experts' numbers and weights are 2 K float32. In training the
-    gradients travel too: 4 H values + 4 K float32 in all. Without ``learned`` weights (static routing) the
-    weights have no gradient.
+    The row and its result are 2 H values. Its experts' numbers are K int32 and their weights K float32. In
+    training the gradients travel too: 4 H values and 3 K numbers of 4 bytes in all. Without ``learned``
+    weights (static routing) the weights have no gradient.
     """
     ways = 2 if training else 1
-    return ways * 2 * hidden * value_bytes + (ways if learned else 1) * 2 * top_k * 4
+    return ways * 2 * hidden * value_bytes + (1 + (ways if learned else 1)) * top_k * 4
 
 
 def rows_at_random(experts: int, top_k: int, ranks: int, groups: int = 1) -> float:

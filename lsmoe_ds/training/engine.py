@@ -24,7 +24,7 @@ from lsmoe_ds.model.base import Losses, Model
 from lsmoe_ds.model.build import build, made_in
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.initialization import initialize
-from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel import compat, deepspeed_engine
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
@@ -100,14 +100,14 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     initialize(model, recipe.training.seed, topology)
     freeze(model, recipe, topology)
     spread = {name: partition_dimension(buffer) for name, buffer in model.named_buffers()}
-    groups, alone = compat.optimizer_groups(model), recipe.training.optimizer_settings.steps_halves
+    groups, alone = deepspeed_engine.optimizer_groups(model), recipe.training.optimizer_settings.steps_halves
 
     def optimizer(parameters: object) -> torch.optim.Optimizer:
         return build_optimizer(recipe, groups, model, topology)
 
     try:
         layout = compat.ModelParallelUnit()
-        with compat.building(groups, alone):
+        with deepspeed_engine.building(groups, alone):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
     except ValidationError as error:  # of a section that is a pydantic model
         wrong = error.errors()[0]
@@ -117,7 +117,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         if (dimension := spread[name]) is not None:
             compat.mark_tensor_parallel(buffer, dimension)
     limit = clipping_limit(recipe)
-    compat.complete_engine(engine, lambda: clip_gradients(model, limit, topology), STAGE_0_BUCKET)
+    deepspeed_engine.complete_engine(engine, lambda: clip_gradients(model, limit, topology), STAGE_0_BUCKET)
     return engine
 
 
@@ -260,7 +260,7 @@ def zero_out(engine: Any, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
     """
     for parameter, mask in masks.items():
         parameter.masked_fill_(~mask, 0.0)  # a product would leave -0.0
-    for piece in compat.optimizer_pieces(engine):
+    for piece in deepspeed_engine.optimizer_pieces(engine):
         if piece.parameter in masks:
             own = masks[piece.parameter].reshape(-1)[piece.start : piece.start + piece.length]
             for held in (piece.values, *piece.state.values()):
