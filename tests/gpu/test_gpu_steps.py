@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -21,10 +23,6 @@ def step(device):
     """A step of a small sparse model with so many layers a side."""
     from lsmoe_ds.training.engine import build_engine, train_step
 
-    joining.join()
-    topology = Topology.build(device=device)
-    compat.seed_tensor_parallel_random(1, 0)
-
     def of(layers: int):
         recipe = recipe_of("token", stage=1)
         for side in (recipe.model.encoder, recipe.model.decoder):
@@ -35,7 +33,11 @@ def step(device):
         of_rank = steps_of(recipe, 0, 1)[0]
         return lambda number: train_step(engine, of_rank, number, recipe, topology)
 
-    return of
+    with mock.patch.dict(os.environ):  # joining tells the processes started later that they are a rank of it
+        joining.join()
+        topology = Topology.build(device=device)
+        compat.seed_tensor_parallel_random(1, 0)
+        yield of
 
 
 def count_waits(run) -> int:
