@@ -94,12 +94,11 @@ def step_of(batch: Batch) -> Step:
     return Step([batch], batch.target_tokens, real, 0, [])
 
 
-def train(name: str, steps: int, device: torch.device | None = None) -> dict[str, Any]:
+def train(name: str, steps: int) -> dict[str, Any]:
     """Train in this process."""
     joining.join()
-    topology, recipe = Topology.build(device=device or joining.device()), recipe_of(name)
+    topology, recipe = Topology.build(device=joining.device()), recipe_of(name)
     compat.seed_tensor_parallel_random(1, 0)
-    cuda = topology.device.type == "cuda"
     begun = time.perf_counter()
     engine = build_engine(recipe, VOCABULARY, topology)
     built = time.perf_counter() - begun
@@ -107,7 +106,7 @@ def train(name: str, steps: int, device: torch.device | None = None) -> dict[str
         torch.backends.cuda.enable_cudnn_sdp(True)
     batches = ragged_batches(recipe.languages, VOCABULARY, TOKENS, SHAPES, LENGTH)
     throughput = Throughput(recipe, 1, peak_of(recipe, topology))
-    losses, seconds, works = [], [], []
+    losses, seconds, works, places = [], [], [], []
 
     def one(number: int) -> Work:
         batch = batches[number % len(batches)]
@@ -122,13 +121,13 @@ def train(name: str, steps: int, device: torch.device | None = None) -> dict[str
         fresh.append(time.perf_counter() - begun)
         print(f"{name}: step {number}, loss {losses[-1]}, {fresh[-1]:.2f} s", flush=True)
     for number in range(len(batches) + 1, len(batches) + 1 + steps):
-        if cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         begun = time.perf_counter()
         works.append(one(number))
-        if cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
+        batch = batches[number % SHAPES]
+        places.append(batch.source.numel() + batch.labels.numel())
     made = plan(recipe, 1)
     memory = next(
         each for each in made.memory if (each.precision, each.stage) == (made.precision, made.stage)
@@ -143,31 +142,21 @@ def train(name: str, steps: int, device: torch.device | None = None) -> dict[str
         "milliseconds of the first step of a shape": [round(each * 1e3) for each in fresh],
         "tokens a second": round(sum(work.tokens for work in works) / sum(seconds)),
         "TFLOP/s": round(sum(flops) / sum(seconds) / 1e12, 1),
-        "padded share": round(
-            1
-            - sum(w.tokens for w in works)
-            / sum(_padded(batches[n % SHAPES]) for n in range(SHAPES + 1, SHAPES + 1 + steps)),
-            3,
-        ),
+        "padded share": round(1 - sum(work.tokens for work in works) / sum(places), 3),
     }
-    if cuda:
-        if throughput.peak:
-            result["MFU"] = round(sum(flops) / sum(seconds) / throughput.peak, 3)
-        result["waits for the device in a step"] = count_waits(lambda: one(SHAPES))
-        measured = torch.cuda.max_memory_allocated()
-        result["GiB"] = {
-            "plan": round(memory.peak / 2**30, 2),
-            "plan of what lasts": round(memory.total / 2**30, 2),
-            "allocated at most": round(measured / 2**30, 2),
-            "reserved at most": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-        }
-        if made.parameters.whole.total < 4e9:  # a trace of more operations takes minutes to read
-            result["milliseconds of kernels"] = round(kernel_time(lambda: one(SHAPES)), 1)
+    if throughput.peak:
+        result["MFU"] = round(sum(flops) / sum(seconds) / throughput.peak, 3)
+    result["waits for the device in a step"] = count_waits(lambda: one(SHAPES))
+    gib = {
+        "plan": memory.peak,
+        "plan of what lasts": memory.total,
+        "allocated at most": torch.cuda.max_memory_allocated(),
+        "reserved at most": torch.cuda.max_memory_reserved(),
+    }
+    result["GiB"] = {name: round(value / 2**30, 2) for name, value in gib.items()}
+    if made.parameters.whole.total < 4e9:  # a trace of more operations takes minutes to read
+        result["milliseconds of kernels"] = round(kernel_time(lambda: one(SHAPES)), 1)
     return result
-
-
-def _padded(batch: Batch) -> int:
-    return batch.source.numel() + batch.labels.numel()
 
 
 def count_waits(run: Callable[[], object]) -> int:
@@ -187,7 +176,8 @@ def count_waits(run: Callable[[], object]) -> int:
 
 def kernel_time(run: Callable[[], object]) -> float:
     """Return the milliseconds for which a step keeps the device busy."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as traced:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as traced:
         run()
         torch.cuda.synchronize()
     events = [each for each in traced.key_averages() if each.device_type.name == "CUDA"]
