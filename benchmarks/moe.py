@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
+import torch.nn.functional as F
 from common import alternate, argument_parser, write
 from torch import Tensor
 
@@ -126,8 +126,8 @@ def products_alone() -> Callable[[], object]:
     )
 
     def run(rows: Tensor) -> Tensor:
-        hidden = functional.relu(functional.grouped_mm(rows, expand, offs=ends))
-        return functional.grouped_mm(hidden, contract, offs=ends)
+        hidden = F.relu(F.grouped_mm(rows, expand, offs=ends))
+        return F.grouped_mm(hidden, contract, offs=ends)
 
     return contestant(run, [expand, contract], x)
 

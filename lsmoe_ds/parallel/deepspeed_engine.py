@@ -113,7 +113,7 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
        skipped like any other, and whoever counts the skipped steps ends the run.
     8. Stage 0 leaves clipping in 16 bits to the wrapper that an optimizer which steps them itself has not:
        it clips before each step.
-    9. ZeRO looks at one gradient after another, which is most of a step of many experts on a GPU: see
+    9. ZeRO looks at one gradient after another, which takes long on a GPU where there are many experts: see
        :func:`_look_at_all_gradients_at_once`.
     """
     from deepspeed.utils import groups
@@ -146,8 +146,8 @@ def _look_at_all_gradients_at_once(optimizer: Any) -> None:
     """Make ZeRO stages 1 and 2 look for infinities and NaN in all gradients, and compute their norm, by a few
     kernels.
 
-    DeepSpeed launches about ten for each gradient: a fifth of a step on a GPU with 16 experts in every second
-    layer of Transformer-Big. What is found is the same.
+    DeepSpeed launches about ten for each gradient. With 16 experts in every second layer of Transformer-Big
+    a step on an H200 took a sixth less without those that look for infinities. What is found is the same.
     """
     from deepspeed.runtime.utils import is_model_parallel_parameter
     from deepspeed.runtime.zero.utils import get_norm_dtype

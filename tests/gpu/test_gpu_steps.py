@@ -23,8 +23,9 @@ def step(device):
     """A step of a small sparse model with so many layers a side."""
     from lsmoe_ds.training.engine import build_engine, train_step
 
-    def of(layers: int):
-        recipe = recipe_of("token", stage=1)
+    def of(layers: int, optimizer: str = "adam"):
+        recipe = recipe_of("token", stage=1 if optimizer == "adam" else 0)
+        recipe.training.optimizer = optimizer
         for side in (recipe.model.encoder, recipe.model.decoder):
             side.layers = layers
         if device.type == "cuda":
@@ -51,12 +52,13 @@ def count_waits(run) -> int:
     return sum("synchroniz" in str(each.message) for each in caught)
 
 
-def test_a_step_waits_for_the_device_as_often_with_more_layers(device, step):
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
+def test_a_step_waits_for_the_device_as_often_with_more_layers(device, step, optimizer):
     if device.type == "cpu":
         pytest.skip("a CPU waits for no device")
     waits = []
     for layers in (2, 6):
-        run = step(layers)
+        run = step(layers, optimizer)
         run(1)
         waits.append(count_waits(lambda run=run: run(2)))
     assert waits[0] == waits[1] <= WAITS, waits
