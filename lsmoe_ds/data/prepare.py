@@ -1,15 +1,18 @@
 """Turn corpora into tokens: clean, hold out, train the vocabulary and write PreparedData's folder.
 
-Memory holds a few chunks of text for each core, 40 bytes for each pair of the largest bitext, 16 million keys
-while the held-out sentences are chosen, and sentencepiece's own copy of ``vocabulary.sentences`` sentences.
-The corpus itself is streamed.
+Cleaning and encoding are cut into shards, which any number of processes do (:mod:`lsmoe_ds.data.stages`); what
+lies between is done by the one that leads. No memory grows with the corpora: it holds a chunk of text and the
+keys of one shard for each worker, 2 million keys while pairs are compared, the dev and test sets, and
+sentencepiece's own copy of ``vocabulary.sentences`` sentences. Joining through ``data.pivot`` alone keeps 24
+bytes for each translation of a leg.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +23,128 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.bitext import LATER, Bitext
-from lsmoe_ds.data.comparison import MANIFEST, settings_of
+from lsmoe_ds.data.comparison import MANIFEST, VOCABULARY, differences, settings_of
 from lsmoe_ds.data.fingerprints import State, corpora_fingerprint, state_of
-from lsmoe_ds.data.formats import SPLITS, name_of
+from lsmoe_ds.data.formats import name_of
 from lsmoe_ds.data.held_out import HELD_OUT
 from lsmoe_ds.data.notices import Notices, why_no_text
 from lsmoe_ds.data.pivot import JoinedPart, search_and_join
 from lsmoe_ds.data.prepare_labelled import LabelledPreparation
 from lsmoe_ds.data.prepared import FORMAT, PreparedData
+from lsmoe_ds.data.shards import (
+    FUNCTIONS,
+    Indexed,
+    Shard,
+    as_table,
+    encode_task,
+    index_task,
+    read_held_out,
+    shards_of,
+)
 from lsmoe_ds.data.spelling import say_spellings
 from lsmoe_ds.data.splitting import hold_out
+from lsmoe_ds.data.stages import Record, Task, Work
 from lsmoe_ds.data.text_part import TextPart
-from lsmoe_ds.data.tokens import write_tokens
+from lsmoe_ds.data.tokens import Joining, add_counts, token_type, write_tokens
 from lsmoe_ds.data.vocabulary import Vocabulary, read_vocabulary, train_vocabulary
 from lsmoe_ds.data.workers import Workers, cores
 from lsmoe_ds.directions import Languages
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import describe_files, locked, replaced, write_json
+from lsmoe_ds.folders import claimed, describe_files, replaced, sha256, write_json
 from lsmoe_ds.notices import counted, listed
 
 # Below this many bytes of corpora, starting processes takes longer than they save.
 SMALL = 4 << 20
 
 
-def prepare(recipe: Recipe, force: bool = False) -> PreparedData:
-    """Prepare the data of a recipe, unless they are up to date.
+def prepare(recipe: Recipe, force: bool = False, processes: int | None = None) -> PreparedData:
+    """Prepare the data of a recipe, unless they are up to date, with so many workers (by default one for each
+    core).
 
-    Prints why data are prepared again, and the notices on them. If it is stopped at any moment, the earlier
-    data stay. Raises UserError for corpora that are missing, damaged, badly encoded or too small.
+    While another process, on this or another machine, prepares the same data, this one helps it, and goes on
+    in its place if it dies. Prints why data are prepared again, and the notices on them. If it is stopped at
+    any moment, the earlier data stay, and what is finished is not done again. Raises UserError for corpora
+    that are missing, damaged, badly encoded or too small, and while the data are prepared with other
+    settings.
     """
     console, folder = (
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False),
         recipe.prepared,
     )
+    work, before = Work(folder, FUNCTIONS), _written(folder)
     if not force and (state := state_of(recipe)).reason is None:
         return _up_to_date(recipe, state, console)
-    with locked(folder):
-        state = State("it was asked for") if force else state_of(recipe)
-        if state.reason is None:
-            return _up_to_date(recipe, state, console)
-        console.print(f"preparing {folder}{' again' if folder.exists() else ''}: {state.reason}")
+    with contextlib.ExitStack() as pool:
+        helper: Workers | None = None
+        while True:
+            with claimed(folder) as leads:
+                if leads:
+                    again = force and _written(folder) == before
+                    state = State("it was asked for") if again else state_of(recipe)
+                    if state.reason is None:
+                        work.finish()
+                        return _up_to_date(recipe, state, console)
+                    console.print(f"preparing {folder}{' again' if folder.exists() else ''}: {state.reason}")
+                    return _lead(recipe, work, console, processes)
+            if helper is None:
+                console.print(f"another process is preparing {folder}: this one helps")
+                helper = pool.enter_context(Workers(cores() if processes is None else processes))
+            published = work.published()
+            _check_same(recipe, published)
+            work.help(published, helper)
+
+
+def _written(folder: Path) -> int | None:
+    """Return when prepared data were written, or None."""
+    try:
+        return (folder / MANIFEST).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _check_same(recipe: Recipe, published: dict[str, Any]) -> None:
+    """Raise UserError if another process prepares the data of a recipe with other settings."""
+    theirs = published.get("settings")
+    if theirs is None or theirs == settings_of(recipe):
+        return
+    if (found := next(differences(recipe.prepared, theirs, recipe), None)) is not None:
+        theirs, ours = found.values()
+        raise UserError(
+            f"another process is preparing {recipe.prepared} with another recipe, of which '{found.key}' is "
+            f"{theirs} where this one has {ours}: wait for it, stop it, or give this recipe a 'data.name' of "
+            "its own"
+        )
+
+
+def _lead(recipe: Recipe, work: Work, console: Console, processes: int | None) -> PreparedData:
+    """Prepare the data under their lock."""
+    folder = recipe.prepared
+    try:
         with replaced(folder) as new:
-            kind = _Preparation if recipe.data.task == "translate" else LabelledPreparation
-            manifest = kind(recipe, new, console).run()
+            work.lead(settings_of(recipe))
+            if recipe.data.task == "translate":
+                manifest = _Preparation(recipe, new, work, console, processes).run()
+            else:
+                manifest = LabelledPreparation(recipe, new, console).run()
             write_json(new / MANIFEST, manifest)
+    except BaseException:
+        if done := work.finished("clean", "encode"):
+            console.print(
+                f"{counted(done, 'finished shard')} {'is' if done == 1 else 'are'} kept in {work.folder}: the "
+                "same command goes on from there; to have the disk space back, remove the folder"
+            )
+        else:
+            work.finish()
+        raise
+    work.finish()
     for notice in manifest["notices"]:
         console.print(notice)
     pairs = sum(splits["train"]["pairs"] for splits in manifest["bitexts"].values())
@@ -115,23 +190,29 @@ def _up_to_date(recipe: Recipe, state: State, console: Console) -> PreparedData:
 
 
 class _Preparation:
-    def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
-        self.recipe, self.data, self.folder, self.work = recipe, recipe.data, folder, folder / ".work"
+    def __init__(
+        self, recipe: Recipe, folder: Path, work: Work, console: Console, processes: int | None
+    ) -> None:
+        self.recipe, self.data, self.folder, self.work = recipe, recipe.data, folder, work
         self.languages: Languages = recipe.languages
         self.names = sorted({direction.bitext for direction in self.languages.directions})
-        self.found, self.joins = search_and_join(self.data, self.names, self.work / "pivot")
+        # What each process that leads makes anew: fates of pairs, and text that is joined or taken out of tags.
+        self.scratch = work.folder / "scratch"
+        self.found, self.joins = search_and_join(self.data, self.names, self.scratch / "pivot")
         self.parts = [part for found in self.found for part in found.parts]
         say_spellings(found.wanted for found in self.found)
-        self.bitexts = [Bitext(name, self.work / name) for name in self.names]
+        self.bitexts = [Bitext(name, self.scratch / name) for name in self.names]
         self.notices = Notices(self.data)
         size = sum(file.stat().st_size for part in self.parts for file in part.files if file.exists())
-        self.workers = Workers(0 if size < SMALL else cores())
+        self.workers = Workers((0 if size < SMALL else cores()) if processes is None else processes)
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TaskProgressColumn(show_speed=True),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=console,
             transient=True,
         )
@@ -140,13 +221,13 @@ class _Preparation:
         if self.data.vocabulary.file is not None:
             read_vocabulary(self.data.vocabulary, self.languages.codes)  # fails before hours of cleaning
         fingerprint = corpora_fingerprint(self.parts)
-        self.work.mkdir()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
         with self.workers, self.progress:
             self._clean()
             self._hold_out()
             vocabulary = self._make_vocabulary()
             bitexts = self._write_tokens(vocabulary)
-        shutil.rmtree(self.work)
         files = [
             str(path.relative_to(self.folder)) for path in sorted(self.folder.rglob("*")) if path.is_file()
         ]
@@ -163,8 +244,18 @@ class _Preparation:
     def _of(self, bitext: str, split: str) -> list[TextPart]:
         return [part for part in self.parts if (part.bitext, part.split) == (bitext, split)]
 
+    def _do(
+        self, what: str, tasks: Sequence[Task], total: int, size: Callable[[Record], int]
+    ) -> dict[str, Record]:
+        """Do the tasks of a stage, under a progress bar; return their records by their names."""
+        bar, records = self.progress.add_task(what, total=total), {}
+        for task, record in self.work.do(tasks, self.workers):
+            records[task.name] = record
+            self.progress.advance(bar, size(record))
+        self.progress.remove_task(bar)
+        return records
+
     def _clean(self) -> None:
-        task = self.progress.add_task("cleaning pairs", total=None)
         for bitext in self.bitexts:
             if not any(part.bitext == bitext.name for part in self.parts):
                 hint = why_no_text(self.found, bitext.name)
@@ -172,16 +263,56 @@ class _Preparation:
                     f"there is no text for {bitext.name} in the corpora of the recipe "
                     f"({self._corpora()}){hint}"
                 )
-            self.progress.update(task, description=f"cleaning {bitext.name}")
-            for count in bitext.clean(self._of(bitext.name, "train"), self.data.cleaning, self.workers):
-                self.progress.advance(task, count)
+        shards = self._shards()
+        tasks = {
+            bitext.name: [
+                (part, [each.task(self.data.cleaning, bitext.pivot) for each in own])
+                for part, own in shards[bitext.name]
+            ]
+            for bitext in self.bitexts
+        }
+        every = [task for parts in tasks.values() for _, own in parts for task in own]
+        lines = sum(
+            shard.stretches[0].count for parts in shards.values() for _, own in parts for shard in own
+        )
+        records = self._do("cleaning pairs", every, lines, lambda record: int(record["counts"]["read"]))
+        for bitext in self.bitexts:
+            for part, own in tasks[bitext.name]:
+                bitext.add(part, [(self.work.folder / task.name, records[task.name]) for task in own])
+            bitext.drop_copies()
             for part in bitext.empty:
                 self.notices.empty(part)
             for remark in bitext.remarks:
                 self.notices.of_file(remark)
             for split in HELD_OUT:
                 self._read_published(bitext, split)
-        self.progress.remove_task(task)
+
+    def _shards(self) -> dict[str, list[tuple[TextPart, list[Shard]]]]:
+        """Cut the training text of each bitext into shards, by its parts.
+
+        Text that is not in lines, or is joined, becomes a table first, and a compressed file is unpacked.
+        """
+        parts = [part for bitext in self.bitexts for part in self._of(bitext.name, "train")]
+        remarks: dict[str, list[str]] = {bitext.name: bitext.remarks for bitext in self.bitexts}
+        plain = {
+            number: part
+            if part.reader in ("lines", "table")
+            else as_table(part, self.scratch / f"{number}.tsv", remarks[part.bitext].append)
+            for number, part in enumerate(parts)
+        }
+        tasks = {
+            path: index_task(path) for path in dict.fromkeys(p for part in plain.values() for p in part.files)
+        }
+        records = self._do("reading files", list(tasks.values()), len(tasks), lambda _: 1)
+        files = {
+            path: Indexed.of(path, records[task.name], self.work.folder / task.name)
+            for path, task in tasks.items()
+        }
+        found: dict[str, list[tuple[TextPart, list[Shard]]]] = {bitext.name: [] for bitext in self.bitexts}
+        for number, part in enumerate(parts):
+            own = plain[number]
+            found[part.bitext].append((part, shards_of(own, [files[path] for path in own.files])))
+        return found
 
     def _corpora(self) -> str:
         return ", ".join(map(name_of, self.data.corpora))
@@ -233,13 +364,31 @@ class _Preparation:
     def _make_vocabulary(self) -> Vocabulary:
         settings, codes = self.data.vocabulary, self.languages.codes
         task = self.progress.add_task("training the vocabulary", total=None)
-        vocabulary = (
-            train_vocabulary(self._sample(), settings, codes)
-            if settings.file is None
-            else read_vocabulary(settings, codes)
-        )
-        vocabulary.save(self.folder / "vocabulary.model")
+        vocabulary = self._trained(codes) if settings.file is None else read_vocabulary(settings, codes)
+        vocabulary.save(self.folder / VOCABULARY)
         self.progress.remove_task(task)
+        return vocabulary
+
+    def _trained(self, codes: Sequence[str]) -> Vocabulary:
+        """Train the vocabulary, unless an interrupted preparation has trained the same."""
+        text = [
+            (bitext.name, [piece.folder.name for piece in bitext.pieces], sha256(bitext.fates))
+            for bitext in self.bitexts
+        ]
+        depends = {
+            "settings": self.data.vocabulary.model_dump(mode="json"),
+            "temperature": self.data.temperature,
+            "seed": self.data.held_out.seed,
+            "codes": codes,
+            "text": text,
+        }
+        kept = self.work.folder / Task("vocabulary", depends, {}).name
+        if kept.is_file():
+            return Vocabulary.load(kept)
+        vocabulary = train_vocabulary(self._sample(), self.data.vocabulary, codes)
+        kept.parent.mkdir(exist_ok=True)
+        vocabulary.save(new := kept.with_name("new"))
+        new.rename(kept)
         return vocabulary
 
     def _sample(self) -> Iterator[str]:
@@ -257,40 +406,57 @@ class _Preparation:
         sentences = min(self.data.vocabulary.sentences, sum(total.values()))
         generator = np.random.default_rng(self.data.held_out.seed)
         for bitext in self.bitexts:
-            count = sizes[bitext.name]
-            if not count:
-                continue
-            times = []
-            for code in bitext.codes:
-                wanted = round(sentences * weight[code] / sum(weight.values()) * count / total[code])
-                own = np.full(count, wanted // count, dtype=np.int64)
-                own[generator.choice(count, wanted % count, replace=False)] += 1
-                times.append(own)
-            for pair, repeat in zip(bitext.pairs("train"), zip(*times, strict=True), strict=True):
-                for text, number in zip(pair, repeat, strict=True):
-                    for _ in range(number):
-                        yield text
+            if count := sizes[bitext.name]:
+                first, second = (
+                    round(sentences * weight[code] / sum(weight.values()) * count / total[code])
+                    for code in bitext.codes
+                )
+                yield from bitext.sample((first, second), generator)
 
     def _write_tokens(self, vocabulary: Vocabulary) -> dict[str, Any]:
-        sizes = {(bitext.name, split): bitext.size(split) for bitext in self.bitexts for split in SPLITS}
-        task = self.progress.add_task("tokenizing", total=sum(sizes.values()))
-        model = self.folder / "vocabulary.model"
-        written: dict[str, dict[str, Any]] = {name: {} for name in self.names}
-        for split in SPLITS:
-            for bitext in self.bitexts:
-                folder = self.folder / split / bitext.name
-                sides = write_tokens(
-                    folder,
-                    bitext.codes,
-                    bitext.pairs(split),
+        model = self.folder / VOCABULARY
+        content = sha256(model)
+        tasks = {
+            bitext.name: [
+                encode_task(
+                    str(piece.folder.relative_to(self.work.folder)),
+                    bitext.fates,
+                    piece.start,
+                    piece.count,
                     model,
-                    vocabulary.size,
-                    split != "train",
-                    self.workers,
+                    content,
                 )
-                written[bitext.name][split] = {"pairs": sizes[bitext.name, split], "sides": sides}
-                self.progress.advance(task, sizes[bitext.name, split])
-        self.progress.remove_task(task)
+                for piece in bitext.pieces
+            ]
+            for bitext in self.bitexts
+        }
+        every = [task for own in tasks.values() for task in own]
+        records = self._do(
+            "tokenizing",
+            every,
+            sum(bitext.end for bitext in self.bitexts),
+            lambda record: int(record["pairs"]),
+        )
+        written: dict[str, dict[str, Any]] = {name: {} for name in self.names}
+        joins = []
+        for bitext in self.bitexts:
+            folders = [self.work.folder / task.name for task in tasks[bitext.name]]
+            folder = self.folder / "train" / bitext.name
+            folder.mkdir(parents=True)
+            sides = {}
+            for side, code in enumerate(bitext.codes):
+                joins.append(Joining(folder, side, code, folders, token_type(vocabulary)))
+                counts = (records[task.name]["sides"][side] for task in tasks[bitext.name])
+                sides[code] = add_counts(counts)
+            written[bitext.name]["train"] = {"pairs": bitext.size("train"), "sides": sides}
+            for split in HELD_OUT:
+                pairs = bitext.own[split] if split in bitext.own else read_held_out(folders, split)
+                sides = write_tokens(self.folder / split / bitext.name, bitext.codes, pairs, vocabulary)
+                written[bitext.name][split] = {"pairs": len(pairs), "sides": sides}
+        bar = self.progress.add_task("joining the shards", total=len(joins))
+        for _ in self.workers.map(Joining.run, joins):
+            self.progress.advance(bar)
+        self.progress.remove_task(bar)
         return written
 
 
