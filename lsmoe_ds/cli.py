@@ -260,7 +260,8 @@ def bench(
             metavar="NAME",
             help=(
                 "The benchmark: adapters, checkpoint, convert, decode, exchange, exports, frozen, held_out, "
-                "hosts, imports, language_lora, large, low_rank, moe, neurons, train or vocabulary_map."
+                "hosts, imports, language_lora, large, low_rank, moe, neurons, prepare, train or "
+                "vocabulary_map."
             ),
             show_default=False,
         ),

@@ -107,7 +107,7 @@ class Bitext:
         with self.fates.open("wb") as file:
             for piece in self.pieces:
                 file.write(np.full(piece.count, TRAIN, dtype=np.uint8).tobytes())
-        copies = []
+        copies, dropped = [], 0
         for number, (low, high) in enumerate(ranges(self.end)):
             hashes, places = self._within("pair", low, high)
             order = np.argsort(hashes, kind="stable")  # in which the first of equal pairs stays first
@@ -115,7 +115,7 @@ class Bitext:
             path = self.folder / f"copies{number}.npy"
             np.save(path, np.sort(places[order[again]]))
             copies.append(path)
-            self.counts["duplicate"] += len(again)
+            dropped += len(again)
         for piece in self.pieces:
             fate = np.full(piece.count, TRAIN, dtype=np.uint8)
             for path in copies:
@@ -125,6 +125,7 @@ class Bitext:
             self.set_fate(piece, fate)
         for path in copies:
             path.unlink()
+        self.counts["duplicate"] = dropped
         self._find_common()
 
     def _within(
