@@ -115,7 +115,7 @@ def measure(folder: Path) -> dict[str, Any]:
         return call
 
     for part, method in parts.items():
-        setattr(module.Preparation, method, timed(part, getattr(module._Preparation, method)))
+        setattr(preparation, method, timed(part, getattr(preparation, method)))
     begun = time.perf_counter()
     data = module.prepare(recipe, force=True)
     wall = time.perf_counter() - begun

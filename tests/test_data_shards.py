@@ -316,7 +316,7 @@ def test_numbers_for_a_sample_of_many() -> None:
     for count in (1000, (1 << 22) + 1):
         found = _some(count, 900, np.random.default_rng(1))
         assert len(np.unique(found)) == 900 and (np.diff(found) > 0).all()
-        assert 0 <= found[0] and found[-1] < count
+        assert found[0] >= 0 and found[-1] < count
 
 
 def test_memory_does_not_grow_with_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,8 +246,11 @@ def test_what_is_held_out_already_comes_first(tmp_path: Path) -> None:
     itself.
     """
     number = 200
-    texts = [made_bitext(tmp_path, name, [(base + n, other + n) for n in range(number)]) for name, base, other in
-             (("de-en", 1000, 2000), ("en-fr", 2000, 3000), ("de-fr", 1000, 3000))]  # fmt: skip
+    bases = {"de-en": (1000, 2000), "en-fr": (2000, 3000), "de-fr": (1000, 3000)}
+    texts = [
+        made_bitext(tmp_path, name, [(first + n, second + n) for n in range(number)], shard=60)
+        for name, (first, second) in bases.items()
+    ]
     hold_out(texts, HeldOut(dev=6, test=12, seed=4))
     fates = [fates_of(bitext) for bitext in texts]
     assert fates[0] == fates[1] == fates[2]
