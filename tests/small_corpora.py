@@ -109,10 +109,10 @@ def made_bitext(folder: Path, name: str, keys: list[tuple[int, int]], shard: int
         piece = Piece(bitext.folder / str(start), start, len(keys[start : start + shard]))
         piece.folder.mkdir(parents=True)
         numbers = np.arange(start, start + piece.count, dtype=np.uint64)
-        save_sorted(piece.folder, "pair", numbers[::-1])
+        save_sorted(piece.folder / "pair", numbers)
         for side in (0, 1):
             own = np.array([pair[side] for pair in keys[start : start + shard]], dtype=np.uint64)
-            save_sorted(piece.folder, f"key{side}", own)
+            save_sorted(piece.folder / f"key{side}", own)
         bitext.pieces.append(piece)
     bitext.drop_copies()
     return bitext

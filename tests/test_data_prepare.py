@@ -293,7 +293,7 @@ def test_full_disk(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> No
         raise OSError(errno.ENOSPC, "No space left on device")
 
     where = {
-        "bitext": "lsmoe_ds.data.keys.np.save",
+        "bitext": "lsmoe_ds.data.shards.save_sorted",
         "tokens": "lsmoe_ds.data.tokens.ArrayFile.close",
         "vocabulary": "lsmoe_ds.data.vocabulary.Vocabulary.save",
         "manifest": "lsmoe_ds.data.prepare.write_json",

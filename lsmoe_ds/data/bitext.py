@@ -137,7 +137,7 @@ class Bitext:
         """
         found, places = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int64)]
         for piece in self.pieces:
-            keys, order = open_sorted(piece.folder, name)
+            keys, order = open_sorted(piece.folder / name)
             where = inside(keys, low, high)
             own, at = np.array(keys[where]), np.array(order[where])
             if only is not None:
@@ -176,7 +176,7 @@ class Bitext:
         for low, high in ranges(self.end):
             distinct = []
             for piece in self.pieces:
-                keys, order = open_sorted(piece.folder, f"key{self.pivot}")
+                keys, order = open_sorted(piece.folder / f"key{self.pivot}")
                 where = inside(keys, low, high)
                 free = read_fates(path, piece.start, piece.count)[order[where]]
                 distinct.append(np.array(keys[where])[free.astype(bool)])
@@ -251,7 +251,7 @@ class Bitext:
         wanted = np.unique(second)
         counts = np.zeros(len(wanted), dtype=np.int64)
         for piece in self.pieces if len(wanted) else ():
-            begins, ends = spans_of(open_sorted(piece.folder, f"key{1 - self.pivot}")[0], wanted)
+            begins, ends = spans_of(open_sorted(piece.folder / f"key{1 - self.pivot}")[0], wanted)
             counts += ends - begins
         order = np.lexsort((pairs.places, counts[np.searchsorted(wanted, second)]))
         _, first = np.unique(pairs.keys[self.pivot][order], return_index=True)

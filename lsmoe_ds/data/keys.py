@@ -15,19 +15,21 @@ KEYS_AT_ONCE = 1 << 21
 BLOCK = 1 << 20  # keys per look-up
 
 
-def save_sorted(folder: Path, name: str, keys: Keys) -> None:
-    """Write the sorted keys of a shard to ``NAME.npy``, and which of its pairs each is of, to
-    ``NAME.order.npy``.
-    """
+def save_sorted(path: Path, keys: Keys) -> None:
+    """Write the keys of a shard's pairs, sorted, and after them which pair each is of."""
     order = np.argsort(keys, kind="stable")
-    np.save(folder / f"{name}.npy", keys[order])
-    np.save(folder / f"{name}.order.npy", order.astype(np.uint32))
+    with path.open("wb") as file:
+        file.write(keys[order].astype("<u8").tobytes())
+        file.write(order.astype("<u4").tobytes())
 
 
-def open_sorted(folder: Path, name: str) -> tuple[Keys, NDArray[np.uint32]]:
-    """Memory-map what :func:`save_sorted` has written."""
-    keys, order = (np.load(folder / f"{each}.npy", mmap_mode="r") for each in (name, f"{name}.order"))
-    return keys, order
+def open_sorted(path: Path) -> tuple[Keys, NDArray[np.uint32]]:
+    """Memory-map the keys and the pairs that :func:`save_sorted` has written."""
+    count = path.stat().st_size // 12
+    if not count:  # which cannot be mapped
+        return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint32)
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    return content[: 8 * count].view("<u8"), content[8 * count :].view("<u4")
 
 
 def reopened(array: Keys) -> Keys:

@@ -25,14 +25,14 @@ class Piece:
 
     def keys(self, side: int) -> Keys:
         """Return the keys of a side in the order of the pairs."""
-        keys, order = open_sorted(self.folder, f"key{side}")
+        keys, order = open_sorted(self.folder / f"key{side}")
         found = np.empty(self.count, dtype=np.uint64)
         found[order] = keys
         return found
 
     def has(self, side: int, wanted: Keys) -> NDArray[np.bool_]:
         """Tell for each pair whether the key of a side is among the sorted ``wanted``."""
-        keys, order = open_sorted(self.folder, f"key{side}")
+        keys, order = open_sorted(self.folder / f"key{side}")
         begins, ends = spans_of(keys, wanted)
         places = [order[begin:end] for begin, end in zip(begins, ends, strict=True) if end > begin]
         found = np.zeros(self.count, dtype=bool)

@@ -21,7 +21,7 @@ from lsmoe_ds.data.shards import FUNCTIONS
 from lsmoe_ds.data.stages import Work
 from lsmoe_ds.data.workers import Workers, cores
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import claimed, replaced, write_json
+from lsmoe_ds.folders import claimed, explain_errors, replaced, write_json
 from lsmoe_ds.notices import counted
 
 
@@ -47,6 +47,7 @@ def prepare(recipe: Recipe, force: bool = False, processes: int | None = None) -
         while True:
             with claimed(folder) as leads:
                 if leads:
+                    work.forget_leader()
                     again = force and _written(folder) == before
                     state = State("it was asked for") if again else state_of(recipe)
                     if state.reason is None:
@@ -57,9 +58,10 @@ def prepare(recipe: Recipe, force: bool = False, processes: int | None = None) -
             if helper is None:
                 console.print(f"another process is preparing {folder}: this one helps")
                 helper = pool.enter_context(Workers(cores() if processes is None else processes))
-            published = work.published()
-            _check_same(recipe, published)
-            work.help(published, helper)
+            leader = work.leader()
+            _check_same(recipe, leader.get("settings"))
+            with explain_errors(folder):
+                work.help(leader.get("run"), helper)
 
 
 def _written(folder: Path) -> int | None:
@@ -70,16 +72,15 @@ def _written(folder: Path) -> int | None:
         return None
 
 
-def _check_same(recipe: Recipe, published: dict[str, Any]) -> None:
+def _check_same(recipe: Recipe, theirs: dict[str, Any] | None) -> None:
     """Raise UserError if another process prepares the data of a recipe with other settings."""
-    theirs = published.get("settings")
     if theirs is None or theirs == settings_of(recipe):
         return
     if (found := next(differences(recipe.prepared, theirs, recipe), None)) is not None:
-        theirs, ours = found.values()
+        other, own = found.values()
         raise UserError(
             f"another process is preparing {recipe.prepared} with another recipe, of which '{found.key}' is "
-            f"{theirs} where this one has {ours}: wait for it, stop it, or give this recipe a 'data.name' of "
+            f"{other} where this one has {own}: wait for it, stop it, or give this recipe a 'data.name' of "
             "its own"
         )
 

@@ -187,7 +187,7 @@ def clean(folder: Path, work: Path, pivot: int, settings: Mapping[str, Any], **s
                 hashes[name].append(np.fromiter(values, dtype=np.uint64, count=len(kept)))
     for name, arrays in hashes.items():
         joined = np.concatenate([np.empty(0, dtype=np.uint64), *arrays])
-        save_sorted(folder, name, joined)
+        save_sorted(folder / name, joined)
     return {"pairs": len(joined), "counts": dict(counts), "seen": dict(seen)}
 
 

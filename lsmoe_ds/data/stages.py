@@ -29,7 +29,8 @@ from lsmoe_ds.data.workers import Workers
 from lsmoe_ds.folders import claimed, read_json, resolved, write_json, write_whole
 
 RECORD = "record.json"
-STAGE = "stage.json"
+LEADER = "leader.json"  # who leads: a number of its own, and its settings
+TASKS = "tasks.json"  # what it has published
 POLL = 0.2  # seconds between two looks at what other processes do
 
 Record = dict[str, Any]
@@ -70,19 +71,22 @@ class Work:
         prepared = resolved(prepared)
         self.folder, self.functions = prepared.with_name(f".{prepared.name}.work"), functions
 
+    def forget_leader(self) -> None:
+        """Make void what a leader that is gone has published, under the lock of the prepared data."""
+        (self.folder / LEADER).unlink(missing_ok=True)
+
     def lead(self, settings: dict[str, Any]) -> None:
-        """Begin to lead, under the lock of the prepared data: what another leader has published is void."""
+        """Begin to lead, under the lock of the prepared data."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / STAGE).unlink(missing_ok=True)
-        self.settings, self.run = settings, secrets.token_hex(8)
+        self.run = secrets.token_hex(8)
+        write_whole(self.folder / LEADER, json.dumps({"run": self.run, "settings": settings}))
         self.publish([])
 
     def publish(self, tasks: Sequence[Task]) -> None:
         for stage in {task.stage for task in tasks}:
             (self.folder / stage).mkdir(exist_ok=True)
-        described = [vars(task) for task in tasks]
-        content = {"run": self.run, "settings": self.settings, "tasks": described}
-        write_whole(self.folder / STAGE, json.dumps(content))
+        content = {"run": self.run, "tasks": [vars(task) for task in tasks]}
+        write_whole(self.folder / TASKS, json.dumps(content))
 
     def do(self, tasks: Sequence[Task], workers: Workers) -> Iterator[tuple[Task, Record]]:
         """Do the tasks of one stage, together with all helpers, and yield each with its record, in any order.
@@ -107,28 +111,31 @@ class Work:
             waiting = busy
         self.publish([])
 
-    def published(self) -> dict[str, Any]:
-        """Return what the leader publishes: its ``settings`` and the ``tasks``; empty if nothing is."""
-        return read_json(self.folder / STAGE) or {}
+    def leader(self) -> dict[str, Any]:
+        """Return the ``run`` and the ``settings`` of the process that leads; empty if none has begun."""
+        return read_json(self.folder / LEADER) or {}
 
-    def help(self, published: dict[str, Any], workers: Workers) -> None:
-        """Do what is published and not yet done or claimed, or wait for a moment."""
-        tasks = [Task(**each) for each in published.get("tasks", ())]
+    def help(self, run: str | None, workers: Workers) -> None:
+        """Do what the leader of this ``run`` has published and is not yet done or claimed, or wait for a
+        moment.
+        """
+        published = read_json(self.folder / TASKS) or {}
+        tasks = [Task(**each) for each in published.get("tasks", ()) if published["run"] == run]
         start = hash((socket.gethostname(), os.getpid())) % max(1, len(tasks))  # not all at the same place
         tasks = [task for task in tasks[start:] + tasks[:start] if finished(self.folder / task.name) is None]
-        run, helped = published.get("run"), False
+        helped = False
         try:
             for record in workers.map(partial(attempt, self.folder, self.functions, run=run), tasks):
                 helped |= record is not None
         except FileNotFoundError:
-            if self.published().get("run") == run:  # else all is done, and the folder is gone
+            if self.leader().get("run") == run:  # else all is done, and the folder is gone
                 raise
         if not helped:
             time.sleep(POLL)
 
     def finish(self) -> None:
         """Remove the folder: the prepared data are in their place."""
-        (self.folder / STAGE).unlink(missing_ok=True)
+        self.forget_leader()
         for _ in range(3):  # a helper may have made a file in between
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -170,7 +177,7 @@ def attempt(
     folder = work / task.name
     if (record := finished(folder)) is not None:
         return record
-    if run is not None and (read_json(work / STAGE) or {}).get("run") != run:
+    if run is not None and (read_json(work / LEADER) or {}).get("run") != run:
         return None
     with claimed(folder) as mine:
         if not mine or (record := finished(folder)) is not None:
