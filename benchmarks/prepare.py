@@ -16,6 +16,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import psutil
 import yaml
 from common import argument_parser, write
 
-PART = 1_000_000  # pairs of a table
+PART, COPIES = 1_000_000, 20_000  # pairs of a table, and how many of them are those of the first one
 WORDS, SHORTEST, LONGEST = 20_000, 3, 8
 POLL, ROUND = 0.5, 20  # seconds between two looks, and looks between two notes
 
@@ -36,19 +38,25 @@ def words_of(seed: int) -> list[str]:
     return ["".join(chance.choice(letters, size)) for size in chance.integers(2, 9, WORDS)]
 
 
-def write_part(path: Path, number: int) -> None:
-    """Write table ``number`` of the text, the same whenever it is written."""
+def sentences(number: int) -> Iterator[list[int]]:
+    """Yield the sentences of table ``number``, each as the numbers of its words."""
     chance = np.random.default_rng([7, number])
-    english, german = words_of(1), words_of(2)
     lengths = chance.integers(SHORTEST, LONGEST + 1, PART)
-    drawn = (chance.random(int(lengths.sum())) ** 2 * WORDS).astype(int).tolist()
-    new, start = path.with_suffix(".new"), 0
+    drawn, start = (chance.random(int(lengths.sum())) ** 2 * WORDS).astype(int).tolist(), 0
+    for end in np.cumsum(lengths).tolist():
+        yield drawn[start:end]
+        start = end
+
+
+def write_part(path: Path, number: int) -> None:
+    """Write table ``number`` of the text, the same whenever it is written; it begins with copies of the
+    first table.
+    """
+    english, german, new = words_of(1), words_of(2), path.with_suffix(".new")
     with new.open("w", encoding="utf-8") as file:
         file.write("en\tde\n")
-        for end in np.cumsum(lengths).tolist():
-            own = drawn[start:end]
+        for own in chain(islice(sentences(0), COPIES), islice(sentences(number), COPIES, None)):
             file.write(f"{' '.join([english[n] for n in own])}\t{' '.join([german[n] for n in own])}\n")
-            start = end
     new.rename(path)
 
 
