@@ -108,9 +108,10 @@ class Watch:
                     times = each.cpu_times()
                     used[each.pid] = times.user + times.system
                     status = Path(f"/proc/{each.pid}/status").read_text(encoding="utf-8")
-                    peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
                     which = "leader" if each.pid == process.pid else "worker"
-                    self.most(f"peak MiB of the {which}", int(peak) // 1024)
+                    for line in status.splitlines():
+                        if line.startswith("VmHWM"):  # which a process that has ended lacks
+                            self.most(f"peak MiB of the {which}", int(line.split()[1]) // 1024)
             if looks % ROUND == 0:
                 self.most("bytes while preparing", sum(map(size_of, folders)))
                 self.note(time.perf_counter() - begun, sum(used.values()))
