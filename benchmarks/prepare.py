@@ -5,8 +5,8 @@
 Made-up pairs of short sentences are written in tables of a million pairs each, and prepared by
 `lsmoe data prepare` in processes of its own, while their memory, processor time and disk are looked at. Both
 the text and what is prepared stay in FOLDER: if the script is stopped, the same command goes on, and the time
-of earlier tries counts. With ``--out`` the runs are added to those that the file has. Runs on the same pairs
-must give the same bytes.
+of earlier tries counts. With ``--out`` the runs are added to those that the file has, which are not
+measured again. Runs on the same pairs must give the same bytes.
 """
 
 from __future__ import annotations
@@ -177,12 +177,13 @@ def main() -> None:
         known = json.loads(arguments.out.read_text(encoding="utf-8"))["runs"]
     for pairs in arguments.pairs:
         for workers in arguments.workers:
+            if any((each["pairs"], each["workers"]) == (pairs, workers) for each in known):
+                continue
             run = measure(arguments.at.resolve(), pairs, workers)
             print({name: value for name, value in run.items() if name != "sha256"}, flush=True)
             others = [each for each in known if each["pairs"] == run["pairs"]]
             if any(each["sha256"] != run["sha256"] for each in others):
                 sys.exit(f"{pairs} pairs are prepared otherwise by {workers} workers than before")
-            known = [each for each in known if (each["pairs"], each["workers"]) != (run["pairs"], workers)]
             known = sorted([*known, run], key=lambda each: (each["pairs"], each["workers"]))
             if arguments.out is not None:
                 write({"runs": known}, arguments.out)
