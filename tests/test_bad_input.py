@@ -299,7 +299,8 @@ def test_one_sentence_and_status_2(place, tmp_path, capsys, change, arguments, s
         status = main(arguments)
         said = capsys.readouterr().err.strip()
         assert status == 2, said
-        assert tree(Path(".")) == before, "something was written or removed"
+        after = {path: stamp for path, stamp in tree(Path(".")).items() if "/.small.work/" not in path}
+        assert after == before, "something was written or removed, beside shards that are finished"
     last = said.splitlines()[-1]
     assert last.startswith("lsmoe: ") and sentence in last, said
     assert "Traceback" not in said and len(last) < 500, said

@@ -161,8 +161,46 @@ def test_near_duplicates_have_one_form(text: str, noise: str) -> None:
         assert near_duplicate_form(text) == near_duplicate_form(text.upper().lower() + noise)
 
 
-PARTS = ["abc", "Zß", "é", "e\u0301", "İı", "да", "αβ", "漢字", "かな", "한", "ﬁ", "42", "!", " ", "\t", "\u200b"]
-PARTS += ["\x07", "\xad", "%", "d", "{", "}", "${", "$x", "@", "&", "a;", "[[", "#", "__", "<b", ">", "http", ":", "w.", "www."]
+PARTS = [
+    "abc",
+    "Zß",
+    "é",
+    "e\u0301",
+    "İı",
+    "да",
+    "αβ",
+    "漢字",
+    "かな",
+    "한",
+    "ﬁ",
+    "42",
+    "!",
+    " ",
+    "\t",
+    "\u200b",
+]
+PARTS += [
+    "\x07",
+    "\xad",
+    "%",
+    "d",
+    "{",
+    "}",
+    "${",
+    "$x",
+    "@",
+    "&",
+    "a;",
+    "[[",
+    "#",
+    "__",
+    "<b",
+    ">",
+    "http",
+    ":",
+    "w.",
+    "www.",
+]
 
 
 @given(st.lists(st.one_of(st.sampled_from(PARTS), st.characters()), max_size=12).map("".join))
