@@ -194,6 +194,7 @@ class Recipe(Section):
                 raise ValueError(
                     f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}"
                 )
+        self._fits_replicas()
         self._fits_optimizer()
         trains = any(method.trains for method in hidden.methods) or any(hidden.moe_layers())
         if self.training.trainable == "methods" and not trains:
@@ -225,6 +226,15 @@ class Recipe(Section):
                     f"rank; found {affine.expert_groups}"
                 )
         return self
+
+    def _fits_replicas(self) -> None:
+        """Raise ValueError for replicas of tasks that the recipe does not have."""
+        for name, side in (("encoder", self.model.encoder), ("decoder", self.model.decoder)):
+            if side.moe is not None and side.moe.replicas != "auto":
+                try:
+                    side.moe.replicated(self.languages)
+                except UserError as error:
+                    raise ValueError(f"'model.{name}.moe.replicas': {error}") from None
 
     def _fits_optimizer(self) -> None:
         """Raise ValueError for a DeepSpeed configuration under which the optimizer cannot step."""

@@ -59,6 +59,7 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         # "expert".
         self.router = ROUTERS[settings.routing](hidden, settings, languages)
         self.shared = shared
+        self.replicated = settings.replicated(languages) if topology.expert > 1 else []  # tasks
         self.observer: Callable[[Seen], None] | None = None  # set by analyses
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
@@ -113,7 +114,11 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
             sentences = index // x.shape[1]
             tasks = context.ids.task(self.settings.task)[sentences]
             self.observer(Seen(tokens, sentences, tasks, kept))
-        out = self.deepspeed_moe(tokens, kept.experts, kept.weights, dropped=kept is not chosen)
+        # In evaluation, where a step of a search has few tokens, weights would cost more than rows.
+        lent = self.router.experts_of(self.replicated) if self.training and self.replicated else ()
+        out = self.deepspeed_moe(
+            tokens, kept.experts, kept.weights, dropped=kept is not chosen, replicated=lent
+        )
         if out.shape[0] < (places := x.shape[0] * x.shape[1]):
             out = x.new_zeros(places, x.shape[2]).index_copy(0, index, out)
         return out.view_as(x)
