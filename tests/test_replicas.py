@@ -23,7 +23,9 @@ SIDES = {
 }
 
 
-def recipe_with(sides: str, tensor: int, expert: int, stage: int, replicas: bool = True, **training) -> Recipe:
+def recipe_with(
+    sides: str, tensor: int, expert: int, stage: int, replicas: bool = True, **training
+) -> Recipe:
     given = recipe_for("target", tensor, expert, stage).model_dump(exclude_none=True)
     for side, own in zip(("encoder", "decoder"), SIDES[sides], strict=True):
         given["model"][side]["moe"] |= own if replicas else {**own, "replicas": None}

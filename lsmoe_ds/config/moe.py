@@ -104,9 +104,9 @@ class MoE(Section):
             raise ValueError(f"'router_bias' is true, but 'routing: {self.routing}' has nothing to add it to")
         if self.replicas is not None and not self.by_task:
             raise ValueError(
-                f"'replicas' is {self.replicas}, but with 'routing: {self.routing}' no task has experts of its "
-                "own, and what an expert gets is not known before a batch is there: leave it out, or set "
-                "'routing' to task or static"
+                f"'replicas' is {self.replicas}, but with 'routing: {self.routing}' no task has experts of "
+                "its own, and what an expert gets is not known before a batch is there: leave it out, or "
+                "set 'routing' to task or static"
             )
         each = self.experts // self.expert_groups
         if self.top_k > each:

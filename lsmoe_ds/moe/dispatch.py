@@ -74,7 +74,9 @@ class Dispatcher(nn.Module):
             [wanted.sum(1), choices], 1
         )  # of each rank: rows, and choices of its experts
         receive_counts = exchange_counts(send_counts, group, self.traffic)
-        at_home_count = send_counts.new_zeros(1, 2) if at_home is None else (at_home != DROPPED).sum().expand(1, 2)
+        at_home_count = (
+            send_counts.new_zeros(1, 2) if at_home is None else (at_home != DROPPED).sum().expand(1, 2)
+        )
         # The one place that waits for the device, unless a learned router says which experts have replicas.
         counts = torch.cat([send_counts, receive_counts, at_home_count]).tolist()
         send, receive = ([rows for rows, _ in each] for each in (counts[:ranks], counts[ranks:-1]))

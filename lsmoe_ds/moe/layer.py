@@ -13,7 +13,7 @@ from lsmoe_ds.directions import Languages
 from lsmoe_ds.methods.context import LanguageContext, mean_of_real
 from lsmoe_ds.moe.dispatch import Dispatcher
 from lsmoe_ds.moe.losses import NAME, record_routing
-from lsmoe_ds.moe.routers import ROUTERS, RouterInputs, Routes, limit
+from lsmoe_ds.moe.routers import ROUTERS, RouterByTask, RouterInputs, Routes, limit
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
 
@@ -114,8 +114,11 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
             sentences = index // x.shape[1]
             tasks = context.ids.task(self.settings.task)[sentences]
             self.observer(Seen(tokens, sentences, tasks, kept))
+        lent: list[int] = []
         # In evaluation, where a step of a search has few tokens, weights would cost more than rows.
-        lent = self.router.experts_of(self.replicated) if self.training and self.replicated else ()
+        if self.training and self.replicated:
+            assert isinstance(self.router, RouterByTask)
+            lent = self.router.experts_of(self.replicated)
         out = self.deepspeed_moe(
             tokens, kept.experts, kept.weights, dropped=kept is not chosen, replicated=lent
         )

@@ -11,8 +11,16 @@ from math import ceil
 
 from lsmoe_ds.config.deepspeed import STAGE_0_BUCKET
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, shapes_of
+from lsmoe_ds.config.shapes import (
+    Count,
+    LinearShape,
+    SideName,
+    SublayerShape,
+    count_feed_forward,
+    shapes_of,
+)
 from lsmoe_ds.moe import costs as experts
+from lsmoe_ds.moe.load import lent_experts
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, outline_of, passes
 from lsmoe_ds.planning.trained import count_averages, count_trained, largest_trained
 
@@ -85,7 +93,8 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
                     4 a + 4 k (d + e)    Adafactor: its averages, and k of momentum and a float32 copy
 
     Adafactor's averages are a values (:func:`lsmoe_ds.planning.trained.count_averages`): n + m of a matrix
-    [n, m], n of a vector. :func:`activations` and :func:`buffers` compute the temporary memory.
+    [n, m], n of a vector. :func:`activations`, :func:`replica_bytes` and :func:`buffers` compute the
+    temporary memory.
     """
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
@@ -105,7 +114,7 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
         weights=value * held + masks,
         gradients=value * own if stage == 0 else 4 * (own if stage == 1 else part),
         optimizer=state,
-        activations=activations(recipe, value),
+        activations=activations(recipe, value) + replica_bytes(recipe, value),
         buffers=buffers(recipe, dense, experts, part, world, stage, value),
         process=PROCESS + (recipe.model.huggingface is not None) * TRANSFORMERS,
     )
@@ -187,6 +196,27 @@ def activations(recipe: Recipe, value: int) -> int:
     else:
         within = sum(layers.values()) + logits
     return round(value * twice * share * recipe.data.batch.tokens * (beside + within))
+
+
+def replica_bytes(recipe: Recipe, value: int) -> int:
+    """Count the bytes of the weights of experts that are lent for a forward and backward pass.
+
+    With l values in a layer v l are kept of each, or with ``training.activation_checkpointing`` of one at a
+    time, and (v + 4) l of one layer while its gradients are summed over the ranks, in float32.
+    """
+    model, languages = recipe.model, recipe.languages
+    if recipe.parallel.expert == 1:
+        return 0
+    lent = [
+        lent_experts(moe, languages)
+        * count_feed_forward(
+            model.hidden, (model.encoder if side == "encoder" else model.decoder).width(layer)
+        ).total
+        for side, layer, moe in model.moe_layers()
+    ]
+    largest = max(lent, default=0)
+    kept = largest if recipe.training.activation_checkpointing else sum(lent)
+    return value * kept + (value + 4) * largest
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:

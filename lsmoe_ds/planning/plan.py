@@ -8,6 +8,7 @@ averages over dimensions of methods' parameters, an outline of the model tells t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import lcm
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import SideName
 from lsmoe_ds.data.groups import with_listed_groups
+from lsmoe_ds.data.shares import planned_shares, with_named_replicas
 from lsmoe_ds.moe.costs import Exchange, exchanges
-from lsmoe_ds.notices import counted
+from lsmoe_ds.moe.load import Load, loads
+from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.planning.arithmetic import LENGTH, Flops, flops
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, outline_of, step_bytes
 from lsmoe_ds.planning.memory import Memory, memory
@@ -26,6 +29,7 @@ from lsmoe_ds.planning.trained import count_trained
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 
 UNKNOWN = "memory and arithmetic are not planned: layers of this model are not those of Llama or BERT"
@@ -52,6 +56,9 @@ class Plan:
     step_bytes: int
     step_bytes_home: int | None  # with all batches on their experts' ranks; None if no side's can be
     task_affine: bool  # whether the recipe's batches are task-affine
+    loads: list[Load]  # of each side with experts, if these are spread over ranks
+    shares_known: bool  # whether prepared data tell how many tokens each task has
+    step_tokens: int  # of one side: half of a step's
     flops: Flops | None  # None of layers that are not known to the last matrix, as the memory is empty then
     alone: SideName | None  # the side of a model that lacks the other
 
@@ -85,6 +92,14 @@ class Plan:
             "step_bytes": self.step_bytes,
             "step_bytes_home": self.step_bytes_home,
             "task_affine": self.task_affine,
+            "loads": [
+                {key: value for key, value in asdict(each).items() if key != "largest"}
+                | {"tokens": each.busiest * tokens, "tokens_without": each.without * tokens}
+                | {"flops": self._work(each, each.busiest), "flops_without": self._work(each, each.without)}
+                for each in self.loads
+                if (tokens := self.step_tokens)
+            ],
+            "shares_known": self.shares_known,
             "flops": None if self.flops is None else asdict(self.flops),
         }
 
@@ -159,6 +174,9 @@ class Plan:
                     else " (needs data.batch.languages: task-affine)"
                 )
             made += [traffic, step]
+        if any(each.placed or each.tasks or each.proposed for each in self.loads):
+            made.append(self._table_of_loads(table))
+            made += [line for each in self.loads if (line := self._advice(each))]
         if self.flops is None:
             return Group(*made, UNKNOWN)
         work = table(
@@ -174,6 +192,43 @@ class Plan:
             kinds = (token, f"{token}_attention", f"{token}_training")
             work.add_row(name, *(human(getattr(self.flops, kind)) for kind in kinds))
         return Group(*made, work)
+
+    def _work(self, load: Load, share: float) -> float | None:
+        """Return the operations of a step that a share of a side's experts' work takes."""
+        if self.flops is None:
+            return None
+        each = self.flops.source_experts if load.side == "encoder" else self.flops.target_experts
+        return share * self.step_tokens * each
+
+    def _table_of_loads(self, table: Callable[..., Table]) -> Table:
+        by = "the prepared data" if self.shares_known else "equally many tokens of each direction"
+        title = f"experts' work of the busiest of {self.expert} ranks in one step; tasks by {by}"
+        made = table(
+            title, "side", "replicas of", "share", "even", "tokens", "operations", "without replicas"
+        )
+        for each in self.loads:
+            about = "" if each.placed else "about "
+            work = self._work(each, each.busiest)
+            made.add_row(
+                each.side,
+                ", ".join(each.tasks) or "-",
+                f"{about}{each.busiest:.1%}",
+                f"{each.even:.1%}",
+                human(each.busiest * self.step_tokens),
+                "-" if work is None else human(work),
+                f"{about}{each.without:.1%}",
+            )
+        return made
+
+    def _advice(self, load: Load) -> str:
+        """Say what ``replicas: auto`` would choose, if the recipe has none; empty if it would choose none."""
+        if load.tasks or not load.proposed:
+            return ""
+        about = "" if load.placed else "about "
+        return (
+            f"model.{load.side}.moe.replicas: auto would replicate the experts of {listed(load.proposed)}: "
+            f"{about}{load.with_proposed:.1%} on the busiest rank"
+        )
 
 
 def human(number: float) -> str:
@@ -224,8 +279,10 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     config = deepspeed.complete(given, world, optimizer.steps_halves)
     stage = int(config.get("zero_optimization", {}).get("stage", 0))
     precision = "float32" if deepspeed.precision(config) is None else "bfloat16"
-    parts, trained = Parts.of(recipe), count_trained(recipe)
-    found = exchanges(recipe, VALUE_BYTES[precision])
+    shares = planned_shares(recipe)
+    recipe = with_named_replicas(recipe, shares)
+    parts, trained, of_sides = Parts.of(recipe), count_trained(recipe), loads(recipe, shares)
+    found = exchanges(recipe, VALUE_BYTES[precision], of_sides)
     known = is_known(recipe)
     homes = any(each.rows_home is not None for each in found)
     return Plan(
@@ -255,6 +312,9 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         step_bytes=step_bytes(recipe, found, world),
         step_bytes_home=step_bytes(recipe, found, world, at_home=True) if homes else None,
         task_affine=recipe.data.batch.languages == "task-affine",
+        loads=of_sides,
+        shares_known=shares.known,
+        step_tokens=recipe.data.batch.tokens * recipe.data.batch.count // 2,
         flops=flops(recipe, length) if known else None,
         alone=recipe.model.alone,
     )
