@@ -40,8 +40,8 @@ class MoE(Section):
     Knowledge", section 3.1).
 
     ``replicas`` are the tasks whose experts every expert-parallel rank computes itself, with weights that it
-    borrows from their owner: a list of tasks, or ``auto``, those with more than half of what a rank should
-    carry (:func:`lsmoe_ds.data.shares.busy_tasks`).
+    borrows from their owner: a list of tasks, or ``auto``, those by which a rank would carry too much
+    (:func:`lsmoe_ds.data.shares.busy_tasks`).
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"balance": "balance_loss_weight", "z_loss": "z_loss_weight"}

@@ -15,7 +15,7 @@ from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 
 SIDES: tuple[SideName, ...] = ("encoder", "decoder")
-BUSY = 0.5  # of what a rank should carry: a task above it gets replicas
+BUSY = 0.5  # of what a rank should carry: only a task above it gets replicas
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,17 @@ def planned_shares(recipe: Recipe) -> Shares:
         return shares_of(recipe, None)
 
 
-def busy_tasks(shares: Sequence[float], ranks: int) -> list[int]:
-    """Return the tasks with more than half of the 1 / ``ranks`` of all tokens that a rank should carry.
+def busy_tasks(shares: Sequence[float], settings: MoE, ranks: int) -> list[int]:
+    """Return the tasks whose experts are worth replicas, ascending.
 
-    Any other task, together with an equal part of the rest, loads its rank with at most 1.5 times that.
+    They have more than half of the 1 / ``ranks`` of all tokens that a rank should carry, and more than a mean
+    task. The largest come first, as long as their experts are no more than a rank holds itself; one task may
+    have replicas in any case.
     """
-    return [task for task, share in enumerate(shares) if share > BUSY / ranks]
+    least = max(BUSY / ranks, 1 / max(1, sum(map(bool, shares))))
+    busy = [task for task, share in enumerate(shares) if share > least]
+    most = max(1, settings.experts // ranks // settings.top_k)
+    return sorted(sorted(busy, key=lambda task: (-shares[task], task))[:most])
 
 
 def asks_for_replicas(model: Model) -> bool:
@@ -109,5 +114,5 @@ def _named(side: SideName, moe: MoE, recipe: Recipe, shares: Shares) -> list[str
     ranks = recipe.parallel.expert
     if ranks == 1:
         return []  # it holds all experts
-    names = recipe.languages.tasks(moe.task)
-    return [names[task] for task in busy_tasks(shares.of_tasks(side, moe.task, recipe.languages), ranks)]
+    of_tasks, names = shares.of_tasks(side, moe.task, recipe.languages), recipe.languages.tasks(moe.task)
+    return [names[task] for task in busy_tasks(of_tasks, moe, ranks)]

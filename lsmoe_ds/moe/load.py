@@ -127,7 +127,7 @@ def loads(recipe: Recipe, shares: Shares) -> list[Load]:
         of_tasks = shares.of_tasks(name, moe.task, languages)
         names = languages.tasks(moe.task)
         replicated = moe.replicated(languages)
-        proposed = busy_tasks(of_tasks, ranks) if moe.by_task else []
+        proposed = busy_tasks(of_tasks, moe, ranks) if moe.by_task else []
         count = lent_experts(moe, languages)
         lent = [count * count_feed_forward(model.hidden, side.width(layer)).total for layer in layers]
         found.append(
