@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lsmoe_ds.moe.experts import Experts
-from lsmoe_ds.moe.replicas import lend, split
+from lsmoe_ds.moe.replicas import Loan, split
 from lsmoe_ds.moe.routers import DROPPED, count
 from lsmoe_ds.parallel.collectives import Traffic, all_to_all, exchange_counts, join_rows, split_rows
 from lsmoe_ds.parallel.topology import Topology
@@ -64,7 +64,7 @@ class Dispatcher(nn.Module):
         assert group is not None
         at_home, chosen = None, experts
         if replicated:
-            replicas = lend(self.experts.deepspeed_experts, replicated, self.topology, self.traffic)
+            loan = Loan(self.experts.deepspeed_experts, replicated, self.topology, self.traffic)
             at_home, experts = split(chosen, replicated, self.total)
         rank_of = torch.where(experts == DROPPED, ranks, experts // self.local)  # [S, K]
         wanted = torch.zeros(ranks + 1, experts.shape[0], dtype=torch.bool, device=experts.device)
@@ -94,7 +94,7 @@ class Dispatcher(nn.Module):
         (returned,) = all_to_all([outputs], receive, send, group, self.traffic)
         out = torch.zeros_like(tokens).index_add(0, rows, returned)
         if at_home is not None:
-            out = out + self.experts(tokens, at_home, weights, counts[-1][0], replicas)
+            out = out + self.experts(tokens, at_home, weights, counts[-1][0], loan.replicas())
         return out
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
@@ -43,105 +42,121 @@ class Replica:
         return out
 
 
-@dataclass
-class _Loan:
-    """Which experts are lent: by owner, in rank order, the numbers of its experts among its local ones."""
+class Loan:
+    """Lend experts with some global ``numbers``, ascending, to every rank of the expert-parallel group.
 
-    local: list[tuple[int, list[int]]]
-    topology: Topology
-    traffic: Traffic
-    shapes: list[torch.Size] = field(default_factory=list)  # [P]
+    All ranks make it, which begins to send the weights, and then ask it for the :meth:`replicas`; what they
+    do in between may send other things. ``experts`` are the local ones.
+    """
 
-    @classmethod
-    def of(cls, numbers: Sequence[int], each: int, topology: Topology, traffic: Traffic) -> _Loan:
-        """Group global numbers, ascending, of experts of which every rank has ``each``."""
+    def __init__(
+        self, experts: nn.ModuleList, numbers: Sequence[int], topology: Topology, traffic: Traffic
+    ) -> None:
+        self.experts, self.topology, self.traffic = experts, topology, traffic
+        self.names = [name for name, _ in experts[0].named_parameters()]  # [P]
+        self.shapes = [each.shape for each in experts[0].parameters()]  # [P]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        each = len(experts)
         owners = groupby(numbers, key=lambda number: number // each)
-        local = [(owner, [number % each for number in of_owner]) for owner, of_owner in owners]
-        return cls(local, topology, traffic)
+        # By owner, in rank order, the numbers of its experts among its local ones.
+        self.local = [(owner, [number % each for number in of_owner]) for owner, of_owner in owners]
+        self.messages = [self._message(*pair) for pair in self.local]
+        self._works = self._exchange(self.messages, back=False)
 
-    def exchange(self, messages: list[Tensor], back: bool) -> None:
-        """Broadcast the owners' messages, or, on the way ``back``, sum all ranks' on the owners."""
-        group, mine = self.topology.expert_group, self.topology.expert_rank
+    @torch.no_grad()
+    def _message(self, owner: int, local: list[int]) -> Tensor:
+        own = [each for expert in self.experts for each in expert.parameters()]
+        if owner != self.topology.expert_rank:
+            return own[0].new_empty(len(local) * sum(self.sizes))
+        kinds = len(self.names)
+        flat = [each.reshape(-1) for e in local for each in own[e * kinds : (e + 1) * kinds]]
+        return torch.cat(flat)
+
+    def _exchange(self, messages: list[Tensor], back: bool) -> list[Any]:
+        """Begin to broadcast the owners' messages, or, on the way ``back``, to sum those of all ranks."""
+        group, mine, works = self.topology.expert_group, self.topology.expert_rank, []
         assert group is not None
-        with self.traffic.timing(messages[0].device):
-            works = []
-            for (owner, _), message in zip(self.local, messages, strict=True):
-                rank = dist.get_global_rank(group, owner)
-                call = dist.reduce if back else dist.broadcast
-                works.append(call(message, rank, group=group, async_op=True))
-                leaving = (owner != mine) if back else (owner == mine) * (self.topology.expert - 1)
-                self.traffic.bytes += leaving * message.nbytes
+        for (owner, _), message in zip(self.local, messages, strict=True):
+            rank = dist.get_global_rank(group, owner)
+            call = dist.reduce if back else dist.broadcast
+            works.append(call(message, rank, group=group, async_op=True))
+            copies = int(owner != mine) if back else (owner == mine) * (self.topology.expert - 1)
+            self.traffic.bytes += copies * message.nbytes
+        return works
+
+    def _wait(self, works: list[Any]) -> None:
+        with self.traffic.timing(self.topology.device):
             for work in works:
                 work.wait()
 
+    def received(self) -> list[Tensor]:
+        """Return the tensors of the lent experts, expert by expert, [N P]."""
+        self._wait(self._works)
+        # The graph holds this object, and must not hold the weights of layers that are computed again.
+        messages, self.messages, self._works = self.messages, [], []
+        return [
+            part.view(shape)
+            for message in messages
+            for expert in message.split(sum(self.sizes))
+            for part, shape in zip(expert.split(self.sizes), self.shapes, strict=True)
+        ]
+
+    def returned(self, gradients: Sequence[Tensor], trained: Sequence[bool]) -> dict[tuple[int, int], Tensor]:
+        """Sum gradients [N P] over the ranks, of those tensors of an expert that are ``trained`` [P].
+
+        Returns those that are this rank's by the number of the local expert and the place in [P].
+        """
+        kinds = len(self.names)
+        wanted, messages, start = [kind for kind in range(kinds) if trained[kind]], [], 0
+        for _, local in self.local:
+            rows = [gradients[start + e * kinds :][:kinds] for e in range(len(local))]
+            # In 16 bits a sum over ranks would soon lose what is added to it.
+            messages.append(torch.cat([row[kind].reshape(-1).float() for row in rows for kind in wanted]))
+            start += len(local) * kinds
+        self._wait(self._exchange(messages, back=True))
+        found: dict[tuple[int, int], Tensor] = {}
+        for (owner, local), message in zip(self.local, messages, strict=True):
+            if owner == self.topology.expert_rank:
+                parts = message.split([self.sizes[kind] for _ in local for kind in wanted])
+                places = [(e, kind) for e in local for kind in wanted]
+                found |= dict(zip(places, parts, strict=True))
+        return found
+
+    def replicas(self) -> list[Replica]:
+        """Return the lent experts, after waiting for their weights."""
+        lent = _Lend.apply(self, *[each for expert in self.experts for each in expert.parameters()])
+        kinds = len(self.names)
+        of_each = [lent[start : start + kinds] for start in range(0, len(lent), kinds)]
+        return [Replica(self.experts[0], dict(zip(self.names, of_one, strict=True))) for of_one in of_each]
+
 
 class _Lend(torch.autograd.Function):
-    """Return the tensors of the lent experts [N P], expert by expert, from those of all local ones [E/R P].
+    """Return the tensors of the lent experts [N P]; the arguments are those of all local experts [E/R P].
 
-    All local parameters are arguments although few are read: their gradients then wait for this backward pass
-    on every rank. Otherwise the owner's would arrive later than those of its peers, and the collectives by
-    which DeepSpeed reduces gradients would meet this one in another order.
+    Few of them are lent, or none, but so the result has a gradient on every rank, and all gradients of local
+    experts come after this backward pass: the collectives by which DeepSpeed reduces them must not meet this
+    one in different orders.
     """
 
     @staticmethod
-    def forward(ctx: Any, loan: _Loan, kinds: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        loan.shapes = [each.shape for each in parameters[:kinds]]
-        size = sum(map(math.prod, loan.shapes))
-        messages = []
-        for owner, local in loan.local:
-            if owner == loan.topology.expert_rank:
-                flat = [each.reshape(-1) for e in local for each in parameters[e * kinds : (e + 1) * kinds]]
-                messages.append(torch.cat(flat))
-            else:
-                messages.append(parameters[0].new_empty(len(local) * size))
-        loan.exchange(messages, back=False)
-        ctx.loan, ctx.kinds, ctx.total = loan, kinds, len(parameters)
-        ctx.dtype = parameters[0].dtype
+    def forward(ctx: Any, loan: Loan, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.loan, ctx.like = loan, parameters
         # The experts of a layer train together, so what holds for those of one holds for all, on every rank.
-        ctx.trained = ctx.needs_input_grad[2 : 2 + kinds]
-        lent = tuple(
-            part.view(shape)
-            for message in messages
-            for expert in message.split(size)
-            for part, shape in zip(expert.split(list(map(math.prod, loan.shapes))), loan.shapes, strict=True)
-        )
+        kinds = len(loan.names)
+        ctx.trained = ctx.needs_input_grad[1 : 1 + kinds]
+        lent = loan.received()
         trained = ctx.trained * (len(lent) // kinds)
         ctx.mark_non_differentiable(*(each for each, is_one in zip(lent, trained, strict=True) if not is_one))
-        return lent
+        return tuple(lent)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        loan, kinds = ctx.loan, ctx.kinds
-        wanted = [kind for kind in range(kinds) if ctx.trained[kind]]
-        left, messages = list(gradients), []
-        for _, local in loan.local:
-            of_owner, left = left[: len(local) * kinds], left[len(local) * kinds :]
-            # In 16 bits a sum over ranks would soon lose what is added to it.
-            flat = [of_owner[e * kinds + k].reshape(-1).float() for e in range(len(local)) for k in wanted]
-            messages.append(torch.cat(flat))
-        loan.exchange(messages, back=True)
-        found: list[Tensor | None] = [None] * ctx.total
-        for (owner, local), message in zip(loan.local, messages, strict=True):
-            if owner == loan.topology.expert_rank:
-                parts = iter(message.split([math.prod(loan.shapes[k]) for _ in local for k in wanted]))
-                for e in local:
-                    for k in wanted:
-                        found[e * kinds + k] = next(parts).view(loan.shapes[k]).to(ctx.dtype)
-        return None, None, *found
-
-
-def lend(
-    experts: nn.ModuleList, numbers: Sequence[int], topology: Topology, traffic: Traffic
-) -> list[Replica]:
-    """Return replicas of the experts with these global ``numbers``, ascending, on every rank of the
-    expert-parallel group, all of which must call it. ``experts`` are the local ones.
-    """
-    names = [name for name, _ in experts[0].named_parameters()]
-    parameters = [each for expert in experts for _, each in expert.named_parameters()]
-    loan = _Loan.of(numbers, len(experts), topology, traffic)
-    lent = _Lend.apply(loan, len(names), *parameters)
-    of_each = [lent[start : start + len(names)] for start in range(0, len(lent), len(names))]
-    return [Replica(experts[0], dict(zip(names, values, strict=True))) for values in of_each]
+        kinds = len(ctx.loan.names)
+        found: list[Tensor | None] = [None] * len(ctx.like)
+        for (expert, kind), gradient in ctx.loan.returned(gradients, ctx.trained).items():
+            place = expert * kinds + kind
+            found[place] = gradient.view_as(ctx.like[place]).to(ctx.like[place].dtype)
+        return None, *found
 
 
 def split(experts: Tensor, numbers: Sequence[int], total: int) -> tuple[Tensor, Tensor]:
