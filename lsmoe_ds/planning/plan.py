@@ -176,6 +176,10 @@ class Plan:
             made += [traffic, step]
         if any(each.placed or each.tasks or each.proposed for each in self.loads):
             made.append(self._table_of_loads(table))
+            if not all(each.placed for each in self.loads):
+                made.append(
+                    "about: the largest task has its experts on one rank, the others are spread evenly"
+                )
             made += [line for each in self.loads if (line := self._advice(each))]
         if self.flops is None:
             return Group(*made, UNKNOWN)
