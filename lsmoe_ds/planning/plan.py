@@ -92,13 +92,7 @@ class Plan:
             "step_bytes": self.step_bytes,
             "step_bytes_home": self.step_bytes_home,
             "task_affine": self.task_affine,
-            "loads": [
-                {key: value for key, value in asdict(each).items() if key != "largest"}
-                | {"tokens": each.busiest * tokens, "tokens_without": each.without * tokens}
-                | {"flops": self._work(each, each.busiest), "flops_without": self._work(each, each.without)}
-                for each in self.loads
-                if (tokens := self.step_tokens)
-            ],
+            "loads": [self._told(each) for each in self.loads],
             "shares_known": self.shares_known,
             "flops": None if self.flops is None else asdict(self.flops),
         }
@@ -196,6 +190,13 @@ class Plan:
             kinds = (token, f"{token}_attention", f"{token}_training")
             work.add_row(name, *(human(getattr(self.flops, kind)) for kind in kinds))
         return Group(*made, work)
+
+    def _told(self, load: Load) -> dict[str, Any]:
+        """Return a load for JSON, with the tokens and operations of the busiest rank."""
+        found = {key: value for key, value in asdict(load).items() if key != "largest"}
+        for key, share in (("", load.busiest), ("_without", load.without)):
+            found |= {f"tokens{key}": share * self.step_tokens, f"flops{key}": self._work(load, share)}
+        return found
 
     def _work(self, load: Load, share: float) -> float | None:
         """Return the operations of a step that a share of a side's experts' work takes."""
