@@ -77,6 +77,14 @@ class LanguageContext:
             self._places[sentences] = real, found
         return found
 
+    def spans(self, kind: str | Chooser, rows: int) -> list[Segment]:
+        """Return the segments of :meth:`segments` as the rows of their tokens, of so many rows of all
+        sentences, which have equally many each.
+        """
+        segments = self.segments(kind)
+        each = rows // segments[-1].stop if segments else 0
+        return [Segment(language, start * each, stop * each) for language, start, stop in segments]
+
     def segments(self, kind: str | Chooser) -> list[Segment]:
         """Split the batch into segments of equal "source" or "target" language, or of one that is chosen.
 
