@@ -5,6 +5,7 @@ TORCH := torch==2.13.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: demo test check benchmark slurm-up slurm-down clean
@@ -12,8 +13,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python recipes/demo.py
 
+# The tests of SLURM share one cluster, so one process runs them.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/slurm tests
+	$(BIN)/python -m pytest tests/slurm
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -87,6 +87,7 @@ setup(
         "names": ["faker>=40"],  # recipes/silver_names.py
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3",
             "faker>=40",
             "hypothesis>=6",
             "ruff",

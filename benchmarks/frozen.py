@@ -33,7 +33,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Step
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.launch import joining
-from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel import compat, deepspeed_engine
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import build_engine, train_step
 
@@ -94,7 +94,8 @@ def alone(size: Size, trainable: str, topology: Topology) -> dict[str, Any]:
         step()
     peak = peak_memory()
     parameters = list(engine.module.parameters())
-    moments = [value for state in compat.optimizer_states(engine).values() for value in state.values()]
+    states = deepspeed_engine.optimizer_states(engine).values()
+    moments = [value for state in states for value in state.values()]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         with Saver(run, topology, keep=1) as saver:

@@ -254,7 +254,7 @@ def bench(
             metavar="NAME",
             help=(
                 "The benchmark: adapters, checkpoint, convert, decode, exchange, exports, frozen, held_out, "
-                "hosts, imports, language_lora, low_rank, moe, neurons or train."
+                "hosts, imports, language_lora, large, low_rank, moe, neurons, train or vocabulary_map."
             ),
             show_default=False,
         ),

@@ -12,6 +12,7 @@ from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.console import print_json, show_table
 
 LABELS = {
+    "references_covered": "pieces of the references among the candidates, %",
     "sparse_parameters": "parameters of the whole model",  # which may be dense
     "padded_parameters": "parameters of the folder, padded to one width a side",
     "dense_bytes": "bytes of its weight files",  # rounded, padded, or with a table of positions
@@ -62,6 +63,14 @@ def convert(
             help="ctranslate2 only: store weights as float32 (the default), int8 or int8_float32.",
         ),
     ] = None,
+    vocabulary_map: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="ctranslate2 only: score the N target pieces alone that go with each source piece.",
+        ),
+    ] = None,
     optimizer: Annotated[
         bool, typer.Option("--optimizer", help="consolidated only: keep the optimizer's state.")
     ] = False,
@@ -100,7 +109,13 @@ def convert(
     chosen = direction_of(direction, source, target, "--to-language")
     like_language = None if like_language is None else read_code(like_language, of_system=True)
     like = None if like_language is None and like_expert is None else Likeness(like_expert, like_language)
-    options = {"quantization": quantization, "optimizer": optimizer, "nproc": processes, "base": base}
+    options = {
+        "quantization": quantization,
+        "vocabulary_map": vocabulary_map,
+        "optimizer": optimizer,
+        "nproc": processes,
+        "base": base,
+    }
     weights = read_average(average)
     summary = convert_run(run, to, chosen, out, check, route, weights, overrides or (), like, **options)
     if as_json:
@@ -108,5 +123,6 @@ def convert(
     else:
         if adapters := summary.pop("adapters", None):
             show_table(size_table(adapters))
+        summary |= summary.pop("vocabulary_map", {})
         for name, value in summary.items():
             print(f"{LABELS.get(name, name.replace('_', ' '))}: {value}")

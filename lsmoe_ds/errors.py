@@ -1,6 +1,6 @@
 """The one exception that is meant for the person at the keyboard."""
 
-LONGEST = 500  # characters of a sentence
+LONGEST = 1000  # characters of a sentence, in which several long paths have a place
 
 
 class UserError(Exception):

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from pydantic import ValidationError
 from short_runs import ShortRuns
-from test_planning import VOCABULARY, recipe_of
+from test_planning import SIDES, VOCABULARY, recipe_of
 from test_pruning import pruned_of
 from test_resharding import load_and_save, losses, states
 from test_sameness import ragged_batch
@@ -21,9 +21,12 @@ from test_training import assert_same_end, loop
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.checkpoint.stored import find_model
-from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.optimizer import OPTIMIZERS
+from lsmoe_ds.config.recipe import Recipe, Training
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.planning.plan import plan
+from lsmoe_ds.planning.trained import _by_outline, _by_shape
+from lsmoe_ds.training.optimizers import OPTIMIZERS as BUILDERS
 
 # (tensor, expert, world, ZeRO stage)
 ONE, EXPERTS, TENSOR, BOTH = (1, 1, 1, 0), (1, 2, 2, 0), (2, 1, 2, 0), (2, 2, 4, 0)
@@ -153,7 +156,7 @@ def kept_by_engine(topology: Any, recipe: Recipe) -> tuple[int, int, int, bool]:
     """Return the bytes of a rank's weights, gradients and optimizer state after a step, and whether what is
     frozen stays as it was.
     """
-    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.parallel import deepspeed_engine
     from lsmoe_ds.training.engine import build_engine
 
     engine = build_engine(recipe, VOCABULARY, topology)
@@ -165,7 +168,7 @@ def kept_by_engine(topology: Any, recipe: Recipe) -> tuple[int, int, int, bool]:
         engine.backward(engine(batch.source, batch.decoder_input, batch.labels, batch.ids).loss)
         gradients = sum(p.grad.nbytes for p in engine.module.parameters() if p.grad is not None)
         engine.step()
-    states = compat.optimizer_states(engine).values()
+    states = deepspeed_engine.optimizer_states(engine).values()
     state = sum(value.nbytes for each in states for value in each.values() if value.dim())
     weights = sum(p.nbytes for p in engine.module.parameters())
     same = all(torch.equal(p, value) for p, value in frozen.items())
@@ -221,3 +224,16 @@ def test_settings_of_another_optimizer_are_refused():
     given["training"]["optimizer"] = "adam"
     with pytest.raises(ValidationError, match="'adafactor' is given, but 'optimizer' is adam: leave it out"):
         Recipe.model_validate(given)
+
+
+@pytest.mark.parametrize("sides", [*SIDES, ("token", "sentence")], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+def test_shapes_by_formula_are_those_of_an_outline(sides, shared):
+    more = {"router_bias": True} if set(sides) <= {"token", "sentence"} else {}
+    recipe = recipe_of(*sides, fuse_distillation=shared and sides != ("dense", "dense"), **more)
+    assert sorted(_by_shape(recipe), key=str) == sorted(_by_outline(recipe), key=str)
+
+
+def test_every_optimizer_is_known_to_all_who_ask():
+    (names,) = [get_args(Training.model_fields["optimizer"].annotation)]
+    assert set(names) == OPTIMIZERS.keys() == BUILDERS.keys()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import sys
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 
 import ctranslate2
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -15,16 +19,20 @@ from small_run import TARGET_TOP2, make_recipe, write_corpus
 from test_bad_input import main
 from test_convert import PAIR_TOP3, global_weights
 
-from lsmoe_ds.checkpoint.stored import write_folder
+from lsmoe_ds.checkpoint.stored import find_model, read_weights, write_folder
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.convert.agreement import _logits
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.prepared import open_data
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.export import vocabulary_map
 from lsmoe_ds.export.ctranslate2 import write_files
 from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.export.subnetwork import extract
+from lsmoe_ds.export.vocabulary_map import VocabularyMap, associate
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.ctranslate2 import CTranslate2
 from lsmoe_ds.inference.load import Loaded, load
@@ -217,3 +225,70 @@ def test_what_cannot_be_done_is_refused(dense, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     with pytest.raises(UserError, match="pip install ctranslate2"):
         load_engine(dense, engine="ctranslate2", direction=EN_DE)
+
+
+def test_a_vocabulary_map_scores_the_candidates_of_a_sentence_alone(dense, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vocabulary_map, "FREQUENT", 4)
+    lines = ["ba de fi", "ko la mi", "fi fi ba ko"]
+    command = ["convert", str(dense), "--to", "ctranslate2", "--out", str(tmp_path / "model")]
+    assert main([*command, "--check", "4", "--vocabulary-map", "1"]) == 0
+    assert "pieces of the references among the candidates, %: " in capsys.readouterr().out
+    engine = load_engine(tmp_path / "model")
+    found, size = VocabularyMap.of(open_data(engine), EN_DE, 1), engine.vocabulary.size
+    tokens = [engine.vocabulary.encode(line) for line in lines]
+    for source in tokens:
+        known = set(found.candidates(source).tolist())
+        (best,) = engine.search([source], EN_DE, Search(5, 1.0))
+        assert known >= set(best.tokens) and len(known) < size / 2
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "use_vmap=True" in card and "1 candidates for each piece of a source, of en-de alone; " in card
+    assert "vmap.txt" in json.loads((tmp_path / "model" / "provenance.json").read_text())["files"]
+
+
+def test_a_vocabulary_map_of_all_pieces_changes_nothing(dense, tmp_path):
+    lines = ["ba de fi", "ko la mi", "fi fi ba ko"]
+    loaded, recipe = load(dense, "cpu"), load_recipe(dense / "recipe.yaml")
+    size = loaded.vocabulary.size
+    everything = VocabularyMap(np.arange(size), [np.zeros(0, np.int64)] * size)
+    tensors = read_weights(find_model(dense)).tensors
+    names = write_files(tmp_path, tensors, recipe, dense / "vocabulary.model", candidates=everything)
+    engine = CTranslate2.open(tmp_path, recipe, dense / "vocabulary.model", 2, tmp_path, "specific", EN_DE)
+    assert "vmap.txt" in names
+    assert list(translate(engine, EN_DE, lines)) == list(translate(loaded, EN_DE, lines))
+
+
+def test_candidates_go_together_more_than_by_chance():
+    """Against the four cells written out for each pair of pieces."""
+    generator = random.Random(3)
+    source = [[generator.randrange(4, 12) for _ in range(5)] for _ in range(60)]
+    target = [[20 + each for each in line if generator.random() < 0.8] + [30] for line in source]
+    found = associate(stored_pairs(source, target), 40, 2)
+    both = [(set(one), set(other)) for one, other in zip(source, target, strict=True)]
+    for piece in range(4, 12):
+        scores = {}
+        for other in range(40):
+            k = sum(piece in a and other in b for a, b in both)
+            a, b = sum(piece in a for a, _ in both), sum(other in b for _, b in both)
+            cells = [(k, a, b), (a - k, a, 60 - b), (b - k, 60 - a, b), (60 - a - b + k, 60 - a, 60 - b)]
+            if k * 60 > a * b:
+                scores[other] = sum(n * math.log(n * 60 / (r * c)) for n, r, c in cells if n)
+        best = sorted(scores, key=scores.get, reverse=True)[:2]
+        assert set(found.by_piece[piece].tolist()) == {*best, piece}
+    assert found.by_piece[0].tolist() == [0], "a piece that never occurs brings itself"
+    assert 30 in found.always
+
+
+def stored_pairs(source, target):
+    """Token pairs that are not on disk."""
+
+    def store(lines):
+        offsets = np.cumsum([0, *map(len, lines)])
+        return SimpleNamespace(ids=np.concatenate(lines).astype(np.uint16), offsets=offsets)
+
+    sides = SimpleNamespace(source=store(source), target=store(target))
+    return type("Pairs", (), {"__len__": lambda self: len(source), **vars(sides)})()
+
+
+def test_a_map_needs_one_direction_and_training_text(place, dense, tmp_path):
+    with pytest.raises(UserError, match="--vocabulary-map is for --to ctranslate2, not for dense"):
+        convert(dense, "dense", None, tmp_path / "model", 0, vocabulary_map=3)

@@ -60,6 +60,10 @@ def test_the_named_kinds_are_there():
         ),
         ({"train_batch_size": 8}, "sets 'train_batch_size', which the recipe decides by data.batch"),
         (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            "sets 'activation_checkpointing', which the recipe decides by training.activation_checkpointing",
+        ),
+        (
             {"wall_clock_breakdown": True},
             "sets 'wall_clock_breakdown', whose timers DeepSpeed cannot run here",
         ),

@@ -122,6 +122,7 @@ def played_step(topology, recipe, vocabulary: int) -> tuple[float, int]:
 
 def test_a_step_tells_the_device_s_time_of_all_ranks(pool, tmp_path):
     recipe = make_recipe(tmp_path, TOKEN_TOP2, TARGET_TOP2, expert=2)
+    recipe.data.batch.count = 2  # a micro-batch on each rank
     found = pool.run(2, played_step, recipe, 100, expert=2)
     exchanges = sum(count for _, count in found)
     assert exchanges >= 2 * 2 * 4, "counts, routes and rows, forth and back, of two layers on two ranks"

@@ -263,7 +263,7 @@ def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch)
 
 def test_no_group_of_the_optimizer_ends_within_a_layer():
     """At the size of 128 experts of Transformer-Big on 8 ranks: 134M values a layer, of 179M in a group."""
-    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.parallel import deepspeed_engine
 
     topology = Topology(world=8, tensor=1, expert=8, rank=0)
     with torch.device("meta"):
@@ -274,7 +274,7 @@ def test_no_group_of_the_optimizer_ends_within_a_layer():
         model = nn.ModuleList(
             nn.ModuleDict({"deepspeed_moe": each, "norm": nn.LayerNorm(8)}) for each in layers
         )
-    groups = [{id(each) for each in group["params"]} for group in compat.optimizer_groups(model)]
+    groups = [{id(each) for each in group["params"]} for group in deepspeed_engine.optimizer_groups(model)]
     assert len(groups) == 1 + 3, "norms, and each layer by itself: two are more than the limit"
     assert sum(map(len, groups)) == len(list(model.parameters()))
     for layer in layers:
@@ -282,10 +282,10 @@ def test_no_group_of_the_optimizer_ends_within_a_layer():
 
 
 def test_layers_share_a_group_of_the_optimizer_up_to_its_limit(monkeypatch):
-    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.parallel import deepspeed_engine
 
     layers = [Experts([FeedForward(8, 16, Topology.single())] * 1, Topology.single()) for _ in range(5)]
     model = nn.ModuleList(nn.ModuleDict({"deepspeed_moe": each}) for each in layers)
     values = sum(each.numel() for each in layers[0].parameters())
-    monkeypatch.setattr(compat, "LARGEST_GROUP", 2 * values)
-    assert [len(group["params"]) for group in compat.optimizer_groups(model)] == [8, 8, 4]
+    monkeypatch.setattr(deepspeed_engine, "LARGEST_GROUP", 2 * values)
+    assert [len(group["params"]) for group in deepspeed_engine.optimizer_groups(model)] == [8, 8, 4]

@@ -11,7 +11,7 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.planning.arithmetic import flops
 from lsmoe_ds.planning.devices import DEVICES, Device
-from lsmoe_ds.planning.fit import Cluster, estimate, find_fits
+from lsmoe_ds.planning.fit import Cluster, estimate, find_fits, table_of
 from lsmoe_ds.planning.plan import plan
 
 SMALL = Device(memory=2e9, memory_rate=1e11, link_rate=1e10, half=1e12, single=1e11)
@@ -53,10 +53,13 @@ def test_all_layouts_are_there_and_hold_the_step(recipe):
     assert [each.times.step for each in found] == sorted(each.times.step for each in found)
 
 
-def test_less_memory_takes_smaller_micro_batches(recipe):
+def test_less_memory_takes_smaller_micro_batches():
+    """And no layer is computed again where they cost nothing."""
+    recipe = load_recipe(BIG, [*base(), "training.auxiliary_over=micro-batch"])
     largest = {each.memory.peak for each in find_fits(recipe, cluster(2))}
     found = find_fits(recipe, cluster(2, memory=min(largest) * 0.995 / 0.95))
     assert found and all(each.accumulation > 1 for each in found)
+    assert not any(each.recipe.training.activation_checkpointing for each in found)
     assert all(each.memory.peak <= min(largest) for each in found)
     for each in found:
         assert each.recipe.data.batch.count == 2 // each.recipe.parallel.tensor * each.accumulation
@@ -86,7 +89,71 @@ def test_times_are_those_of_a_count_by_hand(recipe):
     assert times.optimizer == pytest.approx(30 * stepped / 1e11)
 
 
-def test_a_pass_ahead_of_the_step_takes_a_third_more(recipe):
+# Batches of the fewest tokens that sentences allow: on one rank each they cannot be cut.
+UNCUT = "data.batch={tokens: 512, count: 4, max_length: 256}"
+
+
+def test_a_layout_that_does_not_fit_is_tried_with_activation_checkpointing():
+    small = load_recipe(BIG, [*base(), UNCUT])
+    largest = find_fits(small, cluster(4, node=1))
+    assert largest and not any(each.recipe.training.activation_checkpointing for each in largest)
+    needs = {(each.recipe.parallel.expert, each.memory.stage): each.memory for each in largest}
+    limit = min(each.memory.peak for each in largest) - 1
+    found = find_fits(small, cluster(4, node=1, memory=limit / 0.95))
+    assert found and all(each.recipe.training.activation_checkpointing for each in found)
+    for each in found:
+        without = needs[each.recipe.parallel.expert, each.memory.stage]
+        assert each.memory.activations < without.activations and each.memory.peak <= limit
+        assert each.to_dict()["activation_checkpointing"]
+    for fits, said in ((largest, {"no"}), (found, {"yes"})):
+        (column,) = (each for each in table_of(fits).columns if each.header == "checkpointing")
+        assert set(column.cells) == said
+
+
+def test_layers_that_are_computed_again_take_time():
+    sizes = "data.batch={tokens: 2048, count: 2, max_length: 64}"
+    layout = [*base(), "parallel={tensor: 2, expert: 4}", sizes]
+    without, again = (
+        estimate(load_recipe(BIG, [*layout, f"training.activation_checkpointing={each}"]), cluster(4))
+        for each in ("false", "true")
+    )
+    work = flops(load_recipe(BIG, layout))
+    output = 2 * 64 * 1000  # is not computed again
+    cross = 2 * 2 * 2 * 64 * 64  # nor are two layers' keys and values of the source
+    more = 4096 / 2 * (work.source + work.target - output - cross) / 4 / (1e12 * 0.5)
+    assert again.compute - without.compute == pytest.approx(more)
+    assert again.tensor == pytest.approx(1.5 * without.tensor)
+    assert 1.4 * without.dispatch < again.dispatch < 1.6 * without.dispatch
+    assert (again.gradients, again.optimizer) == (without.gradients, without.optimizer)
+
+
+def test_a_recipe_that_has_activation_checkpointing_keeps_it():
+    asked = load_recipe(BIG, [*base(), "training.activation_checkpointing=true"])
+    found = find_fits(asked, cluster(4))
+    assert found and all(each.recipe.training.activation_checkpointing for each in found)
+
+
+def test_fewer_micro_batches_may_spare_the_pass_ahead(recipe):
+    """A rank with one micro-batch needs no pass ahead: that may outweigh layers that are computed again."""
+    alone = cluster(1, node=1)
+    whole = load_recipe(BIG, [*base(), "data.batch={tokens: 4096, count: 1, max_length: 64}"])
+    (stage_1,) = (each for each in find_fits(whole, alone) if each.memory.stage == 1)
+    assert stage_1.accumulation == 1
+    (found,) = (
+        each
+        for each in find_fits(
+            whole, replace(alone, device=replace(SMALL, memory=(stage_1.memory.peak - 1) / 0.95))
+        )
+        if each.memory.stage == 1
+    )
+    cut = load_recipe(
+        BIG, [*base(), "data.batch={tokens: 2048, count: 2, max_length: 64}", "parallel.expert=1"]
+    )
+    assert found.accumulation == 1 and found.recipe.training.activation_checkpointing
+    assert found.times.step < estimate(cut, alone).step
+
+
+def test_a_pass_ahead_of_the_step_takes_its_operations(recipe):
     several = load_recipe(BIG, [*base(), "data.batch={tokens: 512, count: 8, max_length: 64}"])
     without = load_recipe(
         BIG,
@@ -97,14 +164,20 @@ def test_a_pass_ahead_of_the_step_takes_a_third_more(recipe):
         ],
     )
     ahead, saved = (estimate(each, cluster(4)).compute for each in (several, without))
-    assert ahead == pytest.approx(4 / 3 * saved)
+    forward = flops(several).source + flops(several).target
+    assert ahead - saved == pytest.approx(4096 / 2 * forward / 4 / (1e12 * 0.5))
 
 
-def test_the_command_writes_the_fastest_recipe(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "options", "again"),
+    [([], ["--memory", "2GB"], False), ([UNCUT], ["--memory", "0.538GB", "--node", "1"], True)],
+    ids=["kept", "computed again"],
+)
+def test_the_command_writes_the_fastest_recipe(tmp_path, changes, options, again):
     out = tmp_path / "fits.yaml"
-    sets = [f"--set={each}" for each in base()]
+    sets = [f"--set={each}" for each in [*base(), *changes]]
     told = json.loads(
-        run_plan(BIG, *sets, "--fit", "--gpus", "4", "--memory", "2GB", "--out", str(out), "--json").stdout
+        run_plan(BIG, *sets, "--fit", "--gpus", "4", *options, "--out", str(out), "--json").stdout
     )
     fastest = told["layouts"][0]
     written = load_recipe(out)
@@ -112,6 +185,7 @@ def test_the_command_writes_the_fastest_recipe(tmp_path):
     assert written.data.batch.count == fastest["batch_count"]
     assert written.deepspeed["zero_optimization"]["stage"] == fastest["zero"]
     assert written.deepspeed["bf16"] == {"enabled": True}
+    assert written.training.activation_checkpointing == fastest["activation_checkpointing"] == again
     table = run_plan(BIG, *sets, "--fit", "--gpus", "4").stdout
     assert "parallel.expert" in table and "tokens / s" in table
 

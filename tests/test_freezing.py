@@ -42,7 +42,7 @@ def train(topology, recipe: Recipe):
     """
     from deepspeed.utils import safe_get_full_grad
 
-    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.parallel import deepspeed_engine
     from lsmoe_ds.parallel.parameters import partition_dimension
     from lsmoe_ds.training.engine import build_engine, train_step
 
@@ -74,7 +74,7 @@ def train(topology, recipe: Recipe):
         names[name]: (parameter.detach().float().numpy().copy(), partition_dimension(parameter))
         for name, parameter in engine.module.named_parameters()
     }
-    states = compat.optimizer_states(engine).values()
+    states = deepspeed_engine.optimizer_states(engine).values()
     moments = sum(state[key].numel() for state in states for key in ("exp_avg", "exp_avg_sq"))
     engine.destroy()
     numbers = [(r.loss, r.metrics["nll"], r.metrics.get("balance", 0.0), r.grad_norm) for r in results]

@@ -39,7 +39,7 @@ from lsmoe_ds.inference.load import load
 
 SECONDS = 10  # for one file; a reader that hangs is stopped
 MEMORY = 2 << 30  # bytes that a reader may ask for beyond what the process has
-LONGEST = 600  # characters of a sentence
+LONGEST = 1100  # characters of a sentence
 EN_DE = Direction("en", "de")
 TEXT = "ba defi kola, nobu"
 RUN, CHECKPOINT, WHOLE, DENSE, DATA = "run", "run/checkpoints/step-2", "whole", "dense", "data/prepared/small"

@@ -40,7 +40,7 @@ def first_step(topology, recipe: Recipe, step: Step | None = None):
     """
     from deepspeed.utils import safe_get_full_grad
 
-    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.parallel import deepspeed_engine
     from lsmoe_ds.parallel.parameters import partition_dimension
     from lsmoe_ds.training.engine import build_engine, train_step
 
@@ -64,7 +64,7 @@ def first_step(topology, recipe: Recipe, step: Step | None = None):
     def held(piece) -> Tensor:
         return piece.values.detach().view(-1)[piece.offset : piece.offset + piece.length].clone()
 
-    pieces = compat.optimizer_pieces(engine)
+    pieces = deepspeed_engine.optimizer_pieces(engine)
     before = [held(piece) for piece in pieces]
     step = step or steps_of(recipe, topology.data_rank, topology.data)[0]
     result = train_step(engine, step, 1, recipe, topology)

@@ -28,7 +28,7 @@ from lsmoe_ds.launch.processes import free_port
 from lsmoe_ds.parallel import compat
 
 EVERY, KEEP = 2, 2
-PATIENCE = 120.0
+PATIENCE = 400.0
 FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 

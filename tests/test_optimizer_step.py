@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sameness import VOCABULARY, close, ragged_batch, recipe_for, steps_of
+from test_sameness import VOCABULARY, close, ragged_batch, recipe_for, steps_of, whole
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Batch
@@ -87,6 +87,44 @@ def test_two_steps_are_those_of_plain_torch(pool, clip):
             close(torch.from_numpy(weights[name]), parameter.detach(), name)
 
 
+def begun_with(topology, recipe: Recipe):
+    """Return the types of the parameters before they are initialized, and a rank's first weights."""
+    from unittest import mock
+
+    from lsmoe_ds.parallel.parameters import global_names, partition_dimension
+    from lsmoe_ds.training import engine as module
+
+    types = []
+
+    def initialize_and_note(model, *arguments):
+        types.extend(str(parameter.dtype) for parameter in model.parameters())
+        initialize(model, *arguments)
+
+    with mock.patch.object(module, "initialize", initialize_and_note):
+        engine = module.build_engine(recipe, VOCABULARY, topology)
+    names = global_names(engine.module, topology)
+    weights = {
+        names[name]: (parameter.detach().float().numpy().copy(), partition_dimension(parameter))
+        for name, parameter in engine.module.named_parameters()
+    }
+    engine.destroy()
+    return set(types), weights
+
+
+@pytest.mark.parametrize(("world", "tensor", "expert", "stage"), [(1, 1, 1, 0), (2, 2, 2, 1), (2, 1, 2, 2)])
+def test_in_16_bits_a_model_is_made_in_16_bits(pool, world, tensor, expert, stage):
+    """No float32 copy of it is made, and it begins with the weights of the float32 one, rounded."""
+    recipe = recipe_of("token", tensor, expert, stage)
+    recipe.deepspeed = {**recipe.deepspeed, "bf16": {"enabled": True}}
+    found = pool.run(world, begun_with, recipe, tensor=tensor, expert=expert)
+    ((_, wanted),) = pool.run(1, begun_with, recipe_of("token"))
+    assert [types for types, _ in found] == [{"torch.bfloat16"}] * world
+    weights, wanted = whole(found, tensor, 1), whole([(None, wanted)], 1, 1)
+    assert weights.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(weights[name], value.bfloat16().float()), name
+
+
 @pytest.mark.parametrize(
     ("world", "tensor", "expert", "stage", "bf16"),
     [(1, 1, 1, 0, False), (1, 1, 1, 0, True), (2, 1, 2, 1, False), (2, 2, 1, 2, True), (2, 1, 1, 0, False)],
@@ -119,6 +157,22 @@ def test_a_weight_without_gradient_shrinks_by_the_decay_alone(pool):
             )
             idle += bool(((after - shrunk * before).abs() <= 1e-6).all())
     assert 32 <= idle < 48
+
+
+def test_zeros_of_idle_experts_take_the_memory_of_one():
+    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.training.engine import _fill_in_gradients
+
+    model = Transformer(recipe_of("target"), VOCABULARY)
+    used = next(each for each in model.parameters() if compat.is_expert_parameter(each))
+    used.grad = torch.ones_like(used)
+    _fill_in_gradients(model)
+    assert used.grad.all(), "an expert that was used keeps its gradient"
+    filled = [each for each in model.parameters() if each.grad is not None and each is not used]
+    assert all(compat.is_expert_parameter(each) and not each.grad.any() for each in filled)
+    assert (
+        len(filled) > len({each.shape for each in filled}) == len({each.grad.data_ptr() for each in filled})
+    )
 
 
 LAYOUTS = [(1, 0, True), (2, 0, False), (2, 1, False), (2, 2, True)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def exchange(topology):
     received = exchange_counts(sent, topology.expert_group, traffic)
     assert received.tolist() == [row[rank] for row in COUNTS]
     rows = rows_of(rank).requires_grad_()
-    out = all_to_all(rows, sent.tolist(), received.tolist(), topology.expert_group, traffic)
+    (out,) = all_to_all([rows], sent.tolist(), received.tolist(), topology.expert_group, traffic)
     (out * (rank + 1)).sum().backward()
     leaving = sum(COUNTS[rank]) - COUNTS[rank][rank]
     coming = sum(row[rank] for row in COUNTS) - COUNTS[rank][rank]
@@ -53,6 +54,54 @@ def test_uneven_all_to_all_and_its_gradient(pool):
         assert torch.equal(torch.from_numpy(received), torch.cat(parts))
         wanted = torch.cat([torch.full((count, 2), float(q + 1)) for q, count in enumerate(COUNTS[rank])])
         assert torch.equal(torch.from_numpy(gradient), wanted)
+
+
+# float64 needs more than the bfloat16 before it is aligned to.
+PARTS = {"x": (torch.bfloat16, 3, True), "n": (torch.int32, 1, False), "w": (torch.float64, 2, True)}
+PARTS |= {"frozen": (torch.float32, 1, False)}
+
+
+def parts_of(rank: int) -> list[torch.Tensor]:
+    count = sum(COUNTS[rank])
+    values = torch.arange(count * 4) + 10 * rank
+    return [
+        values[: count * width].view(count, width).to(dtype).requires_grad_(trains)
+        for dtype, width, trains in PARTS.values()
+    ]
+
+
+def exchange_together(topology):
+    """Return what a rank received, the gradients of its own parts, and the messages that left it each way."""
+    import torch.distributed as dist
+
+    from lsmoe_ds.parallel.collectives import Traffic, all_to_all
+
+    rank, messages, true = topology.rank, [], dist.all_to_all_single
+    sent, received = COUNTS[rank], [row[rank] for row in COUNTS]
+    traffic, parts = Traffic(), parts_of(rank)
+    with mock.patch.object(dist, "all_to_all_single", lambda *a, **o: (messages.append(1), true(*a, **o))[1]):
+        out = all_to_all(parts, sent, received, topology.expert_group, traffic)
+        there = len(messages)
+        assert [each.requires_grad for each in out] == [True, False, True, False]
+        ((out[0].double().sum() + 3 * out[2].sum()) * (rank + 1)).backward()
+    leaving, coming = sum(sent) - sent[rank], sum(received) - received[rank]
+    assert traffic.bytes == leaving * (6 + 4 + 16 + 4) + coming * (6 + 16)
+    return (
+        [each.detach().double().numpy() for each in out],
+        [parts[i].grad.double().numpy() for i in (0, 2)],
+        (there, len(messages) - there),
+    )
+
+
+def test_parts_of_several_types_travel_in_one_message(pool):
+    for rank, (received, gradients, messages) in enumerate(pool.run(4, exchange_together, expert=4)):
+        assert messages == (1, 1)
+        for number, each in enumerate(received):
+            wanted = torch.cat([parts_of(r)[number].detach().split(COUNTS[r])[rank] for r in range(4)])
+            assert torch.equal(torch.from_numpy(each), wanted.double())
+        by_rank = torch.cat([torch.full((count, 1), float(q + 1)) for q, count in enumerate(COUNTS[rank])])
+        assert torch.equal(torch.from_numpy(gradients[0]), by_rank.double().expand(-1, 3))
+        assert torch.equal(torch.from_numpy(gradients[1]), 3 * by_rank.double().expand(-1, 2))
 
 
 def split_and_join(topology, total: int):

@@ -63,9 +63,11 @@ def flops_of_training(recipe: Recipe, length: int) -> int:
     return flops_of(recipe, length, step)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["", "activation checkpointing"])
 @pytest.mark.parametrize(("trainable", "banks"), FROZEN.values(), ids=FROZEN)
-def test_training_takes_what_torch_counts(trainable, banks):
+def test_training_takes_what_torch_counts(trainable, banks, again):
     recipe = trained_by(with_banks(recipe_of("dense", "dense"), banks), trainable)
+    recipe.training.activation_checkpointing = again
     found = flops(recipe, LENGTH)
     assert 3 * LENGTH * (found.source_training + found.target_training) == flops_of_training(recipe, LENGTH)
 
@@ -87,15 +89,17 @@ def trainable_of(recipe: Recipe, trainable: Any) -> Any:
     return ["*.experts.*"] if trainable == ["*.router.weight"] and not routers else trainable
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["", "activation checkpointing"])
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("trainable", EXPERTS.values(), ids=EXPERTS)
 @pytest.mark.parametrize("sides", ROUTED, ids=str)
-def test_training_of_experts_takes_what_torch_counts(sides, trainable, fused):
+def test_training_of_experts_takes_what_torch_counts(sides, trainable, fused, again):
     recipe = recipe_of(*sides, fuse_distillation=fused)
+    recipe.training.activation_checkpointing = again
     trained_by(recipe, trainable_of(recipe, trainable))
     found = flops(recipe, LENGTH)
     # 2 E H of a sentence router are spread over the sentence's tokens, which rounds.
-    rounded = 3 * LENGTH * 2 * 3 if "sentence" in sides else 0
+    rounded = 3 * LENGTH * 2 * (3 + again) if "sentence" in sides else 0
     assert 3 * LENGTH * (found.source_training + found.target_training) == pytest.approx(
         flops_of_training(recipe, LENGTH), rel=0, abs=rounded
     )

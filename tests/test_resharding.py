@@ -150,7 +150,7 @@ def test_a_checkpoint_that_does_not_say_what_lies_where(pool, folder, begun, tmp
 
 def test_the_state_of_a_run_in_16_bits_at_stage_0_is_read(tmp_path):
     """Earlier versions trained there; such a run resumes at stage 1."""
-    from lsmoe_ds.parallel.compat import read_optimizer_file
+    from lsmoe_ds.parallel.deepspeed_engine import read_optimizer_file
 
     copies = [[torch.randn(3)], [torch.randn(2), torch.randn(1)]]
     state = {i: {"step": torch.tensor(4.0), "exp_avg": torch.randn(i + 1)} for i in range(3)}

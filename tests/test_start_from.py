@@ -47,7 +47,7 @@ def first_steps(topology: Any, recipe: Recipe, run: Path) -> dict[str, Any]:
     """Trains; returns the weights before the first step, the float32 copies as (name, start, values), losses,
     and what was said.
     """
-    from lsmoe_ds.parallel import compat
+    from lsmoe_ds.parallel import deepspeed_engine
     from lsmoe_ds.parallel.parameters import global_names, partition_dimension
     from lsmoe_ds.training import loop as module
 
@@ -68,12 +68,12 @@ def first_steps(topology: Any, recipe: Recipe, run: Path) -> dict[str, Any]:
                     piece.start,
                     piece.values.detach().view(-1)[piece.offset : piece.offset + piece.length].numpy(),
                 )
-                for piece in compat.optimizer_pieces(engine)
+                for piece in deepspeed_engine.optimizer_pieces(engine)
             ]
             kept["copies"] = [(name, begin, values.copy()) for name, begin, values in kept["copies"]]
             kept["moved"] = any(
                 state["exp_avg"].any()
-                for state in compat.optimizer_states(engine).values()
+                for state in deepspeed_engine.optimizer_states(engine).values()
                 if "exp_avg" in state
             )
         result = true_step(engine, batch, number, *arguments)

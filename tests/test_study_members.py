@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 from small_study import prepared_base, study_file
@@ -15,6 +17,7 @@ from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.study.command import Runs, run_study
 from lsmoe_ds.study.settings import load_study
+from lsmoe_ds.study.table import Comparison
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,26 @@ def test_rows_of_routes_in_directions_that_were_not_trained(base, tmp_path):
     (base / "routes.yaml").write_text(yaml.safe_dump(value))
     with pytest.raises(UserError, match="member 'modular': 'sideways' is no route"):
         run_study(base / "routes.yaml", tmp_path / "other")
+
+
+def test_a_member_may_take_some_of_the_seeds(base, tmp_path):
+    members = {"naive": {}, "once": {"seeds": [4]}}
+    value = study_file(name="some-seeds", seeds=[3, 4], members=members)
+    (base / "seeds.yaml").write_text(yaml.safe_dump(value))
+    out = tmp_path / "out"
+    first = run_study(base / "seeds.yaml", out, seeds=[3])
+    assert [(row.seeds, row.missing_seeds) for row in first.rows] == [((3,), (4,)), ((), (4,))]
+    assert "2 of 3 scores are missing" in first.about()
+    found = run_study(base / "seeds.yaml", out)
+    assert [(row.seeds, row.missing_seeds) for row in found.rows] == [((3, 4), ()), ((4,), ())]
+    assert found.runs_missing == 0 and found.rows[1].beyond_seeds is None
+    assert Comparison.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert not (out / "once-seed3").exists()
+    for seeds, says in (
+        ([5], "'seeds' of member 'once' names 5, which is not among those of the study: 3, 4"),
+        ([4, 4], "'seeds' names a seed twice"),
+    ):
+        members["once"]["seeds"] = seeds
+        (base / "seeds.yaml").write_text(yaml.safe_dump(value))
+        with pytest.raises(UserError, match=says):
+            load_study(base / "seeds.yaml")

@@ -4,11 +4,14 @@ What waits is what needs to know the content of a tensor: numbers made of tensor
 results whose size depends on values.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 from test_sameness import VOCABULARY, recipe_for, steps_of
 from torch.overrides import TorchFunctionMode
 
+from lsmoe_ds.model import recomputing
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.topology import Topology
@@ -34,19 +37,25 @@ class Waits(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-def waits(topology: Topology, routing: str, one_by_one: bool) -> list[str]:
-    """Return what waits in the first micro-batch's forward and backward pass.
+def waits(topology: Topology, routing: str, one_by_one: bool, again: bool = False) -> list[str]:
+    """Return what waits in the first micro-batch's forward and backward pass, with activation checkpointing
+    if layers are computed ``again``.
 
     Experts computed one by one wait for the numbers of their rows; the grouped product of a GPU does not.
     """
     from lsmoe_ds.moe import experts
 
     recipe = recipe_for(routing, topology.tensor, topology.expert, 0)
+    recipe.training.activation_checkpointing = again
     model = Transformer(recipe, VOCABULARY, topology).train()
     initialize(model, 1, topology)
     batch = steps_of(recipe, topology.data_rank, topology.data)[0].batches[0]
-    counts = experts.Assignment.counts
-    with Waits() as found:
+    counts, found = experts.Assignment.counts, Waits()
+
+    def recompute(layer, contexts, x):
+        return recomputing.recompute(layer, [*contexts, found], x)  # autograd leaves all such modes
+
+    with found, mock.patch("lsmoe_ds.model.transformer.recompute", recompute):
         if not one_by_one:
 
             def unseen(assignment: experts.Assignment) -> list[int]:
@@ -79,6 +88,14 @@ def test_a_pass_waits_for_real_tokens_once_a_side(pool, routing):
 def test_a_layer_whose_experts_are_spread_waits_once(pool, routing):
     for found in pool.run(2, waits, routing, False, expert=2):
         assert sorted(found) == ["nonzero"] * (LABELS + SIDES) + ["tolist"] * LAYERS
+
+
+@pytest.mark.parametrize("routing", ["token", "target", "static"])
+def test_a_layer_that_is_computed_again_waits_for_its_experts_alone(pool, routing):
+    ((found),) = pool.run(1, waits, routing, False, True)
+    assert found == ["nonzero"] * (LABELS + SIDES)
+    for found in pool.run(2, waits, routing, False, True, expert=2):
+        assert sorted(found) == ["nonzero"] * (LABELS + SIDES) + ["tolist"] * 2 * LAYERS
 
 
 def test_what_waits_is_found():

@@ -9,14 +9,15 @@ import multiprocessing
 import os
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
-HANG, START = (
-    120,
-    600,
-)  # seconds; a first start compiles all that it imports, beside whatever else the machine does
+# Seconds for a task, and for the first one, which compiles all that it imports beside whatever else the
+# machine does; and for the other ranks once one has failed.
+HANG, START, AFTER_FAILURE = 240, 600, 5
 PRELOAD = [
     "torch",
     "deepspeed",
@@ -94,17 +95,24 @@ class Pool:
         workers = self._worlds[world]
         for _, connection in workers:
             connection.send((function, arguments, {"tensor": tensor, "expert": expert}))
-        results = []
-        for _, connection in workers:
-            if not connection.poll(patience):
-                self._stop(world)
-                raise AssertionError(f"a worker of {world} hung in {function.__name__}")
-            results.append(connection.recv())
-        failures = [text for ok, text in results if not ok]
-        if failures:
+        waiting, results, failures = {ours: rank for rank, (_, ours) in enumerate(workers)}, {}, []
+        deadline = time.monotonic() + patience
+        while waiting and (ready := wait(list(waiting), max(0, deadline - time.monotonic()))):
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    done, results[rank] = connection.recv()
+                except EOFError:
+                    done, results[rank] = False, f"the worker of rank {rank} has died"
+                if not done:
+                    failures.append(results[rank])
+                    # The others may wait for this one as long as their groups do.
+                    deadline = min(deadline, time.monotonic() + AFTER_FAILURE)
+        if failures or waiting:
             self._stop(world)  # their groups may be out of step
-            raise AssertionError("\n".join(failures))
-        return [value for _, value in results]
+            late = [f"{function.__name__} hung on ranks {sorted(waiting.values())}"] * bool(waiting)
+            raise AssertionError("\n".join([*failures, *late]))
+        return [results[rank] for rank in range(world)]
 
     def _stop(self, world: int) -> None:
         for process, _ in self._worlds.pop(world):

@@ -16,13 +16,12 @@ from torch import Tensor
 from lsmoe_ds.checkpoint.reading import explain_damage
 from lsmoe_ds.checkpoint.sparse import unpack
 from lsmoe_ds.checkpoint.tensors import Files, open_tensors
-from lsmoe_ds.config.optimizer import AVERAGED
+from lsmoe_ds.config.optimizer import AVERAGED, averaged_partition, averaged_shape
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import checker, is_count, is_plain, read_fields
 from lsmoe_ds.notices import counted
-from lsmoe_ds.parallel import compat
-from lsmoe_ds.parallel.compat import VALUES
-from lsmoe_ds.parallel.parameters import averaged_partition, averaged_shape
+from lsmoe_ds.parallel import deepspeed_engine
+from lsmoe_ds.parallel.deepspeed_engine import VALUES
 
 PIECES = re.compile(r"pieces-rank-\d+\.json")
 STATE, STEM = "state.json", "optimizer"  # of a consolidated folder
@@ -33,7 +32,7 @@ class OptimizerState(Protocol):
 
     State tensors have the names that the optimizer gives them, and the shape of the parameter, unless they
     are averages (:data:`lsmoe_ds.config.optimizer.AVERAGED`). The float32 values that it steps in the place
-    of a parameter are called :data:`lsmoe_ds.parallel.compat.VALUES`.
+    of a parameter are called :data:`lsmoe_ds.parallel.deepspeed_engine.VALUES`.
     """
 
     def keys(self, name: str) -> list[str]:
@@ -100,7 +99,7 @@ class ConsolidatedOptimizer:
 
 def _read(path: Path) -> Any:
     with explain_damage(path):
-        return compat.read_optimizer_file(path, unpack)
+        return deepspeed_engine.read_optimizer_file(path, unpack)
 
 
 @dataclass(frozen=True)

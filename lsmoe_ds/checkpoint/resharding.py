@@ -17,15 +17,10 @@ from torch import Tensor, nn
 
 from lsmoe_ds.checkpoint.optimizer import OptimizerState
 from lsmoe_ds.checkpoint.tensors import Tensors
-from lsmoe_ds.config.optimizer import AVERAGED
+from lsmoe_ds.config.optimizer import AVERAGED, averaged_partition
 from lsmoe_ds.folders import write_json
-from lsmoe_ds.parallel import compat
-from lsmoe_ds.parallel.parameters import (
-    averaged_partition,
-    global_names,
-    named_state,
-    partition_dimension,
-)
+from lsmoe_ds.parallel import deepspeed_engine
+from lsmoe_ds.parallel.parameters import global_names, named_state, partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -33,11 +28,11 @@ def write_pieces(engine: Any, folder: Path, topology: Topology) -> None:
     """Write what this rank's file of optimizer state holds. Called by every rank."""
     local = {parameter: name for name, parameter in engine.module.named_parameters()}
     names, pieces = global_names(engine.module, topology), {}
-    for piece in compat.optimizer_pieces(engine):
+    for piece in deepspeed_engine.optimizer_pieces(engine):
         # Of what all tensor-parallel ranks hold alike, the part is 0.
         part = topology.tensor_rank if partition_dimension(piece.parameter) is not None else 0
         pieces[names[local[piece.parameter]]] = [part, piece.start, piece.length, piece.number, piece.offset]
-    file = compat.optimizer_file(engine, folder.name, topology.expert_rank)
+    file = deepspeed_engine.optimizer_file(engine, folder.name, topology.expert_rank)
     write_json(folder / f"pieces-rank-{topology.rank:05d}.json", {"file": file, "pieces": pieces})
 
 
@@ -50,7 +45,7 @@ def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topolog
     model: nn.Module = engine.module
     names = global_names(model, topology)
     local = {parameter: name for name, parameter in model.named_parameters()}
-    pieces = compat.optimizer_pieces(engine)
+    pieces = deepspeed_engine.optimizer_pieces(engine)
     for piece in pieces:
         name, held = names[local[piece.parameter]], piece.state
         for key, value in state.whole(name, weights.shape(name)).items():
@@ -59,7 +54,7 @@ def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topolog
                 spread = averaged_partition(dimension, dimensions, AVERAGED[key])
                 held[key].copy_(_part(value, spread, topology))
                 continue
-            target = piece.values if key == compat.VALUES else held.get(key)
+            target = piece.values if key == deepspeed_engine.VALUES else held.get(key)
             if target is None:
                 target = held[key] = torch.zeros_like(piece.values, dtype=torch.float32)
             _fill(target, value, piece, topology)
@@ -77,7 +72,7 @@ def load_weights(engine: Any, weights: Mapping[str, Tensor], topology: Topology)
     for name, value in named_state(model):
         value.copy_(_own(weights[names[name]], value, topology))
     local = {parameter: name for name, parameter in model.named_parameters()}
-    for piece in compat.optimizer_pieces(engine):
+    for piece in deepspeed_engine.optimizer_pieces(engine):
         if piece.values is not piece.parameter:
             _fill(piece.values, weights[names[local[piece.parameter]]], piece, topology)
 
@@ -92,7 +87,7 @@ def load_frozen(engine: Any, weights: Mapping[str, Tensor], topology: Topology) 
             parameter.copy_(_own(weights[names[name]], parameter, topology))
 
 
-def _fill(target: Tensor, whole: Tensor, piece: compat.Piece, topology: Topology) -> None:
+def _fill(target: Tensor, whole: Tensor, piece: deepspeed_engine.Piece, topology: Topology) -> None:
     """Copy the values of a piece from its whole parameter into ``target``, which has the layout of the
     piece's values.
     """

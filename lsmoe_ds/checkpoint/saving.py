@@ -35,7 +35,7 @@ from lsmoe_ds.checkpoint.sparse import pack, unpack
 from lsmoe_ds.checkpoint.tensors import BUFFERS
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import describe_files, read_json, sync, write_json
-from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel import compat, deepspeed_engine
 from lsmoe_ds.parallel.parameters import global_name, global_names, named_state, partition_dimension, places
 from lsmoe_ds.parallel.topology import Topology
 
@@ -108,7 +108,7 @@ class Saver:
         with _explained(partial, final, topology.is_main, self._settle):
             # DeepSpeed has put the global number of the expert into its names.
             left_out = lambda name: global_name(name, 0, 0) in frozen  # noqa: E731
-            compat.save_engine(engine, folder, partial.name, self._write, left_out)
+            deepspeed_engine.save_engine(engine, folder, partial.name, self._write, left_out)
             torch.save(compat.random_state(topology.tensor), partial / f"random-rank-{topology.rank:05d}.pt")
             write_pieces(engine, partial, topology)
             partition = _gather_partition(engine.module, topology)
@@ -290,7 +290,7 @@ def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
         if describe_change(engine, checkpoint, topology) is not None:
             load_resharded(engine, read_checkpoint(checkpoint).weights, open_optimizer(checkpoint), topology)
         else:
-            compat.load_engine(engine, checkpoint, unpack)
+            deepspeed_engine.load_engine(engine, checkpoint, unpack)
             if frozen_parameters(engine, topology):
                 load_frozen(engine, open_frozen(checkpoint.resolve().parent.parent)[0], topology)
             with compat.trusted_checkpoint_loading():

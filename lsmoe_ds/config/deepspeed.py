@@ -74,7 +74,8 @@ RECIPE_KEYS = {
     "train_micro_batch_size_per_gpu": "data.batch",
     "gradient_accumulation_steps": "data.batch.count and the number of processes",
     "gradient_clipping": "training.max_grad_norm",
-    "optimizer": "training.learning_rate",
+    "optimizer": "training.optimizer",
+    "activation_checkpointing": "training.activation_checkpointing",
     "scheduler": "training.warmup",
 }
 # Settings that are refused with these values: section, key, value, and why.

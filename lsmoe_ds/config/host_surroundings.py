@@ -30,7 +30,8 @@ class Surroundings:
     above: tuple[str, ...]
     heads: tuple[tuple[str, int, int], ...]
     parameters: Mapping[str, int]
-    kept: int  # values that all norms keep of a token for the backward pass
+    kept: Mapping[tuple[SideName, int], int]  # values of a token that each layer's norms keep
+    kept_outside: int  # that those outside the layers keep for the backward pass
     drops: bool  # whether hidden states have dropout
     is_plain: bool  # whether the products of all layers are those of their sites and of plain attention
 
@@ -60,6 +61,11 @@ class Surroundings:
                 norms[inside[name]] += (name,)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         beside = {f"{at}." for _, _, at, _ in layers}
+        kept = {name: _kept(model, name, each, config.hidden_size) for name, each in model.named_modules()}
+        within = {
+            (each, number): sum(count for name, count in kept.items() if name.startswith(f"{at}."))
+            for each, number, at, _ in layers
+        }
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         strange = [n for n in linears if n not in heads and not n.startswith(tuple(beside))]
         return cls(
@@ -70,7 +76,8 @@ class Surroundings:
                 (names[id(each.weight)], each.in_features, each.out_features) for each in heads.values()
             ),
             parameters=dict(parameters),
-            kept=sum(_kept(model, name, each, config.hidden_size) for name, each in model.named_modules()),
+            kept=within,
+            kept_outside=sum(kept.values()) - sum(within.values()),
             drops=any(hasattr(config, name) for name in DROPOUTS),
             is_plain=not capped and not strange and all(_is_plain(*each, sites) for each in layers),
         )

@@ -6,7 +6,7 @@ themselves are built in :mod:`lsmoe_ds.training.optimizers`. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -81,3 +81,25 @@ class Adafactor(OptimizerSettings):
 OPTIMIZERS: Mapping[str, type[OptimizerSettings]] = {"adam": Adam, "adafactor": Adafactor}
 # Of all of them; checkpoints tell such state tensors by their names.
 AVERAGED = {key: over for kind in OPTIMIZERS.values() for key, over in kind.averaged.items()}
+
+
+def averaged_shape(shape: Sequence[int], averaged: int | None) -> tuple[int, ...]:
+    """Return the shape of a state tensor of a parameter of ``shape``: the same, or without the dimension,
+    counted from the end, over which it is averaged.
+    """
+    kept = list(shape)
+    if averaged is not None:
+        del kept[averaged]
+    return tuple(kept)
+
+
+def averaged_partition(dimension: int | None, dimensions: int, averaged: int) -> int | None:
+    """Return the dimension of a state tensor that is spread over tensor-parallel ranks, or None.
+
+    The parameter has ``dimensions``, of which ``dimension`` is spread; the state tensor lacks the one that is
+    ``averaged``, counted from the end.
+    """
+    gone = dimensions + averaged
+    if dimension is None or dimension == gone:
+        return None
+    return dimension - (dimension > gone)

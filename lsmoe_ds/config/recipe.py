@@ -64,6 +64,7 @@ class Training(Section):
     label_smoothing: Fraction = 0.1
     dropout: Fraction = 0.1
     attention_dropout: Fraction = 0.0
+    activation_checkpointing: bool = False
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     auxiliary_over: Literal["step", "micro-batch"] = "step"

@@ -32,6 +32,7 @@ from lsmoe_ds.convert.agreement import check_agreement
 from lsmoe_ds.convert.gguf import convert_gguf, find_gguf
 from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
+from lsmoe_ds.data.prepared import open_data
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
@@ -40,6 +41,7 @@ from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.export.importing import read_huggingface
 from lsmoe_ds.export.peft import BASE, base_of, measure, refer, split_stored
 from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
+from lsmoe_ds.export.vocabulary_map import VocabularyMap
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
 from lsmoe_ds.languages import nearest, normalize_code, table
 
@@ -58,6 +60,7 @@ WRITERS = {
 SERVED = ("dense", "huggingface", "ctranslate2", "peft")  # without experts; a run's report tells of them
 OPTIONS = {
     "quantization": "ctranslate2",
+    "vocabulary_map": "ctranslate2",
     "optimizer": "consolidated",
     "nproc": "layout",
     "base": "peft",
@@ -80,10 +83,10 @@ def convert(
 
     For one direction, or by the shared route for all; a dense folder is taken as it is. ``average`` chooses
     the weights of a run. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
-    new parts begin as. ``options`` are those of the kind's writer: ``quantization`` of ctranslate2,
-    ``optimizer`` of consolidated, ``nproc`` of layout, ``base`` of peft. The first ``check`` held-out
-    sentences of the direction, or as many spread over all, are translated by both models. If that is not
-    possible, the record says why. What is made of a run for serving is also noted in the run's folder
+    new parts begin as. ``options`` are those of the kind's writer: ``quantization`` and ``vocabulary_map`` of
+    ctranslate2, ``optimizer`` of consolidated, ``nproc`` of layout, ``base`` of peft. The first ``check``
+    held-out sentences of the direction, or as many spread over all, are translated by both models. If that is
+    not possible, the record says why. What is made of a run for serving is also noted in the run's folder
     (:func:`_note`). Raises UserError for a target, direction, route, option or folder that is not possible.
     """
     kinds = [*WRITERS, "layout"]
@@ -98,7 +101,8 @@ def convert(
     options = {name: value for name, value in options.items() if value}
     for name in options:
         if OPTIONS[name] != to:
-            raise UserError(f"--{name} is for --to {OPTIONS[name]}, not for {to}")
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is for --to {OPTIONS[name]}, not for {to}")
     if to == "layout":
         if direction or route != "specific" or average != 1 or like:
             raise UserError(
@@ -163,7 +167,11 @@ def convert(
         made["padded_parameters"] = tensors.numbers + count_padding(recipe)
     if options.pop("optimizer", False):
         options["optimizer_of"] = stored
-    shown = {"quantization": options.get("quantization", QUANTIZATIONS[0])} if to == "ctranslate2" else {}
+    shown: dict[str, Any] = {}
+    if to == "ctranslate2":
+        shown = {"quantization": options.get("quantization", QUANTIZATIONS[0])}
+        if count := options.pop("vocabulary_map", None):
+            options["candidates"], shown["vocabulary_map"] = _map_vocabulary(stored, recipe, direction, count)
     kind = "consolidated" if whole else to
     provenance = {"kind": kind, **made, **shown, **({"average": average} if average != 1 else {})}
     card = model_card(kind, recipe, provenance, stored.home, rows)
@@ -193,6 +201,25 @@ def convert(
     return record
 
 
+def _map_vocabulary(
+    stored: Stored, recipe: Recipe, direction: Direction | None, count: int
+) -> tuple[VocabularyMap, dict[str, Any]]:
+    """Make the vocabulary map of one direction, with ``count`` candidates for each source piece.
+
+    Return what the record says of it, too.
+    """
+    if direction is None and len(recipe.languages.directions) > 1:
+        raise UserError("--vocabulary-map is of one direction: add --direction")
+    direction, data = direction or recipe.languages.directions[0], open_data(stored)
+    with waiting("counting which pieces go together"):
+        found = VocabularyMap.of(data, direction, count)
+    return found, {
+        "mapped": str(direction),
+        "candidates_of_a_piece": count,
+        **found.measure(data, direction),
+    }
+
+
 def _note(record: Mapping[str, Any], run: Path) -> None:
     """Keep a record in ``RUN/conversions``, beside those of other kinds, directions, routes and
     quantizations, and as the run's latest in ``conversion.json``.
@@ -202,6 +229,7 @@ def _note(record: Mapping[str, Any], run: Path) -> None:
     parts = [
         record["kind"],
         record.get("quantization"),
+        "mapped" if "vocabulary_map" in record else None,
         record["direction"],
         record["route"],
         f"of-{record.get('average', 1)}",

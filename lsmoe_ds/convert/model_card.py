@@ -108,13 +108,13 @@ pieces = vocabulary.id_to_piece(vocabulary.encode(clean("Text to translate.")))
 {%- if given %}
 source = ["<2{{ first.source }}>", *pieces]  # the tag of its own language goes first
 prefix = ["{{ tags[0] }}"]  # and that of the target language before the translation
-options = {"beam_size": 5, "min_decoding_length": 2, "return_end_token": True}
+options = {"beam_size": 5, "min_decoding_length": 2, "return_end_token": True{{ ', "use_vmap": True' if maps }}}
 found = translator.translate_batch([source], target_prefix=[prefix], **options)[0].hypotheses[0]
 # without the end, which counts in the length that scores are divided by, as the tag does
 print(vocabulary.decode(found[1:-1]))
 {%- else %}
 source = ["{{ tags[0] }}", *pieces]  # the tag of the target language goes first
-found = translator.translate_batch([source], beam_size=5, return_end_token=True)[0].hypotheses[0]
+found = translator.translate_batch([source], beam_size=5, return_end_token=True{{ ", use_vmap=True" if maps }})[0].hypotheses[0]
 print(vocabulary.decode(found[:-1]))  # without the end, which counts in the length that scores are divided by
 {%- endif %}
 ```
@@ -243,7 +243,12 @@ def model_card(
         named = [Direction.parse(row["directions"][0]) for row in adapters if row["ranks"]]
         words |= host_card.words(recipe, Vocabulary.load(home / VOCABULARY), [*named, *directions][0])
     use = environment.from_string(uses[kind]).render(
-        first=directions[0], last=last, given=given, style=style, **words
+        first=directions[0],
+        last=last,
+        given=given,
+        style=style,
+        maps=provenance.get("vocabulary_map", {}).get("mapped") == str(directions[0]),
+        **words,
     )
     pipeline, does = DOES[recipe.model.task]
     text = TrainingText.of(recipe, provenance, home)
@@ -297,6 +302,8 @@ def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any]) -> str:
         remarks.append(f" They are of another step than this model, which is of step {provenance['step']:,}.")
     if provenance.get("quantization", FLOAT) != FLOAT:
         remarks.append(" They are of the model before its weights were rounded.")
+    if "vocabulary_map" in provenance:
+        remarks.append(" They are of a search without vocabulary map.")
     return "".join(remarks)
 
 
@@ -317,6 +324,18 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     labels = (direction.label for direction in recipe.languages.directions)
     yield TASKS[model.task].unit, ", ".join(labels)
     yield "route", provenance["route"]
+    if (mapped := provenance.get("vocabulary_map")) is not None:
+        of_a_piece, of_a_sentence = mapped["candidates_of_a_piece"], mapped.get("candidates_of_a_sentence")
+        measured = (
+            f"; a held-out sentence has {of_a_sentence:,} candidates, among which are "
+            f"{mapped['references_covered']} % of the pieces of its reference"
+            if of_a_sentence is not None
+            else ""
+        )
+        yield (
+            "vocabulary map",
+            f"{of_a_piece} candidates for each piece of a source, of {mapped['mapped']} alone{measured}",
+        )
     if "merged" in provenance:
         yield "merged into its layers", provenance["merged"]
     average = provenance.get("average", 1)

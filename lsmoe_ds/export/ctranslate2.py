@@ -19,7 +19,8 @@ from torch import Tensor
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import SPECIALS
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.inference.ctranslate2 import PIECES, library
+from lsmoe_ds.export.vocabulary_map import VocabularyMap
+from lsmoe_ds.inference.ctranslate2 import MAP, PIECES, library
 from lsmoe_ds.languages import BOS, EOS, UNK, nearest
 from lsmoe_ds.model.embedding import FIRST_POSITION, sinusoids
 from lsmoe_ds.notices import counted
@@ -35,9 +36,10 @@ def write_files(
     recipe: Recipe,
     vocabulary: Path,
     quantization: str = "float32",
+    candidates: VocabularyMap | None = None,
 ) -> list[str]:
-    """Write a dense model's weights (by global name) and vocabulary into ``folder`` and return the names of
-    the files.
+    """Write a dense model's weights (by global name) and vocabulary into ``folder``, and the ``candidates``
+    of its output layer, and return the names of the files.
 
     Raises UserError for an unknown quantization, and for weights that are not those of the recipe and
     vocabulary.
@@ -45,7 +47,10 @@ def write_files(
     processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
     pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
     specify(tensors, recipe, pieces, quantization).save(str(folder))
-    return FILES
+    if candidates is None:
+        return FILES
+    candidates.write(folder, pieces)
+    return [*FILES, MAP]
 
 
 def specify(tensors: Mapping[str, Tensor], recipe: Recipe, pieces: Sequence[str], quantization: str) -> Any:

@@ -37,6 +37,7 @@ from lsmoe_ds.methods.context import Route
 
 END = SPECIALS[EOS]
 PIECES = "shared_vocabulary.json"
+MAP = "vmap.txt"  # a vocabulary map, by CTranslate2's own name
 Scored = tuple[list[str], float]  # pieces, with their end if they have ended, and their score
 
 
@@ -60,6 +61,7 @@ class CTranslate2:
     step: int
     home: Path
     route: Route = "specific"
+    mapped: Direction | None = None  # in which only candidates of a vocabulary map are scored
 
     @classmethod
     def load(cls, stored: Stored, route: Route) -> CTranslate2:
@@ -67,22 +69,37 @@ class CTranslate2:
         provenance = read_fields(stored.home / PROVENANCE, step=int, files=dict)
         if wrong := damage(stored.home, provenance["files"], verify=True):
             raise UserError(f"{stored.home} is damaged: {wrong}")
-        return cls.open(stored.home, stored.recipe, stored.vocabulary, provenance["step"], stored.home, route)
+        mapped = provenance.get("vocabulary_map", {}).get("mapped")
+        return cls.open(
+            stored.home,
+            stored.recipe,
+            stored.vocabulary,
+            provenance["step"],
+            stored.home,
+            route,
+            Direction.parse(mapped) if mapped else None,
+        )
 
     @classmethod
     def open(
-        cls, folder: Path, recipe: Recipe, vocabulary: Path, step: int, home: Path, route: Route = "specific"
+        cls,
+        folder: Path,
+        recipe: Recipe,
+        vocabulary: Path,
+        step: int,
+        home: Path,
+        route: Route = "specific",
+        mapped: Direction | None = None,
     ) -> CTranslate2:
         """Load the files that :func:`lsmoe_ds.export.ctranslate2.write_files` wrote into ``folder``, which
-        may be removed afterwards.
+        may be removed afterwards. ``mapped`` is the direction of its vocabulary map, if it has one.
         """
         module = library()
         device = "cuda" if module.get_cuda_device_count() else "cpu"
         translator = module.Translator(str(folder), device=device, intra_threads=torch.get_num_threads())
         pieces = json.loads((folder / PIECES).read_text(encoding="utf-8"))
-        return cls(
-            translator, pieces, recipe, Vocabulary.load(vocabulary), recipe.languages, step, home, route
-        )
+        known = Vocabulary.load(vocabulary)
+        return cls(translator, pieces, recipe, known, recipe.languages, step, home, route, mapped)
 
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
@@ -93,10 +110,13 @@ class CTranslate2:
         tag = self.vocabulary.tag_id(direction.source if source_target else direction.target)
         given = [self.pieces[self.vocabulary.tag_id(direction.target)]] if source_target else []
         texts = [[self.pieces[index] for index in (tag, *source)] for source in sources]
+        is_mapped = direction == self.mapped
         limits = search.limits(torch.tensor([len(text) + 1 for text in texts])).tolist()
         found = [
             best
-            for (best,) in self._translate(texts, given, max(limits) + 1, search.beam, search.length_penalty)
+            for (best,) in self._translate(
+                texts, given, is_mapped, max(limits) + 1, search.beam, search.length_penalty
+            )
         ]
         over: dict[int, list[int]] = {}  # by greatest length, the sentences whose translation is longer
         for i, (pieces, _) in enumerate(found):
@@ -105,7 +125,9 @@ class CTranslate2:
         for limit, which in over.items():
             # By sums, which only fall, what ended comes before what was cut: none of it is missing among the
             # beam's best.
-            results = self._translate([texts[i] for i in which], given, limit, search.beam, 0.0, search.beam)
+            results = self._translate(
+                [texts[i] for i in which], given, is_mapped, limit, search.beam, 0.0, search.beam
+            )
             for i, result in zip(which, results, strict=True):
                 ended = [self._end(texts[i], pieces, total) for pieces, total in result]
                 scored = [(pieces, total / len(pieces) ** search.length_penalty) for pieces, total in ended]
@@ -116,7 +138,14 @@ class CTranslate2:
         ]
 
     def _translate(
-        self, texts: list[list[str]], given: list[str], limit: int, beam: int, penalty: float, count: int = 1
+        self,
+        texts: list[list[str]],
+        given: list[str],
+        is_mapped: bool,
+        limit: int,
+        beam: int,
+        penalty: float,
+        count: int = 1,
     ) -> list[list[Scored]]:
         """Search the ``count`` best translations of each text, each beginning with the pieces ``given``.
 
@@ -135,6 +164,7 @@ class CTranslate2:
             suppress_sequences=[[self.pieces[index]] for index in never_generated(self.vocabulary)],
             return_end_token=True,
             return_scores=True,
+            use_vmap=is_mapped,
         )
         if not all(math.isfinite(score) for result in results for score in result.scores):
             raise UserError(NOT_FINITE)

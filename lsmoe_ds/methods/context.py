@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -84,6 +85,24 @@ class LanguageContext:
         segments = self.segments(kind)
         each = rows // segments[-1].stop if segments else 0
         return [Segment(language, start * each, stop * each) for language, start, stop in segments]
+
+    def replay(self) -> AbstractContextManager[None]:
+        """Return a context inside which a layer that runs a second time finds what was known before its first
+        run, and whose notes are dropped: it has left them the first time. Places of real positions are found
+        once for both runs.
+        """
+        known = dict(self._known)
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            first = self.notes, self._known
+            self.notes, self._known = None if self.notes is None else {}, known
+            try:
+                yield
+            finally:
+                self.notes, self._known = first
+
+        return again()
 
     def segments(self, kind: str | Chooser) -> list[Segment]:
         """Split the batch into segments of equal "source" or "target" language, or of one that is chosen.

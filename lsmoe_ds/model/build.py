@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.model.base import Model
@@ -21,6 +25,26 @@ def build(recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> 
 
     kind = HostModel if recipe.model.task == "translate" else LabellingModel
     return kind(recipe, vocabulary, topology)
+
+
+@contextmanager
+def made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Make the parameters of modules that are built inside the context in a type and on a device at once.
+
+    A float32 model in the host's memory, which an engine would convert, takes twice the memory of one in 16
+    bits. Buffers stay as they are made.
+    """
+
+    def convert(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.dtype == dtype:
+            return None
+        return nn.Parameter(parameter.detach().to(device, dtype), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(convert)  # type: ignore[arg-type]  # it may return one
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def outline(recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> Model:

@@ -6,7 +6,8 @@ B sentences, T positions, N labels, V vocabulary, C classes.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from lsmoe_ds.config.host import (
     set_dropout,
     set_head,
 )
-from lsmoe_ds.config.host_outline import empty_host, read_outline
+from lsmoe_ds.config.host_outline import empty_host, layers_of, read_outline
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShapes, SideName
 from lsmoe_ds.data.batches import IGNORED, SequenceBatch
@@ -35,6 +36,7 @@ from lsmoe_ds.methods.context import LanguageContext, Notes, Route
 from lsmoe_ds.methods.objective import Objective
 from lsmoe_ds.methods.sites import Linears, LinearSite
 from lsmoe_ds.model.base import Losses, Model
+from lsmoe_ds.model.recomputing import recompute
 from lsmoe_ds.parallel.topology import Topology
 
 
@@ -122,6 +124,9 @@ class Host(Model):
             if (added := site.module.beside.get(site.name)) is not None:
                 layer = self.host.get_submodule(self.outline.modules[site.at])
                 layer.forward = partial(self._beside, added, _Plain(layer))
+        if training.activation_checkpointing:
+            for _, _, _, layer in layers_of(self.host):
+                layer.forward = partial(self._again, layer.forward)
 
     def _add_places(self) -> None:
         """Add the modules ``decoder.0.attention`` that hold what methods add."""
@@ -141,6 +146,22 @@ class Host(Model):
         for shape in self.outline.sites:
             module = self._sublayers[f"{shape.side}.{shape.layer}.{shape.sublayer}"]
             yield LinearSite(**vars(shape), module=module)
+
+    def _again(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Apply a layer of the host, of which only the input is kept for the backward pass."""
+        context = self.context
+        if context is None or not (self.training and torch.is_grad_enabled()):
+            return forward(*arguments, **options)
+        return recompute(forward, [context.replay(), self._in_context(context)], *arguments, **options)
+
+    @contextmanager
+    def _in_context(self, context: LanguageContext) -> Iterator[None]:
+        """Let the modules beside linear layers know the languages, also when a layer is computed again."""
+        self.context = context
+        try:
+            yield
+        finally:
+            self.context = None
 
     def _beside(self, added: nn.Module, base: _Plain, x: Tensor) -> Tensor:
         """Apply a linear layer of the host and the module beside it."""

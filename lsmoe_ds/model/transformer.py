@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from lsmoe_ds.model.attention import Attention, Cache, extend
 from lsmoe_ds.model.base import Losses, Model
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
+from lsmoe_ds.model.recomputing import as_a_whole, recompute
+from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.layers import output_logits, project
 from lsmoe_ds.parallel.topology import Topology
 
@@ -175,10 +178,21 @@ class Transformer(Model):
         self.decoder_norm = nn.LayerNorm(model.hidden)
         self.install_methods()
         self.dropout = recipe.training.dropout
+        self.recomputes = recipe.training.activation_checkpointing
         self.summarize = model.decoder.moe is not None and model.decoder.moe.routing == "sentence"
 
     def _embed(self, ids: Tensor, offset: int = 0) -> Tensor:
         return F.dropout(self.embedding(ids, offset), self.dropout, self.training)
+
+    def _apply_layer(
+        self, layer: nn.Module, x: Tensor, real: Tensor, context: LanguageContext, **options: Any
+    ) -> tuple[Tensor, Cache | None]:
+        """Apply a layer; with activation checkpointing it keeps its input alone, and no keys and values."""
+        if not (self.recomputes and self.training and torch.is_grad_enabled()):
+            found: tuple[Tensor, Cache | None] = layer(x, real, context, **options)
+            return found
+        again = [context.replay(), compat.replay_tensor_parallel_random(self.topology.tensor)]
+        return recompute(lambda x: as_a_whole(layer(x, real, context, **options)[0]), again, x), None
 
     def encode(self, source: Tensor, context: LanguageContext) -> tuple[Tensor, Tensor]:
         """Encode source ids [B, M]: return the memory [B, M, H] and its mask [B, 1, 1, M]."""
@@ -186,7 +200,7 @@ class Transformer(Model):
         mask = real[:, None, None, :]
         x = self._embed(source)
         for layer in self.encoder:
-            x, _ = layer(x, real, context, own_mask=mask)
+            x, _ = self._apply_layer(layer, x, real, context, own_mask=mask)
         return self.encoder_norm(x), mask
 
     def _decode(self, tokens: Tensor, real: Tensor, state: DecoderState) -> Tensor:
@@ -199,7 +213,8 @@ class Transformer(Model):
         for i, layer in enumerate(self.decoder):
             # Padding is at the end, so the causal mask alone hides it from every real position. A single new
             # position may attend to all earlier ones.
-            x, state.own[i] = layer(
+            x, state.own[i] = self._apply_layer(
+                layer,
                 x,
                 real,
                 state.context,

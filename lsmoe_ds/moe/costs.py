@@ -93,12 +93,12 @@ def values(hidden: int, width: int, settings: MoE) -> float:
 def bytes_per_row(hidden: int, top_k: int, value_bytes: int, training: bool, learned: bool = True) -> int:
     """Count the bytes sent for one row that travels to another rank's experts and back.
 
-    The row and its result are 2 H values. Its experts' numbers and weights are 2 K float32. In training the
-    gradients travel too: 4 H values + 4 K float32 in all. Without ``learned`` weights (static routing) the
-    weights have no gradient.
+    The row and its result are 2 H values. Its experts' numbers are K int32 and their weights K float32. In
+    training the gradients travel too: 4 H values and 3 K numbers of 4 bytes in all. Without ``learned``
+    weights (static routing) the weights have no gradient.
     """
     ways = 2 if training else 1
-    return ways * 2 * hidden * value_bytes + (ways if learned else 1) * 2 * top_k * 4
+    return ways * 2 * hidden * value_bytes + (1 + (ways if learned else 1)) * top_k * 4
 
 
 def rows_at_random(experts: int, top_k: int, ranks: int, groups: int = 1) -> float:
@@ -155,26 +155,34 @@ class Exchange:
     routed: int
     count_bytes: int  # that leave each rank, per layer and micro-batch: two int64 counts for each other rank
 
-    def token_bytes(self, at_home: bool = False) -> float:
-        """Return the bytes per routed token of this side, over all its layers, forward and backward."""
+    def token_bytes(self, at_home: bool = False, ahead: bool = False) -> float:
+        """Return the bytes per routed token of this side, over all its layers, forward and backward, and in
+        one more forward pass if that goes ``ahead``.
+        """
         rows = self.rows_home if at_home and self.rows_home is not None else self.rows
-        return self.layers * rows * self.row_bytes
+        return self.layers * rows * (self.row_bytes + ahead * self.row_bytes_inference)
 
 
 def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
-    """Return the exchange of each side that has experts; an empty list without expert parallelism."""
-    model, layout = recipe.model, recipe.parallel
+    """Return the exchange of each side that has experts; an empty list without expert parallelism.
+
+    With activation checkpointing the rows of a forward pass travel twice.
+    """
+    model, layout, again = recipe.model, recipe.parallel, recipe.training.activation_checkpointing
     found = []
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
         layers = sum(side.is_moe(layer) for layer in range(side.layers))
         if side.moe is not None and layers and layout.expert > 1:
             moe, learned = side.moe, side.moe.routing != "static"
+            training, inference = (
+                bytes_per_row(model.hidden, moe.top_k, value_bytes, each, learned) for each in (True, False)
+            )
             found.append(
                 Exchange(
                     side=name,
                     layers=layers,
-                    row_bytes=bytes_per_row(model.hidden, moe.top_k, value_bytes, True, learned),
-                    row_bytes_inference=bytes_per_row(model.hidden, moe.top_k, value_bytes, False, learned),
+                    row_bytes=training + again * inference,
+                    row_bytes_inference=inference,
                     rows=rows_at_random(moe.experts, moe.top_k, layout.expert, moe.expert_groups),
                     rows_home=rows_at_home(moe, model.affine, layout.expert, layout.tensor),
                     routed=model.routed(moe),

@@ -1,8 +1,9 @@
 """Dispatch: send tokens to the ranks of their experts and back, without padding and without drops of its own.
 
 With expert parallelism a token travels once to each rank that holds any of its experts, with these experts'
-numbers and weights. That rank returns one row: the weighted sum of its experts' outputs. Counts are exchanged
-once, rows by uneven all-to-all. Tensor-parallel peers hold the same tokens; each dispatches a share of them.
+numbers and weights, in one message. That rank returns one row: the weighted sum of its experts' outputs.
+Counts are exchanged once, rows by uneven all-to-all. Tensor-parallel peers hold the same tokens; each
+dispatches a share of them.
 
 S tokens, H hidden, K top-k, R expert-parallel ranks.
 """
@@ -46,7 +47,7 @@ class Dispatcher(nn.Module):
         if self.topology.expert == 1:
             out: Tensor = self.experts(tokens, experts, weights, None if dropped else experts.numel())
             return out
-        group, ranks, top_k = self.topology.expert_group, self.topology.expert, experts.shape[1]
+        group, ranks = self.topology.expert_group, self.topology.expert
         assert group is not None
         rank_of = torch.where(experts == DROPPED, ranks, experts // self.local)  # [S, K]
         wanted = torch.zeros(ranks + 1, experts.shape[0], dtype=torch.bool, device=experts.device)
@@ -65,14 +66,11 @@ class Dispatcher(nn.Module):
         # Each row travels with the local numbers of its experts on the target rank (DROPPED for experts
         # elsewhere) and their weights.
         here = rank_of[rows] == ranks_of_rows[:, None]
-        local = torch.where(here, experts[rows] % self.local, DROPPED)
-        told = torch.cat(
-            [local.float(), weights.float().index_select(0, rows)], 1
-        )  # whole numbers are exact in float32
-        told = all_to_all(told, send, receive, group, self.traffic)
-        arrived = all_to_all(tokens.index_select(0, rows), send, receive, group, self.traffic)
-        outputs = self.experts(arrived, told[:, :top_k].detach().long(), told[:, top_k:], arriving)
-        returned = all_to_all(outputs, receive, send, group, self.traffic)
+        local = torch.where(here, experts[rows] % self.local, DROPPED).int()
+        row = [tokens.index_select(0, rows), local, weights.float().index_select(0, rows)]
+        arrived, local, weights = all_to_all(row, send, receive, group, self.traffic)
+        outputs = self.experts(arrived, local.long(), weights, arriving)
+        (returned,) = all_to_all([outputs], receive, send, group, self.traffic)
         return torch.zeros_like(tokens).index_add(0, rows, returned)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ class Traffic:
     """
 
     bytes: int = 0
-    rows: int = 0  # sent in forward passes
+    rows: int = 0  # sent in forward passes, also by layers that are computed again
     seconds: float = 0.0
     pending: list[tuple[Any, Any]] = field(
         default_factory=list, repr=False
@@ -98,33 +98,73 @@ def exchange_counts(counts: Tensor, group: dist.ProcessGroup, traffic: Traffic) 
     return _exchange(counts, ones, ones, group, traffic)
 
 
+def _exchange_together(
+    parts: Sequence[Tensor], send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic
+) -> tuple[Tensor, ...]:
+    """Exchange several tensors [S, ...], of any types, in one message of bytes."""
+    if len(parts) == 1:
+        return (_exchange(parts[0], send, receive, group, traffic),)
+    sent = [_bytes(part.flatten(1)) for part in parts]
+    message = _exchange(torch.cat(sent, 1), send, receive, group, traffic)
+    received = message.split([each.shape[1] for each in sent], 1)
+    return tuple(
+        _view(each, part.dtype).unflatten(1, part.shape[1:])
+        for each, part in zip(received, parts, strict=True)
+    )
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """View rows [S, N] as bytes [S, N B]. A single row or column may be contiguous with any stride."""
+    if not rows.is_contiguous() or rows.stride(1) != 1:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(torch.uint8)
+
+
+def _view(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Read columns of bytes as numbers, without a copy if each row begins where such a number may."""
+    if columns.storage_offset() % dtype.itemsize or columns.stride(0) % dtype.itemsize:
+        columns = columns.clone(memory_format=torch.contiguous_format)
+    return columns.view(dtype)
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,
         send: list[int],
         receive: list[int],
         group: dist.ProcessGroup,
         traffic: Traffic,
-    ) -> Tensor:
+        *parts: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.way_back = receive, send, group, traffic
-        return _exchange(rows, send, receive, group, traffic)
+        out = _exchange_together(parts, send, receive, group, traffic)
+        known = zip(out, ctx.needs_input_grad[4:], strict=True)
+        ctx.mark_non_differentiable(*(each for each, is_needed in known if not is_needed))
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _exchange(gradients[0], *ctx.way_back), None, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[4:]
+        leaving = [each for each, is_needed in zip(gradients, needed, strict=True) if is_needed]
+        arrived = iter(_exchange_together(leaving, *ctx.way_back))
+        return None, None, None, None, *(next(arrived) if is_needed else None for is_needed in needed)
 
 
 def all_to_all(
-    rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic
-) -> Tensor:
-    """Send ``send[r]`` rows of [S, H] to each rank r and receive ``receive[r]`` rows from it, in rank order.
+    parts: Sequence[Tensor],
+    send: list[int],
+    receive: list[int],
+    group: dist.ProcessGroup,
+    traffic: Traffic,
+) -> tuple[Tensor, ...]:
+    """Send ``send[r]`` rows to each rank r and receive ``receive[r]`` rows from it, in rank order.
 
-    The gradient travels the same way back. Any count may be zero. Every rank of the group must call it. Adds
-    to ``traffic``.
+    A row is that of each of the ``parts`` [S, ...], which may have different types and travel in one message.
+    The gradients of those that need one travel back in one, too; each must need one on all ranks or on none.
+    Any count may be zero. Every rank of the group must call it. Adds to ``traffic``.
     """
-    out: Tensor = _AllToAll.apply(rows, send, receive, group, traffic)
+    out: tuple[Tensor, ...] = _AllToAll.apply(send, receive, group, traffic, *parts)
     return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -25,28 +25,6 @@ def global_name(name: str, local_experts: int, expert_rank: int) -> str:
 def partition_dimension(parameter: Tensor) -> int | None:
     """Return the dimension that is spread over tensor-parallel ranks, or None."""
     return int(parameter.partition_dim) if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
-
-
-def averaged_shape(shape: Sequence[int], averaged: int | None) -> tuple[int, ...]:
-    """Return the shape of a state tensor of a parameter of ``shape``: the same, or without the dimension,
-    counted from the end, over which it is averaged.
-    """
-    kept = list(shape)
-    if averaged is not None:
-        del kept[averaged]
-    return tuple(kept)
-
-
-def averaged_partition(dimension: int | None, dimensions: int, averaged: int) -> int | None:
-    """Return the dimension of a state tensor that is spread over tensor-parallel ranks, or None.
-
-    The parameter has ``dimensions``, of which ``dimension`` is spread; the state tensor lacks the one that is
-    ``averaged``, counted from the end.
-    """
-    gone = dimensions + averaged
-    if dimension is None or dimension == gone:
-        return None
-    return dimension - (dimension > gone)
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

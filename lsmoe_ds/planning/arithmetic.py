@@ -48,6 +48,11 @@ class Flops:
     source_training: int
     target_training: int
 
+    @property
+    def forward(self) -> int:
+        """Return the operations of the forward pass of a source and a target token by all routes."""
+        return self.source + self.target + self.source_shared + self.target_shared
+
 
 def flops(recipe: Recipe, length: int = LENGTH, trained: Callable[[str], bool] | None = None) -> Flops:
     """Count the operations of the matrix products.
@@ -65,7 +70,8 @@ def flops(recipe: Recipe, length: int = LENGTH, trained: Callable[[str], bool] |
     In the backward pass a product F of an input and a weight takes F for the gradient of the input if
     anything below the input trains, and F if the weight does. The two products of attention take F / 2 each
     for the gradients of queries, keys, values and attention weights that something below needs. A norm of a
-    model of transformers counts as if it stood before its layer. ``trained`` is what
+    model of transformers counts as if it stood before its layer. With ``training.activation_checkpointing``
+    the products of each layer through which a gradient passes are computed once more. ``trained`` is what
     :func:`lsmoe_ds.planning.trained.trains` returns, which is called without it. Raises UserError where that
     does.
     """
@@ -123,27 +129,29 @@ class _Pass:
         self.forward: dict[tuple[SideName, bool], int] = {}
         self.attention: dict[SideName, int] = {"encoder": 0, "decoder": 0}
         self.backward: dict[SideName, int] = {"encoder": 0, "decoder": 0}
+        self.again: dict[SideName, int] = {"encoder": 0, "decoder": 0}  # with activation checkpointing
         self.memory = False  # whether the encoder's output needs a gradient
 
     def run(self) -> Flops:
         x = begun = any(map(self.trains, self.names.below))
-        sublayers = groupby(shapes_of(self.model), key=lambda site: (site.side, site.layer, site.sublayer))
         side: SideName = self.alone or "encoder"
-        for _, found in sublayers:
-            sites = list(found)
-            if sites[0].side != side:
+        for (of, _), layer in groupby(shapes_of(self.model), key=lambda site: (site.side, site.layer)):
+            if of != side:
                 self.memory = x or any(map(self.trains, ("encoder_norm.weight", "encoder_norm.bias")))
-                side, x = sites[0].side, begun
-            x = self.sublayer(sites, x) or x
+                side, x = of, begun
+            before = self.taken(side)
+            for _, sites in groupby(layer, key=lambda site: site.sublayer):
+                x = self.sublayer(list(sites), x) or x
+            if self.recipe.training.activation_checkpointing and x:
+                self.again[side] += self.taken(side) - before
         x = x or any(map(self.trains, self.names.above))
         if self.alone == "decoder":  # its prompt is read by the same layers
             self.forward |= {("encoder", shared): self.forward["decoder", shared] for shared in self.routes}
-            self.attention["encoder"] = self.attention["decoder"]
-            self.backward["encoder"] = self.backward["decoder"]
+            for taken in (self.attention, self.backward, self.again):
+                taken["encoder"] = taken["decoder"]
         self.products(self.names.heads, side, x)
         training = {
-            side: taken + sum(self.forward.get((side, shared), 0) for shared in self.routes)
-            for side, taken in self.backward.items()
+            side: taken + self.again[side] + self.taken(side) for side, taken in self.backward.items()
         }
         return Flops(
             length=self.length,
@@ -156,6 +164,10 @@ class _Pass:
             source_training=training["encoder"],
             target_training=training["decoder"],
         )
+
+    def taken(self, side: SideName) -> int:
+        """Return the operations of the forward pass so far, by all routes."""
+        return sum(self.forward.get((side, shared), 0) for shared in self.routes)
 
     def add(self, side: SideName, forward: int, backward: int, routes: Iterable[bool]) -> None:
         for shared in routes:

@@ -138,9 +138,7 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
     (:func:`counts_ahead`) exchanges rows, too.
     """
     batch, tensor, ahead = recipe.data.batch, recipe.parallel.tensor, counts_ahead(recipe, world)
-    each_token = [
-        each.routed * each.token_bytes(at_home) * (1 + ahead * each.row_bytes_inference / each.row_bytes)
-        for each in found
-    ]
+    each_token = [each.routed * each.token_bytes(at_home, ahead) for each in found]
     counts = sum(batch.count * tensor * each.layers * each.count_bytes for each in found)
-    return round(batch.tokens * batch.count * max(each_token, default=0.0)) + (1 + ahead) * counts
+    forward = 1 + ahead + recipe.training.activation_checkpointing
+    return round(batch.tokens * batch.count * max(each_token, default=0.0)) + forward * counts

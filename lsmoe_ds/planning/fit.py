@@ -79,6 +79,7 @@ class Fit:
             "tensor": parallel.tensor,
             "expert": parallel.expert,
             "zero": self.memory.stage,
+            "activation_checkpointing": self.recipe.training.activation_checkpointing,
             "batch_tokens": batch.tokens,
             "batch_count": batch.count,
             "accumulation": self.accumulation,
@@ -93,31 +94,42 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
 
     All powers of two of tensor-parallel ranks of one machine, all numbers of expert-parallel ranks that the
     recipe's experts allow, the optimizer's ZeRO stages, in bfloat16. A step keeps its tokens: micro-batches
-    are as large as the memory allows. Raises UserError if no layout fits.
+    are as large as the memory allows. Activation checkpointing is on where the recipe has it, where a layout
+    does not fit without, and where it spares smaller micro-batches and is faster for that. Raises UserError
+    if no layout fits.
     """
     if not is_known(recipe):
         raise UserError(f"'model.huggingface': {UNKNOWN}")
     found: list[Fit] = []
-    smallest: Memory | None = None
+    peaks: list[int] = []
+    settings = sorted({recipe.training.activation_checkpointing, True})
     for layout in _layouts(recipe, cluster):
         for stage in recipe.training.optimizer_settings.stages_in(half=True):
-            for accumulation in _powers_of_two(recipe.data.batch.tokens * recipe.data.batch.count):
-                changed = _with(recipe, cluster, layout, stage, accumulation)
-                if changed is None:
+            fits: list[Fit] = []
+            for again in settings:
+                if fits and fits[0].accumulation == 1:
                     break
-                needed = memory(changed, cluster.gpus, stage, PRECISION)
-                if smallest is None or needed.peak < smallest.peak:
-                    smallest = needed
-                if needed.peak <= USABLE * cluster.device.memory:
-                    found.append(Fit(changed, accumulation, needed, estimate(changed, cluster)))
-                    break
+                for accumulation in _powers_of_two(recipe.data.batch.tokens * recipe.data.batch.count):
+                    changed = _with(recipe, cluster, layout, stage, again, accumulation)
+                    if changed is None:
+                        break
+                    needed = memory(changed, cluster.gpus, stage, PRECISION)
+                    peaks.append(needed.peak)
+                    if needed.peak <= USABLE * cluster.device.memory:
+                        fits.append(Fit(changed, accumulation, needed, estimate(changed, cluster)))
+                        break
+            found += sorted(fits, key=_speed)[:1]
     if not found:
-        least = "" if smallest is None else f"; the smallest needs {smallest.peak / 1e9:.3g} GB on each"
+        least = f"; the smallest needs {min(peaks) / 1e9:.3g} GB on each" if peaks else ""
         raise UserError(
             f"no layout of {counted(cluster.gpus, 'GPU')} of {cluster.device.memory / 1e9:.3g} GB holds the "
             f"recipe{least}: give more of them, or larger ones"
         )
-    return sorted(found, key=lambda each: (each.times.step, each.memory.peak))
+    return sorted(found, key=_speed)
+
+
+def _speed(fit: Fit) -> tuple[float, int]:
+    return fit.times.step, fit.memory.peak
 
 
 def table_of(fits: Sequence[Fit]) -> Table:
@@ -128,8 +140,8 @@ def table_of(fits: Sequence[Fit]) -> Table:
     batch = fits[0].recipe.data.batch
     title = f"{fits[0].recipe.name}: {batch.tokens * batch.count:,} tokens a step, in bfloat16; milliseconds"
     made = Table(title=title, title_justify="left")
-    layout = ("parallel.tensor", "parallel.expert", "ZeRO", "batch.count", "batch.tokens", "peak")
-    for column in (*layout, *parts, "tokens / s"):
+    layout = ("parallel.tensor", "parallel.expert", "ZeRO", "batch.count", "batch.tokens")
+    for column in (*layout, "checkpointing", "peak", *parts, "tokens / s"):
         made.add_column(column, justify="right")
     best: dict[tuple[int, int], Fit] = {}
     for each in fits:
@@ -139,6 +151,7 @@ def table_of(fits: Sequence[Fit]) -> Table:
         made.add_row(
             *(str(number) for number in (tensor, expert, each.memory.stage, size.count)),
             f"{size.tokens:,}",
+            "yes" if each.recipe.training.activation_checkpointing else "no",
             f"{each.memory.peak / 1e9:.1f} GB",
             *(f"{1e3 * times[part]:.3g}" for part in parts),
             human(each.tokens_per_second),
@@ -164,7 +177,7 @@ def _layouts(recipe: Recipe, cluster: Cluster) -> Iterator[dict[str, int]]:
 
 
 def _with(
-    recipe: Recipe, cluster: Cluster, layout: Mapping[str, int], stage: int, accumulation: int
+    recipe: Recipe, cluster: Cluster, layout: Mapping[str, int], stage: int, again: bool, accumulation: int
 ) -> Recipe | None:
     """Return the recipe in a layout, its step cut anew; None if it cannot be so."""
     count = cluster.gpus // layout["tensor"] * accumulation
@@ -175,6 +188,7 @@ def _with(
     zero = {**given.get("zero_optimization", {}), "stage": stage}
     value = recipe.model_dump(mode="json", exclude_none=True)
     value["parallel"] = dict(layout)
+    value["training"]["activation_checkpointing"] = again
     value["data"]["batch"] |= {"tokens": tokens, "count": count}
     value["deepspeed"] = {**given, "bf16": {"enabled": True}, "zero_optimization": zero}
     try:
@@ -189,30 +203,32 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
     """Estimate the seconds of one optimizer step in bfloat16. With v = 2 bytes a value and S tokens a step,
     half source and half target::
 
-        compute     FLOPs of S tokens / ranks / (peak x efficiency); a third more if a pass goes ahead
-        dispatch    bytes of :func:`lsmoe_ds.moe.costs.exchanges` / ranks / rate
-        tensor      for each sum over the t ranks, forward and backward: 2 (t - 1) / t S / 2 H v / D
+        compute     FLOPs of S tokens / ranks / (peak x efficiency), with those of a pass that goes ahead
+        dispatch    bytes of :func:`lsmoe_ds.moe.costs.exchanges` / ranks / rate, likewise
+        tensor      for each sum over the t ranks, forward and backward, again with activation checkpointing,
+                    and in a pass that goes ahead: 2 (t - 1) / t S / 2 H v / D
         gradients   2 (D - 1) / D v d, and 2 (X - 1) / X v e over the X ranks that hold the same experts
         optimizer   6 + 2 s bytes for each value that the rank steps / memory rate
 
     d and e are a rank's trained dense and expert parameters; s are the bytes that the optimizer keeps and
-    needs for a value, which it reads and writes beside the float32 gradient and the weight (12 of Adam). The
-    rate is that between machines for what
-    leaves one, otherwise that within. Launches, waiting for the slowest rank, and data are left out.
+    needs for a value, which it reads and writes beside the float32 gradient and the weight (12 of Adam).
+    Products and rows of layers that are computed again are among the FLOPs and bytes. The rate is that
+    between machines for what leaves one, otherwise that within. Launches, waiting for the slowest rank, and
+    data are left out.
     """
     world, tensor, expert = cluster.gpus, recipe.parallel.tensor, recipe.parallel.expert
     data, replicas = world // tensor, world // expert
     step = recipe.data.batch.tokens * recipe.data.batch.count
     work, found = flops(recipe, LENGTH), exchanges(recipe, VALUE)
-    ahead = 1 + counts_ahead(recipe, world) / 3
+    ahead, again = counts_ahead(recipe, world), recipe.training.activation_checkpointing
     half = step if recipe.model.alone == "encoder" else step / 2  # of whose tokens none is a target
-    operations = ahead * half * (work.source_training + work.target_training)
+    operations = half * (work.source_training + work.target_training + ahead * work.forward)
     affine = recipe.data.batch.languages == "task-affine"
-    sent = ahead * sum(step / 2 * each.routed * each.token_bytes(affine) for each in found) / world
+    sent = sum(step / 2 * each.routed * each.token_bytes(affine, ahead) for each in found) / world
     outside = max(0, expert - cluster.node) / max(1, expert - 1)  # of the other ranks of an expert group
     # A row-parallel layer sums its outputs, and the layers before it the gradients of their input.
     sums = sum(isinstance(site, LinearShape) and site.split == "row" for site in shapes_of(recipe.model))
-    summed = 2 * sums * 2 * (tensor - 1) / tensor * step / 2 / data * recipe.model.hidden * VALUE
+    summed = (2 + again + ahead) * sums * 2 * (tensor - 1) / tensor * step / 2 / data * recipe.model.hidden
     dense, experts = local_parameters(count_trained(recipe), tensor, expert)
     rates = {
         ranks: cluster.device.link_rate if ranks <= cluster.node else cluster.network_rate
@@ -226,7 +242,7 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
     return Times(
         compute=operations / world / (cluster.device.half * cluster.efficiency),
         dispatch=sent * (outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate),
-        tensor=summed / rates[tensor],
+        tensor=VALUE * summed / rates[tensor],
         gradients=reduced / rates[world],
         optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate,
     )

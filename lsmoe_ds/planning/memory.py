@@ -136,46 +136,57 @@ def activations(recipe: Recipe, value: int) -> int:
     ``scaled_dot_product_attention`` recomputes them (with ``training.attention_dropout`` on a CPU it stores
     them).
 
+    With ``training.activation_checkpointing`` a layer keeps its input alone, H, and what is computed again is
+    kept of one layer at a time: that of the largest is counted, or the logits if they are more, which are
+    gone by then. Keys and values of the source, and what methods add to them, are computed outside the
+    decoder's layers.
+
     Three things are approximate: the split into source and target (a batch with longer target sentences takes
     more); the dropout masks, counted as values as on a CPU (on a GPU they are bytes); and the even load of
     the experts over their ranks. With several micro-batches each starts after the last one's activations are
-    freed. There is no activation checkpointing.
+    freed.
     """
     model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
+    twice = passes(recipe)
     mask = (recipe.training.dropout > 0) * hidden
     norm = 2 * hidden + mask  # in and out of a norm, and dropout's mask
-    output = hidden + recipe.data.vocabulary.size / tensor
-    found: dict[SideName, float] = {"encoder": norm, "decoder": norm + output}
+    # Outside the layers: the ends of both sides, and what the output layer reads.
+    beside: float = 2 * norm + hidden
+    logits = recipe.data.vocabulary.size / tensor
+    layers: dict[tuple[SideName, int], float] = {}
     inner, share = 1, 0.5  # times a feed-forward's width is kept (a ReLU keeps its result alone); of tokens
     if (alone := model.alone) is not None:
         around = outline_of(recipe).around
         mask, inner, share = mask * around.drops, 2, 1.0
-        classes = around.heads[0][2] * (0.5 if alone == "decoder" else 1.0)
-        masks = (
-            3 * mask if model.task == "tag" else mask
-        )  # the embedding's; before classes of words a mask and its result
-        found, norm = {alone: around.kept + masks + classes}, mask
+        # The embedding's mask; before classes of words a mask and its result.
+        beside, norm = around.kept_outside + mask * (3 if model.task == "tag" else 1), mask
+        logits = around.heads[0][2] * (0.5 if alone == "decoder" else 1.0)
+        layers |= around.kept
     for site in shapes_of(model):
-        side = model.encoder if site.side == "encoder" else model.decoder
+        side, at = model.encoder if site.side == "encoder" else model.decoder, (site.side, site.layer)
+        layers.setdefault(at, 0.0)
+        own: float = sum(method.values(site, tensor) for method in model.methods if method.is_at(site))
         if isinstance(site, SublayerShape):
-            found[site.side] += norm
+            layers[at] += norm
             if site.sublayer == "feed_forward" and side.is_moe(site.layer):
                 assert side.moe is not None
-                found[site.side] += experts.values(hidden, side.width(site.layer), side.moe) / tensor
+                own += experts.values(hidden, side.width(site.layer), side.moe) / tensor
+                if side.moe.routing == "token":  # in float32
+                    own += 4 / value * 2 * side.moe.experts * model.routed(side.moe) / twice
         elif isinstance(site, LinearShape) and site.name != "contract":
             # The mixture that the output layer of an attention reads, and the results of all others.
             width = site.inputs if site.name == "output" else site.outputs
-            found[site.reads] += width * (inner if site.sublayer == "feed_forward" else 1) / tensor
-        here = [method for method in model.methods if method.is_at(site)]
-        found[site.reads] += sum(method.values(site, tensor) for method in here)
-    twice = passes(recipe)
-    floats = sum(
-        2 * moe.experts * model.routed(moe) / twice
-        for _, _, moe in model.moe_layers()
-        if moe.routing == "token"
-    )
-    values = sum(found.values())
-    return round(twice * share * recipe.data.batch.tokens * (value * values + 4 * floats))
+            own += width * (inner if site.sublayer == "feed_forward" else 1) / tensor
+        if site.reads == site.side:
+            layers[at] += own
+        else:
+            beside += own
+    if recipe.training.activation_checkpointing:
+        # The input of a layer is also what its first norm reads, or the result of the last layer's last one.
+        within = hidden * len(layers) + max(logits, max(layers.values()) - hidden)
+    else:
+        within = sum(layers.values()) + logits
+    return round(value * twice * share * recipe.data.batch.tokens * (beside + within))
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:

@@ -3,7 +3,7 @@
 The formulas are in :mod:`lsmoe_ds.planning.costs`, :mod:`lsmoe_ds.planning.arithmetic` and
 :mod:`lsmoe_ds.planning.memory`. No model is built and torch is not imported, so a plan of many billion
 parameters takes no time and little memory; only where not all parameters train, or the optimizer keeps
-averages over their dimensions, an outline of the model tells their names and shapes.
+averages over dimensions of methods' parameters, an outline of the model tells their names and shapes.
 """
 
 from __future__ import annotations

@@ -1,18 +1,28 @@
 """Tell and count what trains of a recipe's model, by ``training.trainable``, and what an optimizer averages.
 
-Unless all trains, and for averages, that takes the names and shapes of all parameters: an outline of the
-model is made, without weights.
+Unless all trains, that takes the names of all parameters, and of a model with methods what is averaged their
+shapes: an outline of the model is made, without weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from lsmoe_ds.config.moe import MoE
+from lsmoe_ds.config.optimizer import averaged_partition, averaged_shape
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import Count
-from lsmoe_ds.planning.costs import Parts
+from lsmoe_ds.config.shapes import (
+    Count,
+    LinearShape,
+    LinearShapes,
+    SublayerShape,
+    feed_forward_linears,
+    shapes_of,
+)
+from lsmoe_ds.planning.costs import SIDES, Parts
 
 if TYPE_CHECKING:
     from lsmoe_ds.model.base import Model
@@ -60,8 +70,6 @@ def count_averages(recipe: Recipe) -> Count:
 
     Raises UserError where :func:`lsmoe_ds.model.freezing.choose` does.
     """
-    from lsmoe_ds.parallel.parameters import averaged_partition, averaged_shape
-
     total = Count()
     for shape, along, is_expert in _trained(recipe):
         averaged = recipe.training.optimizer_settings.averaged.values()
@@ -85,10 +93,63 @@ def _count(shape: Sequence[int], along: int | None, is_expert: bool) -> Count:
     return Count(**{kind: prod(shape)})
 
 
-def _trained(recipe: Recipe) -> Iterator[tuple[tuple[int, ...], int | None, bool]]:
-    """Yield the shape of each parameter that trains, the dimension that tensor-parallel ranks share out, and
-    whether it is of an expert.
-    """
+class _Trained(NamedTuple):
+    """A parameter that trains."""
+
+    shape: tuple[int, ...]
+    along: int | None = None  # the dimension that tensor-parallel ranks share out
+    is_expert: bool = False
+
+
+def _trained(recipe: Recipe) -> Iterator[_Trained]:
+    """Yield each parameter that trains."""
+    of_methods = any(method.trains for method in recipe.model.methods)
+    if recipe.training.trainable == "all" and recipe.model.huggingface is None and not of_methods:
+        return _by_shape(recipe)
+    return _by_outline(recipe)
+
+
+def _by_shape(recipe: Recipe) -> Iterator[_Trained]:
+    """Yield the parameters of a model without methods, which needs no outline."""
+    model, hidden = recipe.model, recipe.model.hidden
+
+    def norm() -> Iterator[_Trained]:
+        yield from (_Trained((hidden,)), _Trained((hidden,)))
+
+    def linears(shapes: LinearShapes) -> Iterator[_Trained]:
+        for inputs, outputs, split in shapes.values():
+            column = split == "column"
+            yield from (
+                _Trained((outputs, inputs), 0 if column else 1),
+                _Trained((outputs,), 0 if column else None),
+            )
+
+    def layer(width: int, moe: MoE) -> Iterator[_Trained]:
+        for parameter in linears(feed_forward_linears(hidden, width)):
+            yield from repeat(_Trained(parameter.shape, None, True), moe.experts)
+            if moe.has_shared:
+                yield parameter
+        if moe.routing == "task":
+            yield _Trained((len(recipe.languages.tasks(moe.task)), moe.experts))
+        elif moe.routing != "static":
+            yield _Trained((moe.experts, hidden))
+            yield from [_Trained((moe.experts,))] * moe.router_bias
+
+    yield _Trained((recipe.data.vocabulary.size, hidden), 0)
+    for _ in SIDES:
+        yield from norm()
+    for site in shapes_of(model):
+        if isinstance(site, LinearShape):
+            yield from linears({site.name: (site.inputs, site.outputs, site.split)})
+        elif isinstance(site, SublayerShape):
+            yield from norm()
+            side = model.encoder if site.side == "encoder" else model.decoder
+            if site.sublayer == "feed_forward" and side.moe is not None and side.is_moe(site.layer):
+                yield from layer(side.width(site.layer), side.moe)
+
+
+def _by_outline(recipe: Recipe) -> Iterator[_Trained]:
+    """Yield the parameters by their names and shapes in an outline of the model."""
     from lsmoe_ds.methods.sites import Linears
     from lsmoe_ds.parallel import compat
 
@@ -104,4 +165,4 @@ def _trained(recipe: Recipe) -> Iterator[tuple[tuple[int, ...], int | None, bool
             of_methods = (method.spread_along(name) for method in model.methods)
             along = spread.get(name, next((each for each in of_methods if each is not None), None))
             is_expert = compat.is_expert_parameter(parameter)
-            yield tuple(parameter.shape), None if is_expert else along, is_expert
+            yield _Trained(tuple(parameter.shape), None if is_expert else along, is_expert)

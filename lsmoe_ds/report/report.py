@@ -56,6 +56,7 @@ class Conversion(BaseModel):
 
     kind: str = "dense"
     quantization: str | None = None
+    vocabulary_map: dict[str, float | str] | None = None
     direction: str
     route: str = "specific"
     step: int | None = None
@@ -102,6 +103,7 @@ class Conversion(BaseModel):
         parts = [
             KIND_NAMES.get(self.kind, self.kind),
             self.quantization,
+            None if self.vocabulary_map is None else "vocabulary map",
             "shared route" if self.route == "shared" else None,
         ]
         parts.append(describe_average(self.average).removeprefix("the ") if self.average != 1 else None)

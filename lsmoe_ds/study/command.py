@@ -61,7 +61,12 @@ def run_study(
     study = load_study(file)
     chosen_members = _choose(members, list(study.settings.members), "member")
     chosen_seeds = _choose(seeds, study.settings.seeds, "seed")
-    pairs = [(member, seed) for seed in chosen_seeds for member in chosen_members]
+    pairs = [
+        (member, seed)
+        for seed in chosen_seeds
+        for member in chosen_members
+        if seed in study.settings.seeds_of(member)
+    ]
     pairs = part.of(pairs) if part else pairs
     runs = Runs(study, out or Path("runs") / study.settings.name)
     for member, seed in pairs:
@@ -270,7 +275,7 @@ class Runs:
         planned, models = self.plans[member], self.models(member)
         serving = planned.routes.get(route, planned.routes.get("specific", planned.parameters))
         minutes, speeds = [], []
-        for seed in self.study.settings.seeds:
+        for seed in self.study.settings.seeds_of(member):
             of_seed = {alone: self._progress(member, seed, alone) for alone in models}
             finished = [
                 each for alone, each in of_seed.items() if each.steps >= self.last_step(member, seed, alone)
@@ -299,13 +304,14 @@ class Runs:
         study, settings = self.study, self.study.settings
         scores = {}
         for member, route in study.rows():
-            found = {seed: self.scores(member, seed, route) for seed in settings.seeds}
+            found = {seed: self.scores(member, seed, route) for seed in settings.seeds_of(member)}
             scores[member, route] = {seed: table for seed, table in found.items() if table is not None}
         return compare(
             name=settings.name,
             steps=study.steps,
             stops_early=any(self._patience(member) is not None for member in study.recipes),
             seeds=settings.seeds,
+            wanted={member: settings.seeds_of(member) for member in settings.members},
             evaluate=settings.evaluate.model_dump(),
             baseline=(settings.baseline, settings.members[settings.baseline].routes[0]),
             titles={row: study.title(*row) for row in study.rows()},

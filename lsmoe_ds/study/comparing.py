@@ -23,8 +23,12 @@ def compare(
     scores: Mapping[tuple[str, str], Mapping[int, ScoreTable]],
     task: Task = "translate",
     stops_early: bool = False,
+    wanted: Mapping[str, Sequence[int]] | None = None,
 ) -> Comparison:
-    """Compare the rows (member, route) of ``titles`` with the row ``baseline``; scores may be missing."""
+    """Compare the rows (member, route) of ``titles`` with the row ``baseline``; scores may be missing.
+
+    ``wanted`` are the seeds of each member, by default all.
+    """
     main = TASKS[task].main
     against = scores.get(baseline, {})
     means, reference = _by_direction(against.values()), _group_scores(against.values())
@@ -60,6 +64,7 @@ def compare(
                 ratio,
                 beyond,
                 key == baseline,
+                tuple(seed for seed in (wanted or {}).get(key[0], seeds) if seed not in tables),
             )
         )
     any_table = next((table for tables in scores.values() for table in tables.values()), None)

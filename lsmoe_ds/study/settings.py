@@ -43,11 +43,13 @@ class Member(Section):
     """A member of a study: ``set`` is merged into the base recipe, and each of ``routes`` is evaluated.
 
     One that is not ``trained`` is the model of ``training.start_from``, as it is. With ``each_direction`` the
-    member is a model for each direction, which is trained on it alone for so many steps.
+    member is a model for each direction, which is trained on it alone for so many steps. ``seeds`` are those
+    of the study's that it is trained with; without it all.
     """
 
     trained: bool = True
     each_direction: Positive | None = None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
     title: Annotated[str, Field(min_length=1)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     routes: Annotated[tuple[str, ...], Field(min_length=1)] = ("specific",)
@@ -63,6 +65,10 @@ class Member(Section):
             raise ValueError("'routes' names a route twice")
         if self.each_direction is not None and not self.trained:
             raise ValueError("'each_direction' trains, but 'trained' is false: leave one out")
+        if self.seeds is not None and not self.trained:
+            raise ValueError("'seeds' is of a training, but 'trained' is false: leave one out")
+        if self.seeds is not None and len(self.seeds) > len(set(self.seeds)):
+            raise ValueError("'seeds' names a seed twice")
         for key in _keys(self.set):
             if key in FIXED and key != DIRECTIONS:  # of which the whole study decides
                 raise ValueError(f"'set' changes {key}, but {FIXED[key]}")
@@ -93,6 +99,11 @@ class Settings(Section):
                 f"the members are {', '.join(self.members)}"
             )
         for name, member in self.members.items():
+            if wrong := [seed for seed in member.seeds or () if seed not in self.seeds]:
+                raise ValueError(
+                    f"'seeds' of member '{name}' names {wrong[0]}, which is not among those of the study: "
+                    f"{', '.join(map(str, self.seeds))}"
+                )
             # What each is trained on may differ where all directions are scored.
             if DIRECTIONS in _keys(member.set) and self.evaluate.directions == "trained":
                 raise ValueError(
@@ -100,6 +111,11 @@ class Settings(Section):
                     "'evaluate.directions' be all"
                 )
         return self
+
+    def seeds_of(self, member: str) -> tuple[int, ...]:
+        """Return the seeds of a member, in the order of the study's."""
+        own = self.members[member].seeds
+        return tuple(seed for seed in self.seeds if own is None or seed in own)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ in the tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,6 +88,7 @@ class Row:
     win_ratio: float | None  # None for the baseline itself
     beyond_seeds: bool | None = None
     is_baseline: bool = False
+    missing_seeds: tuple[int, ...] = ()
 
     @property
     def certainty(self) -> str:
@@ -98,13 +99,9 @@ class Row:
             return "too few seeds"
         return "beyond seed noise" if self.beyond_seeds else "within seed noise"
 
-    def to_dict(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """Return the row as ``study.json`` holds it."""
-        return asdict(self) | {"missing_seeds": [seed for seed in seeds if seed not in self.seeds]}
-
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Row:
-        """Read what :meth:`to_dict` returned."""
+        """Read a row of :meth:`Comparison.to_dict`."""
         costs = value["costs"] | {
             name: _spread(value["costs"][name]) for name in ("tokens_per_second", "minutes")
         }
@@ -113,16 +110,9 @@ class Row:
             for name in ("groups", "directions")
         }
         by_seed = {int(seed): gain for seed, gain in value["gain_by_seed"].items()}
-        kept = {name: each for name, each in value.items() if name != "missing_seeds"}
-        return cls(
-            **kept
-            | scores
-            | {
-                "costs": Costs(**costs),
-                "seeds": tuple(value["seeds"]),
-                "gain_by_seed": by_seed,
-            }
-        )
+        seeds = {name: tuple(value[name]) for name in ("seeds", "missing_seeds")}
+        read = {"costs": Costs(**costs), "gain_by_seed": by_seed, **scores, **seeds}
+        return cls(**{**value, **read})
 
 
 @dataclass(frozen=True)
@@ -195,13 +185,12 @@ class Comparison:
     @property
     def runs_missing(self) -> int:
         """Count the scores, over all rows and seeds, that do not exist yet."""
-        return sum(len(self.seeds) - len(row.seeds) for row in self.rows)
+        return sum(len(row.missing_seeds) for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``study.json``."""
         return asdict(self) | {
             "score_of_gains": self.scoring.main,
-            "rows": [row.to_dict(self.seeds) for row in self.rows],
             "copy": {name: metrics.as_dict() for name, metrics in self.copy.items()},
             "copy_by_direction": {name: each.as_dict() for name, each in self.copy_by_direction.items()},
         }
@@ -230,7 +219,8 @@ class Comparison:
         if limit := self.evaluate["limit"]:
             options += f", the first {counted(limit, self.scoring.item)} of each {self.scoring.unit}"
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
-        lacking, wanted = self.runs_missing, counted(len(self.rows) * len(self.seeds), "score")
+        lacking = self.runs_missing
+        wanted = counted(lacking + sum(len(row.seeds) for row in self.rows), "score")
         missing = f" {lacking} of {wanted} {'is' if lacking == 1 else 'are'} missing." if lacking else ""
         steps = f"{'at most ' if self.stops_early else ''}{counted(self.steps, 'step')}"
         return f"{steps} each on the same data, {seeds}; {options}.{missing}"

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lsmoe_ds.config.optimizer import Adafactor as Settings
-from lsmoe_ds.parallel.compat import VALUES
-from lsmoe_ds.parallel.parameters import averaged_shape, partition_dimension
+from lsmoe_ds.config.optimizer import averaged_shape
+from lsmoe_ds.parallel.deepspeed_engine import VALUES
+from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 
 ROW, COLUMN = Settings.averaged  # the names of R and C among the state tensors

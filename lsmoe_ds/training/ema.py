@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lsmoe_ds.checkpoint.averages import EMA
-from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel import deepspeed_engine
 
 
 @torch.no_grad()
@@ -24,8 +24,8 @@ def update_ema(engine: Any, decay: float, number: int) -> None:
     """
     newest = (1 - decay) / (1 - decay**number)
     averages, weights = [], []
-    for holder, state in compat.optimizer_states(engine).items():
-        values = state.get(compat.VALUES, holder).detach()
+    for holder, state in deepspeed_engine.optimizer_states(engine).items():
+        values = state.get(deepspeed_engine.VALUES, holder).detach()
         if EMA in state:
             averages.append(state[EMA])
             weights.append(values.float())

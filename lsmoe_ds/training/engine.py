@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +21,10 @@ from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.methods.base import StepSize, Totals
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.base import Losses, Model
-from lsmoe_ds.model.build import build
+from lsmoe_ds.model.build import build, made_in
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.model.initialization import initialize
-from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel import compat, deepspeed_engine
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
@@ -31,6 +32,7 @@ from lsmoe_ds.training.optimizers import build_optimizer
 from lsmoe_ds.training.schedules import inverse_square_root
 
 SIDES = ("encoder", "decoder")
+AT_ONCE = 2**20  # values of a 16-bit gradient that are copied to float32 on a CPU
 
 
 class NonFinite(Exception):
@@ -88,18 +90,24 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     """Build a DeepSpeed engine over a freshly initialized model with ``vocabulary`` tokens."""
     deepspeed = compat.import_deepspeed()
     config = engine_config(recipe, topology)
-    model = build(recipe, vocabulary, topology)
+    half = check_precision(recipe)
+    # Others' models come with their weights, and a configuration may keep modules in float32.
+    kept = "keep_in_fp32_modules" in config.get("data_types", {})
+    whole = half is None or recipe.model.huggingface is not None or kept
+    dtype = torch.float16 if half == "fp16" else torch.bfloat16
+    with nullcontext() if whole else made_in(dtype, topology.device):
+        model = build(recipe, vocabulary, topology)
     initialize(model, recipe.training.seed, topology)
     freeze(model, recipe, topology)
     spread = {name: partition_dimension(buffer) for name, buffer in model.named_buffers()}
-    groups, alone = compat.optimizer_groups(model), recipe.training.optimizer_settings.steps_halves
+    groups, alone = deepspeed_engine.optimizer_groups(model), recipe.training.optimizer_settings.steps_halves
 
     def optimizer(parameters: object) -> torch.optim.Optimizer:
         return build_optimizer(recipe, groups, model, topology)
 
     try:
         layout = compat.ModelParallelUnit()
-        with compat.building(groups, alone):
+        with deepspeed_engine.building(groups, alone):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
     except ValidationError as error:  # of a section that is a pydantic model
         wrong = error.errors()[0]
@@ -109,7 +117,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         if (dimension := spread[name]) is not None:
             compat.mark_tensor_parallel(buffer, dimension)
     limit = clipping_limit(recipe)
-    compat.complete_engine(engine, lambda: clip_gradients(model, limit, topology), STAGE_0_BUCKET)
+    deepspeed_engine.complete_engine(engine, lambda: clip_gradients(model, limit, topology), STAGE_0_BUCKET)
     return engine
 
 
@@ -158,8 +166,17 @@ def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Return the norm of all gradients, which torch.nn.utils.get_total_norm rounds to 16 bits like them."""
-    norms = torch._foreach_norm(gradients, 2.0, torch.float32) if gradients else [torch.zeros(())]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    if not gradients:
+        return torch.zeros(())
+    if gradients[0].is_cuda or gradients[0].dtype == torch.float32:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)))
+    # On a CPU torch makes a float32 copy of each, and the norm may come to lie in its memory, which the next
+    # copy then does not fit: the heap would grow by all of them.
+    pieces = [piece for gradient in gradients for piece in gradient.view(-1).split(AT_ONCE)]
+    copy, norms = torch.empty(max(map(torch.numel, pieces))), torch.empty(len(pieces))
+    for piece, norm in zip(pieces, norms, strict=True):
+        torch.linalg.vector_norm(copy[: piece.numel()].copy_(piece), out=norm)
+    return torch.linalg.vector_norm(norms)
 
 
 def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: Topology) -> StepResult:
@@ -243,7 +260,7 @@ def zero_out(engine: Any, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
     """
     for parameter, mask in masks.items():
         parameter.masked_fill_(~mask, 0.0)  # a product would leave -0.0
-    for piece in compat.optimizer_pieces(engine):
+    for piece in deepspeed_engine.optimizer_pieces(engine):
         if piece.parameter in masks:
             own = masks[piece.parameter].reshape(-1)[piece.start : piece.start + piece.length]
             for held in (piece.values, *piece.state.values()):
@@ -320,12 +337,15 @@ def _take_traffic(model: Model, topology: Topology) -> dict[str, Traffic]:
 
 
 def _fill_in_gradients(model: Model) -> None:
-    """Fill in zeros for experts that no token of the step has used: Adam continues with their averages, as on
-    several ranks.
+    """Fill in zeros for experts that no token of the step has used: the optimizer continues with their
+    averages, as on several ranks. Those of equal shape share the zeros, which an optimizer only reads.
     """
+    zeros: dict[torch.Size, Tensor] = {}
     for parameter in model.parameters():
         if parameter.grad is None and parameter.requires_grad and compat.is_expert_parameter(parameter):
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.shape not in zeros:
+                zeros[parameter.shape] = torch.zeros_like(parameter)
+            parameter.grad = zeros[parameter.shape].detach()  # another tensor of the same memory
 
 
 @torch.no_grad()

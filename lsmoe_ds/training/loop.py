@@ -24,7 +24,7 @@ from lsmoe_ds.errors import SharedError
 from lsmoe_ds.launch.watchdog import beat
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.notices import counted, listed
-from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel import compat, deepspeed_engine
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.ema import update_ema
@@ -176,7 +176,7 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
             monitor.after_step(number, step, result)
             skipped = skipped + 1 if result.skipped else 0
             if skipped:
-                scale = f"the loss scale is now {compat.loss_scale(engine):g}"
+                scale = f"the loss scale is now {deepspeed_engine.loss_scale(engine):g}"
                 monitor.say(f"step {number} is skipped: its gradients overflow float16; {scale}")
                 if skipped > training.max_skipped:
                     raise SharedError(

@@ -17,18 +17,16 @@ HERE = Path(__file__).parent
 WANTED = os.environ.get("LSMOE_GPU_TESTS")
 REASON = "tests/gpu was skipped: torch sees no CUDA device"
 SKIPPED = WANTED is None and not torch.cuda.is_available()
-HAS_SKIPPED = pytest.StashKey[bool]()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    own = [item for item in items if HERE in item.path.parents]
-    for item in own if SKIPPED else ():
-        item.add_marker(pytest.mark.skip(reason=REASON))
-    config.stash[HAS_SKIPPED] = SKIPPED and bool(own)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SKIPPED and HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=REASON))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.stash.get(HAS_SKIPPED, False):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if any(REASON in str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])):
         terminalreporter.write_line(REASON)
 
 
