@@ -127,6 +127,50 @@ def test_bfloat16_clips_by_the_norm_of_all_gradients(pool, routing, world, tenso
     assert difference < 0.05 * norm
 
 
+def looks_at_gradients(topology, recipe: Recipe) -> list[tuple[str, float, float]]:
+    """Return what the engine and DeepSpeed's own methods find in the gradients of a step: their norm, and
+    whether they overflow, as they are and once a value of one of them is no number.
+    """
+    from lsmoe_ds.training.engine import build_engine, train_step
+
+    engine = build_engine(recipe, VOCABULARY, topology)
+    optimizer, found = engine.optimizer, []
+    its, norm_of_all = type(optimizer), optimizer.scaled_global_norm
+
+    def look(*arguments, **options):
+        for number, gradients in optimizer.averaged_gradients.items():
+            given = gradients, optimizer.params_in_partition[number]
+            norms = optimizer.get_grad_norm_direct(*given), its.get_grad_norm_direct(optimizer, *given)
+            found.append(("norm", *map(float, norms)))
+            for gradient in (gradients[0], gradients[len(gradients) // 2]):
+                place, before = gradient.view(-1)[-1:], gradient.view(-1)[-1:].clone()
+                for value in (float(before), 3e38, math.inf, -math.inf, math.nan):
+                    place.fill_(value)
+                    ours = optimizer.has_overflow_partitioned_grads_serial()
+                    theirs = its.has_overflow_partitioned_grads_serial(optimizer)
+                    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+                    found.append((str(value), float(ours), float(theirs)))
+                place.copy_(before)
+        return norm_of_all(*arguments, **options)
+
+    optimizer.scaled_global_norm = look
+    train_step(engine, steps_of(recipe, topology.data_rank, topology.data)[0], 1, recipe, topology)
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("routing", "world", "tensor", "expert", "stage"), [LAYOUTS[4], LAYOUTS[5], ("token", 1, 1, 1, 1)]
+)
+def test_all_gradients_at_once_are_found_as_they_are_one_by_one(pool, routing, world, tensor, expert, stage):
+    recipe = half(routing, tensor, expert, stage)
+    for found in pool.run(world, looks_at_gradients, recipe, tensor=tensor, expert=expert):
+        assert {name for name, *_ in found} >= {"norm", "inf", "-inf", "nan"}
+        for name, ours, theirs in found:
+            assert ours == pytest.approx(theirs, rel=1e-6), name
+            assert name == "norm" or ours == (not math.isfinite(float(name)))
+
+
 def batch_of(recipe: Recipe, sentences: int) -> PairBatch:
     """The same sentence so many times: its gradients are all alike, and their sum grows with each."""
     batch = ragged_batch(torch.Generator().manual_seed(5), recipe, 1)

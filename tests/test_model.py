@@ -12,6 +12,7 @@ from torch import nn
 
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.model.build import build
 from lsmoe_ds.model.embedding import Embedding, sinusoids
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
@@ -200,3 +201,13 @@ def test_initial_weights_do_not_depend_on_the_layout(pool):
                 split[0][name] + split[1][name] == pytest.approx(value, abs=1e-6)
                 and split[0][name] != split[1][name]
             )
+
+
+def test_a_model_never_attends_by_cudnn():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        build(recipe_for("token", 1, 1, 0), VOCABULARY)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -18,7 +18,12 @@ from lsmoe_ds.parallel.topology import Topology
 def build(recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> Model:
     """Build a model with ``vocabulary`` tokens. One of transformers comes with its weights, except on no
     device (:func:`outline`). Raises UserError if they cannot be loaded.
+
+    From then on torch leaves out cuDNN's attention: it plans anew for each pair of lengths, and batches
+    hardly ever repeat one. On an H200 such a step of Transformer-Big took 325 ms or more by it and 75 to 106
+    by torch's own kernels, though steps whose lengths it knew took a seventh less.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if recipe.model.huggingface is None:
         return Transformer(recipe, vocabulary, topology)
     from lsmoe_ds.model.host import HostModel, LabellingModel  # needs transformers

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ def building(groups: list[dict[str, Any]], steps_halves: bool) -> Iterator[None]
 
 
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
-    """Work around seven problems of DeepSpeed 0.19.8's engine.
+    """Work around nine problems of DeepSpeed 0.19.8's engine.
 
     1. ZeRO stage 0 clips by a norm of its own and forgets it: ``clip`` clips instead, and the norm that it
        returns is kept.
@@ -112,6 +113,8 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
        skipped like any other, and whoever counts the skipped steps ends the run.
     8. Stage 0 leaves clipping in 16 bits to the wrapper that an optimizer which steps them itself has not:
        it clips before each step.
+    9. ZeRO looks at one gradient after another, which takes long on a GPU where there are many experts: see
+       :func:`_look_at_all_gradients_at_once`.
     """
     from deepspeed.utils import groups
 
@@ -125,7 +128,9 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
         if engine.has_moe_layers:
             common = engine._common_checkpoint_state
             engine._common_checkpoint_state = lambda *arguments: common(*arguments) | {"optimizer": None}
-    elif engine.zero_optimization_stage() == 2:
+    else:
+        _look_at_all_gradients_at_once(engine.optimizer)
+    if engine.zero_optimization_stage() == 2:
         _reduce_in_one_order(engine)
     engine.checkpoint_engine.is_data_parallel_writer = lambda rank: (
         rank == 0 or groups._get_data_parallel_rank() == 0
@@ -135,6 +140,45 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     if engine.bfloat16_enabled() and not engine.zero_optimization():
         engine.optimizer.register_step_pre_hook(lambda *_: clip_and_keep_norm())
+
+
+def _look_at_all_gradients_at_once(optimizer: Any) -> None:
+    """Make ZeRO stages 1 and 2 look for infinities and NaN in all gradients, and compute their norm, by a few
+    kernels.
+
+    DeepSpeed launches about ten for each gradient. With 16 experts in every second layer of Transformer-Big
+    a step on an H200 took a sixth less without those that look for infinities. What is found is the same.
+    """
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+    from deepspeed.runtime.zero.utils import get_norm_dtype
+
+    norm_of = optimizer.get_grad_norm_direct
+
+    def overflow() -> torch.Tensor:
+        gradients = [each for group in optimizer.averaged_gradients.values() for each in group]
+        present = [each for each in gradients if each is not None and each.numel()]
+        if not present:
+            return torch.zeros(1, dtype=torch.bool, device=optimizer.device)
+        largest = torch.stack(torch._foreach_norm(present, math.inf))  # NaN where a gradient has one
+        return ~largest.isfinite().all().reshape(1)
+
+    def norm(gradients: list[torch.Tensor], params: list[torch.Tensor], norm_type: float = 2) -> torch.Tensor:
+        real = [each for each in gradients if not getattr(each, "_zero_padding", False)]
+        counted = [
+            (gradient, parameter)
+            for gradient, parameter in zip(real, params, strict=False)
+            if is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0
+        ]
+        if norm_type != 2 or not counted:
+            found: torch.Tensor = norm_of(gradients, params, norm_type)
+            return found
+        norms = torch._foreach_norm([gradient for gradient, _ in counted], 2.0, get_norm_dtype())
+        # DeepSpeed adds up over the ranks what it is given for a parameter that counts here.
+        found = norm_of([torch.linalg.vector_norm(torch.stack(norms))], [counted[0][1]])
+        return found
+
+    optimizer.has_overflow_partitioned_grads_serial = overflow
+    optimizer.get_grad_norm_direct = norm
 
 
 def _reduce_in_one_order(engine: Any) -> None:

@@ -92,7 +92,7 @@ class Adafactor(torch.optim.Optimizer):
         state["step"] += 1
         values = state.get(VALUES, parameter).float()  # the same tensor, or a copy of 16 bits
         gradient = parameter.grad.float()  # type: ignore[union-attr]
-        rate = values.new_tensor(group["lr"])  # on the device, for which nothing here waits
+        rate = values.new_full((), group["lr"])  # a tensor of a number would wait for the device
         if settings.scale_parameters:
             rate *= self._root_mean_square(values, parameter).clamp_(min=SMALLEST_SCALE)
         update = self._scaled(gradient, state, parameter, group["eps"])
