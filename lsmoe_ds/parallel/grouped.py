@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,8 @@ class Groups:
     """Say which of S rows are multiplied by which of G matrices.
 
     ``spans`` are (matrix, first row, row after the last one), none of which overlap; the products of rows in
-    no span are 0. Rows are sorted by matrix, unless it costs less to copy the matrix of each span, which has
-    ``rank`` rows.
+    no span are 0. Rows are sorted by matrix, unless they are there as blocks of equal length already, as
+    sentences are, and it costs less to copy a matrix of ``rank`` rows for each block than to move its rows.
 
     Only the matrices from ``first`` on are read, ``count`` of them: one if all rows are multiplied by it,
     otherwise all G.
@@ -86,21 +87,22 @@ class Groups:
         self.first, self.count = (used.pop(), 1) if len(used) == 1 else (0, matrices)
         self.rows, self.total = rows, sum(stop - start for _, start, stop in spans)
         self._device, self._parts = device, dict[int, list[tuple[Tensor | slice, slice, Groups]]]()
-        by_row, by_matrix = sorted(spans, key=lambda span: span[1]), sorted(spans)
-        is_sorted = by_row == by_matrix
-        self._of_groups: list[int] | None = None  # the matrix of each group, if groups are spans
-        if self.is_all and not is_sorted and rank is not None and len(spans) * rank < rows // 2:
-            self._of_groups = [matrix for matrix, _, _ in by_row]
-            self.sizes = [stop - start for _, start, stop in by_row]
-        else:
-            self.sizes = [0] * self.count
-            for matrix, start, stop in spans:
-                self.sizes[matrix - self.first] += stop - start
-        # None where the rows are all there and sorted already: nothing is moved then.
+        by_matrix = sorted(spans)
+        self.sizes = [0] * self.count
+        for matrix, start, stop in spans:
+            self.sizes[matrix - self.first] += stop - start
+        self._block: int | None = None  # the length of blocks that lie there already
+        # The rows that are read, in this order; None where that moves nothing.
         self._order = None
-        if not self.is_all or not (is_sorted or self._of_groups):
-            order = [np.arange(0), *(np.arange(start, stop) for _, start, stop in by_matrix)]
-            self._order = np.concatenate(order)
+        if self.is_all:
+            by_row = sorted(spans, key=lambda span: span[1])
+            length = gcd(*(stop - start for _, start, stop in spans))
+            if self.count > 1 and rank is not None and 2 * rank <= length:
+                self._block = length
+                self._of_blocks = [each for each, start, stop in by_row for _ in range(start, stop, length)]
+            if self._block or by_row == by_matrix:
+                return
+        self._order = np.concatenate([np.arange(0), *(np.arange(*span[1:]) for span in by_matrix)])
 
     @property
     def is_all(self) -> bool:
@@ -119,34 +121,26 @@ class Groups:
         return torch.from_numpy(np.argsort(self._order)).to(self._device)
 
     @cached_property
-    def _chosen(self) -> Tensor | None:
-        """The matrix of each group, where groups are spans."""
-        return None if self._of_groups is None else torch.tensor(self._of_groups, device=self._device)
-
-    @cached_property
     def _ends(self) -> Tensor:
         return torch.tensor([*accumulate(self.sizes)], dtype=torch.int32, device=self._device)
 
     @cached_property
-    def _blocks(self) -> tuple[int, Tensor, Tensor]:
-        """The length of a block, the group of each block, and where in the blocks each sorted row is."""
+    def _blocks(self) -> tuple[int, Tensor, Tensor | None]:
+        """The length of a block, the matrix of each block, and where in the blocks each sorted row is: None
+        where it is at its own place.
+        """
+        if self._block is not None:
+            return self._block, torch.tensor(self._of_blocks, device=self._device), None
         used = sum(size > 0 for size in self.sizes)
         length = -(-self.total // (used * BLOCK)) * BLOCK
         counts = [-(-size // length) for size in self.sizes]
         firsts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
         places = [first * length + np.arange(size) for first, size in zip(firsts, self.sizes, strict=True)]
-        groups = np.repeat(np.arange(len(counts)), counts)
         return (
             length,
-            torch.from_numpy(groups).to(self._device),
+            torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(self._device),
             torch.from_numpy(np.concatenate(places)).to(self._device),
         )
-
-    @cached_property
-    def _of_blocks(self) -> Tensor:
-        """The matrix of each block."""
-        _, groups, _ = self._blocks
-        return groups if self._chosen is None else self._chosen.index_select(0, groups)
 
     def parts(self, most: int) -> list[tuple[Tensor | slice, slice, Groups]]:
         """Split the matrices that are read into parts of at most ``most``: their numbers, the slice of their
@@ -188,15 +182,15 @@ class Groups:
         if self.total == 0:
             return rows.new_zeros(0, matrices.shape[1 if transpose else 2])
         in_blocks = self.count > 1 and not self._is_grouped(rows, matrices)
-        chosen = self._of_blocks if in_blocks else self._chosen
-        if chosen is not None:  # before it is transposed, so that whole rows are copied
-            matrices = matrices.index_select(0, chosen)
+        if in_blocks:  # before they are transposed, so that whole rows are copied
+            matrices = matrices.index_select(0, self._blocks[1])
         if transpose:
             matrices = matrices.transpose(1, 2)
         if self.count == 1:
             return rows @ matrices[0]
         if in_blocks:
-            return torch.bmm(self._in_blocks(rows), matrices).flatten(0, 1).index_select(0, self._blocks[2])
+            products, places = torch.bmm(self._in_blocks(rows), matrices).flatten(0, 1), self._blocks[2]
+            return products if places is None else products.index_select(0, places)
         found: Tensor = grouped_mm(rows, matrices, offs=self._ends)
         return found
 
@@ -204,6 +198,9 @@ class Groups:
         """Add the products of :meth:`multiply`, in place, where the rows come from in ``whole`` [S, N]."""
         if self._order is None and self.count == 1:
             whole.addmm_(rows, matrices[0])
+        elif self._block is not None:
+            in_blocks, of_blocks = self._in_blocks(whole), self._blocks[1]
+            in_blocks.baddbmm_(self._in_blocks(rows), matrices.index_select(0, of_blocks))
         elif self._order is None or (self.is_all and whole.is_cuda):  # where adding by index is atomic
             whole.add_(self.put(self.multiply(rows, matrices)))
         else:
@@ -216,23 +213,23 @@ class Groups:
         if self.total == 0:
             return a.new_zeros(self.count, a.shape[1], b.shape[1])
         if self._is_grouped(a, b):
-            products, chosen = grouped_mm(a.t(), b, offs=self._ends), self._chosen
-        else:
-            products = torch.bmm(self._in_blocks(a).transpose(1, 2), self._in_blocks(b))
-            chosen = self._of_blocks
-        if chosen is None:
-            return products
-        return products.new_zeros(self.count, *products.shape[1:]).index_add_(0, chosen, products)
+            found: Tensor = grouped_mm(a.t(), b, offs=self._ends)
+            return found
+        products = torch.bmm(self._in_blocks(a).transpose(1, 2), self._in_blocks(b))
+        return products.new_zeros(self.count, *products.shape[1:]).index_add_(0, self._blocks[1], products)
 
     def _is_grouped(self, *tensors: Tensor) -> bool:
         first = tensors[0]
         return (
-            is_grouped(first.device, first.dtype)
+            self._block is None
+            and is_grouped(first.device, first.dtype)
             and _is_aligned(*tensors)
             and (first.device.type == "cpu" or len(self.sizes) <= MOST_GROUPS)
         )
 
     def _in_blocks(self, rows: Tensor) -> Tensor:
         length, groups, places = self._blocks
+        if places is None:
+            return rows.unflatten(0, (len(groups), length))
         padded = rows.new_zeros(len(groups) * length, rows.shape[1]).index_copy_(0, places, rows)
         return padded.unflatten(0, (len(groups), length))
