@@ -19,7 +19,7 @@ from lsmoe_ds.moe.costs import exchanges
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.arithmetic import LENGTH, flops
 from lsmoe_ds.planning.costs import VALUE_BYTES, counts_ahead
-from lsmoe_ds.planning.devices import Device
+from lsmoe_ds.planning.devices import HOST_RATE, Device
 from lsmoe_ds.planning.memory import Memory, local_parameters, memory
 from lsmoe_ds.planning.plan import UNKNOWN, human, is_known
 from lsmoe_ds.planning.trained import count_trained
@@ -208,7 +208,8 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
         tensor      for each sum over the t ranks, forward and backward, again with activation checkpointing,
                     and in a pass that goes ahead: 2 (t - 1) / t S / 2 H v / D
         gradients   2 (D - 1) / D v d, and 2 (X - 1) / X v e over the X ranks that hold the same experts
-        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate
+        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate; where it is stepped on
+                    the host, beside that 12 bytes / the host's rate: the gradient, the weight, and it back
 
     d and e are a rank's trained dense and expert parameters; s are the bytes that the optimizer keeps and
     needs for a value, which it reads and writes beside the float32 gradient and the weight (12 of Adam).
@@ -244,5 +245,6 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
         dispatch=sent * (outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate),
         tensor=VALUE * summed / rates[tensor],
         gradients=reduced / rates[world],
-        optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate,
+        optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate
+        + (optimizer.host_bytes() > 0) * stepped * 12 / HOST_RATE,
     )

@@ -118,9 +118,13 @@ class Plan:
         memories = table(
             f"memory of each rank; {layout}; peak with {process} of the process itself", "", *parts
         )
+        if any(each.host for each in self.memory):
+            memories.add_column("beside, on the host", justify="right")
         for each in self.memory:
             own = " <- recipe" if (each.precision, each.stage) == (self.precision, self.stage) else ""
-            cells = [in_bytes(getattr(each, part)) for part in parts]
+            cells = [in_bytes(getattr(each, part)) for part in parts] + [in_bytes(each.host)] * (
+                each.host > 0
+            )
             memories.add_row(f"{each.precision} ZeRO {each.stage}{own}", *cells)
         made: list[Any] = [sizes, memories] if self.memory else [sizes]
         if self.exchanges:
