@@ -83,7 +83,7 @@ class Fit:
             "batch_tokens": batch.tokens,
             "batch_count": batch.count,
             "accumulation": self.accumulation,
-            "peak_bytes": self.memory.peak,
+            "peak_bytes": self.memory.gpu_peak,
             "seconds": asdict(self.times) | {"step": self.times.step},
             "tokens_per_second": self.tokens_per_second,
         }
@@ -114,8 +114,8 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
                     if changed is None:
                         break
                     needed = memory(changed, cluster.gpus, stage, PRECISION)
-                    peaks.append(needed.peak)
-                    if needed.peak <= USABLE * cluster.device.memory:
+                    peaks.append(needed.gpu_peak)
+                    if needed.gpu_peak <= USABLE * cluster.device.memory:
                         fits.append(Fit(changed, accumulation, needed, estimate(changed, cluster)))
                         break
             found += sorted(fits, key=_speed)[:1]
@@ -129,7 +129,7 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
 
 
 def _speed(fit: Fit) -> tuple[float, int]:
-    return fit.times.step, fit.memory.peak
+    return fit.times.step, fit.memory.gpu_peak
 
 
 def table_of(fits: Sequence[Fit]) -> Table:
@@ -152,7 +152,7 @@ def table_of(fits: Sequence[Fit]) -> Table:
             *(str(number) for number in (tensor, expert, each.memory.stage, size.count)),
             f"{size.tokens:,}",
             "yes" if each.recipe.training.activation_checkpointing else "no",
-            f"{each.memory.peak / 1e9:.1f} GB",
+            f"{each.memory.gpu_peak / 1e9:.1f} GB",
             *(f"{1e3 * times[part]:.3g}" for part in parts),
             human(each.tokens_per_second),
         )
