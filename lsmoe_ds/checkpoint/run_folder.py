@@ -51,6 +51,7 @@ MAY_CHANGE = {
     "parallel",  # a checkpoint is resharded to other ranks
     "deepspeed.zero_optimization",
     "training.steps",
+    "training.adam",  # moments move to the host and back
     "training.activation_checkpointing",
     "training.log_every",
     "training.log_to",

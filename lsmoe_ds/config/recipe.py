@@ -19,7 +19,7 @@ from lsmoe_ds.config.deepspeed import read_deepspeed_config
 from lsmoe_ds.config.host import TOKENIZER, count_tokens, end_of
 from lsmoe_ds.config.method import sections
 from lsmoe_ds.config.model import Model
-from lsmoe_ds.config.optimizer import OPTIMIZERS, Adafactor, OptimizerSettings
+from lsmoe_ds.config.optimizer import OPTIMIZERS, Adafactor, Adam, OptimizerSettings
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
@@ -58,6 +58,7 @@ class Training(Section):
     trainable: Literal["all", "methods"] | list[str] = "all"
     directions: Annotated[list[str], Field(min_length=1)] | None = None
     optimizer: Literal["adam", "adafactor"] = "adam"
+    adam: Adam | None = None
     adafactor: Adafactor | None = None
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     warmup: Annotated[int, Field(ge=0)] = 4000
@@ -91,16 +92,17 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _settings_are_of_the_optimizer(self) -> Training:
-        if self.adafactor is not None and self.optimizer != "adafactor":
-            raise ValueError(
-                f"'adafactor' is given, but 'optimizer' is {self.optimizer}: leave it out, or set "
-                "'optimizer: adafactor'"
-            )
+        for name in OPTIMIZERS:
+            if getattr(self, name) is not None and self.optimizer != name:
+                raise ValueError(
+                    f"'{name}' is given, but 'optimizer' is {self.optimizer}: leave it out, or set "
+                    f"'optimizer: {name}'"
+                )
         return self
 
     @property
     def optimizer_settings(self) -> OptimizerSettings:
-        given: OptimizerSettings | None = getattr(self, self.optimizer, None)
+        given: OptimizerSettings | None = getattr(self, self.optimizer)
         return OPTIMIZERS[self.optimizer]() if given is None else given
 
 

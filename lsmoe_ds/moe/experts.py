@@ -19,13 +19,11 @@ from torch import Tensor, nn
 
 from lsmoe_ds.moe.routers import DROPPED
 from lsmoe_ds.parallel.compat import mark_expert_parameter
+from lsmoe_ds.parallel.grouped import ALIGNMENT, grouped_mm, has_kernel
 from lsmoe_ds.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from lsmoe_ds.moe.replicas import Replica
-
-_grouped_mm: Any = getattr(F, "grouped_mm", None)  # since torch 2.10
-ALIGNMENT = 16  # bytes; a grouped product needs addresses and strides that are multiples of it
 
 
 @dataclass
@@ -175,20 +173,7 @@ class _AddBias(torch.autograd.Function):
         ones = gradient.new_ones(
             gradient.shape[0], ALIGNMENT // gradient.element_size()
         )  # the fewest columns that are aligned
-        return gradient, _grouped_mm(ones.t(), gradient, offs=ctx.assignment.ends)[:, 0], None
-
-
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether a device has a grouped product for this type that is faster than a loop, and right."""
-    # Elsewhere torch loops over the groups and waits for the device. Blackwell (10) has a kernel, too, but
-    # there the weight gradient of a group without rows was seen not to be zero: Hopper alone, until that is
-    # mended.
-    return (
-        _grouped_mm is not None
-        and device.type == "cuda"
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device)[0] == 9
-    )
+        return gradient, grouped_mm(ones.t(), gradient, offs=ctx.assignment.ends)[:, 0], None
 
 
 def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
@@ -231,7 +216,7 @@ def _linear(parts: list[Any], rows: Tensor, assignment: Assignment) -> Tensor:
     )
     # Rows after the last end would stay uninitialized, here and in the gradients; there are none.
     out: Tensor = _AddBias.apply(
-        _grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends), biases, assignment
+        grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends), biases, assignment
     )
     return out
 

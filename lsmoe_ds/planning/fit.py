@@ -21,7 +21,7 @@ from lsmoe_ds.moe.load import loads
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.arithmetic import LENGTH, flops
 from lsmoe_ds.planning.costs import VALUE_BYTES, counts_ahead
-from lsmoe_ds.planning.devices import Device
+from lsmoe_ds.planning.devices import HOST_RATE, Device
 from lsmoe_ds.planning.memory import Memory, local_parameters, memory
 from lsmoe_ds.planning.plan import UNKNOWN, human, is_known
 from lsmoe_ds.planning.trained import count_trained
@@ -92,7 +92,7 @@ class Fit:
             "batch_tokens": batch.tokens,
             "batch_count": batch.count,
             "accumulation": self.accumulation,
-            "peak_bytes": self.memory.peak,
+            "peak_bytes": self.memory.gpu_peak,
             "seconds": asdict(self.times) | {"step": self.times.step},
             "tokens_per_second": self.tokens_per_second,
         }
@@ -128,8 +128,8 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
                         if changed is None:
                             break
                         needed = memory(changed, cluster.gpus, stage, PRECISION)
-                        peaks.append(needed.peak)
-                        if needed.peak <= USABLE * cluster.device.memory:
+                        peaks.append(needed.gpu_peak)
+                        if needed.gpu_peak <= USABLE * cluster.device.memory:
                             times = estimate(changed, cluster, shares)
                             fits.append(Fit(changed, accumulation, needed, times))
                             break
@@ -165,7 +165,7 @@ def _with_and_without_replicas(recipe: Recipe, expert: int, shares: Shares) -> l
 
 
 def _speed(fit: Fit) -> tuple[float, int]:
-    return fit.times.step, fit.memory.peak
+    return fit.times.step, fit.memory.gpu_peak
 
 
 def table_of(fits: Sequence[Fit]) -> Table:
@@ -190,7 +190,7 @@ def table_of(fits: Sequence[Fit]) -> Table:
             f"{size.tokens:,}",
             "yes" if each.recipe.training.activation_checkpointing else "no",
             *[", ".join(sorted({task for tasks in each.replicas.values() for task in tasks})) or "-"] * lends,
-            f"{each.memory.peak / 1e9:.1f} GB",
+            f"{each.memory.gpu_peak / 1e9:.1f} GB",
             *(f"{1e3 * times[part]:.3g}" for part in parts),
             human(each.tokens_per_second),
         )
@@ -246,7 +246,8 @@ def estimate(recipe: Recipe, cluster: Cluster, shares: Shares | None = None) -> 
         tensor      for each sum over the t ranks, forward and backward, again with activation checkpointing,
                     and in a pass that goes ahead: 2 (t - 1) / t S / 2 H v / D
         gradients   2 (D - 1) / D v d, and 2 (X - 1) / X v e over the X ranks that hold the same experts
-        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate
+        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate; where it is stepped on
+                    the host, beside that 12 bytes / the host's rate: the gradient, the weight, and it back
 
     d and e are a rank's trained dense and expert parameters; s are the bytes that the optimizer keeps and
     needs for a value, which it reads and writes beside the float32 gradient and the weight (12 of Adam).
@@ -295,5 +296,6 @@ def estimate(recipe: Recipe, cluster: Cluster, shares: Shares | None = None) -> 
         dispatch=sent * (outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate),
         tensor=VALUE * summed / rates[tensor],
         gradients=reduced / rates[world],
-        optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate,
+        optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate
+        + (optimizer.host_bytes() > 0) * stepped * 12 / HOST_RATE,
     )

@@ -32,6 +32,7 @@ TRANSFORMERS = 150 * 2**20  # measured there: what importing it and a model's cl
 # Allocator fragmentation, measured on a CPU: some blocks of one micro-batch's shapes fit none of the next
 # one's.
 ALLOCATOR = 1.4
+GPU_ALLOCATOR = 1.1  # the same of torch's on an H200, whose blocks are cut and joined
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Memory:
     """The bytes on each rank.
 
     ``weights``, ``gradients`` and ``optimizer`` are permanent (gradients from the backward pass to the
-    optimizer step); ``activations`` and ``buffers`` are temporary.
+    optimizer step); ``activations`` and ``buffers`` are temporary. ``host`` is part of no sum.
     """
 
     precision: str
@@ -50,6 +51,7 @@ class Memory:
     activations: int
     buffers: int
     process: int = PROCESS
+    host: int = 0  # what an optimizer keeps in the host's memory, beside a GPU
 
     @property
     def total(self) -> int:
@@ -64,6 +66,14 @@ class Memory:
         fit the other.
         """
         return self.total + self.process + round(ALLOCATOR * (self.activations + self.buffers))
+
+    @property
+    def gpu_peak(self) -> int:
+        """Return the same on a GPU, whose allocator takes GPU_ALLOCATOR times the temporary bytes.
+
+        The process stands for the driver's context and what libraries load.
+        """
+        return self.total + self.process + round(GPU_ALLOCATOR * (self.activations + self.buffers))
 
 
 def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
@@ -89,6 +99,7 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
         optimizer   8 (d + e)            stage 0: Adam's two float32 moments
                     12 p                 stages 1 and 2: also a float32 copy of the weights, which DeepSpeed
                                          keeps even of a float32 model
+                    8 of these           in the host's memory with ``adam.offload``
                     4 (d + e) or 4 p     beside, for the moving average of ``training.ema``
                     4 a + 4 k (d + e)    Adafactor: its averages, and k of momentum and a float32 copy
 
@@ -103,11 +114,12 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
     optimizer = recipe.training.optimizer_settings
-    state = optimizer.value_bytes(stage, value == 2) * (own if stage == 0 else part)
+    stepped = own if stage == 0 else part
+    state = optimizer.value_bytes(stage, value == 2) * stepped
     if optimizer.averaged:
         state += 4 * sum(local_parameters(count_averages(recipe), layout.tensor, layout.expert))
     if recipe.training.ema is not None:
-        state += 4 * (own if stage == 0 else part)
+        state += 4 * stepped
     return Memory(
         precision=precision,
         stage=stage,
@@ -116,6 +128,7 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
         optimizer=state,
         activations=activations(recipe, value) + replica_bytes(recipe, value),
         buffers=buffers(recipe, dense, experts, part, world, stage, value),
+        host=optimizer.host_bytes() * stepped,
         process=PROCESS + (recipe.model.huggingface is not None) * TRANSFORMERS,
     )
 

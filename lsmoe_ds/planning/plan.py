@@ -80,7 +80,10 @@ class Plan:
             "routes": {route: parts.to_dict() for route, parts in self.routes.items()},
             "recipe_precision": self.precision,
             "recipe_stage": self.stage,
-            "memory": [asdict(each) | {"total": each.total, "peak": each.peak} for each in self.memory],
+            "memory": [
+                asdict(each) | {"total": each.total, "peak": each.peak, "gpu_peak": each.gpu_peak}
+                for each in self.memory
+            ],
             "exchanges": [
                 asdict(each)
                 | {
@@ -122,14 +125,20 @@ class Plan:
             sizes.add_row("of these train", human(self.trained), *("-" for _ in counts[1:]))
         for name, count in self.figures.items():
             sizes.add_row(name, human(count), *("-" for _ in counts[1:]))
-        parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak")
+        parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak", "gpu_peak")
         process = in_bytes(self.memory[0].process) if self.memory else ""
         memories = table(
-            f"memory of each rank; {layout}; peak with {process} of the process itself", "", *parts
+            f"memory of each rank; {layout}; peak with {process} of the process itself",
+            "",
+            *(part.replace("gpu_peak", "on a GPU") for part in parts),
         )
+        if any(each.host for each in self.memory):
+            memories.add_column("beside, on the host", justify="right")
         for each in self.memory:
             own = " <- recipe" if (each.precision, each.stage) == (self.precision, self.stage) else ""
-            cells = [in_bytes(getattr(each, part)) for part in parts]
+            cells = [in_bytes(getattr(each, part)) for part in parts] + [in_bytes(each.host)] * (
+                each.host > 0
+            )
             memories.add_row(f"{each.precision} ZeRO {each.stage}{own}", *cells)
         made: list[Any] = [sizes, memories] if self.memory else [sizes]
         if self.exchanges:
