@@ -102,6 +102,7 @@ def measure(folder: Path) -> dict[str, Any]:
             "deepspeed": {},
         }
     )
+    preparation = getattr(module, "Preparation", None) or module._Preparation  # as it was called before
     parts = {"cleaning": "_clean", "holding out": "_hold_out"}
     seconds = dict.fromkeys(parts, 0.0)
 
@@ -114,7 +115,7 @@ def measure(folder: Path) -> dict[str, Any]:
         return call
 
     for part, method in parts.items():
-        setattr(module._Preparation, method, timed(part, getattr(module._Preparation, method)))
+        setattr(preparation, method, timed(part, getattr(preparation, method)))
     begun = time.perf_counter()
     data = module.prepare(recipe, force=True)
     wall = time.perf_counter() - begun

@@ -73,14 +73,20 @@ def data_prepare(
     force: Annotated[
         bool, typer.Option("--force", help="Prepare again, even if nothing has changed.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Processes that clean and encode (default: one for each core)."
+        ),
+    ] = None,
 ) -> None:
     """Clean, deduplicate, hold out, train the vocabulary and store tokens; does nothing if that is done
-    already.
+    already, helps a process that is doing it, and resumes what was interrupted.
     """
     from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.data.prepare import prepare
 
-    print(prepare(load_recipe(recipe, overrides or ()), force=force).folder)
+    print(prepare(load_recipe(recipe, overrides or ()), force=force, processes=workers).folder)
 
 
 @data_app.command("show")
@@ -254,7 +260,8 @@ def bench(
             metavar="NAME",
             help=(
                 "The benchmark: adapters, checkpoint, convert, decode, exchange, exports, frozen, held_out, "
-                "hosts, imports, language_lora, large, low_rank, moe, neurons, train or vocabulary_map."
+                "hosts, imports, language_lora, large, low_rank, moe, neurons, prepare, train or "
+                "vocabulary_map."
             ),
             show_default=False,
         ),

@@ -247,11 +247,33 @@ def locked(path: Path, wait: bool = False) -> Iterator[int]:
     descriptor: a process that inherits it holds the lock as long as it lives. The lock file is beside
     ``path`` and exists as long as a process holds the lock.
     """
+    with _held(path, wait) as held:
+        if held is None:
+            raise UserError(f"another process is writing {path}: wait for it, or stop it")
+        yield held
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold the lock on ``path`` inside the block unless another process does; yields whether it is held.
+
+    A process that dies, on this machine or another, loses its locks. On a file system without locks every
+    process holds them all.
+    """
+    with _held(path, wait=False) as held:
+        yield held is not None
+
+
+@contextmanager
+def _held(path: Path, wait: bool) -> Iterator[int | None]:
     given, path = path, resolved(path)
     with explain_errors(given):
         path.parent.mkdir(parents=True, exist_ok=True)
         place = path.with_name(f".{path.name}.lock")
-        file = _lock(place, given, wait)
+        file = _lock(place, wait)
+    if file is None:
+        yield None
+        return
     try:
         recover(path)
         yield file.fileno()
@@ -259,8 +281,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[int]:
         _unlock(file, place)
 
 
-def _lock(place: Path, given: Path, wait: bool) -> TextIO:
-    """Open a lock file and lock it; repeat if its last holder has removed it meanwhile."""
+def _lock(place: Path, wait: bool) -> TextIO | None:
+    """Open a lock file and lock it; repeat if its last holder has removed it meanwhile.
+
+    Returns None if another process holds the lock, unless it shall ``wait``.
+    """
     while True:
         file = place.open("w")
         try:
@@ -269,7 +294,7 @@ def _lock(place: Path, given: Path, wait: bool) -> TextIO:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # the file system has no locks
                 return file
             file.close()
-            raise UserError(f"another process is writing {given}: wait for it, or stop it") from None
+            return None
         if _is_at(file, place):
             return file
         file.close()

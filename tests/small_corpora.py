@@ -6,7 +6,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lsmoe_ds.config.data import Cleaning
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.bitext import Bitext
+from lsmoe_ds.data.keys import save_sorted
+from lsmoe_ds.data.pieces import Piece
+from lsmoe_ds.data.shards import FUNCTIONS, Indexed, index_task, shards_of
+from lsmoe_ds.data.stages import Work, attempt
+from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.folders import describe_files, write_json
 
 SYLLABLES = {
@@ -68,3 +77,50 @@ def write_three_bitexts(directory: Path, count: int = 300) -> None:
         "en-ru": pairs("en", "ru", count, start=40),
     }
     write_fetched(directory, "django", bitexts)
+
+
+def clean_parts(folder: Path, name: str, parts: list[TextPart], **settings: int) -> Bitext:
+    """A bitext after cleaning, whose shards are kept beside ``folder``'s text."""
+    work, bitext = Work(folder / "prepared", FUNCTIONS).folder, Bitext(name, folder / name)
+    for stage in ("index", "clean"):
+        (work / stage).mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        files = []
+        for path in part.files:
+            task = index_task(path)
+            record = attempt(work, FUNCTIONS, task)
+            assert record is not None
+            files.append(Indexed.of(path, record, work / task.name))
+        cleaned = []
+        for shard in shards_of(part, files):
+            task = shard.task(Cleaning.model_validate(settings), bitext.pivot)
+            record = attempt(work, FUNCTIONS, task)
+            assert record is not None
+            cleaned.append((work / task.name, record))
+        bitext.add(part, cleaned)
+    bitext.drop_copies()
+    return bitext
+
+
+def made_bitext(folder: Path, name: str, keys: list[tuple[int, int]], shard: int = 2) -> Bitext:
+    """A bitext as cleaning leaves it, of different pairs with these keys, in shards."""
+    bitext = Bitext(name, folder / name)
+    for start in range(0, len(keys), shard):
+        piece = Piece(bitext.folder / str(start), start, len(keys[start : start + shard]))
+        piece.folder.mkdir(parents=True)
+        numbers = np.arange(start, start + piece.count, dtype=np.uint64)
+        save_sorted(piece.folder / "pair", numbers)
+        for side in (0, 1):
+            own = np.array([pair[side] for pair in keys[start : start + shard]], dtype=np.uint64)
+            save_sorted(piece.folder / f"key{side}", own)
+        bitext.pieces.append(piece)
+    bitext.drop_copies()
+    return bitext
+
+
+def fates_of(bitext: Bitext) -> list[int]:
+    return [fate for piece in bitext.pieces for fate in bitext.fate(piece).tolist()]
+
+
+def keys_of(bitext: Bitext, side: int) -> list[int]:
+    return [key for piece in bitext.pieces for key in piece.keys(side).tolist()]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from small_corpora import pairs, write_lines
+from small_corpora import clean_parts, fates_of, keys_of, pairs, write_lines
 
-from lsmoe_ds.config.data import Cleaning
-from lsmoe_ds.data import bitext as module
-from lsmoe_ds.data.bitext import DROPPED, TRAIN, Bitext
+from lsmoe_ds.data import keys, shards
+from lsmoe_ds.data.bitext import Bitext
 from lsmoe_ds.data.cleaning import hash64
+from lsmoe_ds.data.fates import DROPPED, TRAIN
 from lsmoe_ds.data.text_part import TextPart
-from lsmoe_ds.data.workers import Workers
 
 
 def cleaned(folder: Path, name: str, *corpora: list[tuple[str, str]], **settings: int) -> Bitext:
@@ -22,9 +20,7 @@ def cleaned(folder: Path, name: str, *corpora: list[tuple[str, str]], **settings
     for number, content in enumerate(corpora):
         write_lines(folder / f"c{number}.tsv", ["\t".join(pair) for pair in content])
         parts.append(TextPart(f"c{number}", name, "train", (folder / f"c{number}.tsv",), "table"))
-    bitext = Bitext(name, folder / name)
-    assert sum(bitext.clean(parts, Cleaning.model_validate(settings), Workers(0))) == sum(map(len, corpora))
-    return bitext
+    return clean_parts(folder, name, parts, **settings)
 
 
 def test_word_limits_are_for_the_english_side(tmp_path: Path) -> None:
@@ -71,25 +67,33 @@ def test_exact_copies_of_a_pair(tmp_path: Path) -> None:
     bitext = cleaned(tmp_path, "de-en", [first, second, first], [first, other])
     assert list(bitext.pairs("train")) == [first, second, other]
     assert bitext.counts == {"read": 5, "duplicate": 2}
-    assert bitext.load("fate").tolist() == [TRAIN, TRAIN, DROPPED, DROPPED, TRAIN]
+    assert fates_of(bitext) == [TRAIN, TRAIN, DROPPED, DROPPED, TRAIN]
     assert bitext.spans == [("c0", 0, 3), ("c1", 3, 5)]
     assert (bitext.kept_of("c0"), bitext.kept_of("c1"), bitext.kept_of("c2")) == (2, 1, 0)
 
 
 def test_keys_belong_to_their_sides(tmp_path: Path) -> None:
     bitext = cleaned(tmp_path, "de-en", [("Der Hund schläft.", "The dog sleeps 2 hours.")])
-    assert [int(bitext.load(f"key{side}")[0]) for side in (0, 1)] == [
+    assert [keys_of(bitext, side)[0] for side in (0, 1)] == [
         hash64("derhundschläft"),
         hash64("thedogsleepshours"),
     ]
 
 
-def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shard", "chunk", "at_once"), [(2, 10, 2), (3, 1, 1000), (1, 1, 1)])
+def test_shards_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int, chunk: int, at_once: int
+) -> None:
     content = pairs("de", "en", 7)
-    whole = cleaned(tmp_path, "de-en", content, content[:3])
-    monkeypatch.setattr(module, "CHUNK", 2)
+    whole = cleaned(tmp_path, "de-en", content, content[:3], content[2:5])
+    monkeypatch.setattr(shards, "SHARD", shard)
+    monkeypatch.setattr(shards, "CHUNK", chunk)
+    monkeypatch.setattr(keys, "KEYS_AT_ONCE", at_once)
     (tmp_path / "again").mkdir()
-    parts = cleaned(tmp_path / "again", "de-en", content, content[:3])
-    assert whole.spans == parts.spans == [("c0", 0, 7), ("c1", 7, 10)]
-    for name in ("fate", "key0", "key1"):
-        assert np.array_equal(whole.load(name), parts.load(name))
+    parts = cleaned(tmp_path / "again", "de-en", content, content[:3], content[2:5])
+    assert len(whole.pieces) == 3 and len(parts.pieces) == -(-7 // shard) + 2 * -(-3 // shard)
+    assert whole.spans == parts.spans == [("c0", 0, 7), ("c1", 7, 10), ("c2", 10, 13)]
+    assert whole.counts == parts.counts == {"read": 13, "duplicate": 6}
+    assert fates_of(whole) == fates_of(parts) == [TRAIN] * 7 + [DROPPED] * 6
+    assert [keys_of(whole, side) for side in (0, 1)] == [keys_of(parts, side) for side in (0, 1)]
+    assert list(whole.pairs("train")) == list(parts.pairs("train")) == content

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lsmoe_ds.config.data import Cleaning
+from lsmoe_ds.data import cleaning
 from lsmoe_ds.data.catalogues import read_catalogue, without_tags, without_wiki_markup
 from lsmoe_ds.data.cleaning import (
     RULES,
@@ -158,6 +159,27 @@ def test_cleaned_text_is_one_composed_line_and_stays(text: str) -> None:
 def test_near_duplicates_have_one_form(text: str, noise: str) -> None:
     if any(c.isalpha() for c in text):
         assert near_duplicate_form(text) == near_duplicate_form(text.upper().lower() + noise)
+
+
+# Joined, they make text with and without placeholders, addresses, accents and letters of several scripts.
+PARTS = ["Zß", "e\u0301", "\u200b", "\x07", "\xad", " ", "\t"]
+PARTS += """abc é İı да αβ 漢字 かな 한 ﬁ 42 ! % d { } ${ $x @ & a; [[ # __ <b > http : w. www.""".split()  # noqa: SIM905
+
+
+@given(st.lists(st.one_of(st.sampled_from(PARTS), st.characters()), max_size=12).map("".join))
+def test_short_cuts_agree_with_the_patterns(text: str) -> None:
+    letters = len(text) - len(cleaning.LETTERS.sub("", text))
+    assert cleaning._share_of_letters(text) == letters / max(1, len(text) - text.count(" "))
+    for name in ("Latn", "Cyrl", "Hans", "Jpan", "Kore"):
+        inside, outside, _ = cleaning._script_patterns(name)
+        own, other = (len(text) - len(pattern.sub("", text)) for pattern in (inside, outside))
+        assert script_share(text, name) == (own / (own + other) if own + other else 1.0)
+    assert cleaning.has_placeholder(text) == bool(cleaning.PLACEHOLDER.search(text))
+    assert cleaning.has_address(text) == bool(cleaning.ADDRESS.search(text))
+    composed = unicodedata.normalize("NFC", text)
+    assert clean_text(text) == " ".join(cleaning.INVISIBLE.sub("", composed).split())
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i").replace("ı", "i")
+    assert near_duplicate_form(text) == (cleaning.NOT_LETTERS.sub("", folded) or folded)
 
 
 def test_different_sentences_have_different_forms() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsmoe_ds.config.data import HeldOut
-from lsmoe_ds.data import held_out
+from lsmoe_ds.data import keys as keys_module
 from lsmoe_ds.data.held_out import HELD_OUT, Claims, choose, mixed, other, published, quota
 
 Bitexts = dict[str, np.ndarray]
@@ -71,7 +71,7 @@ def test_ranges_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> Non
     keys["b1"] = np.unique(np.concatenate([keys["b1"], keys["b0"][::3]]))
     quotas = {name: {"dev": 100, "test": 200} for name in keys}
     whole = choose(keys, quotas, 1)
-    monkeypatch.setattr(held_out, "KEYS_AT_ONCE", 500)
+    monkeypatch.setattr(keys_module, "KEYS_AT_ONCE", 500)
     parts = choose(keys, quotas, 1)
     assert all(np.array_equal(whole[n][s], parts[n][s]) for n in keys for s in HELD_OUT)
 
@@ -101,7 +101,7 @@ def test_chance_is_splitmix64() -> None:
 
 
 def test_claims_know_which_set_a_key_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out, "BLOCK", 2)  # more keys than are looked up at once
+    monkeypatch.setattr(keys_module, "BLOCK", 2)  # more keys than are looked up at once
     claims = Claims()
     claims.add("dev", np.array([7, 3], dtype=np.uint64), np.array([5], dtype=np.uint64))
     claims.add(published("test"), np.array([9, 2**64 - 1], dtype=np.uint64))

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_corpora import pairs, recipe, sentence, write_lines
+from small_corpora import fates_of, made_bitext, pairs, recipe, sentence, write_lines
 
 from lsmoe_ds.config.data import HeldOut
-from lsmoe_ds.data.bitext import COMMON, DEV, RARE, TEST, Bitext, key
+from lsmoe_ds.data.bitext import COMMON, RARE
+from lsmoe_ds.data.fates import DEV, TEST
 from lsmoe_ds.data.held_out import Claims
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.data.shards import key
 from lsmoe_ds.data.splitting import hold_out
 from lsmoe_ds.data.summary import show
 from lsmoe_ds.directions import Direction
@@ -217,37 +219,24 @@ def test_common_sentences_are_not_chosen(tmp_path: Path) -> None:
 def test_what_is_common(tmp_path: Path) -> None:
     """In more than five pairs, and in more than one of a hundred."""
     assert (RARE, COMMON) == (5, 100)
-    bitext = Bitext("de-en", tmp_path)
     for pairs_of_all, of_one, common in ((30, 5, False), (30, 6, True), (1000, 10, False), (1000, 11, True)):
-        first = np.arange(pairs_of_all, dtype=np.uint64)
-        second = np.where(first < of_one, np.uint64(7000), first + np.uint64(10_000))
-        bitext._save_keys((first, second), np.zeros(pairs_of_all, dtype=np.uint8))
-        assert bitext.load("common").tolist() == ([7000] if common else [])
-
-
-def made(folder: Path, name: str, keys: list[tuple[int, int]]) -> Bitext:
-    """A bitext as cleaning leaves it, of pairs with these keys."""
-    bitext = Bitext(name, folder / name)
-    bitext.folder.mkdir()
-    fate = np.zeros(len(keys), dtype=np.uint8)
-    np.save(bitext.folder / "fate.npy", fate)
-    first, second = (np.array([pair[side] for pair in keys], dtype=np.uint64) for side in (0, 1))
-    bitext._save_keys((first, second), fate)
-    return bitext
+        keys = [(n, 7000 if n < of_one else n + 10_000) for n in range(pairs_of_all)]
+        bitext = made_bitext(tmp_path / f"{pairs_of_all}-{of_one}", "de-en", keys, shard=7)
+        assert bitext.common.tolist() == ([7000] if common else [])
 
 
 def test_of_a_sentence_with_two_translations_the_rarer_is_held_out(tmp_path: Path) -> None:
     """English 1 has the translations 100 (in four pairs) and 101 (in one)."""
-    bitext = made(tmp_path, "de-en", [(100, 1), (101, 1), (100, 2), (100, 3), (100, 4)])
-    places = bitext._rarest(np.array([0, 1]), (bitext.load("key0"), bitext.load("key1")))
-    assert places.tolist() == [1]
+    bitext = made_bitext(tmp_path, "de-en", [(100, 1), (101, 1), (100, 2), (100, 3), (100, 4)])
+    found = bitext._rarest(bitext._choose(np.array([1], dtype=np.uint64), (bitext.pivot,)))
+    assert found.places.tolist() == [1]
 
 
 def test_a_sentence_is_in_one_set_only(tmp_path: Path) -> None:
     """English 1 goes to dev and English 2 to test, but both are German 100: the second choice is left out."""
-    bitext, claims = made(tmp_path, "de-en", [(100, 1), (100, 2), (102, 3)]), Claims()
+    bitext, claims = made_bitext(tmp_path, "de-en", [(100, 1), (100, 2), (102, 3)]), Claims()
     bitext.decide({"dev": np.array([1], dtype=np.uint64), "test": np.array([2, 3], dtype=np.uint64)}, claims)
-    assert bitext.load("fate").tolist() == [DEV, 0, TEST]
+    assert fates_of(bitext) == [DEV, 0, TEST]
     bitext.leave_out(claims)
     assert bitext.size("train") == 0 and bitext.counts["held out"] == 1
 
@@ -257,10 +246,13 @@ def test_what_is_held_out_already_comes_first(tmp_path: Path) -> None:
     itself.
     """
     number = 200
-    texts = [made(tmp_path, name, [(base + n, other + n) for n in range(number)]) for name, base, other in
-             (("de-en", 1000, 2000), ("en-fr", 2000, 3000), ("de-fr", 1000, 3000))]  # fmt: skip
+    bases = {"de-en": (1000, 2000), "en-fr": (2000, 3000), "de-fr": (1000, 3000)}
+    texts = [
+        made_bitext(tmp_path, name, [(first + n, second + n) for n in range(number)], shard=60)
+        for name, (first, second) in bases.items()
+    ]
     hold_out(texts, HeldOut(dev=6, test=12, seed=4))
-    fates = [bitext.load("fate").tolist() for bitext in texts]
+    fates = [fates_of(bitext) for bitext in texts]
     assert fates[0] == fates[1] == fates[2]
     assert (fates[0].count(DEV), fates[0].count(TEST)) == (6, 12)
     assert all(bitext.counts["held out"] == 0 for bitext in texts)
@@ -269,16 +261,19 @@ def test_what_is_held_out_already_comes_first(tmp_path: Path) -> None:
 def test_pairs_of_which_both_sides_are_held_out_come_before_those_of_which_one_is(tmp_path: Path) -> None:
     claims = Claims()
     claims.add("test", np.array([1000, 1001, 3001], dtype=np.uint64))
-    bitext = made(tmp_path, "de-fr", [(1000, 3000), (1001, 3001), (1002, 3002)])
+    bitext = made_bitext(tmp_path, "de-fr", [(1000, 3000), (1001, 3001), (1002, 3002)])
     assert bitext.adopt({"dev": 2, "test": 1}, claims, seed=1) == {"dev": 2, "test": 0}
-    assert bitext.load("fate").tolist() == [0, TEST, 0]
+    assert fates_of(bitext) == [0, TEST, 0]
 
 
 def test_what_may_be_chosen(tmp_path: Path) -> None:
     """Not English 1, whose only translation is held out already, nor 2, which is; 3 has another
     translation.
     """
-    bitext, claims = made(tmp_path, "de-en", [(100, 1), (101, 2), (100, 3), (102, 3), (103, 4)]), Claims()
+    bitext, claims = (
+        made_bitext(tmp_path, "de-en", [(100, 1), (101, 2), (100, 3), (102, 3), (103, 4)]),
+        Claims(),
+    )
     claims.add("test", np.array([100, 2], dtype=np.uint64))
     assert bitext.candidates(claims).tolist() == [3, 4]
 

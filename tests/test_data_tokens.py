@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from small_corpora import pairs, recipe, sentence, write_fetched, write_three_bitexts
 
-from lsmoe_ds.data import prepare as prepare_module
+from lsmoe_ds.data import preparation
 from lsmoe_ds.data import tokens as module
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import TokenStore
 from lsmoe_ds.data.tokens import write_tokens
 from lsmoe_ds.data.vocabulary import Vocabulary, fill_up, parse_model, train_vocabulary
-from lsmoe_ds.data.workers import Workers
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK
 
@@ -32,8 +31,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def written(folder: Path, model: Path, size: int = 100) -> dict[str, dict[str, int]]:
-    return write_tokens(folder, ("en", "de"), iter(PAIRS), model, size, True, Workers(0))
+def written(folder: Path, model: Path) -> dict[str, dict[str, int]]:
+    return write_tokens(folder, ("en", "de"), PAIRS, Vocabulary.load(model))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 10_000])
@@ -61,9 +60,11 @@ def test_ids_offsets_and_counts(
 
 @pytest.mark.parametrize(("size", "bytes_each"), [(65_536, 2), (65_537, 4)])
 def test_ids_take_two_bytes_as_long_as_they_fit(
-    tmp_path: Path, model: Path, size: int, bytes_each: int
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, size: int, bytes_each: int
 ) -> None:
-    written(tmp_path / "x", model, size)
+    vocabulary = Vocabulary.load(model)
+    monkeypatch.setattr(Vocabulary, "size", size)
+    write_tokens(tmp_path / "x", ("en", "de"), PAIRS, vocabulary)
     assert np.load(tmp_path / "x/en.tokens.npy").itemsize == bytes_each
 
 
@@ -93,7 +94,7 @@ def test_the_vocabulary_is_trained_on_a_sample_by_temperature(
         seen.extend(texts)
         return train_vocabulary(iter(seen), *rest)
 
-    monkeypatch.setattr(prepare_module, "train_vocabulary", train)
+    monkeypatch.setattr(preparation, "train_vocabulary", train)
     write_fetched(
         tmp_path, "django", {"de-en": pairs("de", "en", 1000), "en-fr": pairs("en", "fr", 10, start=5000)}
     )

@@ -198,6 +198,15 @@ def test_evaluation_and_study_take_their_part(played, environment):
     assert not list((played.folder / "local").iterdir())
 
 
+@pytest.mark.parametrize(("ends", "calls"), [("0", 1), ("2", 1), ("1", 2)])
+def test_preparing_goes_on_where_a_process_has_died(played, ends, calls):
+    assert played.run("prepare.sbatch", "r.yaml", "--workers", "3", WORK=ends) == int(ends), played.said
+    ours = "data prepare r.yaml --workers 3"
+    assert played.calls("srun")[1] == f"--kill-on-bad-exit=0 lsmoe {ours}"
+    assert played.calls("lsmoe") == [ours] * calls
+    assert ("may have left" in played.said) == (calls == 2)
+
+
 def test_merge_and_convert(played):
     assert played.run("merge.sbatch", "runs/r", "8", "--beam", "2") == 0
     assert played.run("convert.sbatch", "runs/r", "en", "de", "dense", "o", "--check", "5") == 0

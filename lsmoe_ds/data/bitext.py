@@ -1,75 +1,46 @@
-"""Prepare one bitext: write cleaned pairs and their keys to disk, and decide the fate of each pair."""
+"""Prepare one bitext: put cleaned shards together, and decide the fate of each pair.
+
+Nothing here is as long as a bitext: its keys are compared in ranges of their values, the fates of its pairs
+read and written shard by shard.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lsmoe_ds.config.data import Cleaning
-from lsmoe_ds.data.cleaning import PairFilter, clean_text, hash64, near_duplicate_form
-from lsmoe_ds.data.held_out import HELD_OUT, Claims, Keys, contains, mixed, other, published
+from lsmoe_ds.data.cleaning import clean_text
+from lsmoe_ds.data.fates import DROPPED, FATES, TRAIN, Fate, read_fates, write_fates
+from lsmoe_ds.data.held_out import HELD_OUT, Claims, mixed, other, published
+from lsmoe_ds.data.keys import Keys, Places, inside, open_sorted, ranges, spans_of
+from lsmoe_ds.data.pieces import Chosen, Piece
+from lsmoe_ds.data.shards import Pair, key, read_pair
+from lsmoe_ds.data.shuffling import permute
+from lsmoe_ds.data.stages import Record
 from lsmoe_ds.data.text_part import TextPart
-from lsmoe_ds.data.workers import Workers, chunks
+from lsmoe_ds.data.tokens import ArrayFile
 from lsmoe_ds.languages import is_english
 
-CHUNK = 10_000
 # A sentence in more than RARE pairs, and in more than one of every COMMON pairs of its bitext ("Yes."), is
 # not chosen: training would lose all these pairs.
 RARE, COMMON = 5, 100
-TRAIN, DEV, TEST, DROPPED = range(4)
 LATER = ("held out", "beyond max_pairs")  # counts of pairs that are dropped after cleaning
-Pair = tuple[str, str]
-Places = NDArray[np.int64]
-
-
-def key(text: str) -> int:
-    """Return a 64-bit key that near-duplicates share."""
-    return hash64(near_duplicate_form(text))
-
-
-@dataclass
-class Cleaned:
-    """Hold a cleaned chunk: its pairs, their hashes and keys, and how many pairs each rule dropped."""
-
-    pairs: list[Pair]
-    hashes: Keys
-    keys: tuple[Keys, Keys]
-    dropped: Counter[str]
-
-
-def _clean_chunk(pairs: list[Pair], codes: Pair, settings: Cleaning, pivot: int) -> Cleaned:
-    rules = PairFilter(settings, codes[pivot], codes[1 - pivot])
-    kept: list[Pair] = []
-    dropped: Counter[str] = Counter()
-    for raw in pairs:
-        pair = (clean_text(raw[0]), clean_text(raw[1]))
-        rule = rules.rule_against(pair[pivot], pair[1 - pivot])
-        if rule:
-            dropped[rule] += 1
-        else:
-            kept.append(pair)
-    hashes = np.fromiter((hash64(*pair) for pair in kept), dtype=np.uint64, count=len(kept))
-    first, second = (
-        np.fromiter((key(pair[side]) for pair in kept), dtype=np.uint64, count=len(kept)) for side in (0, 1)
-    )
-    return Cleaned(kept, hashes, (first, second), dropped)
+DIGIT = 16  # bits of a number by which pairs are counted at once
 
 
 @dataclass
 class Bitext:
     """Hold the text of two languages during preparation.
 
-    ``pivot`` is the side by which sentences are chosen to be held out: English, or the first. ``folder`` has
-    ``pairs.tsv`` (cleaned), ``key0.npy`` and ``key1.npy`` (keys of its sides), ``common.npy`` (keys of
-    sentences in too many pairs to be held out by choice), ``candidates.npy`` (see :meth:`candidates`) and
-    ``fate.npy``: TRAIN, DEV, TEST or DROPPED for each pair.
+    ``pivot`` is the side by which sentences are chosen to be held out: English, or the first. ``pieces`` are
+    the cleaned shards, in order. ``folder`` has ``fate``, a byte for each pair: TRAIN, DEV, TEST or DROPPED,
+    and ``candidates.npy`` (see :meth:`candidates`). ``common`` are the keys of sentences in too many pairs to
+    be held out by choice.
 
     ``own`` are dev and test sets from a corpus; ``also_out`` are pairs of further such sets, only kept out of
     training. ``spans`` are the cleaned pairs of each corpus: (corpus, first, end). ``empty`` are the parts
@@ -84,6 +55,8 @@ class Bitext:
     spans: list[tuple[str, int, int]] = field(default_factory=list)
     empty: list[TextPart] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    common: Keys = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
 
     @property
     def codes(self) -> Pair:
@@ -98,62 +71,118 @@ class Bitext:
     def english(self) -> bool:
         return any(map(is_english, self.codes))
 
-    def clean(self, parts: Sequence[TextPart], settings: Cleaning, workers: Workers) -> Iterator[int]:
-        """Clean the training text and drop exact copies of pairs.
+    @property
+    def end(self) -> int:
+        """The number of cleaned pairs, copies included."""
+        return self.pieces[-1].start + self.pieces[-1].count if self.pieces else 0
 
-        Yields the numbers of pairs read, for a progress bar. Memory holds some chunks of pairs, and 40 bytes
-        for each cleaned pair of this bitext.
+    @property
+    def fates(self) -> Path:
+        return self.folder / "fate"
+
+    def fate(self, piece: Piece) -> Fate:
+        return read_fates(self.fates, piece.start, piece.count)
+
+    def set_fate(self, piece: Piece, fate: Fate) -> None:
+        write_fates(self.fates, piece.start, fate)
+
+    # --- cleaning
+
+    def add(self, part: TextPart, shards: Iterable[tuple[Path, Record]]) -> None:
+        """Add the cleaned shards of a part: the folder and the record of each."""
+        start, before, seen = self.end, self.counts["read"], Counter[str]()
+        for folder, record in shards:
+            self.pieces.append(Piece(folder, self.end, record["pairs"]))
+            self.counts += Counter(record["counts"])
+            seen += Counter(record["seen"])
+        self.spans.append((part.corpus, start, self.end))
+        if self.counts["read"] == before:
+            self.empty.append(part)
+        if part.reader == "table" and (remark := part.remark(seen)):
+            self.remarks.append(remark)
+
+    def drop_copies(self) -> None:
+        """Drop exact copies of pairs, and find the sentences that are in many of those that are left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.fates.open("wb") as file:
+            for piece in self.pieces:
+                file.write(np.full(piece.count, TRAIN, dtype=np.uint8).tobytes())
+        copies, dropped = [], 0
+        for number, (low, high) in enumerate(ranges(self.end)):
+            hashes, places = self._within("pair", low, high)
+            order = np.argsort(hashes, kind="stable")  # in which the first of equal pairs stays first
+            again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
+            path = self.folder / f"copies{number}.npy"
+            np.save(path, np.sort(places[order[again]]))
+            copies.append(path)
+            dropped += len(again)
+        for piece in self.pieces:
+            fate = np.full(piece.count, TRAIN, dtype=np.uint8)
+            for path in copies:
+                found = np.load(path, mmap_mode="r")
+                first, last = np.searchsorted(found, [piece.start, piece.start + piece.count])
+                fate[found[first:last] - piece.start] = DROPPED
+            self.set_fate(piece, fate)
+        for path in copies:
+            path.unlink()
+        self.counts["duplicate"] = dropped
+        self._find_common()
+
+    def _within(
+        self, name: str, low: np.uint64, high: np.uint64, only: int | None = None
+    ) -> tuple[Keys, Places]:
+        """Return the keys of a kind in a range of values, and the numbers of their pairs, shard by shard.
+
+        With ``only`` they are those of pairs of that fate.
         """
-        self.folder.mkdir(parents=True)
-        hashes: list[Keys] = []
-        keys: tuple[list[Keys], list[Keys]] = ([], [])
-        work = partial(_clean_chunk, codes=self.codes, settings=settings, pivot=self.pivot)
-        end = 0
-        with (self.folder / "pairs.tsv").open("w", encoding="utf-8", newline="\n") as file:
-            for part in parts:
-                start, before = end, self.counts["read"]
-                for done in workers.map(work, chunks(part.pairs(self.remarks.append), CHUNK)):
-                    file.writelines(f"{first}\t{second}\n" for first, second in done.pairs)
-                    hashes.append(done.hashes)
-                    for side in (0, 1):
-                        keys[side].append(done.keys[side])
-                    end += len(done.pairs)
-                    read = len(done.pairs) + done.dropped.total()
-                    self.counts += done.dropped + Counter(read=read)
-                    yield read
-                self.spans.append((part.corpus, start, end))
-                if self.counts["read"] == before:
-                    self.empty.append(part)
-        fate = np.full(end, DROPPED, dtype=np.uint8)
-        _, first = np.unique(_join(hashes), return_index=True)
-        fate[first] = TRAIN
-        self.counts["duplicate"] = len(fate) - len(first)
-        np.save(self.folder / "fate.npy", fate)
-        self._save_keys((_join(keys[0]), _join(keys[1])), fate)
+        found, places = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int64)]
+        for piece in self.pieces:
+            keys, order = open_sorted(piece.folder / name)
+            where = inside(keys, low, high)
+            own, at = np.array(keys[where]), np.array(order[where])
+            if only is not None:
+                kept = self.fate(piece)[at] == only
+                own, at = own[kept], at[kept]
+            found.append(own)
+            places.append(piece.start + at.astype(np.int64))
+        return np.concatenate(found), np.concatenate(places)
 
-    def _save_keys(self, keys: tuple[Keys, Keys], fate: NDArray[np.uint8]) -> None:
-        most = max(RARE, int((fate == TRAIN).sum()) // COMMON)
-        common = []
+    def _find_common(self) -> None:
+        most = max(RARE, self.size("train") // COMMON)
+        common = [np.empty(0, dtype=np.uint64)]
         for side in (0, 1):
-            np.save(self.folder / f"key{side}.npy", keys[side])
-            distinct, counts = np.unique(keys[side][fate == TRAIN], return_counts=True)
-            common.append(distinct[counts > most])
-        np.save(self.folder / "common.npy", np.unique(np.concatenate(common)))
+            for low, high in ranges(self.end):
+                keys, _ = self._within(f"key{side}", low, high, only=TRAIN)
+                distinct, counts = np.unique(keys, return_counts=True)
+                common.append(distinct[counts > most])
+        self.common = np.unique(np.concatenate(common))
 
-    def load(self, name: str) -> NDArray[Any]:
-        array: NDArray[Any] = np.load(self.folder / f"{name}.npy")
-        return array
+    # --- holding out
 
     def candidates(self, claims: Claims) -> Keys:
         """Return the sorted distinct keys of the pivot side that may be chosen, memory-mapped.
 
         They are of pairs of which no side is common or claimed already.
         """
-        common, bad = self.load("common"), self.load("fate") != TRAIN
-        for side in (0, 1):
-            keys = self.load(f"key{side}")
-            bad |= claims.has(keys) | contains(common, keys)
-        np.save(self.folder / "candidates.npy", np.unique(self.load(f"key{self.pivot}")[~bad]))
+        bad = np.union1d(claims.keys(), self.common)
+        path = self.folder / "free"
+        with path.open("wb") as file:
+            for piece in self.pieces:
+                free = self.fate(piece) == TRAIN
+                for side in (0, 1):
+                    free &= ~piece.has(side, bad)
+                file.write(free.astype(np.uint8).tobytes())
+        found = ArrayFile(self.folder / "candidates.npy", "<u8")
+        for low, high in ranges(self.end):
+            distinct = []
+            for piece in self.pieces:
+                keys, order = open_sorted(piece.folder / f"key{self.pivot}")
+                where = inside(keys, low, high)
+                free = read_fates(path, piece.start, piece.count)[order[where]]
+                distinct.append(np.array(keys[where])[free.astype(bool)])
+            found.append(np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *distinct])))
+        found.close()
+        path.unlink()
         return np.asarray(np.load(self.folder / "candidates.npy", mmap_mode="r"))
 
     def claim_published(self, claims: Claims) -> None:
@@ -173,14 +202,13 @@ class Bitext:
         for split in HELD_OUT:
             if not left[split] or not claims.count(split):
                 continue
-            fate, keys = self.load("fate"), (self.load("key0"), self.load("key1"))
-            claimed = [claims.has(each, split) for each in keys]
-            pairs = np.flatnonzero((fate == TRAIN) & (claimed[0] | claimed[1]))
-            pairs = self._rarest(self._free(pairs, keys, claims, split), keys)
-            order = np.lexsort((mixed(keys[self.pivot][pairs], seed), ~(claimed[0] & claimed[1])[pairs]))
-            taken = pairs[order[: left[split]]]
-            self._give(taken, split, fate, keys, claims)
-            left[split] -= len(taken)
+            found = self._choose(claims.keys(split), (0, 1))
+            found = self._rarest(self._free(found, claims, split))
+            both = claims.has(found.keys[0], split) & claims.has(found.keys[1], split)
+            order = np.lexsort((mixed(found.keys[self.pivot], seed), ~both))
+            taken = found[order[: left[split]]]
+            self._give(taken, split, claims)
+            left[split] -= len(taken.places)
         return left
 
     def decide(self, chosen: dict[str, Keys], claims: Claims) -> None:
@@ -188,84 +216,163 @@ class Bitext:
 
         A pair of which a side is in the other set is left out, so that no sentence is in both.
         """
-        fate, keys = self.load("fate"), (self.load("key0"), self.load("key1"))
         for split in HELD_OUT:
-            pairs = np.flatnonzero((fate == TRAIN) & contains(chosen[split], keys[self.pivot]))
-            self._give(self._rarest(self._free(pairs, keys, claims, split), keys), split, fate, keys, claims)
+            found = self._choose(chosen[split], (self.pivot,))
+            self._give(self._rarest(self._free(found, claims, split)), split, claims)
 
-    def _free(self, pairs: Places, keys: tuple[Keys, Keys], claims: Claims, split: str) -> Places:
+    def _choose(self, wanted: Keys, sides: Sequence[int]) -> Chosen:
+        """Return the training pairs of which the key of one of the sides is among the sorted ``wanted``."""
+        places, keys = (
+            [np.empty(0, dtype=np.int64)],
+            ([np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint64)]),
+        )
+        for piece in self.pieces if len(wanted) else ():
+            found = np.zeros(piece.count, dtype=bool)
+            for side in sides:
+                found |= piece.has(side, wanted)
+            if found.any():
+                at = np.flatnonzero(found & (self.fate(piece) == TRAIN))
+                places.append(piece.start + at)
+                for side in (0, 1):
+                    keys[side].append(piece.keys(side)[at])
+        return Chosen(np.concatenate(places), (np.concatenate(keys[0]), np.concatenate(keys[1])))
+
+    def _free(self, pairs: Chosen, claims: Claims, split: str) -> Chosen:
         """Keep the pairs of which no side is in the other set, or published, or common."""
-        taken, common = (other(split), *map(published, HELD_OUT)), self.load("common")
-        bad = [claims.has(each[pairs], *taken) | contains(common, each[pairs]) for each in keys]
-        return pairs[~(bad[0] | bad[1])]
+        bad = np.union1d(claims.keys(other(split), *map(published, HELD_OUT)), self.common)
+        return pairs[~(np.isin(pairs.keys[0], bad) | np.isin(pairs.keys[1], bad))]
 
-    def _rarest(self, pairs: Places, keys: tuple[Keys, Keys]) -> Places:
+    def _rarest(self, pairs: Chosen) -> Chosen:
         """Keep one pair of each pivot key: the one whose other side is in the fewest pairs.
 
         Training loses all pairs of that other side.
         """
-        second = keys[1 - self.pivot]
-        wanted = np.unique(second[pairs])
-        distinct, counts = np.unique(second[contains(wanted, second)], return_counts=True)
-        times = counts[np.searchsorted(distinct, second[pairs])]
-        order = pairs[np.lexsort((pairs, times))]
-        _, first = np.unique(keys[self.pivot][order], return_index=True)
-        return np.asarray(order[first])
+        second = pairs.keys[1 - self.pivot]
+        wanted = np.unique(second)
+        counts = np.zeros(len(wanted), dtype=np.int64)
+        for piece in self.pieces if len(wanted) else ():
+            begins, ends = spans_of(open_sorted(piece.folder / f"key{1 - self.pivot}")[0], wanted)
+            counts += ends - begins
+        order = np.lexsort((pairs.places, counts[np.searchsorted(wanted, second)]))
+        _, first = np.unique(pairs.keys[self.pivot][order], return_index=True)
+        return pairs[order[first]]
 
-    def _give(
-        self, pairs: Places, split: str, fate: NDArray[np.uint8], keys: tuple[Keys, Keys], claims: Claims
-    ) -> None:
-        fate[pairs] = FATES[split]
-        claims.add(split, keys[0][pairs], keys[1][pairs])
-        np.save(self.folder / "fate.npy", fate)
+    def _give(self, pairs: Chosen, split: str, claims: Claims) -> None:
+        claims.add(split, *pairs.keys)
+        places = np.sort(pairs.places)
+        for piece in self.pieces:
+            first, last = np.searchsorted(places, [piece.start, piece.start + piece.count])
+            if last > first:
+                fate = self.fate(piece)
+                fate[places[first:last] - piece.start] = FATES[split]
+                self.set_fate(piece, fate)
 
     def leave_out(self, claims: Claims) -> None:
         """Drop the training pairs of which a side is held out in any bitext."""
-        fate = self.load("fate")
-        train = fate == TRAIN
-        for side in (0, 1):
-            fate[train & claims.has(self.load(f"key{side}"))] = DROPPED
-        self.counts["held out"] = int(train.sum() - (fate == TRAIN).sum())
-        np.save(self.folder / "fate.npy", fate)
+        claimed, dropped = claims.keys(), 0
+        for piece in self.pieces:
+            fate = self.fate(piece)
+            gone = (fate == TRAIN) & (piece.has(0, claimed) | piece.has(1, claimed))
+            fate[gone] = DROPPED
+            dropped += int(gone.sum())
+            self.set_fate(piece, fate)
+        self.counts["held out"] = dropped
 
     def cap(self, most: int, seed: int) -> None:
         """Keep at most so many training pairs: those whose pivot sentences come first in a random order.
 
         Bitexts of the same pivot language keep the same sentences, as far as they have them.
         """
-        fate = self.load("fate")
-        train = np.flatnonzero(fate == TRAIN)
-        order = np.argsort(mixed(self.load(f"key{self.pivot}")[train], seed), kind="stable")
-        fate[train[order[most:]]] = DROPPED
-        self.counts["beyond max_pairs"] = max(0, len(train) - most)
-        np.save(self.folder / "fate.npy", fate)
+        size = self.size("train")
+        self.counts["beyond max_pairs"] = max(0, size - most)
+        if size <= most:
+            return
+        last, ties = self._last(most, seed)
+        for piece in self.pieces:
+            fate, chance = self.fate(piece), mixed(piece.keys(self.pivot), seed)
+            equal = np.flatnonzero((fate == TRAIN) & (chance == last))
+            fate[(fate == TRAIN) & (chance > last)] = DROPPED
+            fate[equal[ties:]] = DROPPED
+            ties -= min(ties, len(equal))
+            self.set_fate(piece, fate)
+
+    def _last(self, most: int, seed: int) -> tuple[np.uint64, int]:
+        """Return the random number of the last of ``most`` training pairs, and how many pairs of this number
+        are among them.
+
+        Its digits are found one after another, each by counting the pairs that begin with those before.
+        """
+        begin, left = 0, most
+        for shift in range(64 - DIGIT, -1, -DIGIT):
+            counts = np.zeros(1 << DIGIT, dtype=np.int64)
+            for piece in self.pieces:
+                chance = mixed(piece.keys(self.pivot)[self.fate(piece) == TRAIN], seed) >> np.uint64(shift)
+                chance = chance[chance >> np.uint64(DIGIT) == begin]
+                counts += np.bincount(
+                    (chance & np.uint64((1 << DIGIT) - 1)).astype(np.int64), minlength=1 << DIGIT
+                )
+            ends = np.cumsum(counts)
+            digit = int(np.searchsorted(ends, left))
+            left -= int(ends[digit] - counts[digit])
+            begin = begin << DIGIT | digit
+        return np.uint64(begin), left
+
+    # --- what is left
 
     def kept_of(self, corpus: str) -> int:
         """Count the pairs of a corpus that were not dropped."""
-        fate = self.load("fate")
+        spans = [span for span in self.spans if span[0] == corpus]
         return sum(
-            int((fate[start:end] != DROPPED).sum()) for name, start, end in self.spans if name == corpus
+            int((self.fate(piece) != DROPPED).sum())
+            for piece in self.pieces
+            if any(start <= piece.start < end for _, start, end in spans)
         )
 
     def size(self, split: str) -> int:
         if split in self.own:
             return len(self.own[split])
-        return int((self.load("fate") == FATES[split]).sum())
+        return sum(int((self.fate(piece) == FATES[split]).sum()) for piece in self.pieces)
 
     def pairs(self, split: str) -> Iterator[Pair]:
         """Yield the pairs of a split: unchanged if a corpus provides the set, otherwise cleaned."""
         if split in self.own:
             yield from self.own[split]
             return
-        with (self.folder / "pairs.tsv").open(encoding="utf-8", newline="\n") as file:
-            for line, fate in zip(file, self.load("fate"), strict=True):
-                if fate == FATES[split]:
-                    first, _, second = line.rstrip("\n").partition("\t")
-                    yield first, second
+        for piece in self.pieces:
+            places = np.flatnonzero(self.fate(piece) == FATES[split])
+            lines = piece.lines() if len(places) else []
+            yield from (read_pair(lines[place]) for place in places.tolist())
+
+    def sample(self, wanted: tuple[int, int], generator: np.random.Generator) -> Iterator[str]:
+        """Yield so many training sentences of each side, in the order of the pairs.
+
+        If there are fewer, all are there equally often, to one.
+        """
+        count, start = self.size("train"), 0
+        times = [(number // count, _some(count, number % count, generator)) for number in wanted]
+        for piece in self.pieces:
+            places = np.flatnonzero(self.fate(piece) == TRAIN)
+            numbers = []
+            for base, extra in times:
+                own = np.full(len(places), base, dtype=np.int64)
+                first, last = np.searchsorted(extra, [start, start + len(places)])
+                own[extra[first:last] - start] += 1
+                numbers.append(own)
+            start += len(places)
+            drawn = np.flatnonzero(numbers[0] + numbers[1])
+            lines = piece.lines() if len(drawn) else []
+            for at in drawn.tolist():
+                for text, own in zip(read_pair(lines[places[at]]), numbers, strict=True):
+                    yield from repeat(text, int(own[at]))
 
 
-FATES = {"train": TRAIN, "dev": DEV, "test": TEST}
+def _some(count: int, wanted: int, generator: np.random.Generator) -> Places:
+    """Return ``wanted`` of the numbers below ``count``, sorted.
 
-
-def _join(arrays: Iterable[Keys]) -> Keys:
-    return np.concatenate([np.empty(0, dtype=np.uint64), *arrays])
+    numpy may need as much memory as for a permutation of them all: a large one is computed where it is
+    needed.
+    """
+    if count <= 1 << 22:
+        return np.sort(generator.choice(count, wanted, replace=False))
+    size, turn = (np.full(wanted, number, np.uint64) for number in (count, generator.integers(1 << 62)))
+    return np.sort(permute(np.arange(wanted, dtype=np.uint64), size, turn))

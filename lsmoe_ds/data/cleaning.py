@@ -24,6 +24,10 @@ WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 IDEOGRAPHS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
 UNSPACED = regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]")
 
+# In ASCII, and in the ASCII part of other text, letters are counted without a pattern, which takes a third of
+# the time; the patterns are the definition.
+ASCII = re.compile("[\x00-\x7f]+")
+ASCII_NOT_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 LETTERS = regex.compile(r"[\p{L}\p{M}]")
 NOT_LETTERS = regex.compile(r"[^\p{L}\p{M}]+")
 
@@ -34,6 +38,7 @@ PLACEHOLDER = re.compile(
     r" +]*\d*(?:\.\d+)?(?:\d+\$)?l{0,2}[sdiufxXcgen@]\b|%L?\d+|%\$?\w+%|\{\{?[^{}\n]{0,60}\}|\$\{|\$\(\w+\)"
     r"|\$\d+|\$[A-Za-z_]\w*|@\w+@|&#?[A-Za-z0-9][\w.-]*;|\[\[|\]\]|#\w+#|__\w+__|</?[A-Za-z][^<>]{0,400}>"
 )
+MARKS = re.compile(r"[%{$@&[\]#_<]")  # one of which every placeholder has
 ADDRESS = re.compile(r"https?:|www\.|ftp:|\S+@\S+\.\w")
 
 RULES = (
@@ -55,7 +60,10 @@ def clean_text(text: str) -> str:
 
     The vocabulary is trained on, and encodes, only such text.
     """
-    return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
+    text = unicodedata.normalize("NFC", text)
+    if not text.isprintable():  # as none of the invisible characters is
+        text = INVISIBLE.sub("", text)
+    return " ".join(text.split())
 
 
 def count_words(text: str) -> int:
@@ -68,9 +76,19 @@ def count_words(text: str) -> int:
     return len(WORD.findall(rest)) + -(-ideographs // 2) + -(-unspaced // 4)
 
 
+def has_placeholder(text: str) -> bool:
+    return MARKS.search(text) is not None and PLACEHOLDER.search(text) is not None
+
+
+def has_address(text: str) -> bool:
+    return (":" in text or "@" in text or "www." in text) and ADDRESS.search(text) is not None
+
+
 @cache
-def _script_patterns(name: str) -> tuple[regex.Pattern[str], regex.Pattern[str]]:
-    """Return patterns for the characters of a script, and for the letters of other scripts."""
+def _script_patterns(name: str) -> tuple[regex.Pattern[str], regex.Pattern[str], bool]:
+    """Return patterns for the characters of a script, and for the letters of other scripts, and whether the
+    letters of ASCII are of that script.
+    """
     parts = {
         "Hans": ("Han",),
         "Hant": ("Han",),
@@ -78,19 +96,27 @@ def _script_patterns(name: str) -> tuple[regex.Pattern[str], regex.Pattern[str]]
         "Kore": ("Hang", "Han"),
     }.get(name, (name,))
     inside = "".join(rf"\p{{Script={part}}}" for part in parts)
-    return regex.compile(f"[{inside}]"), regex.compile(rf"(?V1)[\p{{L}}--[{inside}]]")
+    return regex.compile(f"[{inside}]"), regex.compile(rf"(?V1)[\p{{L}}--[{inside}]]"), "Latn" in parts
 
 
 def script_share(text: str, name: str) -> float:
     """Return the share of letters in the ISO 15924 script ``name``; 1 if ``text`` has no letters."""
-    inside, outside = _script_patterns(name)
-    own = len(text) - len(inside.sub("", text))
-    other = len(text) - len(outside.sub("", text))
+    inside, outside, latin = _script_patterns(name)
+    ascii_letters, rest = _ascii_letters(text)
+    own = len(rest) - len(inside.sub("", rest)) + (ascii_letters if latin else 0)
+    other = len(rest) - len(outside.sub("", rest)) + (0 if latin else ascii_letters)
     return own / (own + other) if own + other else 1.0
 
 
+def _ascii_letters(text: str) -> tuple[int, str]:
+    """Count the ASCII letters of a text; return also what is not ASCII."""
+    letters = len(text.encode("ascii", "ignore").translate(None, ASCII_NOT_LETTERS))
+    return letters, "" if text.isascii() else ASCII.sub("", text)
+
+
 def _share_of_letters(text: str) -> float:
-    return (len(text) - len(LETTERS.sub("", text))) / max(1, len(text) - text.count(" "))
+    letters, rest = _ascii_letters(text)
+    return (letters + len(rest) - len(LETTERS.sub("", rest))) / max(1, len(text) - text.count(" "))
 
 
 class PairFilter:
@@ -116,9 +142,9 @@ class PairFilter:
             return "long"
         if not len(first) * 0.12 <= len(second) <= len(first) * 4.5:
             return "ratio"
-        if PLACEHOLDER.search(first) or PLACEHOLDER.search(second):
+        if has_placeholder(first) or has_placeholder(second):
             return "placeholder"
-        if ADDRESS.search(first) or ADDRESS.search(second):
+        if has_address(first) or has_address(second):
             return "address"
         if _share_of_letters(first) < 0.6 or _share_of_letters(second) < 0.5:
             return "letters"
@@ -138,6 +164,9 @@ def near_duplicate_form(text: str) -> str:
     The letter i with and without its dot counts as one: in Turkish and Azerbaijani I is the capital of ı, and
     İ that of i.
     """
+    if text.isascii():
+        folded = text.lower()
+        return folded.encode().translate(None, ASCII_NOT_LETTERS).decode() or folded
     folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i").replace("ı", "i")
     return NOT_LETTERS.sub("", folded) or folded
 

@@ -14,12 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsmoe_ds.config.data import HeldOut
+from lsmoe_ds.data.keys import Keys, contains, inside, ranges, reopened
 
-Keys = NDArray[np.uint64]
 HELD_OUT = ("dev", "test")
-# Keys of all bitexts are compared one range at a time, so that only about this many are in memory.
-KEYS_AT_ONCE = 1 << 24
-BLOCK = 1 << 20  # keys per look-up
 
 
 def quota(settings: HeldOut, pairs: int) -> dict[str, int]:
@@ -41,7 +38,11 @@ class Claims:
 
     def has(self, keys: Keys, *names: str) -> NDArray[np.bool_]:
         """Tell which of ``keys`` are in one of the sets ``names``, or in any set if there are no names."""
-        return contains(np.unique(np.concatenate([self._keys[name] for name in names or self._keys])), keys)
+        return contains(self.keys(*names), keys)
+
+    def keys(self, *names: str) -> Keys:
+        """Return the sorted keys of the sets ``names``, or of all sets if there are no names."""
+        return np.unique(np.concatenate([self._keys[name] for name in names or self._keys]))
 
     def count(self, name: str) -> int:
         return len(self._keys[name])
@@ -91,7 +92,7 @@ def choose(
             if s
         }
         candidates = _candidates(keys, limits, seed)
-        members = np.stack([contains(keys[name], candidates) for name in names], axis=1)
+        members = np.stack([contains(reopened(keys[name]), candidates) for name in names], axis=1)
         for key, row in zip(candidates.tolist(), members, strict=True):
             wishes = need[row].sum(axis=0)
             if key in taken or not wishes.any() or (spare[row] <= 0).any():
@@ -116,20 +117,26 @@ def _candidates(keys: Mapping[str, Keys], limits: Mapping[str, int | None], seed
     The best keys are those that most bitexts have.
     """
     best: dict[str, NDArray[Any]] = {name: np.empty(0, dtype=RANKED) for name in limits}
-    ranges = max(1, -(-sum(map(len, keys.values())) // KEYS_AT_ONCE))
-    for part in range(ranges):
-        low, high = np.uint64((part << 64) // ranges), np.uint64(((part + 1 << 64) // ranges) - 1)
-        inside = {
-            name: np.asarray(own[np.searchsorted(own, low) : np.searchsorted(own, high, side="right")])
-            for name, own in keys.items()
-        }
-        distinct, counts = np.unique(np.concatenate(list(inside.values())), return_counts=True)
+    for low, high in ranges(sum(map(len, keys.values()))):
+        here: dict[str, Keys] = {}
+        for name in keys:
+            own = reopened(keys[name])
+            here[name] = np.array(own[inside(own, low, high)])
+        distinct, counts = np.unique(np.concatenate(list(here.values())), return_counts=True)
         for name, limit in limits.items():
-            ranked = np.empty(len(inside[name]), dtype=RANKED)
-            ranked["fewer"] = len(keys) - counts[np.searchsorted(distinct, inside[name])]
-            ranked["chance"] = mixed(inside[name], seed)
-            ranked["key"] = inside[name]
-            best[name] = np.sort(np.concatenate([best[name], ranked]))[:limit]
+            ranked = np.empty(len(here[name]), dtype=RANKED)
+            ranked["fewer"] = len(keys) - counts[np.searchsorted(distinct, here[name])]
+            ranked["chance"] = mixed(here[name], seed)
+            ranked["key"] = here[name]
+            if limit is not None and len(best[name]) == limit > 0:  # most keys are behind the last of these
+                last, fewer = best[name][-1], ranked["fewer"]
+                ranked = ranked[
+                    (fewer < last["fewer"])
+                    | ((fewer == last["fewer"]) & (ranked["chance"] <= last["chance"]))
+                ]
+            together = np.concatenate([best[name], ranked])
+            order = np.lexsort((together["key"], together["chance"], together["fewer"]))
+            best[name] = together[order[:limit]]
     everything = np.unique(np.concatenate(list(best.values())))
     return np.asarray(everything["key"], dtype=np.uint64)
 
@@ -144,13 +151,3 @@ def mixed(keys: Keys, seed: int) -> Keys:
         words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return np.asarray(words ^ (words >> np.uint64(31)), dtype=np.uint64)
-
-
-def contains(own: Keys, wanted: Keys) -> NDArray[np.bool_]:
-    """Tell which of ``wanted`` are among the sorted keys ``own``."""
-    found = np.zeros(len(wanted), dtype=bool)
-    for start in range(0, len(wanted) if len(own) else 0, BLOCK):
-        block = wanted[start : start + BLOCK]
-        place = np.minimum(np.searchsorted(own, block), len(own) - 1)
-        found[start : start + BLOCK] = own[place] == block
-    return found

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import zip_longest
+from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import shown
 from lsmoe_ds.notices import counted
 
 LINE_LIMIT = 1 << 20
+BLOCK = 1 << 22  # bytes that are read at once
 GZIP = b"\x1f\x8b"  # the first bytes of gzip files, with which no UTF-8 text begins
 
 
@@ -51,21 +56,85 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises UserError for a file that is missing, unreadable, damaged or not UTF-8.
     """
     with _explained(path), _open(path) as file:
-        number = 0
-        while line := file.readline(LINE_LIMIT):
-            number += 1
-            if len(line) == LINE_LIMIT:
-                raise UserError(
-                    f"{path}, line {number}: the line is longer than {LINE_LIMIT} bytes: this is no file "
-                    "of sentences"
-                )
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position "
-                    f"{error.start})"
-                ) from None
+        yield from _decode(file, path, 1)
+
+
+def _decode(file: BinaryIO, name: Path, first: int) -> Iterator[str]:
+    """Yield the lines of an open file from where it stands, which is line ``first`` of ``name``."""
+    number = first - 1
+    while line := file.readline(LINE_LIMIT):
+        number += 1
+        if len(line) == LINE_LIMIT:
+            raise UserError(
+                f"{name}, line {number}: the line is longer than {LINE_LIMIT} bytes: this is no file "
+                "of sentences"
+            )
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Describe ``count`` lines of an uncompressed file, of which line ``first`` (from 1) begins at a byte.
+
+    Errors call the file ``name``: an unpacked one by the name of the packed one. ``sha256`` is that of the
+    lines' bytes.
+    """
+
+    path: Path
+    name: Path
+    first: int
+    count: int
+    start: int
+    sha256: str
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines. Raises UserError as :func:`read_lines`, and for a file that has become shorter."""
+        found = 0
+        with _explained(self.path), self.path.open("rb") as file:
+            file.seek(self.start)
+            for line in islice(_decode(file, self.name, self.first), self.count):
+                found += 1
+                yield line
+        if found < self.count:
+            raise UserError(f"{self.name} has changed while it was read: prepare the data again")
+
+
+def index_lines(path: Path, every: int, copy: Path | None = None) -> tuple[int, list[int], list[str]]:
+    """Count the lines of a file, and find where each stretch of ``every`` lines begins.
+
+    Returns the number of lines, the place in bytes of lines 0, ``every``, ..., and the sha256 of each
+    stretch. With ``copy`` the content, uncompressed, is written there. Raises UserError as
+    :func:`read_lines`, but reads any bytes.
+    """
+    lines, size, starts, sums, last = 0, 0, [0], [hashlib.sha256()], b"\n"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_explained(path))
+        file = stack.enter_context(_open(path))
+        out = stack.enter_context(copy.open("wb")) if copy is not None else None
+        while block := file.read(BLOCK):
+            if out is not None:
+                out.write(block)
+            ends = None
+            done, last = 0, block[-1:]
+            count = block.count(b"\n")
+            while (wanted := len(starts) * every - lines) <= count:  # a stretch ends in this block
+                if ends is None:
+                    ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + 1
+                end = int(ends[wanted - 1])
+                sums[-1].update(block[done:end])
+                sums.append(hashlib.sha256())
+                starts.append(size + end)
+                done = end
+            sums[-1].update(block[done:])
+            lines, size = lines + count, size + len(block)
+    lines += last != b"\n"
+    stretches = -(-lines // every)
+    return lines, starts[:stretches], [each.hexdigest() for each in sums[:stretches]]
 
 
 @contextlib.contextmanager
@@ -107,8 +176,13 @@ def read_aligned(
                 ((first, second), sides[1]) if left is None else ((second, first), sides[0])
             )
             more = count + 1 + sum(1 for _ in rest)
-            raise UserError(
-                f"{shorter} has {counted(count, what)} but {longer} has {more:,}: aligned files need one "
-                f"{what} for each other's {what}"
-            )
+            raise unequal(shorter, count, longer, more, what)
         yield left, right
+
+
+def unequal(shorter: Path, count: int, longer: Path, more: int, what: str = "line") -> UserError:
+    """Return the error for two files that should have equally many lines."""
+    return UserError(
+        f"{shorter} has {counted(count, what)} but {longer} has {more:,}: aligned files need one {what} for "
+        f"each other's {what}"
+    )

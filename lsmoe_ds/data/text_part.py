@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,18 @@ class TextPart:
             yield from read_aligned(self.files[0], self.files[1])
 
     def _table(self, tell: Callable[[str], None]) -> Iterator[tuple[str, str]]:
-        rows = quoted = 0
-        for number, line in enumerate(read_lines(self.files[0]), 1):
+        seen = Counter[str]()
+        yield from self.split_table(read_lines(self.files[0]), 1, seen)
+        if remark := self.remark(seen):
+            tell(remark)
+
+    def split_table(self, lines: Iterable[str], first: int, seen: Counter[str]) -> Iterator[tuple[str, str]]:
+        """Yield the pairs in a table's lines, the first of which has the number ``first`` (from 1).
+
+        Counts its ``rows`` and how many of them are ``quoted`` in ``seen``. Raises UserError for a line of
+        another number of columns.
+        """
+        for number, line in enumerate(lines, first):
             if self.header and number == 1:
                 continue
             cells = line.split("\t")
@@ -54,15 +65,19 @@ class TextPart:
                 as_in = "as in line 1" if self.header else "as there is no first line of language codes"
                 what = f"{self.width} columns between tabs were expected, {as_in}"
                 raise UserError(f"{self.files[0]}, line {number}: {what}; found {len(cells)}")
-            rows += 1
-            quoted += any(map(_is_quoted, cells))
+            seen["rows"] += 1
+            seen["quoted"] += any(map(_is_quoted, cells))
             yield cells[self.columns[0]], cells[self.columns[1]]
-        if rows and quoted / rows >= QUOTED:
-            tell(
-                f"warning: {self.files[0]}: {quoted / rows:.0%} of the rows have a field that begins and ends"
-                " with a quote mark: quote marks are text here; if they only enclose the fields, write the "
-                "table without them"
-            )
+
+    def remark(self, seen: Counter[str]) -> str | None:
+        """Return a sentence about a table of which many rows have quote marks around a field, or None."""
+        if not seen["rows"] or seen["quoted"] / seen["rows"] < QUOTED:
+            return None
+        return (
+            f"warning: {self.files[0]}: {seen['quoted'] / seen['rows']:.0%} of the rows have a field that "
+            "begins and ends with a quote mark: quote marks are text here; if they only enclose the fields, "
+            "write the table without them"
+        )
 
 
 def _is_quoted(cell: str) -> bool:

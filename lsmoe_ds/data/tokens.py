@@ -1,10 +1,11 @@
-"""Write the token files of one bitext and split."""
+"""Encode pairs, and write the token files of one bitext and split."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from functools import cache, partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,28 +14,30 @@ from numpy.typing import NDArray
 
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary
-from lsmoe_ds.data.workers import Workers, chunks
 
-CHUNK = 10_000
-Side = tuple[NDArray[Any], NDArray[np.int64], int]
+CHUNK = 10_000  # pairs that are encoded at once
+Pairs = Sequence[tuple[str, str]]
+Counts = dict[str, int]  # of one side: tokens, unknown ones, and the length of the longest sentence
 
 
 @cache
-def _vocabulary(path: Path, _stamp: int) -> Vocabulary:
+def load_vocabulary(path: Path, _stamp: int) -> Vocabulary:
+    """Read a vocabulary once in a process, unless its file has another ``stamp`` meanwhile."""
     return Vocabulary.load(path)
 
 
-def _encode_chunk(pairs: list[tuple[str, str]], model: Path, stamp: int, dtype: str) -> tuple[Side, Side]:
-    """Encode both sides of pairs: the ids, their number in each sentence, and how many are unknown."""
-    vocabulary = _vocabulary(model, stamp)
+def token_type(vocabulary: Vocabulary) -> str:
+    """Return the numpy type of ids: two bytes as long as all ids of the vocabulary fit."""
+    return "<u2" if vocabulary.size <= 1 << 16 else "<u4"
 
-    def side(index: int) -> Side:
-        encoded = vocabulary.encode_all([clean_text(pair[index]) for pair in pairs])
-        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        ids = np.fromiter((i for each in encoded for i in each), dtype=dtype, count=int(lengths.sum()))
-        return ids, lengths, int((ids == vocabulary.UNK).sum()) if vocabulary.UNK >= 0 else 0
 
-    return side(0), side(1)
+def _encode(vocabulary: Vocabulary, texts: Iterable[str]) -> tuple[NDArray[Any], NDArray[np.uint32], int]:
+    """Return the ids of texts, one after another, their number in each text, and how many are unknown."""
+    encoded = vocabulary.encode_all(list(map(clean_text, texts)))
+    lengths = np.fromiter(map(len, encoded), dtype=np.uint32, count=len(encoded))
+    count = int(lengths.sum(dtype=np.int64))
+    ids = np.fromiter(chain.from_iterable(encoded), dtype=token_type(vocabulary), count=count)
+    return ids, lengths, int((ids == vocabulary.UNK).sum()) if vocabulary.UNK >= 0 else 0
 
 
 class ArrayFile:
@@ -65,46 +68,88 @@ class ArrayFile:
         self.file.close()
 
 
-def write_tokens(
-    folder: Path,
-    codes: tuple[str, str],
-    pairs: Iterator[tuple[str, str]],
-    model: Path,
-    size: int,
-    text: bool,
-    workers: Workers,
-) -> dict[str, dict[str, int]]:
-    """Write ids, offsets and (with ``text``) sentences of both sides.
+class EncodedShard:
+    """Write ids and lengths of the sentences of a shard: ``0.tokens.npy`` and ``0.lengths.npy``, and of the
+    second side 1.
+    """
 
-    Returns for each side the number of tokens, of unknown tokens, and the length of the longest sentence.
+    def __init__(self, folder: Path, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.tokens = [ArrayFile(folder / f"{side}.tokens.npy", token_type(vocabulary)) for side in (0, 1)]
+        self.lengths = [ArrayFile(folder / f"{side}.lengths.npy", "<u4") for side in (0, 1)]
+        self.counts: list[Counts] = [add_counts(()), add_counts(())]
+
+    def append(self, pairs: Pairs) -> None:
+        """Encode pairs that follow those before."""
+        if not pairs:
+            return
+        for side, count in enumerate(self.counts):
+            ids, lengths, unknown = _encode(self.vocabulary, (pair[side] for pair in pairs))
+            self.tokens[side].append(ids)
+            self.lengths[side].append(lengths)
+            longest = int(lengths.max(initial=0))
+            more = {"tokens": len(ids), "unknown": unknown, "longest": longest}
+            self.counts[side] = add_counts((count, more))
+
+    def close(self) -> list[Counts]:
+        """Return the counts of both sides."""
+        for array in self.tokens + self.lengths:
+            array.close()
+        return self.counts
+
+
+def add_counts(counts: Iterable[Counts]) -> Counts:
+    """Return the counts of a side of which several are given for some of its sentences each."""
+    total = {"tokens": 0, "unknown": 0, "longest": 0}
+    for each in counts:
+        for name in ("tokens", "unknown"):
+            total[name] += each[name]
+        total["longest"] = max(total["longest"], each["longest"])
+    return total
+
+
+def write_tokens(
+    folder: Path, codes: tuple[str, str], pairs: Pairs, vocabulary: Vocabulary
+) -> dict[str, Counts]:
+    """Encode a dev or test set, and write its ids, offsets and sentences.
+
+    Returns the counts of each side.
     """
     folder.mkdir(parents=True)
-    dtype = "<u2" if size <= 1 << 16 else "<u4"
-    tokens = [ArrayFile(folder / f"{code}.tokens.npy", dtype) for code in codes]
-    offsets = [ArrayFile(folder / f"{code}.offsets.npy", "<i8") for code in codes]
-    counts = [{"tokens": 0, "unknown": 0, "longest": 0} for _ in codes]
-    for array in offsets:
-        array.append(np.zeros(1, dtype=np.int64))
-    texts = (
-        [(folder / f"{code}.txt").open("w", encoding="utf-8", newline="\n") for code in codes] if text else []
-    )
+    for side, code in enumerate(codes):
+        with (folder / f"{code}.txt").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{pair[side]}\n" for pair in pairs)
+    shard = EncodedShard(folder, vocabulary)
+    for start in range(0, len(pairs), CHUNK):
+        shard.append(pairs[start : start + CHUNK])
+    counts = dict(zip(codes, shard.close(), strict=True))
+    for side, code in enumerate(codes):
+        Joining(folder, side, code, [folder], token_type(vocabulary)).run()
+        for name in ("tokens", "lengths"):
+            (folder / f"{side}.{name}.npy").unlink()
+    return counts
 
-    def passing() -> Iterator[tuple[str, str]]:
-        for pair in pairs:
-            for file, sentence in zip(texts, pair, strict=False):
-                file.write(sentence + "\n")
-            yield pair
 
-    encode = partial(_encode_chunk, model=model, stamp=os.stat(model).st_mtime_ns, dtype=dtype)
-    for done in workers.map(encode, chunks(passing(), CHUNK)):
-        for side, (ids, lengths, unknown) in enumerate(done):
-            offsets[side].append(counts[side]["tokens"] + np.cumsum(lengths))
-            tokens[side].append(ids)
-            counts[side]["tokens"] += len(ids)
-            counts[side]["unknown"] += unknown
-            counts[side]["longest"] = max(counts[side]["longest"], int(lengths.max(initial=0)))
-    for array in tokens + offsets:
-        array.close()
-    for file in texts:
-        file.close()
-    return dict(zip(codes, counts, strict=True))
+@dataclass(frozen=True)
+class Joining:
+    """Write the ids and offsets of a side (0 or 1, the language ``code``) from those of its shards, one after
+    another.
+    """
+
+    folder: Path
+    side: int
+    code: str
+    shards: Sequence[Path]
+    dtype: str
+
+    def run(self) -> None:
+        """Write the two files."""
+        tokens = ArrayFile(self.folder / f"{self.code}.tokens.npy", self.dtype)
+        offsets = ArrayFile(self.folder / f"{self.code}.offsets.npy", "<i8")
+        offsets.append(np.zeros(1, dtype=np.int64))
+        for shard in self.shards:
+            lengths = np.load(shard / f"{self.side}.lengths.npy")
+            offsets.append(tokens.count + np.cumsum(lengths, dtype=np.int64))
+            tokens.append(np.load(shard / f"{self.side}.tokens.npy"))
+        tokens.close()
+        offsets.close()

@@ -83,5 +83,6 @@ class Workers:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for lack of memory: nothing was written"
+                "a worker process was killed, perhaps for lack of memory: with fewer ('--workers') the same "
+                "command goes on"
             ) from None
