@@ -170,7 +170,7 @@ def test_a_pass_ahead_of_the_step_takes_its_operations(recipe):
 
 @pytest.mark.parametrize(
     ("changes", "options", "again"),
-    [([], ["--memory", "2GB"], False), ([UNCUT], ["--memory", "0.538GB", "--node", "1"], True)],
+    [([], ["--memory", "2GB"], False), ([UNCUT], ["--memory", "0.5357GB", "--node", "1"], True)],
     ids=["kept", "computed again"],
 )
 def test_the_command_writes_the_fastest_recipe(tmp_path, changes, options, again):
