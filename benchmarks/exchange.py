@@ -107,7 +107,7 @@ def recipe_of(languages: str, moe: dict[str, Any]) -> Recipe:
 
 
 def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, float]]:
-    """One step, and what it measures over all ranks; making its batches is not part of it."""
+    """Two steps, and what they measure over all ranks; making their batches is not part of it."""
     groups, at_home = affinity(recipe, recipe.languages, topology.tensor, topology.expert, topology.data)
     layout: dict[str, Any] = {
         "rank": topology.data_rank,
@@ -120,6 +120,13 @@ def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, flo
         corpus, recipe.languages, corpus, data.batch, data.temperature, recipe.training.seed, **layout
     )
     engine = build_engine(recipe, VOCABULARY, topology)
+    computed = [0]  # choices that this rank's experts have computed
+
+    def count(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        computed[0] += int((arguments[1] >= 0).sum())
+
+    for _, layer in engine.module.moe_layers():
+        layer.deepspeed_moe.experts.register_forward_pre_hook(count)
 
     exchange = collectives._exchange
 
@@ -134,6 +141,7 @@ def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, flo
         for name, function in (("with waiting", exchange), ("alone", after_barrier)):
             collectives._exchange = function
             step = next(stream)
+            computed[0] = 0
             torch.distributed.barrier()
             begun = time.perf_counter()
             exchanged = train_step(engine, step, 100, recipe, topology).exchanged["decoder"]
@@ -143,16 +151,20 @@ def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, flo
             if name == "with waiting":
                 found["tokens per second"] = (step.source_tokens + step.target_tokens) / seconds
                 found |= {"bytes a step": exchanged.bytes, "batches away of 2": step.away}
+                of_ranks: list[int] = [0] * topology.world
+                torch.distributed.all_gather_object(of_ranks, computed[0])
+                found["experts' rows of the busiest rank"] = max(of_ranks) / sum(of_ranks)
         return found
 
     return turn
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(rounds: int, contestants: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Let the contestants take turns: of each the kind of batches, and the settings of its experts."""
     joining.join()
     topology = Topology.build(expert=RANKS, device=joining.device())
     compat.seed_tensor_parallel_random(1, 0)
-    turns = {name: contestant(recipe_of(*settings), topology) for name, settings in CONTESTANTS.items()}
+    turns = {name: contestant(recipe_of(*settings), topology) for name, settings in contestants.items()}
     for turn in turns.values():
         turn()
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
@@ -182,19 +194,24 @@ def measure(rounds: int) -> dict[str, Any]:
     return {"model": model, "tokens of a batch": TOKENS, **setting, "decoder": result}
 
 
-def main() -> None:
-    parser = argument_parser(__doc__, rounds=20)
+def run(script: str, about: str | None, contestants: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """Run a script that compares the decoders of ``contestants``."""
+    parser = argument_parser(about, rounds=20)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part is not None:
-        part = measure(arguments.rounds)
+        part = measure(arguments.rounds, contestants)
         if os.environ["RANK"] == "0":
             arguments.part.write_text(json.dumps(part), encoding="utf-8")
         return
-    result = in_processes(__file__, ["--rounds", str(arguments.rounds)], RANKS)
+    result = in_processes(script, ["--rounds", str(arguments.rounds)], RANKS)
     for name, figures in result["decoder"].items():
         print(f"{name}: {figures}")
     write(result, arguments.out)
+
+
+def main() -> None:
+    run(__file__, __doc__, CONTESTANTS)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ transformer-base with a vocabulary of 32,000, frozen; one batch of about 3,440 r
 directions of 12 languages; matrices beside query, key, value and both feed-forward layers, of rank 2 for
 eight languages and 8 for four, by the source in the first four layers of the encoder and by the target above;
 two threads, one process, engine and optimizer included. "base" is the frozen model's forward pass and the
-backward pass to its inputs, without matrices. All take turns on the same batch. "segments" multiplies each
-run of neighboring sentences of one language by itself, "sentences" all sentences in one padded, batched
-product.
+backward pass to its inputs, without matrices. All take turns on the same batch. "blocks" multiplies the
+languages by one padded, batched product, as on GPUs without a grouped product.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
 
@@ -26,10 +27,9 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Batch, Step
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.launch import joining
-from lsmoe_ds.methods.low_rank import bank
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
-from lsmoe_ds.parallel import compat
+from lsmoe_ds.parallel import compat, grouped
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import build_engine, train_step
 
@@ -37,11 +37,10 @@ VOCABULARY, TOKENS, LENGTH = 32000, 3440, 25.0
 CODES = "ar de en es fa fr he it ja ko nl pl".split()  # noqa: SIM905
 RANKS = {code: 8 if number >= 8 else 2 for number, code in enumerate(CODES)}
 CHOSEN = {"source": ["encoder.0-3"], "target": ["encoder.4-5", "decoder"]}
-FORMS: dict[str, tuple[Any, str | None]] = {
-    "2;2;8, segments": (CHOSEN, "segments"),
-    "2;2;8, sentences": (CHOSEN, "sentences"),
-    "2;2;8, as it is trained": (CHOSEN, None),
-    "2;2;8, learned indexes": ("learned", None),
+FORMS: dict[str, tuple[Any, bool]] = {  # the index, and whether products are grouped where they can be
+    "2;2;8": (CHOSEN, True),
+    "2;2;8, blocks": (CHOSEN, False),
+    "2;2;8, learned indexes": ("learned", True),
 }
 
 
@@ -91,10 +90,10 @@ def base_of(recipe: Recipe, batch: Batch, topology: Topology) -> Callable[[], No
     return run
 
 
-def by_form(form: str | None, step: Callable[[], None]) -> Callable[[], None]:
+def by_form(is_grouped: bool, step: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
-        bank.FORM = form
-        step()
+        with nullcontext() if is_grouped else mock.patch.object(grouped, "is_grouped", return_value=False):
+            step()
 
     return run
 

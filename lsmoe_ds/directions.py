@@ -176,6 +176,10 @@ class Languages:
             else self.id(direction.target if kind == "target" else direction.source)
         )
 
+    def task_named(self, kind: str, name: str) -> int:
+        """Return the number of a task by its name, a language or a direction. Raises UserError for others."""
+        return self.direction_id(Direction.parse(name)) if kind == "pair" else self.id(name)
+
     def same_target(self, direction: Direction) -> Direction | None:
         """Return the first direction with the same target; None if there is none."""
         return next((each for each in self.directions if each.target == direction.target), None)

@@ -33,7 +33,8 @@ def played(tmp_path):
     return Played(tmp_path)
 
 
-@pytest.fixture(params=["segments", "sentences", None])
+@pytest.fixture(params=["grouped", "blocks"])
 def form(request, monkeypatch):
-    """Both ways in which low-rank matrices are multiplied, and what is chosen of them."""
-    monkeypatch.setattr("lsmoe_ds.methods.low_rank.bank.FORM", request.param)
+    """Both ways in which the matrices of several languages are multiplied at once."""
+    if request.param == "blocks":
+        monkeypatch.setattr("lsmoe_ds.parallel.grouped.is_grouped", lambda device, dtype: False)

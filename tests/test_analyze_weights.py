@@ -97,6 +97,18 @@ def test_scores_in_the_middle_of_the_schedule_are_of_the_ratio_that_is_reached(r
     assert sum(each.score for each in found) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_equal_pruning_is_said_to_tell_nothing(run):
+    from lsmoe_ds.analysis.findings import find
+
+    recipe = load_recipe(run / "recipe.yaml")
+    weights = dict(read_checkpoint(run / "checkpoints" / "step-3").weights)
+    assert find(recipe, Tensors.of(weights), "subspaces", "RUN").said.startswith("from the largest subspace")
+    for name in [name for name in weights if name.endswith("_mask")]:
+        weights[name] = torch.arange(weights[name].numel()).view_as(weights[name]) % 2 == 0
+    said = find(recipe, Tensors.of(weights), "subspaces", "RUN").said
+    assert said.startswith("as much was pruned of each language: languages compete under 'prune.over: layer'")
+
+
 def test_scores_follow_equation_5(run, tmp_path):
     analyze_weights(run, "subspaces", tmp_path / "out")
     weights = read_checkpoint(run / "checkpoints" / "step-3").weights

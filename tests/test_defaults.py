@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from lsmoe_ds.config.moe import Capacity, MoE
-from lsmoe_ds.config.optimizer import Adafactor
+from lsmoe_ds.config.optimizer import Adafactor, Adam
 from lsmoe_ds.config.recipe import EarlyStopping, Ema, Recipe
 from lsmoe_ds.config.section import is_section
 from lsmoe_ds.methods.adapters.settings import Adapters
@@ -33,6 +33,7 @@ SHORT = {
     "adapters": Adapters,
     "early_stopping": EarlyStopping,
     "ema": Ema,
+    "adam": Adam,
     "adafactor": Adafactor,
 }  # sections that the page names by their own name
 IN_WORDS = {"required", "by preset", "all three", ""}

@@ -13,10 +13,11 @@ from lsmoe_ds.moe import experts as module
 from lsmoe_ds.moe.dispatch import Dispatcher
 from lsmoe_ds.moe.experts import Assignment, Experts, _Stack, use_grouped
 from lsmoe_ds.moe.routers import DROPPED
+from lsmoe_ds.parallel import grouped
 from lsmoe_ds.parallel.topology import Topology
 
 HIDDEN, WIDTH, EXPERTS = 16, 24, 5
-needs_grouped = pytest.mark.skipif(module._grouped_mm is None, reason="torch has no grouped_mm")
+needs_grouped = pytest.mark.skipif(module.grouped_mm is None, reason="torch has no grouped_mm")
 
 
 def experts_of(dtype: torch.dtype = torch.float32, width: int = WIDTH) -> Experts:
@@ -131,7 +132,7 @@ def test_nothing_waits_for_the_device_where_no_choice_can_be_dropped():
             torch.empty(*shape, dtype=torch.bfloat16, requires_grad=True)
             for shape in ((14, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH))
         )
-        products = module._grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends)
+        products = module.grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends)
         module._AddBias.apply(products, biases, assignment).relu().sum().backward()
         assert [x.grad.shape for x in (rows, weights, biases)] == [x.shape for x in (rows, weights, biases)]
         with pytest.raises(Exception, match="_local_scalar_dense"):
@@ -237,7 +238,7 @@ class OtherFeedForward(FeedForward):
 
 
 def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch):
-    monkeypatch.setattr(module, "_grouped_mm", lambda: None)
+    monkeypatch.setattr(grouped, "grouped_mm", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     plain = experts_of(torch.bfloat16).deepspeed_experts
     assert use_grouped(plain, fake_rows())
@@ -256,7 +257,7 @@ def test_the_grouped_product_is_taken_where_it_exists_and_is_faster(monkeypatch)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, other=other: other)
         assert not use_grouped(plain, fake_rows())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(module, "_grouped_mm", None)
+    monkeypatch.setattr(grouped, "grouped_mm", None)
     assert not use_grouped(plain, fake_rows())
 
 

@@ -56,11 +56,11 @@ def test_all_layouts_are_there_and_hold_the_step(recipe):
 def test_less_memory_takes_smaller_micro_batches():
     """And no layer is computed again where they cost nothing."""
     recipe = load_recipe(BIG, [*base(), "training.auxiliary_over=micro-batch"])
-    largest = {each.memory.peak for each in find_fits(recipe, cluster(2))}
+    largest = {each.memory.gpu_peak for each in find_fits(recipe, cluster(2))}
     found = find_fits(recipe, cluster(2, memory=min(largest) * 0.995 / 0.95))
     assert found and all(each.accumulation > 1 for each in found)
     assert not any(each.recipe.training.activation_checkpointing for each in found)
-    assert all(each.memory.peak <= min(largest) for each in found)
+    assert all(each.memory.gpu_peak <= min(largest) for each in found)
     for each in found:
         assert each.recipe.data.batch.count == 2 // each.recipe.parallel.tensor * each.accumulation
 
@@ -98,12 +98,12 @@ def test_a_layout_that_does_not_fit_is_tried_with_activation_checkpointing():
     largest = find_fits(small, cluster(4, node=1))
     assert largest and not any(each.recipe.training.activation_checkpointing for each in largest)
     needs = {(each.recipe.parallel.expert, each.memory.stage): each.memory for each in largest}
-    limit = min(each.memory.peak for each in largest) - 1
+    limit = min(each.memory.gpu_peak for each in largest) - 1
     found = find_fits(small, cluster(4, node=1, memory=limit / 0.95))
     assert found and all(each.recipe.training.activation_checkpointing for each in found)
     for each in found:
         without = needs[each.recipe.parallel.expert, each.memory.stage]
-        assert each.memory.activations < without.activations and each.memory.peak <= limit
+        assert each.memory.activations < without.activations and each.memory.gpu_peak <= limit
         assert each.to_dict()["activation_checkpointing"]
     for fits, said in ((largest, {"no"}), (found, {"yes"})):
         (column,) = (each for each in table_of(fits).columns if each.header == "checkpointing")
@@ -142,7 +142,7 @@ def test_fewer_micro_batches_may_spare_the_pass_ahead(recipe):
     (found,) = (
         each
         for each in find_fits(
-            whole, replace(alone, device=replace(SMALL, memory=(stage_1.memory.peak - 1) / 0.95))
+            whole, replace(alone, device=replace(SMALL, memory=(stage_1.memory.gpu_peak - 1) / 0.95))
         )
         if each.memory.stage == 1
     )
@@ -170,7 +170,7 @@ def test_a_pass_ahead_of_the_step_takes_its_operations(recipe):
 
 @pytest.mark.parametrize(
     ("changes", "options", "again"),
-    [([], ["--memory", "2GB"], False), ([UNCUT], ["--memory", "0.538GB", "--node", "1"], True)],
+    [([], ["--memory", "2GB"], False), ([UNCUT], ["--memory", "0.5357GB", "--node", "1"], True)],
     ids=["kept", "computed again"],
 )
 def test_the_command_writes_the_fastest_recipe(tmp_path, changes, options, again):

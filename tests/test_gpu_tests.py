@@ -22,7 +22,7 @@ def run(wanted: str | None, *arguments: str) -> subprocess.CompletedProcess:
 def test_without_a_gpu_all_are_skipped_and_one_line_says_why():
     done = run(None)
     assert done.returncode == 0
-    assert re.search(r"^\d\d skipped in ", done.stdout, re.M), done.stdout
+    assert re.search(r"^\d+ skipped in ", done.stdout, re.M), done.stdout
     assert done.stdout.count("tests/gpu was skipped: torch sees no CUDA device") == 1
 
 
@@ -34,4 +34,4 @@ def test_where_a_gpu_must_be_there_they_fail():
 @pytest.mark.slow
 def test_they_can_be_tried_on_a_cpu():
     done = run("cpu", "-k", "test_gpu_experts")
-    assert done.returncode == 0 and re.search(r"^\d\d passed", done.stdout, re.M), done.stdout[-3000:]
+    assert done.returncode == 0 and re.search(r"^\d+ passed", done.stdout, re.M), done.stdout[-3000:]

@@ -34,7 +34,7 @@ from lsmoe_ds.training import start_from
 
 INPUTS, OUTPUTS, LENGTH = 6, 5, 4
 RANKS = {"de": 2, "en": 0, "fr": 3, "ru": 1}
-LARGE = {"de": 2, "en": 0, "fr": 20, "ru": 1}  # one above SMALL_RANK: both ways of multiplying meet
+LARGE = {"de": 2, "en": 0, "fr": 20, "ru": 1}  # one above SMALL_RANK: two stacks
 NUMBERS = [0, 3, 3, 5, 2, 0]
 GROUPED = Languages(LANGUAGES.directions, {"de": "high", "en": "high", "fr": "medium", "ru": "low"})
 EVERYWHERE = {"rank": RANKS, "at": "all"}

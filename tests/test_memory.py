@@ -128,6 +128,7 @@ def test_memory_formulas():
     passing = each.activations + each.buffers
     lasting = each.weights + each.gradients + each.optimizer
     assert each.peak == lasting + 480 * 2**20 + round(1.4 * passing)  # as docs/planning.md says
+    assert each.gpu_peak == lasting + 480 * 2**20 + round(1.1 * passing)
 
 
 def small_batches(recipe: Recipe, dropout: float = 0.1) -> Recipe:

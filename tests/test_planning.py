@@ -225,6 +225,14 @@ def test_bytes_of_a_step():
     assert (alone.exchanges, alone.step_bytes) == ([], 0)
 
 
+# Operations of products that torch does not count: by the shapes of what is multiplied.
+PRODUCTS = {
+    torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
+    torch.ops.aten.baddbmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2],
+    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1],
+}
+
+
 def flops_of(recipe: Recipe, length: int, run: Callable[..., object]) -> int:
     """Count the operations of ``run(model, *batch)``: three sentences of ``length`` tokens on both sides."""
     model = Transformer(recipe, VOCABULARY)
@@ -233,12 +241,8 @@ def flops_of(recipe: Recipe, length: int, run: Callable[..., object]) -> int:
     source, decoder_input = (torch.randint(4, VOCABULARY, (3, length), generator=generator) for _ in range(2))
     decoder_input[:, 0] = EOS
     ids = ragged_batch(generator, recipe, 3).ids
-    counted = {
-        torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
-        torch.ops.aten.baddbmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2],
-    }  # torch counts addmm and baddbmm alone
     with (
-        FlopCounterMode(display=False, custom_mapping=counted) as counter,
+        FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter,
         sdpa_kernel(SDPBackend.MATH),
     ):
         run(model, source, decoder_input, decoder_input, ids)

@@ -11,6 +11,7 @@ from rich.console import Console
 from small_encoder import encoder_recipe, write_encoder
 from small_host import host_recipe, write_host
 from test_memory import Kept
+from test_planning import PRODUCTS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +30,7 @@ from lsmoe_ds.planning.plan import plan
 
 pytest.importorskip("transformers")
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-LINEARS = {"rank": 3, "index": "target", "at": "all"}
+LINEARS = {"rank": 4, "index": "target", "at": "all"}
 FUSED = LINEARS | {"index": "language", "fuse_distillation": True}
 MODULAR = LINEARS | {"index": "modular"}
 CLUSTER = Cluster(2, 2, DEVICES["A100"], 1e9, 0.5)
@@ -84,11 +85,7 @@ def counted(recipe: Recipe, count: int, length: int) -> int:
     model = built(recipe)
     if isinstance(model, HostModel):
         model._is_head_plain()  # which reads a token by itself
-    own = {
-        torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
-        torch.ops.aten.baddbmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2],
-    }
-    with FlopCounterMode(display=False, custom_mapping=own) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter, sdpa_kernel(SDPBackend.MATH):
         losses = model(*batch_of(recipe, count, length))
         (losses.loss + sum(losses.further.values())).backward()
     return counter.get_total_flops()

@@ -30,9 +30,9 @@ RANKS = {
     "fuse_distillation": True,
 }
 BANKS = {
-    "feed-forward": {"rank": 3},
-    "attention": {"rank": 3, "at": "attention", "every": 2},
-    "both, fused": {"rank": 3, "at": "both", "fuse_distillation": True},
+    "feed-forward": {"rank": 4},
+    "attention": {"rank": 4, "at": "attention", "every": 2},
+    "both, fused": {"rank": 4, "at": "both", "fuse_distillation": True},
     "ranks, fused": RANKS,
 }
 SIDES = [("dense", "dense"), ("target", "pair")]
@@ -60,14 +60,9 @@ def test_parameters_are_those_of_a_built_and_of_an_extracted_model(banks, sides)
     if shared is None:
         assert specific == planned.parameters.whole.total
     else:
-        ranks = 14 if banks is RANKS else 15
-        assert (
-            shared - Parts.of(recipe, merged=True).whole.total
-            == bank_values * (4 if banks is RANKS else 3) // ranks
-        )
-        assert (
-            specific == planned.parameters.whole.total - bank_values * (4 if banks is RANKS else 3) // ranks
-        )
+        ranks = 14 if banks is RANKS else 20
+        assert shared - Parts.of(recipe, merged=True).whole.total == bank_values * 4 // ranks
+        assert specific == planned.parameters.whole.total - bank_values * 4 // ranks
 
 
 @pytest.mark.parametrize("banks", [BANKS["feed-forward"], BANKS["attention"], BANKS["both, fused"]])
@@ -92,7 +87,7 @@ def test_bytes_of_a_step_by_both_routes():
         plan(
             with_banks(
                 recipe_of("target", "target", expert=2, expert_groups=2),
-                {"rank": 3, "at": "attention", "fuse_distillation": fused},
+                {"rank": 4, "at": "attention", "fuse_distillation": fused},
             )
         )
         for fused in (False, True)

@@ -17,8 +17,8 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.arithmetic import flops
 
 LENGTH = 5
-ALL_LINEARS = {"rank": 3, "at": "both"}
-EVERY_SECOND = {"rank": 3, "at": "feed_forward", "every": 2}
+ALL_LINEARS = {"rank": 4, "at": "both"}
+EVERY_SECOND = {"rank": 4, "at": "feed_forward", "every": 2}
 FUSED = ALL_LINEARS | {"fuse_distillation": True}
 LEARNED = ALL_LINEARS | {"index": "learned"}
 FROZEN: dict[str, tuple[Any, dict[str, Any] | None]] = {

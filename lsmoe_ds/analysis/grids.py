@@ -9,13 +9,13 @@ from markupsafe import Markup
 from lsmoe_ds.methods.findings import Grid
 
 STYLE = """
-.grid text{font:12px system-ui,sans-serif;fill:var(--text,#1d2329)}
-.grid .quiet{fill:var(--quiet,#5c6670)}
+.grid text{font:12px system-ui,sans-serif;fill:#1d2329;fill:var(--text,#1d2329)}
+.grid .quiet{fill:#5c6670;fill:var(--quiet,#5c6670)}
 .grid .n{text-anchor:middle;font-size:11px}
 .grid .half{fill:#10151a}
-.grid .over{fill:var(--over,#fff)}
-.grid .more{fill:var(--model,#0072b2)}
-.grid .less{fill:var(--other,#d55e00)}
+.grid .over{fill:#fff;fill:var(--over,#fff)}
+.grid .more{fill:#0072b2;fill:var(--model,#0072b2)}
+.grid .less{fill:#d55e00;fill:var(--other,#d55e00)}
 """
 LETTER = 6.6  # the largest average width of a letter in the usual system fonts
 WIDTH, HEIGHT = 52, 24

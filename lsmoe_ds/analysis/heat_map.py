@@ -16,16 +16,16 @@ STEPS = 20
 NAMED = 5  # experts that the title of a low row names
 # Colors come from custom properties, which a page can set for light and dark; otherwise the fallbacks apply.
 STYLE = """
-.heat text{font:12px system-ui,sans-serif;fill:var(--text,#1d2329)}
-.heat .quiet{fill:var(--quiet,#5c6670)}
+.heat text{font:12px system-ui,sans-serif;fill:#1d2329;fill:var(--text,#1d2329)}
+.heat .quiet{fill:#5c6670;fill:var(--quiet,#5c6670)}
 .heat .family{font-size:11px}
 .heat .section{font-weight:600}
 .heat .low{font-size:10px}
 .heat .n{text-anchor:middle;font-size:11px}
 .heat .half{fill:#10151a}
-.heat .over{fill:var(--over,#fff)}
-.heat rect,.heat path{fill:var(--model,#0072b2)}
-.heat .frame{fill:none;stroke:var(--text,#1d2329);stroke-width:1.5}
+.heat .over{fill:#fff;fill:var(--over,#fff)}
+.heat rect,.heat path{fill:#0072b2;fill:var(--model,#0072b2)}
+.heat .frame{fill:none;stroke:#1d2329;stroke:var(--text,#1d2329);stroke-width:1.5}
 """
 
 

@@ -45,7 +45,10 @@ def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topolog
     model: nn.Module = engine.module
     names = global_names(model, topology)
     local = {parameter: name for name, parameter in model.named_parameters()}
-    pieces = deepspeed_engine.optimizer_pieces(engine)
+    pieces, optimizer = (
+        deepspeed_engine.optimizer_pieces(engine),
+        deepspeed_engine.innermost_optimizer(engine),
+    )
     for piece in pieces:
         name, held = names[local[piece.parameter]], piece.state
         for key, value in state.whole(name, weights.shape(name)).items():
@@ -56,10 +59,12 @@ def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topolog
                 continue
             target = piece.values if key == deepspeed_engine.VALUES else held.get(key)
             if target is None:
-                target = held[key] = torch.zeros_like(piece.values, dtype=torch.float32)
+                device = deepspeed_engine.state_device(optimizer, key, piece.values.device)
+                target = held[key] = torch.zeros_like(piece.values, dtype=torch.float32, device=device)
             _fill(target, value, piece, topology)
+    device = deepspeed_engine.state_device(optimizer, "step", topology.device)
     for piece in pieces:
-        piece.state["step"] = torch.tensor(state.step, dtype=torch.float32, device=topology.device)
+        piece.state["step"] = torch.tensor(state.step, dtype=torch.float32, device=device)
 
 
 @torch.no_grad()

@@ -46,9 +46,12 @@ MAY_CHANGE = {
     "model.huggingface",  # the folder may be elsewhere: the run has the weights
     "data.vocabulary.file",
     "data.name",  # that the data are the same is checked
+    "model.encoder.moe.replicas",  # which ranks compute rows, and nothing else
+    "model.decoder.moe.replicas",
     "parallel",  # a checkpoint is resharded to other ranks
     "deepspeed.zero_optimization",
     "training.steps",
+    "training.adam",  # moments move to the host and back
     "training.activation_checkpointing",
     "training.log_every",
     "training.log_to",

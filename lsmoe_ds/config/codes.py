@@ -162,6 +162,11 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
             except UserError as error:
                 return "data.pivot", str(error)
         places.append(("data.max_pairs", data, dict, reader.code))
+        for side in ("encoder", "decoder"):
+            moe = _section(_section(model, side), "moe")
+            either = lambda text: str(reader.direction(text)) if "-" in text else reader.code(text)  # noqa: E731
+            read = either if moe.get("task") == "pair" else reader.code
+            places.append((f"model.{side}.moe.replicas", moe, list, read))
         groups = _section(data, "groups")
         places += [(f"data.groups.{name}", groups, list, reader.code) for name in groups]
         for method, kind in sections().items():

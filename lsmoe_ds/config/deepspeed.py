@@ -89,6 +89,8 @@ REFUSED: tuple[tuple[str, str, bool, str], ...] = (
     ("zero_optimization", "compute_grad_norm", False, "a gradient of NaN would reach the weights unseen"),
     ("bf16", "check_grad_overflow", False, "a gradient of NaN would reach the weights unseen"),
 )
+# Its own offloading, which is refused too: see lsmoe_ds.training.offloaded_adam.
+OFFLOADING = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "zenflow")
 KEYS = {section: frozenset(keys.split()) for section, keys in {"": TOP, **SECTIONS}.items()}
 
 
@@ -123,6 +125,14 @@ def read_deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
     for section, key, value, why in REFUSED:
         if config.get(section, {}).get(key) is value:
             raise ValueError(f"{source}'{section}.{key}' is {str(value).lower()}: {why}; remove it there")
+    for key in OFFLOADING:
+        value = config.get("zero_optimization", {}).get(key)
+        if value and not (isinstance(value, Mapping) and value.get("device") in (None, "none")):
+            raise ValueError(
+                f"{source}'zero_optimization.{key}' is set, which would step experts that no token has "
+                "chosen by gradients of earlier steps: remove it there, and set 'training.adam.offload: "
+                "true' in its place"
+            )
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise ValueError(f"{source}it asks for ZeRO stage {stage}: 0, 1 and 2 are supported")

@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lsmoe_ds.config.section import Fraction, Positive, Section
+from lsmoe_ds.directions import Languages
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted
 
 
@@ -36,6 +38,10 @@ class MoE(Section):
     find their experts at home. With ``fuse_distillation`` one more feed-forward of the same width stands
     beside the experts, which all languages share and which learns from them ("Condensing Multilingual
     Knowledge", section 3.1).
+
+    ``replicas`` are the tasks whose experts every expert-parallel rank computes itself, with weights that it
+    borrows from their owner: a list of tasks, or ``auto``, those by which a rank would carry too much
+    (:func:`lsmoe_ds.data.shares.busy_tasks`).
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"balance": "balance_loss_weight", "z_loss": "z_loss_weight"}
@@ -52,15 +58,28 @@ class MoE(Section):
     router_bias: bool = False
     capacity: Capacity | None = None
     fuse_distillation: bool = False
+    replicas: Literal["auto"] | list[str] | None = None
 
     @property
     def has_shared(self) -> bool:
         """Tell whether the layer also has a feed-forward that all languages share."""
         return self.fuse_distillation
 
-    def without_shared(self) -> MoE:
-        """Return the same without the shared feed-forward."""
-        return self.model_copy(update={"fuse_distillation": False})
+    def served(self) -> MoE:
+        """Return the same without what only training has: the shared feed-forward and replicas."""
+        return self.model_copy(update={"fuse_distillation": False, "replicas": None})
+
+    def replicated(self, languages: Languages) -> list[int]:
+        """Return the numbers of the tasks whose experts have replicas, ascending.
+
+        Raises UserError if one is no task of these languages, or if they are not known yet (``auto``).
+        """
+        if self.replicas == "auto":
+            raise UserError(
+                "'moe.replicas' is auto, which the prepared data decide: "
+                "lsmoe_ds.data.shares.with_named_replicas puts the names of tasks in its place"
+            )
+        return sorted({languages.task_named(self.task, name) for name in self.replicas or ()})
 
     @property
     def by_task(self) -> bool:
@@ -83,6 +102,12 @@ class MoE(Section):
             )
         if self.router_bias and self.by_task:
             raise ValueError(f"'router_bias' is true, but 'routing: {self.routing}' has nothing to add it to")
+        if self.replicas is not None and not self.by_task:
+            raise ValueError(
+                f"'replicas' is {self.replicas}, but with 'routing: {self.routing}' no task has experts of "
+                "its own, and what an expert gets is not known before a batch is there: leave it out, or "
+                "set 'routing' to task or static"
+            )
         each = self.experts // self.expert_groups
         if self.top_k > each:
             of_group = " of a group" if self.expert_groups > 1 else ""

@@ -41,12 +41,24 @@ class OptimizerSettings(Section):
         """Return the bytes that a step needs for each value of the parameter that it steps."""
         return 0
 
+    def host_bytes(self) -> int:
+        """Return the bytes that it keeps in the host's memory for each value that trains."""
+        return 0
+
 
 class Adam(OptimizerSettings):
-    """AdamW. At ZeRO stage 0 in float32 it keeps two moments; else a float32 copy of the weights too."""
+    """AdamW. At ZeRO stage 0 in float32 it keeps two moments; else a float32 copy of the weights too.
+
+    With ``offload`` the moments are in the host's memory, where the steps are taken.
+    """
+
+    offload: bool = False
 
     def value_bytes(self, stage: int, half: bool) -> int:
-        return 12 if half or stage > 0 else 8
+        return (4 if half or stage > 0 else 0) + 8 * (not self.offload)
+
+    def host_bytes(self) -> int:
+        return 8 * self.offload
 
 
 class Adafactor(OptimizerSettings):

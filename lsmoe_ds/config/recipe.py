@@ -19,7 +19,7 @@ from lsmoe_ds.config.deepspeed import read_deepspeed_config
 from lsmoe_ds.config.host import TOKENIZER, count_tokens, end_of
 from lsmoe_ds.config.method import sections
 from lsmoe_ds.config.model import Model
-from lsmoe_ds.config.optimizer import OPTIMIZERS, Adafactor, OptimizerSettings
+from lsmoe_ds.config.optimizer import OPTIMIZERS, Adafactor, Adam, OptimizerSettings
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
@@ -58,6 +58,7 @@ class Training(Section):
     trainable: Literal["all", "methods"] | list[str] = "all"
     directions: Annotated[list[str], Field(min_length=1)] | None = None
     optimizer: Literal["adam", "adafactor"] = "adam"
+    adam: Adam | None = None
     adafactor: Adafactor | None = None
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     warmup: Annotated[int, Field(ge=0)] = 4000
@@ -91,16 +92,17 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _settings_are_of_the_optimizer(self) -> Training:
-        if self.adafactor is not None and self.optimizer != "adafactor":
-            raise ValueError(
-                f"'adafactor' is given, but 'optimizer' is {self.optimizer}: leave it out, or set "
-                "'optimizer: adafactor'"
-            )
+        for name in OPTIMIZERS:
+            if getattr(self, name) is not None and self.optimizer != name:
+                raise ValueError(
+                    f"'{name}' is given, but 'optimizer' is {self.optimizer}: leave it out, or set "
+                    f"'optimizer: {name}'"
+                )
         return self
 
     @property
     def optimizer_settings(self) -> OptimizerSettings:
-        given: OptimizerSettings | None = getattr(self, self.optimizer, None)
+        given: OptimizerSettings | None = getattr(self, self.optimizer)
         return OPTIMIZERS[self.optimizer]() if given is None else given
 
 
@@ -194,6 +196,7 @@ class Recipe(Section):
                 raise ValueError(
                     f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}"
                 )
+        self._fits_replicas()
         self._fits_optimizer()
         trains = any(method.trains for method in hidden.methods) or any(hidden.moe_layers())
         if self.training.trainable == "methods" and not trains:
@@ -225,6 +228,15 @@ class Recipe(Section):
                     f"rank; found {affine.expert_groups}"
                 )
         return self
+
+    def _fits_replicas(self) -> None:
+        """Raise ValueError for replicas of tasks that the recipe does not have."""
+        for name, side in (("encoder", self.model.encoder), ("decoder", self.model.decoder)):
+            if side.moe is not None and side.moe.replicas != "auto":
+                try:
+                    side.moe.replicated(self.languages)
+                except UserError as error:
+                    raise ValueError(f"'model.{name}.moe.replicas': {error}") from None
 
     def _fits_optimizer(self) -> None:
         """Raise ValueError for a DeepSpeed configuration under which the optimizer cannot step."""

@@ -35,7 +35,7 @@ from lsmoe_ds.methods.base import Method
 from lsmoe_ds.model.build import outline
 from lsmoe_ds.model.initialization import draw, drawn
 from lsmoe_ds.model.methods import check_holders, methods_of, same_methods
-from lsmoe_ds.moe.routers import assign
+from lsmoe_ds.moe.load import assign
 from lsmoe_ds.notices import counted, listed, notice
 from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology

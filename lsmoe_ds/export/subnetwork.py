@@ -229,7 +229,7 @@ def _dense_recipe(
     """
 
     def side(name: str, before: Side) -> Side:
-        moe = before.moe.without_shared() if before.moe is not None and name in kept else None
+        moe = before.moe.served() if before.moe is not None and name in kept else None
         return Side(layers=len(widths[name]), feed_forward=list(widths[name]), moe=moe)
 
     before = recipe.model

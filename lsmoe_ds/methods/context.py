@@ -78,6 +78,14 @@ class LanguageContext:
             self._places[sentences] = real, found
         return found
 
+    def spans(self, kind: str | Chooser, rows: int) -> list[Segment]:
+        """Return the segments of :meth:`segments` as the rows of their tokens, of so many rows of all
+        sentences, which have equally many each.
+        """
+        segments = self.segments(kind)
+        each = rows // segments[-1].stop if segments else 0
+        return [Segment(language, start * each, stop * each) for language, start, stop in segments]
+
     def replay(self) -> AbstractContextManager[None]:
         """Return a context inside which a layer that runs a second time finds what was known before its first
         run, and whose notes are dropped: it has left them the first time. Places of real positions are found

@@ -1,242 +1,249 @@
-"""Products of tokens with the matrices of their languages, in two ways.
+"""Products of tokens with the matrices of their languages.
 
-Small matrices are gathered for each sentence, padded to the largest rank, and all sentences are multiplied in
-one batched product. Large ones stay where they are: neighboring sentences with the same choice form a
-*segment*, whose rows are multiplied together, in place. Batches are sorted by language, so that segments are
-few.
+A parameter [R, width] holds the matrices of all languages, or directions, one below another. The tokens are
+grouped by the matrix that multiplies them, and all groups are multiplied together
+(:mod:`lsmoe_ds.parallel.grouped`): however many languages a batch has, the kernels are as many.
 
-S rows (tokens), r rank, R the sum of the ranks of all matrices of a bank, B sentences.
+S rows (tokens), R rows of the parameter, G matrices, r rank, B sentences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lsmoe_ds.methods.context import Chooser, LanguageContext
+from lsmoe_ds.parallel.grouped import Groups, aligned
 
-Slices = list[tuple[slice, slice]]  # rows of the bank's matrix, and the tokens that they multiply
+SMALL_RANK = 16  # up to which matrices of any ranks are stacked together; above, those of a power of two
 
 
-class _Rows:
-    """Build the gradient of a bank's matrix [R, ...] from products, without first filling it with zeros.
-
-    ``columns`` are those that the products are of; the others stay 0.
+@dataclass(eq=False)
+class Stack:
+    """Matrices of a parameter that are multiplied as one tensor [G, r, width], padded to the largest rank r
+    of theirs.
     """
 
-    def __init__(self, matrix: Tensor, columns: slice) -> None:
-        whole = columns == slice(0, matrix.shape[1])
-        self.whole = torch.empty_like(matrix) if whole else torch.zeros_like(matrix)
-        self.part = self.whole[:, columns]
-        self.written: list[tuple[int, int]] = []
+    places: list[slice]  # the rows of each, ascending
+    pads: bool  # whether r may be more than the largest rank
+    _index: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def add(self, rows: slice, a: Tensor, b: Tensor) -> None:
-        """Add the product of a and b to ``rows``, which must equal earlier rows or not overlap them."""
-        if (rows.start, rows.stop) in self.written:
-            self.part[rows].addmm_(a, b)
+    def rank(self, like: Tensor) -> int:
+        """Return r; grouped products of the type and on the device of ``like`` need it to be a multiple."""
+        largest = max(place.stop - place.start for place in self.places)
+        return aligned(largest, like) if self.pads else largest
+
+    def of(self, matrix: Tensor, groups: Groups) -> Tensor:
+        """Return the matrices that the groups read, a view of ``matrix`` [R, width] if none is padded."""
+        rank, chosen = self.rank(matrix), self._read_by(groups)
+        if _are_adjacent(chosen, rank):
+            return matrix[chosen[0].start : chosen[-1].stop].unflatten(0, (len(chosen), rank))
+        if len(chosen) == 1:
+            own = matrix[chosen[0]]
+            return F.pad(own, (0, 0, 0, rank - len(own))).unsqueeze(0)
+        rows, padded = self._rows(rank, matrix.device)
+        stacked = matrix.new_zeros(len(chosen) * rank, matrix.shape[1])
+        return stacked.index_copy_(0, padded, matrix.index_select(0, rows)).unflatten(0, (len(chosen), rank))
+
+    def is_all_of(self, gradient: Tensor, whole: Tensor) -> bool:
+        """Tell whether the gradient of :meth:`of` is that of the whole parameter."""
+        return gradient.numel() == whole.numel() and _are_adjacent(self.places, gradient.shape[1])
+
+    def put(self, gradient: Tensor, whole: Tensor, groups: Groups) -> None:
+        """Put the gradient of :meth:`of` into that of the parameter, ``whole`` [R, width]."""
+        chosen = self._read_by(groups)
+        if _are_adjacent(chosen, gradient.shape[1]):
+            whole[chosen[0].start : chosen[-1].stop] = gradient.flatten(0, 1)
+        elif len(chosen) == 1:
+            whole[chosen[0]] = gradient[0, : chosen[0].stop - chosen[0].start]
         else:
-            torch.mm(a, b, out=self.part[rows])
-            self.written.append((rows.start, rows.stop))
+            rows, padded = self._rows(gradient.shape[1], whole.device)
+            whole.index_copy_(0, rows, gradient.flatten(0, 1).index_select(0, padded))
 
-    def done(self) -> Tensor:
-        """Zero the rows that no product wrote, and return the gradient."""
-        end = 0
-        for start, stop in [*sorted(self.written), (self.whole.shape[0],) * 2]:
-            if end < start:
-                self.part[end:start] = 0
-            end = max(end, stop)
-        return self.whole
+    def _read_by(self, groups: Groups) -> list[slice]:
+        return self.places[groups.first : groups.first + groups.count]
+
+    def _rows(self, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the rows of all matrices, in the parameter and in the stack seen as [G r, width]."""
+        if (rank, device) not in self._index:
+            both = [
+                (row, i * rank + row - place.start)
+                for i, place in enumerate(self.places)
+                for row in range(place.start, place.stop)
+            ]
+            rows, padded = torch.tensor(both, device=device).unbind(1)
+            self._index[rank, device] = rows.contiguous(), padded.contiguous()
+        return self._index[rank, device]
 
 
-def _blank(like: Tensor, columns: int, slices: Slices) -> Tensor:
-    """Return [S, columns] to be filled: zeros if the slices leave out any of the S rows of ``like``."""
-    count = sum(tokens.stop - tokens.start for _, tokens in slices)
-    shape = like.shape[0], columns
-    return like.new_empty(shape) if count == like.shape[0] else like.new_zeros(shape)
+def _are_adjacent(places: Sequence[slice], rank: int) -> bool:
+    """Tell whether matrices have this rank, and lie one below another without a gap."""
+    starts = range(places[0].start, places[0].start + len(places) * rank, rank)
+    return all(
+        (place.start, place.stop) == (start, start + rank)
+        for place, start in zip(places, starts, strict=True)
+    )
 
 
-class MultiplySegments(torch.autograd.Function):
-    """Multiply each token by its segment's rows of ``flat``: x [S, inputs], flat [R, inputs] -> z [S, r].
+_layouts: dict[tuple[tuple[int, int] | None, ...], int] = {}
 
-    r is the largest rank; columns beyond the rank of a token's segment are 0, and so is a token that is in
-    none of the ``slices``. Only ``columns`` of ``flat`` are used, by default all, with as many first inputs.
+
+class Matrices:
+    """Where the matrices lie in a parameter [R, width]; ``places`` are the rows of each language's.
+
+    Several languages may share one. The products of a language without rows are 0. With ``pads`` there may be
+    columns of zeros between two products.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, flat: Tensor, slices: Slices, rank: int, columns: slice | None = None
+    def __init__(self, places: Sequence[slice], pads: bool = False) -> None:
+        ranks = {(place.start, place.stop): place.stop - place.start for place in places}
+        by_limit: dict[int, list[slice]] = {}
+        for (start, stop), rank in sorted(ranks.items()):
+            if rank:
+                limit = max(SMALL_RANK, 1 << (rank - 1).bit_length())
+                by_limit.setdefault(limit, []).append(slice(start, stop))
+        self.stacks = [Stack(by_limit[limit], pads) for limit in sorted(by_limit)]
+        number = {
+            (place.start, place.stop): (which, i)
+            for which, stack in enumerate(self.stacks)
+            for i, place in enumerate(stack.places)
+        }
+        self._numbers = tuple(number.get((place.start, place.stop)) for place in places)
+        # Alike where languages are grouped alike, as in all layers.
+        self.layout = _layouts.setdefault(self._numbers, len(_layouts))
+
+    def rank(self, like: Tensor) -> int:
+        """Return the largest r of the stacks."""
+        return max((stack.rank(like) for stack in self.stacks), default=0)
+
+    def groups(self, context: LanguageContext, kind: str | Chooser, rows: Tensor) -> list[Groups]:
+        """Group the rows of a batch [S, ...] by the matrix of their "source" or "target" language, or of one
+        that is chosen, for each stack.
+        """
+        return context.once((self.layout, kind, len(rows)), lambda: self._groups(context, kind, rows))
+
+    def _groups(self, context: LanguageContext, kind: str | Chooser, rows: Tensor) -> list[Groups]:
+        spans: list[list[tuple[int, int, int]]] = [[] for _ in self.stacks]
+        for language, start, stop in context.spans(kind, len(rows)):
+            if (found := self._numbers[language]) is not None:
+                which, number = found
+                spans[which].append((number, start, stop))
+        return [
+            Groups(own, len(stack.places), len(rows), rows.device, stack.rank(rows))
+            for stack, own in zip(self.stacks, spans, strict=True)
+        ]
+
+    def gradient(
+        self, parts: Sequence[Tensor], matrix: Tensor, groups: list[Groups], columns: slice
     ) -> Tensor:
-        ctx.save_for_backward(x, flat)
-        ctx.slices, ctx.columns = slices, columns or slice(0, flat.shape[1])
-        read, used = x[:, : ctx.columns.stop - ctx.columns.start], flat[:, ctx.columns]
-        z = _blank(x, rank, slices)
-        for rows, tokens in slices:
-            own = rows.stop - rows.start
-            torch.mm(read[tokens], used[rows].t(), out=z[tokens, :own])
-            if own < rank:
-                z[tokens, own:] = 0
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (gradient,), (x, flat) = gradients, ctx.saved_tensors
-        width = ctx.columns.stop - ctx.columns.start
-        read, used = x[:, :width], flat[:, ctx.columns]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _blank(x, x.shape[1], ctx.slices) if width == x.shape[1] else torch.zeros_like(x)
-        grad_flat = _Rows(flat, ctx.columns) if ctx.needs_input_grad[1] else None
-        for rows, tokens in ctx.slices:
-            given = gradient[tokens, : rows.stop - rows.start]
-            if grad_x is not None:
-                torch.mm(given, used[rows], out=grad_x[tokens, :width])
-            if grad_flat is not None:
-                grad_flat.add(rows, given.t(), read[tokens])
-        return grad_x, None if grad_flat is None else grad_flat.done(), None, None, None
-
-
-class AddVertical(torch.autograd.Function):
-    """Add z V to y in place: y [S, outputs], z [S, r], vertical [R, outputs] (each V transposed).
-
-    Only ``columns`` of ``vertical`` are used, for as many first outputs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, z: Tensor, vertical: Tensor, slices: Slices, columns: slice) -> Tensor:
-        ctx.save_for_backward(z, vertical)
-        ctx.slices, ctx.columns = slices, columns
-        ctx.mark_dirty(y)
-        part, used = y[:, : columns.stop - columns.start], vertical[:, columns]
-        for rows, tokens in slices:
-            part[tokens].addmm_(z[tokens, : rows.stop - rows.start], used[rows])
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        (gradient,), (z, vertical) = gradients, ctx.saved_tensors
-        part, used = gradient[:, : ctx.columns.stop - ctx.columns.start], vertical[:, ctx.columns]
-        grad_z = _blank(z, z.shape[1], ctx.slices) if ctx.needs_input_grad[1] else None
-        grad_vertical = _Rows(vertical, ctx.columns) if ctx.needs_input_grad[2] else None
-        for rows, tokens in ctx.slices:
-            rank = rows.stop - rows.start
-            if grad_z is not None:
-                torch.mm(part[tokens], used[rows].t(), out=grad_z[tokens, :rank])
-                if rank < grad_z.shape[1]:
-                    grad_z[tokens, rank:] = 0
-            if grad_vertical is not None:
-                grad_vertical.add(rows, z[tokens, :rank].t(), part[tokens])
-        return gradient, grad_z, None if grad_vertical is None else grad_vertical.done(), None, None
-
-
-@dataclass(frozen=True)
-class SentenceRows:
-    """The rows of a bank's matrix that each of B sentences uses, padded to the largest rank r."""
-
-    index: Tensor  # [B, r]
-    real: Tensor  # [B, 1, r]: 1, or 0 where a rank is smaller
-
-    def take(self, matrix: Tensor) -> Tensor:
-        """Return each sentence's matrix [B, r, columns] out of a bank's [R, columns]."""
-        return matrix.index_select(0, self.index.view(-1)).view(*self.index.shape, matrix.shape[1])
-
-    def add_up(self, gradient: Tensor, matrix: Tensor, columns: slice) -> Tensor:
-        """Add up the gradients [B, r, columns] of the sentences' matrices into that of the bank's."""
+        """Return the gradient of a parameter [R, width], from those of its stacks on ``columns``."""
+        if len(parts) == 1 and self.stacks[0].is_all_of(parts[0], matrix):
+            return parts[0].reshape(matrix.shape)
         whole = torch.zeros_like(matrix)
-        whole[:, columns].index_add_(0, self.index.view(-1), gradient.flatten(0, 1))
+        for stack, part, own in zip(self.stacks, parts, groups, strict=True):
+            stack.put(part, whole[:, columns], own)
         return whole
 
 
-class MultiplySentences(torch.autograd.Function):
-    """Multiply as :class:`MultiplySegments` does, all sentences in one batched product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, flat: Tensor, rows: SentenceRows, columns: slice) -> Tensor:
-        ctx.save_for_backward(x, flat)
-        ctx.rows, ctx.columns = rows, columns
-        read = x[:, : columns.stop - columns.start].unflatten(0, (len(rows.index), -1))
-        z = torch.bmm(read, rows.take(flat[:, columns]).transpose(1, 2))
-        return z.mul_(rows.real).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (x, flat), rows, columns = ctx.saved_tensors, ctx.rows, ctx.columns
-        width, sentences = columns.stop - columns.start, (len(rows.index), -1)
-        given = gradients[0].unflatten(0, sentences) * rows.real
-        grad_x = grad_flat = None
-        if ctx.needs_input_grad[0]:
-            used = rows.take(flat[:, columns])
-            if width == x.shape[1]:
-                grad_x = torch.bmm(given, used).flatten(0, 1)
-            else:
-                grad_x = torch.zeros_like(x)
-                grad_x[:, :width] = torch.bmm(given, used).flatten(0, 1)
-        if ctx.needs_input_grad[1]:
-            products = torch.bmm(given.transpose(1, 2), x[:, :width].unflatten(0, sentences))
-            grad_flat = rows.add_up(products, flat, columns)
-        return grad_x, grad_flat, None, None
+def _join(parts: Sequence[Tensor], groups: list[Groups], like: Tensor, columns: int) -> Tensor:
+    """Put the rows of all groups where they come from: [S, columns], zero where there are none."""
+    if len(parts) == 1 and parts[0].shape[1] == columns:
+        return groups[0].put(parts[0])
+    whole = like.new_zeros(len(like), columns)
+    for part, own in zip(parts, groups, strict=True):
+        whole[:, : part.shape[1]].index_copy_(0, own.order, part)
+    return whole
 
 
-class AddSentences(torch.autograd.Function):
-    """Add as :class:`AddVertical` does, all sentences in one batched product."""
+class Multiply(torch.autograd.Function):
+    """Multiply each token by the matrix of its group: x [S, inputs], matrix [R, inputs] -> z [S, r].
+
+    r is that of :meth:`Matrices.rank`; columns beyond the rank of a token's matrix are 0. Only ``columns`` of
+    the matrix are used, with as many first inputs.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, z: Tensor, vertical: Tensor, rows: SentenceRows, columns: slice
+        ctx: Any, x: Tensor, matrix: Tensor, matrices: Matrices, groups: list[Groups], columns: slice
     ) -> Tensor:
-        ctx.save_for_backward(z, vertical)
-        ctx.rows, ctx.columns = rows, columns
+        ctx.save_for_backward(x, matrix)
+        ctx.given = matrices, groups, columns
+        read, used = x[:, : columns.stop - columns.start], matrix[:, columns]
+        parts = [
+            own.multiply(own.take(read), stack.of(used, own), transpose=True)
+            for stack, own in zip(matrices.stacks, groups, strict=True)
+        ]
+        return _join(parts, groups, x, matrices.rank(x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (x, matrix), (matrices, groups, columns) = ctx.saved_tensors, ctx.given
+        read, used = x[:, : columns.stop - columns.start], matrix[:, columns]
+        given = [
+            own.take(gradients[0][:, : stack.rank(x)])
+            for stack, own in zip(matrices.stacks, groups, strict=True)
+        ]
+        grad_x = grad_matrix = None
+        if ctx.needs_input_grad[0]:
+            parts = [
+                own.multiply(part, stack.of(used, own))
+                for stack, own, part in zip(matrices.stacks, groups, given, strict=True)
+            ]
+            grad_x = _join(parts, groups, x, x.shape[1])
+        if ctx.needs_input_grad[1]:
+            parts = [own.outer(part, own.take(read)) for own, part in zip(groups, given, strict=True)]
+            grad_matrix = matrices.gradient(parts, matrix, groups, columns)
+        return grad_x, grad_matrix, None, None, None
+
+
+class Add(torch.autograd.Function):
+    """Add the product of each token with the matrix of its group to y in place: y [S, outputs], z [S, r],
+    matrix [R, outputs].
+
+    Only ``columns`` of the matrix are used, for as many first outputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        z: Tensor,
+        matrix: Tensor,
+        matrices: Matrices,
+        groups: list[Groups],
+        columns: slice,
+    ) -> Tensor:
+        ctx.save_for_backward(z, matrix)
+        ctx.given = matrices, groups, columns
         ctx.mark_dirty(y)
-        sentences = (len(rows.index), -1)
-        part = y[:, : columns.stop - columns.start].unflatten(0, sentences)
-        part.baddbmm_(z.unflatten(0, sentences), rows.take(vertical[:, columns]))
+        part, used = y[:, : columns.stop - columns.start], matrix[:, columns]
+        for stack, own in zip(matrices.stacks, groups, strict=True):
+            own.add(part, own.take(z[:, : stack.rank(z)]), stack.of(used, own))
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        (gradient,), (z, vertical), rows, columns = gradients, ctx.saved_tensors, ctx.rows, ctx.columns
-        sentences = (len(rows.index), -1)
-        part = gradient[:, : columns.stop - columns.start].unflatten(0, sentences)
-        grad_z = grad_vertical = None
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
+        (z, matrix), (matrices, groups, columns) = ctx.saved_tensors, ctx.given
+        part, used = gradients[0][:, : columns.stop - columns.start], matrix[:, columns]
+        given = [own.take(part) for own in groups]
+        grad_z = grad_matrix = None
         if ctx.needs_input_grad[1]:
-            used = rows.take(vertical[:, columns])
-            grad_z = torch.bmm(part, used.transpose(1, 2)).mul_(rows.real).flatten(0, 1)
+            parts = [
+                own.multiply(each, stack.of(used, own), transpose=True)
+                for stack, own, each in zip(matrices.stacks, groups, given, strict=True)
+            ]
+            grad_z = _join(parts, groups, z, z.shape[1])
         if ctx.needs_input_grad[2]:
-            products = torch.bmm(z.unflatten(0, sentences).transpose(1, 2), part)
-            grad_vertical = rows.add_up(products, vertical, columns)
-        return gradient, grad_z, grad_vertical, None, None
-
-
-def sentence_rows(
-    places: Sequence[slice], context: LanguageContext, kind: str | Chooser, largest: int, device: Any
-) -> SentenceRows:
-    """Return the rows that each sentence uses, by its "source" or "target" language, unless its rank is above
-    ``largest``.
-
-    ``places`` are the rows of each language.
-    """
-    ranks = [rank for place in places if (rank := place.stop - place.start) <= largest]
-    index, real = [], []
-    for segment in context.segments(kind):
-        place = places[segment.language]
-        own = [*range(place.start, place.stop)] if place.stop - place.start <= largest else []
-        padding = max(ranks) - len(own)
-        count = segment.stop - segment.start
-        index += [own + [0] * padding] * count
-        real += [[1.0] * len(own) + [0.0] * padding] * count
-    return SentenceRows(torch.tensor(index, device=device), torch.tensor(real, device=device).unsqueeze(1))
-
-
-def slices_of(places: list[slice], context: LanguageContext, kind: str | Chooser, rows: Tensor) -> Slices:
-    """Return for each segment of equal "source" or "target" language its rows of the matrix, and its tokens.
-
-    ``places`` are the rows of each language. ``rows`` [S, ...] holds equally many tokens of each sentence.
-    """
-    segments = context.segments(kind)
-    each = rows.shape[0] // segments[-1].stop if segments else 0
-    return [
-        (places[segment.language], slice(segment.start * each, segment.stop * each)) for segment in segments
-    ]
+            parts = [
+                own.outer(own.take(z[:, : stack.rank(z)]), each)
+                for stack, own, each in zip(matrices.stacks, groups, given, strict=True)
+            ]
+            grad_matrix = matrices.gradient(parts, matrix, groups, columns)
+        return gradients[0], grad_z, grad_matrix, None, None, None

@@ -5,6 +5,7 @@ H hidden, F feed-forward width, E experts, K top-k, R expert-parallel ranks. No 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import comb, lcm
 from typing import Literal
@@ -13,6 +14,7 @@ from lsmoe_ds.config.method import Held
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import Count, MatrixProduct, SublayerShape, count_feed_forward
+from lsmoe_ds.moe.load import Load
 
 
 def count_router(hidden: int, settings: MoE, tasks: int) -> Count:
@@ -153,6 +155,9 @@ class Exchange:
     # How often each token is routed in training: twice where both routes are trained, unless a shared
     # feed-forward takes one of them.
     routed: int
+    at_home: float  # share of the tokens whose experts have replicas: they do not travel
+    lent_bytes: int  # of the weights of replicas, that each rank sends on average, per forward pass
+    lent_bytes_back: int  # of their gradients, per backward pass: sums in float32
     count_bytes: int  # that leave each rank, per layer and micro-batch: two int64 counts for each other rank
 
     def token_bytes(self, at_home: bool = False, ahead: bool = False) -> float:
@@ -160,14 +165,18 @@ class Exchange:
         one more forward pass if that goes ``ahead``.
         """
         rows = self.rows_home if at_home and self.rows_home is not None else self.rows
+        rows *= 1 - self.at_home
         return self.layers * rows * (self.row_bytes + ahead * self.row_bytes_inference)
 
 
-def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
+def exchanges(recipe: Recipe, value_bytes: int, of_sides: Iterable[Load] = ()) -> list[Exchange]:
     """Return the exchange of each side that has experts; an empty list without expert parallelism.
 
-    With activation checkpointing the rows of a forward pass travel twice.
+    With activation checkpointing the rows of a forward pass travel twice. The loads ``of_sides`` tell what
+    replicas change: the owner of an expert sends its weights to each of the R - 1 other ranks, and they send
+    gradients back, in each micro-batch.
     """
+    known = {load.side: load for load in of_sides}
     model, layout, again = recipe.model, recipe.parallel, recipe.training.activation_checkpointing
     found = []
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
@@ -177,6 +186,8 @@ def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
             training, inference = (
                 bytes_per_row(model.hidden, moe.top_k, value_bytes, each, learned) for each in (True, False)
             )
+            load = known.get(name)
+            lent = 0 if load is None else load.lent * (layout.expert - 1) // layout.expert
             found.append(
                 Exchange(
                     side=name,
@@ -186,6 +197,9 @@ def exchanges(recipe: Recipe, value_bytes: int) -> list[Exchange]:
                     rows=rows_at_random(moe.experts, moe.top_k, layout.expert, moe.expert_groups),
                     rows_home=rows_at_home(moe, model.affine, layout.expert, layout.tensor),
                     routed=model.routed(moe),
+                    at_home=0.0 if load is None else load.share,
+                    lent_bytes=value_bytes * lent,
+                    lent_bytes_back=4 * lent,
                     count_bytes=16 * (layout.expert - 1),
                 )
             )

@@ -8,10 +8,10 @@ n rows with N choices of a local expert, K top-k, H hidden, F feed-forward width
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from lsmoe_ds.moe.routers import DROPPED
 from lsmoe_ds.parallel.compat import mark_expert_parameter
+from lsmoe_ds.parallel.grouped import ALIGNMENT, grouped_mm, has_kernel
 from lsmoe_ds.parallel.topology import Topology
 
-_grouped_mm: Any = getattr(F, "grouped_mm", None)  # since torch 2.10
-ALIGNMENT = 16  # bytes; a grouped product needs addresses and strides that are multiples of it
+if TYPE_CHECKING:
+    from lsmoe_ds.moe.replicas import Replica
 
 
 @dataclass
@@ -172,20 +173,7 @@ class _AddBias(torch.autograd.Function):
         ones = gradient.new_ones(
             gradient.shape[0], ALIGNMENT // gradient.element_size()
         )  # the fewest columns that are aligned
-        return gradient, _grouped_mm(ones.t(), gradient, offs=ctx.assignment.ends)[:, 0], None
-
-
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether a device has a grouped product for this type that is faster than a loop, and right."""
-    # Elsewhere torch loops over the groups and waits for the device. Blackwell (10) has a kernel, too, but
-    # there the weight gradient of a group without rows was seen not to be zero: Hopper alone, until that is
-    # mended.
-    return (
-        _grouped_mm is not None
-        and device.type == "cuda"
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device)[0] == 9
-    )
+        return gradient, grouped_mm(ones.t(), gradient, offs=ctx.assignment.ends)[:, 0], None
 
 
 def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
@@ -210,7 +198,7 @@ def _fits(expert: nn.Module, dtype: torch.dtype) -> bool:
     )
 
 
-def grouped(experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) -> Tensor:
+def grouped(experts: Iterable[Any], rows: Tensor, assignment: Assignment) -> Tensor:
     """Apply the experts to rows [N, H], sorted by expert: [N, H]. Every expert gets a gradient."""
     if not rows.shape[0]:
         # The kernel rejects products over zero rows: one row of zeros goes to the last expert, and its output
@@ -221,14 +209,14 @@ def grouped(experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) 
     return _linear(contract, F.relu(_linear(expand, rows, assignment)), assignment)
 
 
-def _linear(parts: list[nn.Linear], rows: Tensor, assignment: Assignment) -> Tensor:
+def _linear(parts: list[Any], rows: Tensor, assignment: Assignment) -> Tensor:
     weights, biases = (
         _Stack.apply(*[part.weight for part in parts]),
         _Stack.apply(*[part.bias for part in parts]),
     )
     # Rows after the last end would stay uninitialized, here and in the gradients; there are none.
     out: Tensor = _AddBias.apply(
-        _grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends), biases, assignment
+        grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends), biases, assignment
     )
     return out
 
@@ -250,19 +238,29 @@ class Experts(nn.Module):
         for parameter in self.parameters():
             mark_expert_parameter(parameter, topology.expert)
 
-    def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor, count: int | None = None) -> Tensor:
+    def forward(
+        self,
+        rows: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        count: int | None = None,
+        replicas: Sequence[Replica] | None = None,
+    ) -> Tensor:
         """Return the weighted sum of each row's expert outputs [n, H].
 
         ``rows`` [n, H]; ``chosen`` [n, K] are local expert numbers or DROPPED; ``weights`` [n, K]; ``count``:
-        see :meth:`Assignment.of`.
+        see :meth:`Assignment.of`. With ``replicas`` these compute instead of the local experts, and
+        ``chosen`` are indices into them.
         """
-        assignment = Assignment.of(chosen, len(self.deepspeed_experts), count)
+        local = self.deepspeed_experts
+        computing: Sequence[Any] = list(local) if replicas is None else replicas
+        assignment = Assignment.of(chosen, len(computing), count)
         copies = _Gather.apply(rows, assignment)
-        compute = grouped if use_grouped(self.deepspeed_experts, copies) else self._one_by_one
-        out: Tensor = _Combine.apply(compute(self.deepspeed_experts, copies, assignment), weights, assignment)
+        compute = grouped if use_grouped(local, copies) else self._one_by_one
+        out: Tensor = _Combine.apply(compute(computing, copies, assignment), weights, assignment)
         return out
 
-    def _one_by_one(self, experts: Iterable[nn.Module], rows: Tensor, assignment: Assignment) -> Tensor:
+    def _one_by_one(self, experts: Iterable[Any], rows: Tensor, assignment: Assignment) -> Tensor:
         trained = any(parameter.requires_grad for parameter in self.parameters())
         idle = self.training and self.run_idle and trained
         parts = rows.split(assignment.counts())

@@ -13,7 +13,7 @@ from lsmoe_ds.directions import Languages
 from lsmoe_ds.methods.context import LanguageContext, mean_of_real
 from lsmoe_ds.moe.dispatch import Dispatcher
 from lsmoe_ds.moe.losses import NAME, record_routing
-from lsmoe_ds.moe.routers import ROUTERS, RouterInputs, Routes, limit
+from lsmoe_ds.moe.routers import ROUTERS, RouterByTask, RouterInputs, Routes, limit
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.topology import Topology
 
@@ -59,6 +59,7 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         # "expert".
         self.router = ROUTERS[settings.routing](hidden, settings, languages)
         self.shared = shared
+        self.replicated = settings.replicated(languages) if topology.expert > 1 else []  # tasks
         self.observer: Callable[[Seen], None] | None = None  # set by analyses
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
@@ -113,7 +114,14 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
             sentences = index // x.shape[1]
             tasks = context.ids.task(self.settings.task)[sentences]
             self.observer(Seen(tokens, sentences, tasks, kept))
-        out = self.deepspeed_moe(tokens, kept.experts, kept.weights, dropped=kept is not chosen)
+        lent: list[int] = []
+        # In evaluation, where a step of a search has few tokens, weights would cost more than rows.
+        if self.training and self.replicated:
+            assert isinstance(self.router, RouterByTask)
+            lent = self.router.experts_of(self.replicated)
+        out = self.deepspeed_moe(
+            tokens, kept.experts, kept.weights, dropped=kept is not chosen, replicated=lent
+        )
         if out.shape[0] < (places := x.shape[0] * x.shape[1]):
             out = x.new_zeros(places, x.shape[2]).index_copy(0, index, out)
         return out.view_as(x)

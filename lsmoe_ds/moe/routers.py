@@ -14,6 +14,7 @@ S tokens, B sentences, H hidden, E experts, K top-k.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config.moe import Capacity, MoE
 from lsmoe_ds.directions import Languages
+from lsmoe_ds.moe.load import assign
 
 DROPPED = -1
 
@@ -157,6 +159,12 @@ class RouterByTask(Router):
         """Return the routes of all tasks, [tasks, K]."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def experts_of(self, tasks: Sequence[int]) -> list[int]:
+        """Return the experts that any of these tasks uses now, ascending. Waits for the device."""
+        chosen: list[list[int]] = self.of_tasks().experts[list(tasks)].tolist()
+        return sorted({expert for of_task in chosen for expert in of_task})
+
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
         return self.of_tasks().of(inputs.tasks)
 
@@ -205,17 +213,6 @@ class StaticRouter(RouterByTask):
 
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
         return self.of_tasks(inputs.tasks.device).of(inputs.tasks)
-
-
-def assign(settings: MoE, languages: Languages) -> list[list[int]]:
-    """Return the experts of each task under static routing, [tasks][K]."""
-    groups = languages.task_groups(settings.task, settings.expert_groups)
-    each, met, assigned = settings.experts // settings.expert_groups, [0] * settings.expert_groups, []
-    for group in groups:
-        first = met[group] * settings.top_k
-        assigned.append([group * each + (first + k) % each for k in range(settings.top_k)])
-        met[group] += 1
-    return assigned
 
 
 ROUTERS: dict[str, type[Router]] = {

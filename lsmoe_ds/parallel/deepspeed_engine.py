@@ -319,6 +319,11 @@ def innermost_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def state_device(optimizer: torch.optim.Optimizer, key: str, device: torch.device) -> torch.device:
+    """Return where an optimizer keeps a state tensor of weights that are on ``device``."""
+    return torch.device("cpu") if key in getattr(optimizer, "on_host", ()) else device
+
+
 def optimizer_file(engine: Any, tag: str, expert_rank: int) -> str:
     """Return the name of the file in a checkpoint that holds this rank's optimizer state."""
     if engine.zero_optimization():

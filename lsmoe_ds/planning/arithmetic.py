@@ -47,6 +47,8 @@ class Flops:
     target_shared: int
     source_training: int
     target_training: int
+    source_experts: int = 0  # the part of ``source_training`` that experts take, all layers
+    target_experts: int = 0
 
     @property
     def forward(self) -> int:
@@ -130,6 +132,8 @@ class _Pass:
         self.attention: dict[SideName, int] = {"encoder": 0, "decoder": 0}
         self.backward: dict[SideName, int] = {"encoder": 0, "decoder": 0}
         self.again: dict[SideName, int] = {"encoder": 0, "decoder": 0}  # with activation checkpointing
+        # What experts take in training, by side.
+        self.of_experts: dict[SideName, int] = {"encoder": 0, "decoder": 0}
         self.memory = False  # whether the encoder's output needs a gradient
 
     def run(self) -> Flops:
@@ -163,6 +167,8 @@ class _Pass:
             target_shared=self.forward.get(("decoder", True), 0),
             source_training=training["encoder"],
             target_training=training["decoder"],
+            source_experts=self.of_experts["encoder"],
+            target_experts=self.of_experts["decoder"],
         )
 
     def taken(self, side: SideName) -> int:
@@ -188,6 +194,10 @@ class _Pass:
             reads = {"input": x, "output": y, "before": before, "memory": self.memory}[each.reads]
             own = each.weight is not None and self.trains(each.weight)
             self.add(side, each.flops, each.flops * (reads + own), self.routes if routes is None else routes)
+            if each.weight is not None and ".feed_forward.experts." in each.weight:
+                again = self.recipe.training.activation_checkpointing
+                taken = each.flops * (1 + reads + own + again)
+                self.of_experts[side] += taken * len(list(self.routes if routes is None else routes))
             before = reads or own or any(map(self.trains, each.beside))
             needed = needed or before
         return needed

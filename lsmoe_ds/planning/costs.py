@@ -134,11 +134,12 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
 
     The bound assumes no padding and all tokens on the more expensive side. The bytes are tokens x count of
     ``data.batch``, times how often each token is routed, times :meth:`Exchange.token_bytes`, plus the counts:
-    all tensor-parallel peers dispatch each of the ``count`` micro-batches. A pass ahead of the step
-    (:func:`counts_ahead`) exchanges rows, too.
+    all tensor-parallel peers dispatch each of the ``count`` micro-batches, and the weights of replicas travel
+    in each. A pass ahead of the step (:func:`counts_ahead`) exchanges rows and weights, too.
     """
     batch, tensor, ahead = recipe.data.batch, recipe.parallel.tensor, counts_ahead(recipe, world)
     each_token = [each.routed * each.token_bytes(at_home, ahead) for each in found]
     counts = sum(batch.count * tensor * each.layers * each.count_bytes for each in found)
     forward = 1 + ahead + recipe.training.activation_checkpointing
-    return round(batch.tokens * batch.count * max(each_token, default=0.0)) + forward * counts
+    lent = batch.count * tensor * sum(forward * each.lent_bytes + each.lent_bytes_back for each in found)
+    return round(batch.tokens * batch.count * max(each_token, default=0.0)) + forward * counts + lent

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 GB = 10**9
+HOST_RATE = 25 * GB  # bytes/s between a GPU and the memory of its host: PCI Express 4 with 16 lanes
 
 
 @dataclass(frozen=True)

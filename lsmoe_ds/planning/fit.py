@@ -14,12 +14,14 @@ from pydantic import ValidationError
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape, shapes_of
+from lsmoe_ds.data.shares import Shares, planned_shares, with_named_replicas
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.moe.costs import exchanges
+from lsmoe_ds.moe.load import loads
 from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.arithmetic import LENGTH, flops
 from lsmoe_ds.planning.costs import VALUE_BYTES, counts_ahead
-from lsmoe_ds.planning.devices import Device
+from lsmoe_ds.planning.devices import HOST_RATE, Device
 from lsmoe_ds.planning.memory import Memory, local_parameters, memory
 from lsmoe_ds.planning.plan import UNKNOWN, human, is_known
 from lsmoe_ds.planning.trained import count_trained
@@ -68,6 +70,12 @@ class Fit:
     times: Times
 
     @property
+    def replicas(self) -> dict[str, list[str]]:
+        """Return the tasks of each side whose experts have replicas, of sides that have any."""
+        moe = {side: moe for side, _, moe in self.recipe.model.moe_layers()}
+        return {side: list(each.replicas) for side, each in moe.items() if each.replicas}
+
+    @property
     def tokens_per_second(self) -> float:
         batch = self.recipe.data.batch
         return batch.tokens * batch.count / self.times.step
@@ -79,11 +87,12 @@ class Fit:
             "tensor": parallel.tensor,
             "expert": parallel.expert,
             "zero": self.memory.stage,
+            "replicas": self.replicas,
             "activation_checkpointing": self.recipe.training.activation_checkpointing,
             "batch_tokens": batch.tokens,
             "batch_count": batch.count,
             "accumulation": self.accumulation,
-            "peak_bytes": self.memory.peak,
+            "peak_bytes": self.memory.gpu_peak,
             "seconds": asdict(self.times) | {"step": self.times.step},
             "tokens_per_second": self.tokens_per_second,
         }
@@ -95,30 +104,37 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
     All powers of two of tensor-parallel ranks of one machine, all numbers of expert-parallel ranks that the
     recipe's experts allow, the optimizer's ZeRO stages, in bfloat16. A step keeps its tokens: micro-batches
     are as large as the memory allows. Activation checkpointing is on where the recipe has it, where a layout
-    does not fit without, and where it spares smaller micro-batches and is faster for that. Raises UserError
-    if no layout fits.
+    does not fit without, and where it spares smaller micro-batches and is faster for that. Experts of busy
+    tasks have replicas where the recipe says so, and where that is faster. Raises UserError if no layout
+    fits.
     """
     if not is_known(recipe):
         raise UserError(f"'model.huggingface': {UNKNOWN}")
     found: list[Fit] = []
     peaks: list[int] = []
     settings = sorted({recipe.training.activation_checkpointing, True})
+    shares = planned_shares(recipe)
     for layout in _layouts(recipe, cluster):
+        variants = _with_and_without_replicas(recipe, layout["expert"], shares)
         for stage in recipe.training.optimizer_settings.stages_in(half=True):
-            fits: list[Fit] = []
-            for again in settings:
-                if fits and fits[0].accumulation == 1:
-                    break
-                for accumulation in _powers_of_two(recipe.data.batch.tokens * recipe.data.batch.count):
-                    changed = _with(recipe, cluster, layout, stage, again, accumulation)
-                    if changed is None:
+            best: list[Fit] = []
+            for variant in variants:
+                fits: list[Fit] = []
+                for again in settings:
+                    if fits and fits[0].accumulation == 1:
                         break
-                    needed = memory(changed, cluster.gpus, stage, PRECISION)
-                    peaks.append(needed.peak)
-                    if needed.peak <= USABLE * cluster.device.memory:
-                        fits.append(Fit(changed, accumulation, needed, estimate(changed, cluster)))
-                        break
-            found += sorted(fits, key=_speed)[:1]
+                    for accumulation in _powers_of_two(recipe.data.batch.tokens * recipe.data.batch.count):
+                        changed = _with(variant, cluster, layout, stage, again, accumulation)
+                        if changed is None:
+                            break
+                        needed = memory(changed, cluster.gpus, stage, PRECISION)
+                        peaks.append(needed.gpu_peak)
+                        if needed.gpu_peak <= USABLE * cluster.device.memory:
+                            times = estimate(changed, cluster, shares)
+                            fits.append(Fit(changed, accumulation, needed, times))
+                            break
+                best += fits
+            found += sorted(best, key=_speed)[:1]
     if not found:
         least = f"; the smallest needs {min(peaks) / 1e9:.3g} GB on each" if peaks else ""
         raise UserError(
@@ -128,8 +144,28 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
     return sorted(found, key=_speed)
 
 
+def _with_and_without_replicas(recipe: Recipe, expert: int, shares: Shares) -> list[Recipe]:
+    """Return the recipe for so many expert-parallel ranks, and where it says nothing of replicas another one
+    that has those of busy tasks, if there are any.
+    """
+    parallel = recipe.parallel.model_copy(update={"expert": expert})
+    given = recipe.model_copy(update={"parallel": parallel})
+    sides = {"encoder": recipe.model.encoder, "decoder": recipe.model.decoder}
+    open_to_it = {
+        name: side.model_copy(update={"moe": side.moe.model_copy(update={"replicas": "auto"})})
+        for name, side in sides.items()
+        if side.moe is not None and side.moe.by_task and side.moe.replicas is None
+    }
+    model = given.model.model_copy(update=open_to_it)
+    automatic = with_named_replicas(given.model_copy(update={"model": model}), shares)
+    found = [with_named_replicas(given, shares)]
+    if any(each.replicas for _, _, each in automatic.model.moe_layers()):
+        found.append(automatic)
+    return found
+
+
 def _speed(fit: Fit) -> tuple[float, int]:
-    return fit.times.step, fit.memory.peak
+    return fit.times.step, fit.memory.gpu_peak
 
 
 def table_of(fits: Sequence[Fit]) -> Table:
@@ -141,7 +177,8 @@ def table_of(fits: Sequence[Fit]) -> Table:
     title = f"{fits[0].recipe.name}: {batch.tokens * batch.count:,} tokens a step, in bfloat16; milliseconds"
     made = Table(title=title, title_justify="left")
     layout = ("parallel.tensor", "parallel.expert", "ZeRO", "batch.count", "batch.tokens")
-    for column in (*layout, "checkpointing", "peak", *parts, "tokens / s"):
+    lends = any(each.replicas for each in fits)
+    for column in (*layout, "checkpointing", *["replicas of"] * lends, "peak", *parts, "tokens / s"):
         made.add_column(column, justify="right")
     best: dict[tuple[int, int], Fit] = {}
     for each in fits:
@@ -152,7 +189,8 @@ def table_of(fits: Sequence[Fit]) -> Table:
             *(str(number) for number in (tensor, expert, each.memory.stage, size.count)),
             f"{size.tokens:,}",
             "yes" if each.recipe.training.activation_checkpointing else "no",
-            f"{each.memory.peak / 1e9:.1f} GB",
+            *[", ".join(sorted({task for tasks in each.replicas.values() for task in tasks})) or "-"] * lends,
+            f"{each.memory.gpu_peak / 1e9:.1f} GB",
             *(f"{1e3 * times[part]:.3g}" for part in parts),
             human(each.tokens_per_second),
         )
@@ -199,7 +237,7 @@ def _with(
     return changed
 
 
-def estimate(recipe: Recipe, cluster: Cluster) -> Times:
+def estimate(recipe: Recipe, cluster: Cluster, shares: Shares | None = None) -> Times:
     """Estimate the seconds of one optimizer step in bfloat16. With v = 2 bytes a value and S tokens a step,
     half source and half target::
 
@@ -208,23 +246,37 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
         tensor      for each sum over the t ranks, forward and backward, again with activation checkpointing,
                     and in a pass that goes ahead: 2 (t - 1) / t S / 2 H v / D
         gradients   2 (D - 1) / D v d, and 2 (X - 1) / X v e over the X ranks that hold the same experts
-        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate
+        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate; where it is stepped on
+                    the host, beside that 12 bytes / the host's rate: the gradient, the weight, and it back
 
     d and e are a rank's trained dense and expert parameters; s are the bytes that the optimizer keeps and
     needs for a value, which it reads and writes beside the float32 gradient and the weight (12 of Adam).
     Products and rows of layers that are computed again are among the FLOPs and bytes. The rate is that
-    between machines for what leaves one, otherwise that within. Launches, waiting for the slowest rank, and
-    data are left out.
+    between machines for what leaves one, otherwise that within. Where tasks load the ranks unevenly
+    (:func:`lsmoe_ds.moe.load.busiest`) all wait for the busiest one: the FLOPs of experts and the rows are
+    its own, by the ``shares`` of tasks. The weights of replicas travel in each micro-batch, and their
+    gradients back in float32. Launches, other waiting, and data are left out.
     """
     world, tensor, expert = cluster.gpus, recipe.parallel.tensor, recipe.parallel.expert
     data, replicas = world // tensor, world // expert
     step = recipe.data.batch.tokens * recipe.data.batch.count
-    work, found = flops(recipe, LENGTH), exchanges(recipe, VALUE)
+    of_sides = loads(recipe, shares or planned_shares(recipe))
+    work, found = flops(recipe, LENGTH), exchanges(recipe, VALUE, of_sides)
     ahead, again = counts_ahead(recipe, world), recipe.training.activation_checkpointing
     half = step if recipe.model.alone == "encoder" else step / 2  # of whose tokens none is a target
     operations = half * (work.source_training + work.target_training + ahead * work.forward)
     affine = recipe.data.batch.languages == "task-affine"
-    sent = sum(step / 2 * each.routed * each.token_bytes(affine, ahead) for each in found) / world
+    of_experts = {"encoder": work.source_experts, "decoder": work.target_experts}
+    for load in of_sides:  # in training they take three or four times what they take in a pass ahead
+        more = (1 + ahead / (3 + again)) * (load.busiest / load.even - 1)
+        operations += half * of_experts[load.side] * more
+    crowded = {load.side: load.crowding for load in of_sides}
+    sent = sum(
+        step / 2 * each.routed * each.token_bytes(affine, ahead) * crowded[each.side] for each in found
+    )
+    passes = 1 + ahead + again
+    lent = sum(passes * each.lent_bytes + each.lent_bytes_back for each in found)
+    sent = (sent + recipe.data.batch.count * tensor * lent) / world
     outside = max(0, expert - cluster.node) / max(1, expert - 1)  # of the other ranks of an expert group
     # A row-parallel layer sums its outputs, and the layers before it the gradients of their input.
     sums = sum(isinstance(site, LinearShape) and site.split == "row" for site in shapes_of(recipe.model))
@@ -244,5 +296,6 @@ def estimate(recipe: Recipe, cluster: Cluster) -> Times:
         dispatch=sent * (outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate),
         tensor=VALUE * summed / rates[tensor],
         gradients=reduced / rates[world],
-        optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate,
+        optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate
+        + (optimizer.host_bytes() > 0) * stepped * 12 / HOST_RATE,
     )

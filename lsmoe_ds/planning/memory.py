@@ -11,8 +11,16 @@ from math import ceil
 
 from lsmoe_ds.config.deepspeed import STAGE_0_BUCKET
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import Count, LinearShape, SideName, SublayerShape, shapes_of
+from lsmoe_ds.config.shapes import (
+    Count,
+    LinearShape,
+    SideName,
+    SublayerShape,
+    count_feed_forward,
+    shapes_of,
+)
 from lsmoe_ds.moe import costs as experts
+from lsmoe_ds.moe.load import lent_experts
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, count_masks, outline_of, passes
 from lsmoe_ds.planning.trained import count_averages, count_trained, largest_trained
 
@@ -24,6 +32,7 @@ TRANSFORMERS = 150 * 2**20  # measured there: what importing it and a model's cl
 # Allocator fragmentation, measured on a CPU: some blocks of one micro-batch's shapes fit none of the next
 # one's.
 ALLOCATOR = 1.4
+GPU_ALLOCATOR = 1.1  # the same of torch's on an H200, whose blocks are cut and joined
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Memory:
     """The bytes on each rank.
 
     ``weights``, ``gradients`` and ``optimizer`` are permanent (gradients from the backward pass to the
-    optimizer step); ``activations`` and ``buffers`` are temporary.
+    optimizer step); ``activations`` and ``buffers`` are temporary. ``host`` is part of no sum.
     """
 
     precision: str
@@ -42,6 +51,7 @@ class Memory:
     activations: int
     buffers: int
     process: int = PROCESS
+    host: int = 0  # what an optimizer keeps in the host's memory, beside a GPU
 
     @property
     def total(self) -> int:
@@ -56,6 +66,14 @@ class Memory:
         fit the other.
         """
         return self.total + self.process + round(ALLOCATOR * (self.activations + self.buffers))
+
+    @property
+    def gpu_peak(self) -> int:
+        """Return the same on a GPU, whose allocator takes GPU_ALLOCATOR times the temporary bytes.
+
+        The process stands for the driver's context and what libraries load.
+        """
+        return self.total + self.process + round(GPU_ALLOCATOR * (self.activations + self.buffers))
 
 
 def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
@@ -81,11 +99,13 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
         optimizer   8 (d + e)            stage 0: Adam's two float32 moments
                     12 p                 stages 1 and 2: also a float32 copy of the weights, which DeepSpeed
                                          keeps even of a float32 model
+                    8 of these           in the host's memory with ``adam.offload``
                     4 (d + e) or 4 p     beside, for the moving average of ``training.ema``
                     4 a + 4 k (d + e)    Adafactor: its averages, and k of momentum and a float32 copy
 
     Adafactor's averages are a values (:func:`lsmoe_ds.planning.trained.count_averages`): n + m of a matrix
-    [n, m], n of a vector. :func:`activations` and :func:`buffers` compute the temporary memory.
+    [n, m], n of a vector. :func:`activations`, :func:`replica_bytes` and :func:`buffers` compute the
+    temporary memory.
     """
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
@@ -94,19 +114,21 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
     optimizer = recipe.training.optimizer_settings
-    state = optimizer.value_bytes(stage, value == 2) * (own if stage == 0 else part)
+    stepped = own if stage == 0 else part
+    state = optimizer.value_bytes(stage, value == 2) * stepped
     if optimizer.averaged:
         state += 4 * sum(local_parameters(count_averages(recipe), layout.tensor, layout.expert))
     if recipe.training.ema is not None:
-        state += 4 * (own if stage == 0 else part)
+        state += 4 * stepped
     return Memory(
         precision=precision,
         stage=stage,
         weights=value * held + masks,
         gradients=value * own if stage == 0 else 4 * (own if stage == 1 else part),
         optimizer=state,
-        activations=activations(recipe, value),
+        activations=activations(recipe, value) + replica_bytes(recipe, value),
         buffers=buffers(recipe, dense, experts, part, world, stage, value),
+        host=optimizer.host_bytes() * stepped,
         process=PROCESS + (recipe.model.huggingface is not None) * TRANSFORMERS,
     )
 
@@ -187,6 +209,27 @@ def activations(recipe: Recipe, value: int) -> int:
     else:
         within = sum(layers.values()) + logits
     return round(value * twice * share * recipe.data.batch.tokens * (beside + within))
+
+
+def replica_bytes(recipe: Recipe, value: int) -> int:
+    """Count the bytes of the weights of experts that are lent for a forward and backward pass.
+
+    With l values in a layer v l are kept of each, or with ``training.activation_checkpointing`` of one at a
+    time, and (v + 4) l of one layer while its gradients are summed over the ranks, in float32.
+    """
+    model, languages = recipe.model, recipe.languages
+    if recipe.parallel.expert == 1:
+        return 0
+    lent = [
+        lent_experts(moe, languages)
+        * count_feed_forward(
+            model.hidden, (model.encoder if side == "encoder" else model.decoder).width(layer)
+        ).total
+        for side, layer, moe in model.moe_layers()
+    ]
+    largest = max(lent, default=0)
+    kept = largest if recipe.training.activation_checkpointing else sum(lent)
+    return value * kept + (value + 4) * largest
 
 
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:

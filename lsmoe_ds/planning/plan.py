@@ -8,6 +8,7 @@ averages over dimensions of methods' parameters, an outline of the model tells t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import lcm
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import SideName
 from lsmoe_ds.data.groups import with_listed_groups
+from lsmoe_ds.data.shares import planned_shares, with_named_replicas
 from lsmoe_ds.moe.costs import Exchange, exchanges
-from lsmoe_ds.notices import counted
+from lsmoe_ds.moe.load import Load, loads
+from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.planning.arithmetic import LENGTH, Flops, flops
 from lsmoe_ds.planning.costs import VALUE_BYTES, Parts, outline_of, step_bytes
 from lsmoe_ds.planning.memory import Memory, memory
@@ -26,6 +29,7 @@ from lsmoe_ds.planning.trained import count_trained
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 
 UNKNOWN = "memory and arithmetic are not planned: layers of this model are not those of Llama or BERT"
@@ -52,6 +56,9 @@ class Plan:
     step_bytes: int
     step_bytes_home: int | None  # with all batches on their experts' ranks; None if no side's can be
     task_affine: bool  # whether the recipe's batches are task-affine
+    loads: list[Load]  # of each side with experts, if these are spread over ranks
+    shares_known: bool  # whether prepared data tell how many tokens each task has
+    step_tokens: int  # of one side: half of a step's
     flops: Flops | None  # None of layers that are not known to the last matrix, as the memory is empty then
     alone: SideName | None  # the side of a model that lacks the other
 
@@ -73,7 +80,10 @@ class Plan:
             "routes": {route: parts.to_dict() for route, parts in self.routes.items()},
             "recipe_precision": self.precision,
             "recipe_stage": self.stage,
-            "memory": [asdict(each) | {"total": each.total, "peak": each.peak} for each in self.memory],
+            "memory": [
+                asdict(each) | {"total": each.total, "peak": each.peak, "gpu_peak": each.gpu_peak}
+                for each in self.memory
+            ],
             "exchanges": [
                 asdict(each)
                 | {
@@ -85,6 +95,8 @@ class Plan:
             "step_bytes": self.step_bytes,
             "step_bytes_home": self.step_bytes_home,
             "task_affine": self.task_affine,
+            "loads": [self._told(each) for each in self.loads],
+            "shares_known": self.shares_known,
             "flops": None if self.flops is None else asdict(self.flops),
         }
 
@@ -113,14 +125,20 @@ class Plan:
             sizes.add_row("of these train", human(self.trained), *("-" for _ in counts[1:]))
         for name, count in self.figures.items():
             sizes.add_row(name, human(count), *("-" for _ in counts[1:]))
-        parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak")
+        parts = ("weights", "gradients", "optimizer", "total", "activations", "buffers", "peak", "gpu_peak")
         process = in_bytes(self.memory[0].process) if self.memory else ""
         memories = table(
-            f"memory of each rank; {layout}; peak with {process} of the process itself", "", *parts
+            f"memory of each rank; {layout}; peak with {process} of the process itself",
+            "",
+            *(part.replace("gpu_peak", "on a GPU") for part in parts),
         )
+        if any(each.host for each in self.memory):
+            memories.add_column("beside, on the host", justify="right")
         for each in self.memory:
             own = " <- recipe" if (each.precision, each.stage) == (self.precision, self.stage) else ""
-            cells = [in_bytes(getattr(each, part)) for part in parts]
+            cells = [in_bytes(getattr(each, part)) for part in parts] + [in_bytes(each.host)] * (
+                each.host > 0
+            )
             memories.add_row(f"{each.precision} ZeRO {each.stage}{own}", *cells)
         made: list[Any] = [sizes, memories] if self.memory else [sizes]
         if self.exchanges:
@@ -159,6 +177,13 @@ class Plan:
                     else " (needs data.batch.languages: task-affine)"
                 )
             made += [traffic, step]
+        if any(each.placed or each.tasks or each.proposed for each in self.loads):
+            made.append(self._table_of_loads(table))
+            if not all(each.placed for each in self.loads):
+                made.append(
+                    "about: the largest task has its experts on one rank, the others are spread evenly"
+                )
+            made += [line for each in self.loads if (line := self._advice(each))]
         if self.flops is None:
             return Group(*made, UNKNOWN)
         work = table(
@@ -174,6 +199,50 @@ class Plan:
             kinds = (token, f"{token}_attention", f"{token}_training")
             work.add_row(name, *(human(getattr(self.flops, kind)) for kind in kinds))
         return Group(*made, work)
+
+    def _told(self, load: Load) -> dict[str, Any]:
+        """Return a load for JSON, with the tokens and operations of the busiest rank."""
+        found = {key: value for key, value in asdict(load).items() if key != "largest"}
+        for key, share in (("", load.busiest), ("_without", load.without)):
+            found |= {f"tokens{key}": share * self.step_tokens, f"flops{key}": self._work(load, share)}
+        return found
+
+    def _work(self, load: Load, share: float) -> float | None:
+        """Return the operations of a step that a share of a side's experts' work takes."""
+        if self.flops is None:
+            return None
+        each = self.flops.source_experts if load.side == "encoder" else self.flops.target_experts
+        return share * self.step_tokens * each
+
+    def _table_of_loads(self, table: Callable[..., Table]) -> Table:
+        by = "the prepared data" if self.shares_known else "equally many tokens of each direction"
+        title = f"experts' work of the busiest of {self.expert} ranks in one step; tasks by {by}"
+        made = table(
+            title, "side", "replicas of", "share", "even", "tokens", "operations", "without replicas"
+        )
+        for each in self.loads:
+            about = "" if each.placed else "about "
+            work = self._work(each, each.busiest)
+            made.add_row(
+                each.side,
+                ", ".join(each.tasks) or "-",
+                f"{about}{each.busiest:.1%}",
+                f"{each.even:.1%}",
+                human(each.busiest * self.step_tokens),
+                "-" if work is None else human(work),
+                f"{about}{each.without:.1%}",
+            )
+        return made
+
+    def _advice(self, load: Load) -> str:
+        """Say what ``replicas: auto`` would choose, if the recipe has none; empty if it would choose none."""
+        if load.tasks or not load.proposed:
+            return ""
+        about = "" if load.placed else "about "
+        return (
+            f"model.{load.side}.moe.replicas: auto would replicate the experts of {listed(load.proposed)}: "
+            f"{about}{load.with_proposed:.1%} on the busiest rank"
+        )
 
 
 def human(number: float) -> str:
@@ -224,8 +293,10 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
     config = deepspeed.complete(given, world, optimizer.steps_halves)
     stage = int(config.get("zero_optimization", {}).get("stage", 0))
     precision = "float32" if deepspeed.precision(config) is None else "bfloat16"
-    parts, trained = Parts.of(recipe), count_trained(recipe)
-    found = exchanges(recipe, VALUE_BYTES[precision])
+    shares = planned_shares(recipe)
+    recipe = with_named_replicas(recipe, shares)
+    parts, trained, of_sides = Parts.of(recipe), count_trained(recipe), loads(recipe, shares)
+    found = exchanges(recipe, VALUE_BYTES[precision], of_sides)
     known = is_known(recipe)
     homes = any(each.rows_home is not None for each in found)
     return Plan(
@@ -255,6 +326,9 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         step_bytes=step_bytes(recipe, found, world),
         step_bytes_home=step_bytes(recipe, found, world, at_home=True) if homes else None,
         task_affine=recipe.data.batch.languages == "task-affine",
+        loads=of_sides,
+        shares_known=shares.known,
+        step_tokens=recipe.data.batch.tokens * recipe.data.batch.count // 2,
         flops=flops(recipe, length) if known else None,
         alone=recipe.model.alone,
     )

@@ -83,6 +83,7 @@ def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation_steps(recipe, topology.data),
         "gradient_clipping": clipping_limit(recipe),
         "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,  # ours are no classes that DeepSpeed knows
     }
 
 
@@ -265,7 +266,9 @@ def zero_out(engine: Any, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
             own = masks[piece.parameter].reshape(-1)[piece.start : piece.start + piece.length]
             for held in (piece.values, *piece.state.values()):
                 if held.shape == piece.values.shape and held is not piece.parameter:
-                    held.view(-1)[piece.offset : piece.offset + piece.length].masked_fill_(~own, 0.0)
+                    held.view(-1)[piece.offset : piece.offset + piece.length].masked_fill_(
+                        ~own.to(held.device), 0.0
+                    )
 
 
 def _sum_over_data_ranks(sums: dict[str, Tensor], topology: Topology) -> dict[str, float]:

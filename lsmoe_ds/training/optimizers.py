@@ -15,6 +15,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.adafactor import Adafactor
+from lsmoe_ds.training.offloaded_adam import OffloadedAdam
 
 BETAS, EPSILON = (0.9, 0.98), 1e-9  # "Attention is all you need", section 5.3
 Groups = list[dict[str, Any]]
@@ -31,8 +32,9 @@ def build_optimizer(
 
 
 def _adam(recipe: Recipe, groups: Groups, model: nn.Module, topology: Topology) -> torch.optim.Optimizer:
-    training = recipe.training
-    return torch.optim.AdamW(
+    training, settings = recipe.training, recipe.training.optimizer_settings
+    kind = OffloadedAdam if settings.host_bytes() else torch.optim.AdamW
+    return kind(
         groups,
         lr=training.learning_rate,
         betas=BETAS,

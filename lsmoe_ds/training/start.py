@@ -20,6 +20,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.prompts import joined
+from lsmoe_ds.data.shares import shares_of, with_named_replicas
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import locked
@@ -30,6 +31,7 @@ from lsmoe_ds.launch.membership import Membership, find
 from lsmoe_ds.launch.memory import keep_large_blocks
 from lsmoe_ds.model.build import outline
 from lsmoe_ds.model.freezing import freeze
+from lsmoe_ds.moe.load import loads
 from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
@@ -105,8 +107,7 @@ def train(recipe: Recipe, run: Path, processes: int | None, traced: Traced | Non
     membership = find(os.environ)
     if recipe.training.deterministic:
         make_deterministic()
-    if recipe.model.needs_groups:
-        recipe = _with_listed_groups(recipe)
+    recipe = _with_what_data_decide(recipe)
     if membership.is_alone:
         return _start(recipe, run, processes, traced)
     os.environ.update(membership.environment())
@@ -119,10 +120,10 @@ def train(recipe: Recipe, run: Path, processes: int | None, traced: Traced | Non
     return _join_and_train(recipe, run, membership, traced)
 
 
-def _with_listed_groups(recipe: Recipe) -> Recipe:
-    """Fix the resource groups, so that the run knows them without its data. Raises SharedError."""
+def _with_what_data_decide(recipe: Recipe) -> Recipe:
+    """Fix resource groups and replicas, so that the run knows them without its data. Raises SharedError."""
     try:
-        return with_listed_groups(recipe)
+        return with_named_replicas(with_listed_groups(recipe) if recipe.model.needs_groups else recipe)
     except UserError as error:
         raise SharedError(str(error)) from None
 
@@ -154,6 +155,10 @@ def _notice(recipe: Recipe) -> None:
     for method in recipe.model.methods:
         for text in method.notices(recipe):
             interrupt.say(text)
+    if any(moe.replicas for _, _, moe in recipe.model.moe_layers()):
+        for load in loads(recipe, shares_of(recipe, PreparedData.of(recipe))):
+            if load.tasks:
+                interrupt.say(load.describe())
     with suppress(UserError):  # a resumed run needs the folder no more
         if base is not None and (learned := load_recipe(base / RECIPE).data.tags) != recipe.data.tags:
             interrupt.say(

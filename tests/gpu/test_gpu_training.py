@@ -73,6 +73,15 @@ def test_zero_1_and_2_train_alike_in_bfloat16(folder, device, ranks):
         assert second == pytest.approx(first, rel=apart / 4)
 
 
+def test_adam_on_the_host_trains_as_on_the_device(folder, device, ranks):
+    on_host = "training.adam={offload: true}"
+    wanted = train(folder, device, ranks, "on-device", 1, "bf16")
+    train(folder, device, ranks, "on-host", 1, "bf16", on_host, "training.steps=2")
+    found = train(folder, device, ranks, "on-host", 1, "bf16", on_host)
+    for key in ("loss", "grad_norm"):
+        assert numbers(found, key) == pytest.approx(numbers(wanted, key), rel=1e-3)
+
+
 def test_float16_trains_and_says_what_it_skips(folder, device, ranks):
     if device.type == "cpu":
         pytest.skip("DeepSpeed does not train in float16 on this CPU")

@@ -26,7 +26,7 @@ from lsmoe_ds.directions import Direction
 from lsmoe_ds.methods.adapters.settings import Adapters
 from lsmoe_ds.methods.base import Draw, Method
 from lsmoe_ds.methods.context import LanguageContext, Route
-from lsmoe_ds.methods.products import AddVertical, MultiplySegments, slices_of
+from lsmoe_ds.methods.products import Add, Matrices, Multiply
 from lsmoe_ds.methods.sites import LayerSite
 from lsmoe_ds.parallel.topology import Topology
 
@@ -47,7 +47,7 @@ class AdapterBank(nn.Module):
         super().__init__()
         self.hidden, self.width, self.kind, self.numbers = hidden, width, kind, numbers
         count = max(numbers) + 1
-        self.places = [slice(n * width, (n + 1) * width) for n in numbers]
+        self.matrices = Matrices([slice(n * width, (n + 1) * width) for n in numbers])
         self.scale = nn.Parameter(torch.empty(count, hidden))
         self.shift = nn.Parameter(torch.empty(count, hidden))
         self.down = nn.Parameter(torch.empty(count * width, hidden))
@@ -60,11 +60,11 @@ class AdapterBank(nn.Module):
         chosen = context.once((NAME, self.kind), lambda: self._chosen(context))[:, None]  # [B, 1]
         normed = torch.addcmul(self.shift[chosen], F.layer_norm(x, (self.hidden,)), self.scale[chosen])
         rows = normed.view(-1, self.hidden)
-        slices = slices_of(self.places, context, self.kind, rows)
-        units = MultiplySegments.apply(rows, self.down, slices, self.width).view(*x.shape[:2], self.width)
+        given = self.matrices, self.matrices.groups(context, self.kind, rows), slice(0, self.hidden)
+        units = Multiply.apply(rows, self.down, *given).unflatten(0, x.shape[:2])
         units = F.relu(units + self.inner[chosen]).view(-1, self.width)
         y = (x + self.outer[chosen]).view(-1, self.hidden)
-        out: Tensor = AddVertical.apply(y, units, self.up, slices, slice(0, self.hidden))
+        out: Tensor = Add.apply(y, units, self.up, *given)
         return out.view_as(x)
 
     def _chosen(self, context: LanguageContext) -> Tensor:

@@ -45,7 +45,7 @@ from lsmoe_ds.directions import Languages
 from lsmoe_ds.methods.base import Draw, Method, StepSize
 from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.methods.context import LanguageContext
-from lsmoe_ds.methods.products import MultiplySegments, slices_of
+from lsmoe_ds.methods.products import Matrices, Multiply
 from lsmoe_ds.methods.sites import SublayerSite
 from lsmoe_ds.parallel.topology import Topology
 
@@ -72,7 +72,7 @@ class Projections(nn.Module):
         super().__init__()
         self.settings, self.hidden, self.languages = settings, hidden, len(languages.codes)
         self.noise = 0.0  # standard deviation of the gates' noise, set before each training step
-        self.places = [slice(i * hidden, (i + 1) * hidden) for i in range(self.languages)]
+        self.matrices = Matrices([slice(i * hidden, (i + 1) * hidden) for i in range(self.languages)])
         self.kind = "target" if decoder else "source"
         self.shared = nn.Parameter(torch.empty(hidden, hidden))
         self.specific = self.all_languages() if settings.shared else None
@@ -105,10 +105,9 @@ class ConditionalRouting(nn.Module):
         if context.notes is not None:
             context.note(NAME, (gates * real).sum())
         rows = h.reshape(-1, side.hidden)
-        matrices = side.specific if self.specific is None else self.specific
-        specific = MultiplySegments.apply(
-            rows, matrices, slices_of(side.places, context, side.kind, rows), side.hidden
-        )
+        own, matrices = side.specific if self.specific is None else self.specific, side.matrices
+        groups = matrices.groups(context, side.kind, rows)
+        specific = Multiply.apply(rows, own, matrices, groups, slice(0, side.hidden))
         return torch.lerp(F.linear(rows, side.shared), specific, gates.to(h.dtype).view(-1, 1)).view_as(h)
 
 

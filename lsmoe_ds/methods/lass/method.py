@@ -29,11 +29,11 @@ from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.methods.base import Draw, Method, direction_like
 from lsmoe_ds.methods.context import LanguageContext, Route
 from lsmoe_ds.methods.lass.settings import Lass
-from lsmoe_ds.methods.products import Slices, slices_of
 from lsmoe_ds.methods.sites import LinearSite
 from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import copy_together, sum_together
+from lsmoe_ds.parallel.grouped import Groups
 from lsmoe_ds.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 NAME = "lass"
 MASK = "mask"
+# Values of the masked weights that are made at once. On a processor they should fit the cache.
+AT_ONCE, AT_ONCE_ON_GPU = 2**18, 2**26
 
 
 def largest(weight: Tensor, ratio: float) -> Tensor:
@@ -58,31 +60,46 @@ def largest(weight: Tensor, ratio: float) -> Tensor:
 class _MultiplyMasked(torch.autograd.Function):
     """Multiply tokens by the masked weight of their direction, x [S, inputs] -> [S, outputs].
 
-    A slice is the number of a direction, as the first row of ``masks``, and its tokens. The masked weights
-    are made again in the backward pass: stored, they would take a copy of W for each direction.
+    ``masks`` [D, outputs, inputs] and ``groups`` are of directions. As many weights are masked at once as
+    ``AT_ONCE`` values hold, and again in the backward pass: stored, they would take a copy of W for each
+    direction.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, masks: Tensor, slices: Slices) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, masks: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(x, weight, masks)
-        ctx.slices = slices
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        for rows, tokens in slices:
-            torch.mm(x[tokens], (weight * masks[rows.start]).t(), out=y[tokens])
-        return y
+        ctx.groups = groups
+        rows, y = groups.take(x), []
+        for directions, tokens, part in _parts(groups, weight):
+            masked = weight * masks[directions]
+            y.append(part.multiply(rows[tokens], masked, transpose=True))
+        return groups.put(_together(y))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (given,), (x, weight, masks) = gradients, ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows, tokens in ctx.slices:
-            mask = masks[rows.start]
-            if grad_x is not None:
-                torch.mm(given[tokens], weight * mask, out=grad_x[tokens])
+        (x, weight, masks), groups = ctx.saved_tensors, ctx.groups
+        given, rows = groups.take(gradients[0]), groups.take(x)
+        grad_x, grad_weight = [], torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for directions, tokens, part in _parts(groups, weight):
+            own = masks[directions]
+            if ctx.needs_input_grad[0]:
+                grad_x.append(part.multiply(given[tokens], weight * own))
             if grad_weight is not None:
-                grad_weight.addcmul_(given[tokens].t() @ x[tokens], mask.to(weight.dtype))
-        return grad_x, grad_weight, None, None
+                products = part.outer(given[tokens], rows[tokens])
+                if len(products) == 1:
+                    grad_weight.addcmul_(products[0], own[0].to(weight.dtype))
+                else:
+                    grad_weight += products.mul_(own).sum(0)
+        return groups.put(_together(grad_x)) if grad_x else None, grad_weight, None, None
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _parts(groups: Groups, weight: Tensor) -> list[tuple[Tensor | slice, slice, Groups]]:
+    """Return the directions whose masked weights are made at once, with their tokens."""
+    return groups.parts(max(1, (AT_ONCE_ON_GPU if weight.is_cuda else AT_ONCE) // weight.numel()))
 
 
 class MaskedWeight(nn.Module):
@@ -98,7 +115,6 @@ class MaskedWeight(nn.Module):
         shape[dimension] //= topology.tensor
         self.is_packed = False
         self._kept: tuple[int, Tensor] | None = None
-        self.places = [slice(i, i + 1) for i in range(directions)]
         self.register_buffer(MASK, torch.ones(shape, dtype=torch.bool))
         if topology.tensor > 1:
             compat.mark_tensor_parallel(self.mask, dimension)
@@ -106,17 +122,21 @@ class MaskedWeight(nn.Module):
     def forward(self, base: Any, x: Tensor, context: LanguageContext) -> Tensor:
         """Apply the linear layer ``base`` with masked weights, x [..., inputs] -> [..., outputs]."""
         rows = x.reshape(-1, x.shape[-1])
-        slices = slices_of(self.places, context, "pair", rows)
+        groups = context.once((NAME, len(rows)), lambda: self._groups(context, rows))
         group = self.topology.tensor_group if self.topology.tensor > 1 else None
         if group is not None and self.split == "column":
             (rows,) = copy_together((rows,), group)
-        if len(slices) == 1 and not torch.is_grad_enabled():
-            y = F.linear(rows, self._masked(base.weight, slices[0][0].start))
+        if groups.count == 1 and not torch.is_grad_enabled():
+            y = F.linear(rows, self._masked(base.weight, groups.first))
         else:
-            y = _MultiplyMasked.apply(rows, base.weight, self.mask, slices)
+            y = _MultiplyMasked.apply(rows, base.weight, self.mask, groups)
         if group is not None and self.split == "row":
             (y,) = sum_together((y,), group)
         return (y + base.bias).view(*x.shape[:-1], y.shape[-1])
+
+    def _groups(self, context: LanguageContext, rows: Tensor) -> Groups:
+        spans = context.spans("pair", len(rows))
+        return Groups(spans, len(self.mask), len(rows), rows.device)
 
     def pack(self) -> None:
         """Keep the masked weight of the latest direction from now on, for a search of frozen weights."""

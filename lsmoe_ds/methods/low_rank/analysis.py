@@ -286,6 +286,11 @@ def subspaces(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
     order = sorted(codes, key=lambda code: total[code] / size[code])
     shown = ", ".join(f"{code} {total[code] / size[code]:+.1%}" for code in order)
     said = f"from the largest subspace needed to the smallest: {shown}"
+    if len({f"{total[code] / size[code]:.1%}".strip("-") for code in order}) == 1:
+        said = (
+            "as much was pruned of each language: languages compete under 'prune.over: layer', and the "
+            "layers of a language under 'over: language'"
+        )
     return Findings("Subspaces that languages need", said, records, grids)
 
 

@@ -32,16 +32,7 @@ from lsmoe_ds.directions import Languages
 from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.methods.low_rank.modular import Chosen, only_used, weigh
 from lsmoe_ds.methods.low_rank.settings import Choice, LowRank
-from lsmoe_ds.methods.products import (
-    AddSentences,
-    AddVertical,
-    MultiplySegments,
-    MultiplySentences,
-    SentenceRows,
-    Slices,
-    sentence_rows,
-    slices_of,
-)
+from lsmoe_ds.methods.products import Add, Matrices, Multiply
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import copy_together, sum_together
 from lsmoe_ds.parallel.topology import Topology
@@ -49,8 +40,6 @@ from lsmoe_ds.parallel.topology import Topology
 NAME = "low_rank"
 FLAT, VERTICAL = "flat", "vertical"
 MASK = "_mask"  # after the name of a matrix: which of its values are not pruned
-FORM: str | None = None  # "segments" or "sentences" where benchmarks and tests choose
-SMALL_RANK = 16  # up to which sentences are multiplied in one batched product
 
 
 def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
@@ -79,7 +68,7 @@ class LowRankBank(nn.Module):
             pivot, learned = languages.id(settings.pivot), settings.merge is not None
             self.kinds = {kind: Chosen(kind, pivot, learned) for kind in ("in", "out")}
         self.rows = rows_of(settings, languages)
-        self.rank, total = max(rows.stop - rows.start for rows in self.rows), self.rows[-1].stop
+        self.matrices, total = Matrices(self.rows, pads=True), self.rows[-1].stop
         spread = {FLAT: site.split == "row", VERTICAL: site.split == "column"}
         self.columns: dict[str, slice] = {}
         self.is_cut = settings.is_cut(site) and topology.tensor > 1
@@ -111,48 +100,17 @@ class LowRankBank(nn.Module):
             for tensor in tensors:
                 compat.mark_tensor_parallel(tensor, 1)
 
-    def parts(self, context: LanguageContext, kind: str, x: Tensor) -> tuple[SentenceRows | None, Slices]:
-        """Return the rows of the sentences that one batched product multiplies, and the slices of all others.
-
-        Small products, one after another, cost more than their arithmetic; padding to the largest rank costs
-        little while that is small.
-        """
-        slices = slices_of(self.rows, context, self.kinds[kind], x)
-        largest = {"segments": -1, "sentences": self.rank, None: SMALL_RANK}[FORM]
-        if min(rows.stop - rows.start for rows in self.rows if rows.start < rows.stop) > largest:
-            return None, slices
-        rows = context.once(
-            (NAME, kind, largest, self.rows[-1].stop),
-            lambda: sentence_rows(self.rows, context, self.kinds[kind], largest, x.device),
-        )
-        if rows.real.dtype != x.dtype:
-            rows = SentenceRows(rows.index, rows.real.to(x.dtype))
-        return rows, [(own, tokens) for own, tokens in slices if own.stop - own.start > largest]
-
     def multiply(self, x: Tensor, context: LanguageContext) -> Tensor:
-        """Multiply tokens by their flat matrices: x [S, inputs] -> z [S, columns], for :meth:`add` alone.
-
-        The columns are those of small ranks, then those of large ones.
-        """
-        flat, columns = self._to_read(FLAT), self.columns[FLAT]
-        rows, slices = self.parts(context, self.choice.flat, x)
-        products = []
-        if rows is not None:
-            products.append(MultiplySentences.apply(x, flat, rows, columns))
-        if slices:
-            products.append(MultiplySegments.apply(x, flat, slices, self.rank, columns))
-        return torch.cat(products, 1) if len(products) > 1 else products[0]
+        """Multiply tokens by their flat matrices: x [S, inputs] -> z [S, r], for :meth:`add`."""
+        groups = self.matrices.groups(context, self.kinds[self.choice.flat], x)
+        z: Tensor = Multiply.apply(x, self._to_read(FLAT), self.matrices, groups, self.columns[FLAT])
+        return z
 
     def add(self, y: Tensor, z: Tensor, context: LanguageContext) -> Tensor:
         """Add the products of z and the vertical matrices to y [S, outputs], in place."""
-        vertical, columns = self._to_read(VERTICAL), self.columns[VERTICAL]
-        rows, slices = self.parts(context, self.choice.vertical, y)
-        if rows is not None:
-            small = rows.index.shape[1]
-            y, z = AddSentences.apply(y, z[:, :small], vertical, rows, columns), z[:, small:]
-        if slices:
-            y = AddVertical.apply(y, z, vertical, slices, columns)
-        return y
+        groups = self.matrices.groups(context, self.kinds[self.choice.vertical], y)
+        out: Tensor = Add.apply(y, z, self._to_read(VERTICAL), self.matrices, groups, self.columns[VERTICAL])
+        return out
 
     def _to_read(self, name: str) -> Tensor:
         """Return a matrix; the gradient of one that ``columns`` cut is summed over the ranks that read it."""
