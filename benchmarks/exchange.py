@@ -194,24 +194,27 @@ def measure(rounds: int, contestants: dict[str, tuple[str, dict[str, Any]]]) -> 
     return {"model": model, "tokens of a batch": TOKENS, **setting, "decoder": result}
 
 
-def run(script: str, about: str | None, contestants: dict[str, tuple[str, dict[str, Any]]]) -> None:
-    """Run a script that compares the decoders of ``contestants``."""
-    parser = argument_parser(about, rounds=20)
-    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+def run(
+    script: str, arguments: argparse.Namespace, contestants: dict[str, tuple[str, dict[str, Any]]]
+) -> dict[str, Any] | None:
+    """Compare the decoders of ``contestants``; the processes that ``script`` starts for it return None."""
     if arguments.part is not None:
         part = measure(arguments.rounds, contestants)
         if os.environ["RANK"] == "0":
             arguments.part.write_text(json.dumps(part), encoding="utf-8")
-        return
+        return None
     result = in_processes(script, ["--rounds", str(arguments.rounds)], RANKS)
     for name, figures in result["decoder"].items():
         print(f"{name}: {figures}")
-    write(result, arguments.out)
+    return result
 
 
 def main() -> None:
-    run(__file__, __doc__, CONTESTANTS)
+    parser = argument_parser(__doc__, rounds=20)
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if (result := run(__file__, arguments, CONTESTANTS)) is not None:
+        write(result, arguments.out)
 
 
 if __name__ == "__main__":

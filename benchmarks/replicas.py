@@ -9,8 +9,11 @@ of the decoder, 16 languages to and from English, so that half of the target tok
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
+from common import argument_parser, write
 from exchange import run
 
 ROUTINGS: dict[str, dict[str, Any]] = {
@@ -25,7 +28,11 @@ CONTESTANTS = {
 
 
 def main() -> None:
-    run(__file__, __doc__, CONTESTANTS)
+    parser = argument_parser(__doc__, rounds=20)
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if (result := run(__file__, arguments, CONTESTANTS)) is not None:
+        write(result, arguments.out)
 
 
 if __name__ == "__main__":
