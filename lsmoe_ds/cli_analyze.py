@@ -41,7 +41,9 @@ def _analyze_weights(run: Path, kind: str, out: Path, as_json: bool) -> None:
         print_json(summary)
     else:
         print(summary["said"])
-        print(out / "index.html")
+        for name in ("index.html", "recipe.yaml"):
+            if name in summary["files"]:
+                print(out / name)
 
 
 @analyze_app.command("structure")

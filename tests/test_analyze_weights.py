@@ -67,6 +67,13 @@ def test_the_structure_is_the_softmax_of_each_layers_numbers(run, tmp_path):
         "structure.csv",
         "recipe.yaml",
     }
+    places = [f"{row['side']}.{row['layer']}" for row in rows]
+    alike = [
+        place
+        for place, row in zip(places, rows, strict=True)
+        if abs(float(row["source"]) - float(row["target"])) < 0.1
+    ]
+    assert alike and summary["said"].endswith(f"which say little: {', '.join(alike)}")
     again = analyze_weights(run, "structure", tmp_path / "out")
     assert again == summary
 

@@ -22,6 +22,7 @@ from lsmoe_ds.methods.low_rank.settings import Index, LowRank
 
 SIDES: tuple[SideName, ...] = ("encoder", "decoder")
 EQUAL = 0.5  # both weights, before any is learned
+ALIKE = 0.1  # weights of source and target that differ by less are told
 SHORT = {
     **{"query": "q", "key": "k", "value": "v", "output": "o"},
     **{"gate": "gate", "expand": "fc1", "contract": "fc2"},
@@ -62,6 +63,9 @@ def structure(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
     )
     index = _patterns(recipe, section, chosen)
     said = "; ".join(f"{name}: {', '.join(patterns)}" for name, patterns in index.items())
+    alike = [f"{side}.{layer}" for (side, layer), both in learned.items() if abs(both[0] - both[1]) < ALIKE]
+    if alike:
+        said += f"; of nearly equal weights, which say little: {', '.join(alike)}"
     changed = section.model_copy(update={"index": index})
     model = recipe.model.model_copy(update={NAME: changed})
     found = recipe.model_copy(update={"name": f"{recipe.name}-structured", "model": model})
@@ -285,7 +289,7 @@ def subspaces(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
         size[each.code] += each.size
     order = sorted(codes, key=lambda code: total[code] / size[code])
     shown = ", ".join(f"{code} {total[code] / size[code]:+.1%}" for code in order)
-    said = f"from the largest subspace needed to the smallest: {shown}"
+    said = f"from the largest subspace needed to the smallest, by what was pruned beyond the ratio: {shown}"
     if len({f"{total[code] / size[code]:.1%}".strip("-") for code in order}) == 1:
         said = (
             "as much was pruned of each language: languages compete under 'prune.over: layer', and the "
