@@ -4,7 +4,7 @@
 
 Made-up pairs of short sentences are written in tables of a million pairs each, and prepared by
 `lsmoe data prepare` in processes of its own, while their memory, processor time and disk are looked at. Both
-the text and what is prepared stay in FOLDER: if the script is stopped, the same command goes on, and the time
+the text and what is prepared stay in FOLDER: if the script is stopped, the same command resumes, and the time
 of earlier tries counts. With ``--out`` the runs are added to those that the file has, which are not
 measured again. Runs on the same pairs must give the same bytes.
 """

@@ -184,10 +184,22 @@ def test_the_plan_moves_the_moments(stage, precision):
     assert plain.total - moved.total == moved.host, "which is no part of the rank's own"
 
 
-def test_offloading_of_deepspeed_is_refused():
-    for value in ({"device": "cpu"}, {"device": "nvme", "nvme_path": "/tmp"}):
-        with pytest.raises(ValueError, match=r"offload_optimizer' is set, .* 'training.adam.offload: true'"):
-            read_deepspeed_config({"zero_optimization": {"stage": 1, "offload_optimizer": value}})
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("offload_optimizer", {"device": "cpu"}, "gradients of earlier steps; set 'training.adam.offload: "),
+        ("offload_optimizer", {"device": "nvme", "nvme_path": "/tmp"}, "gradients of earlier steps"),
+        ("cpu_offload", True, "gradients of earlier steps"),
+        ("offload_param", {"device": "cpu"}, "it is for ZeRO stage 3"),
+        ("zenflow", {"topk_ratio": 0.1}, "it is not tested with experts"),
+    ],
+)
+def test_offloading_of_deepspeed_is_refused(key, value, why):
+    with pytest.raises(ValueError, match=f"'zero_optimization.{key}' is set: remove it there, .*{why}"):
+        read_deepspeed_config({"zero_optimization": {"stage": 1, key: value}})
+
+
+def test_offloading_that_is_off_is_none():
     assert read_deepspeed_config({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}})
 
 

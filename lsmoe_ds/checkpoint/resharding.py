@@ -45,10 +45,8 @@ def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topolog
     model: nn.Module = engine.module
     names = global_names(model, topology)
     local = {parameter: name for name, parameter in model.named_parameters()}
-    pieces, optimizer = (
-        deepspeed_engine.optimizer_pieces(engine),
-        deepspeed_engine.innermost_optimizer(engine),
-    )
+    pieces = deepspeed_engine.optimizer_pieces(engine)
+    optimizer = deepspeed_engine.innermost_optimizer(engine)
     for piece in pieces:
         name, held = names[local[piece.parameter]], piece.state
         for key, value in state.whole(name, weights.shape(name)).items():

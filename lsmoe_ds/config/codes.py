@@ -79,6 +79,10 @@ class Reader:
             )
         return Direction(source, target)
 
+    def task(self, text: str) -> str:
+        """Return a task, a language or a direction, in our codes."""
+        return str(self.direction(text)) if "-" in text else self.code(text)
+
     def __enter__(self) -> Reader:
         return self
 
@@ -164,8 +168,7 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
         places.append(("data.max_pairs", data, dict, reader.code))
         for side in ("encoder", "decoder"):
             moe = _section(_section(model, side), "moe")
-            either = lambda text: str(reader.direction(text)) if "-" in text else reader.code(text)  # noqa: E731
-            read = either if moe.get("task") == "pair" else reader.code
+            read = reader.task if moe.get("task") == "pair" else reader.code
             places.append((f"model.{side}.moe.replicas", moe, list, read))
         groups = _section(data, "groups")
         places += [(f"data.groups.{name}", groups, list, reader.code) for name in groups]

@@ -89,8 +89,18 @@ REFUSED: tuple[tuple[str, str, bool, str], ...] = (
     ("zero_optimization", "compute_grad_norm", False, "a gradient of NaN would reach the weights unseen"),
     ("bf16", "check_grad_overflow", False, "a gradient of NaN would reach the weights unseen"),
 )
-# Its own offloading, which is refused too: see lsmoe_ds.training.offloaded_adam.
-OFFLOADING = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "zenflow")
+# Settings of ``zero_optimization`` that are refused if they are on, and why.
+STALE = (
+    "it would step experts that no token has chosen by gradients of earlier steps; set "
+    "'training.adam.offload: true' in its place"
+)
+OFFLOADING = {
+    "offload_optimizer": STALE,
+    "cpu_offload": STALE,
+    "zenflow": "it is not tested with experts",
+    "offload_param": "it is for ZeRO stage 3",
+    "cpu_offload_param": "it is for ZeRO stage 3",
+}
 KEYS = {section: frozenset(keys.split()) for section, keys in {"": TOP, **SECTIONS}.items()}
 
 
@@ -125,14 +135,13 @@ def read_deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
     for section, key, value, why in REFUSED:
         if config.get(section, {}).get(key) is value:
             raise ValueError(f"{source}'{section}.{key}' is {str(value).lower()}: {why}; remove it there")
-    for key in OFFLOADING:
+    for key, why in OFFLOADING.items():
         value = config.get("zero_optimization", {}).get(key)
-        if value and not (isinstance(value, Mapping) and value.get("device") in (None, "none")):
-            raise ValueError(
-                f"{source}'zero_optimization.{key}' is set, which would step experts that no token has "
-                "chosen by gradients of earlier steps: remove it there, and set 'training.adam.offload: "
-                "true' in its place"
-            )
+        off = (
+            isinstance(value, Mapping) and value.get("device", "none") in (None, "none") and key != "zenflow"
+        )
+        if value and not off:
+            raise ValueError(f"{source}'zero_optimization.{key}' is set: remove it there, {why}")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise ValueError(f"{source}it asks for ZeRO stage {stage}: 0, 1 and 2 are supported")

@@ -29,8 +29,8 @@ def prepare(recipe: Recipe, force: bool = False, processes: int | None = None) -
     """Prepare the data of a recipe, unless they are up to date, with so many workers (by default one for each
     core).
 
-    While another process, on this or another machine, prepares the same data, this one helps it, and goes on
-    in its place if it dies. Prints why data are prepared again, and the notices on them. If it is stopped at
+    While another process, on this or another machine, prepares the same data, this one helps it, and takes
+    its place if it dies. Prints why data are prepared again, and the notices on them. If it is stopped at
     any moment, the earlier data stay, and what is finished is not done again. Raises UserError for corpora
     that are missing, damaged, badly encoded or too small, and while the data are prepared with other
     settings.
@@ -100,7 +100,7 @@ def _lead(recipe: Recipe, work: Work, console: Console, processes: int | None) -
         if done := work.finished("clean", "encode"):
             console.print(
                 f"{counted(done, 'finished shard')} {'is' if done == 1 else 'are'} kept in {work.folder}: "
-                "the same command goes on from there; to have the disk space back, remove the folder"
+                "the same command resumes; to free the disk space, remove the folder"
             )
         else:
             work.finish()

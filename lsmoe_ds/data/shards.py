@@ -24,11 +24,10 @@ from lsmoe_ds.data.keys import save_sorted
 from lsmoe_ds.data.lines import GZIP, Stretch, index_lines, unequal
 from lsmoe_ds.data.stages import Function, Record, Stale, Task
 from lsmoe_ds.data.text_part import TextPart
-from lsmoe_ds.data.tokens import EncodedShard, load_vocabulary
+from lsmoe_ds.data.tokens import CHUNK, EncodedShard, load_vocabulary
 from lsmoe_ds.data.workers import chunks
 
 SHARD = 1 << 18  # lines
-CHUNK = 10_000  # pairs that a process holds at once
 UNPACKED = "text"  # of a file that is compressed, in the folder of its index
 Pair = tuple[str, str]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.vocabulary import Vocabulary
 
-CHUNK = 10_000  # pairs that are encoded at once
+CHUNK = 10_000  # pairs that a process holds at once
 Pairs = Sequence[tuple[str, str]]
 Counts = dict[str, int]  # of one side: tokens, unknown ones, and the length of the longest sentence
 

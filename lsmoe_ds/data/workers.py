@@ -83,6 +83,6 @@ class Workers:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for lack of memory: with fewer ('--workers') the same "
-                "command goes on"
+                "a worker process was killed, perhaps for lack of memory: the same command "
+                "resumes; give it fewer workers by '--workers N'"
             ) from None

@@ -83,6 +83,7 @@ class OffloadedAdam(torch.optim.AdamW):
         state["step"] += 1
 
     def _is_apart(self, values: Tensor) -> bool:
+        """Tell whether the host must copy weights to step them."""
         return values.is_cuda
 
     def _step_copies(
