@@ -9,6 +9,9 @@ is the decoder's. Sentences are made up, of 16 languages to and from English wit
 their batches and the assignment to ranks are those of `lsmoe train`. A step has one batch for each rank, so
 no router needs a pass ahead of it.
 
+Half of the target tokens are English. Experts that are assigned to English are on one rank; where a learned
+router has put them is chance. With replicas each rank computes them itself.
+
 The share of the time is measured twice, in alternate steps: as `lsmoe train` tells it, with the time a rank
 waits for the slower one, and with a barrier before each exchange, so that what is left is the exchange
 itself.
@@ -44,12 +47,18 @@ RANKS, VOCABULARY, TOKENS, PAIRS = 2, 8000, 2048, 2000  # tokens of a batch, pai
 MODEL: dict[str, Any] = {"hidden": 256, "heads": 4, "encoder": {"layers": 4, "feed_forward": 1024}}
 EXPERTS: dict[str, Any] = {"experts": 32, "every": 2, "top_k": 2}
 LANGUAGES = "de nl sv fr es it pt ro ru uk pl cs hi bn fi tr".split()  # noqa: SIM905
-CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
+LEARNED: dict[str, Any] = {"routing": "task", "task": "target"}
+ASSIGNED = LEARNED | {"routing": "static"}
+ENGLISH = {"replicas": ["en"]}
+CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {  # the kind of batches, and settings of the experts
     "token": ("mixed", {"routing": "token"}),
-    "target language": ("mixed", {"routing": "task", "task": "target"}),
+    "target language": ("mixed", LEARNED),
+    "target language, replicas of English": ("mixed", LEARNED | ENGLISH),
+    "assigned target language": ("mixed", ASSIGNED),
+    "assigned target language, replicas of English": ("mixed", ASSIGNED | ENGLISH),
     "target language, 2 groups": (
         "task-affine",
-        {"routing": "task", "task": "target", "expert_groups": RANKS},
+        LEARNED | {"expert_groups": RANKS},
     ),
     "pair, 2 groups": ("task-affine", {"routing": "task", "task": "pair", "expert_groups": RANKS}),
 }
@@ -159,12 +168,11 @@ def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, flo
     return turn
 
 
-def measure(rounds: int, contestants: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Let the contestants take turns: of each the kind of batches, and the settings of its experts."""
+def measure(rounds: int) -> dict[str, Any]:
     joining.join()
     topology = Topology.build(expert=RANKS, device=joining.device())
     compat.seed_tensor_parallel_random(1, 0)
-    turns = {name: contestant(recipe_of(*settings), topology) for name, settings in contestants.items()}
+    turns = {name: contestant(recipe_of(*settings), topology) for name, settings in CONTESTANTS.items()}
     for turn in turns.values():
         turn()
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
@@ -194,27 +202,19 @@ def measure(rounds: int, contestants: dict[str, tuple[str, dict[str, Any]]]) -> 
     return {"model": model, "tokens of a batch": TOKENS, **setting, "decoder": result}
 
 
-def run(
-    script: str, arguments: argparse.Namespace, contestants: dict[str, tuple[str, dict[str, Any]]]
-) -> dict[str, Any] | None:
-    """Compare the decoders of ``contestants``; the processes that ``script`` starts for it return None."""
-    if arguments.part is not None:
-        part = measure(arguments.rounds, contestants)
-        if os.environ["RANK"] == "0":
-            arguments.part.write_text(json.dumps(part), encoding="utf-8")
-        return None
-    result = in_processes(script, ["--rounds", str(arguments.rounds)], RANKS)
-    for name, figures in result["decoder"].items():
-        print(f"{name}: {figures}")
-    return result
-
-
 def main() -> None:
     parser = argument_parser(__doc__, rounds=20)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if (result := run(__file__, arguments, CONTESTANTS)) is not None:
-        write(result, arguments.out)
+    if arguments.part is not None:
+        part = measure(arguments.rounds)
+        if os.environ["RANK"] == "0":
+            arguments.part.write_text(json.dumps(part), encoding="utf-8")
+        return
+    result = in_processes(__file__, ["--rounds", str(arguments.rounds)], RANKS)
+    for name, figures in result["decoder"].items():
+        print(f"{name}: {figures}")
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":
