@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from cluster_settings import slurm_conf
+from processes import children, free_ports, start_time, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPORARY = Path("/tmp")
@@ -61,48 +60,6 @@ def missing() -> str | None:
     if trial.returncode:
         return f"namespaces are not permitted here ({trial.stderr.strip().splitlines()[-1]})"
     return None
-
-
-def wait_until(done: Callable[[], bool], seconds: float, what: str) -> None:
-    """Returns once ``done()``; raises TimeoutError naming ``what`` after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} not within {seconds:.0f} s")
-        time.sleep(0.1)
-
-
-def start_time(process: int) -> str | None:
-    """The start time of a process (clock ticks since boot), None where it is gone. A zombie is gone: not
-    every init reaps.
-    """
-    try:
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]
-
-
-def children(process: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` successive free ports, below those that the kernel gives to outgoing
-    connections: a node that is powered on again must get its port back.
-    """
-    while True:
-        first = random.randrange(6000, 9900)
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as free:
-                    free.bind(("", port))
-            return first
-        except OSError:
-            continue
 
 
 class Cluster:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import TEMPORARY, Cluster, missing, start_time
+from cluster import TEMPORARY, Cluster, missing
+from processes import start_time
 from small_training import ENVIRONMENT, SLURM, write_recipe
 
 PREFIX = "lsmoe-slurm-test-"

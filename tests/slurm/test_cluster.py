@@ -13,7 +13,8 @@ from pathlib import Path
 
 import cluster as module
 import pytest
-from cluster import TEMPORARY, Cluster, wait_until
+from cluster import TEMPORARY, Cluster
+from processes import wait_until
 
 HERE = Path(__file__).parent
 

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, wait_until
+from cluster import Cluster
+from processes import wait_until
 from small_training import BIN, STEPS
 
 from lsmoe_ds.checkpoint.run_folder import list_checkpoints

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import REPOSITORY, wait_until
+from cluster import REPOSITORY
+from processes import wait_until
 
 SLURM = REPOSITORY / "slurm"
 PLAYED = f"""#!{sys.executable}
