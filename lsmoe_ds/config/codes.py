@@ -168,8 +168,8 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
         places.append(("data.max_pairs", data, dict, reader.code))
         for side in ("encoder", "decoder"):
             moe = _section(_section(model, side), "moe")
-            read = reader.task if moe.get("task") == "pair" else reader.code
-            places.append((f"model.{side}.moe.replicas", moe, list, read))
+            expert = reader.task if moe.get("task") == "pair" else reader.code
+            places.append((f"model.{side}.moe.replicas", moe, list, expert))
         groups = _section(data, "groups")
         places += [(f"data.groups.{name}", groups, list, reader.code) for name in groups]
         for method, kind in sections().items():
