@@ -16,6 +16,7 @@ LABELS = {
     "sparse_parameters": "parameters of the whole model",  # which may be dense
     "padded_parameters": "parameters of the folder, padded to one width a side",
     "dense_bytes": "bytes of its weight files",  # rounded, padded, or with a table of positions
+    "dense_folder": "folder",
 }
 
 

@@ -43,7 +43,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
-    from lsmoe_ds.checkpoint.run_folder import choose_run
+    from lsmoe_ds.checkpoint.run_folder import check_start, choose_run
     from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.config.host import tell_missing_weights
     from lsmoe_ds.folders import write_whole
@@ -60,6 +60,11 @@ def plan(
     if out is not None and out.exists():
         raise UserError(f"{out} exists: name a file that does not")
     loaded = load_recipe(recipe, overrides or ())
+    if (start := loaded.training.start_from) is not None:  # which may be on another machine
+        try:
+            check_start(start)
+        except UserError as error:
+            raise UserError(f"'training.start_from' is {start}: {error}") from None
     if gpus is None:
         made = make_plan(loaded, world)
         tell_missing_weights(loaded.model.huggingface)

@@ -43,6 +43,9 @@ def run(pool, tmp_path_factory):
     return folder / "run"
 
 
+MEANS = ("languages", "layers")  # grids of subspaces
+
+
 def rows_in(path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -136,6 +139,14 @@ def test_scores_follow_equation_5(run, tmp_path):
         grid["name"]: grid for grid in json.loads((tmp_path / "out" / "subspaces.json").read_text())["grids"]
     }
     assert {"languages", "layers", "layer-encoder-1", "layer-decoder-3", "language-fr"} <= grids.keys()
+    means, others = (
+        {grid["full"] for grid in grids.values() if (grid["name"] in MEANS) is is_mean}
+        for is_mean in (True, False)
+    )
+    assert len(means) == len(others) == 1, "pictures that are compared have one scale"
+    picture = (tmp_path / "out" / "languages.svg").read_text()
+    assert f"percentage points; colors are full at ±{100 * means.pop():.0f}<" in picture
+    assert ">+0<" not in picture and ">-0<" not in picture
     grid = grids["languages"]
     assert grid["columns"][:2] == ["enc q", "enc k"] and "dec c-v" in grid["columns"]
     assert grid["rows"] == ["German", "English", "French"]

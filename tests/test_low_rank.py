@@ -217,6 +217,21 @@ def test_a_mixed_batch_equals_one_batch_for_each_pair(low_rank):
         ({"rank": {"de": 1, "en": 2, "fr": 1, "ru": 1, "xx": 1}, "index": "language"}, "names xx"),
         ({"rank": 2, "every": 3}, "choose another 'at' or 'every'"),
         ({"rank": -1}, "greater than or equal to 0"),
+        ({"rank": 2, "at": "encoder.0-8"}, "up to 8 of the model, which has 2 and 2 .*: let it end at 1"),
+        (
+            {"rank": 2, "at": "all", "index": {"source": ["encoder.0-1"], "target": ["1-2", "all"]}},
+            "'1-2' names layers up to 2",
+        ),
+        (
+            {"rank": 2, "at": "all", "index": {"source": ["encoder"], "target": ["encoder.1", "all"]}},
+            "gives target to 'encoder.1', which decides for no layer: patterns before it do",
+        ),
+        (
+            {"rank": 2, "at": "decoder", "index": {"source": ["encoder"], "target": ["all"]}},
+            "gives source to 'encoder', which decides for no layer",
+        ),
+        ({"rank": 10**9}, r"'rank' is 1000000000, but .* has a rank above \d+, that of .*: give at most"),
+        ({"rank": 9, "columns": 8}, "above 8"),
     ],
 )
 def test_recipes_that_make_no_sense(low_rank, message):

@@ -8,6 +8,7 @@ from io import StringIO
 
 import pytest
 from rich.console import Console
+from test_bad_input import main
 from test_planning import PAPERS
 
 from lsmoe_ds.config.file import load_recipe
@@ -92,3 +93,22 @@ def test_the_table_shows_the_figures():
     console.print(planned("flores12-lora").table())
     text = console.export_text()
     assert "low-rank matrices" in text and "15.3M" in text and "22.4M" in text
+
+
+def test_a_plan_that_starts_from_a_run_says_what_training_would(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "vocabulary.model").write_bytes(b"")
+    (run / "recipe.yaml").write_text("{}")
+    recipe = str(PAPERS / "flores12-lora.yaml")
+    assert main(["plan", recipe, "--set", f"training.start_from={run}"]) == 2
+    said = capsys.readouterr().err
+    assert f"'training.start_from' is {run}: {run} is a run: `lsmoe convert {run} --to consolidated" in said
+    (run / "provenance.json").write_text('{"kind": "ctranslate2"}')
+    assert main(["plan", recipe, "--set", f"training.start_from={run}"]) == 2
+    assert "made by `lsmoe convert --to ctranslate2`: give a folder made with --to" in capsys.readouterr().err
+    far = [
+        f"training.start_from={tmp_path / 'elsewhere'}",
+        "data.vocabulary={file: far.model, size: 128112, type: bpe}",
+    ]
+    assert main(["plan", recipe, *(word for each in far for word in ("--set", each))]) == 0

@@ -19,6 +19,7 @@ STYLE = """
 """
 LETTER = 6.6  # the largest average width of a letter in the usual system fonts
 WIDTH, HEIGHT = 52, 24
+LEGEND = 24  # the height of the line below a grid
 SMALL = 16  # width and height of a cell without a number
 COLUMNS = 20  # in a grid with more the cells are small
 
@@ -26,7 +27,7 @@ COLUMNS = 20  # in a grid with more the cells are small
 def draw(grid: Grid) -> Markup:
     """Return an SVG element with a row for each of the grid's rows, and a color for each number.
 
-    The numbers stand in the cells, unless there are many columns.
+    The numbers stand in the cells, unless there are many columns; below signed ones, their unit and scale.
     """
     small = len(grid.columns) > COLUMNS
     cell_width, cell_height = (SMALL, SMALL) if small else (WIDTH, HEIGHT)
@@ -35,8 +36,16 @@ def draw(grid: Grid) -> Markup:
     turned = LETTER * longest > cell_width - 4
     top = 20 + (LETTER * longest * 0.75 if turned else 0)
     width = left + cell_width * len(grid.columns) + (LETTER * longest * 0.7 if turned else 4)
-    height = top + cell_height * len(grid.rows) + 4
-    parts = [*_heads(grid, left, top, turned, cell_width), *_cells(grid, left, top, small)]
+    bottom = top + cell_height * len(grid.rows)
+    height = bottom + (LEGEND if grid.signed else 4)
+    full = _full(grid)
+    parts = [*_heads(grid, left, top, turned, cell_width), *_cells(grid, left, top, small, full)]
+    if grid.signed:
+        legend = f"percentage points; colors are full at ±{100 * full:.0f}"
+        width = max(width, 10 + LETTER * len(legend))
+        parts.append(
+            Markup('<text class="quiet" x="0" y="{:.0f}">{}</text>').format(bottom + LEGEND - 6, legend)
+        )
     svg = Markup(
         '<svg class="grid" role="img" aria-label="{}" width="{:.0f}" height="{:.0f}" '
         'viewBox="0 0 {:.0f} {:.0f}"><style>{}</style>{}</svg>'
@@ -55,9 +64,18 @@ def _heads(grid: Grid, left: float, top: float, turned: bool, width: int) -> Ite
             yield Markup('<text class="quiet n" x="{:.0f}" y="{:.0f}">{}</text>').format(x, top - 6, name)
 
 
-def _cells(grid: Grid, left: float, top: float, small: bool) -> Iterator[Markup]:
+def _full(grid: Grid) -> float:
+    """Return the distance from the middle of a value in full color."""
     far = (abs(v - grid.middle) for row in grid.values for v in row if v is not None)
-    full = grid.full or max(far, default=0.0) or 1.0
+    return grid.full or max(far, default=0.0) or 1.0
+
+
+def _points(value: float) -> str:
+    """Write a share in percentage points, with a sign unless it rounds to 0."""
+    return f"{100 * value:+.0f}" if abs(value) >= 0.005 else "0"
+
+
+def _cells(grid: Grid, left: float, top: float, small: bool, full: float) -> Iterator[Markup]:
     width, height = (SMALL, SMALL) if small else (WIDTH, HEIGHT)
     for i, (name, row) in enumerate(zip(grid.rows, grid.values, strict=True)):
         y = top + height * i
@@ -67,7 +85,7 @@ def _cells(grid: Grid, left: float, top: float, small: bool) -> Iterator[Markup]
             if value is None:
                 continue
             strength, x = _strength(grid, abs(value - grid.middle), full), left + width * j
-            number = f"{100 * value:+.0f}" if grid.signed else f"{value:.2f}"
+            number = _points(value) if grid.signed else f"{value:.2f}"
             title = f"{name}, {grid.columns[j]}: {f'{value:+.1%}' if grid.signed else number}"
             cell = Markup(
                 '<rect class="{}" x="{:.0f}" y="{:.0f}" width="{}" height="{}" rx="2" '

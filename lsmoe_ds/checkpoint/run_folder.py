@@ -71,6 +71,7 @@ MAY_CHANGE = {
 CHRF = "dev_chrf"  # of dev translations, in records and checkpoints
 STOPPING = "stopping"  # in the position of a checkpoint: see :class:`lsmoe_ds.training.stopping.Stopping`
 START = "start"  # in ``origin.json``: :func:`weights_digest` of ``training.start_from``
+STARTS = ("consolidated", "hybrid", "dense", "huggingface")  # kinds of converted folders to start from
 FROZEN = "frozen"  # the folder of what does not train, see :mod:`lsmoe_ds.checkpoint.frozen`
 BEGUN = (
     ".vocabulary.model.",
@@ -177,6 +178,24 @@ def weights_digest(folder: Path) -> str | None:
         if name.endswith(".safetensors")
     }
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest() if sums else None
+
+
+def check_start(folder: Path) -> None:
+    """Raise UserError if a folder is a run, a checkpoint of one, or converted to what no training begins
+    with.
+    """
+    kind = (read_json(folder / CONVERTED) or {}).get("kind")
+    is_checkpoint = resolved(folder).parent.name == "checkpoints" and (folder / MANIFEST).is_file()
+    if kind is None and (is_checkpoint or is_stored_recipe(folder / "recipe.yaml")):
+        raise UserError(
+            f"{folder} is a run: `lsmoe convert {folder} --to consolidated --out DIR` makes a folder to "
+            "start from"
+        )
+    if kind is not None and kind not in STARTS:
+        raise UserError(
+            f"{folder} is made by `lsmoe convert --to {kind}`: give a folder made with --to "
+            f"{', '.join(STARTS)}"
+        )
 
 
 def _start(recipe: Recipe, run: Path) -> str | None:

@@ -104,10 +104,17 @@ def is_in(site: object, patterns: Collection[str]) -> bool:
 
 
 def check_named(patterns: Iterable[str], sites: Sequence[object], what: str, model: Model) -> None:
-    """Raise ValueError for a pattern that names none of the ``sites``, which are ``what``."""
+    """Raise ValueError for a pattern that names none of the ``sites``, which are ``what``, or layers that
+    the model lacks.
+    """
+    counts = {"encoder": model.encoder.layers, "decoder": model.decoder.layers}
+    has = f"the model, which has {counts['encoder']} and {counts['decoder']} layers, counted from 0"
     for pattern in patterns:
+        place = parse_place(pattern)
         if not any(is_in(site, [pattern]) for site in sites):
+            raise ValueError(f"'{pattern}' names no {what} of {has}: leave it out")
+        layers = counts[place.side] if place.side else max(counts.values())
+        if place.layers is not None and place.layers[-1] >= layers:
             raise ValueError(
-                f"'{pattern}' names no {what} of the model, which has {model.encoder.layers} and "
-                f"{model.decoder.layers} layers, counted from 0: leave it out"
+                f"'{pattern}' names layers up to {place.layers[-1]} of {has}: let it end at {layers - 1}"
             )

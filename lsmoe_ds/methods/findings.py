@@ -16,7 +16,7 @@ class Grid:
 
     ``name`` is that of its file. Colors go from ``low`` to ``full``, by default the largest value; those of
     values below ``middle`` are red, and both are distances from there. ``signed`` values are shares that are
-    drawn in percentage points.
+    drawn in percentage points, with the scale of their colors below the grid.
     """
 
     name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from lsmoe_ds.checkpoint.run_folder import check_start
 from lsmoe_ds.checkpoint.stored import PROVENANCE, Stored, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
@@ -18,13 +19,6 @@ from lsmoe_ds.model.methods import check_holders, same_methods
 from lsmoe_ds.notices import listed
 from lsmoe_ds.parallel.parameters import global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
-
-STARTS = (
-    "consolidated",
-    "hybrid",
-    "dense",
-    "huggingface",
-)  # kinds of converted folders that a training begins with
 
 
 def added_methods(recipe: Recipe, stored: Stored) -> list[str]:
@@ -53,18 +47,8 @@ def starting_weights(recipe: Recipe, stored: Stored, vocabulary: int) -> Tensors
 def check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
     """Raise UserError unless the folder holds weights for this recipe, and for this vocabulary."""
     try:
+        check_start(folder)
         stored = find_model(folder)
-        if stored.kind not in STARTS:
-            made, how = (
-                f"made by `lsmoe convert --to {stored.kind}`",
-                f"give a folder made with --to {', '.join(STARTS)}",
-            )
-            if stored.kind == "sparse":
-                made, how = (
-                    "a run",
-                    f"`lsmoe convert {folder} --to consolidated --out DIR` makes a folder to start from",
-                )
-            raise UserError(f"{folder} is {made}: {how}")
         if sha256(stored.vocabulary) != sha256(vocabulary):
             raise UserError(
                 f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and"

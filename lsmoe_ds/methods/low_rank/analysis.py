@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -190,7 +191,8 @@ def scores(recipe: Recipe, section: LowRank, weights: Tensors) -> list[Score]:
 
 def subspaces(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
     """Return the scores by language and linear layer: averaged over layers (figure 2) and over languages
-    (figure 4), and in each layer (figure 5) and for each language (figure 6).
+    (figure 4), and in each layer (figure 5) and for each language (figure 6). The means share one scale of
+    colors, and so do the other grids, so that pictures compare.
 
     The grids have scores as shares of the size of B, since sizes differ; the records have both.
     """
@@ -282,6 +284,8 @@ def subspaces(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
                 among,
             )
         )
+    means = 2
+    grids = [*_on_one_scale(grids[:means]), *_on_one_scale(grids[means:])]
     total: dict[str, float] = defaultdict(float)
     size: dict[str, int] = defaultdict(int)
     for each in found:
@@ -296,6 +300,13 @@ def subspaces(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
             "layers of a language under 'over: language'"
         )
     return Findings("Subspaces that languages need", said, records, grids)
+
+
+def _on_one_scale(grids: Sequence[Grid]) -> list[Grid]:
+    """Return the grids with the largest of all their values in full color."""
+    values = (abs(value) for grid in grids for row in grid.values for value in row if value is not None)
+    full = max(values, default=0.0)
+    return [replace(grid, full=full) for grid in grids]
 
 
 def _mean(values: Sequence[float] | None) -> float | None:

@@ -1,15 +1,27 @@
-"""Compare a section ``model.low_rank`` with the languages and the training of its recipe."""
+"""Compare a section ``model.low_rank`` with the model, the languages and the training of its recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lsmoe_ds.config.places import patterns_of
 from lsmoe_ds.directions import GROUPS, Languages
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Recipe, Training
+    from lsmoe_ds.config.shapes import LinearShape
+    from lsmoe_ds.methods.low_rank.pruning import Pruning
     from lsmoe_ds.methods.low_rank.settings import LowRank
+
+
+def check_modular(section: LowRank) -> None:
+    """Raise ValueError unless modular matrices are beside all sites, and nothing excludes them."""
+    if not section.is_modular:
+        raise ValueError("'index: modular' is for all sites: leave out the patterns")
+    for key, given in (("fuse_distillation", section.fuse_distillation), ("prune", section.prune)):
+        if given:
+            raise ValueError(f"'index: modular' and '{key}' exclude each other: leave one out")
 
 
 def check_pivot(section: LowRank, languages: Languages) -> None:
@@ -19,6 +31,39 @@ def check_pivot(section: LowRank, languages: Languages) -> None:
             f"'low_rank.pivot' is {section.pivot}, which is no language of the recipe "
             f"({', '.join(languages.codes)}): name the one that directions lead into and out of"
         )
+
+
+def check_places(section: LowRank, sites: Sequence[LinearShape]) -> None:
+    """Raise ValueError unless matrices are beside any layer, of ranks that products of them can have."""
+    if not sites:
+        at = ", ".join(patterns_of(section.at))
+        every = f" in layers that 'every: {section.every}' chooses" if section.every > 1 else ""
+        raise ValueError(
+            f"'low_rank' has no place: no linear layer is at '{at}'{every}, and feed-forwards "
+            "with experts have none: choose another 'at' or 'every'"
+        )
+    widest = max(sites, key=lambda site: min(section.size(site)))
+    limit, rank = min(section.size(widest)), max(section.ranks)
+    if rank > limit:
+        raise ValueError(
+            f"'rank' is {rank}, but no product of matrices beside these layers has a rank above {limit}, "
+            f"that of {widest.at}: give at most {limit}"
+        )
+
+
+def check_index(section: LowRank, sites: Sequence[LinearShape]) -> None:
+    """Raise ValueError unless each of the ``sites`` beside which there are matrices has an index, and each
+    pattern of ``index`` decides for one of them.
+    """
+    decides = {section.pattern_at(site) for site in sites}
+    if not isinstance(section.index, dict):
+        return
+    for index, patterns in section.index.items():
+        if idle := [pattern for pattern in patterns if (index, pattern) not in decides]:
+            raise ValueError(
+                f"'index' gives {index} to '{idle[0]}', which decides for no layer: patterns before it do, "
+                "or 'at' and 'every' place no matrices there: leave it out, or write it first"
+            )
 
 
 def check_ranks(section: LowRank, languages: Languages) -> None:
@@ -38,6 +83,13 @@ def check_ranks(section: LowRank, languages: Languages) -> None:
             f"'low_rank.rank' {'lacks' if wrong[0] in known else 'names'} {wrong[0]}: it must have "
             f"each {what} {', '.join(sorted(known))}"
         )
+
+
+def check_pruned(section: LowRank, prune: Pruning, languages: Languages) -> None:
+    """Raise ValueError unless a language that ``prune`` names has matrices."""
+    pruned = [code for code in languages.codes if prune.prunes(code, languages)]
+    if not any(section.rank_of(code, languages) for code in pruned):
+        raise ValueError("'low_rank.prune' has nothing to prune: its languages have rank 0")
 
 
 def learns_weights_alone(section: LowRank, training: Training) -> bool:

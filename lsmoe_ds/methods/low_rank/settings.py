@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -17,7 +18,16 @@ from lsmoe_ds.config.section import Positive
 from lsmoe_ds.config.shapes import Count, LinearShape, MatrixProduct, Shape, SideName, shapes_of
 from lsmoe_ds.directions import GROUPS, Direction, Languages
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.methods.low_rank.checks import check_pivot, check_ranks, learns_weights_alone, notices_of
+from lsmoe_ds.methods.low_rank.checks import (
+    check_index,
+    check_modular,
+    check_pivot,
+    check_places,
+    check_pruned,
+    check_ranks,
+    learns_weights_alone,
+    notices_of,
+)
 from lsmoe_ds.methods.low_rank.pruning import Pruning
 
 if TYPE_CHECKING:
@@ -133,11 +143,16 @@ class LowRank(MethodSection):
 
     def index_at(self, site: LinearShape) -> Index:
         """Return the index of a site. Raises ValueError if no pattern names it."""
+        return self.pattern_at(site)[0]
+
+    def pattern_at(self, site: LinearShape) -> tuple[Index, str]:
+        """Return the index of a site and the first pattern that gives it, or raise ValueError."""
         if not isinstance(self.index, dict):
-            return self.index
+            return self.index, "all"
         for index, patterns in self.index.items():
-            if is_in(site, patterns):
-                return index
+            for pattern in patterns:
+                if is_in(site, [pattern]):
+                    return index, pattern
         raise ValueError(
             f"'index' does not say which languages choose the matrices of {site.at}: add a pattern"
         )
@@ -188,7 +203,7 @@ class LowRank(MethodSection):
                 "no language to be weighted by; leave one out"
             )
         if "modular" in indexes:
-            self._check_modular()
+            check_modular(self)
         elif self.merge is not None:
             raise ValueError("'merge' is for 'index: modular': leave it out")
         elif self.pivot != "en":  # which stored recipes of any index name
@@ -201,13 +216,6 @@ class LowRank(MethodSection):
         if self.fuse_distillation and self.prune is not None:
             raise ValueError("'prune' and 'fuse_distillation' exclude each other: leave one out")
         return self
-
-    def _check_modular(self) -> None:
-        if not self.is_modular:
-            raise ValueError("'index: modular' is for all sites: leave out the patterns")
-        for key, given in (("fuse_distillation", self.fuse_distillation), ("prune", self.prune)):
-            if given:
-                raise ValueError(f"'index: modular' and '{key}' exclude each other: leave one out")
 
     def takes(self, route: str) -> bool:
         """Tell whether a route is one by which modular matrices are merged."""
@@ -222,21 +230,12 @@ class LowRank(MethodSection):
         return ("in", "out", "outputs-W-W", *same) if self.is_modular else ()
 
     def check(self, model: Model) -> None:
-        found = [site for site in shapes_of(model) if self.is_at(site)]
-        if not found:
-            at = ", ".join(patterns_of(self.at))
-            every = f" in layers that 'every: {self.every}' chooses" if self.every > 1 else ""
-            raise ValueError(
-                f"'low_rank' has no place: no linear layer is at '{at}'{every}, and feed-forwards "
-                "with experts have none: choose another 'at' or 'every'"
-            )
-        for site in found:
-            if isinstance(site, LinearShape):
-                self.index_at(site)
         linears = [site for site in shapes_of(model) if isinstance(site, LinearShape)]
-        indexed = self.index.values() if isinstance(self.index, dict) else []
-        named = (*patterns_of(self.at), *(each for patterns in indexed for each in patterns))
-        check_named(named, linears, "linear layer", model)
+        sites = [site for site in linears if self.is_at(site)]
+        check_places(self, sites)
+        indexed = [*self.index.values()] if isinstance(self.index, dict) else []
+        check_named(chain(patterns_of(self.at), *indexed), linears, "linear layer", model)
+        check_index(self, sites)
         if model.teaches:
             raise ValueError(
                 "'low_rank' and 'moe.fuse_distillation' exclude each other: low-rank matrices distill by "
@@ -251,9 +250,7 @@ class LowRank(MethodSection):
             return  # 'data.groups' has thresholds: the prepared data decide
         check_ranks(self, languages)
         if self.prune is not None:
-            pruned = [code for code in languages.codes if self.prune.prunes(code, languages)]
-            if not any(self.rank_of(code, languages) for code in pruned):
-                raise ValueError("'low_rank.prune' has nothing to prune: its languages have rank 0")
+            check_pruned(self, self.prune, languages)
 
     def stand_in(self, direction: Direction, languages: Languages) -> Direction | None:
         """Return None: languages choose the matrices. Learned weights are those of trained directions."""
