@@ -8,6 +8,7 @@ from test_sameness import VOCABULARY, recipe_for
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.moe import experts as module
 from lsmoe_ds.moe.dispatch import Dispatcher
@@ -220,6 +221,52 @@ def test_zero_lays_experts_at_one_distance(pool, stage):
     recipe.deepspeed = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     (found,) = pool.run(1, are_views, recipe)
     assert found and all(found)
+
+
+STEPPED_IN_16_BITS = {"adafactor": {"master_weights": False}, "optimizer": "adafactor"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "training"),
+    [(0, STEPPED_IN_16_BITS), (1, {"trainable": ["*norm*"]}), (2, {"trainable": ["*norm*"]})],
+    ids=["stage 0", "frozen, stage 1", "frozen, stage 2"],
+)
+def test_experts_without_a_buffer_of_zero_are_laid_together(pool, stage, training):
+    recipe = recipe_for("target", 1, 1, stage)
+    recipe.deepspeed = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    value = recipe.model_dump(mode="json", exclude_none=True)
+    value["training"] |= training
+    (found,) = pool.run(1, are_views_where_grouped, Recipe.model_validate(value))
+    assert found and all(found)
+
+
+def are_views_where_grouped(topology, recipe) -> list[bool]:
+    """The same where bfloat16 has grouped products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
+        return are_views(topology, recipe)
+
+
+def test_laying_experts_together_changes_nothing(monkeypatch):
+    monkeypatch.setattr(module, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
+    experts = experts_of(torch.bfloat16)
+    before = {name: value.clone() for name, value in experts.named_parameters()}
+    experts.lay_together(lambda parameter: parameter.dim() > 1)
+    parts = experts.deepspeed_experts
+
+    def is_view(name: str) -> bool:
+        stacked = _Stack.apply(*[expert.get_parameter(name) for expert in parts])
+        return stacked.data_ptr() == parts[0].get_parameter(name).data_ptr()
+
+    assert is_view("expand.weight") and is_view("contract.weight") and not is_view("expand.bias")
+    place = parts[0].expand.weight.data_ptr()
+    experts.pack()
+    assert is_view("contract.bias") and parts[0].expand.weight.data_ptr() == place, "moved once"
+    assert all(torch.equal(value, before[name]) for name, value in experts.named_parameters())
+    single = experts_of()
+    places = [value.data_ptr() for value in single.parameters()]
+    single.pack()
+    assert [value.data_ptr() for value in single.parameters()] == places, "float32 has no grouped product"
 
 
 def fake_rows(rows: int = 6, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Tensor:

@@ -8,7 +8,7 @@ n rows with N choices of a local expert, K top-k, H hidden, F feed-forward width
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -118,8 +118,8 @@ def _pick(copies: Tensor, assignment: Assignment) -> Tensor:
 class _Stack(torch.autograd.Function):
     """Stack E tensors of one shape: [E, ...].
 
-    The result is a view if the tensors lie at equal distances in one storage, as DeepSpeed's ZeRO lays out
-    experts of equal shape; otherwise a copy.
+    The result is a view if the tensors lie at equal distances in one storage, as DeepSpeed's ZeRO and
+    :meth:`Experts.lay_together` lay out experts of equal shape; otherwise a copy, which autograd keeps.
     """
 
     @staticmethod
@@ -237,6 +237,28 @@ class Experts(nn.Module):
         self.run_idle = topology.world > 1
         for parameter in self.parameters():
             mark_expert_parameter(parameter, topology.expert)
+
+    def pack(self) -> None:
+        """Lay all parameters together, for inference."""
+        self.lay_together(lambda parameter: True)
+
+    @torch.no_grad()
+    def lay_together(self, may_move: Callable[[Tensor], bool]) -> None:
+        """Move the experts' parameters of each name into one storage, where a grouped product reads them
+        without a copy.
+
+        Left as they are: those that lie so already, as ZeRO's buffers have them, those that no grouped
+        product reads, and those that ``may_move`` denies because an optimizer owns their storage.
+        """
+        experts = list(self.deepspeed_experts)
+        first = next(self.parameters())
+        if not has_kernel(first.device, first.dtype) or not all(_fits(each, first.dtype) for each in experts):
+            return
+        for name, _ in experts[0].named_parameters():
+            parts = tuple(expert.get_parameter(name) for expert in experts)
+            if all(map(may_move, parts)) and _distance(parts) is None:
+                for part, place in zip(parts, torch.stack(parts), strict=True):
+                    part.data = place
 
     def forward(
         self,

@@ -114,6 +114,10 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         wrong = error.errors()[0]
         key, found, why = ".".join(map(str, wrong["loc"])), wrong["input"], wrong["msg"].lower()
         raise SharedError(f"the DeepSpeed configuration has {found!r} for '{key}': {why}") from None
+    # ZeRO and the wrappers of 16-bit optimizers have buffers of their own for what they step.
+    free = alone and config.get("zero_optimization", {}).get("stage", 0) == 0
+    for _, layer in model.moe_layers():
+        layer.deepspeed_moe.experts.lay_together(lambda parameter: free or not parameter.requires_grad)
     for name, buffer in model.named_buffers():  # without its mark where DeepSpeed has moved it
         if (dimension := spread[name]) is not None:
             compat.mark_tensor_parallel(buffer, dimension)
