@@ -94,6 +94,26 @@ def convert(
         Path | None,
         typer.Option(metavar="FOLDER", help="peft only: refer to this base, which has the same weights."),
     ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|SHARE",
+            help=(
+                "hybrid only: keep the N experts of each layer which the direction uses most, or as many as "
+                "cover a share of the use, as in 0.95."
+            ),
+        ),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="used|mean",
+            help=(
+                "dense only: where tokens choose their experts, the most used one or the weighted mean "
+                "stands for all: a start for distilling."
+            ),
+        ),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option("--nproc", min=1, help=f"layout only: {NPROC.lower()}")
     ] = None,
@@ -116,6 +136,8 @@ def convert(
         "optimizer": optimizer,
         "nproc": processes,
         "base": base,
+        "keep": keep,
+        "experts": experts,
     }
     weights = read_average(average)
     summary = convert_run(run, to, chosen, out, check, route, weights, overrides or (), like, **options)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from lsmoe_ds.analysis.routing import LayerRouting, Routing
 from lsmoe_ds.config.moe import MoE
+from lsmoe_ds.console import progress
 from lsmoe_ds.data.batches import DirectionIds
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.directions import Direction, Languages
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import Loaded
 from lsmoe_ds.languages import is_english
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 SENTENCES = 200  # of each direction
 BATCH = 32
+USED_PAIRS, LARGE_BATCH = 1000, 256  # of a direction, to measure use; experts may be read for each batch
 MULTIWAY_LEAST = 20  # common sentences; fewer say little about a task
 
 
@@ -97,32 +101,80 @@ def choose_pairs(
 @contextmanager
 def observed(loaded: Loaded) -> Iterator[dict[tuple[str, int], Counts]]:
     """Count, by side and layer, the routes of all tokens that pass through the model inside the block."""
-    counts: dict[tuple[str, int], Counts] = {}
-    modules = []
-    for side, layer, moe in loaded.recipe.model.moe_layers():
-        modules.append(loaded.model.get_submodule(f"{side}.{layer}.feed_forward"))
-        counts[side, layer] = Counts.none(len(loaded.languages.tasks(moe.task)), moe.experts)
-        modules[-1].observer = counts[side, layer].add  # type: ignore[assignment]
-    try:
+    counts = {
+        (side, layer): Counts.none(len(loaded.languages.tasks(moe.task)), moe.experts)
+        for side, layer, moe in loaded.recipe.model.moe_layers()
+    }
+    with observing(loaded, lambda place, seen: counts[place].add(seen)):
         yield counts
+
+
+@contextmanager
+def observing(loaded: Loaded, see: Callable[[tuple[str, int], Seen], None]) -> Iterator[None]:
+    """Call ``see`` with side and layer, and with what each MoE layer does inside the block."""
+    modules = {
+        (side, layer): loaded.model.get_submodule(f"{side}.{layer}.feed_forward")
+        for side, layer, _ in loaded.recipe.model.moe_layers()
+    }
+    for place, module in modules.items():
+        module.observer = partial(see, place)  # type: ignore[assignment]
+    try:
+        yield
     finally:
-        for module in modules:
+        for module in modules.values():
             module.observer = None  # type: ignore[assignment]
 
 
 @torch.inference_mode()
-def run_pairs(loaded: Loaded, data: PreparedData, split: str, chosen: dict[Direction, list[int]]) -> None:
-    """Run the model over held-out pairs, in batches of one direction."""
+def run_pairs(
+    loaded: Loaded,
+    data: PreparedData,
+    split: str,
+    chosen: dict[Direction, list[int]],
+    size: int = BATCH,
+    advance: Callable[[int], None] = lambda pairs: None,
+) -> None:
+    """Run the model over held-out pairs, in batches of one direction and of at most ``size`` pairs.
+
+    ``advance`` is told the number of pairs of each batch.
+    """
     ids = DirectionIds.of(loaded.languages, loaded.vocabulary, loaded.recipe.data.tags)
     for direction, places in chosen.items():
         pairs, number = data.tokens(direction, split), loaded.languages.direction_id(direction)
-        for start in range(0, len(places), BATCH):
-            part = places[start : start + BATCH]
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
             batch = ids.collate(
                 [pairs.source[i] for i in part], [pairs.target[i] for i in part], [number] * len(part)
             )
             batch = batch.to(loaded.device)
             loaded.model(batch.source, batch.decoder_input, batch.labels, batch.ids, loaded.route)
+            advance(len(part))
+
+
+def measure_use(loaded: Loaded, data: PreparedData, direction: Direction) -> dict[tuple[str, int], Tensor]:
+    """Return, by side and layer, the mean weight by which a token of a direction's dev set uses each expert.
+
+    Values [E] are float64; their sum is 1, or with top-1 routing the mean probability of the first choice.
+    Raises UserError for a direction without dev text.
+    """
+    places = list(range(min(len(data.tokens(direction, "dev")), USED_PAIRS)))
+    if not places:
+        raise UserError(f"which experts {direction} uses is measured on dev text, of which it has none")
+    uses = {
+        (side, layer): torch.zeros(moe.experts, dtype=torch.float64)
+        for side, layer, moe in loaded.recipe.model.moe_layers()
+    }
+    tokens = dict.fromkeys(uses, 0)
+
+    def see(place: tuple[str, int], seen: Seen) -> None:
+        experts, weights = seen.routes.experts.reshape(-1).cpu(), seen.routes.weights.reshape(-1).cpu()
+        kept = experts >= 0  # others were dropped by capacity
+        uses[place].index_add_(0, experts[kept], weights[kept].double())
+        tokens[place] += len(seen.tokens)
+
+    with observing(loaded, see), progress("measuring which experts are used", len(places)) as advance:
+        run_pairs(loaded, data, "dev", {direction: places}, LARGE_BATCH, advance)
+    return {place: use / tokens[place] for place, use in uses.items()}
 
 
 def layer_routing(loaded: Loaded, side: str, layer: int, moe: MoE, counts: Counts) -> LayerRouting:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds import __version__
+from lsmoe_ds.analysis.measuring import measure_use
 from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.m2m_100 import count_padding
 from lsmoe_ds.checkpoint.stored import (
@@ -39,10 +40,12 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.ctranslate2 import QUANTIZATIONS
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.export.importing import read_huggingface
+from lsmoe_ds.export.kept_experts import SAID, Keep, One, keep_one, keep_used
 from lsmoe_ds.export.peft import BASE, base_of, measure, refer, split_stored
 from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.export.vocabulary_map import VocabularyMap
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
+from lsmoe_ds.inference.load import load
 from lsmoe_ds.languages import nearest, normalize_code, table
 
 WRITERS = {
@@ -64,6 +67,8 @@ OPTIONS = {
     "optimizer": "consolidated",
     "nproc": "layout",
     "base": "peft",
+    "keep": "hybrid",
+    "experts": "dense",
 }  # and the kind that has them
 
 
@@ -84,7 +89,8 @@ def convert(
     For one direction, or by the shared route for all; a dense folder is taken as it is. ``average`` chooses
     the weights of a run. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
     new parts begin as. ``options`` are those of the kind's writer: ``quantization`` and ``vocabulary_map`` of
-    ctranslate2, ``optimizer`` of consolidated, ``nproc`` of layout, ``base`` of peft. The first ``check``
+    ctranslate2, ``optimizer`` of consolidated, ``nproc`` of layout, ``base`` of peft, ``keep`` of hybrid and
+    ``experts`` of dense (:mod:`lsmoe_ds.export.kept_experts`). The first ``check``
     held-out sentences of the direction, or as many spread over all, are translated by both models. If that is
     not possible, the record says why. What is made of a run for serving is also noted in the run's folder
     (:func:`_note`). Raises UserError for a target, direction, route, option or folder that is not possible.
@@ -153,7 +159,12 @@ def convert(
         options |= {"adapters": adapters, "sizes": rows, "of_base": made, "base": base, "home": out}
         made = made | {"base": refer(base or out / BASE, out, out)}
     else:
-        tensors, recipe, made = extract_stored(stored, direction, route, to == "hybrid", average)
+        fewer = options.pop("keep", None), options.pop("experts", None)
+        hybrid = to == "hybrid" or any(fewer)
+        tensors, recipe, made = extract_stored(stored, direction, route, hybrid, average)
+        if any(fewer):
+            tensors, recipe, said = _keep_experts(stored, average, tensors, recipe, *fewer)
+            made |= {**said, "dense_parameters": tensors.numbers}
     if to == "grown":
         recipe, vocabulary = grown_recipe(stored, overrides, out)
         tensors = grow(tensors, stored.recipe, recipe, Vocabulary.load(stored.vocabulary), like or Likeness())
@@ -195,10 +206,32 @@ def convert(
         **found,
         **{name if name == "seconds" else f"dense_{name}": value for name, value in sizes.items()},
     }
+    record |= {name: made[name] for name in ("approximates",) if name in made}
     record["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    if stored.kind == "sparse":
+    if stored.kind == "sparse" and "approximates" not in made:
         _note(record, stored.home)
     return record
+
+
+def _keep_experts(
+    stored: Stored, average: Averaging, tensors: Tensors, recipe: Recipe, keep: str | None, one: One | None
+) -> tuple[Tensors, Recipe, dict[str, Any]]:
+    """Measure which experts the recipe's direction uses, and keep some of them, or one a layer.
+
+    Return the model, its recipe and what the provenance says of it.
+    """
+    kept = None if keep is None else Keep.parse(keep)
+    if one is not None and one not in SAID:
+        raise UserError(f"--experts is {one!r}: choose {' or '.join(SAID)}")
+    (direction,) = recipe.languages.directions
+    loaded = load(stored.weights_in, "cpu", average=average, streamed=True)
+    uses = measure_use(loaded, open_data(stored), direction)
+    if kept is not None:
+        tensors, recipe, said = keep_used(tensors, recipe, uses, kept)
+        return tensors, recipe, {"kept_experts": said}
+    assert one is not None
+    tensors, recipe = keep_one(tensors, recipe, uses, one)
+    return tensors, recipe, {"approximates": f"{SAID[one]} stands for all of a layer"}
 
 
 def _map_vocabulary(

@@ -142,6 +142,11 @@ begins with it by `training.start_from`."""
 WHOLE = "The whole model `{run}` as it was trained, written with lsmoe_ds {version}."
 HYBRID = """What of the model `{run}` this direction uses, taken out with lsmoe_ds {version}. Layers that choose their experts token by
 token or sentence by sentence keep them all; the others are dense. It computes what that model computes for this direction."""
+PRUNED = """What of the model `{run}` this direction uses, taken out with lsmoe_ds {version}. Layers that choose their experts token by
+token or sentence by sentence keep those that the direction's dev text uses most: it translates much as that model does, not exactly
+alike; the others are dense."""
+APPROXIMATE = """A dense Transformer made of the model `{run}` with lsmoe_ds {version}, in which {approximates}: it does not
+compute what that model computes, and is a start for training."""
 DENSE = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {version}: it
 computes what that model computes {of}."""
 FLOAT = "float32"
@@ -290,6 +295,10 @@ def _what(kind: str, provenance: Mapping[str, Any]) -> str:
         return adapter_card.WHAT
     if kind == "consolidated":
         return IMPORTED if "imported_from" in provenance else GROWN if "grown_from" in provenance else WHOLE
+    if "approximates" in provenance:
+        return APPROXIMATE
+    if "kept_experts" in provenance:
+        return PRUNED
     return (
         HYBRID if kind == "hybrid" else ROUNDED if provenance.get("quantization", FLOAT) != FLOAT else DENSE
     )
@@ -302,6 +311,8 @@ def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any]) -> str:
         remarks.append(f" They are of another step than this model, which is of step {provenance['step']:,}.")
     if provenance.get("quantization", FLOAT) != FLOAT:
         remarks.append(" They are of the model before its weights were rounded.")
+    if "kept_experts" in provenance or "approximates" in provenance:
+        remarks.append(" They are of the model with all its experts.")
     if "vocabulary_map" in provenance:
         remarks.append(" They are of a search without vocabulary map.")
     return "".join(remarks)
@@ -336,6 +347,11 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
             "vocabulary map",
             f"{of_a_piece} candidates for each piece of a source, of {mapped['mapped']} alone{measured}",
         )
+    for side, each in provenance.get("kept_experts", {}).items():
+        kept = (
+            f"{each['kept']} of {each['of']} in each layer, with {each['least_use']:.1%} of the use or more"
+        )
+        yield f"experts of the {side}", kept
     if "merged" in provenance:
         yield "merged into its layers", provenance["merged"]
     average = provenance.get("average", 1)

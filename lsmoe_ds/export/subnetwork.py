@@ -311,6 +311,7 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
                 provenance[START] = start
     fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int}
     optional: dict[str, type] = {"merged": str, "trained": list, "started_from": str, START: str}
+    optional |= {"kept_experts": dict, "approximates": str}
     plain = dict.fromkeys(PLAIN, ("run", "route", "sparse_parameters"))
     carried = {**plain, "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
     if stored.kind not in carried:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weights
@@ -24,9 +25,10 @@ from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, neve
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.base import Model
 from lsmoe_ds.model.build import buffers_of, outline
+from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.notices import notice
-from lsmoe_ds.parallel.parameters import global_names, named_state
+from lsmoe_ds.parallel.parameters import LOCAL_EXPERT, global_names, named_state
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.costs import Parts
 
@@ -105,9 +107,10 @@ def load(
     device: torch.device | str | None = None,
     route: str = "specific",
     average: Averaging = 1,
+    streamed: bool = False,
 ) -> Loaded:
     """Load a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and
-    evaluation mode.
+    evaluation mode. If it is ``streamed``, experts are read from its files whenever they compute.
 
     ``device`` defaults to the GPU if there is one. ``route`` "shared" translates by what all languages share.
     ``average`` chooses the weights of a run. Raises UserError for a path that is none of these, or is
@@ -126,7 +129,8 @@ def load(
         if device is not None
         else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    model = build_model(stored.recipe, vocabulary.size, weights := read_weights(stored, average), device)
+    weights = read_weights(stored, average)
+    model = build_model(stored.recipe, vocabulary.size, weights, device, streamed)
     return Loaded(
         model,
         stored.recipe,
@@ -205,18 +209,48 @@ def check_route(route: str, recipe: Recipe) -> Route:
     return "shared"
 
 
-def build_model(recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device) -> Model:
-    """Build the model with these weights, in evaluation mode. Raises UserError if they are not those of the
-    recipe.
+def build_model(
+    recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device, streamed: bool = False
+) -> Model:
+    """Build the model with these weights, in evaluation mode; of a ``streamed`` one memory holds no more than
+    one expert. Raises UserError if they are not those of the recipe.
     """
     topology, tensors = Topology.single(device), Tensors.of(weights.tensors)
     model = empty_model(recipe, vocabulary, tensors, topology)
     names = global_names(model, topology)
-    model.adopt({local: tensors[name] for local, name in names.items()})
+    if streamed:
+        names = stream_experts(model, names, tensors)
+        model.load_state_dict({local: tensors[name] for local, name in names.items()}, False, assign=True)
+    else:
+        model.adopt({local: tensors[name] for local, name in names.items()})
     _make_buffers(model, recipe, vocabulary)
-    model.to(device).eval().requires_grad_(False)
+    if not streamed:
+        model.to(device)
+    model.eval().requires_grad_(False)
     model.pack()
     return model
+
+
+def stream_experts(model: Model, names: Mapping[str, str], tensors: Tensors) -> dict[str, str]:
+    """Let each expert, which has no weights yet, read them for each call and drop them after it.
+
+    ``names`` are the global names by the local ones. Returns those of all other parameters and buffers.
+    """
+    left = dict(names)
+    for at, module in model.named_modules():
+        if not LOCAL_EXPERT.search(f"{at}.") or not isinstance(module, FeedForward):
+            continue
+        own = {name: left.pop(f"{at}.{name}") for name in module.state_dict()}
+
+        def read(expert: nn.Module, _: object, own: dict[str, str] = own) -> None:
+            expert.load_state_dict({name: tensors[stored] for name, stored in own.items()}, assign=True)
+
+        def drop(expert: nn.Module, *_: object) -> None:
+            expert.to_empty(device="meta")
+
+        module.register_forward_pre_hook(read)
+        module.register_forward_hook(drop)
+    return left
 
 
 def _make_buffers(model: Model, recipe: Recipe, vocabulary: int) -> None:
