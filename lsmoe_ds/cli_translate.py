@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,14 +33,58 @@ def translate(
             help="By default ctranslate2 for a folder converted to it, otherwise torch.",
         ),
     ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help=(
+                "Translate the sources of the model's training text instead, of a direction or of all, into "
+                "this new corpus, on which another model is trained."
+            ),
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For --corpus: translate these lines, in one direction."),
+    ] = None,
+    back: Annotated[
+        bool,
+        typer.Option("--back", help="For --corpus: translations become the sources of the other direction."),
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="For --corpus: translate so many lines of each direction.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="For --corpus: processes; by default one for each core, or on a GPU 0, which is this one.",
+        ),
+    ] = None,
 ) -> None:
     """Translate standard input to standard output, line by line, as lines come; both are UTF-8. An empty line
     stays empty.
+
+    With --corpus, translate text into a corpus; it resumes, and the same command, started again elsewhere,
+    helps.
     """
     chosen = direction_of(direction, source, target, "--to")
+    if corpus is not None:
+        from lsmoe_ds.checkpoint.averages import read_average
+        from lsmoe_ds.export.translations import Asked, How, translate_corpus
+
+        how = How(beam, length_penalty, route, engine, read_average(average))
+        asked = Asked(() if chosen is None else (chosen,), text, limit, back)
+        made = translate_corpus(run, corpus, asked, how, workers)
+        pairs = ", ".join(f"{name} {count:,}" for name, count in made["pairs"].items())
+        print(f"{corpus}: {pairs}")
+        return
+    for name, value in (("--text", text), ("--back", back), ("--limit", limit), ("--workers", workers)):
+        if value not in (None, False):
+            raise UserError(f"{name} is for --corpus, the folder of a corpus that is to be written")
     if chosen is None:
         raise UserError("name the languages: --from en --to de, or --direction en-de")
-    text = standard_input("one sentence a line, as in 'lsmoe translate ... < text'")
+    stream = standard_input("one sentence a line, as in 'lsmoe translate ... < text'")
     from lsmoe_ds.checkpoint.averages import read_average
     from lsmoe_ds.export.engine import load_engine
     from lsmoe_ds.inference.engine import find_direction
@@ -48,7 +93,7 @@ def translate(
 
     loaded = load_engine(run, route, engine, chosen, read_average(average))
     chosen = find_direction(loaded, chosen)
-    for line in translate_chunks(loaded, chosen, read_chunks(text), beam, length_penalty):
+    for line in translate_chunks(loaded, chosen, read_chunks(stream), beam, length_penalty):
         print(line, flush=True)
 
 

@@ -24,7 +24,7 @@ SMALLEST = 64  # pieces of a vocabulary
 TagConvention = Literal["target", "source-target"]
 LABELLED: dict[str, Task] = {"wikiann": "tag", "conll": "tag", "squad": "answer"}  # formats of other tasks
 # Settings of text that labelled corpora take as it is.
-OF_TRANSLATION = ("directions", "cleaning", "held_out", "tags", "prompt", "pivot", "max_pairs")
+OF_TRANSLATION = ("directions", "cleaning", "held_out", "tags", "prompt", "pivot", "max_pairs", "train_on")
 SHORTEST_WINDOW = 16  # tokens
 NAMES = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")  # WikiANN's
 
@@ -41,7 +41,9 @@ class Corpus(Section):
     """
 
     path: Path
-    format: Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv", "wikiann", "conll", "squad"]
+    format: Literal[
+        "opus100", "flores", "ntrex", "iwslt", "moses", "tsv", "translated", "wikiann", "conll", "squad"
+    ]
     source: str | None = None
     target: str | None = None
     train: Literal["dev", "test"] | None = None
@@ -199,7 +201,8 @@ class Data(Section):
     language before the source and that of the target language before the translation, which is given and not
     learned. ``prompt`` is for a decoder alone (``model.huggingface``), which reads no tags. ``pivot`` is the
     language by whose sentences a corpus' bitexts are joined into others (see :mod:`lsmoe_ds.data.pivot`).
-    ``max_pairs`` caps the training pairs of each bitext, or of each bitext of a language.
+    ``max_pairs`` caps the training pairs of each bitext, or of each bitext of a language. With ``train_on``
+    only text that a model has translated is trained on; other text serves as dev and test sets.
 
     Corpora of other tasks are by language. ``labels`` are the tags of names in the BIO scheme, and questions
     are read with windows of their context that overlap by ``stride`` tokens.
@@ -220,6 +223,7 @@ class Data(Section):
     prompt: Prompt | None = None
     pivot: str | None = None
     max_pairs: Positive | dict[str, Positive] | None = None
+    train_on: Literal["translated"] | None = None
     labels: Annotated[list[str], Field(min_length=2)] | None = None
     stride: Annotated[int, Field(ge=0)] | None = None
 
@@ -313,6 +317,12 @@ class Data(Section):
             if getattr(self, key) is not None and self.task != task:
                 kinds = [name for name, of in LABELLED.items() if of == task]
                 raise ValueError(f"'{key}' is for corpora of the format {listed(kinds)}: leave it out")
+        formats = [corpus.format for corpus in self.corpora if isinstance(corpus, Corpus)]
+        if self.train_on is not None and self.train_on not in formats:
+            raise ValueError(
+                "'train_on' is translated, but no corpus has that format: add one that `lsmoe translate "
+                "--corpus` wrote"
+            )
         if self.task != "translate" and not self.groups.listed and self.groups != Groups():
             raise ValueError(
                 "'groups' has numbers of training pairs, of which labelled text has none: list the languages "

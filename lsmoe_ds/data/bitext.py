@@ -29,7 +29,7 @@ from lsmoe_ds.languages import is_english
 # A sentence in more than RARE pairs, and in more than one of every COMMON pairs of its bitext ("Yes."), is
 # not chosen: training would lose all these pairs.
 RARE, COMMON = 5, 100
-LATER = ("held out", "beyond max_pairs")  # counts of pairs that are dropped after cleaning
+LATER = ("held out", "beyond max_pairs", "not translated")  # counts of pairs that are dropped after cleaning
 DIGIT = 16  # bits of a number by which pairs are counted at once
 
 
@@ -92,7 +92,7 @@ class Bitext:
         """Add the cleaned shards of a part: the folder and the record of each."""
         start, before, seen = self.end, self.counts["read"], Counter[str]()
         for folder, record in shards:
-            self.pieces.append(Piece(folder, self.end, record["pairs"]))
+            self.pieces.append(Piece(folder, self.end, record["pairs"], part.way))
             self.counts += Counter(record["counts"])
             seen += Counter(record["seen"])
         self.spans.append((part.corpus, start, self.end))
@@ -162,13 +162,13 @@ class Bitext:
     def candidates(self, claims: Claims) -> Keys:
         """Return the sorted distinct keys of the pivot side that may be chosen, memory-mapped.
 
-        They are of pairs of which no side is common or claimed already.
+        They are of pairs of which no side is common or claimed already, and which no model has translated.
         """
         bad = np.union1d(claims.keys(), self.common)
         path = self.folder / "free"
         with path.open("wb") as file:
             for piece in self.pieces:
-                free = self.fate(piece) == TRAIN
+                free = (self.fate(piece) == TRAIN) & (piece.way is None)
                 for side in (0, 1):
                     free &= ~piece.has(side, bad)
                 file.write(free.astype(np.uint8).tobytes())
@@ -227,6 +227,8 @@ class Bitext:
             ([np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint64)]),
         )
         for piece in self.pieces if len(wanted) else ():
+            if piece.way is not None:
+                continue
             found = np.zeros(piece.count, dtype=bool)
             for side in sides:
                 found |= piece.has(side, wanted)
@@ -277,6 +279,17 @@ class Bitext:
             dropped += int(gone.sum())
             self.set_fate(piece, fate)
         self.counts["held out"] = dropped
+
+    def train_on_translated(self) -> None:
+        """Drop the training pairs that no model has translated: they have served to be held out."""
+        dropped = 0
+        for piece in self.pieces:
+            if piece.way is None:
+                fate = self.fate(piece)
+                dropped += int((fate == TRAIN).sum())
+                fate[fate == TRAIN] = DROPPED
+                self.set_fate(piece, fate)
+        self.counts["not translated"] = dropped
 
     def cap(self, most: int, seed: int) -> None:
         """Keep at most so many training pairs: those whose pivot sentences come first in a random order.
@@ -332,6 +345,15 @@ class Bitext:
         if split in self.own:
             return len(self.own[split])
         return sum(int((self.fate(piece) == FATES[split]).sum()) for piece in self.pieces)
+
+    def trained(self, way: str | None) -> int:
+        """Count the training pairs that both directions train on, or ``way`` alone."""
+        return sum(int((self.fate(piece) == TRAIN).sum()) for piece in self.pieces if piece.way == way)
+
+    @property
+    def ways(self) -> tuple[str, str]:
+        """The direction from the first language to the second, and the other one."""
+        return self.name, "-".join(reversed(self.codes))
 
     def pairs(self, split: str) -> Iterator[Pair]:
         """Yield the pairs of a split: unchanged if a corpus provides the set, otherwise cleaned."""

@@ -27,7 +27,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Return the part of a recipe that prepared data depend on, as JSON holds it."""
     data = recipe.data.model_dump(mode="json", exclude_none=True)
     settings = {key: data[key] for key in ("corpora", "directions", "vocabulary", "cleaning", "held_out")}
-    settings |= {key: data[key] for key in ("pivot", "max_pairs", "labels", "stride") if key in data}
+    settings |= {
+        key: data[key] for key in ("pivot", "max_pairs", "train_on", "labels", "stride") if key in data
+    }
     if recipe.data.task != "translate":  # long texts are cut before training
         settings["batch"] = {"max_length": data["batch"]["max_length"]}
     if recipe.data.vocabulary.file is None:

@@ -1,5 +1,5 @@
-"""Read parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses) and tables
-(TSV).
+"""Read parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses), tables
+(TSV) and what a model has translated.
 
 :mod:`lsmoe_ds.data.lines` and :mod:`lsmoe_ds.data.iwslt` read the single files.
 """
@@ -322,6 +322,22 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
             )
 
 
+def _translated(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
+    """Find what a model has translated: ``SOURCE-TARGET.tsv``, which trains that direction alone."""
+    files = sorted(corpus.path.glob("*-*.tsv")) if corpus.path.is_dir() else []
+    named = [((first, second), path) for path in files for first, _, second in [path.stem.partition("-")]]
+    if not named:
+        raise UserError(
+            f"{corpus.path} is not laid out as text that a model translated: it is no folder of files "
+            "such as en-de.tsv, which `lsmoe translate --corpus` writes"
+        )
+    for bitext, pair in wanted.items():
+        for codes, columns in ((pair, (0, 1)), (pair[::-1], (1, 0))):
+            if found := wanted.choose_all(named, codes):
+                way = "-".join(codes)
+                yield TextPart(str(corpus.path), bitext, "train", (found,), "table", columns, way=way)
+
+
 def _names_language(cell: str, recipes: Iterable[str]) -> bool:
     """Tell whether a cell of a first line is a language code: one of the recipe's, or a known one."""
     code = cell.strip()
@@ -335,6 +351,7 @@ FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[TextPart]]] = {
     "iwslt": _iwslt,
     "moses": _moses,
     "tsv": _tsv,
+    "translated": _translated,
     "wikiann": find_words,
     "conll": find_words,
     "squad": find_questions,

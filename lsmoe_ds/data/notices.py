@@ -138,7 +138,7 @@ class Notices:
                     "give the folder as 'path', where such names serve as dev and test"
                 )
 
-    def of_sets(self, bitexts: Sequence[Bitext], claims: Claims) -> None:
+    def of_sets(self, bitexts: Sequence[Bitext], claims: Claims, directions: Sequence[str]) -> None:
         """Report dev and test sets that are empty or too small, and bitexts without training text."""
         asked, empty, small = self.data.held_out, defaultdict(list), list[str]()
         for bitext in bitexts:
@@ -170,6 +170,16 @@ class Notices:
         ):
             if names := [bitext.name for bitext in untrained if bool(bitext.counts["read"]) == read]:
                 self.texts.append(f"warning: {what} {listed(names)}: these are only evaluated (zero-shot)")
+        if one_way := [
+            way
+            for bitext in bitexts
+            for way in bitext.ways
+            if way in directions and bitext.size("train") and not bitext.trained(None) + bitext.trained(way)
+        ]:
+            self.texts.append(
+                f"warning: there is text that a model has translated, but for other directions than "
+                f"{listed(one_way)}: these are only evaluated (zero-shot)"
+            )
         if both := claims.in_both():
             are = f"{counted(both, 'sentence')} {'is' if both == 1 else 'are'}"
             self.texts.append(

@@ -16,12 +16,14 @@ class Piece:
     """A cleaned shard of a bitext: pairs number ``start`` to ``start + count``.
 
     Its ``folder`` has ``pairs.tsv`` and, sorted, the hashes ``pair`` of whole pairs and the keys of both
-    sides (:func:`lsmoe_ds.data.keys.save_sorted`).
+    sides (:func:`lsmoe_ds.data.keys.save_sorted`). ``way`` is the one direction that trains on it, if not
+    both do.
     """
 
     folder: Path
     start: int
     count: int
+    way: str | None = None
 
     def keys(self, side: int) -> Keys:
         """Return the keys of a side in the order of the pairs."""

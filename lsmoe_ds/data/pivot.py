@@ -120,7 +120,7 @@ def search_and_join(data: Data, bitexts: Sequence[str], folder: Path) -> tuple[l
     for number, each in enumerate(found):
         train: dict[str, Leg] = {}
         for part in (*each.parts, *(more[number].parts if more else ())):
-            if part.split == "train":
+            if part.split == "train" and part.way is None:
                 train[part.bitext] = (*train.get(part.bitext, ()), part)
         for bitext, pair in legs.items():
             if bitext not in train and all(leg in train for leg in pair):

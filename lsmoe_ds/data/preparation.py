@@ -36,7 +36,7 @@ from lsmoe_ds.data.formats import name_of
 from lsmoe_ds.data.held_out import HELD_OUT
 from lsmoe_ds.data.notices import Notices, why_no_text
 from lsmoe_ds.data.pivot import JoinedPart, search_and_join
-from lsmoe_ds.data.prepared import FORMAT
+from lsmoe_ds.data.prepared import FORMAT, ONE_WAY
 from lsmoe_ds.data.shards import Indexed, Shard, as_table, encode_task, index_task, read_held_out, shards_of
 from lsmoe_ds.data.spelling import say_spellings
 from lsmoe_ds.data.splitting import hold_out
@@ -159,7 +159,7 @@ class Preparation:
 
         Text that is not in lines, or is joined, becomes a table first, and a compressed file is unpacked.
         """
-        parts = [part for bitext in self.bitexts for part in self._of(bitext.name, "train")]
+        parts = [part for bitext in self.bitexts for part in self._training_text(bitext)]
         remarks: dict[str, list[str]] = {bitext.name: bitext.remarks for bitext in self.bitexts}
         plain = {
             number: part
@@ -180,6 +180,14 @@ class Preparation:
             own = plain[number]
             found[part.bitext].append((part, shards_of(own, [files[path] for path in own.files])))
         return found
+
+    def _training_text(self, bitext: Bitext) -> list[TextPart]:
+        """Return what trains the first direction alone, what trains both, and what trains the other alone.
+
+        So the training text of each direction is one range of pairs.
+        """
+        places = {bitext.ways[0]: 0, None: 1, bitext.ways[1]: 2}
+        return sorted(self._of(bitext.name, "train"), key=lambda part: places[part.way])
 
     def _corpora(self) -> str:
         return ", ".join(map(name_of, self.data.corpora))
@@ -207,11 +215,13 @@ class Preparation:
         task = self.progress.add_task("holding out", total=None)
         claims = hold_out(self.bitexts, self.data.held_out)
         for bitext in self.bitexts:
+            if self.data.train_on is not None:
+                bitext.train_on_translated()
             if (most := self.data.most_pairs(bitext.codes)) is not None:
                 bitext.cap(most, self.data.held_out.seed)
         self.progress.remove_task(task)
         for bitext in self.bitexts:
-            if not bitext.size("train") and not bitext.own:
+            if not bitext.own and not any(bitext.size(split) for split in ("train", *HELD_OUT)):
                 raise UserError(_nothing_left([bitext]))
         if self.data.vocabulary.file is None and not any(bitext.size("train") for bitext in self.bitexts):
             if any(part.split == "train" for part in self.parts):
@@ -224,7 +234,7 @@ class Preparation:
                 "set 'data.vocabulary.file'"
             )
         self.notices.of_corpora(self.found, self.bitexts)
-        self.notices.of_sets(self.bitexts, claims)
+        self.notices.of_sets(self.bitexts, claims, [str(each) for each in self.languages.directions])
         self.notices.of_training_text(self.bitexts, self.joins)
         self.notices.of_start(self.recipe, self.bitexts)
 
@@ -316,6 +326,8 @@ class Preparation:
                 counts = (records[task.name]["sides"][side] for task in tasks[bitext.name])
                 sides[code] = add_counts(counts)
             written[bitext.name]["train"] = {"pairs": bitext.size("train"), "sides": sides}
+            if any(one_way := [bitext.trained(way) for way in bitext.ways]):
+                written[bitext.name]["train"][ONE_WAY] = one_way
             for split in HELD_OUT:
                 pairs = bitext.own[split] if split in bitext.own else read_held_out(folders, split)
                 sides = write_tokens(self.folder / split / bitext.name, bitext.codes, pairs, vocabulary)

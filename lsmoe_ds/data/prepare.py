@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,10 +17,10 @@ from lsmoe_ds.data.preparation import Preparation
 from lsmoe_ds.data.prepare_labelled import LabelledPreparation
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.shards import FUNCTIONS
-from lsmoe_ds.data.stages import Work
+from lsmoe_ds.data.stages import Work, lead_or_help
 from lsmoe_ds.data.workers import Workers, cores
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import claimed, explain_errors, replaced, write_json
+from lsmoe_ds.folders import replaced, write_json
 from lsmoe_ds.notices import counted
 
 
@@ -42,26 +41,24 @@ def prepare(recipe: Recipe, force: bool = False, processes: int | None = None) -
     work, before = Work(folder, FUNCTIONS), _written(folder)
     if not force and (state := state_of(recipe)).reason is None:
         return _up_to_date(recipe, state, console)
-    with contextlib.ExitStack() as pool:
-        helper: Workers | None = None
-        while True:
-            with claimed(folder) as leads:
-                if leads:
-                    work.forget_leader()
-                    again = force and _written(folder) == before
-                    state = State("it was asked for") if again else state_of(recipe)
-                    if state.reason is None:
-                        work.finish()
-                        return _up_to_date(recipe, state, console)
-                    console.print(f"preparing {folder}{' again' if folder.exists() else ''}: {state.reason}")
-                    return _lead(recipe, work, console, processes)
-            if helper is None:
-                console.print(f"another process is preparing {folder}: this one helps")
-                helper = pool.enter_context(Workers(cores() if processes is None else processes))
-            leader = work.leader()
-            _check_same(recipe, leader.get("settings"))
-            with explain_errors(folder):
-                work.help(leader.get("run"), helper)
+
+    def lead() -> PreparedData:
+        again = force and _written(folder) == before
+        state = State("it was asked for") if again else state_of(recipe)
+        if state.reason is None:
+            work.finish()
+            return _up_to_date(recipe, state, console)
+        console.print(f"preparing {folder}{' again' if folder.exists() else ''}: {state.reason}")
+        return _lead(recipe, work, console, processes)
+
+    return lead_or_help(
+        work,
+        folder,
+        lead,
+        lambda: Workers(cores() if processes is None else processes),
+        lambda theirs: _check_same(recipe, theirs),
+        lambda: console.print(f"another process is preparing {folder}: this one helps"),
+    )
 
 
 def _written(folder: Path) -> int | None:

@@ -3,7 +3,9 @@
 ``SPLIT/BITEXT/CODE.tokens.npy`` holds the ids of all sentences of one side, one after another, without tag
 and EOS; ``CODE.offsets.npy`` where each begins (int64 [N+1]); for dev and test ``CODE.txt`` holds the
 sentences, one a line. Labelled text has ``labels`` as its other side (:mod:`lsmoe_ds.data.labels`); a long
-example is several sequences of tokens there, but one line of text.
+example is several sequences of tokens there, but one line of text. In the training text of a bitext those
+pairs come first that train the direction of its name alone, and those last that train the other one alone;
+``one_way`` in the manifest counts both.
 """
 
 from __future__ import annotations
@@ -24,21 +26,25 @@ from lsmoe_ds.data.formats import SPLITS
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import check_fields, damage, read_json
+from lsmoe_ds.folders import check_fields, damage, is_count, read_json
 
+ONE_WAY = "one_way"  # in the manifest
 LABELS = "labels"  # the other side of labelled text
 FORMAT = 2  # of the folder and of the rules of cleaning and holding out: a change of any must prepare anew
 PREPARE = "run 'lsmoe data prepare' on the recipe"
 
 
 class TokenStore:
-    """The N sentences of one side of a bitext, memory-mapped; pickled as a path."""
+    """The N sentences of one side of a bitext, memory-mapped; pickled as a path.
 
-    def __init__(self, folder: Path, code: str) -> None:
-        self.folder, self.code = folder, code
+    ``left_out`` counts those at the beginning and at the end that are left out.
+    """
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, str]]:
-        return TokenStore, (self.folder, self.code)
+    def __init__(self, folder: Path, code: str, left_out: tuple[int, int] = (0, 0)) -> None:
+        self.folder, self.code, self.left_out = folder, code, left_out
+
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, str, tuple[int, int]]]:
+        return TokenStore, (self.folder, self.code, self.left_out)
 
     @cached_property
     def ids(self) -> NDArray[np.unsignedinteger[Any]]:
@@ -47,12 +53,13 @@ class TokenStore:
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
-        """Where each sentence begins in ``ids``, and at the end their number: [N+1]."""
+        """Where each sentence begins in ``ids``, and where the last one ends: [N+1]."""
         path = self.folder / f"{self.code}.offsets.npy"
         offsets = _open_array(path, "i")
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(self.ids):
             raise UserError(f"prepared data: {path} does not say where the sentences of {self.code} begin")
-        return offsets
+        first, last = self.left_out
+        return offsets[first : len(offsets) - last]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -62,6 +69,11 @@ class TokenStore:
         if not 0 <= index < len(self):
             raise IndexError(f"sentence {index} of {len(self)}")
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def tokens(self) -> int:
+        """The number of ids of all sentences."""
+        return int(self.offsets[-1] - self.offsets[0])
 
     @property
     def lengths(self) -> Lengths:
@@ -154,6 +166,9 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         for split in SPLITS:
             check_fields(path, splits, **{split: dict})
             check_fields(path, splits[split], pairs=int, sides=dict)
+            one_way = splits[split].get(ONE_WAY, [0, 0])
+            if not isinstance(one_way, list) or len(one_way) != 2 or not all(map(is_count, one_way)):
+                raise UserError(f"{path} is damaged: '{ONE_WAY}' should be two counts")
             for code in name.split("-"):
                 check_fields(path, splits[split]["sides"], **{code: dict})
                 check_fields(path, splits[split]["sides"][code], tokens=int, unknown=int)
@@ -254,13 +269,19 @@ class PreparedData:
     def tokens(self, direction: Direction, split: str) -> TokenPairs:
         """Return the tokens of a direction in ``train``, ``dev`` or ``test``."""
         folder = self._bitext(direction, split)
-        source, target = sides(direction)
-        return TokenPairs(TokenStore(folder, source), TokenStore(folder, target))
+        left_out = self._left_out(direction, split)
+        source, target = (TokenStore(folder, side, left_out) for side in sides(direction))
+        return TokenPairs(source, target)
+
+    def _left_out(self, direction: Direction, split: str) -> tuple[int, int]:
+        """Count the pairs at the beginning and the end of a bitext that train the other direction alone."""
+        first, last = self.manifest["bitexts"][direction.bitext][split].get(ONE_WAY, (0, 0))
+        return (0, last) if direction.bitext == str(direction) else (first, 0)
 
     def lines(self, direction: Direction, split: str) -> int:
         """Count the lines of text of a direction: sentence pairs, or examples with labels."""
         found = self.manifest["bitexts"][direction.bitext][split]
-        return int(found.get("examples", found["pairs"]))
+        return int(found.get("examples", found["pairs"])) - sum(self._left_out(direction, split))
 
     def text(self, direction: Direction, split: str) -> tuple[list[str], list[str]]:
         """Return source and target lines of a direction in ``dev`` or ``test``."""

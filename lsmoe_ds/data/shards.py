@@ -99,7 +99,7 @@ def as_table(part: TextPart, path: Path, tell: Callable[[str], None]) -> TextPar
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for first, second in part.pairs(tell):
             file.write(f"{first.translate(blanks)}\t{second.translate(blanks)}\n")
-    return TextPart(part.corpus, part.bitext, part.split, (path,), "table")
+    return TextPart(part.corpus, part.bitext, part.split, (path,), "table", way=part.way)
 
 
 # --- a shard
@@ -129,6 +129,7 @@ class Shard:
             "columns": list(part.columns),
             "header": part.header,
             "width": part.width,
+            "way": part.way,
         }
         rules = {"settings": settings.model_dump(mode="json"), "pivot": pivot}
         text = [each.sha256 for each in self.stretches]
@@ -163,7 +164,7 @@ def clean(folder: Path, work: Path, pivot: int, settings: Mapping[str, Any], **s
     Notes the ``pairs`` that are kept, and ``counts``: how many were read, and how many each rule has dropped.
     """
     own, limits = Shard.read(**shard), Cleaning.model_validate(settings)
-    codes = own.part.bitext.split("-")
+    codes, way = own.part.bitext.split("-"), [own.part.way] if own.part.way else []
     rules = PairFilter(limits, codes[pivot], codes[1 - pivot])
     counts, seen = Counter[str](read=0), Counter[str]()
     hashes = {name: list[np.ndarray[Any, np.dtype[np.uint64]]]() for name in ("pair", "key0", "key1")}
@@ -179,7 +180,8 @@ def clean(folder: Path, work: Path, pivot: int, settings: Mapping[str, Any], **s
             counts["read"] += len(chunk)
             file.writelines(f"{first}\t{second}\n" for first, second in kept)
             for name, values in (
-                ("pair", (hash64(*pair) for pair in kept)),
+                # The same pair may train both directions, and one of them again.
+                ("pair", (hash64(*pair, *way) for pair in kept)),
                 ("key0", (key(pair[0]) for pair in kept)),
                 ("key1", (key(pair[1]) for pair in kept)),
             ):

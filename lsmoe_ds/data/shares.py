@@ -47,9 +47,9 @@ def shares_of(recipe: Recipe, data: PreparedData | None) -> Shares:
     for direction in recipe.trained:
         source[direction] = target[direction] = 1.0
         if data is not None:
-            train = data.manifest["bitexts"][direction.bitext]["train"]
+            train, own = data.manifest["bitexts"][direction.bitext]["train"], data.lines(direction, "train")
             pairs = train["pairs"]
-            drawn = pairs ** (1 / recipe.data.temperature) if pairs else 0.0
+            drawn = own ** (1 / recipe.data.temperature) if own else 0.0
             tokens = [train["sides"][code]["tokens"] for code in (direction.source, direction.target)]
             of_source, of_target = (count / max(pairs, 1) for count in tokens)
             source[direction], target[direction] = drawn * (of_source + 2), drawn * (of_target + 1)

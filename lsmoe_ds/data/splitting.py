@@ -26,7 +26,7 @@ def hold_out(bitexts: Sequence[Bitext], settings: HeldOut) -> Claims:
     for bitext in bitexts:
         bitext.claim_published(claims)
     quotas = {
-        bitext.name: quota(settings, bitext.size("train")) | dict.fromkeys(bitext.own, 0)
+        bitext.name: quota(settings, bitext.trained(None)) | dict.fromkeys(bitext.own, 0)
         for bitext in bitexts
     }
     for pivot in sorted(

@@ -1,8 +1,8 @@
-"""Share a preparation's work among processes of any number of machines, and keep what is finished.
+"""Share work among processes of any number of machines, and keep what is finished.
 
-A preparation has stages, and a stage has tasks that depend on nothing but what they name. The process that
-holds the lock of the prepared data leads: it publishes the tasks of one stage after another in the work
-folder, and does them with its workers. Every other process that prepares the same data helps with what is
+Work has stages, and a stage has tasks that depend on nothing but what they name. The process that
+holds the lock of the result leads: it publishes the tasks of one stage after another in the work
+folder, and does them with its workers. Every other process that makes the same result helps with what is
 published. Whoever begins a task claims it by a lock, so that the task of a process that dies is free again;
 if the leader dies, a helper leads. A result is a folder named after a digest of all that it depends on: what
 is there is not done again, by whatever process, and what depends on anything else has another name.
@@ -10,6 +10,7 @@ is there is not done again, by whatever process, and what depends on anything el
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,15 +19,14 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lsmoe_ds import __version__
 from lsmoe_ds.data.workers import Workers
-from lsmoe_ds.folders import claimed, read_json, resolved, write_json, write_whole
+from lsmoe_ds.folders import claimed, explain_errors, read_json, resolved, write_json, write_whole
 
 RECORD = "record.json"
 LEADER = "leader.json"  # who leads: a number of its own, and its settings
@@ -60,8 +60,41 @@ class Task:
         return f"{self.stage}/{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 
+T = TypeVar("T")
+
+
+def lead_or_help(
+    work: Work,
+    result: Path,
+    lead: Callable[[], T],
+    workers: Callable[[], Workers],
+    check: Callable[[dict[str, Any] | None], None],
+    say: Callable[[], None],
+) -> T:
+    """Make a result under its lock by ``lead``; while another process does, help it with ``workers``.
+
+    ``check`` gets the settings of the process that leads, and raises UserError if they are others. ``say`` is
+    called once, before this process helps.
+    """
+    with contextlib.ExitStack() as pool:
+        helper: Workers | None = None
+        while True:
+            with claimed(result) as leads:
+                if leads:
+                    work.forget_leader()
+                    return lead()
+            if helper is None:
+                say()
+                helper = pool.enter_context(workers())
+            leader = work.leader()
+            check(leader.get("settings"))
+            with explain_errors(result):
+                work.help(leader.get("run"), helper)
+
+
 class Work:
-    """The folder in which a preparation keeps what is finished, beside the prepared data.
+    """The folder in which work on a result keeps what is finished, beside the result: prepared data, or a
+    corpus of translations.
 
     ``functions`` are those of the stages, by name: each gets a new folder, the work folder and a task's
     arguments.
@@ -160,7 +193,7 @@ def finished(folder: Path) -> Record | None:
     if record is None:
         return None
     for name, size in record["files"].items():
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             if (folder / name).stat().st_size == size:
                 continue
         return None

@@ -11,7 +11,7 @@ from rich.text import Text
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.fingerprints import state_of
 from lsmoe_ds.data.formats import SPLITS
-from lsmoe_ds.data.prepared import LABELS, PreparedData, sides
+from lsmoe_ds.data.prepared import LABELS, ONE_WAY, PreparedData, sides
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.languages import language_name
 
@@ -104,19 +104,27 @@ def show(recipe: Recipe) -> Summary:
         if not direction.alone:
             group = recipe.data.groups.of_bitext(direction.bitext, splits["train"]["pairs"])
         for split in SPLITS:
-            pairs = splits[split]["pairs"]
             source, target = (splits[split]["sides"][side] for side in sides(direction))
-            tokens = source["tokens"] + target["tokens"]
+            tokens, of_source, of_target = (
+                source["tokens"] + target["tokens"],
+                source["tokens"],
+                target["tokens"],
+            )
+            pairs = splits[split]["pairs"]
+            if ONE_WAY in splits[split]:
+                own = data.tokens(direction, split)
+                pairs = len(own)
+                of_source, of_target = own.source.tokens, own.target.tokens
             rows.append(
                 Row(
                     direction=str(direction),
                     split=split,
                     group=group,
                     pairs=pairs,
-                    source_tokens=source["tokens"],
-                    target_tokens=target["tokens"],
-                    source_length=source["tokens"] / max(1, pairs),
-                    target_length=target["tokens"] / max(1, pairs),
+                    source_tokens=of_source,
+                    target_tokens=of_target,
+                    source_length=of_source / max(1, pairs),
+                    target_length=of_target / max(1, pairs),
                     unknown=(source["unknown"] + target["unknown"]) / max(1, tokens),
                     held_out=data.manifest["cleaning"][direction.bitext].get("held out", 0)
                     if split == "train"

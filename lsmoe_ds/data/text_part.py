@@ -19,7 +19,8 @@ QUOTED = 0.1  # smallest share of a table's rows with quotes that is reported
 class TextPart:
     """The text of one corpus for one bitext and split.
 
-    It is two aligned files, in the order of the bitext's name, or one table.
+    It is two aligned files, in the order of the bitext's name, or one table. ``way`` is the one direction
+    that trains on it, if not both do.
     """
 
     corpus: str
@@ -30,6 +31,7 @@ class TextPart:
     columns: tuple[int, int] = (0, 1)
     header: bool = False
     width: int = 2  # columns of a table
+    way: str | None = None
 
     def pairs(self, tell: Callable[[str], None] = notice) -> Iterator[tuple[str, str]]:
         """Yield pairs of texts, in the order of the bitext's name, unchanged from the files.
