@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from lsmoe_ds.config.moe import Capacity, MoE
 from lsmoe_ds.config.optimizer import Adafactor, Adam
-from lsmoe_ds.config.recipe import EarlyStopping, Ema, Recipe
+from lsmoe_ds.config.recipe import EarlyStopping, Ema, Recipe, Teacher
 from lsmoe_ds.config.section import is_section
 from lsmoe_ds.methods.adapters.settings import Adapters
 from lsmoe_ds.methods.clsr.settings import Clsr
@@ -32,6 +32,7 @@ SHORT = {
     "lass": Lass,
     "adapters": Adapters,
     "early_stopping": EarlyStopping,
+    "teacher": Teacher,
     "ema": Ema,
     "adam": Adam,
     "adafactor": Adafactor,

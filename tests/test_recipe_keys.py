@@ -45,7 +45,7 @@ def test_every_key_refuses_or_takes_a_value_of_another_kind_in_plain_words(tmp_p
     value["model"] |= {"low_rank": {"rank": 2, "prune": {"ratio": 0.5, "epochs": 15}}, "clsr": {}}
     value["model"] |= {"neurons": {}, "adapters": {}, "lass": {"tuned": "none", "at": "attention"}}
     value["training"] |= {"validate_every": 5, "early_stopping": {"patience": 3}}
-    value["training"] |= {"optimizer": "adafactor", "adafactor": {}}
+    value["training"] |= {"optimizer": "adafactor", "adafactor": {}, "teacher": {"model": "none"}}
     value["deepspeed"] = "ds_configs/zero0.json"
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "recipe.yaml").write_text(GOOD)

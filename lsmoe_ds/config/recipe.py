@@ -44,6 +44,15 @@ class Ema(Section):
     decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
 
 
+class Teacher(Section):
+    """Learn from the distributions of another ``model``, a run or a converted folder with the same vocabulary
+    (Kim and Rush, 2016, section 3.1): the loss is (1 - weight) CE + weight KL(teacher || model).
+    """
+
+    model: Path
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+
+
 class Training(Section):
     """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
     match one of the glob patterns. ``directions`` are those of the data that train, by default all.
@@ -68,6 +77,7 @@ class Training(Section):
     activation_checkpointing: bool = False
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    teacher: Teacher | None = None
     auxiliary_over: Literal["step", "micro-batch"] = "step"
     ema: Ema | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
@@ -197,6 +207,7 @@ class Recipe(Section):
                     f"'parallel.expert' is {expert}, which does not divide the {experts} of the {name}"
                 )
         self._fits_replicas()
+        self._fits_teacher()
         self._fits_optimizer()
         trains = any(method.trains for method in hidden.methods) or any(hidden.moe_layers())
         if self.training.trainable == "methods" and not trains:
@@ -237,6 +248,21 @@ class Recipe(Section):
                     side.moe.replicated(self.languages)
                 except UserError as error:
                     raise ValueError(f"'model.{name}.moe.replicas': {error}") from None
+
+    def _fits_teacher(self) -> None:
+        """Raise ValueError for models that cannot learn from a teacher."""
+        if self.training.teacher is None:
+            return
+        if self.model.huggingface is not None:
+            raise ValueError(
+                "'training.teacher' is not for models of 'model.huggingface': train on its translations "
+                "(`lsmoe translate --corpus`)"
+            )
+        if self.model.distills:
+            raise ValueError(
+                "'training.teacher' is for models of one route, but this one distills from itself "
+                "already: leave one out"
+            )
 
     def _fits_optimizer(self) -> None:
         """Raise ValueError for a DeepSpeed configuration under which the optimizer cannot step."""

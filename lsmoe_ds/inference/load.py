@@ -210,7 +210,12 @@ def check_route(route: str, recipe: Recipe) -> Route:
 
 
 def build_model(
-    recipe: Recipe, vocabulary: int, weights: Weights, device: torch.device, streamed: bool = False
+    recipe: Recipe,
+    vocabulary: int,
+    weights: Weights,
+    device: torch.device,
+    streamed: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
     """Build the model with these weights, in evaluation mode; of a ``streamed`` one memory holds no more than
     one expert. Raises UserError if they are not those of the recipe.
@@ -225,7 +230,7 @@ def build_model(
         model.adopt({local: tensors[name] for local, name in names.items()})
     _make_buffers(model, recipe, vocabulary)
     if not streamed:
-        model.to(device)
+        model.to(device, dtype)
     model.eval().requires_grad_(False)
     model.pack()
     return model

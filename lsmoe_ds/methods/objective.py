@@ -33,6 +33,11 @@ class Objective:
         """Return the sentences [B, ...] that the model reads in training."""
         return batch, ids
 
+    def see(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, index: Tensor) -> None:
+        """See the sentences of a training batch, and the flat positions ``index`` [N] of its real labels,
+        before :meth:`losses` is called.
+        """
+
     def losses(self, logits: Tensor, labels: Tensor, smoothing: float, topology: Topology) -> TokenLosses:
         """Return the losses of logits [N, V / tensor] with labels [N]. The backward pass overwrites the
         logits.

@@ -8,6 +8,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.base import Method
 from lsmoe_ds.methods.fuse_distillation import FuseDistillation
 from lsmoe_ds.methods.objective import Objective
+from lsmoe_ds.methods.taught import Taught
 from lsmoe_ds.moe.method import MixturesOfExperts
 from lsmoe_ds.parallel.topology import Topology
 
@@ -24,6 +25,8 @@ def objective_of(recipe: Recipe) -> Objective:
     In fuse distillation of low-rank matrices both routes learn from each other; experts teach a shared
     feed-forward.
     """
+    if recipe.training.teacher is not None:
+        return Taught(recipe.training.teacher.weight)
     return FuseDistillation(teacher=recipe.model.teaches) if recipe.model.distills else Objective()
 
 

@@ -276,6 +276,7 @@ class Transformer(Model):
         index = (
             (labels.reshape(-1) != PAD).nonzero().squeeze(1)
         )  # the vocabulary is projected for real tokens only
+        objective.see(source, decoder_input, ids, index)
         hidden, labels = hidden.flatten(0, 1)[index], labels.reshape(-1)[index]
         smoothing = self.smoothing if self.training else 0.0
         logits = project(hidden, self.embedding.tokens, self.topology)

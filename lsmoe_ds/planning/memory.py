@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from lsmoe_ds.config.deepspeed import STAGE_0_BUCKET
+from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import (
     Count,
@@ -105,11 +106,12 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
 
     Adafactor's averages are a values (:func:`lsmoe_ds.planning.trained.count_averages`): n + m of a matrix
     [n, m], n of a vector. :func:`activations`, :func:`replica_bytes` and :func:`buffers` compute the
-    temporary memory.
+    temporary memory. A teacher (:func:`teacher_values`) has its weights and logits beside.
     """
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
     masks = sum(local_parameters(count_masks(recipe), layout.tensor, layout.expert))
+    teacher, said = teacher_values(recipe)
     dense, experts = local_parameters(trained or count_trained(recipe), layout.tensor, layout.expert)
     own = dense + experts
     part = ceil(dense * layout.tensor / world) + ceil(experts * layout.expert / world)
@@ -123,10 +125,10 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
     return Memory(
         precision=precision,
         stage=stage,
-        weights=value * held + masks,
+        weights=value * (held + teacher) + masks,
         gradients=value * own if stage == 0 else 4 * (own if stage == 1 else part),
         optimizer=state,
-        activations=activations(recipe, value) + replica_bytes(recipe, value),
+        activations=activations(recipe, value) + replica_bytes(recipe, value) + value * said,
         buffers=buffers(recipe, dense, experts, part, world, stage, value),
         host=optimizer.host_bytes() * stepped,
         process=PROCESS + (recipe.model.huggingface is not None) * TRANSFORMERS,
@@ -209,6 +211,17 @@ def activations(recipe: Recipe, value: int) -> int:
     else:
         within = sum(layers.values()) + logits
     return round(value * twice * share * recipe.data.batch.tokens * (beside + within))
+
+
+def teacher_values(recipe: Recipe) -> tuple[int, int]:
+    """Count the parameters of the teacher of ``training.teacher``, which is whole on each rank, and its
+    logits of one micro-batch. Nothing is counted of a teacher that is on another machine.
+    """
+    teacher = recipe.training.teacher
+    if teacher is None or not (stored := teacher.model / "recipe.yaml").is_file():
+        return 0, 0
+    logits = recipe.data.batch.tokens // 2 * recipe.data.vocabulary.size
+    return Parts.of(load_recipe(stored)).whole.total, logits
 
 
 def replica_bytes(recipe: Recipe, value: int) -> int:

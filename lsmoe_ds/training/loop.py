@@ -23,6 +23,7 @@ from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import SharedError
 from lsmoe_ds.launch.watchdog import beat
 from lsmoe_ds.methods.context import Route
+from lsmoe_ds.methods.taught import Taught
 from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat, deepspeed_engine
 from lsmoe_ds.parallel.collectives import on_main
@@ -33,6 +34,7 @@ from lsmoe_ds.training.monitor import Monitor
 from lsmoe_ds.training.profiling import Profiler, Traced
 from lsmoe_ds.training.start_from import added_methods, starting_weights
 from lsmoe_ds.training.stopping import Stopping
+from lsmoe_ds.training.teacher import load_teacher
 from lsmoe_ds.training.throughput import Throughput, peak_of
 from lsmoe_ds.training.translating import dev_chrf
 
@@ -69,6 +71,9 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
     beat("building the model")
     engine = build_engine(recipe, vocabulary.size, topology)
     routes: tuple[Route, ...] = engine.module.objective.routes
+    if isinstance(objective := engine.module.objective, Taught):
+        beat("loading the teacher")
+        objective.teacher = load_teacher(recipe, vocabulary.size, topology)
     beat("looking for the newest whole checkpoint")
     found, complaints = on_main(lambda: newest_whole(run))
     done, window, frozen = 0, None, None

@@ -41,6 +41,7 @@ from lsmoe_ds.training.engine import check_precision
 from lsmoe_ds.training.profiling import Traced
 from lsmoe_ds.training.schedules import inverse_square_root
 from lsmoe_ds.training.start_from import added_methods, check_start_from
+from lsmoe_ds.training.teacher import check_teacher
 
 
 def check(recipe: Recipe, run: Path) -> None:
@@ -61,6 +62,7 @@ def check(recipe: Recipe, run: Path) -> None:
         for method in recipe.model.methods:
             if method.name in added:
                 method.check_begin(recipe)
+    check_teacher(recipe, vocabulary)
     open_run(recipe, run, vocabulary)
 
 
