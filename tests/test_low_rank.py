@@ -230,8 +230,8 @@ def test_a_mixed_batch_equals_one_batch_for_each_pair(low_rank):
             {"rank": 2, "at": "decoder", "index": {"source": ["encoder"], "target": ["all"]}},
             "gives source to 'encoder', which decides for no layer",
         ),
-        ({"rank": 10**9}, r"'rank' is 1000000000, but .* has a rank above \d+, that of .*: give at most"),
-        ({"rank": 9, "columns": 8}, "above 8"),
+        ({"rank": 10**9}, r"'rank' is 1000000000, but no layer .* has more than the 24 .*: give at most 24"),
+        ({"rank": 9, "columns": 8}, "more than the 8 inputs"),
     ],
 )
 def test_recipes_that_make_no_sense(low_rank, message):

@@ -34,7 +34,7 @@ def check_pivot(section: LowRank, languages: Languages) -> None:
 
 
 def check_places(section: LowRank, sites: Sequence[LinearShape]) -> None:
-    """Raise ValueError unless matrices are beside any layer, of ranks that products of them can have."""
+    """Raise ValueError unless matrices are beside any layer, and no rank is above the longest side of all."""
     if not sites:
         at = ", ".join(patterns_of(section.at))
         every = f" in layers that 'every: {section.every}' chooses" if section.every > 1 else ""
@@ -42,12 +42,12 @@ def check_places(section: LowRank, sites: Sequence[LinearShape]) -> None:
             f"'low_rank' has no place: no linear layer is at '{at}'{every}, and feed-forwards "
             "with experts have none: choose another 'at' or 'every'"
         )
-    widest = max(sites, key=lambda site: min(section.size(site)))
-    limit, rank = min(section.size(widest)), max(section.ranks)
+    widest = max(sites, key=lambda site: max(section.size(site)))
+    limit, rank = max(section.size(widest)), max(section.ranks)
     if rank > limit:
         raise ValueError(
-            f"'rank' is {rank}, but no product of matrices beside these layers has a rank above {limit}, "
-            f"that of {widest.at}: give at most {limit}"
+            f"'rank' is {rank}, but no layer that gets matrices has more than the {limit} inputs or outputs "
+            f"of {widest.at}: give at most {limit}"
         )
 
 
