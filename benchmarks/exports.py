@@ -130,7 +130,7 @@ MODELS: dict[
         ("specific",),
     ),
     "lass": ("LaSS, 30 % of the weights", {"lass": {"tuned": "runs/tuned", "ratio": 0.7}}, ("specific",)),
-    "adapters": ("adapters of each pair, width 64", {"adapters": {"width": 64}}, ("specific",)),
+    "adapters": ("adapters of each pair", {"adapters": {"width": 64}}, ("specific",)),
 }
 STARTED = ("neurons", "neurons-rows", "lass", "adapters")  # from the dense model
 REFUSED = {
@@ -250,12 +250,15 @@ def measure(run: Path, route: str) -> dict[str, Any]:
                     engine.model.double()
                     found = compare(exact, engine, direction, lines)
                 same["huggingface, in float64"] += found.same
-    chrf = CHRF(word_order=2)
+    chrf, dev = (
+        CHRF(word_order=2),
+        progress.curves.get("dev_loss_shared" if route == "shared" else "dev_loss"),
+    )
     scores = {name: round(chrf.corpus_score(each, [references]).score, 2) for name, each in texts.items()}
     return {
         "data": recipe.name,
         "steps": progress.steps,
-        "dev loss": round(progress.curves["dev_loss_shared" if route == "shared" else "dev_loss"][-1][1], 3),
+        "dev loss": round(dev[-1][1], 3) if dev else None,
         "parameters": sizes,
         "sentences": len(references),
         "directions": [str(direction) for direction in DIRECTIONS],
@@ -286,7 +289,7 @@ def table(rows: dict[str, Any]) -> str:
         )
         cells = [
             row["model"],
-            f"{row['steps']:,}, {row['dev loss']:.2f}",
+            f"{row['steps']:,}" + ("" if row["dev loss"] is None else f", {row['dev loss']:.2f}"),
             f"{size['sparse'] / 1e6:.2f}M → {size['dense'] / 1e6:.2f}M",
             f"{off['dense']:.0e}, {same['dense']}",
             f"{off['huggingface']:.0e}, {same['huggingface']}",

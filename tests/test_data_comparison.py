@@ -103,8 +103,9 @@ def test_all_that_shapes_the_data_is_compared() -> None:
         "prompt",
         "labels",
         "stride",
-    }  # languages become directions, all have tags, prompts are put around tokens, and the last two are of
-    # labelled text (tests/test_encoders.py)
+        "train_on",
+    }  # languages become directions, all have tags, prompts are put around tokens; the last three need other
+    # corpora (tests/test_encoders.py, tests/test_data_translated.py)
     assert compared | free == set(Data.model_fields)
     for section in ("vocabulary", "cleaning", "held_out"):
         tried = {change[1].split(".")[2] for change in CHANGES if change[1].startswith(f"data.{section}.")}

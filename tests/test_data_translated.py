@@ -110,6 +110,12 @@ def test_training_on_translations_alone(home):
     assert all(pair[1] == translation("de", number_of(pair[0])) for pair in texts(data, EN_DE))
 
 
+def test_data_of_all_text_are_not_those_of_translations(home):
+    prepare(recipe_of(home, "one-of-both", ["django", entry(home)]))
+    with pytest.raises(UserError, match="'data.train_on' is translated, but .* was prepared without it"):
+        PreparedData.of(recipe_of(home, "one-of-both", ["django", entry(home)], train_on="translated"))
+
+
 def number_of(english: str) -> int:
     return next(n for n in range(COUNT) if sentence("en", n) == english)
 
