@@ -112,7 +112,7 @@ def test_training_on_translations_alone(home):
 
 def test_data_of_all_text_are_not_those_of_translations(home):
     prepare(recipe_of(home, "one-of-both", ["django", entry(home)]))
-    with pytest.raises(UserError, match="'data.train_on' is translated, but .* was prepared without it"):
+    with pytest.raises(UserError, match=r"'data.train_on' is translated, but .* was prepared without it"):
         PreparedData.of(recipe_of(home, "one-of-both", ["django", entry(home)], train_on="translated"))
 
 
