@@ -287,6 +287,10 @@ REFUSED = {
         "'encoder.cross_attention' names no linear layer of the model",
     ),
     "ratio": ({"rank": 2, "prune": {"ratio": 1.0}}, "less than 1"),
+    "zeros of both": (
+        {"rank": 2, "prune": {"ratio": 0.5, "start": 0, "length": 1, "matrices": "both"}},
+        "'prune.start' is 0 and 'zero' flat",
+    ),
 }
 
 
@@ -347,3 +351,33 @@ def test_rows_of_languages_must_be_those_that_the_model_has(tmp_path):
     start_from._check_same_model(before, stored, 96, weights)
     with pytest.raises(UserError, match="those of de 2, en 1, fr 3, ru 1, the recipe's of de 3, en 1, fr 2"):
         start_from._check_same_model(after, stored, 96, weights)
+
+
+def test_a_run_that_resumes_with_fewer_steps_is_pruned_to_its_ratio():
+    """It may be past the epochs in which its ratio grows, as the new number of steps cuts them."""
+    recipe = recipe_of(
+        rank=2, index="source", prune={"ratio": 0.9, "start": 2, "length": 3, "epochs": 10, "over": "layer"}
+    )
+    model = Transformer(recipe, 96)
+    initialize(model, 1, Topology.single())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("vertical"):
+                parameter.normal_()
+    for number in range(1, 11):
+        model.methods[0].before_step(model, number, 40)
+
+    def pruned() -> float:
+        masks = [mask for name, mask in model.named_buffers() if name.endswith("vertical_mask")]
+        return sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    assert 0 < pruned() < 0.8
+    again = Transformer(recipe, 96)
+    again.load_state_dict(model.state_dict())
+    model = again  # another process
+    changed = model.methods[0].before_step(model, 11, 20)
+    assert changed and pruned() == pytest.approx(0.9, abs=0.01)
+    before = {name: mask.clone() for name, mask in model.named_buffers()}
+    assert not model.methods[0].before_step(model, 12, 20)
+    model.methods[0].prune(0.9)
+    assert all(torch.equal(mask, before[name]) for name, mask in model.named_buffers()), "again is the same"

@@ -69,6 +69,7 @@ class LowRankMatrices(Method):
         super().__init__(section, recipe, topology)
         self.sides: dict[str, SideWeights] = {}
         self.banks: list[tuple[LinearSite, LowRankBank]] = []  # in the order of their sites
+        self._has_pruned = False  # in this process
         self.shapes = {site.at: site for site in shapes_of(recipe.model) if isinstance(site, LinearShape)}
 
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
@@ -259,13 +260,17 @@ class LowRankMatrices(Method):
         return lambda value, generator: value.normal_(0.0, self.section.init_std, generator=generator)
 
     def before_step(self, model: nn.Module, number: int, steps: int) -> dict[nn.Parameter, Tensor]:
-        """Prune in the first step of an epoch whose ratio has grown."""
+        """Prune in the first step of an epoch whose ratio has grown, and in the first of this process: a run
+        that resumes with fewer steps may be past the epochs in which it would have grown. Pruning by the same
+        ratio again changes nothing.
+        """
         prune = self.section.prune
         if prune is None:
             return {}
         ratio = prune.ratio_at(prune.epoch(number, steps))
-        if number > 1 and ratio == prune.ratio_at(prune.epoch(number - 1, steps)):
+        if self._has_pruned and ratio == prune.ratio_at(prune.epoch(number - 1, steps)):
             return {}
+        self._has_pruned = True
         return self.prune(ratio)
 
     @torch.no_grad()

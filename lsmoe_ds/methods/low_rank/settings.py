@@ -89,7 +89,7 @@ class LowRank(MethodSection):
 
     name: ClassVar[str] = "low_rank"
     shared_route: ClassVar[str | None] = "fuse_distillation"
-    by_language: ClassVar[tuple[str, ...]] = ("rank",)
+    by_language: ClassVar[tuple[str, ...]] = ("rank", "prune.languages")
     in_hosts: ClassVar[bool] = True
 
     rank: Rank | dict[str, Rank]
@@ -208,10 +208,10 @@ class LowRank(MethodSection):
             raise ValueError("'merge' is for 'index: modular': leave it out")
         elif self.pivot != "en":  # which stored recipes of any index name
             raise ValueError("'pivot' is for 'index: modular': leave it out")
-        if self.prune is not None and self.prune.start == 0 and self.zero == "vertical":
+        if self.prune is not None and self.prune.start == 0 and self.zero in self.prune.pruned:
             raise ValueError(
-                "'prune.start' is 0 and 'zero' vertical: before the first step all vertical matrices are 0, "
-                "and none is smaller than another; let 'start' be 1 or more"
+                f"'prune.start' is 0 and 'zero' {self.zero}: before the first step all {self.zero} matrices, "
+                "which are pruned, are 0, and none is smaller than another; let 'start' be 1 or more"
             )
         if self.fuse_distillation and self.prune is not None:
             raise ValueError("'prune' and 'fuse_distillation' exclude each other: leave one out")
@@ -263,7 +263,7 @@ class LowRank(MethodSection):
 
     def choosing(self, model: Model) -> Any:
         return {
-            site.at: [tuple(choice) for choice in self.choices(site)]
+            site.at: (self.size(site), [tuple(choice) for choice in self.choices(site)])
             for site in shapes_of(model)
             if isinstance(site, LinearShape) and self.is_at(site)
         }
