@@ -112,6 +112,21 @@ def test_directions_bring_their_languages(run, tmp_path):
     assert Recipe.model_validate(yaml.safe_load(grown.recipe.to_yaml())) == grown.recipe
 
 
+@pytest.mark.parametrize("every", [True, False], ids=["all directions", "some between others"])
+def test_new_languages_take_no_direction_away(run, tmp_path, every):
+    stored = find_model(run)
+    chosen = ["en-de", "de-en", "en-fr", "fr-en", "de-fr", *(["fr-de"] if every else [])]
+    value = stored.recipe.model_dump(mode="json", exclude_none=True)
+    value["data"]["directions"] = chosen
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "recipe.yaml").write_text(Recipe.model_validate(value).to_yaml())
+    (tmp_path / "home" / "vocabulary.model").write_bytes(stored.vocabulary.read_bytes())
+    before = replace(stored, home=tmp_path / "home", recipe=Recipe.model_validate(value))
+    after, _ = grown_recipe(before, ["data.languages=[en,de,fr,cs]"], tmp_path / "out")
+    assert set(after.data.directions) >= {*chosen, "en-cs", "cs-en"}
+    assert len(after.data.directions) == (12 if every else 7)
+
+
 def test_the_comparison_can_fail(run, tmp_path):
     """New languages come before old ones: matrices that stayed in their places would be of other
     languages.

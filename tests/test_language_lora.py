@@ -333,7 +333,9 @@ def test_one_direction_of_a_model_with_groups_and_caps():
     assert changed.data.max_pairs == {"de": 5} and changed.data.directions == ["en-de"]
 
 
-@pytest.mark.parametrize("change", [{"index": "source"}, {"at": ["feed_forward", "encoder.0.query"]}])
+@pytest.mark.parametrize(
+    "change", [{"index": "source"}, {"at": ["feed_forward", "encoder.0.query"]}, {"columns": 8}]
+)
 def test_a_trained_model_keeps_by_which_languages_it_chooses(change):
     before = recipe_of(rank=2, index="target")
     check_holders(before, recipe_of(rank=3, index={"target": ["all"]}))

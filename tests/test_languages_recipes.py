@@ -43,9 +43,11 @@ def test_recipes_hold_the_codes_of_the_table(tmp_path, capsys):
             "data.directions=[]",
             "data.languages=[jpn, eng]",
             "model.low_rank={rank: {ja: 1, eng: 2}, index: language}",
+            "model.low_rank.prune={ratio: 0.5, epochs: 15, languages: [jpn]}",
         ],
     )
     assert changed.data.languages == ["ja", "en"]
+    assert changed.model.low_rank.prune.languages == ["ja"]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,12 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
             f"the grown recipe lacks the language {gone[0]}, which the model has: languages can be added, not"
             " taken away"
         )
+    known, new = (each.languages.directions for each in (before, after))
+    if anew["data"].get("directions") == [] and set(known) - set(new):  # which are those with English
+        count = len(before.languages.codes)
+        kept = list(dict.fromkeys(map(str, (*known, *new))))
+        anew["data"]["directions"] = "all" if len(known) == count * (count - 1) else kept
+        after = load_recipe(stored.home / RECIPE, overrides, anew)
     if after.data.tags != before.data.tags:
         raise UserError(
             f"'data.tags' is {after.data.tags}, but the model reads {before.data.tags}: a grown model keeps "
