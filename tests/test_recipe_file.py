@@ -36,7 +36,7 @@ WRITTEN = [
         "{path: a}",
         (
             "line 2: 'format' in item 1 of 'data.corpora' is missing: it should be opus100, flores, ntrex, "
-            "iwslt, moses, tsv, wikiann, conll or squad"
+            "iwslt, moses, tsv, translated, wikiann, conll or squad"
         ),
     ),
     (
@@ -44,7 +44,7 @@ WRITTEN = [
         "{path: a, format: mosses}",
         (
             "line 2: 'format' in item 1 of 'data.corpora' should be opus100, flores, ntrex, iwslt, moses, "
-            "tsv, wikiann, conll or squad, found 'mosses' (did you mean 'moses'?)"
+            "tsv, translated, wikiann, conll or squad, found 'mosses' (did you mean 'moses'?)"
         ),
     ),
     (

@@ -22,6 +22,7 @@ from lsmoe_ds.languages import nearest
 
 At = tuple[str, ...]
 LONGEST = 60  # characters of a value that is shown
+LISTED = 350  # characters of the keys of a section that are listed where one of them is proposed
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ def explain(
         known = allowed_keys(at[:-1], section)
         guess = nearest(at[-1], known)
         more = f"; methods of your own are found by {VARIABLE}" if at[:-1] == ("model",) and not guess else ""
-        return f"{where}: unknown key {name(at)}{guess}; allowed here: {', '.join(known)}{more}"
+        allowed = ", ".join(known)
+        if guess and len(allowed) > LISTED:
+            allowed = f"{allowed[:LISTED].rpartition(', ')[0]}, ..."
+        return f"{where}: unknown key {name(at)}{guess}; allowed here: {allowed}{more}"
     annotation = _annotation(at, section)
     if first["type"] == "missing":
         return (
