@@ -287,10 +287,6 @@ REFUSED = {
         "'encoder.cross_attention' names no linear layer of the model",
     ),
     "ratio": ({"rank": 2, "prune": {"ratio": 1.0}}, "less than 1"),
-    "zeros of both": (
-        {"rank": 2, "prune": {"ratio": 0.5, "start": 0, "length": 1, "matrices": "both"}},
-        "'prune.start' is 0 and 'zero' flat",
-    ),
 }
 
 

@@ -208,10 +208,10 @@ class LowRank(MethodSection):
             raise ValueError("'merge' is for 'index: modular': leave it out")
         elif self.pivot != "en":  # which stored recipes of any index name
             raise ValueError("'pivot' is for 'index: modular': leave it out")
-        if self.prune is not None and self.prune.start == 0 and self.zero in self.prune.pruned:
+        if self.prune is not None and self.prune.start == 0 and self.zero == "vertical":
             raise ValueError(
-                f"'prune.start' is 0 and 'zero' {self.zero}: before the first step all {self.zero} matrices, "
-                "which are pruned, are 0, and none is smaller than another; let 'start' be 1 or more"
+                "'prune.start' is 0 and 'zero' vertical: before the first step all vertical matrices are 0, "
+                "and none is smaller than another; let 'start' be 1 or more"
             )
         if self.fuse_distillation and self.prune is not None:
             raise ValueError("'prune' and 'fuse_distillation' exclude each other: leave one out")
