@@ -9,8 +9,8 @@ import pytest
 import yaml
 from small_corpora import recipe, write_three_bitexts
 
-from lsmoe_ds.config.data import Groups
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.groups import Groups
 from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.data.prepared import PreparedData

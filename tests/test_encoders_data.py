@@ -20,7 +20,7 @@ from small_encoder import (
     write_all,
 )
 
-from lsmoe_ds.config.data import Groups
+from lsmoe_ds.config.groups import Groups
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import IGNORED
 from lsmoe_ds.data.formats import find_parts

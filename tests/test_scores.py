@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from sacrebleu.metrics import BLEU, CHRF
 
-from lsmoe_ds.config.data import Groups
+from lsmoe_ds.config.groups import Groups
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation import metrics as module

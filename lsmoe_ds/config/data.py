@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from itertools import pairwise, permutations
+from itertools import permutations
 from os.path import abspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lsmoe_ds.config.groups import Groups
 from lsmoe_ds.config.host import Task
-from lsmoe_ds.config.section import NAME, Fraction, Positive, Section
+from lsmoe_ds.config.section import NAME, Fraction, Positive, Section, first_twice
 from lsmoe_ds.directions import GROUPS, Direction, english_centric
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import check_code, is_english, normalize_code
@@ -27,11 +27,6 @@ LABELLED: dict[str, Task] = {"wikiann": "tag", "conll": "tag", "squad": "answer"
 OF_TRANSLATION = ("directions", "cleaning", "held_out", "tags", "prompt", "pivot", "max_pairs", "train_on")
 SHORTEST_WINDOW = 16  # tokens
 NAMES = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")  # WikiANN's
-
-
-def _twice(values: Iterable[Hashable]) -> Any:
-    """Return the first of the values that is there more than once, or None."""
-    return next((value for value, times in Counter(values).items() if times > 1), None)
 
 
 class Corpus(Section):
@@ -131,68 +126,6 @@ class Batch(Section):
     max_length: Annotated[int, Field(ge=4)] = 256
 
 
-class Groups(Section):
-    """Sort languages and bitexts into resource groups, by thresholds or by lists of languages.
-
-    A threshold is the smallest number of training pairs of a group. What is below the last one is in the next
-    group: low, or very_low where ``low`` is a threshold, too.
-    """
-
-    high: Positive | list[str] | None = 1_000_000
-    medium: Positive | list[str] | None = 100_000
-    low: Positive | list[str] | None = None
-    very_low: list[str] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, value: Any) -> Any:
-        """Let nothing stand for the defaults, which are thresholds, and leave them out beside lists."""
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            return value
-        given = {key: each for key, each in value.items() if each is not None}
-        lists = any(isinstance(each, list) for each in given.values())
-        return {"high": None, "medium": None, **given} if lists else given
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Groups:
-        given = {name: value for name in GROUPS if (value := getattr(self, name)) is not None}
-        lists = [name for name, value in given.items() if isinstance(value, list)]
-        limits = [name for name in given if name not in lists]
-        if lists and limits:
-            raise ValueError(
-                f"'{lists[0]}' is a list and '{limits[0]}' a number: give each group its languages, or give "
-                "'high', 'medium' and, if need be, 'low' the smallest number of training pairs"
-            )
-        for above, below in pairwise(limits):
-            if given[below] > given[above]:
-                raise ValueError(
-                    f"'{below}' is {given[below]}, which is more than {given[above]}, the value of '{above}'"
-                    ": it must be at most that"
-                )
-        if twice := _twice(code for name in lists for code in given[name]):
-            raise ValueError(f"{twice} is in the groups twice: name it once")
-        return self
-
-    @property
-    def listed(self) -> dict[str, str]:
-        """Return the group of each language, or nothing if thresholds are given."""
-        lists = {name: value for name in GROUPS if isinstance(value := getattr(self, name), list)}
-        return {code: name for name, codes in lists.items() for code in codes}
-
-    def of(self, pairs: int) -> str:
-        """Return the group of so many training pairs by the thresholds."""
-        limits = {name: value for name in GROUPS if isinstance(value := getattr(self, name), int)}
-        return next((name for name, least in limits.items() if pairs >= least), GROUPS[len(limits)])
-
-    def of_bitext(self, bitext: str, pairs: int) -> str:
-        """Return the group of a bitext (``de-en``): that of its rarer language, or of its training pairs."""
-        if listed := self.listed:
-            return max((listed[code] for code in bitext.split("-")), key=GROUPS.index)
-        return self.of(pairs)
-
-
 class Data(Section):
     """Describe the text of a run.
 
@@ -261,7 +194,7 @@ class Data(Section):
         codes = value.get("languages")
         if not isinstance(codes, list) or len(codes) < 2 or not all(isinstance(code, str) for code in codes):
             raise ValueError("'directions' is all: 'languages' must list at least two languages")
-        if twice := _twice(codes):
+        if twice := first_twice(codes):
             raise ValueError(f"'languages' names {twice} twice: name it once")
         return {**value, "directions": ["-".join(pair) for pair in permutations(codes, 2)]}
 
@@ -305,7 +238,7 @@ class Data(Section):
         for label in labels or ():
             if label != "O" and not re.fullmatch(r"[BI]-\S+", label):
                 raise ValueError(f"'labels' has {label}, which is no tag of the BIO scheme: O, B-X or I-X")
-        if labels and (twice := _twice(labels)):
+        if labels and (twice := first_twice(labels)):
             raise ValueError(f"'labels' has {twice} twice: name it once")
         if labels and labels[0] != "O":
             raise ValueError(f"'labels' begins with {labels[0]}: O, of a word in no name, must be the first")
@@ -344,7 +277,7 @@ class Data(Section):
     def _directions(self) -> Data:
         for code in self.languages:
             _as_value_error(check_code, code)
-        if twice := _twice(self.languages):
+        if twice := first_twice(self.languages):
             raise ValueError(f"'languages' names {twice} twice: name it once")
         if not self.directions:
             if not [code for code in self.languages if not is_english(code)]:
@@ -354,7 +287,7 @@ class Data(Section):
             self.directions = [str(d) for d in english_centric(self.languages)]
         parse = Direction.parse_translation if self.task == "translate" else Direction.parse
         parsed = [_as_value_error(parse, d) for d in self.directions]
-        if twice := _twice(parsed):
+        if twice := first_twice(parsed):
             raise ValueError(f"'directions' names {twice} twice: name it once")
         used = {code for direction in parsed for code in (direction.source, direction.target)}
         if unused := [code for code in self.languages if code not in used and not is_english(code)]:

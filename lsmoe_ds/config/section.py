@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -14,6 +15,11 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a run, and of prepared data
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 KIND = "kind"  # the type of an error that a value is of another kind than its field
+
+
+def first_twice(values: Iterable[Hashable]) -> Any:
+    """Return the first of the values that is there more than once, or None."""
+    return next((value for value, times in Counter(values).items() if times > 1), None)
 
 
 class Section(BaseModel):

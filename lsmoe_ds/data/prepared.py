@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lsmoe_ds.config.data import Groups
+from lsmoe_ds.config.groups import Groups
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.comparison import MANIFEST, VOCABULARY, check_settings, check_trained_on, data_directories
 from lsmoe_ds.data.formats import SPLITS

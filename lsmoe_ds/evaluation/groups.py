@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lsmoe_ds.config.data import Groups
+from lsmoe_ds.config.groups import Groups
 from lsmoe_ds.directions import GROUPS as RESOURCES
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.languages import is_english
