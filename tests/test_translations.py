@@ -125,6 +125,15 @@ def test_text_of_ones_own_and_back(run, tmp_path):
     assert made["pairs"] == {"de-en": len(rows)} and made["empty"] >= 1
 
 
+def test_a_text_that_changes_is_translated_anew(run, tmp_path, capsys):
+    text, out = tmp_path / "mono.en", tmp_path / "out"
+    for lines, again in ((["ba de fi"], False), (["ba de fi"], True), (["ko la mi"], False)):
+        text.write_text("".join(f"{line}\n" for line in lines))
+        made = translate_corpus(run, out, Asked((EN_DE,), text), QUICK, 0)
+        assert ("is there already" in capsys.readouterr().err) == again
+        assert [row[0] for row in rows_of(out, "en-de")] == lines[: made["pairs"]["en-de"]]
+
+
 def test_a_student_trains_on_it(run, tmp_path):
     translate_corpus(run, tmp_path / "teacher", Asked((EN_DE,)), QUICK, 0)
     value = find_model(run).recipe.model_dump(mode="json", exclude_none=True)
@@ -143,6 +152,7 @@ def test_a_student_trains_on_it(run, tmp_path):
     [
         (["--text", "mono"], "--text is in one language: name the direction"),
         (["--direction", "en-xx"], "xx"),
+        (["--direction", "en-de", "--text", "nowhere"], "nowhere"),
         (["--route", "shared"], "no parameters for the route 'shared'"),
     ],
 )

@@ -88,7 +88,7 @@ def translate_corpus(
     settings = {
         "model": {"name": stored.recipe.name, "step": weights.step, "files": weights.files},
         "directions": [str(each) for each in directions],
-        "text": None if asked.text is None else str(resolved(asked.text)),
+        "text": None if asked.text is None else _digest(asked.text),  # whose name may be another
         "limit": asked.limit,
         "back": asked.back,
         **asdict(how),
@@ -119,6 +119,14 @@ def translate_corpus(
     )
 
 
+def _digest(text: Path) -> str:
+    """Return a checksum of a file's lines. Raises UserError for a file that cannot be read."""
+    found = hashlib.sha256()
+    for line in read_lines(text):
+        found.update(f"{line}\n".encode())
+    return found.hexdigest()
+
+
 def _check_ours(out: Path) -> None:
     """Raise UserError if a path holds anything but such a corpus."""
     if out.exists() and not out.is_dir():
@@ -140,54 +148,54 @@ def _lead(
     workers: Workers,
 ) -> dict[str, Any]:
     """Translate all chunks, together with all processes that help, and write the corpus."""
-    languages = stored.recipe.languages
-    found = [languages.find(each) for each in directions]
-    for direction in found:
+    own = [stored.recipe.languages.find(each) for each in directions]
+    for direction in own:
         check_direction(stored.recipe, stored.kind, direction)
     check_route(how.route, stored.recipe)
     data = None if asked.text is not None else open_data(stored)
     work.lead(settings)
     texts, left_out = {}, 0
-    for direction in found:
-        lines, missing = _source_lines(data, direction, asked)
-        texts[direction], left_out = lines, left_out + missing
+    for direction in own:
+        texts[direction], missing = _source_lines(data, direction, asked)
+        left_out += missing
     (work.folder / TEXT).mkdir(exist_ok=True)
     tasks = {
         direction: list(_tasks(stored, direction, lines, how, settings["model"], work))
         for direction, lines in texts.items()
     }
-    every, records = [task for own in tasks.values() for task in own], {}
     with workers, progress("translating", sum(map(len, texts.values()))) as advance:
-        for task, record in work.do(every, workers):
-            records[task.name] = record
+        for _, record in work.do([task for each in tasks.values() for task in each], workers):
             advance(record["lines"])
-    pairs, empty = {}, 0
+    pairs: dict[str, int] = {}
     with replaced(out) as new:
         for direction, lines in texts.items():
             parts = [work.folder / task.name / LINES for task in tasks[direction]]
-            translated = [line for part in parts for line in part.read_text("utf-8").split("\n")[:-1]]
-            rows = [
-                (line, found) for line, found in zip(lines, translated, strict=True) if line and found.strip()
-            ]
-            name = str(direction)
-            if asked.back:
-                name, rows = str(direction.reverse), [(found, line) for line, found in rows]
-            with (new / f"{name}.tsv").open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(f"{first}\t{second}\n" for first, second in rows)
-            pairs[name], empty = len(rows), empty + len(lines) - len(rows)
+            name = str(direction.reverse if asked.back else direction)
+            pairs[name] = _write(new / f"{name}.tsv", lines, parts, asked.back)
         provenance = {
             "translated_by": stored.recipe.name,
             "version": __version__,
             "date": datetime.date.today().isoformat(),
             "settings": settings,
             "pairs": pairs,
-            "empty": empty,
+            "empty": sum(map(len, texts.values())) - sum(pairs.values()),
             "left_out": left_out,
             "files": describe_files(new, sorted(path.name for path in new.iterdir())),
         }
         write_json(new / PROVENANCE, provenance)
     work.finish()
     return provenance
+
+
+def _write(path: Path, lines: Sequence[str], parts: Sequence[Path], back: bool) -> int:
+    """Write the lines and their translations, which lie in ``parts``, to a table; return how many pairs it
+    has. Pairs of which a side is empty are left out.
+    """
+    translated = [line for part in parts for line in part.read_text("utf-8").split("\n")[:-1]]
+    pairs = [pair for pair in zip(lines, translated, strict=True) if all(side.strip() for side in pair)]
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines("\t".join(reversed(pair) if back else pair) + "\n" for pair in pairs)
+    return len(pairs)
 
 
 def _source_lines(data: PreparedData | None, direction: Direction, asked: Asked) -> tuple[list[str], int]:
