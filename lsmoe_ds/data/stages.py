@@ -1,11 +1,11 @@
 """Share work among processes of any number of machines, and keep what is finished.
 
-Work has stages, and a stage has tasks that depend on nothing but what they name. The process that
-holds the lock of the result leads: it publishes the tasks of one stage after another in the work
-folder, and does them with its workers. Every other process that makes the same result helps with what is
-published. Whoever begins a task claims it by a lock, so that the task of a process that dies is free again;
-if the leader dies, a helper leads. A result is a folder named after a digest of all that it depends on: what
-is there is not done again, by whatever process, and what depends on anything else has another name.
+Work has stages, and a stage has tasks that depend on nothing but what they name. The process that holds the
+lock of the result leads: it publishes the tasks of one stage after another in the work folder, and does them
+with its workers. Every other process that makes the same result helps with what is published. Whoever begins
+a task claims it by a lock, so that the task of a process that dies is free again; if the leader dies, a
+helper leads. A result is a folder named after a digest of all that it depends on: what is there is not done
+again, by whatever process, and what depends on anything else has another name.
 """
 
 from __future__ import annotations

@@ -105,12 +105,8 @@ def show(recipe: Recipe) -> Summary:
             group = recipe.data.groups.of_bitext(direction.bitext, splits["train"]["pairs"])
         for split in SPLITS:
             source, target = (splits[split]["sides"][side] for side in sides(direction))
-            tokens, of_source, of_target = (
-                source["tokens"] + target["tokens"],
-                source["tokens"],
-                target["tokens"],
-            )
-            pairs = splits[split]["pairs"]
+            tokens, pairs = source["tokens"] + target["tokens"], splits[split]["pairs"]
+            of_source, of_target = source["tokens"], target["tokens"]
             if ONE_WAY in splits[split]:
                 own = data.tokens(direction, split)
                 pairs = len(own)

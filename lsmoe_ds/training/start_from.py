@@ -49,11 +49,7 @@ def check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
     try:
         check_start(folder)
         stored = find_model(folder)
-        if sha256(stored.vocabulary) != sha256(vocabulary):
-            raise UserError(
-                f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and"
-                " prepare again"
-            )
+        check_same_vocabulary(stored, vocabulary)
         if (labels := stored.recipe.data.labels) != recipe.data.labels:
             raise UserError(
                 f"its 'data.labels' are {listed(labels or ['none'])}: give the same in this order"
@@ -66,6 +62,15 @@ def check_start_from(recipe: Recipe, folder: Path, vocabulary: Path) -> None:
             raise UserError(f"{stored.home} is damaged: {wrong}")
     except UserError as error:
         raise UserError(f"'training.start_from' is {folder}: {error}") from None
+
+
+def check_same_vocabulary(stored: Stored, vocabulary: Path) -> None:
+    """Raise UserError unless a stored model has the prepared ``vocabulary``."""
+    if sha256(stored.vocabulary) != sha256(vocabulary):
+        raise UserError(
+            f"its vocabulary is not the prepared one: set data.vocabulary.file to {stored.vocabulary} and "
+            "prepare again"
+        )
 
 
 def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: Tensors) -> None:

@@ -11,13 +11,13 @@ from lsmoe_ds.checkpoint.stored import READABLE, Stored, find_model, read_weight
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.folders import sha256
 from lsmoe_ds.inference.load import build_model, check_direction, with_direction
 from lsmoe_ds.methods.taught import Teacher
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.parallel.layers import project
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.engine import check_precision
+from lsmoe_ds.training.start_from import check_same_vocabulary
 
 
 def check_teacher(recipe: Recipe, vocabulary: Path) -> None:
@@ -28,11 +28,7 @@ def check_teacher(recipe: Recipe, vocabulary: Path) -> None:
         stored = find_model(teacher.model)
         if stored.kind not in READABLE or stored.recipe.model.huggingface is not None:
             raise UserError("it is no model of lsmoe_ds: give a run, or a folder made with --to consolidated")
-        if sha256(stored.vocabulary) != sha256(vocabulary):
-            raise UserError(
-                "its vocabulary is not the prepared one: set data.vocabulary.file to "
-                f"{stored.vocabulary} and prepare again"
-            )
+        check_same_vocabulary(stored, vocabulary)
         if stored.recipe.data.tags != recipe.data.tags:
             raise UserError(
                 f"its 'data.tags' is {stored.recipe.data.tags}, the recipe's {recipe.data.tags}: give the "
