@@ -104,6 +104,11 @@ def test_training_on_translations_alone(home):
     both = prepare(recipe_of(home, "both", ["django", entry(home)]))
     for split in ("dev", "test"):
         assert data.text(EN_DE, split) == both.text(EN_DE, split)
+    left_out = both.manifest["bitexts"]["de-en"]["train"]["pairs"] - sum(
+        both.manifest["bitexts"]["de-en"]["train"]["one_way"]
+    )
+    said = f"'data.train_on' leaves out {left_out} training pairs that no model has translated"
+    assert said in data.manifest["notices"] and said not in both.manifest["notices"]
     first, last = data.manifest["bitexts"]["de-en"]["train"]["one_way"]
     assert (first, last) == tuple(both.manifest["bitexts"]["de-en"]["train"]["one_way"])
     assert len(data.tokens(DE_EN, "train")) == first and len(data.tokens(EN_DE, "train")) == last

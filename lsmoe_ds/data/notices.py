@@ -197,6 +197,11 @@ class Notices:
                 f"corpus {corpus}: {counted(sum(sizes.values()), 'pair')} were joined {by}, before "
                 f"deduplication and holding out: {_sizes(sizes)}"
             )
+        if untranslated := sum(bitext.counts["not translated"] for bitext in bitexts):
+            self.texts.append(
+                f"'data.train_on' leaves out {counted(untranslated, 'training pair')} that no model has "
+                "translated"
+            )
         if capped := {b.name: b.size("train") for b in bitexts if b.counts["beyond max_pairs"]}:
             dropped = sum(bitext.counts["beyond max_pairs"] for bitext in bitexts)
             self.texts.append(
