@@ -21,7 +21,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from lsmoe_ds.launch.joining import Party
 from lsmoe_ds.launch.membership import Membership
-from lsmoe_ds.launch.watchdog import beat, watch
+from lsmoe_ds.launch.watchdog import beat, leave_behind, watch
 
 rank, port, beats = map(int, sys.argv[1:4])
 hang_timeout, ends = float(sys.argv[4]), len(sys.argv) > 5
@@ -31,7 +31,10 @@ store.set(f"here/{rank}", "")
 store.wait(["here/0", "here/1"])
 
 def stand_still():
-    store.wait(["never"], timedelta(seconds=100))
+    try:
+        store.wait(["never"], timedelta(seconds=100))
+    except RuntimeError:  # rank 0, which holds the store, has just left: a broken collective in a real run
+        leave_behind(party)
 
 with watch(party, hang_timeout):
     print("watched", flush=True)
