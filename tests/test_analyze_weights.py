@@ -10,7 +10,7 @@ import torch
 from small_run import make_recipe, write_corpus
 from test_resharding import ONE, train
 
-from lsmoe_ds.analysis.findings import analyze_weights
+from lsmoe_ds.analysis.findings import analyze_weights, find
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.file import load_recipe
@@ -18,7 +18,8 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import LinearShape, shapes_of
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.methods.low_rank.analysis import scores
+from lsmoe_ds.methods.low_rank.analysis import scores, structure
+from lsmoe_ds.model.freezing import choose
 from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.report.report import render_report
 
@@ -96,6 +97,40 @@ def test_the_recipe_with_the_chosen_index_has_no_other_half(run, tmp_path):
     assert names and not any(".source." in name or ".target." in name or "index" in name for name in names)
 
 
+@pytest.mark.parametrize(
+    ("trainable", "wanted"),
+    [
+        ("methods", "methods"),
+        (["*low_rank*", "*_norm.*"], ["*low_rank*", "*_norm.*"]),
+        (["encoder_low_rank.index", "*.target.*", "encoder.*"], ["encoder.*", "*_low_rank.*"]),
+    ],
+)
+def test_the_recipe_with_the_chosen_index_trains_what_it_has(run, trainable, wanted):
+    recipe = load_recipe(run / "recipe.yaml")
+    recipe = recipe.model_copy(
+        update={"training": recipe.training.model_copy(update={"trainable": trainable})}
+    )
+    weights = read_checkpoint(run / "checkpoints" / "step-3").weights
+    found = structure(recipe, recipe.model.low_rank, Tensors.of(weights)).recipe
+    assert found.training.trainable == wanted
+    names = [name for name, _ in Transformer(found, 96).named_parameters()]
+    assert choose(names, found.training.trainable, Transformer(found, 96).methods)
+
+
+def test_matrices_that_did_not_train_have_no_score(run):
+    recipe = load_recipe(run / "recipe.yaml")
+    weights = dict(read_checkpoint(run / "checkpoints" / "step-3").weights)
+    section, german = recipe.model.low_rank, slice(0, 2)
+    for name in [name for name in weights if name.endswith("vertical")]:
+        weights[name][german] = 0.0
+        weights[f"{name}_mask"][german] = True
+    assert {each.code for each in scores(recipe, section, Tensors.of(weights))} == {"en", "fr"}
+    for name in [name for name in weights if name.endswith("_mask")]:
+        weights[name][:] = True
+    with pytest.raises(UserError, match="none of its vertical matrices is pruned yet"):
+        find(recipe, weights, "subspaces", "RUN")
+
+
 def test_scores_in_the_middle_of_the_schedule_are_of_the_ratio_that_is_reached(run):
     recipe = load_recipe(run / "recipe.yaml")
     weights = dict(read_checkpoint(run / "checkpoints" / "step-3").weights)
@@ -108,8 +143,6 @@ def test_scores_in_the_middle_of_the_schedule_are_of_the_ratio_that_is_reached(r
 
 
 def test_equal_pruning_is_said_to_tell_nothing(run):
-    from lsmoe_ds.analysis.findings import find
-
     recipe = load_recipe(run / "recipe.yaml")
     weights = dict(read_checkpoint(run / "checkpoints" / "step-3").weights)
     assert find(recipe, Tensors.of(weights), "subspaces", "RUN").said.startswith("from the largest subspace")

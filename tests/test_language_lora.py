@@ -124,6 +124,7 @@ def test_equation_6():
     assert [prune.ratio_at(e) for e in range(1, 16)] == pytest.approx(wanted)
     assert [prune.epoch(step, 30) for step in (1, 2, 3, 30)] == [1, 1, 2, 15]
     assert [Pruning(ratio=0.5).epoch(step, 30) for step in (1, 17)] == [1, 17]
+    assert [prune.epoch(step, 6) for step in (1, 2, 5, 6)] == [3, 5, 13, 15], "fewer steps than epochs"
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
@@ -270,10 +271,6 @@ REFUSED = {
         {"rank": 2, "prune": {"ratio": 0.5, "start": 1, "length": 3}},
         "more than the 3 of 'training.steps'",
     ),
-    "before anything is learned": (
-        {"rank": 2, "zero": "vertical", "prune": {"ratio": 0.5, "start": 0, "epochs": 15}},
-        "let 'start' be 1 or more",
-    ),
     "nothing to prune": (
         {
             "rank": {**RANKS},
@@ -301,6 +298,7 @@ def test_frozen_matrices_are_not_pruned():
     model = Transformer(recipe, 96)
     initialize(model, 1, Topology.single())
     for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter)
         parameter.requires_grad_(not name.endswith("vertical"))
     (method,) = model.methods
     changed = method.prune(0.5)
@@ -349,6 +347,59 @@ def test_rows_of_languages_must_be_those_that_the_model_has(tmp_path):
     start_from._check_same_model(before, stored, 96, weights)
     with pytest.raises(UserError, match="those of de 2, en 1, fr 3, ru 1, the recipe's of de 3, en 1, fr 2"):
         start_from._check_same_model(after, stored, 96, weights)
+
+
+def test_a_pruned_model_goes_on_only_pruned(tmp_path):
+    prune = {"ratio": 0.5, "epochs": 15}
+    before = recipe_of(rank=2, index="target", prune=prune)
+    stored = Stored("consolidated", tmp_path, tmp_path, before)
+    with pytest.raises(UserError, match=r"its vertical matrices are pruned, .* of the same 'matrices'"):
+        start_from._check_same_model(recipe_of(rank=2, index="target"), stored, 96, Tensors.of({}))
+    both = recipe_of(rank=2, index="target", prune={**prune, "matrices": "both"})
+    both.model.low_rank.check_takes_over(before.model.low_rank)
+    with pytest.raises(UserError, match="its flat matrices"):
+        before.model.low_rank.check_takes_over(both.model.low_rank)
+
+
+@pytest.mark.parametrize("over", ["matrix", "layer", "language"])
+def test_a_matrix_of_zeros_waits_until_it_is_trained(over):
+    prune = {"ratio": 0.5, "start": 0, "length": 1, "over": over, "matrices": "both"}
+    recipe = recipe_of(rank=2, index="source", prune=prune)
+    model = Transformer(recipe, 96)
+    initialize(model, 1, Topology.single())
+    matrices = {name: value for name, value in model.named_parameters() if "_low_rank." in name}
+    german = slice(0, 2)  # its rows
+
+    def pruned(kind: str, rows: slice = slice(None)) -> float:
+        masks = [model.get_buffer(f"{name}_mask")[rows] for name in matrices if name.endswith(kind)]
+        return sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    (method,) = model.methods
+    assert method.before_step(model, 1, 20)
+    assert pruned("vertical") == pytest.approx(0.5, abs=0.01) and not pruned("flat"), "flat ones are 0 still"
+    assert not method.before_step(model, 2, 20)
+    with torch.no_grad():
+        for name, value in matrices.items():
+            if name.endswith("flat"):
+                value[2:].normal_()
+    assert method.before_step(model, 3, 20)
+    assert not pruned("flat", german) and pruned("flat", slice(2, None)) == pytest.approx(0.5, abs=0.01)
+    assert not method.before_step(model, 4, 20)
+    with torch.no_grad():
+        for name, value in matrices.items():
+            if name.endswith("flat"):
+                value[german].normal_()
+    assert method.before_step(model, 5, 20)
+    assert pruned("flat") == pytest.approx(0.5, abs=0.01) and pruned("flat", german)
+
+
+def test_pruning_of_frozen_matrices_is_told():
+    prune = {"ratio": 0.5, "epochs": 15}
+    recipe = recipe_of(rank=2, index="learned", prune=prune)
+    for trainable, told in ((["*_low_rank.index"], True), (["*.flat"], True), (["*_low_rank.*"], False)):
+        changed = recipe.training.model_copy(update={"trainable": trainable})
+        texts = list(recipe.model.low_rank.notices(recipe.model_copy(update={"training": changed})))
+        assert [text.startswith("low_rank.prune prunes nothing") for text in texts] == [True] * told
 
 
 def test_a_run_that_resumes_with_fewer_steps_is_pruned_to_its_ratio():

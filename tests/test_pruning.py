@@ -128,8 +128,9 @@ def test_a_training_resumes_in_the_middle_of_the_schedule_to_the_bit(pool, folde
     half_of(run_of(ONE), tmp_path / "run")
     train(pool, recipe_in(folder, ONE), tmp_path / "run", ONE)
     assert losses(tmp_path / "run") == losses(run_of(ONE))
+    whole = pruned_of(run_of(ONE) / "checkpoints" / "step-20")
     for name, (mask, values) in pruned_of(tmp_path / "run" / "checkpoints" / "step-20").items():
-        wanted, others = pruned_of(run_of(ONE) / "checkpoints" / "step-20")[name]
+        wanted, others = whole[name]
         assert torch.equal(mask, wanted), name
         assert all(torch.equal(value, others[key]) for key, value in values.items()), name
 

@@ -50,12 +50,12 @@ def find(recipe: Recipe, tensors: Mapping[str, Tensor], kind: str, name: str) ->
     from lsmoe_ds.model.methods import methods_of
     from lsmoe_ds.parallel.topology import Topology
 
-    whys = []
+    whys, weights = [], Tensors.of(tensors)
     for method in methods_of(recipe, Topology.single()):
         if kind in method.analyses:
-            why = method.why_not(kind)
+            why = method.why_not(kind, weights)
             if why is None:
-                return method.analyze(kind, Tensors.of(tensors))
+                return method.analyze(kind, weights)
             whys.append(f"{method.name}: {why}")
     raise UserError(f"{name} has nothing for 'analyze {kind}': {'; '.join(whys) or 'no method of it has'}")
 
@@ -77,7 +77,7 @@ def find_all(run: Path, recipe: Recipe) -> list[Findings]:
             method.analyze(kind, weights)
             for method in methods_of(recipe, Topology.single())
             for kind in method.analyses
-            if method.why_not(kind) is None
+            if method.why_not(kind, weights) is None
         ]
     except UserError:
         return []

@@ -133,6 +133,11 @@ class MethodSection(Section):
         """Yield sentences on what the recipe of a training says that is allowed and seldom meant."""
         return iter(())
 
+    def check_takes_over(self, trained: Any) -> None:
+        """Raise UserError unless a model can start with the parameters of a ``trained`` section of this name,
+        for a reason that can be told better than by their names and shapes.
+        """
+
     def check_begin(self, recipe: Recipe) -> None:
         """Raise UserError if something is missing that a training reads before its first step."""
 

@@ -215,8 +215,8 @@ class Method:
         """
         return {}
 
-    def why_not(self, kind: str) -> str | None:
-        """Say why the recipe's model has nothing of a kind of :attr:`analyses`; None if it has."""
+    def why_not(self, kind: str, weights: Tensors) -> str | None:
+        """Say why a model with these weights has nothing of a kind of :attr:`analyses`; None if it has."""
         return None
 
     def analyze(self, kind: str, weights: Tensors) -> Findings:

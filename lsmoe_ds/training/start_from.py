@@ -77,6 +77,8 @@ def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: 
     """Raise UserError unless these are the weights of a model of the recipe; if languages differ, they are
     named first.
     """
+    for method, old in same_methods(stored.recipe, recipe):
+        method.check_takes_over(old)
     try:
         empty_model(recipe, vocabulary, weights, Topology.single())
     except UserError as error:

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import NamedTuple
 
 from lsmoe_ds.checkpoint.tensors import Tensors
-from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.recipe import Recipe, Training
 from lsmoe_ds.config.shapes import LinearShape, SideName, shapes_of
 from lsmoe_ds.directions import GROUPS, Direction
 from lsmoe_ds.languages import language_name
 from lsmoe_ds.methods.findings import Findings, Grid
-from lsmoe_ds.methods.low_rank.bank import MASK, NAME, VERTICAL, rows_of
+from lsmoe_ds.methods.low_rank.bank import FLAT, MASK, NAME, VERTICAL, rows_of
+from lsmoe_ds.methods.low_rank.checks import names_of
+from lsmoe_ds.methods.low_rank.masks import is_untrained
 from lsmoe_ds.methods.low_rank.settings import Index, LowRank
 
 SIDES: tuple[SideName, ...] = ("encoder", "decoder")
@@ -69,8 +72,30 @@ def structure(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
         said += f"; of nearly equal weights, which say little: {', '.join(alike)}"
     changed = section.model_copy(update={"index": index})
     model = recipe.model.model_copy(update={NAME: changed})
-    found = recipe.model_copy(update={"name": f"{recipe.name}-structured", "model": model})
+    training = _trains(recipe, section, changed)
+    found = recipe.model_copy(
+        update={"name": f"{recipe.name}-structured", "model": model, "training": training}
+    )
     return Findings("Languages by which layers choose their matrices", said, records, [grid], found)
+
+
+def _trains(recipe: Recipe, learned: LowRank, chosen: LowRank) -> Training:
+    """Return how the recipe with the ``chosen`` index trains: if a pattern of ``trainable`` names only
+    matrices or weights that it lacks, all its matrices take their place.
+    """
+    training = recipe.training
+    if not isinstance(training.trainable, list):
+        return training
+
+    def named(section: LowRank, patterns: Iterable[str]) -> list[str]:
+        names = [*names_of(section, recipe.model, (FLAT, VERTICAL))]
+        names += [f"{side}_{NAME}.index" for side in SIDES if section.learns(recipe.model, side)]
+        return [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
+
+    before = named(learned, training.trainable)
+    gone = set(before) - set(named(chosen, before))
+    kept = [pattern for pattern in training.trainable if pattern not in gone]
+    return training.model_copy(update={"trainable": [*kept, f"*_{NAME}.*"]}) if gone else training
 
 
 def merges(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
@@ -171,7 +196,8 @@ class Score(NamedTuple):
 def scores(recipe: Recipe, section: LowRank, weights: Tensors) -> list[Score]:
     """Score each language's vertical matrix beside each linear layer by its mask.
 
-    The ratio is the one that is reached: in the middle of the schedule less than that of the recipe.
+    The ratio is the one that is reached: in the middle of the schedule less than that of the recipe. A matrix
+    that was never trained is left out.
     """
     assert section.prune is not None
     found = []
@@ -179,10 +205,15 @@ def scores(recipe: Recipe, section: LowRank, weights: Tensors) -> list[Score]:
     for site in linears_of(recipe, section):
         at = f"{site.side}.{site.layer}.{site.sublayer}.{site.name}_{NAME}."
         for choice in section.choices(site):
-            mask = weights[f"{at}{choice.name}{'.' if choice.name else ''}{VERTICAL}{MASK}"]
+            name = f"{at}{choice.name}{'.' if choice.name else ''}{VERTICAL}"
+            values, mask = weights[name], weights[f"{name}{MASK}"]
             for code, own in rows.items():
-                if own.start < own.stop and section.prune.prunes(code, recipe.languages):
-                    part = mask[own]
+                part = mask[own]
+                if (
+                    own.start < own.stop
+                    and section.prune.prunes(code, recipe.languages)
+                    and not is_untrained(values[own], part)
+                ):
                     pruned = part.numel() - int(part.count_nonzero())
                     found.append(Score(site, choice.name, code, part.numel(), pruned, 0.0))
     ratio = sum(each.pruned for each in found) / max(1, sum(each.size for each in found))
@@ -313,14 +344,21 @@ def _mean(values: Sequence[float] | None) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def why_not(kind: str, recipe: Recipe, section: LowRank) -> str | None:
+def why_not(kind: str, recipe: Recipe, section: LowRank, weights: Tensors) -> str | None:
     """Say why a model has nothing of the ``kind``, "structure" or "subspaces", to analyze; None if it has."""
     if kind == "structure" and section.is_modular:
         return None if section.merge else "its weights are not learned: train with 'low_rank.merge: learned'"
     if kind == "structure":
         learned = any(section.index_at(site) == "learned" for site in linears_of(recipe, section))
         return None if learned else "no layer of it learns its index: train with 'low_rank.index: learned'"
-    return None if section.prune is not None else "nothing of it is pruned: train with 'low_rank.prune'"
+    if section.prune is None:
+        return "nothing of it is pruned: train with 'low_rank.prune'"
+    if any(each.pruned for each in scores(recipe, section, weights)):
+        return None
+    return (
+        "none of its vertical matrices is pruned yet: 'low_rank.prune.start' is still ahead, or "
+        "'training.trainable' does not train them"
+    )
 
 
 ANALYSES: dict[str, Callable[[Recipe, LowRank, Tensors], Findings]] = {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from lsmoe_ds.config.places import patterns_of
+from lsmoe_ds.config.shapes import LinearShape, shapes_of
 from lsmoe_ds.directions import GROUPS, Languages
 
 if TYPE_CHECKING:
+    from lsmoe_ds.config.model import Model
     from lsmoe_ds.config.recipe import Recipe, Training
-    from lsmoe_ds.config.shapes import LinearShape
     from lsmoe_ds.methods.low_rank.pruning import Pruning
     from lsmoe_ds.methods.low_rank.settings import LowRank
 
@@ -92,6 +94,16 @@ def check_pruned(section: LowRank, prune: Pruning, languages: Languages) -> None
         raise ValueError("'low_rank.prune' has nothing to prune: its languages have rank 0")
 
 
+def names_of(section: LowRank, model: Model, matrices: Collection[str]) -> Iterator[str]:
+    """Yield the global names of the ``matrices``, flat or vertical, beside all linear layers."""
+    for site in shapes_of(model):
+        if section.is_at(site):
+            assert isinstance(site, LinearShape)
+            for choice in section.choices(site):
+                middle = f"{choice.name}." if choice.name else ""
+                yield from (f"{site.at}_{section.name}.{middle}{matrix}" for matrix in matrices)
+
+
 def learns_weights_alone(section: LowRank, training: Training) -> bool:
     """Tell whether nothing of the matrices trains but the weights by which they are merged."""
     indexes = section.index.keys() if isinstance(section.index, dict) else (section.index,)
@@ -104,7 +116,15 @@ def learns_weights_alone(section: LowRank, training: Training) -> bool:
 
 
 def notices_of(section: LowRank, recipe: Recipe) -> Iterator[str]:
-    """Yield what is unusual of a training of modular matrices."""
+    """Yield what is unusual of a training of pruned or modular matrices."""
+    trainable = recipe.training.trainable
+    if section.prune is not None and isinstance(trainable, list):
+        names = list(names_of(section, recipe.model, section.prune.pruned))
+        if not any(fnmatchcase(name, pattern) for pattern in trainable for name in names):
+            yield (
+                "low_rank.prune prunes nothing: training.trainable freezes all matrices that it would prune, "
+                "and they stay as they begin"
+            )
     if not section.is_modular:
         return
     if not any(section.pivot in (each.source, each.target) for each in recipe.trained):

@@ -28,3 +28,8 @@ def smallest(values: Sequence[Tensor], masks: Sequence[Tensor], ratio: float) ->
         keep &= before
     parts = keep.split(sizes)
     return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
+
+
+def is_untrained(values: Tensor, mask: Tensor) -> bool:
+    """Tell whether a matrix is still what it began as: 0, and nothing of it pruned."""
+    return bool(mask.all()) and not bool(values.any())

@@ -27,7 +27,7 @@ from lsmoe_ds.methods.low_rank.bank import (
     SideWeights,
     rows_of,
 )
-from lsmoe_ds.methods.low_rank.masks import smallest
+from lsmoe_ds.methods.low_rank.masks import is_untrained, smallest
 from lsmoe_ds.methods.low_rank.modular import Merge, parse_route, weights_of
 from lsmoe_ds.methods.low_rank.settings import LowRank
 from lsmoe_ds.methods.sites import LinearSite
@@ -70,6 +70,7 @@ class LowRankMatrices(Method):
         self.sides: dict[str, SideWeights] = {}
         self.banks: list[tuple[LinearSite, LowRankBank]] = []  # in the order of their sites
         self._has_pruned = False  # in this process
+        self._waiting: list[tuple[nn.Parameter, slice]] = []  # matrices of zeros, which pruning left out
         self.shapes = {site.at: site for site in shapes_of(recipe.model) if isinstance(site, LinearShape)}
 
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
@@ -260,36 +261,53 @@ class LowRankMatrices(Method):
         return lambda value, generator: value.normal_(0.0, self.section.init_std, generator=generator)
 
     def before_step(self, model: nn.Module, number: int, steps: int) -> dict[nn.Parameter, Tensor]:
-        """Prune in the first step of an epoch whose ratio has grown, and in the first of this process: a run
-        that resumes with fewer steps may be past the epochs in which it would have grown. Pruning by the same
-        ratio again changes nothing.
+        """Prune in the first step of an epoch whose ratio has grown, or when a matrix is no longer 0; and in
+        the first step of this process: a run that resumes with fewer steps may be past the epochs in which
+        the ratio would have grown. Pruning by the same ratio again changes nothing.
         """
         prune = self.section.prune
         if prune is None:
             return {}
         ratio = prune.ratio_at(prune.epoch(number, steps))
-        if self._has_pruned and ratio == prune.ratio_at(prune.epoch(number - 1, steps)):
+        grown = ratio != prune.ratio_at(prune.epoch(number - 1, steps))
+        if self._has_pruned and not grown and not self._has_begun():
             return {}
         self._has_pruned = True
         return self.prune(ratio)
+
+    @torch.no_grad()
+    def _has_begun(self) -> bool:
+        """Tell whether any matrix that was still 0 when others were pruned has been trained since."""
+        if not self._waiting:
+            return False
+        begun = torch.stack([matrix[rows].count_nonzero() for matrix, rows in self._waiting])
+        if self.topology.tensor > 1:  # each rank sees its part
+            dist.all_reduce(begun, group=self.topology.tensor_group)
+        return bool(begun.any())
 
     @torch.no_grad()
     def prune(self, ratio: float) -> dict[nn.Parameter, Tensor]:
         """Update the masks so that ``ratio`` of the values in each group are pruned; return those of each
         matrix.
 
+        A matrix of zeros has not been trained: none of its values is smaller than another, and it waits.
         Tensor-parallel ranks see whole matrices, so that they prune as one process does.
         """
         prune = self.section.prune
         assert prune is not None
         whole: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         groups: dict[tuple[object, ...], list[tuple[int, str, slice]]] = {}
+        self._waiting = []
         for number, (site, bank) in enumerate(self.banks):
             for name in prune.pruned:
-                if not bank.get_parameter(name).requires_grad:
+                matrix = bank.get_parameter(name)
+                if not matrix.requires_grad:
                     continue  # frozen: it is stored once, and stays as it is
                 whole[number, name] = self._whole(bank, name), self._whole(bank, f"{name}{MASK}")
                 for code, rows in self._pruned_rows(bank):
+                    if is_untrained(*(each[rows] for each in whole[number, name])):
+                        self._waiting.append((matrix, rows))
+                        continue
                     keys = {
                         "matrix": (number, code),
                         "layer": (site.side, site.layer),
@@ -329,8 +347,8 @@ class LowRankMatrices(Method):
         dist.all_gather(parts, sent, group=self.topology.tensor_group)
         return torch.cat(parts, 1).to(own.dtype)
 
-    def why_not(self, kind: str) -> str | None:
-        return why_not(kind, self.recipe, self.section)
+    def why_not(self, kind: str, weights: Tensors) -> str | None:
+        return why_not(kind, self.recipe, self.section, weights)
 
     def analyze(self, kind: str, weights: Tensors) -> Findings:
         return ANALYSES[kind](self.recipe, self.section, weights)

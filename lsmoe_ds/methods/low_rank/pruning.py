@@ -68,8 +68,10 @@ class Pruning(Section):
             )
 
     def epoch(self, number: int, steps: int) -> int:
-        """Return the epoch, from 1, of the ``number``-th of ``steps`` training steps, counted from 1."""
-        return number if self.epochs is None else (number - 1) * self.epochs // steps + 1
+        """Return the epoch, from 1, in which the ``number``-th of ``steps`` training steps ends, counted
+        from 1: the last one is that of the last step, if there are more epochs than steps, too.
+        """
+        return number if self.epochs is None else -(-number * self.epochs // steps)
 
     def ratio_at(self, epoch: int) -> float:
         """Return the part of the values that is pruned in an epoch (equation 6)."""

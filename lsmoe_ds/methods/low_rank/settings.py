@@ -208,11 +208,6 @@ class LowRank(MethodSection):
             raise ValueError("'merge' is for 'index: modular': leave it out")
         elif self.pivot != "en":  # which stored recipes of any index name
             raise ValueError("'pivot' is for 'index: modular': leave it out")
-        if self.prune is not None and self.prune.start == 0 and self.zero == "vertical":
-            raise ValueError(
-                "'prune.start' is 0 and 'zero' vertical: before the first step all vertical matrices are 0, "
-                "and none is smaller than another; let 'start' be 1 or more"
-            )
         if self.fuse_distillation and self.prune is not None:
             raise ValueError("'prune' and 'fuse_distillation' exclude each other: leave one out")
         return self
@@ -276,6 +271,14 @@ class LowRank(MethodSection):
             raise ValueError(f"{NOTHING_TO_WEIGHT}: give the trained model as 'training.start_from'")
         if self.prune is not None and self.prune.epochs is None:
             self.prune.check_end(training.steps, "'training.steps'")
+
+    def check_takes_over(self, trained: LowRank) -> None:
+        was = () if trained.prune is None else trained.prune.pruned
+        if lost := set(was) - set(() if self.prune is None else self.prune.pruned):
+            raise UserError(
+                f"its {' and '.join(sorted(lost))} matrices are pruned, which those of the recipe would not "
+                "be: give it a 'low_rank.prune' of the same 'matrices'"
+            )
 
     def check_begin(self, recipe: Recipe) -> None:
         if learns_weights_alone(self, recipe.training):
