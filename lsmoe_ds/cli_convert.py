@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lsmoe_ds.cli_options import NPROC, AsJson, AverageOption, InOneWord, Route, Run, direction_of
+from lsmoe_ds.cli_options import NPROC, AsJson, AverageOption, Route, Run, direction_of
 from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.console import print_json, show_table
 
@@ -49,7 +49,17 @@ def convert(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
-    direction: InOneWord = None,
+    direction: Annotated[
+        str | None,
+        typer.Option(
+            "--direction",
+            metavar="A-B",
+            help=(
+                "The direction to take out, as in en-de; of an encoder that has tags of languages, a "
+                "language; peft: without it, each."
+            ),
+        ),
+    ] = None,
     source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE", hidden=True)] = None,
     target: Annotated[str | None, typer.Option("--to-language", metavar="LANGUAGE", hidden=True)] = None,
     route: Route = "specific",
@@ -144,8 +154,11 @@ def convert(
     if as_json:
         print_json(summary)
     else:
+        labels = dict(LABELS)
         if adapters := summary.pop("adapters", None):
             show_table(size_table(adapters))
+            if len(adapters) > 1:
+                labels["dense_parameters"] = "parameters of the base and its largest adapter"
         summary |= summary.pop("vocabulary_map", {})
         for name, value in summary.items():
-            print(f"{LABELS.get(name, name.replace('_', ' '))}: {value}")
+            print(f"{labels.get(name, name.replace('_', ' '))}: {value}")

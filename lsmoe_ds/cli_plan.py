@@ -46,6 +46,7 @@ def plan(
     from lsmoe_ds.checkpoint.run_folder import check_start, choose_run
     from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.config.host import tell_missing_weights
+    from lsmoe_ds.data.vocabulary import read_vocabulary
     from lsmoe_ds.folders import write_whole
     from lsmoe_ds.planning.devices import DEVICES
     from lsmoe_ds.planning.fit import Cluster, find_fits, table_of
@@ -65,6 +66,9 @@ def plan(
             check_start(start)
         except UserError as error:
             raise UserError(f"'training.start_from' is {start}: {error}") from None
+    vocabulary = loaded.data.vocabulary
+    if vocabulary.file is not None and vocabulary.file.is_file() and loaded.model.huggingface is None:
+        read_vocabulary(vocabulary, loaded.languages.codes)  # which may lack a language's tag
     if gpus is None:
         made = make_plan(loaded, world)
         tell_missing_weights(loaded.model.huggingface)

@@ -266,6 +266,7 @@ def test_methods_own_their_parameters():
             "'training.trainable' is methods, but no method of the model has parameters: give all or",
         ),
         ("dense", [], "'training.trainable' is an empty list"),
+        ("dense", ["cross"], r"'cross', which matches no parameter \(did you mean '\*cross\*'\?\): give"),
         ("dense", ["decoder.9.*"], r"'decoder.9.\*', which matches no parameter: give patterns"),
         (
             "dense",

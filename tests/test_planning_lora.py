@@ -5,13 +5,16 @@ built.
 from __future__ import annotations
 
 from io import StringIO
+from itertools import permutations
 
 import pytest
 from rich.console import Console
 from test_bad_input import main
 from test_planning import PAPERS
 
+from lsmoe_ds.config.data import Vocabulary
 from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.data.vocabulary import train_vocabulary
 from lsmoe_ds.model.build import outline
 from lsmoe_ds.planning.plan import Plan, plan
 
@@ -112,3 +115,12 @@ def test_a_plan_that_starts_from_a_run_says_what_training_would(tmp_path, capsys
         "data.vocabulary={file: far.model, size: 128112, type: bpe}",
     ]
     assert main(["plan", recipe, *(word for each in far for word in ("--set", each))]) == 0
+
+
+def test_a_plan_says_which_tag_the_vocabulary_lacks(tmp_path, capsys):
+    settings = Vocabulary(size=72, type="unigram")
+    texts = ["".join(letters) for letters in permutations("abcdefg", 4)]
+    train_vocabulary(iter(texts), settings, ["de", "en"]).save(tmp_path / "vocabulary.model")
+    own = f"data.vocabulary={{file: {tmp_path / 'vocabulary.model'}, size: 72, type: unigram}}"
+    assert main(["plan", "demo", "--set", own]) == 2
+    assert f"{tmp_path / 'vocabulary.model'} has no tag for 'fr': it has de, en" in capsys.readouterr().err

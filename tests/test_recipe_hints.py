@@ -81,3 +81,37 @@ def test_patterns_without_quotes(tmp_path, trainable, word):
     with pytest.raises(UserError) as told:
         load_recipe(tmp_path / "r.yaml", [option])
     assert str(told.value) == f"'--set {option}': '{trainable}' is not a YAML value: {said}"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "data.directions=al",
+            "'directions' is 'al' (did you mean 'all'?): write all, or a list, as in [en-de]",
+        ),
+        ("data.directions=en-de", "should be a list of texts, found 'en-de': write [en-de]"),
+        ("model.low_rank={rank: 2, index: {sources: [all]}}", "found 'sources' (did you mean 'source'?)"),
+        (
+            "model.low_rank={rank: {high: 2, verylow: 8}, index: source}",
+            "'verylow' is no group (did you mean 'very_low'?), and no language code",
+        ),
+        (
+            "model.low_rank={rank: 2, at: [encoder.2]}",
+            "no linear layer is at 'encoder.2' of the model, which has 2 and 2 layers, counted from 0",
+        ),
+    ],
+)
+def test_what_was_meant_is_proposed(tmp_path, override, said):
+    (tmp_path / "r.yaml").write_text(GOOD)
+    with pytest.raises(UserError) as told:
+        load_recipe(tmp_path / "r.yaml", [override])
+    assert said in str(told.value)
+
+
+def test_the_option_that_is_cited_beside_a_place_is_another(tmp_path):
+    (tmp_path / "r.yaml").write_text(GOOD)
+    options = ["model.low_rank.rank=2", "model.low_rank.at=[encoder.9]"]
+    with pytest.raises(UserError) as told:
+        load_recipe(tmp_path / "r.yaml", options)
+    assert str(told.value).startswith(f"'--set {options[0]}' with '--set {options[1]}': 'model.low_rank': ")

@@ -23,6 +23,7 @@ from lsmoe_ds.languages import (
     find_code,
     is_known,
     language_name,
+    nearest,
     normalize_code,
     not_a_code,
 )
@@ -197,8 +198,19 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
 
 
 def _or_group(read: Callable[[str], str]) -> Callable[[str], str]:
-    """Return a reader of language codes that lets the names of resource groups pass."""
-    return lambda text: text if text in GROUPS else read(text)
+    """Return a reader of language codes that lets the names of resource groups pass. Raises UserError."""
+
+    def read_either(text: str) -> str:
+        if text in GROUPS:
+            return text
+        try:
+            return read(text)
+        except UserError as error:
+            if guess := nearest(text, GROUPS):
+                raise UserError(f"'{text}' is no group{guess}, and no language code") from None
+            raise error
+
+    return read_either
 
 
 def _wrong_code_of_corpora(corpora: Any) -> tuple[str, str] | None:

@@ -17,7 +17,7 @@ from lsmoe_ds.config.host import Task
 from lsmoe_ds.config.section import NAME, Fraction, Positive, Section, first_twice
 from lsmoe_ds.directions import GROUPS, Direction, english_centric
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.languages import check_code, is_english, normalize_code
+from lsmoe_ds.languages import check_code, is_english, nearest, normalize_code
 from lsmoe_ds.notices import counted, listed
 
 SMALLEST = 64  # pieces of a vocabulary
@@ -189,7 +189,10 @@ class Data(Section):
     @classmethod
     def _all_directions(cls, value: Any) -> Any:
         """Write out ``directions: all``: every ordered pair of ``languages``."""
-        if not isinstance(value, dict) or value.get("directions") != "all":
+        given = value.get("directions") if isinstance(value, dict) else None
+        if given != "all":
+            if isinstance(given, str) and (guess := nearest(given.lower(), ["all"])):
+                raise ValueError(f"'directions' is '{given}'{guess}: write all, or a list, as in [en-de]")
             return value
         codes = value.get("languages")
         if not isinstance(codes, list) or len(codes) < 2 or not all(isinstance(code, str) for code in codes):

@@ -89,13 +89,12 @@ def explain(
         return f"{where}: unknown key {name(at)}{guess}; allowed here: {allowed}{more}"
     annotation = _annotation(at, section)
     if first["type"] == "missing":
-        return (
-            f"{where}{_options(at[:-1], places)}: {name(at)} is missing: it should be {expected(annotation)}"
-        )
+        options = _options(at[:-1], places, where)
+        return f"{where}{options}: {name(at)} is missing: it should be {expected(annotation)}"
     if first["type"] == MISFIT:
-        return f"{where}{_options(at[:-1], places)}: {name(at)}: {first['ctx']['said']}"
+        return f"{where}{_options(at[:-1], places, where)}: {name(at)}: {first['ctx']['said']}"
     if first["type"] == "value_error":
-        return f"{where}{_options(at, places)}: {name(at) + ': ' if at else ''}{first['ctx']['error']}"
+        return f"{where}{_options(at, places, where)}: {name(at) + ': ' if at else ''}{first['ctx']['error']}"
     if found is None and (wanted := is_section(annotation)):
         parent = is_section(_annotation(at[:-1], section))
         left_out = (
@@ -143,11 +142,12 @@ def _sentence(error: Mapping[str, Any], annotation: Any, found: Any, place: Plac
     if kind == "finite_number":
         return f"should be a finite number{shown}"
     if kind == "literal_error":
-        choices = _choices(annotation) or [str(context.get("expected"))]
+        choices = _choices(annotation) or re.findall(r"'([^']*)'", str(context.get("expected")))
         guess = nearest(found, choices) if isinstance(found, str) else ""
         hint = _hint(str, found, place) if place.written in choices else _hint(annotation, found, place)
-        admitted = expected(annotation) if _choices(annotation) else choices[0]
-        return f"should be {admitted}{shown}{guess or hint}"
+        if not _choices(annotation):  # a key of a mapping: the annotation is that of its value
+            return f"should be {_one_of(choices)}{shown}{guess}"
+        return f"should be {expected(annotation)}{shown}{guess or hint}"
     if kind in ("too_short", "string_too_short"):
         what = "character" if kind.startswith("string") else "entry"
         return f"should have at least {context['min_length']} {what}{shown}"
@@ -201,12 +201,12 @@ def _where(at: At, path: Path, places: Places) -> str:
     return found.where if found else str(path)
 
 
-def _options(at: At, places: Places) -> str:
-    """Cite an option that set something below ``at``, where what is wrong concerns the whole of it."""
-    found = [
-        place.where for key, place in places.items() if place.by_option and key[: len(at)] == at and key != at
-    ]
-    return f" with {found[0]}" if found and places.get(at, Place("")).where != found[0] else ""
+def _options(at: At, places: Places, where: str) -> str:
+    """Cite an option that set something below ``at``, where what is wrong concerns the whole of it and the
+    place that is told is another.
+    """
+    options = (place.where for key, place in places.items() if place.by_option and key[: len(at)] == at)
+    return next((f" with {each}" for each in options if each != where), "")
 
 
 def name(at: At) -> str:
@@ -343,5 +343,6 @@ def _hint(annotation: Any, found: Any, place: Place) -> str:
             return ""
         return f": write {int(number)}" if number.is_integer() and abs(number) < 1e15 else ""
     if isinstance(found, str) and any(get_origin(member) in (list, tuple) for member in members):
-        return f": write {yaml.safe_dump([found], default_flow_style=True, allow_unicode=True).strip()}"
+        in_list = yaml.safe_dump([found], default_flow_style=True, allow_unicode=True).strip()
+        return nearest(found, _choices(annotation)) or f": write {in_list}"
     return ""

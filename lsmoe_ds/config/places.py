@@ -77,7 +77,8 @@ def parse_place(pattern: str) -> Place:
         raise ValueError(
             f"'{pattern}' names no linear layers, because of '{wrong}': write a side ({', '.join(SIDES)}), "
             f"layers (3 or 0-8), a sublayer ({', '.join(SUBLAYERS)}) and a linear layer "
-            f"({', '.join(LINEARS)}), joined by dots, each of which may be left out, or all"
+            f"({', '.join(LINEARS[:-1])}; gate in models of transformers), joined by "
+            "dots, each of which may be left out, or all"
         )
     return Place(side, layers, sublayers, linear)
 
@@ -103,12 +104,17 @@ def is_in(site: object, patterns: Collection[str]) -> bool:
     return any(site in parse_place(pattern) for pattern in patterns)
 
 
+def describe_layers(model: Model) -> str:
+    """Name a model by its layers, where a pattern names none of them."""
+    encoder, decoder = model.encoder.layers, model.decoder.layers
+    return f"the model, which has {encoder} and {decoder} layers, counted from 0"
+
+
 def check_named(patterns: Iterable[str], sites: Sequence[object], what: str, model: Model) -> None:
     """Raise ValueError for a pattern that names none of the ``sites``, which are ``what``, or layers that
     the model lacks.
     """
-    counts = {"encoder": model.encoder.layers, "decoder": model.decoder.layers}
-    has = f"the model, which has {counts['encoder']} and {counts['decoder']} layers, counted from 0"
+    counts, has = {"encoder": model.encoder.layers, "decoder": model.decoder.layers}, describe_layers(model)
     for pattern in patterns:
         place = parse_place(pattern)
         if not any(is_in(site, [pattern]) for site in sites):

@@ -42,7 +42,10 @@ def choose(
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
             found = f"'training.trainable' has '{pattern}', which matches no parameter"
-            raise UserError(f"{found}{nearest(pattern, names)}: give patterns of global names")
+            within = f"*{pattern}*"
+            inside = any(fnmatchcase(name, within) for name in names)
+            guess = f" (did you mean '{within}'?)" if inside else nearest(pattern, names)
+            raise UserError(f"{found}{guess}: give patterns of global names")
         chosen |= matched
     if not chosen:
         found = "'training.trainable' is an empty list, by which nothing trains"

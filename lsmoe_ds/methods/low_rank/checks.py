@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from lsmoe_ds.config.places import patterns_of
+from lsmoe_ds.config.places import describe_layers, patterns_of
 from lsmoe_ds.config.shapes import LinearShape, shapes_of
 from lsmoe_ds.directions import GROUPS, Languages
 
@@ -35,14 +35,14 @@ def check_pivot(section: LowRank, languages: Languages) -> None:
         )
 
 
-def check_places(section: LowRank, sites: Sequence[LinearShape]) -> None:
+def check_places(section: LowRank, sites: Sequence[LinearShape], model: Model) -> None:
     """Raise ValueError unless matrices are beside any layer, and no rank is above the longest side of all."""
     if not sites:
         at = ", ".join(patterns_of(section.at))
         every = f" in layers that 'every: {section.every}' chooses" if section.every > 1 else ""
         raise ValueError(
-            f"'low_rank' has no place: no linear layer is at '{at}'{every}, and feed-forwards "
-            "with experts have none: choose another 'at' or 'every'"
+            f"'low_rank' has no place: no linear layer is at '{at}'{every} of {describe_layers(model)}, and "
+            "feed-forwards with experts have none: choose another 'at' or 'every'"
         )
     widest = max(sites, key=lambda site: max(section.size(site)))
     limit, rank = max(section.size(widest)), max(section.ranks)

@@ -227,7 +227,7 @@ class LowRank(MethodSection):
     def check(self, model: Model) -> None:
         linears = [site for site in shapes_of(model) if isinstance(site, LinearShape)]
         sites = [site for site in linears if self.is_at(site)]
-        check_places(self, sites)
+        check_places(self, sites, model)
         indexed = [*self.index.values()] if isinstance(self.index, dict) else []
         check_named(chain(patterns_of(self.at), *indexed), linears, "linear layer", model)
         check_index(self, sites)
