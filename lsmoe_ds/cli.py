@@ -4,18 +4,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lsmoe_ds import __version__, interrupt
+from lsmoe_ds import __version__
 from lsmoe_ds.cli_analyze import analyze_app
 from lsmoe_ds.cli_convert import convert, write_layout
 from lsmoe_ds.cli_evaluate import compare, evaluate, score
 from lsmoe_ds.cli_options import (
-    NPROC,
     AsJson,
     Out,
     Overrides,
@@ -24,8 +22,9 @@ from lsmoe_ds.cli_options import (
     Run,
 )
 from lsmoe_ds.cli_plan import plan
+from lsmoe_ds.cli_train import distill, train
 from lsmoe_ds.cli_translate import label, translate
-from lsmoe_ds.console import check_output, end_at_once, print_json, run_command, show_table
+from lsmoe_ds.console import check_output, print_json, run_command, show_table
 
 ABOUT = (
     "Train multilingual models with parts for each language (experts, low-rank matrices and others) on "
@@ -105,47 +104,8 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson =
 app.command()(plan)
 
 
-@app.command()
-def train(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    processes: Annotated[int | None, typer.Option("--nproc", min=1, help=NPROC)] = None,
-    out: Out = None,
-    profile: Annotated[
-        str | None,
-        typer.Option(metavar="STEPS", help="Trace these steps, as in 10-12, into RUN/profile."),
-    ] = None,
-    memory_snapshot: Annotated[
-        bool, typer.Option("--memory-snapshot", help="Record what these steps allocate on a GPU, too.")
-    ] = False,
-) -> None:
-    """Train a recipe; an interrupted training resumes from its last whole checkpoint.
-
-    Starts the deepspeed launcher itself; under srun, mpirun, torchrun or deepspeed it joins the processes
-    that are there. On Ctrl-C (SIGINT) it saves after the current step and exits with status 130, on SIGTERM,
-    SIGUSR1 and SIGHUP (a closed terminal, unless nohup ignores that) with 75; the same command resumes. A
-    second Ctrl-C ends it at once.
-    """
-    interrupt.leave_before_training()
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # torch warns with long stacks of its own where a rank is lost
-    from lsmoe_ds.parallel.imports import quick_import
-
-    with quick_import():
-        from lsmoe_ds.checkpoint.run_folder import choose_run
-        from lsmoe_ds.config.file import load_recipe
-        from lsmoe_ds.training.profiling import Traced
-        from lsmoe_ds.training.start import train as train_recipe
-
-    traced = Traced.parse(profile, memory_snapshot)
-    loaded = load_recipe(recipe, overrides or ())
-    status = train_recipe(loaded, choose_run(recipe, loaded, out), processes, traced)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        end_at_once(
-            status
-        )  # launchers end ranks that linger after the first has left, and take that for their status
-    raise typer.Exit(status)
+app.command()(train)
+app.command()(distill)
 
 
 for verb in (evaluate, score, compare, translate, label):

@@ -1,0 +1,164 @@
+"""``lsmoe distill``: make all that a student needs of its teacher, so that it only has to be trained.
+
+Beside the run folder ``OUT`` of the student lie
+
+- ``OUT-corpus/``: the teacher's translations of its training sources (:mod:`lsmoe_ds.export.translations`),
+- ``OUT-start/``: the student's first weights (:mod:`lsmoe_ds.distill.start`),
+- ``OUT-recipe.yaml``: the student's recipe, which names them.
+
+What is there already, of the same teacher and settings, stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lsmoe_ds.checkpoint.run_folder import choose_run
+from lsmoe_ds.checkpoint.stored import PROVENANCE, READABLE, Stored, find_model, read_weights, write_folder
+from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.notices import CHOOSE
+from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.vocabulary import Vocabulary
+from lsmoe_ds.distill.start import first_weights
+from lsmoe_ds.errors import UserError
+from lsmoe_ds.export.kept_experts import SAID, One
+from lsmoe_ds.export.translations import Asked, How, translate_corpus
+from lsmoe_ds.folders import explain_errors, read_json, resolved, write_whole
+from lsmoe_ds.inference.load import check_direction
+from lsmoe_ds.notices import notice
+
+Level = Literal["sequence", "word", "both"]
+LEVELS: tuple[Level, ...] = ("sequence", "word", "both")
+DIGEST = "distilled_from"  # in the provenance of the first weights
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns: the ``level``, which expert of the teacher begins as its feed-forward, and how
+    many lines of each direction are translated, and how.
+    """
+
+    level: Level = "sequence"
+    experts: One = "mean"
+    limit: int | None = None
+    how: How = field(default_factory=How)
+
+    @classmethod
+    def parse(cls, level: str, experts: str, limit: int | None, how: How) -> Distillation:
+        """Read the options of the command. Raises UserError for a level or a choice of experts that there is
+        not.
+        """
+        for option, given, known in (("--level", level, LEVELS), ("--experts", experts, tuple(SAID))):
+            if given not in known:
+                raise UserError(f"{option} is {given!r}: choose {', '.join(known[:-1])} or {known[-1]}")
+        return cls(level, experts, limit, how)  # type: ignore[arg-type]
+
+
+def distill(
+    run: Path,
+    into: Path,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    asked: Distillation | None = None,
+    workers: int | None = None,
+) -> tuple[Path, Path]:
+    """Translate, convert and prepare what the student of the recipe ``into`` needs; return its whole recipe
+    and its run folder.
+
+    Raises UserError before anything is written if the teacher does not know the student's directions.
+    """
+    asked = asked or Distillation()
+    teacher = find_model(run)
+    recipe = _load(into, overrides, teacher)
+    student = choose_run(into, recipe, out)
+    if resolved(student) in (resolved(teacher.home), resolved(into).parent):
+        raise UserError(
+            f"the student would be written to {student}, which is another model's: give it a folder with "
+            "--out, or another name with --set name=student"
+        )
+    beside = (student.with_name(f"{student.name}-{part}") for part in ("corpus", "start", "recipe.yaml"))
+    corpus, start, file = beside
+    made = _complete(recipe, asked, run, student, corpus, start)
+    if resolved(made.prepared) == resolved(teacher.recipe.prepared):
+        raise UserError(
+            f"the student's data would be prepared to {made.prepared}, which are its teacher's: give it "
+            "another name with --out"
+        )
+    if asked.level != "word":
+        notice(f"translating what {teacher.recipe.name} was trained on to {corpus}")
+        translate_corpus(run, corpus, Asked(tuple(recipe.trained), limit=asked.limit), asked.how, workers)
+    if recipe.training.start_from is None:
+        _write_start(teacher, recipe, made, start, asked)
+    with explain_errors(file):
+        write_whole(file, made.to_yaml())
+    prepare(made, processes=workers or None)
+    return file, student
+
+
+def _load(into: Path, overrides: Sequence[str], teacher: Stored) -> Recipe:
+    """Load the student's recipe with the vocabulary and the tags of its teacher. Raises UserError unless the
+    teacher translates in all directions that the student is trained on.
+    """
+    if teacher.kind not in READABLE or teacher.recipe.model.huggingface is not None:
+        raise UserError(
+            f"{teacher.home} cannot be a teacher: give a run, or a folder made with --to consolidated"
+        )
+    vocabulary = Vocabulary.load(teacher.vocabulary)
+    theirs = {"file": teacher.vocabulary, "size": vocabulary.size, "type": vocabulary.type}
+    own = [f"data.vocabulary.{key}={value}" for key, value in theirs.items()]
+    recipe = load_recipe(into, [*overrides, *own, f"data.tags={teacher.recipe.data.tags}"])
+    if recipe.model.huggingface is not None:
+        raise UserError(f"the model of {into} has a vocabulary of its own, in which no teacher speaks")
+    for direction in recipe.trained:
+        check_direction(teacher.recipe, teacher.kind, direction)
+    return recipe
+
+
+def _write_start(teacher: Stored, recipe: Recipe, made: Recipe, start: Path, asked: Distillation) -> None:
+    """Write the student's first weights, unless they are there."""
+    average, whole = asked.how.average, read_weights(teacher, asked.how.average)
+    size = Vocabulary.load(teacher.vocabulary).size
+    settings = [
+        *(whole.files, average, asked.experts, recipe.training.seed),
+        *(recipe.model.model_dump(mode="json"), list(map(str, recipe.trained))),
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if (read_json(start / PROVENANCE) or {}).get(DIGEST) == digest:
+        return notice(f"the first weights are in {start} already")
+    weights, said = first_weights(teacher, whole, recipe, size, asked.experts, average)
+    provenance = {"kind": "consolidated", **said, DIGEST: digest}
+    write_folder(start, weights, _of_start(teacher, recipe, made), teacher.vocabulary, provenance)
+    notice(f"{start}: {said['approximates']}")
+
+
+def _of_start(teacher: Stored, recipe: Recipe, made: Recipe) -> Recipe:
+    """Return the recipe of the first weights: it says what chose the held-out sentences of their teacher, by
+    which preparing notices if these are others than the student's.
+    """
+    data = {key: getattr(teacher.recipe.data, key) for key in CHOOSE if key != "directions"}
+    translated = [each for each in made.data.corpora if each not in recipe.data.corpora]
+    data["corpora"] = [*data["corpora"], *translated]
+    training = recipe.training.model_copy(update={"teacher": None, "directions": None})
+    return recipe.model_copy(update={"training": training, "data": recipe.data.model_copy(update=data)})
+
+
+def _complete(
+    recipe: Recipe, asked: Distillation, run: Path, student: Path, corpus: Path, start: Path
+) -> Recipe:
+    """Return the student's recipe with all that it learns from."""
+    value: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
+    data, training = value["data"], value["training"]
+    data["name"] = student.name  # prepared apart from the teacher's
+    if asked.level != "word":
+        data["train_on"] = "translated"
+        data["corpora"] = [*data["corpora"], {"path": str(corpus), "format": "translated"}]
+    if asked.level != "sequence":
+        training["teacher"] = {**training.get("teacher", {}), "model": str(run)}
+    training.setdefault("start_from", str(start))
+    return Recipe.model_validate(value)
