@@ -91,9 +91,12 @@ def _logits(
     targets: Sequence[Sequence[int]],
 ) -> torch.Tensor:
     """Return teacher-forced logits at all real positions of a batch [N, V], on the CPU."""
-    number = engine.languages.direction_id(direction)
-    form = form_of(engine.recipe.data, engine.languages, engine.vocabulary)
-    batch = form.collate(sources, targets, [number] * len(sources)).to(engine.device)
+    if isinstance(engine, Loaded):
+        batch = engine.collate(sources, targets, direction)
+    else:
+        number = engine.languages.direction_id(direction)
+        form = form_of(engine.recipe.data, engine.languages, engine.vocabulary)
+        batch = form.collate(sources, targets, [number] * len(sources)).to(engine.device)
     return engine.logits_of(batch)[batch.read].cpu()
 
 
@@ -158,7 +161,11 @@ def check_agreement(
     try:
         data = PreparedData.of(stored.recipe, stored.home)
         shares = spread(check, len(directions))
-        texts = {each: _held_out(data, each, n) for each, n in zip(directions, shares, strict=True) if n}
+        texts = {
+            each: _held_out(data, _with_text(each, all_of), n)
+            for each, n in zip(directions, shares, strict=True)
+            if n
+        }
     except UserError as error:
         return {"not_checked": f"no held-out text to compare on: {error}"}
     if not any(texts.values()):
@@ -200,6 +207,12 @@ def _open(kind: str, folder: Path, base: Path | None) -> Callable[[Direction], E
     else:
         engine = load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
     return lambda direction: engine
+
+
+def _with_text(direction: Direction, trained: Sequence[Direction]) -> Direction:
+    """Return a direction that has text of the same source; that of one that was never trained is another."""
+    others = (each for each in trained if each.source == direction.source)
+    return direction if direction in trained else next(others, direction)
 
 
 def _held_out(data: PreparedData, direction: Direction, count: int) -> list[str]:

@@ -45,7 +45,8 @@ from lsmoe_ds.export.peft import BASE, base_of, measure, refer, split_stored
 from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
 from lsmoe_ds.export.vocabulary_map import VocabularyMap
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
-from lsmoe_ds.inference.load import load
+from lsmoe_ds.inference.engine import say_untrained
+from lsmoe_ds.inference.load import known_direction, load
 from lsmoe_ds.languages import nearest, normalize_code, table
 
 WRITERS = {
@@ -148,7 +149,9 @@ def convert(
         raise UserError(f"--to {to} is not for models of transformers: use --to {ways}")
     if stored.recipe.model.task != "translate" and to == "peft":
         raise UserError("--to peft is for models that translate: use --to huggingface, by language")
-    direction = stored.recipe.languages.find(direction) if direction else None
+    direction = known_direction(stored.recipe, stored.kind, direction) if direction else None
+    if direction is not None and direction not in stored.recipe.languages.directions:
+        say_untrained([direction])
     vocabulary: Path | bytes = stored.vocabulary
     rows: list[dict[str, Any]] = []
     if whole:

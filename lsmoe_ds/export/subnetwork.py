@@ -46,7 +46,8 @@ from lsmoe_ds.config.shapes import FEED_FORWARD
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import check_fields, read_fields
-from lsmoe_ds.inference.load import check_route, empty_model
+from lsmoe_ds.inference.load import check_route, empty_model, find_part, known_direction
+from lsmoe_ds.methods.base import Method
 from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
 from lsmoe_ds.parallel.topology import Topology
@@ -65,7 +66,7 @@ def check_convertible(
     model = recipe.model
     check_route(route, recipe)
     if direction is not None:
-        recipe.languages.direction_id(direction)
+        find_part(recipe, direction)
     layers = list(expert_layers(model, route))
     stays = [(side, str(layer + 1), moe.routing) for side, layer, moe in layers if not moe.by_task]
     if stays and not hybrid:
@@ -157,7 +158,8 @@ def extract(
     """Return weights (by global name) and recipe of the dense model that equals the given one for
     ``direction``.
 
-    Each kind of language-specific layer has its function here; all else is taken over. The vocabulary stays
+    Each kind of language-specific layer has its function here; all else is taken over. A direction that was
+    never trained takes the parts that a translation in it does. The vocabulary stays
     as it is. By the shared route and where that uses no experts the model is the same for every direction:
     its recipe keeps them all. With ``hybrid`` only what is chosen by the direction becomes dense; layers
     routed by token or sentence keep their experts.
@@ -185,7 +187,8 @@ def extract(
         merged = Tensors(joined)
         # One that adds layers comes last, because the names of layers change.
         for method in sorted(methods_of(recipe, Topology.single()), key=lambda each: each.adds_layers):
-            merged = method.merge(merged, direction, check_route(route, recipe))
+            part = _part(method, direction, recipe.languages)
+            merged = method.merge(merged, part, check_route(route, recipe))
     except KeyError as error:
         raise UserError(f"the weights lack {error}: they do not belong to this recipe") from None
     if recipe.model.huggingface is not None:
@@ -194,6 +197,13 @@ def extract(
     return merged, _dense_recipe(
         recipe, None if serves_all(recipe, route) else direction, _widths(merged, recipe), kept
     )
+
+
+def _part(method: Method, direction: Direction | None, languages: Languages) -> Direction | None:
+    """Return the direction whose parameters of a method a direction takes: mostly its own."""
+    if direction is None or direction in languages.directions or method.section is None:
+        return direction
+    return method.section.stand_in(direction, languages) or direction
 
 
 def _widths(weights: Tensors, recipe: Recipe) -> dict[str, list[int]]:
@@ -266,7 +276,7 @@ def extract_stored(
 
     A dense folder is taken as it is; one for all directions can be narrowed to one of them.
     """
-    direction = stored.recipe.languages.find(direction) if direction else None
+    direction = known_direction(stored.recipe, stored.kind, direction) if direction else None
     dense = stored.kind in PLAIN
     if dense and hybrid:
         raise UserError(f"{stored.home} is dense: there are no experts to keep")

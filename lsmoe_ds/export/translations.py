@@ -34,7 +34,7 @@ from lsmoe_ds.export.engine import load_engine
 from lsmoe_ds.folders import describe_files, read_json, replaced, resolved, write_json, write_whole
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine
-from lsmoe_ds.inference.load import check_direction, check_route
+from lsmoe_ds.inference.load import check_direction, check_route, known_direction
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.languages import UNK
 from lsmoe_ds.notices import notice
@@ -148,7 +148,7 @@ def _lead(
     workers: Workers,
 ) -> dict[str, Any]:
     """Translate all chunks, together with all processes that help, and write the corpus."""
-    own = [stored.recipe.languages.find(each) for each in directions]
+    own = [known_direction(stored.recipe, stored.kind, each) for each in directions]
     for direction in own:
         check_direction(stored.recipe, stored.kind, direction)
     check_route(how.route, stored.recipe)

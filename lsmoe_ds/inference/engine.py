@@ -11,7 +11,7 @@ from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
-from lsmoe_ds.inference.load import Loaded, with_direction
+from lsmoe_ds.inference.load import Loaded, known_direction
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.notices import listed, notice
 
@@ -63,11 +63,9 @@ def own_direction(engine: Engine, direction: Direction) -> Direction:
     languages = engine.languages
     if (task := engine.recipe.model.task) != "translate":
         raise UserError(f"the task of the model is to {task}: use `lsmoe label`")
-    own = Direction(languages.own(direction.source), languages.own(direction.target))
-    if own in languages.directions or not isinstance(engine, Loaded):
-        return languages.find(own)
-    with_direction(engine.recipe, engine.kind, own)
-    return own
+    if not isinstance(engine, Loaded):
+        return languages.find(Direction(languages.own(direction.source), languages.own(direction.target)))
+    return known_direction(engine.recipe, engine.kind, direction)
 
 
 def say_untrained(directions: Iterable[Direction]) -> None:

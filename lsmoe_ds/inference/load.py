@@ -15,7 +15,7 @@ from lsmoe_ds.checkpoint.stored import READABLE, Weights, find_model, read_weigh
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.method import shared_route_keys
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, PairBatch, SequenceBatch
+from lsmoe_ds.data.batches import Batch, Form, PairBatch, SequenceBatch
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.prompts import Prompts
 from lsmoe_ds.data.vocabulary import Vocabulary
@@ -61,12 +61,7 @@ class Loaded:
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
     ) -> list[Hypothesis]:
         """Find the best translation of each token sequence, see :class:`lsmoe_ds.inference.engine.Engine`."""
-        languages = with_direction(self.recipe, self.kind, direction)
-        number = languages.direction_id(direction)
-        form = form_of(self.recipe.data, languages, self.vocabulary)
-        batch = form.collate(sources, None, [number] * len(sources)).to(self.device)
-        if (other := stand_in(self.recipe, direction)) is not None:
-            batch.direction.fill_(self.languages.direction_id(other))
+        form, batch = self._batch(sources, None, direction)
         if isinstance(batch, SequenceBatch):
             assert isinstance(form, Prompts)
             return self._generate(batch, [len(source) for source in sources], int(form.end[0]), search)
@@ -75,6 +70,22 @@ class Loaded:
         return beam_search(
             self.model, batch.source, batch.ids, banned, search, self.route, batch.decoder_input
         )
+
+    def collate(
+        self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], direction: Direction
+    ) -> Batch:
+        """Make a batch of token sequences in one direction, which may be one that was never trained."""
+        return self._batch(sources, targets, direction)[1]
+
+    def _batch(
+        self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]] | None, direction: Direction
+    ) -> tuple[Form, Batch]:
+        languages = with_direction(self.recipe, self.kind, direction)
+        form = form_of(self.recipe.data, languages, self.vocabulary)
+        batch = form.collate(sources, targets, [languages.direction_id(direction)] * len(sources))
+        if (other := stand_in(self.recipe, direction)) is not None:
+            batch.direction.fill_(self.languages.direction_id(other))
+        return form, batch.to(self.device)
 
     def _generate(
         self, batch: SequenceBatch, lengths: Sequence[int], end: int, search: Search
@@ -156,19 +167,43 @@ def with_direction(recipe: Recipe, kind: str, direction: Direction) -> Languages
     return Languages((*languages.directions, direction))
 
 
+def known_direction(recipe: Recipe, kind: str, direction: Direction) -> Direction:
+    """Return a direction in the codes of a recipe, perhaps one that was never trained (zero-shot).
+
+    Says on standard error whose part such a direction takes. Raises UserError as :func:`check_direction`.
+    """
+    languages = recipe.languages
+    own = Direction(languages.own(direction.source), languages.own(direction.target))
+    if own in languages.directions or recipe.model.task != "translate":
+        return languages.find(own)
+    with_direction(recipe, kind, own)
+    return own
+
+
 def check_direction(recipe: Recipe, kind: str, direction: Direction) -> Direction | None:
     """Return the trained direction whose part one takes that was never trained; None if it needs none.
 
     Raises UserError for languages that the model does not know, and where such a direction has no parameters:
-    in a model of one direction, where layers choose experts by the pair of languages, and where
-    :func:`stand_in` does.
+    in a model of one direction, and where :func:`find_part` does.
     """
-    languages = recipe.languages
-    languages.id(direction.source), languages.id(direction.target)
-    if kind not in WHOLE or any(
-        moe.by_task and moe.task == "pair" for _, _, moe in recipe.model.moe_layers()
-    ):
-        languages.direction_id(direction)  # raises
+    recipe.languages.id(direction.source), recipe.languages.id(direction.target)
+    if kind not in WHOLE:
+        recipe.languages.direction_id(direction)  # raises
+    return find_part(recipe, direction)
+
+
+def find_part(recipe: Recipe, direction: Direction) -> Direction | None:
+    """Return the direction of :func:`check_direction` for a model with the parameters of all languages.
+
+    Raises UserError where a direction that was never trained has no parameters: where layers choose experts
+    by the pair of languages, and where :func:`stand_in` does.
+    """
+    by_pair = any(moe.by_task and moe.task == "pair" for _, _, moe in recipe.model.moe_layers())
+    if by_pair and direction not in recipe.languages.directions:
+        raise UserError(
+            f"direction {direction} is not in this system: it was never trained, and layers choose their "
+            "experts by the pair of languages"
+        )
     return stand_in(recipe, direction)
 
 
