@@ -186,7 +186,7 @@ def test_a_test_set_of_ones_own(run, tmp_path, capsys):
     assert other.split[:7] == "my-set-" and other.split != table.split
     assert merge(copy, 1, ["de-en", "en-de"], beam=1, test=[str(tmp_path / "my.set")]).split == other.split
     # Experts chosen by the pair of languages know nothing of a pair that was not trained.
-    with pytest.raises(UserError, match="direction de-fr is not in this system: it knows"):
+    with pytest.raises(UserError, match="direction de-fr is not in this system: it was never trained"):
         evaluate(copy, ["de-fr"], beam=1, progress=False, test=[str(tmp_path / "my.set")])
     convert_to_dense(run, Direction("en", "de"), tmp_path / "dense")  # has no parameters of another direction
     for test in ([str(tmp_path / "my.set")], []):  # no text would help
