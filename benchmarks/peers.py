@@ -26,7 +26,7 @@ from lsmoe_ds.export.huggingface import widest
 from lsmoe_ds.languages import BOS, EOS, PAD
 from lsmoe_ds.model.embedding import FIRST_POSITION, sinusoids
 from lsmoe_ds.shipped import ROOT as PROJECT
-from lsmoe_ds.training.engine import BETAS, EPSILON
+from lsmoe_ds.training.optimizers import BETAS, EPSILON
 
 sys.path.insert(0, str(PROJECT / "tests"))
 from small_huggingface import use_chosen_experts
