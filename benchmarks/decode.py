@@ -75,11 +75,15 @@ def recipe_of(routing: str | None, experts: int = 0, every: int = 2, expert: int
     )
 
 
-def sentences(recipe: Recipe, count: int, seed: int) -> Batch:
+def random_sources(vocabulary: int, count: int, seed: int) -> list[list[int]]:
     """``count`` sources of about ``LENGTH`` tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(LENGTH * 4 // 5, LENGTH * 6 // 5 + 1, (count,), generator=generator).tolist()
-    texts = [torch.randint(8, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(8, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def sentences(recipe: Recipe, count: int, seed: int) -> Batch:
+    texts = random_sources(VOCABULARY, count, seed)
     return DirectionIds.of(recipe.languages, Tags()).collate(texts, None, [0] * count)
 
 
@@ -120,8 +124,8 @@ def decode(model: Transformer, batch: Batch, forced: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
-def forced_tokens(count: int, seed: int) -> Tensor:
-    return torch.randint(8, VOCABULARY, (count, TOKENS), generator=torch.Generator().manual_seed(seed))
+def forced_tokens(count: int, seed: int, vocabulary: int = VOCABULARY) -> Tensor:
+    return torch.randint(8, vocabulary, (count, TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
 def ours(model: Transformer, recipe: Recipe, count: int, seed: int) -> Callable[[], object]:

@@ -14,6 +14,10 @@ then decodes batches of 1, 16, 64 and 128 sentences as `decode.py` does: 32 toke
 encoding included, greedily. The best batch size counts. Memory is what the process holds once the model is
 loaded, and at most; what it holds before, with all libraries, stands beside it. Weights are random, routers
 balanced as in `decode.py`, and files in the system's cache. The processes take turns; medians count.
+
+    python benchmarks/serve.py --run RUN --direction en-de
+
+measures a run of your own in the same way: whole, and as the dense model of a direction in each form.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from peers import installed
 from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.vocabulary import train_vocabulary
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.export import ctranslate2, huggingface
@@ -122,28 +127,31 @@ def resident() -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 2**20
 
 
-def runner(engine: Any, count: int) -> Callable[[], object]:
-    """Return a function that decodes ``count`` sentences."""
-    recipe = recipe_of(None, 0)
+def runner(engine: Any, direction: Direction, count: int) -> Callable[[], object]:
+    """Return a function that decodes ``count`` sentences of random tokens."""
+    size, length = engine.vocabulary.size, decode.TOKENS
+    sources, forced = decode.random_sources(size, count, 1), decode.forced_tokens(count, 1, size)
     if isinstance(engine, Loaded):
-        return decode.ours(engine.model, recipe, count, 1)  # type: ignore[arg-type]
-    batch, length = decode.sentences(recipe, count, 1), decode.TOKENS
+        batch = engine.collate(sources, None, direction)
+        return lambda: decode.decode(engine.model, batch, forced)  # type: ignore[arg-type]
+    form = form_of(engine.recipe.data, engine.languages, engine.vocabulary)
+    source = form.collate(sources, None, [engine.languages.direction_id(direction)] * count).source
     if isinstance(engine, huggingface.Exported):
         return lambda: engine.model.generate(
-            input_ids=batch.source,
-            attention_mask=batch.source != PAD,
+            input_ids=source,
+            attention_mask=source != PAD,
             max_new_tokens=length,
             min_new_tokens=length,
             num_beams=1,
             do_sample=False,
         )
-    texts = [[engine.pieces[i] for i in row if i != PAD] for row in batch.source.tolist()]
+    texts = [[engine.pieces[i] for i in row if i != PAD] for row in source.tolist()]
     return lambda: engine.translator.translate_batch(
         texts, beam_size=1, min_decoding_length=length, max_decoding_length=length
     )
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: Path, direction: Direction) -> dict[str, Any]:
     """Load a model and decode with it, in this process."""
     before = resident()
     begun = time.perf_counter()
@@ -160,12 +168,13 @@ def measure(folder: Path) -> dict[str, Any]:
     rates = {}
     with torch.inference_mode():
         for count in decode.BATCHES:
-            run = runner(engine, count)
+            run = runner(engine, direction, count)
             run()
             begun = time.perf_counter()
             run()
             rates[str(count)] = round(count * decode.TOKENS / (time.perf_counter() - begun), 1)
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    files = find_model(folder).weights_in.rglob("*")  # of a run one checkpoint, with the optimizer's state
+    size = sum(path.stat().st_size for path in files if path.is_file())
     return {
         "GiB on disk": round(size / 2**30, 3),
         "seconds to load": round(loaded, 2),
@@ -187,38 +196,75 @@ def medians(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def measure_all(folders: dict[str, Path], direction: Direction, rounds: int) -> dict[str, dict[str, Any]]:
+    """Measure the models in turn, each in a process of its own, and return medians."""
+    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
+    order = random.Random(1)
+    for _ in range(rounds):
+        for name, folder in order.sample(list(folders.items()), len(folders)):
+            options = ["--model", str(folder), "--direction", str(direction)]
+            seen[name].append(in_processes(__file__, options, 1))
+    return {name: medians(found) for name, found in seen.items()}
+
+
+def forms_of(run: Path, direction: Direction, folder: Path) -> dict[str, Path]:
+    """Convert a run into all forms that serve a direction."""
+    from lsmoe_ds.convert.command import convert
+
+    convert(run, "dense", direction, folder / "dense-torch", check=0)
+    if installed("transformers"):
+        convert(run, "huggingface", direction, folder / "dense-transformers", check=0)
+    if installed("ctranslate2"):
+        for name, numbers in (("CTranslate2", "float32"), ("CTranslate2 int8", "int8")):
+            convert(run, "ctranslate2", direction, folder / f"dense-{name}", check=0, quantization=numbers)
+    made = {name: folder / f"dense-{name}" for name in ENGINES}
+    return {"whole, torch": run} | {f"dense, {name}": at for name, at in made.items() if at.is_dir()}
+
+
 def main() -> None:
     parser = argument_parser(__doc__, rounds=3)
     about = "of each sparse layer (default: 32 128)"
     parser.add_argument("--experts", type=int, nargs="+", default=[32, 128], metavar="E", help=about)
+    about = "measure this run instead, whole and as the dense model of --direction"
+    parser.add_argument("--run", type=Path, help=about)
+    parser.add_argument(
+        "--direction", type=Direction.parse, default=EN_DE, metavar="A-B", help="en-de by default"
+    )
     about = "where there is room for all folders; by default the system's temporary folder"
     parser.add_argument("--folder", type=Path, help=about)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--make", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    direction, rounds = arguments.direction, arguments.rounds
     if arguments.part is not None:
-        found = make_folders(arguments.model, arguments.make) if arguments.make else measure(arguments.model)
+        made = make_folders(arguments.model, arguments.make) if arguments.make else None
+        found = measure(arguments.model, direction) if made is None else made
         arguments.part.write_text(json.dumps(found), encoding="utf-8")
         return
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"rounds": rounds, "output tokens": decode.TOKENS}
+    if arguments.run is not None:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+            forms = forms_of(arguments.run, direction, Path(temporary))
+            result |= {"run": arguments.run.name, "direction": str(direction)}
+            result["models"] = measure_all(forms, direction, rounds)
+        return write(result, arguments.out)
+    result["experts"] = {}
     for experts in arguments.experts:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
             made = in_processes(__file__, ["--model", temporary, "--make", str(experts)], 1)
-            seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
-            contestants = [(name, engine) for name, engines in made.items() for engine in engines]
-            order = random.Random(1)
-            for _ in range(arguments.rounds):
-                for name, engine in order.sample(contestants, len(contestants)):
-                    model = str(Path(temporary, f"{name}-{engine}"))
-                    seen.setdefault((name, engine), []).append(in_processes(__file__, ["--model", model], 1))
-        rows = {f"{name}, {engine}": medians(seen[name, engine]) for name, engine in contestants}
+            folders = {
+                f"{name}, {engine}": Path(temporary, f"{name}-{engine}")
+                for name, engines in made.items()
+                for engine in engines
+            }
+            rows = measure_all(folders, EN_DE, rounds)
         whole, small = rows["token, torch"], rows["sub-network, torch"]
         keys = ("peak tokens per second", "GiB on disk", "GiB once loaded", "seconds to load")
         ratios = {key: round(small[key] / whole[key], 3) for key in keys}
-        result[str(experts)] = {"sub-network to token, torch": ratios, "models": rows}
-        print(json.dumps(result[str(experts)]["sub-network to token, torch"]), file=sys.stderr, flush=True)
-    write({"rounds": arguments.rounds, "output tokens": decode.TOKENS, "experts": result}, arguments.out)
+        result["experts"][str(experts)] = {"sub-network to token, torch": ratios, "models": rows}
+        print(json.dumps(ratios), file=sys.stderr, flush=True)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lsmoe_ds.cli_options import AsJson, Folder, Route, Run, Split
+from lsmoe_ds.cli_options import AsJson, Beam, Folder, Route, Run, Split, direction_of
 from lsmoe_ds.console import print_json
 
 analyze_app = typer.Typer(no_args_is_help=True, help="Look into a trained model.")
@@ -78,6 +78,41 @@ def analyze_neurons(
     from lsmoe_ds.analysis.neurons import analyze_neurons as analyze
 
     summary = analyze(run, out, split, share, per, limit)
+    if as_json:
+        print_json(summary)
+    else:
+        print(summary["said"])
+        print(out / "index.html")
+
+
+@analyze_app.command("experts")
+def analyze_experts(
+    run: Run,
+    out: Folder,
+    direction: Annotated[str, typer.Option("--direction", metavar="A-B", help="From A to B, as in en-de.")],
+    keep: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Keep N experts a layer; may be repeated. By default all, half, and so on.",
+        ),
+    ] = None,
+    split: Split = "dev",
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Translate the first N sentences.")
+    ] = None,
+    beam: Beam = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Score a direction with fewer and fewer experts, the most used ones, where tokens choose them: what
+    'convert --to hybrid --keep N' would lose and save.
+    """
+    from lsmoe_ds.evaluation.kept_experts import analyze_experts as analyze
+
+    chosen = direction_of(direction, None, None, "--to")
+    assert chosen is not None
+    summary = analyze(run, chosen, out, split, limit, keep or (), beam)
     if as_json:
         print_json(summary)
     else:

@@ -11,7 +11,7 @@ import torch
 from small_run import TOKEN_TOP2, make_recipe, make_run, train_and_save
 from typer.testing import CliRunner
 
-from lsmoe_ds.analysis.grids import draw
+from lsmoe_ds.analysis.findings import draw
 from lsmoe_ds.analysis.neurons import analyze_neurons, by_layer, record_all
 from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.cli import app
@@ -88,7 +88,7 @@ def test_a_run_with_experts(run, tmp_path):
     assert result.exit_code == 0, result.output
     assert "the median overlap goes from" in result.output and str(out / "index.html") in result.output
     loaded = load(run)
-    counts, sentences = record_all(loaded, "dev", "sentence", 4)
+    counts, _, sentences = record_all(loaded, "dev", "sentence", 4)
     assert sentences.tolist() == [4] * 4
     assert {name: each.shape[1] for name, each in counts.items()} == {
         "encoder.0": 24,

@@ -347,3 +347,18 @@ def test_damaged_shapes_of_truth_values(tmp_path, header):
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"packed": header})
     with pytest.raises(UserError, match="is damaged: "):
         dict(open_tensors(tmp_path))
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path):
+    """safetensors writes metadata in any order."""
+    mask = LazyTensor((3, 5), lambda: torch.ones(3, 5, dtype=torch.bool), torch.bool, True)
+    entries = {"ä.weight": LazyTensor((2, 2), lambda: torch.ones(2, 2)), "ä.mask": mask}
+    written = set()
+    for number in range(6):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_tensors(Tensors(entries), folder)
+        (path,) = folder.glob("*.safetensors")
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    assert open_tensors(folder)["ä.mask"].dtype == torch.bool

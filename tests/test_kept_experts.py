@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from sacrebleu.metrics import CHRF
 from small_run import PAIR_TOP1, TARGET_TOP2, TOKEN_TOP2, make_run
 from test_bad_input import main
 from test_convert import EN_DE, global_weights, random_loaded
@@ -20,6 +22,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.kept_experts import Keep, keep_one, keep_used
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.inference.load import build_model, load
+from lsmoe_ds.inference.translate import translate
 
 TOKEN_TOP1 = TOKEN_TOP2 | {"top_k": 1}
 SENTENCE = TOKEN_TOP2 | {"routing": "sentence"}
@@ -240,3 +243,34 @@ def test_a_model_with_a_plain_equal_needs_neither(run):
     plain = random_loaded(run, TARGET_TOP2, PAIR_TOP1)
     with pytest.raises(UserError, match="this one has a plain equal"):
         extract(global_weights(plain.model), plain.recipe, EN_DE, hybrid=True)
+
+
+def test_the_curve_of_fewer_experts(run, tmp_path, capsys):
+    out = tmp_path / "curve"
+    options = ["--direction", "en-de", "--limit", "6", "--beam", "2", "--split", "test", "--out", str(out)]
+    assert main(["analyze", "experts", str(run), *options]) == 0
+    assert str(out / "index.html") in capsys.readouterr().out
+    rows = list(csv.DictReader((out / "experts.csv").open()))
+    assert [row["kept"] for row in rows] == ["4", "2"], "the decoder's tokens choose one, the encoder's two"
+    sources, targets = (side[:6] for side in data_of(run).text(EN_DE, "test"))
+    whole = load(run, "cpu")
+    for row in rows:
+        folder = tmp_path / row["kept"]
+        made = convert(run, "hybrid", EN_DE, folder, check=0, keep=row["kept"])
+        assert int(row["parameters"]) == made["parameters"]
+        engine = whole if row["kept"] == "4" else load(folder, "cpu")
+        lines = list(translate(engine, EN_DE, sources, beam=2))
+        score = CHRF(word_order=2).corpus_score(lines, [targets]).score
+        assert float(row["chrfpp"]) == pytest.approx(score, abs=0.01)
+    picture = (out / "experts.svg").read_text()
+    assert picture.count("<circle") == 2 and "million parameters" in picture
+    capsys.readouterr()
+    assert main(["analyze", "experts", str(run), *options, "--keep", "3", "--keep", "9"]) == 2
+    assert "--keep is 9: layers can keep 2 to 4 experts" in capsys.readouterr().err
+
+
+def test_a_curve_is_of_experts_that_tokens_choose(pool, tmp_path, capsys):
+    run = make_run(pool, tmp_path, TARGET_TOP2, None)[0]
+    options = ["--direction", "en-de", "--out", str(tmp_path / "curve")]
+    assert main(["analyze", "experts", str(run), *options]) == 2
+    assert "is for models that route by token or sentence" in capsys.readouterr().err

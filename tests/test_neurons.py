@@ -225,6 +225,12 @@ def test_the_sub_network_of_a_direction_is_exact_and_has_fewer_units(remove, par
         assert list(dense.model.encoder.feed_forward) == widths[:2]
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.95, True), (0.0, False), (95.0, False)])
+def test_a_share_that_looks_like_a_fraction_is_told(share, told):
+    texts = list(Neurons(share=share).notices(recipe_for("dense", 1, 1, 0)))
+    assert [text.startswith(f"model.neurons.share is {share:g} percent") for text in texts] == [True] * told
+
+
 def ids_zero(ids):
     """The ids in a model of one direction."""
     return SentenceIds(ids.source * 0, ids.target * 0 + 1, ids.direction * 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from test_start_from import (  # noqa: F401  (root is a fixture)
 )
 from typer.testing import CliRunner
 
+from lsmoe_ds.analysis.neurons import analyze_neurons
 from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors, open_tensors
@@ -34,10 +36,12 @@ from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.peft import split
 from lsmoe_ds.inference import load as load_module
+from lsmoe_ds.inference.engine import find_direction
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate
 from lsmoe_ds.methods.neurons.recording import record
 from lsmoe_ds.methods.neurons.selection import most_active
+from lsmoe_ds.model.methods import check_holders
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training import start
 
@@ -170,6 +174,39 @@ def test_the_size_of_a_folder_is_that_of_its_files(masked, tmp_path):
     assert "dense bytes" not in said.output
 
 
+@pytest.mark.parametrize("remove", ["units", "rows"])
+def test_an_analysis_counts_the_units_that_masks_leave_alone(masked, remove, tmp_path):
+    """Under rows a unit that is masked may still give relu of its bias."""
+    analyze_neurons(masked[remove], tmp_path / "out", share=100)
+    masks, languages = masks_in(masked[remove]), find_model(masked[remove]).recipe.languages
+    rows = list(csv.DictReader((tmp_path / "out" / "neurons.csv").open()))
+    assert len(rows) == 5 * len(languages.directions)
+    for row in rows:
+        mask = masks[f"{row['side']}.{row['layer']}.feed_forward.units_neurons.mask"]
+        number = languages.direction_id(Direction.parse(row["direction"]))
+        kept = float(mask[number].float().mean())
+        assert float(row["kept"]) == pytest.approx(kept, abs=1e-6) and kept < 0.5
+
+
+def test_directions_by_which_a_model_has_grown_are_said_to_be_untrained(masked, tmp_path, capsys):
+    more = ["data.languages=[de, fr, en]", "data.directions=all"]
+    convert(masked["units"], "grown", None, tmp_path / "grown", check=0, overrides=more)
+    loaded = load(tmp_path / "grown", "cpu")
+    assert find_direction(loaded, Direction("de", "fr")) in loaded.languages.directions
+    assert "the model was not trained on de-fr (zero-shot)" in capsys.readouterr().err
+    find_direction(loaded, Direction("en", "fr"))
+    assert not capsys.readouterr().err
+
+
+def test_settings_of_masks_that_differ_are_named(masked):
+    before = find_model(masked["rows"]).recipe
+    section = before.model.neurons.model_copy(update={"remove": "units"})
+    after = before.model_copy(update={"model": before.model.model_copy(update={"neurons": section})})
+    said = "'model.neurons.remove' is units, but the model has learned with rows"
+    with pytest.raises(UserError, match=said):
+        check_holders(before, after)
+
+
 def test_masks_take_a_bit_each_in_a_checkpoint(masked):
     (weights,) = masked["units"].glob("checkpoints/*/mp_rank_00_model_states.pt")
     stored = torch.load(weights, weights_only=True)["module"]
@@ -276,7 +313,10 @@ def test_a_model_that_has_masks_keeps_them_and_takes_no_others(pool, root, train
     for other in ({"share": 20}, {"per": "token"}, {"remove": "rows"}):
         value = again.model_dump(mode="json", exclude_none=True)
         value["model"]["neurons"] |= other
-        with pytest.raises(UserError, match=r"'model\.neurons' chooses its parameters .* in another way"):
+        (key,) = other
+        with pytest.raises(
+            UserError, match=rf"'model\.neurons\.{key}' is .*, but the model has learned with"
+        ):
             start.check(Recipe.model_validate(value), tmp_path / "other")
 
 
@@ -290,7 +330,7 @@ def test_masks_that_are_found_at_the_start_cannot_be_added_to_a_grown_model(root
 def test_masks_at_random_of_a_grown_model_cannot_become_recorded_ones(masked, tmp_path):
     convert(masked["units"], "consolidated", None, tmp_path / "whole", check=0)
     for run in (masked["units"], tmp_path / "whole"):
-        with pytest.raises(UserError, match=r"'model\.neurons' chooses its parameters .* in another way"):
+        with pytest.raises(UserError, match=r"'model\.neurons\.random' is not set, but .* learned with 0\.4"):
             convert(run, "grown", None, tmp_path / "g", check=0, overrides=["model.neurons={share: 80}"])
 
 

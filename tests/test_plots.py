@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lsmoe_ds.evaluation.plots import number, smooth, thin, ticks
+from lsmoe_ds.analysis.plots import number, smooth, thin, ticks
 from lsmoe_ds.pages import duration, short_count
 
 

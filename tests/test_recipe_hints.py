@@ -90,6 +90,7 @@ def test_patterns_without_quotes(tmp_path, trainable, word):
             "data.directions=al",
             "'directions' is 'al' (did you mean 'all'?): write all, or a list, as in [en-de]",
         ),
+        ("model.neurons.like=en-de", "'model.neurons.like' should be a mapping from names to texts"),
         ("data.directions=en-de", "should be a list of texts, found 'en-de': write [en-de]"),
         ("model.low_rank={rank: 2, index: {sources: [all]}}", "found 'sources' (did you mean 'source'?)"),
         (
@@ -107,6 +108,12 @@ def test_what_was_meant_is_proposed(tmp_path, override, said):
     with pytest.raises(UserError) as told:
         load_recipe(tmp_path / "r.yaml", [override])
     assert said in str(told.value)
+
+
+def test_a_run_folder_in_the_place_of_its_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    with pytest.raises(UserError, match=f"recipe {tmp_path} is a folder: give {tmp_path}/recipe.yaml"):
+        load_recipe(tmp_path)
 
 
 def test_the_option_that_is_cited_beside_a_place_is_another(tmp_path):

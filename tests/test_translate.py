@@ -17,6 +17,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference import stream
 from lsmoe_ds.inference import translate as module
 from lsmoe_ds.inference.beam_search import Search
+from lsmoe_ds.inference.engine import find_direction
 from lsmoe_ds.inference.load import Loaded
 from lsmoe_ds.inference.stream import FIRST_CHUNK, LARGEST_CHUNK, read_chunks
 from lsmoe_ds.inference.translate import cut_line, translate, translate_chunks, translate_tokens
@@ -84,6 +85,8 @@ def test_lines_are_translated_while_others_are_still_read(loaded):
 def test_the_direction_is_checked_at_once(loaded):
     with pytest.raises(UserError, match="'ru' is not in this system"):
         translate(loaded, Direction("en", "ru"), [])
+    with pytest.raises(UserError, match="a translation from en to en is none: name two languages"):
+        find_direction(loaded, Direction("en", "en"))
     with pytest.raises(UserError, match="the beam is 0"):
         list(translate(loaded, EN_DE, ["ba"], beam=0))
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from lsmoe_ds.analysis.command import SUMMARY, check_out, write_csv
-from lsmoe_ds.analysis.grids import draw
+from lsmoe_ds.analysis.curves import draw_curve
+from lsmoe_ds.analysis.grids import draw_grid
 from lsmoe_ds.analysis.heat_map import as_file
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import locked, replaced, write_json
-from lsmoe_ds.methods.findings import Findings
+from lsmoe_ds.methods.findings import Curve, Findings, Grid
 from lsmoe_ds.pages import open_template
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ def find_all(run: Path, recipe: Recipe) -> list[Findings]:
         ]
     except UserError:
         return []
+
+
+def draw(found: Grid | Curve) -> Markup:
+    """Return the picture of a grid or a curve, an SVG element."""
+    return draw_curve(found) if isinstance(found, Curve) else draw_grid(found)
 
 
 def write_findings(out: Path, kind: str, name: str, step: int, found: Findings) -> dict[str, Any]:

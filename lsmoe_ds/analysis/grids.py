@@ -24,7 +24,7 @@ SMALL = 16  # width and height of a cell without a number
 COLUMNS = 20  # in a grid with more the cells are small
 
 
-def draw(grid: Grid) -> Markup:
+def draw_grid(grid: Grid) -> Markup:
     """Return an SVG element with a row for each of the grid's rows, and a color for each number.
 
     The numbers stand in the cells, unless there are many columns; below signed ones, their unit and scale.

@@ -47,12 +47,12 @@ def analyze_neurons(
         raise UserError(f"--share is {share:g}: give a percentage from 0 to 100")
     check_out(Path(out), FORMAT)
     loaded = load(run)
-    counts, sentences = record_all(loaded, split, per, limit)
+    counts, left, sentences = record_all(loaded, split, per, limit)
     read = [i for i, count in enumerate(sentences.tolist()) if count]
     if len(read) < 2:
         have = counted(len(read), "direction")
         raise UserError(f"{run} has {have} with {split} text: it takes two to compare")
-    masks = {name: most_active(each[read], share) for name, each in counts.items()}
+    masks = {name: most_active(each[read], share) & left[name][read] for name, each in counts.items()}
     directions = [loaded.languages.directions[i] for i in read]
     units = (
         f"the units that have {share:g} % of the activations, counted by {per} in {int(sentences.sum()):,} "
@@ -64,9 +64,11 @@ def analyze_neurons(
 
 def record_all(
     loaded: Loaded, split: str, per: Literal["sentence", "token"], limit: int | None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the activations of each layer's units, [D, units] by ``encoder.0``, the experts' side by side,
-    and the number of sentences of each direction.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Return the activations of each layer's units, [D, units] by ``encoder.0``, the experts' side by side;
+    which units masks leave, of the same shapes; and the number of sentences of each direction.
+
+    A unit that a mask removes has no activations, even where it still gives relu of its bias.
     """
     import torch
 
@@ -74,6 +76,7 @@ def record_all(
     from lsmoe_ds.data.forms import form_of
     from lsmoe_ds.data.prepared import open_data
     from lsmoe_ds.data.validation import validation_batches
+    from lsmoe_ds.methods.neurons.method import NeuronSpecialization
     from lsmoe_ds.methods.neurons.recording import Recorder, observed
     from lsmoe_ds.model.transformer import Transformer
 
@@ -91,7 +94,13 @@ def record_all(
         for batch in batches:
             assert isinstance(batch, PairBatch)
             recorder.read(batch.to(loaded.device))
-    return {name: each.cpu() for name, each in by_layer(recorder.counts).items()}, recorder.sentences.cpu()
+    left = {at: torch.ones_like(each, dtype=torch.bool) for at, each in recorder.counts.items()}
+    for method in loaded.model.methods:
+        if isinstance(method, NeuronSpecialization):
+            left |= {at: module.mask for at, module in method.masks.items() if at in left}
+    counts = {at: each * left[at] for at, each in recorder.counts.items()}
+    of_layers = ({name: each.cpu() for name, each in by_layer(of).items()} for of in (counts, left))
+    return *of_layers, recorder.sentences.cpu()  # type: ignore[return-value]
 
 
 def by_layer(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -101,8 +101,9 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
                 "the run keeps the codes that it was started with, so continue it with its own recipe, "
                 f"{stored}"
             )
+        was, has = ("no value" if value is None else value for value in (before, now))
         raise UserError(
-            f"the run {run} was started with {key} {before}, the recipe now has {now}: "
+            f"the run {run} was started with {key} {was}, the recipe now has {has}: "
             f"{advice}, or write to another folder with --out"
         )
     check_vocabulary(run, read_origin(run).get("vocabulary"))

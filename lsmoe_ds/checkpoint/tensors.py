@@ -181,6 +181,21 @@ def _save(tensors: Tensors, names: list[str], packed: Mapping[str, tuple[int, ..
         if "No space left" in str(error):  # it reports a full disk as an error of its own
             raise OSError(errno.ENOSPC, str(error)) from None
         raise UserError(f"{path} cannot be written: {error}") from None
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a file that was just saved in order, which safetensors leaves to chance: the same
+    model gives the same bytes, by whose checksums models are known.
+    """
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        entries = json.loads(header)
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        ordered = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
+        if len(ordered) == len(header):  # if it is written in another way, it stays as it is
+            file.seek(8)
+            file.write(ordered)
 
 
 def _apart(value: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ LIMITS = {
     "less_than_equal": "at most {le}",
 }
 THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
+MAPPINGS = (dict, Mapping)
 SINGULAR = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 PLURAL = {int: "whole numbers", float: "numbers", str: "texts", bool: "true or false", Path: "paths"}
 
@@ -261,8 +262,8 @@ def _members(annotation: Any) -> Iterable[Any]:
 def _items(annotation: Any) -> Iterable[Any]:
     """Yield the annotations of the items that lists and mappings in it have."""
     for member in _members(annotation):
-        if get_origin(member) in (list, tuple, dict):
-            yield get_args(member)[1 if get_origin(member) is dict else 0]
+        if get_origin(member) in (list, tuple, *MAPPINGS):
+            yield get_args(member)[1 if get_origin(member) in MAPPINGS else 0]
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -287,7 +288,7 @@ def expected(annotation: Any, plural: bool = False) -> str:
             words.append(_one_of(_choices(member)))
         elif origin in (list, tuple):
             words.append(f"{'lists' if plural else 'a list'} of {expected(get_args(member)[0], plural=True)}")
-        elif origin is dict:
+        elif origin in MAPPINGS:
             items = (
                 ""
                 if get_args(member)[1] is Any

@@ -131,6 +131,10 @@ def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[st
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"there is no {kind} {path}{shipped.hint(kind)}") from None
+    except IsADirectoryError:
+        inside = path / "recipe.yaml"
+        hint = f": give {inside}" if inside.is_file() else ""
+        raise UserError(f"{kind} {path} is a folder{hint}") from None
     except OSError as error:
         raise UserError(f"{kind} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -177,8 +177,8 @@ def convert(
             "direction": ALL,
             "dense_parameters": tensors.numbers,
         }
-    if to == "huggingface" and recipe.model.huggingface is None:
-        made["padded_parameters"] = tensors.numbers + count_padding(recipe)
+    if to == "huggingface" and recipe.model.huggingface is None and (padding := count_padding(recipe)):
+        made["padded_parameters"] = tensors.numbers + padding
     if options.pop("optimizer", False):
         options["optimizer_of"] = stored
     shown: dict[str, Any] = {}

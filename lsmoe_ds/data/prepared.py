@@ -201,7 +201,9 @@ class PreparedData:
         there = [folder for folder in folders if (folder / MANIFEST).is_file()]
         if not there:
             looked = ", ".join(str(folder.absolute()) for folder in folders)
-            raise UserError(f"there is no prepared data in {folders[-1]} (looked for {looked}): {PREPARE}")
+            raise UserError(
+                f"there is no prepared data in {recipe.prepared} (looked for {looked}): {PREPARE}"
+            )
         wrong = []
         for folder in there:
             try:

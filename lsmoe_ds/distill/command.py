@@ -68,8 +68,8 @@ def distill(
     asked: Distillation | None = None,
     workers: int | None = None,
 ) -> tuple[Path, Path]:
-    """Translate, convert and prepare what the student of the recipe ``into`` needs; return its whole recipe
-    and its run folder.
+    """Make what the student of the recipe ``into`` needs (:func:`make_parts`); return its whole recipe and
+    its run folder.
 
     Raises UserError before anything is written if the teacher does not know the student's directions.
     """
@@ -82,23 +82,55 @@ def distill(
             f"the student would be written to {student}, which is another model's: give it a folder with "
             "--out, or another name with --set name=student"
         )
-    beside = (student.with_name(f"{student.name}-{part}") for part in ("corpus", "start", "recipe.yaml"))
-    corpus, start, file = beside
-    made = _complete(recipe, asked, run, student, corpus, start)
+    made = complete(recipe, asked, run, teacher.vocabulary, student, student.name)
     if resolved(made.prepared) == resolved(teacher.recipe.prepared):
         raise UserError(
             f"the student's data would be prepared to {made.prepared}, which are its teacher's: give it "
             "another name with --out"
         )
+    file = _beside(student, "recipe.yaml")
+    make_parts(recipe, made, asked, run, student, workers)
+    with explain_errors(file):
+        write_whole(file, made.to_yaml())
+    return file, student
+
+
+def complete(
+    recipe: Recipe, asked: Distillation, run: Path, vocabulary: Path, student: Path, name: str
+) -> Recipe:
+    """Return the recipe of the run ``student`` with all that it learns from the teacher ``run``, whose
+    ``vocabulary`` it has. ``name`` is that of its prepared data, which are others than the teacher's.
+    """
+    value: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
+    data, training = value["data"], value["training"]
+    data["name"], data["vocabulary"]["file"] = name, str(vocabulary)
+    if asked.level != "word":
+        data["train_on"] = "translated"
+        translated = {"path": str(_beside(student, "corpus")), "format": "translated"}
+        data["corpora"] = [*data["corpora"], translated]
+    if asked.level != "sequence":
+        training["teacher"] = {**training.get("teacher", {}), "model": str(run)}
+    training.setdefault("start_from", str(_beside(student, "start")))
+    return Recipe.model_validate(value)
+
+
+def make_parts(
+    recipe: Recipe, made: Recipe, asked: Distillation, run: Path, student: Path, workers: int | None = None
+) -> None:
+    """Translate, write the first weights, and prepare the data of a student; ``made`` is its ``recipe``,
+    completed.
+    """
+    teacher, corpus = find_model(run), _beside(student, "corpus")
     if asked.level != "word":
         notice(f"translating what {teacher.recipe.name} was trained on to {corpus}")
         translate_corpus(run, corpus, Asked(tuple(recipe.trained), limit=asked.limit), asked.how, workers)
     if recipe.training.start_from is None:
-        _write_start(teacher, recipe, made, start, asked)
-    with explain_errors(file):
-        write_whole(file, made.to_yaml())
+        _write_start(teacher, recipe, made, _beside(student, "start"), asked)
     prepare(made, processes=workers or None)
-    return file, student
+
+
+def _beside(student: Path, part: str) -> Path:
+    return student.with_name(f"{student.name}-{part}")
 
 
 def _load(into: Path, overrides: Sequence[str], teacher: Stored) -> Recipe:
@@ -146,19 +178,3 @@ def _of_start(teacher: Stored, recipe: Recipe, made: Recipe) -> Recipe:
     data["corpora"] = [*data["corpora"], *translated]
     training = recipe.training.model_copy(update={"teacher": None, "directions": None})
     return recipe.model_copy(update={"training": training, "data": recipe.data.model_copy(update=data)})
-
-
-def _complete(
-    recipe: Recipe, asked: Distillation, run: Path, student: Path, corpus: Path, start: Path
-) -> Recipe:
-    """Return the student's recipe with all that it learns from."""
-    value: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
-    data, training = value["data"], value["training"]
-    data["name"] = student.name  # prepared apart from the teacher's
-    if asked.level != "word":
-        data["train_on"] = "translated"
-        data["corpora"] = [*data["corpora"], {"path": str(corpus), "format": "translated"}]
-    if asked.level != "sequence":
-        training["teacher"] = {**training.get("teacher", {}), "model": str(run)}
-    training.setdefault("start_from", str(start))
-    return Recipe.model_validate(value)

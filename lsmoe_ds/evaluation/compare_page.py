@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from lsmoe_ds.analysis.plots import Scale, number
 from lsmoe_ds.evaluation.compare import Comparison, Found
 from lsmoe_ds.evaluation.metrics import METRICS
-from lsmoe_ds.evaluation.plots import Scale, number
 from lsmoe_ds.evaluation.significance import TRIALS
 from lsmoe_ds.folders import check_can_write, write_whole
 from lsmoe_ds.pages import open_template

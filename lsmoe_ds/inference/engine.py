@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from lsmoe_ds.checkpoint.stored import PROVENANCE
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import read_json
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
 from lsmoe_ds.inference.load import Loaded, known_direction
 from lsmoe_ds.methods.context import Route
@@ -49,8 +51,13 @@ def find_direction(engine: Engine, direction: Direction) -> Direction:
     on standard error; of what a model has learned that was imported and not trained here, nothing is known.
     """
     own = own_direction(engine, direction)
-    if own not in engine.languages.directions and engine.step:
-        say_untrained([own])
+    if not engine.step:
+        return own
+    # A converted folder lists what it was trained on; directions by which a model has grown are not among it.
+    provenance = read_json(engine.home / PROVENANCE) or {}
+    trained = provenance.get("trained")
+    if own not in engine.languages.directions or (isinstance(trained, list) and str(own) not in trained):
+        say_untrained([own], provenance.get("started_from"))
     return own
 
 
@@ -68,6 +75,10 @@ def own_direction(engine: Engine, direction: Direction) -> Direction:
     return known_direction(engine.recipe, engine.kind, direction)
 
 
-def say_untrained(directions: Iterable[Direction]) -> None:
-    """Say on standard error which directions a model is used for that it was not trained on."""
-    notice(f"the model was not trained on {listed(each.label for each in directions)} (zero-shot)")
+def say_untrained(directions: Iterable[Direction], started_from: str | None = None) -> None:
+    """Say on standard error which directions a model is used for that it was not trained on; the one that it
+    ``started_from`` may have been.
+    """
+    which = listed(each.label for each in directions)
+    more = "(zero-shot)" if started_from is None else f"here; it started from {started_from}"
+    notice(f"the model was not trained on {which} {more}")

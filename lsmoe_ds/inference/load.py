@@ -72,9 +72,11 @@ class Loaded:
         )
 
     def collate(
-        self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], direction: Direction
+        self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]] | None, direction: Direction
     ) -> Batch:
-        """Make a batch of token sequences in one direction, which may be one that was never trained."""
+        """Make a batch of token sequences in one direction, which may be one that was never trained; without
+        ``targets`` to translate it.
+        """
         return self._batch(sources, targets, direction)[1]
 
     def _batch(
@@ -176,6 +178,8 @@ def known_direction(recipe: Recipe, kind: str, direction: Direction) -> Directio
     own = Direction(languages.own(direction.source), languages.own(direction.target))
     if own in languages.directions or recipe.model.task != "translate":
         return languages.find(own)
+    if own.alone:
+        raise UserError(f"a translation from {own.source} to {own.source} is none: name two languages")
     with_direction(recipe, kind, own)
     return own
 

@@ -1,4 +1,4 @@
-"""What a method finds in the weights of a trained model: numbers for files and grids for pictures."""
+"""What a method finds in the weights of a trained model: numbers for files, grids and curves for pictures."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Points (x, y, label) that are drawn along a line; ``x`` and ``y`` name the axes."""
+
+    name: str
+    title: str
+    about: str
+    x: str
+    y: str
+    points: Sequence[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
 class Findings:
     """What one analysis found.
 
@@ -42,6 +54,6 @@ class Findings:
     title: str
     said: str
     records: Sequence[Mapping[str, Any]]
-    grids: Sequence[Grid]
+    grids: Sequence[Grid | Curve]
     recipe: Recipe | None = None
     more: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)

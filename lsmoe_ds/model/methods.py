@@ -40,8 +40,17 @@ def check_holders(before: Recipe, after: Recipe) -> None:
     """Raise UserError if a trained model's parameters would be chosen by other languages than before."""
     for section, old in same_methods(before, after):
         was, now = old.choosing(before.model), section.choosing(after.model)
-        if was != now:
-            raise UserError(
-                f"'model.{section.name}' chooses its parameters by other languages, at other places or in "
-                "another way than the model has learned: leave what says so as it is"
-            )
+        if was == now:
+            continue
+        for key in type(section).model_fields:  # the first that alone makes a difference
+            value, learned = getattr(section, key), getattr(old, key)
+            if old.model_copy(update={key: value}).choosing(before.model) != was:
+                is_now, was_then = ("not set" if each is None else each for each in (value, learned))
+                raise UserError(
+                    f"'model.{section.name}.{key}' is {is_now}, but the model has learned with {was_then}, "
+                    "which says what each language or direction has of it: leave it as it is"
+                )
+        raise UserError(
+            f"'model.{section.name}' chooses its parameters by other languages, at other places or in "
+            "another way than the model has learned: leave what says so as it is"
+        )

@@ -12,10 +12,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lsmoe_ds.analysis.plots import Series, line_chart, smooth
 from lsmoe_ds.checkpoint.run_folder import CHRF
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.evaluation.plots import Series, line_chart, smooth
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from lsmoe_ds.analysis.findings import find_all
-from lsmoe_ds.analysis.grids import draw
+from lsmoe_ds.analysis.findings import draw, find_all
 from lsmoe_ds.analysis.heat_map import heat_map, largest_share
 from lsmoe_ds.analysis.page import measures_table, reading
+from lsmoe_ds.analysis.plots import number
 from lsmoe_ds.analysis.routing import read_routing, task_name
 from lsmoe_ds.checkpoint.averages import Averaging, describe_average
 from lsmoe_ds.config.file import load_recipe
@@ -31,7 +31,6 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.evaluation.groups import CLASSES
 from lsmoe_ds.evaluation.metrics import TASKS, WEAK
-from lsmoe_ds.evaluation.plots import number
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.folders import check_can_write, write_whole

@@ -21,10 +21,12 @@ from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepared import MANIFEST, PreparedData
 from lsmoe_ds.directions import Direction
+from lsmoe_ds.distill.command import Distillation, complete, make_parts
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.evaluation.part import Part
 from lsmoe_ds.evaluation.scores import ScoreTable
+from lsmoe_ds.export.translations import How
 from lsmoe_ds.folders import explain_errors, locked, write_whole
 from lsmoe_ds.inference.load import check_route
 from lsmoe_ds.languages import nearest
@@ -110,6 +112,33 @@ class Runs:
         whole = self.out / (f"{member}-seed{seed}" if self.is_to_train(member) else member)
         return whole if alone is None else whole / str(alone)
 
+    def recipe(self, member: str, seed: int, alone: Direction | None = None) -> Recipe:
+        """Return the whole recipe of one run; that of a student names what it learns from."""
+        recipe = self.study.recipe(member, seed, alone)
+        if (asked := self._distillation(member)) is None:
+            return recipe
+        teacher, student = self._teacher(member, seed), self.folder(member, seed, alone)
+        name = "-".join((self.study.settings.name, *student.relative_to(self.out).parts))
+        return complete(recipe, asked, teacher, teacher / "vocabulary.model", student, name)
+
+    def _vocabulary(self, member: str, recipe: Recipe) -> Path:
+        """Return the vocabulary in the prepared data of a run; a student has data of its own."""
+        of_student = self._distillation(member) is not None
+        return (recipe.prepared if of_student else self.prepared.folder) / "vocabulary.model"
+
+    def _distillation(self, member: str) -> Distillation | None:
+        told = self.study.settings.members[member].distill
+        if told is None:
+            return None
+        return Distillation(told.level, told.experts, told.limit, How(told.beam))
+
+    def _teacher(self, member: str, seed: int) -> Path:
+        """Return the folder of the model that a student learns from."""
+        told = self.study.settings.members[member].distill
+        assert told is not None
+        folder = self.folder(told.of, seed)
+        return folder if self.is_to_train(told.of) else _start_of(self.study.recipe(told.of, seed))
+
     def models(self, member: str) -> list[Direction | None]:
         """List the directions with training text for which a member has a model of its own; None stands for
         all.
@@ -130,7 +159,7 @@ class Runs:
 
     def check(self, member: str, seed: int, processes: int | None) -> None:
         """Raise UserError for anything that training or evaluation would reject later."""
-        recipe = self.study.recipe(member, seed)
+        recipe = self.recipe(member, seed)
         if not self.is_to_train(member):
             find_model(_start_of(recipe))
             return
@@ -143,8 +172,8 @@ class Runs:
         except UserError as error:
             raise UserError(f"member '{member}': {error}") from None
         for alone in self.models(member):
-            own, folder = self.study.recipe(member, seed, alone), self.folder(member, seed, alone)
-            check_run(own, folder, self.prepared.folder / "vocabulary.model")
+            own, folder = self.recipe(member, seed, alone), self.folder(member, seed, alone)
+            check_run(own, folder, self._vocabulary(member, own))
             self.is_trained(member, seed, alone)
 
     def is_there(self, member: str, seed: int, alone: Direction | None = None) -> bool:
@@ -152,7 +181,8 @@ class Runs:
         folder = self.folder(member, seed, alone)
         if not (folder / "recipe.yaml").exists():  # the last file that a new run writes
             return False
-        check_run(self.study.recipe(member, seed, alone), folder, self.prepared.folder / "vocabulary.model")
+        recipe = self.recipe(member, seed, alone)
+        check_run(recipe, folder, self._vocabulary(member, recipe))
         return True
 
     def steps(self, member: str) -> int:
@@ -181,7 +211,9 @@ class Runs:
         return step_of(found[-1]) if found and has_ended(found[-1], steps, patience) else steps
 
     def train(self, member: str, seed: int, processes: int | None) -> None:
-        """Train what is missing of a member."""
+        """Train what is missing of a member, before it the one that it learns from."""
+        if (told := self.study.settings.members[member].distill) is not None:
+            self.train(told.of, seed, processes)
         if self.is_to_train(member):
             for alone in self.models(member):
                 self._train(member, seed, alone, processes)
@@ -191,11 +223,15 @@ class Runs:
         name, folder = _name(member, seed, alone), self.folder(member, seed, alone)
         if self.is_trained(member, seed, alone):
             return _say(f"{name}: trained already")
+        if (asked := self._distillation(member)) is not None:
+            _say(f"{name}: taught by {self._teacher(member, seed)}")
+            before, made = self.study.recipe(member, seed, alone), self.recipe(member, seed, alone)
+            make_parts(before, made, asked, self._teacher(member, seed), folder)
         _say(f"{name}: training {folder}")
         recipe = self.out / "recipes" / f"{'-'.join(folder.relative_to(self.out).parts)}.yaml"
         with explain_errors(recipe):
             recipe.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(recipe, self.study.recipe(member, seed, alone).to_yaml())
+        write_whole(recipe, self.recipe(member, seed, alone).to_yaml())
         command = [sys.executable, "-m", "lsmoe_ds", "train", str(recipe), "--out", str(folder)]
         command += ["--nproc", str(processes)] if processes else []
         environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
@@ -220,7 +256,7 @@ class Runs:
         folder = self.folder(member, seed, alone)
         of_base = not self.is_to_train(member)
         table = evaluate(
-            _start_of(self.study.recipe(member, seed)) if of_base else folder,
+            _start_of(self.recipe(member, seed)) if of_base else folder,
             [str(d) for d in self.study.scored(member) if alone in (None, d)],
             options.beam,
             options.length_penalty,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lsmoe_ds.analysis.plots import Scale, number
 from lsmoe_ds.analysis.routing import task_name
-from lsmoe_ds.evaluation.plots import Scale, number
 from lsmoe_ds.pages import open_template
 from lsmoe_ds.study.table import Comparison
 

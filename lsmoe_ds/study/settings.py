@@ -39,17 +39,28 @@ class Evaluate(Section):
     limit: Positive | None = None
 
 
+class Distilled(Section):
+    """How a member learns from the run of another one, ``of`` (:class:`lsmoe_ds.distill.Distillation`)."""
+
+    of: str
+    level: Literal["sequence", "word", "both"] = "sequence"
+    experts: Literal["used", "mean"] = "mean"
+    limit: Positive | None = None
+    beam: Positive = 5
+
+
 class Member(Section):
     """A member of a study: ``set`` is merged into the base recipe, and each of ``routes`` is evaluated.
 
     One that is not ``trained`` is the model of ``training.start_from``, as it is. With ``each_direction`` the
     member is a model for each direction, which is trained on it alone for so many steps. ``seeds`` are those
-    of the study's that it is trained with; without it all.
+    of the study's that it is trained with; without it all. With ``distill`` it is another member's student.
     """
 
     trained: bool = True
     each_direction: Positive | None = None
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
+    distill: Distilled | None = None
     title: Annotated[str, Field(min_length=1)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     routes: Annotated[tuple[str, ...], Field(min_length=1)] = ("specific",)
@@ -69,6 +80,8 @@ class Member(Section):
             raise ValueError("'seeds' is of a training, but 'trained' is false: leave one out")
         if self.seeds is not None and len(self.seeds) > len(set(self.seeds)):
             raise ValueError("'seeds' names a seed twice")
+        if self.distill is not None and not self.trained:
+            raise ValueError("'distill' is of a training, but 'trained' is false: leave one out")
         for key in _keys(self.set):
             if key in FIXED and key != DIRECTIONS:  # of which the whole study decides
                 raise ValueError(f"'set' changes {key}, but {FIXED[key]}")
@@ -104,6 +117,8 @@ class Settings(Section):
                     f"'seeds' of member '{name}' names {wrong[0]}, which is not among those of the study: "
                     f"{', '.join(map(str, self.seeds))}"
                 )
+            if member.distill is not None:
+                self._check_teacher(name, member.distill.of)
             # What each is trained on may differ where all directions are scored.
             if DIRECTIONS in _keys(member.set) and self.evaluate.directions == "trained":
                 raise ValueError(
@@ -111,6 +126,25 @@ class Settings(Section):
                     "'evaluate.directions' be all"
                 )
         return self
+
+    def _check_teacher(self, name: str, of: str) -> None:
+        """Raise ValueError unless a member can learn from another one, with each of its seeds."""
+        teacher = self.members.get(of)
+        if teacher is None:
+            raise ValueError(
+                f"'distill.of' of member '{name}' is {of}, which is no member{nearest(of, self.members)}: "
+                f"the members are {', '.join(self.members)}"
+            )
+        if teacher.distill is not None or teacher.each_direction is not None:
+            raise ValueError(
+                f"'distill.of' of member '{name}' is {of}, which is itself distilled or a model for each "
+                "direction: name one model that is trained on all"
+            )
+        if lacking := [seed for seed in self.seeds_of(name) if seed not in self.seeds_of(of)]:
+            raise ValueError(
+                f"member '{name}' learns from {of}, which is not trained with seed {lacking[0]}: give it "
+                "'seeds'"
+            )
 
     def seeds_of(self, member: str) -> tuple[int, ...]:
         """Return the seeds of a member, in the order of the study's."""

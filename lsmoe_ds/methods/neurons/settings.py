@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -100,6 +100,13 @@ class Neurons(MethodSection):
             raise ValueError(
                 "'neurons' records what a trained model activates, but there is no 'training.start_from': "
                 "give a model to start from, or 'random'"
+            )
+
+    def notices(self, recipe: Recipe) -> Iterator[str]:
+        if self.random is None and 0 < self.share <= 1:
+            yield (
+                f"model.neurons.share is {self.share:g} percent of the activations, of which few units have "
+                "that many: 95 is 95 percent"
             )
 
     def choosing(self, model: Model) -> Any:
