@@ -57,6 +57,7 @@ def test_a_student_of_a_member(base, tmp_path):
     study = PreparedData.of(load_study(file).recipes["naive"])
     for each in recipe.trained:
         assert PreparedData.of(recipe).text(each, "test") == study.text(each, "test")
+    assert (out / "study.svg").read_text().count("<circle") == 2, "the student, and its teacher"
     before = tree(out)
     run_study(file, out, members=["student", "token"])
     changed = {path for path, content in tree(out).items() if before.get(path) != content}

@@ -33,7 +33,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x, y, label) that are drawn along a line; ``x`` and ``y`` name the axes."""
+    """Points (x, y, label) that are drawn along a line, or unless they are ``joined`` each by itself; ``x``
+    and ``y`` name the axes.
+    """
 
     name: str
     title: str
@@ -41,6 +43,7 @@ class Curve:
     x: str
     y: str
     points: Sequence[tuple[float, float, str]]
+    joined: bool = True
 
 
 @dataclass(frozen=True)

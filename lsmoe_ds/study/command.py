@@ -1,8 +1,8 @@
 """``lsmoe study``: train and evaluate the members of a study one by one, and keep the tables up to date.
 
 ``OUT/MEMBER-seedN/`` are run folders, which also hold ``scores-ROUTE.json``; ``OUT/recipes/`` holds the whole
-recipe of each run; ``OUT/study.json``, ``study.md`` and ``study.html`` are rewritten after each member.
-Several processes may work on one study if each takes its own part.
+recipe of each run; ``OUT/study.json``, ``study.md``, ``study.html`` and its picture ``study.svg`` are
+rewritten after each member. Several processes may work on one study if each takes its own part.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from lsmoe_ds.analysis.heat_map import as_file
 from lsmoe_ds.checkpoint.run_folder import check_run, has_ended, list_checkpoints, newest_whole, step_of
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.layout import check_layout
@@ -36,7 +37,7 @@ from lsmoe_ds.notices import counted
 from lsmoe_ds.planning.plan import plan
 from lsmoe_ds.report.progress import Progress, read_progress
 from lsmoe_ds.study.comparing import compare
-from lsmoe_ds.study.page import render_page
+from lsmoe_ds.study.page import draw_picture, render_page
 from lsmoe_ds.study.settings import Study, load_study
 from lsmoe_ds.study.table import Comparison, Costs, Spread
 from lsmoe_ds.training.engine import check_precision
@@ -369,6 +370,8 @@ class Runs:
             )
             write_whole(self.out / "study.md", comparison.to_markdown())
             write_whole(self.out / "study.html", render_page(comparison))
+            if (picture := draw_picture(comparison)) is not None:
+                write_whole(self.out / "study.svg", as_file(picture))
 
 
 def _start_of(recipe: Recipe) -> Path:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from markupsafe import Markup
+
+from lsmoe_ds.analysis.curves import draw_curve
 from lsmoe_ds.analysis.plots import Scale, number
 from lsmoe_ds.analysis.routing import task_name
+from lsmoe_ds.methods.findings import Curve
 from lsmoe_ds.pages import open_template
 from lsmoe_ds.study.table import Comparison
 
@@ -23,4 +27,23 @@ def render_page(comparison: Comparison) -> str:
         scale=Scale.of(gain for row in rows for gain in row.gain_by_seed.values()),
         range=(min(of_baseline), max(of_baseline)) if len(of_baseline) > 1 else None,
         largest=largest or 1.0,
+        picture=draw_picture(comparison),
     )
+
+
+def draw_picture(comparison: Comparison) -> Markup | None:
+    """Return the picture of scores against the parameters that serve one direction, a point for each row, or
+    None if all rows have as many.
+    """
+    main, unit = comparison.scoring.main, comparison.scoring.unit
+    points = [
+        (row.costs.serving_one / 1e6, row.groups["all"][main].mean, row.title)
+        for row in comparison.rows
+        if "all" in row.groups
+    ]
+    if len({x for x, _, _ in points}) < 2:
+        return None
+    title = f"{comparison.main} against the parameters that serve one {unit}"
+    x = f"million parameters that serve one {unit}"
+    y = f"{comparison.main}, mean of all {unit}s"
+    return draw_curve(Curve("study", title, "", x, y, points, joined=False))
