@@ -49,7 +49,7 @@ setup(
     packages=[*find_packages(include=["lsmoe_ds", "lsmoe_ds.*"]), *map(package_of, SHIPPED)],
     package_dir={package_of(folder): folder for folder in SHIPPED},
     package_data={
-        "lsmoe_ds": ["**/*.tsv", "**/*.html"],
+        "lsmoe_ds": ["**/*.tsv", "**/*.html", "py.typed"],
         **{package_of(folder): files for folder, files in SHIPPED.items()},
     },
     cmdclass={"build_py": WithoutScripts},
