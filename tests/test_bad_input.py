@@ -162,7 +162,7 @@ NOTHING: Change = lambda: None  # noqa: E731
 CASES: list[tuple[str, Change, list[str], str]] = [
     # recipes
     ("no recipe", NOTHING, TRAIN, "there is no recipe bad.yaml"),
-    ("folder as recipe", NOTHING, ["train", "run"], "recipe run cannot be read"),
+    ("folder as recipe", NOTHING, ["train", "run"], "recipe run is a folder: give run/recipe.yaml"),
     ("not YAML", text("name: [a"), TRAIN, "bad.yaml is not valid YAML"),
     ("not UTF-8", text(b"name: \xff\xfe"), TRAIN, "bad.yaml cannot be read"),
     ("not a mapping", text("- a\n- b\n"), TRAIN, "must be a mapping with the keys name, data, model"),
