@@ -60,7 +60,7 @@ BAD = [
     ),
     (
         {"model": {"low_rank": {"rank": 2, "every": 3}}},
-        "no linear layer is at 'feed_forward' in layers that 'every: 3' chooses of the model, which has 0 and 2 layers",
+        "in layers that 'every: 3' chooses of the model, which has 0 and 2 layers",
     ),
 ]
 
