@@ -155,7 +155,11 @@ def read_pairs(
 
 
 def _several(texts: Sequence[str]) -> Sequence[str]:
-    """Return texts; raise UserError for a single one, whose letters would be taken for texts."""
+    """Return texts; raise UserError for a single one, whose letters would be taken for texts, and for what is
+    no text.
+    """
     if isinstance(texts, str):
         raise UserError("texts are a list: give [text] for a single one")
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise UserError(f"{wrong[0]!r} is no text: give a list of texts")
     return texts

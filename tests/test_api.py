@@ -83,6 +83,7 @@ def test_mistakes_are_said(run):
     for call, message in (
         (lambda: lsmoe_ds.load(run / "nothing"), "there is no folder"),
         (lambda: model.translate("ba de", "en", "de"), "texts are a list"),
+        (lambda: model.translate([3], "en", "de"), "3 is no text"),
         (lambda: model.translate(["ba"], "en", "nl"), "'nl' is not in this system"),
         (lambda: model.score(["ba"], [], "en", "de"), "there are 1 texts, but 0 translations"),
         (lambda: next(lsmoe_ds.read_pairs(run / "recipe.yaml", "en-de", "trian")), "'trian' is no split"),

@@ -13,7 +13,7 @@ from test_bad_input import main
 from test_convert import EN_DE
 
 from lsmoe_ds.analysis.measuring import measure_use
-from lsmoe_ds.checkpoint.run_folder import newest_whole
+from lsmoe_ds.checkpoint.run_folder import newest_whole, open_run
 from lsmoe_ds.checkpoint.stored import find_model, read_weights
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.data.prepared import PreparedData, open_data
@@ -167,3 +167,36 @@ def test_the_teachers_data_stay(run, tmp_path, capsys):
     name = find_model(run).recipe.prepared.name
     assert main(["distill", str(run), "--into", str(recipe), "--out", str(tmp_path / name), *QUICK]) == 2
     assert "which are its teacher's: give it another name with --out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_student_that_has_begun_keeps_what_it_began_with(run, tmp_path, capsys):
+    recipe = recipe_in(run, tmp_path / "r.yaml", {"directions": ["en-de"]})
+    command = ["distill", str(run), "--into", str(recipe), "--out", str(tmp_path / "student"), *QUICK]
+    assert main(command) == 0
+    made = load_recipe(tmp_path / "student-recipe.yaml")
+    open_run(made, tmp_path / "student", made.prepared / "vocabulary.model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    prepared = (made.prepared / "manifest.json").read_bytes()
+    for options, message in (
+        (["--limit", "10"], "was started on translations with limit 20"),
+        (["--beam", "3"], "was started on translations with beam 2"),
+        (["--experts", "used"], "was started with other first weights"),
+        (["--level", "word"], "was started with data.corpora"),
+        (["--set", "training.learning_rate=0.5"], "was started with training.learning_rate 0.05"),
+    ):
+        capsys.readouterr()
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert (made.prepared / "manifest.json").read_bytes() == prepared
+    assert main(command) == 0
+
+
+def test_a_recipe_of_ones_own_stays(run, tmp_path, capsys):
+    recipe = recipe_in(run, tmp_path / "r.yaml")
+    (tmp_path / "student-recipe.yaml").write_text("my: file\n")
+    command = ["distill", str(run), "--into", str(recipe), "--out", str(tmp_path / "student"), *QUICK]
+    assert main(command) == 2
+    assert "was not written by `lsmoe distill`" in capsys.readouterr().err
+    assert (tmp_path / "student-recipe.yaml").read_text() == "my: file\n"

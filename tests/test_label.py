@@ -13,7 +13,7 @@ from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference import stream
-from lsmoe_ds.inference.label import label_all
+from lsmoe_ds.inference.label import Answer, label_all
 from lsmoe_ds.inference.label_lines import label_chunks, names_of
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.notices import notice
@@ -148,3 +148,10 @@ def test_a_language_that_was_not_trained_is_said(pool, base, task, label):  # no
         notice.cache_clear()
         _, _, err = label(alone, "--language", code, text="\n")
         assert err == ("" if code == "de" else f"lsmoe: the model was not trained on {code} (zero-shot)\n")
+
+
+@pytest.mark.parametrize(("start", "end", "wanted"), [(13, 18, (14, 18)), (14, 18, (14, 18)), (4, 4, (4, 4))])
+def test_an_answer_has_no_spaces_around_it(start, end, wanted):
+    """Tokens of XLM-R's tokenizer begin with the space before a word."""
+    answer = Answer.at("Anna wohnt in Bonn und", 1.0, start, end)
+    assert (answer.start, answer.end) == wanted and answer.text == "Anna wohnt in Bonn und"[slice(*wanted)]

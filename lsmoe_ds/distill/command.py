@@ -18,23 +18,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lsmoe_ds.checkpoint.run_folder import choose_run
-from lsmoe_ds.checkpoint.stored import PROVENANCE, READABLE, Stored, find_model, read_weights, write_folder
+from lsmoe_ds.checkpoint.run_folder import choose_run, find_changes
+from lsmoe_ds.checkpoint.stored import (
+    PROVENANCE,
+    READABLE,
+    Stored,
+    Weights,
+    find_model,
+    read_weights,
+    write_folder,
+)
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.notices import CHOOSE
 from lsmoe_ds.data.prepare import prepare
+from lsmoe_ds.data.sources import PROVENANCE as CORPUS_PROVENANCE
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.distill.start import first_weights
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.kept_experts import SAID, One
-from lsmoe_ds.export.translations import Asked, How, translate_corpus
+from lsmoe_ds.export.translations import Asked, How, settings_of, translate_corpus
 from lsmoe_ds.folders import explain_errors, read_json, resolved, write_whole
 from lsmoe_ds.inference.load import check_direction
 from lsmoe_ds.notices import notice
 
 Level = Literal["sequence", "word", "both"]
 LEVELS: tuple[Level, ...] = ("sequence", "word", "both")
+WRITTEN = "# Written by lsmoe distill.\n"
 DIGEST = "distilled_from"  # in the provenance of the first weights
 
 
@@ -89,9 +99,11 @@ def distill(
             "another name with --out"
         )
     file = _beside(student, "recipe.yaml")
+    if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN):
+        raise UserError(f"{file} was not written by `lsmoe distill`: choose another folder with --out")
     make_parts(recipe, made, asked, run, student, workers)
     with explain_errors(file):
-        write_whole(file, made.to_yaml())
+        write_whole(file, f"{WRITTEN}{made.to_yaml()}")
     return file, student
 
 
@@ -119,14 +131,64 @@ def make_parts(
 ) -> None:
     """Translate, write the first weights, and prepare the data of a student; ``made`` is its ``recipe``,
     completed.
+
+    Raises UserError, before anything is changed, if the student has begun to train with other settings, and
+    if all translations are empty.
     """
     teacher, corpus = find_model(run), _beside(student, "corpus")
+    _check_begun(teacher, recipe, made, asked, student)
     if asked.level != "word":
         notice(f"translating what {teacher.recipe.name} was trained on to {corpus}")
-        translate_corpus(run, corpus, Asked(tuple(recipe.trained), limit=asked.limit), asked.how, workers)
+        done = translate_corpus(run, corpus, _asked(recipe, asked), asked.how, workers)
+        if not any(done["pairs"].values()):
+            raise UserError(
+                f"all translations of {teacher.recipe.name} are empty, so that nothing can be learned from "
+                "them: train it longer"
+            )
     if recipe.training.start_from is None:
         _write_start(teacher, recipe, made, _beside(student, "start"), asked)
     prepare(made, processes=workers or None)
+
+
+def _asked(recipe: Recipe, asked: Distillation) -> Asked:
+    return Asked(tuple(recipe.trained), limit=asked.limit)
+
+
+def _check_begun(teacher: Stored, recipe: Recipe, made: Recipe, asked: Distillation, student: Path) -> None:
+    """Raise UserError if a student that has begun to train did so with other settings than these."""
+    stored = student / "recipe.yaml"
+    if not stored.is_file():
+        return
+    advice = "set it back, or write to another folder with --out"
+    for key, before, now in find_changes(load_recipe(stored), made):
+        raise UserError(f"the student {student} was started with {key} {before}, it is now {now}: {advice}")
+    weights = read_weights(teacher, asked.how.average)
+    known = (read_json(_beside(student, "corpus") / CORPUS_PROVENANCE) or {}).get("settings")
+    if asked.level != "word" and known is not None:
+        wanted = json.loads(json.dumps(settings_of(teacher, weights, _asked(recipe, asked), asked.how)))
+        for key in sorted(wanted):
+            if known.get(key) != wanted[key]:
+                what = "another step of its teacher" if key == "model" else f"{key} {known.get(key)}"
+                raise UserError(
+                    f"the student {student} was started on translations with {what}, not those that are "
+                    f"asked for now: {advice}"
+                )
+    if recipe.training.start_from is None:
+        noted = (read_json(_beside(student, "start") / PROVENANCE) or {}).get(DIGEST)
+        if noted not in (None, _digest(weights, recipe, asked)):
+            raise UserError(
+                f"the student {student} was started with other first weights (--experts, --average, or "
+                f"another step of its teacher): {advice}"
+            )
+
+
+def _digest(weights: Weights, recipe: Recipe, asked: Distillation) -> str:
+    """Return a checksum of all that a student's first weights depend on."""
+    settings = [
+        *(weights.files, asked.how.average, asked.experts, recipe.training.seed),
+        *(recipe.model.model_dump(mode="json"), list(map(str, recipe.trained))),
+    ]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _beside(student: Path, part: str) -> Path:
@@ -156,11 +218,7 @@ def _write_start(teacher: Stored, recipe: Recipe, made: Recipe, start: Path, ask
     """Write the student's first weights, unless they are there."""
     average, whole = asked.how.average, read_weights(teacher, asked.how.average)
     size = Vocabulary.load(teacher.vocabulary).size
-    settings = [
-        *(whole.files, average, asked.experts, recipe.training.seed),
-        *(recipe.model.model_dump(mode="json"), list(map(str, recipe.trained))),
-    ]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    digest = _digest(whole, recipe, asked)
     if (read_json(start / PROVENANCE) or {}).get(DIGEST) == digest:
         return notice(f"the first weights are in {start} already")
     weights, said = first_weights(teacher, whole, recipe, size, asked.experts, average)

@@ -80,8 +80,8 @@ def check_convertible(
         )
     if hybrid and not stays:
         raise UserError(
-            "--to hybrid is for models that route by token or sentence: this one has a plain equal, so use "
-            "--to dense"
+            "this is for models that route by token or sentence: this one has a plain equal, which --to "
+            "dense makes, without --experts and --keep"
         )
     for method in methods_of(recipe, Topology.single()):
         method.check_merge(check_route(route, recipe))

@@ -21,7 +21,7 @@ import torch
 
 from lsmoe_ds import __version__
 from lsmoe_ds.checkpoint.averages import Averaging
-from lsmoe_ds.checkpoint.stored import Stored, find_model, read_weights
+from lsmoe_ds.checkpoint.stored import Stored, Weights, find_model, read_weights
 from lsmoe_ds.console import progress
 from lsmoe_ds.data.lines import read_lines
 from lsmoe_ds.data.prepared import PreparedData, open_data
@@ -85,14 +85,7 @@ def translate_corpus(
     if asked.text is not None and len(directions) != 1:
         raise UserError("--text is in one language: name the direction, as in --direction en-de")
     weights = read_weights(stored, how.average)
-    settings = {
-        "model": {"name": stored.recipe.name, "step": weights.step, "files": weights.files},
-        "directions": [str(each) for each in directions],
-        "text": None if asked.text is None else _digest(asked.text),  # whose name may be another
-        "limit": asked.limit,
-        "back": asked.back,
-        **asdict(how),
-    }
+    settings = settings_of(stored, weights, asked, how)
     if processes is None:
         processes = 0 if torch.cuda.is_available() else cores()
     work = Work(out, FUNCTIONS)
@@ -117,6 +110,18 @@ def translate_corpus(
         check,
         lambda: notice(f"another process is writing {out}: this one helps"),
     )
+
+
+def settings_of(stored: Stored, weights: Weights, asked: Asked, how: How) -> dict[str, Any]:
+    """Return all that a corpus depends on, which its provenance has as ``settings``."""
+    return {
+        "model": {"name": stored.recipe.name, "step": weights.step, "files": weights.files},
+        "directions": [str(each) for each in asked.directions or tuple(stored.recipe.trained)],
+        "text": None if asked.text is None else _digest(asked.text),  # whose name may be another
+        "limit": asked.limit,
+        "back": asked.back,
+        **asdict(how),
+    }
 
 
 def _digest(text: Path) -> str:

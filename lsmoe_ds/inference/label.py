@@ -44,6 +44,16 @@ class Answer:
     start: int = 0
     end: int = 0
 
+    @classmethod
+    def at(cls, context: str, score: float | None, start: int, end: int) -> Answer:
+        """Make the answer of a span without the spaces around it, with which the tokens of some tokenizers
+        begin.
+        """
+        span = context[start:end]
+        text = span.strip()
+        start += len(span) - len(span.lstrip())
+        return cls(text, score, start, start + len(text))
+
     @property
     def shown(self) -> str:
         """The text in one line."""
@@ -113,7 +123,7 @@ class Reading:
         answers = []
         for number, line in enumerate(lines):
             score, (start, end) = best.get(number, (None, (0, 0)))
-            answers.append(Answer(read_question(line)[1][start:end], score, start, end))
+            answers.append(Answer.at(read_question(line)[1], score, start, end))
         return answers
 
     @torch.inference_mode()

@@ -31,7 +31,8 @@ def check_pivot(section: LowRank, languages: Languages) -> None:
     if section.is_modular and section.pivot not in languages.codes:
         raise ValueError(
             f"'low_rank.pivot' is {section.pivot}, which is no language of the recipe "
-            f"({', '.join(languages.codes)}): name the one that directions lead into and out of"
+            f"({', '.join(languages.codes)}): name the one that directions lead into and out of, or add its "
+            "directions to 'data.directions'"
         )
 
 
@@ -125,7 +126,7 @@ def notices_of(section: LowRank, recipe: Recipe) -> Iterator[str]:
                 "low_rank.prune prunes nothing: training.trainable freezes all matrices that it would prune, "
                 "and they stay as they begin"
             )
-    if not section.is_modular:
+    if not section.is_modular or learns_weights_alone(section, recipe.training):
         return
     if not any(section.pivot in (each.source, each.target) for each in recipe.trained):
         yield (
