@@ -360,5 +360,6 @@ def test_the_same_tensors_are_the_same_bytes(tmp_path):
         save_tensors(Tensors(entries), folder)
         (path,) = folder.glob("*.safetensors")
         written.add(path.read_bytes())
+        assert path.stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
     assert len(written) == 1
     assert open_tensors(folder)["ä.mask"].dtype == torch.bool

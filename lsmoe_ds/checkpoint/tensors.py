@@ -182,6 +182,8 @@ def _save(tensors: Tensors, names: list[str], packed: Mapping[str, tuple[int, ..
             raise OSError(errno.ENOSPC, str(error)) from None
         raise UserError(f"{path} cannot be written: {error}") from None
     _sort_metadata(path)
+    # safetensors lets nobody else read its files; they are to be as readable as their folder.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _sort_metadata(path: Path) -> None:
