@@ -162,6 +162,7 @@ NOTHING: Change = lambda: None  # noqa: E731
 CASES: list[tuple[str, Change, list[str], str]] = [
     # recipes
     ("no recipe", NOTHING, TRAIN, "there is no recipe bad.yaml"),
+    ("no pair that fits", NOTHING, ["train", "good.yaml", "--set", "data.batch.max_length=4", "--out", "new"], "no training pair of direction"),
     ("folder as recipe", NOTHING, ["train", "run"], "recipe run is a folder: give run/recipe.yaml"),
     ("not YAML", text("name: [a"), TRAIN, "bad.yaml is not valid YAML"),
     ("not UTF-8", text(b"name: \xff\xfe"), TRAIN, "bad.yaml cannot be read"),

@@ -17,6 +17,8 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.host import check_weights
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.batching import BatchStream
+from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.groups import with_listed_groups
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.prompts import joined
@@ -54,6 +56,8 @@ def check(recipe: Recipe, run: Path) -> None:
     vocabulary = prepared.folder / "vocabulary.model"
     check_run(recipe, run, vocabulary)
     found, _ = newest_whole(run)
+    if found is None:
+        _check_batches(recipe, prepared)
     if found is None and recipe.model.huggingface is not None:
         check_weights(recipe.model.huggingface)
     if found is None and recipe.training.start_from is not None:
@@ -64,6 +68,18 @@ def check(recipe: Recipe, run: Path) -> None:
                 method.check_begin(recipe)
     check_teacher(recipe, vocabulary)
     open_run(recipe, run, vocabulary)
+
+
+def _check_batches(recipe: Recipe, prepared: PreparedData) -> None:
+    """Raise UserError if no batch can be made: told before there is a run folder, which keeps its recipe."""
+    data, vocabulary = recipe.data, prepared.vocabulary
+    mixed = data.batch.model_copy(update={"languages": "mixed"})
+    form = form_of(data, recipe.languages, vocabulary)
+    BatchStream(
+        *(prepared, recipe.languages, vocabulary, mixed, data.temperature, recipe.training.seed),
+        form=form,
+        directions=recipe.trained,
+    )
 
 
 def _check_dev(recipe: Recipe, prepared: PreparedData) -> None:
