@@ -11,9 +11,9 @@ float32 and int8.
 
 Each lies in a folder as `lsmoe convert` writes it, and is loaded from there by a process of its own, which
 then decodes batches of 1, 16, 64 and 128 sentences as `decode.py` does: 32 tokens for each sentence,
-encoding included, greedily. The best batch size counts. Memory is what the process holds once the model is
-loaded, and at most; what it holds before, with all libraries, stands beside it. Weights are random, routers
-balanced as in `decode.py`, and files in the system's cache. The processes take turns; medians count.
+encoding included, greedily. The best batch size counts. Three figures of memory are taken: with the libraries
+alone, once the model is loaded, and at most. Weights are random, routers are balanced as in `decode.py`, and
+files are in the system's cache. The processes take turns; medians count.
 
     python benchmarks/serve.py --run RUN --direction en-de
 

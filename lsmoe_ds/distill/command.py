@@ -151,6 +151,7 @@ def make_parts(
 
 
 def _asked(recipe: Recipe, asked: Distillation) -> Asked:
+    """Return what the teacher is to translate: training sources of the student's directions."""
     return Asked(tuple(recipe.trained), limit=asked.limit)
 
 
@@ -192,6 +193,7 @@ def _digest(weights: Weights, recipe: Recipe, asked: Distillation) -> str:
 
 
 def _beside(student: Path, part: str) -> Path:
+    """Return the path of a part that lies beside the student's run folder."""
     return student.with_name(f"{student.name}-{part}")
 
 

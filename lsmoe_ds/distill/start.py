@@ -56,7 +56,7 @@ def _as_dense(
 ) -> tuple[Tensors, str]:
     """Return the teacher's weights with one expert a layer, and what is to be said of that.
 
-    For a single direction that routed layers know, and methods can merge, this is the direction's own.
+    For a single direction these are the weights of its own sub-network.
     """
     recipe, weights = teacher.recipe, Tensors.of(whole.tensors)
     directions = [recipe.languages.find(each) for each in directions]
