@@ -220,8 +220,8 @@ def bench(
             metavar="NAME",
             help=(
                 "The benchmark: adapters, checkpoint, convert, decode, exchange, exports, frozen, gpu, "
-                "held_out, hosts, imports, language_lora, large, low_rank, moe, neurons, prepare, replicas, "
-                "serve, train or vocabulary_map."
+                "held_out, hosts, imports, language_lora, large, low_rank, moe, neurons, prepare, serve, "
+                "train or vocabulary_map."
             ),
             show_default=False,
         ),

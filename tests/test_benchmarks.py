@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from lsmoe_ds.cli import app
 from lsmoe_ds.shipped import ROOT
 
 FOLDER = ROOT / "benchmarks"
@@ -25,7 +28,10 @@ def test_it_starts(name, monkeypatch, capsys):
     assert not left.value.code and "--out FILE" in capsys.readouterr().out
 
 
-def test_the_page_lists_each():
+def test_the_page_and_the_help_list_each_and_no_other():
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     names = {path.stem for path in FOLDER.glob("*.py")} - {*HELPERS}
-    assert not {name for name in names if f"| `{name}` |" not in page}
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == names
+    told = re.sub(r"\W+", " ", CliRunner().invoke(app, ["bench"]).output)
+    (listed,) = re.findall(r"The benchmark (.*?) ?\bor (\w+)", told)
+    assert {*listed[0].split(), listed[1]} == names

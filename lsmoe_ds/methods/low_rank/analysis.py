@@ -353,7 +353,7 @@ def why_not(kind: str, recipe: Recipe, section: LowRank, weights: Tensors) -> st
         return None if learned else "no layer of it learns its index: train with 'low_rank.index: learned'"
     if section.prune is None:
         return "nothing of it is pruned: train with 'low_rank.prune'"
-    if any(each.pruned for each in scores(recipe, section, weights)):
+    if not all(weights[name].all() for name in weights if name.endswith(f"{VERTICAL}{MASK}")):
         return None
     return (
         "none of its vertical matrices is pruned yet: 'low_rank.prune.start' is still ahead, or "
