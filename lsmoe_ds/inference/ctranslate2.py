@@ -1,16 +1,16 @@
-"""Translate with CTranslate2: a beam search that finds what ours finds.
+"""Translate with CTranslate2, whose beam search is set to find the same translations as ours.
 
 Both finish the candidates of a beam that end in EOS, replace them by the next best that do not, and stop a
-sentence when ``beam`` hypotheses are finished. What must be set for that: EOS counts in the length by which
-scores are divided, which CTranslate2 leaves out unless it returns EOS; ``coverage_penalty`` is 0 and
-``patience`` 1; an EOS comes first in no translation (``min_decoding_length`` 1); and a length penalty of 0 is
-given as next to nothing, since for 0 a sentence is stopped when its best candidate ends, however many have.
+sentence when ``beam`` hypotheses are finished. The settings for this: return EOS, because CTranslate2 counts
+it in the length only then; ``coverage_penalty`` 0 and ``patience`` 1; ``min_decoding_length`` 1, so that no
+translation begins with EOS; and a tiny length penalty instead of 0, because at 0 CTranslate2 stops a sentence
+as soon as its best candidate ends.
 
-In CTranslate2 one greatest length holds for the whole batch (its longest source's), where a hypothesis that
-has not ended is cut, not made to end. A sentence that went beyond its own greatest length is therefore
-searched again, up to that, and what was cut there gets its end, with the probability it has. Two small
-differences from our search remain: in the probability of such an end the tokens that are never generated have
-a share, and CTranslate2 returns of what was cut only as much as the beam has room for.
+CTranslate2 has one maximum length for a batch (that of its longest source), and cuts hypotheses there instead
+of ending them. So a sentence of which any translation exceeds its own maximum length is searched again with
+that limit, and a cut hypothesis gets an EOS with the probability that the model gives it. Two small
+differences from our search remain: tokens that are never generated have a share of that EOS's probability
+distribution, and CTranslate2 returns only the best ``beam`` of ended and cut hypotheses.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from lsmoe_ds.methods.context import Route
 
 END = SPECIALS[EOS]
 PIECES = "shared_vocabulary.json"
-MAP = "vmap.txt"  # a vocabulary map, by CTranslate2's own name
-Scored = tuple[list[str], float]  # pieces, with their end if they have ended, and their score
+MAP = "vmap.txt"  # the vocabulary map; CTranslate2 looks for this name
+Scored = tuple[list[str], float]  # pieces, with EOS if they have ended, and their score
 
 
 def library() -> Any:
@@ -51,7 +51,7 @@ def library() -> Any:
 
 @dataclass(frozen=True)
 class CTranslate2:
-    """A model in CTranslate2, on the GPU if that library finds one. ``pieces`` has the token of each id."""
+    """A model in CTranslate2, on the GPU if the library finds one. ``pieces`` has the token of each id."""
 
     translator: Any
     pieces: list[str]
@@ -61,7 +61,7 @@ class CTranslate2:
     step: int
     home: Path
     route: Route = "specific"
-    mapped: Direction | None = None  # in which only candidates of a vocabulary map are scored
+    mapped: Direction | None = None  # the only direction for which a vocabulary map limits the candidates
 
     @classmethod
     def load(cls, stored: Stored, route: Route) -> CTranslate2:
@@ -103,8 +103,8 @@ class CTranslate2:
 
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
-    ) -> list[Hypothesis]:
-        """Find the best translation of each token sequence, see :class:`lsmoe_ds.inference.engine.Engine`."""
+    ) -> list[list[Hypothesis]]:
+        """Find the best translations of token sequences, see :class:`lsmoe_ds.inference.engine.Engine`."""
         self.languages.direction_id(direction)
         source_target = self.recipe.data.tags == "source-target"
         tag = self.vocabulary.tag_id(direction.source if source_target else direction.target)
@@ -112,29 +112,27 @@ class CTranslate2:
         texts = [[self.pieces[index] for index in (tag, *source)] for source in sources]
         is_mapped = direction == self.mapped
         limits = search.limits(torch.tensor([len(text) + 1 for text in texts])).tolist()
-        found = [
-            best
-            for (best,) in self._translate(
-                texts, given, is_mapped, max(limits) + 1, search.beam, search.length_penalty
-            )
-        ]
-        over: dict[int, list[int]] = {}  # by greatest length, the sentences whose translation is longer
-        for i, (pieces, _) in enumerate(found):
-            if pieces[-1] != END or len(pieces) > len(given) + limits[i] + 1:
-                over.setdefault(limits[i], []).append(i)
+        found = self._translate(
+            texts, given, is_mapped, max(limits) + 1, search.beam, search.length_penalty, search.n_best
+        )
+        over: dict[int, list[int]] = {}  # sentences with a longer translation, by their maximum length
+        for i, (result, limit) in enumerate(zip(found, limits, strict=True)):
+            if any(pieces[-1] != END or len(pieces) > len(given) + limit + 1 for pieces, _ in result):
+                over.setdefault(limit, []).append(i)
         for limit, which in over.items():
-            # By sums, which only fall, what ended comes before what was cut: none of it is missing among the
-            # beam's best.
+            # By sums, which only fall, ended hypotheses mostly come before cut ones, so few are missing among
+            # the beam's best: one that ended late may have a lower sum than those that are cut.
             results = self._translate(
                 [texts[i] for i in which], given, is_mapped, limit, search.beam, 0.0, search.beam
             )
             for i, result in zip(which, results, strict=True):
                 ended = [self._end(texts[i], pieces, total) for pieces, total in result]
                 scored = [(pieces, total / len(pieces) ** search.length_penalty) for pieces, total in ended]
-                found[i] = max(scored, key=lambda each: each[1])
+                found[i] = sorted(scored, key=lambda each: each[1], reverse=True)[: search.n_best]
         ids = {piece: index for index, piece in enumerate(self.pieces)}
         return [
-            Hypothesis([ids[piece] for piece in pieces[len(given) : -1]], score) for pieces, score in found
+            [Hypothesis([ids[piece] for piece in pieces[len(given) : -1]], score) for pieces, score in result]
+            for result in found
         ]
 
     def _translate(
@@ -145,12 +143,12 @@ class CTranslate2:
         limit: int,
         beam: int,
         penalty: float,
-        count: int = 1,
+        count: int,
     ) -> list[list[Scored]]:
-        """Search the ``count`` best translations of each text, each beginning with the pieces ``given``.
+        """Find the ``count`` best translations of each text, all beginning with the pieces ``given``.
 
-        A translation without an end after ``limit`` further pieces is cut. Raises UserError for scores that
-        are not finite.
+        A translation that has not ended after ``limit`` further pieces is cut. Raises UserError for scores
+        that are not finite.
         """
         results = self.translator.translate_batch(
             texts,
@@ -171,7 +169,7 @@ class CTranslate2:
         return [list(zip(result.hypotheses, result.scores, strict=True)) for result in results]
 
     def _end(self, text: list[str], pieces: list[str], total: float) -> Scored:
-        """Return a translation with its end, and its score; ``total`` is the sum of its log-probabilities."""
+        """Append EOS to a cut translation and score it; ``total`` is the sum of its log-probabilities."""
         if pieces[-1] == END:
             return pieces, total
         end = self.translator.score_batch([text], [pieces], max_input_length=0)[0].log_probs[-1]

@@ -41,23 +41,30 @@ class Engine(Ready, Protocol):
 
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
-    ) -> list[Hypothesis]:
-        """Find the best translation of each of B token sequences (without tag and EOS), as one batch."""
+    ) -> list[list[Hypothesis]]:
+        """Find the best translations of each of B token sequences (without tag and EOS), as one batch: at
+        most ``search.n_best``, at least one, best first.
+        """
         ...
 
 
 def find_direction(engine: Engine, direction: Direction) -> Direction:
-    """Return a direction as :func:`own_direction`. One that the model was not trained on (zero-shot) is said
-    on standard error; of what a model has learned that was imported and not trained here, nothing is known.
+    """Return a direction as :func:`own_direction` does, and warn on standard error if the model was not
+    trained on it (zero-shot). Nothing is known about the training of an imported model.
     """
     own = own_direction(engine, direction)
     if not engine.step:
         return own
-    # A converted folder lists what it was trained on; directions by which a model has grown are not among it.
-    provenance = read_json(engine.home / PROVENANCE) or {}
-    trained = provenance.get("trained")
+    # A converted folder lists the directions of its training, without those added by growing. A run trains
+    # those of its recipe.
+    training = engine.recipe.training
+    provenance = read_json(engine.home / PROVENANCE) or {
+        "trained": [str(each) for each in engine.recipe.trained],
+        "started_from": None if training.start_from is None else str(training.start_from),
+    }
+    trained, start = provenance.get("trained"), provenance.get("started_from")
     if own not in engine.languages.directions or (isinstance(trained, list) and str(own) not in trained):
-        say_untrained([own], provenance.get("started_from"))
+        say_untrained([own], start)
     return own
 
 
@@ -65,7 +72,7 @@ def own_direction(engine: Engine, direction: Direction) -> Direction:
     """Return a direction in the codes of the engine's system.
 
     Raises UserError for languages that the system lacks, and for a zero-shot direction that the model cannot
-    take.
+    translate.
     """
     languages = engine.languages
     if (task := engine.recipe.model.task) != "translate":
@@ -76,7 +83,7 @@ def own_direction(engine: Engine, direction: Direction) -> Direction:
 
 
 def say_untrained(directions: Iterable[Direction], started_from: str | None = None) -> None:
-    """Say on standard error which directions a model is used for that it was not trained on; the one that it
+    """Warn on standard error about directions on which a model was not trained; the model that it
     ``started_from`` may have been.
     """
     which = listed(each.label for each in directions)

@@ -34,9 +34,8 @@ class Labeller(Ready, Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """The best span of a context: characters ``start`` to ``end``, and the sum of the logits of both ends.
-
-    The score is None of a context without tokens.
+    """The best span of a context: characters ``start`` to ``end``; the score is the sum of the logits of both
+    ends, or None for a context without tokens.
     """
 
     text: str = ""
@@ -46,8 +45,8 @@ class Answer:
 
     @classmethod
     def at(cls, context: str, score: float | None, start: int, end: int) -> Answer:
-        """Make the answer of a span without the spaces around it, with which the tokens of some tokenizers
-        begin.
+        """Make the answer of a span, without surrounding spaces: tokens of some tokenizers begin with a
+        space.
         """
         span = context[start:end]
         text = span.strip()
@@ -56,7 +55,7 @@ class Answer:
 
     @property
     def shown(self) -> str:
-        """The text in one line."""
+        """The text on one line."""
         return " ".join(self.text.split())
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,8 +71,8 @@ def label_all(
     advance: Callable[[int], None] = lambda lines: None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
-    """Label source lines (see :mod:`lsmoe_ds.data.labels`) in a language: the tags of the words between
-    spaces, or the text of the answer, in one line.
+    """Label source lines (see :mod:`lsmoe_ds.data.labels`) in a language. Each label is one line: the tags of
+    the words, separated by spaces, or the text of the answer.
     """
     reading = Reading.of(engine, direction, batch_tokens)
     if reading.form.tags:
@@ -83,11 +82,11 @@ def label_all(
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model reads lines in one language."""
+    """Label lines of one language with a model."""
 
     engine: Labeller
     form: Labels
-    number: int  # of the language, among directions
+    number: int  # the id of the language's direction
     batch_tokens: int
 
     @classmethod
@@ -97,7 +96,7 @@ class Reading:
         return cls(engine, form, engine.languages.direction_id(direction), batch_tokens)
 
     def tag(self, lines: Sequence[str], advance: Callable[[int], None]) -> list[list[str]]:
-        """Return the tags of the words of each source line. ``advance`` is told how many more are done."""
+        """Return the tags of the words of each source line. ``advance`` gets the number of lines done."""
         pieces = [(i, piece) for i, line in enumerate(lines) for piece in self.form.pieces(line)]
         found: list[list[str]] = [[] for _ in pieces]
         targets = [self.form.target_of(piece, ["O"] * len(piece.starts)) for _, piece in pieces]
@@ -132,7 +131,7 @@ class Reading:
     ) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield the index and the logits of each sequence, in batches of like length.
 
-        A sequence is the number of its line, ids, and a target; those of a line are neighbors.
+        A sequence is (number of its line, ids, target); sequences of a line are neighbors.
         """
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][1]))
         start = 0
@@ -152,15 +151,15 @@ class Reading:
 
 
 def best_span(logits: NDArray[Any], window: Window) -> tuple[float, tuple[int, int]] | None:
-    """Return the best sum of the logits [2, T] of both ends, and the characters between; None of no context.
+    """Return the best sum of the logits [2, T] of both ends, and its characters; None without context tokens.
 
-    An answer ends where it begins, or up to LONGEST_ANSWER tokens later.
+    An answer has at most LONGEST_ANSWER tokens.
     """
     count = len(window.spans)
     if not count:
         return None
     first, last = logits[:, window.context : window.context + count]
-    tokens = np.arange(count) - np.arange(count)[:, None]  # from the first to the last
+    tokens = np.arange(count) - np.arange(count)[:, None]  # from the first (row) to the last (column)
     sums = np.where((tokens >= 0) & (tokens < LONGEST_ANSWER), first[:, None] + last, -np.inf)
     begin, end = np.unravel_index(int(sums.argmax()), sums.shape)
     return float(sums[begin, end]), (window.spans[begin][0], window.spans[end][1])

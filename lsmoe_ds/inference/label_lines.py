@@ -1,4 +1,4 @@
-"""Label the lines of a person, who writes sentences, or questions and contexts with a tab between."""
+"""Label a user's lines: sentences, or questions and contexts separated by a tab."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORD = re.compile(r"\S+")
 
 @dataclass(frozen=True)
 class Tagged:
-    """A line with the tags of its words, those between spaces."""
+    """A line with the tags of its words, which spaces separate."""
 
     line: str
     tags: tuple[str, ...]
@@ -48,9 +48,8 @@ class Tagged:
 def label_chunks(engine: Engine, language: str, chunks: Iterable[Sequence[str]]) -> Iterator[Tagged | Answer]:
     """Yield the labels of each line of each chunk; the lines of a chunk are read together.
 
-    A blank line has none. Raises UserError at once for a model that does not label, and for a language that
-    its system lacks; where the model answers also for a line that is no question with a context, after the
-    answers of the lines before it.
+    A blank line has no labels. Raises UserError at once for a model that does not label, and for a language
+    that its system lacks. A line that is no question with a context raises it after the earlier answers.
     """
     task = engine.recipe.model.task
     if task == "translate":
@@ -63,7 +62,7 @@ def label_chunks(engine: Engine, language: str, chunks: Iterable[Sequence[str]])
 
 
 def _label(reading: Reading, chunks: Iterable[Sequence[tuple[str, str]]]) -> Iterator[Tagged | Answer]:
-    """Yield the labels of lines, each with its source line, while chunks come."""
+    """Yield the labels of (line, source line) pairs, chunk by chunk."""
     for chunk in chunks:
         sources = [source for _, source in chunk if source]
         if reading.form.tags:
@@ -82,7 +81,7 @@ def _source_of(task: Task, line: str, number: int) -> tuple[str, str]:
         try:
             value = json.loads(line)
             asked = [value["question"], value["context"]]
-            "".join(asked).encode()  # raises for what is no text, and for half of a character
+            "".join(asked).encode()  # raises for a value that is no text, and for half of a surrogate pair
         except (ValueError, KeyError, TypeError, RecursionError):
             raise _no_question(line, number) from None
     else:
@@ -99,9 +98,9 @@ def _no_question(line: str, number: int) -> UserError:
 
 
 def names_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return the type, the first and the last word of each name that tags of the BIO scheme mark.
+    """Return the type, first word and last word of each name marked by tags of the BIO scheme.
 
-    As scores count them: an ``I-`` after another type, or after no name, begins one.
+    As in scoring, an ``I-`` after another type, or after no name, begins a name.
     """
     found: list[tuple[str, int, int]] = []
     for i, tag in enumerate(tags):

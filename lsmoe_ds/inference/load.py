@@ -1,4 +1,4 @@
-"""Loads a model for use in one process, from whatever layout it was trained in."""
+"""Load a model for use in one process, whatever the layout in which it was trained."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.beam_search import Hypothesis, Search, beam_search, never_generated
+from lsmoe_ds.inference.sampling import Sampling, sample
 from lsmoe_ds.methods.context import Route
 from lsmoe_ds.model.base import Model
 from lsmoe_ds.model.build import buffers_of, outline
@@ -38,7 +39,7 @@ WHOLE = ("sparse", "consolidated")  # kinds that hold the parameters of all lang
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to translate. ``kind`` is that of :class:`lsmoe_ds.checkpoint.stored.Stored`;
-    ``home`` is the run or converted folder that it belongs to; ``route`` is what its sentences take."""
+    ``home`` is the run or converted folder that it belongs to; ``route`` is the route of its sentences."""
 
     model: Model
     recipe: Recipe
@@ -59,23 +60,24 @@ class Loaded:
 
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
-    ) -> list[Hypothesis]:
-        """Find the best translation of each token sequence, see :class:`lsmoe_ds.inference.engine.Engine`."""
+    ) -> list[list[Hypothesis]]:
+        """Find the best translations of token sequences, see :class:`lsmoe_ds.inference.engine.Engine`."""
         form, batch = self._batch(sources, None, direction)
         if isinstance(batch, SequenceBatch):
             assert isinstance(form, Prompts)
             return self._generate(batch, [len(source) for source in sources], int(form.end[0]), search)
         assert isinstance(batch, PairBatch) and isinstance(self.model, Transformer)
         banned = never_generated(self.vocabulary)
-        return beam_search(
-            self.model, batch.source, batch.ids, banned, search, self.route, batch.decoder_input
-        )
+        asked = self.model, batch.source, batch.ids, banned
+        if isinstance(search, Sampling):
+            return [[each] for each in sample(*asked, search, self.route, batch.decoder_input)]
+        return beam_search(*asked, search, self.route, batch.decoder_input)
 
     def collate(
         self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]] | None, direction: Direction
     ) -> Batch:
-        """Make a batch of token sequences in one direction, which may be one that was never trained; without
-        ``targets`` to translate it.
+        """Make a batch of token sequences in one direction, trained or not; without ``targets`` for
+        translation.
         """
         return self._batch(sources, targets, direction)[1]
 
@@ -91,7 +93,7 @@ class Loaded:
 
     def _generate(
         self, batch: SequenceBatch, lengths: Sequence[int], end: int, search: Search
-    ) -> list[Hypothesis]:
+    ) -> list[list[Hypothesis]]:
         from lsmoe_ds.inference.generate import generate
         from lsmoe_ds.model.host import HostModel  # needs transformers
 
@@ -100,7 +102,7 @@ class Loaded:
         return generate(write, batch, lengths, end, search, self.model.outline.window)
 
     def logits_of(self, batch: Batch) -> torch.Tensor:
-        """Return teacher-forced logits [B, T, V] of a batch, those at padding mean nothing; or the logits of
+        """Return teacher-forced logits [B, T, V] of a batch, meaningless at padding; or the logits of
         :class:`lsmoe_ds.model.host.LabellingModel`.
         """
         if isinstance(batch, PairBatch):
@@ -123,17 +125,18 @@ def load(
     streamed: bool = False,
 ) -> Loaded:
     """Load a run folder (its newest checkpoint), a checkpoint in it, or a converted folder, in float32 and
-    evaluation mode. If it is ``streamed``, experts are read from its files whenever they compute.
+    evaluation mode.
 
-    ``device`` defaults to the GPU if there is one. ``route`` "shared" translates by what all languages share.
-    ``average`` chooses the weights of a run. Raises UserError for a path that is none of these, or is
-    damaged, or was converted for another engine, and for a route or an average that the model lacks.
+    ``device`` defaults to the GPU if there is one. ``route`` "shared" uses only parameters that all languages
+    share. ``average`` chooses the weights of a run. With ``streamed``, experts are read from the files for
+    each call. Raises UserError for a path that is none of these, is damaged, or was converted for another
+    engine, and for a route or an average that the model lacks.
     """
     stored = find_model(path)
     if stored.kind not in READABLE:
         raise UserError(
-            f"{path} was made by `lsmoe convert --to {stored.kind}`, which is not read back here: give the "
-            "run or a folder made with --to dense"
+            f"{path} was made by `lsmoe convert --as {stored.kind}`, which is not read back here: give the "
+            "run or a folder made with --as dense"
         )
     chosen = check_route(route, stored.recipe)
     vocabulary = Vocabulary.load(stored.vocabulary)
@@ -157,9 +160,10 @@ def load(
 
 
 def with_direction(recipe: Recipe, kind: str, direction: Direction) -> Languages:
-    """Number the directions of a model together with one that it was perhaps never trained on (zero-shot).
+    """Return the ids of a model's directions and of ``direction``, which may be untrained (zero-shot).
 
-    Says on standard error whose part such a direction takes. Raises UserError as :func:`check_direction`.
+    Prints on standard error whose parameters an untrained direction uses. Raises UserError as
+    :func:`check_direction`.
     """
     languages = recipe.languages
     if direction in languages.directions:
@@ -170,25 +174,26 @@ def with_direction(recipe: Recipe, kind: str, direction: Direction) -> Languages
 
 
 def known_direction(recipe: Recipe, kind: str, direction: Direction) -> Direction:
-    """Return a direction in the codes of a recipe, perhaps one that was never trained (zero-shot).
+    """Return a direction, trained or not (zero-shot), in the codes of a recipe.
 
-    Says on standard error whose part such a direction takes. Raises UserError as :func:`check_direction`.
+    Prints on standard error whose parameters an untrained direction uses. Raises UserError as
+    :func:`check_direction`.
     """
     languages = recipe.languages
     own = Direction(languages.own(direction.source), languages.own(direction.target))
     if own in languages.directions or recipe.model.task != "translate":
         return languages.find(own)
     if own.alone:
-        raise UserError(f"a translation from {own.source} to {own.source} is none: name two languages")
+        raise UserError(f"both languages are {own.source}: name two different ones")
     with_direction(recipe, kind, own)
     return own
 
 
 def check_direction(recipe: Recipe, kind: str, direction: Direction) -> Direction | None:
-    """Return the trained direction whose part one takes that was never trained; None if it needs none.
+    """Return the trained direction whose parameters an untrained ``direction`` uses; None if it needs none.
 
-    Raises UserError for languages that the model does not know, and where such a direction has no parameters:
-    in a model of one direction, and where :func:`find_part` does.
+    Raises UserError for languages that the model does not know, for an untrained direction of a model of one
+    direction, and where :func:`find_part` does.
     """
     recipe.languages.id(direction.source), recipe.languages.id(direction.target)
     if kind not in WHOLE:
@@ -197,10 +202,10 @@ def check_direction(recipe: Recipe, kind: str, direction: Direction) -> Directio
 
 
 def find_part(recipe: Recipe, direction: Direction) -> Direction | None:
-    """Return the direction of :func:`check_direction` for a model with the parameters of all languages.
+    """Do the same as :func:`check_direction` for a model with the parameters of all languages.
 
-    Raises UserError where a direction that was never trained has no parameters: where layers choose experts
-    by the pair of languages, and where :func:`stand_in` does.
+    Raises UserError for an untrained direction if layers choose experts by the pair of languages, and where
+    :func:`stand_in` does.
     """
     by_pair = any(moe.by_task and moe.task == "pair" for _, _, moe in recipe.model.moe_layers())
     if by_pair and direction not in recipe.languages.directions:
@@ -212,7 +217,7 @@ def find_part(recipe: Recipe, direction: Direction) -> Direction | None:
 
 
 def stand_in(recipe: Recipe, direction: Direction) -> Direction | None:
-    """Return the trained direction whose parameters one takes that was never trained; None if it needs none.
+    """Return the trained direction whose parameters methods use for an untrained one; None if they need none.
 
     Raises UserError if no direction fits all methods.
     """
@@ -228,12 +233,15 @@ def stand_in(recipe: Recipe, direction: Direction) -> Direction | None:
             raise UserError(f"{direction} was never trained, and 'model.{method.name}': {error}") from None
     if len(found) > 1:
         ways = " and ".join(f"that of {other} for 'model.{name}'" for other, name in found.items())
-        raise UserError(f"{direction} was never trained, and would have the part of two directions: {ways}")
+        raise UserError(
+            f"{direction} was never trained, and its methods would take their parts from two directions: "
+            f"{ways}"
+        )
     return next(iter(found), None)
 
 
 def check_route(route: str, recipe: Recipe) -> Route:
-    """Return the route; raise UserError if it is none, or none of a model of this recipe."""
+    """Return the route; raise UserError if a model of this recipe has no such route."""
     if route == "specific" or any(method.takes(route) for method in recipe.model.methods):
         return route
     if route != "shared":
@@ -256,8 +264,8 @@ def build_model(
     streamed: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """Build the model with these weights, in evaluation mode; of a ``streamed`` one memory holds no more than
-    one expert. Raises UserError if they are not those of the recipe.
+    """Build the model with these weights, in evaluation mode. If it is ``streamed``, memory holds at most one
+    expert. Raises UserError if the weights do not fit the recipe.
     """
     topology, tensors = Topology.single(device), Tensors.of(weights.tensors)
     model = empty_model(recipe, vocabulary, tensors, topology)
@@ -276,9 +284,9 @@ def build_model(
 
 
 def stream_experts(model: Model, names: Mapping[str, str], tensors: Tensors) -> dict[str, str]:
-    """Let each expert, which has no weights yet, read them for each call and drop them after it.
+    """Make each expert, which has no weights yet, read them before each call and drop them after it.
 
-    ``names`` are the global names by the local ones. Returns those of all other parameters and buffers.
+    ``names`` maps local to global names. Returns those of all other parameters and buffers.
     """
     left = dict(names)
     for at, module in model.named_modules():
@@ -298,7 +306,7 @@ def stream_experts(model: Model, names: Mapping[str, str], tensors: Tensors) -> 
 
 
 def _make_buffers(model: Model, recipe: Recipe, vocabulary: int) -> None:
-    """Give a model the buffers that are not stored, as its modules make them."""
+    """Create the buffers of a model that are not stored, as its modules do."""
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     made = buffers_of(recipe, vocabulary) if left else {}
     for name in left:
@@ -307,16 +315,14 @@ def _make_buffers(model: Model, recipe: Recipe, vocabulary: int) -> None:
 
 
 def empty_model(recipe: Recipe, vocabulary: int, tensors: Tensors, topology: Topology) -> Model:
-    """Build the model that is to get these weights, on no device. Raises UserError if they are not those of
-    the recipe.
-    """
+    """Build the model for these weights on the meta device. Raises UserError unless they fit the recipe."""
     wanted_numbers = Parts.of(recipe).whole.total
     if (
         wanted_numbers > 2 * tensors.numbers
-    ):  # told before layers and experts are made, however many there should be
+    ):  # checked before building layers and experts, of which there may be far too many
         raise UserError(
-            f"the weights do not belong to the recipe: it has {wanted_numbers:,} parameters, they are "
-            f"{tensors.numbers:,}"
+            f"the weights do not belong to the recipe: it needs {wanted_numbers:,} parameters, there "
+            f"are {tensors.numbers:,}"
         )
     model = outline(recipe, vocabulary, topology)  # without drawing weights that are replaced at once
     names = global_names(model, topology)

@@ -1,5 +1,5 @@
-"""Lines of a stream in chunks, large ones while lines come fast, small ones when the stream pauses; and lines
-that tell how far a chunk is.
+"""Read lines of a stream in chunks (large while lines come fast, small when the stream pauses), and report
+progress.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import LINE_EVERY
 
 FIRST_CHUNK, LARGEST_CHUNK = 16, 2048  # lines
-PAUSE = 0.1  # seconds without a further line after which those that are there make a chunk
+PAUSE = 0.1  # seconds without a further line, after which a chunk ends
 BLOCK = 1 << 16
 
 
@@ -34,19 +34,18 @@ def in_chunks(lines: Iterable[In]) -> Iterator[list[In]]:
 
 
 def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
-    """Yield the lines of a stream of UTF-8 without their ends, in chunks as :func:`in_chunks`; what is there
-    when the stream pauses is a chunk of its own, so that whoever types a line, or sends it through a pipe,
-    gets it answered.
+    """Yield the lines of a UTF-8 stream without their ends, in chunks as :func:`in_chunks`.
 
-    Raises UserError that names the first line which is not UTF-8, after the lines before it.
+    A chunk also ends when the stream pauses, so that lines that are typed or piped one by one are answered at
+    once. Raises UserError, which names the first line that is not UTF-8, after the lines before it.
     """
     return convert_lines(_read_bytes(stream), decode_line)
 
 
 def convert_lines(chunks: Iterable[Sequence[In]], convert: Callable[[In, int], Out]) -> Iterator[list[Out]]:
-    """Yield chunks of what ``convert`` makes of each line and its number, from 1.
+    """Yield chunks of the results of ``convert`` for each line and its number, from 1.
 
-    A UserError of a line is raised after the lines before it.
+    A UserError about a line is raised after the lines before it are yielded.
     """
     number = 0
     for chunk in chunks:
@@ -63,10 +62,10 @@ def convert_lines(chunks: Iterable[Sequence[In]], convert: Callable[[In, int], O
 
 
 def _read_bytes(stream: BinaryIO) -> Iterator[list[bytes]]:
-    """Yield the lines of a stream, undecoded, in chunks as :func:`read_chunks`; none is empty."""
+    """Yield the undecoded lines of a stream in nonempty chunks, as :func:`read_chunks` does."""
     try:
         descriptor = stream.fileno()
-    except io.UnsupportedOperation:  # not a file of the system's
+    except io.UnsupportedOperation:  # the stream has no file descriptor
         yield from in_chunks(stream)
         return
     size, ended = FIRST_CHUNK, False
@@ -102,8 +101,8 @@ def decode_line(line: bytes, number: int) -> str:
 
 
 def telling(done: str, total: int, of: str) -> Callable[[int], None]:
-    """Return a function that is told how many more of ``total`` are done, and says so every half minute:
-    ``DONE 10 of 50 OF``.
+    """Return a function to call with the number of items done since the last call. Every half minute it
+    prints ``DONE 10 of 50 OF``.
     """
     count, said = 0, time.monotonic()
 

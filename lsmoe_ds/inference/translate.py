@@ -1,9 +1,10 @@
-"""Translate lines: any number, any length, one line out for each line in."""
+"""Translate lines: any number, any length, the best translation or several for each line in."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from lsmoe_ds.directions import Direction
@@ -13,7 +14,7 @@ from lsmoe_ds.inference.stream import in_chunks, telling
 from lsmoe_ds.languages import script
 
 BATCH_TOKENS = 2048
-LOGITS = 2**26  # of one step of a batch: 256 MiB
+LOGITS = 2**26  # limit of one step of a batch: 256 MiB
 
 # Where a line that is too long is cut, best places first: after sentences, after clauses, between words.
 CUTS = [
@@ -24,6 +25,14 @@ CUTS = [
 UNSPACED = {"Hans", "Hant", "Hani", "Jpan"}  # scripts whose sentences are not separated by spaces
 
 
+@dataclass(frozen=True)
+class Translation:
+    """A translation of a line, and its score: the sum of its parts' scores, 0 for a blank line."""
+
+    text: str
+    score: float
+
+
 def translate(
     engine: Engine,
     direction: Direction,
@@ -32,30 +41,27 @@ def translate(
     length_penalty: float = 1.0,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[str]:
-    """Yield the translation of each line, in their order, while lines are still being read
+    """Yield the best translation of each line, in their order, while lines are still being read
     (:func:`translate_chunks`).
     """
-    return translate_chunks(engine, direction, in_chunks(lines), beam, length_penalty, batch_tokens)
+    search = Search(beam, length_penalty)
+    found = translate_chunks(engine, direction, in_chunks(lines), search, batch_tokens)
+    return (best.text for best, *_ in found)
 
 
 def translate_chunks(
     engine: Engine,
     direction: Direction,
     chunks: Iterable[Sequence[str]],
-    beam: int = 5,
-    length_penalty: float = 1.0,
+    search: Search,
     batch_tokens: int = BATCH_TOKENS,
-) -> Iterator[str]:
-    """Yield the translation of each line of each chunk; the lines of a chunk are translated together.
-
-    A blank line gives an empty one. A line of more tokens than the model was trained on is cut at the ends of
-    sentences, and its parts' translations are joined. Raises UserError for a direction that is not the
-    model's.
+) -> Iterator[list[Translation]]:
+    """Yield the translations of each line of each chunk (:func:`translate_lines`); the lines of a chunk are
+    translated together. Raises UserError for a direction that the model lacks.
     """
-    own_direction(engine, direction)  # now, not when the first line is asked for
-    search = Search(beam, length_penalty)
+    own_direction(engine, direction)  # raises now, not at the first line
     return (
-        text for chunk in chunks for text in translate_all(engine, direction, chunk, search, batch_tokens)
+        found for chunk in chunks for found in translate_lines(engine, direction, chunk, search, batch_tokens)
     )
 
 
@@ -67,8 +73,25 @@ def translate_all(
     batch_tokens: int = BATCH_TOKENS,
     advance: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Translate lines, batched by length over all of them. ``advance`` is told how many more lines or parts
-    of lines are done; without it that is said every half minute.
+    """Return the best translation of each line (:func:`translate_lines`)."""
+    found = translate_lines(engine, direction, lines, search, batch_tokens, advance)
+    return [best.text for best, *_ in found]
+
+
+def translate_lines(
+    engine: Engine,
+    direction: Direction,
+    lines: Sequence[str],
+    search: Search,
+    batch_tokens: int = BATCH_TOKENS,
+    advance: Callable[[int], None] | None = None,
+) -> list[list[Translation]]:
+    """Translate lines, batched by length: at most ``search.n_best`` translations of each, best first.
+
+    A blank line has one, which is empty. A line with more tokens than the model was trained on is cut at the
+    ends of sentences, and the first translations of its parts are joined, then the second, and so on; a part
+    that has fewer repeats its last. Different tokens may give the same text. ``advance`` is called with the
+    number of lines, or parts of lines, of each batch; by default progress is printed every half minute.
     """
     parts = [cut_line(line, engine) for line in lines]
     flat = [part for each in parts for part in each]
@@ -76,11 +99,20 @@ def translate_all(
     found = iter(translate_tokens(engine, direction, flat, search, batch_tokens, advance))
     advance(len(lines) - len(flat))
     joint = "" if script(direction.target) in UNSPACED else " "
+    return [_joined(engine, list(islice(found, len(each))), joint) for each in parts]
+
+
+def _joined(engine: Engine, parts: Sequence[Sequence[Hypothesis]], joint: str) -> list[Translation]:
+    """Return the translations of a line, of whose parts the hypotheses are given."""
     texts = [
-        [engine.vocabulary.decode(hypothesis.tokens) for hypothesis in islice(found, len(each))]
-        for each in parts
+        [(" ".join(engine.vocabulary.decode(each.tokens).split()), each.score) for each in part]
+        for part in parts
     ]
-    return [joint.join(" ".join(text.split()) for text in each) for each in texts]
+    found = []
+    for rank in range(max(map(len, texts), default=0)):
+        chosen = [part[min(rank, len(part) - 1)] for part in texts]
+        found.append(Translation(joint.join(text for text, _ in chosen), sum(score for _, score in chosen)))
+    return found or [Translation("", 0.0)]
 
 
 def translate_tokens(
@@ -90,15 +122,15 @@ def translate_tokens(
     search: Search,
     batch_tokens: int = BATCH_TOKENS,
     advance: Callable[[int], None] = lambda sources: None,
-) -> list[Hypothesis]:
+) -> list[list[Hypothesis]]:
     """Translate N token sequences (without tag and EOS), in batches of like length with at most
-    ``batch_tokens`` padded source tokens.
+    ``batch_tokens`` padded source tokens: at most ``search.n_best`` hypotheses of each, best first.
 
-    ``advance`` is told the number of sequences of each batch when it is done.
+    ``advance`` is called with the number of sequences of each batch when it is done.
     """
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     rows = max(1, LOGITS // (engine.vocabulary.size * search.beam))
-    found: dict[int, Hypothesis] = {}
+    found: dict[int, list[Hypothesis]] = {}
     start = 0
     while start < len(order):
         end = start + 1
@@ -116,7 +148,7 @@ def translate_tokens(
 
 
 def cut_line(line: str, engine: Engine) -> list[list[int]]:
-    """Encode a line in parts that the model can take: none for a blank line, one for most."""
+    """Encode a line in parts that fit the model: none for a blank line, one for most lines."""
     return _cut(line.strip(), engine, engine.recipe.data.batch.max_length - 2)  # tag and EOS
 
 
