@@ -62,12 +62,12 @@ def check_out(out: Path, kind: str = FORMAT) -> None:
     others = sorted(path.name for path in out.iterdir() if path.name not in ours)
     if others:
         raise UserError(
-            f"{out} holds {others[0]}, which `lsmoe analyze` did not write: choose another folder with --out"
+            f"{out} holds {others[0]}, which lsmoe did not write: choose another folder with --out"
         )
 
 
 def write_analysis(out: Path, name: str, step: int, routing: Routing) -> dict[str, Any]:
-    """Write the folder whole or not at all, replacing an earlier analysis, and return the summary."""
+    """Write the folder completely or not at all, replacing an earlier analysis; return the summary."""
     check_out(out)
     layers = sorted(
         (layer.ordered() for layer in routing.layers),

@@ -66,8 +66,8 @@ def draw_curve(curve: Curve) -> Markup:
 
 
 def _beside(placed: Sequence[tuple[float, float, str]]) -> Iterator[Markup]:
-    """Yield labels to the right or left of their points; one that would cover another is moved down, and led
-    to by a line.
+    """Yield labels to the right or left of their points; a label that would cover another is moved down and
+    connected by a line.
     """
     taken: list[tuple[float, float, float]] = []  # left, right, y
 

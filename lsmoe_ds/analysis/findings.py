@@ -46,7 +46,7 @@ def analyze_weights(run: str | Path, kind: str, out: str | Path) -> dict[str, An
 
 
 def find(recipe: Recipe, tensors: Mapping[str, Tensor], kind: str, name: str) -> Findings:
-    """Return what the first method that has something of this kind finds. Raises UserError if none has."""
+    """Return the findings of the first method with this kind of analysis. Raises UserError if none has it."""
     from lsmoe_ds.checkpoint.tensors import Tensors
     from lsmoe_ds.model.methods import methods_of
     from lsmoe_ds.parallel.topology import Topology
@@ -62,9 +62,7 @@ def find(recipe: Recipe, tensors: Mapping[str, Tensor], kind: str, name: str) ->
 
 
 def find_all(run: Path, recipe: Recipe) -> list[Findings]:
-    """Return all that methods find in the weights of a run's newest checkpoint, if it has one that can be
-    read.
-    """
+    """Return all findings of methods in the weights of a run's newest checkpoint, if that is readable."""
     if not recipe.model.methods:
         return []
     from lsmoe_ds.checkpoint.stored import find_model, read_weights
@@ -90,7 +88,7 @@ def draw(found: Grid | Curve) -> Markup:
 
 
 def write_findings(out: Path, kind: str, name: str, step: int, found: Findings) -> dict[str, Any]:
-    """Write the folder whole or not at all, replacing an earlier analysis, and return the summary."""
+    """Write the folder completely or not at all, replacing an earlier analysis; return the summary."""
     pictures = [(grid, draw(grid)) for grid in found.grids]
     summary = {
         "format": FORMAT,

@@ -21,13 +21,13 @@ LETTER = 6.6  # the largest average width of a letter in the usual system fonts
 WIDTH, HEIGHT = 52, 24
 LEGEND = 24  # the height of the line below a grid
 SMALL = 16  # width and height of a cell without a number
-COLUMNS = 20  # in a grid with more the cells are small
+COLUMNS = 20  # a grid with more columns has small cells
 
 
 def draw_grid(grid: Grid) -> Markup:
     """Return an SVG element with a row for each of the grid's rows, and a color for each number.
 
-    The numbers stand in the cells, unless there are many columns; below signed ones, their unit and scale.
+    Cells show their numbers, unless there are many columns. Below a signed grid are its unit and scale.
     """
     small = len(grid.columns) > COLUMNS
     cell_width, cell_height = (SMALL, SMALL) if small else (WIDTH, HEIGHT)
@@ -65,7 +65,7 @@ def _heads(grid: Grid, left: float, top: float, turned: bool, width: int) -> Ite
 
 
 def _full(grid: Grid) -> float:
-    """Return the distance from the middle of a value in full color."""
+    """Return the distance from the middle at which a value has full color."""
     far = (abs(v - grid.middle) for row in grid.values for v in row if v is not None)
     return grid.full or max(far, default=0.0) or 1.0
 

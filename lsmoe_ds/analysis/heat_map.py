@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from lsmoe_ds.analysis.routing import LayerRouting, task_family, task_name, task_section
 
-# In larger maps rows are low, shares are not written as numbers, and the cells of a row are grouped by color:
-# a map of 204 tasks and 128 experts must fit on a page, and its 26,112 cells one by one would be megabytes.
+# Larger maps have low rows without numbers, and cells of a row are grouped by color: a map of 204 tasks and
+# 128 experts must fit on a page, and drawing its 26,112 cells one by one would take megabytes.
 MOST_TASKS, MOST_CELLS = 60, 4000
 STEPS = 20
 NAMED = 5  # experts that the title of a low row names

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SENTENCES = 200  # of each direction
 BATCH = 32
-USED_PAIRS, LARGE_BATCH = 1000, 256  # of a direction, to measure use; experts may be read for each batch
+USED_PAIRS, LARGE_BATCH = 1000, 256  # pairs of a direction, and of a batch, each of which may read experts
 MULTIWAY_LEAST = 20  # common sentences; fewer say little about a task
 
 
@@ -136,7 +136,7 @@ def run_pairs(
 ) -> None:
     """Run the model over held-out pairs, in batches of one direction and of at most ``size`` pairs.
 
-    ``advance`` is told the number of pairs of each batch.
+    ``advance`` is called with the number of pairs of each batch.
     """
     ids = DirectionIds.of(loaded.languages, loaded.vocabulary, loaded.recipe.data.tags)
     for direction, places in chosen.items():
@@ -159,7 +159,7 @@ def measure_use(loaded: Loaded, data: PreparedData, direction: Direction) -> dic
     """
     places = list(range(min(len(data.tokens(direction, "dev")), USED_PAIRS)))
     if not places:
-        raise UserError(f"which experts {direction} uses is measured on dev text, of which it has none")
+        raise UserError(f"{direction} has no dev text, on which its use of experts is measured")
     uses = {
         (side, layer): torch.zeros(moe.experts, dtype=torch.float64)
         for side, layer, moe in loaded.recipe.model.moe_layers()
@@ -168,7 +168,7 @@ def measure_use(loaded: Loaded, data: PreparedData, direction: Direction) -> dic
 
     def see(place: tuple[str, int], seen: Seen) -> None:
         experts, weights = seen.routes.experts.reshape(-1).cpu(), seen.routes.weights.reshape(-1).cpu()
-        kept = experts >= 0  # others were dropped by capacity
+        kept = experts >= 0  # -1 marks a choice dropped by capacity
         uses[place].index_add_(0, experts[kept], weights[kept].double())
         tokens[place] += len(seen.tokens)
 

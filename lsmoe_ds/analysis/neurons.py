@@ -1,4 +1,4 @@
-"""``lsmoe analyze neurons``: which hidden units the directions of any model activate, and what they share."""
+"""``lsmoe analyze neurons``: find the hidden units that each direction activates, and compare directions."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def analyze_neurons(
     per: Literal["sentence", "token"] = "sentence",
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Record the activations of every feed-forward's units, experts' too, on held-out text; compare the most
-    active ones.
+    """Record the activations of the units of all feed-forwards and experts on held-out text, and compare the
+    most active ones of directions.
 
     ``share``, ``per`` and ``limit`` are ``share``, ``per`` and ``pairs`` of ``model.neurons``; the units of
     all experts of a layer are chosen together. Returns ``summary.json``. Raises UserError for a model of one
@@ -65,10 +65,10 @@ def analyze_neurons(
 def record_all(
     loaded: Loaded, split: str, per: Literal["sentence", "token"], limit: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Return the activations of each layer's units, [D, units] by ``encoder.0``, the experts' side by side;
-    which units masks leave, of the same shapes; and the number of sentences of each direction.
+    """Return the activations of units [D, units] by layer (``encoder.0``), with experts concatenated; masks
+    of the units that are kept, in the same shapes; and the number of sentences of each direction.
 
-    A unit that a mask removes has no activations, even where it still gives relu of its bias.
+    A unit that a mask removes counts as inactive, although it may still output relu of its bias.
     """
     import torch
 

@@ -214,7 +214,9 @@ def _layer(value: Mapping[str, Any]) -> LayerRouting:
     if layer.side not in SIDES or layer.routing not in ROUTINGS or layer.task not in TASKS:
         raise ValueError(f"{layer.title}: side, routing or task is none of those allowed")
     if len(shares) != len(layer.tasks) or any(len(row) != layer.experts for row in shares):
-        raise ValueError(f"{layer.title}: the shares are not one row a task and one column an expert")
+        raise ValueError(
+            f"{layer.title}: the shares need one row for each task and one column for each expert"
+        )
     if not all(0 <= share <= 1 for row in shares for share in row) or not all(
         math.isclose(sum(row), 1, abs_tol=1e-3) for row in shares
     ):
@@ -222,11 +224,11 @@ def _layer(value: Mapping[str, Any]) -> LayerRouting:
     if layer.tokens is not None and (
         len(layer.tokens) != len(layer.tasks) or min(layer.tokens, default=0) < 0
     ):
-        raise ValueError(f"{layer.title}: the tokens are not one count a task")
+        raise ValueError(f"{layer.title}: the tokens need one count for each task")
     if layer.load is not None and (
         len(layer.load) != layer.experts or not all(0 <= share <= 1 for share in layer.load)
     ):
-        raise ValueError(f"{layer.title}: the load is not one share an expert")
+        raise ValueError(f"{layer.title}: the load needs one share for each expert")
     if layer.dropped is not None and not 0 <= layer.dropped <= 1:
-        raise ValueError(f"{layer.title}: what was dropped is no share")
+        raise ValueError(f"{layer.title}: the dropped share is not between 0 and 1")
     return layer

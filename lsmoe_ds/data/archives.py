@@ -26,8 +26,8 @@ Members = dict[str, Callable[[], bytes]]  # a function that reads a member, by i
 def opened(archive: Path, wanted: re.Pattern[str]) -> Iterator[Members]:
     """Yield the files of a wheel or a Debian package whose whole names match ``wanted``.
 
-    Raises UserError for a damaged archive, for one that unpacks to too much, and in place of a ValueError
-    that the block raises about a file's content.
+    Raises UserError for a damaged archive and for one that unpacks to too much. A ValueError that the block
+    raises about a file's content becomes a UserError.
     """
     try:
         with (_wheel if archive.suffix == ".whl" else _debian_package)(archive, wanted) as members:

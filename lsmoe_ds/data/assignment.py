@@ -1,4 +1,4 @@
-"""Assign the micro-batches of a step to data-parallel ranks, so that task-affine ones meet their experts.
+"""Assign the micro-batches of a step to data-parallel ranks, task-affine ones to ranks with their experts.
 
 The micro-batches of a step are the same in every layout. Only their assignment depends on which rank holds
 which experts.
@@ -90,8 +90,8 @@ def _place(
 ) -> bool:
     """Place a micro-batch on one of its home ranks; return whether that was possible.
 
-    If all are full, others move to another of their home ranks along the shortest augmenting path. If there
-    is no such path, nothing moves, and the matching is maximum.
+    If all its home ranks are full, other micro-batches move to other home ranks of theirs, along the shortest
+    augmenting path. If there is no such path, nothing moves, and the matching is maximum.
     """
     # By rank: the micro-batch that enters it, and the rank that this one leaves.
     enters: dict[int, tuple[int, int | None]] = dict.fromkeys(homes[groups[unit]], (unit, None))

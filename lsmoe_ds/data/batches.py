@@ -18,7 +18,7 @@ from lsmoe_ds.data.shuffling import Integers
 from lsmoe_ds.directions import Languages, SentenceIds
 from lsmoe_ds.languages import EOS, PAD
 
-IGNORED = -100  # a label of a sequence that is not learned
+IGNORED = -100  # the label of a position of a sequence that is not learned
 
 
 class Tags(Protocol):
@@ -26,7 +26,7 @@ class Tags(Protocol):
 
 
 class Batch:
-    """What a model reads of B sentences, a frozen dataclass of int64 tensors.
+    """Hold the int64 tensors that a model reads of B sentences; subclasses are frozen dataclasses.
 
     Ids of languages and directions are those of ``Languages``.
     """
@@ -44,12 +44,12 @@ class Batch:
 
     @property
     def read(self) -> torch.Tensor:
-        """Where a real token [B, T] stands, of those that predictions are made at."""
+        """Mask [B, T] of the positions at which predictions are made: true for tokens, false for padding."""
         raise NotImplementedError
 
     @property
     def source_read(self) -> torch.Tensor:
-        """Where a real token [B, T] of a source stands."""
+        """Mask [B, T] of the source positions: true for tokens, false for padding."""
         raise NotImplementedError
 
     @property
@@ -72,12 +72,12 @@ class Batch:
         return type(self)(**{name: getattr(self, name).pin_memory() for name in names})
 
     def silent(self) -> Self:
-        """Return the same without labels: it counts for nothing."""
+        """Return a copy in which all labels are ignored, so that it adds nothing to the loss."""
         return replace(self, labels=torch.full_like(self.labels, self.ignored))  # type: ignore[type-var]
 
 
 class Form(Protocol):
-    """How sentence pairs become batches of a model: what stands around their tokens."""
+    """Turn sentence pairs into batches of a model, with the tokens that it needs around them."""
 
     @property
     def source_language(self) -> Integers:
@@ -89,7 +89,7 @@ class Form(Protocol):
 
     @property
     def given(self) -> int:
-        """Target positions of each sentence that are given and not learned."""
+        """Number of target positions of each sentence that are given and not learned."""
         ...
 
     @property
@@ -98,7 +98,7 @@ class Form(Protocol):
         ...
 
     def overhead(self, direction: int) -> tuple[int, int]:
-        """Return how many positions a direction has beside the tokens of source and target."""
+        """Return how many positions a direction adds to the tokens of a source and of a target."""
         ...
 
     def collate(
@@ -106,7 +106,7 @@ class Form(Protocol):
     ) -> Batch:
         """Make a batch of B token sequences; ``directions`` are B direction ids.
 
-        Without ``targets``, for translation, it ends where the model begins to write.
+        Without ``targets`` (translation) sequences end where the model begins to generate.
         """
         ...
 
@@ -168,15 +168,14 @@ class SequenceBatch(Batch):
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's share of a step, and the totals of the whole step over all ranks (tags and EOS counted,
-    padding not).
+    """Hold one rank's share of a step, and the totals of the whole step over all ranks.
 
-    ``target_tokens`` are the labels; the decoder reads ``given_tokens`` more, the tags before translations.
-    ``away`` units of the step are on a rank that is not the home of their expert group; 0 unless batches are
-    task-affine.
+    The totals count tags and EOS, not padding. ``target_tokens`` counts the labels; ``given_tokens`` counts
+    the tags before translations, which the decoder reads as well. ``away`` counts the units that are assigned
+    to a rank without their expert group; it is 0 unless batches are task-affine.
     """
 
-    batches: list[Batch]
+    batches: Sequence[Batch]
     target_tokens: int
     source_tokens: int
     sentences: int
@@ -191,7 +190,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class DirectionIds:
-    """What a batch holds for each direction id, as tables of int64."""
+    """Tables (int64) of the ids that a batch holds for each direction id."""
 
     source_language: Integers  # [directions]
     target_language: Integers  # [directions]
@@ -218,7 +217,7 @@ class DirectionIds:
         return {"data.tags": "source-target" if self.given else "target"}
 
     def overhead(self, direction: int) -> tuple[int, int]:
-        """Return 2, tag and EOS around a source; and what begins a translation, or its end."""
+        """Return 2, for the tag and EOS of a source, and the number of tokens that begin a translation."""
         return 2, self.begin.shape[1]
 
     def collate(
@@ -226,8 +225,8 @@ class DirectionIds:
     ) -> PairBatch:
         """Make a batch of B token sequences without tag and EOS; ``directions`` are B direction ids.
 
-        Without ``targets`` (translation) ``decoder_input`` is what translations begin with [B, 1 or 2], and
-        ``labels`` are [B, 0].
+        Without ``targets`` (translation) ``decoder_input`` holds the tokens that begin a translation [B, 1 or
+        2], and ``labels`` are [B, 0].
         """
         chosen = np.asarray(directions, dtype=np.int64)
         flat, mask = flatten(sources)
@@ -251,7 +250,7 @@ class DirectionIds:
 
 
 def flatten(sequences: Sequence[Any]) -> tuple[Integers, NDArray[np.bool_]]:
-    """Concatenate all tokens; return them, and a mask [B, longest] of the places that they fill."""
+    """Concatenate all tokens; return them, and a mask [B, longest] of the positions that they fill."""
     lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     flat = np.concatenate(sequences, dtype=np.int64, casting="unsafe")  # an empty list is of floats to numpy
     return flat, np.arange(lengths.max()) < lengths[:, None]

@@ -1,12 +1,12 @@
 """Batching: which sentence pairs each step trains on, and their tensors.
 
-A step is ``batch.count`` units of at most ``batch.tokens`` padded tokens. Rank r of D takes units r, r + D,
-..., or those that :mod:`lsmoe_ds.data.assignment` assigns it; every rank plans all of them (numbers only, no
-text), so all know the totals of the step without communication.
+A step is ``batch.count`` units (micro-batches) of at most ``batch.tokens`` padded tokens. Rank r of D trains
+on units r, r + D, ..., or on those that :mod:`lsmoe_ds.data.assignment` assigns to it. Every rank plans all
+units (numbers only, no text), so all know the totals of the step without communication.
 
-Everything random is a hash of (seed, purpose, counters), never the state of a generator: any position of the
-plan can be reached at once, is the same on every rank, and is a handful of integers in a checkpoint. Shapes:
-B sentences, T positions.
+Random choices are hashes of (seed, purpose, counters), never the state of a generator. So any position of the
+plan can be reached at once, is the same on every rank, and is a few integers in a checkpoint. Shapes: B
+sentences, T positions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lsmoe_ds.errors import UserError
 
 CHUNK_UNITS = 200  # units' worth of sentences that are sorted together: padding stays under 10 % on real text
 SMALLEST_CHUNK_UNITS = 48  # in small data a chunk shrinks so that no sentence is in it twice, down to this
-SHARES, STEPS, UNITS, TIES, ORDER, PLACES = range(6)  # purposes, the second part of every hash
+SHARES, STEPS, UNITS, TIES, ORDER, PLACES = range(6)  # purposes: the second argument of every hash
 
 
 class Lengths(Protocol):
@@ -80,20 +80,21 @@ class _Pool:
 
 
 class BatchStream:
-    """The endless sequence of training steps, as one data-parallel rank sees it; ``next(stream)`` gives a
+    """Yield the endless sequence of training steps of one data-parallel rank: ``next(stream)`` returns a
     :class:`Step`.
 
-    A direction with n pairs has a share of the sentences in proportion to n ** (1 / temperature). Its pairs
-    come in a new seeded order each epoch, every pair once. Pairs with more than ``batch.max_length`` tokens
-    on a side (tag and EOS counted) or that do not fit into ``batch.tokens`` are left out; ``skipped`` has
-    their number by direction. Units of a homogeneous stream hold one direction each, those of a task-affine
-    one directions of one expert group: ``groups`` has the group of each direction, ``at_home`` the groups
+    A direction with n pairs has a share of the sentences in proportion to n ** (1 / temperature). Each epoch
+    has every pair once, in a new seeded order. Pairs are left out if a side has more than
+    ``batch.max_length`` tokens (tag and EOS counted) or they do not fit into ``batch.tokens``; ``skipped``
+    has their number by direction. In a homogeneous stream each unit holds one direction; in a task-affine
+    one, the directions of one expert group. ``groups`` is the group of each direction, ``at_home`` the groups
     whose experts each of the ``world`` ranks holds. ``directions`` are those that train, by default all.
-    A step has units of each direction or group in proportion to its tokens, to rounding, whatever the number
-    of ranks.
+    Whatever the number of ranks, a step has units of each direction or group in proportion to its tokens, to
+    rounding.
 
-    Raises UserError if the ranks do not divide ``batch.count``, or no direction has a pair, or one has none
-    that fits, or if ``groups`` and ``at_home`` do not suit ``batch.languages``, the directions and the ranks.
+    Raises UserError if the ranks do not divide ``batch.count``, if no direction has a pair, if the pairs of a
+    direction are all too long, or if ``groups`` and ``at_home`` do not fit ``batch.languages``, the
+    directions and the ranks.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class BatchStream:
             str(d): int(n - f) for d, n, f in zip(languages.directions, self._sizes, fitting, strict=True)
         }
 
-        # A direction with held-out text only (zero-shot) has a share of nothing.
+        # A direction with only held-out text (zero-shot) does not train.
         chosen = [directions is None or direction in directions for direction in languages.directions]
         trained = np.flatnonzero((self._sizes > 0) & np.array(chosen))
         if not len(trained):
@@ -143,14 +144,14 @@ class BatchStream:
             raise UserError(f"{which} has a training pair: add a corpus that has some to 'data.corpora'")
         sizes, fitting, tokens = self._sizes[trained], fitting[trained], tokens[trained]
         kept = sizes ** (1 / temperature)
-        drawn = kept * sizes / fitting  # more are drawn where some are left out
+        drawn = kept * sizes / fitting  # draw more from a direction in which pairs are left out
         places = np.arange(len(trained))
         together = {"mixed": np.zeros_like(places), "homogeneous": places}
         labels = together[batch.languages] if groups is None else np.array(groups, dtype=np.int64)[trained]
-        self._labels = np.unique(labels).tolist()  # of the pools; expert groups, if any
+        self._labels = np.unique(labels).tolist()  # one for each pool: its expert group, if there are groups
         parts = [np.flatnonzero(labels == label) for label in self._labels]
         self._pools = [self._pool(trained[part], drawn[part], tokens[part] / sizes[part]) for part in parts]
-        # A unit of short sentences holds more of them: units are chosen in proportion to the tokens.
+        # Choose units in proportion to tokens: a unit of short sentences holds more sentences.
         self._choice = thresholds_of(np.array([(kept * tokens / fitting)[part].sum() for part in parts]))
         self._step = 0
         self._cursors = np.zeros(
@@ -169,8 +170,9 @@ class BatchStream:
         }
 
     def _pool(self, directions: Integers, weights: NDArray[np.float64], tokens: NDArray[np.float64]) -> _Pool:
-        """Make the pool of ``directions`` with these ``weights``; ``tokens`` has each direction's mean tokens
-        per pair drawn, counting pairs that fit.
+        """Make the pool of ``directions`` with these ``weights``.
+
+        ``tokens`` is the tokens per drawn pair of each direction, where pairs that are left out count as 0.
         """
         shares = weights / weights.sum()
         unit = self._batch.tokens / float(shares @ tokens)  # sentences
@@ -202,10 +204,10 @@ class BatchStream:
         )
 
     def _choose_pools(self) -> Integers:
-        """Choose the pool of each unit of the step [count] by a systematic sample: a pool with share s has
-        count x s units to rounding.
+        """Choose the pool of each unit of the step [count] by a systematic sample: a pool with share s gets
+        count x s units, to rounding.
 
-        Their order is random: which rank takes a unit, and when, must not follow from its direction.
+        Their order is random: the direction of a unit must not decide its rank or its place in the step.
         """
         count = np.uint64(self._batch.count)
         total, places = self._choice[-1], np.arange(count, dtype=np.uint64)
@@ -224,7 +226,7 @@ class BatchStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position saved on any number of ranks; ``batch.count`` may have changed.
+        """Resume at a position saved on any number of ranks; ``batch.count`` may have changed.
 
         Raises UserError if something else has changed that the order of the data depends on.
         """
@@ -247,7 +249,7 @@ class BatchStream:
         pool = self._pools[number]
         while pool.plan is None or pool.taken >= len(
             pool.plan.units
-        ):  # again when none of a chunk's pairs fits
+        ):  # loop, because a chunk may have no pair that fits
             if pool.plan is not None:
                 self._cursors[pool.directions] += pool.plan.drawn
                 pool.chunk, pool.taken = pool.chunk + 1, 0
@@ -277,7 +279,7 @@ class BatchStream:
         fits = np.flatnonzero(_fits(source, target, self._batch))
         if not len(fits):
             return _Chunk([], drawn)
-        # Otherwise pairs of equal lengths would stand by direction, and batches would mix fewer of them.
+        # Otherwise pairs of equal lengths would be ordered by direction, and batches mix fewer directions.
         fits = fits[np.argsort(hash_words(self._seed, TIES, *where, fits))]
         order = fits[by_length(source[fits], target[fits], self._batch.tokens)]
         unit_ends = cut(source[order], target[order], self._batch.tokens)
@@ -295,7 +297,7 @@ class BatchStream:
         return _Chunk(units, drawn)
 
     def _build(self, unit: _Unit) -> Batch:
-        # By language, so that what belongs to a language is applied to neighbors together.
+        # Sort by language, so that language-specific parts are applied to neighboring sentences together.
         order = np.lexsort(
             (self._form.target_language[unit.direction], self._form.source_language[unit.direction])
         )
@@ -331,5 +333,7 @@ def _count_fitting(
         tokens += int((s + t)[fits].sum())
     if len(source) and not pairs:
         limits = f"'data.batch.tokens' {batch.tokens} and 'data.batch.max_length' {batch.max_length}"
-        raise UserError(f"no training pair of direction {direction} fits into {limits}: allow more")
+        # Tags and EOS are a token or two, but a prompt may fill the batch by itself.
+        prompt = f", of which the prompt takes {overhead[0]}" if overhead[0] > 2 else ""
+        raise UserError(f"no training pair of direction {direction} fits into {limits}{prompt}: allow more")
     return pairs, tokens

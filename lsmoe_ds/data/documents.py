@@ -86,7 +86,7 @@ def _names(element: etree._Element) -> set[str]:
 
 
 def align_documents(english: list[Block], translated: list[Block]) -> list[Pair] | None:
-    """Align two documents block by block; None unless both have the same sequence of kinds of blocks."""
+    """Align two documents block by block. Returns None if their sequences of block kinds differ."""
     if [kind for kind, _ in english] != [kind for kind, _ in translated]:
         return None
     return [
@@ -97,9 +97,9 @@ def align_documents(english: list[Block], translated: list[Block]) -> list[Pair]
 
 
 def align_sentences(english: str, translated: str) -> list[Pair]:
-    """Pair the sentences of two texts; return the whole texts as one pair if that is not safe.
+    """Pair the sentences of two texts, or return the whole texts as one pair where that is not safe.
 
-    It is safe if both have the same number of sentences and no two differ much in length.
+    Pairing is safe if both have the same number of sentences and no two paired ones differ much in length.
     """
     first, second = SENTENCE_BREAK.split(english), SENTENCE_BREAK.split(translated)
     if len(first) == len(second):

@@ -1,4 +1,4 @@
-"""What becomes of each pair of a bitext: one byte a pair, in a file of which a shard's part is in memory."""
+"""Read and write the fates of a bitext's pairs, a byte each, in a file; memory holds those of one shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Record from which files data were prepared, and tell whether they must be prepared again."""
+"""Record the files from which data were prepared, and tell whether to prepare them again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lsmoe_ds.data.comparison import MANIFEST, differences
 from lsmoe_ds.data.formats import MissingCorpus, name_of
 from lsmoe_ds.data.pivot import search_and_join
 from lsmoe_ds.data.prepared import check_manifest
-from lsmoe_ds.data.sources import PROVENANCE, SOURCES
+from lsmoe_ds.data.sources import PROVENANCE, is_fetched
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import damage, read_json, sha256, shown
@@ -35,7 +35,7 @@ def _stamps(parts: Sequence[TextPart]) -> Fingerprint:
     """
     found: Fingerprint = {}
     for name, path in dict.fromkeys((part.corpus, file) for part in parts for file in part.files):
-        if name in SOURCES:
+        if is_fetched(name):
             known = (read_json(path.parent / PROVENANCE) or {"files": {}})["files"][path.name]
             found[f"{name}/{path.name}"] = {**known, "corpus": name}
         elif path.exists():
@@ -78,7 +78,7 @@ def _compare_corpora(recipe: Recipe, old: Fingerprint) -> State:
     """Compare the corpora with those that were prepared.
 
     A corpus that is no longer on this machine only gives a remark: the data prepared from it remain valid. A
-    corpus that exists and cannot be read is a reason to prepare, which will report the same error.
+    corpus that exists and cannot be read is a reason to prepare, which then reports the error.
     """
     parts: list[TextPart] = []
     remarks: list[str] = []

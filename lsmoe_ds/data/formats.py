@@ -1,5 +1,5 @@
 """Read parallel text: the layouts of OPUS-100, FLORES, NTREX-128 and IWSLT, aligned files (Moses), tables
-(TSV) and what a model has translated.
+(TSV), translation memories (TMX) and translations by a model.
 
 :mod:`lsmoe_ds.data.lines` and :mod:`lsmoe_ds.data.iwslt` read the single files.
 """
@@ -15,10 +15,12 @@ from pathlib import Path
 
 from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.data.labelled import find_questions, find_words
-from lsmoe_ds.data.lines import plain_or_gz, read_lines, readable, without_gz
+from lsmoe_ds.data.lines import plain_or_packed, read_lines, readable, without_packing
 from lsmoe_ds.data.sources import check_source, corpus_damage, corpus_folder
 from lsmoe_ds.data.spelling import Half, Pair, Wanted, say_spellings
 from lsmoe_ds.data.text_part import TextPart
+from lsmoe_ds.data.tmx import find_tmx
+from lsmoe_ds.data.zipped import ZippedReader, names_in
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import shown
 from lsmoe_ds.languages import find_code, is_known, normalize_code, same_language
@@ -27,7 +29,7 @@ SPLITS = ("train", "dev", "test")
 
 
 class MissingCorpus(UserError):
-    """Raised for a corpus that is not on this machine, unlike one that exists and cannot be read."""
+    """Raised for a corpus that is not on this machine; one that cannot be read raises UserError."""
 
 
 def name_of(corpus: str | Corpus) -> str:
@@ -37,7 +39,7 @@ def name_of(corpus: str | Corpus) -> str:
 
 @dataclass(frozen=True)
 class Search:
-    """Hold what is wanted from one corpus, and what was found."""
+    """Hold the text wanted from one corpus, and the parts found in it."""
 
     wanted: Wanted
     parts: list[TextPart]
@@ -67,7 +69,7 @@ def _search(corpus: str | Corpus, directory: Path, pairs: Mapping[str, Pair]) ->
     if isinstance(corpus, str):
         wanted = Wanted(corpus, pairs)
         return Search(wanted, list(_fetched(corpus, directory, wanted)))
-    if not plain_or_gz(corpus.path).exists() and corpus.format != "moses":
+    if not plain_or_packed(corpus.path).exists() and corpus.format != "moses":
         raise MissingCorpus(f"there is no corpus {shown(corpus.path)}")
     wanted = Wanted(str(corpus.path), pairs, (corpus.source, corpus.target))
     return Search(wanted, list(FORMATS[corpus.format](corpus, wanted)))
@@ -115,8 +117,7 @@ def _aligned(
 ) -> Iterator[TextPart]:
     """Find what aligned files, listed by their languages, have for each bitext.
 
-    ``name`` is the common part of their names. Bitexts of which there is only one side are recorded in
-    ``wanted``.
+    ``name`` is the common part of their names. Bitexts with only one side are recorded in ``wanted``.
     """
     halves, complete = [], False
     for bitext, pair in wanted.items():
@@ -146,21 +147,26 @@ def _opus100(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
             codes = chosen.name.split("-")
             codes = codes if _in_order(chosen, pair) else codes[::-1]
             for split in SPLITS:
-                files = tuple(plain_or_gz(chosen / f"opus.{chosen.name}-{split}.{code}") for code in codes)
+                files = tuple(
+                    plain_or_packed(chosen / f"opus.{chosen.name}-{split}.{code}") for code in codes
+                )
                 if any(file.exists() for file in files):
                     yield TextPart(str(corpus.path), bitext, split, files, "lines")
 
 
 def _flores(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
+    """Find the files of FLORES-200, ``dev/deu_Latn.dev``, or of FLORES+, ``dev/dev.deu_Latn``."""
     sets = {"dev": corpus.path / "dev", "devtest": corpus.path / "devtest"}
     if not any(folder.is_dir() for folder in sets.values()):
         raise UserError(f"{corpus.path} is not laid out as FLORES: it has neither 'dev' nor 'devtest' in it")
     for name, folder in sets.items():
-        files = [
-            (without_gz(path).stem, path)
-            for path in readable(folder.glob(f"*.{name}*"))
-            if without_gz(path).suffix == f".{name}"
-        ]
+        files = []
+        for path in readable(folder.glob("*")):
+            plain = without_packing(path)
+            if plain.suffix == f".{name}":
+                files.append((plain.stem, path))
+            elif plain.stem == name:
+                files.append((plain.suffix[1:], path))
         split = "dev" if name == "dev" else "test"
         yield from _aligned(wanted, "train" if split == corpus.train else split, "lines", name, files)
 
@@ -177,7 +183,7 @@ def _ntrex(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     folder = corpus.path / "NTREX-128" if (corpus.path / "NTREX-128").is_dir() else corpus.path
     found: dict[str, list[tuple[str, Path]]] = {"src": [], "ref": []}
     for path in readable(folder.iterdir() if folder.is_dir() else ()):
-        if match := NTREX_FILE.fullmatch(without_gz(path).name):
+        if match := NTREX_FILE.fullmatch(without_packing(path).name):
             found[match[2]].append((match[3], path))
     if not found["src"] or not found["ref"]:
         raise UserError(
@@ -200,11 +206,11 @@ IWSLT_SET = re.compile(r"(?P<set>IWSLT\w*\.\w+\.(?P<kind>dev|tst)\w*\.[\w@-]+)\.
 def _iwslt(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     found: dict[tuple[str, str, str], list[tuple[str, Path]]] = {}
     for path in readable(corpus.path.rglob("*")):
-        if match := IWSLT_TRAIN.fullmatch(without_gz(path).name):
+        if match := IWSLT_TRAIN.fullmatch(without_packing(path).name):
             found.setdefault(("train", "tagged", f"{path.parent}/{match['set']}"), []).append(
                 (match["code"], path)
             )
-        elif match := IWSLT_SET.fullmatch(without_gz(path).name):
+        elif match := IWSLT_SET.fullmatch(without_packing(path).name):
             split = "dev" if match["kind"] == "dev" else "test"
             found.setdefault((split, "segments", f"{path.parent}/{match['set']}"), []).append(
                 (match["code"], path)
@@ -235,13 +241,16 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     ``.txt`` may follow the code. In a folder the stems decide which files are dev and test sets
     (:func:`split_of`). If ``path`` is a stem, its files are training text.
     """
-    folder = corpus.path if corpus.path.is_dir() else corpus.path.parent
     recipes = {code for pair in wanted.bitexts.values() for code in pair}
+    if corpus.path.suffix == ".zip":
+        yield from _zipped(corpus, wanted, recipes)
+        return
+    folder = corpus.path if corpus.path.is_dir() else corpus.path.parent
     stems: dict[str, list[tuple[str, Path]]] = {}
     for path in readable(folder.glob("*.*") if folder.is_dir() else ()):
         stem, spelling, text = _stem_and_code(path, recipes)
-        bare = without_gz(path).with_suffix("")  # takes precedence over the file with .txt
-        hidden = text and plain_or_gz(bare).is_file()
+        bare = without_packing(path).with_suffix("")  # takes precedence over the file with .txt
+        hidden = text and plain_or_packed(bare).is_file()
         if path.is_file() and not hidden and (corpus.path.is_dir() or stem == corpus.path.name):
             stems.setdefault(stem, []).append((spelling, path))
     if not stems:
@@ -260,9 +269,29 @@ def _moses(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
         yield from _aligned(wanted, split, "lines", stem, files)
 
 
+def _zipped(corpus: Corpus, wanted: Wanted, recipes: Iterable[str]) -> Iterator[TextPart]:
+    """Find the aligned files in a zip, as OPUS calls them: ``Books.de-en.de``, ``Books.de-en.en``."""
+    stems: dict[str, list[tuple[str, str]]] = {}
+    for name in names_in(corpus.path):
+        stem, code, _ = _stem_and_code(Path(name), recipes)
+        if _names_language(code, recipes):
+            stems.setdefault(str(Path(name).with_name(stem)), []).append((code, name))
+    if not any(len(files) > 1 for files in stems.values()):
+        raise UserError(
+            f"{corpus.path} has no two aligned files in it, such as Books.de-en.de and Books.de-en.en"
+        )
+    for stem, files in stems.items():
+        for bitext, pair in wanted.items():
+            first, second = (wanted.choose(files, code) for code in pair)
+            if first and second:
+                read = ZippedReader(corpus.path, first, second)
+                split = split_of(Path(stem).name)
+                yield TextPart(str(corpus.path), bitext, split, (corpus.path,), "pairs", read=read)
+
+
 def _stem_and_code(path: Path, recipes: Iterable[str]) -> tuple[str, str, bool]:
     """Split the name of an aligned file: return its stem, its language code, and whether ``.txt`` follows."""
-    plain = without_gz(path)
+    plain = without_packing(path)
     if text := plain.suffix == ".txt" and _names_language(Path(plain.stem).suffix[1:], recipes):
         plain = Path(plain.stem)
     return plain.stem, plain.suffix[1:], text
@@ -271,7 +300,7 @@ def _stem_and_code(path: Path, recipes: Iterable[str]) -> tuple[str, str, bool]:
 def _hint(path: Path, recipes: Iterable[str]) -> str:
     """Return a hint at the ending if ``path`` is one of two aligned files, otherwise an empty string."""
     stem, code, _ = _stem_and_code(path, recipes)
-    if not plain_or_gz(path).is_file() or not is_known(normalize_code(code)):
+    if not plain_or_packed(path).is_file() or not is_known(normalize_code(code)):
         return ""
     without = f"write 'path: {path.with_name(stem)}', without the ending that names its language"
     return f"; {path} is a file itself: {without}"
@@ -283,10 +312,10 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
             f"corpus {corpus.path}: a tsv names both 'source' and 'target', or neither (then its first line "
             "names the columns)"
         )
-    path, codes = plain_or_gz(corpus.path), [corpus.source or "", corpus.target or ""]
+    path, codes = plain_or_packed(corpus.path), [corpus.source or "", corpus.target or ""]
     first = next(read_lines(path), "").split("\t")
-    # A first line that names both languages is a header even if the recipe names them: it is no text, and its
-    # order decides.
+    # A first line that names both languages is a header, not text, and decides the order of the columns even
+    # if the recipe names the languages.
     header = not corpus.source or all(find_code(code, map(str.strip, first)) for code in codes)
     if header:
         codes = first
@@ -323,7 +352,7 @@ def _tsv(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
 
 
 def _translated(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
-    """Find what a model has translated: ``SOURCE-TARGET.tsv``, which trains that direction alone."""
+    """Find translations by a model: ``SOURCE-TARGET.tsv``, which trains only that direction."""
     files = sorted(corpus.path.glob("*-*.tsv")) if corpus.path.is_dir() else []
     named = [((first, second), path) for path in files for first, _, second in [path.stem.partition("-")]]
     if not named:
@@ -350,6 +379,7 @@ FORMATS: dict[str, Callable[[Corpus, Wanted], Iterator[TextPart]]] = {
     "ntrex": _ntrex,
     "iwslt": _iwslt,
     "moses": _moses,
+    "tmx": find_tmx,
     "tsv": _tsv,
     "translated": _translated,
     "wikiann": find_words,

@@ -1,4 +1,4 @@
-"""Fix the resource groups of a recipe's languages: lists instead of thresholds on the prepared data."""
+"""Fix the resource groups of a recipe's languages: replace thresholds by lists of languages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lsmoe_ds.errors import UserError
 
 
 def with_listed_groups(recipe: Recipe) -> Recipe:
-    """Replace the thresholds of ``data.groups`` by the lists of languages that they give.
+    """Replace the thresholds of ``data.groups`` by the lists of languages that they yield.
 
     Reads the prepared data; a recipe whose groups are lists is returned as it is. Raises UserError if the
     data are not prepared, and if a method does not fit the groups.

@@ -128,7 +128,7 @@ def _candidates(keys: Mapping[str, Keys], limits: Mapping[str, int | None], seed
             ranked["fewer"] = len(keys) - counts[np.searchsorted(distinct, here[name])]
             ranked["chance"] = mixed(here[name], seed)
             ranked["key"] = here[name]
-            if limit is not None and len(best[name]) == limit > 0:  # most keys are behind the last of these
+            if limit is not None and len(best[name]) == limit > 0:  # most keys rank below the last of these
                 last, fewer = best[name][-1], ranked["fewer"]
                 ranked = ranked[
                     (fewer < last["fewer"])

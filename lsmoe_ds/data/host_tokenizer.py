@@ -1,4 +1,4 @@
-"""The tokenizer of a model of transformers in the place of a vocabulary of our own: a ``tokenizer.json``."""
+"""Use a ``tokenizer.json``, the tokenizer of a model of transformers, in place of our own vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from lsmoe_ds.notices import counted
 
 
 class HostTokenizer:
-    """Turn text to ids, as :class:`lsmoe_ds.data.vocabulary.Vocabulary`. No text spells a special token."""
+    """Turn text into ids, as :class:`lsmoe_ds.data.vocabulary.Vocabulary` does. No text spells a special
+    token.
+    """
 
     type = "tokenizer"
     codes: tuple[str, ...] = ()  # it has no tags of ours
@@ -39,7 +41,7 @@ class HostTokenizer:
                 f"the tokenizer is damaged: it is no tokenizer.json ({' '.join(str(error).split())[:200]})"
             ) from None
         self._content = content
-        self._plain.encode_special_tokens = True  # as plain text: a sentence may hold them
+        self._plain.encode_special_tokens = True  # a special token written in a sentence is plain text
         for tokenizer in (self._plain, self._markup):
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -70,24 +72,24 @@ class HostTokenizer:
         return [list(each.ids) for each in found]
 
     def encode_markup(self, text: str) -> list[int]:
-        """Return the ids of a text in which special tokens are themselves."""
+        """Return the ids of a text, in which special tokens that are written out keep their meaning."""
         return list(self._markup.encode(text, add_special_tokens=False).ids)
 
     def before(self, text: str) -> dict[str, int]:
-        """Return the token that the model wants before a text that begins a sequence, if that lacks it."""
+        """Return the token that must start a sequence, with its id; empty if ``text`` begins with it."""
         first = self._markup.encode("", add_special_tokens=True)
         if first.ids[:1] == self.encode_markup(text)[:1]:
             return {}
         return dict(zip(first.tokens[:1], first.ids[:1], strict=True))
 
     def begin(self, text: str) -> list[int]:
-        """Return the ids of a text that begins a sequence, with the token that the model wants before it."""
+        """Return the ids of a text at the start of a sequence, with the token that must come first."""
         return [*self.before(text).values(), *self.encode_markup(text)]
 
     def end(self, text: str | None) -> list[int]:
         """Return the ids that end an answer. Raises UserError unless there is exactly one.
 
-        Translation stops at one token; the first of several may stand within an answer.
+        Translation stops at one token, and the first of several may also occur within an answer.
         """
         ids = self.encode_markup(text or "")
         if len(ids) != 1:
@@ -99,8 +101,8 @@ class HostTokenizer:
 
     @property
     def joins_words(self) -> bool:
-        """Tell whether a word that begins a text has no sign of a beginning, as in RoBERTa's byte-level
-        pieces.
+        """Tell whether the first word of a text gets no word-start mark, as in RoBERTa's byte-level pieces,
+        so that words encoded one by one would be joined.
         """
         step = json.loads(self._content).get("pre_tokenizer") or {}
         steps = step.get("pretokenizers", [step])
@@ -108,15 +110,15 @@ class HostTokenizer:
 
     @property
     def padding(self) -> int:
-        """The id that fills a batch; a model is told where it stands."""
+        """The id that pads a batch. Any id will do: models get a mask of the padding."""
         found = (self._plain.token_to_id(token) for token in ("<pad>", "[PAD]"))
         return next((int(number) for number in found if number is not None), 0)
 
     def encode_words(self, words: Sequence[str], longest: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield a sentence in pieces of at most ``longest`` tokens, cut between words: its ids with special
-        tokens, and the position of the first sub-word of each word, or -1.
+        """Yield a sentence in pieces of at most ``longest`` tokens, cut between words.
 
-        Of a word that is longer than that, the end is left out.
+        A piece is its ids with special tokens, and the position of the first sub-word of each of its words,
+        or -1. A longer word loses its end.
         """
         room = longest - self._plain.num_special_tokens_to_add(False)
         whole = self._plain.encode(list(words), is_pretokenized=True, add_special_tokens=False)
@@ -137,10 +139,10 @@ class HostTokenizer:
     def encode_windows(
         self, question: str, context: str, longest: int, stride: int
     ) -> Iterator[tuple[list[int], int, list[tuple[int, int]]]]:
-        """Yield a question with each window of its context, of at most ``longest`` tokens together: ids,
-        where the context begins, and the characters of each of its tokens.
+        """Yield a question with each window of its context, together at most ``longest`` tokens.
 
-        The end of a question is left out that has more than a quarter of the tokens.
+        Yields the ids, the position where the context begins, and the (start, end) characters of each context
+        token. A question is cut to a quarter of ``longest``.
         """
         asked = self._plain.encode(question, add_special_tokens=False)
         asked.truncate(max(1, longest // 4))

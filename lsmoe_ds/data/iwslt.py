@@ -75,9 +75,9 @@ def _attribute(attributes: str, name: str) -> str:
 def pair_segments(first: Path, second: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, str]]:
     """Yield the segments of two files that have the same docid and id.
 
-    ``tell`` is called with a sentence about segments that only one file has. Unless every segment has an id
-    of its own, segments are paired in order. Raises UserError if then their counts differ, and if no segment
-    has a counterpart.
+    ``tell`` is called with a sentence about segments that only one file has. If ids are missing or not
+    unique, segments are paired in order. Raises UserError if their counts then differ, and if no segment has
+    a counterpart.
     """
     sides = [list(read_segments(path)) for path in (first, second)]
     texts = [{segment.key: segment.text for segment in side if segment.number} for side in sides]
@@ -90,7 +90,7 @@ def pair_segments(first: Path, second: Path, tell: Callable[[str], None]) -> Ite
     if not both and any(sides):
         has, too = (counted(len(side), "segment") for side in sides)
         raise UserError(
-            f"{first} has {has} and {second} has {too}, but none has a docid and an id that are in both"
+            f"{first} has {has} and {second} has {too}, but no segment's docid and id are in both"
         )
     if alone := sum(len(side) - len(both) for side in sides):
         lacks = [

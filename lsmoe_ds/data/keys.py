@@ -1,4 +1,4 @@
-"""Sorted 64-bit keys in files, which are compared one range of values at a time."""
+"""Store sorted 64-bit keys in files, and compare them one range of values at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCK = 1 << 20  # keys per look-up
 
 
 def save_sorted(path: Path, keys: Keys) -> None:
-    """Write the keys of a shard's pairs, sorted, and after them which pair each is of."""
+    """Write the sorted keys of a shard's pairs, followed by the number of the pair of each key."""
     order = np.argsort(keys, kind="stable")
     with path.open("wb") as file:
         file.write(keys[order].astype("<u8").tobytes())
@@ -24,16 +24,16 @@ def save_sorted(path: Path, keys: Keys) -> None:
 
 
 def open_sorted(path: Path) -> tuple[Keys, NDArray[np.uint32]]:
-    """Memory-map the keys and the pairs that :func:`save_sorted` has written."""
+    """Memory-map the keys and pair numbers that :func:`save_sorted` wrote."""
     count = path.stat().st_size // 12
-    if not count:  # which cannot be mapped
+    if not count:  # an empty file cannot be mapped
         return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint32)
     content = np.memmap(path, dtype=np.uint8, mode="r")
     return content[: 8 * count].view("<u8"), content[8 * count :].view("<u4")
 
 
 def reopened(array: Keys) -> Keys:
-    """Map a memory-mapped array anew: the pages that are read through it are given back with it."""
+    """Map a memory-mapped array again, so that dropping the result releases the pages read through it."""
     if not isinstance(array, np.memmap) or array.filename is None:
         return array
     return np.asarray(np.load(array.filename, mmap_mode="r"))
@@ -47,7 +47,7 @@ def ranges(count: int) -> Iterator[tuple[np.uint64, np.uint64]]:
 
 
 def inside(keys: Keys, low: np.uint64, high: np.uint64) -> slice:
-    """Return where in sorted keys a range of values is."""
+    """Return the slice of sorted keys that lies in a range of values, both ends included."""
     return slice(int(np.searchsorted(keys, low)), int(np.searchsorted(keys, high, side="right")))
 
 

@@ -1,6 +1,6 @@
-"""Read labelled text: names in WikiANN's layout or CoNLL's, and questions in SQuAD's JSON.
+"""Read labelled text: names in WikiANN's or CoNLL's layout, and questions in SQuAD's JSON.
 
-The pairs of a part are those of :mod:`lsmoe_ds.data.labels`: a source line, and a line of its labels.
+A part yields the pairs of :mod:`lsmoe_ds.data.labels`: a source line, and a line of its labels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lsmoe_ds.config.data import Corpus
-from lsmoe_ds.data.lines import plain_or_gz, read_lines, read_whole, readable, without_gz
+from lsmoe_ds.data.lines import plain_or_packed, read_lines, read_whole, readable, without_packing
 from lsmoe_ds.data.spelling import Wanted
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
@@ -25,7 +25,7 @@ SPLITS = {
     **dict.fromkeys(("dev", "valid", "validation", "val", "testa"), "dev"),
     **dict.fromkeys(("test", "testb"), "test"),
 }
-OTHERS = re.compile(r"\.|.*(~|\.swp|\.bak)$")  # names of hidden files and copies of editors
+OTHERS = re.compile(r"\.|.*(~|\.swp|\.bak)$")  # names of hidden files and backup copies of editors
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LabelledPart(TextPart):
         return f"{file.parent.name}:" if self.reader == "prefixed" else ""
 
     def find_tag(self, tags: Collection[str]) -> tuple[Path, int, str]:
-        """Return the file and line where the first of these tags stands, and which it is."""
+        """Return the file and line of the first occurrence of one of these tags, and the tag."""
         lines = (
             (file, number, tag)
             for file in self.files
@@ -60,7 +60,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def find_words(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
-    """Find a folder for each language, with files ``train``, ``dev`` and ``test``, of whatever endings."""
+    """Find a folder for each language, with files ``train``, ``dev`` and ``test`` with any ending."""
     if not corpus.path.is_dir():
         raise UserError(f"{corpus.path} is a file: give the folder of a corpus in the format {corpus.format}")
     inside = sorted(corpus.path.iterdir()) if corpus.path.is_dir() else []
@@ -103,10 +103,10 @@ def _read_words(file: Path, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_tags(file: Path, prefix: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the number, word and tag of each line of a file with a word a line, its tag in the last column,
-    and empty lines between sentences: an empty word ends one.
+    """Yield the line number, word and tag of each line; an empty word ends a sentence.
 
-    A ``prefix`` of words is left out where it stands.
+    The file has one word a line, its tag in the last column, and empty lines between sentences. The
+    ``prefix`` of words, if present, is removed.
     """
     number = 0
     for number, line in enumerate(read_lines(file), 1):
@@ -127,11 +127,11 @@ def _read_tags(file: Path, prefix: str) -> Iterator[tuple[int, str, str]]:
 def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
     """Find JSON files whose names have a language and a split, as XTREME's of TyDiQA-GoldP.
 
-    A file that names no language, such as the original TyDiQA-GoldP, has all: then the id of a question
-    begins with the English name of its language.
+    A file whose name has no language, such as the original TyDiQA-GoldP, holds all languages: the id of each
+    question begins with the English name of its language.
     """
-    here = plain_or_gz(corpus.path)
-    inside = (each for ending in ("json", "json.gz") for each in corpus.path.rglob(f"*.{ending}"))
+    here = plain_or_packed(corpus.path)
+    inside = (each for ending in ("json", "json.gz", "json.zst") for each in corpus.path.rglob(f"*.{ending}"))
     paths = [here] if here.is_file() else readable(inside)
     files: dict[str, list[tuple[str, Path]]] = {}
     of_all: dict[str, list[Path]] = {}
@@ -158,7 +158,7 @@ def find_questions(corpus: Corpus, wanted: Wanted) -> Iterator[TextPart]:
 
 def _spellings(path: Path) -> list[str]:
     """Return the parts of a file's name, and its folder's, that may be a code, the likeliest first."""
-    whole = without_gz(path).stem.split(".")
+    whole = without_packing(path).stem.split(".")
     parts = [part for each in whole for part in re.split(r"[_-]", each)]
     return [each for each in (*reversed(whole), *reversed(parts), path.parent.name) if each]
 
@@ -178,7 +178,7 @@ def _questions(file: Path) -> Iterator[tuple[str, str, str, list[dict[str, Any]]
                 for each in paragraph["qas"]:
                     answers = [{"text": a["text"], "start": a["answer_start"]} for a in each["answers"]]
                     texts = [each["question"], paragraph["context"], *(a["text"] for a in answers)]
-                    "".join(texts).encode()  # raises for half of a character
+                    "".join(texts).encode()  # raises for half of a surrogate pair
                     if not all(type(a["start"]) is int for a in answers):
                         raise TypeError("an answer_start is no whole number")
                     yield str(each["id"]), each["question"], paragraph["context"], answers
@@ -207,7 +207,12 @@ def _read_questions(file: Path, code: str, tell: Callable[[str], None]) -> Itera
             continue
         for answer in answers:
             start, text = answer["start"], answer["text"]
-            if not text.strip() or start < 0 or context[start : start + len(text)] != text:
+            if not text.strip():
+                raise UserError(
+                    f"{file}: question {number} has an empty answer: a question that its context does not "
+                    'answer has none, "answers": []'
+                )
+            if start < 0 or context[start : start + len(text)] != text:
                 raise UserError(
                     f"{file}: the answer {text[:40]!r} of question {number} does not stand at character "
                     f"{start} of its context"

@@ -1,8 +1,8 @@
 """Text with labels, for encoders: sentences whose words have tags, and questions on a context.
 
-An example is a source and a target line. To ``tag`` they are the words of a sentence between spaces, and
-their tags. To ``answer`` they are JSON: ``{"question", "context"}`` and ``[{"text", "start"}, ...]``, where
-``start`` counts characters of the context. B sequences, T positions.
+An example is a source line and a target line. For the task ``tag`` they are the words of a sentence,
+separated by spaces, and their tags. For ``answer`` they are JSON: ``{"question", "context"}`` and ``[{"text",
+"start"}, ...]``, where ``start`` counts characters of the context. B sequences, T positions.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from lsmoe_ds.errors import UserError
 if TYPE_CHECKING:
     from lsmoe_ds.data.host_tokenizer import HostTokenizer
 
-OUTSIDE = -1e4  # the logit of an answer's end at padding
-NOWHERE = 0  # where the ends of an answer are that is not in a window: the token before the text
+OUTSIDE = -1e4  # the logit of either end of an answer at padding
+NOWHERE = 0  # both ends of an answer that a window lacks: the position of the token before the text
 
 
 class Piece(NamedTuple):
     """A sentence, or a part of a long one."""
 
-    ids: list[int]  # with the tokens that the model wants around a text
-    starts: list[int]  # the first sub-word of each word, -1 of one that has none
+    ids: list[int]  # with the special tokens that the model expects around a text
+    starts: list[int]  # position of the first sub-word of each word, -1 for a word without one
 
 
 class Window(NamedTuple):
     """A question with a part of its context."""
 
     ids: list[int]
-    context: int  # the first token of the context
-    spans: list[tuple[int, int]]  # the characters of each of its tokens
-    first: int  # of the characters of the context that are in the window
+    context: int  # position of the first token of the context
+    spans: list[tuple[int, int]]  # (start, end) characters of each context token
+    first: int  # the window holds characters first to end of the context
     end: int
 
 
@@ -53,14 +53,14 @@ def read_question(line: str) -> tuple[str, str]:
 
 
 def content_of(line: str) -> str:
-    """Return what two source lines have in common that say the same: all but the id of a question."""
+    """Return a source line without the id of a question, so that lines of the same content are equal."""
     return "\n".join(read_question(line)) if line.startswith('{"id"') else line
 
 
 def places_of(window: Window, start: int, text: str) -> tuple[int, int]:
-    """Return the first and the last token of an answer in a window; NOWHERE if it is not whole in there.
+    """Return the first and last token of an answer in a window, or NOWHERE twice unless all of it is there.
 
-    Several tokens may be of one character: all of them are of the answer.
+    Several tokens may belong to one character; all of them belong to the answer.
     """
     start, text = start + len(text) - len(text.lstrip()), text.strip()
     end = start + len(text)
@@ -72,10 +72,11 @@ def places_of(window: Window, start: int, text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """How text with labels becomes batches; see :class:`lsmoe_ds.data.batches.Form`.
+    """Turn text with labels into batches; see :class:`lsmoe_ds.data.batches.Form`.
 
-    The target of a sequence is, of each word, (position of its first sub-word) x (number of tags) + tag; or
-    of a question the first token of the context, and the first and the last of the answer.
+    The target of a sequence to ``tag`` has, for each word, (position of its first sub-word) x (number of
+    tags) + tag. The target of a question is the positions of the first token of the context, and of the first
+    and last token of the answer.
     """
 
     source_language: Integers  # [directions]
@@ -115,13 +116,13 @@ class Labels:
         return 0 if self.tags else 1
 
     def overhead(self, direction: int) -> tuple[int, int]:
-        """Return no more positions: the stored tokens have those around a text."""
+        """Return zeros: the stored tokens already include the special tokens around a text."""
         return 0, 0
 
     def read(self, source: str, target: str) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield token ids and target of each sequence of an example, to train on.
+        """Yield token ids and target of each sequence of an example, for training.
 
-        Of several answers the first is learned.
+        If there are several answers, the first one is learned.
         """
         if self.tags:
             tags = target.split(" ")

@@ -1,6 +1,6 @@
-"""Read UTF-8 files line by line, with or without gzip compression.
+"""Read UTF-8 files line by line, plain or compressed by gzip or zstd.
 
-An error names the file and line of a wrong byte.
+Errors name the file and line of a wrong byte.
 """
 
 from __future__ import annotations
@@ -16,38 +16,56 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import zstandard
 
+from lsmoe_ds.data.zstd import open_zstd
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import shown
 from lsmoe_ds.notices import counted
 
 LINE_LIMIT = 1 << 20
 BLOCK = 1 << 22  # bytes that are read at once
-GZIP = b"\x1f\x8b"  # the first bytes of gzip files, with which no UTF-8 text begins
+# The endings of compressed files, and their first bytes, with which no UTF-8 text begins.
+PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
-def plain_or_gz(path: Path) -> Path:
-    """Return the path, or ``PATH.gz`` if only that file exists."""
-    compressed = path.parent / f"{path.name}.gz"
-    return compressed if not path.exists() and compressed.exists() else path
+def plain_or_packed(path: Path) -> Path:
+    """Return the path, or ``PATH.gz`` or ``PATH.zst`` if only that file exists."""
+    packed = (path.parent / f"{path.name}{ending}" for ending in PACKED)
+    return path if path.exists() else next((each for each in packed if each.exists()), path)
 
 
-def without_gz(path: Path) -> Path:
-    """Return the path without ``.gz`` at its end."""
-    return path.with_suffix("") if path.suffix == ".gz" else path
+def without_packing(path: Path) -> Path:
+    """Return the path without ``.gz`` or ``.zst`` at its end."""
+    return path.with_suffix("") if path.suffix in PACKED else path
 
 
 def readable(paths: Iterable[Path]) -> list[Path]:
-    """Sort the paths, without compressed copies of uncompressed files."""
-    found = set(paths)
-    return sorted(path for path in found if path.suffix != ".gz" or without_gz(path) not in found)
+    """Return the sorted paths; of a file that exists plain and compressed, only the plain one."""
+    found: dict[Path, Path] = {}
+    for path in sorted(
+        paths, key=lambda path: [*PACKED, ""].index(path.suffix if path.suffix in PACKED else "")
+    ):
+        found[without_packing(path)] = path
+    return sorted(found.values())
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a file, through gzip if its name or its first bytes say so."""
+def packing(path: Path) -> str | None:
+    """Return ``.gz`` or ``.zst`` for a compressed file, by its name or first bytes; None for a plain one."""
     with path.open("rb") as file:
-        compressed = path.suffix == ".gz" or file.read(len(GZIP)) == GZIP
-    return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
+        first = file.read(max(map(len, PACKED.values())))
+    by_name = path.suffix if path.suffix in PACKED else None
+    return by_name or next((ending for ending, magic in PACKED.items() if first.startswith(magic)), None)
+
+
+def open_unpacked(path: Path) -> BinaryIO:
+    """Open a plain or compressed file for reading its uncompressed bytes."""
+    match packing(path):
+        case ".gz":
+            return gzip.open(path)  # type: ignore[return-value]
+        case ".zst":
+            return open_zstd(path)
+    return path.open("rb")
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -55,12 +73,12 @@ def read_lines(path: Path) -> Iterator[str]:
 
     Raises UserError for a file that is missing, unreadable, damaged or not UTF-8.
     """
-    with _explained(path), _open(path) as file:
-        yield from _decode(file, path, 1)
+    with explained(path), open_unpacked(path) as file:
+        yield from decode(file, path, 1)
 
 
-def _decode(file: BinaryIO, name: Path, first: int) -> Iterator[str]:
-    """Yield the lines of an open file from where it stands, which is line ``first`` of ``name``."""
+def decode(file: BinaryIO, name: Path, first: int) -> Iterator[str]:
+    """Yield the lines of an open file from its position, the start of line ``first`` of ``name``."""
     number = first - 1
     while line := file.readline(LINE_LIMIT):
         number += 1
@@ -79,9 +97,10 @@ def _decode(file: BinaryIO, name: Path, first: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Describe ``count`` lines of an uncompressed file, of which line ``first`` (from 1) begins at a byte.
+    """Describe ``count`` lines of an uncompressed file, from line ``first`` (counted from 1) at byte
+    ``start``.
 
-    Errors call the file ``name``: an unpacked one by the name of the packed one. ``sha256`` is that of the
+    Errors call the file ``name``, the original if ``path`` is an uncompressed copy. ``sha256`` is that of the
     lines' bytes.
     """
 
@@ -95,9 +114,9 @@ class Stretch:
     def lines(self) -> Iterator[str]:
         """Yield the lines. Raises UserError as :func:`read_lines`, and for a file that has become shorter."""
         found = 0
-        with _explained(self.path), self.path.open("rb") as file:
+        with explained(self.path), self.path.open("rb") as file:
             file.seek(self.start)
-            for line in islice(_decode(file, self.name, self.first), self.count):
+            for line in islice(decode(file, self.name, self.first), self.count):
                 found += 1
                 yield line
         if found < self.count:
@@ -107,14 +126,14 @@ class Stretch:
 def index_lines(path: Path, every: int, copy: Path | None = None) -> tuple[int, list[int], list[str]]:
     """Count the lines of a file, and find where each stretch of ``every`` lines begins.
 
-    Returns the number of lines, the place in bytes of lines 0, ``every``, ..., and the sha256 of each
-    stretch. With ``copy`` the content, uncompressed, is written there. Raises UserError as
-    :func:`read_lines`, but reads any bytes.
+    Returns the number of lines, the byte offsets of lines 0, ``every``, ..., and the sha256 of each stretch.
+    Writes the uncompressed content to ``copy``, if given. Raises UserError as :func:`read_lines`, but accepts
+    bytes that are not UTF-8.
     """
     lines, size, starts, sums, last = 0, 0, [0], [hashlib.sha256()], b"\n"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_explained(path))
-        file = stack.enter_context(_open(path))
+        stack.enter_context(explained(path))
+        file = stack.enter_context(open_unpacked(path))
         out = stack.enter_context(copy.open("wb")) if copy is not None else None
         while block := file.read(BLOCK):
             if out is not None:
@@ -138,21 +157,22 @@ def index_lines(path: Path, every: int, copy: Path | None = None) -> tuple[int, 
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Raise UserError for a file that is missing, unreadable or damaged."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"there is no file {shown(path)}") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged: gzip cannot read it ({error})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        program = "zstd" if packing(path) == ".zst" else "gzip"
+        raise UserError(f"{path} is damaged: {program} cannot read it ({error})") from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_whole(path: Path) -> str:
-    """Return the text of a UTF-8 file. Raises UserError as :func:`read_lines`, but for no length of lines."""
-    with _explained(path), _open(path) as file:
+    """Return the text of a UTF-8 file, with lines of any length. Raises UserError as :func:`read_lines`."""
+    with explained(path), open_unpacked(path) as file:
         content = file.read()
     try:
         return content.decode("utf-8-sig")
@@ -183,6 +203,6 @@ def read_aligned(
 def unequal(shorter: Path, count: int, longer: Path, more: int, what: str = "line") -> UserError:
     """Return the error for two files that should have equally many lines."""
     return UserError(
-        f"{shorter} has {counted(count, what)} but {longer} has {more:,}: aligned files need one {what} for "
-        f"each other's {what}"
+        f"{shorter} has {counted(count, what)} but {longer} has {more:,}: aligned files need equally "
+        f"many {what}s"
     )

@@ -20,6 +20,7 @@ from lsmoe_ds.data.held_out import HELD_OUT, Claims
 from lsmoe_ds.data.pivot import Joins
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import language_name
 from lsmoe_ds.notices import counted, listed
 
@@ -158,8 +159,9 @@ class Notices:
                 "cleaning"
             )
         if small:
+            wanted = " and ".join(f"{size} {each}" for each in HELD_OUT if (size := getattr(asked, each)))
             self.texts.append(
-                f"smaller sets than the {asked.dev} dev and {asked.test} test sentences that the recipe asks "
+                f"smaller sets than the {wanted} sentences that the recipe asks "
                 "for, since a set takes at most a tenth of a bitext's pairs and shares no sentence with the "
                 f"other: {listed(small)}"
             )
@@ -187,7 +189,7 @@ class Notices:
             )
 
     def of_training_text(self, bitexts: Sequence[Bitext], joins: Joins | None) -> None:
-        """Report how many pairs were joined through a pivot language, and how many 'max_pairs' leaves."""
+        """Report how many pairs were joined through a pivot language, and how many 'max_pairs' keeps."""
         joined: dict[str, dict[str, int]] = defaultdict(dict)
         for (corpus, bitext), count in joins.counts.items() if joins else ():
             joined[corpus][bitext] = count
@@ -223,6 +225,8 @@ class Notices:
             stored, _ = read_mapping(start / "recipe.yaml", "recipe", Recipe)
         except UserError:
             return  # training reports this error
+        if "imported_from" in (read_json(start / "provenance.json") or {}):
+            return  # no file here tells on what that model was trained
         own, theirs = settings_of(recipe), stored.get("data")
         if isinstance(theirs, dict) and (
             other := [f"'data.{key}'" for key in CHOOSE if _unlike(own[key], theirs.get(key))]
@@ -249,7 +253,7 @@ def _set(split: str) -> str:
 
 
 def why_no_text(found: Sequence[Search], bitext: str) -> str:
-    """Return what corpora without text for a bitext have instead, `` (corpus a has pt ...)``, or nothing."""
+    """Return what corpora without text for a bitext have instead: `` (corpus a has pt ...)`` or nothing."""
     said = []
     for each in found:
         corpus = f"corpus {each.wanted.corpus} has"

@@ -1,7 +1,7 @@
 """Join bitexts of one corpus by their sentences in a pivot language: de-fr from de-en and en-fr.
 
-Two sentences are paired if they translate the same pivot sentence, as cleaned. If that has several
-translations, the first one of each language is taken. Pairs that cleaning drops are not joined.
+Two sentences are paired if they translate the same pivot sentence, as cleaned. If it has several
+translations into a language, the first is used. Pairs that cleaning drops are not joined.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Leg = tuple[TextPart, ...]
 
 @dataclass(frozen=True)
 class Translations:
-    """The N distinct pivot sentences of a leg and their translations, which lie in a file.
+    """Hold the N distinct pivot sentences of a leg, and where their translations are in a file.
 
-    ``keys`` [N] are sorted hashes of the pivot sentences; ``starts`` and ``ends`` [N] are places in the file,
-    in bytes.
+    ``keys`` [N] are sorted hashes of the pivot sentences; ``starts`` and ``ends`` [N] are byte offsets of the
+    translations.
     """
 
     file: Path
@@ -41,10 +41,10 @@ class Translations:
 
 @dataclass
 class Joins:
-    """Read each leg once, and join them.
+    """Read each leg (a corpus's text for a bitext with the pivot language) once, and write it to ``folder``.
 
-    The translations of a leg are written to ``folder``; memory holds 24 bytes for each. ``counts`` has the
-    pairs that were joined, by corpus and bitext.
+    Memory holds 24 bytes for each translation. ``counts`` has the number of joined pairs by corpus and
+    bitext.
     """
 
     pivot: str
@@ -101,10 +101,10 @@ class JoinedPart(TextPart):
 
 
 def search_and_join(data: Data, bitexts: Sequence[str], folder: Path) -> tuple[list[Search], Joins | None]:
-    """Find everything that the corpora have for the bitexts, with ``data.pivot`` also what can be joined.
+    """Find everything that the corpora have for the bitexts, and with ``data.pivot`` what can be joined.
 
-    A corpus that has training text for a bitext itself is not joined for it. ``folder`` is where the joining
-    writes what it reads.
+    A corpus with training text of its own for a bitext is not joined for it. :class:`Joins` writes the
+    translations of legs to ``folder``.
     """
     found = search(data.corpora, data.directory, bitexts)
     if data.pivot is None:

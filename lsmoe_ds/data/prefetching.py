@@ -1,4 +1,4 @@
-"""Make the steps of a stream ahead of their use, in a thread."""
+"""Prefetch the steps of a stream in a thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from lsmoe_ds.data.batches import Step
 
-AHEAD = 2  # steps that wait; one more may be in the making
+AHEAD = 2  # steps that are ready; one more may be in preparation
 
 
 class Stream(Protocol):
@@ -20,11 +20,10 @@ class Stream(Protocol):
 
 
 class Prefetched:
-    """The steps of a stream, the next ones made while the caller computes. Use it as a context: at its end
-    the thread ends.
+    """Yield the steps of a stream in their order, and prepare the next ones while the caller computes.
 
-    The order is the stream's. On a machine with GPUs the tensors lie in pinned memory, from which they are
-    copied while the GPU computes. Errors of the stream are raised where its step is asked for.
+    Use it as a context manager; the thread ends with the block. On a machine with GPUs tensors are in pinned
+    memory, so that they are copied while the GPU computes. Errors of the stream are raised by ``next``.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -44,7 +43,7 @@ class Prefetched:
         self._stopped.set()
         while self._thread.is_alive():
             if not self._ready.empty():
-                self._ready.get_nowait()  # lets a waiting thread go on, and see that it is to stop
+                self._ready.get_nowait()  # lets a blocked thread see that it must stop
             self._thread.join(0.01)
 
     def __iter__(self) -> Prefetched:
@@ -58,7 +57,7 @@ class Prefetched:
         return step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the stream's position after the last step that was handed out, not after the last made."""
+        """Return the stream's position after the last step that was returned, not the last one prepared."""
         return self._state
 
     def _work(self) -> None:

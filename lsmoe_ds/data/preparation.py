@@ -1,10 +1,9 @@
-"""Lead the preparation of text in pairs, from corpora to tokens (see :mod:`lsmoe_ds.data.stages`).
+"""Lead the preparation of parallel text, from corpora to tokens (see :mod:`lsmoe_ds.data.stages`).
 
-Cleaning and encoding are cut into shards, which any number of processes do; what lies between is done by the
-process that leads. No memory grows with the corpora: it holds a chunk of text and the keys of one shard for
-each worker, 2 million keys while pairs are compared, the dev and test sets, and sentencepiece's own copy of
-``vocabulary.sentences`` sentences. Only joining through ``data.pivot`` keeps more: 24 bytes for each
-translation of a leg.
+Any number of processes clean and encode shards; the leader does the steps between. Memory does not grow with
+the corpora. It holds a chunk of text and the keys of one shard for each worker, 2 million keys while pairs
+are compared, the dev and test sets, and sentencepiece's copy of ``vocabulary.sentences`` sentences. Only
+joining through ``data.pivot`` needs more: 24 bytes for each translation of a leg.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from rich.progress import (
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.bitext import Bitext
+from lsmoe_ds.data.cleaning import check_cleaning
 from lsmoe_ds.data.comparison import VOCABULARY, settings_of
 from lsmoe_ds.data.fingerprints import corpora_fingerprint
 from lsmoe_ds.data.formats import name_of
@@ -55,7 +55,7 @@ SMALL = 4 << 20
 
 
 class Preparation:
-    """The preparation of a recipe whose task is to translate, by the process that leads."""
+    """Prepare the data of a recipe whose task is translation; the leader runs it."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, work: Work, console: Console, processes: int | None
@@ -63,7 +63,7 @@ class Preparation:
         self.recipe, self.data, self.folder, self.work = recipe, recipe.data, folder, work
         self.languages: Languages = recipe.languages
         self.names = sorted({direction.bitext for direction in self.languages.directions})
-        # What each leader makes anew: fates of pairs, and text that is joined or taken out of tags.
+        # Files that each leader writes anew: fates of pairs, and text that is joined or extracted from tags.
         self.scratch = work.folder / "scratch"
         self.found, self.joins = search_and_join(self.data, self.names, self.scratch / "pivot")
         self.parts = [part for found in self.found for part in found.parts]
@@ -85,6 +85,7 @@ class Preparation:
         )
 
     def run(self) -> dict[str, Any]:
+        check_cleaning(self.data.cleaning)
         if self.data.vocabulary.file is not None:
             read_vocabulary(self.data.vocabulary, self.languages.codes)  # fails before hours of cleaning
         fingerprint = corpora_fingerprint(self.parts)
@@ -157,7 +158,7 @@ class Preparation:
     def _shards(self) -> dict[str, list[tuple[TextPart, list[Shard]]]]:
         """Cut the training text of each bitext into shards, by its parts.
 
-        Text that is not in lines, or is joined, becomes a table first, and a compressed file is unpacked.
+        Text that is joined or not in lines is first written as a table; compressed files are decompressed.
         """
         parts = [part for bitext in self.bitexts for part in self._training_text(bitext)]
         remarks: dict[str, list[str]] = {bitext.name: bitext.remarks for bitext in self.bitexts}
@@ -182,9 +183,10 @@ class Preparation:
         return found
 
     def _training_text(self, bitext: Bitext) -> list[TextPart]:
-        """Return what trains the first direction alone, what trains both, and what trains the other alone.
+        """Return the parts that train only the first direction, then those for both, then those for the
+        other.
 
-        So the training text of each direction is one range of pairs.
+        In this order the training text of each direction is one range of pairs.
         """
         places = {bitext.ways[0]: 0, None: 1, bitext.ways[1]: 2}
         return sorted(self._of(bitext.name, "train"), key=lambda part: places[part.way])
@@ -195,7 +197,7 @@ class Preparation:
     def _read_published(self, bitext: Bitext, split: str) -> None:
         """Read the sets that corpora provide.
 
-        The first corpus' set is used unchanged; those of others are only kept out of training.
+        The set of the first corpus is used unchanged; sets of others are only kept out of training text.
         """
         found: dict[str, list[tuple[str, str]]] = {}
         for part in self._of(bitext.name, split):
@@ -340,7 +342,7 @@ class Preparation:
 
 
 def _nothing_left(bitexts: Sequence[Bitext]) -> str:
-    """Return the error for bitexts whose training text is empty, or which cleaning drops as a whole."""
+    """Return the error for bitexts without training text, or of which cleaning drops every pair."""
     names = listed(bitext.name for bitext in bitexts)
     counts = sum((bitext.counts for bitext in bitexts), Counter[str]())
     if not counts["read"]:

@@ -1,4 +1,4 @@
-"""Prepare the data of a recipe: as the process that leads, or as one that helps it."""
+"""Prepare the data of a recipe, as the leading process or as its helper."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ from lsmoe_ds.notices import counted
 
 
 def prepare(recipe: Recipe, force: bool = False, processes: int | None = None) -> PreparedData:
-    """Prepare the data of a recipe, unless they are up to date, with so many workers (by default one for each
-    core).
+    """Prepare the data of a recipe, unless they are up to date.
 
-    While another process, on this or another machine, prepares the same data, this one helps it, and takes
-    its place if it dies. Prints why data are prepared again, and the notices on them. If it is stopped at
-    any moment, the earlier data stay, and what is finished is not done again. Raises UserError for corpora
-    that are missing, damaged, badly encoded or too small, and while the data are prepared with other
-    settings.
+    ``processes`` is the number of workers, by default one for each core. While another process, on this or
+    another machine, prepares the same data, this one helps it, and takes over if it dies. Prints why data are
+    prepared again, and the notices. If it is killed, earlier data stay, and the next call repeats nothing
+    that is finished. Raises UserError for corpora that are missing, damaged, badly encoded or too small, and
+    while another process prepares the data with other settings.
     """
     console, folder = (
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False),

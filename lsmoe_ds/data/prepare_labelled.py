@@ -29,7 +29,7 @@ from lsmoe_ds.notices import counted, listed
 
 
 class LabelledPreparation:
-    """The preparation of a recipe whose task is to tag or to answer."""
+    """Prepare the data of a recipe whose task is to tag or to answer."""
 
     def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
         self.recipe, self.folder = recipe, folder
@@ -76,7 +76,7 @@ class LabelledPreparation:
         }
 
     def _write_language(self, direction: Direction, form: Labels) -> dict[str, Any]:
-        code, found = direction.source, {}
+        code, found, told = direction.source, {}, len(self.notices)
         trained: set[str] = set()
         for split in SPLITS:
             parts = [part for part in self.parts if (part.bitext, part.split) == (direction.bitext, split)]
@@ -89,7 +89,8 @@ class LabelledPreparation:
             found[split] = self._write(split, direction, examples, form)
         if not found["train"]["examples"] and not found["dev"]["examples"] and not found["test"]["examples"]:
             corpora = ", ".join(map(name_of, self.recipe.data.corpora))
-            raise UserError(f"there is no text for {code} in the corpora of the recipe ({corpora})")
+            why = "".join(f"; {notice}" for notice in self.notices[told:])
+            raise UserError(f"there is no text for {code} in the corpora of the recipe ({corpora}){why}")
         return found
 
     def _checked(self, part: TextPart) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,11 @@
 """Open prepared data: token ids in memory-mapped files, the vocabulary and the manifest.
 
 ``SPLIT/BITEXT/CODE.tokens.npy`` holds the ids of all sentences of one side, one after another, without tag
-and EOS; ``CODE.offsets.npy`` where each begins (int64 [N+1]); for dev and test ``CODE.txt`` holds the
+and EOS. ``CODE.offsets.npy`` holds where each begins (int64 [N+1]). For dev and test ``CODE.txt`` holds the
 sentences, one a line. Labelled text has ``labels`` as its other side (:mod:`lsmoe_ds.data.labels`); a long
-example is several sequences of tokens there, but one line of text. In the training text of a bitext those
-pairs come first that train the direction of its name alone, and those last that train the other one alone;
-``one_way`` in the manifest counts both.
+example is several token sequences, but one line of text. In training text, the pairs that train only the
+direction of the bitext's name come first, and those that train only the reverse come last; ``one_way`` in the
+manifest has both counts.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from lsmoe_ds.folders import check_fields, damage, is_count, read_json
 
 ONE_WAY = "one_way"  # in the manifest
 LABELS = "labels"  # the other side of labelled text
-FORMAT = 2  # of the folder and of the rules of cleaning and holding out: a change of any must prepare anew
+FORMAT = 2  # of the folder, and of the cleaning and holding-out rules: data of another number are refused
 PREPARE = "run 'lsmoe data prepare' on the recipe"
 
 
 class TokenStore:
     """The N sentences of one side of a bitext, memory-mapped; pickled as a path.
 
-    ``left_out`` counts those at the beginning and at the end that are left out.
+    ``left_out`` is the number of sentences to skip at the beginning and at the end.
     """
 
     def __init__(self, folder: Path, code: str, left_out: tuple[int, int] = (0, 0)) -> None:
@@ -82,9 +82,9 @@ class TokenStore:
 
 
 class Lengths:
-    """The lengths of N sentences, read from the memory-mapped offsets when they are asked for.
+    """The lengths of N sentences, read from the memory-mapped offsets on demand.
 
-    A billion pairs cost no memory of a process: all processes of a machine, and both directions of a bitext,
+    A billion pairs cost no private memory: all processes of a machine, and both directions of a bitext,
     share the pages of the file.
     """
 
@@ -95,7 +95,7 @@ class Lengths:
         return len(self.store)
 
     def __getitem__(self, index: slice | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        """Return the lengths at places, or of a slice without a step."""
+        """Return the lengths at an array of indexes, or of a slice without a step."""
         offsets = self.store.offsets
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
@@ -112,7 +112,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """Sentence i of ``source`` translates as sentence i of ``target``."""
+    """Two aligned sides: sentence i of ``target`` translates sentence i of ``source``."""
 
     source: TokenStore
     target: TokenStore
@@ -127,7 +127,7 @@ def _open_array(path: Path, kinds: str) -> NDArray[Any]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (
         Exception
-    ) as error:  # its header is Python text, and numpy lets pass what tokenizing and parsing that can raise
+    ) as error:  # the header is Python text; numpy does not catch what tokenizing and parsing it raises
         raise UserError(f"prepared data: {path} cannot be read: {error}") from None
     if array.ndim != 1 or array.dtype.kind not in kinds:
         raise UserError(f"prepared data: {path} holds {array.dtype} in {array.ndim} dimensions")
@@ -175,13 +175,11 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 class PreparedData:
-    """Hold what ``lsmoe data prepare`` wrote; :meth:`of` a recipe, which is compared with what was
-    prepared.
-    """
+    """Hold what ``lsmoe data prepare`` wrote. :meth:`of` opens it and compares it with a recipe."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self._whole: set[Path] = set()  # folders of held-out text that were compared with their checksums
+        self._whole: set[Path] = set()  # folders of held-out text whose checksums were compared
         self.languages = Languages(
             tuple(Direction.parse(text) for text in manifest["settings"]["directions"])
         )
@@ -190,12 +188,12 @@ class PreparedData:
 
     @classmethod
     def of(cls, recipe: Recipe, home: Path | None = None) -> PreparedData:
-        """Open the prepared data of a recipe; everything that reads prepared data does so by this.
+        """Open the prepared data of a recipe. All readers of prepared data use this method.
 
-        ``home`` is the run or converted folder that the recipe is from: its data are found from there, and
-        must be those it was trained on. Raises UserError, with the key and both values, for data that were
-        prepared otherwise than the recipe says; for data prepared anew since the training; and for data that
-        are absent, damaged or of another format.
+        ``home`` is the run or converted folder that the recipe comes from: data are searched from there, and
+        must be those of its training. Raises UserError, with the key and both values, for data prepared with
+        other settings than the recipe's; for data prepared again since the training; and for data that are
+        absent, damaged or of another format.
         """
         folders = [directory / "prepared" / recipe.data_name for directory in data_directories(recipe, home)]
         there = [folder for folder in folders if (folder / MANIFEST).is_file()]
@@ -223,7 +221,7 @@ class PreparedData:
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> PreparedData:
-        """Open a folder after checking that it is whole: every file's size, with ``verify`` also its sha256.
+        """Open a folder after checking the size of every file, with ``verify`` also its sha256.
 
         Raises UserError for a folder that is absent, damaged or of another format.
         """
@@ -244,7 +242,7 @@ class PreparedData:
             raise UserError(f"there is no prepared text for {direction} in {self.folder}: it has {known}")
         folder = self.folder / split / direction.bitext
         if split != "train" and folder not in self._whole:
-            # Small files, on which all scores rest: their bytes are compared, not only their sizes.
+            # All scores depend on these small files, so compare checksums, not only sizes.
             inside = f"{split}/{direction.bitext}/"
             files = {name: stamp for name, stamp in self.manifest["files"].items() if name.startswith(inside)}
             if wrong := damage(self.folder, files, verify=True):
@@ -253,8 +251,8 @@ class PreparedData:
         return folder
 
     def language_groups(self) -> dict[str, str]:
-        """Return the resource group of each language: the recipe's, or by the training pairs of its largest
-        bitext. Languages alone, which have no bitext, have none but the recipe's.
+        """Return the resource group of each language: from the recipe's lists, or else by the training pairs
+        of its largest bitext. Monolingual (labelled) data have only the recipe's groups.
         """
         if self.languages.groups or self.languages.directions[0].alone:
             return dict(self.languages.groups)
@@ -296,7 +294,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         with path.open(
             encoding="utf-8", newline="\n"
-        ) as file:  # a carriage return within a sentence is no end of it
+        ) as file:  # a carriage return within a sentence does not end it
             return file.read().split("\n")[:-1]
     except (OSError, ValueError) as error:
         raise UserError(f"prepared data: {path} cannot be read: {error}") from None
@@ -324,5 +322,5 @@ class Model(Protocol):
 
 
 def open_data(model: Model) -> PreparedData:
-    """Open the prepared data of a model. Raises UserError if they were prepared anew since it was trained."""
+    """Open the prepared data of a model. Raises UserError if they were prepared again since its training."""
     return PreparedData.of(model.recipe, model.home)

@@ -1,7 +1,7 @@
 """Prompts: sentence pairs as text that a decoder-only language model continues.
 
-A sequence is ``before source after target end``. What stands around source and target is that of the
-direction; the model learns target and end alone. B sentences, T positions.
+A sequence is ``before source after target end``. The text around source and target depends on the
+direction; the model learns only target and end. B sentences, T positions.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def prompt_text(prompt: Prompt, direction: Direction, source: str = SOURCE) -> s
 
 
 def joined(prepared: PreparedData, prompt: Prompt, most: int = 200) -> tuple[int, int]:
-    """Count the dev sentences whose tokens are others if the whole prompt is tokenized as one text, and all
-    sentences that were looked at, up to ``most``.
+    """Count the dev sentences whose tokens change if the whole prompt is tokenized as one text, and the
+    sentences checked, about ``most``.
 
-    Whoever writes prompts as text, as users of an exported model do, gets those.
+    Users of an exported model who write prompts as text get these other tokens.
     """
     tokenizer, found, seen = cast("HostTokenizer", prepared.vocabulary), 0, 0
     for direction in prepared.languages.directions:
@@ -55,13 +55,13 @@ def joined(prepared: PreparedData, prompt: Prompt, most: int = 200) -> tuple[int
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """What stands around the tokens of each direction; see :class:`lsmoe_ds.data.batches.Form`."""
+    """The tokens around the source and target of each direction; see :class:`lsmoe_ds.data.batches.Form`."""
 
     source_language: Integers  # [directions]
     target_language: Integers  # [directions]
     before: tuple[Integers, ...]
     after: tuple[Integers, ...]
-    end: Integers  # of which the first ends a translation
+    end: Integers  # [1]: the token that ends a translation
     padding: int
     settings: dict[str, Any]
 
@@ -69,7 +69,7 @@ class Prompts:
 
     @classmethod
     def of(cls, languages: Languages, tokenizer: HostTokenizer, prompt: Prompt) -> Prompts:
-        """Tokenize the prompt of each direction. Raises UserError if it ends an answer with no token."""
+        """Tokenize the prompt of each direction. Raises UserError unless one token ends an answer."""
         sources, targets = (
             np.array([languages.id(code) for code in codes], dtype=np.int64)
             for codes in zip(*((d.source, d.target) for d in languages.directions), strict=True)
@@ -92,7 +92,7 @@ class Prompts:
     ) -> SequenceBatch:
         """Make a batch of B pairs of token sequences; ``directions`` are B direction ids.
 
-        Labels are the tokens that follow, IGNORED within a prompt.
+        The label of a position is the next token, or IGNORED within a prompt.
         """
         chosen = np.asarray(directions, dtype=np.int64)
         prompts = [
@@ -102,7 +102,7 @@ class Prompts:
         answers = [np.empty(0, dtype=np.int64)] * len(prompts)
         if targets is not None:
             answers = [np.concatenate([np.asarray(each, dtype=np.int64), self.end]) for each in targets]
-        # The last token of an answer is read by nothing.
+        # The last token of an answer is only a label, never an input.
         rows = [
             np.concatenate([prompt, answer[:-1]]) for prompt, answer in zip(prompts, answers, strict=True)
         ]

@@ -48,7 +48,7 @@ class Reader:
 
 
 def language(name: str) -> str | None:
-    """Return our code of a locale; None for English, for variants of politeness, and for other names."""
+    """Return our code for a locale; None for English, variants of formal address, and other names."""
     code = "nb" if name in BOKMAL else normalize_code(name)
     wanted = (
         CODE.match(code)
@@ -138,5 +138,5 @@ class Documents(Reader):
             aligned = align_documents(self.english[document], blocks) if blocks else None
             self.counts["documents_left_out" if aligned is None else "documents"] += 1
             for english, translation in aligned or ():
-                if english != translation:  # equal texts are not translated yet
+                if english != translation:  # equal texts are untranslated
                     yield code, english, translation

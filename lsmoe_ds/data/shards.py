@@ -1,7 +1,7 @@
 """The tasks of a preparation: index a file, clean a shard of training text, and encode one.
 
-A shard is a range of lines of one corpus, in one bitext. Each task names what its result depends on, so that
-a shard is done anew if its own lines, or the settings that it follows, have changed, and else never.
+A shard is a range of lines of one corpus, in one bitext. Each task names what its result depends on, so a
+shard is processed again only if its own lines or the settings that it uses have changed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lsmoe_ds.data.cleaning import PairFilter, clean_text, hash64, near_duplicat
 from lsmoe_ds.data.fates import FATES, TRAIN, read_fates
 from lsmoe_ds.data.held_out import HELD_OUT
 from lsmoe_ds.data.keys import save_sorted
-from lsmoe_ds.data.lines import GZIP, Stretch, index_lines, unequal
+from lsmoe_ds.data.lines import Stretch, index_lines, packing, unequal
 from lsmoe_ds.data.stages import Function, Record, Stale, Task
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.data.tokens import CHUNK, EncodedShard, load_vocabulary
 from lsmoe_ds.data.workers import chunks
 
 SHARD = 1 << 18  # lines
-UNPACKED = "text"  # of a file that is compressed, in the folder of its index
+UNPACKED = "text"  # the decompressed copy of a file, in the folder of its index
 Pair = tuple[str, str]
 
 
@@ -44,10 +44,9 @@ def index_task(path: Path) -> Task:
     """Return the task that finds where the shards of a file begin. Raises UserError if there is no file."""
     try:
         stat = path.stat()
-        with path.open("rb") as file:
-            packed = path.suffix == ".gz" or file.read(len(GZIP)) == GZIP
+        packed = packing(path) is not None
     except OSError:
-        list(index_lines(path, SHARD))  # which explains the error
+        list(index_lines(path, SHARD))  # raises a UserError that explains it
         raise
     depends = {
         "path": str(path.absolute()),
@@ -59,14 +58,14 @@ def index_task(path: Path) -> Task:
 
 
 def index(folder: Path, work: Path, path: str, packed: bool) -> Record:
-    """Count the lines of a file and find its shards; what is compressed is unpacked."""
+    """Count the lines of a file and find its shards; decompress it if ``packed``."""
     lines, starts, sums = index_lines(Path(path), SHARD, folder / UNPACKED if packed else None)
     return {"lines": lines, "starts": starts, "sha256": sums}
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """A file with its index; ``path`` is the uncompressed one of what is called ``name``."""
+    """A file with its index; ``path`` is the file ``name`` or its decompressed copy."""
 
     path: Path
     name: Path
@@ -95,7 +94,7 @@ def as_table(part: TextPart, path: Path, tell: Callable[[str], None]) -> TextPar
 
     ``tell`` is called with sentences about faults of its files.
     """
-    blanks = str.maketrans("\t\n", "  ")  # as cleaning makes of them
+    blanks = str.maketrans("\t\n", "  ")  # as cleaning does
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for first, second in part.pairs(tell):
             file.write(f"{first.translate(blanks)}\t{second.translate(blanks)}\n")
@@ -107,7 +106,7 @@ def as_table(part: TextPart, path: Path, tell: Callable[[str], None]) -> TextPar
 
 @dataclass(frozen=True)
 class Shard:
-    """Lines of a table, or of two aligned files, which are a part of the training text of a bitext."""
+    """A part of the training text of a bitext: lines of a table, or of two aligned files."""
 
     part: TextPart
     stretches: tuple[Stretch, ...]
@@ -139,7 +138,7 @@ class Shard:
 
     @classmethod
     def read(cls, bitext: str, stretches: Sequence[Mapping[str, Any]], **how: Any) -> Shard:
-        """Read the arguments of a task."""
+        """Make the shard from the arguments of a task."""
         read = [
             Stretch(**{**each, "path": Path(each["path"]), "name": Path(each["name"])}) for each in stretches
         ]
@@ -149,7 +148,7 @@ class Shard:
 
 
 def shards_of(part: TextPart, files: Sequence[Indexed]) -> list[Shard]:
-    """Cut a part into shards. Raises UserError if its files have not equally many lines."""
+    """Cut a part into shards. Raises UserError if its files have different numbers of lines."""
     shortest, longest = (order(files, key=lambda each: each.lines) for order in (min, max))
     if shortest.lines != longest.lines:
         raise unequal(shortest.name, shortest.lines, longest.name, longest.lines)
@@ -159,9 +158,9 @@ def shards_of(part: TextPart, files: Sequence[Indexed]) -> list[Shard]:
 
 
 def clean(folder: Path, work: Path, pivot: int, settings: Mapping[str, Any], **shard: Any) -> Record:
-    """Clean a shard: write its pairs, and the hashes of pairs and keys of sides that they are compared by.
+    """Clean a shard: write its pairs, the hashes of the pairs, and the keys of both sides.
 
-    Notes the ``pairs`` that are kept, and ``counts``: how many were read, and how many each rule has dropped.
+    Records the number of ``pairs`` kept, and in ``counts`` how many were read and how many each rule dropped.
     """
     own, limits = Shard.read(**shard), Cleaning.model_validate(settings)
     codes, way = own.part.bitext.split("-"), [own.part.way] if own.part.way else []
@@ -180,7 +179,7 @@ def clean(folder: Path, work: Path, pivot: int, settings: Mapping[str, Any], **s
             counts["read"] += len(chunk)
             file.writelines(f"{first}\t{second}\n" for first, second in kept)
             for name, values in (
-                # The same pair may train both directions, and one of them again.
+                # With `way` in the hash, a pair is no copy of one that trains other directions.
                 ("pair", (hash64(*pair, *way) for pair in kept)),
                 ("key0", (key(pair[0]) for pair in kept)),
                 ("key1", (key(pair[1]) for pair in kept)),
@@ -198,7 +197,7 @@ def clean(folder: Path, work: Path, pivot: int, settings: Mapping[str, Any], **s
 def encode_task(cleaned: str, fates: Path, start: int, count: int, model: Path, sum_of_model: str) -> Task:
     """Return the task that encodes the training pairs of a cleaned shard with a vocabulary.
 
-    They are among numbers ``start`` to ``start + count`` of their bitext, whose fates are in a file.
+    The shard has pairs ``start`` to ``start + count`` of its bitext, whose fates are in the file ``fates``.
     """
     given = sha256(read_fates(fates, start, count).tobytes()).hexdigest()
     depends = {"shard": cleaned, "given": given, "model": sum_of_model}
@@ -219,7 +218,7 @@ def encode_task(cleaned: str, fates: Path, start: int, count: int, model: Path, 
 def encode(
     folder: Path, work: Path, shard: str, fates: str, start: int, count: int, given: str, model: str
 ) -> Record:
-    """Encode the training pairs of a cleaned shard, and take out its held-out pairs as text.
+    """Encode the training pairs of a cleaned shard, and write its held-out pairs as text.
 
     Raises Stale if the fates are not those that the task was made for.
     """

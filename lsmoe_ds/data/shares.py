@@ -1,4 +1,4 @@
-"""The share of a training's tokens that each task has, and the tasks that are busy enough for replicas."""
+"""Compute each task's share of the training tokens, and find the tasks busy enough for replicas."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 
 SIDES: tuple[SideName, ...] = ("encoder", "decoder")
-BUSY = 0.5  # of what a rank should carry: only a task above it gets replicas
+BUSY = 0.5  # only a task with more than this part of a rank's fair share of tokens gets replicas
 
 
 @dataclass(frozen=True)
 class Shares:
     """The share of the source and of the target tokens that each trained direction has.
 
-    ``known`` tells whether prepared data gave them; otherwise all directions count alike.
+    ``known`` is true if they come from prepared data; otherwise all directions count alike.
     """
 
     source: Mapping[Direction, float]
@@ -62,9 +62,7 @@ def _scaled(tokens: Mapping[Direction, float]) -> dict[Direction, float]:
 
 
 def planned_shares(recipe: Recipe) -> Shares:
-    """Return the shares by the prepared data of a recipe, or with all directions alike if there are none of
-    these settings yet.
-    """
+    """Return the shares from a recipe's prepared data; all directions alike if there are none that fit it."""
     if not (recipe.prepared / MANIFEST).is_file():
         return shares_of(recipe, None)
     try:
@@ -76,9 +74,9 @@ def planned_shares(recipe: Recipe) -> Shares:
 def busy_tasks(shares: Sequence[float], settings: MoE, ranks: int) -> list[int]:
     """Return the tasks whose experts are worth replicas, ascending.
 
-    They have more than half of the 1 / ``ranks`` of all tokens that a rank should carry, and more than a mean
-    task. The largest come first, as long as their experts are no more than a rank holds itself; one task may
-    have replicas in any case.
+    Such a task has more than half of a rank's fair share (1 / ``ranks`` of all tokens), and more than the
+    mean task. The largest tasks are chosen, as long as their experts are no more than a rank itself holds,
+    but at least one.
     """
     least = max(BUSY / ranks, 1 / max(1, sum(map(bool, shares))))
     busy = [task for task, share in enumerate(shares) if share > least]
@@ -87,15 +85,15 @@ def busy_tasks(shares: Sequence[float], settings: MoE, ranks: int) -> list[int]:
 
 
 def asks_for_replicas(model: Model) -> bool:
-    """Tell whether it is left to the data which tasks have replicas."""
+    """Tell whether the recipe leaves the choice of tasks with replicas to the data (``auto``)."""
     return any(moe.replicas == "auto" for _, _, moe in model.moe_layers())
 
 
 def with_named_replicas(recipe: Recipe, shares: Shares | None = None) -> Recipe:
     """Replace ``moe.replicas: auto`` by the names of the busy tasks.
 
-    Without ``shares`` those of the prepared data are read. A recipe that names its tasks is returned as it
-    is. Raises UserError if the data are not prepared.
+    ``shares`` are by default read from the prepared data. A recipe that names its tasks is returned as it is.
+    Raises UserError if the data are not prepared.
     """
     if not asks_for_replicas(recipe.model):
         return recipe

@@ -51,7 +51,7 @@ def permute(position: Words, size: Words, key: Words) -> Integers:
 def thresholds_of(weights: NDArray[np.float64]) -> Words:
     """Return the upper ends of integer ranges in proportion to the weights.
 
-    They are whole numbers, so that all ranks round alike.
+    They are integers, so that all ranks round alike.
     """
     return np.cumsum(np.maximum(np.rint(weights / weights.sum() * 2**32), 1).astype(np.uint64))
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from lsmoe_ds.data import mtdata
 from lsmoe_ds.data.archives import opened
 from lsmoe_ds.data.catalogues import without_game_markup, without_tags
 from lsmoe_ds.data.readers import HTML, MALLARD, Catalogues, Documents, Messages, Reader
@@ -31,6 +33,7 @@ from lsmoe_ds.notices import counted
 
 PROVENANCE = "PROVENANCE.json"
 LICENSES = r"[^/]+\.dist-info/(licenses/)?(LICENSE|COPYING)|(\./)?usr/share/doc/[^/]+/copyright"
+EXAMPLE = "Statmt-news_commentary-16-deu-eng"
 GAME = "wesnoth-1.16"
 CAMPAIGNS = (
     "dm",
@@ -178,12 +181,19 @@ SOURCES = {
 }
 
 
+def is_fetched(name: str) -> bool:
+    """Tell whether a corpus of this name is fetched, rather than one on disk."""
+    return name in SOURCES or mtdata.is_identifier(name)
+
+
 def check_source(name: str, hint: str = "") -> Source:
     """Return the source of this name. Raises UserError, which ends with the ``hint``, if there is none."""
+    if mtdata.is_identifier(name):
+        return Source(name, (name,), mtdata.LICENSE, 0)
     if name not in SOURCES:
         raise UserError(
             f"there is no corpus '{name}' to fetch{nearest(name, SOURCES)}: known are "
-            f"{', '.join(SOURCES)}{hint}"
+            f"{', '.join(SOURCES)}, and identifiers of mtdata such as {EXAMPLE}{hint}"
         )
     return SOURCES[name]
 
@@ -228,32 +238,43 @@ def _fetch(source: Source, folder: Path, console: Console) -> None:
     with replaced(folder) as new:
         scratch = new / ".download"
         scratch.mkdir()
-        with console.status(f"downloading {source.name} ({source.megabytes} MB)"):
-            archives = download(source, scratch)
-        with console.status(f"reading {source.name}"):
-            # pip's file names start with name-version, apt's with name_version
-            version = source.version or archives[0].name.split("_")[1].replace("%3a", ":")
-            digests = {archive.name: sha256(archive) for archive in archives}
-            reader = source.reader()
-            pairs = _extract(reader, archives, new)
+        if mtdata.is_identifier(source.name):
+            with console.status(f"mtdata downloads {source.name}"):
+                told = mtdata.fetch(source.name, new, scratch)
+        else:
+            told = _fetch_archives(source, new, scratch, console)
         shutil.rmtree(scratch)
-        provenance = {
-            "name": source.name,
-            "package": ", ".join(source.packages),
-            "manager": "pip" if source.version else "apt",
-            "version": version,
-            "license": source.license,
-            "archives": digests,
-            "date": date.today().isoformat(),
-            **reader.counts,
-            "pairs": dict(sorted(pairs.items())),
-            "files": describe_files(new, [path.name for path in new.iterdir()]),
-        }
-        write_json(new / PROVENANCE, provenance)
+        files = describe_files(new, [path.name for path in new.iterdir()])
+        write_json(
+            new / PROVENANCE,
+            {"name": source.name, **told, "date": date.today().isoformat(), "files": files},
+        )
+    pairs = told["pairs"]
     console.print(
-        f"fetched {source.name} {version}: {counted(pairs.total(), 'pair')} in "
+        f"fetched {source.name} {told['version']}: {counted(sum(pairs.values()), 'pair')} in "
         f"{counted(len(pairs), 'bitext')} ({folder})"
     )
+
+
+def _fetch_archives(source: Source, new: Path, scratch: Path, console: Console) -> dict[str, Any]:
+    """Write the bitexts of a source's packages into a folder; return what its provenance says."""
+    with console.status(f"downloading {source.name} ({source.megabytes} MB)"):
+        archives = download(source, scratch)
+    with console.status(f"reading {source.name}"):
+        # pip's file names start with name-version, apt's with name_version
+        version = source.version or archives[0].name.split("_")[1].replace("%3a", ":")
+        digests = {archive.name: sha256(archive) for archive in archives}
+        reader = source.reader()
+        pairs = _extract(reader, archives, new)
+    return {
+        "package": ", ".join(source.packages),
+        "manager": "pip" if source.version else "apt",
+        "version": version,
+        "license": source.license,
+        "archives": digests,
+        **reader.counts,
+        "pairs": dict(sorted(pairs.items())),
+    }
 
 
 def download(source: Source, scratch: Path) -> list[Path]:

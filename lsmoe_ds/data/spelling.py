@@ -20,14 +20,14 @@ from lsmoe_ds.languages import (
 )
 from lsmoe_ds.notices import listed, notice
 
-T = TypeVar("T", bound=Path | int)
+T = TypeVar("T", bound=Path | int | str)
 Pair = tuple[str, str]
 Spellings = tuple[str, ...]  # of one language, or of both of a bitext
 
 
 @dataclass(frozen=True)
 class Half:
-    """A file that a corpus has for one side of a bitext, in a split, and the language that it lacks."""
+    """A corpus's file for one side of a bitext, in a split, and the language whose file is missing."""
 
     split: str
     bitext: str
@@ -39,16 +39,16 @@ class Wanted:
     """The bitexts wanted from one corpus, and the files, folders or columns chosen for their languages.
 
     ``given`` are the codes that the recipe names as the corpus's ``source`` and ``target``. Among spellings
-    of one language these are preferred, then the recipe's own code, then the spelling with the fewest parts.
+    of one language these come first, then the recipe's own code, then the spelling with the fewest parts.
     """
 
     def __init__(self, corpus: str, bitexts: Mapping[str, Pair], given: Iterable[str | None] = ()) -> None:
         self.corpus, self.bitexts, self.given = corpus, bitexts, {code for code in given if code}
         self.met: dict[str, str] = {}  # spellings that the corpus has, with a description of the place
-        self._read: dict[str, str] = {}  # codes as which spellings are read
+        self._read: dict[str, str] = {}  # by spelling, the code as which it is read
         self.lacking: list[Half] = []  # certainly a fault
         self.perhaps_lacking: list[Half] = []  # a fault if the corpus has these bitexts only in other splits
-        self._served: dict[tuple[Spellings, Path | int], Spellings] = {}
+        self._served: dict[tuple[Spellings, Path | int | str], Spellings] = {}
 
     def items(self) -> ItemsView[str, Pair]:
         """Return the bitexts and their languages."""
@@ -93,13 +93,13 @@ class Wanted:
         return best[1]
 
     def _rank(self, spellings: Spellings, codes: Spellings) -> int:
-        """Return how far spellings are from codes: 0 if the recipe names them, more if they are longer."""
+        """Sum the ranks of spellings: 0 if the recipe names it, 1 if it is a code, 2 or more by its parts."""
         ranks = {spelling: 2 + spelling.count("_") + spelling.count("-") for spelling in spellings}
         ranks |= dict.fromkeys(set(spellings) & set(codes), 1) | dict.fromkeys(set(spellings) & self.given, 0)
         return sum(ranks[spelling] for spelling in spellings)
 
     def restrict(self) -> None:
-        """Keep only the bitexts that have the languages which the recipe names for this corpus."""
+        """Keep only the bitexts with the languages that the recipe names for this corpus."""
         self.bitexts = {
             bitext: pair
             for bitext, pair in self.bitexts.items()
@@ -111,9 +111,9 @@ class Wanted:
     ) -> None:
         """Record that files, in the languages ``spellings``, lack one side of some bitexts.
 
-        ``name`` is the common part of their names. That is a fault if all are in the recipe's languages and
-        they serve no bitext (are not ``complete``). Otherwise it may be one, unless ``name`` contains a code,
-        which means that the files are those of another pair.
+        ``name`` is the common part of their names. This is a fault if all files are in the recipe's languages
+        and serve no bitext (are not ``complete``). Otherwise it is possibly a fault, unless ``name`` contains
+        a code: then the files belong to another pair.
         """
         recipes = {code for pair in self.bitexts.values() for code in pair}
         if not complete and all(
@@ -171,5 +171,8 @@ def _all_by(
     return [each for each, pairs in wanted if all(same_language(*pair) or alike(*pair) for pair in pairs)]
 
 
-def _describe(place: Path | int, spellings: Spellings) -> str:
-    return place.name if isinstance(place, Path) else f"column {place + 1} ({spellings[0]})"
+def _describe(place: Path | int | str, spellings: Spellings) -> str:
+    """Name a file, a column of a table, or a member of a file in messages."""
+    if isinstance(place, Path):
+        return place.name
+    return place if isinstance(place, str) else f"column {place + 1} ({spellings[0]})"

@@ -1,7 +1,7 @@
 """Split bitexts into training text, dev and test sets, so that no sentence of a set is in any training text.
 
-A sentence is held out in every language and bitext, with its near-duplicates: a training pair of which one
-side is held out in any bitext is dropped. No sentence is in both a dev and a test set, unless corpora provide
+A sentence is held out in every language and bitext, with its near-duplicates: a training pair is dropped
+if any bitext holds out one of its sides. No sentence is in both a dev and a test set, unless corpora provide
 it in both.
 """
 
@@ -19,8 +19,8 @@ def hold_out(bitexts: Sequence[Bitext], settings: HeldOut) -> Claims:
     """Choose the dev and test sets of cleaned bitexts, and remove their sentences from training text.
 
     Sets that corpora provide are used unchanged. Bitexts with English come first, then those of each other
-    pivot language. Each takes sentences that are held out already before new ones, so that the sets of a
-    multi-way corpus are the same sentences.
+    pivot language. Each bitext prefers sentences that are already held out, so that the sets of a multi-way
+    corpus are the same sentences.
     """
     claims = Claims()
     for bitext in bitexts:

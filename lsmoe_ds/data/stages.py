@@ -1,11 +1,11 @@
-"""Share work among processes of any number of machines, and keep what is finished.
+"""Share work among processes on any number of machines, and keep finished results.
 
-Work has stages, and a stage has tasks that depend on nothing but what they name. The process that holds the
-lock of the result leads: it publishes the tasks of one stage after another in the work folder, and does them
-with its workers. Every other process that makes the same result helps with what is published. Whoever begins
-a task claims it by a lock, so that the task of a process that dies is free again; if the leader dies, a
-helper leads. A result is a folder named after a digest of all that it depends on: what is there is not done
-again, by whatever process, and what depends on anything else has another name.
+Work has stages, and stages have tasks, each of which names everything that it depends on. The process that
+holds the lock of the final result is the leader. It publishes the tasks of one stage after another in the
+work folder, and does them with its workers. Other processes that want the same result help with published
+tasks. A process locks a task before it begins, so the task of a process that dies is free again; if the
+leader dies, a helper becomes leader. A task's result is a folder named by a digest of its dependencies: if it
+exists, no process does the task again, and a task with other dependencies has another name.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from lsmoe_ds.data.workers import Workers
 from lsmoe_ds.folders import claimed, explain_errors, read_json, resolved, write_json, write_whole
 
 RECORD = "record.json"
-LEADER = "leader.json"  # who leads: a number of its own, and its settings
-TASKS = "tasks.json"  # what it has published
+LEADER = "leader.json"  # the leader's random number `run`, and its settings
+TASKS = "tasks.json"  # the tasks that it has published
 POLL = 0.2  # seconds between two looks at what other processes do
 
 Record = dict[str, Any]
@@ -38,14 +38,14 @@ Function = Callable[..., Record]
 
 
 class Stale(Exception):
-    """What a task names is no longer as its name says: the leader that published it is gone."""
+    """Raised if a task's input has changed since it was published: the leader that published it is gone."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A call of the function of a stage, with arguments that JSON can hold.
+    """A call of a stage's function, with arguments that JSON can represent.
 
-    It writes files into a folder and returns what is noted about them. ``depends`` is everything that the
+    The function writes files into a folder and returns their record. ``depends`` is everything that the
     result depends on.
     """
 
@@ -71,10 +71,10 @@ def lead_or_help(
     check: Callable[[dict[str, Any] | None], None],
     say: Callable[[], None],
 ) -> T:
-    """Make a result under its lock by ``lead``; while another process does, help it with ``workers``.
+    """Call ``lead`` under the lock of ``result``; while another process holds it, help with ``workers``.
 
-    ``check`` gets the settings of the process that leads, and raises UserError if they are others. ``say`` is
-    called once, before this process helps.
+    ``check`` is called with the leader's settings, and raises UserError if they differ from this process's.
+    ``say`` is called once, before this process helps.
     """
     with contextlib.ExitStack() as pool:
         helper: Workers | None = None
@@ -93,11 +93,10 @@ def lead_or_help(
 
 
 class Work:
-    """The folder in which work on a result keeps what is finished, beside the result: prepared data, or a
-    corpus of translations.
+    """The work folder, beside the final result (prepared data or a corpus of translations).
 
-    ``functions`` are those of the stages, by name: each gets a new folder, the work folder and a task's
-    arguments.
+    It keeps the results of tasks. ``functions`` maps each stage to its function, which is called with a new
+    folder, the work folder and a task's arguments.
     """
 
     def __init__(self, prepared: Path, functions: Mapping[str, Function]) -> None:
@@ -105,11 +104,11 @@ class Work:
         self.folder, self.functions = prepared.with_name(f".{prepared.name}.work"), functions
 
     def forget_leader(self) -> None:
-        """Make void what a leader that is gone has published, under the lock of the prepared data."""
+        """Invalidate the tasks of a leader that is gone. Call it under the lock of the result."""
         (self.folder / LEADER).unlink(missing_ok=True)
 
     def lead(self, settings: dict[str, Any]) -> None:
-        """Begin to lead, under the lock of the prepared data."""
+        """Become the leader. Call it under the lock of the result."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run = secrets.token_hex(8)
         write_whole(self.folder / LEADER, json.dumps({"run": self.run, "settings": settings}))
@@ -124,7 +123,7 @@ class Work:
     def do(self, tasks: Sequence[Task], workers: Workers) -> Iterator[tuple[Task, Record]]:
         """Do the tasks of one stage, together with all helpers, and yield each with its record, in any order.
 
-        Results of that stage that no task names are removed first.
+        Results of the stage that belong to none of these tasks are removed first.
         """
         distinct = list({task.name: task for task in tasks}.values())
         for stage in {task.stage for task in tasks}:
@@ -145,31 +144,31 @@ class Work:
         self.publish([])
 
     def leader(self) -> dict[str, Any]:
-        """Return the ``run`` and the ``settings`` of the process that leads; empty if none has begun."""
+        """Return the leader's ``run`` and ``settings``; empty if no process leads yet."""
         return read_json(self.folder / LEADER) or {}
 
     def help(self, run: str | None, workers: Workers) -> None:
-        """Do what the leader of this ``run`` has published and is not yet done or claimed, or wait for a
-        moment.
+        """Do the published tasks of this ``run`` that are neither done nor claimed; if there are none, wait
+        for a moment.
         """
         published = read_json(self.folder / TASKS) or {}
         tasks = [Task(**each) for each in published.get("tasks", ()) if published["run"] == run]
-        start = hash((socket.gethostname(), os.getpid())) % max(1, len(tasks))  # not all at the same place
+        start = hash((socket.gethostname(), os.getpid())) % max(1, len(tasks))  # spreads the helpers
         tasks = [task for task in tasks[start:] + tasks[:start] if finished(self.folder / task.name) is None]
         helped = False
         try:
             for record in workers.map(partial(attempt, self.folder, self.functions, run=run), tasks):
                 helped |= record is not None
         except FileNotFoundError:
-            if self.leader().get("run") == run:  # else all is done, and the folder is gone
+            if self.leader().get("run") == run:  # otherwise all is done, and the folder is removed
                 raise
         if not helped:
             time.sleep(POLL)
 
     def finish(self) -> None:
-        """Remove the folder: the prepared data are in their place."""
+        """Remove the folder, once the final result is in its place."""
         self.forget_leader()
-        for _ in range(3):  # a helper may have made a file in between
+        for _ in range(3):  # a helper may write a file meanwhile
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def finished(self, *stages: str) -> int:
@@ -179,7 +178,7 @@ class Work:
     def _keep_only(self, stage: str, names: set[str]) -> None:
         folder = self.folder / stage
         for path in folder.iterdir() if folder.is_dir() else ():
-            if path.name.startswith("."):  # a lock, or what a process that was killed has left
+            if path.name.startswith("."):  # a lock, or the leftover of a killed process
                 with claimed(folder / path.name.split(".")[1]) as mine:
                     if mine and path.is_dir():
                         shutil.rmtree(path, ignore_errors=True)
@@ -203,9 +202,9 @@ def finished(folder: Path) -> Record | None:
 def attempt(
     work: Path, functions: Mapping[str, Function], task: Task, run: str | None = None
 ) -> Record | None:
-    """Do a task unless that is done; return its record, or None if another process is doing it.
+    """Do a task unless it is done; return its record, or None if another process is doing it.
 
-    A helper gives the leader's ``run``, and does nothing once that has ended.
+    A helper passes the leader's ``run``; nothing is done once that run has ended.
     """
     folder = work / task.name
     if (record := finished(folder)) is not None:

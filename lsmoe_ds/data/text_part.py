@@ -12,26 +12,27 @@ from lsmoe_ds.data.lines import read_aligned, read_lines
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import notice
 
-QUOTED = 0.1  # smallest share of a table's rows with quotes that is reported
+QUOTED = 0.1  # report a table from this share of rows with quotes on
 
 
 @dataclass(frozen=True)
 class TextPart:
     """The text of one corpus for one bitext and split.
 
-    It is two aligned files, in the order of the bitext's name, or one table. ``way`` is the one direction
-    that trains on it, if not both do.
+    It is two aligned files, in the order of the bitext's name; or one table; or, for the reader "pairs", a
+    file whose pairs ``read`` yields. ``way`` is the only direction that trains on it, or None for both.
     """
 
     corpus: str
     bitext: str
     split: str
     files: tuple[Path, ...]
-    reader: str  # lines, tagged, segments, table
+    reader: str  # lines, tagged, segments, table, pairs
     columns: tuple[int, int] = (0, 1)
     header: bool = False
     width: int = 2  # columns of a table
     way: str | None = None
+    read: Callable[[Callable[[str], None]], Iterator[tuple[str, str]]] | None = None
 
     def pairs(self, tell: Callable[[str], None] = notice) -> Iterator[tuple[str, str]]:
         """Yield pairs of texts, in the order of the bitext's name, unchanged from the files.
@@ -40,6 +41,8 @@ class TextPart:
         """
         if self.reader == "table":
             yield from self._table(tell)
+        elif self.read is not None:
+            yield from self.read(tell)
         elif self.reader == "segments":
             yield from pair_segments(self.files[0], self.files[1], tell)
         elif self.reader == "tagged":
@@ -54,10 +57,10 @@ class TextPart:
             tell(remark)
 
     def split_table(self, lines: Iterable[str], first: int, seen: Counter[str]) -> Iterator[tuple[str, str]]:
-        """Yield the pairs in a table's lines, the first of which has the number ``first`` (from 1).
+        """Yield the pairs in a table's lines, whose numbers start at ``first`` (counted from 1).
 
-        Counts its ``rows`` and how many of them are ``quoted`` in ``seen``. Raises UserError for a line of
-        another number of columns.
+        Counts its ``rows`` and how many of them are ``quoted`` in ``seen``. Raises UserError for a line
+        with another number of columns.
         """
         for number, line in enumerate(lines, first):
             if self.header and number == 1:
@@ -72,7 +75,7 @@ class TextPart:
             yield cells[self.columns[0]], cells[self.columns[1]]
 
     def remark(self, seen: Counter[str]) -> str | None:
-        """Return a sentence about a table of which many rows have quote marks around a field, or None."""
+        """Return a sentence about a table if many of its rows have quote marks around a field, or None."""
         if not seen["rows"] or seen["quoted"] / seen["rows"] < QUOTED:
             return None
         return (

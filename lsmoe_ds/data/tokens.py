@@ -22,7 +22,7 @@ Counts = dict[str, int]  # of one side: tokens, unknown ones, and the length of 
 
 @cache
 def load_vocabulary(path: Path, _stamp: int) -> Vocabulary:
-    """Read a vocabulary once in a process, unless its file has another ``stamp`` meanwhile."""
+    """Read a vocabulary once per process, and again only if its file has another stamp."""
     return Vocabulary.load(path)
 
 
@@ -69,8 +69,8 @@ class ArrayFile:
 
 
 class EncodedShard:
-    """Write ids and lengths of the sentences of a shard: ``0.tokens.npy`` and ``0.lengths.npy``, and of the
-    second side 1.
+    """Write the ids and lengths of a shard's sentences: ``0.tokens.npy`` and ``0.lengths.npy`` for the first
+    side, ``1.*`` for the second.
     """
 
     def __init__(self, folder: Path, vocabulary: Vocabulary) -> None:
@@ -80,7 +80,7 @@ class EncodedShard:
         self.counts: list[Counts] = [add_counts(()), add_counts(())]
 
     def append(self, pairs: Pairs) -> None:
-        """Encode pairs that follow those before."""
+        """Encode further pairs."""
         if not pairs:
             return
         for side, count in enumerate(self.counts):
@@ -99,7 +99,7 @@ class EncodedShard:
 
 
 def add_counts(counts: Iterable[Counts]) -> Counts:
-    """Return the counts of a side of which several are given for some of its sentences each."""
+    """Combine the counts of several parts of a side."""
     total = {"tokens": 0, "unknown": 0, "longest": 0}
     for each in counts:
         for name in ("tokens", "unknown"):

@@ -1,4 +1,4 @@
-"""Units: how sentence pairs are cut into batches of like lengths."""
+"""Cut sentence pairs into units (micro-batches) of similar lengths."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lsmoe_ds.data.shuffling import Integers
 
 
 def by_length(source: Integers, target: Integers, tokens: int) -> Integers:
-    """Return an order of the pairs in which neighbors have like lengths on both sides.
+    """Return an order of the pairs in which neighbors have similar lengths on both sides.
 
-    Bands of source length, each with the same number of tokens; in a band by target length, up and down in
-    turn, so that a unit that straddles two bands does not mix the longest with the shortest.
+    Pairs are sorted into bands of source length with equally many tokens, and within a band by target length,
+    alternately up and down, so that a unit across two bands does not mix the longest with the shortest.
     """
     order = np.argsort(source, kind="stable")
     total = np.cumsum((source + target)[order])
@@ -22,8 +22,9 @@ def by_length(source: Integers, target: Integers, tokens: int) -> Integers:
 
 
 def cut(source: Integers, target: Integers, tokens: int) -> Integers:
-    """Return the ends of consecutive units of at most ``tokens`` padded tokens. A pair that is longer is a
-    unit of its own.
+    """Return the ends of consecutive units of at most ``tokens`` padded tokens.
+
+    A longer pair is a unit of its own.
     """
     ends, start = [], 0
     while start < len(source):

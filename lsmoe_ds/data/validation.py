@@ -1,4 +1,4 @@
-"""Validation: the held-out pairs in batches."""
+"""Make validation batches from held-out pairs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Yield every held-out pair once over all ranks, in batches of one direction, always the same.
 
-    Of each direction (all by default) the first ``limit`` pairs are taken. None is left out: one that is
-    longer than ``batch.tokens`` is a batch for itself. All ranks get the same number of batches, since
-    experts are exchanged between them: where units run out the last batch of a rank repeats one pair with all
-    labels ignored, and counts for nothing. ``form`` is by default that of pairs with the target's tag.
+    The first ``limit`` pairs of each of the ``directions`` (by default all) are used. None is left out: a
+    pair longer than ``batch.tokens`` is a batch of its own. All ranks get equally many batches, because
+    tokens are exchanged between them for their experts: a rank without a last batch gets one pair whose
+    labels are all ignored. ``form`` is by default that of pairs with the target's tag.
     """
     form = form or DirectionIds.of(languages, vocabulary)
     units: list[tuple[int, TokenPairs, list[int]]] = []

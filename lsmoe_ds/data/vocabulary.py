@@ -1,6 +1,4 @@
-"""The vocabulary: a sentencepiece model whose first ids are those of M2M-100 and whose tags no text can
-spell.
-"""
+"""The vocabulary: a sentencepiece model with the first ids of M2M-100 and tags that no text can spell."""
 
 from __future__ import annotations
 
@@ -21,21 +19,21 @@ from lsmoe_ds.languages import BOS, EOS, PAD, UNK, nearest, tag
 
 SPECIALS = {BOS: "<s>", PAD: "<pad>", EOS: "</s>", UNK: "<unk>"}
 UNUSED, MULTIPLE = "<unused", 8
-# The sums of unigram training depend on the number of threads: a fixed one gives the same model on any
+# Sums in unigram training depend on the number of threads: with a fixed number the model is the same on any
 # machine.
 THREADS = 4
 
 
 class Vocabulary:
-    """Text to ids and back. Ids 0 to 3 are BOS, PAD, EOS, UNK; then come tags and pieces of text.
+    """Convert text to ids and back. Ids 0 to 3 are BOS, PAD, EOS, UNK; then come tags and pieces of text.
 
-    ``unused`` are ids that no text is cut into and that are no tag.
+    ``unused`` are ids that are no tag and that no text is encoded to.
     """
 
     PAD, BOS, EOS, UNK = PAD, BOS, EOS, UNK
 
     def __init__(self, model: bytes) -> None:
-        """Load a serialized sentencepiece model. Raises UserError if it is none, or none of this system's."""
+        """Load a serialized sentencepiece model. Raises UserError for any other, or one of another system."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             pieces = [self._processor.id_to_piece(index) for index in range(max(len(SPECIALS), self.size))]
@@ -54,7 +52,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a file. One that holds a tokenizer of transformers gives a :class:`HostTokenizer`, which
+        """Read a vocabulary file. For a tokenizer of transformers return a :class:`HostTokenizer`, which
         serves as a vocabulary without tags.
         """
         try:
@@ -80,7 +78,7 @@ class Vocabulary:
 
     @property
     def type(self) -> str:
-        """``unigram`` or ``bpe``, or what else sentencepiece knows."""
+        """``unigram``, ``bpe`` or another model type of sentencepiece."""
         spec = parse_model(self._model).trainer_spec
         return str(type(spec).ModelType.Name(spec.model_type)).lower()
 
@@ -91,8 +89,8 @@ class Vocabulary:
 
     @property
     def their_tags(self) -> dict[str, str]:
-        """What the tags are called in the model that the vocabulary was imported from, by language; empty for
-        others.
+        """The tags' names in the model from which the vocabulary was imported, by language; empty if it was
+        not imported.
         """
         return dict(zip(self._tags, parse_model(self._model).trainer_spec.accept_language, strict=False))
 
@@ -129,7 +127,7 @@ def parse_model(model: bytes) -> Any:
         from sentencepiece import sentencepiece_model_pb2
 
         found = sentencepiece_model_pb2.ModelProto()
-    except Exception as error:  # what its version check raises is no ImportError
+    except Exception as error:  # protobuf's version check does not raise an ImportError
         raise UserError(
             f"sentencepiece needs another protobuf than is installed: {' '.join(str(error).split())}"
         ) from None
@@ -137,7 +135,7 @@ def parse_model(model: bytes) -> Any:
         found.ParseFromString(model)
     except (
         Exception
-    ):  # google.protobuf.message.DecodeError, which is not imported before it is known to be there
+    ):  # google.protobuf.message.DecodeError, which cannot be imported where protobuf is missing
         raise UserError("the vocabulary is damaged: it is not a sentencepiece model") from None
     return found
 
@@ -173,8 +171,8 @@ def train_vocabulary(
     """Train a vocabulary of exactly ``settings.size`` pieces, with a tag for each of ``codes``, on texts of
     :func:`clean_text`.
 
-    The same texts in the same order give the same bytes. The texts are held in memory by sentencepiece.
-    Raises UserError where the text allows no vocabulary of that size, naming the nearest possible one.
+    The same texts in the same order give the same bytes. sentencepiece holds the texts in memory.
+    Raises UserError, which names the nearest possible size, if the text allows no vocabulary of this size.
     """
     model = io.BytesIO()
     try:
@@ -189,12 +187,12 @@ def train_vocabulary(
             eos_id=EOS,
             unk_id=UNK,
             control_symbols=[tag(code) for code in codes],
-            # clean_text has normalized; NFKC would turn the full-width marks of Chinese into others, which no
-            # score forgives.
+            # clean_text has normalized the text; NFKC would replace the full-width punctuation of Chinese,
+            # which lowers every score.
             normalization_rule_name="identity",
             shuffle_input_sentence=False,
-            # Pruning starts from ten times the pieces, not a million: no worse on real text (335k tokens, not
-            # 336k), a third less time.
+            # Pruning starts from ten times the pieces instead of a million: as good on real text (335k tokens
+            # against 336k), in a third less time.
             seed_sentencepiece_size=10 * max(settings.size, 1000),
             num_threads=THREADS,
             minloglevel=2,

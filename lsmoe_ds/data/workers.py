@@ -59,9 +59,15 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._pool is None:
+            return
+        if kind is not None and issubclass(kind, interrupt.Interrupted):
+            # A task may outlast the time that a command has to clean up; a command that then ends without
+            # shutting down the pool makes Python's resource tracker complain about semaphores.
+            for worker in list(self._pool._processes.values()):
+                worker.kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Yield the results in the order of the items; about two items per worker are in progress."""
