@@ -1,1 +1,1 @@
-"""`lsmoe convert`: what it makes, checks and records."""
+"""`lsmoe convert`: write models in other forms, check them, and record the results."""

@@ -1,4 +1,4 @@
-"""What the model card says of a folder of the kind ``peft``: how its adapters are used, and their sizes."""
+"""Text of the model card of a folder of the kind ``peft``: how to use its adapters, and their sizes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 
 
 def words(rows: Sequence[Mapping[str, Any]], given: bool, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the use of adapters is written with; the example is the first that has matrices."""
+    """Return the template's variables for the use of adapters; the example is the first that is not empty."""
     named = provenance["base"]
     adapter = next(row for row in rows if row["ranks"])
     shown = Direction.parse(adapter["directions"][0])

@@ -1,4 +1,4 @@
-"""Compare a converted model with what it was made of, loaded as its users do, on held-out sentences."""
+"""Compare a converted model, loaded as users would, with its source model on held-out sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import psutil
 import torch
 
 from lsmoe_ds.checkpoint.averages import Averaging
+from lsmoe_ds.checkpoint.m2m_100 import type_of
 from lsmoe_ds.checkpoint.stored import Stored, find_model
+from lsmoe_ds.config.host import NLLB_MOE
 from lsmoe_ds.console import progress
 from lsmoe_ds.data.batches import Batch
 from lsmoe_ds.data.forms import form_of
@@ -29,13 +31,14 @@ from lsmoe_ds.inference.label import Labeller, label_all
 from lsmoe_ds.inference.load import Loaded, load
 from lsmoe_ds.inference.translate import cut_line, translate_tokens
 
-BATCH = 16  # sentences whose logits are held at once
+BATCH = 16  # sentences whose logits are in memory at once
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two models on the same sentences: teacher-forced logits (None of an engine that gives none), and how
-    many beam-5 translations are the ``same``; or logits and labels of encoders.
+    """The agreement of two models on the same sentences: the largest difference of teacher-forced logits
+    (None for an engine without logits), and how many beam-5 translations, or labels of encoders, are the
+    ``same``.
     """
 
     largest_logit_difference: float | None
@@ -53,8 +56,8 @@ def compare(
     """Compare the logits of both models along the sparse model's translations, and the translations
     themselves.
 
-    A model with a tokenizer of its own reads the sentences with that. ``advance`` is told the number of
-    sentences that each model has translated.
+    A model with its own tokenizer encodes the sentences with it. ``advance`` is called with the numbers of
+    sentences that a model has translated.
     """
     parts = [cut_line(line, sparse) for line in sentences]
     sources = [part for each in parts for part in each]
@@ -69,16 +72,16 @@ def compare(
         translate_tokens(sparse, direction, sources, Search(), advance=advance),
         translate_tokens(other, direction, theirs, Search(), advance=advance),
     )
-    same = sum(a.tokens == b.tokens for a, b in zip(first, second, strict=True))
+    same = sum(a.tokens == b.tokens for (a,), (b,) in zip(first, second, strict=True))
     if not isinstance(other, Loaded | Exported):
         return Agreement(None, same, len(sources))
     largest = 0.0
     for start in range(0, len(sources), BATCH):
-        targets = [hypothesis.tokens for hypothesis in first[start : start + BATCH]]
+        targets = [best.tokens for (best,) in first[start : start + BATCH]]
         logits = [
             _logits(model, direction, sources[start : start + BATCH], targets) for model in (sparse, other)
         ]
-        both = min(each.shape[1] for each in logits)  # a grown model has further tags, at the end
+        both = min(each.shape[1] for each in logits)  # a grown model has additional tags at the end
         largest = max(largest, (logits[0][:, :both] - logits[1][:, :both]).abs().max().item())
     return Agreement(largest, same, len(sources))
 
@@ -141,10 +144,10 @@ def check_agreement(
     served: Collection[Direction] = (),
     base: Path | None = None,
 ) -> dict[str, Any]:
-    """Compare both models on ``check`` held-out sentences, or say why that is not possible.
+    """Compare both models on ``check`` held-out sentences, or return the reason why that is not possible.
 
-    Without a ``direction`` they are spread evenly over all, or over those that adapters have ``served``.
-    ``base`` is that of adapters, if it lies elsewhere.
+    Without a ``direction``, sentences are spread evenly over all directions, or over those ``served`` by
+    adapters. ``base`` is the folder of the adapters' base, if it is elsewhere.
     """
     if not check:
         return {}
@@ -153,7 +156,8 @@ def check_agreement(
         return {
             "not_checked": f"both models need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
         }
-    for package in {"huggingface": ["transformers"], "peft": ["transformers", "peft"]}.get(to, ()):
+    of_theirs = to == "huggingface" and is_theirs(find_model(out))
+    for package in ["transformers", "peft"] if to == "peft" else ["transformers"] if of_theirs else []:
         if importlib.util.find_spec(package) is None:
             return {"not_checked": f"{package} is not installed: pip install {package}"}
     all_of = [each for each in stored.recipe.languages.directions if not served or each in served]
@@ -172,7 +176,7 @@ def check_agreement(
         return {
             "not_checked": f"no held-out text to compare on: the dev and test sets in {data.folder} are empty"
         }
-    # The run may continue training meanwhile: what is compared is this checkpoint.
+    # The run may continue to train meanwhile, so compare with this checkpoint.
     sparse, other = load(stored.weights_in, "cpu", route, average), _open(to, out, base)
     by = compare if stored.recipe.model.task == "translate" else compare_labels
     with progress("comparing both models", 2 * sum(map(len, texts.values()))) as advance:
@@ -198,23 +202,30 @@ def spread(count: int, over: int) -> list[int]:
 
 
 def _open(kind: str, folder: Path, base: Path | None) -> Callable[[Direction], Engine]:
-    """Load what was just written, as its users do, and return a function that gives a direction's engine."""
+    """Load the written folder as users would; return a function that gives a direction's engine."""
     if kind == "peft":
         return open_adapted(find_model(folder), base)
     engine: Engine
-    if kind == "huggingface":
-        engine = Exported.open(find_model(folder))
+    if kind == "huggingface" and is_theirs(stored := find_model(folder)):
+        engine = Exported.open(stored)
     else:
         engine = load_engine(folder) if kind == "ctranslate2" else load(folder, "cpu")
     return lambda direction: engine
 
 
+def is_theirs(stored: Stored) -> bool:
+    """Tell whether to check a folder with transformers: not NLLB-MoE, which version 5 computes wrongly, so we
+    load it ourselves.
+    """
+    return type_of(stored.recipe.model) != NLLB_MOE
+
+
 def _with_text(direction: Direction, trained: Sequence[Direction]) -> Direction:
-    """Return a direction that has text of the same source; that of one that was never trained is another."""
+    """Return a direction with text in the same source language: itself if trained, otherwise another one."""
     others = (each for each in trained if each.source == direction.source)
     return direction if direction in trained else next(others, direction)
 
 
 def _held_out(data: PreparedData, direction: Direction, count: int) -> list[str]:
-    """Return up to ``count`` source sentences of the test set, or where that is empty of the dev set."""
+    """Return up to ``count`` source sentences of the test set, or of the dev set if that is empty."""
     return data.text(direction, "test")[0][:count] or data.text(direction, "dev")[0][:count]

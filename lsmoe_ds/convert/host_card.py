@@ -1,4 +1,4 @@
-"""What the model card says of a model of transformers: how its prompts are written and answered."""
+"""Text of the model card of a model of transformers: how to write its prompts and get answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ before, after = {{ prompt }}.split("{{ source }}")
 text = encode(clean("Text to translate."), plain=True)
 ids = [{{ start }}*encode(before), *text, *encode(after)]
 inputs, end = torch.tensor([ids]), encode({{ end }})[0]
-options = {"num_beams": 5, "early_stopping": True, "do_sample": False, "max_new_tokens": 200}
+options = {"num_beams": 5, "early_stopping": True, "do_sample": False, "max_new_tokens": 4 * len(text) + 20}
 options |= {"attention_mask": torch.ones_like(inputs), "eos_token_id": end, "pad_token_id": end}
 found = model.generate(inputs, **options)
 print(tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True))
@@ -50,10 +50,12 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
     "peft": ELSEWHERE
     + IMPORTS
     + """from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 tokenizer = PreTrainedTokenizerFast.from_pretrained("{{ base }}")
 model = AutoModelForCausalLM.from_pretrained("{{ base }}")
+# Without the base's own settings, such as a penalty for repetitions.
+model.generation_config = GenerationConfig()
 model = PeftModel.from_pretrained(model, "FOLDER{{ adapter.name and '/' + adapter.name }}")
 """
     + ANSWER
@@ -62,7 +64,7 @@ model = PeftModel.from_pretrained(model, "FOLDER{{ adapter.name and '/' + adapte
 
 
 def words(recipe: Recipe, vocabulary: Vocabulary | HostTokenizer, direction: Direction) -> dict[str, Any]:
-    """Return what the use of a model is written with; the example is of one direction."""
+    """Return the template's variables for the use of a model; the example is for one direction."""
     prompt = recipe.data.prompt
     assert prompt is not None and isinstance(vocabulary, HostTokenizer)
     text = prompt_text(prompt, direction)

@@ -1,7 +1,7 @@
-"""A run in another layout, without training: ``lsmoe convert --to layout``.
+"""Convert a run to another layout without training: ``lsmoe convert --as layout``.
 
-Each process of the new layout takes its part of weights and optimizer state and saves it, as if it had
-trained until there.
+Each process of the new layout loads its part of weights and optimizer state, and saves it as if it had
+trained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lsmoe_ds.training.engine import check_precision
 
 
 def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: int | None) -> dict[str, Any]:
-    """Write the run folder ``out``, whole or not at all, by processes that it starts; return what was
+    """Start the processes that write the run folder ``out``, completely or not at all; return what was
     written.
 
     ``path`` is a run, a checkpoint, or a consolidated folder with the optimizer's state; ``overrides`` change
@@ -38,7 +38,7 @@ def convert_layout(path: Path, overrides: Sequence[str], out: Path, processes: i
     recipe = load_recipe(stored.home / RECIPE, overrides)
     if stored.kind not in ("sparse", "consolidated"):
         raise UserError(
-            f"{path} was made by `lsmoe convert --to {stored.kind}`: only a run or a consolidated folder "
+            f"{path} was made by `lsmoe convert --as {stored.kind}`: only a run or a consolidated folder "
             "resumes in another layout"
         )
     for key, before, now in find_changes(stored.recipe, recipe):
@@ -86,7 +86,7 @@ def write_layout(path: Path, run: Path) -> None:
 
 
 def reshard(stored: Stored, recipe: Recipe, run: Path, topology: Topology) -> None:
-    """Load a model into an engine of this recipe's layout and saves that. Called by every rank."""
+    """Load a model into an engine of this recipe's layout, and save that. Called by every rank."""
     from lsmoe_ds.checkpoint.resharding import load_resharded
     from lsmoe_ds.checkpoint.saving import Saver
     from lsmoe_ds.data.vocabulary import Vocabulary

@@ -1,6 +1,4 @@
-"""The model card of a converted folder, ``README.md``: what the model is, what it was trained on, how good it
-is, how to use it.
-"""
+"""Write the model card of a converted folder, ``README.md``: the model, its training data, scores and use."""
 
 from __future__ import annotations
 
@@ -18,130 +16,25 @@ from lsmoe_ds.config.host_origin import origin_of
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.convert import adapter_card, encoder_card, host_card
 from lsmoe_ds.convert.training_text import TrainingText
-from lsmoe_ds.data.cleaning import INVISIBLE
+from lsmoe_ds.convert.uses import CLEAN, MENDED, USES
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
+from lsmoe_ds.export.huggingface import class_of
 from lsmoe_ds.export.their_tokenizer import style_of
 from lsmoe_ds.languages import language_name, tag
 from lsmoe_ds.notices import counted, listed
-
-TRANSLATE = """With lsmoe_ds installed:
-
-```sh
-echo "Text to translate." | lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}
-```"""
-USES = {
-    "dense": TRANSLATE,
-    "hybrid": TRANSLATE,
-    "consolidated": TRANSLATE
-    + """
-
-`lsmoe convert FOLDER` takes the model of one direction out of it; with `training.start_from: FOLDER` a training begins with it.""",
-    "huggingface": """```python
-from transformers import AutoTokenizer, M2M100ForConditionalGeneration
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = M2M100ForConditionalGeneration.from_pretrained("FOLDER")
-{%- if given and style %}
-tokenizer.src_lang = "{{ style.languages[last.source] }}"
-{%- endif %}
-inputs = tokenizer(["Text to translate."], return_tensors="pt", padding=True)
-{%- if given %}
-{%- if not style %}
-inputs["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids("<2{{ last.source }}>")  # the source
-{%- endif %}
-target = tokenizer.convert_tokens_to_ids("{{ style.tokens[last.target] if style else tags[-1] }}")
-print(tokenizer.batch_decode(model.generate(**inputs, forced_bos_token_id=target), skip_special_tokens=True))
-```
-
-A source begins with the tag of its own language and ends with `</s>`; a translation begins with the tag of the target language, which
-is forced. To train it further, let the labels begin with that tag too{{ ":" if not style else ", as they do once `tgt_lang` is set:" }}
-
-```python
-{%- if style %}
-tokenizer.tgt_lang = "{{ style.languages[last.target] }}"
-{%- endif %}
-batch = tokenizer(["Text to translate."], text_target=["Its translation."])
-{%- if not style %}
-batch["labels"] = [[target, *ids[1:]] for ids in batch["labels"]]
-{%- endif %}
-```
-
-`generation_config.json` holds the beam search by which the model is scored. Sentences are translated one by one: cut longer text
-at their ends.
-{%- else %}
-{%- if targets|length > 1 %}
-# the target; without this line it is {{ targets[0] }}
-inputs["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids("{{ tags[-1] }}")
-{%- endif %}
-print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
-```
-
-To train it further, remove the tag from the labels: a translation begins without one, but the tokenizer puts it before whatever
-text it gets, `text_target` included.
-
-```python
-batch = tokenizer(["Text to translate."], text_target=["Its translation."])
-batch["labels"] = [ids[1:] for ids in batch["labels"]]
-```
-
-`generation_config.json` holds the beam search by which the model is scored. A source begins with the tag of its target language
-({{ tags|join(', ') }}), which the tokenizer puts there, and ends with `</s>`. Sentences are translated one by one: cut longer text
-at their ends.
-{%- endif %}""",
-    "ctranslate2": """```python
-import re
-import unicodedata
-
-import ctranslate2
-import sentencepiece
-
-{{ clean }}
-
-vocabulary = sentencepiece.SentencePieceProcessor(model_file="FOLDER/vocabulary.model")
-translator = ctranslate2.Translator("FOLDER")
-pieces = vocabulary.id_to_piece(vocabulary.encode(clean("Text to translate.")))
-{%- if given %}
-source = ["<2{{ first.source }}>", *pieces]  # the tag of its own language goes first
-prefix = ["{{ tags[0] }}"]  # and that of the target language before the translation
-options = {"beam_size": 5, "min_decoding_length": 2, "return_end_token": True{{ ', "use_vmap": True' if maps }}}
-found = translator.translate_batch([source], target_prefix=[prefix], **options)[0].hypotheses[0]
-# without the end, which counts in the length that scores are divided by, as the tag does
-print(vocabulary.decode(found[1:-1]))
-{%- else %}
-source = ["{{ tags[0] }}", *pieces]  # the tag of the target language goes first
-found = translator.translate_batch([source], beam_size=5, return_end_token=True{{ ", use_vmap=True" if maps }})[0].hypotheses[0]
-print(vocabulary.decode(found[:-1]))  # without the end, which counts in the length that scores are divided by
-{%- endif %}
-```
-
-Or `lsmoe translate FOLDER --from {{ first.source }} --to {{ first.target }}`.""",
-    "peft": adapter_card.USE,
-}
-"""How a folder of each kind is used."""
-
-CLEAN = f"""
-def clean(text):
-    \"\"\"Make text what the model was trained on: composed characters, no invisible ones, single spaces.\"\"\"
-    text = unicodedata.normalize("NFC", text)
-    invisible = (
-        {ascii(INVISIBLE.pattern).replace("'", '"')}
-    )
-    return " ".join(re.sub(invisible, "", text).split())
-"""
-"""Python that does what :func:`lsmoe_ds.data.cleaning.clean_text` does, for those who have no lsmoe_ds."""
 
 IMPORTED = """The model `{imported_from}` of Hugging Face in the form of lsmoe_ds {version}: it translates as it did there, and a training
 begins with it by `training.start_from`."""
 GROWN = """The model `{grown_from}` with further experts, languages or matrices, made with lsmoe_ds {version}: a base for training, which
 begins with it by `training.start_from`."""
 WHOLE = "The whole model `{run}` as it was trained, written with lsmoe_ds {version}."
-HYBRID = """What of the model `{run}` this direction uses, taken out with lsmoe_ds {version}. Layers that choose their experts token by
-token or sentence by sentence keep them all; the others are dense. It computes what that model computes for this direction."""
+HYBRID = """What the model `{run}` uses {of}, taken out with lsmoe_ds {version}. Layers that choose their experts token by
+token or sentence by sentence keep them all; the others are dense. It computes what that model computes {of}."""
 PRUNED = """What of the model `{run}` this direction uses, taken out with lsmoe_ds {version}. Layers that choose their experts token by
 token or sentence by sentence keep those that the direction's dev text uses most: it translates much as that model does, not exactly
 alike; the others are dense."""
@@ -209,7 +102,7 @@ None are known: `lsmoe evaluate` on the run writes them.
 """
 
 
-# What a task is called on the Hub, and what a model does.
+# The Hub's name of each task, and what a model for it does.
 DOES: dict[Task, tuple[str, str]] = {
     "translate": ("translation", "Translates"),
     "tag": ("token-classification", "Finds names in text in"),
@@ -225,14 +118,19 @@ def model_card(
     home: Path,
     adapters: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder, which may hold
-    scores, and holds the vocabulary of what is exported. ``adapters`` are the sizes of those of ``peft``.
+    """Return the card's text. ``recipe`` is the dense model's; ``home`` is the run's folder with the
+    vocabulary and perhaps scores. ``adapters`` are the sizes of the adapters of the kind ``peft``.
     """
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # Markdown, not HTML
     directions = recipe.languages.directions
     of = "for this direction" if len(directions) == 1 else "for each of these directions"
     targets = list(dict.fromkeys(direction.target for direction in directions))
-    words = {"targets": targets, "tags": [tag(code) for code in targets], "clean": CLEAN.rstrip()}
+    words: dict[str, Any] = {
+        "targets": targets,
+        "tags": [tag(code) for code in targets],
+        "clean": CLEAN.rstrip(),
+    }
+    words |= {"class": class_of(recipe.model), "mended": MENDED if any(recipe.model.moe_layers()) else ""}
     given = recipe.data.tags == "source-target"
     theirs = given and kind in ("huggingface", "peft") and recipe.model.huggingface is None
     style = style_of(Vocabulary.load(home / VOCABULARY), recipe) if theirs else None
@@ -268,7 +166,7 @@ def model_card(
         does=does,
         unit=TASKS[recipe.model.task].unit,
         provenance=provenance,
-        what=_what(kind, provenance).format(
+        what=_what(kind, recipe, provenance).format(
             **provenance,
             of="by what all languages share" if provenance["route"] == "shared" else of,
         ),
@@ -290,7 +188,7 @@ def model_card(
     )
 
 
-def _what(kind: str, provenance: Mapping[str, Any]) -> str:
+def _what(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> str:
     if kind == "peft":
         return adapter_card.WHAT
     if kind == "consolidated":
@@ -299,13 +197,13 @@ def _what(kind: str, provenance: Mapping[str, Any]) -> str:
         return APPROXIMATE
     if "kept_experts" in provenance:
         return PRUNED
-    return (
-        HYBRID if kind == "hybrid" else ROUNDED if provenance.get("quantization", FLOAT) != FLOAT else DENSE
-    )
+    if any(recipe.model.moe_layers()):
+        return HYBRID
+    return ROUNDED if provenance.get("quantization", FLOAT) != FLOAT else DENSE
 
 
 def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any]) -> str:
-    """Say in what the scored model is not quite this one."""
+    """Describe the differences between the scored model and this one."""
     remarks = []
     if scores is not None and scores.step != provenance["step"]:
         remarks.append(f" They are of another step than this model, which is of step {provenance['step']:,}.")
@@ -364,8 +262,9 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     )
     whole = f" ({'before' if 'grown_from' in provenance else 'the whole model'}: {before})" if before else ""
     padded, dense = provenance.get("padded_parameters"), provenance["dense_parameters"]
+    and_experts = " and one number of experts" if any(model.moe_layers()) else ""
     zeros = (
-        f"; {padded:,} in this folder, with zeros up to one width a side"
+        f"; {padded:,} in this folder, filled up to one width a side{and_experts}"
         if padded not in (None, dense)
         else ""
     )
@@ -385,8 +284,8 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
 
 
 def _scores(home: Path, directions: Sequence[Direction], provenance: Mapping[str, Any]) -> ScoreTable | None:
-    """Find the fullest scores of these directions by the model's route and with its weights; None if there
-    are none that can be read.
+    """Find the fullest scores of these directions for the model's route and weights; None if none are
+    readable.
     """
     route, step, average = provenance["route"], provenance["step"], provenance.get("average", 1)
     try:

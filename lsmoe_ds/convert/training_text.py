@@ -1,4 +1,4 @@
-"""What a model card says of the text that a model was trained on: corpora, pairs, directions, the base."""
+"""Describe a model's training text for its model card: corpora, pairs, directions, the base model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ HELD_OUT_ONLY = ("flores", "ntrex")  # layouts that have no training text
 
 @dataclass(frozen=True)
 class TrainingText:
-    """``trained`` are the directions of the run that trained; None of models that came from elsewhere.
+    """``trained`` are the directions that the run trained on; None for imported models.
 
-    One without training pairs did not train, whatever the recipe says. ``pairs`` are those of the bitexts of
-    the model's own directions, or if none of these trained of all that did.
+    A direction without training pairs did not train, whatever the recipe says. ``pairs`` has the training
+    pairs of the bitexts of the model's directions, or, if none of these trained, of all that did.
     """
 
     corpora: list[str]
@@ -54,9 +54,9 @@ class TrainingText:
         ]
 
     def facts(self, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield the base model, the directions that trained, and those of the model that did not.
+        """Yield the base model, the directions that trained, and the model's directions that did not.
 
-        Where training started from a model, that may have been trained on more.
+        A model from which training started may have been trained on more.
         """
         if (host := recipe.model.huggingface) is not None:
             origin = origin_of(host)
@@ -86,7 +86,7 @@ def _corpus(corpus: Any, directory: Path) -> str:
     if not isinstance(corpus, str):
         only = corpus.format in HELD_OUT_ONLY and corpus.train is None
         held_out = " (held-out text only)" if only else ""
-        # Where it lay is nobody's business.
+        # A path on this machine is private.
         return f"{corpus.path.name}{held_out}, from the trainer's own disk; license unknown"
     found = read_json(corpus_folder(corpus, directory) / PROVENANCE)
     if found is None:

@@ -1,1 +1,1 @@
-"""Models in other forms: exports, imports, and what becomes of a run."""
+"""Models in other forms: exports, imports, grown models and translated corpora."""

@@ -1,8 +1,9 @@
-"""The consolidated form of a model: whole and independent of any layout, in safetensors.
+"""Write the consolidated form of a model: all parameters, independent of any layout, in safetensors.
 
-Beside the weights it may hold the optimizer's state: ``optimizer*.safetensors`` with tensors named
+The folder may also hold the optimizer's state: ``optimizer*.safetensors`` with tensors named
 ``PARAMETER.exp_avg`` and so on, and ``state.json`` with the step, the optimizer's step and the position in
-the data. With that it resumes in any layout (see :mod:`lsmoe_ds.convert.layout`).
+the data. With the state, training can resume in any layout (see
+:mod:`lsmoe_ds.convert.layout`).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def write_files(
     vocabulary: Path,
     optimizer_of: Stored | None = None,
 ) -> list[str]:
-    """Write the kind ``consolidated``, and the optimizer's state of the run ``optimizer_of`` if there is one.
+    """Write the kind ``consolidated``, with the optimizer's state of the run ``optimizer_of`` if it is given.
 
-    Raises UserError if it has none.
+    Raises UserError if that run has no state.
     """
     weights = Tensors.of(tensors)
     names = save_tensors(weights, folder)
@@ -53,7 +54,7 @@ def write_files(
 
 
 def _tensors(optimizer: OptimizerState, weights: Tensors) -> Tensors:
-    """Return the optimizer's tensors of these weights; those of one parameter are read together."""
+    """Return the optimizer's tensors for these weights; tensors of one parameter are read together."""
 
     @lru_cache(maxsize=1)
     def of(name: str) -> dict[str, Tensor]:

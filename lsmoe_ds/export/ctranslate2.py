@@ -1,9 +1,9 @@
-"""A dense model as CTranslate2 loads it: its weights under that library's names, its vocabulary, and how
+"""Write a dense model for CTranslate2: its weights under that library's names, its vocabulary, and how
 sentences begin and end.
 
-Who translates needs only sentencepiece and ctranslate2: the source is the tag of the target language and the
-pieces of the text (``["<2de>", "▁Hello", ...]``); that ``</s>`` follows, and that decoding begins with it,
-stands in ``config.json``.
+Translation then needs only sentencepiece and ctranslate2. The source is the tag of the target language and
+the pieces of the text (``["<2de>", "▁Hello", ...]``). ``config.json`` says that ``</s>`` follows a source,
+and that decoding begins with ``</s>``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lsmoe_ds.notices import counted
 
 FILES = ["model.bin", "config.json", PIECES]
 QUANTIZATIONS = ("float32", "int8", "int8_float32")  # of the stored weights
-POSITIONS = 1024  # CTranslate2 cuts sources there
+POSITIONS = 1024  # CTranslate2 cuts longer sources
 
 
 def write_files(
@@ -70,9 +70,7 @@ def specify(tensors: Mapping[str, Tensor], recipe: Recipe, pieces: Sequence[str]
     weights = {name: value.detach().to("cpu", torch.float32).numpy() for name, value in tensors.items()}
 
     def fill(part: Any, *names: str) -> None:
-        """Fill a linear layer or norm from ours; several become one product with their outputs side by
-        side.
-        """
+        """Fill a linear layer or norm from ours; several linear layers become one, outputs concatenated."""
         kernel = "gamma" if hasattr(part, "gamma") else "weight"
         for ours, theirs in (("weight", kernel), ("bias", "beta" if kernel == "gamma" else "bias")):
             joined = torch.cat([torch.from_numpy(weights[f"{name}.{ours}"]) for name in names])

@@ -1,4 +1,4 @@
-"""A model in the engine that is asked for: torch, or CTranslate2, into which it is converted on the way."""
+"""Load a model into torch, or into CTranslate2, for which it is converted if necessary."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ def load_engine(
     direction: Direction | None = None,
     average: Averaging = 1,
 ) -> Engine:
-    """Load a model into the engine that it is for, or into ``engine``.
+    """Load a model into ``engine``, by default the one for which it was converted.
 
-    For CTranslate2, a run or dense folder is converted on the way, for ``direction``. ``average`` chooses the
-    weights of a run. Raises UserError where
-    a path, route, engine or conversion is not possible.
+    For CTranslate2, a run or dense folder is converted first, for ``direction``. ``average`` chooses the
+    weights of a run. Raises UserError for an impossible path, route, engine or conversion.
     """
     if engine is not None and engine not in ENGINES:
         raise UserError(f"'{engine}' is no engine{nearest(engine, ENGINES)}: choose {' or '.join(ENGINES)}")

@@ -1,16 +1,15 @@
-"""Grow a trained model: more experts, experts in the place of dense feed-forwards, more languages, more
-methods.
+"""Grow a trained model: more experts, experts in place of dense feed-forwards, more languages, more methods.
 
-Whatever has a place in the trained model keeps its values. What is new:
+Parameters of the trained model keep their values. New ones begin like this:
 
-- an expert is a copy: of another one, or of the dense feed-forward that it stands in for;
-- in a router by task the tasks that were there give new experts less than any other, so that with K > 1 they
-  choose as before; a new task takes the choices of a language like it, or they are drawn;
-- the tag of a new language takes the embedding of a language like it, or the mean of all tags;
-- all else is drawn as for a new training, in which what methods add changes nothing at first.
+- an expert is a copy of another expert, or of the dense feed-forward that it replaces; - in a router by task,
+old tasks give new experts less weight than any other, so that with K > 1 they choose as
+  before; a new task copies the choices of a similar language, or they are drawn at random;
+- the tag of a new language copies the embedding of a similar language, or the mean of all tags;
+- everything else is initialized as for a new training, where methods at first change no result.
 
-So directions that were there translate as before, but for new experts of routers that read tokens or
-sentences. H hidden, E experts, L languages.
+So old directions translate as before, except where a router that reads tokens or sentences has new experts.
+H hidden, E experts, L languages.
 """
 
 from __future__ import annotations
@@ -46,8 +45,9 @@ EMBEDDING = "embedding.tokens.weight"
 
 @dataclass(frozen=True)
 class Likeness:
-    """What new parts are like: the number of an expert, and the code of a language. Without an expert they
-    follow one another.
+    """The parts from which new ones are copied: the number of an expert, and the code of a language.
+
+    If ``expert`` is None, new experts copy the old ones in turn.
     """
 
     expert: int | None = None
@@ -58,20 +58,20 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
     """Return the recipe of a training that starts from the grown model in ``out``, and its vocabulary with
     the tags of new languages.
 
-    Raises UserError for overrides that take something away or that nothing here can follow.
+    Raises UserError for overrides that remove something, or that growing does not support.
     """
     before, vocabulary = stored.recipe, Vocabulary.load(stored.vocabulary)
     given = {override.partition("=")[0].strip() for override in overrides}
     whole = {"size": vocabulary.size, "type": vocabulary.type, "file": str(stored.vocabulary)}
     anew: dict[str, Any] = {
         "name": name_of(out),
-        "data": {"name": None, "vocabulary": whole},  # what is prepared for it gets its own name
-        "training": {"start_from": str(out)},  # some methods are only for a training that starts from a model
+        "data": {"name": None, "vocabulary": whole},  # its prepared data get their own name
+        "training": {"start_from": str(out)},  # some methods require a training that starts from a model
     }
     if not any(key.startswith("training.directions") for key in given):
         anew["training"]["directions"] = None
     if "data.languages" in given and "data.directions" not in given:
-        anew["data"]["directions"] = []  # those of the trained model were made of its languages
+        anew["data"]["directions"] = []  # those of the trained model cover only its languages
     if "data.directions" in given and "data.languages" not in given:
         anew["data"]["languages"] = []  # those of the trained model may lack new ones
     after = load_recipe(stored.home / RECIPE, overrides, anew)
@@ -81,7 +81,7 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
             " taken away"
         )
     known, new = (each.languages.directions for each in (before, after))
-    if anew["data"].get("directions") == [] and set(known) - set(new):  # which are those with English
+    if anew["data"].get("directions") == [] and set(known) - set(new):  # new: those with English
         count = len(before.languages.codes)
         kept = list(dict.fromkeys(map(str, (*known, *new))))
         anew["data"]["directions"] = "all" if len(known) == count * (count - 1) else kept
@@ -102,7 +102,7 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
                 "give it to the recipe of the training that starts from the grown model"
             )
     model = stored.vocabulary.read_bytes()
-    if after.model.huggingface is None:  # one of transformers reads no tags of ours
+    if after.model.huggingface is None:  # a model of transformers reads none of our tags
         model = add_tags(model, [code for code in after.languages.codes if code not in vocabulary.codes])
         anew["data"]["vocabulary"] |= {"size": Vocabulary(model).size, "file": str(out / VOCABULARY)}
     return load_recipe(stored.home / RECIPE, overrides, anew), model
@@ -111,10 +111,10 @@ def grown_recipe(stored: Stored, overrides: Sequence[str], out: Path) -> tuple[R
 def grow(
     weights: Mapping[str, Tensor], before: Recipe, after: Recipe, vocabulary: Vocabulary, like: Likeness
 ) -> Tensors:
-    """Return the tensors of the grown model, by global name, each made when it is asked for.
+    """Return the tensors of the grown model, by global name, each computed on demand.
 
-    ``vocabulary`` is the trained model's. Raises UserError where the recipes differ in more than can be
-    grown.
+    ``vocabulary`` is that of the trained model. Raises UserError if the recipes differ in something that
+    cannot be grown.
     """
     old, state = Tensors.of(weights), _state(after)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -129,7 +129,7 @@ def grow(
 
 
 def _state(recipe: Recipe) -> dict[str, Tensor]:
-    """Return parameters and buffers of a recipe's model, on no device, by global name."""
+    """Return parameters and buffers of a recipe's model, without values (meta device), by global name."""
     model = outline(recipe, recipe.data.vocabulary.size)
     names = global_names(model, Topology.single())
     return {names[name]: value for name, value in named_state(model)}
@@ -162,7 +162,7 @@ class _Grown:
                 )
 
     def _check_tasks(self, side: str, old: MoE, new: MoE | None) -> None:
-        """Raise UserError if existing tasks would be assigned to other experts."""
+        """Raise UserError if old tasks would be assigned to other experts."""
         if new is None or (old.routing, old.task, old.expert_groups) != (
             new.routing,
             new.task,
@@ -210,9 +210,7 @@ class _Grown:
         return self._same(name, shape, name)
 
     def _of_method(self, method: Method, name: str, shape: tuple[int, ...]) -> LazyTensor:
-        """Return a method's parameter: with the rows that languages had, or drawn where the model had
-        none.
-        """
+        """Return a method's parameter: with the old rows of languages, or initialized if it is new."""
         if name not in self.weights:
             return drawn(name, self.state[name], self.after.training.seed, self.methods)
         if len(shape) < 2:
@@ -235,7 +233,7 @@ class _Grown:
         return self.weights.entries[source]
 
     def _expert(self, at: str, number: int, rest: str) -> str:
-        """Return the name of the tensor that an expert's comes from."""
+        """Return the name of the old tensor from which an expert's tensor is copied."""
         if (name := f"{at}experts.{number}.{rest}") in self.weights:
             return name
         if (dense := f"{at}{rest}") in self.weights:
@@ -252,7 +250,7 @@ class _Grown:
         return draw(name, list(shape), self.after.training.seed, self.methods).to(self.state[name].dtype)
 
     def _embedding(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the embedding: rows keep their places, and those of new tags come last."""
+        """Return the embedding: old rows keep their positions; rows of new tags come last."""
         old = self.weights[EMBEDDING]
         tags = [
             self.vocabulary.tag_id(code)
@@ -261,7 +259,7 @@ class _Grown:
         return torch.cat([old, old[tags].mean(0, keepdim=True).expand(shape[0] - len(old), -1)])
 
     def _router(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a router's weights [E, H] or bias [E], or by task its weights [tasks, E]."""
+        """Return a router's weights [E, H] or bias [E]; for a router by task, its weights [tasks, E]."""
         whole = self._drawn(name, shape)
         if name not in self.weights:
             return whole
@@ -284,22 +282,22 @@ class _Grown:
         return whole
 
     def _task_like(self, task: str, before: Sequence[str]) -> str | None:
-        """Return the task whose choices a new one takes: the same with the language that new ones are
-        like.
-        """
+        """Return the old task whose choices a new one copies: the same, with the language to copy from."""
         if self.like.language is None:
             return None
         parts = [part if part in self.old.codes else self.like.language for part in task.split("-")]
         return "-".join(parts) if "-".join(parts) in before else None
 
     def _sources(self, method: Method, before: dict[str, slice], after: dict[str, slice]) -> dict[str, str]:
-        """Return the old holder of rows from which each new one copies its own, and say so."""
+        """Map each new holder of rows to the old holder from which it copies them, and report this."""
         sources = {}
         for new in after.keys() - before.keys():
             if (found := method.holder_like(new, list(before), self.like.language)) is not None:
                 sources[new] = found
         if taken := listed(f"{new} that of {old}" for new, old in sorted(sources.items())):
-            notice(f"{method.name}: each new one begins as another is: {taken}")
+            fresh = sorted(after.keys() - before.keys() - sources.keys())
+            rest = f"; {listed(fresh)} as in a new training" if fresh else ""
+            notice(f"{method.name}: each new one begins as another is: {taken}{rest}")
         return sources
 
     def _by_language(

@@ -1,7 +1,8 @@
-"""Write a merged model of transformers as transformers loads it, and load it as its users do."""
+"""Write a merged model of transformers in transformers' format, and load it as users would."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,18 @@ import torch
 from torch import Tensor
 
 from lsmoe_ds.checkpoint.tensors import Tensors, save_tensors
-from lsmoe_ds.config.host import CLASSES, PREFIX, Task, copy_small, read_config, set_head
+from lsmoe_ds.config.host import (
+    CLASSES,
+    CONFIG,
+    GENERATION,
+    PREFIX,
+    TOKENIZER,
+    Task,
+    copy_small,
+    read_config,
+    set_head,
+    window_of,
+)
 from lsmoe_ds.config.host_outline import empty_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import SequenceBatch
@@ -22,12 +34,15 @@ from lsmoe_ds.data.labels import OUTSIDE
 from lsmoe_ds.data.prompts import SOURCE, prompt_text
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.huggingface import Exported
+from lsmoe_ds.folders import read_json, write_json
 from lsmoe_ds.inference.beam_search import Hypothesis, Search
-from lsmoe_ds.inference.generate import generate
+from lsmoe_ds.inference.generate import PER_SOURCE_TOKEN, generate
+
+DTYPE = ("dtype", "torch_dtype")  # keys of a configuration; the second before transformers 5
 
 
 def theirs(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Return the tensors of the host by their names in transformers; what methods have added is left out."""
+    """Return the tensors of the host by their names in transformers, without those of methods."""
     entries = Tensors.of(tensors).entries
     return Tensors(
         {name.removeprefix(PREFIX): each for name, each in entries.items() if name.startswith(PREFIX)}
@@ -38,22 +53,46 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe) -> 
     """Write a model and its tokenizer as transformers saves them."""
     host, task = recipe.model.huggingface, recipe.model.task
     assert host is not None
-    names = [*save_tensors(theirs(tensors), folder), *copy_small(host, folder)]
-    if task != "translate":  # its class and labels are others than those of the model it comes from
-        config = read_config(host)
-        set_head(config, task, recipe.data.labels or ())
-        with torch.device("meta"):
-            kind = type(empty_host(host, task, config)).__name__
-        config.architectures = [kind]
-        config.save_pretrained(folder)
+    weights = theirs(tensors)
+    names = [*save_tensors(weights, folder), *copy_small(host, folder)]
+    kind = str(next(iter(weights.entries.values())).dtype).removeprefix("torch.")
+    if task == "translate":
+        written = read_json(folder / CONFIG) or {}
+        # The type in which transformers loads the weights: the host's own type may round them.
+        write_json(folder / CONFIG, written | {name: kind for name in DTYPE if name in written})
+        write_json(folder / GENERATION, generation_config(host, recipe))
+        return names if GENERATION in names else [*names, GENERATION]
+    # The class and labels differ from those of the original model.
+    config = read_config(host)
+    config.dtype = kind
+    set_head(config, task, recipe.data.labels or ())
+    with torch.device("meta"):
+        config.architectures = [type(empty_host(host, task, config)).__name__]
+    config.save_pretrained(folder)
     return names
+
+
+def generation_config(host: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of our search. The host's own may sample, or penalize repetitions."""
+    prompt, window = recipe.data.prompt, window_of(read_config(host))
+    assert prompt is not None and prompt.end is not None
+    end = HostTokenizer.load(host / TOKENIZER).encode_markup(prompt.end)[0]
+    most = math.ceil(PER_SOURCE_TOKEN * recipe.data.batch.max_length) + Search().extra
+    return {
+        "num_beams": Search().beam,
+        "length_penalty": Search().length_penalty,
+        "early_stopping": True,
+        "max_new_tokens": min(most, window) if window is not None else most,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
 
 
 @dataclass(frozen=True)
 class ExportedHost(Exported):
-    """A folder in transformers, on the CPU, which reads the parts of prompts as the code of its card does.
+    """A folder in transformers, on the CPU; it encodes the parts of prompts like the code in the model card.
 
-    What ``AutoTokenizer`` finds may add to the steps of ``tokenizer.json``.
+    ``AutoTokenizer`` may add to the steps of ``tokenizer.json``.
     """
 
     theirs = CLASSES["translate"]
@@ -72,7 +111,7 @@ class ExportedHost(Exported):
 
     def search(
         self, sources: Sequence[Sequence[int]], direction: Direction, search: Search
-    ) -> list[Hypothesis]:
+    ) -> list[list[Hypothesis]]:
         """Search as :mod:`lsmoe_ds.inference.generate` does."""
         prompt = self.recipe.data.prompt
         assert prompt is not None and prompt.end is not None and isinstance(self.vocabulary, HostTokenizer)
@@ -118,6 +157,6 @@ class ExportedAnswerer(ExportedTagger):
 
 
 def exported_of(task: Task) -> type[Exported]:
-    """Return what loads the folder of a task."""
+    """Return the class that loads a folder for a task."""
     kinds: dict[Task, type[Exported]] = {"tag": ExportedTagger, "answer": ExportedAnswerer}
     return kinds.get(task, ExportedHost)

@@ -1,27 +1,27 @@
-"""M2M-100, NLLB and NLLB-MoE models of Hugging Face as ours; of dense ones :mod:`lsmoe_ds.export.huggingface`
-is the reverse.
+"""Import M2M-100, NLLB and NLLB-MoE models of Hugging Face, the reverse of
+:mod:`lsmoe_ds.export.huggingface`.
 
-Weights, segmentation of text (:mod:`lsmoe_ds.export.their_vocabulary`) and the use of tags stay what they
-were, so an imported model translates as it did, and a training can begin with it. H hidden, F feed-forward
-width, V vocabulary.
+Weights, segmentation of text (:mod:`lsmoe_ds.export.their_vocabulary`) and tags stay the same, so an imported
+model translates as before, and training can start from it. H hidden, F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lsmoe_ds.checkpoint.m2m_100 import EMBEDDING, our_names, their_name
+from lsmoe_ds.checkpoint.m2m_100 import EMBEDDING, their_names
 from lsmoe_ds.checkpoint.stored import RECIPE, VOCABULARY, name_of
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors, open_pickled, open_tensors
 from lsmoe_ds.config.codes import resolve_codes
 from lsmoe_ds.config.explain import Places
 from lsmoe_ds.config.file import apply_override, merge, validate
-from lsmoe_ds.config.host import PREFIX, TOKENIZER, check_weights, is_encoder, is_host
+from lsmoe_ds.config.host import M2M_100, NLLB_MOE, PREFIX, TOKENIZER, check_weights, is_encoder, is_host
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.errors import UserError
@@ -39,7 +39,7 @@ TIED = (
     "lm_head.weight",
 )
 """Names under which the one embedding may be stored."""
-KINDS = {"m2m_100": "dense M2M-100", nllb_moe.TYPE: "NLLB-MoE of this config.json"}
+KINDS = {M2M_100: "dense M2M-100", NLLB_MOE: "NLLB-MoE of this config.json"}
 COMPUTED = re.compile(r"model\.(encoder|decoder)\.(embed_positions\.weights|version)")
 PICKLED = "pytorch_model"
 WIDTHS = (
@@ -50,16 +50,37 @@ WIDTHS = (
     "decoder_layers",
     "decoder_ffn_dim",
 )
+OWN = ("vocabulary", "tags")  # keys of `data` that the imported model determines
 TRAINING = {"steps": 10000, "learning_rate": 1e-4, "warmup": 500}
 
 
-def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple[Tensors, Recipe, bytes]:
+@dataclass(frozen=True)
+class Asked:
+    """The user's settings for the recipe of an imported model: ``a.b=value`` strings of options, or the
+    section ``data`` of another recipe with the places of its keys.
+    """
+
+    overrides: Sequence[str] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    places: Places = field(default_factory=dict)
+
+    def change(self, value: dict[str, Any]) -> Places:
+        """Change a recipe in place, and return the places of its keys. Raises UserError unless it then names
+        the training data.
+        """
+        if not self.data:
+            return _override(value, self.overrides)
+        merge(value, {"data": {key: each for key, each in self.data.items() if key not in OWN}})
+        return dict(self.places)
+
+
+def read_huggingface(folder: Path, asked: Asked, out: Path) -> tuple[Tensors, Recipe, bytes]:
     """Return tensors by our names, the recipe of a training that starts from them, and the vocabulary, a
     sentencepiece model.
 
-    The recipe says where the model will lie (``out``); ``overrides`` are ``a.b=value`` strings, which must
-    say on what it is to be trained. Raises UserError for a folder that is damaged or of another architecture,
-    and for overrides that are not possible.
+    The recipe starts from ``out``, the future folder of the model, and trains on the data that ``asked``
+    names. Raises UserError for a folder that is damaged or of another architecture, and for settings that do
+    not fit.
     """
     if is_encoder(folder):
         raise UserError(
@@ -67,27 +88,27 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
             "'model.huggingface', with 'model.task' tag or answer"
         )
     if (read_json(folder / "config.json") or {}).get("model_type") not in KINDS and is_host(folder):
-        return read_host(folder, overrides, out)
+        return read_host(folder, asked, out)
     config = _read_config(folder)
     theirs = _open_weights(folder)
     for side in ("encoder", "decoder"):
-        if config[f"{side}_layers"] > len(theirs):  # as good as endless for whatever counts them
+        if config[f"{side}_layers"] > len(theirs):  # counting so many layers would take forever
             layers, tensors = config[f"{side}_layers"], counted(len(theirs), "tensor")
             raise UserError(
                 f"{folder}: '{side}_layers' in config.json is {layers}, but the folder has {tensors}"
             )
-    sparse = config["model_type"] == nllb_moe.TYPE
+    sparse = config["model_type"] == NLLB_MOE
     if sparse and (experts := nllb_moe.count_experts(config)) > len(theirs):
         tensors = counted(len(theirs), "tensor")
         raise UserError(f"{folder} should have {experts:,} experts by config.json, but has {tensors}")
     embedding = config["vocab_size"], config["d_model"]
-    if TIED[0] in theirs and theirs.shape(TIED[0]) != embedding:  # before a piece is made for each row
+    if TIED[0] in theirs and theirs.shape(TIED[0]) != embedding:  # check before making a piece for each row
         raise UserError(
             f"{folder}: {TIED[0]} should be {embedding} by config.json, found {theirs.shape(TIED[0])}"
         )
     model, rows = read_vocabulary(folder, config["vocab_size"])
-    recipe = _recipe(config, overrides, out, model, _own_settings(folder))
-    names = nllb_moe.names(recipe) if sparse else {name: str(their_name(name)) for name in our_names(recipe)}
+    recipe = _recipe(config, asked, out, model, _own_settings(folder))
+    names = their_names(recipe, config["model_type"])
     shapes = {names[name]: shape for name, shape in _shapes(recipe, config["vocab_size"], names).items()}
     if odd := sorted(shapes.keys() ^ theirs.keys()):
         no_part = f"has a tensor that no {KINDS[config['model_type']]} has:"
@@ -104,7 +125,7 @@ def read_huggingface(folder: Path, overrides: Sequence[str], out: Path) -> tuple
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json``, of NLLB-MoE with the defaults of its routing. Raises UserError if it is of an
+    """Read ``config.json``; for NLLB-MoE add the defaults of its routing. Raises UserError for an
     architecture that is not ours.
     """
     config = read_json(folder / "config.json")
@@ -112,7 +133,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no Hugging Face model: config.json is missing or damaged")
     kind = config.get("model_type")
     if kind not in KINDS:
-        only = f"only dense M2M-100 and NLLB models (m2m_100) and NLLB-MoE ({nllb_moe.TYPE}) are imported"
+        only = f"only dense M2M-100 and NLLB models (m2m_100) and NLLB-MoE ({NLLB_MOE}) are imported"
         raise UserError(f"{folder} is of the type {kind!r}: {only}")
     for key, wanted in (
         ("activation_function", "relu"),
@@ -134,7 +155,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has {config['encoder_attention_heads']} attention heads in the encoder and "
             f"{config['decoder_attention_heads']} in the decoder: lsmoe_ds has one number for both"
         )
-    return {**config, **nllb_moe.routing(config, folder)} if kind == nllb_moe.TYPE else config
+    return {**config, **nllb_moe.routing(config, folder)} if kind == NLLB_MOE else config
 
 
 def _open_weights(folder: Path) -> Tensors:
@@ -178,8 +199,8 @@ def _shapes(recipe: Recipe, vocabulary: int, names: Iterable[str]) -> dict[str, 
 
 
 def _own_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of a recipe's text that the files of a model tell: the tags it was trained with,
-    and of one that we exported the greatest length of a source.
+    """Return the settings of ``data`` that a model's files determine: the use of tags, and, for a model that
+    we exported, the maximum length of a source.
     """
     made, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json") or {}
     if made is None or not is_ours(made):
@@ -190,15 +211,15 @@ def _own_settings(folder: Path) -> dict[str, Any]:
     return found | ({"batch": {"max_length": longest}} if is_count(longest) and 4 <= longest < 2**20 else {})
 
 
-def read_host(folder: Path, overrides: Sequence[str], out: Path) -> tuple[Tensors, Recipe, bytes]:
-    """Return the same of a language model of transformers, with its own tokenizer (docs/hosts.md)."""
+def read_host(folder: Path, asked: Asked, out: Path) -> tuple[Tensors, Recipe, bytes]:
+    """Return the same as :func:`read_huggingface` for a host, with its own tokenizer (docs/hosts.md)."""
     check_weights(folder)
     training = {**TRAINING, "label_smoothing": 0.0, "dropout": 0.0}
     value: dict[str, Any] = {"name": name_of(out), "data": {}, "training": training}
-    places = _override(value, overrides)
+    places = asked.change(value)
     merge(value, {"model": {"huggingface": str(folder)}, "training": {"start_from": str(out)}})
     if wrong := resolve_codes(value):
-        raise UserError(f"'--set {wrong[0]}': {wrong[1]}")
+        raise UserError(f"'{'' if asked.data else '--set '}{wrong[0]}': {wrong[1]}")
     recipe = validate(Recipe, value, out / RECIPE, places)
     wanted = {name for name, _ in outline(recipe, recipe.data.vocabulary.size).named_parameters()}
     theirs = {f"{PREFIX}{name}": entry for name, entry in open_tensors(folder).entries.items()}
@@ -209,8 +230,8 @@ def read_host(folder: Path, overrides: Sequence[str], out: Path) -> tuple[Tensor
 
 
 def _override(value: dict[str, Any], overrides: Sequence[str]) -> Places:
-    """Change a recipe, in place, and return the places of its keys. Raises UserError unless it then says on
-    what the model is to be trained.
+    """Apply overrides to a recipe in place, and return the places of its keys. Raises UserError unless it
+    then names the training data.
     """
     places: Places = {}
     for override in overrides:
@@ -231,9 +252,24 @@ def _override(value: dict[str, Any], overrides: Sequence[str]) -> Places:
     return places
 
 
-def _recipe(
-    config: Mapping[str, Any], overrides: Sequence[str], out: Path, model: bytes, data: dict[str, Any]
-) -> Recipe:
+def sizes_of(folder: Path) -> dict[str, Any]:
+    """Return the section ``model`` for the model in a folder, from its config.json alone. Raises UserError
+    for an architecture that is not ours.
+    """
+    return _sizes(_read_config(folder))
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    sides = {
+        side: {"layers": config[f"{side}_layers"], "feed_forward": config[f"{side}_ffn_dim"]}
+        for side in ("encoder", "decoder")
+    }
+    if config["model_type"] == NLLB_MOE:
+        sides = {side: {**section, **nllb_moe.experts(config, side)} for side, section in sides.items()}
+    return {"hidden": config["d_model"], "heads": config["encoder_attention_heads"], **sides}
+
+
+def _recipe(config: Mapping[str, Any], asked: Asked, out: Path, model: bytes, data: dict[str, Any]) -> Recipe:
     """Return the recipe of a training that begins with the model in ``out``."""
     vocabulary = Vocabulary(model)
     training = {
@@ -242,13 +278,7 @@ def _recipe(
         "attention_dropout": config.get("attention_dropout", 0.0),
     }
     value: dict[str, Any] = {"name": name_of(out), "data": data, "training": training}
-    places = _override(value, overrides)
-    sides = {
-        side: {"layers": config[f"{side}_layers"], "feed_forward": config[f"{side}_ffn_dim"]}
-        for side in ("encoder", "decoder")
-    }
-    if config["model_type"] == nllb_moe.TYPE:
-        sides = {side: {**section, **nllb_moe.experts(config, side)} for side, section in sides.items()}
+    places = asked.change(value)
     merge(
         value,
         {
@@ -259,12 +289,12 @@ def _recipe(
                     "type": vocabulary.type,
                 }
             },
-            "model": {"hidden": config["d_model"], "heads": config["encoder_attention_heads"], **sides},
+            "model": _sizes(config),
             "training": {"start_from": str(out)},
         },
     )
     if wrong := resolve_codes(value, vocabulary.codes):
-        raise UserError(f"'--set {wrong[0]}': {wrong[1]}")
+        raise UserError(f"'{'' if asked.data else '--set '}{wrong[0]}': {wrong[1]}")
     recipe = validate(Recipe, value, out / RECIPE, places)
     for code in recipe.languages.codes:
         vocabulary.tag_id(code)

@@ -1,9 +1,10 @@
-"""Keep of a model that routes by token or sentence the experts that one direction uses most, or one a layer.
+"""Reduce a model that routes by token or sentence to the experts that one direction uses most, or to one a
+layer.
 
-The use of an expert is the mean weight by which a token of the direction's dev text uses it: how often it is
-chosen, times how surely. A model of all its experts is the same to the bit; with fewer, tokens choose
-among those that are left. That is the pruning of NLLB-MoE by language pair ("Memory-efficient NLLB-200",
-2023), by its third measure.
+The use of an expert is its mean routing weight over the tokens of the direction's dev text: how often it is
+chosen, times how surely. If all experts are kept, results are bit-identical; with fewer, tokens choose among
+the remaining ones. This is the pruning of NLLB-MoE by language pair ("Memory-efficient NLLB-200", 2023), by
+its third measure.
 
 E experts, H hidden, F width of an expert.
 """
@@ -24,7 +25,7 @@ from lsmoe_ds.config.shapes import FEED_FORWARD
 from lsmoe_ds.errors import UserError
 
 Uses = Mapping[tuple[str, int], Tensor]  # [E] float64, by side and layer
-One = Literal["used", "mean"]  # which expert stands for all of a layer: the most used, or their weighted mean
+One = Literal["used", "mean"]  # the expert that replaces a layer's experts: the most used, or their mean
 SAID: dict[One, str] = {"used": "the most used expert", "mean": "the mean of all experts, weighted by use,"}
 
 
@@ -48,7 +49,7 @@ class Keep:
         )
 
     def count(self, uses: Sequence[Tensor], least: int) -> int:
-        """Return how many experts each layer of a side keeps, at least the ``least`` that a token chooses.
+        """Return how many experts each layer of a side keeps: at least ``least``, the number a token chooses.
 
         A share is covered in every layer, and no layer keeps more than it has.
         """
@@ -58,7 +59,7 @@ class Keep:
         found = [least]
         for use in uses:
             covered = use.sort(descending=True).values.cumsum(0)
-            # The last sum may be rounded: all of the use is covered by all experts that have any.
+            # The last sum may be rounded; all experts that are used at all cover a share of 1.
             enough = covered >= self.share * covered[-1] * (1 - 1e-12)
             found.append(int(enough.int().argmax()) + 1)
         return max(found)
@@ -67,7 +68,7 @@ class Keep:
 def keep_used(
     weights: Tensors, recipe: Recipe, uses: Uses, keep: Keep
 ) -> tuple[Tensors, Recipe, dict[str, Any]]:
-    """Return the model with the most used experts of each layer, and what its card says of them.
+    """Return the model with the most used experts of each layer, and their description for the model card.
 
     ``weights`` and ``recipe`` are those of :func:`lsmoe_ds.export.subnetwork.extract`. Raises UserError for a
     number that is not possible.
@@ -97,7 +98,7 @@ def keep_used(
 
 
 def keep_one(weights: Tensors, recipe: Recipe, uses: Uses, one: One) -> tuple[Tensors, Recipe]:
-    """Return a dense model, in which one expert stands for all of each layer: a start for distilling.
+    """Return a dense model in which one expert replaces all of a layer: a start for distillation.
 
     With top-1 routing, whose weights are below 1, its output is scaled by the mean weight of all choices.
     """
@@ -124,7 +125,7 @@ def keep_one(weights: Tensors, recipe: Recipe, uses: Uses, one: One) -> tuple[Te
 
 
 def _most_used(use: Tensor, number: int) -> list[int]:
-    """Return the most used experts, ascending: as their order stays, keeping all changes nothing."""
+    """Return the most used experts, ascending, so that keeping all of them changes nothing."""
     return sorted(use.argsort(descending=True, stable=True)[:number].tolist())
 
 
@@ -149,7 +150,7 @@ def _rows(entry: LazyTensor, rows: list[int]) -> LazyTensor:
 def _mean(
     weights: Tensors, at: str, part: str, experts: list[int], shares: Tensor, scale: float
 ) -> LazyTensor:
-    """Return a tensor of one expert, or the mean of those of several, weighted by their shares, scaled."""
+    """Return a scaled tensor of one expert, or the mean of several experts', weighted by their shares."""
     names = [f"{at}experts.{expert}.{part}" for expert in experts]
 
     def make() -> Tensor:

@@ -1,29 +1,23 @@
-"""The weights and routing of NLLB-MoE (``NllbMoeForConditionalGeneration`` of transformers) as ours.
+"""Convert the routing of NLLB-MoE (``NllbMoeForConditionalGeneration`` of transformers) to ours, and back.
 
-Its layers are those of M2M-100 under other names; every n-th has experts, of which each token takes the two
-most probable, with their probabilities scaled to sum to 1.
+Its layers are those of M2M-100 under other names (:mod:`lsmoe_ds.checkpoint.m2m_100`); every n-th has
+experts, and each token uses the two most probable, with their probabilities scaled to sum to 1.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lsmoe_ds.checkpoint.m2m_100 import our_names, their_name
+from lsmoe_ds.checkpoint.m2m_100 import has_router_bias, most_experts
 from lsmoe_ds.checkpoint.tensors import LazyTensor
-from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.model import Model
+from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.notices import notice
+from lsmoe_ds.notices import counted, notice
 
-TYPE = "nllb-moe"
-RENAMED = {
-    ".encoder_attn": ".cross_attention",
-    ".fc": ".ffn.fc",
-    ".final_layer_norm": ".ff_layer_norm",
-}
-"""Parts of M2M-100's names that NLLB-MoE writes in another way."""
 DEFAULTS: dict[str, Any] = {
     "num_experts": 128,
     "encoder_sparse_step": 4,
@@ -44,15 +38,16 @@ TRAINING = {
     "jitter": "router_jitter_noise",
 }
 """Settings of training by our key."""
-COUNTS = {"num_experts": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 0}  # and their least values
+EVERY_TOKEN = 2**31 - 1  # an expert's capacity in training: no token is dropped
+COUNTS = {"num_experts": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 0}  # with their least values
 NUMBERS = tuple(key for key, value in DEFAULTS.items() if isinstance(value, float))
 
 
 def routing(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the routing of a ``config.json`` with its defaults.
 
-    Raises UserError for values that are none, and for routing that this package does not have. Says it where
-    transformers drops tokens at evaluation.
+    Raises UserError for invalid values, and for routing that this package lacks. Prints a notice if
+    transformers would drop tokens at evaluation.
     """
     found = {key: config.get(key, value) for key, value in DEFAULTS.items()}
 
@@ -73,7 +68,7 @@ def routing(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         raise wrong("second_expert_policy", "'all': others draw second experts at random, even at evaluation")
     if found["router_dtype"] != "float32":
         raise wrong("router_dtype", "'float32': the rounding of others changes which experts are chosen")
-    if not (fraction := found["moe_eval_capacity_token_fraction"]) >= 1:  # not a number counts as less
+    if not (fraction := found["moe_eval_capacity_token_fraction"]) >= 1:  # false for NaN, too
         notice(
             f"{folder} drops tokens at evaluation ('moe_eval_capacity_token_fraction' is {fraction}), which "
             "depends on what else is in the batch; the imported model drops none, and gives the same logits "
@@ -88,7 +83,7 @@ def count_experts(config: Mapping[str, Any]) -> int:
 
 
 def _sparse_layers(config: Mapping[str, Any], side: str) -> int:
-    """Count the layers of a side that have experts: with a step of 0 none."""
+    """Count the layers of a side with experts; a step of 0 means none."""
     every: int = config[f"{side}_sparse_step"]
     return config[f"{side}_layers"] // every if every else 0
 
@@ -102,32 +97,10 @@ def experts(config: Mapping[str, Any], side: str) -> dict[str, Any]:
     return {"moe": {**chosen, "routing": "token", "router_bias": config["router_bias"], **given}}
 
 
-def names(recipe: Recipe) -> dict[str, str]:
-    """Return NLLB-MoE's name of each of our tensors."""
-    found, model = {}, recipe.model
-    sparse = {f"{side}.{layer}.feed_forward.": moe for side, layer, moe in model.moe_layers()}
-    for ours in our_names(recipe):
-        theirs = str(their_name(ours))
-        for before, after in RENAMED.items():
-            theirs = theirs.replace(before, after)
-        at, of_feed_forward, part = ours.partition("feed_forward.")
-        if (moe := sparse.get(at + of_feed_forward)) is None:
-            found[ours] = theirs
-            continue
-        for number in range(moe.experts):
-            expert = theirs.replace(".ffn.", f".ffn.experts.expert_{number}.")
-            found[f"{at}feed_forward.experts.{number}.{part}"] = expert
-    for at, moe in sparse.items():
-        side, layer, _ = at.split(".", 2)
-        for kind in ("weight", "bias")[: 1 + moe.router_bias]:
-            found[f"{at}router.{kind}"] = f"model.{side}.layers.{layer}.ffn.router.classifier.{kind}"
-    return found
-
-
 def without_masking(entries: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> dict[str, LazyTensor]:
     """Multiply each expert's second matrix [H, F] and bias [H] by ``1 - moe_token_dropout``.
 
-    NLLB-MoE masks outputs of experts in training, and at evaluation multiplies them by that share.
+    NLLB-MoE masks outputs of experts in training, and at evaluation multiplies them by this factor.
     """
     kept = 1 - config["moe_token_dropout"]
 
@@ -136,3 +109,52 @@ def without_masking(entries: Mapping[str, LazyTensor], config: Mapping[str, Any]
 
     scaling = re.compile(r".+\.experts\.\d+\.contract\..+")
     return {name: scaled(each) if scaling.fullmatch(name) else each for name, each in entries.items()}
+
+
+def check_exportable(layers: Iterable[tuple[str, int, MoE]]) -> None:
+    """Raise UserError, with what was found and what is possible, if NLLB-MoE has no equivalent of a layer.
+
+    ``layers`` is from :meth:`lsmoe_ds.config.model.Model.moe_layers`. Layers routed by task are ignored.
+    """
+    for side, _, moe in layers:
+        if moe.by_task:
+            continue
+        what, other = None, "--as hybrid keeps the layers as they are, to run in lsmoe_ds"
+        if moe.routing != "token":
+            what = f"routes by {moe.routing}: NLLB-MoE, which transformers has, routes by token only"
+        elif moe.top_k != min(2, moe.experts):
+            experts = counted(moe.experts, "expert")
+            what = (
+                f"gives each token {moe.top_k} of {experts} ('top_k'): NLLB-MoE, which transformers has, "
+                "gives it 2, or the only one of a layer"
+            )
+        elif moe.capacity is not None and moe.capacity.evaluation is not None:
+            what = (
+                f"drops tokens in evaluation ('capacity.evaluation' is {moe.capacity.evaluation}): NLLB-MoE, "
+                "which transformers has, counts padding too, so it can only drop none"
+            )
+        if what is not None:
+            raise UserError(f"the {side} {what}; {other}")
+
+
+def settings(model: Model) -> dict[str, Any]:
+    """Return the routing of a model in ``config.json``: the reverse of :func:`experts`.
+
+    NLLB-MoE has only one value of a training setting for both sides: that of the first side with experts.
+    Raises UserError as :func:`check_exportable` does.
+    """
+    layers = list(model.moe_layers())
+    check_exportable(layers)
+    _, _, first = layers[0]
+    sides = {"encoder": model.encoder.moe, "decoder": model.decoder.moe}
+    return {
+        "num_experts": most_experts(model),
+        **{f"{side}_sparse_step": moe.every if moe is not None else 0 for side, moe in sides.items()},
+        "router_bias": has_router_bias(model),
+        "router_dtype": "float32",
+        "second_expert_policy": "all",
+        "moe_token_dropout": 0.0,
+        "moe_eval_capacity_token_fraction": 1.0,
+        "expert_capacity": EVERY_TOKEN,
+        **{theirs: getattr(first, key) for key, theirs in TRAINING.items()},
+    }

@@ -1,9 +1,9 @@
-"""What a model adds to its linear layers as LoRA of the library ``peft``, beside a base for transformers.
+"""Write the matrix products beside linear layers as LoRA adapters of the library ``peft``, with their base.
 
-A folder ``base`` of the kind ``huggingface`` holds the model without the matrices. An adapter is
-``adapter_config.json`` and ``adapter_model.safetensors``: for each linear layer W of a direction A [r,
-inputs] and B [outputs, r], so that W + B A is what the model computes with. B A is scaled by 1: alpha is r
-everywhere. Written without peft and transformers.
+The folder ``base``, of the kind ``huggingface``, holds the model without the products. An adapter is
+``adapter_config.json`` and ``adapter_model.safetensors``: A [r, inputs] and B [outputs, r] of a direction for
+each linear layer W, which then computes with W + B A. alpha is r everywhere, so the scale of B A is 1.
+Writing needs neither peft nor transformers.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ BASE, SIZES, CONFIG, STEM = "base", "sizes.json", "adapter_config.json", "adapte
 
 @dataclass(frozen=True)
 class Adapter:
-    """The products of some directions, by their linear layers' names; those of rank 0 are left out.
+    """The products for some directions, by the names of their linear layers, without those of rank 0.
 
-    ``name`` is that of its folder: a direction, a language, or nothing for the only one.
+    ``name`` is the name of its folder: a direction, a language, or empty for a single adapter.
     """
 
     name: str
@@ -61,22 +61,24 @@ def split(
 ) -> tuple[Tensors, Recipe, list[Adapter]]:
     """Return the dense base of a model, by our names, with its recipe, and its adapters.
 
-    There is one adapter for ``direction``, or by the shared route for all directions; otherwise one for each
-    language that chooses all products, or for each direction. Raises UserError if the model adds no products,
-    or has no dense base.
+    There is one adapter for ``direction``, or for all directions by the shared route. Otherwise there is one
+    for each adapter that a method names itself; or else for each language, if only the source or only the
+    target chooses products; or else for each direction. Raises UserError if the model adds no products, or
+    has no dense base.
     """
     whole, chosen = Tensors.of(weights), check_route(route, recipe)
     methods = [method for method in methods_of(recipe, Topology.single()) if method.adds_products]
     if not methods:
         raise UserError(
-            "the model has no matrices beside its linear layers, which are what --to peft writes: use --to "
+            "the model has no matrices beside its linear layers, which are what --as peft writes: use --as "
             "huggingface"
         )
     for method in methods_of(recipe, Topology.single()):
         if method.reshapes:
             raise UserError(
-                f"'model.{method.name}' gives the base of each direction other layers or sizes, to which no "
-                "adapters of several fit: use --to dense or --to huggingface, which merge all"
+                f"'model.{method.name}' gives each direction a base with other layers or sizes, so that "
+                "adapters of several directions cannot share one: use --as dense or --as "
+                "huggingface, which merge all"
             )
     groups: dict[str, list[Direction]] = {}
     routes: dict[str, Route] = {}
@@ -115,7 +117,7 @@ def split(
     if not any(adapter.products for adapter in adapters):
         raise UserError(
             f"the matrices of {direction or 'every direction'} all have rank 0, so the base is left: use "
-            "--to huggingface"
+            "--as huggingface"
         )
     return base, changed, adapters
 
@@ -126,7 +128,7 @@ def split_stored(
     """Apply :func:`split` to a run, a checkpoint or a folder; also return the ``provenance.json`` of the
     result, except kind and files.
 
-    ``dense_parameters`` are those of the base and of the largest adapter.
+    ``dense_parameters`` counts the base and the largest adapter.
     """
     whole = read_weights(stored, average)
     size = stored.recipe.data.vocabulary.size
@@ -150,8 +152,8 @@ def write_files(
 ) -> list[str]:
     """Write the kind ``peft``: adapters, their ``sizes`` and the base, unless ``base`` is a folder with it.
 
-    ``of_base`` is the base's provenance; adapters :func:`refer` to the base from ``home``, where ``folder``
-    will be. Raises UserError if ``base`` has other weights, or lies in ``home``.
+    ``of_base`` is the base's provenance. Adapters :func:`refer` to the base from ``home``, the final path of
+    ``folder``. Raises UserError if ``base`` has other weights, or lies in ``home``.
     """
     renamed = _renamed(tensors, recipe)
     if base is not None and resolved(base).is_relative_to(resolved(home)):
@@ -182,18 +184,18 @@ def write_files(
 
 
 def refer(base: Path, at: Path, out: Path) -> str:
-    """Return how files in the folder ``at`` of ``out`` name a base.
+    """Return how files in the folder ``at`` within ``out`` refer to a base.
 
-    That is the relative path to a base in ``out`` or beside it; of any other, whose place means nothing to
-    others, the name of the model.
+    A base in or beside ``out`` is named by its relative path; any other by the model's name, because its path
+    means nothing on other machines.
     """
     base, at, out = resolved(base), resolved(at), resolved(out)
     return os.path.relpath(base, at) if base.is_relative_to(out.parent) else origin_of(base).name
 
 
 def base_of(tensors: Mapping[str, Tensor], recipe: Recipe) -> Path | None:
-    """Return the folder that adapters can have as their base as it is: that of a model of transformers of
-    which no weight was trained. None if the base must be written.
+    """Return the folder that can serve unchanged as the adapters' base: that of a host whose weights did not
+    train. None if the base must be written.
     """
     folder = recipe.model.huggingface
     if folder is None or not has_weights(folder):
@@ -206,7 +208,7 @@ def base_of(tensors: Mapping[str, Tensor], recipe: Recipe) -> Path | None:
 
 
 def check_base(base: Path, wanted: Tensors) -> None:
-    """Raise UserError unless a folder for transformers has these weights, bit by bit; it may have others."""
+    """Raise UserError unless a folder for transformers has these weights, bit by bit; it may have more."""
     found = open_tensors(base)
     for name in wanted:
         if name not in found:
@@ -239,7 +241,7 @@ def _module(at: str, recipe: Recipe) -> str:
 
 
 def _tensors(adapter: Adapter, base: Tensors, recipe: Recipe) -> Tensors:
-    """Return an adapter's tensors as peft names them, with zeros up to the size of the base's layers."""
+    """Return an adapter's tensors by peft's names, padded with zeros to the size of the base's layers."""
 
     def made(product: Product, is_up: bool, shape: tuple[int, int]) -> LazyTensor:
         def make() -> Tensor:
@@ -261,7 +263,7 @@ def _tensors(adapter: Adapter, base: Tensors, recipe: Recipe) -> Tensors:
 
 
 def config(adapter: Adapter, base: str, recipe: Recipe) -> dict[str, Any]:
-    """Return ``adapter_config.json``: the most frequent rank, and the layers that have another."""
+    """Return ``adapter_config.json``: the most frequent rank, and the layers with other ranks."""
     ranks = {_module(at, recipe): product.rank for at, product in adapter.products.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in ranks.items() if rank != usual}
@@ -287,8 +289,8 @@ def config(adapter: Adapter, base: str, recipe: Recipe) -> dict[str, Any]:
 def measure(adapters: Sequence[Adapter], base: Tensors, recipe: Recipe) -> list[dict[str, Any]]:
     """Return the sizes of adapters: ranks by kind of layer, values, those not pruned, and bytes of weights.
 
-    A rank is one number, or the least and the greatest of several layers. Zeros that fill matrices up to the
-    size of the base's layers count as bytes only.
+    A rank is one number, or the least and the greatest over layers. Zeros that pad matrices to the size of
+    the base's layers count only as bytes.
     """
     renamed = _renamed(base, recipe)
     rows = []
@@ -317,7 +319,7 @@ HEADER = ("adapter", "rank", "values", "not pruned", "bytes")
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a line of the table of sizes, whose head is :data:`HEADER`."""
+    """Return a row of the table of sizes, whose header is :data:`HEADER`."""
     by_rank: dict[str, list[str]] = {}
     for kind, ranks in row["ranks"].items():
         by_rank.setdefault(" to ".join(map(str, ranks)), []).append(kind)
@@ -339,8 +341,8 @@ def size_table(rows: Sequence[Mapping[str, Any]]) -> Any:
 def open_adapted(stored: Stored, base: Path | None = None) -> Callable[[Direction], Exported]:
     """Load a folder of the kind ``peft`` on its base; needs peft and transformers.
 
-    ``base`` is the folder of one that lies elsewhere, which the folder knows by name alone.
-    The function that is returned gives the engine of a direction, which is usable until it is called again.
+    ``base`` is the base's folder, if ``stored`` knows only its name. The returned function gives a
+    direction's engine, which is usable until the next call.
     """
     peft: Any = importlib.import_module("peft")
     base = base or stored.home / read_fields(stored.home / PROVENANCE, base=str)["base"]
@@ -355,7 +357,7 @@ def open_adapted(stored: Stored, base: Path | None = None) -> Callable[[Directio
             return Exported.open(replace(stored, weights_in=base))
         name, folder = row["name"] or "default", stored.home / row["name"]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks what transformers has renamed
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses names that transformers has replaced
             if wrapped is None:
                 wrapped = peft.PeftModel.from_pretrained(exported.model, folder, adapter_name=name)
             elif name not in wrapped.peft_config:

@@ -1,5 +1,4 @@
-"""The dense sub-network of one direction: what a sparse model computes for it, exactly, as a plain
-Transformer.
+"""Extract the dense sub-network of one direction: a plain Transformer with exactly the same results.
 
 For a fixed direction every task-routed layer uses the same K experts with the same weights g, and their sum
 is one feed-forward of width K F ("Beyond Distillation", section 3.1, extracts such sub-networks for
@@ -8,9 +7,10 @@ serving)::
     sum_k g_k (relu(x W1_k + b1_k) W2_k + b2_k)
         = relu(x [W1_1 .. W1_K] + [b1_1 .. b1_K]) [g_1 W2_1; ..; g_K W2_K] + sum_k g_k b2_k
 
-Methods merge what they added into the layers beside it (``Method.merge``): by the ``specific`` route that of
-the direction's languages, by the ``shared`` route what all languages share. A shared feed-forward beside
-experts takes the layer's place by the shared route, whatever the routing, and falls away by the specific one.
+Methods merge their parameters into the layers beside them (``Method.merge``): those of the direction's
+languages for the ``specific`` route, those that all languages share for the ``shared`` route. A shared
+feed-forward beside experts replaces them for the shared route, whatever their routing, and is removed for the
+specific one.
 
 H hidden, F width of an expert, K top-k.
 """
@@ -52,7 +52,7 @@ from lsmoe_ds.model.methods import methods_of
 from lsmoe_ds.moe.routers import ROUTERS, RouterByTask
 from lsmoe_ds.parallel.topology import Topology
 
-ALL = "all"  # in the place of a direction
+ALL = "all"  # instead of a direction
 
 
 def check_convertible(
@@ -60,8 +60,8 @@ def check_convertible(
 ) -> None:
     """Raise UserError, with the reason, if the model has no dense equivalent for this direction and route.
 
-    Without a direction: for all directions of the recipe at once. With ``hybrid`` layers whose experts are
-    chosen token by token or sentence by sentence may stay as they are.
+    If ``direction`` is None, one model must serve all directions of the recipe. With ``hybrid``, layers that
+    route by token or sentence may stay; there must be at least one.
     """
     model = recipe.model
     check_route(route, recipe)
@@ -76,19 +76,19 @@ def check_convertible(
         raise UserError(
             f"the {name} routes by {routing} in {place}: {routing}s choose their experts at run time, so no "
             f"fixed sub-network exists; train with model.{name}.moe.routing: task to extract one, keep the "
-            f"{name}'s experts with --to hybrid, or serve all of it"
+            f"{name}'s experts with --as hybrid, or serve all of it"
         )
     if hybrid and not stays:
         raise UserError(
-            "this is for models that route by token or sentence: this one has a plain equal, which --to "
-            "dense makes, without --experts and --keep"
+            "experts are kept in models that route by token or sentence: of this one --as dense makes an "
+            "exact dense model, without --experts and --keep"
         )
     for method in methods_of(recipe, Topology.single()):
         method.check_merge(check_route(route, recipe))
         if hybrid and method.adds_layers:
             raise UserError(
-                f"'model.{method.name}' becomes layers of its own in a dense model, between which no experts "
-                "can stay: serve the trained model itself"
+                f"'model.{method.name}' becomes separate layers in a converted model, which cannot have "
+                "experts beside them: serve the trained model itself"
             )
     if direction is None and any(moe.by_task for _, _, moe in layers):
         raise UserError(
@@ -110,20 +110,27 @@ def expert_layers(model: Model, route: str) -> Iterator[tuple[str, int, MoE]]:
     )
 
 
-def join_experts(
-    weights: Tensors, at: str, settings: MoE, languages: Languages, task: int
-) -> dict[str, LazyTensor]:
-    """Return one feed-forward that equals a layer routed by task, for one task; ``at`` is the layer's name up
-    to ``feed_forward.``.
-
-    Gives ``expand`` [K F, H] with bias [K F] and ``contract`` [H, K F] with bias [H].
-    """
+def chosen_experts(
+    weights: Mapping[str, Tensor], at: str, settings: MoE, languages: Languages, task: int
+) -> tuple[list[int], Tensor]:
+    """Return the K experts that a task-routed layer uses for a task, and their weights [K]."""
     router = ROUTERS[settings.routing](0, settings, languages)
     if list(router.parameters()):
         router.load_state_dict({"weight": weights[f"{at}router.weight"]}, assign=True)
     assert isinstance(router, RouterByTask)
     routes = router.requires_grad_(False).of_tasks()
-    experts, gates = routes.experts[task].tolist(), routes.weights[task]
+    return routes.experts[task].tolist(), routes.weights[task]
+
+
+def join_experts(
+    weights: Tensors, at: str, settings: MoE, languages: Languages, task: int
+) -> dict[str, LazyTensor]:
+    """Return one feed-forward that equals a task-routed layer for a task; ``at`` is the layer's name up to
+    ``feed_forward.``.
+
+    Returns ``expand`` [K F, H] with bias [K F] and ``contract`` [H, K F] with bias [H].
+    """
+    experts, gates = chosen_experts(weights, at, settings, languages, task)
 
     def of(name: str) -> list[Tensor]:
         return [weights[f"{at}experts.{expert}.{name}"] for expert in experts]
@@ -158,11 +165,11 @@ def extract(
     """Return weights (by global name) and recipe of the dense model that equals the given one for
     ``direction``.
 
-    Each kind of language-specific layer has its function here; all else is taken over. A direction that was
-    never trained takes the parts that a translation in it does. The vocabulary stays
-    as it is. By the shared route and where that uses no experts the model is the same for every direction:
-    its recipe keeps them all. With ``hybrid`` only what is chosen by the direction becomes dense; layers
-    routed by token or sentence keep their experts.
+    Layers with experts and methods are merged; all else, and the vocabulary, stays. An untrained direction
+    gets the same parameters as in translation. Where nothing depends on the direction, such as by the shared
+    route without task-routed experts, the recipe keeps all directions. With ``hybrid`` only task-routed
+    layers and methods are merged; layers that route by token or sentence keep their experts, and the recipe
+    has only ``direction``, or all if it is None.
     """
     check_convertible(recipe, direction, route, hybrid)
     whole = Tensors.of(weights)
@@ -185,7 +192,7 @@ def extract(
                 }
             joined = {name: entry for name, entry in joined.items() if not name.startswith(at)} | made
         merged = Tensors(joined)
-        # One that adds layers comes last, because the names of layers change.
+        # A method that adds layers comes last, because it changes the names of layers.
         for method in sorted(methods_of(recipe, Topology.single()), key=lambda each: each.adds_layers):
             part = _part(method, direction, recipe.languages)
             merged = method.merge(merged, part, check_route(route, recipe))
@@ -194,22 +201,22 @@ def extract(
     if recipe.model.huggingface is not None:
         return merged, _without_methods(recipe, None if serves_all(recipe, route) else direction)
     kept = {side for side, _, moe in expert_layers(recipe.model, route) if not moe.by_task}
-    return merged, _dense_recipe(
-        recipe, None if serves_all(recipe, route) else direction, _widths(merged, recipe), kept
-    )
+    # In a hybrid, a direction is given in order to keep the experts that it uses.
+    serves = None if serves_all(recipe, route) and not hybrid else direction
+    return merged, _dense_recipe(recipe, serves, _widths(merged, recipe), kept)
 
 
 def _part(method: Method, direction: Direction | None, languages: Languages) -> Direction | None:
-    """Return the direction whose parameters of a method a direction takes: mostly its own."""
+    """Return the direction whose parameters of a method are used for ``direction``: itself, if trained."""
     if direction is None or direction in languages.directions or method.section is None:
         return direction
     return method.section.stand_in(direction, languages) or direction
 
 
 def _widths(weights: Tensors, recipe: Recipe) -> dict[str, list[int]]:
-    """Return the width of each layer's feed-forward, of those that stay experts as the recipe says.
+    """Return the width of each layer's feed-forward by side; for layers that keep experts, the recipe's.
 
-    Methods may have added layers, or taken units away.
+    Methods may have added layers, or removed units.
     """
     found: dict[str, list[int]] = {}
     for name, side in (("encoder", recipe.model.encoder), ("decoder", recipe.model.decoder)):
@@ -222,20 +229,20 @@ def _widths(weights: Tensors, recipe: Recipe) -> dict[str, list[int]]:
 
 
 def serves_all(recipe: Recipe, route: str) -> bool:
-    """Tell whether one dense model serves every direction of the recipe: by the shared route, or where
-    nothing is specific.
+    """Tell whether one merged model serves every direction of the recipe: no parameter that the route uses
+    depends on the direction.
     """
     specific = route != "shared" and any(
         method.by_direction for method in methods_of(recipe, Topology.single())
     )
-    return not specific and not any(expert_layers(recipe.model, route))
+    return not specific and not any(moe.by_task for _, _, moe in expert_layers(recipe.model, route))
 
 
 def _dense_recipe(
     recipe: Recipe, direction: Direction | None, widths: dict[str, list[int]], kept: set[str]
 ) -> Recipe:
-    """Return the recipe with a dense model, except for the sides in ``kept``, and with one direction, or all
-    if ``direction`` is None.
+    """Return the recipe of the dense model; sides in ``kept`` keep experts. It has all directions if
+    ``direction`` is None.
     """
 
     def side(name: str, before: Side) -> Side:
@@ -246,9 +253,9 @@ def _dense_recipe(
     encoder, decoder = side("encoder", before.encoder), side("decoder", before.decoder)
     model = Model(preset=None, hidden=before.hidden, heads=before.heads, encoder=encoder, decoder=decoder)
     data = recipe.data if direction is None else recipe.data.only(direction)
-    mixed = data.batch.model_copy(update={"languages": "mixed"})  # no tasks: no affinity
+    mixed = data.batch.model_copy(update={"languages": "mixed"})  # no tasks, so no task-affine batches
     data = data.model_copy(update={"batch": mixed})
-    # What trained may be among what is gone.
+    # The parameters that trained may no longer exist.
     training = recipe.training.model_copy(update={"trainable": "all", "directions": None})
     sections = {"model": model, "data": data, "training": training, "parallel": Parallel()}
     changed = recipe.model_copy(update=sections)
@@ -274,10 +281,10 @@ def extract_stored(
     """Apply :func:`extract` to a run, a checkpoint or a folder; also return the ``provenance.json`` of the
     result, except kind and files.
 
-    A dense folder is taken as it is; one for all directions can be narrowed to one of them.
+    A dense folder is used unchanged; one for all directions can be restricted to one of them.
     """
     direction = known_direction(stored.recipe, stored.kind, direction) if direction else None
-    dense = stored.kind in PLAIN
+    dense = stored.is_dense
     if dense and hybrid:
         raise UserError(f"{stored.home} is dense: there are no experts to keep")
     if not dense and stored.kind in READABLE:
@@ -291,7 +298,7 @@ def extract_stored(
         tensors, recipe = Tensors.of(whole.tensors), stored.recipe
     else:
         tensors, recipe = extract(whole.tensors, stored.recipe, direction, route, hybrid)
-    of_all = len(recipe.data.directions) > 1 if dense else serves_all(stored.recipe, route)
+    of_all = len(recipe.data.directions) > 1 if dense or hybrid else serves_all(stored.recipe, route)
     made = describe(stored, whole, ALL if of_all else recipe.data.directions[0], route, tensors.numbers)
     if methods := stored.recipe.model.methods:
         made["merged"] = "; ".join(method.describe() for method in methods)
@@ -299,8 +306,8 @@ def extract_stored(
 
 
 def describe(stored: Stored, whole: Weights, direction: str, route: str, parameters: int) -> dict[str, Any]:
-    """Return the ``provenance.json`` of what is made of a model, except kind and files; what it was made of
-    itself is kept.
+    """Return the ``provenance.json`` of a model made from ``stored``, except kind and files; it keeps the
+    provenance of ``stored``.
     """
     provenance = {
         "version": __version__,
@@ -339,8 +346,8 @@ def convert_to_dense(
     """Write the dense model of ``direction`` as a folder (without a card) and return its ``provenance.json``,
     except the files.
 
-    ``run`` is a run folder or a checkpoint in it. Raises UserError if there is no dense equal, or ``out`` is
-    not ours to write.
+    ``run`` is a run folder or a checkpoint in it. Raises UserError if there is no dense equivalent, or
+    if ``out`` must not be overwritten.
     """
     stored = find_model(run)
     tensors, recipe, made = extract_stored(stored, direction, route)

@@ -1,8 +1,7 @@
-"""The tokenizer that an imported model came with, written again beside its export: M2M100Tokenizer or
-NllbTokenizer.
+"""Write the original tokenizer of an imported model beside its export: M2M100Tokenizer or NllbTokenizer.
 
-Both put the tag of a source's own language before it (``data.tags: source-target``). An imported vocabulary
-keeps its ids, so the files are the original ones but for what no text shows.
+Both put the tag of the source language before a source (``data.tags: source-target``). An imported vocabulary
+keeps its ids, so for all text these files are equivalent to the original ones.
 """
 
 from __future__ import annotations
@@ -16,18 +15,19 @@ from typing import Any, Literal
 import sentencepiece
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, parse_model
-from lsmoe_ds.export.their_vocabulary import M2M_100, PIECE_IDS, SENTENCEPIECE
+from lsmoe_ds.data.vocabulary import SPECIALS, UNUSED, Vocabulary, parse_model
+from lsmoe_ds.export.their_vocabulary import M2M_100_LANGUAGES, PIECE_IDS, SENTENCEPIECE
 from lsmoe_ds.export.tokenizer import SPACE, added_tokens, bpe, special_tokens, template
 from lsmoe_ds.languages import UNK
 
+MASK = "<mask>"
 NLLB = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 
 
 @dataclass(frozen=True)
 class Style:
-    """What a tokenizer class calls languages: ``languages`` are values of its ``src_lang``, ``tokens`` their
-    tags, both by our code.
+    """A tokenizer class and its names of languages, by our code: ``languages`` are values of its
+    ``src_lang``, ``tokens`` their tags.
     """
 
     tokenizer_class: Literal["M2M100Tokenizer", "NllbTokenizer"]
@@ -36,14 +36,14 @@ class Style:
 
 
 def style_of(vocabulary: Vocabulary, recipe: Recipe) -> Style | None:
-    """Return how the model's own tokenizer is written; None if it has none that can be: it was not imported,
-    its tags are used otherwise, or it has got other languages.
+    """Return the style of the model's original tokenizer; None if it cannot be written, because the model was
+    not imported, uses tags differently, or has further languages.
     """
     tokens = vocabulary.their_tags
     if recipe.data.tags != "source-target" or not tokens or not {*recipe.languages.codes} <= tokens.keys():
         return None
     ids = [vocabulary.tag_id(code) for code in tokens]
-    if list(tokens.values()) == [f"__{code}__" for code in M2M_100.split()] and ids == list(
+    if list(tokens.values()) == [f"__{code}__" for code in M2M_100_LANGUAGES.split()] and ids == list(
         range(ids[0], ids[0] + len(ids))
     ):
         return Style("M2M100Tokenizer", {code: token.strip("_") for code, token in tokens.items()}, tokens)
@@ -53,8 +53,8 @@ def style_of(vocabulary: Vocabulary, recipe: Recipe) -> Style | None:
 
 
 def files_of(style: Style, vocabulary: Vocabulary, model: bytes, recipe: Recipe) -> dict[str, Any]:
-    """Return the files of the tokenizer by name: what goes into JSON, or bytes. ``model`` is the
-    vocabulary's.
+    """Return the files of the tokenizer by name, as JSON values or bytes. ``model`` is the vocabulary's
+    sentencepiece model.
     """
     first = recipe.languages.directions[0]
     tags = list(style.tokens.values())
@@ -79,11 +79,14 @@ def files_of(style: Style, vocabulary: Vocabulary, model: bytes, recipe: Recipe)
             PIECE_IDS: {piece: index for index, piece in enumerate(named)},
             SENTENCEPIECE: _published(model),
         }
-    # The id of each piece stands in the model, tags among them: no class counts them anew.
+    # The model fixes the ids of all pieces, including tags, so that no class numbers them itself.
     special = dict(enumerate(SPECIALS.values())) | {
         vocabulary.tag_id(code): token for code, token in style.tokens.items()
     }
     silent = special | {index: pieces[index] for index in vocabulary.unused}
+    free = [index for index in vocabulary.unused if pieces[index].startswith(UNUSED)]
+    if MASK not in silent.values() and free:  # otherwise the class adds it, with an id beyond the embedding
+        silent[free[0]] = MASK
     charsmap = parse_model(model).normalizer_spec.precompiled_charsmap
     normalizers = (
         [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}]
@@ -113,9 +116,7 @@ def files_of(style: Style, vocabulary: Vocabulary, model: bytes, recipe: Recipe)
 
 
 def _published(model: bytes) -> bytes:
-    """Return a vocabulary as sentencepiece had made it before it was imported: <unk>, <s>, </s>, then
-    text.
-    """
+    """Return a vocabulary as it was before the import: <unk>, <s>, </s>, then pieces of text."""
     proto = parse_model(model)
     kinds = type(proto).SentencePiece
     text = [piece for index, piece in enumerate(proto.pieces) if index != UNK and piece.type != kinds.CONTROL]

@@ -1,8 +1,8 @@
-"""The vocabulary of a Hugging Face folder as ours: a sentencepiece model in which every piece keeps its id.
+"""Import the vocabulary of a Hugging Face folder as a sentencepiece model in which every piece keeps its id.
 
-So a row of the embedding stays where it was, and a model that is exported again works with the tokenizer that
-it came with. Rows that no piece of text has, those of ``<mask>`` or of made-up words, become control pieces,
-which no text is cut into and which are never generated.
+So rows of the embedding stay in place, and a model that is exported again works with its original tokenizer.
+Rows without a piece of text, such as ``<mask>`` or made-up words, become control pieces, which never occur in
+encoded text and are never generated.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lsmoe_ds.languages import CODE, UNK, normalize_code, tag
 from lsmoe_ds.notices import counted, notice
 
 SENTENCEPIECE, PIECE_IDS = "sentencepiece.bpe.model", "vocab.json"
-# The languages of the published M2M-100 in the order of their ids; transformers knows them by heart and need
-# not write them down.
-M2M_100 = (
+# The languages of the published M2M-100 in the order of their ids; transformers has this list in its code, so
+# a folder need not contain it.
+M2M_100_LANGUAGES = (
     "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr "
     "ht hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or "
     "pa pl ps pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
@@ -35,9 +35,9 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
     """Return our sentencepiece model, and for each of its V pieces the row of the embedding, which has
     ``size``.
 
-    Ids stay what they are. A piece that has none, and that M2M-100 therefore reads as unknown, comes after
-    them with the row of the unknown piece: left out it would change how text is cut. Says how many rows no
-    file names. Raises UserError for files that are damaged.
+    Ids stay the same. A piece without an id, which M2M-100 reads as unknown, gets an id after all others, and
+    the row of the unknown piece; without it text would be segmented differently. Prints how many rows have no
+    name in any file. Raises UserError for damaged files.
     """
     if (folder / VOCABULARY).is_file():
         own = Vocabulary.load(folder / VOCABULARY)
@@ -69,7 +69,7 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
     known: dict[str, int] = {}
     for token, row in languages.items():
         code = code_of(token)
-        if code and code not in known and row not in placed:  # of two that are one language to us, the first
+        if code and code not in known and row not in placed:  # the first of two for the same language
             known[code], tags[row] = row, token
             placed[row] = _silent(kinds, tag(code))
     if not known:
@@ -109,8 +109,8 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
 
 
 def code_of(token: str) -> str:
-    """Return our code of a language by its token (``__de__``, ``deu_Latn``, ``<2de>``); empty if it is
-    none.
+    """Return our code of a language by its token (``__de__``, ``deu_Latn``, ``<2de>``); empty for
+    other tokens.
     """
     match = LANGUAGE.fullmatch(token)
     if match is None:
@@ -120,15 +120,15 @@ def code_of(token: str) -> str:
 
 
 def _silent(kinds: Any, name: str, kind: int | None = None) -> Any:
-    """Return a piece that no text is cut into."""
+    """Return a piece that never occurs in encoded text."""
     return kinds(piece=name, score=0.0, type=kinds.CONTROL if kind is None else kind)
 
 
 def _free_names(
     ids: Mapping[str, int], placed: Mapping[int, Any], text: set[str], size: int
 ) -> dict[int, str]:
-    """Return names of rows that nothing has been placed in, each name once and none that means something to
-    us.
+    """Return a name for each row without a piece, where the files have one; names are unique and none of
+    ours.
     """
     taken = text | {piece.piece for piece in placed.values()}
     found = {}
@@ -149,9 +149,9 @@ def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:
     """Return the sentencepiece model, the row of each piece and token that has one, and the row of each token
     that may be a language's, in order.
 
-    M2M-100 has rows by vocab.json. NLLB has those of fairseq: the four special pieces in the order that is
-    ours too, then the others of the sentencepiece model. Languages come next, unless a file says where. A
-    tokenizer.json alone says all by itself.
+    M2M-100's rows are in vocab.json. NLLB's are those of fairseq: the four special pieces in our order, too,
+    then the others of the sentencepiece model. Languages follow, unless a file gives their rows. A folder
+    with only a tokenizer.json has everything in it.
     """
     path = folder / SENTENCEPIECE
     written, listed, by_heart = _written(folder)
@@ -178,7 +178,7 @@ def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:
                 f"{folder / PIECE_IDS} is damaged: it should give ids to pieces, "
                 f"{', '.join(SPECIALS.values())} among them"
             )
-        first, known = len(ids), [f"__{code}__" for code in M2M_100.split()] if by_heart else []
+        first, known = len(ids), [f"__{code}__" for code in M2M_100_LANGUAGES.split()] if by_heart else []
     else:
         begin = [piece.piece for piece in proto.pieces[:3]]
         if begin != ["<unk>", "<s>", "</s>"]:
@@ -195,8 +195,8 @@ def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:
 
 
 def _written(folder: Path) -> tuple[dict[str, int], Sequence[str], bool]:
-    """Return the tokens beside the vocabulary whose ids some file has, those that are listed without one, and
-    whether the languages are those that transformers knows by heart.
+    """Return the added tokens with their ids, the tokens that are listed without ids, and whether the
+    languages are those in transformers' own list.
     """
     tokenizer, settings, added, special = (
         read_json(folder / f"{name}.json") or {}

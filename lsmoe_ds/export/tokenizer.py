@@ -1,6 +1,4 @@
-"""Our vocabulary as ``tokenizer.json`` of the tokenizers library, and back: the same ids for the same
-text.
-"""
+"""Convert our vocabulary to a ``tokenizer.json`` (tokenizers library) that gives the same ids, and back."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from lsmoe_ds.data.vocabulary import SPECIALS, Vocabulary, parse_model
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, tag
 
-KINDS = {"Unigram": 1, "BPE": 2}  # by the numbers of sentencepiece
+KINDS = {"Unigram": 1, "BPE": 2}  # with sentencepiece's numbers
 TAG = re.compile(r"<2[a-z]{2,3}(_[A-Za-z0-9]+)*>")
 SPACE = "\u2581"
 LESS_THAN = "\u2060"
@@ -42,7 +40,7 @@ def tokenizer_config(recipe: Recipe) -> dict[str, Any]:
         "padding_side": "right",
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # a tag or </s> that is written in a text is text
+        "split_special_tokens": True,  # a tag or </s> that occurs in a text is plain text
     }
 
 
@@ -89,7 +87,7 @@ def tokenizer(vocabulary: Vocabulary, model: bytes, language: str, kind: str = "
 
 
 def added_tokens(special: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Return the tokens of these ids as ``tokenizer.json`` lists those that stand beside text."""
+    """Return the ``added_tokens`` of ``tokenizer.json`` for special tokens by id."""
     shape = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return [{"id": index, "content": piece, **shape} for index, piece in special.items()]
 
@@ -119,8 +117,9 @@ def _unigram(pieces: list[str], scores: list[float]) -> dict[str, Any]:
 
 
 def bpe(pieces: list[str], scores: list[float], special: set[int]) -> dict[str, Any]:
-    """Return a BPE model: sentencepiece joins whatever makes a piece, that of the highest score first; here
-    each way to make one is listed.
+    """Return a BPE model that lists every merge that makes a piece.
+
+    sentencepiece has no list: it joins any two neighbors that make a piece, the highest score first.
     """
     ids = {piece: index for index, piece in enumerate(pieces)}
     parts = ids.keys() - {pieces[index] for index in special}
@@ -142,8 +141,8 @@ def bpe(pieces: list[str], scores: list[float], special: set[int]) -> dict[str, 
 
 
 def _normalizers(charsmap: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the normalizers; ``charsmap`` is sentencepiece's own normalization: empty in our vocabularies,
-    not in imported ones.
+    """Yield the normalizers. ``charsmap`` is sentencepiece's own normalization, which only imported
+    vocabularies have.
     """
     spaces = "".join(rf"\x{{{code:x}}}" for code in range(0x10000) if chr(code).isspace())
     yield {"type": "NFC"}
@@ -155,7 +154,7 @@ def _normalizers(charsmap: bytes) -> Iterator[dict[str, Any]]:
         yield _replace(" +", " ", regex=True)
         yield strip
     yield _replace("<", LESS_THAN)
-    # As sentencepiece: a space in front of what is not empty, spaces made visible, and none at the end.
+    # As sentencepiece does: a space before text that is not empty, visible spaces, and none at the end.
     yield {"type": "Prepend", "prepend": SPACE}
     yield _replace(" ", SPACE)
     yield _replace(f"{SPACE}+$", "", regex=True)
@@ -170,8 +169,8 @@ def _special(piece: str) -> dict[str, Any]:
 
 
 def is_ours(made: Any) -> bool:
-    """Return whether the content of a ``tokenizer.json`` was made by :func:`tokenizer`, even if another
-    library has saved it since.
+    """Tell whether :func:`tokenizer` made the content of a ``tokenizer.json``, even if another library saved
+    it again.
     """
     try:
         added = {token["id"]: token["content"] for token in made["added_tokens"]}
@@ -183,10 +182,10 @@ def is_ours(made: Any) -> bool:
 
 
 def read_tokenizer(made: dict[str, Any]) -> tuple[Any, dict[str, int]]:
-    """Return the pieces of text of a ``tokenizer.json`` as a sentencepiece model, which cuts text into the
-    same, and the id of every piece and token.
+    """Convert a ``tokenizer.json`` to a sentencepiece model that segments text in the same way; return it
+    with the id of every piece and token.
 
-    Raises UserError if the file is damaged, or of a kind that sentencepiece has not.
+    Raises UserError if the file is damaged, or of a kind that sentencepiece lacks.
     """
     try:
         ids = {str(token["content"]): int(token["id"]) for token in made["added_tokens"]}
@@ -220,8 +219,8 @@ def read_tokenizer(made: dict[str, Any]) -> tuple[Any, dict[str, int]]:
 
 
 def _scored_pieces(model: dict[str, Any]) -> Iterator[tuple[int, str, float]]:
-    """Yield id, piece and score of the pieces of a tokenizer's model. BPE joins first what its first merges
-    make.
+    """Yield id, piece and score of the pieces of a tokenizer's model. In BPE, pieces of
+    earlier merges have higher scores.
     """
     if model["type"] == "Unigram":
         yield from ((index, str(piece), float(score)) for index, (piece, score) in enumerate(model["vocab"]))
@@ -237,7 +236,7 @@ def _scored_pieces(model: dict[str, Any]) -> Iterator[tuple[int, str, float]]:
 
 
 def set_specials(proto: Any, tags: Sequence[str]) -> None:
-    """Note in a sentencepiece model which pieces are special and which are ``tags``."""
+    """Record in a sentencepiece model which pieces are special and which are ``tags``."""
     spec = proto.trainer_spec
     spec.vocab_size = len(proto.pieces)
     spec.bos_id, spec.pad_id, spec.eos_id, spec.unk_id = BOS, PAD, EOS, UNK

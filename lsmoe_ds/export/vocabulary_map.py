@@ -1,7 +1,7 @@
-"""The vocabulary map of one direction: which target pieces each piece of a source makes candidates.
+"""Make the vocabulary map of a direction: the target pieces that each source piece makes candidates.
 
-CTranslate2 multiplies with the output rows of a batch's candidates alone. With large vocabularies that
-product is most of a decoding step. Translations lose what is no candidate.
+CTranslate2 computes logits only of a batch's candidates. With large vocabularies this product is most of a
+decoding step. Translations cannot contain pieces that are no candidates.
 
 N sentence pairs, V pieces.
 """
@@ -53,14 +53,16 @@ class VocabularyMap:
         return np.unique(np.concatenate([self.always, *(self.by_piece[index] for index in source)]))
 
     def write(self, folder: Path, pieces: Sequence[str]) -> None:
-        """Write the file of CTranslate2: a line for each piece, and one of no piece for all sentences."""
+        """Write CTranslate2's file: a line for each piece, and one without a piece for all sentences."""
         lines = [("", self.always), *zip(pieces, self.by_piece, strict=True)]
         text = "".join(f"{piece}\t{' '.join(pieces[index] for index in found)}\n" for piece, found in lines)
         (folder / MAP).write_text(text, encoding="utf-8")
 
     def measure(self, data: PreparedData, direction: Direction) -> dict[str, float]:
-        """Measure on held-out text how many candidates a sentence has, and how many of the pieces of the
-        references are among them, in percent; empty where there is no such text.
+        """Measure on held-out text the candidates per sentence, and the percentage of reference pieces among
+        them.
+
+        Returns an empty mapping if there is no held-out text.
         """
         split = next((each for each in ("test", "dev") if data.lines(direction, each)), None)
         if split is None:
@@ -77,7 +79,7 @@ class VocabularyMap:
 
 
 def associate(pairs: TokenPairs, size: int, count: int, always: Sequence[int] = ()) -> VocabularyMap:
-    """Choose the target pieces that stand in the translations of each source piece more than by chance.
+    """Choose the target pieces that occur in the translations of each source piece more than by chance.
 
     They are ordered by the log-likelihood ratio of Dunning (1993) over the four cells k, a - k, b - k and
     N - a - b + k of N pairs: with both pieces, with the source piece alone (which a pairs have), with the
