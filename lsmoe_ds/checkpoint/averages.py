@@ -1,4 +1,4 @@
-"""Which weights of a run are meant: those of a step as they are, or an average. No torch here."""
+"""Choose the weights of a run: those of a step, or an average. No torch here."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def read_average(text: str) -> Averaging:
     if text.isascii() and text.isdecimal() and int(text) >= 1:
         return int(text)
     raise UserError(
-        f"--average is {text!r}: give a number of checkpoints, of which the mean is taken, or {EMA}, for the "
+        f"--average is {text!r}: give a number N for the mean of the last N checkpoints, or {EMA} for the "
         "average that training.ema keeps"
     )
 
 
 def describe_average(average: Averaging) -> str:
-    """Name the weights of an average other than 1 in running text."""
+    """Describe the weights of an average other than 1, for use in a sentence."""
     return "the moving average of the weights" if average == EMA else f"the mean of {average} checkpoints"

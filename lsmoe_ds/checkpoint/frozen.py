@@ -1,9 +1,9 @@
 """Store the frozen base of a run, the parameters that do not train, once for all of its checkpoints.
 
-``RUN/frozen/`` holds them whole, by global name and in the type in which the run computes, as
+``RUN/frozen/`` holds whole parameters, by global name and in the type in which the run computes, as
 :func:`lsmoe_ds.checkpoint.tensors.save_tensors` writes them, with a ``manifest.json`` of sizes and checksums.
-Each checkpoint's ``state.json`` has the checksum of that manifest: any of them tells a base that was changed
-or lost, and a run folder can be copied elsewhere.
+Each checkpoint's ``state.json`` has the checksum of that manifest, so that a changed or missing base is
+noticed, and a run folder can be copied elsewhere.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lsmoe_ds.parallel.topology import Topology
 def open_frozen(run: Path) -> tuple[Tensors, dict[str, str]]:
     """Open the frozen base of a run, and return it with the sha256 of its files.
 
-    Each file is compared when its first tensor is read. Whether the base is that of a checkpoint,
-    :func:`lsmoe_ds.checkpoint.run_folder.frozen_damage` tells.
+    Each file's checksum is compared when its first tensor is read.
+    :func:`lsmoe_ds.checkpoint.run_folder.frozen_damage` tells whether the base belongs to a checkpoint.
     """
     folder = run / FROZEN
     files = read_fields(folder / "manifest.json", files=dict)["files"]
@@ -40,7 +40,7 @@ def open_frozen(run: Path) -> tuple[Tensors, dict[str, str]]:
 def frozen_parameters(engine: Any, topology: Topology) -> dict[str, tuple[nn.Parameter, int]]:
     """Return the frozen parameters of all ranks by global name, in the same order on every rank.
 
-    Each comes as this rank holds it, or one of the same shape, with the expert-parallel rank that holds it.
+    The value is this rank's parameter, or one of the same shape, and the expert-parallel rank that holds it.
     """
     mine = {name: each for name, each in engine.module.named_parameters() if not each.requires_grad}
     found = places(engine.module, topology) if mine else {}
@@ -81,7 +81,7 @@ def write_frozen(engine: Any, run: Path, topology: Topology) -> str | None:
             told.append(write())
     except UserError as error:
         told.append(error)
-    for name in list(waiting):  # on the main rank those that it did not come to, for which the others wait
+    for name in list(waiting):  # after an error of the main rank, the others still wait for these
         collect(name)
 
     def result() -> str:
@@ -94,7 +94,7 @@ def write_frozen(engine: Any, run: Path, topology: Topology) -> str | None:
 
 @torch.no_grad()
 def _whole(parameter: nn.Parameter, owner: int, topology: Topology) -> Tensor:
-    """Return a whole parameter on the main rank, from the ranks of its groups; on others it may be a part."""
+    """Return the whole parameter on the main rank, collected from the ranks; elsewhere maybe a part."""
     dimension = partition_dimension(parameter)
     if dimension is not None and _with_main(topology.tensor_group):
         parts = [torch.empty_like(parameter) for _ in range(topology.tensor)]

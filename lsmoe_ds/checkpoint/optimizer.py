@@ -1,6 +1,4 @@
-"""The optimizer's state in a checkpoint or consolidated folder, of whole parameters, read one parameter at a
-time.
-"""
+"""Read the optimizer's state of whole parameters from a checkpoint or consolidated folder, one at a time."""
 
 from __future__ import annotations
 
@@ -31,8 +29,8 @@ class OptimizerState(Protocol):
     """The optimizer's state of whole parameters, by global name.
 
     State tensors have the names that the optimizer gives them, and the shape of the parameter, unless they
-    are averages (:data:`lsmoe_ds.config.optimizer.AVERAGED`). The float32 values that it steps in the place
-    of a parameter are called :data:`lsmoe_ds.parallel.deepspeed_engine.VALUES`.
+    are averages (:data:`lsmoe_ds.config.optimizer.AVERAGED`). The float32 copy of a parameter's values, which
+    it steps, is called :data:`lsmoe_ds.parallel.deepspeed_engine.VALUES`.
     """
 
     def keys(self, name: str) -> list[str]:
@@ -47,15 +45,15 @@ class OptimizerState(Protocol):
 
     @property
     def step(self) -> float:
-        """The optimizer's own count, once all parameters were read. Raises UserError if theirs differ."""
+        """The optimizer's step, after all parameters were read. Raises UserError if their steps differ."""
         ...
 
 
 def open_optimizer(folder: Path, verify: bool = False) -> OptimizerState:
-    """Open the optimizer's state of a checkpoint or a consolidated folder. Raises UserError if it holds none
-    that can be read.
+    """Open the optimizer's state of a checkpoint or a consolidated folder.
 
-    With ``verify`` the sum of each file is compared before anything is read of it.
+    With ``verify`` the checksum of each file is compared before the file is read. Raises UserError if the
+    folder holds no readable state.
     """
     consolidated = (folder / "provenance.json").exists()
     check = None
@@ -76,7 +74,7 @@ class ConsolidatedOptimizer:
     def __init__(self, folder: Path, check: Callable[[Path], None] | None = None) -> None:
         if not (folder / STATE).exists():
             raise UserError(
-                f"{folder} holds no optimizer state: convert with --to consolidated --optimizer to keep it"
+                f"{folder} holds no optimizer state: convert with --as consolidated --optimizer to keep it"
             )
         self.step = float(read_fields(folder / STATE, optimizer_step=float)["optimizer_step"])
         self._tensors = open_tensors(folder, STEM, check)
@@ -104,7 +102,7 @@ def _read(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of ``length`` values, which begin at ``start`` of a flattened tensor-parallel part."""
+    """The place in a file of ``length`` values, from ``start`` on, of a flattened tensor-parallel part."""
 
     start: int
     length: int
@@ -117,15 +115,15 @@ class Pieces:
     """The optimizer's state in DeepSpeed's files, found by the ``pieces-rank-N.json`` beside them."""
 
     def __init__(self, checkpoint: Path, check: Callable[[Path], None] | None = None) -> None:
-        """Open the state. Raises UserError if the checkpoint does not say where its parts are."""
+        """Open the state. Raises UserError if the checkpoint has no or wrong ``pieces-rank-N.json``."""
         self.places: dict[str, dict[int, dict[int, _Place]]] = {}  # by name, tensor-parallel part and start
         self.steps: set[float] = set()
         self.partition: dict[str, int] = read_fields(checkpoint / STATE, partition=dict)["partition"]
         listed = sorted(path for path in checkpoint.iterdir() if PIECES.fullmatch(path.name))
         if not listed:
             raise UserError(
-                f"{checkpoint} cannot resume in another layout: it was written by a version that did not note"
-                " what lies where"
+                f"{checkpoint} cannot resume in another layout: it was written by a version that did not "
+                "record where each parameter lies"
             )
         for path in listed:
             index = read_fields(path, file=str, pieces=dict)
@@ -135,7 +133,7 @@ class Pieces:
                 if not isinstance(piece, list) or len(piece) != 5 or not all(map(is_count, piece)):
                     raise UserError(f"{path} is damaged: of '{name}' it should have five counts")
                 part, start, length, number, offset = piece
-                # Ranks may hold the same: the first is taken.
+                # Several ranks may hold the same piece: use the first.
                 place = _Place(start, length, checkpoint / index["file"], number, offset)
                 self.places.setdefault(name, {}).setdefault(part, {}).setdefault(start, place)
         self._files = Files(_read, check)
@@ -166,7 +164,7 @@ class Pieces:
         return list(self._held(places[0], 0))
 
     def _held(self, place: _Place, to_read: int) -> dict[str, Tensor]:
-        """Return the state tensors in which a place is, as they lie in the file."""
+        """Return the state tensors that contain a place, as the file stores them."""
         with explain_damage(place.file):
             states, holders = self._files.get(place.file, to_read)
             held = dict(states[place.number])
@@ -178,7 +176,7 @@ class Pieces:
         return held
 
     def whole(self, name: str, shape: tuple[int, ...], only: str | None = None) -> dict[str, Tensor]:
-        """Return the state of a parameter, or of it ``only`` the tensor of this name, if there is one."""
+        """Return the state tensors of a parameter, or ``only`` the one of this name, if it exists."""
         parts, dimension = self.places.get(name, {}), self.partition.get(name)
         sizes = list(shape)
         if name in self.partition and parts:
@@ -231,7 +229,7 @@ class Pieces:
 
 
 def state_shape(key: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of a state tensor of a parameter of ``shape``. Raises UserError if it has none."""
+    """Return the shape of a state tensor of a parameter of ``shape``. Raises UserError if there is none."""
     over = AVERAGED.get(key)
     if over is not None and len(shape) < 2:
         raise UserError(f"the optimizer state is damaged: {key} is of matrices, not of the shape {shape}")

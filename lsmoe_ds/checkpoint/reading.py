@@ -1,7 +1,6 @@
-"""The whole model out of a training checkpoint, whatever its layout: tensor-parallel parts joined, experts
-collected.
+"""Read the whole model from a training checkpoint of any layout: join tensor-parallel parts, collect experts.
 
-Optimizer states are not read, and of the weights one tensor at a time.
+Weights are read one tensor at a time; optimizer states are not read.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
 @dataclass
 class WholeCheckpoint:
     """A whole model by global parameter name (see :mod:`lsmoe_ds.model.initialization`); each tensor is read
-    when it is asked for.
+    on demand.
     """
 
     step: int
     weights: Tensors
-    files: dict[str, str]  # name and sha256 of the files it is read from
-    frozen: frozenset[str] = frozenset()  # of the weights those that did not train
+    files: dict[str, str]  # sha256 by name of the files that hold it
+    frozen: frozenset[str] = frozenset()  # names of the weights that did not train
 
 
 def read_checkpoint(checkpoint: Path) -> WholeCheckpoint:
-    """Open ``checkpoints/step-N`` of a run; file sizes are checked now, each file's checksum when its first
+    """Open ``checkpoints/step-N`` of a run. File sizes are checked now, a file's checksum when its first
     tensor is read.
 
     Raises UserError if it is missing or damaged.
@@ -100,7 +99,7 @@ class _Collector:
         for name, value in self.files.get(file).items():
             # DeepSpeed has put the global number of the expert into its names.
             whole = global_name(name, 0, 0) if rank is None else name
-            # What is the same on all ranks is taken from the first.
+            # Tensors that all ranks hold alike are read from the first.
             number = (rank or 0) if whole in self.partition else 0
             part = _Part(file, name, tuple(value.shape), value.dtype)
             self.parts.setdefault(whole, {}).setdefault(number, part)
@@ -154,13 +153,13 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def explain_damage(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong in reading a file of ``torch.save`` into a UserError."""
+    """Turn any error in reading a file of ``torch.save`` into a UserError."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except UserError:
         raise
-    except Exception as error:  # what a damaged pickle raises is anything
+    except Exception as error:  # a damaged pickle can raise anything
         first = (str(error).splitlines() or [""])[0].partition(". ")[0]
         raise UserError(f"{path} is damaged: {first or type(error).__name__}") from None

@@ -1,9 +1,9 @@
 """Resume in another layout: reshard weights and optimizer state of a checkpoint to other ranks.
 
-Each rank's checkpoint has ``pieces-rank-N.json``: which run of values of which parameter lies where in
-DeepSpeed's file of that rank's optimizer state. By these the state of a whole parameter is put together, one
-parameter at a time, and each rank of the new layout takes its own pieces. Random numbers begin anew, as no
-rank of the old layout is one of the new.
+A checkpoint has a ``pieces-rank-N.json`` for each rank: the offsets, in DeepSpeed's file of that rank's
+optimizer state, of each segment of each parameter. With these the state of a whole parameter is assembled,
+one parameter at a time, and each rank of the new layout copies its own pieces. Random states start afresh,
+because old ranks do not correspond to new ones.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 def write_pieces(engine: Any, folder: Path, topology: Topology) -> None:
-    """Write what this rank's file of optimizer state holds. Called by every rank."""
+    """Write ``pieces-rank-N.json``, the content of this rank's optimizer file. Called by every rank."""
     local = {parameter: name for name, parameter in engine.module.named_parameters()}
     names, pieces = global_names(engine.module, topology), {}
     for piece in deepspeed_engine.optimizer_pieces(engine):
-        # Of what all tensor-parallel ranks hold alike, the part is 0.
+        # The part of a parameter that all tensor-parallel ranks hold alike is 0.
         part = topology.tensor_rank if partition_dimension(piece.parameter) is not None else 0
         pieces[names[local[piece.parameter]]] = [part, piece.start, piece.length, piece.number, piece.offset]
     file = deepspeed_engine.optimizer_file(engine, folder.name, topology.expert_rank)
@@ -38,8 +38,8 @@ def write_pieces(engine: Any, folder: Path, topology: Topology) -> None:
 
 @torch.no_grad()
 def load_resharded(engine: Any, weights: Tensors, state: OptimizerState, topology: Topology) -> None:
-    """Load weights and optimizer state into an engine of any layout. Called by every rank; raises UserError
-    for what is damaged.
+    """Load weights and optimizer state into an engine of any layout. Called by every rank. Raises
+    UserError for damaged files.
     """
     load_weights(engine, weights, topology)
     model: nn.Module = engine.module

@@ -1,8 +1,8 @@
 """Open the run folder: ``recipe.yaml``, ``vocabulary.model``, ``origin.json``, ``checkpoints/step-N/``,
 ``metrics.jsonl``, ...
 
-This module knows who may write it, and which of its checkpoints are whole; training knows what is in a
-checkpoint.
+This module decides who may write the folder and which of its checkpoints are complete; the content of
+checkpoints is up to training.
 """
 
 from __future__ import annotations
@@ -40,19 +40,22 @@ from lsmoe_ds.folders import (
     write_whole,
 )
 
-# What may differ when a run is resumed: it changes neither the model nor any step already taken.
+# Keys that may change when a run is resumed: they affect neither the model nor earlier steps.
 MAY_CHANGE = {
     "data.directory",
     "model.huggingface",  # the folder may be elsewhere: the run has the weights
     "data.vocabulary.file",
-    "data.name",  # that the data are the same is checked
-    "model.encoder.moe.replicas",  # which ranks compute rows, and nothing else
+    "data.name",  # the data themselves are compared
+    "model.encoder.moe.replicas",  # only decides which ranks compute rows
     "model.decoder.moe.replicas",
+    "model.encoder.moe.chunks",  # changes results only by rounding
+    "model.decoder.moe.chunks",
     "parallel",  # a checkpoint is resharded to other ranks
     "deepspeed.zero_optimization",
     "training.steps",
     "training.adam",  # moments move to the host and back
     "training.activation_checkpointing",
+    "training.packed",
     "training.log_every",
     "training.log_to",
     "training.peak_flops",
@@ -78,14 +81,14 @@ BEGUN = (
     f".{ORIGIN}.",
     ".recipe.yaml.",
     f".{HOST}.",
-)  # how files are called until they are whole
+)  # prefixes of the names of incomplete files
 
 
 def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
-    """Raise UserError if the folder belongs to another recipe, vocabulary or text, or to somebody else; write
-    nothing.
+    """Raise UserError if the folder holds a run of another recipe, vocabulary or text, or is no run folder.
 
-    ``vocabulary`` is that of the prepared data, in their folder.
+    ``vocabulary`` is the file in the folder of the prepared data. A run that has not yet trained may change,
+    because training may have refused its recipe. Nothing is written.
     """
     stored, copied = run / "recipe.yaml", run / "vocabulary.model"
     if run.exists() and not run.is_dir():
@@ -93,6 +96,8 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     if not stored.exists():
         if run.exists() and any(not _is_begun(path, vocabulary) for path in run.iterdir()):
             raise UserError(f"{run} is not empty and holds no run: choose another folder with --out")
+        return
+    if not has_trained(run):
         return
     for key, before, now in find_changes(load_recipe(stored), recipe):
         advice = "set it back"
@@ -118,8 +123,14 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
         check_trained_on(run, prepared, manifest)
 
 
+def has_trained(run: Path) -> bool:
+    """Tell whether a run has a checkpoint, even a damaged one, or a record of a step."""
+    metrics = run / "metrics.jsonl"
+    return bool(list_checkpoints(run)) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
 def find_changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each key with its two values that differs between recipes, unless a resumed run may change it."""
+    """Yield each key that differs between recipes, with both values, unless a resumed run may change it."""
     old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
     for key in sorted(old.keys() | new.keys()):
         may_change = any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
@@ -128,17 +139,16 @@ def find_changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _is_begun(path: Path, vocabulary: Path) -> bool:
-    """Tell whether a file in a folder without recipe is what :func:`open_run` leaves when it is killed."""
+    """Tell whether a file in a folder without recipe may be left from a killed :func:`open_run`."""
     if path.name == "vocabulary.model":
         return path.is_file() and sha256(path) == sha256(vocabulary)
     return path.name in (ORIGIN, HOST) or path.name.startswith(BEGUN)
 
 
 def choose_run(file: Path, recipe: Recipe, out: Path | None) -> Path:
-    """Return the folder that a training of this recipe file writes.
+    """Return the run folder for a training of this recipe file.
 
-    That is ``out`` if it is given, the run's own folder for the recipe that a run has stored, and otherwise
-    ``runs/NAME``.
+    It is ``out`` if that is given, the file's own folder if a run has stored it, and otherwise ``runs/NAME``.
     """
     if out is not None:
         return out
@@ -146,31 +156,33 @@ def choose_run(file: Path, recipe: Recipe, out: Path | None) -> Path:
 
 
 def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
-    """Make the run folder of a recipe if need be, after :func:`check_run`; store the recipe, and where and on
-    what it is trained.
+    """Make the run folder of a recipe, if needed, after :func:`check_run`; store the recipe and
+    ``origin.json``.
     """
     check_run(recipe, run, vocabulary)
     stored, text, origin = run / "recipe.yaml", recipe.to_yaml(), describe_origin(vocabulary.parent)
+    is_new = not stored.exists() or not has_trained(run)
+    changes = not stored.exists() or stored.read_text(encoding="utf-8") != text
     if origin is not None and (start := _start(recipe, run)) is not None:
         origin |= {START: start}
     with explain_errors(run):
         resolved(run).mkdir(parents=True, exist_ok=True)
         if origin is not None and origin != read_json(run / ORIGIN):
             write_whole(run / ORIGIN, json.dumps(origin) + "\n")
-        if not stored.exists():
+        if is_new:
             partial = run / f"{BEGUN[0]}partial"
             shutil.copyfile(vocabulary, partial)
             partial.replace(run / "vocabulary.model")
-        if recipe.model.huggingface is not None and not (run / HOST).is_dir():
+        if recipe.model.huggingface is not None and ((is_new and changes) or not (run / HOST).is_dir()):
             with replaced(run / HOST) as new:
                 copy_host(recipe.model.huggingface, new)
-        if not stored.exists() or stored.read_text(encoding="utf-8") != text:
-            write_whole(stored, text)  # the last file that a new run gets
+        if changes:
+            write_whole(stored, text)  # a new run gets this file last
 
 
 def weights_digest(folder: Path) -> str | None:
-    """Return a checksum of the weights of a converted folder, as it notes those of its files; None if there
-    are none.
+    """Return a checksum of a converted folder's weights, from the checksums in its provenance; None if it has
+    none.
     """
     files = (read_json(folder / CONVERTED) or {}).get("files")
     sums = {
@@ -182,26 +194,29 @@ def weights_digest(folder: Path) -> str | None:
 
 
 def check_start(folder: Path) -> None:
-    """Raise UserError if a folder is a run, a checkpoint of one, or converted to what no training begins
-    with.
+    """Raise UserError if training cannot start from a folder: a run, a checkpoint, or a converted folder of
+    another kind than :data:`STARTS`.
     """
     kind = (read_json(folder / CONVERTED) or {}).get("kind")
     is_checkpoint = resolved(folder).parent.name == "checkpoints" and (folder / MANIFEST).is_file()
     if kind is None and (is_checkpoint or is_stored_recipe(folder / "recipe.yaml")):
         raise UserError(
-            f"{folder} is a run: `lsmoe convert {folder} --to consolidated --out DIR` makes a folder to "
+            f"{folder} is a run: `lsmoe convert {folder} --as consolidated --out DIR` makes a folder to "
             "start from"
         )
     if kind is not None and kind not in STARTS:
         raise UserError(
-            f"{folder} is made by `lsmoe convert --to {kind}`: give a folder made with --to "
+            f"{folder} is made by `lsmoe convert --as {kind}`: give a folder made with --as "
             f"{', '.join(STARTS)}"
         )
 
 
 def _start(recipe: Recipe, run: Path) -> str | None:
-    """Return the checksum of the weights with which a run began, whose folder may be gone since."""
-    if (run / "recipe.yaml").exists():
+    """Return the checksum of the weights with which a run starts, or started (the folder may be gone).
+
+    A run without a checkpoint starts from the beginning, even if it has trained before.
+    """
+    if list_checkpoints(run):
         known = read_origin(run).get(START)
         return known if isinstance(known, str) else None
     return None if recipe.training.start_from is None else weights_digest(recipe.training.start_from)
@@ -216,7 +231,7 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
         for name, child in value.items()
         for key, leaf in _flat(child, f"{at}.{name}" if at else name).items()
     }
-    if value and all(isinstance(child, list) for child in value.values()):  # the first that fits may decide
+    if value and all(isinstance(child, list) for child in value.values()):  # their order may matter
         found[f"{at} (order)"] = list(value)
     return found
 
@@ -227,8 +242,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def has_ended(checkpoint: Path, steps: int, patience: int | None) -> bool:
-    """Tell whether a training of ``steps`` ends with a checkpoint: it is of the last step, or early stopping
-    with this ``patience`` ends it there.
+    """Tell whether a training of ``steps`` ends with this checkpoint: because it is the last step, or by
+    early stopping with this ``patience``.
     """
     if step_of(checkpoint) >= steps:
         return True
@@ -239,7 +254,7 @@ def has_ended(checkpoint: Path, steps: int, patience: int | None) -> bool:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """List the checkpoints of a run, oldest first; what was cut off while being written is not among them."""
+    """List the checkpoints of a run, oldest first, without those that were not completely written."""
     found = [
         p
         for p in (run / "checkpoints").glob("step-*")
@@ -249,8 +264,10 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def to_remove(checkpoints: list[Path], keep: int, best: int, by_chrf: bool = False) -> list[Path]:
-    """List a run's checkpoints, oldest first, that are neither among the newest ``keep`` nor among the
-    ``best`` of lowest dev loss, or of highest chrF. Checkpoints without that never count as best.
+    """List the checkpoints to remove: those neither among the newest ``keep`` nor among the ``best``.
+
+    The best have the lowest dev loss, or the highest chrF; checkpoints without one never count as best.
+    ``checkpoints`` are those of a run, oldest first.
     """
     key, sign = (CHRF, -1) if by_chrf else ("dev_loss", 1)
     found = {path: (read_json(path / "state.json") or {}).get(key) for path in checkpoints}
@@ -260,7 +277,7 @@ def to_remove(checkpoints: list[Path], keep: int, best: int, by_chrf: bool = Fal
 
 
 def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
-    """Say what is wrong with a checkpoint; None if nothing is."""
+    """Describe the damage to a checkpoint; None if there is none."""
     manifest, state = read_json(checkpoint / "manifest.json"), read_json(checkpoint / "state.json")
     if manifest is None or not isinstance(manifest.get("files"), dict):
         return f"{checkpoint / 'manifest.json'} is missing or damaged"
@@ -270,8 +287,8 @@ def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:
 
 
 def frozen_damage(checkpoint: Path, state: dict[str, Any], checksums: bool) -> str | None:
-    """Say what is wrong with the frozen base that a checkpoint's ``state.json`` refers to; None if nothing
-    is, or it refers to none.
+    """Describe the damage to the frozen base that a checkpoint's ``state.json`` names; None if there is no
+    damage, or no base.
     """
     wanted = state.get(FROZEN)
     if wanted is None:
@@ -288,9 +305,9 @@ def frozen_damage(checkpoint: Path, state: dict[str, Any], checksums: bool) -> s
 
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint of a run, and what is wrong with each newer one.
+    """Return the newest undamaged checkpoint of a run, and a complaint about each newer one.
 
-    Raises UserError if there are checkpoints and all are damaged: resuming would mean to start over silently.
+    Raises UserError if all of at least one checkpoint are damaged: training would silently start over.
     """
     complaints: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
@@ -301,7 +318,7 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     if complaints:
         reasons, base = "; ".join(dict.fromkeys(complaints)), str((run / FROZEN).resolve())
         way = "remove the folder to start over"
-        if all(base in each for each in complaints):  # what trained is there, and needs only its base
+        if all(base in each for each in complaints):  # only the base is damaged
             way = f"put {base} back as it was; a copy of the run has the same"
         raise UserError(f"no checkpoint in {run / 'checkpoints'} is whole ({reasons}): {way}")
     return None, complaints

@@ -1,9 +1,9 @@
-"""Checkpoints: whole or absent, and exact.
+"""Save and load checkpoints: complete or absent, and bit-exact.
 
 ``checkpoints/step-N/`` holds DeepSpeed's files (weights, experts, optimizer), the random state of every rank,
 ``state.json`` (step, layout, position in the data) and ``manifest.json`` (sizes and checksums of all of
-them). It is written under another name, synced, and renamed when it is whole; a run killed at any instant
-keeps its last one.
+them). It is written under another name, synced, and renamed when it is complete, so a run killed at any time
+keeps its last checkpoint.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from lsmoe_ds.parallel.parameters import global_name, global_names, named_state,
 from lsmoe_ds.parallel.topology import Topology
 
 UNFINISHED = ".writing-"
-WRITTEN = "written-"  # a rank's note to the main one, and what went wrong
-POLL, PATIENCE = 0.02, 10.0  # seconds; how long the ranks' notes are waited for after an error
+WRITTEN = "written-"  # prefix of a rank's note to the main rank: empty, or its error
+POLL, PATIENCE = 0.02, 10.0  # seconds; after an error, PATIENCE limits the wait for the ranks' notes
 
 
 class Saver:
     """Write the checkpoints of a run and keep the newest ``keep`` and the ``best`` by dev loss, or
     ``by_chrf``.
 
-    ``frozen`` is the checksum of the frozen base, as the checkpoint has it from which the run resumes.
-    Without one the base, if there is any, is written with the first checkpoint.
+    ``frozen`` is the checksum of the frozen base in the checkpoint from which the run resumes. If it is None,
+    the base, if there is one, is written with the first checkpoint.
 
-    Training stands still while the state is copied in memory, or, where there is no room for copies, while it
-    is written. Writing, checksums, syncing and renaming continue beside the next steps, in a thread of each
-    rank. Leaving the context waits for it. All methods are called by every rank.
+    Training waits while the state is copied in memory, or, without memory for copies, while it is written. A
+    thread of each rank does the rest (writing, checksums, syncing, renaming) during the next steps. Leaving
+    the context waits for it. All methods are called by every rank.
     """
 
     def __init__(
@@ -78,8 +78,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error the ranks may be out of step: no barrier then, and the first error is the one to
-        # tell.
+        # After an error ranks may be at different points, so no barrier then; the first error is reported.
         with self._thread:
             if kind is None:
                 self.finish()
@@ -89,10 +88,10 @@ class Saver:
     def save(
         self, engine: Any, step: int, position: dict[str, Any], dev: Mapping[str, float] | None = None
     ) -> None:
-        """Begin ``checkpoints/step-N``, after finishing the one before; when it returns the weights may
-        change. ``dev`` is what a validation in this step has measured.
+        """Finish the previous checkpoint and begin ``checkpoints/step-N``; afterwards the weights may change.
 
-        Raises UserError, here or in :meth:`finish`, if it cannot be written.
+        ``dev`` holds the results of a validation in this step. Raises UserError, here or in :meth:`finish`,
+        if the checkpoint cannot be written.
         """
         self.finish()
         if self.frozen is None:
@@ -126,15 +125,15 @@ class Saver:
         self._unfinished = self._thread.submit(self._complete, partial, final)
 
     def finish(self) -> None:
-        """Wait until what was saved is whole, or raises what went wrong."""
+        """Wait until the last checkpoint is complete, or raise its error."""
         if self._unfinished is not None:
             unfinished, self._unfinished = self._unfinished, None
             unfinished.result()
         dist.barrier()
 
     def _write(self, state: Any, path: str) -> None:
-        """Write a file of DeepSpeed's: a copy in the background if every rank of the machine has the memory
-        for one, otherwise at once.
+        """Write one of DeepSpeed's files: a copy in the background if there is memory for copies of all ranks
+        of the machine, otherwise at once.
         """
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.topology.world))
         copied = 2 * ranks * _size(state) < psutil.virtual_memory().available
@@ -145,7 +144,7 @@ class Saver:
             _save(alone, path)
 
     def _settle(self) -> None:
-        """Wait for the writes in the background: what they write into cannot be removed before."""
+        """Wait for background writes, whose folder cannot be removed before they end."""
         writes, self._writes = self._writes, []
         for write in writes:
             write.cancel()
@@ -161,7 +160,7 @@ class Saver:
             except (OSError, RuntimeError) as error:
                 note = own.with_name(f".{own.name}")
                 note.write_text(str(error))
-                note.rename(own)  # whole: an empty one says that all is well
+                note.rename(own)  # atomic, because an empty note means success
                 raise
             own.touch()
             if not self.topology.is_main:
@@ -172,7 +171,7 @@ class Saver:
                 {"files": describe_files(partial, (p.name for p in partial.iterdir()))},
             )
             sync(partial)
-            if final.exists():  # damaged, or training would have gone on from it
+            if final.exists():  # it is damaged, otherwise training would have resumed from it
                 _remove(final)
             partial.rename(final)
             sync(final.parent, contents=False)
@@ -180,8 +179,10 @@ class Saver:
                 _remove(old)
 
     def _wait_for_all(self, partial: Path) -> None:
-        """Wait until each rank has noted that its files are written. Notes are files, since collectives
-        belong to training. Raises OSError if a rank could not write, or did not end after an error.
+        """Wait for a note from each rank that its files are written.
+
+        Notes are files, because only training may use collectives. Raises OSError if a rank could not write,
+        or did not end after an error.
         """
         patience = PATIENCE / POLL
         for rank in range(self.topology.world):
@@ -209,8 +210,10 @@ def _size(value: Any) -> int:
 
 
 def _alone(value: Any, copied: bool) -> Any:
-    """Return nested containers with their tensors on the CPU, none a view of a larger one, which
-    ``torch.save`` would write whole. With ``copied`` training changes nothing of the result.
+    """Return nested containers with their tensors on the CPU.
+
+    No tensor is a view of a larger one, because ``torch.save`` would write that completely. With ``copied``,
+    training cannot change the result.
     """
     if isinstance(value, torch.Tensor):
         whole = value.untyped_storage().nbytes() == value.nbytes
@@ -223,7 +226,7 @@ def _alone(value: Any, copied: bool) -> Any:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, after renaming it, so that a kill never leaves part of one under its name."""
+    """Remove a checkpoint, after renaming it, so that a kill leaves no part of it under its name."""
     leftover = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}-removed")
     checkpoint.rename(leftover)
     shutil.rmtree(leftover)
@@ -245,7 +248,7 @@ def _explained(
         if not full and isinstance(error, RuntimeError):
             raise
         settle()
-        if main:  # others may still tell it what went wrong
+        if main:  # only here, because other ranks may still write their notes into the folder
             shutil.rmtree(partial, ignore_errors=True)
         reason = "the disk is full" if full else str(error)
         raise UserError(
@@ -254,9 +257,7 @@ def _explained(
 
 
 def _gather_partition(model: torch.nn.Module, topology: Topology) -> dict[str, int]:
-    """Map each parameter and buffer that is spread over tensor-parallel ranks, by global name, to the
-    dimension that is split.
-    """
+    """Map the global name of each parameter and buffer that tensor-parallel ranks split to that dimension."""
     names = global_names(model, topology)
     dimensions = {names[name]: partition_dimension(value) for name, value in named_state(model)}
     return {name: dimension for name, dimension in dimensions.items() if dimension is not None}
@@ -280,10 +281,10 @@ def describe_change(engine: Any, checkpoint: Path, topology: Topology) -> str | 
 
 
 def load(engine: Any, checkpoint: Path, topology: Topology) -> dict[str, Any]:
-    """Restore weights and optimizer; returns ``state.json``. Called by every rank.
+    """Restore weights and optimizer, and return ``state.json``. Called by every rank.
 
-    In the layout that wrote the checkpoint, this rank's random state too; in another one random numbers begin
-    anew.
+    This rank's random state is restored only in the layout that wrote the checkpoint; in another one it
+    starts afresh.
     """
     state = read_json(checkpoint / "state.json")
     try:

@@ -1,8 +1,7 @@
-"""Store tensors of which many values are 0, such as pruned matrices and their averages, by what is left.
+"""Pack tensors with many zeros, such as pruned matrices and their averages: store only the other values.
 
-A packed tensor is a mapping: ``values``, those that are not 0, in order; ``bits``, a bit for each value of
-the tensor, 1 where it is not 0; and ``packed``, the tensor's shape. A packed tensor of truth values has only
-bits.
+A packed tensor is a mapping: ``values``, the nonzero values in order; ``bits``, a bit for each value of the
+tensor, 1 where it is not 0; and ``packed``, the tensor's shape. A packed boolean tensor has no ``values``.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from torch import Tensor
 from lsmoe_ds.errors import UserError
 
 SHAPE, BITS, VALUES = "packed", "bits", "values"
-LEAST = 64  # values of a tensor that is packed
+LEAST = 64  # smaller tensors are not packed
 WORTHWHILE = 0.7  # share of values that are not 0, below which packing saves a quarter of the bytes or more
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size, to see -0.0 as what it is
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size: as an integer, -0.0 is not 0
 
 
 def pack(state: Any) -> Any:
@@ -50,15 +49,15 @@ def _pack(tensor: Tensor) -> Tensor | dict[str, Any]:
 
 
 def to_bits(flags: Tensor) -> Tensor:
-    """Pack truth values of one dimension into bytes, eight a byte."""
+    """Pack booleans [N] into bytes, eight to a byte."""
     return torch.from_numpy(np.packbits(flags.numpy()))
 
 
 def unpack(state: Any, path: object) -> Any:
-    """Return nested containers with each packed tensor as it was.
+    """Return nested containers with each packed tensor unpacked.
 
-    Raises UserError, with the file's ``path``, if one is damaged, or if a tensor claims more values than the
-    file has room for: strides of 0 would make gigabytes of one.
+    Raises UserError, which names the file's ``path``, for a damaged tensor, and for one with more values than
+    its file stores: with strides of 0 a small file could claim gigabytes.
     """
     size = Path(str(path)).stat().st_size
     for tensor in _stored(state):
@@ -87,9 +86,9 @@ def _unpacked(state: Any, path: object) -> Any:
 
 
 def from_bits(bits: Any, shape: Any, path: object) -> Tensor:
-    """Return the truth values of a ``shape`` that :func:`to_bits` packed.
+    """Return the booleans of this ``shape`` that :func:`to_bits` packed.
 
-    Raises UserError, with the file's ``path``, if the bits are not those of the shape.
+    Raises UserError, which names the file's ``path``, if the number of bits does not fit the shape.
     """
     whole = isinstance(shape, list) and all(isinstance(size, int) and size >= 0 for size in shape)
     if not whole or not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.dim() != 1:

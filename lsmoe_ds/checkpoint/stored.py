@@ -1,16 +1,16 @@
-"""Find a stored model: a run folder, a checkpoint in it, or a converted folder; and write the latter.
+"""Find a stored model (a run folder, a checkpoint in it, or a converted folder), and write converted folders.
 
-A converted folder holds the files of its kind (those of :func:`lsmoe_ds.checkpoint.tensors.save_tensors`, for
-most), ``recipe.yaml``, ``vocabulary.model``, a model card ``README.md`` and ``provenance.json``::
+A converted folder holds the files of its kind (for most, :func:`lsmoe_ds.checkpoint.tensors.save_tensors`
+writes them), ``recipe.yaml``, ``vocabulary.model``, a model card ``README.md`` and ``provenance.json``::
 
     {"format": "lsmoe_ds", "kind": "dense", "version": ..., "run": ..., "step": N,
      "direction": "en-de" or "all", "route": "specific" or "shared", "source_files": {name: sha256},
      "sparse_parameters": N, "dense_parameters": N, "files": {name: {"bytes", "sha256"}}}
 
-If methods were merged, ``merged`` describes them. In the kind "huggingface" ``padded_parameters`` counts also
-the zeros that fill narrower feed-forwards up. ``trained`` lists the directions of the run's training, and
-``started_from`` names the model with which that began, if it was not new, and ``start`` is a checksum of its
-weights.
+If methods were merged, ``merged`` describes them. In the kind "huggingface" ``padded_parameters`` also counts
+the padding of narrower feed-forwards and of layers with fewer experts. ``trained`` lists the directions of
+the run's training. If training did not begin with a new model, ``started_from`` names the model that it
+started from, and ``start`` is a checksum of that model's weights.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ from lsmoe_ds.notices import counted, listed, notice
 
 RECIPE, VOCABULARY, PROVENANCE = "recipe.yaml", "vocabulary.model", "provenance.json"
 READABLE = ("sparse", "consolidated", "hybrid", "dense", "huggingface")  # kinds whose weights are read here
-PLAIN = ("dense", "huggingface")  # those of them that are a dense model
+PLAIN = ("dense", "huggingface")  # kinds of dense models, unless tokens choose experts
 CARD = "README.md"
 FORMAT = "lsmoe_ds"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A model on disk. ``home`` holds its recipe and vocabulary, ``weights_in`` its weights; ``kind`` is
-    "sparse" for a training checkpoint (whatever its layers are) and otherwise what it was converted to.
+    """A model on disk. ``home`` holds its recipe and vocabulary, ``weights_in`` its weights. ``kind`` is
+    "sparse" for any training checkpoint, and otherwise the kind to which the model was converted.
     """
 
     kind: str
@@ -73,6 +73,11 @@ class Stored:
     @property
     def vocabulary(self) -> Path:
         return self.home / VOCABULARY
+
+    @property
+    def is_dense(self) -> bool:
+        """Tell whether it is a converted folder without experts."""
+        return self.kind in PLAIN and not any(self.recipe.model.moe_layers())
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,7 @@ class Weights:
 
 
 def find_model(path: str | Path) -> Stored:
-    """Find the model at a path that a person gave; in a run, the newest checkpoint. Raises UserError if there
-    is none.
-    """
+    """Find the model at a user's path; in a run, the newest checkpoint. Raises UserError if there is none."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(
@@ -124,8 +127,8 @@ def find_model(path: str | Path) -> Stored:
 
 
 def start_of(stored: Stored) -> str | None:
-    """Return the checksum of the weights with which a model's training began
-    (:func:`lsmoe_ds.checkpoint.run_folder.weights_digest`): empty if it was new, None if nobody knows.
+    """Return the checksum of the weights from which a model's training started
+    (:func:`lsmoe_ds.checkpoint.run_folder.weights_digest`): empty for a new model, None if it is unknown.
     """
     if stored.kind == "sparse":
         noted, folder = read_origin(stored.home).get(START), stored.recipe.training.start_from
@@ -139,9 +142,9 @@ def start_of(stored: Stored) -> str | None:
 
 
 def read_weights(stored: Stored, average: Averaging = 1) -> Weights:
-    """Return the weights, read when they are asked for; of a run also an ``average`` of them.
+    """Return the weights, or an ``average`` of a run's weights; tensors are read on demand.
 
-    Raises UserError if they are damaged, or there is no such average.
+    Raises UserError if they are damaged, or if there is no such average.
     """
     if average != 1 and stored.kind != "sparse":
         raise UserError(f"--average is for the checkpoints of a run: {stored.home} holds one model")
@@ -167,8 +170,8 @@ def read_weights(stored: Stored, average: Averaging = 1) -> Weights:
         )
     if stored.kind not in READABLE:
         raise UserError(
-            f"{stored.home} was made by `lsmoe convert --to {stored.kind}`: give the run, or a folder that "
-            "was made with --to dense"
+            f"{stored.home} was made by `lsmoe convert --as {stored.kind}`: give the run, or a folder that "
+            "was made with --as dense"
         )
     provenance = read_fields(stored.home / PROVENANCE, step=int, files=dict)
     files = provenance["files"]
@@ -188,7 +191,7 @@ def read_weights(stored: Stored, average: Averaging = 1) -> Weights:
 
 @contextmanager
 def _naming_another(stored: Stored) -> Iterator[None]:
-    """Name a way out in errors about a damaged checkpoint: an earlier one, or the frozen base."""
+    """Add a remedy to errors about a damaged checkpoint: an earlier one, or the frozen base."""
     try:
         yield
     except UserError as error:
@@ -201,7 +204,7 @@ def _naming_another(stored: Stored) -> Iterator[None]:
 
 
 def _moving_average(stored: Stored) -> Weights:
-    """Return the average of what trains, and the rest as it is."""
+    """Return the moving average of trained parameters, and other tensors unchanged."""
     if stored.recipe.training.ema is None:
         raise UserError(
             f"--average {EMA} is the average that training.ema keeps, but {stored.home} was trained without: "
@@ -271,7 +274,7 @@ name) into a folder in the way of one kind, and returns the names of its files.
 
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], recipe: Recipe, vocabulary: Path) -> list[str]:
-    """Write the kinds whose weights are stored under our names."""
+    """Write a folder's files for the kinds that store weights under our names."""
     return save_tensors(tensors, folder)
 
 
@@ -285,11 +288,10 @@ def write_folder(
     write: Writer = write_files,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Write a converted folder completely or not at all, and return its files; one that was converted earlier
-    is replaced, any other is refused.
+    """Write a converted folder completely or not at all, and return its files.
 
-    ``write``, which gets the ``options``, makes the files of its kind; ``card`` is the text of README.md,
-    without one there is none.
+    A folder converted earlier is replaced, any other is refused. ``write``, called with the ``options``,
+    writes the files of the kind. ``card`` is the text of README.md, if there is to be one.
     """
     check_writable(out)
     if (replaced_one := read_json(out / PROVENANCE)) is not None:
@@ -303,14 +305,14 @@ def write_folder(
             names = [*names, *(f"{HOST}/{name}" for name in copy_host(recipe.model.huggingface, new / HOST))]
         (new / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
         files = describe_files(new, (*names, RECIPE, VOCABULARY))
-        if card:  # a text for people, who may change it
+        if card:  # not among the files with checksums, because people may edit it
             (new / CARD).write_text(card, encoding="utf-8")
         write_json(new / PROVENANCE, {"format": FORMAT, **provenance, "files": files})
     return files
 
 
 def _describe(provenance: Mapping[str, Any]) -> str:
-    """Say what a converted folder holds: ``dense, en-de, of step 200``."""
+    """Describe the content of a converted folder: ``dense, en-de, of step 200``."""
     kind, direction, step = (provenance.get(key) for key in ("kind", "direction", "step"))
     return ", ".join(
         str(each)
@@ -325,9 +327,7 @@ def name_of(out: Path) -> str:
 
 
 def check_writable(out: Path) -> None:
-    """Raise UserError if the path holds something that `lsmoe convert` did not make, or nothing can be
-    written there.
-    """
+    """Raise UserError if the path holds something that `lsmoe convert` did not make, or cannot be written."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder with --out")
     if out.is_dir() and any(out.iterdir()):

@@ -1,8 +1,7 @@
-"""Tensors by name that are made when they are asked for: a conversion composes them, and so never holds the
-whole model.
+"""Lazy tensors by name: conversions compose them, and so never hold the whole model in memory.
 
-On disk they are safetensors: one file, or above :data:`SHARD` bytes several with an index, as
-``transformers`` has them.
+On disk they are safetensors: one file, or above :data:`SHARD` bytes several files with an index, as in
+``transformers``.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from lsmoe_ds.checkpoint.sparse import LEAST, from_bits, to_bits
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import is_count, is_plain, read_json, write_json
 
-SHARD = 2**29  # bytes of a file, unless one tensor alone has more
-AT_ONCE = 2**28  # bytes that are read of mapped files before they are opened anew
-# Types that stay what they are when they are read, by safetensors' names; others, of weights, become float32.
+SHARD = 2**29  # bytes of a file, more only for a single larger tensor
+AT_ONCE = 2**28  # bytes to read from mapped files before they are reopened
+# Types that reading keeps, by safetensors' names; others, those of weights, become float32.
 KEPT = {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 KEPT |= {"U8": torch.uint8, "BOOL": torch.bool}
-# In the metadata of a file: which of its tensors are no parameters, and the shapes of those that are bits.
+# Keys of a file's metadata: the tensors that are not parameters, and the shapes of those stored as bits.
 BUFFERS, PACKED = "buffers", "packed"
 T = TypeVar("T")
 
 
 class LazyTensor(NamedTuple):
-    """A tensor to come, on the CPU."""
+    """A tensor that is computed on demand, on the CPU."""
 
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
@@ -52,14 +51,14 @@ class LazyTensor(NamedTuple):
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Each tensor is made anew whenever it is asked for."""
+    """A mapping that computes a tensor at each access."""
 
     def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
         self.entries = dict(entries)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Return any mapping as this one."""
+        """Wrap any mapping of tensors."""
         if isinstance(tensors, Tensors):
             return tensors
 
@@ -81,7 +80,7 @@ class Tensors(Mapping[str, Tensor]):
         return len(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without making it."""
+        """Return a tensor's shape without computing the tensor."""
         return self.entries[name].shape
 
     @property
@@ -91,11 +90,10 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class Files(Generic[T]):
-    """Opened files. What was read of a mapped file stays in memory while it is open: now and then all are
-    opened anew.
+    """Keep files open. Pages of a mapped file stay in memory while it is open, so all files are reopened
+    after :data:`AT_ONCE` bytes.
 
-    Before anything is read of a file, ``check`` is called with it, once; it raises UserError if the file is
-    not what was written.
+    ``check`` is called once for each file before it is read, and raises UserError if the file has changed.
     """
 
     def __init__(self, open_file: Callable[[Path], T], check: Callable[[Path], None] | None = None) -> None:
@@ -105,8 +103,8 @@ class Files(Generic[T]):
         self._read = 0
 
     def get(self, path: Path, to_read: int = 0) -> T:
-        """Return an opened file, from which ``to_read`` bytes will be read and copied; if 0, only names and
-        shapes.
+        """Return an open file, from which the caller will copy ``to_read`` bytes; 0 if it reads only names
+        and shapes.
         """
         if self._read > AT_ONCE or len(self._opened) > 64:
             self._opened.clear()
@@ -126,9 +124,8 @@ def save_tensors(
     """Write ``stem.safetensors``, or shards and ``stem.safetensors.index.json``, and return the names of the
     files.
 
-    A shard has up to ``shard`` bytes, :data:`SHARD` if that is None; one is held at a time. Truth values are
-    stored as bits, unless they are few. Raises OSError on a full disk, otherwise UserError, if they cannot be
-    written.
+    A shard has up to ``shard`` bytes (default :data:`SHARD`); memory holds one at a time. Booleans are stored
+    as bits, unless they are few. If writing fails, raises OSError for a full disk, otherwise UserError.
     """
     given = Tensors.of(tensors).entries
     packed = {
@@ -178,39 +175,39 @@ def _save(tensors: Tensors, names: list[str], packed: Mapping[str, tuple[int, ..
     try:
         safetensors.torch.save_file({name: _apart(tensors[name]) for name in names}, path, metadata)
     except safetensors.SafetensorError as error:
-        if "No space left" in str(error):  # it reports a full disk as an error of its own
+        if "No space left" in str(error):  # safetensors reports a full disk as its own error type
             raise OSError(errno.ENOSPC, str(error)) from None
         raise UserError(f"{path} cannot be written: {error}") from None
     _sort_metadata(path)
-    # safetensors lets nobody else read its files; they are to be as readable as their folder.
+    # safetensors makes its files private; give them the read permissions of their folder.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a file that was just saved in order, which safetensors leaves to chance: the same
-    model gives the same bytes, by whose checksums models are known.
+    """Sort the metadata of a file that was just saved, whose order safetensors leaves to chance.
+
+    So the same model always gives the same bytes, which matters because checksums identify models.
     """
     with path.open("r+b") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
         entries = json.loads(header)
         entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
         ordered = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
-        if len(ordered) == len(header):  # if it is written in another way, it stays as it is
+        if len(ordered) == len(header):  # leave a header of another format unchanged
             file.seek(8)
             file.write(ordered)
 
 
 def _apart(value: Tensor) -> Tensor:
-    """Return a contiguous tensor in memory of its own: safetensors does not write two views of the same
-    memory.
-    """
+    """Return a contiguous tensor in its own memory, because safetensors refuses views of shared memory."""
     own = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
     return value if own else value.clone(memory_format=torch.contiguous_format)
 
 
 def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None] | None = None) -> Tensors:
-    """Open what :func:`save_tensors` or ``transformers`` has written; ``check`` as in :class:`Files`. Half
-    precision becomes float32. Raises UserError if it is missing or damaged.
+    """Open files that :func:`save_tensors` or ``transformers`` wrote; ``check`` as in :class:`Files`.
+
+    Half precision becomes float32. Raises UserError if a file is missing or damaged.
     """
     files: Files[Any] = Files(_open, check)
 
@@ -231,8 +228,9 @@ def open_tensors(folder: Path, stem: str = "model", check: Callable[[Path], None
 
 
 def open_pickled(folder: Path, stem: str) -> Tensors:
-    """Open what torch has saved, ``stem.bin`` or shards with an index. Raises UserError if it is missing or
-    damaged, or holds anything but tensors: nothing in it is run.
+    """Open files that torch saved: ``stem.bin``, or shards with an index.
+
+    Raises UserError if a file is missing, damaged, or holds anything but tensors; no code in it is executed.
     """
     files: Files[dict[str, Tensor]] = Files(_unpickle)
 
@@ -340,7 +338,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of unpickling, of torch's own reader, or of the system
+    except Exception as error:  # from unpickling, torch's reader, or the system
         why = " ".join(str(error).split())[:100]
         raise UserError(
             f"{path} is damaged, or holds more than tensors, which could run code: it is not read ({why})"

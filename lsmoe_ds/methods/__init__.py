@@ -1,1 +1,1 @@
-"""The hooks of a method (``base``), what layers know of the sentences, and a room for each method."""
+"""The hooks of a method (``base``), what layers know of the sentences, and one package for each method."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lsmoe_ds.data.batches import Batch
 
 Draw = Callable[[Tensor, Generator], object]  # fills a whole parameter in place
-Totals = dict[str, list[Tensor]]  # of a step, by method
+Totals = dict[str, list[Tensor]]  # the totals of a step, by method
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class StepSize:
 class Product:
     """What a method adds to the weight W of one linear layer: W + up down.
 
-    ``make`` returns ``down`` [rank, inputs] and ``up`` [outputs, rank], which read the layer's first inputs
-    and add to its first outputs. ``kept`` counts their values that are not pruned.
+    ``make`` returns ``down`` [rank, inputs] and ``up`` [outputs, rank]. ``down`` reads the layer's first
+    inputs; ``up`` adds to its first outputs. ``kept`` counts the values of both that are not pruned.
     """
 
     rank: int
@@ -62,18 +62,19 @@ class Product:
 
 
 class Method:
-    """What one method adds to training. The default of each hook adds nothing.
+    """The interface of a method. The default of each hook adds nothing.
 
-    Its modules may have state that is no parameter, such as masks: persistent buffers are stored, resumed,
-    resharded and exported as parameters are, in their own type. If a buffer is spread over tensor-parallel
-    ranks, each holds its part, marked by :func:`lsmoe_ds.parallel.compat.mark_tensor_parallel`.
+    A method's modules may have state that is not a parameter, such as masks. Persistent buffers are stored,
+    resumed, resharded and exported like parameters, in their own type. If a buffer is spread over
+    tensor-parallel ranks, each rank holds its part and marks it with
+    :func:`lsmoe_ds.parallel.compat.mark_tensor_parallel`.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measure` returns
-    analyses: ClassVar[tuple[str, ...]] = ()  # what `lsmoe analyze KIND` can find in its weights
+    analyses: ClassVar[tuple[str, ...]] = ()  # the kinds that `lsmoe analyze KIND` accepts for its weights
     by_direction: ClassVar[bool] = False  # whether languages choose the parameters of the specific route
-    adds_layers: ClassVar[bool] = False  # whether :meth:`merge` makes layers of what it adds
+    adds_layers: ClassVar[bool] = False  # whether :meth:`merge` turns its modules into further layers
     reshapes: ClassVar[bool] = False  # whether :meth:`merge` changes sizes or names of the model's tensors
     adds_products: ClassVar[bool] = False  # whether :meth:`products` is all that it adds
 
@@ -86,7 +87,7 @@ class Method:
         return f"_{self.name}." in name
 
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
-        """Return modules that several sites share, by name in the model. Called before :meth:`install`."""
+        """Return the modules that several sites share, with their names. Called before :meth:`install`."""
         return []
 
     def install(self, site: Site) -> None:
@@ -99,17 +100,17 @@ class Method:
         raise NotImplementedError
 
     def initial(self, name: str) -> Draw | None:
-        """Return the function that initializes the parameter with this global name.
+        """Return the function that initializes the parameter or buffer with this global name.
 
-        None for parameters of others, and for weights, biases and norms that are initialized like the model's
-        own. A buffer without one stays as it was made.
+        None for parameters that belong to others, and for weights, biases and norms that are initialized like
+        the model's own. A buffer for which this is None keeps the values that its module gave it.
         """
         return None
 
     def spread_along(self, name: str) -> int | None:
-        """Return the dimension along which tensor-parallel ranks share out the parameter of a global name.
+        """Return the dimension along which tensor-parallel ranks split the parameter with this global name.
 
-        None for parameters of others, and for those that every rank holds whole.
+        None for parameters that belong to others, and for those that every rank holds whole.
         """
         return None
 
@@ -119,7 +120,7 @@ class Method:
             raise UserError(self.section.unmergeable)
 
     def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
-        """Return the whole model's weights, by global name, with this method's merged into their layers."""
+        """Merge this method's parameters into their layers; return the model's weights by global name."""
         own = [name for name in weights if self.owns(name)]
         entries = {name: weights.entries[name] for name in weights.keys() - set(own)}
         for at in dict.fromkeys(name.partition(f"_{self.name}.")[0] for name in own):
@@ -131,102 +132,107 @@ class Method:
     ) -> dict[str, LazyTensor]:
         """Return the tensors that replace those of the layer ``at`` when this method is merged into it.
 
-        Only the specific route of a ``by_direction`` method reads ``direction``.
+        ``direction`` matters only for the specific route of a ``by_direction`` method.
         """
         raise NotImplementedError
 
     def products(self, weights: Tensors, direction: Direction | None, route: Route) -> dict[str, Product]:
-        """Return what it adds to each linear layer, by the layer's name, as :meth:`merge` merges it."""
+        """Return the product that this method adds to each linear layer, by the layer's name.
+
+        :meth:`merge` merges the same products.
+        """
         raise NotImplementedError
 
     def adapters(self) -> Mapping[str, tuple[Direction, Route]]:
-        """Return, by name, the direction and the route of each of its products that is an adapter of its own.
+        """Return each adapter to export, by name: the direction and the route that select its products.
 
-        Empty if directions or their languages have the adapters (:attr:`chosen_by`).
+        Empty if each direction, or each of its languages, has one adapter (:attr:`chosen_by`).
         """
         return {}
 
     @property
     def chosen_by(self) -> set[str]:
-        """Name the languages, "source" and "target", that choose the products of the specific route."""
+        """Return which languages ("source", "target") choose the products of the specific route."""
         raise NotImplementedError
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:
         """Return the rows of a parameter [R, width] that belong to each language code and to "shared".
 
-        A model that grows by further languages copies these rows to the new places. Empty if no rows belong
-        to a language.
+        When languages are added to a trained model, these rows are copied to their new places. Empty if no
+        rows belong to a language.
         """
         return {}
 
     def holder_like(self, new: str, known: Collection[str], like: str | None) -> str | None:
-        """Return which of the ``known`` holders of :meth:`language_rows` gives its rows to a ``new`` one.
+        """Choose the holder in ``known`` (keys of :meth:`language_rows`) whose rows a ``new`` holder copies.
 
-        ``like`` is the language that new ones are said to be like. None if the rows are drawn.
+        ``like`` is the language that the user named as similar to the new ones. None if the new rows are
+        initialized instead.
         """
         return None
 
     def begin(self, model: Any, dev: Callable[[int | None], Iterable[Batch]]) -> str | None:
-        """Read dev text with the model to which this method is added; return a sentence on what was found.
+        """Prepare this method on dev text, read by the model it is added to; return a sentence to print.
 
         Called once, before the first step of a training that starts from a model without this method.
-        ``dev(limit)`` yields up to ``limit`` dev pairs of each direction (None: all), over all data ranks
-        once, in batches of one direction, equally many on each rank.
+        ``dev(limit)`` yields up to ``limit`` dev pairs of each direction (None: all). Each pair goes to one
+        data rank; each batch has one direction; all ranks get equally many batches.
         """
         return None
 
     def before_step(self, model: nn.Module, number: int, steps: int) -> Mapping[nn.Parameter, Tensor] | None:
         """Prepare the model for the ``number``-th of ``steps`` training steps, counted from 1.
 
-        May return masks of parameters, each in this rank's part: where one is false, training sets the value
-        and what the optimizer knows of it to 0. It stays 0 if the method lets it have no gradient.
+        May return masks of parameters (each of this rank's part). Where a mask is false, training sets the
+        value and its optimizer state to 0. The value stays 0 as long as the method gives it no gradient.
         """
         return None
 
     def count(self, notes: Sequence[Any]) -> list[Tensor]:
-        """Return a micro-batch's part of the totals, as vectors without gradient."""
+        """Compute a micro-batch's part of the totals, as vectors without gradient."""
         return []
 
     def count_ahead(
         self, model: nn.Module, real: Mapping[str, Tensor], ids: SentenceIds
     ) -> list[Tensor] | None:
-        """Return the same as :meth:`count` without a forward pass; None if that is impossible.
+        """Compute the result of :meth:`count` without a forward pass; return None if that is impossible.
 
-        ``ids`` are those of B sentences, ``real`` their real positions [B, T] on each side.
+        ``ids`` belong to B sentences; ``real`` has their real positions [B, T] on each side.
         """
         return [] if type(self).count is Method.count else None
 
     def losses(self, notes: Sequence[Any], totals: list[Tensor], size: StepSize) -> dict[str, Tensor]:
-        """Return a micro-batch's part of each loss. The parts of all micro-batches of a step sum to the
-        loss.
-        """
+        """Compute a micro-batch's part of each loss; the parts of all micro-batches of a step sum to it."""
         return {}
 
     def sums(self, notes: Sequence[Any]) -> dict[str, Tensor | float]:
-        """Return further numbers of a micro-batch, by name, to be summed over the step.
+        """Return further values of a micro-batch, by name, to be summed over the step.
 
-        A tensor is better than a number for which the device must be waited for.
+        Prefer a tensor to a Python number if the number would require waiting for the device.
         """
         return {}
 
     def measure(self, sums: Mapping[str, float], totals: list[Tensor], size: StepSize) -> dict[str, float]:
-        """Return the step's :attr:`metrics`, from the sums over the step of :meth:`sums` and
-        :meth:`losses`.
+        """Return the step's :attr:`metrics`.
+
+        ``sums`` has the values of :meth:`sums` and :meth:`losses`, summed over the step.
         """
         return {}
 
     def why_not(self, kind: str, weights: Tensors) -> str | None:
-        """Say why a model with these weights has nothing of a kind of :attr:`analyses`; None if it has."""
+        """Explain why an analysis (one of :attr:`analyses`) cannot run on these weights; None if it can."""
         return None
 
     def analyze(self, kind: str, weights: Tensors) -> Findings:
-        """Return what a kind of :attr:`analyses` finds in the whole model's weights, by global name."""
+        """Run an analysis (one of :attr:`analyses`) on the whole model's ``weights``, by global name."""
         raise NotImplementedError
 
 
 def direction_like(new: str, known: Collection[str], like: str | None) -> str | None:
-    """Return the known direction that a new one is like: the same with the language ``like``, or the first
-    with the same target; None if there is none.
+    """Return the known direction whose parameters a new direction copies.
+
+    That is the new direction with one of its languages replaced by ``like``; failing that, the first known
+    one with the same target. None if there is none.
     """
     source, target = new.split("-")
     alike = (each for each in known if each.endswith(f"-{target}"))

@@ -1,4 +1,4 @@
-"""What a method finds in the weights of a trained model: numbers for files, grids and curves for pictures."""
+"""The results of analyzing a trained model's weights: numbers for files, grids and curves for pictures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class Grid:
     """A table of numbers that is drawn in colors; None is an empty cell.
 
-    ``name`` is that of its file. Colors go from ``low`` to ``full``, by default the largest value; those of
-    values below ``middle`` are red, and both are distances from there. ``signed`` values are shares that are
-    drawn in percentage points, with the scale of their colors below the grid.
+    ``name`` is the name of its file. Colors go from ``low`` to ``full``, by default the largest value, both
+    measured from ``middle``; values below ``middle`` are red. ``signed`` values are shares, drawn in
+    percentage points with their color scale below the grid.
     """
 
     name: str
@@ -33,9 +33,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x, y, label) that are drawn along a line, or unless they are ``joined`` each by itself; ``x``
-    and ``y`` name the axes.
-    """
+    """Points (x, y, label), connected by a line if they are ``joined``; ``x`` and ``y`` name the axes."""
 
     name: str
     title: str
@@ -50,8 +48,8 @@ class Curve:
 class Findings:
     """What one analysis found.
 
-    ``records`` are the rows of a CSV file, with the same keys in each. ``recipe`` is one that the analysis
-    suggests, ``said`` what it says in a sentence. ``more`` are further tables, by the names of their files.
+    ``records`` are the rows of a CSV file, with the same keys in each. ``recipe`` is a recipe that the
+    analysis suggests; ``said`` is its conclusion in one sentence. ``more`` has further tables by file name.
     """
 
     title: str

@@ -112,10 +112,9 @@ class FuseDistillation(Objective):
         return tuple(each[again] for each in batch), ids.select(again)
 
     def losses(self, logits: Tensor, labels: Tensor, smoothing: float, topology: Topology) -> TokenLosses:
-        """Return the losses of logits [2 N, V / tensor] with labels [2 N] of both routes, summed over N
-        tokens.
+        """Compute the losses of both routes, logits [2 N, V / tensor] and labels [2 N], summed over N tokens.
 
-        ``loss`` is the mean of the two smoothed cross-entropies; its gradient includes that of the
+        ``loss`` is the mean of the two smoothed cross-entropies; its gradient includes the gradient of the
         divergence. ``nll`` is the specific route's negative log-likelihood, and ``further`` has the
         divergence as ``distillation``.
         """

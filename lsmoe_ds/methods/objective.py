@@ -34,13 +34,15 @@ class Objective:
         return batch, ids
 
     def see(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, index: Tensor) -> None:
-        """See the sentences of a training batch, and the flat positions ``index`` [N] of its real labels,
-        before :meth:`losses` is called.
+        """Receive a training batch before :meth:`losses` is called.
+
+        ``index`` [N] has the flat positions of its real labels.
         """
 
     def losses(self, logits: Tensor, labels: Tensor, smoothing: float, topology: Topology) -> TokenLosses:
-        """Return the losses of logits [N, V / tensor] with labels [N]. The backward pass overwrites the
-        logits.
+        """Compute the losses of logits [N, V / tensor] and labels [N].
+
+        The backward pass overwrites the logits.
         """
         loss, nll = cross_entropy(logits, labels, smoothing, topology)
         return TokenLosses(loss, nll.sum(), {})

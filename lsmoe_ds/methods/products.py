@@ -1,8 +1,8 @@
-"""Products of tokens with the matrices of their languages.
+"""Multiply tokens by the matrices of their languages.
 
-A parameter [R, width] holds the matrices of all languages, or directions, one below another. The tokens are
+A parameter [R, width] holds the matrices of all languages or directions, stacked along the rows. Tokens are
 grouped by the matrix that multiplies them, and all groups are multiplied together
-(:mod:`lsmoe_ds.parallel.grouped`): however many languages a batch has, the kernels are as many.
+(:mod:`lsmoe_ds.parallel.grouped`), so the number of kernels does not depend on the number of languages.
 
 S rows (tokens), R rows of the parameter, G matrices, r rank, B sentences.
 """
@@ -20,26 +20,26 @@ from torch import Tensor
 from lsmoe_ds.methods.context import Chooser, LanguageContext
 from lsmoe_ds.parallel.grouped import Groups, aligned
 
-SMALL_RANK = 16  # up to which matrices of any ranks are stacked together; above, those of a power of two
+# Matrices of rank up to SMALL_RANK share a stack. Above it there is a stack for each power of two: ranks in
+# (2^(k-1), 2^k].
+SMALL_RANK = 16
 
 
 @dataclass(eq=False)
 class Stack:
-    """Matrices of a parameter that are multiplied as one tensor [G, r, width], padded to the largest rank r
-    of theirs.
-    """
+    """Matrices of a parameter, padded to their largest rank and multiplied as one tensor [G, r, width]."""
 
-    places: list[slice]  # the rows of each, ascending
-    pads: bool  # whether r may be more than the largest rank
+    places: list[slice]  # the rows of each matrix in the parameter, ascending
+    pads: bool  # whether r may be larger than the largest rank, for alignment
     _index: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def rank(self, like: Tensor) -> int:
-        """Return r; grouped products of the type and on the device of ``like`` need it to be a multiple."""
+        """Return r, rounded up if grouped products in the type and on the device of ``like`` need that."""
         largest = max(place.stop - place.start for place in self.places)
         return aligned(largest, like) if self.pads else largest
 
     def of(self, matrix: Tensor, groups: Groups) -> Tensor:
-        """Return the matrices that the groups read, a view of ``matrix`` [R, width] if none is padded."""
+        """Return the matrices that the groups read; a view of ``matrix`` [R, width] if none is padded."""
         rank, chosen = self.rank(matrix), self._read_by(groups)
         if _are_adjacent(chosen, rank):
             return matrix[chosen[0].start : chosen[-1].stop].unflatten(0, (len(chosen), rank))
@@ -51,11 +51,11 @@ class Stack:
         return stacked.index_copy_(0, padded, matrix.index_select(0, rows)).unflatten(0, (len(chosen), rank))
 
     def is_all_of(self, gradient: Tensor, whole: Tensor) -> bool:
-        """Tell whether the gradient of :meth:`of` is that of the whole parameter."""
+        """Tell whether the gradient of :meth:`of`, only reshaped, is the gradient of the whole parameter."""
         return gradient.numel() == whole.numel() and _are_adjacent(self.places, gradient.shape[1])
 
     def put(self, gradient: Tensor, whole: Tensor, groups: Groups) -> None:
-        """Put the gradient of :meth:`of` into that of the parameter, ``whole`` [R, width]."""
+        """Copy the gradient of :meth:`of` into ``whole`` [R, width], the gradient of the parameter."""
         chosen = self._read_by(groups)
         if _are_adjacent(chosen, gradient.shape[1]):
             whole[chosen[0].start : chosen[-1].stop] = gradient.flatten(0, 1)
@@ -69,7 +69,7 @@ class Stack:
         return self.places[groups.first : groups.first + groups.count]
 
     def _rows(self, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the rows of all matrices, in the parameter and in the stack seen as [G r, width]."""
+        """Return the rows of all matrices in the parameter, and in the stack viewed as [G r, width]."""
         if (rank, device) not in self._index:
             both = [
                 (row, i * rank + row - place.start)
@@ -82,7 +82,7 @@ class Stack:
 
 
 def _are_adjacent(places: Sequence[slice], rank: int) -> bool:
-    """Tell whether matrices have this rank, and lie one below another without a gap."""
+    """Tell whether all matrices have this rank and are stacked without a gap."""
     starts = range(places[0].start, places[0].start + len(places) * rank, rank)
     return all(
         (place.start, place.stop) == (start, start + rank)
@@ -94,10 +94,10 @@ _layouts: dict[tuple[tuple[int, int] | None, ...], int] = {}
 
 
 class Matrices:
-    """Where the matrices lie in a parameter [R, width]; ``places`` are the rows of each language's.
+    """The layout of the matrices in a parameter [R, width]; ``places`` has the rows of each language.
 
-    Several languages may share one. The products of a language without rows are 0. With ``pads`` there may be
-    columns of zeros between two products.
+    Several languages may share one matrix. The products of a language without rows are 0. With ``pads``
+    products may be padded with columns of zeros.
     """
 
     def __init__(self, places: Sequence[slice], pads: bool = False) -> None:
@@ -114,7 +114,7 @@ class Matrices:
             for i, place in enumerate(stack.places)
         }
         self._numbers = tuple(number.get((place.start, place.stop)) for place in places)
-        # Alike where languages are grouped alike, as in all layers.
+        # Layers that group languages in the same way have the same number, and share the groups of a batch.
         self.layout = _layouts.setdefault(self._numbers, len(_layouts))
 
     def rank(self, like: Tensor) -> int:
@@ -122,8 +122,9 @@ class Matrices:
         return max((stack.rank(like) for stack in self.stacks), default=0)
 
     def groups(self, context: LanguageContext, kind: str | Chooser, rows: Tensor) -> list[Groups]:
-        """Group the rows of a batch [S, ...] by the matrix of their "source" or "target" language, or of one
-        that is chosen, for each stack.
+        """Group the rows of a batch [S, ...] by matrix, for each stack.
+
+        ``kind`` says which language of a sentence selects the matrix: see :meth:`LanguageContext.segments`.
         """
         return context.once((self.layout, kind, len(rows)), lambda: self._groups(context, kind, rows))
 
@@ -141,7 +142,7 @@ class Matrices:
     def gradient(
         self, parts: Sequence[Tensor], matrix: Tensor, groups: list[Groups], columns: slice
     ) -> Tensor:
-        """Return the gradient of a parameter [R, width], from those of its stacks on ``columns``."""
+        """Assemble the gradient of a parameter [R, width] from the gradients of its stacks on ``columns``."""
         if len(parts) == 1 and self.stacks[0].is_all_of(parts[0], matrix):
             return parts[0].reshape(matrix.shape)
         whole = torch.zeros_like(matrix)
@@ -151,7 +152,7 @@ class Matrices:
 
 
 def _join(parts: Sequence[Tensor], groups: list[Groups], like: Tensor, columns: int) -> Tensor:
-    """Put the rows of all groups where they come from: [S, columns], zero where there are none."""
+    """Return the rows of all groups to their places: [S, columns]. Rows in no group are zero."""
     if len(parts) == 1 and parts[0].shape[1] == columns:
         return groups[0].put(parts[0])
     whole = like.new_zeros(len(like), columns)
@@ -163,8 +164,8 @@ def _join(parts: Sequence[Tensor], groups: list[Groups], like: Tensor, columns: 
 class Multiply(torch.autograd.Function):
     """Multiply each token by the matrix of its group: x [S, inputs], matrix [R, inputs] -> z [S, r].
 
-    r is that of :meth:`Matrices.rank`; columns beyond the rank of a token's matrix are 0. Only ``columns`` of
-    the matrix are used, with as many first inputs.
+    r is :meth:`Matrices.rank`; columns beyond the rank of a token's matrix are 0. Only ``columns`` of the
+    matrix are used, with the same number of first inputs.
     """
 
     @staticmethod
@@ -202,10 +203,10 @@ class Multiply(torch.autograd.Function):
 
 
 class Add(torch.autograd.Function):
-    """Add the product of each token with the matrix of its group to y in place: y [S, outputs], z [S, r],
-    matrix [R, outputs].
+    """Add to y, in place, the product of each token's z with the matrix of its group.
 
-    Only ``columns`` of the matrix are used, for as many first outputs.
+    y [S, outputs], z [S, r], matrix [R, outputs]. Only ``columns`` of the matrix are used, for the same
+    number of first outputs.
     """
 
     @staticmethod

@@ -1,6 +1,4 @@
-"""Name the places of a model at which methods add something: its linear layers, sublayers, hidden units and
-layers.
-"""
+"""Sites: linear layers, sublayers, hidden units and layers of a model, at which methods add modules."""
 
 from __future__ import annotations
 
@@ -25,8 +23,8 @@ from lsmoe_ds.methods.context import LanguageContext
 class LinearSite(LinearShape):
     """A linear layer [inputs -> outputs].
 
-    If a method adds a module here, ``module`` calls ``added(base, x, context)``, with the linear layer as
-    ``base``, instead of the layer itself.
+    If a method adds a module here, ``module`` calls ``added(base, x, context)`` instead of the linear layer,
+    which it passes as ``base``.
     """
 
     module: Linears
@@ -34,7 +32,7 @@ class LinearSite(LinearShape):
     def add(self, method: str, added: nn.Module) -> None:
         """Add a method's module under the name ``NAME_METHOD``. Raises ValueError for a second method."""
         if self.name in self.module.beside:
-            raise ValueError(f"{self.at} has two methods beside it")
+            raise ValueError(f"two methods are placed at {self.at}: a linear layer takes one")
         self.module.add_module(f"{self.name}_{method}", added)
         self.module.beside[self.name] = added
 
@@ -59,9 +57,9 @@ class SublayerSite(SublayerShape):
 class UnitsSite(UnitsShape):
     """The hidden units of a feed-forward.
 
-    An added module reads them before the activation function: ``hidden = added(hidden, bias, context)``,
-    ``hidden`` [B, T, F]. They include ``bias`` [F], that of the first linear layer. With tensor parallelism F
-    are the units of this rank.
+    An added module runs before the activation function: ``hidden = added(hidden, bias, context)``, ``hidden``
+    [B, T, F]. ``hidden`` already includes ``bias`` [F], the bias of the first linear layer. With tensor
+    parallelism F counts only this rank's units.
     """
 
     module: Linears
@@ -95,7 +93,7 @@ class Linears(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.beside: dict[str, nn.Module] = {}
-        self.within: list[nn.Module] = []  # what reads hidden units
+        self.within: list[nn.Module] = []  # the modules added at hidden units
 
     def linear(self, name: str, x: Tensor, context: LanguageContext | None) -> Tensor:
         """Apply a linear layer, or the module added beside it; only the added module needs the context."""

@@ -1,5 +1,5 @@
-"""Learn from the distributions of a teacher, word by word ("Sequence-Level Knowledge Distillation", section
-3.1).
+"""Word-level distillation: learn from a teacher's distributions ("Sequence-Level Knowledge Distillation",
+section 3.1).
 
 With the probabilities q of the teacher and p of the model, the loss of a token is
 
@@ -22,7 +22,7 @@ from lsmoe_ds.methods.objective import Objective, TokenLosses
 from lsmoe_ds.parallel.cross_entropy import blocks, log_sums_of, places, sum_over_vocabulary
 from lsmoe_ds.parallel.topology import Topology
 
-# Returns the teacher's logits [N, V] of a batch at the flat positions that are learned.
+# Returns the teacher's logits [N, V] for a batch, at the flat positions of its real labels.
 Teacher = Callable[[Tensor, Tensor, SentenceIds, Tensor], Tensor]
 
 
@@ -31,7 +31,7 @@ class _TaughtLosses(torch.autograd.Function):
 
     For logits z of the model and u of the teacher, [N, V / tensor], and smoothing s the gradient is
     p - w q - (1 - w) (s / V, plus 1 - s at the label). As in :mod:`lsmoe_ds.parallel.cross_entropy`, the
-    computation takes a few tokens at a time, and the gradient overwrites z.
+    computation processes a few tokens at a time, and the gradient overwrites z.
     """
 
     @staticmethod
@@ -63,7 +63,7 @@ class _TaughtLosses(torch.autograd.Function):
         learned = 1 - ctx.weight
         at_label = (learned * (ctx.smoothing - 1) * here).float()[:, None]
         for block, tokens in blocks(z):
-            p = block.float()  # in float32 the block itself
+            p = block.float()  # not a copy if the block is float32 already
             p.sub_(log_sums[tokens, None]).exp_()
             p.sub_((u[tokens].float() - theirs[tokens, None]).exp_(), alpha=ctx.weight)
             if ctx.smoothing:
@@ -75,7 +75,7 @@ class _TaughtLosses(torch.autograd.Function):
 
 
 class Taught(Objective):
-    """Train a model on the labels and on what a ``teacher`` would say, which has the ``weight`` w."""
+    """Train a model on the labels and, with the ``weight`` w, on the teacher's distributions."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -84,15 +84,15 @@ class Taught(Objective):
 
     @torch.no_grad()
     def see(self, source: Tensor, decoder_input: Tensor, ids: SentenceIds, index: Tensor) -> None:
-        """Ask the teacher."""
+        """Compute the teacher's logits of the batch."""
         assert self.teacher is not None
         self._said = self.teacher(source, decoder_input, ids, index)
 
     def losses(self, logits: Tensor, labels: Tensor, smoothing: float, topology: Topology) -> TokenLosses:
-        """Return the losses of logits [N, V / tensor] with labels [N].
+        """Compute the losses of logits [N, V / tensor] and labels [N].
 
-        ``loss`` is (1 - w) times the smoothed cross-entropy; its gradient includes that of w times the
-        divergence, which ``further`` has as ``distillation``.
+        ``loss`` is (1 - w) times the smoothed cross-entropy; its gradient includes the gradient of w times
+        the divergence. ``further`` has the divergence as ``distillation``.
         """
         assert self._said is not None
         said, self._said = self._said, None

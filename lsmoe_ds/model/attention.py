@@ -1,5 +1,6 @@
-"""Multi-head attention with key-value caches. B sentences, T positions, H hidden, A heads of this rank, D
-head size.
+"""Multi-head attention with key-value caches.
+
+B sentences, T positions, M memory positions, H hidden, A heads of this rank, D head size.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config.shapes import attention_linears
 from lsmoe_ds.methods.context import LanguageContext
+from lsmoe_ds.methods.packing import Packing
 from lsmoe_ds.methods.sites import Linears
+from lsmoe_ds.model.packed_attention import attend_packed
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.layers import column_linear, row_linear
 from lsmoe_ds.parallel.topology import Topology
 
 Cache = tuple[Tensor, Tensor]  # keys and values, each [B, A, T, D]
+Mask = Tensor | Packing  # which keys there are: true where one is [B, 1, 1, M], or the packing of their rows
 
 
 class Attention(Linears):
@@ -39,7 +43,7 @@ class Attention(Linears):
         return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
 
     def pack(self) -> None:
-        """Prepare to compute query, key and value of one input by one product, for inference.
+        """Prepare to compute the query, key and value of an input in one product, for inference.
 
         Their weights become views of a joint weight. Does nothing under tensor parallelism, or if a method
         has added a module beside one of the three.
@@ -75,22 +79,27 @@ class Attention(Linears):
         query: Tensor,
         keys_values: Cache,
         context: LanguageContext,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         causal: bool = False,
     ) -> Tensor:
         """Attend from queries [B, A, T, D] to keys and values: [B, T, H].
 
-        ``mask`` [B, 1, 1, M] is true where queries may attend to a key.
+        ``mask`` [B, 1, 1, M] is true where queries may attend to a key. If queries are packed, it is the
+        packing of the keys.
         """
         dropout = self.dropout if self.training else 0.0
         # Each tensor-parallel rank applies dropout to its own heads, so it needs its own random numbers.
         with compat.tensor_parallel_random() if dropout and self.tensor > 1 else contextlib.nullcontext():
-            mixed = F.scaled_dot_product_attention(
-                query, *keys_values, attn_mask=mask, dropout_p=dropout, is_causal=causal
-            )
+            if isinstance(mask, Packing):
+                assert context.packing is not None
+                mixed = attend_packed(query, *keys_values, context.packing, mask, dropout, causal)
+            else:
+                mixed = F.scaled_dot_product_attention(
+                    query, *keys_values, attn_mask=mask, dropout_p=dropout, is_causal=causal
+                )
         return self.linear("output", mixed.transpose(1, 2).flatten(2), context)
 
 
 def extend(cache: Cache | None, new: Cache) -> Cache:
-    """Append the keys and values of further positions to a cache."""
+    """Return a cache with the keys and values of further positions appended."""
     return new if cache is None else (torch.cat([cache[0], new[0]], 2), torch.cat([cache[1], new[1]], 2))

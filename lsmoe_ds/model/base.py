@@ -1,4 +1,4 @@
-"""What all models have in common: methods at their sites, an objective, and the totals of methods."""
+"""The base class of models: methods at their sites, an objective, and the totals of methods."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ class Losses:
 
 
 class Model(nn.Module):
-    """A model of a recipe. Calling it with the ``inputs`` of a batch, and perhaps a ``route``, gives
-    :class:`Losses`.
-    """
+    """A model of a recipe. Call it with a batch's ``inputs``, and optionally a ``route``, for its Losses."""
 
     def __init__(self, recipe: Recipe, topology: Topology) -> None:
         super().__init__()
@@ -41,7 +39,7 @@ class Model(nn.Module):
         self.methods = methods_of(recipe, topology)
 
     def add_shared_modules(self) -> None:
-        """Add the modules that several sites share; to be called before there are sites."""
+        """Add the modules that several sites share. Call this before the sites exist."""
         for method in self.methods:
             for name, module in method.shared_modules():
                 self.add_module(name, module)
@@ -57,32 +55,33 @@ class Model(nn.Module):
                 method.install(site)
 
     def is_loaded(self, name: str) -> bool:
-        """Tell whether the parameter of a global name has trained weights from the beginning."""
+        """Tell whether the parameter with this global name comes with pretrained weights."""
         return False
 
     def is_in_head(self, name: str) -> bool:
-        """Tell whether the parameter of a global name is of a head that a task adds to a model of others."""
+        """Tell whether the parameter with this global name is in a head that a task adds to a host model."""
         return False
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Take tensors, by local name, as the parameters and stored buffers."""
+        """Replace the parameters and stored buffers by these tensors, by local name."""
         self.load_state_dict(dict(weights), assign=True)
 
     def totals_ahead(self, *inputs: Any) -> Totals:
-        """Return the part of the totals that a forward pass on these inputs will find if it draws the same
-        random numbers.
+        """Return the part of the totals that a forward pass on these inputs will compute.
+
+        The forward pass must draw the same random numbers.
         """
         raise NotImplementedError
 
     def counted_ahead(self, real: Mapping[str, Tensor], ids: SentenceIds) -> Totals | None:
-        """Return the same if all methods can count from the ids; None otherwise."""
+        """Return :meth:`totals_ahead` if all methods can count from the ids; None otherwise."""
         ahead = {method.name: method.count_ahead(self, real, ids) for method in self.methods}
         if None in ahead.values():
             return None
         return {name: totals for name, totals in ahead.items() if totals is not None}
 
     def pack(self) -> None:
-        """Pack all modules that have a ``pack``, for inference: weights must not change after that."""
+        """Pack all modules that have a ``pack``, for inference; weights must not change after that."""
         for module in self.modules():
             if module is not self and callable(pack := getattr(module, "pack", None)):
                 pack()

@@ -16,12 +16,14 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 def build(recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> Model:
-    """Build a model with ``vocabulary`` tokens. One of transformers comes with its weights, except on no
-    device (:func:`outline`). Raises UserError if they cannot be loaded.
+    """Build a model with ``vocabulary`` tokens.
 
-    From then on torch leaves out cuDNN's attention: it plans anew for each pair of lengths, and batches
-    hardly ever repeat one. On an H200 such a step of Transformer-Big took 325 ms or more by it and 75 to 106
-    by torch's own kernels, though steps whose lengths it knew took a seventh less.
+    A model of transformers is built with its weights, except on the meta device (:func:`outline`). Raises
+    UserError if they cannot be loaded.
+
+    Also disables cuDNN's attention in torch: it makes a new plan for each pair of lengths, which batches
+    rarely repeat. On an H200 a step of Transformer-Big with new lengths took at least 325 ms with cuDNN and
+    75 to 106 ms with torch's own kernels; steps with known lengths took a seventh less with cuDNN.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     if recipe.model.huggingface is None:
@@ -34,10 +36,10 @@ def build(recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> 
 
 @contextmanager
 def made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Make the parameters of modules that are built inside the context in a type and on a device at once.
+    """Build modules inside the context with parameters of this type on this device.
 
-    A float32 model in the host's memory, which an engine would convert, takes twice the memory of one in 16
-    bits. Buffers stay as they are made.
+    Otherwise an engine would convert a float32 model in the host's memory, which needs twice the memory of a
+    16-bit one. Buffers are not converted.
     """
 
     def convert(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -53,13 +55,13 @@ def made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
 
 def outline(recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> Model:
-    """Build the model on no device: names and shapes without weights."""
+    """Build the model on the meta device: names and shapes without weights."""
     with torch.device("meta"):
         return build(recipe, vocabulary, topology)
 
 
 def buffers_of(recipe: Recipe, vocabulary: int) -> dict[str, Tensor]:
-    """Return the buffers of a model as its modules make them, by local name."""
+    """Return a model's buffers with the values that its modules give them, by local name."""
     if recipe.model.huggingface is None:
         return dict(build(recipe, vocabulary).named_buffers())
     from lsmoe_ds.model.host import host_buffers  # needs transformers

@@ -17,14 +17,14 @@ from lsmoe_ds.parallel.topology import Topology
 class FeedForward(Linears):
     """``relu(x W_1 + b_1) W_2 + b_2``, [..., H] -> [..., H]; F is spread over the tensor-parallel ranks."""
 
-    is_plain = True  # relu between two linear layers: grouped products may compute the experts of a rank
+    is_plain = True  # relu between two linear layers, so grouped products may compute a rank's experts
 
     def __init__(self, hidden: int, width: int, topology: Topology) -> None:
         super().__init__()
         self.shapes = feed_forward_linears(hidden, width)
         self.expand = column_linear(hidden, width, topology)
         self.contract = row_linear(width, hidden, topology)
-        self.observer: Callable[[Tensor], None] | None = None  # set by analyses: it gets the hidden units
+        self.observer: Callable[[Tensor], None] | None = None  # set by analyses; receives the hidden units
 
     def forward(self, x: Tensor, context: LanguageContext | None = None) -> Tensor:
         """Apply the network, x [..., H] -> [..., H]. Only modules added by methods need the context."""

@@ -1,4 +1,4 @@
-"""Freeze what ``training.trainable`` does not name: those parameters keep the values that they begin with."""
+"""Freeze the parameters that ``training.trainable`` does not name, so that they keep their initial values."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def choose(
     methods: Sequence[Method],
     head: Collection[str] = (),
 ) -> set[str]:
-    """Return the parameters that train, of a model with these global ``names``.
+    """Return those of a model's global ``names`` whose parameters train.
 
-    With its methods trains the ``head`` that a task adds to a model of others, which begins at random.
-    Raises UserError for a pattern that matches none, if none train, or if only some experts of a layer do.
+    With "methods" the ``head`` trains, too: a task adds it to a host model, with random weights. Raises
+    UserError for a pattern that matches no name, if nothing trains, or if only some experts of a layer do.
     """
     if trainable == "all":
         return set(names)
@@ -50,7 +50,7 @@ def choose(
     if not chosen:
         found = "'training.trainable' is an empty list, by which nothing trains"
         raise UserError(f"{found}: give all, methods or patterns of global names")
-    # Their ranks would wait for one another's gradients in vain.
+    # If only some experts of a layer train, some ranks wait forever for others' gradients.
     alike: dict[str, dict[bool, str]] = {}
     for name in sorted(names):
         if EXPERT.search(name):
@@ -63,7 +63,7 @@ def choose(
 
 
 def freeze(model: Model, recipe: Recipe, topology: Topology) -> None:
-    """Freeze all parameters but those that train. Raises SharedError on all ranks as :func:`choose` does."""
+    """Freeze all parameters that :func:`choose` does not return; its errors are SharedError on all ranks."""
     trainable = recipe.training.trainable
     if trainable == "all":
         return

@@ -41,7 +41,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
-    """Return the buffers of the host, by their names in :class:`HostModel`, without making its parameters."""
+    """Return the host's buffers, by their names in :class:`HostModel`, without creating its parameters."""
     init_empty_weights = importlib.import_module("accelerate").init_empty_weights
     folder = recipe.model.huggingface
     assert folder is not None
@@ -53,14 +53,14 @@ def host_buffers(recipe: Recipe) -> dict[str, Tensor]:
 
 
 def _without_ties(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Leave the second name of a tied parameter out of a state, as ``named_parameters`` does."""
+    """Remove the second name of each tied parameter from a state dict, as ``named_parameters`` does."""
     names = {f"{prefix}{name}" for name, _ in (*model.named_parameters(), *model.named_buffers())}
     for name in [name for name in state if name not in names]:
         del state[name]
 
 
 class _Plain:
-    """Apply a linear layer of the host alone, without the module that a method added."""
+    """A linear layer of the host, without the module that a method added beside it."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
@@ -78,7 +78,7 @@ class _Plain:
 
 
 class _Sublayer(Linears):
-    """Hold the modules beside the linear layers of a sublayer, under the names they have in our model."""
+    """Hold the modules that methods add beside a sublayer's linear layers, named as in our own model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,10 +86,10 @@ class _Sublayer(Linears):
 
 
 class Host(Model):
-    """A model of transformers, which is called as anyone would call it.
+    """A model of the transformers library, called through its usual interface.
 
-    Where a method has added a module beside a linear layer, this computes what that layer returns; the module
-    gets the languages of the batch from :attr:`context`, which holds for one forward pass.
+    If a method has added a module beside a linear layer, the module computes that layer's result. It reads
+    the batch's languages from :attr:`context`, which is set for one forward pass.
     """
 
     def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
@@ -105,7 +105,7 @@ class Host(Model):
                 f"the tokenizer in {folder} has {vocabulary} tokens, more than the {self.outline.vocabulary} "
                 "of the model's embedding: they do not belong together"
             )
-        # Without weights where none are needed: for an outline, and where a checkpoint has them.
+        # Without weights if none are needed: for an outline, or if a checkpoint has them.
         empty = torch.get_default_device().type == "meta" or not has_weights(folder)
         self.host: Any
         self._fresh: list[str] = []  # parameters of the head that no weights were loaded for
@@ -113,6 +113,8 @@ class Host(Model):
             self.host = empty_host(folder, task, config)
         else:
             self.host, self._fresh = load_pretrained(folder, task, config)
+        if task == "translate":  # otherwise the folder's settings would apply beside those of our search
+            self.host.generation_config = type(self.host.generation_config)()
         self._is_headed = task != "translate"
         self.register_state_dict_post_hook(_without_ties)
         self.context: LanguageContext | None = None
@@ -129,7 +131,7 @@ class Host(Model):
                 layer.forward = partial(self._again, layer.forward)
 
     def _add_places(self) -> None:
-        """Add the modules ``decoder.0.attention`` that hold what methods add."""
+        """Add modules such as ``decoder.0.attention``, which hold the modules that methods add."""
         for shape in self.outline.sites:
             at = f"{shape.side}.{shape.layer}.{shape.sublayer}"
             if at not in self._sublayers:
@@ -148,7 +150,7 @@ class Host(Model):
             yield LinearSite(**vars(shape), module=module)
 
     def _again(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Apply a layer of the host, of which only the input is kept for the backward pass."""
+        """Apply a layer of the host with activation checkpointing: only its input is kept."""
         context = self.context
         if context is None or not (self.training and torch.is_grad_enabled()):
             return forward(*arguments, **options)
@@ -156,7 +158,7 @@ class Host(Model):
 
     @contextmanager
     def _in_context(self, context: LanguageContext) -> Iterator[None]:
-        """Let the modules beside linear layers know the languages, also when a layer is computed again."""
+        """Set :attr:`context` for the modules beside linear layers, also while a layer is recomputed."""
         self.context = context
         try:
             yield
@@ -164,7 +166,7 @@ class Host(Model):
             self.context = None
 
     def _beside(self, added: nn.Module, base: _Plain, x: Tensor) -> Tensor:
-        """Apply a linear layer of the host and the module beside it."""
+        """Apply a linear layer of the host with the module beside it."""
         assert self.context is not None
         found: Tensor = added(base, x, self.context)
         return found
@@ -177,12 +179,12 @@ class Host(Model):
         return own and is_in_head(name.removeprefix(PREFIX), self.host)
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Take tensors, by local name; parameters that transformers ties are stored once."""
+        """Replace parameters and buffers by these tensors, by local name; tied parameters appear once."""
         self.load_state_dict(dict(weights), assign=True, strict=False)
         self.host.tie_weights()
 
     def _logits_at(self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor) -> Tensor:
-        """Return the logits [N, classes] at ``index`` [N] of the flat places that may have a label."""
+        """Return the logits [N, classes] at the labels' flat positions ``index`` [N]."""
         raise NotImplementedError
 
     def forward(
@@ -213,12 +215,12 @@ class HostModel(Host):
 
     def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
         super().__init__(recipe, vocabulary, topology)
-        self._head_is_plain: bool | None = None  # not known before the first pass
+        self._head_is_plain: bool | None = None  # unknown before the first pass
 
     def _logits_at(self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor) -> Tensor:
-        """Return the logits [N, V] at ``index`` [N] of the flat positions of tokens [B, T] padded at the end.
+        """Return the logits [N, V] at the flat positions ``index`` [N] of tokens [B, T], padded at the end.
 
-        Padding needs no mask: no real position sees a later one.
+        Padding needs no mask, since no position attends to a later one.
         """
         self.context = context
         try:
@@ -232,9 +234,10 @@ class HostModel(Host):
             self.context = None
 
     def _is_head_plain(self) -> bool:
-        """Tell whether logits are the product of the last states and the output layer, as in most models.
+        """Tell whether the logits are just the product of the last states and the output layer.
 
-        Some scale or limit them. One token tells; then only the positions that are learned are multiplied.
+        Some models also scale or cap them, which a pass on one token shows. If they do not, the output layer
+        is applied only at positions with labels.
         """
         if self._head_is_plain is None:
             head = self.host.get_output_embeddings()
@@ -251,29 +254,28 @@ class HostModel(Host):
         return self._head_is_plain
 
     def logits(self, tokens: Tensor, ids: SentenceIds, route: Route = "specific") -> Tensor:
-        """Return teacher-forced logits [B, T, V] of tokens padded at the end; padding means nothing."""
+        """Return teacher-forced logits [B, T, V] of tokens padded at the end; ignore those at padding."""
         index = torch.arange(tokens.numel(), device=tokens.device)
         context = LanguageContext(ids, None, None, route)
         return self._logits_at(tokens, torch.ones_like(tokens), context, index).unflatten(0, tokens.shape)
 
-    def generate(self, batch: SequenceBatch, route: Route, **options: Any) -> Tensor:
-        """Continue prompts [B, T], padded at the beginning: [B, T + new], by transformers' ``generate``.
+    def generate(self, batch: SequenceBatch, route: Route, **options: Any) -> Any:
+        """Continue prompts [B, T], padded at the beginning, with transformers' ``generate``.
 
-        With beams the hypotheses of a sentence are neighbors, so that the context of B sentences fits.
+        In beam search a sentence's hypotheses are adjacent rows, so the context of B sentences stays valid.
         """
         self.context = LanguageContext(batch.ids, None, None, route)
         try:
-            found: Tensor = self.host.generate(input_ids=batch.tokens, attention_mask=batch.real, **options)
-            return found
+            return self.host.generate(input_ids=batch.tokens, attention_mask=batch.real, **options)
         finally:
             self.context = None
 
 
 class LabellingModel(Host):
-    """An encoder that labels words, or places the ends of an answer.
+    """An encoder that labels words, or finds the start and end of an answer.
 
-    ``real`` has the number of each token's segment, from 1, and 0 at padding: the second segment of a
-    question is its context.
+    ``real`` has the number of each token's segment, from 1, and 0 at padding. A question's second segment is
+    its context.
     """
 
     def __init__(self, recipe: Recipe, vocabulary: int, topology: Topology | None = None) -> None:
@@ -295,7 +297,7 @@ class LabellingModel(Host):
         if not self._is_answering:
             classes: Tensor = found.logits
             return classes
-        # Not minus infinity: an objective may take the difference of two logits.
+        # Not minus infinity, because an objective may subtract one logit from another.
         return torch.stack([found.start_logits, found.end_logits], 1).masked_fill(real[:, None] == 0, OUTSIDE)
 
     def _logits_at(self, tokens: Tensor, real: Tensor, context: LanguageContext, index: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def initialize(model: Model, seed: int, topology: Topology) -> None:
-    """Initialize all parameters of a model, but those that are loaded.
+    """Initialize all parameters of a model that do not come with pretrained weights.
 
     Linear weights are Xavier-uniform, embeddings normal with standard deviation H^-1/2, norms 1 and biases 0.
     Methods initialize their own parameters.
@@ -47,7 +47,7 @@ def initialize(model: Model, seed: int, topology: Topology) -> None:
 
 
 def is_drawn(name: str, methods: Sequence[Method]) -> bool:
-    """Tell whether one of the methods says how a parameter or buffer of this global name is drawn."""
+    """Tell whether one of the methods initializes the parameter or buffer with this global name."""
     return any(method.initial(name) is not None for method in methods)
 
 
@@ -72,7 +72,7 @@ def draw(name: str, shape: list[int], seed: int, methods: Sequence[Method] = ())
 def drawn(name: str, value: Tensor, seed: int, methods: Sequence[Method]) -> LazyTensor:
     """Return the initial value of a parameter or buffer that a method adds to a trained model.
 
-    ``value``, on any device, has its shape and type. Raises UserError if nothing says what it begins as.
+    ``value``, on any device, has its shape and type. Raises UserError if nothing defines its initial value.
     """
     is_buffer = not isinstance(value, nn.Parameter)
     if is_buffer and not is_drawn(name, methods):

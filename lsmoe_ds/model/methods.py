@@ -31,7 +31,7 @@ def objective_of(recipe: Recipe) -> Objective:
 
 
 def same_methods(before: Recipe, after: Recipe) -> list[tuple[MethodSection, MethodSection]]:
-    """Return the sections, after and before, of the methods that two recipes share."""
+    """Return the pair of sections (after, before) of each method that both recipes have."""
     old = {section.name: section for section in before.model.methods}
     return [(section, old[section.name]) for section in after.model.methods if section.name in old]
 
@@ -42,7 +42,7 @@ def check_holders(before: Recipe, after: Recipe) -> None:
         was, now = old.choosing(before.model), section.choosing(after.model)
         if was == now:
             continue
-        for key in type(section).model_fields:  # the first that alone makes a difference
+        for key in type(section).model_fields:  # name the first key that alone makes a difference
             value, learned = getattr(section, key), getattr(old, key)
             if old.model_copy(update={key: value}).choosing(before.model) != was:
                 is_now, was_then = ("not set" if each is None else each for each in (value, learned))
@@ -51,6 +51,6 @@ def check_holders(before: Recipe, after: Recipe) -> None:
                     "which says what each language or direction has of it: leave it as it is"
                 )
         raise UserError(
-            f"'model.{section.name}' chooses its parameters by other languages, at other places or in "
-            "another way than the model has learned: leave what says so as it is"
+            f"'model.{section.name}' would give languages or directions other parameters than those that "
+            "the model was trained with: set what chooses them as it was"
         )

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep the input of a layer, and compute the rest again in the backward pass."""
+"""Activation checkpointing: keep only the input of a layer, and recompute the rest in the backward pass."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 def recompute(
     layer: Callable[..., T], again: list[AbstractContextManager[Any]], *arguments: Any, **options: Any
 ) -> T:
-    """Call a layer, of which only the arguments are kept for the backward pass.
+    """Call a layer and keep only its arguments for the backward pass.
 
-    It runs once more there, inside the contexts ``again``, with the random numbers of torch's generator that
-    it drew before.
+    The backward pass runs it again, inside the contexts ``again``, with the same random numbers of torch's
+    generator.
     """
 
     @contextmanager
@@ -47,16 +47,16 @@ class _Last(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        assert ctx.saved_tensors  # asking for them computes the layer again
+        assert ctx.saved_tensors  # reading them recomputes the layer
         return gradients[0]
 
 
 def as_a_whole(x: Tensor) -> Tensor:
-    """Return the result of a layer unchanged; its backward pass first computes the whole layer again.
+    """Return a layer's result unchanged; in the backward pass, first recompute the whole layer.
 
-    Otherwise the first gradient that needs anything kept would start that, and only as far as it needs.
-    Between ranks that would differ, for instance where one has no padding, and their collectives of the
-    forward and the backward pass would meet.
+    Otherwise the first gradient that needs a stored tensor would start the recomputation, and only as far as
+    it needs. That point may differ between ranks, for instance if one has no padding, and then collectives of
+    one rank's forward pass would meet those of another rank's backward pass.
     """
     found: Tensor = _Last.apply(x)
     return found

@@ -20,10 +20,11 @@ from lsmoe_ds.config.shapes import SideName, Sublayer
 from lsmoe_ds.directions import Languages, SentenceIds
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.methods.base import Totals
-from lsmoe_ds.methods.context import LanguageContext, Notes, Route, mean_of_real
+from lsmoe_ds.methods.context import LanguageContext, Notes, Route
 from lsmoe_ds.methods.objective import Objective
+from lsmoe_ds.methods.packing import Packing
 from lsmoe_ds.methods.sites import LayerSite, Linears, Site, SublayerSite, UnitsSite, WithSublayers
-from lsmoe_ds.model.attention import Attention, Cache, extend
+from lsmoe_ds.model.attention import Attention, Cache, Mask, extend
 from lsmoe_ds.model.base import Losses, Model
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
@@ -41,14 +42,14 @@ class DecoderState:
     have B W rows, while ``cross`` and ``mask`` keep B.
     """
 
-    cross: list[Cache]  # of each layer: keys and values of the source
-    mask: Tensor  # [B, 1, 1, M], true where the source is real
+    cross: list[Cache]  # for each layer, keys and values of the source
+    mask: Mask  # [B, 1, 1, M], true where the source is real
     context: LanguageContext
-    own: list[Cache | None] = field(default_factory=list)  # of each layer: those of the target so far
+    own: list[Cache | None] = field(default_factory=list)  # for each layer, those of the target so far
     length: int = 0  # target positions so far
 
     def select(self, sentences: Tensor | None, hypotheses: Tensor | None = None) -> DecoderState:
-        """Return the state of the ``sentences`` in an index [B'], in that order; None keeps all.
+        """Return the state of the sentences with these indices [B'], in that order; None keeps all.
 
         ``hypotheses`` [B' W'] are the rows of the hypotheses to continue, W' for each of these sentences.
         """
@@ -58,6 +59,7 @@ class DecoderState:
 
         rows = sentences if hypotheses is None else hypotheses
         assert rows is not None
+        assert isinstance(self.mask, Tensor), "only training packs"
         cross = self.cross if sentences is None else [of(cache, sentences) for cache in self.cross]
         mask = self.mask if sentences is None else self.mask[sentences]
         own = [None if cache is None else of(cache, rows) for cache in self.own]
@@ -91,7 +93,7 @@ class Layer(WithSublayers):
         if side.is_moe(index):
             from lsmoe_ds.moe.layer import (
                 MixtureOfExperts,
-            )  # imports DeepSpeed, which a dense model does without
+            )  # imports DeepSpeed, which a dense model does not need
 
             assert side.moe is not None
             width, alone = side.width(index), Topology.single(topology.device)
@@ -105,17 +107,17 @@ class Layer(WithSublayers):
         self.dropout = recipe.training.dropout
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training else x
 
     def forward(
         self,
         x: Tensor,
         real: Tensor,
         context: LanguageContext,
-        own_mask: Tensor | None = None,
+        own_mask: Mask | None = None,
         causal: bool = False,
         cross: Cache | None = None,
-        cross_mask: Tensor | None = None,
+        cross_mask: Mask | None = None,
         past: Cache | None = None,
     ) -> tuple[Tensor, Cache]:
         """Apply the layer, x [B, T, H] -> [B, T, H]; also return the keys and values of all positions so far.
@@ -131,9 +133,10 @@ class Layer(WithSublayers):
         x = x + self._drop(y)
         if self.cross_attention is not None:
             assert self.cross_norm is not None and cross is not None
-            # All hypotheses of a sentence query one memory: [B W, T, H] -> [B, W T, H] and back.
+            # All hypotheses of a sentence attend to one memory: [B W, T, H] -> [B, W T, H] and back.
             normed = self.cross_norm(x)
-            query = self.cross_attention.project_q(normed.view(cross[0].shape[0], -1, x.shape[2]), context)
+            sentences = len(x if context.packing else cross[0])
+            query = self.cross_attention.project_q(normed.view(sentences, -1, x.shape[2]), context)
             y = self.cross_attention(query, cross, context, cross_mask).view_as(x)
             y = self.follow("cross_attention", y, normed, real, context)
             x = x + self._drop(y)
@@ -179,26 +182,37 @@ class Transformer(Model):
         self.install_methods()
         self.dropout = recipe.training.dropout
         self.recomputes = recipe.training.activation_checkpointing
+        self.packs = recipe.training.packed
         self.summarize = model.decoder.moe is not None and model.decoder.moe.routing == "sentence"
 
-    def _embed(self, ids: Tensor, offset: int = 0) -> Tensor:
-        return F.dropout(self.embedding(ids, offset), self.dropout, self.training)
+    def _embed(self, ids: Tensor, offset: int = 0, packing: Packing | None = None) -> Tensor:
+        embedded: Tensor = self.embedding(ids, offset, packing)
+        return F.dropout(embedded, self.dropout) if self.training else embedded
+
+    def _packing(self, real: Tensor) -> Packing | None:
+        return Packing(real) if self.packs and self.training else None
 
     def _apply_layer(
         self, layer: nn.Module, x: Tensor, real: Tensor, context: LanguageContext, **options: Any
     ) -> tuple[Tensor, Cache | None]:
-        """Apply a layer; with activation checkpointing it keeps its input alone, and no keys and values."""
+        """Apply a layer. With activation checkpointing only its input is kept, without keys and values."""
         if not (self.recomputes and self.training and torch.is_grad_enabled()):
             found: tuple[Tensor, Cache | None] = layer(x, real, context, **options)
             return found
         again = [context.replay(), compat.replay_tensor_parallel_random(self.topology.tensor)]
         return recompute(lambda x: as_a_whole(layer(x, real, context, **options)[0]), again, x), None
 
-    def encode(self, source: Tensor, context: LanguageContext) -> tuple[Tensor, Tensor]:
-        """Encode source ids [B, M]: return the memory [B, M, H] and its mask [B, 1, 1, M]."""
+    def encode(self, source: Tensor, context: LanguageContext) -> tuple[Tensor, Mask]:
+        """Encode source ids [B, M]: return the memory [B, M, H] and its mask [B, 1, 1, M].
+
+        If the model packs, the memory is the rows of real tokens [N, 1, H], and the mask their packing.
+        """
         real = source != PAD
-        mask = real[:, None, None, :]
-        x = self._embed(source)
+        mask: Mask = real[:, None, None, :]
+        packing = self._packing(real)
+        if packing is not None:
+            context, mask, real = context.pack(packing), packing, packing.rows
+        x = self._embed(source, 0, packing)
         for layer in self.encoder:
             x, _ = self._apply_layer(layer, x, real, context, own_mask=mask)
         return self.encoder_norm(x), mask
@@ -208,23 +222,29 @@ class Transformer(Model):
 
         Extends the state.
         """
-        x = self._embed(tokens, state.length)
+        context, own_mask = state.context, None
+        packing = self._packing(real)
+        if packing is not None:
+            context, own_mask, real = context.pack(packing), packing, packing.rows
+        x = self._embed(tokens, state.length, packing)
         state.own = state.own or [None] * len(self.decoder)
         for i, layer in enumerate(self.decoder):
-            # Padding is at the end, so the causal mask alone hides it from every real position. A single new
-            # position may attend to all earlier ones.
+            # Padding is at the end, so the causal mask hides it from every real position. A single new
+            # position needs no mask, since it may attend to all earlier ones.
             x, state.own[i] = self._apply_layer(
                 layer,
                 x,
                 real,
-                state.context,
+                context,
+                own_mask=own_mask,
                 causal=tokens.shape[1] > 1,
                 cross=state.cross[i],
                 cross_mask=state.mask,
                 past=state.own[i],
             )
         state.length += tokens.shape[1]
-        return self.decoder_norm(x)
+        x = self.decoder_norm(x)
+        return x if packing is None else packing.unpack(x)
 
     def start(
         self,
@@ -235,9 +255,11 @@ class Transformer(Model):
     ) -> DecoderState:
         """Encode source ids [B, M] and return the initial decoder state."""
         memory, mask = self.encode(source, LanguageContext(ids, None, notes, route))
-        summary = mean_of_real(memory, source != PAD) if self.summarize else None
-        context = LanguageContext(ids, summary, notes, route)
-        cross = [layer.cross_attention.project_kv(memory, context) for layer in self.decoder]  # type: ignore[union-attr, operator]
+        context = LanguageContext(ids, None, notes, route)
+        of_source = context.pack(mask) if isinstance(mask, Packing) else context
+        cross = [layer.cross_attention.project_kv(memory, of_source) for layer in self.decoder]  # type: ignore[union-attr, operator]
+        if self.summarize:
+            context.summary = of_source.mean(memory, source != PAD)
         return DecoderState(cross, mask, context)
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
@@ -262,11 +284,10 @@ class Transformer(Model):
         ids: SentenceIds,
         route: Route = "specific",
     ) -> Losses:
-        """Compute the losses of sources [B, M], decoder inputs and labels [B, T], summed over the real
-        labels.
+        """Compute the losses of sources [B, M], decoder inputs and labels [B, T], summed over real labels.
 
-        In training the objective chooses the routes. If it trains both, an MoE layer's record is of twice the
-        tokens, unless the layer has a shared feed-forward for the second route.
+        In training the objective chooses the routes. If it trains both, an MoE layer records twice the
+        tokens, unless it has a shared feed-forward for the second route.
         """
         objective = self.objective if self.training else Objective()
         if self.training:
@@ -299,7 +320,7 @@ class Transformer(Model):
 
     @torch.no_grad()
     def totals_ahead(self, source: Tensor, decoder_input: Tensor, labels: Tensor, ids: SentenceIds) -> Totals:
-        """Return the part of the totals that :meth:`forward` will find if it draws the same random numbers.
+        """Return the part of the totals that :meth:`forward` computes if it draws the same random numbers.
 
         This runs a forward pass, unless all methods can count from the ids.
         """

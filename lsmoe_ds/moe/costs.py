@@ -1,4 +1,4 @@
-"""What experts cost: parameters, traffic between ranks, arithmetic, activations.
+"""The costs of experts: parameters, traffic between ranks, arithmetic, activations.
 
 H hidden, F feed-forward width, E experts, K top-k, R expert-parallel ranks. No torch here.
 """
@@ -18,8 +18,9 @@ from lsmoe_ds.moe.load import Load
 
 
 def count_router(hidden: int, settings: MoE, tasks: int) -> Count:
-    """Count a router: token and sentence routing E H, with a bias E (H + 1), task routing tasks E, static
-    nothing.
+    """Count a router's parameters.
+
+    Token and sentence routing: E H, or with a bias E (H + 1). Task routing: tasks x E. Static routing: none.
     """
     rows = {"token": hidden, "sentence": hidden, "task": tasks, "static": 0}[settings.routing]
     return Count(whole=(rows + settings.router_bias) * settings.experts)
@@ -32,8 +33,8 @@ def count_layer(
 
     ``serving`` counts what must be loaded to translate one direction ("Beyond Distillation", section 3.2). A
     layer routed by token or sentence needs all its experts and the router. In a layer routed by task or
-    statically the K experts are known beforehand and joined into one feed-forward of width K F. The shared
-    feed-forward is left out if ``held`` is "specific"; it is all that counts if ``held`` is "shared".
+    statically the K experts are known beforehand and joined into one feed-forward of width K F. If ``held``
+    is "specific", the shared feed-forward is left out; if it is "shared", nothing else is counted.
     """
     if settings.has_shared and held == "shared":
         return count_feed_forward(hidden, width)
@@ -51,9 +52,9 @@ def products(
 ) -> list[MatrixProduct]:
     """List the matrix products of one token, in sentences of ``length`` L tokens.
 
-    A token router takes 2 H E, a sentence router 2 H E / L, the sum of the experts' outputs, by the weights
-    that the router gives, 2 K H, and experts 4 K H F. The ``shared`` route of a layer that has a shared
-    feed-forward takes 4 H F.
+    A token router needs 2 H E operations, a sentence router 2 H E / L, the weighted sum of the experts'
+    outputs 2 K H, and the experts 4 K H F. The ``shared`` route of a layer with a shared feed-forward needs
+    4 H F.
     """
     at, hidden, reading = site.at, site.hidden, 2 * site.hidden * settings.experts
 
@@ -77,16 +78,17 @@ def products(
         found = [MatrixProduct(reading // length, router, beside, summary)]
     elif settings.routing == "task":
         found = [MatrixProduct(0, router, reads="before")]
-    # The gradients of the experts' outputs are multiples of their sum's: only the weights' take a product.
+    # The gradient of each expert's output is the gradient of the sum, scaled: only the gradients of the
+    # weights need a product.
     combine = MatrixProduct(2 * settings.top_k * hidden, None, reads="before")
     # The experts of a layer train together, so the first stands for all.
     return [*found, combine, *feed_forward("experts.0", settings.top_k)]
 
 
 def values(hidden: int, width: int, settings: MoE) -> float:
-    """Count the values that a token stores for the backward pass, K (2 H + F).
+    """Count the values stored per token for the backward pass, K (2 H + F).
 
-    In a layer with a shared feed-forward: the mean of both routes.
+    In a layer with a shared feed-forward this is the mean of both routes.
     """
     experts = settings.top_k * (2 * hidden + width)
     return (experts + width) / 2 if settings.has_shared else experts
@@ -95,8 +97,8 @@ def values(hidden: int, width: int, settings: MoE) -> float:
 def bytes_per_row(hidden: int, top_k: int, value_bytes: int, training: bool, learned: bool = True) -> int:
     """Count the bytes sent for one row that travels to another rank's experts and back.
 
-    The row and its result are 2 H values. Its experts' numbers are K int32 and their weights K float32. In
-    training the gradients travel too: 4 H values and 3 K numbers of 4 bytes in all. Without ``learned``
+    The row and its result have 2 H values. Its experts' numbers are K int32 and their weights K float32. In
+    training gradients travel too, so the total is 4 H values and 3 K numbers of 4 bytes. Without ``learned``
     weights (static routing) the weights have no gradient.
     """
     ways = 2 if training else 1
@@ -106,7 +108,7 @@ def bytes_per_row(hidden: int, top_k: int, value_bytes: int, training: bool, lea
 def rows_at_random(experts: int, top_k: int, ranks: int, groups: int = 1) -> float:
     """Return the expected rows that leave their rank, per token and layer, for K random distinct experts.
 
-    A token goes once to each rank that holds at least one of its experts; to its own rank it costs nothing::
+    A token goes once to each rank that holds at least one of its experts; staying on its own rank is free::
 
         (R - 1) (1 - C(E - E/R, K) / C(E, K))
 
@@ -124,9 +126,9 @@ def rows_at_random(experts: int, top_k: int, ranks: int, groups: int = 1) -> flo
 def rows_at_home(settings: MoE, affine: MoE | None, ranks: int, tensor: int) -> float | None:
     """Return the rows that leave their rank, per token and layer, if each batch is on its experts' rank.
 
-    ``affine`` are the experts that task-affine batches follow. The result is 0, except with tensor-parallel
-    peers: they share a batch's tokens, and only some of them hold the experts. None if no rank holds all
-    experts of a task, or the batches do not follow this layer's experts.
+    ``affine`` has the experts by which task-affine batches are assigned to ranks. The result is 0, except
+    with tensor-parallel peers, which share a batch's tokens although only some of them hold the experts. None
+    if no rank holds all experts of a task, or if batches are not assigned by this layer's experts.
     """
     follows = affine is not None and (settings.task, settings.expert_groups) == (
         affine.task,
@@ -155,32 +157,42 @@ class Exchange:
     # How often each token is routed in training: twice where both routes are trained, unless a shared
     # feed-forward takes one of them.
     routed: int
-    at_home: float  # share of the tokens whose experts have replicas: they do not travel
-    lent_bytes: int  # of the weights of replicas, that each rank sends on average, per forward pass
-    lent_bytes_back: int  # of their gradients, per backward pass: sums in float32
-    count_bytes: int  # that leave each rank, per layer and micro-batch: two int64 counts for each other rank
+    at_home: float  # share of the tokens that do not travel, because their experts have replicas
+    lent_bytes: int  # bytes of replicas' weights that each rank sends on average, per forward pass
+    lent_bytes_back: int  # bytes of their gradients, per backward pass: summed in float32
+    chunks: int  # in training
+    values: int  # of a rank's experts, in all layers
+    count_bytes: int  # bytes of counts per rank, layer and micro-batch: two int64 per chunk and other rank
+
+    def pass_bytes(self, at_home: bool = False) -> float:
+        """Return the bytes per routed token of this side, over all its layers, in one forward pass."""
+        return self._rows(at_home) * self.row_bytes_inference
+
+    def _rows(self, at_home: bool) -> float:
+        rows = self.rows_home if at_home and self.rows_home is not None else self.rows
+        return self.layers * rows * (1 - self.at_home)
 
     def token_bytes(self, at_home: bool = False, ahead: bool = False) -> float:
-        """Return the bytes per routed token of this side, over all its layers, forward and backward, and in
-        one more forward pass if that goes ``ahead``.
+        """Return the bytes per routed token of this side, over all its layers, forward and backward.
+
+        With ``ahead`` they include one more forward pass, which goes ahead of the step.
         """
-        rows = self.rows_home if at_home and self.rows_home is not None else self.rows
-        rows *= 1 - self.at_home
-        return self.layers * rows * (self.row_bytes + ahead * self.row_bytes_inference)
+        return self._rows(at_home) * self.row_bytes + ahead * self.pass_bytes(at_home)
 
 
 def exchanges(recipe: Recipe, value_bytes: int, of_sides: Iterable[Load] = ()) -> list[Exchange]:
     """Return the exchange of each side that has experts; an empty list without expert parallelism.
 
-    With activation checkpointing the rows of a forward pass travel twice. The loads ``of_sides`` tell what
-    replicas change: the owner of an expert sends its weights to each of the R - 1 other ranks, and they send
-    gradients back, in each micro-batch.
+    With activation checkpointing the rows of a forward pass travel twice. ``of_sides`` has the sides' loads,
+    which include replicas: in each micro-batch the owner of a lent expert sends its weights to each of the
+    R - 1 other ranks, and they send gradients back.
     """
     known = {load.side: load for load in of_sides}
     model, layout, again = recipe.model, recipe.parallel, recipe.training.activation_checkpointing
     found = []
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
-        layers = sum(side.is_moe(layer) for layer in range(side.layers))
+        widths = [side.width(layer) for layer in range(side.layers) if side.is_moe(layer)]
+        layers = len(widths)
         if side.moe is not None and layers and layout.expert > 1:
             moe, learned = side.moe, side.moe.routing != "static"
             training, inference = (
@@ -200,7 +212,11 @@ def exchanges(recipe: Recipe, value_bytes: int, of_sides: Iterable[Load] = ()) -
                     at_home=0.0 if load is None else load.share,
                     lent_bytes=value_bytes * lent,
                     lent_bytes_back=4 * lent,
-                    count_bytes=16 * (layout.expert - 1),
+                    chunks=moe.chunks,
+                    values=moe.experts
+                    // layout.expert
+                    * sum(count_feed_forward(model.hidden, width).total for width in widths),
+                    count_bytes=16 * moe.chunks * (layout.expert - 1),
                 )
             )
     return found

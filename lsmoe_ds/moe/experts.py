@@ -33,15 +33,15 @@ class Assignment:
     experts: Tensor  # [N]: the local expert of each copy, ascending
     ends: Tensor  # [E] int32: where each expert's copies end; the last is N
     choices: Tensor  # [N]: the choice of each copy
-    copies: Tensor  # [n, K]: the copy of each choice; 0 where the choice is none
-    real: Tensor | None  # [n, K]: whether the choice is one; None where all are
+    copies: Tensor  # [n, K]: the copy of each choice; 0 where the choice is DROPPED
+    real: Tensor | None  # [n, K]: false where the choice is DROPPED; None if none is
 
     @classmethod
     def of(cls, chosen: Tensor, experts: int, count: int | None) -> Assignment:
         """Sort the choices by expert.
 
-        ``chosen`` [n, K] holds local expert numbers or DROPPED. ``count`` is the number N of those that are
-        not DROPPED; None asks the device for it, and waits.
+        ``chosen`` [n, K] holds local expert numbers or DROPPED. ``count`` is N, the number of choices that
+        are not DROPPED; with None the device computes it, which waits for the device.
         """
         flat = chosen.reshape(-1)
         numbers, choices = flat.sort(stable=True)  # DROPPED first
@@ -57,7 +57,7 @@ class Assignment:
         )
 
     def with_one_row(self) -> Assignment:
-        """Return an assignment without copies, and one row for the last expert."""
+        """Return this assignment, which has no copies, with one row of padding for the last expert."""
         experts, ends = self.experts.new_full((1,), len(self.ends) - 1), self.ends.clone()
         ends[-1] = 1
         return replace(self, experts=experts, ends=ends)
@@ -108,7 +108,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _pick(copies: Tensor, assignment: Assignment) -> Tensor:
-    """Return the copy of each choice [n, K, H] out of copies [N, H]; zero where the choice was dropped."""
+    """Return the copy of each choice, [n, K, H] from copies [N, H]; zero where the choice was dropped."""
     if not copies.shape[0]:
         return copies.new_zeros(*assignment.copies.shape, copies.shape[1])
     picked = copies.index_select(0, assignment.copies.reshape(-1)).view(*assignment.copies.shape, -1)
@@ -118,8 +118,8 @@ def _pick(copies: Tensor, assignment: Assignment) -> Tensor:
 class _Stack(torch.autograd.Function):
     """Stack E tensors of one shape: [E, ...].
 
-    The result is a view if the tensors lie at equal distances in one storage, as DeepSpeed's ZeRO and
-    :meth:`Experts.lay_together` lay out experts of equal shape; otherwise a copy, which autograd keeps.
+    The result is a view if the tensors have equal distances in one storage, as with DeepSpeed's ZeRO or after
+    :meth:`Experts.lay_together`; otherwise it is a copy, which autograd keeps.
     """
 
     @staticmethod
@@ -135,7 +135,7 @@ class _Stack(torch.autograd.Function):
 
 
 def _distance(parts: tuple[Tensor, ...]) -> int | None:
-    """Return the elements from the start of each part to the start of the next.
+    """Return the distance, in elements, from the start of each part to the start of the next.
 
     None if no aligned view can hold all parts.
     """
@@ -144,7 +144,7 @@ def _distance(parts: tuple[Tensor, ...]) -> int | None:
     distance, storage = distances.pop(), first.untyped_storage()
     if distances or distance < first.nbytes or distance % ALIGNMENT or places[0] % ALIGNMENT:
         return None
-    # Separate storages can lie at equal distances by chance; a view must not leave the first storage.
+    # Separate storages can have equal distances by chance; a view must not leave the first storage.
     if places[-1] + first.nbytes > storage.data_ptr() + storage.nbytes() or not all(
         part.is_contiguous() for part in parts
     ):
@@ -179,8 +179,8 @@ class _AddBias(torch.autograd.Function):
 def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
     """Tell whether :func:`grouped` computes these experts for rows [N, H].
 
-    The answer depends on types and device alone, never on N: were it another one on another rank, gradients
-    would arrive in another order there.
+    The answer depends on types and device alone, never on N. If it differed between ranks, gradients would
+    arrive in different orders.
     """
     return has_kernel(rows.device, rows.dtype) and all(_fits(expert, rows.dtype) for expert in experts)
 
@@ -201,8 +201,8 @@ def _fits(expert: nn.Module, dtype: torch.dtype) -> bool:
 def grouped(experts: Iterable[Any], rows: Tensor, assignment: Assignment) -> Tensor:
     """Apply the experts to rows [N, H], sorted by expert: [N, H]. Every expert gets a gradient."""
     if not rows.shape[0]:
-        # The kernel rejects products over zero rows: one row of zeros goes to the last expert, and its output
-        # is dropped, so that all gradients are zeros and come as on the ranks that have rows.
+        # The kernel rejects products over zero rows. So one row of zeros goes to the last expert and its
+        # output is dropped: all gradients are zero, and arrive in the same order as on ranks with rows.
         padding = rows.new_zeros(1, rows.shape[1])
         return grouped(experts, torch.cat([rows, padding]), assignment.with_one_row())[:0]
     expand, contract = [[getattr(expert, part) for expert in experts] for part in ("expand", "contract")]
@@ -214,7 +214,7 @@ def _linear(parts: list[Any], rows: Tensor, assignment: Assignment) -> Tensor:
         _Stack.apply(*[part.weight for part in parts]),
         _Stack.apply(*[part.bias for part in parts]),
     )
-    # Rows after the last end would stay uninitialized, here and in the gradients; there are none.
+    # The kernel would leave rows after the last end uninitialized, also in gradients; there are no such rows.
     out: Tensor = _AddBias.apply(
         grouped_mm(rows, weights.transpose(1, 2), offs=assignment.ends), biases, assignment
     )
@@ -224,7 +224,7 @@ def _linear(parts: list[Any], rows: Tensor, assignment: Assignment) -> Tensor:
 class Experts(nn.Module):
     """The local experts, as separate parameters.
 
-    DeepSpeed saves and reduces each one separately, under the name ``deepspeed_experts``; and indexing one
+    DeepSpeed saves and reduces each expert separately, under the name ``deepspeed_experts``. Also, indexing a
     stacked parameter would make autograd write a full-size gradient for every expert.
     """
 
@@ -239,16 +239,15 @@ class Experts(nn.Module):
             mark_expert_parameter(parameter, topology.expert)
 
     def pack(self) -> None:
-        """Lay all parameters together, for inference."""
+        """Move the experts' parameters into common storages, for inference."""
         self.lay_together(lambda parameter: True)
 
     @torch.no_grad()
     def lay_together(self, may_move: Callable[[Tensor], bool]) -> None:
-        """Move the experts' parameters of each name into one storage, where a grouped product reads them
-        without a copy.
+        """Move each parameter of all experts into one storage, which a grouped product reads without a copy.
 
-        Left as they are: those that lie so already, as ZeRO's buffers have them, those that no grouped
-        product reads, and those that ``may_move`` denies because an optimizer owns their storage.
+        Parameters are not moved if they have that layout already (as in ZeRO's buffers), if no grouped
+        product reads them, or if ``may_move`` returns false because an optimizer owns their storage.
         """
         experts = list(self.deepspeed_experts)
         first = next(self.parameters())
@@ -270,9 +269,9 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Return the weighted sum of each row's expert outputs [n, H].
 
-        ``rows`` [n, H]; ``chosen`` [n, K] are local expert numbers or DROPPED; ``weights`` [n, K]; ``count``:
-        see :meth:`Assignment.of`. With ``replicas`` these compute instead of the local experts, and
-        ``chosen`` are indices into them.
+        ``rows`` [n, H]; ``chosen`` [n, K] has local expert numbers or DROPPED; ``weights`` [n, K]; ``count``:
+        see :meth:`Assignment.of`. With ``replicas``, they are used instead of the local experts, and
+        ``chosen`` has indices into them.
         """
         local = self.deepspeed_experts
         computing: Sequence[Any] = list(local) if replicas is None else replicas

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer, in the shape by which DeepSpeed's engine recognizes it."""
+"""The mixture-of-experts layer, in the form that DeepSpeed's engine recognizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.directions import Languages
-from lsmoe_ds.methods.context import LanguageContext, mean_of_real
+from lsmoe_ds.methods.context import LanguageContext
 from lsmoe_ds.moe.dispatch import Dispatcher
 from lsmoe_ds.moe.losses import NAME, record_routing
 from lsmoe_ds.moe.routers import ROUTERS, RouterByTask, RouterInputs, Routes, limit
@@ -52,7 +52,7 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         self.num_local_experts = settings.experts // topology.expert
         self.expert_group_name = compat.expert_group_name(topology.expert)
         self.deepspeed_moe = Dispatcher(
-            [expert() for _ in range(self.num_local_experts)], settings.experts, topology
+            [expert() for _ in range(self.num_local_experts)], settings.experts, topology, settings.chunks
         )
         self.settings = settings
         # The router is outside the dispatcher: DeepSpeed drops or misfiles router weights below a name with
@@ -75,16 +75,20 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         """
         batch, length = len(real if x is None else x), real.shape[1]
         index = context.places(real, batch)
-        sentences = index // length
-        tasks = context.ids.task(self.settings.task)[sentences]
-        summary = None if context.summary is None else context.summary[:batch]
-        if self.settings.routing == "sentence" and summary is None:
-            assert x is not None
-            summary = mean_of_real(x, real[:batch])
+        rows = index // length
+        tasks = context.ids.task(self.settings.task)[rows]
+        summary = None
+        if self.settings.routing == "sentence":
+            summary = context.summary
+            if summary is not None:
+                summary = summary[: context.sentence_count(batch)]
+            else:
+                assert x is not None
+                summary = context.mean(x, real)
         tokens = real.new_empty(0) if x is None else x.reshape(batch * length, -1)
         if x is not None and index.shape[0] < batch * length:
             tokens = tokens.index_select(0, index)
-        return index, tokens, self.router(tokens, RouterInputs(sentences, tasks, summary))
+        return index, tokens, self.router(tokens, RouterInputs(context.sentences(rows), tasks, summary))
 
     def forward(self, x: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
         """Apply the experts, the shared feed-forward, or each to half of the batch, as the route says.
@@ -111,11 +115,11 @@ class MixtureOfExperts(compat.import_moe_base()):  # type: ignore[misc]
         if context.notes is not None:
             context.note(NAME, record_routing(self.settings, chosen, kept))
         if self.observer is not None:
-            sentences = index // x.shape[1]
-            tasks = context.ids.task(self.settings.task)[sentences]
-            self.observer(Seen(tokens, sentences, tasks, kept))
+            rows = index // x.shape[1]
+            tasks = context.ids.task(self.settings.task)[rows]
+            self.observer(Seen(tokens, context.sentences(rows), tasks, kept))
         lent: list[int] = []
-        # In evaluation, where a step of a search has few tokens, weights would cost more than rows.
+        # Not in evaluation: a search step has few tokens, and sending weights would cost more than rows.
         if self.training and self.replicated:
             assert isinstance(self.router, RouterByTask)
             lent = self.router.experts_of(self.replicated)

@@ -1,4 +1,4 @@
-"""How tasks load the expert-parallel ranks: which experts they use, and what the busiest rank carries.
+"""How tasks load the expert-parallel ranks: which experts they use, and how much the busiest rank computes.
 
 No torch here. E experts, K top-k, R expert-parallel ranks.
 """
@@ -37,14 +37,15 @@ def busiest(
 ) -> float:
     """Return the share of a layer's work that the busiest of R ranks does.
 
-    ``shares`` [tasks] are of tokens, and ``replicated`` the tasks whose experts have replicas: their tokens
-    are spread evenly, since each rank computes its own. Where tasks are placed (:func:`is_placed`), the
-    others load the ranks of their experts. A learned router may put a task anywhere: then the largest other
-    task has all its experts on one rank, on which an equal part of the rest is too::
+    ``shares`` [tasks] has the tasks' shares of tokens. ``replicated`` has the tasks whose experts have
+    replicas; their work is even, since each rank computes its own tokens. The other tasks load the ranks of
+    their experts, if these are known (:func:`is_placed`). Otherwise, with a learned router, the estimate
+    assumes that the largest of them, with share s, has all its experts on one rank, which also does an even
+    part of the rest::
 
         s + (1 - s) / R
 
-    Routing by token or sentence counts as even, which the balance loss is for.
+    Routing by token or sentence is assumed to be even: the balance loss sees to that.
     """
     if not settings.by_task:
         return 1 / ranks
@@ -72,7 +73,7 @@ def busiest(
 
 
 def lent_experts(settings: MoE, languages: Languages) -> int:
-    """Count the experts of a layer that have replicas, at most: tasks may share some."""
+    """Return the largest number of experts of a layer that have replicas; tasks may share experts."""
     tasks = settings.replicated(languages)
     if settings.routing == "static":
         assigned = assign(settings, languages)
@@ -82,28 +83,28 @@ def lent_experts(settings: MoE, languages: Languages) -> int:
 
 @dataclass(frozen=True)
 class Load:
-    """What the busiest rank carries of one side's experts, as shares of all their work."""
+    """The load of the busiest rank by one side's experts, as shares of all their work."""
 
     side: str
     even: float  # 1 / R
-    tasks: list[str]  # that have replicas
-    share: float  # of the tokens: those of these tasks, which do not travel
+    tasks: list[str]  # the tasks whose experts have replicas
+    share: float  # these tasks' share of the tokens, which do not travel
     busiest: float
     without: float  # the same without any replicas
     proposed: list[str]  # the tasks that ``replicas: auto`` chooses
     with_proposed: float
     placed: bool  # known before training; otherwise estimated for a learned router
-    lent: int  # values of the weights of replicas in all layers of the side, at most
-    largest: int  # of them in one layer
+    lent: int  # most values of replicas' weights, in all layers of the side
+    largest: int  # the most of them in one layer
 
     @property
     def crowding(self) -> float:
-        """Return how many times an even part of the rows that travel the busiest rank gets."""
+        """Return the traveling rows that the busiest rank receives, as a multiple of an even part."""
         traveling = 1 - self.share
         return (self.busiest - self.share * self.even) / (traveling * self.even) if traveling > 1e-9 else 1.0
 
     def describe(self) -> str:
-        """Say which tasks have replicas, and what that does to the busiest rank."""
+        """Describe which tasks have replicas, and how that changes the busiest rank's share."""
         about = "" if self.placed else "about "
         return (
             f"every rank computes the {self.side}'s experts of {listed(self.tasks)}, "

@@ -1,8 +1,8 @@
 """Auxiliary routing losses over the whole batch of a step.
 
 Each micro-batch records sums in a :class:`RoutingRecord`. Only the counts of first choices, which have no
-gradient, must be known over the whole step before the first gradient; the rest is a sum over tokens. So the
-values and the gradients depend neither on how the step is split into micro-batches and ranks, nor on padding.
+gradient, must be known over the whole step before the first gradient; the rest is a sum over tokens. So
+values and gradients do not depend on padding or on how the step is split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.moe.routers import DROPPED, Routes, count
 
-NAME = "moe"  # under which layers leave their notes
+NAME = "moe"  # the key of the layers' notes
 
 
 @dataclass

@@ -33,7 +33,7 @@ class MixturesOfExperts(Method):
         self.sides = [side for side, _, _ in recipe.model.moe_layers()]
 
     def owns(self, name: str) -> bool:
-        """Tell whether a parameter is of an expert, a router, or a feed-forward distilled from experts."""
+        """Tell whether a parameter belongs to experts, a router, or a feed-forward distilled from experts."""
         return any(f".feed_forward.{part}." in name for part in ("experts", "router", "shared"))
 
     def initial(self, name: str) -> Draw | None:

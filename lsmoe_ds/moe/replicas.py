@@ -1,10 +1,10 @@
 """Replicas: lend the experts of busy tasks to every expert-parallel rank for one forward and backward pass.
 
 The owner of an expert broadcasts its weights, each rank computes its own rows with them, and the backward
-pass sums the gradients of all ranks on the owner. Parameters, optimizer state and checkpoints stay where they
-are: a replica is no parameter. So a step computes what it computes without replicas, to rounding, and a
-learned router may change its mind about which experts a task uses ("FasterMoE", He et al., 2022, calls this
-shadowing; there the tokens of each batch choose the experts, here the shares of tasks).
+pass sums the gradients of all ranks on the owner. A replica is not a parameter, so parameters, optimizer
+state and checkpoints do not change. Up to rounding, a step computes the same as without replicas, and a
+learned router may still change which experts a task uses. "FasterMoE" (He et al., 2022) calls this shadowing;
+there the tokens of each batch decide which experts are lent, here the shares of tasks.
 
 N copied experts, P tensors of an expert, S tokens, E experts, K top-k, R expert-parallel ranks.
 """
@@ -28,11 +28,11 @@ from lsmoe_ds.parallel.topology import Topology
 
 
 class Replica:
-    """An expert with given weights that computes as ``like`` does, of whatever rank."""
+    """An expert with the given weights, from any rank, that computes like the local expert ``like``."""
 
     def __init__(self, like: nn.Module, weights: dict[str, Tensor]) -> None:
         self._like, self._weights = like, weights
-        for name, value in weights.items():  # what a grouped product reads
+        for name, value in weights.items():  # attributes such as expand.weight, which grouped products read
             layer, _, kind = name.rpartition(".")
             vars(self).setdefault(layer, SimpleNamespace())
             setattr(vars(self)[layer], kind, value)
@@ -43,10 +43,10 @@ class Replica:
 
 
 class Loan:
-    """Lend experts with some global ``numbers``, ascending, to every rank of the expert-parallel group.
+    """Lend the experts with these global ``numbers``, ascending, to every rank of the expert-parallel group.
 
-    All ranks make it, which begins to send the weights, and then ask it for the :meth:`replicas`; what they
-    do in between may send other things. ``experts`` are the local ones.
+    All ranks construct a Loan, which starts to send the weights, and later call :meth:`replicas`. Other
+    communication may happen in between. ``experts`` are the local experts.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Loan:
         self.sizes = [math.prod(shape) for shape in self.shapes]
         each = len(experts)
         owners = groupby(numbers, key=lambda number: number // each)
-        # By owner, in rank order, the numbers of its experts among its local ones.
+        # For each owner, in rank order, the local numbers of the experts that it lends.
         self.local = [(owner, [number % each for number in of_owner]) for owner, of_owner in owners]
         self.messages = [self._message(*pair) for pair in self.local]
         self._works = self._exchange(self.messages, back=False)
@@ -73,7 +73,7 @@ class Loan:
         return torch.cat(flat)
 
     def _exchange(self, messages: list[Tensor], back: bool) -> list[Any]:
-        """Begin to broadcast the owners' messages, or, on the way ``back``, to sum those of all ranks."""
+        """Start to broadcast the owners' messages; with ``back``, to sum all ranks' messages on owners."""
         group, mine, works = self.topology.expert_group, self.topology.expert_rank, []
         assert group is not None
         for (owner, _), message in zip(self.local, messages, strict=True):
@@ -92,7 +92,7 @@ class Loan:
     def received(self) -> list[Tensor]:
         """Return the tensors of the lent experts, expert by expert, [N P]."""
         self._wait(self._works)
-        # The graph holds this object, and must not hold the weights of layers that are computed again.
+        # The autograd graph holds this object, and must not keep the weights of layers that are recomputed.
         messages, self.messages, self._works = self.messages, [], []
         return [
             part.view(shape)
@@ -102,15 +102,15 @@ class Loan:
         ]
 
     def returned(self, gradients: Sequence[Tensor], trained: Sequence[bool]) -> dict[tuple[int, int], Tensor]:
-        """Sum gradients [N P] over the ranks, of those tensors of an expert that are ``trained`` [P].
+        """Sum the gradients [N P] over the ranks, for the tensors of an expert that are ``trained`` [P].
 
-        Returns those that are this rank's by the number of the local expert and the place in [P].
+        Returns the sums for this rank's experts, by local expert number and index in [P].
         """
         kinds = len(self.names)
         wanted, messages, start = [kind for kind in range(kinds) if trained[kind]], [], 0
         for _, local in self.local:
             rows = [gradients[start + e * kinds :][:kinds] for e in range(len(local))]
-            # In 16 bits a sum over ranks would soon lose what is added to it.
+            # A sum over ranks in 16 bits would lose small summands.
             messages.append(torch.cat([row[kind].reshape(-1).float() for row in rows for kind in wanted]))
             start += len(local) * kinds
         self._wait(self._exchange(messages, back=True))
@@ -133,15 +133,15 @@ class Loan:
 class _Lend(torch.autograd.Function):
     """Return the tensors of the lent experts [N P]; the arguments are those of all local experts [E/R P].
 
-    Few of them are lent, or none, but so the result has a gradient on every rank, and all gradients of local
-    experts come after this backward pass: the collectives by which DeepSpeed reduces them must not meet this
-    one in different orders.
+    Few or none of the local experts are lent. All are arguments so that the result has a gradient on every
+    rank, and so that the gradients of local experts come after this backward pass: its collective and those
+    by which DeepSpeed reduces gradients must have the same order on all ranks.
     """
 
     @staticmethod
     def forward(ctx: Any, loan: Loan, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.loan, ctx.like = loan, parameters
-        # The experts of a layer train together, so what holds for those of one holds for all, on every rank.
+        # All experts of a layer train alike, so the flags of the first expert hold for all, on every rank.
         kinds = len(loan.names)
         ctx.trained = ctx.needs_input_grad[1 : 1 + kinds]
         lent = loan.received()
@@ -160,9 +160,9 @@ class _Lend(torch.autograd.Function):
 
 
 def split(experts: Tensor, numbers: Sequence[int], total: int) -> tuple[Tensor, Tensor]:
-    """Divide choices [S, K] into those of replicas, as indices into ``numbers``, and those of other experts.
+    """Split choices [S, K] into choices of replicas, as indices into ``numbers``, and those of other experts.
 
-    In either result the choices of the other are DROPPED.
+    Each result has DROPPED where the other has a choice.
     """
     index = torch.tensor(numbers, dtype=torch.int64).to(experts.device, non_blocking=True)
     place = torch.full((total + 1,), DROPPED, dtype=experts.dtype, device=experts.device)

@@ -5,9 +5,9 @@
 - task:      softmax(W[task_s])        all tokens of a task choose alike, so its experts can be extracted
 - static:    each task is assigned K experts, with weights 1 / K; nothing is learned
 
-Routers that read tokens or sentences add a bias b [E] to W x with ``router_bias``. All routers compute in
-float32, whatever the types of x and W: in 16 bits, logits that differ by little would be equal, and which
-expert a token uses would be chance (Switch, section 2.4).
+With ``router_bias``, routers that read tokens or sentences add a bias b [E] to W x. All routers compute in
+float32, whatever the types of x and W: in 16 bits, nearly equal logits would become equal, and the choice of
+expert would be arbitrary (Switch, section 2.4).
 
 S tokens, B sentences, H hidden, E experts, K top-k.
 """
@@ -48,7 +48,7 @@ class RouterInputs:
 
     sentences: Tensor  # [S]: the sentence that each token is from
     tasks: Tensor  # [S]
-    summary: Tensor | None = None  # [B, H]: read by sentence routing only
+    summary: Tensor | None = None  # [B, H]: only sentence routing reads it
 
 
 def choose(logits: Tensor, top_k: int) -> Routes:
@@ -73,8 +73,8 @@ def count(numbers: Tensor, size: int) -> Tensor:
 def limit(routes: Routes, settings: Capacity, factor: float) -> Routes:
     """Drop choices so that each expert has at most ``ceil(factor K S / E)`` tokens.
 
-    S counts the tokens of one batch, however many ranks share it, so the parallel layout does not change what
-    is dropped. The weights of a token's other experts do not change (GShard, algorithm 1).
+    S counts the tokens of one batch, however many ranks share it, so the same choices are dropped in every
+    parallel layout. The weights of a token's other experts do not change (GShard, algorithm 1).
     """
     tokens, top_k = routes.experts.shape
     experts = routes.probabilities.shape[1]
@@ -83,7 +83,7 @@ def limit(routes: Routes, settings: Capacity, factor: float) -> Routes:
     order = torch.arange(flat.shape[0], device=flat.device)
     if settings.drop == "probability":
         order = routes.weights.detach().t().reshape(-1).argsort(descending=True, stable=True)
-    order = order[flat[order].argsort(stable=True)]  # by expert, the best first
+    order = order[flat[order].argsort(stable=True)]  # by expert, the choices to keep first
     sizes = count(flat, experts)
     starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)
@@ -118,7 +118,7 @@ class TokenRouter(Router):
 
     def forward(self, tokens: Tensor, inputs: RouterInputs) -> Routes:
         bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(tokens.device.type, enabled=False):  # which would compute products in 16 bits
+        with torch.autocast(tokens.device.type, enabled=False):  # autocast would compute products in 16 bits
             logits = nn.functional.linear(self._shake(tokens.float()), self.weight.float(), bias)
         return choose(logits, self.top_k)
 
@@ -136,9 +136,9 @@ class SentenceRouter(TokenRouter):
 
 
 class _OnDevices:
-    """A constant tensor, copied once to each device that asks for it: each copy would wait for the device.
+    """A constant tensor that is copied to each device only once, because each copy waits for the device.
 
-    It is no buffer of the module: that would be meta where the module is built as meta.
+    It is not a buffer of the module, since a module built on the meta device would have a meta buffer.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -156,7 +156,7 @@ class RouterByTask(Router):
     reads_tokens = False
 
     def of_tasks(self) -> Routes:
-        """Return the routes of all tasks, [tasks, K]."""
+        """Return one row of routes for each task, [tasks, K]."""
         raise NotImplementedError
 
     @torch.no_grad()

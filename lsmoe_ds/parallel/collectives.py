@@ -1,4 +1,4 @@
-"""Collectives with gradients that neither torch, Megatron nor DeepSpeed offers on every backend.
+"""Differentiable collectives that neither torch, Megatron nor DeepSpeed offers on every backend.
 
 S tokens, H hidden, R ranks of the group.
 """
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def make_event(device: torch.device) -> Any:
-    """Return an event that the device times; None if the host's clock tells when its work is done."""
+    """Return a timing event of the device; None if the device's work ends when the call returns (CPU)."""
     return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
 
 
@@ -30,13 +30,13 @@ def make_event(device: torch.device) -> Any:
 class Traffic:
     """What this rank has sent to other ranks, and the seconds that it spent in the exchanges.
 
-    ``seconds`` includes the wait for the slowest rank. On a GPU it is the time between two events in the
-    stream of the model's work, which waits for the exchange; they are read when both have passed, so that
-    nothing waits for the device.
+    ``seconds`` includes the wait for the slowest rank. Of an exchange that overlaps with computation it is
+    only what this rank waits for. On a GPU it is the time between two events in the model's stream, which
+    waits for the exchange. Events are read only after both have passed, so nothing waits for the device.
     """
 
     bytes: int = 0
-    rows: int = 0  # sent in forward passes, also by layers that are computed again
+    rows: int = 0  # sent in forward passes, including those of recomputed layers
     seconds: float = 0.0
     pending: list[tuple[Any, Any]] = field(
         default_factory=list, repr=False
@@ -69,8 +69,9 @@ class Traffic:
         return total
 
     def take(self) -> Traffic:
-        """Return the traffic since the last call, and reset it. The seconds of an exchange that the device
-        has yet to make are left for the next call.
+        """Return the traffic since the last call, and reset it.
+
+        The seconds of exchanges that the device has not finished are left for the next call.
         """
         passed = [after.query() for _, after in self.pending]
         for (before, after), done in zip(self.pending, passed, strict=True):
@@ -81,74 +82,151 @@ class Traffic:
         return taken
 
 
-def _exchange(
-    tensor: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic
-) -> Tensor:
+@dataclass
+class _Message:
+    """One message to each rank; overlapped exchanges go on until :meth:`end` is called."""
+
+    received: Tensor
+    sent: Tensor | None  # the exchange reads it until it has ended
+    work: Any  # None if the exchange has ended
+    traffic: Traffic
+
+    def end(self) -> Tensor:
+        """Wait until all rows have arrived, and return them. Only an overlapped exchange is timed here."""
+        if self.work is not None:
+            with self.traffic.timing(self.received.device):
+                self.work.wait()
+        self.work = self.sent = None
+        return self.received
+
+
+def _begin(
+    tensor: Tensor,
+    send: list[int],
+    receive: list[int],
+    group: dist.ProcessGroup,
+    traffic: Traffic,
+    overlapped: bool = False,
+) -> _Message:
     received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
-    with traffic.timing(tensor.device):
-        dist.all_to_all_single(received, tensor.contiguous(), receive, send, group=group)
+    message = _Message(received, tensor.contiguous(), None, traffic)
+    arguments = received, message.sent, receive, send
+    if overlapped:
+        message.work = dist.all_to_all_single(*arguments, group=group, async_op=True)
+    else:
+        with traffic.timing(tensor.device):
+            dist.all_to_all_single(*arguments, group=group)
     leaving = sum(send) - send[dist.get_rank(group)]
     traffic.bytes += leaving * tensor.element_size() * math.prod(tensor.shape[1:])
-    return received
+    return message
 
 
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> Tensor:
     """Send one row of integers ``counts`` [R, ...] to each rank; return those received [R, ...]."""
     ones = [1] * counts.shape[0]
-    return _exchange(counts, ones, ones, group, traffic)
-
-
-def _exchange_together(
-    parts: Sequence[Tensor], send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic
-) -> tuple[Tensor, ...]:
-    """Exchange several tensors [S, ...], of any types, in one message of bytes."""
-    if len(parts) == 1:
-        return (_exchange(parts[0], send, receive, group, traffic),)
-    sent = [_bytes(part.flatten(1)) for part in parts]
-    message = _exchange(torch.cat(sent, 1), send, receive, group, traffic)
-    received = message.split([each.shape[1] for each in sent], 1)
-    return tuple(
-        _view(each, part.dtype).unflatten(1, part.shape[1:])
-        for each, part in zip(received, parts, strict=True)
-    )
+    return _begin(counts, ones, ones, group, traffic).end()
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    """View rows [S, N] as bytes [S, N B]. A single row or column may be contiguous with any stride."""
+    """View rows [S, N] as bytes [S, N B]. A single row or column counts as contiguous with any stride."""
     if not rows.is_contiguous() or rows.stride(1) != 1:
         rows = rows.clone(memory_format=torch.contiguous_format)
     return rows.view(torch.uint8)
 
 
 def _view(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Read columns of bytes as numbers, without a copy if each row begins where such a number may."""
+    """View columns of bytes as numbers of type ``dtype``; copies them only if rows are not aligned for it."""
     if columns.storage_offset() % dtype.itemsize or columns.stride(0) % dtype.itemsize:
         columns = columns.clone(memory_format=torch.contiguous_format)
     return columns.view(dtype)
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
+class _Rows:
+    """The rows of several tensors [S, ...], of any types, which travel in one message of bytes.
+
+    One object serves the way there and the way back of gradients, one after the other.
+    """
+
+    def __init__(
+        self,
         send: list[int],
         receive: list[int],
         group: dist.ProcessGroup,
         traffic: Traffic,
-        *parts: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.way_back = receive, send, group, traffic
-        out = _exchange_together(parts, send, receive, group, traffic)
-        known = zip(out, ctx.needs_input_grad[4:], strict=True)
+        overlapped: bool,
+    ) -> None:
+        self.there, self.back = (send, receive), (receive, send)
+        self.group, self.traffic, self.overlapped = group, traffic, overlapped
+        self.needed: tuple[bool, ...] = ()  # which parts need a gradient
+        self._kinds: list[tuple[torch.dtype, torch.Size]] = []
+        self._message: _Message | None = None
+
+    def begin(self, parts: Sequence[Tensor], counts: tuple[list[int], list[int]]) -> None:
+        self._kinds = [(part.dtype, part.shape[1:]) for part in parts]
+        one = parts[0] if len(parts) == 1 else torch.cat([_bytes(part.flatten(1)) for part in parts], 1)
+        self._message = _begin(one, *counts, self.group, self.traffic, self.overlapped)
+
+    def end(self) -> tuple[Tensor, ...]:
+        assert self._message is not None
+        # The autograd graph holds this object, and must not keep the rows of layers that are recomputed.
+        received, self._message = self._message.end(), None
+        if len(self._kinds) == 1:
+            return (received,)
+        widths = [dtype.itemsize * math.prod(shape) for dtype, shape in self._kinds]
+        parts = zip(received.split(widths, 1), self._kinds, strict=True)
+        return tuple(_view(part, dtype).unflatten(1, shape) for part, (dtype, shape) in parts)
+
+
+class _Begin(torch.autograd.Function):
+    """Begin to send rows. The result is empty: it ties :class:`_End` to the rows' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: _Rows, *parts: Tensor) -> Tensor:
+        ctx.rows, rows.needed = rows, ctx.needs_input_grad[1:]
+        rows.begin(parts, rows.there)
+        return torch.empty(0, device=parts[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        arrived = iter(ctx.rows.end())
+        return None, *(next(arrived) if is_needed else None for is_needed in ctx.rows.needed)
+
+
+class _End(torch.autograd.Function):
+    """Return the rows that have arrived. The backward pass begins to send their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: _Rows, begun: Tensor) -> tuple[Tensor, ...]:
+        ctx.rows, out = rows, rows.end()
+        known = zip(out, rows.needed, strict=True)
         ctx.mark_non_differentiable(*(each for each, is_needed in known if not is_needed))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[4:]
-        leaving = [each for each, is_needed in zip(gradients, needed, strict=True) if is_needed]
-        arrived = iter(_exchange_together(leaving, *ctx.way_back))
-        return None, None, None, None, *(next(arrived) if is_needed else None for is_needed in needed)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        rows: _Rows = ctx.rows
+        needed = zip(gradients, rows.needed, strict=True)
+        rows.begin([each for each, is_needed in needed if is_needed], rows.back)
+        return None, torch.empty(0, device=gradients[0].device)
+
+
+def begin_all_to_all(
+    parts: Sequence[Tensor],
+    send: list[int],
+    receive: list[int],
+    group: dist.ProcessGroup,
+    traffic: Traffic,
+    overlapped: bool = True,
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Begin to send rows as :func:`all_to_all` does; return a function that waits for those received.
+
+    If ``overlapped``, whatever is computed before that function is called may overlap with the exchange; in
+    the backward pass, what was computed between the two calls overlaps with the way back of the gradients.
+    Ranks must begin exchanges in the same order. Otherwise each exchange ends before the call returns.
+    """
+    rows = _Rows(send, receive, group, traffic, overlapped)
+    begun = _Begin.apply(rows, *parts)
+    return lambda: _End.apply(rows, begun)
 
 
 def all_to_all(
@@ -160,21 +238,20 @@ def all_to_all(
 ) -> tuple[Tensor, ...]:
     """Send ``send[r]`` rows to each rank r and receive ``receive[r]`` rows from it, in rank order.
 
-    A row is that of each of the ``parts`` [S, ...], which may have different types and travel in one message.
-    The gradients of those that need one travel back in one, too; each must need one on all ranks or on none.
-    Any count may be zero. Every rank of the group must call it. Adds to ``traffic``.
+    A row consists of the rows of all ``parts`` [S, ...], which may have different types and travel in one
+    message. The gradients of parts that need one travel back in one message; a part must need a gradient on
+    all ranks or on none. Any count may be zero. Every rank of the group must call this. Adds to ``traffic``.
     """
-    out: tuple[Tensor, ...] = _AllToAll.apply(send, receive, group, traffic, *parts)
-    return out
+    return begin_all_to_all(parts, send, receive, group, traffic, overlapped=False)()
 
 
 def share(total: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Return the bounds, first and last plus one, of the contiguous share of ``total`` items of one rank."""
+    """Return the bounds (start, stop) of one rank's contiguous share of ``total`` items."""
     return total * rank // ranks, total * (rank + 1) // ranks
 
 
 def _gather_rows(part: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
-    """Concatenate the ranks' uneven shares, padded to the largest, since gloo gathers only equal shapes."""
+    """Concatenate the ranks' uneven shares. They are sent padded, since gloo gathers only equal shapes."""
     ranks = dist.get_world_size(group)
     bounds = [share(total, ranks, r) for r in range(ranks)]
     longest = max(end - start for start, end in bounds)
@@ -225,7 +302,7 @@ def join_rows(part: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def _sum_over(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Sum each of several tensors over the ranks, by one all-reduce."""
+    """Sum each tensor over the ranks, all in one all-reduce."""
     message = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(message, group=group)
     parts = message.split([tensor.numel() for tensor in tensors])
@@ -254,16 +331,17 @@ class _SumTogether(torch.autograd.Function):
 
 
 def copy_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Return tensors that are equal on all ranks; the backward pass sums their gradients, by one all-reduce.
+    """Return tensors that are equal on all ranks; the backward pass sums their gradients in one all-reduce.
 
-    Each rank computes its own part of a result with them. Tensors that need no gradient take no part.
+    Use this where each rank computes its own part of a result with them. Tensors that need no gradient are
+    not reduced.
     """
     copies = iter(_CopyTogether.apply(group, *[tensor for tensor in tensors if tensor.requires_grad]))
     return tuple(next(copies) if tensor.requires_grad else tensor for tensor in tensors)
 
 
 def sum_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Sum tensors over the ranks, by one all-reduce; the backward pass leaves the gradients as they are.
+    """Sum tensors over the ranks in one all-reduce; the backward pass returns the gradients unchanged.
 
     Each rank holds one summand.
     """
@@ -272,8 +350,9 @@ def sum_together(tensors: tuple[Tensor, ...], group: dist.ProcessGroup) -> tuple
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 and return its result, or raise its UserError, on all ranks. Called by every
-    rank.
+    """Call a function on rank 0, and return its result or raise its UserError on all ranks.
+
+    Every rank must call this.
     """
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:

@@ -1,8 +1,8 @@
 """Adapters to DeepSpeed 0.19.8 and Megatron-core 0.16.1: versions, imports, groups and random numbers.
 
-Those to DeepSpeed's engine are in :mod:`lsmoe_ds.parallel.deepspeed_engine`. Only these two files touch
-private names of either library, and each adapter says why it is there. ``check_versions`` refuses other
-versions, because the names are not promised by either library.
+Adapters to DeepSpeed's engine are in :mod:`lsmoe_ds.parallel.deepspeed_engine`. Only these two files use
+private names of either library, and each adapter states its reason. Private names may change at any time, so
+``check_versions`` refuses other versions.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def check_versions() -> None:
 
 @functools.cache
 def import_deepspeed() -> Any:
-    """Import DeepSpeed quietly, for the accelerator that is there, without compiling extensions that nothing
-    here uses.
-    """
+    """Import DeepSpeed quietly for the accelerator of this machine; do not compile extensions unused here."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with quick_import():
@@ -61,17 +59,17 @@ def import_deepspeed() -> Any:
 
 
 def trains_in(kind: str) -> bool:
-    """Return whether DeepSpeed trains in ``bf16`` or ``fp16`` on the accelerator that is there."""
+    """Return whether DeepSpeed trains in ``bf16`` or ``fp16`` on the accelerator of this machine."""
     accelerator = import_deepspeed().get_accelerator()
-    return bool(getattr(accelerator, f"is_{kind}_supported")())  # None stands for no
+    return bool(getattr(accelerator, f"is_{kind}_supported")())  # None means no
 
 
 @functools.cache
 def import_megatron() -> Any:
     """Import Megatron-core's parallel state, without compiling its fused functions.
 
-    Nothing here calls them, but Megatron hands them to ``torch.compile`` while it is imported, which loads
-    torch's compiler and takes a third of the time that a rank needs to start.
+    Nothing here calls them, but importing Megatron passes them to ``torch.compile``, which loads torch's
+    compiler and takes a third of a rank's start-up time.
     """
     compiled = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
@@ -84,8 +82,9 @@ def import_megatron() -> Any:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether a collective failed because a connection to another rank broke. gloo has no error class
-    for it, so its message decides.
+    """Return whether a collective failed because the connection to another rank broke.
+
+    gloo has no error class for this, so the message decides.
     """
     return isinstance(error, dist.DistError) or (
         "gloo" in str(error) and any(f"onnection {how} by peer" in str(error) for how in ("closed", "reset"))
@@ -93,7 +92,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def import_moe_base() -> type[torch.nn.Module]:
-    """Import ``deepspeed.moe.layer.MoE``, by which class the engine knows layers with experts."""
+    """Import ``deepspeed.moe.layer.MoE``, the class by which the engine recognizes layers with experts."""
     import_deepspeed()
     from deepspeed.moe.layer import MoE
 
@@ -103,10 +102,9 @@ def import_moe_base() -> type[torch.nn.Module]:
 def adopt_expert_groups(
     size: int, expert_group: dist.ProcessGroup, expert_data_group: dist.ProcessGroup
 ) -> str:
-    """Hand groups built by Megatron to DeepSpeed, which would otherwise build its own, blind to tensor
-    parallelism.
+    """Register groups built by Megatron in DeepSpeed; return their name there.
 
-    Returns the name under which DeepSpeed knows them.
+    DeepSpeed would otherwise build its own groups, which ignore tensor parallelism.
     """
     import_deepspeed()
     from deepspeed.utils import groups
@@ -126,9 +124,9 @@ def expert_group_name(size: int) -> str:
 def mark_expert_parameter(parameter: torch.nn.Parameter, size: int) -> None:
     """Make the engine reduce a parameter's gradient over expert-data-parallel ranks only.
 
-    ``model_parallel`` is for the gradient norm: where expert groups span the tensor-parallel group, DeepSpeed
-    would otherwise count the experts of the first tensor-parallel rank alone, silently, and clip by a wrong
-    norm.
+    ``model_parallel`` corrects the gradient norm: if expert groups span the tensor-parallel group, DeepSpeed
+    would otherwise count only the experts of the first tensor-parallel rank, without a warning, and clip by a
+    wrong norm.
     """
     parameter.allreduce = False  # type: ignore[attr-defined]
     parameter.group_name = expert_group_name(size)  # type: ignore[attr-defined]
@@ -141,9 +139,9 @@ def is_expert_parameter(parameter: torch.nn.Parameter) -> bool:
 
 
 def forget_groups() -> None:
-    """Destroy all parallel groups but the world, so that the same processes can build another layout.
+    """Destroy all parallel groups except the world, so that the same processes can build another layout.
 
-    Megatron forgets its groups without destroying them, and each has threads of its own under gloo.
+    Megatron drops its groups without destroying them, and under gloo each keeps its own threads.
     """
     import megatron.core.parallel_state as state
     from deepspeed.utils import groups
@@ -163,10 +161,10 @@ def forget_groups() -> None:
 
 
 class ModelParallelUnit:
-    """What ``deepspeed.initialize(mpu=...)`` asks, answered by Megatron's parallel state.
+    """The ``mpu`` object for ``deepspeed.initialize``, which answers from Megatron's parallel state.
 
-    Some names are left out on purpose: when DeepSpeed finds ``get_sequence_*``, ``get_slice_*`` or
-    ``get_pipe_*`` it takes another path that Megatron-core's groups do not fit.
+    Some methods are missing on purpose: if DeepSpeed finds ``get_sequence_*``, ``get_slice_*`` or
+    ``get_pipe_*``, it uses another code path, which does not work with Megatron-core's groups.
     """
 
     def __init__(self) -> None:
@@ -192,8 +190,8 @@ class ModelParallelUnit:
 def initialize_megatron(tensor: int, expert: int) -> Any:
     """Build all groups once, in Megatron, and return its parallel state.
 
-    Experts are not tensor-parallel (``expert_tensor_parallel_size=1``): expert groups run over consecutive
-    ranks and may span tensor-parallel peers.
+    Experts are not tensor-parallel (``expert_tensor_parallel_size=1``): expert groups consist of consecutive
+    ranks and may include tensor-parallel peers.
     """
     state = import_megatron()
     state.initialize_model_parallel(
@@ -203,8 +201,10 @@ def initialize_megatron(tensor: int, expert: int) -> Any:
 
 
 def megatron_config() -> Any:
-    """Return the settings of Megatron's linear and embedding layers: CPU allocation, no initialization (we
-    initialize by parameter name, so that it is the same in every layout), no fused kernels that need Apex.
+    """Return the settings of Megatron's linear and embedding layers.
+
+    They allocate on the CPU, do not initialize (we initialize by parameter name, so that every layout gets
+    the same weights), and use no fused kernels, which need Apex.
     """
     from megatron.core.model_parallel_config import ModelParallelConfig
 
@@ -219,8 +219,8 @@ def megatron_config() -> Any:
 def mark_tensor_parallel(parameter: Any, dimension: int) -> None:
     """Mark a weight as split along ``dimension`` over tensor-parallel ranks.
 
-    Megatron does so while it initializes a weight, which we do ourselves; DeepSpeed's gradient norm reads the
-    mark.
+    Megatron marks weights while it initializes them, which we do ourselves. DeepSpeed's gradient norm reads
+    the mark.
     """
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
@@ -233,9 +233,10 @@ def mark_tensor_parallel(parameter: Any, dimension: int) -> None:
 
 @contextlib.contextmanager
 def trusted_checkpoint_loading(unpack: Unpack | None = None) -> Iterator[None]:
-    """Load with ``weights_only=True`` inside the context, so that nothing in a checkpoint can run code:
-    DeepSpeed itself passes ``weights_only=False``. ``unpack`` gets what was read, and its path, and returns
-    what is loaded.
+    """Make ``torch.load`` use ``weights_only=True`` inside the context, so that checkpoints cannot run code.
+
+    DeepSpeed itself passes ``weights_only=False``. ``unpack`` receives the object that was read and its path,
+    and returns the object to load.
     """
     import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -260,7 +261,7 @@ def trusted_checkpoint_loading(unpack: Unpack | None = None) -> Iterator[None]:
 def seed_tensor_parallel_random(seed: int, tensor_rank: int) -> None:
     """Seed torch, and Megatron's tracker of the random numbers that differ between tensor-parallel ranks.
 
-    Megatron's tracker speaks to CUDA only; without a GPU the same class is given torch's CPU generator.
+    Megatron's tracker supports only CUDA; without a GPU the same class gets torch's CPU generator.
     """
     from megatron.core.tensor_parallel import random as tracked
 
@@ -292,9 +293,7 @@ def tensor_parallel_random() -> contextlib.AbstractContextManager[None]:
 
 
 def replay_tensor_parallel_random(tensor: int) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which :func:`tensor_parallel_random` gives once more the numbers that it gives from
-    now on.
-    """
+    """Return a context in which :func:`tensor_parallel_random` repeats the numbers that follow this call."""
     if tensor == 1:
         return contextlib.nullcontext()
     from megatron.core.tensor_parallel import random as tracked

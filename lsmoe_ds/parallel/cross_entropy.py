@@ -1,7 +1,7 @@
 """Cross-entropy of logits whose vocabulary may be spread over the tensor-parallel ranks.
 
-The logits are read a few tokens at a time, and their gradient overwrites them: beside the [N, V] logits
-themselves, in the type of the output layer, nothing of that size is ever stored.
+The logits are processed a few tokens at a time, and their gradient overwrites them: except for the [N, V]
+logits, in the type of the output layer, nothing of that size is ever stored.
 
 N tokens, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lsmoe_ds.parallel.topology import Topology
 
-# Values per block. On a processor a block and what is computed from it should fit the cache; a GPU needs many
+# Values per block. On a CPU a block and its intermediate results should fit the cache; a GPU needs many
 # values to be busy.
 AT_ONCE, AT_ONCE_ON_GPU = 2**20, 2**26
 
@@ -32,9 +32,9 @@ def blocks(logits: Tensor) -> Iterator[tuple[Tensor, slice]]:
 
 
 def places(labels: Tensor, vocabulary: int, topology: Topology) -> tuple[Tensor, Tensor]:
-    """Return where labels [...] stand in this rank's ``vocabulary`` logits, and whether they stand there.
+    """Return the index of labels [...] in this rank's ``vocabulary`` logits, and whether they are there.
 
-    Elsewhere the place is 0.
+    The index of a label on another rank is 0.
     """
     local = labels - topology.tensor_rank * vocabulary
     here = (local >= 0) & (local < vocabulary)
@@ -42,7 +42,7 @@ def places(labels: Tensor, vocabulary: int, topology: Topology) -> tuple[Tensor,
 
 
 def sum_over_vocabulary(sums: Tensor, topology: Topology) -> None:
-    """Complete, in place, sums over this rank's part of the vocabulary."""
+    """Add up, in place, the ranks' sums over their parts of the vocabulary."""
     if topology.tensor > 1:
         dist.all_reduce(sums, group=topology.tensor_group)
 
@@ -96,7 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
         smoothing, gradient = ctx.smoothing, gradients[0]
         at_label = ((smoothing - 1) * here).float()[:, None]
         for block, tokens in blocks(logits):
-            p = block.float()  # in float32 the block itself
+            p = block.float()  # not a copy if the block is float32 already
             p.sub_(log_sums[tokens, None]).exp_()
             if smoothing:
                 p.sub_(smoothing / ctx.vocabulary)

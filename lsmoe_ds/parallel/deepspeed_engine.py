@@ -1,6 +1,6 @@
-"""Adapters to DeepSpeed's engine and optimizers: how they are built, step, and are saved and read.
+"""Adapters to DeepSpeed's engine and optimizers: how they are built, stepped, saved and read.
 
-See :mod:`lsmoe_ds.parallel.compat` for all others. Each says why it is there.
+All other adapters are in :mod:`lsmoe_ds.parallel.compat`. Each states its reason.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch.distributed as dist
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.parallel.compat import Unpack, is_expert_parameter, trusted_checkpoint_loading
 
-LARGEST_GROUP = 178_956_971  # values of experts in a group of several layers: DeepSpeed's own limit
-# Among an optimizer's state tensors: the float32 values that it steps in the place of a 16-bit parameter.
+LARGEST_GROUP = 178_956_971  # most values of experts in a group of several layers: DeepSpeed's own limit
+# The key of the state tensor with the float32 values that an optimizer steps instead of a 16-bit parameter.
 VALUES = "values"
 
 
 def optimizer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Return groups of the parameters that train, as DeepSpeed wants them: those of experts apart, under the
-    name of their process groups.
+    """Return DeepSpeed's groups of the parameters that train; experts are in groups of their own.
 
-    DeepSpeed flattens each group into one buffer, and would cut the experts into groups of at most
-    :data:`LARGEST_GROUP` values wherever that ends. Here no group ends within a layer: its experts lie in
-    one buffer, at equal distances, and a grouped product reads them without a copy.
+    The name of an expert group is that of its process groups. DeepSpeed flattens each group into one buffer.
+    It would split experts into groups of at most :data:`LARGEST_GROUP` values, even within a layer. Here no
+    group ends within a layer, so a layer's experts are in one buffer, at equal distances, and a grouped
+    product reads them without a copy.
     """
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
@@ -60,16 +60,15 @@ def _values(parameters: list[torch.nn.Parameter]) -> int:
 
 @contextlib.contextmanager
 def building(groups: list[dict[str, Any]], steps_halves: bool) -> Iterator[None]:
-    """Adapt how DeepSpeed builds an engine inside the context, in three points.
+    """Change three things in how DeepSpeed builds an engine inside the context.
 
-    1. A model with no expert to optimize is treated as dense: once expert groups exist, DeepSpeed otherwise
-       insists that a model with layers of experts trains some.
-    2. An optimizer that ``steps_halves`` steps 16-bit parameters itself: at ZeRO stage 0 DeepSpeed would wrap
-       it in one that makes float32 copies of all weights and gradients at once, and whose norm leaves out
-       experts.
-    3. ZeRO stage 1 in bfloat16 with gradients in float32 has the optimizer of stages 1 and 2, as it has in
-       float16. DeepSpeed takes another one there, whose files, norm and clipping would need adapters of their
-       own.
+    1. A model without trained experts is treated as dense. Otherwise, once expert groups exist, DeepSpeed
+       requires that a model with layers of experts trains some.
+    2. An optimizer that ``steps_halves`` (16-bit parameters) is used as it is. At ZeRO stage 0 DeepSpeed
+       would wrap it in an optimizer that makes float32 copies of all weights and gradients at once, and whose
+       norm leaves out experts.
+    3. ZeRO stage 1 in bfloat16 with float32 gradients uses the optimizer of stages 1 and 2, as in float16.
+       DeepSpeed would use another one, whose files, norm and clipping would need further adapters.
     """
     from deepspeed.runtime.constants import BFLOAT16
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -84,7 +83,7 @@ def building(groups: list[dict[str, Any]], steps_halves: bool) -> Iterator[None]
 
     def choose_optimizer(engine: Any, *arguments: Any) -> Any:
         if steps_halves:
-            return None  # the name of no wrapper
+            return None  # no wrapper
         chosen = choose(engine, *arguments)
         return ZERO_OPTIMIZATION if chosen == BFLOAT16 else chosen
 
@@ -99,21 +98,20 @@ def building(groups: list[dict[str, Any]], steps_halves: bool) -> Iterator[None]
 def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None:
     """Work around nine problems of DeepSpeed 0.19.8's engine.
 
-    1. ZeRO stage 0 clips by a norm of its own and forgets it: ``clip`` clips instead, and the norm that it
-       returns is kept.
-    2. Stage 0 copies gradients to all-reduce them in buckets of 5e8 values, even on one rank: a bucket has
-       ``bucket`` values, and one rank alone reduces nothing.
-    3. Only the first of the ranks that hold the same experts saves anything, even where the others are its
-       tensor-parallel peers, whose part of the dense weights would be missing: all peers of the first save.
-    4. With experts, stage 0 writes the optimizer's state twice, and one of the two is never read: it is left
+    1. ZeRO stage 0 clips by its own norm and discards it. Here ``clip`` clips, and its result is kept.
+    2. Stage 0 copies gradients into buckets of 5e8 values for the all-reduce, even on one rank. Here a bucket
+       has ``bucket`` values, and a single rank reduces nothing.
+    3. Of the ranks that hold the same experts only the first saves anything, even if the others are its
+       tensor-parallel peers, whose part of the dense weights would be missing. Here all its peers save.
+    4. With experts, stage 0 writes the optimizer's state twice and never reads one copy. Here that is left
        out.
-    5. The engine puts recovery scripts beside the checkpoints, which do not know experts: it puts none.
+    5. The engine copies recovery scripts that cannot handle experts beside checkpoints. Here it copies none.
     6. Stage 2 reduces gradients in the order in which they arrive: see :func:`_reduce_in_one_order`.
-    7. Dynamic loss scaling raises a bare Exception where the scale cannot fall any further: the step is
-       skipped like any other, and whoever counts the skipped steps ends the run.
-    8. Stage 0 leaves clipping in 16 bits to the wrapper that an optimizer which steps them itself has not:
-       it clips before each step.
-    9. ZeRO looks at one gradient after another, which takes long on a GPU where there are many experts: see
+    7. Dynamic loss scaling raises a bare Exception if the scale cannot be lowered further. Here the step is
+       skipped like any other, and the training loop, which counts skipped steps, ends the run.
+    8. In 16 bits, stage 0 leaves clipping to the optimizer wrapper, which is missing if the optimizer steps
+       16-bit parameters itself. Here gradients are clipped before each step.
+    9. ZeRO checks one gradient after another, which is slow on a GPU with many experts: see
        :func:`_look_at_all_gradients_at_once`.
     """
     from deepspeed.utils import groups
@@ -143,11 +141,12 @@ def complete_engine(engine: Any, clip: Callable[[], float], bucket: int) -> None
 
 
 def _look_at_all_gradients_at_once(optimizer: Any) -> None:
-    """Make ZeRO stages 1 and 2 look for infinities and NaN in all gradients, and compute their norm, by a few
+    """Make ZeRO stages 1 and 2 check all gradients for infinities and NaN, and compute their norm, in a few
     kernels.
 
-    DeepSpeed launches about ten for each gradient. With 16 experts in every second layer of Transformer-Big
-    a step on an H200 took a sixth less without those that look for infinities. What is found is the same.
+    DeepSpeed launches about ten kernels per gradient. With 16 experts in every second layer of
+    Transformer-Big, a step on an H200 took a sixth less time without those that check for infinities. The
+    results are the same.
     """
     from deepspeed.runtime.utils import is_model_parallel_parameter
     from deepspeed.runtime.zero.utils import get_norm_dtype
@@ -173,7 +172,7 @@ def _look_at_all_gradients_at_once(optimizer: Any) -> None:
             found: torch.Tensor = norm_of(gradients, params, norm_type)
             return found
         norms = torch._foreach_norm([gradient for gradient, _ in counted], 2.0, get_norm_dtype())
-        # DeepSpeed adds up over the ranks what it is given for a parameter that counts here.
+        # DeepSpeed sums over the ranks what it receives for a parameter that counts on this rank.
         found = norm_of([torch.linalg.vector_norm(torch.stack(norms))], [counted[0][1]])
         return found
 
@@ -184,18 +183,18 @@ def _look_at_all_gradients_at_once(optimizer: Any) -> None:
 def _reduce_in_one_order(engine: Any) -> None:
     """Make ZeRO stage 2 reduce gradients in the reverse order of the model's parameters, on every rank.
 
-    DeepSpeed fills its buckets in the order in which gradients arrive, and adds up whatever lies at the same
-    place in the buckets of several ranks. So a rank whose gradients arrive in another order, or that has none
-    of a parameter, would spoil those of all ranks, silently. Here a gradient waits for those before it, and
-    one that has not come by the end of the backward pass is zero. The reverse order is about that in which
-    they arrive, so few wait.
+    DeepSpeed fills its buckets in the order in which gradients arrive, and adds up the values at the same
+    place in all ranks' buckets. So a rank whose gradients arrive in another order, or that lacks a gradient,
+    would silently corrupt those of all ranks. Here each gradient waits for those before it, and one that has
+    not arrived by the end of the backward pass is zero. Gradients arrive in roughly the reverse order, so few
+    have to wait.
     """
     optimizer = engine.optimizer
     process, finish = optimizer.process_gradients, optimizer.overlapping_partition_gradients_reduce_epilogue
     group_of = {parameter: i for i, group in enumerate(optimizer.bit16_groups) for parameter in group}
     order = [parameter for parameter in engine.module.parameters() if parameter in group_of]
     arrived: set[torch.nn.Parameter] = set()
-    waiting = list(order)  # the next one is the last
+    waiting = list(order)  # the last one is reduced next
 
     def arrive(parameter: torch.nn.Parameter, group: int) -> None:
         arrived.add(parameter)
@@ -217,7 +216,7 @@ def _reduce_in_one_order(engine: Any) -> None:
 
 
 def loss_scale(engine: Any) -> float:
-    """Return the number by which DeepSpeed multiplies the loss of float16."""
+    """Return the factor by which DeepSpeed scales the loss in float16."""
     return float(engine.optimizer.loss_scale)
 
 
@@ -228,11 +227,11 @@ def save_engine(
     write: Callable[[Any, str], None],
     frozen: Callable[[str], bool],
 ) -> None:
-    """Write the engine's checkpoint into ``folder / name``, each of its files by ``write(state_dict, path)``.
+    """Write the engine's checkpoint into ``folder / name``; call ``write(state_dict, path)`` for each file.
 
-    ``write`` must copy views, since torch would write all of the tensor that a view is part of. Parameters
-    that do not train are left out; ``frozen`` tells them by name in the files of experts, which DeepSpeed
-    writes whole.
+    ``write`` must copy views, since torch would write the whole tensor that a view is part of. Parameters
+    that do not train are left out. DeepSpeed does not leave them out of the files of experts: there
+    ``frozen`` recognizes them by name.
     """
 
     def save(state: dict[str, Any], path: str) -> None:
@@ -240,23 +239,23 @@ def save_engine(
 
     engine.checkpoint_engine.preserves_storage_sharing = lambda: (
         False
-    )  # else all is copied before it is handed over
+    )  # otherwise DeepSpeed copies everything before it calls save
     engine.checkpoint_engine.save = lambda state_dict, path: save(state_dict, path)
     engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
 
 def load_engine(engine: Any, checkpoint: Path, unpack: Unpack) -> None:
-    """Load a checkpoint that :func:`save_engine` wrote, through ``unpack``; parameters that do not train keep
-    their values.
+    """Load a checkpoint that :func:`save_engine` wrote, through ``unpack``.
 
-    Raises UserError if it is not one of the engine's model.
+    Parameters that do not train keep their values. Raises UserError if the checkpoint belongs to another
+    model.
     """
 
     def load(src: dict[str, Any], dst: torch.nn.Module) -> None:
         found = dst.load_state_dict(src, strict=False)
         frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
         own = {name for name, _ in (*dst.named_parameters(), *dst.named_buffers())}
-        missing = own.intersection(found.missing_keys)  # not the second names of tied parameters
+        missing = own.intersection(found.missing_keys)  # without the second names of tied parameters
         if wrong := sorted({*found.unexpected_keys, *missing} - frozen):
             what = "has no place for" if wrong[0] in found.unexpected_keys else "finds nothing of"
             raise UserError(f"{checkpoint} does not belong to the model: it {what} {wrong[0]}")
@@ -266,9 +265,10 @@ def load_engine(engine: Any, checkpoint: Path, unpack: Unpack) -> None:
 
 
 class Piece(NamedTuple):
-    """A run of values of one parameter whose optimizer state this rank holds. ``values`` are what the
-    optimizer steps; the piece begins at ``offset`` in them, flattened. ``state`` holds the state tensors of
-    all of ``values``, and ``number`` is their place in the optimizer's order.
+    """A contiguous part of one parameter whose optimizer state this rank holds.
+
+    ``values`` is the tensor that the optimizer steps; the piece begins at ``offset`` in it, flattened.
+    ``state`` has the state tensors of all of ``values``; ``number`` is its index in the optimizer's order.
     """
 
     parameter: torch.nn.Parameter
@@ -284,7 +284,7 @@ def optimizer_pieces(engine: Any) -> list[Piece]:
     """List the pieces of parameters whose optimizer state this rank holds.
 
     ZeRO stages 1 and 2 step flat partitions, each a part of a group's parameters. Stage 0 steps the
-    parameters or, in 16 bits, float32 copies of them that are in the state.
+    parameters or, in 16 bits, the float32 copies in their state.
     """
     optimizer, states = engine.optimizer, optimizer_states(engine)
     partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
@@ -297,7 +297,7 @@ def optimizer_pieces(engine: Any) -> list[Piece]:
     pieces = []
     for parameter in engine.module.parameters():
         mapping = parameter._hp_mapping if parameter.requires_grad else None
-        if mapping is not None:  # else it lies with other ranks, or does not train
+        if mapping is not None:  # otherwise other ranks hold it, or it does not train
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             number = mapping.param_group_index
             values = partitions[number]
@@ -314,13 +314,13 @@ def optimizer_states(engine: Any) -> dict[torch.Tensor, dict[str, torch.Tensor]]
 
 
 def innermost_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """Return the optimizer that the recipe names, from below DeepSpeed's."""
+    """Return the optimizer that the recipe names, which DeepSpeed's optimizers wrap."""
     optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return optimizer
 
 
 def state_device(optimizer: torch.optim.Optimizer, key: str, device: torch.device) -> torch.device:
-    """Return where an optimizer keeps a state tensor of weights that are on ``device``."""
+    """Return the device on which an optimizer keeps a state tensor of weights that are on ``device``."""
     return torch.device("cpu") if key in getattr(optimizer, "on_host", ()) else device
 
 
@@ -338,15 +338,15 @@ def optimizer_file(engine: Any, tag: str, expert_rank: int) -> str:
 def read_optimizer_file(
     path: Path, unpack: Unpack
 ) -> tuple[dict[int, dict[str, torch.Tensor]], list[torch.Tensor] | None]:
-    """Return what :func:`optimizer_states` held, by the holder's number, and the holders' values; None where
-    these are the parameters.
+    """Read the states of :func:`optimizer_states`, by the number of the tensor that is stepped, and those
+    tensors' values; None if the parameters themselves are stepped.
     """
     with trusted_checkpoint_loading(unpack):
         values = torch.load(path, map_location="cpu", mmap=True)
     values = values.get("optimizer_state_dict") or values["optimizer"]
     if "base_optimizer_state" in values:
         return values["base_optimizer_state"]["state"], values["single_partition_of_fp32_groups"]
-    if "fp32_groups" in values:  # of stage 0 in 16 bits, which earlier versions trained in
+    if "fp32_groups" in values:  # from stage 0 in 16 bits, which earlier versions used
         return values["optimizer_state_dict"]["state"], [
             copy for group in values["fp32_groups"] for copy in group
         ]

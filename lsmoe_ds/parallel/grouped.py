@@ -1,8 +1,8 @@
-"""Grouped products: rows times the matrix of their group, all groups at once.
+"""Grouped products: multiply rows by the matrix of their group, all groups at once.
 
-However many groups there are, the number of kernels is the same. torch's grouped product takes the rows
-sorted by group. Where it would loop over the groups and wait for the device, the groups are cut into blocks
-of equal length, padded with zeros, and a batched product multiplies the blocks.
+The number of kernels does not depend on the number of groups. torch's grouped product needs the rows sorted
+by group. Where torch would loop over the groups and wait for the device, the groups are cut into blocks of
+equal length, padded with zeros, and a batched product multiplies the blocks.
 
 S rows, G groups, K and N columns.
 """
@@ -22,15 +22,15 @@ from torch import Tensor
 
 grouped_mm: Any = getattr(F, "grouped_mm", None)  # since torch 2.10
 ALIGNMENT = 16  # bytes; a grouped product needs addresses and strides that are multiples of it
-MOST_GROUPS = 1023  # that the kernel takes
+MOST_GROUPS = 1023  # the kernel's limit
 BLOCK = 8  # rows; the length of blocks is a multiple of it
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether a device has a grouped product for this type that is faster than a loop, and right."""
+    """Tell whether a device has a grouped product for this type that is faster than a loop, and correct."""
     # Elsewhere torch loops over the groups and waits for the device. Blackwell (10) has a kernel, too, but
-    # there the weight gradient of a group without rows was seen not to be zero: Hopper alone, until that is
-    # mended.
+    # its weight gradient of a group without rows was seen not to be zero. Until that is fixed, use Hopper
+    # (9) only.
     return (
         grouped_mm is not None
         and device.type == "cuda"
@@ -40,14 +40,14 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def is_grouped(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether torch multiplies groups on a device better than one padded, batched product would."""
-    # On a CPU torch's loop neither waits nor copies, and is not in Python.
+    """Tell whether torch's grouped product is better on a device than one padded, batched product."""
+    # On a CPU torch's loop neither waits nor copies, and it is not in Python.
     on_cpu = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
     return has_kernel(device, dtype) or (on_cpu and grouped_mm is not None)
 
 
 def aligned(columns: int, like: Tensor) -> int:
-    """Round columns up to what a grouped product of the type and the device of ``like`` needs."""
+    """Round columns up to the multiple that grouped products in the type of ``like``, on its device, need."""
     if not is_grouped(like.device, like.dtype):
         return columns
     each = ALIGNMENT // like.element_size()
@@ -64,14 +64,13 @@ def _is_aligned(*tensors: Tensor) -> bool:
 
 
 class Groups:
-    """Say which of S rows are multiplied by which of G matrices.
+    """Describe which of S rows are multiplied by which of G matrices.
 
-    ``spans`` are (matrix, first row, row after the last one), none of which overlap; the products of rows in
-    no span are 0. Rows are sorted by matrix, unless they are there as blocks of equal length already, as
-    sentences are, and it costs less to copy a matrix of ``rank`` rows for each block than to move its rows.
+    ``spans`` are (matrix, first row, row after the last one) and do not overlap; the products of rows in no
+    span are 0. Rows are sorted by matrix, with one exception: if they already form blocks of equal length, as
+    sentences do, and copying a matrix of ``rank`` rows for each block costs less than moving its rows.
 
-    Only the matrices from ``first`` on are read, ``count`` of them: one if all rows are multiplied by it,
-    otherwise all G.
+    Only ``count`` matrices from ``first`` on are read: one if all rows are multiplied by it, otherwise all G.
     """
 
     def __init__(
@@ -91,8 +90,8 @@ class Groups:
         self.sizes = [0] * self.count
         for matrix, start, stop in spans:
             self.sizes[matrix - self.first] += stop - start
-        self._block: int | None = None  # the length of blocks that lie there already
-        # The rows that are read, in this order; None where that moves nothing.
+        self._block: int | None = None  # the length of blocks, if rows form them already
+        # The rows that are read, in this order; None if no row has to move.
         self._order = None
         if self.is_all:
             by_row = sorted(spans, key=lambda span: span[1])
@@ -126,8 +125,9 @@ class Groups:
 
     @cached_property
     def _blocks(self) -> tuple[int, Tensor, Tensor | None]:
-        """The length of a block, the matrix of each block, and where in the blocks each sorted row is: None
-        where it is at its own place.
+        """The length of a block, the matrix of each block, and the place of each sorted row in the blocks.
+
+        The last is None if no row has to move.
         """
         if self._block is not None:
             return self._block, torch.tensor(self._of_blocks, device=self._device), None
@@ -143,8 +143,10 @@ class Groups:
         )
 
     def parts(self, most: int) -> list[tuple[Tensor | slice, slice, Groups]]:
-        """Split the matrices that are read into parts of at most ``most``: their numbers, the slice of their
-        rows among all sorted ones, and the groups of these rows.
+        """Split the matrices that are read into parts of at most ``most`` matrices.
+
+        Returns for each part the numbers of its matrices, the slice of their rows among all sorted rows, and
+        the groups of these rows.
         """
         if most not in self._parts:
             used = [number for number, size in enumerate(self.sizes) if size]
@@ -154,7 +156,7 @@ class Groups:
                 ends = [0, *accumulate(self.sizes[number] for number in numbers)]
                 spans = [(i, *bounds) for i, bounds in enumerate(pairwise(ends))]
                 part = Groups(spans, len(numbers), ends[-1], self._device)
-                own = slice(numbers[0] + self.first, numbers[-1] + self.first + 1)  # which copies nothing
+                own = slice(numbers[0] + self.first, numbers[-1] + self.first + 1)  # a slice copies nothing
                 is_range = own.stop - own.start == len(numbers)
                 index = own if is_range else torch.tensor(numbers, device=self._device)
                 found.append((index, slice(start, start + ends[-1]), part))
@@ -163,11 +165,11 @@ class Groups:
         return self._parts[most]
 
     def take(self, rows: Tensor) -> Tensor:
-        """Sort rows [S, K] by group, without those in no span."""
+        """Sort rows [S, K] by group, leaving out those in no span."""
         return rows if self._order is None else rows.index_select(0, self.order)
 
     def put(self, rows: Tensor) -> Tensor:
-        """Put sorted rows where they come from, [S, K]: zeros where a row is in no span."""
+        """Undo :meth:`take`: return sorted rows to their places, [S, K]; rows in no span are zero."""
         if self._order is None:
             return rows
         if self.is_all:
@@ -177,12 +179,12 @@ class Groups:
     def multiply(self, rows: Tensor, matrices: Tensor, transpose: bool = False) -> Tensor:
         """Multiply sorted rows [.., K] by the matrices [``count``, K, N] of their groups: [.., N].
 
-        With ``transpose`` by those of [``count``, N, K].
+        With ``transpose``, ``matrices`` is [``count``, N, K].
         """
         if self.total == 0:
             return rows.new_zeros(0, matrices.shape[1 if transpose else 2])
         in_blocks = self.count > 1 and not self._is_grouped(rows, matrices)
-        if in_blocks:  # before they are transposed, so that whole rows are copied
+        if in_blocks:  # before the transposition, so that whole rows are copied
             matrices = matrices.index_select(0, self._blocks[1])
         if transpose:
             matrices = matrices.transpose(1, 2)
@@ -195,13 +197,13 @@ class Groups:
         return found
 
     def add(self, whole: Tensor, rows: Tensor, matrices: Tensor) -> None:
-        """Add the products of :meth:`multiply`, in place, where the rows come from in ``whole`` [S, N]."""
+        """Add the products of :meth:`multiply`, in place, to their rows in ``whole`` [S, N]."""
         if self._order is None and self.count == 1:
             whole.addmm_(rows, matrices[0])
         elif self._block is not None:
             in_blocks, of_blocks = self._in_blocks(whole), self._blocks[1]
             in_blocks.baddbmm_(self._in_blocks(rows), matrices.index_select(0, of_blocks))
-        elif self._order is None or (self.is_all and whole.is_cuda):  # where adding by index is atomic
+        elif self._order is None or (self.is_all and whole.is_cuda):  # CUDA adds by index atomically
             whole.add_(self.put(self.multiply(rows, matrices)))
         else:
             whole.index_add_(0, self.order, self.multiply(rows, matrices))

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 def quick_import() -> Iterator[None]:
     """Suppress warnings and garbage collection while the block imports.
 
-    An import makes hundreds of thousands of objects that stay. The garbage collector never examines them:
-    neither during the import, nor later, nor at the end of the process.
+    An import creates hundreds of thousands of permanent objects. Afterwards they are exempt from garbage
+    collection, also at the end of the process.
     """
     collecting = gc.isenabled()
     gc.disable()

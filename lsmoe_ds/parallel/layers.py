@@ -1,8 +1,9 @@
 """Linear layers, embedding and output layer, tensor-parallel through Megatron-core.
 
 With one tensor-parallel rank the same functions return torch's own modules, with the same parameter names and
-shapes; they need no process group, and serving a model does not import Megatron. H hidden, V vocabulary, N
-tokens.
+shapes. These need no process group, so serving a model does not import Megatron.
+
+H hidden, V vocabulary, N tokens.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def column_linear(inputs: int, outputs: int, topology: Topology) -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             if self.weight.requires_grad and self.bias.requires_grad:
                 return super().forward(x)
-            # Megatron's layer gives no gradient to a bias beside a frozen weight, and else computes one
-            # always.
+            # Megatron's layer computes no gradient for a bias if the weight is frozen, and otherwise always
+            # computes one.
             copied = copy_to_tensor_model_parallel_region(x)
             out: Tensor = F.linear(copied, self.weight, self.bias)  # type: ignore[arg-type]
             return out
@@ -101,7 +102,7 @@ def vocabulary_embedding(size: int, hidden: int, topology: Topology) -> nn.Modul
 
 
 def project(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Tensor:
-    """Apply the output layer, which is the tied ``embedding``, to hidden states [N, H].
+    """Apply the output layer, the tied ``embedding``, to hidden states [N, H].
 
     Returns this rank's part of the logits, [N, V / tensor].
     """
@@ -114,7 +115,7 @@ def project(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Tensor:
 
 
 def output_logits(hidden: Tensor, embedding: nn.Module, topology: Topology) -> Tensor:
-    """Return logits [N, V] of hidden states [N, H] over the whole vocabulary, on every rank; no gradient."""
+    """Return logits [N, V] of hidden states [N, H] for the whole vocabulary, on every rank; no gradient."""
     logits = F.linear(hidden, embedding.weight)  # type: ignore[arg-type]
     if topology.tensor == 1:
         return logits

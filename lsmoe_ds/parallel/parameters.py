@@ -28,7 +28,7 @@ def partition_dimension(parameter: Tensor) -> int | None:
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what is stored of a model: its parameters and persistent buffers, by local name."""
+    """Yield the stored tensors of a model, parameters and persistent buffers, by local name."""
     yield from model.named_parameters()
     stored = model.state_dict()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
@@ -45,8 +45,9 @@ def global_names(model: nn.Module, topology: Topology) -> dict[str, str]:
 
 
 def places(model: nn.Module, topology: Topology) -> dict[str, tuple[str, int]]:
-    """Return local name and first expert-parallel rank of all parameters and persistent buffers that the
-    ranks hold together, by global name.
+    """Locate all parameters and persistent buffers of all ranks.
+
+    Returns, by global name, the local name and the first expert-parallel rank that holds it.
     """
     found: dict[str, tuple[str, int]] = {}
     for rank in range(topology.expert):

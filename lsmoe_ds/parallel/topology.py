@@ -18,7 +18,7 @@ from lsmoe_ds.parallel import compat
 
 @dataclass(frozen=True)
 class Topology:
-    """Hold sizes, ranks and groups. A group is ``None`` exactly if its size is 1 and none was built."""
+    """The sizes, ranks and groups of a run. A group is None exactly if its size is 1 and none was built."""
 
     world: int = 1
     rank: int = 0

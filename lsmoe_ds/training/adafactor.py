@@ -1,8 +1,8 @@
-"""Adafactor, for whole parameters of any layout, in float32 or bfloat16.
+"""Adafactor on whole parameters, in any parallel layout, in float32 or bfloat16.
 
 ``torch.optim.Adafactor`` has no momentum, always scales by the parameter, and updates bfloat16 weights in
-bfloat16; that of ``transformers`` knows no tensor parallelism and keeps no float32 weights. This one computes
-what the latter does.
+bfloat16. That of ``transformers`` does not support tensor parallelism and keeps no float32 weights; this one
+computes the same steps.
 
 G gradient [..., n, m], R means of its squares over rows [..., n], C over columns [..., m].
 """
@@ -27,7 +27,7 @@ ROW, COLUMN = Settings.averaged  # the names of R and C among the state tensors
 WHOLE = "exp_avg_sq"  # the second moment of a vector
 MOMENTUM = "exp_avg"
 EPSILON = 1e-30  # added to squares ("Adafactor", section 7: epsilon_1)
-SMALLEST_SCALE = 1e-3  # of a parameter, relative to which it is stepped (epsilon_2)
+SMALLEST_SCALE = 1e-3  # the least root mean square of a parameter that scales its step (epsilon_2)
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -39,14 +39,14 @@ class Adafactor(torch.optim.Optimizer):
         X = X - a U / max(1, RMS(U) / d)             a: learning rate, or max(epsilon_2, RMS(X)) times it
 
     "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", algorithms 4 and 5. With momentum beta_1,
-    X moves by the running mean of the updates. Weight decay w takes w a X off X.
+    X moves by the running mean of the updates. Weight decay w subtracts w a X from X.
 
-    Means and root mean squares are of the whole parameter: where it is spread over tensor-parallel ranks,
-    these sum their parts, so that all layouts take the same steps. Gradients must be those of the whole step.
+    Means and root mean squares are those of the whole parameter: tensor-parallel ranks add up their parts, so
+    that all layouts take the same steps. Gradients must be those of the whole step.
 
-    16-bit parameters are copies of float32 values in the state, or, without ``master_weights``, are rounded
-    up or down at random, with the probabilities that keep the mean. Their random numbers depend on the seed,
-    the step and the parameter's global name alone.
+    16-bit parameters are copies of float32 values in the state. Without ``master_weights`` they are instead
+    rounded up or down at random, so that the mean is kept; the random numbers depend only on the seed, the
+    step and the parameter's global name.
     """
 
     averaged = Settings.averaged  # which state tensors lack a dimension: see OptimizerSettings
@@ -90,9 +90,9 @@ class Adafactor(torch.optim.Optimizer):
     def _step(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state, settings = self.state[parameter], self.settings
         state["step"] += 1
-        values = state.get(VALUES, parameter).float()  # the same tensor, or a copy of 16 bits
+        values = state.get(VALUES, parameter).float()  # not a copy if it is float32 already
         gradient = parameter.grad.float()  # type: ignore[union-attr]
-        rate = values.new_full((), group["lr"])  # a tensor of a number would wait for the device
+        rate = values.new_full((), group["lr"])  # torch.tensor would wait for the device
         if settings.scale_parameters:
             rate *= self._root_mean_square(values, parameter).clamp_(min=SMALLEST_SCALE)
         update = self._scaled(gradient, state, parameter, group["eps"])
@@ -112,7 +112,7 @@ class Adafactor(torch.optim.Optimizer):
     def _scaled(
         self, gradient: Tensor, state: dict[str, Tensor], parameter: nn.Parameter, epsilon: float
     ) -> Tensor:
-        """Return the gradient divided by the roots of its second moments, after bringing these up to date."""
+        """Update the second moments, and return the gradient divided by their square roots."""
         new = float(state["step"]) ** -self.settings.decay
         squares = gradient.square().add_(epsilon)
         if WHOLE in state:
@@ -120,14 +120,15 @@ class Adafactor(torch.optim.Optimizer):
             return torch.rsqrt(moments, out=squares).mul_(gradient)
         means = self._means(squares, parameter)
         rows, columns = (state[key].lerp_(means[key], new) for key in (ROW, COLUMN))
-        # The mean of either is that of all values; a factor whose own dimension is spread holds a part.
+        # Rows and columns have the same overall mean, but a factor whose dimension is spread over ranks holds
+        # only a part: use the other one.
         spread = partition_dimension(parameter)
         all_values = columns if spread == gradient.dim() - 2 else rows
         by_row = (rows / all_values.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
         return torch.mul(by_row, columns.rsqrt().unsqueeze(-2), out=squares).mul_(gradient)
 
     def _means(self, squares: Tensor, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Average the squares of a matrix over columns and over rows, those of other ranks included."""
+        """Average the squares of a matrix over columns and over rows, including other ranks' parts."""
         means = {key: squares.mean(over) for key, over in self.averaged.items()}
         spread = partition_dimension(parameter)
         for key, over in self.averaged.items():
@@ -137,7 +138,7 @@ class Adafactor(torch.optim.Optimizer):
         return means
 
     def _root_mean_square(self, values: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Return the root mean square of the values of a whole parameter, of which these are this rank's."""
+        """Return the root mean square over the whole parameter; ``values`` is this rank's part."""
         squares, count = torch.linalg.vector_norm(values).square(), values.numel()
         if partition_dimension(parameter) is not None:
             dist.all_reduce(squares, group=self.topology.tensor_group)
@@ -145,9 +146,9 @@ class Adafactor(torch.optim.Optimizer):
         return (squares / count).sqrt_()
 
     def _shake(self, values: Tensor, parameter: nn.Parameter, step: int) -> None:
-        """Round float32 values to bfloat16 at random: up with the probability of the part that is cut off.
+        """Round float32 values to bfloat16 at random: up with a probability equal to the cut-off fraction.
 
-        All ranks draw the noise of the whole parameter, so that those which hold the same values agree.
+        All ranks draw the noise of the whole parameter, so that ranks with the same values round alike.
         """
         digest = hashlib.sha256(f"{self.seed} {step} {self.names[parameter]}".encode()).digest()
         generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest[:7], "little"))
@@ -157,12 +158,13 @@ class Adafactor(torch.optim.Optimizer):
         noise = torch.randint(2**16, shape, dtype=torch.int32, generator=generator, device=values.device)
         if dimension is not None:
             noise = noise.chunk(self.topology.tensor, dimension)[self.topology.tensor_rank]
-        values.view(torch.int32).add_(noise).bitwise_and_(-(2**16))  # bfloat16 are the upper 16 bits
+        values.view(torch.int32).add_(noise).bitwise_and_(-(2**16))  # bfloat16 is the upper 16 bits
 
     def load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
-        """Load the state tensors alone: rates and settings are the recipe's.
+        """Load only the state tensors: learning rates and settings come from the recipe.
 
-        torch's own would round them to the parameter's 16 bits. DeepSpeed passes ``load_optimizer_states``.
+        torch's own method would round the tensors to the parameter's 16 bits. DeepSpeed passes
+        ``load_optimizer_states``.
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in enumerate(parameters):

@@ -1,4 +1,4 @@
-"""Where the curves of a training are drawn beside ``metrics.jsonl``: TensorBoard and Weights & Biases."""
+"""Write training curves to TensorBoard and Weights & Biases, in addition to ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import yaml
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, write_whole
 
-PROJECT = "lsmoe_ds"  # of W&B, unless WANDB_PROJECT names another
+PROJECT = "lsmoe_ds"  # the W&B project, unless WANDB_PROJECT names another
 
 
 class Curves(Protocol):
-    """A place for curves. What goes wrong is an OSError: it ends the curves, and not the training."""
+    """A destination for curves. Its failures are OSErrors, which end the curves but not the training."""
 
     name: str
 
@@ -28,7 +28,7 @@ class Curves(Protocol):
 
 
 class TensorBoard:
-    """``RUN/tensorboard``, without what an earlier process wrote of steps after ``step``."""
+    """Write ``RUN/tensorboard``; discard what an earlier process wrote about steps after ``step``."""
 
     name = "TensorBoard"
 
@@ -46,9 +46,9 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, whose id ``RUN/wandb/id`` keeps, so that a resumed training goes on in it.
+    """Write a Weights & Biases run. ``RUN/wandb/id`` keeps its id, so that a resumed training continues it.
 
-    Raises UserError if it does not start.
+    Raises UserError if the W&B run does not start.
     """
 
     name = "W&B"
@@ -74,9 +74,9 @@ class WandB:
                 config=recipe,
                 settings=wandb.Settings(console="off"),
             )
-            # Its own count of records would begin anew where a training resumes.
+            # W&B's own record count would start again at 0 when a training resumes.
             self._run.define_metric("*", step_metric="step")
-        except Exception as error:  # it has errors of many kinds, for network, keys and permissions
+        except Exception as error:  # W&B raises many kinds of errors, for network, keys and permissions
             raise UserError(
                 f"'training.log_to' names wandb, which does not start ({_first_line(error)}): log in with "
                 "'wandb login', set WANDB_MODE=offline, or leave it out"
@@ -99,9 +99,9 @@ PLACES: dict[str, Callable[[Path, int], Curves]] = {"tensorboard": TensorBoard, 
 
 
 def check_installed(places: Sequence[str]) -> None:
-    """Raise UserError if a place needs a package that is not installed."""
+    """Raise UserError if a destination in ``places`` needs a package that is not installed."""
     found = importlib.util.find_spec("wandb") if "wandb" in places else None
-    # A folder of that name, which W&B itself makes, is taken for a package without a file of its own.
+    # W&B creates a folder "wandb", which Python takes for a namespace package: that one has no origin.
     if "wandb" in places and (found is None or found.origin is None):
         raise UserError(
             "'training.log_to' names wandb, which is not installed: pip install 'lsmoe_ds[wandb]' or wandb, "

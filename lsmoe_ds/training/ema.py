@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights that a training keeps beside them (``training.ema``)."""
+"""The exponential moving average of the weights (``training.ema``)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lsmoe_ds.parallel import deepspeed_engine
 
 @torch.no_grad()
 def update_ema(engine: Any, decay: float, number: int) -> None:
-    """Take the weights after step ``number``, counted from 1, into their average.
+    """Update the average with the weights after step ``number``, counted from 1.
 
-    With decay d it is the mean of the weights after each step s up to step t; those before the first are no
-    part of it::
+    With decay d it is a weighted mean of the weights w_s after each step s up to step t, without the initial
+    weights::
 
         sum_s d^(t-s) w_s / sum_s d^(t-s)
 
-    It is float32, and lies with the optimizer's state of each parameter: so every rank averages what it
-    steps, in whatever layout, and saving and resharding treat it as they do Adam's moments.
+    It is float32 and part of each parameter's optimizer state. So in any layout every rank averages the
+    values that it steps, and the average is saved and resharded like Adam's moments.
     """
     newest = (1 - decay) / (1 - decay**number)
     averages, weights = [], []
@@ -29,7 +29,7 @@ def update_ema(engine: Any, decay: float, number: int) -> None:
         if EMA in state:
             averages.append(state[EMA])
             weights.append(values.float())
-        elif state:  # an optimizer takes a state that is not empty for one that it has begun
+        elif state:  # to an optimizer, a state that is not empty is initialized
             state[EMA] = values.to(torch.float32, copy=True)
     if averages:
         torch._foreach_lerp_(averages, weights, newest)

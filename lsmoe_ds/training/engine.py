@@ -44,11 +44,11 @@ class StepResult:
     """What one optimizer step computed, over all ranks."""
 
     metrics: dict[str, float]  # per-token means of the objective's losses, and what each method measures
-    grad_norm: float | None  # before clipping; None of a skipped step
+    grad_norm: float | None  # before clipping; None if the step was skipped
     learning_rate: float
     exchanged: dict[str, Traffic]  # of each side, to and from its experts, summed over all ranks
     totals: Totals = field(default_factory=dict)
-    skipped: bool = False  # the gradients have overflowed float16, and the weights are as before
+    skipped: bool = False  # gradients overflowed float16, so the weights did not change
 
     @property
     def loss(self) -> float:
@@ -56,7 +56,7 @@ class StepResult:
 
 
 def check_precision(recipe: Recipe) -> str | None:
-    """Return "bf16" or "fp16", whichever the recipe enables, or None for float32.
+    """Return the precision that the recipe enables, "bf16" or "fp16", or None for float32.
 
     Raises UserError if this machine cannot train in it.
     """
@@ -74,7 +74,7 @@ def check_precision(recipe: Recipe) -> str | None:
 
 
 def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
-    """Return the recipe's DeepSpeed configuration, completed by what the recipe itself decides."""
+    """Return the recipe's DeepSpeed configuration, completed with the values that the recipe determines."""
     check_precision(recipe)
     given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     return {
@@ -83,7 +83,7 @@ def engine_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation_steps(recipe, topology.data),
         "gradient_clipping": clipping_limit(recipe),
         "steps_per_print": 2**31,
-        "zero_allow_untested_optimizer": True,  # ours are no classes that DeepSpeed knows
+        "zero_allow_untested_optimizer": True,  # DeepSpeed does not know our classes
     }
 
 
@@ -92,7 +92,7 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
     deepspeed = compat.import_deepspeed()
     config = engine_config(recipe, topology)
     half = check_precision(recipe)
-    # Others' models come with their weights, and a configuration may keep modules in float32.
+    # Not in 16 bits: models that are loaded with weights, and those with modules kept in float32.
     kept = "keep_in_fp32_modules" in config.get("data_types", {})
     whole = half is None or recipe.model.huggingface is not None or kept
     dtype = torch.float16 if half == "fp16" else torch.bfloat16
@@ -110,15 +110,15 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
         layout = compat.ModelParallelUnit()
         with deepspeed_engine.building(groups, alone):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
-    except ValidationError as error:  # of a section that is a pydantic model
+    except ValidationError as error:  # from a section that is a pydantic model
         wrong = error.errors()[0]
         key, found, why = ".".join(map(str, wrong["loc"])), wrong["input"], wrong["msg"].lower()
         raise SharedError(f"the DeepSpeed configuration has {found!r} for '{key}': {why}") from None
-    # ZeRO and the wrappers of 16-bit optimizers have buffers of their own for what they step.
+    # ZeRO and the wrappers of 16-bit optimizers keep the parameters that they step in their own buffers.
     free = alone and config.get("zero_optimization", {}).get("stage", 0) == 0
     for _, layer in model.moe_layers():
         layer.deepspeed_moe.experts.lay_together(lambda parameter: free or not parameter.requires_grad)
-    for name, buffer in model.named_buffers():  # without its mark where DeepSpeed has moved it
+    for name, buffer in model.named_buffers():  # has lost its mark if DeepSpeed moved it
         if (dimension := spread[name]) is not None:
             compat.mark_tensor_parallel(buffer, dimension)
     limit = clipping_limit(recipe)
@@ -127,20 +127,19 @@ def build_engine(recipe: Recipe, vocabulary: int, topology: Topology) -> Any:
 
 
 def clipping_limit(recipe: Recipe) -> float:
-    """Return the largest gradient norm of a step, infinite where ``training.max_grad_norm`` is 0.
+    """Return the largest allowed gradient norm; infinite if ``training.max_grad_norm`` is 0.
 
-    By a limit of 0, DeepSpeed would compute no norm, and a gradient of NaN would reach the weights.
+    With a limit of 0 DeepSpeed would compute no norm, and a NaN gradient would reach the weights.
     """
     return recipe.training.max_grad_norm or math.inf
 
 
 @torch.no_grad()
 def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
-    """Scale all gradients so that their global norm is at most ``limit``; returns the norm before. For ZeRO
-    stage 0, where every rank holds whole gradients: DeepSpeed 0.19.8 counts different ranks' experts as
-    replicas of one another.
+    """Scale all gradients so that their global norm is at most ``limit``; return the norm before scaling.
 
-    Raises NonFinite if the norm is not a finite number.
+    For ZeRO stage 0, where every rank holds whole gradients: DeepSpeed 0.19.8 treats different ranks' experts
+    as replicas of one another. Raises NonFinite if the norm is not finite.
     """
     parts: dict[str, list[Tensor]] = {"replicated": [], "tensor": [], "expert": []}
     for parameter in model.parameters():
@@ -170,13 +169,13 @@ def clip_gradients(model: Model, limit: float, topology: Topology) -> float:
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients, which torch.nn.utils.get_total_norm rounds to 16 bits like them."""
+    """Return the norm of all gradients; torch's get_total_norm would round it to the gradients' 16 bits."""
     if not gradients:
         return torch.zeros(())
     if gradients[0].is_cuda or gradients[0].dtype == torch.float32:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)))
-    # On a CPU torch makes a float32 copy of each, and the norm may come to lie in its memory, which the next
-    # copy then does not fit: the heap would grow by all of them.
+    # On a CPU torch makes a float32 copy of each gradient. If the norm is allocated in the copy's memory, the
+    # next copy no longer fits there, and the heap would grow by all copies.
     pieces = [piece for gradient in gradients for piece in gradient.view(-1).split(AT_ONCE)]
     copy, norms = torch.empty(max(map(torch.numel, pieces))), torch.empty(len(pieces))
     for piece, norm in zip(pieces, norms, strict=True):
@@ -188,10 +187,10 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     """Take one optimizer step, the ``number``-th counted from 1, over this rank's micro-batches of ``step``.
 
     The loss is a sum over target tokens divided by the *global* number of target tokens, and the auxiliary
-    losses are computed over all routed tokens of the step, so none depends on how the step was cut into
-    micro-batches and ranks; unless ``training.auxiliary_over`` is micro-batch. Raises NonFinite before a
-    broken gradient reaches the weights, but for a gradient that overflows float16: that step is skipped, and
-    DeepSpeed lowers the loss scale.
+    losses are computed over all routed tokens of the step (unless ``training.auxiliary_over`` is
+    micro-batch). So no loss depends on how the step is divided into micro-batches and ranks. Raises NonFinite
+    before a gradient that is not finite reaches the weights. If a gradient overflows float16, the step is
+    skipped instead, and DeepSpeed lowers the loss scale.
     """
     rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
     for group in engine.optimizer.param_groups:
@@ -228,8 +227,8 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
                 loss = loss + each
             parts |= {name: each.detach() for name, each in auxiliary.items()}
             parts |= method.sums(notes)
-        # DeepSpeed averages gradients over the data-parallel ranks; these losses are parts of a global mean
-        # already.
+        # DeepSpeed averages gradients over the data-parallel ranks, but these losses are already parts of a
+        # global mean.
         engine.backward(loss * topology.data, scale_wrt_gas=False)
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + torch.as_tensor(
@@ -246,7 +245,7 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     total = math.fsum(found.values())
     if not math.isfinite(total):
         raise NonFinite(f"the loss is {total}")
-    if topology.world == 1 and not engine.zero_optimization():  # ZeRO has zeros of its own
+    if topology.world == 1 and not engine.zero_optimization():  # ZeRO fills in zeros itself
         _fill_in_gradients(model)
     engine.step()
     skipped = engine.fp16_enabled() and not engine.was_step_applied()
@@ -260,8 +259,8 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
 def zero_out(engine: Any, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
     """Set parameters to 0 where their mask is false, also in the optimizer's copies and averages.
 
-    Without its averages an optimizer moves a value that gets no gradient no more; averages over several
-    values move none.
+    An optimizer does not move a value that has no gradient and whose averages are 0. Averages over several
+    values (Adafactor's) need no change, since they move nothing by themselves.
     """
     for parameter, mask in masks.items():
         parameter.masked_fill_(~mask, 0.0)  # a product would leave -0.0
@@ -284,10 +283,10 @@ def _sum_over_data_ranks(sums: dict[str, Tensor], topology: Topology) -> dict[st
 
 
 def _totals_ahead(model: Model, batches: list[Batch], topology: Topology) -> Totals:
-    """Compute the totals of the whole step before its first gradient; the random numbers stay as they were.
+    """Compute the totals of the whole step before its first gradient; restore the random state afterwards.
 
-    With several micro-batches a rank, methods that read hidden states cost one more forward pass, which
-    stores nothing.
+    With several micro-batches per rank, methods that read hidden states need one more forward pass, which
+    stores no activations.
     """
     state = compat.random_state(topology.tensor)
     found = [model.totals_ahead(*batch.inputs) for batch in batches]
@@ -303,7 +302,7 @@ def _sum(parts: list[Totals]) -> Totals:
 
 
 def _of_micro_batch(batch: Batch, own: Totals, topology: Topology) -> tuple[StepSize, Totals]:
-    """Return the size and the totals of the micro-batches that all ranks compute at once."""
+    """Return the size and the totals of the micro-batches that all ranks compute at the same time."""
     read = torch.stack([batch.source_read.sum(), batch.read.sum()])
     totals = _over_data_ranks({**own, "size": [read]}, topology)
     (read,) = totals.pop("size")
@@ -312,7 +311,7 @@ def _of_micro_batch(batch: Batch, own: Totals, topology: Topology) -> tuple[Step
 
 
 def _over_data_ranks(totals: Totals, topology: Topology) -> Totals:
-    """Sum vectors in one all-reduce, as float64, in which counts stay exact."""
+    """Sum vectors in one all-reduce, as float64, so that counts stay exact."""
     vectors = [each for several in totals.values() for each in several]
     if topology.data == 1 or not vectors:
         return totals
@@ -323,7 +322,7 @@ def _over_data_ranks(totals: Totals, topology: Topology) -> Totals:
 
 
 def _take_traffic(model: Model, topology: Topology) -> dict[str, Traffic]:
-    """Return the traffic of each side since the last call, summed over all ranks.
+    """Return the all-to-all traffic of each side since the last call, summed over all ranks.
 
     It is zero if the experts are not spread over ranks.
     """
@@ -344,22 +343,22 @@ def _take_traffic(model: Model, topology: Topology) -> dict[str, Traffic]:
 
 
 def _fill_in_gradients(model: Model) -> None:
-    """Fill in zeros for experts that no token of the step has used: the optimizer continues with their
-    averages, as on several ranks. Those of equal shape share the zeros, which an optimizer only reads.
+    """Set the missing gradients of experts that no token of the step used to zero.
+
+    The optimizer then updates their averages, as on several ranks. Gradients of equal shape share the zeros,
+    which an optimizer only reads.
     """
     zeros: dict[torch.Size, Tensor] = {}
     for parameter in model.parameters():
         if parameter.grad is None and parameter.requires_grad and compat.is_expert_parameter(parameter):
             if parameter.shape not in zeros:
                 zeros[parameter.shape] = torch.zeros_like(parameter)
-            parameter.grad = zeros[parameter.shape].detach()  # another tensor of the same memory
+            parameter.grad = zeros[parameter.shape].detach()  # another tensor that shares the memory
 
 
 @torch.no_grad()
 def validate(engine: Any, batches: Iterable[Batch], topology: Topology, route: Route = "specific") -> float:
-    """Compute the mean negative log-likelihood per target token over the batches of all ranks, by one
-    route.
-    """
+    """Compute one route's mean negative log-likelihood per target token over the batches of all ranks."""
     model: Model = engine.module
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
@@ -369,7 +368,7 @@ def validate(engine: Any, batches: Iterable[Batch], topology: Topology, route: R
         sums += torch.tensor([float(losses.nll), float(batch.target_tokens)], dtype=torch.float64)
     model.train()
     for _, layer in model.moe_layers():
-        layer.deepspeed_moe.traffic.take()  # it is not part of the next step's
+        layer.deepspeed_moe.traffic.take()  # reset it, so that it does not count for the next step
     sums = sums.to(topology.device)
     if topology.data > 1:
         dist.all_reduce(sums, group=topology.data_group)

@@ -40,13 +40,14 @@ from lsmoe_ds.training.translating import dev_chrf
 
 
 def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None = None) -> int | None:
-    """Train in an open run folder, on every rank of ``topology``, from the newest whole checkpoint, of
-    whatever layout. Without one, begin with the weights of ``training.start_from``, or with random ones. The
-    steps that are ``traced`` are profiled.
+    """Train in an open run folder, on every rank of ``topology``.
 
-    Killed at any instant and started again in the same layout, it ends with the same losses and weights, to
-    the bit (on GPUs if ``training.deterministic``). Returns None after the last step; asked to stop (see
-    :mod:`lsmoe_ds.interrupt`), it saves and returns the signal.
+    Resumes from the newest whole checkpoint, of any layout; without one, starts with the weights of
+    ``training.start_from`` or with random ones. Profiles the ``traced`` steps.
+
+    Resuming in the same layout is bit-exact after a kill at any point (on GPUs with
+    ``training.deterministic``). Returns None after the last step. When asked to stop (see
+    :mod:`lsmoe_ds.interrupt`), saves a checkpoint and returns the signal.
     """
     training, data = recipe.training, recipe.data
     prepared = PreparedData.of(recipe)
@@ -131,7 +132,7 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
         Prefetched(stream) as steps,
         Profiler(traced, run, topology, monitor.say) as profiler,
     ):
-        on_main(lambda: monitor.start(done, window))  # all end if it cannot
+        on_main(lambda: monitor.start(done, window))  # if it fails, all ranks end
         if not topology.is_main:
             monitor.start(done, window)
         for complaint in complaints:
@@ -164,7 +165,7 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
                 f"{interrupt.name_of(asked)} before step {done + 1}: nothing new to save; the same command "
                 "resumes"
             )
-        skipped = 0  # steps in a row up to here
+        skipped = 0  # how many of the latest steps in a row were skipped
         for number in range(done + 1, done + 1 if asked or last_step else training.steps + 1):
             beat(f"in step {number}")
             profiler.before_step(number)
@@ -237,14 +238,14 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
 
 
 def _last(saver: checkpoints.Saver) -> str:
-    """Finish what is being saved, and say which checkpoint is the last. Called by every rank."""
+    """Finish saving, and return a sentence that names the last checkpoint. Every rank must call this."""
     saver.finish()
     last = list_checkpoints(saver.run)
     return f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved yet"
 
 
 def _find_best(run: Path, stopping: Stopping) -> str:
-    """Say where the weights of the best validation are, if there is one."""
+    """Return a sentence that names the best validation's weights, if there are any."""
     best = run / "checkpoints" / f"step-{stopping.step}"
     if stopping.best is None:
         return ""
@@ -257,7 +258,7 @@ def _find_best(run: Path, stopping: Stopping) -> str:
 
 
 def _describe_validation(recipe: Recipe, prepared: PreparedData) -> str:
-    """Say how much text a validation reads."""
+    """Describe how much text a validation reads."""
     training, bitexts = recipe.training, prepared.manifest["bitexts"]
     counts = [bitexts[direction.bitext]["dev"]["pairs"] for direction in recipe.trained]
     pairs = sum(min(count, training.validate_pairs or count) for count in counts)

@@ -50,7 +50,7 @@ class Monitor:
     ) -> None:
         self.run, self.steps, self.every, self.main, self.world = run, steps, every, main, world
         self.throughput, self.log_to = throughput, log_to
-        # Target tokens, and skipped steps; by name, metrics times target tokens.
+        # Target tokens, skipped steps, and each metric times target tokens.
         self.sums: dict[str, float] = {"weight": 0.0, "skipped": 0.0}
         self.work, self.since = Work(), time.perf_counter()
         self.exchanged = {side: Traffic() for side in SIDES}
@@ -60,10 +60,10 @@ class Monitor:
         self.curves: list[Curves] = []
 
     def start(self, step: int, window: dict[str, float] | None) -> None:
-        """Start or resume after ``step``, and remove the records of later steps.
+        """Start, or resume after ``step``, and remove the records of later steps.
 
-        ``window`` is the :meth:`state_dict` of the checkpoint. Raises UserError if curves cannot be drawn
-        where they should.
+        ``window`` is the :meth:`state_dict` of the checkpoint. Raises UserError if a place for curves cannot
+        be opened.
         """
         self.sums = {**self.sums, **(window or {})}
         if not self.main:
@@ -137,8 +137,8 @@ class Monitor:
             "tokens_per_second_per_rank": self.work.tokens / (seconds * self.world),
             **rates,
             "seconds": seconds,
-            # Traffic of experts over all ranks: bytes per step and share of the ranks' time; then the batches
-            # per step that a task-affine stream could not assign to the rank of their experts.
+            # Expert traffic over all ranks: bytes per step and share of the ranks' time. Then the batches per
+            # step that a task-affine stream could not assign to the rank of their experts.
             **self._exchange(seconds),
             "away": self.away / self.steps_in_window,
             **({"skipped": int(self.sums["skipped"])} if self.sums["skipped"] else {}),
@@ -181,7 +181,7 @@ class Monitor:
         self.line.since += seconds
 
     def record_dev_loss(self, number: int, losses: dict[str, float]) -> None:
-        """Record what a validation has measured, by name, ``dev_loss`` first."""
+        """Record the metrics of a validation, by name, ``dev_loss`` first."""
         self._write({"step": number, **losses})
 
     def record_save(self, number: int, seconds: float) -> None:
@@ -228,8 +228,8 @@ class _Line:
     def after_step(self, number: int, steps: int, step: Step, result: StepResult) -> str | None:
         """Return a line if it is time for one, otherwise None.
 
-        It has the mean loss, tokens per second, and the time left. The latter is estimated from the time per
-        step so far, which includes validations and checkpoints.
+        It has the mean loss, tokens per second, and the time left, which is estimated from the mean time per
+        step so far, including validations and checkpoints.
         """
         self.loss += result.loss * step.target_tokens
         self.work += step

@@ -1,7 +1,7 @@
-"""AdamW with moments in the host's memory, for a model whose optimizer does not fit on its GPUs.
+"""AdamW with moments in the host's memory, for a model whose optimizer state does not fit on its GPUs.
 
-DeepSpeed's ``offload_optimizer`` is not used: it adds the gradients of micro-batches up in 16 bits, and steps
-an expert that no token has chosen by its gradient of an earlier step.
+DeepSpeed's ``offload_optimizer`` is not used, because it sums the gradients of micro-batches in 16 bits, and
+because it steps an expert that no token chose with the gradient of an earlier step.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from torch.optim.adamw import adamw
 from lsmoe_ds.parallel.deepspeed_engine import state_device
 
 HOST = torch.device("cpu")
-PART = (
-    2**25
-)  # values that are copied at once: two such parts, in and out, are all the further memory it takes
+PART = 2**25  # values copied at once; the extra memory is two such parts of weights and gradient
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW names them
 
 
 class OffloadedAdam(torch.optim.AdamW):
-    """Step as fused ``torch.optim.AdamW`` does, on the host's processor.
+    """Step like fused ``torch.optim.AdamW``, on the host's CPU.
 
-    The gradient and the weights are copied to the host, a part after another, and the weights back. On a GPU
-    the next part is copied meanwhile.
+    Gradient and weights are copied to the host part by part, and the weights back. With a GPU, the next part
+    is copied while one is stepped.
     """
 
     on_host = ("step", *MOMENTS)
@@ -64,7 +62,7 @@ class OffloadedAdam(torch.optim.AdamW):
                 [first],
                 [second],
                 [],
-                [state["step"].clone()],  # which it counts up
+                [state["step"].clone()],  # AdamW increments it
                 fused=True,
                 amsgrad=False,
                 beta1=group["betas"][0],
@@ -83,7 +81,7 @@ class OffloadedAdam(torch.optim.AdamW):
         state["step"] += 1
 
     def _is_apart(self, values: Tensor) -> bool:
-        """Tell whether the host must copy weights to step them."""
+        """Tell whether the weights must be copied to the host to be stepped."""
         return values.is_cuda
 
     def _step_copies(
@@ -93,7 +91,7 @@ class OffloadedAdam(torch.optim.AdamW):
         parts: list[slice],
         step_part: Callable[[slice, Tensor, Tensor], None],
     ) -> None:
-        """Step copies of each part on the host; the next part is copied there meanwhile."""
+        """Step a copy of each part on the host, while the next part is copied there."""
         if not self._buffers:
             weights, gradients = torch.empty(4, PART, dtype=torch.float32, pin_memory=True).split(2)
             self._buffers = list(zip(weights, gradients, strict=True))
@@ -112,7 +110,7 @@ class OffloadedAdam(torch.optim.AdamW):
             fetch(0)
         for number, part in enumerate(parts):
             if number + 1 < len(parts):
-                fetch(number + 1)  # into the other buffers, once what was in them is back on the device
+                fetch(number + 1)  # into the other buffers, after their weights are back on the device
             arrived[number].synchronize()
             own = [buffer[: part.stop - part.start] for buffer in self._buffers[number % 2]]
             step_part(part, *own)
@@ -121,9 +119,9 @@ class OffloadedAdam(torch.optim.AdamW):
         copies.synchronize()  # the next parameter uses the same buffers
 
     def load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
-        """Load the state tensors alone: rates and settings are the recipe's.
+        """Load only the state tensors: learning rates and settings come from the recipe.
 
-        torch's own would put the moments on the device. DeepSpeed passes ``load_optimizer_states``.
+        torch's own method would put the moments on the device. DeepSpeed passes ``load_optimizer_states``.
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in enumerate(parameters):

@@ -1,6 +1,6 @@
 """Build the optimizer of a recipe, over the parameters that train.
 
-What each keeps of a parameter, :mod:`lsmoe_ds.config.optimizer` says.
+:mod:`lsmoe_ds.config.optimizer` defines the state that each optimizer keeps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer that ``training.optimizer`` names, over groups of the model's parameters.
 
-    The parameters have the type and the place in which they are trained.
+    The parameters must already have the type and the device in which they are trained.
     """
     return OPTIMIZERS[recipe.training.optimizer](recipe, groups, model, topology)
 

@@ -1,4 +1,4 @@
-"""Trace some steps of a training with torch's profiler, and record what they allocate on a GPU."""
+"""Trace some steps of a training with torch's profiler, and record their GPU memory allocations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lsmoe_ds.launch.watchdog import beat
 from lsmoe_ds.notices import counted
 from lsmoe_ds.parallel.topology import Topology
 
-ROWS = 30  # operators of the table
-ALLOCATIONS = 100_000  # the latest that a snapshot has
+ROWS = 30  # operators in the table
+ALLOCATIONS = 100_000  # a snapshot has at most so many, the latest
 
 
 @dataclass(frozen=True)
 class Traced:
-    """The steps that --profile asks for, and whether --memory-snapshot does beside."""
+    """The steps that --profile names, and whether --memory-snapshot is given."""
 
     first: int
     last: int
@@ -32,7 +32,7 @@ class Traced:
 
     @classmethod
     def parse(cls, steps: str | None, memory: bool = False) -> Traced | None:
-        """Read the options. Raises UserError, on every rank alike, if they ask for what cannot be."""
+        """Read the options. Raises SharedError, alike on every rank, if they are wrong or impossible here."""
         if steps is None and not memory:
             return None
         if steps is None:
@@ -56,16 +56,16 @@ class Traced:
         return f"{self.first}-{self.last}" if self.last > self.first else str(self.first)
 
     def arguments(self) -> list[str]:
-        """Return the options again, for the processes that are started."""
+        """Return the options as command-line arguments, for the processes that are started."""
         return ["--profile", self.steps, *(["--memory-snapshot"] if self.memory else [])]
 
 
 class Profiler:
-    """Write a trace of each rank and a table of operators into ``RUN/profile``; without ``traced`` nothing.
+    """Write a trace of each rank and a table of operators into ``RUN/profile``; nothing without ``traced``.
 
-    Everything that happens in the steps is recorded, and the validations and checkpoints between them.
-    Leaving the context writes what is there of steps that were cut short; after an error, as where memory is
-    short, the snapshot of memory alone.
+    The trace covers the steps and the validations and checkpoints between them. If the context ends before
+    the last traced step, it writes the incomplete trace; after an error, such as out of memory, only the
+    memory snapshot.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class Profiler:
         self._write_memory()
 
     def announce(self, done: int, steps: int) -> None:
-        """Say so if a training that resumes after step ``done`` takes none of the steps."""
+        """Print a notice if a training that resumes after step ``done`` takes none of the traced steps."""
         if self.traced is not None and not (done < self.traced.last and self.traced.first <= steps):
             self.say(f"nothing is profiled: this training takes none of the steps {self.traced.steps}")
 
     def before_step(self, number: int) -> None:
-        """Begin to record if a step is one of those."""
+        """Start to record if a step is one of the traced ones."""
         if self.traced is None or not self.traced.first <= number <= self.traced.last:
             return
         if self._profile is None:
@@ -122,14 +122,14 @@ class Profiler:
         self._profile.start()
 
     def _path(self, end: str) -> Path:
-        """Make the folder, and return the path of a file about the steps that were recorded."""
+        """Make the folder, and return the path of a file named after the recorded steps."""
         with explain_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
         first, last = self._begun, self._last
         return self.folder / f"{f'steps-{first}-{last}' if last > first else f'step-{first}'}{end}"
 
     def _write(self) -> None:
-        """Write what was recorded. A full disk is told, and ends no training."""
+        """Write the recorded trace. A full disk is reported, but does not end the training."""
         beat(f"writing the profile of step {self._last}")
         found, self._profile = self._profile, None
         found.stop()

@@ -1,4 +1,4 @@
-"""From a recipe to running processes: what can be refused is refused before any is started."""
+"""From a recipe to running processes: check everything that can be checked before starting any."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lsmoe_ds.checkpoint.stored import RECIPE, find_model
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.host import check_weights
 from lsmoe_ds.config.layout import check_layout
+from lsmoe_ds.config.method import MethodSection
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.forms import form_of
@@ -34,7 +35,7 @@ from lsmoe_ds.launch.memory import keep_large_blocks
 from lsmoe_ds.model.build import outline
 from lsmoe_ds.model.freezing import freeze
 from lsmoe_ds.moe.load import loads
-from lsmoe_ds.notices import counted
+from lsmoe_ds.notices import counted, listed
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import on_main
 from lsmoe_ds.parallel.topology import Topology
@@ -47,7 +48,7 @@ from lsmoe_ds.training.teacher import check_teacher
 
 
 def check(recipe: Recipe, run: Path) -> None:
-    """Open the run folder; raises UserError for whatever training could only fail on later."""
+    """Check a recipe, then open its run folder. Raises UserError for what would stop training later."""
     check_installed(recipe.training.log_to)
     prepared = PreparedData.of(recipe)
     _check_dev(recipe, prepared)
@@ -60,18 +61,25 @@ def check(recipe: Recipe, run: Path) -> None:
         _check_batches(recipe, prepared)
     if found is None and recipe.model.huggingface is not None:
         check_weights(recipe.model.huggingface)
-    if found is None and recipe.training.start_from is not None:
-        check_start_from(recipe, recipe.training.start_from, vocabulary)
-        added = added_methods(recipe, find_model(recipe.training.start_from))
+    if found is None:
+        added = {method.name for method in recipe.model.methods}
+        if recipe.training.start_from is not None:
+            check_start_from(recipe, recipe.training.start_from, vocabulary)
+            added = set(added_methods(recipe, find_model(recipe.training.start_from)))
         for method in recipe.model.methods:
             if method.name in added:
-                method.check_begin(recipe)
+                _check_dev_of(method, recipe, prepared)
+                if recipe.training.start_from is not None:
+                    method.check_begin(recipe)
     check_teacher(recipe, vocabulary)
     open_run(recipe, run, vocabulary)
 
 
 def _check_batches(recipe: Recipe, prepared: PreparedData) -> None:
-    """Raise UserError if no batch can be made: told before there is a run folder, which keeps its recipe."""
+    """Raise UserError if no batch can be made.
+
+    This must come before the run folder is made, because its recipe cannot be changed afterwards.
+    """
     data, vocabulary = recipe.data, prepared.vocabulary
     mixed = data.batch.model_copy(update={"languages": "mixed"})
     form = form_of(data, recipe.languages, vocabulary)
@@ -82,23 +90,26 @@ def _check_batches(recipe: Recipe, prepared: PreparedData) -> None:
     )
 
 
+def _has_dev(prepared: PreparedData, directions: Iterable[Direction]) -> bool:
+    return any(prepared.manifest["bitexts"][each.bitext]["dev"]["pairs"] for each in directions)
+
+
+def _check_dev_of(method: MethodSection, recipe: Recipe, prepared: PreparedData) -> None:
+    """Raise UserError if a method that is added now reads the dev set, and there is none."""
+    if method.reads_dev and not _has_dev(prepared, recipe.languages.directions):
+        raise UserError(
+            f"'model.{method.name}' reads the dev set, but {prepared.folder} has no dev pairs: raise "
+            "'data.held_out.dev' and prepare again"
+        )
+
+
 def _check_dev(recipe: Recipe, prepared: PreparedData) -> None:
-    """Raise UserError if there are no dev pairs but something reads them.
+    """Raise UserError if the recipe validates but there are no dev pairs.
 
-    The loss of a validation would be 0, the best of all.
+    The validation loss would be 0, which would count as the best.
     """
-    every, bitexts = recipe.training.validate_every, prepared.manifest["bitexts"]
-
-    def has_dev(directions: Iterable[Direction]) -> bool:
-        return any(bitexts[each.bitext]["dev"]["pairs"] for each in directions)
-
-    for method in recipe.model.methods:
-        if method.reads_dev and not has_dev(recipe.languages.directions):
-            raise UserError(
-                f"'model.{method.name}' reads the dev set, but {prepared.folder} has no dev pairs: raise "
-                "'data.held_out.dev' and prepare again"
-            )
-    if every and not has_dev(recipe.trained):
+    every = recipe.training.validate_every
+    if every and not _has_dev(prepared, recipe.trained):
         of_these = " of 'training.directions'" if recipe.training.directions else ""
         raise UserError(
             f"'training.validate_every' is {every}, but {prepared.folder} has no dev pairs{of_these}: "
@@ -116,8 +127,10 @@ def _check_processes(recipe: Recipe, world: int) -> None:
 
 
 def train(recipe: Recipe, run: Path, processes: int | None, traced: Traced | None = None) -> int:
-    """Train on the processes that a launcher has started, this one among them, or else on ``processes`` of
-    this machine (by default as few as the layout needs), and profile the ``traced`` steps.
+    """Train, and profile the ``traced`` steps.
+
+    If a launcher has started this process, it is one of the launcher's ranks. Otherwise start ``processes``
+    ranks on this machine, by default as few as the layout needs.
 
     Returns the exit status: 0 after the last step, :func:`interrupt.status_of` the signal when asked to stop,
     :data:`watchdog.STATUS` when another rank is lost.
@@ -139,7 +152,10 @@ def train(recipe: Recipe, run: Path, processes: int | None, traced: Traced | Non
 
 
 def _with_what_data_decide(recipe: Recipe) -> Recipe:
-    """Fix resource groups and replicas, so that the run knows them without its data. Raises SharedError."""
+    """Fill in resource groups and replicas, so that the run does not need its data for them.
+
+    Raises SharedError.
+    """
     try:
         return with_named_replicas(with_listed_groups(recipe) if recipe.model.needs_groups else recipe)
     except UserError as error:
@@ -147,7 +163,7 @@ def _with_what_data_decide(recipe: Recipe) -> Recipe:
 
 
 def _notice(recipe: Recipe) -> None:
-    """Say on standard error what is allowed and seldom meant."""
+    """Print notices on standard error about settings that are allowed but rarely intended."""
     training = recipe.training
     if training.warmup > training.steps:
         reached = inverse_square_root(training.steps, training.learning_rate, training.warmup)
@@ -161,6 +177,12 @@ def _notice(recipe: Recipe) -> None:
         interrupt.say(
             "training.trainable freezes weights, but there is no training.start_from: "
             "they stay as random as they begin"
+        )
+    own = [method.name for method in recipe.model.methods if method.trains]
+    if training.weight_decay and training.directions and own:
+        interrupt.say(
+            f"training.weight_decay is {training.weight_decay:g}: each step shrinks also what {listed(own)} "
+            "has of directions that do not train here; 0 leaves that as it is"
         )
     if recipe.data.prompt is not None:
         wrong, seen = joined(PreparedData.of(recipe), recipe.data.prompt)
@@ -177,7 +199,7 @@ def _notice(recipe: Recipe) -> None:
         for load in loads(recipe, shares_of(recipe, PreparedData.of(recipe))):
             if load.tasks:
                 interrupt.say(load.describe())
-    with suppress(UserError):  # a resumed run needs the folder no more
+    with suppress(UserError):  # a resumed run no longer needs the folder
         if base is not None and (learned := load_recipe(base / RECIPE).data.tags) != recipe.data.tags:
             interrupt.say(
                 f"data.tags is {recipe.data.tags}, but the model in {base} was trained with {learned}: "

@@ -1,4 +1,4 @@
-"""Begin a training with the weights of a converted folder."""
+"""Start a training with the weights of a converted folder."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def added_methods(recipe: Recipe, stored: Stored) -> list[str]:
 
 
 def starting_weights(recipe: Recipe, stored: Stored, vocabulary: int) -> Tensors:
-    """Return the weights of a stored model, and the initial ones of methods that the recipe adds to it.
+    """Return a stored model's weights, with initial values for what the recipe's methods add to it.
 
-    So begin parameters and masks that a method which both have has only in the recipe, such as weights that
-    it is now to learn. ``vocabulary`` is the number of tokens.
+    A method that both have may add parameters and masks, too, such as weights that only this recipe learns.
+    ``vocabulary`` is the number of tokens.
     """
     weights = Tensors.of(read_weights(stored).tensors)
     model = outline(recipe, vocabulary)
@@ -74,9 +74,7 @@ def check_same_vocabulary(stored: Stored, vocabulary: Path) -> None:
 
 
 def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: Tensors) -> None:
-    """Raise UserError unless these are the weights of a model of the recipe; if languages differ, they are
-    named first.
-    """
+    """Raise UserError unless the weights fit the recipe's model. Different languages are reported first."""
     for method, old in same_methods(stored.recipe, recipe):
         method.check_takes_over(old)
     try:
@@ -90,7 +88,7 @@ def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: 
         raise UserError(
             "layers of the model know its directions, and "
             f"{' and '.join(each for each in (lacks, new) if each)}: give the recipe the same "
-            "data.directions, start from a folder of one direction (--to dense), or add languages with --to "
+            "data.directions, start from a folder of one direction (--as dense), or add languages with --as "
             f"grown ({error})"
         ) from None
     check_holders(stored.recipe, recipe)
@@ -98,8 +96,8 @@ def _check_same_model(recipe: Recipe, stored: Stored, vocabulary: int, weights: 
         was, now_is = old.holdings(stored.recipe.languages), method.holdings(recipe.languages)
         if list(was.items()) != list(now_is.items()):
             raise UserError(
-                f"its rows of '{method.name}' are those of {_held(was)}, the recipe's of {_held(now_is)}: "
-                "languages would get those of others"
+                f"its rows of '{method.name}' belong to {_held(was)}, the recipe's to {_held(now_is)}: "
+                "languages would get the rows of others"
             )
 
 

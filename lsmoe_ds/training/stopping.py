@@ -13,23 +13,24 @@ from lsmoe_ds.notices import counted
 
 @dataclass
 class Stopping:
-    """Count the validations since the last improvement; without ``settings`` no count ends a training.
+    """Count the validations since the last improvement; without ``settings`` the training never stops early.
 
-    The state is part of a checkpoint, so that a resumed run stops in the same step.
+    The state is part of a checkpoint, so that a resumed run stops at the same step.
     """
 
     settings: EarlyStopping | None
-    best: float | None = None  # None before the first
-    step: int = 0  # of the best
-    waited: int = 0  # validations since then
+    best: float | None = None  # the best value so far; None before the first
+    step: int = 0  # the step of the best value
+    waited: int = 0  # validations since that step
 
     @property
     def _metric(self) -> str:
         return "loss" if self.settings is None else self.settings.metric
 
     def after_validation(self, step: int, found: Mapping[str, float]) -> None:
-        """Take what the validation of a step has measured. It improves on the best if its dev loss is lower,
-        or its chrF higher, by more than ``min_delta``.
+        """Update the count with the metrics of a step's validation.
+
+        It is an improvement if the dev loss is lower, or chrF higher, by more than ``min_delta``.
         """
         value = found[CHRF] if self._metric == "chrf" else found["dev_loss"]
         least = self.settings.min_delta if self.settings is not None else 0.0
@@ -50,7 +51,7 @@ class Stopping:
         return {"metric": self._metric, "best": self.best, "step": self.step, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state, unless it is of another metric, of which the count begins anew."""
+        """Restore the state; if it is for another metric, start a new count instead."""
         if state["metric"] != self._metric:
             return
         self.best, self.step, self.waited = state["best"], state["step"], state["waited"]

@@ -27,7 +27,7 @@ def check_teacher(recipe: Recipe, vocabulary: Path) -> None:
     try:
         stored = find_model(teacher.model)
         if stored.kind not in READABLE or stored.recipe.model.huggingface is not None:
-            raise UserError("it is no model of lsmoe_ds: give a run, or a folder made with --to consolidated")
+            raise UserError("it is no model of lsmoe_ds: give a run, or a folder made with --as consolidated")
         check_same_vocabulary(stored, vocabulary)
         if stored.recipe.data.tags != recipe.data.tags:
             raise UserError(
@@ -41,9 +41,9 @@ def check_teacher(recipe: Recipe, vocabulary: Path) -> None:
 
 
 def load_teacher(recipe: Recipe, vocabulary: int, topology: Topology) -> Teacher:
-    """Load the recipe's teacher, whole, onto this rank's device, in the type of the training.
+    """Load the recipe's whole teacher onto this rank's device, in the type of the training.
 
-    The function that is returned gives its logits [N, V] of a batch at N flat positions of decoder inputs.
+    The returned function computes its logits [N, V] for a batch at N flat positions of decoder inputs.
     """
     assert recipe.training.teacher is not None
     stored, half = find_model(recipe.training.teacher.model), check_precision(recipe)
@@ -61,9 +61,9 @@ def load_teacher(recipe: Recipe, vocabulary: int, topology: Topology) -> Teacher
 
 
 def _numbers(recipe: Recipe, stored: Stored) -> tuple[Tensor, Tensor]:
-    """Return the teacher's numbers of the recipe's languages and of its directions.
+    """Return the teacher's ids of the recipe's languages and directions.
 
-    What is not trained has the number 0, and is not asked for.
+    Languages and directions that are not trained get the id 0, which is never used.
     """
     languages, trained = recipe.languages, recipe.trained
     known = {code for each in trained for code in (each.source, each.target)}

@@ -1,4 +1,4 @@
-"""Measure a training's arithmetic per second, beside the peak of its devices."""
+"""Measure a training's FLOP/s, and compare them with the peak of its devices."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lsmoe_ds.training.engine import check_precision
 
 @dataclass(frozen=True)
 class Work:
-    """What some steps have read, over all ranks: real tokens, padding not counted."""
+    """The tokens and sentences of some steps, over all ranks, without padding."""
 
     source: int = 0
     target: int = 0  # labels
-    given: int = 0  # tags that the decoder reads beside
+    given: int = 0  # tags that the decoder reads in addition
     sentences: int = 0
 
     def __add__(self, step: Step) -> Work:
@@ -39,15 +39,15 @@ class Work:
 
     @property
     def length(self) -> int:
-        """Return the mean tokens of a sentence, of both sides."""
+        """Return the mean number of tokens of a sentence, over both sides."""
         return max(1, round((self.tokens + self.given) / max(1, 2 * self.sentences)))
 
 
 def find_peak(name: str, half: bool, tf32: bool = False) -> float | None:
     """Return the peak FLOP/s of a CUDA device of this name, in 16 bits or in float32.
 
-    With ``tf32``, matrix products of float32 run at half the speed of 16 bits. None for a device that is not
-    in the table, or a part of one (MIG).
+    With ``tf32``, float32 matrix products run at half the 16-bit speed. None for a device that is not in the
+    table, or a part of a device (MIG).
     """
     if (device := find_device(name)) is None:
         return None
@@ -55,7 +55,7 @@ def find_peak(name: str, half: bool, tf32: bool = False) -> float | None:
 
 
 def peak_of(recipe: Recipe, topology: Topology) -> float | None:
-    """Return ``training.peak_flops``, or what is known of this rank's device; None if nothing is."""
+    """Return ``training.peak_flops``, or else the known peak of this rank's device; None if it is unknown."""
     if recipe.training.peak_flops is not None:
         return recipe.training.peak_flops
     if topology.device.type != "cuda":
@@ -66,10 +66,10 @@ def peak_of(recipe: Recipe, topology: Topology) -> float | None:
 
 
 class Throughput:
-    """The rates of a training on ``world`` ranks, each of which computes ``peak`` FLOP/s at most.
+    """The rates of a training on ``world`` ranks, each of which computes at most ``peak`` FLOP/s.
 
-    The FLOPs are those of :func:`lsmoe_ds.planning.arithmetic.flops`: what the model needs, without
-    recomputation, padding and passes ahead of a step. All sentences count as long as their mean.
+    The FLOPs are those of :func:`lsmoe_ds.planning.arithmetic.flops` that the model needs, without
+    recomputation, padding and passes ahead of a step. Every sentence is counted with the mean length.
     """
 
     def __init__(self, recipe: Recipe, world: int, peak: float | None) -> None:
@@ -78,13 +78,14 @@ class Throughput:
         self._by_length: dict[int, Flops] = {}
 
     def flops(self, work: Work) -> float | None:
-        """Return the FLOPs of forward and backward passes; None of a model of transformers: a step does not
-        count the words around its texts, such as prompts.
+        """Return the FLOPs of forward and backward passes; None for a model of transformers.
+
+        For those, ``work`` lacks the words around texts, such as prompts.
         """
         if self.recipe.model.huggingface is not None:
             return None
         if self._trained is None:
-            # An outline of the model may draw random numbers, which are the training's.
+            # An outline of the model may draw random numbers: keep the training's random state.
             with torch.random.fork_rng(devices=[]):
                 self._trained = trains(self.recipe)
         if (each := self._by_length.get(work.length)) is None:
@@ -92,7 +93,7 @@ class Throughput:
         return work.source * each.source_training + (work.target + work.given) * each.target_training
 
     def rates(self, work: Work, seconds: float) -> dict[str, float]:
-        """Return TFLOP/s of a rank and, if the peak is known, model FLOPs utilization (MFU), by name."""
+        """Return TFLOP/s per rank and, if the peak is known, model FLOPs utilization (MFU), by name."""
         found = self.flops(work)
         if found is None:
             return {}
@@ -101,7 +102,7 @@ class Throughput:
 
 
 def describe_rates(rates: dict[str, float]) -> str:
-    """Write the rates for a line of the log: `` · 41.3 % MFU``, `` · 12.3 GFLOP/s a rank`` or nothing."""
+    """Format the rates for a line of the log: `` · 41.3 % MFU``, `` · 12.3 GFLOP/s a rank`` or nothing."""
     if "mfu" in rates:
         return f" · {100 * rates['mfu']:.1f} % MFU"
     if "tflops_per_rank" not in rates:

@@ -25,10 +25,11 @@ from lsmoe_ds.parallel.topology import Topology
 def translate_greedily(
     model: Transformer, batch: PairBatch, given: int, banned: list[int], topology: Topology
 ) -> list[list[int]]:
-    """Return the tokens of the translation of each sentence, without EOS, as greedy search finds them.
+    """Translate sentences by greedy search; return the tokens of each translation, without EOS.
 
-    ``given`` tags stand before each translation; ``banned`` tokens are never generated. Called by every rank,
-    each with sentences of its own: experts are exchanged at each position, so all go on while any does.
+    Each translation follows ``given`` tags; ``banned`` tokens are never generated. Every rank must call this
+    with its own sentences. Ranks exchange tokens for experts at each position, so all continue until the last
+    one is done.
     """
     state = model.start(batch.source, batch.ids)
     limits = Search(beam=1).limits((batch.source != PAD).sum(1))  # [B]
@@ -49,7 +50,7 @@ def translate_greedily(
 
 
 def _any_rank(going: bool, topology: Topology) -> bool:
-    """Tell whether any rank with which this one computes is going on."""
+    """Tell whether ``going`` is true on any rank that computes together with this one."""
     if topology.tensor == topology.expert == 1:
         return going
     flag = torch.tensor(float(going), device=topology.device)
@@ -60,11 +61,12 @@ def _any_rank(going: bool, topology: Topology) -> bool:
 def dev_chrf(
     engine: Any, batches: Iterable[Batch], given: int, vocabulary: Vocabulary, topology: Topology
 ) -> float:
-    """Return the mean over directions of the chrF of greedy translations, by the specific route.
+    """Return the chrF of greedy translations by the specific route, averaged over directions.
 
-    ``batches`` are those of a validation; the references are the text of their labels. Called by every rank.
+    ``batches`` are those of a validation; the references are the text of their labels. Every rank must call
+    this.
     """
-    from sacrebleu.metrics import CHRF  # which most trainings do without
+    from sacrebleu.metrics import CHRF  # which most trainings do not need
 
     model: Transformer = engine.module
     model.eval()
@@ -74,11 +76,11 @@ def dev_chrf(
         assert isinstance(batch, PairBatch)
         found = translate_greedily(model, batch.to(topology.device), given, banned, topology)
         for number, tokens, labels in zip(batch.direction.tolist(), found, batch.labels, strict=True):
-            if bool((labels != PAD).any()):  # else it stands in for a batch that this rank has not
+            if bool((labels != PAD).any()):  # otherwise it is a filler for a batch that this rank lacks
                 own.append((number, vocabulary.decode(tokens), vocabulary.decode(labels.tolist())))
     model.train()
     for _, layer in model.moe_layers():
-        layer.deepspeed_moe.traffic.take()  # it is not part of the next step's
+        layer.deepspeed_moe.traffic.take()  # reset it, so that it does not count for the next step
     parts = [own]
     if topology.data > 1:
         parts = [[] for _ in range(topology.data)]

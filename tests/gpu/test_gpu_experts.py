@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_half_precision import norm_of
-from test_optimizer_step import recipe_of
-from test_sameness import VOCABULARY, ragged_batch
+from support.gradients import norm_of
+from support.optimizer_steps import recipe_of
+from support.sameness import VOCABULARY, ragged_batch
 from torch import Tensor
 
 from lsmoe_ds.model.feed_forward import FeedForward

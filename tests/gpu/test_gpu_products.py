@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_products import context_of, one_after_another, places_of
+from support.products import context_of, one_after_another, places_of
 from torch import Tensor
 
 from lsmoe_ds.methods.products import Add, Matrices, Multiply

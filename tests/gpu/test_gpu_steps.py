@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-from test_optimizer_step import recipe_of
-from test_sameness import VOCABULARY, steps_of
+from support.optimizer_steps import recipe_of
+from support.sameness import VOCABULARY, steps_of
 
 from lsmoe_ds.launch import joining
 from lsmoe_ds.parallel import compat

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
+from support.small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, write_corpus
 
 from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.data.prepare import prepare

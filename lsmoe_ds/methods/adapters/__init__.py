@@ -1,1 +1,1 @@
-"""Bottleneck adapters of language pairs, families or languages, after layers."""
+"""Bottleneck adapters after layers, one for each language pair, pair of families, or language."""

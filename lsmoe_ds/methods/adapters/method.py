@@ -1,15 +1,16 @@
-"""Adapters after layers (Bapna and Firat, 2019): for a token x [H] that a layer gives,
+"""Adapters after layers (Bapna and Firat, 2019). For a token x [H] that a layer returns,
 
     y = x + W_up relu(W_down (scale norm(x) + shift) + inner) + outer
 
-with scale, shift, W_down [W, H], W_up [H, W] and biases of the sentence's pair, family or language. In a new
-adapter W_up and ``outer`` are 0, so that a model with it computes the same as without.
+where scale, shift, W_down [W, H], W_up [H, W] and the biases inner and outer belong to the sentence's pair,
+family or language. In a new adapter W_up and ``outer`` are 0, so adding it does not change the output.
 
-An adapter is a Transformer layer whose attentions write 0 and whose feed-forward has W units. So the dense
-model of a direction has such a layer after each layer with an adapter, and computes exactly the same.
+An adapter equals a Transformer layer whose attentions output 0 and whose feed-forward has W units. The dense
+model of a direction therefore has such a layer after each layer with an adapter, and computes exactly the
+same.
 
-With tensor parallelism every rank holds all adapters: x, y and so their gradients are whole and equal on all
-ranks. N adapters, H hidden, W width, B sentences, T positions.
+With tensor parallelism every rank holds all adapters, because x, y and their gradients are whole and equal on
+all ranks. N adapters, H hidden, W width, B sentences, T positions.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ SIDES = ("encoder", "decoder")
 
 
 class AdapterBank(nn.Module):
-    """The N adapters after one layer, each in its rows of every parameter.
+    """The N adapters after one layer; each has its own rows of every parameter.
 
-    ``numbers`` has the adapter of each direction, or language, by which ``kind`` chooses.
+    ``kind`` is the task (direction or language) that chooses the adapter; ``numbers`` maps it to the adapter.
     """
 
     def __init__(self, hidden: int, width: int, numbers: list[int], kind: str) -> None:
@@ -56,7 +57,7 @@ class AdapterBank(nn.Module):
         self.outer = nn.Parameter(torch.empty(count, hidden))
 
     def forward(self, x: Tensor, context: LanguageContext) -> Tensor:
-        """Add to each sentence what its adapter gives, x [B, T, H] -> [B, T, H]."""
+        """Add to each sentence the output of its adapter, x [B, T, H] -> [B, T, H]."""
         chosen = context.once((NAME, self.kind), lambda: self._chosen(context))[:, None]  # [B, 1]
         normed = torch.addcmul(self.shift[chosen], F.layer_norm(x, (self.hidden,)), self.scale[chosen])
         rows = normed.view(-1, self.hidden)
@@ -85,7 +86,7 @@ class BottleneckAdapters(Method):
     def __init__(self, section: Adapters, recipe: Recipe, topology: Topology) -> None:
         super().__init__(section, recipe, topology)
         self.holders = section.holders(recipe.languages)
-        self.names = list(dict.fromkeys(self.holders))  # of each adapter, by number
+        self.names = list(dict.fromkeys(self.holders))  # the name of each adapter, by number
 
     def make(self, site: LayerSite) -> AdapterBank:
         """Return the adapters after one layer."""
@@ -101,7 +102,7 @@ class BottleneckAdapters(Method):
         return lambda value, generator: value.fill_(1.0 if kind == "scale" else 0.0)
 
     def _draw_down(self, value: Tensor, generator: Generator) -> None:
-        """Draw each matrix as the first one of a feed-forward is drawn."""
+        """Draw each matrix like the first weight of a feed-forward."""
         for matrix in value.split(self.section.width):
             nn.init.xavier_uniform_(matrix, generator=generator)
 
@@ -110,11 +111,11 @@ class BottleneckAdapters(Method):
         return {holder: slice(i * rows, (i + 1) * rows) for i, holder in enumerate(self.names)}
 
     def merge(self, weights: Tensors, direction: Direction | None, route: Route) -> Tensors:
-        """Return the weights of a model that has a further layer for each adapter of the direction."""
+        """Turn each adapter of the direction into a further layer; return the weights of that model."""
         assert direction is not None
         own = [name for name in weights if self.owns(name)]
         followed = {name.partition(f".layer_{self.name}.")[0] for name in own}
-        moved: dict[str, str] = {}  # layers by their names before and after
+        moved: dict[str, str] = {}  # new names of layers, by their old names
         entries: dict[str, LazyTensor] = {}
         for side in SIDES:
             count = 0
@@ -133,7 +134,7 @@ class BottleneckAdapters(Method):
         return Tensors(entries)
 
     def _as_layer(self, weights: Tensors, old: str, new: str, direction: Direction) -> dict[str, LazyTensor]:
-        """Return the tensors of the layer ``new`` that stands for the adapter after the layer ``old``."""
+        """Return the tensors of the layer ``new`` that replaces the adapter after the layer ``old``."""
         languages, side = self.recipe.languages, old.partition(".")[0]
         kind = self.section.kind("decoder" if side == "decoder" else "encoder")
         adapter = self.names.index(self.holders[languages.task_id(kind, direction)])

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Recipe
 
 By = Literal["pair", "family", "language"]
+BETWEEN = " - "  # the families of a direction, in the name of its adapter
 
 
 class Adapters(MethodSection):
@@ -70,6 +71,11 @@ class Adapters(MethodSection):
             raise ValueError("'adapters' has nothing to distill: leave it out, or 'fuse_distillation'")
 
     def check_languages(self, languages: Languages) -> None:
+        if joined := next((name for name in self.families or () if BETWEEN in name), None):
+            raise ValueError(
+                f"'adapters.families' has a family '{joined}', but '{BETWEEN}' stands between two families "
+                "in the names of adapters: give it another name"
+            )
         named = [code for codes in (self.families or {}).values() for code in codes]
         if twice := next((code for code in named if named.count(code) > 1), None):
             raise ValueError(f"'adapters.families' has {twice} twice: a language is in one family")
@@ -84,7 +90,7 @@ class Adapters(MethodSection):
             )
 
     def check_grown(self, before: Adapters, languages: Languages) -> None:
-        """Raise UserError if a language has another family than before, with adapters of other languages."""
+        """Raise UserError if a language's family has changed, so that it would use others' adapters."""
         for code in languages.codes if self.by == "family" else ():
             if (was := before.family_of(code)) != (now := self.family_of(code)):
                 raise UserError(
@@ -99,19 +105,19 @@ class Adapters(MethodSection):
         return code if is_english(code) or family(code) == UNKNOWN else family(code)
 
     def holders(self, languages: Languages) -> list[str]:
-        """Return whose adapter each direction uses, or with ``by: language`` each language, by number."""
+        """Name the adapter of each direction, by its number; with ``by: language``, of each language."""
         if self.by == "language":
             return list(languages.codes)
         return [self.holder(direction) for direction in languages.directions]
 
     def holder(self, direction: Direction) -> str:
-        """Return whose adapter a direction uses, by pair or family."""
+        """Name the adapter that a direction uses, with ``by: pair`` or ``by: family``."""
         if self.by == "pair":
             return str(direction)
-        return f"{self.family_of(direction.source)} - {self.family_of(direction.target)}"
+        return f"{self.family_of(direction.source)}{BETWEEN}{self.family_of(direction.target)}"
 
     def kind(self, side: SideName) -> str:
-        """Return the task by which a sentence chooses its adapter on a side."""
+        """Return the task (direction or language) that chooses a sentence's adapter on a side."""
         if self.by != "language":
             return "pair"
         return "target" if side == "decoder" else "source"
@@ -120,7 +126,10 @@ class Adapters(MethodSection):
         return [site.at for site in shapes_of(model) if self.is_at(site)], self.by
 
     def stand_in(self, direction: Direction, languages: Languages) -> Direction | None:
-        """Return a direction with the same adapters: of the same families."""
+        """Return the first of the languages' directions that uses the same adapter; None if languages choose.
+
+        Raises ValueError if there is none.
+        """
         if self.by == "language":
             return None
         wanted = self.holder(direction)
@@ -147,7 +156,7 @@ class Adapters(MethodSection):
         return Count(whole=len(set(self.holders(languages))) * self.one(site.hidden))
 
     def count_served(self, site: LayerShape) -> Count:
-        """Count the layer that an adapter becomes: attentions that write nothing, and its feed-forward."""
+        """Count the layer that an adapter becomes: attentions that output 0, and its feed-forward."""
         attentions = 2 if site.side == "decoder" else 1
         found = count_feed_forward(site.hidden, self.width) + Count(whole=2 * site.hidden)
         for _ in range(attentions):
@@ -158,7 +167,7 @@ class Adapters(MethodSection):
         return len(set(self.holders(languages))) * self.width * model.hidden
 
     def products(self, site: LayerShape) -> list[MatrixProduct]:
-        """List both products of an adapter, 2 W H each."""
+        """List both matrix products of an adapter, 2 W H operations each."""
         own, flops = f"{site.at}_{self.name}", 2 * self.width * site.hidden
         beside = tuple(f"{own}.{name}" for name in ("scale", "shift"))
         return [

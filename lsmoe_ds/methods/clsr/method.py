@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Recipe
 
 ALPHA = 5.0
-NAME = "clsr"  # under which layers leave their notes
+NAME = "clsr"  # the key of this method's notes
 SIDES: tuple[SideName, ...] = ("encoder", "decoder")
 
 
@@ -89,7 +89,7 @@ class ConditionalRouting(nn.Module):
         units = side.settings.gate
         self.gate = nn.Sequential(nn.Linear(side.hidden, units), nn.ReLU(), nn.Linear(units, 1, bias=False))
         self.specific = None if side.settings.shared else side.all_languages()
-        self._side = (side,)  # in a tuple, so that torch does not register the side's parameters once more
+        self._side = (side,)  # in a tuple, so that torch does not register the side's parameters twice
 
     def forward(self, h: Tensor, z: Tensor, real: Tensor, context: LanguageContext) -> Tensor:
         """Mix both projections of the sublayer's output ``h``, with gates that read its input ``z``.
@@ -141,7 +141,7 @@ class ConditionalLanguageSpecificRouting(Method):
         return ConditionalRouting(self.sides[site.side])
 
     def initial(self, name: str) -> Draw | None:
-        """Initialize projections to the identity, so that a new model computes the same as without them."""
+        """Initialize projections to the identity, so that adding them does not change the model's output."""
         return _fill_with_identities if name.endswith(("_clsr.specific", "_clsr.shared")) else None
 
     def language_rows(self, name: str, width: int) -> dict[str, slice]:

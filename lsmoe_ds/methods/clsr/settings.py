@@ -88,7 +88,7 @@ class Clsr(MethodSection):
         return len(languages.codes) * model.hidden**2
 
     def products(self, site: SublayerShape) -> list[MatrixProduct]:
-        """List the gate, 2 G H and 2 G, and both projections, 2 H^2 each."""
+        """List the matrix products: the gate, 2 G H and 2 G operations, and both projections, 2 H^2 each."""
         own, side, square = f"{site.at}_{self.name}", f"{site.side}_{self.name}", 2 * site.hidden**2
         first = f"{own}.gate.0"
         return [

@@ -5,11 +5,12 @@ With the mask M of a sentence's direction a linear layer computes
 
     y = (M W) x + b
 
-in training and at inference, so that a direction reads and updates only its own values of W. M has a 1 where
-the magnitude of the direction's fine-tuned weight is above its k-th smallest, k = ratio x size of the tensor.
+in training and at inference, so a direction reads and updates only its own values of W. M is 1 where the
+magnitude of the direction's fine-tuned weight exceeds the k-th smallest magnitude, k = ratio x tensor size.
 
-Masks are state that does not train: [D, outputs, inputs] truth values, a bit each in files and a byte each in
-memory. A tensor-parallel rank holds those of its own part of W. S rows (tokens), D directions.
+Masks are buffers that do not train: [D, outputs, inputs] booleans, stored as one bit each in files and one
+byte each in memory. A tensor-parallel rank holds the masks of its own part of W. S rows (tokens), D
+directions.
 """
 
 from __future__ import annotations
@@ -42,14 +43,12 @@ if TYPE_CHECKING:
 
 NAME = "lass"
 MASK = "mask"
-# Values of the masked weights that are made at once. On a processor they should fit the cache.
+# How many values of masked weights are computed at once. On a CPU they should fit the cache.
 AT_ONCE, AT_ONCE_ON_GPU = 2**18, 2**26
 
 
 def largest(weight: Tensor, ratio: float) -> Tensor:
-    """Return a mask of the values whose magnitude is above the k-th smallest, k = ratio x size; 0 keeps
-    all.
-    """
+    """Mask the values whose magnitude is above the k-th smallest, k = ratio x size; a ratio 0 keeps all."""
     magnitude = weight.detach().float().abs()
     count = round(ratio * magnitude.numel())
     if count == 0:
@@ -60,9 +59,9 @@ def largest(weight: Tensor, ratio: float) -> Tensor:
 class _MultiplyMasked(torch.autograd.Function):
     """Multiply tokens by the masked weight of their direction, x [S, inputs] -> [S, outputs].
 
-    ``masks`` [D, outputs, inputs] and ``groups`` are of directions. As many weights are masked at once as
-    ``AT_ONCE`` values hold, and again in the backward pass: stored, they would take a copy of W for each
-    direction.
+    ``masks`` [D, outputs, inputs] are the masks of the directions, and ``groups`` groups tokens by direction.
+    Masked weights are computed for about ``AT_ONCE`` values at a time, and again in the backward pass:
+    storing them would need a copy of W for each direction.
     """
 
     @staticmethod
@@ -98,12 +97,12 @@ def _together(parts: list[Tensor]) -> Tensor:
 
 
 def _parts(groups: Groups, weight: Tensor) -> list[tuple[Tensor | slice, slice, Groups]]:
-    """Return the directions whose masked weights are made at once, with their tokens."""
+    """Split the directions into parts whose masked weights are computed at once, each with its tokens."""
     return groups.parts(max(1, (AT_ONCE_ON_GPU if weight.is_cuda else AT_ONCE) // weight.numel()))
 
 
 class MaskedWeight(nn.Module):
-    """The masks beside one linear layer, which each call passes as ``base``."""
+    """The masks of one linear layer, which each call passes as ``base``."""
 
     mask: Tensor
 
@@ -139,7 +138,7 @@ class MaskedWeight(nn.Module):
         return Groups(spans, len(self.mask), len(rows), rows.device)
 
     def pack(self) -> None:
-        """Keep the masked weight of the latest direction from now on, for a search of frozen weights."""
+        """From now on cache the masked weight of the latest direction; weights must not change after that."""
         self.is_packed = True
 
     def _masked(self, weight: Tensor, direction: int) -> Tensor:
@@ -187,7 +186,10 @@ class LanguageSpecificSubNetworks(Method):
                         f"the model of {direction} in {self.section.tuned} has no weight {name} of the size "
                         "of this model's: fine-tune the model from which the training starts"
                     )
-                mask = largest(weights[name], self.section.ratio)
+                try:
+                    mask = largest(weights[name], self.section.ratio)
+                except UserError as error:  # the file's checksum is verified only when it is read
+                    raise SharedError(f"'model.lass.tuned': {error}") from None
                 kept, total = kept + int(mask.sum()), total + mask.numel()
                 dimension = 0 if module.split == "column" else 1
                 own = mask.chunk(self.topology.tensor, dimension)[self.topology.tensor_rank]
@@ -214,7 +216,7 @@ class LanguageSpecificSubNetworks(Method):
         return {str(direction): slice(i, i + 1) for i, direction in enumerate(self.directions)}
 
     def holder_like(self, new: str, known: Collection[str], like: str | None) -> str | None:
-        """Return the direction whose sub-network a new one takes (:func:`direction_like`)."""
+        """Return the direction whose sub-network a new direction copies (:func:`direction_like`)."""
         return direction_like(new, known, like)
 
     def merge_at(

@@ -12,6 +12,7 @@ from lsmoe_ds.config.places import Places, check_named, is_in, patterns_of
 from lsmoe_ds.config.shapes import Count, LinearShape, Shape, shapes_of
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.notices import listed
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.model import Model
@@ -73,17 +74,22 @@ class Lass(MethodSection):
                 stored = find_model(self.tuned / direction)
             except UserError as error:
                 raise UserError(f"'model.lass.tuned' has no model of {direction}: {error}") from None
+            if weights_digest(base) in {weights_digest(stored.home)} - {None}:
+                raise UserError(
+                    f"'model.lass.tuned': {self.tuned / direction} has the weights of 'training.start_from', "
+                    f"{base}: fine-tune them on {direction} alone"
+                )
             if (start := start_of(stored)) is not None and start != weights_digest(base):
                 how = "began with other weights than those" if start else "began with new weights, not those"
                 raise UserError(
                     f"'model.lass.tuned': the training of {self.tuned / direction} {how} of "
                     f"'training.start_from', {base}: fine-tune that model"
                 )
-            tuned = stored.recipe
-            if tuned.training.directions not in (None, [direction]):
+            # A model of all directions would give each of them the same masks.
+            if (trained := [str(each) for each in stored.recipe.trained]) != [direction]:
                 raise UserError(
-                    f"'model.lass.tuned': {self.tuned / direction} was trained on "
-                    f"{', '.join(tuned.training.directions or ())}, not on {direction} alone"
+                    f"'model.lass.tuned': {self.tuned / direction} was trained on {listed(trained)}, not on "
+                    f"{direction} alone: set 'training.directions' to it"
                 )
 
     def choosing(self, model: Model) -> Any:

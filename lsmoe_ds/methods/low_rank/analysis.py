@@ -1,7 +1,7 @@
-"""Read trained low-rank matrices ("Exploring Intrinsic Language-specific Subspaces", section 4).
+"""Analyze trained low-rank matrices ("Exploring Intrinsic Language-specific Subspaces", section 4).
 
-By which language does each layer choose its matrices, or each direction weight them, and how large a subspace
-does each language need?
+Two questions: does each layer (or direction) give more weight to the source's or the target's matrices, and
+how large a subspace does each language need?
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lsmoe_ds.methods.low_rank.masks import is_untrained
 from lsmoe_ds.methods.low_rank.settings import Index, LowRank
 
 SIDES: tuple[SideName, ...] = ("encoder", "decoder")
-EQUAL = 0.5  # both weights, before any is learned
-ALIKE = 0.1  # weights of source and target that differ by less are told
+EQUAL = 0.5  # the initial value of both weights
+ALIKE = 0.1  # layers whose weights of source and target differ by less are reported
 SHORT = {
     **{"query": "q", "key": "k", "value": "v", "output": "o"},
     **{"gate": "gate", "expand": "fc1", "contract": "fc2"},
@@ -39,8 +39,10 @@ def linears_of(recipe: Recipe, section: LowRank) -> list[LinearShape]:
 
 
 def structure(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
-    """Return the learned weights of source and target in each layer (figure 1), and the recipe in which each
-    layer has the index of larger weight; of modular LoRA :func:`merges`.
+    """Return the learned weights of source and target in each layer (figure 1), and a recipe.
+
+    In that recipe each layer uses the index that has the larger weight. For modular LoRA this is
+    :func:`merges`.
     """
     if section.is_modular:
         return merges(recipe, section, weights)
@@ -80,8 +82,10 @@ def structure(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
 
 
 def _trains(recipe: Recipe, learned: LowRank, chosen: LowRank) -> Training:
-    """Return how the recipe with the ``chosen`` index trains: if a pattern of ``trainable`` names only
-    matrices or weights that it lacks, all its matrices take their place.
+    """Return the section ``training`` for the recipe with the ``chosen`` index.
+
+    If a pattern of ``trainable`` names only matrices or weights that this recipe lacks, all its matrices
+    replace it.
     """
     training = recipe.training
     if not isinstance(training.trainable, list):
@@ -102,7 +106,8 @@ def merges(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
     """Return the learned weights w_in, w_out of each direction in each layer (figure 2 of "Towards Modular
     Fine-tuning of LLM-based Multilingual Neural Machine Translation").
 
-    A direction that did not train, here or before, and so weighs both alike, is left out.
+    Leaves out directions that this recipe does not train and whose two weights are equal: they were never
+    trained.
     """
     layers = list(dict.fromkeys((site.side, site.layer) for site in linears_of(recipe, section)))
     index = {side: weights[f"{side}_{NAME}.index"] for side in dict.fromkeys(side for side, _ in layers)}
@@ -152,7 +157,7 @@ def _patterns(
     for site, index in of.items():
         layers[site.side, site.layer].add(index)
     found: dict[Index, list[str]] = {}
-    for site, index in of.items():  # layers of which some linear layers have an index of their own
+    for site, index in of.items():  # layers in which some linear layers have an index of their own
         if len(layers[site.side, site.layer]) > 1:
             name = site.sublayer if site.sublayer != "attention" else "self_attention"
             found.setdefault(index, []).append(f"{site.side}.{site.layer}.{name}.{site.name}")
@@ -165,7 +170,7 @@ def _patterns(
 
 
 def _ranges(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first and last number of each run of consecutive ones."""
+    """Yield the first and last of each sequence of consecutive numbers."""
     for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         members = [number for _, number in run]
         yield members[0], members[-1]
@@ -175,7 +180,7 @@ class Score(NamedTuple):
     """How much of a language's vertical matrix (B of LoRA) beside a linear layer was pruned (equation 5)."""
 
     site: LinearShape
-    pair: str  # of a layer with learned weights: source or target
+    pair: str  # "source" or "target" in a layer with learned weights
     code: str
     size: int
     pruned: int
@@ -196,8 +201,8 @@ class Score(NamedTuple):
 def scores(recipe: Recipe, section: LowRank, weights: Tensors) -> list[Score]:
     """Score each language's vertical matrix beside each linear layer by its mask.
 
-    The ratio is the one that is reached: in the middle of the schedule less than that of the recipe. A matrix
-    that was never trained is left out.
+    The ratio is the one reached so far, which before the end of the schedule is less than the recipe's.
+    Matrices that were never trained are left out.
     """
     assert section.prune is not None
     found = []
@@ -221,11 +226,12 @@ def scores(recipe: Recipe, section: LowRank, weights: Tensors) -> list[Score]:
 
 
 def subspaces(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
-    """Return the scores by language and linear layer: averaged over layers (figure 2) and over languages
-    (figure 4), and in each layer (figure 5) and for each language (figure 6). The means share one scale of
-    colors, and so do the other grids, so that pictures compare.
+    """Return the scores by language and linear layer.
 
-    The grids have scores as shares of the size of B, since sizes differ; the records have both.
+    They are averaged over layers (figure 2) and over languages (figure 4), and given in each layer (figure 5)
+    and for each language (figure 6). The means share one color scale, and the other grids another, so that
+    their pictures can be compared. Grids show scores as shares of the size of B, since sizes differ; the
+    records have both.
     """
     found = scores(recipe, section, weights)
     records = [
@@ -334,7 +340,7 @@ def subspaces(recipe: Recipe, section: LowRank, weights: Tensors) -> Findings:
 
 
 def _on_one_scale(grids: Sequence[Grid]) -> list[Grid]:
-    """Return the grids with the largest of all their values in full color."""
+    """Return the grids on one color scale: the largest value of all of them has full color."""
     values = (abs(value) for grid in grids for row in grid.values for value in row if value is not None)
     full = max(values, default=0.0)
     return [replace(grid, full=full) for grid in grids]
@@ -345,7 +351,7 @@ def _mean(values: Sequence[float] | None) -> float | None:
 
 
 def why_not(kind: str, recipe: Recipe, section: LowRank, weights: Tensors) -> str | None:
-    """Say why a model has nothing of the ``kind``, "structure" or "subspaces", to analyze; None if it has."""
+    """Explain why an analysis ("structure" or "subspaces") cannot run on a model; None if it can."""
     if kind == "structure" and section.is_modular:
         return None if section.merge else "its weights are not learned: train with 'low_rank.merge: learned'"
     if kind == "structure":

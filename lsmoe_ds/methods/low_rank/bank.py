@@ -11,9 +11,9 @@ The product V F is never formed; the bank computes ``V (F x)``.
 How tokens are multiplied is in :mod:`lsmoe_ds.methods.products`.
 
 With tensor parallelism a column-parallel layer shards V by its rows and a row-parallel layer shards F by its
-columns. The bank's own sum over ranks, r numbers per token, travels in the same all-reduce as the layer's. If
-the recipe's ``columns`` cut that side, its matrix is whole on every rank, which multiplies the columns that
-it holds of the layer.
+columns. The bank's own sum over ranks, r numbers per token, travels in the layer's all-reduce. If the
+recipe's ``columns`` cut that side, every rank holds the whole matrix and multiplies only the columns that
+belong to its part of the layer.
 
 S rows (tokens), r rank, R the sum of the ranks of all matrices of a bank.
 """
@@ -39,7 +39,7 @@ from lsmoe_ds.parallel.topology import Topology
 
 NAME = "low_rank"
 FLAT, VERTICAL = "flat", "vertical"
-MASK = "_mask"  # after the name of a matrix: which of its values are not pruned
+MASK = "_mask"  # suffix of the name of a matrix's mask, which is false where a value is pruned
 
 
 def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
@@ -47,15 +47,14 @@ def rows_of(settings: LowRank, languages: Languages) -> list[slice]:
     ranks = [settings.rank_of(code, languages) for code in languages.codes] + [
         settings.shared_rank
     ] * settings.fuse_distillation
-    ranks += [0] * settings.is_modular  # for sentences that use none
+    ranks += [0] * settings.is_modular  # no rows, for sentences that use no matrix
     return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
 
 
 class LowRankBank(nn.Module):
-    """One pair of matrices of each language beside one linear layer, which each call passes as ``base``.
+    """One pair of matrices for each language beside one linear layer, which each call passes as ``base``.
 
-    A matrix that is pruned has a mask beside it: 0 where a value is pruned. Those values are 0 and get no
-    gradient.
+    A matrix that is pruned has a mask, 0 where a value is pruned. Pruned values are 0 and get no gradient.
     """
 
     def __init__(
@@ -129,10 +128,11 @@ class LowRankBank(nn.Module):
 
 
 class SideWeights(nn.Module):
-    """Two numbers of each layer of a side, ``index`` [layers, 2], from which softmax makes the weights of the
-    source's and the target's matrices (equation 4 of "Exploring Intrinsic Language-specific Subspaces").
+    """Two learned numbers, ``index`` [layers, 2], for each layer of a side.
 
-    In modular LoRA each direction has its own: [directions, layers, 2].
+    Their softmax gives the weights of the source's and the target's matrices (equation 4 of "Exploring
+    Intrinsic Language-specific Subspaces"). In modular LoRA each direction has its own: [directions, layers,
+    2].
     """
 
     def __init__(self, *shape: int) -> None:
@@ -141,12 +141,12 @@ class SideWeights(nn.Module):
 
 
 class LearnedBanks(nn.Module):
-    """The banks of the source and of the target language beside one linear layer, weighted by its layer."""
+    """The banks of the source and of the target language beside a linear layer, with its layer's weights."""
 
     def __init__(self, source: LowRankBank, target: LowRankBank, side: SideWeights, layer: int) -> None:
         super().__init__()
         self.source, self.target, self.layer = source, target, layer
-        self._side = (side,)  # in a tuple, so that torch does not register the side's parameter once more
+        self._side = (side,)  # in a tuple, so that torch does not register the side's parameter twice
 
     def forward(self, base: nn.Module, x: Tensor, context: LanguageContext) -> Tensor:
         """Apply the linear layer ``base`` with both banks beside it: x [..., inputs] -> [..., outputs]."""
@@ -159,8 +159,9 @@ class LearnedBanks(nn.Module):
 
 
 class ModularBanks(nn.Module):
-    """The banks of the source as input and of the target as output beside one linear layer, merged as the
-    route says (:mod:`lsmoe_ds.methods.low_rank.modular`).
+    """The input bank (of the source) and the output bank (of the target) beside one linear layer.
+
+    The route says how they are merged (:mod:`lsmoe_ds.methods.low_rank.modular`).
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class ModularBanks(nn.Module):
         """Apply the linear layer ``base`` with both banks beside it: x [..., inputs] -> [..., outputs]."""
         (side,) = self._side
         index = None if side is None else side.index[:, self.layer]
-        if not torch.is_grad_enabled() and index is None:  # in training both get a gradient, if of zeros
+        if not torch.is_grad_enabled() and index is None:  # in training both need a gradient, even of 0
             only = context.once((NAME, "only", self.pivot), lambda: only_used(context, self.pivot))
             if only is not None:
                 return _beside(base, x, context, [self._banks[only]])
@@ -189,9 +190,9 @@ def _beside(
     banks: Sequence[LowRankBank],
     weigh: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda products: products,
 ) -> Tensor:
-    """Apply a linear layer with banks beside it, whose products ``weigh`` weights.
+    """Apply a linear layer with banks beside it; ``weigh`` multiplies their products by weights.
 
-    The products z are weighted where they are whole on every rank, so that the gradient of weights is, too.
+    It does so after the products z are summed over ranks, so that the gradient of the weights is whole, too.
     """
     rows = x.reshape(-1, x.shape[-1])
     z: Sequence[Tensor] = [bank.multiply(rows, context) for bank in banks]

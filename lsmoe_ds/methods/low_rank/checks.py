@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_modular(section: LowRank) -> None:
-    """Raise ValueError unless modular matrices are beside all sites, and nothing excludes them."""
+    """Raise ValueError if ``index: modular`` is limited to patterns or has incompatible settings."""
     if not section.is_modular:
         raise ValueError("'index: modular' is for all sites: leave out the patterns")
     for key, given in (("fuse_distillation", section.fuse_distillation), ("prune", section.prune)):
@@ -37,7 +37,7 @@ def check_pivot(section: LowRank, languages: Languages) -> None:
 
 
 def check_places(section: LowRank, sites: Sequence[LinearShape], model: Model) -> None:
-    """Raise ValueError unless matrices are beside any layer, and no rank is above the longest side of all."""
+    """Raise ValueError if no layer has matrices, or if a rank exceeds the longest side of all layers."""
     if not sites:
         at = ", ".join(patterns_of(section.at))
         every = f" in layers that 'every: {section.every}' chooses" if section.every > 1 else ""
@@ -55,9 +55,7 @@ def check_places(section: LowRank, sites: Sequence[LinearShape], model: Model) -
 
 
 def check_index(section: LowRank, sites: Sequence[LinearShape]) -> None:
-    """Raise ValueError unless each of the ``sites`` beside which there are matrices has an index, and each
-    pattern of ``index`` decides for one of them.
-    """
+    """Raise ValueError if a site with matrices has no index, or if a pattern of ``index`` applies to none."""
     decides = {section.pattern_at(site) for site in sites}
     if not isinstance(section.index, dict):
         return
@@ -70,7 +68,7 @@ def check_index(section: LowRank, sites: Sequence[LinearShape]) -> None:
 
 
 def check_ranks(section: LowRank, languages: Languages) -> None:
-    """Raise ValueError unless ``rank``, if it is a mapping, has each language or group with matrices."""
+    """Raise ValueError if ``rank`` is a mapping that lacks a language or group with matrices."""
     if not isinstance(section.rank, dict):
         return
     by_group, pivot = bool(section.rank.keys() & set(GROUPS)), section.pivot if section.is_modular else None
@@ -79,7 +77,7 @@ def check_ranks(section: LowRank, languages: Languages) -> None:
         raise ValueError(f"'low_rank.rank' names {pivot}, the 'pivot', which has no matrices: leave it out")
     codes = [code for code in languages.codes if code != pivot]
     known = {languages.groups[code] for code in codes} if by_group else set(codes)
-    if by_group:  # a group may have no language but the pivot
+    if by_group:  # the pivot, which has no matrices, may be the only language of a group
         named -= set(languages.groups.values()) - known
     if wrong := sorted(named ^ known):
         raise ValueError(
@@ -106,7 +104,7 @@ def names_of(section: LowRank, model: Model, matrices: Collection[str]) -> Itera
 
 
 def learns_weights_alone(section: LowRank, training: Training) -> bool:
-    """Tell whether nothing of the matrices trains but the weights by which they are merged."""
+    """Tell whether only the weights by which matrices are merged train, not the matrices."""
     indexes = section.index.keys() if isinstance(section.index, dict) else (section.index,)
     learns = section.merge is not None or "learned" in indexes
     return (
@@ -117,7 +115,7 @@ def learns_weights_alone(section: LowRank, training: Training) -> bool:
 
 
 def notices_of(section: LowRank, recipe: Recipe) -> Iterator[str]:
-    """Yield what is unusual of a training of pruned or modular matrices."""
+    """Yield notices about unusual settings of a training with pruned or modular matrices."""
     trainable = recipe.training.trainable
     if section.prune is not None and isinstance(trainable, list):
         names = list(names_of(section, recipe.model, section.prune.pruned))

@@ -11,8 +11,8 @@ from torch import Tensor
 def smallest(values: Sequence[Tensor], masks: Sequence[Tensor], ratio: float) -> list[Tensor]:
     """Prune tensors together: return masks in which ``round(ratio * n)`` of their n values are 0.
 
-    These are what ``masks`` have pruned before, and then the values of smallest magnitude; of equal ones the
-    first.
+    Values that ``masks`` have already pruned are chosen first, then those of smallest magnitude; of equal
+    ones the first.
     """
     sizes = [value.numel() for value in values]
     count = round(ratio * sum(sizes))
@@ -31,5 +31,5 @@ def smallest(values: Sequence[Tensor], masks: Sequence[Tensor], ratio: float) ->
 
 
 def is_untrained(values: Tensor, mask: Tensor) -> bool:
-    """Tell whether a matrix is still what it began as: 0, and nothing of it pruned."""
+    """Tell whether a matrix is untrained: all its values are 0 and none is pruned."""
     return bool(mask.all()) and not bool(values.any())

@@ -43,7 +43,7 @@ SIDES: tuple[SideName, ...] = ("encoder", "decoder")
 class Matrices(NamedTuple):
     """One pair of matrices of two languages, or of one: W + weight V F.
 
-    ``at`` is the global name before that of its parameters; ``rows`` are those of V and of F in the bank.
+    ``at`` is the prefix of its parameters' global names; the slices are the rows of V and of F in the bank.
     """
 
     at: str
@@ -70,7 +70,7 @@ class LowRankMatrices(Method):
         self.sides: dict[str, SideWeights] = {}
         self.banks: list[tuple[LinearSite, LowRankBank]] = []  # in the order of their sites
         self._has_pruned = False  # in this process
-        self._waiting: list[tuple[nn.Parameter, slice]] = []  # matrices of zeros, which pruning left out
+        self._waiting: list[tuple[nn.Parameter, slice]] = []  # untrained matrices, which pruning skipped
         self.shapes = {site.at: site for site in shapes_of(recipe.model) if isinstance(site, LinearShape)}
 
     def shared_modules(self) -> list[tuple[str, nn.Module]]:
@@ -82,7 +82,7 @@ class LowRankMatrices(Method):
         return [(f"{side}_{NAME}", weights) for side, weights in self.sides.items()]
 
     def make(self, site: LinearSite) -> LowRankBank | LearnedBanks | ModularBanks:
-        """Return the bank of one linear layer, or the two that are weighted."""
+        """Return the bank of one linear layer, or the module that weights its two banks."""
         banks = [
             LowRankBank(site, self.section, choice, self.languages, self.topology)
             for choice in self.section.choices(site)
@@ -97,8 +97,10 @@ class LowRankMatrices(Method):
         return LearnedBanks(source, target, self.sides[site.side], site.layer)
 
     def spread_along(self, name: str) -> int | None:
-        """Return 1 for the vertical matrix beside a column linear and the flat one beside a row linear,
-        unless ``columns`` cut it.
+        """Return 1 for the matrix that tensor-parallel ranks split, otherwise None.
+
+        That is the vertical matrix of a column-parallel layer or the flat one of a row-parallel layer, unless
+        ``columns`` cut it.
         """
         at, _, matrix = name.partition(f"_{NAME}.")
         site = self.shapes.get(at)
@@ -141,7 +143,7 @@ class LowRankMatrices(Method):
     def merge_at(
         self, weights: Tensors, at: str, direction: Direction | None, route: Route
     ) -> dict[str, LazyTensor]:
-        """Return the merged weight W + V F of the linear layer ``at``; V F of both, weighted, if learned."""
+        """Return the merged weight W + V F of the linear layer ``at``; of two pairs, their weighted sum."""
         if at not in self.shapes:  # the weights of a side
             return {}
         base, product = self.weight_at(at), self.product(weights, at, direction, route)
@@ -164,10 +166,10 @@ class LowRankMatrices(Method):
         return f"host.{read_outline(model.huggingface, model.task).modules[at]}.weight"
 
     def product(self, weights: Tensors, at: str, direction: Direction | None, route: Route) -> Product:
-        """Return what a direction, or the shared route, adds to a linear layer: V F.
+        """Return the product V F that a direction, or the shared route, adds to a linear layer.
 
-        Two weighted pairs of matrices become one of both their ranks, weights included; of one rank if the
-        route merges the matrices themselves.
+        Two weighted pairs of matrices become one pair that includes the weights. Its rank is the sum of
+        theirs; if the route merges the matrices themselves, it is that of a single pair.
         """
         pairs, merge, shares = self.matrices(at, direction, route), None, list[float]()
         if len(pairs) == 2:
@@ -211,7 +213,7 @@ class LowRankMatrices(Method):
         }
 
     def adapters(self) -> dict[str, tuple[Direction, Route]]:
-        """Return those of each language as input and as output, if they are modular."""
+        """Return the adapter of each language as input and as output, if the matrices are modular."""
         if not self.section.is_modular:
             return {}
         pivot, found = self.section.pivot, dict[str, tuple[Direction, Route]]()
@@ -244,7 +246,7 @@ class LowRankMatrices(Method):
         )
 
     def initial(self, name: str) -> Draw | None:
-        """Initialize one matrix of each pair to 0, so that a new model computes the same as without them.
+        """Initialize one matrix of each pair to 0, so that adding the pair does not change the output.
 
         The other is drawn from a normal distribution with standard deviation ``init_std``. Learned weights
         begin equal; nothing is pruned.
@@ -261,9 +263,10 @@ class LowRankMatrices(Method):
         return lambda value, generator: value.normal_(0.0, self.section.init_std, generator=generator)
 
     def before_step(self, model: nn.Module, number: int, steps: int) -> dict[nn.Parameter, Tensor]:
-        """Prune in the first step of an epoch whose ratio has grown, or when a matrix is no longer 0; and in
-        the first step of this process: a run that resumes with fewer steps may be past the epochs in which
-        the ratio would have grown. Pruning by the same ratio again changes nothing.
+        """Prune when the ratio grows, when a matrix is no longer 0, and in the first step of this process.
+
+        The last is for a run that resumes with fewer steps: it may be past the epochs in which the ratio
+        grows. Pruning by the same ratio again changes nothing.
         """
         prune = self.section.prune
         if prune is None:
@@ -277,7 +280,7 @@ class LowRankMatrices(Method):
 
     @torch.no_grad()
     def _has_begun(self) -> bool:
-        """Tell whether any matrix that was still 0 when others were pruned has been trained since."""
+        """Tell whether a matrix that pruning skipped, because it was still 0, has been trained since."""
         if not self._waiting:
             return False
         begun = torch.stack([matrix[rows].count_nonzero() for matrix, rows in self._waiting])
@@ -287,11 +290,10 @@ class LowRankMatrices(Method):
 
     @torch.no_grad()
     def prune(self, ratio: float) -> dict[nn.Parameter, Tensor]:
-        """Update the masks so that ``ratio`` of the values in each group are pruned; return those of each
-        matrix.
+        """Update the masks so that ``ratio`` of the values in each group are pruned; return them by matrix.
 
-        A matrix of zeros has not been trained: none of its values is smaller than another, and it waits.
-        Tensor-parallel ranks see whole matrices, so that they prune as one process does.
+        An untrained matrix is skipped, since all its values are 0 and cannot be ranked. Tensor-parallel ranks
+        gather whole matrices, so that they prune the same values as one process.
         """
         prune = self.section.prune
         assert prune is not None
@@ -302,7 +304,7 @@ class LowRankMatrices(Method):
             for name in prune.pruned:
                 matrix = bank.get_parameter(name)
                 if not matrix.requires_grad:
-                    continue  # frozen: it is stored once, and stays as it is
+                    continue  # a frozen matrix is stored only once per run, so it must not change
                 whole[number, name] = self._whole(bank, name), self._whole(bank, f"{name}{MASK}")
                 for code, rows in self._pruned_rows(bank):
                     if is_untrained(*(each[rows] for each in whole[number, name])):
@@ -330,7 +332,7 @@ class LowRankMatrices(Method):
         return changed
 
     def _pruned_rows(self, bank: LowRankBank) -> Iterator[tuple[str, slice]]:
-        """Yield the languages that are pruned with their rows in a bank."""
+        """Yield each language that is pruned, with its rows in a bank."""
         prune = self.section.prune
         assert prune is not None
         for code, rows in zip(self.languages.codes, bank.rows, strict=False):
@@ -338,7 +340,7 @@ class LowRankMatrices(Method):
                 yield code, rows
 
     def _whole(self, bank: LowRankBank, name: str) -> Tensor:
-        """Return a whole matrix or mask [R, ...]: its parts of all tensor-parallel ranks."""
+        """Gather a whole matrix or mask [R, ...] from all tensor-parallel ranks."""
         own: Tensor = getattr(bank, name)
         if partition_dimension(own) is None:
             return own.clone()

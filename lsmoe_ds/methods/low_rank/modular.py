@@ -1,5 +1,5 @@
-"""Modular LoRA: matrices for each language as input and as output, trained alone and merged at translation
-("Towards Modular Fine-tuning of LLM-based Multilingual Neural Machine Translation").
+"""Modular LoRA: an input and an output pair of matrices for each language, trained separately and merged at
+translation ("Towards Modular Fine-tuning of LLM-based Multilingual Neural Machine Translation").
 
 For a direction from source s to target t, with V F the product of a pair of matrices (B A in the paper):
 
@@ -7,9 +7,9 @@ For a direction from source s to target t, with V F the product of a pair of mat
     matrices     y = W x + (a V_in + b V_out) (a F_in + b F_out) x, a^2 = w_in, b^2 = w_out  (equation 4)
     learned      as ``outputs``, with w_in, w_out = softmax(w_0, w_1) of each layer and direction (equation 5)
 
-``in`` are the matrices of s as input, ``out`` those of t as output. Training is centered on a pivot language:
-a direction into the pivot trains those of its source as input alone, one out of the pivot those of its target
-as output. In a direction without the pivot both take part, with equal weights.
+``in`` are the input matrices of s, ``out`` the output matrices of t. Training is centered on a pivot
+language: a direction into the pivot trains only its source's input matrices, a direction out of the pivot
+only its target's output matrices. A direction without the pivot uses both, with equal weights.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parse_route(route: str) -> Merge | None:
 
 
 def weights_of(source: int, target: int, pivot: int) -> tuple[float, float]:
-    """Return the weights (in, out) of a direction in training."""
+    """Return the weights (w_in, w_out) of a direction in training."""
     if target == pivot:
         return 1.0, 0.0
     return (0.0, 1.0) if source == pivot else (0.5, 0.5)
@@ -60,10 +60,10 @@ def weights_of(source: int, target: int, pivot: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Say which sentences use the matrices of their language as input, or as output.
+    """Choose the sentences that use their source's input matrices, or their target's output matrices.
 
-    A kind of :meth:`lsmoe_ds.methods.context.LanguageContext.segments`. Where all directions are merged
-    (``learned``, or by the route) all do.
+    An argument ``kind`` of :meth:`lsmoe_ds.methods.context.LanguageContext.segments`. If weights are
+    ``learned``, all sentences use both. A route that merges decides for all sentences alike.
     """
 
     kind: Kind
@@ -71,7 +71,7 @@ class Chosen:
     learned: bool
 
     def languages(self, context: LanguageContext) -> list[int]:
-        """Return the language of each sentence, or SHARED, which has no matrices, where it uses none."""
+        """Return the language of each sentence; SHARED, which has no matrices, if the sentence uses none."""
         place = 0 if self.kind == "in" else 1
         ids = list(zip(context.ids.source.tolist(), context.ids.target.tolist(), strict=True))
         merge = parse_route(context.route)
@@ -83,7 +83,7 @@ class Chosen:
 
 
 def only_used(context: LanguageContext, pivot: int) -> int | None:
-    """Return 0 if all sentences use the matrices as input alone, 1 if all use those as output, else None."""
+    """Return 0 if all sentences use only input matrices, 1 if all use only output matrices, else None."""
     merge = parse_route(context.route)
     if merge is not None:
         found = {merge.weights}
@@ -97,13 +97,13 @@ def only_used(context: LanguageContext, pivot: int) -> int | None:
 def weigh(
     products: Sequence[Tensor], context: LanguageContext, pivot: int, index: Tensor | None
 ) -> Sequence[Tensor]:
-    """Weight the products z [S, r] of the tokens with their flat matrices, those as input and as output.
+    """Weight the two products z [S, r] of tokens with their input and output flat matrices.
 
-    ``index`` [D, 2] are the learned w_0 and w_1 of each direction in a layer.
+    ``index`` [D, 2] has the learned w_0 and w_1 of each direction in a layer.
     """
     if (merge := parse_route(context.route)) is not None:
         if 1.0 in merge.weights:
-            return products  # of the other there are none
+            return products  # the other product is 0
         if merge.by == "outputs":
             return [product * weight for product, weight in zip(products, merge.weights, strict=True)]
         joint = products[0] * merge.roots[0] + products[1] * merge.roots[1]
@@ -125,12 +125,12 @@ def weigh(
 
 
 def _has(context: LanguageContext, pivot: int) -> Tensor:
-    """Return 1 where a sentence has matrices as input and as output [B, 2], 0 where that is the pivot."""
+    """Tell for each sentence whether it has input and output matrices [B, 2]: the pivot has none."""
     return torch.stack([context.ids.source != pivot, context.ids.target != pivot], 1)
 
 
 def _in_training(context: LanguageContext, pivot: int) -> Tensor | None:
-    """Return the weights [B, 2] of sentences in training; None if each uses one alone."""
+    """Return the weights [B, 2] of sentences in training; None if each sentence uses only one product."""
     ids = zip(context.ids.source.tolist(), context.ids.target.tolist(), strict=True)
     found = [weights_of(*each, pivot) for each in ids]
     if all(max(each) == 1.0 for each in found):

@@ -60,7 +60,7 @@ class Pruning(Section):
         return self.languages is None or bool({code, languages.groups.get(code)} & set(self.languages))
 
     def check_languages(self, languages: Languages) -> None:
-        """Raise ValueError for a name that is no language and no group of the recipe."""
+        """Raise ValueError for a name that is neither a language nor a group of the recipe."""
         known = {*languages.codes, *(languages.groups.values() if languages.groups else GROUPS)}
         if wrong := sorted(set(self.languages or ()) - known):
             raise ValueError(
@@ -68,8 +68,9 @@ class Pruning(Section):
             )
 
     def epoch(self, number: int, steps: int) -> int:
-        """Return the epoch, from 1, in which the ``number``-th of ``steps`` training steps ends, counted
-        from 1: the last one is that of the last step, if there are more epochs than steps, too.
+        """Return the epoch in which the ``number``-th of ``steps`` training steps ends; both count from 1.
+
+        The last step ends in the last epoch, even if there are more epochs than steps.
         """
         return number if self.epochs is None else -(-number * self.epochs // steps)
 

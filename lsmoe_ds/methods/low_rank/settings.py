@@ -54,9 +54,9 @@ NOTHING_TO_WEIGHT = (
 
 
 class Choice(NamedTuple):
-    """One pair of matrices beside a linear layer: the languages by which a sentence chooses them.
+    """One pair of matrices beside a linear layer, and which languages of a sentence choose them.
 
-    ``name`` tells two pairs beside one layer apart; of a single pair it is empty.
+    ``name`` distinguishes two pairs beside one layer; it is empty for a single pair.
     """
 
     name: str
@@ -111,17 +111,17 @@ class LowRank(MethodSection):
 
     @property
     def is_modular(self) -> bool:
-        """Whether matrices are those of languages as input and as output."""
+        """Whether each language has input and output matrices (``index: modular``)."""
         return self.index == "modular"
 
     @property
     def needs_groups(self) -> bool:
-        """Whether ranks are those of resource groups."""
+        """Whether ranks are given for resource groups."""
         by_group = isinstance(self.rank, dict) and bool(self.rank.keys() & set(GROUPS))
         return by_group or (self.prune is not None and self.prune.needs_groups)
 
     def rank_of(self, code: str, languages: Languages) -> int:
-        """Return the rank of a language's matrices; the pivot of modular ones trains none."""
+        """Return the rank of a language's matrices; the pivot of modular LoRA has none."""
         if self.is_modular and code == self.pivot:
             return 0
         if isinstance(self.rank, int):
@@ -176,9 +176,9 @@ class LowRank(MethodSection):
         return min(site.inputs, limit), min(site.outputs, limit)
 
     def is_cut(self, site: LinearShape) -> bool:
-        """Tell whether ``columns`` cuts the side of a site that tensor-parallel ranks share out.
+        """Tell whether ``columns`` cuts the side of a site that tensor-parallel ranks split.
 
-        Its matrix is then whole on every rank, as not every rank has a part of those columns.
+        Every rank then holds that side's matrix whole, because not every rank has a part of those columns.
         """
         inputs, outputs = self.size(site)
         return outputs < site.outputs if site.split == "column" else inputs < site.inputs
@@ -206,14 +206,14 @@ class LowRank(MethodSection):
             check_modular(self)
         elif self.merge is not None:
             raise ValueError("'merge' is for 'index: modular': leave it out")
-        elif self.pivot != "en":  # which stored recipes of any index name
+        elif self.pivot != "en":  # stored recipes have this default with every index
             raise ValueError("'pivot' is for 'index: modular': leave it out")
         if self.fuse_distillation and self.prune is not None:
             raise ValueError("'prune' and 'fuse_distillation' exclude each other: leave one out")
         return self
 
     def takes(self, route: str) -> bool:
-        """Tell whether a route is one by which modular matrices are merged."""
+        """Tell whether a route names a way to merge modular matrices."""
         from lsmoe_ds.methods.low_rank.modular import parse_route  # needs torch
 
         merge = parse_route(route) if self.is_modular else None
@@ -242,13 +242,13 @@ class LowRank(MethodSection):
         if self.prune is not None:
             self.prune.check_languages(languages)
         if self.needs_groups and not languages.groups:
-            return  # 'data.groups' has thresholds: the prepared data decide
+            return  # 'data.groups' has thresholds: groups are known once data are prepared
         check_ranks(self, languages)
         if self.prune is not None:
             check_pruned(self, self.prune, languages)
 
     def stand_in(self, direction: Direction, languages: Languages) -> Direction | None:
-        """Return None: languages choose the matrices. Learned weights are those of trained directions."""
+        """Return None: languages choose matrices. Raises ValueError if weights are learned per direction."""
         if self.is_modular and self.merge is not None:
             raise ValueError("'merge: learned' has no weights for it: merge by a route, as in outputs-1-1")
         return None
@@ -309,7 +309,7 @@ class LowRank(MethodSection):
         )
 
     def count_masks(self, site: LinearShape, languages: Languages) -> Count:
-        """Count the values of the matrices that are pruned, split as :meth:`count` says."""
+        """Count the mask values of prunable matrices, split over ranks as in :meth:`count`."""
         total, found = self.rank_sum(languages) * len(self.choices(site)), Count()
         for name, width, split in zip(("flat", "vertical"), self.size(site), ("row", "column"), strict=True):
             if self.prune is not None and name in self.prune.pruned:
@@ -318,20 +318,20 @@ class LowRank(MethodSection):
         return found
 
     def learns(self, model: Model, side: SideName) -> bool:
-        """Tell whether a layer of this side learns weights of the two pairs of matrices beside its layers."""
+        """Tell whether layers of this side learn the weights of two pairs of matrices."""
         if self.is_modular and self.merge is None:
             return False
         sites = (site for site in shapes_of(model) if site.side == side and self.is_at(site))
         return any(isinstance(site, LinearShape) and len(self.choices(site)) > 1 for site in sites)
 
     def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
-        """Count the two numbers of each layer, in modular LoRA of each direction, that weight matrices."""
+        """Count the two weights of each layer; in modular LoRA, of each layer and direction."""
         layers = (model.encoder if side == "encoder" else model.decoder).layers
         each = len(languages.directions) if self.is_modular else 1
         return Count(whole=2 * layers * each * self.learns(model, side))
 
     def products(self, site: LinearShape) -> list[MatrixProduct]:
-        """List 2 r inputs and 2 r outputs of each pair, with the largest rank r of a language."""
+        """List the products of each pair, 2 r inputs and 2 r outputs, where r is the largest rank."""
         (inputs, outputs), choices = self.size(site), self.choices(site)
         learned = len(choices) > 1 and (not self.is_modular or self.merge is not None)
         weights = (f"{site.side}_{self.name}.index",) if learned else ()
@@ -345,12 +345,12 @@ class LowRank(MethodSection):
         return found
 
     def values(self, site: LinearShape, tensor: int) -> int:
-        """Count the stored values: the flat products, r, and beside a split row linear also the outputs."""
+        """Count the stored values: the flat products, r; for a split row-parallel layer also its outputs."""
         stored = self.shared_rank * len(self.choices(site))
         return stored + (site.outputs if site.split == "row" and tensor > 1 else 0)
 
     def figures(self, model: Model, languages: Languages) -> dict[str, int]:
-        """Count all matrices; if ``columns`` cut them, as they would be without; and what pruning leaves."""
+        """Count all matrices; if ``columns`` cut them, also uncut; and the values that pruning leaves."""
         sites = [site for site in shapes_of(model) if isinstance(site, LinearShape) and self.is_at(site)]
 
         def total(section: LowRank) -> int:

@@ -1,4 +1,4 @@
-"""How the units that directions use overlap: by relationship, and from layer to layer ("Neuron
+"""Measure how the units of directions overlap, between related directions and across layers ("Neuron
 Specialization", section 3.2 and appendix A.5 and A.6).
 
 D directions, F units of a layer.
@@ -17,14 +17,14 @@ from lsmoe_ds.languages import family
 from lsmoe_ds.methods.findings import Findings, Grid
 
 TITLE = "Units that directions share"
-DRAWN = 40  # directions in a picture; if there are more, the languages of their sides are drawn
+DRAWN = 40  # most directions in a picture; if there are more, its rows are languages
 QUANTILES = {"largest": 1.0, "upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25, "smallest": 0.0}
 
 
 def overlaps(masks: Tensor) -> Tensor:
     """Return the intersection over union of every two directions' units: masks [D, F] -> [D, D].
 
-    Two directions without any unit overlap by 1.
+    The overlap of two directions that both use no unit is 1.
     """
     used = masks.double()
     both, sizes = used @ used.t(), used.sum(1)
@@ -33,14 +33,17 @@ def overlaps(masks: Tensor) -> Tensor:
 
 
 def are_related(one: Direction, other: Direction) -> bool:
-    """Tell whether two directions from one language go into relatives, or into one come from relatives."""
+    """Tell whether two directions share one language and their other languages are of one family."""
     if one.source == other.source:
         return family(one.target) == family(other.target)
     return one.target == other.target and family(one.source) == family(other.source)
 
 
 def find_overlaps(directions: Sequence[Direction], masks: Mapping[str, Tensor], units: str) -> Findings:
-    """Compare the masks [D, F] of each layer, by its name ``encoder.0``; ``units`` says what they hold."""
+    """Compare the masks [D, F] of each layer, keyed by a name such as ``encoder.0``.
+
+    ``units`` says in words what the masks hold.
+    """
     order = sorted(range(len(directions)), key=lambda i: task_order(str(directions[i])))
     ordered = [directions[i] for i in order]
     found = {name: overlaps(mask[order]) for name, mask in masks.items()}
@@ -150,10 +153,10 @@ def _picture(layer: str, directions: Sequence[Direction], each: Tensor) -> Grid:
 def _rows(
     directions: Sequence[Direction], side: str | None
 ) -> tuple[list[str], Callable[[str, str], list[int]], str]:
-    """Return the names of a picture's rows, the directions of each by number on a side, and what to say.
+    """Return a picture's row names, a function from (name, side) to direction numbers, and a description.
 
-    If there are many directions, a row is a language: all directions whose source it is in the encoder, or
-    whose target it is in the decoder.
+    If there are more than DRAWN directions, a row is a language: all directions from it in the encoder, or
+    into it in the decoder.
     """
     if len(directions) <= DRAWN:
         names = [str(direction) for direction in directions]
@@ -171,14 +174,14 @@ def _rows(
 
 
 def _mean(each: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    """Return the mean overlap of different directions; of one direction with itself, 1."""
+    """Return the mean overlap of different directions; 1 for one direction with itself."""
     part = each[list(rows)][:, list(columns)]
     different = torch.tensor([[i != j for j in columns] for i in rows])
     return part[different].mean() if different.any() else part.mean()
 
 
 def _said(directions: Sequence[Direction], found: Mapping[str, Tensor]) -> str:
-    """Say what the paper looks for: how overlaps go through the layers, and whether relatives share more."""
+    """Summarize the paper's questions: how overlaps change over layers, and whether relatives share more."""
     if len(directions) < 2:
         return "one direction shares its units with none"
     medians = []

@@ -9,8 +9,8 @@ With the mask m of a sentence's direction its feed-forwards compute
 in training and at inference. In training, a direction therefore updates only the rows of W_1 that its mask
 keeps, and under ``units`` only those of W_2. All other parameters are shared.
 
-Masks are state that does not train: [D, F] truth values, a bit each in files. A tensor-parallel rank
-holds those of its own units. B sentences, T positions, D directions, F units.
+Masks are buffers that do not train: [D, F] booleans, stored as one bit each in files. A tensor-parallel rank
+holds the masks of its own units. B sentences, T positions, D directions, F units.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MASK = "mask"
 class _Silence(torch.autograd.Function):
     """Multiply hidden units by masks, hidden [B, T, F] and kept [B, 1, F].
 
-    The gradient passes unchanged: relu follows, whose gradient is 0 where its input is 0.
+    The gradient passes unchanged: the relu that follows has gradient 0 where its input is 0.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class UnitMask(nn.Module):
             compat.mark_tensor_parallel(self.mask, 1)
 
     def forward(self, hidden: Tensor, bias: Tensor, context: LanguageContext) -> Tensor:
-        """Mask the units, hidden [B, T, F] -> [B, T, F]; ``bias`` [F] is included in ``hidden``."""
+        """Mask the units, hidden [B, T, F] -> [B, T, F]; ``hidden`` already includes ``bias`` [F]."""
         kept = self.mask[context.ids.direction].to(hidden.dtype)[:, None]
         if self.remove == "rows":  # kept (hidden - bias) + bias, without a further pass over B T F values
             return torch.addcmul(bias * (1 - kept), hidden, kept)
@@ -95,7 +95,7 @@ class NeuronSpecialization(Method):
 
     def __init__(self, section: Neurons, recipe: Recipe, topology: Topology) -> None:
         super().__init__(section, recipe, topology)
-        self.masks: dict[str, UnitMask] = {}  # by the name of the units
+        self.masks: dict[str, UnitMask] = {}  # by the name of their site
         self.directions = recipe.languages.directions
 
     def make(self, site: UnitsSite) -> UnitMask:
@@ -105,7 +105,7 @@ class NeuronSpecialization(Method):
         return made
 
     def initial(self, name: str) -> Draw | None:
-        """Keep units at random if the recipe says so; otherwise all, until :meth:`begin`."""
+        """Keep random units if the recipe says so; otherwise keep all until :meth:`begin`."""
         return self._draw if self.owns(name) else None
 
     def _draw(self, value: Tensor, generator: Generator) -> None:
@@ -133,9 +133,12 @@ class NeuronSpecialization(Method):
             others = relatives(self.directions, (sentences > 0).tolist(), named)
         except KeyError as error:
             lacking = self.directions[error.args[0]]
+            told = f"'model.neurons' has no dev text of {lacking}, nor of a direction with the same target"
+            if (other := named.get(error.args[0])) is not None:
+                told = f"'model.neurons.like' names {self.directions[other]}, of which there is no dev text"
             raise SharedError(
-                f"'model.neurons' has no dev text of {lacking}, nor of a direction that it is like: name one "
-                f"with dev text in 'model.neurons.like', as in {{{lacking}: {self._recorded(sentences)}}}"
+                f"{told}: name one with dev text in 'model.neurons.like', as in "
+                f"{{{lacking}: {self._recorded(sentences)}}}"
             ) from None
         kept = 0
         for at, module in self.masks.items():
@@ -165,8 +168,9 @@ class NeuronSpecialization(Method):
         return {str(direction): slice(i, i + 1) for i, direction in enumerate(self.directions)}
 
     def holder_like(self, new: str, known: Collection[str], like: str | None) -> str | None:
-        """Return the direction whose mask a new one takes: the one that the recipe names for it, or that of
-        :func:`direction_like`.
+        """Return the direction whose mask a new direction copies.
+
+        That is the one that the recipe names for it, or else the result of :func:`direction_like`.
         """
         numbers = self.section.named(self.recipe.languages)
         number = numbers.get(next(i for i, each in enumerate(self.directions) if str(each) == new))
@@ -179,10 +183,10 @@ class NeuronSpecialization(Method):
     def merge_at(
         self, weights: Tensors, at: str, direction: Direction | None, route: Route
     ) -> dict[str, LazyTensor]:
-        """Return the feed-forward with the units of the direction's mask alone.
+        """Return the feed-forward with only the units that the direction's mask keeps.
 
-        Under ``rows`` what masked units still give, relu(b_1) W_2, is added to the last bias. A mask that
-        keeps nothing leaves one unit, which gives 0.
+        Under ``rows`` masked units still contribute relu(b_1) W_2, which is added to the last bias. If the
+        mask keeps nothing, one unit remains, which outputs 0.
         """
         assert direction is not None
         inside = at.removesuffix("units")
@@ -212,7 +216,7 @@ class NeuronSpecialization(Method):
 
 
 def units_of(recipe: Recipe, weights: Tensors) -> dict[str, Tensor]:
-    """Return the masks [D, F] of each layer, by its name ``encoder.0``."""
+    """Return the masks [D, F] of each layer, keyed by a name such as ``encoder.0``."""
     end = f".feed_forward.units_{NAME}.{MASK}"
     sides = (("encoder", recipe.model.encoder.layers), ("decoder", recipe.model.decoder.layers))
     names = [f"{side}.{layer}" for side, layers in sides for layer in range(layers)]

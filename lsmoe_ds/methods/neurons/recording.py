@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class Recorder:
     """Count, for each direction, in how many sentences or at how many tokens each unit is active.
 
-    ``counts`` has [D, F] int64 for each feed-forward, by the name of its units; on a tensor-parallel rank F
-    are its own. Padding is not counted; tags and EOS are. A unit is active where its value after relu is
-    positive.
+    ``counts`` has int64 [D, F] for each feed-forward, by the name of its units; on a tensor-parallel rank F
+    counts that rank's units. Padding is not counted; tags and EOS are. A unit is active where its value after
+    relu is positive.
     """
 
     def __init__(self, model: Transformer, directions: int, per: Per, device: torch.device) -> None:
@@ -42,7 +42,7 @@ class Recorder:
 
     @torch.no_grad()
     def read(self, batch: PairBatch) -> None:
-        """Count in one batch. A sentence whose labels are all padding only fills up a rank's share."""
+        """Run the model on a batch and count activations. Sentences without labels do not count."""
         counted = (batch.labels != PAD).any(1)
         self._real = {
             "encoder": (batch.source != PAD) & counted[:, None],
@@ -53,7 +53,7 @@ class Recorder:
         self.model.states(batch.source, batch.decoder_input, batch.ids)
 
     def feed_forward(self, at: str, side: str) -> Callable[[Tensor], None]:
-        """Return what observes the values of a feed-forward's units after relu, [B, T, F]."""
+        """Return an observer that receives a feed-forward's units after relu, [B, T, F]."""
 
         def observe(values: Tensor) -> None:
             active = (values > 0) & self._real[side][:, :, None]
@@ -63,7 +63,7 @@ class Recorder:
         return observe
 
     def experts(self, at: str, side: str, experts: Sequence[nn.Module]) -> Callable[[Seen], None]:
-        """Return what observes a layer of experts, all of which are on this rank."""
+        """Return an observer of an MoE layer, all of whose experts are on this rank."""
 
         def observe(seen: Seen) -> None:
             counted = self._real[side].any(1)[seen.sentences]
@@ -87,7 +87,7 @@ class Recorder:
 
 @contextmanager
 def observed(recorder: Recorder, experts: bool = False) -> Iterator[None]:
-    """Let the recorder observe all feed-forwards, and with ``experts`` also theirs, inside the block."""
+    """Let the recorder observe all feed-forwards inside the block; with ``experts`` also MoE layers."""
     model = recorder.model
     was_training = model.training
     model.eval()
@@ -111,8 +111,10 @@ def observed(recorder: Recorder, experts: bool = False) -> Iterator[None]:
 def record(
     model: Transformer, batches: Iterable[Batch], directions: int, per: Per, topology: Topology
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Read batches, on every rank its own, and return the whole counts, by the name of the units, on the CPU:
-    [D, F] each; and the number of sentences of each direction, [D].
+    """Run the model on each rank's own batches and count activations over all ranks.
+
+    Returns, on the CPU, the whole counts [D, F] by the name of the units, and the number of sentences of each
+    direction [D].
     """
     recorder = Recorder(model, directions, per, topology.device)
     with observed(recorder):

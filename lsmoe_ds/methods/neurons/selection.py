@@ -14,9 +14,9 @@ from lsmoe_ds.methods.neurons.settings import kept_at_random
 def most_active(counts: Tensor, share: float) -> Tensor:
     """Return masks [..., F] of the most active units that together have ``share`` percent of the activations.
 
-    ``counts`` [..., F] are activations of each unit. Units are taken from the most active one on until their
-    sum reaches the share ("Neuron Specialization", equation 1); of equal ones the first. 0 takes no unit, 100
-    takes all, also those that are never active.
+    ``counts`` [..., F] has the activations of each unit. Units are chosen in descending order of activity
+    (the first of equal ones first) until their sum reaches the share ("Neuron Specialization", equation 1).
+    0 chooses no unit; 100 chooses all, even those that are never active.
     """
     if share >= 100:
         return torch.ones_like(counts, dtype=torch.bool)
@@ -37,10 +37,10 @@ def at_random(directions: int, units: int, part: float, generator: torch.Generat
 def relatives(
     directions: Sequence[Direction], known: Sequence[bool], named: Mapping[int, int]
 ) -> dict[int, int]:
-    """Return, by number, each direction that takes the mask of another one, and that one.
+    """Map each direction that copies another one's mask to that direction, both as numbers.
 
-    These are the directions in ``named``, and those that are not ``known``, which take that of the first
-    known one with the same target. Raises KeyError, with the number, if there is none.
+    A direction in ``named`` copies the mask that is named there. One that is not ``known`` copies the mask of
+    the first known direction with the same target. Raises KeyError, with the number, if there is none.
     """
     found = dict(named)
     for number, direction in enumerate(directions):

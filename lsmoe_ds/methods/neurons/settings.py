@@ -23,7 +23,7 @@ Removed = Literal["units", "rows"]
 
 
 def kept_at_random(units: int, part: float) -> int:
-    """Return how many of a layer's units each direction keeps at random: ``part`` of them, at least one."""
+    """Return how many random units of a layer each direction keeps: ``part`` of them, at least one."""
     return max(round(part * units), 1)
 
 
@@ -43,6 +43,7 @@ class Neurons(MethodSection):
 
     name: ClassVar[str] = "neurons"
     trains: ClassVar[bool] = False
+    by_direction: ClassVar[tuple[str, ...]] = ("like",)
 
     share: Annotated[float, Field(ge=0.0, le=100.0)] = 95.0
     per: Per = "sentence"
@@ -83,7 +84,7 @@ class Neurons(MethodSection):
         self.named(languages)
 
     def named(self, languages: Languages) -> dict[int, int]:
-        """Return ``like`` by numbers of directions. Raises ValueError for what is no direction of these."""
+        """Return ``like`` with directions as numbers. Raises ValueError for an unknown direction."""
         found: dict[int, int] = {}
         for new, known in self.like.items():
             try:
@@ -113,6 +114,17 @@ class Neurons(MethodSection):
         how = (self.share, self.per, self.pairs) if self.random is None else self.random
         return [site.at for site in shapes_of(model) if self.is_at(site)], self.remove, how
 
+    def check_takes_over(self, trained: Neurons) -> None:
+        if dict(self.like) != dict(trained.like):
+            is_now, was_then = (
+                ", ".join(f"{new}: {known}" for new, known in like.items()) or "not set"
+                for like in (self.like, trained.like)
+            )
+            raise UserError(
+                f"'model.neurons.like' is {is_now}, but the model has learned with {was_then}: leave it as "
+                "it is"
+            )
+
     def stand_in(self, direction: Direction, languages: Languages) -> Direction:
         """Return the first direction with the same target."""
         found = languages.same_target(direction)
@@ -130,7 +142,7 @@ class Neurons(MethodSection):
         return self.random is None and self.share < 100
 
     def count_served(self, site: UnitsShape) -> Count:
-        """Subtract the units that are masked, 2 H + 1 parameters each, as far as they are known."""
+        """Subtract the masked units, 2 H + 1 parameters each, if their number is known before training."""
         gone = 0 if self.random is None else site.units - kept_at_random(site.units, self.random)
         return Count(split=-gone * (2 * site.hidden + 1))
 
