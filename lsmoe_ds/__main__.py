@@ -7,7 +7,7 @@ from lsmoe_ds import interrupt
 
 
 def main() -> None:
-    """Run the command. Signals are heard before anything large is imported."""
+    """Run the command. Signal handlers are installed before large modules are imported."""
     if sys.argv[1:2] == ["train"]:
         interrupt.leave_before_training()
     else:
@@ -20,7 +20,7 @@ def main() -> None:
         interrupt.say(f"stopped by {interrupt.name_of(asked.number)}")
         sys.exit(interrupt.status_of(asked.number))
     finally:
-        for each in interrupt.SIGNALS:  # only the interpreter's end is left, which takes our handlers away
+        for each in interrupt.SIGNALS:  # only the interpreter's shutdown is left, which removes our handlers
             if each == signal.SIGINT or signal.getsignal(each) is not signal.SIG_DFL:
                 signal.signal(each, signal.SIG_IGN)
 

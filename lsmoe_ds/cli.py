@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from lsmoe_ds.cli_options import (
     Run,
 )
 from lsmoe_ds.cli_plan import plan
+from lsmoe_ds.cli_serve import serve
 from lsmoe_ds.cli_train import distill, train
 from lsmoe_ds.cli_translate import label, translate
 from lsmoe_ds.console import check_output, print_json, run_command, show_table
@@ -31,7 +33,7 @@ ABOUT = (
     "DeepSpeed, to translate, to find names or to answer questions, and take small models of single "
     "directions or languages out of them."
 )
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Fetch, prepare and look at parallel or labelled text.")
 app.add_typer(data_app, name="data")
 app.add_typer(analyze_app, name="analyze")
@@ -82,23 +84,43 @@ def data_prepare(
     """Clean, deduplicate, hold out, train the vocabulary and store tokens; does nothing if that is done
     already, helps a process that is doing it, and resumes what was interrupted.
     """
-    from lsmoe_ds.config.file import load_recipe
+    from lsmoe_ds.convert.recipes import open_recipe
     from lsmoe_ds.data.prepare import prepare
 
-    print(prepare(load_recipe(recipe, overrides or ()), force=force, processes=workers).folder)
+    print(prepare(open_recipe(recipe, overrides or ()), force=force, processes=workers).folder)
 
 
 @data_app.command("show")
-def data_show(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def data_show(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write a page as well, with what cleaning has dropped and how long sentences are.",
+        ),
+    ] = None,
+) -> None:
     """Show pairs, tokens, mean lengths and resource groups of the prepared data, by direction or language."""
-    from lsmoe_ds.config.file import load_recipe
-    from lsmoe_ds.data.summary import show
+    from lsmoe_ds.convert.recipes import open_recipe
 
-    shown = show(load_recipe(recipe, overrides or ()))
+    loaded = open_recipe(recipe, overrides or ())
+    if out is not None:
+        from lsmoe_ds.analysis.prepared import write_page
+
+        shown = write_page(loaded, out)
+    else:
+        from lsmoe_ds.data.summary import show
+
+        shown = show(loaded)
     if as_json:
         print_json(shown.to_dict())
     else:
         show_table(shown.table())
+    if out is not None:
+        print(out / "index.html", file=sys.stderr)
 
 
 app.command()(plan)
@@ -108,7 +130,7 @@ app.command()(train)
 app.command()(distill)
 
 
-for verb in (evaluate, score, compare, translate, label):
+for verb in (evaluate, score, compare, translate, label, serve):
     app.command()(verb)
 
 
@@ -178,9 +200,12 @@ def slurm_begin(
     ] = 4,
 ) -> None:
     """Print the run folder of a recipe and note that an attempt begins; refuse one too many."""
+    from lsmoe_ds.checkpoint.run_folder import choose_run
+    from lsmoe_ds.convert.recipes import open_recipe
     from lsmoe_ds.launch.slurm import begin
 
-    print(begin(recipe, overrides or (), out, attempts))
+    loaded = open_recipe(recipe, overrides or ())
+    print(begin(choose_run(recipe, loaded, out), loaded.training, attempts))
 
 
 @slurm_app.command("end")
@@ -219,9 +244,9 @@ def bench(
         typer.Argument(
             metavar="NAME",
             help=(
-                "The benchmark: adapters, checkpoint, convert, decode, exchange, exports, frozen, gpu, "
-                "held_out, hosts, imports, language_lora, large, low_rank, moe, neurons, prepare, serve, "
-                "train or vocabulary_map."
+                "The benchmark: adapters, checkpoint, compile, convert, decode, exchange, exports, frozen, "
+                "gpu, held_out, hosts, imports, language_lora, large, low_rank, moe, neurons, prepare, "
+                "serve, server, train or vocabulary_map."
             ),
             show_default=False,
         ),

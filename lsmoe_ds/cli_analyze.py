@@ -106,7 +106,7 @@ def analyze_experts(
     as_json: AsJson = False,
 ) -> None:
     """Score a direction with fewer and fewer experts, the most used ones, where tokens choose them: what
-    'convert --to hybrid --keep N' would lose and save.
+    'convert --as hybrid --keep N' would lose and save.
     """
     from lsmoe_ds.evaluation.kept_experts import analyze_experts as analyze
 

@@ -10,11 +10,12 @@ import typer
 from lsmoe_ds.cli_options import NPROC, AsJson, AverageOption, Route, Run, direction_of
 from lsmoe_ds.config.codes import read_code
 from lsmoe_ds.console import print_json, show_table
+from lsmoe_ds.errors import UserError
 
 LABELS = {
     "references_covered": "pieces of the references among the candidates, %",
     "sparse_parameters": "parameters of the whole model",  # which may be dense
-    "padded_parameters": "parameters of the folder, padded to one width a side",
+    "padded_parameters": "parameters of the folder, padded to one width a side and number of experts",
     "dense_bytes": "bytes of its weight files",  # rounded, padded, or with a table of positions
     "dense_folder": "folder",
 }
@@ -24,7 +25,7 @@ def write_layout(
     source: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint or a consolidated folder.")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder that is being written.")],
 ) -> None:
-    """Write one rank's part of a run in another layout; started by ``lsmoe convert --to layout`` on every
+    """Write one rank's part of a run in another layout; started by ``lsmoe convert --as layout`` on every
     rank.
     """
     from lsmoe_ds.convert.layout import write_layout as write_own_part
@@ -34,9 +35,11 @@ def write_layout(
 
 def convert(
     run: Run,
-    to: Annotated[
-        str,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    kind: Annotated[
+        str | None,
         typer.Option(
+            "--as",
             metavar="KIND",
             help=(
                 "dense: the plain model of one direction; huggingface, ctranslate2: the same, as these "
@@ -47,8 +50,7 @@ def convert(
                 "processes."
             ),
         ),
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    ] = None,
     direction: Annotated[
         str | None,
         typer.Option(
@@ -60,8 +62,13 @@ def convert(
             ),
         ),
     ] = None,
-    source: Annotated[str | None, typer.Option("--from", metavar="LANGUAGE", hidden=True)] = None,
-    target: Annotated[str | None, typer.Option("--to-language", metavar="LANGUAGE", hidden=True)] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="LANGUAGE", help="Language of the input, if not in --direction."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--to", metavar="LANGUAGE", help="Language of the output.")
+    ] = None,
     route: Route = "specific",
     check: Annotated[
         int, typer.Option(min=0, help="Compare both models on so many held-out sentences; 0: do not.")
@@ -109,8 +116,8 @@ def convert(
         typer.Option(
             metavar="N|SHARE",
             help=(
-                "hybrid only: keep the N experts of each layer which the direction uses most, or as many as "
-                "cover a share of the use, as in 0.95."
+                "hybrid, huggingface only: keep the N experts of each layer which the direction uses most, "
+                "or as many as cover a share of the use, as in 0.95."
             ),
         ),
     ] = None,
@@ -133,11 +140,18 @@ def convert(
     form.
     """
     from lsmoe_ds.checkpoint.averages import read_average
+    from lsmoe_ds.convert.command import KINDS
     from lsmoe_ds.convert.command import convert as convert_run
     from lsmoe_ds.export.grown import Likeness
     from lsmoe_ds.export.peft import size_table
 
-    chosen = direction_of(direction, source, target, "--to-language")
+    if kind is None and target in KINDS:
+        raise UserError(f"--to is a language, as in `lsmoe translate`: write --as {target}")
+    if kind is None:
+        raise UserError(
+            f"nothing says what to make of it: add --as with {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+        )
+    chosen = direction_of(direction, source, target, "--to")
     like_language = None if like_language is None else read_code(like_language, of_system=True)
     like = None if like_language is None and like_expert is None else Likeness(like_expert, like_language)
     options = {
@@ -150,7 +164,7 @@ def convert(
         "experts": experts,
     }
     weights = read_average(average)
-    summary = convert_run(run, to, chosen, out, check, route, weights, overrides or (), like, **options)
+    summary = convert_run(run, kind, chosen, out, check, route, weights, overrides or (), like, **options)
     if as_json:
         print_json(summary)
     else:

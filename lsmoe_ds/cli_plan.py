@@ -44,8 +44,8 @@ def plan(
 ) -> None:
     """Show parameters by part, memory of each rank, bytes exchanged and FLOPs, before anything is trained."""
     from lsmoe_ds.checkpoint.run_folder import check_start, choose_run
-    from lsmoe_ds.config.file import load_recipe
     from lsmoe_ds.config.host import tell_missing_weights
+    from lsmoe_ds.convert.recipes import open_recipe
     from lsmoe_ds.data.vocabulary import read_vocabulary
     from lsmoe_ds.folders import write_whole
     from lsmoe_ds.planning.devices import DEVICES
@@ -60,7 +60,7 @@ def plan(
         raise UserError("--out is for the recipe that --fit finds: give both or none")
     if out is not None and out.exists():
         raise UserError(f"{out} exists: name a file that does not")
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or ())
     if (start := loaded.training.start_from) is not None:  # which may be on another machine
         try:
             check_start(start)

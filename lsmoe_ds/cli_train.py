@@ -42,12 +42,12 @@ def train(
 
     with quick_import():
         from lsmoe_ds.checkpoint.run_folder import choose_run
-        from lsmoe_ds.config.file import load_recipe
+        from lsmoe_ds.convert.recipes import open_recipe
         from lsmoe_ds.training.profiling import Traced
         from lsmoe_ds.training.start import train as train_recipe
 
     traced = Traced.parse(profile, memory_snapshot)
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = open_recipe(recipe, overrides or ())
     status = train_recipe(loaded, choose_run(recipe, loaded, out), processes, traced)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         end_at_once(

@@ -33,6 +33,18 @@ def translate(
             help="By default ctranslate2 for a folder converted to it, otherwise torch.",
         ),
     ] = None,
+    n_best: Annotated[
+        int | None,
+        typer.Option(
+            "--n-best",
+            min=1,
+            metavar="N",
+            help=(
+                "Print the N best translations of each line as LINE ||| TRANSLATION ||| SCORE, with lines "
+                "counted from 0; for --corpus: write N pairs for each line."
+            ),
+        ),
+    ] = None,
     corpus: Annotated[
         Path | None,
         typer.Option(
@@ -51,6 +63,25 @@ def translate(
         bool,
         typer.Option("--back", help="For --corpus: translations become the sources of the other direction."),
     ] = False,
+    tag: Annotated[
+        str | None,
+        typer.Option(metavar="WORD", help="For --back: put this word before each source, such as BT."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--sample",
+            metavar="TEMPERATURE",
+            help="For --corpus: sample translations instead of searching; 1.0 is the model's distribution.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="For --sample: only from so many of the most probable tokens.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, metavar="N", help="For --sample: so many translations of each line.")
+    ] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="For --sample: another gives others.")] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="For --corpus: translate so many lines of each direction.")
     ] = None,
@@ -73,17 +104,32 @@ def translate(
         from lsmoe_ds.checkpoint.averages import read_average
         from lsmoe_ds.export.translations import Asked, How, translate_corpus
 
-        how = How(beam, length_penalty, route, engine, read_average(average))
-        asked = Asked(() if chosen is None else (chosen,), text, limit, back)
+        how = How(
+            beam, length_penalty, route, engine, read_average(average), temperature, top_k, seed, n_best or 1
+        )
+        asked = Asked(() if chosen is None else (chosen,), text, limit, back, samples, tag)
         made = translate_corpus(run, corpus, asked, how, workers)
         pairs = ", ".join(f"{name} {count:,}" for name, count in made["pairs"].items())
         print(f"{corpus}: {pairs}")
         return
-    for name, value in (("--text", text), ("--back", back), ("--limit", limit), ("--workers", workers)):
-        if value not in (None, False):
+    for name, value, default in (
+        ("--text", text, None),
+        ("--back", back, False),
+        ("--tag", tag, None),
+        ("--sample", temperature, None),
+        ("--top-k", top_k, None),
+        ("--samples", samples, 1),
+        ("--seed", seed, None),
+        ("--limit", limit, None),
+        ("--workers", workers, None),
+    ):
+        if value != default:
             raise UserError(f"{name} is for --corpus, the folder of a corpus that is to be written")
     if chosen is None:
         raise UserError("name the languages: --from en --to de, or --direction en-de")
+    from lsmoe_ds.inference.beam_search import Search
+
+    search = Search(beam, length_penalty, n_best=n_best or 1)
     stream = standard_input("one sentence a line, as in 'lsmoe translate ... < text'")
     from lsmoe_ds.checkpoint.averages import read_average
     from lsmoe_ds.export.engine import load_engine
@@ -93,8 +139,12 @@ def translate(
 
     loaded = load_engine(run, route, engine, chosen, read_average(average))
     chosen = find_direction(loaded, chosen)
-    for line in translate_chunks(loaded, chosen, read_chunks(stream), beam, length_penalty):
-        print(line, flush=True)
+    for number, found in enumerate(translate_chunks(loaded, chosen, read_chunks(stream), search)):
+        if n_best is None:
+            lines = [found[0].text]
+        else:
+            lines = [f"{number} ||| {each.text} ||| {each.score:.4f}" for each in found]
+        print("\n".join(lines), flush=True)
 
 
 def label(

@@ -1,5 +1,5 @@
-"""How the command meets the person: streams in UTF-8 whatever the locale, one sentence for what is wrong, and
-an exit status.
+"""Handle the command's streams (UTF-8 whatever the locale), its error messages of one sentence, and its exit
+status.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.notices import LINE_EVERY, guess_rank
 
 CLOSED = "standard output is closed, so there is nowhere to print to: leave out '>&-', or redirect it"
-BROKEN_PIPE = 141  # as a shell says of a process that SIGPIPE ended
+BROKEN_PIPE = 141  # 128 + SIGPIPE, a shell's status of a process ended by it
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command; an error meant for the person is one sentence on standard error and status 2."""
+    """Run a command; a UserError becomes one sentence on standard error and status 2."""
     open_streams()
     try:
         with interrupt.cleaning_up():
@@ -31,7 +31,7 @@ def run_command(command: Callable[[], None]) -> None:
                 try:
                     command()
                 finally:
-                    sys.stdout.flush()  # what is still buffered may fail, too
+                    sys.stdout.flush()  # writing what is still buffered may fail, too
             except UserError as error:
                 _leave(error)
     except interrupt.Interrupted as asked:
@@ -45,11 +45,11 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def _leave(error: UserError) -> None:
-    """Print the error once: rank 0 prints it, other ranks wait for that and print only what may be their
-    own.
+    """Print the error once and exit: rank 0 prints it first; other ranks wait, and print it unless it is
+    shared.
     """
     rank = guess_rank(os.environ)
-    if rank:  # its launcher may end it meanwhile, which is not to change its status
+    if rank:  # a signal from its launcher must not change its status meanwhile
         interrupt.save_and_leave(alone=False)
         time.sleep(1 if isinstance(error, SharedError) else 3)
     if not (rank and isinstance(error, SharedError)):
@@ -58,8 +58,8 @@ def _leave(error: UserError) -> None:
 
 
 def end_at_once(status: int) -> None:
-    """Exit at once: other ranks may wait in a collective for this one, and the usual end of a process for
-    their handshakes.
+    """Exit at once. A normal exit could hang in handshakes with other ranks, which may wait for this one in a
+    collective.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -67,9 +67,7 @@ def end_at_once(status: int) -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output, whose errors are the person's: a full disk is a UserError, a reader that has left ends
-    the command.
-    """
+    """Standard output. A full disk raises UserError; if the reader is gone, the command ends."""
 
     def write(self, data: Any) -> int:
         try:
@@ -83,7 +81,7 @@ class _Output(io.FileIO):
 
 
 class _Errors(io.FileIO):
-    """Standard error, whose own errors end nothing: a full disk, a reader that has left, a lost terminal."""
+    """Standard error. Its own errors are ignored: a full disk, a missing reader, a lost terminal."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
@@ -102,19 +100,18 @@ class _Closed(io.RawIOBase):
 
 
 def open_streams() -> None:
-    """Make standard output UTF-8 with the errors of :class:`_Output`, and standard error an :class:`_Errors`;
-    do nothing where something else has replaced them, as tests do.
+    """Make standard output a UTF-8 :class:`_Output`, and standard error an :class:`_Errors`.
+
+    Streams that something else has replaced, such as a test, stay unchanged.
     """
     closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
-    for (
-        _
-    ) in closed:  # the next files to be opened would get these numbers, and C libraries would print into them
+    for _ in closed:  # otherwise new files would get these numbers, and C libraries would print into them
         os.open(os.devnull, os.O_RDWR)
     old = sys.stderr
     if old is None or (old is sys.__stderr__ and isinstance(old, io.TextIOWrapper)):
         told = io.BufferedWriter(_Errors(2, "w", closefd=False))
         encoding, errors = ("utf-8", None) if old is None else (old.encoding, old.errors)
-        # where it is None, as it is where it is closed, print() would print to standard output
+        # if standard error is closed, it is None, and print() would print to standard output
         sys.stderr = io.TextIOWrapper(told, encoding, errors, line_buffering=True)
     old = sys.stdout
     if old is None:
@@ -127,7 +124,7 @@ def open_streams() -> None:
 
 
 def check_output() -> None:
-    """Raise UserError if standard output is closed: before the work whose result is printed, not after it."""
+    """Raise UserError if standard output is closed. Call it before the work whose result is printed."""
     if isinstance(getattr(getattr(sys.stdout, "buffer", None), "raw", None), _Closed):
         raise UserError(CLOSED)
 
@@ -142,13 +139,13 @@ def standard_input(how: str) -> BinaryIO:
 
 
 def _discard(descriptor: int) -> None:
-    """Send what is still buffered nowhere, so that the end of the process does not complain a second time."""
+    """Discard buffered output, so that the end of the process does not report the error again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Show on a terminal what takes long."""
+    """Show ``what`` on a terminal while the block runs."""
     from rich.console import Console
 
     with Console(stderr=True, soft_wrap=True, highlight=False).status(what):
@@ -157,9 +154,10 @@ def waiting(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many of ``total`` sentences are done; the function that is given is told how many more are.
+    """Show how many of ``total`` sentences are done; call the yielded function with the number of further
+    ones.
 
-    That is a bar on a terminal, and otherwise a line every half minute.
+    Shows a bar on a terminal, otherwise prints a line every half minute.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -182,12 +180,12 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def print_json(value: Any) -> None:
-    """Print a value for programs."""
+    """Print a value as JSON."""
     print(json.dumps(value, ensure_ascii=False, indent=1))
 
 
 def show_table(table: Any) -> None:
-    """Print a rich table; into a file or pipe as wide as it wants to be."""
+    """Print a rich table; into a file or pipe at its full width."""
     from rich.console import Console
 
     (Console() if sys.stdout.isatty() else Console(width=200)).print(table)

@@ -1,4 +1,4 @@
-"""Directions and tasks, and the numbers by which everything language-specific knows them.
+"""Directions and tasks, and the numbers that identify them in everything language-specific.
 
 A direction is written ``en-de``, after codes of :mod:`lsmoe_ds.languages`.
 :mod:`lsmoe_ds.config.codes` reads directions that a user wrote.
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 
 def not_a_direction(text: str) -> str:
-    """Return the sentence that rejects a text as a direction of translation."""
+    """Return the error for a text that is not a direction of translation."""
     return f"'{text}' is not a direction: write source-target with two different codes, such as en-de"
 
 
 @dataclass(frozen=True, order=True)
 class Direction:
-    """Translation from ``source`` into ``target``, or one language alone, for text that is not translated."""
+    """Translation from ``source`` into ``target``, or, for labelled text, a single language."""
 
     source: str
     target: str
 
     @classmethod
     def parse(cls, text: str) -> Direction:
-        """Parse the result of ``str``, which may be one language alone (``de-de``).
+        """Parse the result of ``str``, which may be a single language (``de-de``).
 
         Raises UserError for other text.
 
@@ -66,12 +66,12 @@ class Direction:
 
     @property
     def alone(self) -> bool:
-        """Tell whether this is one language rather than a translation between two."""
+        """Tell whether this is a single language rather than a translation."""
         return self.source == self.target
 
     @property
     def label(self) -> str:
-        """Return how tables name it: ``en-de``, or ``de`` for one language alone."""
+        """Return how tables name it: ``en-de``, or ``de`` for a single language."""
         return self.source if self.alone else str(self)
 
     @property
@@ -92,7 +92,7 @@ def english_centric(languages: Iterable[str]) -> list[Direction]:
     return [d for code in others for d in (Direction("en", code), Direction(code, "en"))]
 
 
-GROUPS = ("high", "medium", "low", "very_low")  # resource groups of languages, from rich to poor
+GROUPS = ("high", "medium", "low", "very_low")  # resource groups of languages, richest first
 
 TASKS = ("target", "source", "pair")
 

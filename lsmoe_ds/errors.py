@@ -1,13 +1,13 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The one exception whose message is meant for the user."""
 
-LONGEST = 1000  # characters of a sentence, in which several long paths have a place
+LONGEST = 1000  # characters of a sentence: enough for several long paths
 
 
 class UserError(Exception):
     """Bad input: one clear sentence saying what was found and what is allowed.
 
-    The command line prints the sentence without a traceback and leaves with status 2. What was found may be
-    hostile: it stays on one line, is cut where it is long, and no character in it moves a terminal.
+    The command line prints the sentence without a traceback and exits with status 2. It may quote hostile
+    input, so it stays on one line, long text is cut, and control characters cannot affect a terminal.
     """
 
     def __init__(self, sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""Write folders and files whole or not at all: beside their place, synced, then renamed."""
+"""Write folders and files completely or not at all: beside their final place, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place, synced, then renamed.
+    """Write a file completely or not at all: beside its final place, synced, then renamed.
 
     A symbolic link stays, and its target is written. Raises UserError if the file cannot be written.
     """
@@ -178,7 +178,7 @@ def how_to_import(folder: Path) -> str | None:
     if not is_huggingface(folder):
         return None
     made = (
-        f"`lsmoe convert {folder} --to consolidated --out DIR --set data.corpora=... --set "
+        f"`lsmoe convert {folder} --as consolidated --out DIR --set data.corpora=... --set "
         "data.languages=...`"
     )
     return f"it is one of Hugging Face, of which {made} makes one to start from"
@@ -219,7 +219,7 @@ def resolved(path: Path) -> Path:
 
 
 def check_can_write(folder: Path, instead: str, make: bool = True) -> None:
-    """Raise UserError, which says what to do ``instead``, unless files can be made in a folder.
+    """Raise UserError, which suggests ``instead``, unless files can be created in a folder.
 
     With ``make`` a folder that does not exist is made.
     """
@@ -284,7 +284,7 @@ def _held(path: Path, wait: bool) -> Iterator[int | None]:
 def _lock(place: Path, wait: bool) -> TextIO | None:
     """Open a lock file and lock it; repeat if its last holder has removed it meanwhile.
 
-    Returns None if another process holds the lock, unless it shall ``wait``.
+    If another process holds the lock, returns None, or waits for it with ``wait``.
     """
     while True:
         file = place.open("w")

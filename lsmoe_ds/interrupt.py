@@ -4,7 +4,7 @@ Training saves after the current step and exits with 130 on SIGINT (Ctrl-C), as 
 SIGTERM, SIGUSR1 and SIGHUP, which a terminal or an ssh connection sends when it is closed. A process that
 inherits an ignored SIGHUP (nohup) or an ignored SIGINT (a shell's background) keeps ignoring it. Before the
 first step there is nothing to save, and training exits at once. Every other command cleans up and exits
-with 130 on SIGINT.
+with 130 on SIGINT and with 75 on SIGTERM.
 
 This module imports nothing heavy, so that the handlers are installed before torch is imported: a signal
 during an import would kill the process without a message.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lsmoe_ds.parallel.topology import Topology
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # stay ignored where the process was started so
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # stay ignored if the process inherits them as ignored
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: the work is saved, the same command resumes it
 CTRL_C = 128 + signal.SIGINT
 SHIELDED = "LSMOE_SHIELDED"  # lists to ranks the IGNORABLE signals ignored only until they have a handler
@@ -53,13 +53,13 @@ class _State:
 
     action: Callable[[int], None] | None = None
     received: list[tuple[int, float]] = []  # noqa: RUF012  there is one process
-    told = 0  # how many of the received signals :func:`agreed` has read
+    told = 0  # the number of received signals that :func:`agreed` has read
     watched = False
     waiting_for = ""
 
 
 def status_of(number: int) -> int:
-    """Return the exit status of a process that a signal has asked to stop."""
+    """Return the exit status for a process that a signal asks to stop."""
     return CTRL_C if number == signal.SIGINT else STATUS
 
 
@@ -73,9 +73,11 @@ def name_of(number: int) -> str:
 
 
 def clean_up_and_leave() -> None:
-    """Let SIGINT raise :class:`Interrupted` in the main thread; a second one ends the process at once."""
-    if SHIELDED not in os.environ:  # the command that started a rank stops it
-        _act(_raise, (signal.SIGINT,))
+    """Let SIGINT and SIGTERM raise :class:`Interrupted` in the main thread; a second SIGINT ends the process
+    at once.
+    """
+    if SHIELDED not in os.environ:  # a rank is stopped by the command that started it
+        _act(_raise, (signal.SIGINT, signal.SIGTERM))
 
 
 def leave_before_training() -> None:
@@ -98,7 +100,7 @@ def save_and_leave(alone: bool) -> None:
 
 @contextlib.contextmanager
 def cleaning_up() -> Iterator[None]:
-    """Handle SIGINT inside the block as :func:`clean_up_and_leave` says, and restore the handlers afterwards.
+    """Handle signals inside the block as :func:`clean_up_and_leave` says, and restore the handlers after it.
 
     Does nothing if the process has chosen its handlers before, or outside the main thread.
     """
@@ -164,7 +166,7 @@ def _raise(number: int) -> None:
 
 
 def _note(number: int) -> None:
-    """Do nothing more: the signal is in the list."""
+    """Do nothing: the signal is already recorded."""
 
 
 def _note_alone(number: int) -> None:
@@ -196,7 +198,7 @@ def _leave(number: int) -> None:
 def waiting(what: str) -> Iterator[None]:
     """Mark inside the block that this rank waits for ``what``.
 
-    It then exits on any signal before training, also on one that came earlier.
+    Before training it then exits on any signal, including one that came earlier.
     """
     _State.waiting_for = what
     try:
@@ -281,8 +283,8 @@ def _watch() -> None:
     _State.watched = True
     ends = os.pipe()
     reader, writer = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in ends)
-    # If a standard stream is closed, the pipe may have got numbers 0 to 2, and output would be taken for
-    # signals; the duplicates have higher ones.
+    # If a standard stream is closed, the pipe may have got numbers 0 to 2, and output would be read as
+    # signals; the duplicates have higher numbers.
     for end in ends:
         os.close(end)
     os.set_blocking(writer, False)

@@ -44,7 +44,7 @@ def check_code(code: str) -> str:
 
 
 def not_a_code(text: str) -> str:
-    """Return the sentence that rejects a text as a language code; it suggests the code of a similar name."""
+    """Return the error for a text that is not a language code; it suggests the code of a similar name."""
     return (
         f"'{text}' is not a language code{_named(text)}: write an ISO 639 code such as de, pt_BR or zh_Hans"
     )
@@ -123,7 +123,7 @@ def normalize_code(code: str) -> str:
     (language, *parts), known = _usual_spelling(subtags), _by_any_code()
     if (whole := "_".join([language, *parts]).lower()) in known:
         return known[whole]
-    default = known.get(language, language)  # the code of the language alone: zh_Hans for zho
+    default = known.get(language, language)  # the code of the bare language: zh_Hans for zho
     stem = default.split("_")[0]
     if (whole := "_".join([stem, *parts]).lower()) in known:
         return known[whole]
@@ -180,7 +180,7 @@ def _adds_nothing(region: str, code: str) -> bool:
 
 
 def _entry(code: str) -> LanguageEntry | None:
-    """Return the row of a normalized code, or of the language of which it is a variety."""
+    """Return the row of a normalized code, or else of the language that it is a variety of."""
     while code not in table() and "_" in code:
         code = code.rpartition("_")[0]
     return table().get(code)
@@ -221,7 +221,7 @@ def language_name(code: str) -> str:
 
 
 def is_known(code: str) -> bool:
-    """Tell whether the table has a language, or the language of which the code is a variety."""
+    """Tell whether the table has a language, or the language that the code is a variety of."""
     return _entry(normalize_code(code)) is not None
 
 
@@ -236,7 +236,7 @@ def same_language(code: str, other: str) -> bool:
 
 
 def stands_in(code: str, other: str) -> bool:
-    """Tell whether text of one code passes for the other: Norwegian, and Bokmål, as most of it is."""
+    """Tell whether one code can replace the other: Norwegian and Bokmål, because most Norwegian is Bokmål."""
     return {normalize_code(code), normalize_code(other)} == {"no", "nb"}
 
 

@@ -1,4 +1,4 @@
-"""Print notices on standard error, once and by the first rank only; list and count things in sentences."""
+"""Print notices on standard error, once and only on the first rank; format lists and counts in sentences."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Templates of the HTML pages (report, comparison, study, expert maps), and how they write numbers and
-text.
-"""
+"""Open the templates of HTML pages (report, comparison, study, expert maps), and format numbers and text."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ RIGHT_TO_LEFT = {"Arab", "Hebr", "Syrc", "Thaa", "Nkoo", "Adlm"}
 
 
 def open_template(package: str, name: str, **filters: Callable[..., Any]) -> jinja2.Template:
-    """Open a template that lies beside the modules of a package. Everything it shows of data is escaped, and
-    a value that was not given is an error.
-    """
+    """Open a template beside a package's modules. It escapes all data, and a missing value is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
@@ -61,12 +57,12 @@ def size(count: float) -> str:
 
 
 def html_language(code: str) -> str:
-    """Return our code as the ``lang`` attribute wants it: ``zh_Hans`` -> ``zh-Hans``."""
+    """Convert our code to a ``lang`` attribute: ``zh_Hans`` -> ``zh-Hans``."""
     return code.replace("_", "-")
 
 
 def text_direction(code: str) -> str:
-    """Return the ``dir`` attribute of text in a language: a Hebrew line runs from the right even if it begins
-    with a Latin word.
+    """Return the ``dir`` attribute for a language, so that a Hebrew line runs from the right even if it
+    begins with a Latin word.
     """
     return "rtl" if script(code) in RIGHT_TO_LEFT else "auto"

@@ -1,1 +1,1 @@
-"""The recipe: its sections, how the file is read, and how errors are told."""
+"""The recipe: its sections, how its file is read, and how errors in it are explained."""

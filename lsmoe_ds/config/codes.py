@@ -1,8 +1,8 @@
 """Language codes as people write them, on the command line and in recipes, read as the codes of
 languages.tsv.
 
-Codes that are read as others, and codes that the table lacks, are said on standard error, those of one
-place in one line.
+One line on standard error for each place says which codes were read as others, and which codes the table
+lacks.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ TAG = re.compile(rb"<2([A-Za-z0-9_]{1,40})>")
 
 
 class Reader:
-    """Read what a person wrote as codes of ``own``, or else of the table.
+    """Read a person's spelling of languages as codes of ``own``, or else of the table.
 
     At the end of a ``with`` block one line on standard error says what was read as another code, and which
-    codes the table lacks. The latter is not said of a code of ``own``, or of one that will be looked up in a
-    trained system (``of_system``). Where languages stand alone, ``de`` is a direction, too.
+    codes the table lacks. Codes of ``own``, and all codes if they are looked up later in a trained system
+    (``of_system``), are never reported as lacking. With ``alone``, ``de`` is a direction, too.
     """
 
     def __init__(self, own: Iterable[str] = (), of_system: bool = False, alone: bool = False) -> None:
@@ -49,7 +49,7 @@ class Reader:
         self._unknown: list[str] = []
 
     def code(self, text: str) -> str:
-        """Return the code for a language. Raises UserError for what is no code."""
+        """Return the code for a language. Raises UserError for text that is not a code."""
         text = text.strip()
         found = find_code(text, self._own)
         code = found or normalize_code(text)
@@ -61,7 +61,7 @@ class Reader:
         return code
 
     def direction(self, text: str) -> Direction:
-        """Return a direction such as ``en-de`` or ``eng_Latn-zh-TW``. Raises UserError for what is none."""
+        """Return a direction such as ``en-de`` or ``eng_Latn-zh-TW``. Raises UserError for any other."""
         text = text.strip()
         if self._alone and "-" not in text:
             return Direction(*[self.code(text)] * 2)
@@ -137,20 +137,20 @@ def read_directions(
 
 
 def asked_direction(source: str, target: str) -> Direction:
-    """Return the direction between two languages that a command line names, to be found in a system by its
-    ``Languages``.
+    """Return the direction between two languages from a command line; ``Languages.find`` maps it to a
+    system's own codes.
     """
     with Reader(of_system=True) as reader:
         return Direction(reader.code(source), reader.code(target))
 
 
 def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[str, str] | None:
-    """Replace the language codes in the mapping of a recipe file by the table's, in place.
+    """Replace the language codes in the mapping of a recipe file by the table's codes, in place.
 
-    A language that has a tag in the recipe's vocabulary (``own``) keeps the code of that: a trained system
-    keeps its codes. ``corpora`` keep theirs, which say how files are named. Values of other types are left to
-    the recipe's own checks. Returns the key of a wrong code, or of two codes for one language, and what is
-    wrong with it, or None.
+    A language with a tag in the recipe's vocabulary (``own``) gets the code of that tag, because a trained
+    system keeps its codes. Codes in ``corpora`` stay, because files are named by them. Values of wrong types
+    are left to the recipe's own checks. Returns None, or the key of a wrong code or of two codes for one
+    language, with the error.
     """
     data, model, training = (_section(recipe, name) for name in ("data", "model", "training"))
     corpora = data.get("corpora")
@@ -175,6 +175,15 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
         places += [(f"data.groups.{name}", groups, list, reader.code) for name in groups]
         for method, kind in sections().items():
             given = _section(model, method)
+            for name in kind.by_direction:
+                pairs, at = _section(given, name), f"model.{method}.{name}"
+                try:
+                    for key, value in pairs.items():
+                        if isinstance(value, str):
+                            pairs[key] = str(reader.direction(value))
+                except UserError as error:
+                    return at, str(error)
+                places.append((at, given, dict, lambda text: str(reader.direction(text))))
             for name in kind.by_language:
                 *path, key = name.split(".")
                 section = reduce(_section, path, given)
@@ -198,7 +207,7 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
 
 
 def _or_group(read: Callable[[str], str]) -> Callable[[str], str]:
-    """Return a reader of language codes that lets the names of resource groups pass. Raises UserError."""
+    """Return a reader of codes that returns names of resource groups unchanged. It raises UserError."""
 
     def read_either(text: str) -> str:
         if text in GROUPS:
@@ -214,9 +223,7 @@ def _or_group(read: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def _wrong_code_of_corpora(corpora: Any) -> tuple[str, str] | None:
-    """Return the key of a ``source`` or ``target`` that is not written like a code, and what is wrong with
-    it, or None.
-    """
+    """Return the key of a ``source`` or ``target`` that is not spelled like a code, with the error."""
     for number, corpus in enumerate(corpora if isinstance(corpora, list) else []):
         for name in ("source", "target"):
             code = corpus.get(name) if isinstance(corpus, dict) else None
@@ -231,7 +238,7 @@ def _section(value: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _read_all(given: Sequence[Any], read: Callable[[str], str]) -> list[Any]:
-    """Return what was read of each text. Raises UserError if two different ones mean the same."""
+    """Read each text. Raises UserError if two different texts mean the same."""
     written: dict[str, str] = {}
     found = []
     for item in given:
@@ -247,8 +254,8 @@ def _read_all(given: Sequence[Any], read: Callable[[str], str]) -> list[Any]:
 
 
 def mean_the_same(first: Any, second: Any) -> bool:
-    """Tell whether two values of ``data.languages`` or ``data.directions`` are lists of other codes for the
-    same languages.
+    """Tell whether two values of ``data.languages`` or ``data.directions`` list the same languages, perhaps
+    in other codes.
     """
     if not all(
         isinstance(value, list) and value and all(isinstance(text, str) for text in value)
@@ -262,7 +269,7 @@ def mean_the_same(first: Any, second: Any) -> bool:
 
 
 def tags_of(recipe: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Return the codes that have a tag in the vocabulary of a recipe: beside a stored recipe, or in
+    """Return the codes with a tag in a recipe's vocabulary: the file beside a stored recipe, or
     ``data.vocabulary.file``.
 
     The file is searched for tags, not parsed: whether it is a vocabulary is checked where it is used.

@@ -23,7 +23,7 @@ from lsmoe_ds.notices import counted, listed
 SMALLEST = 64  # pieces of a vocabulary
 TagConvention = Literal["target", "source-target"]
 LABELLED: dict[str, Task] = {"wikiann": "tag", "conll": "tag", "squad": "answer"}  # formats of other tasks
-# Settings of text that labelled corpora take as it is.
+# Settings that do not apply to labelled corpora, whose text is used unchanged.
 OF_TRANSLATION = ("directions", "cleaning", "held_out", "tags", "prompt", "pivot", "max_pairs", "train_on")
 SHORTEST_WINDOW = 16  # tokens
 NAMES = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")  # WikiANN's
@@ -32,12 +32,22 @@ NAMES = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")  # WikiANN's
 class Corpus(Section):
     """Describe a corpus on disk. ``source`` and ``target`` name the languages where the layout does not.
 
-    ``train`` is the set of a layout of held-out text that is trained on.
+    For layouts that contain only held-out sets, ``train`` names one that is used as training text.
     """
 
     path: Path
     format: Literal[
-        "opus100", "flores", "ntrex", "iwslt", "moses", "tsv", "translated", "wikiann", "conll", "squad"
+        "opus100",
+        "flores",
+        "ntrex",
+        "iwslt",
+        "moses",
+        "tmx",
+        "tsv",
+        "translated",
+        "wikiann",
+        "conll",
+        "squad",
     ]
     source: str | None = None
     target: str | None = None
@@ -61,11 +71,11 @@ class Corpus(Section):
         it.
         """
         languages = frozenset(normalize_code(code) for code in (self.source, self.target) if code)
-        return abspath(self.path).removesuffix(".gz"), self.format, languages
+        return re.sub(r"\.(gz|zst)$", "", abspath(self.path)), self.format, languages
 
 
 class Vocabulary(Section):
-    """Set up the vocabulary: one is trained on the text, or ``file`` is one (see
+    """Set up the vocabulary: it is trained on the text, or read from ``file`` (see
     :mod:`lsmoe_ds.data.vocabulary`).
     """
 
@@ -100,11 +110,16 @@ class Prompt(Section):
 
 
 class Cleaning(Section):
-    """Limit which pairs are kept; words are counted on the English (or first) side."""
+    """Limit which pairs are kept; words are counted on the English (or first) side.
+
+    With ``identified`` a pair is dropped if a side is in another language with at least this probability, by
+    fastText's small model.
+    """
 
     min_words: Positive = 3
     max_words: Positive = 200
     script_share: Fraction = 0.5
+    identified: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
 
 
 class HeldOut(Section):
@@ -116,8 +131,8 @@ class HeldOut(Section):
 
 
 class Batch(Section):
-    """A step takes ``count`` batches of at most ``tokens`` padded tokens each (source + target), whatever the
-    number of ranks.
+    """Set the size of a step: ``count`` batches of at most ``tokens`` tokens each, source and target with
+    padding, for any number of ranks.
     """
 
     tokens: Annotated[int, Field(ge=16)] = 4096
@@ -129,16 +144,17 @@ class Batch(Section):
 class Data(Section):
     """Describe the text of a run.
 
-    ``name`` names the prepared data, by default as the recipe is named. ``tags`` says which tags a model
-    reads: that of the ``target`` before the source and none before the translation, or that of the source
-    language before the source and that of the target language before the translation, which is given and not
-    learned. ``prompt`` is for a decoder alone (``model.huggingface``), which reads no tags. ``pivot`` is the
-    language by whose sentences a corpus' bitexts are joined into others (see :mod:`lsmoe_ds.data.pivot`).
-    ``max_pairs`` caps the training pairs of each bitext, or of each bitext of a language. With ``train_on``
-    only text that a model has translated is trained on; other text serves as dev and test sets.
+    ``name`` is the name of the prepared data, by default that of the recipe. ``tags`` says which language
+    tags the model reads. ``target``: the target's tag before the source. ``source-target``: the source's tag
+    before the source, and the target's tag before the translation, which is given and not learned.
+    ``prompt`` is for a model that is only a decoder (``model.huggingface``) and reads no tags. Bitexts that
+    have sentences of the language ``pivot`` in common are joined into new ones (see
+    :mod:`lsmoe_ds.data.pivot`). ``max_pairs`` limits the training pairs of each bitext, or of each bitext of
+    a language. With ``train_on`` only text that a model has translated is trained on; other text serves as
+    dev and test sets.
 
-    Corpora of other tasks are by language. ``labels`` are the tags of names in the BIO scheme, and questions
-    are read with windows of their context that overlap by ``stride`` tokens.
+    Corpora of other tasks have one language each. ``labels`` are the tags of names in the BIO scheme.
+    Questions are read with windows of their context that overlap by ``stride`` tokens.
     """
 
     name: Annotated[str, Field(pattern=NAME)] | None = None
@@ -220,12 +236,15 @@ class Data(Section):
             raise ValueError(f"corpora of the format {formats[0]} are by language: list 'languages'")
         own = [f"{code}-{code}" for code in codes]
         given = {key: value[key] for key in OF_TRANSLATION if value.get(key) is not None}
-        if given.get("directions") == own:  # of a recipe that was written out
+        if given.get("directions") == own:  # the recipe was written by us, with all keys
             given.pop("directions")
         defaults = {name: cls.model_fields[name].get_default(call_default_factory=True) for name in given}
         for key, found in given.items():
             default = defaults[key]
-            if found != (default.model_dump(exclude_none=True) if isinstance(default, Section) else default):
+            if isinstance(default, Section) and isinstance(found, dict):  # with or without keys that are None
+                found = {name: each for name, each in found.items() if each is not None}
+                default = default.model_dump(exclude_none=True)
+            if found != default:
                 raise ValueError(
                     f"'{key}' is for translation, but {formats[0]} is a format of labelled text: leave it out"
                 )

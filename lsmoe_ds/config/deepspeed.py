@@ -1,7 +1,7 @@
-"""Read the recipe's DeepSpeed configuration and refuse keys that DeepSpeed would ignore without a word.
+"""Read the recipe's DeepSpeed configuration and refuse keys that DeepSpeed would silently ignore.
 
-The keys are those of DeepSpeed 0.19.8, without the old name ``bfloat16``. They stand here because importing
-DeepSpeed takes seconds.
+The keys are those of DeepSpeed 0.19.8, without the old name ``bfloat16``. They are listed here because
+importing DeepSpeed takes seconds.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ SECTIONS = {
 HALF = ("bf16", "fp16")  # the sections that choose 16-bit numbers
 FLOAT32 = "fp32"
 STAGE_0_BUCKET = 2**24  # values: ours, where DeepSpeed would copy up to 5e8
-# What the recipe decides; in a DeepSpeed configuration these would be a second, silent answer.
+# Settings of the recipe; set here as well, one of the two values would be silently ignored.
 RECIPE_KEYS = {
     "train_batch_size": "data.batch",
     "train_micro_batch_size_per_gpu": "data.batch",
@@ -105,7 +105,7 @@ KEYS = {section: frozenset(keys.split()) for section, keys in {"": TOP, **SECTIO
 
 
 def read_deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration that a recipe gives: inline, by its file or by the name of one that comes with
+    """Return the configuration that a recipe gives inline, as a file, or by the name of one that comes with
     lsmoe_ds.
 
     Raises ValueError with one sentence on what is wrong with it.
@@ -163,16 +163,15 @@ def precision(config: Mapping[str, Any]) -> str | None:
 
 
 def complete(config: Mapping[str, Any], world: int, steps_halves: bool = False) -> dict[str, Any]:
-    """Complete a configuration by what its precision needs on ``world`` ranks.
+    """Add the settings that a configuration's precision needs on ``world`` ranks.
 
-    - One rank in float32 has nothing to partition, and ZeRO's copies would cost it a third of its speed: it
-      trains at stage 0.
-    - In 16 bits DeepSpeed's stage 0 leaves experts out of the gradient norm and adds gradients up in 16 bits:
-      stage 1 takes its place, which has the same results otherwise. An optimizer that ``steps_halves`` steps
-      whole parameters itself, and stays at stage 0.
-    - In 16 bits the gradients of ranks are added up in float32 unless the configuration names another type,
-      and so are those of micro-batches at stages 1 and 2: bfloat16 has 8 bits, so a sum soon loses what is
-      added to it.
+    - A single rank in float32 trains at stage 0: it has nothing to partition, and ZeRO's copies would cost a
+      third of its speed.
+    - In 16 bits stage 1 replaces stage 0, where DeepSpeed leaves experts out of the gradient norm and sums
+      gradients in 16 bits; other results are the same. An optimizer that ``steps_halves`` stays at stage 0,
+      because it steps whole parameters itself.
+    - In 16 bits gradients are summed in float32 over ranks, and at stages 1 and 2 over micro-batches, unless
+      the configuration names another type: bfloat16 has 8 significant bits, so small addends would be lost.
     """
     zero: dict[str, Any] = config.get("zero_optimization", {})
     if precision(config) is None:
@@ -188,7 +187,7 @@ def complete(config: Mapping[str, Any], world: int, steps_halves: bool = False) 
 
 
 def _unknown_key(config: Mapping[str, Any]) -> str | None:
-    """Return the first key that DeepSpeed does not have, quoted, with the nearest one that it has."""
+    """Return the first key that DeepSpeed lacks, quoted, with the nearest key that it has."""
     for section, known in KEYS.items():
         value = config.get(section) if section else config
         for key in value if isinstance(value, Mapping) else ():
@@ -199,7 +198,7 @@ def _unknown_key(config: Mapping[str, Any]) -> str | None:
 
 def _read_file(name: str) -> dict[str, Any]:
     for path in (Path(name), shipped.find("DeepSpeed configuration", name)):
-        if path is not None and isfile(path):  # unlike Path.is_file, it takes any text
+        if path is not None and isfile(path):  # unlike Path.is_file, it accepts any text
             try:
                 value = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:

@@ -1,5 +1,5 @@
-"""Turn what pydantic says of a wrong value into one sentence in the words of the file: key, place, what was
-found, what is allowed.
+"""Turn pydantic's error about a wrong value into one sentence: the file's key, its place, what was found,
+what is allowed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from lsmoe_ds.languages import nearest
 
 At = tuple[str, ...]
 LONGEST = 60  # characters of a value that is shown
-LISTED = 350  # characters of the keys of a section that are listed where one of them is proposed
+LISTED = 350  # characters of a list of allowed keys, if one of them is suggested
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value is written: ``where`` is ``r.yaml, line 5`` or ``'--set a.b=c'``; ``written`` is a scalar
-    as it stands there; ``file`` is None for what no file says.
+    """Where a value is written.
+
+    ``where`` is ``r.yaml, line 5`` or ``'--set a.b=c'``; ``written`` is a scalar's text; ``file`` is None for
+    a value that is not from a file.
     """
 
     where: str
@@ -39,8 +41,7 @@ class Place:
 
 Places = dict[At, Place]
 
-# The kinds of complaint that are only about what a value is, not about what it holds: each member of a union
-# has its own.
+# The types of errors about a value's own type, not about its content: each member of a union reports one.
 KINDS = {KIND, "none_required", "int_from_float", "finite_number", "int_parsing_size", "is_instance_of"} | {
     f"{kind}_{what}"
     for kind in (
@@ -77,7 +78,7 @@ def explain(
         return renamed
     first, at = _choose(error.errors(), value)
     found = first["input"]
-    for key in first.get("ctx", {}).get("inner", ()):  # of a list or mapping that is refused for one item
+    for key in first.get("ctx", {}).get("inner", ()):  # a list or mapping is refused because of this item
         at, found = (*at, str(key)), found[key]
     where = _where(at, path, places)
     if first["type"] == "extra_forbidden":
@@ -114,9 +115,9 @@ def explain(
 def _explain_renamed(
     errors: Sequence[Any], section: type[Section], value: Mapping[str, Any], path: Path, places: Places
 ) -> str:
-    """List all keys of earlier versions with their names of today; return an empty text if there are none.
+    """List all keys of earlier versions with their new names; return an empty text if there are none.
 
-    A file that lsmoe_ds wrote gets a sentence on how to mend it.
+    For a file that lsmoe_ds wrote, add how to rename them.
     """
     told: list[str] = []
     files: dict[Path, None] = {}
@@ -133,7 +134,7 @@ def _explain_renamed(
 
 
 def _sentence(error: Mapping[str, Any], annotation: Any, found: Any, place: Place) -> str:
-    """Say what a value should be and what it is."""
+    """Return the end of the sentence: what a value should be, and what was found."""
     kind, context = error["type"], error.get("ctx", {})
     shown = f", found {_show(found, place)}"
     if kind == "none_text":
@@ -161,7 +162,7 @@ def _sentence(error: Mapping[str, Any], annotation: Any, found: Any, place: Plac
 
 
 def _choose(errors: Sequence[Any], value: Any) -> tuple[Any, At]:
-    """Return the error that tells most, with its path: an unknown key first, and of a union's members the one
+    """Return the most helpful error, with its path: an unknown key first; in a union, an error of the member
     that fits best.
     """
     placed = [(error, *_path(error, value)) for error in errors]
@@ -178,11 +179,11 @@ def _choose(errors: Sequence[Any], value: Any) -> tuple[Any, At]:
 
 
 def _path(error: Mapping[str, Any], value: Any) -> tuple[At, At | None]:
-    """Return the keys that lead to an error in the file, and those that lead to the first union on the way,
-    if there is one.
+    """Return the keys that lead to an error in the file, and those that lead to the first union on the path,
+    or None.
 
-    pydantic's location also has the tried member of each union (``Corpus``, ``list[...]``), which the file
-    does not show.
+    pydantic's location also contains the member of each union that it tried (``Corpus``, ``list[...]``),
+    which is not in the file.
     """
     path: list[str] = []
     union: At | None = None
@@ -203,8 +204,8 @@ def _where(at: At, path: Path, places: Places) -> str:
 
 
 def _options(at: At, places: Places, where: str) -> str:
-    """Cite an option that set something below ``at``, where what is wrong concerns the whole of it and the
-    place that is told is another.
+    """Return `` with OPTION`` if an option set something below ``at``, and the error about all of ``at``
+    names another place.
     """
     options = (place.where for key, place in places.items() if place.by_option and key[: len(at)] == at)
     return next((f" with {each}" for each in options if each != where), "")
@@ -222,7 +223,7 @@ def name(at: At) -> str:
     return f"'{'.'.join(rest)}' in {item}" if rest else item
 
 
-# What the fields of sections admit.
+# --- the values that the fields of sections allow
 
 
 def allowed_keys(at: At, section: type[Section]) -> list[str]:
@@ -232,13 +233,13 @@ def allowed_keys(at: At, section: type[Section]) -> list[str]:
 
 
 def _renamed(at: At, section: type[Section]) -> str | None:
-    """Return the name that a key of earlier versions has now; None if it was none."""
+    """Return the new name of a key of earlier versions; None for any other key."""
     found = is_section(_annotation(at[:-1], section))
     return found.renamed.get(at[-1]) if found else None
 
 
 def _annotation(at: At, annotation: Any) -> Any:
-    """Return the annotation of what stands at a path."""
+    """Return the annotation of the value at a path."""
     for part in at:
         section = is_section(annotation)
         if section is not None and part in section.model_fields:
@@ -260,7 +261,7 @@ def _members(annotation: Any) -> Iterable[Any]:
 
 
 def _items(annotation: Any) -> Iterable[Any]:
-    """Yield the annotations of the items that lists and mappings in it have."""
+    """Yield the annotations of the items of lists and mappings in an annotation."""
     for member in _members(annotation):
         if get_origin(member) in (list, tuple, *MAPPINGS):
             yield get_args(member)[1 if get_origin(member) in MAPPINGS else 0]
@@ -280,7 +281,7 @@ def _one_of(choices: Sequence[str]) -> str:
 
 
 def expected(annotation: Any, plural: bool = False) -> str:
-    """Say in words what an annotation admits: ``a whole number or a list of whole numbers``."""
+    """Describe the values that an annotation allows: ``a whole number or a list of whole numbers``."""
     words = []
     for member in _members(annotation):
         origin = get_origin(member)
@@ -305,7 +306,7 @@ def expected(annotation: Any, plural: bool = False) -> str:
 
 
 def _show(found: Any, place: Place) -> str:
-    """Show a value as it is written, where that is known."""
+    """Show a value as the file spells it, if that is known."""
     if found is None:
         return f"{place.written}" if place.written else "nothing"
     if isinstance(found, Mapping):
@@ -318,7 +319,7 @@ def _show(found: Any, place: Place) -> str:
 
 
 def _hint(annotation: Any, found: Any, place: Place) -> str:
-    """Say what to do about a value that YAML reads as another kind than was meant."""
+    """Return a hint for a value that YAML reads as another type than was meant."""
     members = list(_members(annotation))
     written = place.written or str(found)
     if str in members or Path in members:

@@ -1,5 +1,5 @@
-"""Read recipes and other YAML files made of sections. What is wrong with one is told as the key, its line or
-option, what was found and what is allowed (:mod:`lsmoe_ds.config.explain`).
+"""Read recipes and other YAML files made of sections. Errors name the key, its line or option, what was found
+and what is allowed (:mod:`lsmoe_ds.config.explain`).
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +25,26 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import how_to_import
 
 S = TypeVar("S", bound=Section)
-PlaceOf = Callable[[int], Place]  # of a line of the text
-DEEPEST, MOST = 40, 20_000  # levels and values in a file
+PlaceOf = Callable[[int], Place]  # from the number of a line
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The requirements of a recipe on a model to import: its section ``data``, with the places of all keys.
+
+    ``check`` raises UserError unless the recipe is valid with a given section ``model``.
+    """
+
+    data: Mapping[str, Any]
+    places: Places
+    check: Callable[[Mapping[str, Any]], None]
+
+
+# Returns the folder of the imported form of a model, or None if the model is used as a host.
+Importing = Callable[[Path, Wanted], Path | None]
+DROPOUT = ("dropout", "attention_dropout")
+GIVEN = ("preset", "hidden", "heads", "encoder", "decoder")  # keys of `model` that an imported one fixes
+DEEPEST, MOST = 40, 20_000  # limits of a file: levels of nesting, and values
 MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 """Numbers that YAML 1.1 reads in base 8 (``010``) or base 60 (``1:30``)."""
 
@@ -36,9 +54,13 @@ def load_recipe(
     overrides: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
     changed_by: str = "this command",
+    importing: Importing | None = None,
 ) -> Recipe:
-    """Read a recipe file, or one that comes with lsmoe_ds by its name. ``changes`` are merged into it,
-    ``overrides`` are ``a.b=value`` strings with YAML values.
+    """Read a recipe from a file, or by the name of one that comes with lsmoe_ds.
+
+    ``changes`` are merged into it, ``overrides`` are ``a.b=value`` strings with YAML values. ``importing``
+    converts a ``model.huggingface`` that is no host to a folder from which training can start
+    (:mod:`lsmoe_ds.convert.imported`).
 
     Raises UserError with the key, its line or option, what was found and what is allowed.
     """
@@ -51,6 +73,8 @@ def load_recipe(
     merge(value, changes or {})
     for override in overrides:
         apply_override(value, override, places)
+    if importing is not None:
+        _import_host(value, path, places, importing)
     take_from_start(value, path, places)
     if wrong := resolve_codes(value, {*own, *tags_of(value, path)}):
         key, sentence = wrong
@@ -60,9 +84,7 @@ def load_recipe(
 
 
 def _find_vocabulary(value: dict[str, Any], path: Path) -> None:
-    """Let the recipe of a run or converted folder name the vocabulary in that folder, if the file from which
-    that was copied is gone.
-    """
+    """If the vocabulary's file is gone, set it to the copy in the recipe's own run or converted folder."""
     data, beside = value.get("data"), path.with_name("vocabulary.model")
     vocabulary = data.get("vocabulary") if isinstance(data, dict) else None
     if path.name != "recipe.yaml" or not isinstance(vocabulary, dict) or not beside.is_file():
@@ -73,8 +95,8 @@ def _find_vocabulary(value: dict[str, Any], path: Path) -> None:
 
 
 def _find_host(value: dict[str, Any], path: Path) -> None:
-    """Let the recipe of a run or converted folder name the copy of a model's configuration in that folder, if
-    the folder of the model is gone.
+    """If the folder of ``model.huggingface`` is gone, set it to the copy of its configuration in the recipe's
+    own run or converted folder.
     """
     model, beside = value.get("model"), path.with_name(HOST)
     folder = model.get("huggingface") if isinstance(model, dict) else None
@@ -83,11 +105,51 @@ def _find_host(value: dict[str, Any], path: Path) -> None:
         model["huggingface"] = str(beside)
 
 
+def _import_host(value: dict[str, Any], path: Path, places: Places, importing: Importing) -> None:
+    """Let training start from the imported form of ``model.huggingface``, if it must be imported."""
+    model, training, data = (value.get(key) for key in ("model", "training", "data"))
+    if not isinstance(model, dict) or not isinstance(training, dict) or not isinstance(data, dict):
+        return  # the recipe's own checks say what is wrong with it
+    folder, at = model.get("huggingface"), ("model", "huggingface")
+    if not isinstance(folder, str) or model.get("task", "translate") != "translate":
+        return
+    said = f"{places[at].where if at in places else path}: 'model.huggingface' is {folder}"
+    methods = {key: each for key, each in model.items() if key not in (*GIVEN, "huggingface")}
+
+    def check_given() -> None:
+        given = [f"model.{key}" for key in GIVEN if key in model]
+        given += [f"data.{key}" for key in ("tags", "vocabulary") if key in data]
+        if given:
+            raise UserError(f"{said}, which decides '{given[0]}': leave that out")
+        if training.get("start_from") is not None:
+            raise UserError(f"{said}, with which training starts: leave 'training.start_from' out")
+
+    def check(sizes: Mapping[str, Any]) -> None:
+        check_given()
+        tried = deepcopy(value) | {"model": {**sizes, **methods}}
+        tried["training"]["start_from"] = folder
+        if resolve_codes(tried) is None:  # otherwise the model's vocabulary may know the codes
+            validate(Recipe, tried, path, places)
+
+    try:
+        found = importing(Path(folder), Wanted(data, places, check))
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{said}: {error}") from None
+    if found is None:
+        return
+    check_given()
+    own, _ = read_mapping(found / "recipe.yaml", "recipe", Recipe)
+    value["model"] = methods
+    dropout = {key: each for key, each in own.get("training", {}).items() if key in DROPOUT}
+    value["training"] = {**dropout, **training, "start_from": str(found)}
+
+
 def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
-    """Fill in what a recipe with ``training.start_from`` leaves out and the folder knows: ``model``, or if it
-    says nothing of ``preset`` and ``hidden`` what else it leaves out; the keys of ``data.vocabulary``; and
-    ``data.tags``. A recipe that has the first two is complete without the folder. Whether what it does say
-    fits the folder is checked when training starts.
+    """Fill in keys that a recipe with ``training.start_from`` leaves out from the recipe in that folder.
+
+    These are the keys of ``model``, unless it has ``preset`` or ``hidden``; those of ``data.vocabulary``; and
+    ``data.tags``. A recipe with its own model and vocabulary does not need the folder. Training checks later
+    whether the recipe's own keys fit the folder.
 
     Raises UserError if something is left out and the folder holds no recipe.
     """
@@ -98,7 +160,7 @@ def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
     vocabulary = data.get("vocabulary") or {}
     model = value.get("model", {})
     if isinstance(model, dict) and "huggingface" in model:
-        return  # whose configuration and tokenizer say it all
+        return  # its configuration and tokenizer determine all of these
     whole = not isinstance(model, dict) or bool({"preset", "hidden"} & model.keys())
     if whole and (not isinstance(vocabulary, dict) or {"file", "size", "type"} <= vocabulary.keys()):
         return
@@ -124,8 +186,8 @@ def take_from_start(value: dict[str, Any], path: Path, places: Places) -> None:
 
 
 def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[str, Any], Places]:
-    """Read the mapping in a YAML file and the places of its keys; ``kind`` is what errors call it,
-    ``section`` what it should hold.
+    """Read the mapping in a YAML file and the places of its keys. Errors call the file a ``kind`` that should
+    hold a ``section``.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -147,7 +209,7 @@ def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[st
         raise
     except (
         Exception
-    ) as error:  # PyYAML has errors of its own, but also lets pass those of int(), dates and dictionaries
+    ) as error:  # PyYAML raises its own errors, and does not catch those of int(), dates and dictionaries
         tab = next(
             (n for n, line in enumerate(text.split("\n"), start=1) if re.match(r" *\t[\t ]*\S", line)), None
         )
@@ -160,7 +222,7 @@ def read_mapping(path: Path, kind: str, section: type[Section]) -> tuple[dict[st
 
 
 def validate(section: type[S], value: dict[str, Any], path: Path, places: Places) -> S:
-    """Turn what :func:`read_mapping` found into its section. Raises UserError."""
+    """Turn the result of :func:`read_mapping` into its section. Raises UserError if it is invalid."""
     try:
         return section.model_validate(value)
     except ValidationError as error:
@@ -168,7 +230,7 @@ def validate(section: type[S], value: dict[str, Any], path: Path, places: Places
 
 
 def merge(value: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Change the keys of ``value`` in place: mappings key by key, all else is replaced."""
+    """Merge ``changes`` into ``value`` in place: mappings key by key; other values are replaced."""
     for key, change in changes.items():
         if isinstance(change, Mapping) and isinstance(value.get(key), dict):
             merge(value[key], change)
@@ -177,7 +239,7 @@ def merge(value: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def apply_override(value: dict[str, Any], override: str, places: Places) -> None:
-    """Change one key of ``value`` in place as a ``--set`` option asks, and note in ``places`` that it did."""
+    """Change one key of ``value`` in place as a ``--set`` option says, and record that in ``places``."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"'--set {override}' is not understood: write --set a.b=value")
@@ -202,7 +264,7 @@ def apply_override(value: dict[str, Any], override: str, places: Places) -> None
 
 
 def _unquoted(text: str, error: Exception) -> str | None:
-    """Say which pattern lacks its quotes, if YAML has failed on the ``*`` or ``[`` of one."""
+    """Name the unquoted pattern, if YAML has failed on its ``*`` or ``[``."""
     of_alias = getattr(error, "context", None) == "while scanning an alias"
     mark = getattr(error, "context_mark" if of_alias else "problem_mark", None)
     if mark is None:
@@ -219,7 +281,7 @@ def _unquoted(text: str, error: Exception) -> str | None:
 
 
 def _read_yaml(text: str, at: At, place: PlaceOf) -> tuple[Any, Places]:
-    """Read the value in a YAML text that stands at ``at`` in a whole, and the place of every key in it."""
+    """Read the value of a YAML text, which belongs at ``at`` in the recipe, and the place of every key."""
     loader = yaml.SafeLoader(text)
     node = loader.get_single_node()
     places: Places = {}
@@ -230,15 +292,15 @@ def _read_yaml(text: str, at: At, place: PlaceOf) -> tuple[Any, Places]:
 
 
 def _unshare(value: Any) -> Any:
-    """Copy what aliases stand for, so that a change in one place changes no other."""
+    """Copy the values of aliases, so that a change in one place changes no other."""
     if isinstance(value, dict):
         return {key: _unshare(child) for key, child in value.items()}
     return [_unshare(child) for child in value] if isinstance(value, list) else value
 
 
 def _add_places(node: yaml.Node, at: At, found: Places, place: PlaceOf) -> None:
-    """Note the place of each key; refuse a key written twice, keys that are no text, numbers in base 8 or 60,
-    and too large a file.
+    """Record the place of each key. Refuse duplicate keys, keys that are not text, numbers in base 8 or 60,
+    and a file that is too large.
     """
     line = node.start_mark.line + 1
     if len(at) > DEEPEST or len(found) > MOST:
@@ -268,7 +330,7 @@ def _add_places(node: yaml.Node, at: At, found: Places, place: PlaceOf) -> None:
 
 
 def _check_key(key: yaml.Node, at: At, known: Mapping[str, int], where: str) -> None:
-    """Refuse a key that is no text or stands in ``known``, the lines of the keys before it."""
+    """Refuse a key that is not text, or that is in ``known``, the lines of earlier keys."""
     if not isinstance(key, yaml.ScalarNode):
         raise UserError(f"{where}: a key is not text")
     if not key.tag.endswith((":str", ":merge", ":value")):
@@ -316,7 +378,7 @@ def _check_number(node: yaml.ScalarNode, at: At, where: str) -> None:
 
 
 def _mark(changes: Any, where: str, at: At, places: Places) -> None:
-    """Note where changes come from."""
+    """Record in ``places`` where changes come from."""
     for key, change in changes.items() if isinstance(changes, Mapping) else ():
         places[*at, str(key)] = Place(where)
         _mark(change, where, (*at, str(key)), places)

@@ -14,8 +14,8 @@ from lsmoe_ds.directions import GROUPS
 class Groups(Section):
     """Sort languages and bitexts into resource groups, by thresholds or by lists of languages.
 
-    A threshold is the smallest number of training pairs of a group. What is below the last one is in the next
-    group: low, or very_low where ``low`` is a threshold, too.
+    A threshold is the smallest number of training pairs of a group. Languages below the smallest threshold
+    form one more group: low, or very_low if ``low`` has a threshold, too.
     """
 
     high: Positive | list[str] | None = 1_000_000
@@ -26,7 +26,7 @@ class Groups(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, value: Any) -> Any:
-        """Let nothing stand for the defaults, which are thresholds, and leave them out beside lists."""
+        """Use the default thresholds if nothing is given, and no defaults if lists are given."""
         if value is None:
             return {}
         if not isinstance(value, dict):
@@ -62,12 +62,12 @@ class Groups(Section):
         return {code: name for name, codes in lists.items() for code in codes}
 
     def of(self, pairs: int) -> str:
-        """Return the group of so many training pairs by the thresholds."""
+        """Return the group of ``pairs`` training pairs by the thresholds."""
         limits = {name: value for name in GROUPS if isinstance(value := getattr(self, name), int)}
         return next((name for name, least in limits.items() if pairs >= least), GROUPS[len(limits)])
 
     def of_bitext(self, bitext: str, pairs: int) -> str:
-        """Return the group of a bitext (``de-en``): that of its rarer language, or of its training pairs."""
+        """Return the group of a bitext (``de-en``): that of its poorer language, or by its training pairs."""
         if listed := self.listed:
             return max((listed[code] for code in bitext.split("-")), key=GROUPS.index)
         return self.of(pairs)

@@ -11,28 +11,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.folders import read_json
 from lsmoe_ds.notices import listed, notice
 
 Task = Literal["translate", "tag", "answer"]
-# What loads the model of a task.
+# The class of transformers that loads the model of each task.
 CLASSES: dict[str, str] = {
     "translate": "AutoModelForCausalLM",
     "tag": "AutoModelForTokenClassification",
     "answer": "AutoModelForQuestionAnswering",
 }
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-PREFIX = "host."  # before the names that parameters have in transformers
-HOST = "host"  # the folder, in a run or converted folder, of what :func:`copy_small` copies
-# What a run copies beside the weights, so that it needs the folder no more.
+CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer.json", "generation_config.json"
+PREFIX = "host."  # our names of parameters are this and their names in transformers
+HOST = "host"  # the folder, in a run or converted folder, to which :func:`copy_small` copies
+# The small files that a run copies, so that it no longer needs the model's folder.
 SMALL = (
     CONFIG,
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "generation_config.json",
+    GENERATION,
     "chat_template.jinja",
     "added_tokens.json",
 )
+M2M_100, NLLB_MOE = "m2m_100", "nllb-moe"  # types of models in config.json
+TRANSLATORS = (M2M_100, NLLB_MOE)  # those that are imported, not used as hosts
 FETCHED = ("smollm2",)  # models that `lsmoe data fetch` knows, by its table
 DROPOUTS = ("dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop")
 ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
@@ -47,7 +50,7 @@ def import_transformers() -> Any:
             "'model.huggingface' needs transformers, which is not installed: pip install 'lsmoe_ds[hosts]'"
         ) from None
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # it reports tensors that :func:`load_pretrained` names
+    transformers.utils.logging.set_verbosity_error()  # :func:`load_pretrained` reports missing tensors itself
     return transformers
 
 
@@ -57,7 +60,7 @@ def is_host(folder: Path) -> bool:
 
 
 def is_encoder(folder: Path) -> bool:
-    """Tell whether the configuration in a folder is that of a model that labels text, or fills in words."""
+    """Tell whether the configuration in a folder is that of an encoder: it labels text or fills in words."""
     return _is_one_of(folder, CLASSES["tag"], CLASSES["answer"], "AutoModelForMaskedLM")
 
 
@@ -79,8 +82,17 @@ def check_folder(folder: Path) -> None:
         )
     if any(folder.glob("*.gguf")) and not (folder / CONFIG).is_file():
         raise UserError(
-            f"{folder} holds a GGUF file: `lsmoe convert {folder} --to huggingface --out DIR` writes it as "
+            f"{folder} holds a GGUF file: `lsmoe convert {folder} --as huggingface --out DIR` writes it as "
             "safetensors"
+        )
+    if any((folder / name).is_file() for name in ("recipe.yaml", "provenance.json")) and (
+        _type_of(folder) in (None, *TRANSLATORS)
+    ):
+        raise UserError(f"{folder} is one that lsmoe_ds wrote: name it as 'training.start_from'")
+    if (kind := _type_of(folder)) in TRANSLATORS:
+        raise UserError(
+            f"{folder} holds a translation model of the type {kind}, which is imported first: `lsmoe convert "
+            f"{folder} --as consolidated` does that, and so does a recipe for translation that names it here"
         )
     if lacking := [name for name in (CONFIG, TOKENIZER) if not (folder / name).is_file()]:
         raise UserError(
@@ -89,13 +101,17 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def _type_of(folder: Path) -> Any:
+    return (read_json(folder / CONFIG) or {}).get("model_type")
+
+
 def has_weights(folder: Path) -> bool:
-    """Tell whether a folder has weights that are no pickles."""
+    """Tell whether a folder has weights that are not pickled."""
     return any(folder.glob("*.safetensors"))
 
 
 def check_weights(folder: Path) -> None:
-    """Raise UserError unless a folder has weights that are no pickles."""
+    """Raise UserError unless a folder has weights that are not pickled."""
     if not has_weights(folder):
         others = sorted(path.name for path in folder.glob("*.bin"))
         found = f", but {others[0]}, which could run any code" if others else ""
@@ -106,7 +122,7 @@ def check_weights(folder: Path) -> None:
 
 
 def tell_missing_weights(folder: Path | None) -> None:
-    """Say on standard error what training would refuse, unless a run's copy of the configuration is named."""
+    """Warn on standard error if training would refuse the weights; not for a run's copy without weights."""
     if folder is None or (folder.name == HOST and folder.with_name("recipe.yaml").is_file()):
         return
     try:
@@ -121,12 +137,12 @@ def read_config(folder: Path) -> Any:
     transformers = import_transformers()
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever transformers raises of what it does not like
+    except Exception as error:  # transformers raises many types of errors
         raise UserError(f"{folder / CONFIG} cannot be read: {_sentence(error)}") from None
 
 
 def set_dropout(config: Any, dropout: float, attention_dropout: float) -> None:
-    """Let a configuration have a recipe's dropout, where its model has any."""
+    """Set a recipe's dropout in a configuration, where its model has dropout."""
     for names, value in ((DROPOUTS, dropout), (ATTENTION_DROPOUTS, attention_dropout)):
         for name in names:
             if hasattr(config, name):
@@ -134,9 +150,9 @@ def set_dropout(config: Any, dropout: float, attention_dropout: float) -> None:
 
 
 def set_head(config: Any, task: Task, labels: Sequence[str]) -> None:
-    """Let a configuration have the classes of a task's head: ``labels`` of words, or both ends of an answer.
+    """Set the classes of a task's head in a configuration: ``labels`` of words, or both ends of an answer.
 
-    Raises UserError if the model has a head for other labels.
+    Raises UserError if the model already has a head for other labels.
     """
     if task == "answer":
         config.num_labels = 2
@@ -155,14 +171,14 @@ def set_head(config: Any, task: Task, labels: Sequence[str]) -> None:
 
 
 def is_in_head(name: str, model: Any) -> bool:
-    """Tell whether a parameter is of what a task adds to the body of a model of transformers."""
+    """Tell whether a parameter belongs to the head that a task adds to a model of transformers."""
     return not name.startswith(f"{model.base_model_prefix}.")
 
 
 def load_pretrained(folder: Path, task: Task, config: Any) -> tuple[Any, list[str]]:
-    """Load a model with its weights, in float32, and list the parameters of its head that have none.
+    """Load a model with its weights, in float32, and list the parameters of its head without stored weights.
 
-    Raises UserError if that fails or other weights are missing.
+    Raises UserError if loading fails or other weights are missing.
     """
     transformers = import_transformers()
     import torch
@@ -179,7 +195,7 @@ def load_pretrained(folder: Path, task: Task, config: Any) -> tuple[Any, list[st
             f"the weights in {folder} lack {missing[0]}: the folder is damaged, or of another task"
         )
     if left := sorted(info["unexpected_keys"]):
-        notice(f"the model in {folder} has no place for {listed(left)}, which its files hold: left out")
+        notice(f"{folder} also holds {listed(left)}, which a model for this task does not use: left out")
     return model, fresh
 
 
@@ -195,7 +211,7 @@ def copy_small(folder: Path, to: Path) -> list[str]:
 @cache
 def count_tokens(tokenizer: Path) -> int:
     """Count the tokens of a ``tokenizer.json``, special ones included. Raises UserError if it is none."""
-    import_transformers()  # without which there are no tokenizers either
+    import_transformers()  # tokenizers are installed with transformers
     try:
         found = importlib.import_module("tokenizers").Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # tokenizers raises Exception itself
@@ -204,13 +220,13 @@ def count_tokens(tokenizer: Path) -> int:
 
 
 def window_of(config: Any) -> int | None:
-    """Return the most positions that a model can read; None if its configuration does not say."""
+    """Return the largest number of positions that a model can read; None if its configuration has none."""
     found = getattr(config, "max_position_embeddings", None)
     return int(found) if isinstance(found, int) and found > 0 else None
 
 
 def end_of(folder: Path) -> str:
-    """Return the text of the token with which a model ends what it writes. Raises UserError if unknown."""
+    """Return the text of the token that ends a model's output. Raises UserError if it is unknown."""
     path = folder / "tokenizer_config.json"
     try:
         value = json.loads(path.read_text(encoding="utf-8")).get("eos_token")

@@ -1,7 +1,7 @@
-"""Name the model of transformers that a recipe uses, and its license, as its folder tells them.
+"""Find the name and license of the model of transformers that a recipe uses, from its folder.
 
 A run or converted folder keeps both in ``host/base.json``, with the texts of the license, beside the copies
-of configuration and tokenizer: the folder of the model may move or go away.
+of configuration and tokenizer, because the folder of the model may be moved or deleted.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ CONVERTED = "provenance.json"  # of `lsmoe convert`
 
 @dataclass(frozen=True)
 class Origin:
-    """``license`` is a name such as ``apache-2.0``, None if the folder tells none."""
+    """``license`` is a name such as ``apache-2.0``, None if the folder names none."""
 
     name: str
     license: str | None
 
 
 def origin_of(folder: Path) -> Origin:
-    """Return the name and license of the model in a folder, or of that whose copies are in it."""
+    """Return the name and license of the model in a folder, or of the model from which it has copies."""
     kept = read_json(folder / ORIGIN) or {}
     if isinstance(kept.get("name"), str):
         return Origin(kept["name"], _text(kept.get("license")))
@@ -56,13 +56,13 @@ def copy_host(folder: Path, to: Path) -> list[str]:
 def _name(folder: Path) -> str:
     """Return the name under which transformers loaded a model before it was saved, or that of the folder."""
     own = folder.resolve()
-    if (made := read_json(folder / CONVERTED)) is not None:  # its configuration is the copy of another's
+    if (made := read_json(folder / CONVERTED)) is not None:  # its configuration is a copy of another model's
         return _text(made.get("run")) or own.name
     named = _text((read_json(folder / CONFIG) or {}).get("_name_or_path"))
     if named is None:
         return own.name
     is_path = named.count("/") > 1 or named.startswith((".", "/", "~")) or "\\" in named
-    return named.rstrip("/").rpartition("/")[2] if is_path else named  # where it lay is nobody's business
+    return named.rstrip("/").rpartition("/")[2] if is_path else named  # a path on this machine is private
 
 
 def _license(folder: Path) -> str | None:
@@ -85,5 +85,5 @@ def _metadata(card: Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | None:
-    """Return a text on one line; None for an empty one and all else."""
+    """Return a text on one line; None for an empty text or any other value."""
     return " ".join(value.split()) or None if isinstance(value, str) else None

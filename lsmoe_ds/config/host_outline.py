@@ -1,6 +1,6 @@
 """Describe a model of transformers from its configuration: its linear layers as sites, and its sizes.
 
-The model is built without weights, so that this works for any size and any class that has known layers.
+The model is built without weights, so this works for any size and any class whose layers are known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lsmoe_ds.config.host_surroundings import Surroundings
 from lsmoe_ds.config.shapes import LinearShape, SideName, Split, Sublayer
 from lsmoe_ds.errors import UserError
 
-# Linear layers by their names in a layer: of Llama, Qwen2 and the like; BERT and XLM-R; M2M-100; GPT-NeoX.
+# Linear layers by their names in a layer of Llama, Qwen2 and similar; BERT and XLM-R; M2M-100; GPT-NeoX.
 ATTENTIONS: tuple[tuple[str, Sublayer], ...] = (
     ("self_attn", "attention"),
     ("encoder_attn", "cross_attention"),
@@ -56,10 +56,10 @@ PLACES: dict[str, tuple[Sublayer, str]] = {
     "fc1": ("feed_forward", "expand"),
     "fc2": ("feed_forward", "contract"),
 }
-# The parts of a layer whose linear layers are sublayers', if of unknown names.
+# Names of the parts of a layer that are sublayers, for linear layers of unknown names.
 ATTENTION = re.compile("att(entio)?n")
 FEED_FORWARD = ("mlp", "ffn", "feed_forward", "intermediate", "output")
-# Their labels change with the padding beside a text, or with the length to which it is padded.
+# Types of models whose labels of a text depend on the padding beside it, or on the padded length.
 READ_PADDING = ("canine", "convbert", "fnet", "nystromformer", "reformer", "yoso")
 SIDE: dict[Task, SideName] = {"translate": "decoder", "tag": "encoder", "answer": "encoder"}
 ROWS = ("output", "contract")  # what a tensor-parallel model would split by its inputs
@@ -70,8 +70,9 @@ LAYER = re.compile(r"(.+)\.(\d+)")
 class HostOutline:
     """A model without its weights.
 
-    ``modules`` has the name in transformers' model of each site, by the site's :attr:`LinearShape.at`. A
-    sublayer with linear layers of ``unknown`` kinds has no sites; these have their names in a layer there.
+    ``modules`` maps each site (:attr:`LinearShape.at`) to its module's name in transformers. A sublayer with
+    a linear layer of unknown kind has no sites; ``unknown`` lists its linear layers, with their names in a
+    layer.
     """
 
     hidden: int
@@ -89,7 +90,7 @@ class HostOutline:
 def read_outline(folder: Path, task: Task, labels: Sequence[str] = ()) -> HostOutline:
     """Describe the model in a folder, with a head for ``labels`` if the task is to tag.
 
-    Raises UserError if transformers or the task cannot take it.
+    Raises UserError if transformers cannot load it, or the task cannot use it.
     """
     stamp = (folder / CONFIG).stat().st_mtime_ns if (folder / CONFIG).is_file() else 0
     return _read(folder, task, tuple(labels), stamp)
@@ -134,7 +135,6 @@ def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> Hos
         raise UserError(
             f"{folder} holds a {type(model).__name__}, which has a{'n' * (other == 'encoder')} {other}: "
             f"models that are a{'n' * (SIDE[task] == 'encoder')} {SIDE[task]} alone can {task} here"
-            + ("; `lsmoe convert` imports it" if config.model_type == "m2m_100" else "")
         )
     text = config.get_text_config()
     return HostOutline(
@@ -152,7 +152,7 @@ def _read(folder: Path, task: Task, labels: tuple[str, ...], _stamp: int) -> Hos
 
 
 def _unknown(side: SideName, number: int, layer: nn.Module) -> list[LinearShape]:
-    """List the linear layers of sublayers whose kind is not known: such a sublayer may compute otherwise."""
+    """List the linear layers of sublayers that may compute something else: one of their kinds is unknown."""
     found = []
     for inside, module in layer.named_modules():
         if not isinstance(module, nn.Linear) or inside in PLACES:
@@ -171,9 +171,9 @@ def _unknown(side: SideName, number: int, layer: nn.Module) -> list[LinearShape]
 
 
 def _window(model: nn.Module, config: Any) -> int | None:
-    """Return the most tokens that a model can read.
+    """Return the largest number of tokens that a model can read.
 
-    RoBERTa and XLM-R count positions from the number after that of padding.
+    RoBERTa and XLM-R count positions from the id of padding + 1.
     """
     padded = [
         module.padding_idx
@@ -187,7 +187,7 @@ def _window(model: nn.Module, config: Any) -> int | None:
 def empty_host(folder: Path, task: Task, config: Any) -> Any:
     """Build the model of a configuration, on torch's default device.
 
-    Raises UserError if a model of its type has no such task.
+    Raises UserError if transformers has no model of this type for the task.
     """
     transformers = import_transformers()
     try:

@@ -1,4 +1,4 @@
-"""Describe what surrounds the sites of a model of transformers: all that a plan counts beside them."""
+"""Describe all that a plan counts in a model of transformers beside its sites."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Layers = Sequence[tuple[SideName, int, str, nn.Module]]  # side, number, name an
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Parameters that are of no site, by their names in transformers.
+    """Parameters that belong to no site, by their names in transformers.
 
-    ``norms`` are those within a layer; ``below`` come before all layers and ``above`` after them, but for the
-    linear layers ``heads``, with their inputs and outputs, which give the logits. ``parameters`` counts the
-    vocabulary, each side, and an output that is not tied to the vocabulary.
+    ``norms`` are within a layer, ``below`` are before all layers, ``above`` after them. ``heads`` are the
+    linear layers that compute the logits, with their inputs and outputs; they are not in ``above``.
+    ``parameters`` counts those of the vocabulary, of each side, and of an output not tied to the vocabulary.
     """
 
     norms: Mapping[tuple[SideName, int], tuple[str, ...]]
@@ -30,8 +30,8 @@ class Surroundings:
     above: tuple[str, ...]
     heads: tuple[tuple[str, int, int], ...]
     parameters: Mapping[str, int]
-    kept: Mapping[tuple[SideName, int], int]  # values of a token that each layer's norms keep
-    kept_outside: int  # that those outside the layers keep for the backward pass
+    kept: Mapping[tuple[SideName, int], int]  # values per token that each layer's norms keep
+    kept_outside: int  # values per token that other norms keep for the backward pass
     drops: bool  # whether hidden states have dropout
     is_plain: bool  # whether the products of all layers are those of their sites and of plain attention
 
@@ -84,7 +84,7 @@ class Surroundings:
 
 
 def _heads(model: Any, task: Task, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Return the linear layers that give the logits, by name."""
+    """Return the linear layers that compute the logits, by name."""
     if task == "translate":
         output = model.get_output_embeddings()
         return {name: each for name, each in linears.items() if each is output}
@@ -92,8 +92,10 @@ def _heads(model: Any, task: Task, linears: Mapping[str, nn.Linear]) -> dict[str
 
 
 def _kept(model: nn.Module, name: str, module: nn.Module, hidden: int) -> int:
-    """Count the values of a token that a norm keeps: input and output, and of one in Python also the
-    normalized input. The output of a norm of queries or keys is rotated, which keeps nothing.
+    """Count the values per token that a norm keeps for the backward pass.
+
+    These are its input and output, and for a norm written in Python also the normalized input. The output of
+    a norm of queries or keys is not kept, because it is rotated.
     """
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("Norm") or weight is None:

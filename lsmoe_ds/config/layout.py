@@ -1,4 +1,4 @@
-"""Check whether a number of processes can train a recipe. No torch here: a plan asks the same."""
+"""Check whether a number of processes can train a recipe. No torch here, because plans check this too."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The sections by which a recipe turns methods on, and the registry that finds them.
 
-``model.NAME`` in a recipe is the section of the method in the room ``lsmoe_ds/methods/NAME/``, or of a file
-``NAME.py`` in one of the folders that the environment variable ``LSMOE_METHODS`` lists. Nothing else knows
-which methods there are. No torch here: what a method costs is computed without it.
+``model.NAME`` in a recipe is the section of the method in the package ``lsmoe_ds/methods/NAME/``, or in a
+file ``NAME.py`` in a folder that the environment variable ``LSMOE_METHODS`` lists. No other code knows which
+methods exist. No torch here: the costs of methods are computed without it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 ROOMS = "lsmoe_ds.methods"
 VARIABLE = "LSMOE_METHODS"
 MISFIT = "misfit"  # the type of an error: a method does not fit its model
-# Which of a method's parameters are counted: all; those of the languages; or those that all languages share.
+# Which of a method's parameters are counted: all; those of single languages; or those that all share.
 Held = Literal["all", "specific", "shared"]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A metric that the report draws over the steps, with the value that it aims at, if it has one."""
+    """A metric that the report draws over the steps, with its target value, if it has one."""
 
     title: str
     metric: str
@@ -47,27 +47,29 @@ class Chart:
 
 
 class MethodSection(Section):
-    """What a recipe says of one method, and what the method costs. Each default says that it adds nothing."""
+    """The settings of one method in a recipe, and its costs. By default a method adds nothing."""
 
-    # The key in ``model``, and the name of the room or file.
+    # The key in ``model``, and the name of the package or file.
     name: ClassVar[str]
     # A key that, if true, gives the model a second route, the shared one.
     shared_route: ClassVar[str | None] = None
-    # Keys, such as "rank" or "prune.languages", of lists of language codes or mappings by them; "families.*"
-    # are all lists of a mapping.
+    # Keys whose values are lists of language codes, or mappings from them, such as "rank" or
+    # "prune.languages". "families.*" means all lists in the mapping "families".
     by_language: ClassVar[tuple[str, ...]] = ()
+    # Keys whose values are mappings from directions to directions.
+    by_direction: ClassVar[tuple[str, ...]] = ()
     # Why no dense model computes the same; None if one does.
     unmergeable: ClassVar[str | None] = None
     # Whether it has parameters; some methods have only state that does not train.
     trains: ClassVar[bool] = True
-    # Whether a model of transformers can have it.
+    # Whether a model of transformers can have the method.
     in_hosts: ClassVar[bool] = False
-    # Whether what it must count over a whole step depends on hidden states.
+    # Whether the totals that it needs of a whole step depend on hidden states.
     reads_states: ClassVar[bool] = False
 
     @property
     def needs_groups(self) -> bool:
-        """Whether what it adds depends on the resource groups of languages (``data.groups``)."""
+        """Whether its parameters depend on the resource groups of languages (``data.groups``)."""
         return False
 
     @property
@@ -77,7 +79,7 @@ class MethodSection(Section):
 
     @property
     def begins(self) -> bool:
-        """Whether it is found out when a training starts from a model: none can be given it before."""
+        """Whether it is determined when training starts, so that growing a model cannot add it."""
         return self.reads_dev
 
     @property
@@ -89,12 +91,12 @@ class MethodSection(Section):
         """Raise ValueError if the method does not fit the model."""
 
     def checked(self, model: Model) -> None:
-        """Call :meth:`check`, and place the error that it raises at the method's own key."""
+        """Call :meth:`check`, and turn its error into one about the method's own key."""
         try:
             self.check(model)
         except Exception as error:
             said = str(error)
-            if not isinstance(error, ValueError):  # a fault of the method itself
+            if not isinstance(error, ValueError):  # a bug of the method
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 said = f"its check fails: {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
             raise PydanticCustomError(MISFIT, "{said}", {"said": said, "inner": (self.name,)}) from error
@@ -103,48 +105,51 @@ class MethodSection(Section):
         """Raise ValueError if the method does not fit the recipe's languages."""
 
     def choosing(self, model: Model) -> Any:
-        """Return by which languages parameters are chosen, by site: a trained model keeps it."""
+        """Return how languages choose parameters at each site, which must not change in a trained model."""
         return None
 
     def stand_in(self, direction: Direction, languages: Languages) -> Direction | None:
-        """Return the trained direction whose parameters one takes that was never trained.
+        """Return the trained direction whose parameters an untrained ``direction`` uses.
 
-        None if no parameters are those of a direction. Raises ValueError, with a sentence, if none fits.
+        None if the method has no parameters of single directions. Raises ValueError if none fits.
         """
         return None
 
     def takes(self, route: str) -> bool:
-        """Tell whether a route, beside specific and shared, is one that the method knows."""
+        """Tell whether the method has this route, beside "specific" and "shared"."""
         return False
 
     @property
     def own_routes(self) -> tuple[str, ...]:
-        """Name the routes that :meth:`takes`, as a person would write them."""
+        """Return the names of the routes for which :meth:`takes` is true, for error messages."""
         return ()
 
     def holdings(self, languages: Languages) -> Mapping[str, int]:
-        """Return how many rows each language has in a parameter, in their order; nothing if none has any."""
+        """Return how many rows of a parameter each language has, in their order; empty if there are none."""
         return {}
 
     def check_training(self, training: Training) -> None:
         """Raise ValueError if the method does not fit how the recipe trains."""
 
     def notices(self, recipe: Recipe) -> Iterator[str]:
-        """Yield sentences on what the recipe of a training says that is allowed and seldom meant."""
+        """Yield warnings about settings of a recipe that are allowed but rarely intended."""
         return iter(())
 
     def check_takes_over(self, trained: Any) -> None:
-        """Raise UserError unless a model can start with the parameters of a ``trained`` section of this name,
-        for a reason that can be told better than by their names and shapes.
+        """Raise UserError if a model cannot start with the parameters of the section ``trained`` of this
+        name.
+
+        Only needed where the error can be clearer than one about names and shapes of parameters.
         """
 
     def check_begin(self, recipe: Recipe) -> None:
-        """Raise UserError if something is missing that a training reads before its first step."""
+        """Raise UserError if a file is missing that training reads before its first step."""
 
     def check_grown(self, before: Any, languages: Languages) -> None:
-        """Raise UserError if a model of the section ``before`` and its ``languages`` cannot grow to this one.
+        """Raise UserError if a model with the section ``before`` and these ``languages`` cannot grow to this
+        one.
 
-        That :meth:`choosing` stays the same is checked for all methods.
+        For all methods the caller checks that :meth:`choosing` stays the same.
         """
 
     def is_at(self, site: Shape) -> bool:
@@ -160,16 +165,16 @@ class MethodSection(Section):
         return Count()
 
     def count_served(self, site: Any) -> Count:
-        """Count what the dense model of a direction has more, or less, at a site where it :meth:`is_at`."""
+        """Count the parameters that it adds to (or removes from) the dense model of a direction at a site."""
         return Count()
 
     @property
     def served_at_most(self) -> bool:
-        """Whether only training tells how much smaller the dense model of a direction is."""
+        """Whether training decides how much smaller the dense model of a direction gets."""
         return False
 
     def count_masks(self, site: Any, languages: Languages) -> Count:
-        """Count the truth values of its masks, a byte of memory each, at a site where it :meth:`is_at`."""
+        """Count the booleans of its masks, a byte of memory each, at a site where it :meth:`is_at`."""
         return Count()
 
     def count_side(self, side: SideName, model: Model, languages: Languages) -> Count:
@@ -185,7 +190,7 @@ class MethodSection(Section):
         return []
 
     def values(self, site: Any, tensor: int) -> int:
-        """Count the values that a site stores of each token for the backward pass, on one of ``tensor``
+        """Count the values per token that it stores at a site for the backward pass, on one of ``tensor``
         ranks.
         """
         return 0
@@ -195,11 +200,11 @@ class MethodSection(Section):
         return {}
 
     def describe(self) -> str:
-        """Say in a few words what the model has by this method: "gates after each sublayer"."""
+        """Describe in a few words what the method adds to the model: "gates after each sublayer"."""
         return self.name
 
     def charts(self) -> list[Chart]:
-        """Return what the report draws of it."""
+        """Return the charts of its metrics for the report."""
         return []
 
 
@@ -225,7 +230,7 @@ def sections() -> Mapping[str, type[MethodSection]]:
 
 
 def _load(path: Path) -> ModuleType:
-    """Import a file as the module ``lsmoe_ds.methods.NAME``, by which its objects can be pickled."""
+    """Import a file as the module ``lsmoe_ds.methods.NAME``, so that its objects can be pickled."""
     name = f"{ROOMS}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     own = Path(__file__).parent.parent / "methods" / f"{path.stem}.py"

@@ -25,7 +25,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Side(Section):
-    """Encoder or decoder. ``feed_forward`` is one width, or one for each layer (as in an extracted
+    """Describe the encoder or the decoder.
+
+    ``feed_forward`` is the width of all layers, or a list with one width for each layer (as in an extracted
     sub-network).
     """
 
@@ -55,11 +57,11 @@ class Side(Section):
 
 
 class _Model(Section):
-    """The host, and beside these keys one for each method.
+    """Describe the model: the Transformer, and a section for each method that it uses.
 
-    With ``huggingface`` it is the model that transformers saved in a folder, for a ``task``: a decoder alone
-    translates, an encoder alone tags words or finds answers. Its configuration gives the other keys, and a
-    side that it does not have has 0 layers.
+    With ``huggingface`` the Transformer is a model that transformers saved in a folder. Its configuration
+    gives the other keys; a side that it lacks has 0 layers. ``task`` says what it is trained for: a decoder
+    without encoder translates, an encoder without decoder tags words or finds answers.
     """
 
     huggingface: Path | None = None
@@ -182,21 +184,19 @@ class _Model(Section):
 
     @property
     def alone(self) -> SideName | None:
-        """Return the side of a model of transformers, which lacks the other."""
+        """Return the only side that a model of transformers has; None for our models."""
         if self.huggingface is None:
             return None
         return "encoder" if self.encoder.layers else "decoder"
 
     @property
     def teaches(self) -> bool:
-        """Tell whether experts teach shared feed-forwards."""
+        """Tell whether shared feed-forwards learn from experts."""
         return any(moe.has_shared for _, _, moe in self.moe_layers())
 
     @property
     def distills(self) -> bool:
-        """Whether there are two routes, a specific and a shared one, both of which each batch takes in
-        training.
-        """
+        """Whether the model has a specific and a shared route, which both run on each training batch."""
         return self.teaches or any(method.distills for method in self.methods)
 
     @property
@@ -205,15 +205,13 @@ class _Model(Section):
         return any(method.needs_groups for method in self.methods)
 
     def routed(self, moe: MoE) -> int:
-        """Count the routes of training that use these experts: both, unless a shared feed-forward takes the
-        second.
-        """
+        """Count the training routes that use these experts: 2 if the shared route does, too, otherwise 1."""
         return 2 if self.distills and not moe.has_shared else 1
 
     @property
     def affine(self) -> MoE | None:
         """The settings that task-affine batches follow: the decoder's if it is routed by task, otherwise the
-        encoder's.
+        encoder's if that is; else None.
         """
         settings = [
             side.moe for side in (self.decoder, self.encoder) if side.moe is not None and side.moe.by_task

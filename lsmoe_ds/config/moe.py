@@ -14,12 +14,12 @@ from lsmoe_ds.notices import counted
 
 
 class Capacity(Section):
-    """At most ``ceil(factor x top_k x tokens / experts)`` tokens of one batch for each expert; what is over
-    is dropped.
+    """Limit each expert to ``ceil(factor x top_k x tokens / experts)`` tokens of a batch, and drop the rest.
 
-    ``training`` and ``evaluation`` are the factors; without one for evaluation nothing is dropped there, and
-    a translation does not depend on what else is in the batch. ``drop`` keeps the choices of highest
-    ``probability``, or those of first ``position`` (GShard: all first choices come before all second ones).
+    ``training`` and ``evaluation`` are the factors. Without a factor for evaluation nothing is dropped there,
+    and a translation does not depend on the rest of its batch. ``drop`` says which choices an expert keeps:
+    those of the highest ``probability``, or the first by ``position`` (GShard: all first choices come before
+    all second ones).
     """
 
     training: Annotated[float, Field(gt=0.0)] = 1.25
@@ -28,20 +28,22 @@ class Capacity(Section):
 
 
 class MoE(Section):
-    """Every ``every``-th layer's feed-forward becomes ``experts`` experts, of which each token uses
+    """Replace the feed-forward of every ``every``-th layer by ``experts`` experts, of which each token uses
     ``top_k``.
 
-    ``routing`` says who chooses ("Beyond Distillation", section 3.1): each ``token``, the mean of the
-    ``sentence``, the ``task`` (target language, source language or pair), or nobody: ``static`` assigns the
-    tasks to the experts. With ``expert_groups`` G the experts stand in G equal groups, and the tasks are
-    assigned to them, relatives together: a task chooses within its own group, so that task-affine batches
-    find their experts at home. With ``fuse_distillation`` one more feed-forward of the same width stands
-    beside the experts, which all languages share and which learns from them ("Condensing Multilingual
-    Knowledge", section 3.1).
+    ``routing`` says what chooses the experts of a token ("Beyond Distillation", section 3.1): its own hidden
+    state (``token``), the mean hidden state of its sentence (``sentence``), or its ``task``: the target
+    language, the source language or the pair. With ``static`` the experts of each task are fixed. With
+    ``expert_groups`` G the experts form G equal groups. Each task is assigned to one of them, related
+    languages to the same one, and chooses only its experts: in task-affine batches all experts of a token are
+    then on its own rank. With ``fuse_distillation`` the layer has one more feed-forward, of the same width,
+    which all languages share and which learns from the experts ("Condensing Multilingual Knowledge", section
+    3.1).
 
-    ``replicas`` are the tasks whose experts every expert-parallel rank computes itself, with weights that it
-    borrows from their owner: a list of tasks, or ``auto``, those by which a rank would carry too much
-    (:func:`lsmoe_ds.data.shares.busy_tasks`).
+    ``replicas`` are tasks whose experts every expert-parallel rank computes itself, with a copy of the
+    weights: a list of tasks, or ``auto``, the tasks that would overload a rank
+    (:func:`lsmoe_ds.data.shares.busy_tasks`). With ``chunks`` above 1, training sends the rows for other
+    ranks in that many parts, and computes one part while the next travels.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"balance": "balance_loss_weight", "z_loss": "z_loss_weight"}
@@ -59,6 +61,7 @@ class MoE(Section):
     capacity: Capacity | None = None
     fuse_distillation: bool = False
     replicas: Literal["auto"] | list[str] | None = None
+    chunks: Annotated[int, Field(ge=1, le=16)] = 1
 
     @property
     def has_shared(self) -> bool:
@@ -66,13 +69,13 @@ class MoE(Section):
         return self.fuse_distillation
 
     def served(self) -> MoE:
-        """Return the same without what only training has: the shared feed-forward and replicas."""
-        return self.model_copy(update={"fuse_distillation": False, "replicas": None})
+        """Return the same without the parts only for training: shared feed-forward, replicas, chunks."""
+        return self.model_copy(update={"fuse_distillation": False, "replicas": None, "chunks": 1})
 
     def replicated(self, languages: Languages) -> list[int]:
         """Return the numbers of the tasks whose experts have replicas, ascending.
 
-        Raises UserError if one is no task of these languages, or if they are not known yet (``auto``).
+        Raises UserError if one is no task of these languages, or if the tasks are not yet known (``auto``).
         """
         if self.replicas == "auto":
             raise UserError(
@@ -83,7 +86,7 @@ class MoE(Section):
 
     @property
     def by_task(self) -> bool:
-        """Whether all tokens of a task use the same experts, whatever they are."""
+        """Whether all tokens of a task use the same experts."""
         return self.routing in ("task", "static")
 
     @model_validator(mode="after")
@@ -98,10 +101,14 @@ class MoE(Section):
             )
         if self.jitter and self.by_task:
             raise ValueError(
-                f"'jitter' is {self.jitter}, but 'routing: {self.routing}' reads nothing that it could shake"
+                f"'jitter' is {self.jitter}, but 'routing: {self.routing}' does not read the token states, "
+                "to which jitter adds noise: leave it out"
             )
         if self.router_bias and self.by_task:
-            raise ValueError(f"'router_bias' is true, but 'routing: {self.routing}' has nothing to add it to")
+            raise ValueError(
+                f"'router_bias' is true, but 'routing: {self.routing}' has no linear router to add it to: "
+                "leave it out"
+            )
         if self.replicas is not None and not self.by_task:
             raise ValueError(
                 f"'replicas' is {self.replicas}, but with 'routing: {self.routing}' no task has experts of "

@@ -1,6 +1,6 @@
-"""The optimizers that a recipe can name: their settings, and what each keeps of a parameter.
+"""The optimizers that a recipe can name: their settings, and the state that each keeps of a parameter.
 
-Planning, checkpoints and the engine ask the settings, and know no optimizer by name. The optimizers
+Planning, checkpoints and the engine use only these settings, and know no optimizer by name. The optimizers
 themselves are built in :mod:`lsmoe_ds.training.optimizers`. No torch here.
 """
 
@@ -15,15 +15,15 @@ from lsmoe_ds.config.section import Fraction, Section
 
 
 class OptimizerSettings(Section):
-    """What a recipe says of one optimizer, and what the optimizer keeps."""
+    """The settings of one optimizer in a recipe, and the sizes of its state."""
 
-    # The ZeRO stages at which it works. Stages 1 and 2 step flat partitions, in which a matrix has no shape.
+    # The ZeRO stages at which it works. Stages 1 and 2 step flat partitions, without the shapes of matrices.
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2)
     # Whether it steps 16-bit weights itself, one parameter at a time; otherwise DeepSpeed makes float32
     # copies of all weights and gradients for it.
     steps_halves: ClassVar[bool] = False
-    # State tensors that are means over one dimension of a matrix: that dimension, counted from the end. Such
-    # an optimizer keeps one value for each value of a vector.
+    # State tensors that are means over one dimension of a matrix, with that dimension, counted from the end.
+    # For a vector such an optimizer keeps one value for each of its values.
     averaged: ClassVar[Mapping[str, int]] = {}
 
     def stages_in(self, half: bool) -> tuple[int, ...]:
@@ -34,22 +34,22 @@ class OptimizerSettings(Section):
         return tuple(stage for stage in self.stages if stage or not half or self.steps_halves)
 
     def value_bytes(self, stage: int, half: bool) -> int:
-        """Return the bytes that it keeps for each value that trains, without those of :attr:`averaged`."""
+        """Return the bytes of state for each trained value, without those of :attr:`averaged`."""
         raise NotImplementedError
 
     def step_bytes(self, half: bool) -> int:
-        """Return the bytes that a step needs for each value of the parameter that it steps."""
+        """Return the bytes that a step needs temporarily for each value of the current parameter."""
         return 0
 
     def host_bytes(self) -> int:
-        """Return the bytes that it keeps in the host's memory for each value that trains."""
+        """Return the bytes of state in host memory for each trained value."""
         return 0
 
 
 class Adam(OptimizerSettings):
-    """AdamW. At ZeRO stage 0 in float32 it keeps two moments; else a float32 copy of the weights too.
+    """AdamW. At ZeRO stage 0 in float32 it keeps two moments, otherwise also a float32 copy of the weights.
 
-    With ``offload`` the moments are in the host's memory, where the steps are taken.
+    With ``offload`` the moments are in the host's memory, and the host takes the steps.
     """
 
     offload: bool = False
@@ -84,20 +84,20 @@ class Adafactor(OptimizerSettings):
         return 4 * ((self.momentum > 0) + (half and self.master_weights))
 
     def step_bytes(self, half: bool) -> int:
-        """Count the squared gradient that becomes the update, in 16 bits the gradient in float32, and
-        without float32 copies the weights and their noise.
+        """Count the squared gradient, which becomes the update; in 16 bits also the gradient in float32; and
+        without float32 copies also the weights and their rounding noise.
         """
         return 4 + 4 * half + 8 * (half and not self.master_weights)
 
 
 OPTIMIZERS: Mapping[str, type[OptimizerSettings]] = {"adam": Adam, "adafactor": Adafactor}
-# Of all of them; checkpoints tell such state tensors by their names.
+# Those of all optimizers; checkpoints recognize such state tensors by their names.
 AVERAGED = {key: over for kind in OPTIMIZERS.values() for key, over in kind.averaged.items()}
 
 
 def averaged_shape(shape: Sequence[int], averaged: int | None) -> tuple[int, ...]:
-    """Return the shape of a state tensor of a parameter of ``shape``: the same, or without the dimension,
-    counted from the end, over which it is averaged.
+    """Return the shape of a state tensor of a parameter of ``shape``, without the dimension ``averaged``
+    (counted from the end) if it is a mean over that.
     """
     kept = list(shape)
     if averaged is not None:
@@ -108,8 +108,8 @@ def averaged_shape(shape: Sequence[int], averaged: int | None) -> tuple[int, ...
 def averaged_partition(dimension: int | None, dimensions: int, averaged: int) -> int | None:
     """Return the dimension of a state tensor that is spread over tensor-parallel ranks, or None.
 
-    The parameter has ``dimensions``, of which ``dimension`` is spread; the state tensor lacks the one that is
-    ``averaged``, counted from the end.
+    Of the parameter's ``dimensions`` dimensions, number ``dimension`` is spread. The state tensor lacks the
+    dimension ``averaged``, counted from the end.
     """
     gone = dimensions + averaged
     if dimension is None or dimension == gone:

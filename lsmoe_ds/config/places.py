@@ -3,8 +3,8 @@
 A pattern is up to four words, joined by dots, in this order: a side (``encoder``, ``decoder``), a layer or a
 range of layers counted from 0 (``3``, ``0-8``), a sublayer (``self_attention``, ``cross_attention``,
 ``feed_forward``, or ``attention`` for both attentions) and a linear layer (``query``, ``key``, ``value``,
-``output``, ``expand``, ``contract``; in models of transformers also ``gate``). What is left out may be
-anything; ``all``, or ``both`` (attentions and feed-forwards), leaves out all.
+``output``, ``expand``, ``contract``; in models of transformers also ``gate``). A word that is
+left out matches anything; ``all`` and ``both`` (attentions and feed-forwards) match every site.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Place:
 
 @cache
 def parse_place(pattern: str) -> Place:
-    """Read a pattern. Raises ValueError, with a sentence, for anything else."""
+    """Parse a pattern. Raises ValueError, with a sentence, for any other text."""
     words = [] if pattern in EVERYTHING else pattern.split(".")
     side = words.pop(0) if words and words[0] in SIDES else None
     layers = None
@@ -89,7 +89,7 @@ def _check(value: str | list[str]) -> str | list[str]:
     return value
 
 
-# What a recipe gives: several patterns, or one.
+# The type of a recipe's value: several patterns, or one.
 PlaceList = Annotated[list[str], Field(min_length=1), AfterValidator(_check)]
 Places = Annotated[str, AfterValidator(_check)] | PlaceList
 
@@ -105,14 +105,14 @@ def is_in(site: object, patterns: Collection[str]) -> bool:
 
 
 def describe_layers(model: Model) -> str:
-    """Name a model by its layers, where a pattern names none of them."""
+    """Describe the layers of a model, for an error about a pattern that matches none of them."""
     encoder, decoder = model.encoder.layers, model.decoder.layers
     return f"the model, which has {encoder} and {decoder} layers, counted from 0"
 
 
 def check_named(patterns: Iterable[str], sites: Sequence[object], what: str, model: Model) -> None:
-    """Raise ValueError for a pattern that names none of the ``sites``, which are ``what``, or layers that
-    the model lacks.
+    """Raise ValueError for a pattern that matches none of the ``sites`` (called ``what`` in the error), or
+    that names layers that the model lacks.
     """
     counts, has = {"encoder": model.encoder.layers, "decoder": model.decoder.layers}, describe_layers(model)
     for pattern in patterns:

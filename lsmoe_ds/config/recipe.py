@@ -1,8 +1,7 @@
 """The recipe: everything a run depends on, as one YAML file.
 
-These are its keys, defaults and limits, but for those of the text (:mod:`lsmoe_ds.config.data`);
-:mod:`lsmoe_ds.config.file` reads the file. The resolved recipe is stored in the run
-and can be loaded again.
+This module has its keys, defaults and limits, except those of the text (:mod:`lsmoe_ds.config.data`).
+:mod:`lsmoe_ds.config.file` reads the file. The resolved recipe is stored in the run and can be loaded again.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from lsmoe_ds.notices import counted, listed
 
 
 class EarlyStopping(Section):
-    """End a training once ``patience`` validations in a row have not improved the dev loss, or the chrF of
-    dev translations, by more than ``min_delta``.
+    """End the training when ``patience`` validations in a row have not improved the dev loss, or the chrF of
+    the dev translations, by more than ``min_delta``.
     """
 
     metric: Literal["loss", "chrf"] = "loss"
@@ -37,8 +36,8 @@ class EarlyStopping(Section):
 
 
 class Ema(Section):
-    """Keep an exponential moving average of the weights, in which each step has ``decay`` times the share of
-    the next.
+    """Keep an exponential moving average of the weights. The weights after a step count ``decay`` times as
+    much as those after the next step.
     """
 
     decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
@@ -54,10 +53,12 @@ class Teacher(Section):
 
 
 class Training(Section):
-    """How a model is trained. ``trainable`` are all parameters, those of methods, or those whose global names
-    match one of the glob patterns. ``directions`` are those of the data that train, by default all.
-    ``auxiliary_over`` says over which tokens the auxiliary losses of methods are computed: all of a step, or
-    those of a micro-batch of all ranks, and then averaged.
+    """Set up the training.
+
+    ``trainable`` names the parameters that are trained: all, those of methods, or those whose global names
+    match one of the glob patterns. ``directions`` are the directions of the data that are trained on, by
+    default all. ``auxiliary_over`` says over which tokens the methods' auxiliary losses are computed: over a
+    whole step, or over each micro-batch of all ranks, whose losses are then averaged.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"clip": "max_grad_norm", "patience": "hang_timeout"}
@@ -75,6 +76,7 @@ class Training(Section):
     dropout: Fraction = 0.1
     attention_dropout: Fraction = 0.0
     activation_checkpointing: bool = False
+    packed: bool = False
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     teacher: Teacher | None = None
@@ -117,7 +119,7 @@ class Training(Section):
 
 
 class Parallel(Section):
-    """World = tensor x data; experts are spread over ``expert`` ranks of the world."""
+    """Divide the ranks: their number is tensor x data, and ``expert`` ranks share the experts of a layer."""
 
     tensor: Positive = 1
     expert: Positive = 1
@@ -134,14 +136,14 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _tokenizer(cls, value: Any) -> Any:
-        """Let the tokenizer of a model of transformers be the vocabulary."""
+        """Use the tokenizer of a model of transformers as the vocabulary."""
         model, data = (value.get(key) if isinstance(value, dict) else None for key in ("model", "data"))
         folder = model.get("huggingface") if isinstance(model, dict) else getattr(model, "huggingface", None)
         if not isinstance(folder, str | Path) or not isinstance(data, dict):
             return value
         file = Path(folder) / TOKENIZER
         if not file.is_file():
-            return value  # the check of the model says so
+            return value  # the check of the model reports this
         known = {"size": count_tokens(file), "type": "tokenizer"}
         given = data.get("vocabulary") or {}
         for key, found in known.items():
@@ -260,8 +262,8 @@ class Recipe(Section):
             )
         if self.model.distills:
             raise ValueError(
-                "'training.teacher' is for models of one route, but this one distills from itself "
-                "already: leave one out"
+                "'training.teacher' gives the model a second teacher: it already learns from its specific "
+                "route, so leave one out"
             )
 
     def _fits_optimizer(self) -> None:
@@ -271,8 +273,8 @@ class Recipe(Section):
         settings = self.training.optimizer_settings
         if stage not in settings.stages:
             raise ValueError(
-                f"'training.optimizer' is {name}, whose statistics are of whole matrices, but 'deepspeed' "
-                f"asks for ZeRO stage {stage}, which steps flat parts: set 'deepspeed' to "
+                f"'training.optimizer' is {name}, which needs whole matrices, but 'deepspeed' asks for ZeRO "
+                f"stage {stage}, which updates flat slices of them: set 'deepspeed' to "
                 "ds_configs/zero0.json or ds_configs/bf16_zero0.json"
             )
         if settings.steps_halves and config.get("fp16", {}).get("enabled"):
@@ -282,7 +284,7 @@ class Recipe(Section):
             )
 
     def _fits_validation(self) -> None:
-        """Raise ValueError for what no validation measures."""
+        """Raise ValueError for settings that need a measurement that no validation makes."""
         training = self.training
         if training.early_stopping is not None and not training.validate_every:
             raise ValueError(
@@ -305,13 +307,18 @@ class Recipe(Section):
             )
 
     def _fits_host(self) -> None:
-        """Raise ValueError for what a model of transformers cannot do."""
+        """Raise ValueError for settings that a model of transformers does not support."""
         from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
 
         if self.parallel.tensor > 1 or self.parallel.expert > 1:
             raise ValueError(
                 f"'parallel.tensor' is {self.parallel.tensor} and 'parallel.expert' {self.parallel.expert}, "
                 "but a model of 'model.huggingface' is whole on each rank: leave both at 1"
+            )
+        if self.training.packed:
+            raise ValueError(
+                "'training.packed' is not for models of 'model.huggingface', which read padded sentences: "
+                "leave it out"
             )
         assert self.model.huggingface is not None
         try:
@@ -329,7 +336,7 @@ class Recipe(Section):
             )
 
     def _fits_labels(self, window: int | None) -> None:
-        """Raise ValueError for settings that an encoder cannot have."""
+        """Raise ValueError for settings that an encoder does not support."""
         longest, smoothing = self.data.batch.max_length, self.training.label_smoothing
         if window is not None and longest > window:
             raise ValueError(
@@ -348,18 +355,18 @@ class Recipe(Section):
 
     @property
     def trained(self) -> tuple[Direction, ...]:
-        """List the directions that are trained, in the order of all."""
+        """List the directions that are trained, in the order of all directions."""
         chosen = self.training.directions
         return tuple(d for d in self.languages.directions if chosen is None or str(d) in chosen)
 
     @property
     def data_name(self) -> str:
-        """Name the prepared data, which recipes may share."""
+        """Return the name of the prepared data, which several recipes may share."""
         return self.data.name or self.name
 
     @property
     def prepared(self) -> Path:
-        """Say where the prepared data of this recipe lie."""
+        """Return the folder of the prepared data of this recipe."""
         return self.data.directory / "prepared" / self.data_name
 
     def to_yaml(self) -> str:

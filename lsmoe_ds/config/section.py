@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of."""
+"""The base class of a recipe's sections."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pydantic_core import PydanticCustomError
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a run, and of prepared data
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-KIND = "kind"  # the type of an error that a value is of another kind than its field
+KIND = "kind"  # the type of pydantic error for a value of another type than its field
 
 
 def first_twice(values: Iterable[Hashable]) -> Any:
-    """Return the first of the values that is there more than once, or None."""
+    """Return the first value that occurs more than once, or None."""
     return next((value for value, times in Counter(values).items() if times > 1), None)
 
 
@@ -27,7 +27,7 @@ class Section(BaseModel):
     number or a truth value.
     """
 
-    renamed: ClassVar[Mapping[str, str]] = {}  # keys of earlier versions, and what they are called now
+    renamed: ClassVar[Mapping[str, str]] = {}  # keys of earlier versions, with their new names
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -43,9 +43,10 @@ class Section(BaseModel):
 
 
 def _find_coerced(annotation: Any, value: Any) -> tuple[Any, ...] | None:
-    """Return the keys within ``value`` that lead to what pydantic would turn into a number or a truth value
-    without a word: ``yes`` or ``"1"`` for a number, ``"no"`` or 0 for a truth value; None if there is nothing
-    such. ``1e-4``, text to YAML, may be a float.
+    """Return the keys within ``value`` that lead to a value that pydantic would silently convert, or None.
+
+    Such a value is ``yes`` or ``"1"`` for a number, or ``"no"`` or 0 for a boolean. ``1e-4``, which is text
+    in YAML, is allowed for a float.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -66,20 +67,20 @@ def _find_coerced(annotation: Any, value: Any) -> tuple[Any, ...] | None:
     if isinstance(value, bool):
         return () if annotation in (int, float) else None
     if annotation is bool:
-        return () if isinstance(value, int | float | str) else None  # others pydantic refuses itself
+        return () if isinstance(value, int | float | str) else None  # pydantic itself refuses the others
     is_digits = isinstance(value, str) and value.strip().lstrip("+-").isdecimal()
     return () if annotation is int and is_digits else None
 
 
 def _takes(annotation: Any, value: Any) -> bool:
-    """Return whether ``annotation``, a member of a union, takes a boolean or a text without converting it."""
+    """Tell whether ``annotation``, a member of a union, accepts a boolean or text without converting it."""
     if isinstance(value, bool):
         return annotation in (bool, Any)
     return annotation in (str, float, Path, Any) or get_origin(annotation) is Literal
 
 
 def is_section(annotation: Any) -> type[Section] | None:
-    """Return the section that an annotation admits, possibly beside other kinds; None if it admits none."""
+    """Return the section class that an annotation allows, perhaps among other types, or None."""
     if isinstance(annotation, type):
         return annotation if issubclass(annotation, Section) else None
     if get_origin(annotation) not in (Annotated, Union, types.UnionType):

@@ -1,7 +1,7 @@
 """List the sites of a model with their shapes, and count parameters.
 
-Sites are what methods add to, and what planning counts. The model itself is built from the same shapes. No
-torch here: a plan of billions of parameters must take no time. H hidden, F feed-forward width.
+Sites are the places to which methods add modules, and which planning counts. The model is built from the same
+shapes. No torch here, so that planning billions of parameters is instant. H hidden, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 SideName = Literal["encoder", "decoder"]
 Sublayer = Literal["attention", "cross_attention", "feed_forward"]
-Split = Literal["column", "row"]  # what tensor-parallel ranks share out: the outputs, or the inputs
+Split = Literal["column", "row"]  # what is split over tensor-parallel ranks: the outputs, or the inputs
 LinearShapes = dict[str, tuple[int, int, Split]]  # inputs, outputs and split of each linear layer, by name
 
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters by how ranks hold them."""
+    """Numbers of parameters by how ranks hold them."""
 
     split: int = 0  # spread over the tensor-parallel ranks
     whole: int = 0  # on every rank
@@ -55,7 +55,7 @@ class LinearShape:
 
     @property
     def reads(self) -> SideName:
-        """Say whose tokens it reads: keys and values of the cross-attention are the encoder's."""
+        """Return the side whose tokens it reads: the encoder for keys and values of the cross-attention."""
         across = self.sublayer == "cross_attention" and self.name in ("key", "value")
         return "encoder" if across else self.side
 
@@ -76,13 +76,13 @@ class SublayerShape:
 
     @property
     def reads(self) -> SideName:
-        """Say whose tokens it reads."""
+        """Return the side whose tokens it reads."""
         return self.side
 
 
 @dataclass(frozen=True)
 class UnitsShape:
-    """The hidden units of a feed-forward, before the activation function. No feed-forward of an expert."""
+    """The hidden units of a feed-forward that is no expert, before the activation function."""
 
     side: SideName
     layer: int
@@ -97,7 +97,7 @@ class UnitsShape:
 
     @property
     def reads(self) -> SideName:
-        """Say whose tokens it reads."""
+        """Return the side whose tokens it reads."""
         return self.side
 
 
@@ -117,7 +117,7 @@ class LayerShape:
 
     @property
     def reads(self) -> SideName:
-        """Say whose tokens it reads."""
+        """Return the side whose tokens it reads."""
         return self.side
 
 
@@ -126,12 +126,12 @@ Shape = LinearShape | SublayerShape | UnitsShape | LayerShape
 
 @dataclass(frozen=True)
 class MatrixProduct:
-    """A product of what a token is at a site with a matrix. Sites and methods list theirs in order.
+    """A product of a token's vector at a site with a matrix. Sites and methods list their products in order.
 
-    It reads the site's ``input``; the ``output`` of a sublayer, after which a method stands; the result of
-    the product listed ``before`` (of the first: nothing that has a gradient); or the encoder's output, the
-    ``memory``. ``weight`` is the matrix's global name; None if it is no parameter. ``beside`` are parameters
-    that change the result by no product, such as a bias.
+    ``reads`` says which vector: the site's ``input``; the ``output`` of the sublayer, for a method after it;
+    the result of the product listed ``before`` (for the first: a value without gradient); or the encoder's
+    output, the ``memory``. ``weight`` is the matrix's global name, None if it is no parameter. ``beside`` are
+    other parameters that change the result, such as a bias.
     """
 
     flops: int  # forward
@@ -162,7 +162,7 @@ def feed_forward_linears(hidden: int, width: int) -> LinearShapes:
 def shapes_of(model: Model) -> Iterator[Shape]:
     """Yield the shape of every site of a model, layer by layer. Linear layers of experts are no sites.
 
-    In a model of transformers linear layers are, and sublayers that have any.
+    In a model of transformers the sites are linear layers, and sublayers that have some.
     """
     if model.huggingface is not None:
         from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
@@ -191,7 +191,7 @@ def shapes_of(model: Model) -> Iterator[Shape]:
 
 
 def count_linears(linears: LinearShapes) -> Count:
-    """Count weights and biases: column linears and row weights are spread over ranks, row biases are not."""
+    """Count weights and biases: all are split over ranks, except biases of row linears."""
     split = sum(inputs * outputs + outputs * (kind == "column") for inputs, outputs, kind in linears.values())
     whole = sum(outputs for _, outputs, kind in linears.values() if kind == "row")
     return Count(split=split, whole=whole)

@@ -1,12 +1,12 @@
-"""``lsmoe distill``: make all that a student needs of its teacher, so that it only has to be trained.
+"""``lsmoe distill``: make everything that a student needs from its teacher before training.
 
-Beside the run folder ``OUT`` of the student lie
+It writes beside the student's run folder ``OUT``
 
 - ``OUT-corpus/``: the teacher's translations of its training sources (:mod:`lsmoe_ds.export.translations`),
 - ``OUT-start/``: the student's first weights (:mod:`lsmoe_ds.distill.start`),
 - ``OUT-recipe.yaml``: the student's recipe, which names them.
 
-What is there already, of the same teacher and settings, stays as it is.
+Parts that already exist, from the same teacher and settings, are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lsmoe_ds.distill.start import first_weights
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.kept_experts import SAID, One
 from lsmoe_ds.export.translations import Asked, How, settings_of, translate_corpus
-from lsmoe_ds.folders import explain_errors, read_json, resolved, write_whole
+from lsmoe_ds.folders import explain_errors, locked, read_json, resolved, write_whole
 from lsmoe_ds.inference.load import check_direction
 from lsmoe_ds.notices import notice
 
@@ -50,8 +50,8 @@ DIGEST = "distilled_from"  # in the provenance of the first weights
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a student learns: the ``level``, which expert of the teacher begins as its feed-forward, and how
-    many lines of each direction are translated, and how.
+    """How a student learns: the ``level``, the teacher's expert with which its feed-forwards start, the
+    number of lines translated in each direction, and how they are translated.
     """
 
     level: Level = "sequence"
@@ -61,9 +61,7 @@ class Distillation:
 
     @classmethod
     def parse(cls, level: str, experts: str, limit: int | None, how: How) -> Distillation:
-        """Read the options of the command. Raises UserError for a level or a choice of experts that there is
-        not.
-        """
+        """Read the options of the command. Raises UserError for an unknown level or choice of experts."""
         for option, given, known in (("--level", level, LEVELS), ("--experts", experts, tuple(SAID))):
             if given not in known:
                 raise UserError(f"{option} is {given!r}: choose {', '.join(known[:-1])} or {known[-1]}")
@@ -78,10 +76,10 @@ def distill(
     asked: Distillation | None = None,
     workers: int | None = None,
 ) -> tuple[Path, Path]:
-    """Make what the student of the recipe ``into`` needs (:func:`make_parts`); return its whole recipe and
-    its run folder.
+    """Make everything that the student of the recipe ``into`` needs (:func:`make_parts`); return its complete
+    recipe and its run folder.
 
-    Raises UserError before anything is written if the teacher does not know the student's directions.
+    Raises UserError, before anything is written, if the teacher lacks one of the student's directions.
     """
     asked = asked or Distillation()
     teacher = find_model(run)
@@ -91,6 +89,12 @@ def distill(
         raise UserError(
             f"the student would be written to {student}, which is another model's: give it a folder with "
             "--out, or another name with --set name=student"
+        )
+    own = recipe.training.teacher
+    if asked.level != "sequence" and own is not None and resolved(own.model) != resolved(run):
+        raise UserError(
+            f"'training.teacher.model' of {into} is {own.model}, but the teacher given is {run}: leave one "
+            "out, or distill by --level sequence, which keeps both"
         )
     made = complete(recipe, asked, run, teacher.vocabulary, student, student.name)
     if resolved(made.prepared) == resolved(teacher.recipe.prepared):
@@ -110,8 +114,11 @@ def distill(
 def complete(
     recipe: Recipe, asked: Distillation, run: Path, vocabulary: Path, student: Path, name: str
 ) -> Recipe:
-    """Return the recipe of the run ``student`` with all that it learns from the teacher ``run``, whose
-    ``vocabulary`` it has. ``name`` is that of its prepared data, which are others than the teacher's.
+    """Return the recipe of the run ``student``, completed with the settings for learning from the teacher
+    ``run``.
+
+    Both have the same ``vocabulary``. ``name`` names the student's prepared data, which are not the
+    teacher's.
     """
     value: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
     data, training = value["data"], value["training"]
@@ -146,12 +153,14 @@ def make_parts(
                 "them: train it longer"
             )
     if recipe.training.start_from is None:
-        _write_start(teacher, recipe, made, _beside(student, "start"), asked)
+        # A process that helps to translate gets here at the same time, but only one may write.
+        with locked(_beside(student, "start.making"), wait=True):
+            _write_start(teacher, recipe, made, _beside(student, "start"), asked)
     prepare(made, processes=workers or None)
 
 
 def _asked(recipe: Recipe, asked: Distillation) -> Asked:
-    """Return what the teacher is to translate: training sources of the student's directions."""
+    """Return the text for the teacher to translate: training sources of the student's directions."""
     return Asked(tuple(recipe.trained), limit=asked.limit)
 
 
@@ -184,7 +193,7 @@ def _check_begun(teacher: Stored, recipe: Recipe, made: Recipe, asked: Distillat
 
 
 def _digest(weights: Weights, recipe: Recipe, asked: Distillation) -> str:
-    """Return a checksum of all that a student's first weights depend on."""
+    """Return a checksum of everything on which a student's first weights depend."""
     settings = [
         *(weights.files, asked.how.average, asked.experts, recipe.training.seed),
         *(recipe.model.model_dump(mode="json"), list(map(str, recipe.trained))),
@@ -193,7 +202,7 @@ def _digest(weights: Weights, recipe: Recipe, asked: Distillation) -> str:
 
 
 def _beside(student: Path, part: str) -> Path:
-    """Return the path of a part that lies beside the student's run folder."""
+    """Return the path of a part beside the student's run folder."""
     return student.with_name(f"{student.name}-{part}")
 
 
@@ -203,7 +212,7 @@ def _load(into: Path, overrides: Sequence[str], teacher: Stored) -> Recipe:
     """
     if teacher.kind not in READABLE or teacher.recipe.model.huggingface is not None:
         raise UserError(
-            f"{teacher.home} cannot be a teacher: give a run, or a folder made with --to consolidated"
+            f"{teacher.home} cannot be a teacher: give a run, or a folder made with --as consolidated"
         )
     vocabulary = Vocabulary.load(teacher.vocabulary)
     theirs = {"file": teacher.vocabulary, "size": vocabulary.size, "type": vocabulary.type}
@@ -217,7 +226,7 @@ def _load(into: Path, overrides: Sequence[str], teacher: Stored) -> Recipe:
 
 
 def _write_start(teacher: Stored, recipe: Recipe, made: Recipe, start: Path, asked: Distillation) -> None:
-    """Write the student's first weights, unless they are there."""
+    """Write the student's first weights, unless they exist."""
     average, whole = asked.how.average, read_weights(teacher, asked.how.average)
     size = Vocabulary.load(teacher.vocabulary).size
     digest = _digest(whole, recipe, asked)
@@ -230,8 +239,10 @@ def _write_start(teacher: Stored, recipe: Recipe, made: Recipe, start: Path, ask
 
 
 def _of_start(teacher: Stored, recipe: Recipe, made: Recipe) -> Recipe:
-    """Return the recipe of the first weights: it says what chose the held-out sentences of their teacher, by
-    which preparing notices if these are others than the student's.
+    """Return the recipe of the first weights.
+
+    It keeps the settings that chose the teacher's held-out sentences, so that preparing the data can warn if
+    the student's are different.
     """
     data = {key: getattr(teacher.recipe.data, key) for key in CHOOSE if key != "directions"}
     translated = [each for each in made.data.corpora if each not in recipe.data.corpora]

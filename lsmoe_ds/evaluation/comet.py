@@ -1,4 +1,4 @@
-"""Score with COMET, if the package `unbabel-comet` and a checkpoint on disk exist. We download nothing."""
+"""Score with COMET, if the package `unbabel-comet` and a checkpoint on disk exist; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.folders import sha256
 
 BATCH = 16
-CHECKPOINT = Path("checkpoints", "model.ckpt")  # where COMET's download puts it within its folder
+CHECKPOINT = Path("checkpoints", "model.ckpt")  # where COMET's download puts it in its folder
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Comet:
     def model(self) -> Any:
         try:
             return importlib.import_module("comet").load_from_checkpoint(str(self.path))
-        except Exception as error:  # whatever COMET, lightning and transformers raise
+        except Exception as error:  # COMET, lightning and transformers raise many types
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"--comet {self.path} cannot be loaded: {reason}") from None
 

@@ -24,8 +24,8 @@ from lsmoe_ds.evaluation.score_folder import SCORES, ScoreFolder, fullest
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.evaluation.significance import TRIALS, Outcome, Trials, run_trials
 
-TEXT = ("split", "limit")  # must be the same, or scores do not compare at all
-SEARCH = ("route", "beam", "length_penalty")  # must be the same, too, unless the user names records
+TEXT = ("split", "limit")  # must be the same, otherwise scores cannot be compared
+SEARCH = ("route", "beam", "length_penalty")  # must be the same, unless the user names records
 BYTES = 10 * 8 + 24 * 4  # per line and resample: ten randomizations, and the n-gram counts of chrF++
 
 Found = dict[str, list[Outcome]]  # by metric, one outcome for each system
@@ -151,9 +151,9 @@ def compare_runs(
 ) -> Comparison:
     """Test the systems at ``paths`` against the first one, by direction and over all directions.
 
-    A path is a run (which stands for its complete evaluation, or else the fullest), a checkpoint in it, or a
-    record in RUN/scores. Raises UserError if the systems' scores do not answer the same question on the same
-    text; the message names the difference.
+    A path is a run (which means its complete evaluation, or else the fullest), a checkpoint in it, or a
+    record in RUN/scores. Raises UserError, which names the difference, unless the scores of all systems
+    answer the same question on the same text.
     """
     if len(paths) < 2:
         raise UserError("there is nothing to compare: name two runs or more, the baseline first")
@@ -220,7 +220,7 @@ def find_system(path: Path) -> System:
 
 
 def _check_question(first: System, second: System, tokenized: bool) -> None:
-    """Raise UserError, which names the first difference, if the questions of two systems differ."""
+    """Raise UserError, which names the first difference, if two systems answer different questions."""
     keys = [*TEXT, *(() if tokenized else ("tokenize",)), *(() if first.named or second.named else SEARCH)]
     for key in keys:
         one, other = getattr(first.table, key), getattr(second.table, key)

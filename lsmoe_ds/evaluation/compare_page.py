@@ -19,7 +19,7 @@ def check_place(out: Path) -> None:
 
 
 def write_page(comparison: Comparison, out: Path) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page, completely or not at all."""
     write_whole(out, render_page(comparison))
 
 

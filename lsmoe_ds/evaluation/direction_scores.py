@@ -26,10 +26,10 @@ class Sample:
 class DirectionScore:
     """The scores of one direction, or of another ``task`` in one language.
 
-    ``exact`` and ``weak`` are the shares of sentences, from 0 to 1, that equal the reference and that have a
-    chrF below :data:`~lsmoe_ds.evaluation.metrics.WEAK`. ``seconds`` is the time that translation took.
-    ``comet`` is COMET's system score. Only translations have ``copy``, ``exact``, ``weak`` and
-    ``signatures``.
+    ``copy`` are the scores of copying the sources. ``exact`` and ``weak`` are the shares (0 to 1) of
+    sentences that equal the reference, and whose chrF is below :data:`~lsmoe_ds.evaluation.metrics.WEAK`.
+    ``seconds`` is the time of translating. ``comet`` is COMET's system score. Only translations have
+    ``copy``, ``exact``, ``weak`` and ``signatures``.
     """
 
     direction: Direction
@@ -45,7 +45,7 @@ class DirectionScore:
     task: Task = "translate"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scores as the JSON of a table holds them."""
+        """Return the scores in the form of a table's JSON."""
         translates = self.task == "translate"
         return {
             **self.metrics.as_dict(),

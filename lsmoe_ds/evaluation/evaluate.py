@@ -53,16 +53,15 @@ def evaluate(
     held_out: PreparedData | None = None,
     average: Averaging = 1,
 ) -> ScoreTable:
-    """Translate and score the held-out text, or the user's own ``test`` set, in every direction; or label and
-    score it in every language, where that is the task of the model.
+    """Translate (or label, if that is the model's task) and score the held-out text, or the user's own
+    ``test`` set, in every direction or language.
 
-    Scores and text are written as :mod:`lsmoe_ds.evaluation.score_folder` says. ``run`` is a run folder, a
-    checkpoint in it or a converted folder. ``limit`` scores only the first sentences of each direction.
-    ``route`` "shared" uses the parameters that all languages share. ``average`` chooses the weights of a run.
-    ``tokenize`` chooses BLEU's tokenizer.
-    ``out`` is written to instead of the run folder, ``held_out`` read instead of its prepared data. With a
-    ``part``, only this share of the directions is scored; the first part measures the routing. Directions
-    without sentences are named on standard error and skipped.
+    Scores and text are written as described in :mod:`lsmoe_ds.evaluation.score_folder`, to ``out`` or else to
+    the run folder. ``run`` is a run folder, a checkpoint in it or a converted folder. ``limit`` scores only
+    the first sentences of each direction. ``route`` "shared" uses only parameters that all languages share.
+    ``average`` chooses the weights of a run. ``tokenize`` chooses BLEU's tokenizer. ``held_out`` is read
+    instead of the run's prepared data. With a ``part``, only this share of the directions is scored; part 1
+    measures the routing. Directions without sentences are named on standard error and skipped.
 
     Everything is checked before the first translation. Raises UserError for directions, a route, a text, a
     tokenizer or a COMET checkpoint that do not exist, for prepared data that are not the run's, and if scores
@@ -87,7 +86,7 @@ def evaluate(
         if test:
             with_direction(stored.recipe, stored.kind, direction)
         elif direction not in stored.recipe.languages.directions:
-            check_direction(stored.recipe, stored.kind, direction)  # raises if no text could be scored
+            check_direction(stored.recipe, stored.kind, direction)  # raises if the model cannot translate it
             check_held_out([direction], stored.recipe.languages)
     data = None if test else held_out or open_data(stored)
     whole = read_held_out(data, split, asked) if data else read_own(test, split, asked)
@@ -99,7 +98,7 @@ def evaluate(
     tell_skipped(whole)
     loaded = load_engine(run, route, average=average)
     untrained = [direction for direction in whole.by_direction if direction not in languages]
-    if untrained and loaded.step:  # of what an imported model has learned, nothing is known
+    if untrained and loaded.step:  # nothing is known about the training of an imported model
         say_untrained(untrained)
     resources, groups = _groups(stored, data)
     table = ScoreTable(
@@ -164,7 +163,7 @@ def _score(
 ) -> list[DirectionScore]:
     """Translate and score each direction.
 
-    The text of a direction is written as soon as it is translated, so that a stopped job loses little.
+    The text of a direction is written as soon as it is translated, so that a killed job loses little.
     """
     scores: list[DirectionScore] = []
     columns = (
@@ -221,7 +220,7 @@ def _score(
 def _groups(stored: Stored, data: PreparedData | None) -> tuple[dict[str, str], dict[str, str]]:
     """Find the resource groups of the bitexts and of the languages.
 
-    Without the prepared data, which the user's own set does not need, only those that the recipe lists are
+    Without prepared data, which the user's own set does not need, only groups that the recipe lists are
     known.
     """
     recipe = stored.recipe
@@ -239,7 +238,7 @@ def _groups(stored: Stored, data: PreparedData | None) -> tuple[dict[str, str], 
 
 
 def _tell_place(folder: ScoreFolder, table: ScoreTable, part: Part | None, data: PreparedData | None) -> None:
-    """Say on standard error where the scores and the text are, and which held-out set was scored."""
+    """Print on standard error where the scores and the text are, and which held-out set was scored."""
     path = folder.part(table.question, part) if part else folder.record(table.question)
     held_out = f", {table.split} set of {data.folder}" if data else ""
     print(

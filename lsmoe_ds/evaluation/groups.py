@@ -1,10 +1,10 @@
 """Average scores over groups of directions: into and out of English, between others, and by resources.
-Scores of languages alone are averaged by resources only.
+Scores of labelled languages are averaged only by resources.
 
 An average is the plain mean over its directions, whatever their numbers of sentences. A direction's resource
-group is that of its bitext: by the number of training pairs, or that of its rarer language. Where not all
-directions touch English, they are also averaged by the classes of their source and target: ``H2V`` has those
-from languages of the group high into very_low.
+group is that of its bitext: by the number of training pairs, or that of its poorer language. If some
+directions are between other languages than English, directions are also averaged by the groups of their
+source and target: ``H2V`` is the average from languages of the group high into those of very_low.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GROUPS = ("into_english", "out_of_english", "between_others", "all", *RESOURCES)
 CLASSES = {
     f"{source[0]}2{target[0]}".upper(): (source, target) for source in RESOURCES for target in RESOURCES
 }
-# The titles of averages; that of "all" is a task's.
+# The titles of averages; the title of "all" depends on the task.
 AVERAGES = {
     "into_english": "into English",
     "out_of_english": "out of English",
@@ -87,7 +87,7 @@ class Average:
 
 
 def resource_groups(pairs: Mapping[str, int], groups: Groups) -> dict[str, str]:
-    """Return the resource group of each bitext (``de-en``), whose training pairs are counted in ``pairs``."""
+    """Return the resource group of each bitext (``de-en``) in ``pairs``, the numbers of training pairs."""
     return {bitext: groups.of_bitext(bitext, count) for bitext, count in pairs.items()}
 
 
@@ -96,8 +96,8 @@ def membership(
 ) -> tuple[str, ...]:
     """Return the groups of :data:`GROUPS` to which a direction belongs.
 
-    ``resources`` maps bitexts to resource groups, and ``groups`` languages, which matters for a language
-    alone; each may lack some.
+    ``resources`` maps bitexts to resource groups; ``groups`` maps languages, used for a single language. Both
+    may lack some.
     """
     if direction.alone:
         found = (groups or {}).get(direction.source)

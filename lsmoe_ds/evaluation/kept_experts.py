@@ -1,4 +1,4 @@
-"""``lsmoe analyze experts``: how well a direction is translated with fewer and fewer of the experts."""
+"""``lsmoe analyze experts``: score a direction with fewer and fewer of the experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lsmoe_ds.evaluation.metrics import make_metrics, score_corpus
 from lsmoe_ds.export.kept_experts import Keep, keep_used
 from lsmoe_ds.export.subnetwork import check_convertible, extract
 from lsmoe_ds.inference.beam_search import Search
-from lsmoe_ds.inference.load import Loaded, build_model, load
+from lsmoe_ds.inference.load import Loaded, build_model, known_direction, load
 from lsmoe_ds.inference.translate import translate_all
 from lsmoe_ds.methods.findings import Curve, Findings
 
@@ -39,18 +39,18 @@ def analyze_experts(
     keep: Sequence[int] = (),
     beam: int = 5,
 ) -> dict[str, Any]:
-    """Score translations of up to ``limit`` held-out sentences with ``keep`` experts a layer, those that the
-    direction uses most, and return ``summary.json``.
+    """Score a direction on up to ``limit`` held-out sentences with only its most used experts, and return
+    ``summary.json``.
 
-    By default all experts are kept, then half of them, and so on. The models are those of
-    ``lsmoe convert --to hybrid --keep N``. Raises UserError for a model without experts that tokens or
-    sentences choose, for a direction without text, and if ``out`` holds files that were not written here.
+    ``keep`` are numbers of experts a layer; by default all, half of them, and so on. The models are those of
+    ``lsmoe convert --as hybrid --keep N``. Raises UserError for a model without layers that route by token or
+    sentence, for a direction without text, and if ``out`` holds files that were not written here.
     """
     if split not in HELD_OUT:
         raise UserError(f"'{split}' is no held-out text: choose {' or '.join(HELD_OUT)}")
     check_out(Path(out), FORMAT)
     stored = find_model(run)
-    direction = stored.recipe.languages.find(direction)
+    direction = known_direction(stored.recipe, stored.kind, direction)
     check_convertible(stored.recipe, direction, hybrid=True)
     data = open_data(stored)
     sources, targets = (side[:limit] for side in data.text(direction, split))
@@ -77,7 +77,7 @@ def analyze_experts(
 
 
 def _halves(recipe: Recipe) -> list[int]:
-    """Return the largest number of experts of a layer, half of it and so on, while tokens have enough."""
+    """Return the largest number of experts of a layer, half of it and so on, but no fewer than tokens use."""
     layers = [moe for _, _, moe in recipe.model.moe_layers()]
     number, least = max(moe.experts for moe in layers), max(moe.top_k for moe in layers)
     found = [number]

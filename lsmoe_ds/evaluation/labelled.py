@@ -1,4 +1,4 @@
-"""Score what is not translated: labels of words by seqeval, and answers as the script of SQuAD v1.1 does."""
+"""Score the other tasks: labels of words by seqeval, and answers as the script of SQuAD v1.1 does."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def score_language(
 ) -> DirectionScore:
     """Score N lines of another task than translation in the language of ``direction``.
 
-    Of ``tag`` a hypothesis and a reference are the labels of a sentence's words, separated by spaces; of
-    ``answer`` a hypothesis is an answer, and a reference the right answers, as :func:`join_answers` writes
-    them. ``sources`` are only shown. Raises UserError if there is no line, ValueError if the numbers of lines
-    or of a sentence's labels differ.
+    For ``tag``, hypotheses and references are the labels of a sentence's words, separated by spaces. For
+    ``answer``, a hypothesis is an answer, and a reference is the right answers, joined by
+    :func:`join_answers`. ``sources`` are only shown. Raises UserError if there is no line, ValueError if
+    numbers of lines or of a sentence's labels differ.
     """
     shown = spread_samples(direction, sources, hypotheses, references, samples)
     if task == "tag":
@@ -63,8 +63,8 @@ def score_language(
 
 
 def readable(task: Task, sources: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return lines of :mod:`lsmoe_ds.data.labels` as scores keep them: a question with its context, and the
-    right answers.
+    """Convert lines of :mod:`lsmoe_ds.data.labels` to the text kept with scores: for questions, the question
+    with its context, and the right answers.
     """
     if task == "tag":
         return list(sources), list(references)
@@ -96,9 +96,9 @@ def score_tags(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> Metrics:
     """Compute F1 over words and exact match of N predictions, as the official script of SQuAD v1.1 does.
 
-    Each prediction counts by the best of its ``answers``, of which there is at least one, after
-    :func:`normalize_answer`, whatever the language: TyDiQA-GoldP and XTREME score so, too. As in the script,
-    the F1 of two texts of which nothing is left is 0, though they match.
+    Each prediction is compared with each of its ``answers`` (at least one) after :func:`normalize_answer`,
+    and the best counts. This is done in every language, as in TyDiQA-GoldP and XTREME. As in the script, two
+    texts that are empty after normalization match exactly, but have an F1 of 0.
     """
     pairs = [
         (normalize_answer(prediction), [normalize_answer(answer) for answer in right])
@@ -112,8 +112,8 @@ def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) 
 def normalize_answer(text: str) -> str:
     """Return text in lower case, without ASCII punctuation, English articles and superfluous whitespace.
 
-    The articles a, an and the are removed in every language, where they may be other words, and the articles
-    of other languages stay.
+    The words a, an and the are removed in every language, even where they are not articles; articles of other
+    languages stay.
     """
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 

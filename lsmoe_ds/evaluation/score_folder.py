@@ -32,7 +32,7 @@ from lsmoe_ds.folders import check_can_write, explain_errors, locked, read_json,
 
 SIDES = ("source", "hypothesis", "reference")
 SCORES, ROUTING, RECIPE = "scores.json", "routing.json", "recipe.yaml"
-OWNER = "model.json"  # names the model, where the folder is not its own
+OWNER = "model.json"  # names the model, if the folder is not its own
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ScoreFolder:
             self.folder(question).mkdir(parents=True, exist_ok=True)
 
     def write_text(self, question: str, direction: Direction, *sides: Sequence[str]) -> None:
-        """Write the lines of :data:`SIDES`, each file whole or not at all."""
+        """Write the lines of :data:`SIDES`, each file completely or not at all."""
         for side, lines in zip(SIDES, sides, strict=True):
             write_whole(self.text(question, direction, side), "".join(f"{line}\n" for line in lines))
 
@@ -122,7 +122,7 @@ class ScoreFolder:
             table.write(self.home / SCORES)
 
     def _keep(self, before: ScoreTable, directions: Sequence[Direction]) -> None:
-        """Write the record of a ``scores.json`` before it is replaced, if an earlier version wrote none."""
+        """Before ``scores.json`` is replaced, write its record if an earlier version wrote none."""
         before = replace(before, asked=None) if before.covers(directions) else before
         if not self.record(before.question).exists():
             before.write(self.record(before.question))
@@ -130,8 +130,8 @@ class ScoreFolder:
     def write_routing(self, table: ScoreTable, routing: dict[str, Any]) -> None:
         """Write the expert shares of a question on held-out text.
 
-        Also writes ``routing.json`` if they are the specific route's on the test set, of the same or a later
-        step; the shares depend on nothing else.
+        Also writes ``routing.json`` if they are those of the specific route on the test set, at the same or a
+        later step than before; the shares depend on nothing else.
         """
         text = json.dumps({"step": table.step, "route": table.route, **routing}) + "\n"
         write_whole(self.folder(table.question) / ROUTING, text)
@@ -155,7 +155,7 @@ class ScoreFolder:
         step: int | None = None,
         average: Averaging | None = None,
     ) -> ScoreTable | None:
-        """Choose the :func:`fullest` of the scores here, or of those of a ``route`` and an ``average``."""
+        """Choose the :func:`fullest` of the scores here, or of those with this ``route`` and ``average``."""
         tables = [table for table in self.tables() if route in (None, table.route)]
         return fullest([table for table in tables if average in (None, table.average)], directions, step)
 
@@ -179,9 +179,8 @@ def fullest(
 ) -> ScoreTable | None:
     """Choose the complete evaluation of ``directions``, or else the one with most of them, or None.
 
-    Among several complete ones the specific route comes first, then weights as they were trained, then
-    ``step``, then the latest step, then the
-    usual search.
+    Among complete ones it prefers, in this order: the specific route, weights without averaging, ``step``,
+    the latest step, and the usual search.
     """
     wanted = set(directions)
 

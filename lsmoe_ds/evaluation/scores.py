@@ -1,8 +1,7 @@
-"""Scores of a model's translations, by direction, beside those of copying the source, or of another task by
-language.
+"""Store the scores of a model: of translations by direction, with those of copying the source, or of another
+task by language.
 
-A :class:`ScoreTable` answers one question, which is the step, the text, the route, the search and BLEU's
-tokenizer. Its JSON::
+A :class:`ScoreTable` answers one question: a step, text, route, search and BLEU tokenizer. Its JSON::
 
     {"name", "question", "step", "split", "beam", "length_penalty", "route", "limit", "tokenize",
      "asked": [direction, ...] or null, "skipped": [direction, ...], "sentences",
@@ -52,7 +51,7 @@ class ScoreTable:
     ``split`` is "test", "dev" or the name of the user's own test set; ``route`` is "specific" or "shared", as
     for :func:`lsmoe_ds.inference.load.load`; ``limit`` is the number of sentences scored in each direction,
     None for all; ``tokenize`` is the name of BLEU's tokenizer if the user chose it; ``asked`` are the
-    directions that were asked for, None for all; ``skipped`` are those of them without text; ``comet`` is the
+    directions that were asked for, None for all; ``skipped`` are those without text; ``comet`` is the
     name of COMET's checkpoint; ``resources`` and ``groups`` are the resource groups of bitexts and languages,
     as far as they are known. Only translations have a search: other tasks leave ``beam``, ``length_penalty``,
     ``tokenize`` and ``comet`` at their defaults.
@@ -88,7 +87,7 @@ class ScoreTable:
     def question(self) -> str:
         """Return the question's name in file names.
 
-        It is ``step-200.test.beam-5``, or ``step-200.test`` of a task without a search, plus whatever differs
+        It is ``step-200.test.beam-5``, or ``step-200.test`` for a task without a search, plus all differences
         from a complete evaluation.
         """
         parts = [f"step-{self.step}", *self._weights(), self.split]
@@ -191,7 +190,7 @@ class ScoreTable:
     def from_json(cls, text: str, empty: bool = False) -> ScoreTable:
         """Read the output of :meth:`to_json`. Averages and the lists of signatures are computed again.
 
-        Scores of earlier versions do not say which directions were asked for; then it is the scored ones.
+        Scores of earlier versions do not record which directions were asked for; the scored ones are assumed.
         Raises UserError for anything else, and for scores of no direction unless they may be ``empty``.
         """
         try:
@@ -237,7 +236,7 @@ class ScoreTable:
             raise UserError(f"these scores cannot be read: {error} is missing") from None
 
     def write(self, path: Path) -> None:
-        """Write the JSON whole or not at all."""
+        """Write the JSON completely or not at all."""
         write_whole(path, self.to_json() + "\n")
 
     @classmethod

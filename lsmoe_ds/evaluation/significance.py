@@ -3,8 +3,8 @@
 In one direction both tests are sacrebleu's :class:`~sacrebleu.significance.PairedTest`: paired bootstrap
 resampling (Koehn, 2004) and approximate randomization (Riezler and Maxwell, 2005). Over several directions
 the statistic is the plain mean of their scores, as in our averages: trial i of the mean is the mean of trial
-i of all directions. All directions use the same random numbers. So in a test set that is parallel in many
-languages a line is resampled, or exchanged, in all directions together.
+i of all directions. All directions use the same random numbers, so in a multi-way parallel test set
+a line is resampled, or exchanged, in all directions together.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Trials:
 
         The bootstrap's p is the share of resamples whose absolute difference, minus the mean absolute
         difference, exceeds the observed one. The randomization's p is the share of trials whose absolute
-        difference exceeds it. If the observed difference is 0, both are 1; sacrebleu's own values would be
-        the smallest possible if all trials were equal, too, because then nothing exceeds 0.
+        difference exceeds it. If the observed difference is 0, both are 1; sacrebleu would return the
+        smallest possible values if the differences of all trials were 0 as well, because none exceeds 0.
         """
         low, high = interval(self.resampled[1])
         differences = self.resampled[1] - self.resampled[0]
@@ -93,7 +93,7 @@ class Trials:
 
 
 def interval(values: Floats) -> tuple[float, float]:
-    """Return the 95 % interval of resampled values, by the same order statistics as sacrebleu."""
+    """Return the 95 % interval of resampled values, with the same order statistics as sacrebleu."""
     ordered, cut = np.sort(values), len(values) // 40
     return float(ordered[cut]), float(ordered[-cut - 1])
 

@@ -1,8 +1,8 @@
 """Read the text on which a model is evaluated: the run's held-out text, or the user's own test set.
 
-An own set is a folder (Moses files, FLORES, NTREX-128, OPUS-100, IWSLT), a table (TSV), the common part of
-the names of aligned files (``mytest`` for ``mytest.de`` and ``mytest.en``), or a file for each language. Its
-lines are scored as they are: nothing is cleaned or left out, not even an empty line.
+The user's set is a folder (Moses files, FLORES, NTREX-128, OPUS-100, IWSLT), a table (TSV), the common part
+of the names of aligned files (``mytest`` for ``mytest.de`` and ``mytest.en``), or a file for each language.
+Its lines are scored as they are: nothing is cleaned or left out, not even an empty line.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Literal
 
 from lsmoe_ds.config.data import Corpus
 from lsmoe_ds.data.formats import find_parts
+from lsmoe_ds.data.lines import without_packing
 from lsmoe_ds.data.prepared import PreparedData
 from lsmoe_ds.data.text_part import TextPart
 from lsmoe_ds.directions import Direction
@@ -75,11 +76,11 @@ def check_split(split: str) -> None:
 
 
 def read_own(paths: Sequence[str], split: str, directions: Sequence[Direction]) -> Texts:
-    """Read the user's own test set; if it has several splits, such as FLORES, the ``test`` or ``dev`` one.
+    """Read the user's own test set; if it has several splits, as FLORES does, the ``test`` or ``dev`` one.
 
-    The set's name ends with a checksum of its text in these directions, so that scores on two sets of one
-    name are not confused. Raises UserError if this is not a test set, for files of unequal length, and if the
-    set has no text in any of the directions.
+    The set's name ends with a checksum of its text in these directions, to distinguish sets of the same name.
+    Raises UserError if this is not a test set, for files of unequal length, and if the set has no text in any
+    of the directions.
     """
     check_split(split)
     bitexts = list(dict.fromkeys(direction.bitext for direction in directions))
@@ -116,12 +117,12 @@ def _skip_empty(split: str, texts: dict[Direction, Pairs], what: str, instead: s
 
 
 def say_skipped(skipped: Sequence[Direction], what: str) -> str:
-    """Return one line that says which directions have no text."""
+    """Return one line that names the directions without text."""
     return f"{listed(each.label for each in skipped)} {'has' if len(skipped) == 1 else 'have'} no {what}"
 
 
 def tell_skipped(texts: Texts) -> None:
-    """Say on standard error which directions are not scored."""
+    """Name on standard error the directions that are not scored."""
     if texts.skipped:
         what = f"{texts.split} sentences" if texts.split in SPLITS else f"text in {texts.split}"
         print(f"lsmoe: skipped: {say_skipped(texts.skipped, what)}", file=sys.stderr, flush=True)
@@ -132,7 +133,7 @@ def _one_set(given: str) -> UserError:
 
 
 def _names_language(text: str) -> bool:
-    """Tell whether this is CODE=FILE."""
+    """Tell whether a text is CODE=FILE."""
     code, equals, _ = text.partition("=")
     return bool(equals) and not Path(text).exists() and re.fullmatch(r"[A-Za-z0-9@_-]+", code) is not None
 
@@ -141,7 +142,7 @@ def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str
     """Find a folder, a table or aligned files of one stem; return the set's name and its parts by bitext."""
     layout = _layout(path)
     found = find_parts([Corpus(path=path, format=layout)], Path(), bitexts)
-    # If nothing is marked as dev or test, as in a table, the whole text is the set.
+    # If no text is marked as dev or test, as in a table, all of it is the set.
     chosen = [part for part in found if part.split == split] or [
         part for part in found if part.split == "train"
     ]
@@ -157,12 +158,12 @@ def _find(path: Path, split: str, bitexts: Iterable[str]) -> tuple[str, dict[str
         notice(f"--test {path}: {named[0]} is scored as a test set, and is named like training text")
     if found and not parts:
         raise UserError(f"--test {path} has no {split} text: choose the other --split")
-    return re.sub(r"\.tsv(\.gz)?$", "", path.resolve().name), parts
+    return re.sub(r"\.tsv(\.gz|\.zst)?$", "", path.resolve().name), parts
 
 
 def _layout(path: Path) -> Literal["opus100", "flores", "ntrex", "iwslt", "moses", "tsv"]:
     if path.is_file():
-        if re.search(r"\.tsv(\.gz)?$", path.name):
+        if re.search(r"\.tsv(\.gz|\.zst)?$", path.name):
             return "tsv"
         raise UserError(f"--test {path} is one file: {FORMS}")
     if not path.is_dir():
@@ -189,7 +190,7 @@ def _name_files(paths: Sequence[str], bitexts: Iterable[str]) -> tuple[str, dict
             path = Path(name)
         else:
             path = Path(text)
-            code = re.sub(r"\.(gz|txt)$", "", re.sub(r"\.gz$", "", path.name)).rpartition(".")[2]
+            code = re.sub(r"\.txt$", "", without_packing(path).name).rpartition(".")[2]
         if not path.is_file():
             raise UserError(f"--test {text}: there is no file {path}")
         codes = {code for bitext in bitexts for code in bitext.split("-")}

@@ -1,1 +1,1 @@
-"""Launchers, the processes that they start, and how these processes meet and watch each other."""
+"""Launchers, the processes that they start, and how these processes join and watch each other."""

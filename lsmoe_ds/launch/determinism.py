@@ -1,18 +1,19 @@
-"""Let a training on GPUs give the same bits whenever it is repeated on the same machines."""
+"""Make training on GPUs bit-exact when it is repeated on the same machines."""
 
 from __future__ import annotations
 
 import os
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS computes alike in every run; the first is faster
+WORKSPACES = (":4096:8", ":16:8")  # with these cuBLAS is deterministic; the first is faster
 
 
 def make_deterministic() -> None:
     """Make torch, cuBLAS and cuDNN choose algorithms that add up in one order in every run.
 
-    Call it before anything is computed on a GPU, as cuBLAS reads its variable but once; processes started
-    later inherit that. An operation without such an algorithm then raises a RuntimeError that names it.
+    Call it before any computation on a GPU, because cuBLAS reads its environment variable only once;
+    processes started later inherit it. An operation without such an algorithm then raises a RuntimeError that
+    names it.
     """
     import torch
 

@@ -38,7 +38,8 @@ NEEDED = {
 }
 OPTIONAL = {
     "mpi4py": "joining under mpirun (pip install mpi4py)",
-    "ctranslate2": "lsmoe convert --to ctranslate2, and serving it (pip install ctranslate2)",
+    "ctranslate2": "lsmoe convert --as ctranslate2, and serving it (pip install ctranslate2)",
+    "fastapi": "lsmoe serve (pip install '.[serve]')",
     "transformers": "running a converted Hugging Face folder (pip install transformers)",
 }
 PROGRAMS = {
@@ -266,7 +267,7 @@ def _together(membership: Membership) -> list[Finding]:
     for _ in range(4):
         begun = time.perf_counter()
         dist.all_reduce(message)
-        float(message[0])  # waits for a GPU
+        float(message[0])  # waits until the GPU is done
         seconds.append(time.perf_counter() - begun)
     dist.barrier()
     dist.destroy_process_group()

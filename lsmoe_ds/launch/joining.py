@@ -169,8 +169,8 @@ def _open_store(membership: Membership) -> dist.Store:
 def _compare(membership: Membership, store: dist.Store, note: dict[str, Any]) -> tuple[str, ...]:
     """Publish this rank's note and return the hosts by rank, once rank 0 has compared all notes.
 
-    Raises SharedError if rank 0 finds a difference, and UserError if this rank exists twice, was told another
-    number of processes, or gets no answer from rank 0.
+    Raises SharedError if rank 0 finds a difference, and UserError if this rank exists twice, was given a
+    different number of processes, or gets no answer from rank 0.
     """
     rank = membership.rank
     if store.add(f"taken/{rank}", 1) > 1:
@@ -193,7 +193,9 @@ def _compare(membership: Membership, store: dist.Store, note: dict[str, Any]) ->
         raise SharedError(verdict["wrong"])
     if len(verdict["hosts"]) != membership.world:
         told, others = counted(membership.world, "process"), len(verdict["hosts"])
-        raise UserError(f"rank {rank} was told of {told}, but rank 0 of {others}: tell all the same")
+        raise UserError(
+            f"rank {rank} was started as one of {told}, rank 0 as one of {others}: give all the same number"
+        )
     return tuple(verdict["hosts"])
 
 

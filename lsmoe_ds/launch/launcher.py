@@ -1,5 +1,4 @@
-"""The process between ``lsmoe train`` and its ranks on this machine: DeepSpeed's launcher, with signals
-ignored.
+"""Run DeepSpeed's launcher, with signals ignored, between ``lsmoe train`` and its ranks on this machine.
 
 On a signal DeepSpeed's launcher would kill the ranks after 30 seconds, saved or not, and exit with status 1.
 Here the process that started the launcher sends signals to the ranks instead

@@ -1,4 +1,4 @@
-"""Keep the memory of large tensors in this process instead of returning it to the system at each release."""
+"""Keep freed memory of large tensors in this process instead of returning it to the system."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 # Parameters of glibc's mallopt(3), with the values that they are set to.
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 NEVER, PAD = -1, 64 * 2**20
-LARGEST = 2**31 - 1, 32 * 2**20  # thresholds; glibc before 2.35 takes no more than the second
+LARGEST = 2**31 - 1, 32 * 2**20  # thresholds; glibc before 2.35 accepts at most the second
 
 
 def keep_large_blocks() -> None:

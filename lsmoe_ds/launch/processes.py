@@ -79,8 +79,8 @@ def start(arguments: list[str], processes: int, lock: int) -> int:
 def run(command: list[str], **options: Any) -> int:
     """Run a command that saves when it is asked to stop, and return its status.
 
-    ``options`` are those of Popen. Each signal is passed on exactly once, because the command takes a second
-    Ctrl-C as the wish to quit without saving. Raises Interrupted after the command has ended, if there was a
+    ``options`` are those of Popen. Each signal is passed on exactly once, because the command treats a second
+    Ctrl-C as a request to quit without saving. Raises Interrupted after the command has ended, if there was a
     signal.
     """
     told = 0

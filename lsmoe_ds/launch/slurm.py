@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from json import dumps
 from pathlib import Path
 
 from lsmoe_ds import interrupt, shipped
-from lsmoe_ds.checkpoint.run_folder import choose_run, find_damage, has_ended, list_checkpoints, step_of
-from lsmoe_ds.config.file import load_recipe
+from lsmoe_ds.checkpoint.run_folder import find_damage, has_ended, list_checkpoints, step_of
+from lsmoe_ds.config.recipe import Training
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import explain_errors, is_count, read_fields, resolved, write_whole
 from lsmoe_ds.notices import counted
@@ -49,24 +48,21 @@ class Attempts:
         """Read the attempts of a run. Raises UserError if there are none."""
         fields = read_fields(_file(run), job=str, step=int, steps=int, tries=int, allowed=int)
         known = {name: fields[name] for name in cls.__dataclass_fields__ if name != "patience"}
-        patience = fields.get("patience")  # of no attempt of earlier versions
+        patience = fields.get("patience")  # missing in attempts of earlier versions
         return cls(**known, patience=patience if is_count(patience) else 0)
 
     def write(self, run: Path) -> None:
         write_whole(_file(run), dumps(asdict(self)) + "\n")
 
 
-def begin(recipe: Path, overrides: Sequence[str] = (), out: Path | None = None, allowed: int = 4) -> Path:
+def begin(run: Path, training: Training, allowed: int = 4) -> Path:
     """Record that an attempt starts and return the run folder, which need not exist yet.
 
-    Raises UserError for a bad recipe, and if ``allowed`` attempts of this job in a row have saved no newer
-    checkpoint.
+    Raises UserError if ``allowed`` attempts of this job in a row have saved no newer checkpoint.
     """
-    loaded = load_recipe(recipe, overrides)
-    run = choose_run(recipe, loaded, out)
     with explain_errors(run):
         _file(run).parent.mkdir(parents=True, exist_ok=True)
-    training, step = loaded.training, newest_step(run)
+    step = newest_step(run)
     patience = training.early_stopping.patience if training.early_stopping is not None else 0
     now = Attempts(os.environ.get("SLURM_JOB_ID", ""), step, training.steps, 1, allowed, patience)
     if _file(run).exists():
@@ -143,7 +139,7 @@ def copy_scripts(folder: Path) -> None:
 
 
 def _file(run: Path) -> Path:
-    run = resolved(run)  # one file, by whatever path the run is named
+    run = resolved(run)  # so that all paths to the run name one file
     return run.with_name(f".{run.name}.attempts")
 
 

@@ -156,7 +156,7 @@ def _silent(party: Party, store: Any, hearing: float) -> str:
 
 
 def leave_behind(party: Party) -> NoReturn:
-    """End the process after a broken collective: another rank has died, and its own output says why.
+    """End the process after a broken collective: another rank has died, and its own output has the reason.
 
     A normal exit would wait for the dead rank in the usual handshakes.
     """

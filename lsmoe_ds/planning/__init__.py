@@ -1,1 +1,1 @@
-"""What a recipe costs, computed from the recipe alone."""
+"""Compute the costs of a recipe from the recipe alone."""

@@ -1,4 +1,4 @@
-"""The arithmetic of a model: the operations of its matrix products, forward and in training.
+"""Count the operations of a model's matrix products, in a forward pass and in training.
 
 H hidden, V vocabulary, L sentence length, C classes.
 """
@@ -32,27 +32,27 @@ NORMS = {"attention": "attention_norm", "cross_attention": "cross_norm", "feed_f
 class Flops:
     """Floating-point operations of one token in a forward pass and in training; a multiply-add counts as 2.
 
-    Training takes the forward and the backward pass, by each route that a token takes. A decoder alone reads
-    a prompt of source tokens before its target tokens; an encoder alone has no target tokens.
+    Training needs a forward and a backward pass for each route. A decoder-only model reads a prompt of source
+    tokens before its target tokens; an encoder-only model has no target tokens.
     """
 
     length: int
     source: int  # per source token: the encoder, and the decoder's keys and values of the source
     target: (
-        int  # per target token: the decoder and the output layer, which is an encoder's own if it is alone
+        int  # per target token: the decoder and the output layer (an encoder-only model's is in ``source``)
     )
     source_attention: int  # the part of ``source`` that grows with the sentence length
     target_attention: int
-    source_shared: int  # by the shared route if the model trains one, otherwise 0
+    source_shared: int  # on the shared route if the model trains one, otherwise 0
     target_shared: int
     source_training: int
     target_training: int
-    source_experts: int = 0  # the part of ``source_training`` that experts take, all layers
+    source_experts: int = 0  # the part of ``source_training`` in experts, over all layers
     target_experts: int = 0
 
     @property
     def forward(self) -> int:
-        """Return the operations of the forward pass of a source and a target token by all routes."""
+        """Return the operations of a forward pass of one source and one target token, over all routes."""
         return self.source + self.target + self.source_shared + self.target_shared
 
 
@@ -66,22 +66,22 @@ def flops(recipe: Recipe, length: int = LENGTH, trained: Callable[[str], bool] |
 
     The decoder's keys and values of the source are computed once per source token and counted there. All L
     positions are counted, as if there were no causal mask. Norms, softmax, dropout and sums are left out.
-    A decoder alone attends to 2 L positions with queries of whatever width, and multiplies the target tokens
-    alone by its output layer; an encoder alone multiplies each token by its C classes, 2 H C.
+    A decoder-only model attends to 2 L positions, with its own query width, and applies its output layer only
+    to target tokens. An encoder-only model multiplies each token by its C classes, 2 H C.
 
-    In the backward pass a product F of an input and a weight takes F for the gradient of the input if
-    anything below the input trains, and F if the weight does. The two products of attention take F / 2 each
-    for the gradients of queries, keys, values and attention weights that something below needs. A norm of a
-    model of transformers counts as if it stood before its layer. With ``training.activation_checkpointing``
-    the products of each layer through which a gradient passes are computed once more. ``trained`` is what
-    :func:`lsmoe_ds.planning.trained.trains` returns, which is called without it. Raises UserError where that
-    does.
+    In the backward pass a product of F operations, of an input and a weight, needs F for the gradient of the
+    input if anything below the input trains, and F if the weight trains. The two products of attention, F
+    operations together, need F / 2 for each of the gradients of queries, keys, values and attention weights
+    that is needed below. A norm of a model of transformers counts as if it were before its layer. With
+    ``training.activation_checkpointing`` the products of each layer through which a gradient passes are
+    computed once more. ``trained`` is the result of :func:`lsmoe_ds.planning.trained.trains`, which is called
+    if it is None. Raises UserError where that function does.
     """
     return _Pass(recipe, length, trained or trains(recipe)).run()
 
 
 class _Names:
-    """The names of a model's parameters, and the products that give its logits."""
+    """The names of a model's parameters, and the products that compute its logits."""
 
     def __init__(self, recipe: Recipe) -> None:
         hidden, vocabulary = recipe.model.hidden, recipe.data.vocabulary.size
@@ -116,23 +116,25 @@ def _in_host(name: str) -> str:
 
 
 class _Pass:
-    """One pass through a model, from the embedding upward, that adds up what each product takes.
+    """One pass through a model, from the embedding upward, that adds up the operations of each product.
 
-    Its methods return whether the result that they stand for needs a gradient: whether any parameter that it
-    is computed from trains.
+    Its methods return whether the result of the layer that they count needs a gradient, that is, whether it
+    is computed from any parameter that trains.
     """
 
     def __init__(self, recipe: Recipe, length: int, trained: Callable[[str], bool]) -> None:
         self.recipe, self.model, self.length, self.trains = recipe, recipe.model, length, trained
-        self.alone = recipe.model.alone  # the side, if there is one
+        self.alone = recipe.model.alone  # the only side, if the model has one side
         self.names = _Names(recipe) if recipe.model.huggingface is None else _NamesOfHost(recipe)
         self.positions = 2 * length if self.alone == "decoder" else length
-        self.routes = (False, True) if self.model.distills else (False,)  # whether it is the shared one
+        self.routes = (
+            (False, True) if self.model.distills else (False,)
+        )  # for each route, whether it is the shared one
         self.forward: dict[tuple[SideName, bool], int] = {}
         self.attention: dict[SideName, int] = {"encoder": 0, "decoder": 0}
         self.backward: dict[SideName, int] = {"encoder": 0, "decoder": 0}
         self.again: dict[SideName, int] = {"encoder": 0, "decoder": 0}  # with activation checkpointing
-        # What experts take in training, by side.
+        # The operations of experts in training, by side.
         self.of_experts: dict[SideName, int] = {"encoder": 0, "decoder": 0}
         self.memory = False  # whether the encoder's output needs a gradient
 
@@ -149,7 +151,7 @@ class _Pass:
             if self.recipe.training.activation_checkpointing and x:
                 self.again[side] += self.taken(side) - before
         x = x or any(map(self.trains, self.names.above))
-        if self.alone == "decoder":  # its prompt is read by the same layers
+        if self.alone == "decoder":  # the same layers read its prompt
             self.forward |= {("encoder", shared): self.forward["decoder", shared] for shared in self.routes}
             for taken in (self.attention, self.backward, self.again):
                 taken["encoder"] = taken["decoder"]
@@ -188,7 +190,9 @@ class _Pass:
         y: bool = False,
         routes: Iterable[bool] | None = None,
     ) -> bool:
-        """Take the products of a site whose input is ``x`` and whose output, if it has one already, ``y``."""
+        """Count the products of a site. ``x`` and ``y`` tell whether its input, and the output to which they
+        are added, if any, need a gradient.
+        """
         needed, before = False, False
         for each in products:
             reads = {"input": x, "output": y, "before": before, "memory": self.memory}[each.reads]
@@ -203,7 +207,7 @@ class _Pass:
         return needed
 
     def linear(self, site: LinearShape, x: bool) -> bool:
-        """Take a linear layer and what methods add beside it."""
+        """Count a linear layer and what methods add beside it."""
         at = self.names.linear(site)
         own = MatrixProduct(2 * site.inputs * site.outputs, f"{at}.weight", (f"{at}.bias",))
         return self.products([own, *self.of_methods(site)], site.reads, x)
@@ -217,7 +221,7 @@ class _Pass:
         ]
 
     def sublayer(self, sites: list[Shape], x: bool) -> bool:
-        """Take a sublayer with its norm, and what methods add after it; or what they add after a layer."""
+        """Count a sublayer with its norm and what methods add after it, or what they add after a layer."""
         site = sites[0]
         if isinstance(site, LayerShape):
             return self.products(self.of_methods(site), site.side, x)
@@ -237,7 +241,7 @@ class _Pass:
         return y
 
     def attend(self, linears: dict[str, LinearShape], x: bool, memory: bool) -> bool:
-        """Take an attention from x to a memory."""
+        """Count an attention from x to a memory."""
         query = self.linear(linears["query"], x)
         key, value = (self.linear(linears[name], memory) for name in ("key", "value"))
         side, each = linears["query"].side, 2 * self.positions * linears["query"].outputs
@@ -247,7 +251,7 @@ class _Pass:
         return self.linear(linears["output"], weights or value)
 
     def experts(self, site: SublayerShape, x: bool) -> bool:
-        """Take a layer of experts, by each route."""
+        """Count a layer of experts, on each route."""
         side = self.model.encoder if site.side == "encoder" else self.model.decoder
         assert side.moe is not None
         needed = False

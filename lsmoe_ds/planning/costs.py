@@ -30,7 +30,7 @@ def passes(recipe: Recipe) -> int:
 
 
 def outline_of(recipe: Recipe) -> HostOutline:
-    """Describe the model of transformers of a recipe."""
+    """Describe a recipe's model of the transformers library."""
     from lsmoe_ds.config.host_outline import read_outline  # needs transformers and torch
 
     assert recipe.model.huggingface is not None
@@ -40,9 +40,9 @@ def outline_of(recipe: Recipe) -> HostOutline:
 def count_side(
     recipe: Recipe, side: SideName, serving: bool = False, held: Held = "all", merged: bool = False
 ) -> Count:
-    """Count the encoder or the decoder with its final norm; of a model of transformers, what methods add.
+    """Count the encoder or the decoder with its final norm; for a model of transformers, what methods add.
 
-    Each sublayer has a norm; a norm has 2 H.
+    Each sublayer has a norm with 2 H parameters.
 
     ``serving`` counts what must be loaded to translate one direction. Methods are then ``merged`` into the
     layers beside them, if they can be, and add nothing (see :mod:`lsmoe_ds.export.subnetwork`).
@@ -52,7 +52,7 @@ def count_side(
     methods = [method for method in model.methods if method.unmergeable or not merged]
     held = "specific" if merged else held
     settings = model.encoder if side == "encoder" else model.decoder
-    is_ours = model.huggingface is None  # of others' models, what methods add
+    is_ours = model.huggingface is None  # otherwise count only what methods add
     total = Count(whole=2 * model.hidden * is_ours)
     for method in methods:
         total += method.count_side(side, model, languages)
@@ -74,7 +74,7 @@ def count_side(
 
 
 def count_masks(recipe: Recipe) -> Count:
-    """Count the truth values of all masks of methods; each takes a byte of memory."""
+    """Count the booleans of all masks of methods; each needs a byte of memory."""
     total = Count()
     for site in shapes_of(recipe.model):
         for method in recipe.model.methods:
@@ -85,7 +85,7 @@ def count_masks(recipe: Recipe) -> Count:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parameters by part. An output layer that is tied to the embedding adds none, as our models' is."""
+    """The parameters by part. An output layer tied to the embedding, as in our own models, counts 0."""
 
     vocabulary: Count
     encoder: Count
@@ -119,8 +119,10 @@ class Parts:
 
 
 def counts_ahead(recipe: Recipe, world: int) -> bool:
-    """Tell whether one more forward pass goes ahead of each step: where a rank has several micro-batches and
-    a router or a method counts by hidden states, unless ``training.auxiliary_over`` is micro-batch.
+    """Tell whether each step needs one more forward pass ahead of it.
+
+    It does if a rank has several micro-batches and a router or a method counts by hidden states, unless
+    ``training.auxiliary_over`` is micro-batch.
     """
     model = recipe.model
     reads = any(method.reads_states for method in model.methods)
@@ -133,9 +135,9 @@ def step_bytes(recipe: Recipe, found: list[Exchange], world: int, at_home: bool 
     """Return an upper bound on the expected bytes that all ranks exchange in one step.
 
     The bound assumes no padding and all tokens on the more expensive side. The bytes are tokens x count of
-    ``data.batch``, times how often each token is routed, times :meth:`Exchange.token_bytes`, plus the counts:
-    all tensor-parallel peers dispatch each of the ``count`` micro-batches, and the weights of replicas travel
-    in each. A pass ahead of the step (:func:`counts_ahead`) exchanges rows and weights, too.
+    ``data.batch``, times how often each token is routed, times :meth:`Exchange.token_bytes`. Counts and
+    replicas' weights are added for each of the ``count`` micro-batches, which all tensor-parallel peers
+    dispatch. A pass ahead of the step (:func:`counts_ahead`) exchanges rows and weights, too.
     """
     batch, tensor, ahead = recipe.data.batch, recipe.parallel.tensor, counts_ahead(recipe, world)
     each_token = [each.routed * each.token_bytes(at_home, ahead) for each in found]

@@ -1,4 +1,4 @@
-"""What GPUs can do, by their makers' data sheets."""
+"""The limits of GPUs, from their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 GB = 10**9
-HOST_RATE = 25 * GB  # bytes/s between a GPU and the memory of its host: PCI Express 4 with 16 lanes
+HOST_RATE = 25 * GB  # bytes/s between a GPU and its host's memory: PCI Express 4 with 16 lanes
 
 
 @dataclass(frozen=True)
@@ -16,19 +16,18 @@ class Device:
     memory: float  # bytes
     memory_rate: float  # bytes between memory and chip
     link_rate: float  # bytes to the other GPUs of its machine, in one direction
-    # FLOP/s in 16 bits (bfloat16 or float16 with float32 sums) and in float32. Data sheets print the 16-bit
-    # figure with 2:4 sparsity, which is twice the dense one that stands here; in float32 it is that of the
-    # CUDA cores.
+    # FLOP/s in 16 bits (bfloat16 or float16 with float32 sums) and in float32. The 16-bit value is the dense
+    # one, half of that with 2:4 sparsity in data sheets; the float32 value is that of the CUDA cores.
     half: float
     single: float
 
 
 def _device(memory: float, memory_rate: float, link_rate: float, half: float, single: float) -> Device:
-    """Make one from GB, GB/s and TFLOP/s."""
+    """Make a device from GB, GB/s and TFLOP/s."""
     return Device(memory * GB, memory_rate * GB, link_rate * GB, half * 1e12, single * 1e12)
 
 
-# By the words of a CUDA device's name: the first whose words are in a name is its device.
+# By words of a CUDA device's name. The first entry whose words all occur in the name is used.
 DEVICES: dict[str, Device] = {
     "GB200": _device(186, 8000, 900, 2500, 80),
     "B200": _device(180, 7700, 900, 2250, 75),
@@ -37,7 +36,7 @@ DEVICES: dict[str, Device] = {
     "H200": _device(141, 4800, 450, 989, 67),
     "H100 NVL": _device(94, 3900, 300, 835, 60),
     "H100 PCIe": _device(80, 2000, 64, 756, 51),
-    "H100": _device(80, 3350, 450, 989, 67),  # SXM, whose name has no such word
+    "H100": _device(80, 3350, 450, 989, 67),  # SXM; its name does not say so
     "A100": _device(80, 2039, 300, 312, 19.5),
     "A40": _device(48, 696, 32, 149.7, 37.4),
     "L40S": _device(48, 864, 32, 362, 91.6),
@@ -50,7 +49,7 @@ DEVICES: dict[str, Device] = {
 
 
 def find_device(name: str) -> Device | None:
-    """Return the device of a CUDA device's name; None for one that is not known, or a part of one (MIG)."""
+    """Find a CUDA device by its name; None if it is unknown, or a part of a device (MIG)."""
     if "MIG" in name.split():
         return None
     return next((device for known, device in DEVICES.items() if re.search(rf"\b{known}\b", name)), None)

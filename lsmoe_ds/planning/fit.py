@@ -1,12 +1,12 @@
-"""``lsmoe plan --fit``: the layouts of a recipe that fit into given GPUs, by their estimated step time.
+"""``lsmoe plan --fit``: find the layouts of a recipe that fit into given GPUs, and estimate their step times.
 
-S tokens, H hidden, R expert-parallel ranks; t tensor-parallel, D data-parallel ranks.
+S tokens, H hidden, R expert-parallel ranks, C chunks; t tensor-parallel, D data-parallel ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -29,9 +29,11 @@ from lsmoe_ds.planning.trained import count_trained
 if TYPE_CHECKING:
     from rich.table import Table
 
-ROWS = 10  # of the table
+ROWS = 10  # most rows of the table
 PRECISION, VALUE = "bfloat16", VALUE_BYTES["bfloat16"]
-USABLE = 0.95  # of a GPU's memory
+USABLE = 0.95  # the usable share of a GPU's memory
+# The share of a step that two chunks must save: more messages and kernels cost time that is not estimated.
+CHUNKS_SAVE = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,16 @@ class Cluster:
     gpus: int
     node: int
     device: Device
-    network_rate: float  # bytes a second between machines, of each GPU, in one direction
+    network_rate: float  # bytes per second and GPU between machines, in one direction
     efficiency: float  # the share of the peak FLOP/s that matrix products reach
 
 
 @dataclass(frozen=True)
 class Times:
-    """The seconds of one optimizer step by part, one after another: nothing is taken to overlap."""
+    """The seconds of each part of an optimizer step. Only dispatch in chunks overlaps with computation."""
 
     compute: float
-    dispatch: float  # tokens to and from their experts
+    dispatch: float  # tokens to and from their experts, without what is hidden behind computation
     tensor: float  # sums over tensor-parallel ranks
     gradients: float  # reduction of gradients and, from ZeRO stage 1, collection of weights
     optimizer: float
@@ -62,7 +64,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Fit:
-    """One layout of a recipe, and what it costs."""
+    """One layout of a recipe, and its costs."""
 
     recipe: Recipe
     accumulation: int  # micro-batches a rank
@@ -71,9 +73,14 @@ class Fit:
 
     @property
     def replicas(self) -> dict[str, list[str]]:
-        """Return the tasks of each side whose experts have replicas, of sides that have any."""
+        """Return, for each side that has replicas, the tasks whose experts have them."""
         moe = {side: moe for side, _, moe in self.recipe.model.moe_layers()}
         return {side: list(each.replicas) for side, each in moe.items() if each.replicas}
+
+    @property
+    def chunks(self) -> dict[str, int]:
+        """Return the number of chunks of each side that has experts."""
+        return {side: moe.chunks for side, _, moe in self.recipe.model.moe_layers()}
 
     @property
     def tokens_per_second(self) -> float:
@@ -88,6 +95,7 @@ class Fit:
             "expert": parallel.expert,
             "zero": self.memory.stage,
             "replicas": self.replicas,
+            "chunks": self.chunks,
             "activation_checkpointing": self.recipe.training.activation_checkpointing,
             "batch_tokens": batch.tokens,
             "batch_count": batch.count,
@@ -101,11 +109,12 @@ class Fit:
 def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
     """Return the layouts that fit into the memory of each GPU, the fastest first.
 
-    All powers of two of tensor-parallel ranks of one machine, all numbers of expert-parallel ranks that the
-    recipe's experts allow, the optimizer's ZeRO stages, in bfloat16. A step keeps its tokens: micro-batches
-    are as large as the memory allows. Activation checkpointing is on where the recipe has it, where a layout
-    does not fit without, and where it spares smaller micro-batches and is faster for that. Experts of busy
-    tasks have replicas where the recipe says so, and where that is faster. Raises UserError if no layout
+    Tries, in bfloat16, all powers of two of tensor-parallel ranks within a machine, all numbers of
+    expert-parallel ranks that the recipe's experts allow, and the optimizer's ZeRO stages. The tokens of a
+    step do not change; micro-batches are as large as the memory allows. Activation checkpointing is on if the
+    recipe enables it, if a layout does not fit otherwise, or if it allows larger micro-batches and is faster.
+    Experts of busy tasks have replicas if the recipe says so, or if that is faster. Rows travel in two chunks
+    if the recipe says so, or if that saves at least CHUNKS_SAVE of the step. Raises UserError if no layout
     fits.
     """
     if not is_known(recipe):
@@ -134,7 +143,7 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
                             fits.append(Fit(changed, accumulation, needed, times))
                             break
                 best += fits
-            found += sorted(best, key=_speed)[:1]
+            found += [_in_chunks(fit, cluster, shares) for fit in sorted(best, key=_speed)[:1]]
     if not found:
         least = f"; the smallest needs {min(peaks) / 1e9:.3g} GB on each" if peaks else ""
         raise UserError(
@@ -145,8 +154,10 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
 
 
 def _with_and_without_replicas(recipe: Recipe, expert: int, shares: Shares) -> list[Recipe]:
-    """Return the recipe for so many expert-parallel ranks, and where it says nothing of replicas another one
-    that has those of busy tasks, if there are any.
+    """Return the recipe with ``expert`` expert-parallel ranks, and a variant with replicas.
+
+    In the variant, sides without a setting for replicas have replicas for busy tasks. It is left out if no
+    task is busy.
     """
     parallel = recipe.parallel.model_copy(update={"expert": expert})
     given = recipe.model_copy(update={"parallel": parallel})
@@ -164,12 +175,32 @@ def _with_and_without_replicas(recipe: Recipe, expert: int, shares: Shares) -> l
     return found
 
 
+def _in_chunks(fit: Fit, cluster: Cluster, shares: Shares) -> Fit:
+    """Return the fit with two chunks instead of one, if that fits and is worth it; otherwise as it is."""
+    model = fit.recipe.model
+    sides = {
+        name: side.model_copy(update={"moe": side.moe.model_copy(update={"chunks": 2})})
+        for name, side in (("encoder", model.encoder), ("decoder", model.decoder))
+        if side.moe is not None and side.moe.chunks == 1
+    }
+    if not sides or fit.recipe.parallel.expert == 1:
+        return fit
+    recipe = fit.recipe.model_copy(update={"model": model.model_copy(update=sides)})
+    needed, times = (
+        memory(recipe, cluster.gpus, fit.memory.stage, PRECISION),
+        estimate(recipe, cluster, shares),
+    )
+    fits = needed.gpu_peak <= USABLE * cluster.device.memory
+    saves = times.step <= (1 - CHUNKS_SAVE) * fit.times.step
+    return replace(fit, recipe=recipe, memory=needed, times=times) if fits and saves else fit
+
+
 def _speed(fit: Fit) -> tuple[float, int]:
     return fit.times.step, fit.memory.gpu_peak
 
 
 def table_of(fits: Sequence[Fit]) -> Table:
-    """Return the fastest fit of each layout as a table of the first ROWS."""
+    """Return a table of the fastest fit of each layout, with at most ROWS rows."""
     from rich.table import Table
 
     parts = ("compute", "dispatch", "tensor", "gradients", "optimizer", "step")
@@ -178,7 +209,9 @@ def table_of(fits: Sequence[Fit]) -> Table:
     made = Table(title=title, title_justify="left")
     layout = ("parallel.tensor", "parallel.expert", "ZeRO", "batch.count", "batch.tokens")
     lends = any(each.replicas for each in fits)
-    for column in (*layout, "checkpointing", *["replicas of"] * lends, "peak", *parts, "tokens / s"):
+    cuts = any(max(each.chunks.values(), default=1) > 1 for each in fits)
+    more = ["replicas of"] * lends + ["moe.chunks"] * cuts
+    for column in (*layout, "checkpointing", *more, "peak", *parts, "tokens / s"):
         made.add_column(column, justify="right")
     best: dict[tuple[int, int], Fit] = {}
     for each in fits:
@@ -190,11 +223,20 @@ def table_of(fits: Sequence[Fit]) -> Table:
             f"{size.tokens:,}",
             "yes" if each.recipe.training.activation_checkpointing else "no",
             *[", ".join(sorted({task for tasks in each.replicas.values() for task in tasks})) or "-"] * lends,
+            *[_chunks_of(each)] * cuts,
             f"{each.memory.gpu_peak / 1e9:.1f} GB",
             *(f"{1e3 * times[part]:.3g}" for part in parts),
             human(each.tokens_per_second),
         )
     return made
+
+
+def _chunks_of(fit: Fit) -> str:
+    """Return the number of chunks, or those of both sides if they differ; a dash without exchange."""
+    if fit.recipe.parallel.expert == 1:
+        return "-"
+    numbers = [str(number) for number in fit.chunks.values()]
+    return " / ".join(numbers if len(set(numbers)) > 1 else numbers[:1])
 
 
 def _powers_of_two(limit: int) -> Iterator[int]:
@@ -217,7 +259,7 @@ def _layouts(recipe: Recipe, cluster: Cluster) -> Iterator[dict[str, int]]:
 def _with(
     recipe: Recipe, cluster: Cluster, layout: Mapping[str, int], stage: int, again: bool, accumulation: int
 ) -> Recipe | None:
-    """Return the recipe in a layout, its step cut anew; None if it cannot be so."""
+    """Return the recipe in a layout, with its step divided for it; None if that is impossible."""
     count = cluster.gpus // layout["tensor"] * accumulation
     tokens = recipe.data.batch.tokens * recipe.data.batch.count // count
     if tokens < 2 * recipe.data.batch.max_length:
@@ -237,25 +279,41 @@ def _with(
     return changed
 
 
+def hidden(exchange: float, compute: float, chunks: int) -> float:
+    """Return the seconds of exchange that a pass through a layer hides behind computation.
+
+    ``exchange`` are the seconds of all rows there and back, ``compute`` those of the experts. The first of C
+    chunks on its way there and the last on its way back have nothing to overlap with::
+
+        min((1 - 1 / C) exchange, compute)
+    """
+    return min((1 - 1 / chunks) * exchange, compute)
+
+
 def estimate(recipe: Recipe, cluster: Cluster, shares: Shares | None = None) -> Times:
-    """Estimate the seconds of one optimizer step in bfloat16. With v = 2 bytes a value and S tokens a step,
-    half source and half target::
+    """Estimate the seconds of one optimizer step in bfloat16.
 
-        compute     FLOPs of S tokens / ranks / (peak x efficiency), with those of a pass that goes ahead
-        dispatch    bytes of :func:`lsmoe_ds.moe.costs.exchanges` / ranks / rate, likewise
+    With v = 2 bytes per value and S tokens per step, half source and half target::
+
+        compute     FLOPs of S tokens / ranks / (peak x efficiency), with those of a pass ahead of the step,
+                    and for each further chunk of a micro-batch v e (5 + its forward passes) / memory rate
+        dispatch    bytes of :func:`lsmoe_ds.moe.costs.exchanges` / ranks / rate, likewise, less what chunks
+                    hide (:func:`hidden`)
         tensor      for each sum over the t ranks, forward and backward, again with activation checkpointing,
-                    and in a pass that goes ahead: 2 (t - 1) / t S / 2 H v / D
+                    and in a pass ahead of the step: 2 (t - 1) / t S / 2 H v / D
         gradients   2 (D - 1) / D v d, and 2 (X - 1) / X v e over the X ranks that hold the same experts
-        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate; where it is stepped on
-                    the host, beside that 12 bytes / the host's rate: the gradient, the weight, and it back
+        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate; if it is stepped on the
+                    host, plus 12 bytes / the host's rate: the gradient, and the weight there and back
 
-    d and e are a rank's trained dense and expert parameters; s are the bytes that the optimizer keeps and
-    needs for a value, which it reads and writes beside the float32 gradient and the weight (12 of Adam).
-    Products and rows of layers that are computed again are among the FLOPs and bytes. The rate is that
-    between machines for what leaves one, otherwise that within. Where tasks load the ranks unevenly
-    (:func:`lsmoe_ds.moe.load.busiest`) all wait for the busiest one: the FLOPs of experts and the rows are
-    its own, by the ``shares`` of tasks. The weights of replicas travel in each micro-batch, and their
-    gradients back in float32. Launches, other waiting, and data are left out.
+    d and e are a rank's trained dense and expert parameters. s is the number of bytes per value that the
+    optimizer keeps or needs temporarily, and reads and writes beside the float32 gradient and the weight (12
+    for Adam). FLOPs and bytes include recomputed layers. The rate is that between machines for what leaves a
+    machine, otherwise that within it. If tasks load the ranks unevenly (:func:`lsmoe_ds.moe.load.busiest`),
+    all ranks wait for the busiest one, so its FLOPs of experts and its rows count, by the ``shares`` of
+    tasks. The weights of replicas are sent in each micro-batch, and their gradients returned in float32.
+    Each chunk reads all weights of a layer's local experts in each pass, writes their gradient, and adds it
+    to that of the other chunks.
+    Kernel launches, other waiting, and data are left out.
     """
     world, tensor, expert = cluster.gpus, recipe.parallel.tensor, recipe.parallel.expert
     data, replicas = world // tensor, world // expert
@@ -263,22 +321,34 @@ def estimate(recipe: Recipe, cluster: Cluster, shares: Shares | None = None) -> 
     of_sides = loads(recipe, shares or planned_shares(recipe))
     work, found = flops(recipe, LENGTH), exchanges(recipe, VALUE, of_sides)
     ahead, again = counts_ahead(recipe, world), recipe.training.activation_checkpointing
-    half = step if recipe.model.alone == "encoder" else step / 2  # of whose tokens none is a target
+    half = step if recipe.model.alone == "encoder" else step / 2  # an encoder-only model has no target tokens
     operations = half * (work.source_training + work.target_training + ahead * work.forward)
     affine = recipe.data.batch.languages == "task-affine"
     of_experts = {"encoder": work.source_experts, "decoder": work.target_experts}
-    for load in of_sides:  # in training they take three or four times what they take in a pass ahead
+    for load in of_sides:  # a pass ahead costs a third or a fourth of training
         more = (1 + ahead / (3 + again)) * (load.busiest / load.even - 1)
         operations += half * of_experts[load.side] * more
     crowded = {load.side: load.crowding for load in of_sides}
-    sent = sum(
-        step / 2 * each.routed * each.token_bytes(affine, ahead) * crowded[each.side] for each in found
-    )
+    outside = max(0, expert - cluster.node) / max(1, expert - 1)  # share of expert peers on other machines
+    byte = outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate
+    flop = 1 / (cluster.device.half * cluster.efficiency)
     passes = 1 + ahead + again
+    batches = recipe.data.batch.count * tensor / world  # micro-batches of a rank
+    dispatch, further = 0.0, 0
+    for each in found:
+        rows = step / 2 * each.routed * crowded[each.side] / world
+        whole, once = (
+            rows * bytes_ * byte for bytes_ in (each.token_bytes(affine, ahead), each.pass_bytes(affine))
+        )
+        # A forward pass takes a third of the operations of training, with recomputed layers a fourth.
+        computed = half / world * of_experts[each.side] / (3 + again) * crowded[each.side] * flop
+        computed *= 1 - each.at_home
+        dispatch += whole - passes * hidden(once, computed, each.chunks)
+        dispatch -= hidden(whole - passes * once, 2 * computed, each.chunks)
+        further += (each.chunks - 1) * each.values
     lent = sum(passes * each.lent_bytes + each.lent_bytes_back for each in found)
-    sent = (sent + recipe.data.batch.count * tensor * lent) / world
-    outside = max(0, expert - cluster.node) / max(1, expert - 1)  # of the other ranks of an expert group
-    # A row-parallel layer sums its outputs, and the layers before it the gradients of their input.
+    dispatch += batches * lent * byte
+    # A row-parallel layer sums its outputs; the layers before it sum the gradients of their input.
     sums = sum(isinstance(site, LinearShape) and site.split == "row" for site in shapes_of(recipe.model))
     summed = (2 + again + ahead) * sums * 2 * (tensor - 1) / tensor * step / 2 / data * recipe.model.hidden
     dense, experts = local_parameters(count_trained(recipe), tensor, expert)
@@ -292,8 +362,9 @@ def estimate(recipe: Recipe, cluster: Cluster, shares: Shares | None = None) -> 
     kept = optimizer.value_bytes(stage, True) + optimizer.step_bytes(True)
     stepped = dense / data + experts / replicas if stage else dense + experts
     return Times(
-        compute=operations / world / (cluster.device.half * cluster.efficiency),
-        dispatch=sent * (outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate),
+        compute=operations / world * flop
+        + batches * further * VALUE * (passes + 5) / cluster.device.memory_rate,
+        dispatch=dispatch,
         tensor=VALUE * summed / rates[tensor],
         gradients=reduced / rates[world],
         optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate

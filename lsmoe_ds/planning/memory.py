@@ -1,4 +1,4 @@
-"""The memory that a rank needs in training. Each function's docstring has its formula.
+"""Compute the memory that a rank needs in training. Each function's docstring has its formula.
 
 B sentences, T positions, S tokens, H hidden, F feed-forward width, E experts, K top-k, V vocabulary; t
 tensor-parallel ranks.
@@ -29,11 +29,11 @@ BUCKET = 500_000_000  # values: DeepSpeed's default for stages 1 and 2
 PROCESS = (
     480 * 2**20
 )  # measured on Linux: Python, torch, DeepSpeed, Megatron-core and their threads, with nothing loaded
-TRANSFORMERS = 150 * 2**20  # measured there: what importing it and a model's class adds
+TRANSFORMERS = 150 * 2**20  # measured likewise: what importing transformers and a model's class adds
 # Allocator fragmentation, measured on a CPU: some blocks of one micro-batch's shapes fit none of the next
 # one's.
 ALLOCATOR = 1.4
-GPU_ALLOCATOR = 1.1  # the same of torch's on an H200, whose blocks are cut and joined
+GPU_ALLOCATOR = 1.1  # the same for torch's allocator on an H200, which splits and merges blocks
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Memory:
     """The bytes on each rank.
 
     ``weights``, ``gradients`` and ``optimizer`` are permanent (gradients from the backward pass to the
-    optimizer step); ``activations`` and ``buffers`` are temporary. ``host`` is part of no sum.
+    optimizer step); ``activations`` and ``buffers`` are temporary. No sum includes ``host``.
     """
 
     precision: str
@@ -52,7 +52,7 @@ class Memory:
     activations: int
     buffers: int
     process: int = PROCESS
-    host: int = 0  # what an optimizer keeps in the host's memory, beside a GPU
+    host: int = 0  # what an offloaded optimizer keeps in the host's memory
 
     @property
     def total(self) -> int:
@@ -63,16 +63,15 @@ class Memory:
     def peak(self) -> int:
         """Return the permanent bytes, the process itself, and ALLOCATOR times the temporary bytes.
 
-        Activations and buffers are not needed at the same moment, but the memory blocks that one frees rarely
-        fit the other.
+        Activations and buffers are not needed at the same time, but blocks freed by one rarely fit the other.
         """
         return self.total + self.process + round(ALLOCATOR * (self.activations + self.buffers))
 
     @property
     def gpu_peak(self) -> int:
-        """Return the same on a GPU, whose allocator takes GPU_ALLOCATOR times the temporary bytes.
+        """Return the same on a GPU, whose allocator needs GPU_ALLOCATOR times the temporary bytes.
 
-        The process stands for the driver's context and what libraries load.
+        The bytes of the process represent the driver's context and what libraries load.
         """
         return self.total + self.process + round(GPU_ALLOCATOR * (self.activations + self.buffers))
 
@@ -83,14 +82,14 @@ def local_parameters(count: Count, tensor: int, expert: int) -> tuple[int, int]:
 
 
 def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Count | None = None) -> Memory:
-    """Compute the memory of one rank; ``trained`` is what of the parameters trains, if that is known already.
+    """Compute the memory of one rank; ``trained`` counts the parameters that train, if known already.
 
-    In bfloat16, stage 0 is for optimizers that step it themselves, such as Adafactor
+    In bfloat16, stage 0 is for optimizers that step 16-bit parameters themselves, such as Adafactor
     (:func:`lsmoe_ds.config.deepspeed.complete`).
 
-    v is the bytes per value (4 or 2); n is the number of the rank's parameters (:func:`local_parameters`), of
-    which d dense and e expert ones train (:func:`lsmoe_ds.planning.trained.count_trained`); m is the number
-    of truth values in its masks (:func:`lsmoe_ds.planning.costs.count_masks`), a byte each.
+    v is the bytes per value (4 or 2). n is the number of the rank's parameters (:func:`local_parameters`);
+    d dense and e expert ones of them train (:func:`lsmoe_ds.planning.trained.count_trained`). m is the number
+    of booleans in its masks (:func:`lsmoe_ds.planning.costs.count_masks`), a byte each.
     ZeRO partitions dense state over the D = world / tensor data ranks, and expert state over the X = world /
     expert ranks that hold the same experts; p = d / D + e / X::
 
@@ -101,12 +100,13 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
                     12 p                 stages 1 and 2: also a float32 copy of the weights, which DeepSpeed
                                          keeps even of a float32 model
                     8 of these           in the host's memory with ``adam.offload``
-                    4 (d + e) or 4 p     beside, for the moving average of ``training.ema``
+                    4 (d + e) or 4 p     in addition, for the moving average of ``training.ema``
                     4 a + 4 k (d + e)    Adafactor: its averages, and k of momentum and a float32 copy
 
     Adafactor's averages are a values (:func:`lsmoe_ds.planning.trained.count_averages`): n + m of a matrix
-    [n, m], n of a vector. :func:`activations`, :func:`replica_bytes` and :func:`buffers` compute the
-    temporary memory. A teacher (:func:`teacher_values`) has its weights and logits beside.
+    [n, m], n of a vector. :func:`activations`, :func:`replica_bytes`, :func:`chunk_bytes` and
+    :func:`buffers` compute the temporary memory. A teacher (:func:`teacher_values`) adds its weights and
+    logits.
     """
     value, layout = VALUE_BYTES[precision], recipe.parallel
     held = sum(local_parameters(Parts.of(recipe).whole, layout.tensor, layout.expert))
@@ -128,7 +128,10 @@ def memory(recipe: Recipe, world: int, stage: int, precision: str, trained: Coun
         weights=value * (held + teacher) + masks,
         gradients=value * own if stage == 0 else 4 * (own if stage == 1 else part),
         optimizer=state,
-        activations=activations(recipe, value) + replica_bytes(recipe, value) + value * said,
+        activations=activations(recipe, value)
+        + replica_bytes(recipe, value)
+        + chunk_bytes(recipe, value)
+        + value * said,
         buffers=buffers(recipe, dense, experts, part, world, stage, value),
         host=optimizer.host_bytes() * stepped,
         process=PROCESS + (recipe.model.huggingface is not None) * TRANSFORMERS,
@@ -143,32 +146,32 @@ def activations(recipe: Recipe, value: int) -> int:
     transformers has all S tokens on its one side::
 
         self-attention      3 H + 4 H / t        in and out of its norm, dropout's mask; query, key, value,
-                                                 mixture
+                                                 weighted sum of values
         over the source     3 H + 2 H / t        the same for a target token, and 2 H / t for a source
                                                  token's key and value
         feed-forward        3 H + F / t
         experts             3 H + K (2 H + F) / t, and 2 E float32 where each token chooses
         a side's ends       3 H                  in and out of its last norm, dropout's mask on the embedding
-        output layer        H + V / t            per target token: the gradient takes the place of the logits
+        output layer        H + V / t            per target token: the gradient overwrites the logits
         methods                                  see each method's ``values``
-        of transformers     2 H of a layer norm, 3 H of one in Python, H for a mask of dropout where there is
-                            one; in an attention its own widths; 2 F for what a feed-forward's activation
-                            function reads, 2 F for a gate; C classes of an encoder's token
+        of transformers     2 H for a layer norm, 3 H for one in Python, H for a dropout mask, if any; in an
+                            attention its own widths; 2 F for the input of a feed-forward's activation
+                            function, 2 F for a gate; C classes per token of an encoder
 
-    If both routes are trained, everything counts twice. On the shared route a feed-forward takes the place of
-    the experts from which it is distilled. Attention probabilities are not stored:
+    If both routes are trained, everything counts twice. On the shared route a feed-forward replaces the
+    experts from which it is distilled. Attention probabilities are not stored:
     ``scaled_dot_product_attention`` recomputes them (with ``training.attention_dropout`` on a CPU it stores
     them).
 
-    With ``training.activation_checkpointing`` a layer keeps its input alone, H, and what is computed again is
-    kept of one layer at a time: that of the largest is counted, or the logits if they are more, which are
-    gone by then. Keys and values of the source, and what methods add to them, are computed outside the
-    decoder's layers.
+    With ``training.activation_checkpointing`` a layer keeps only its input, H. Recomputed values are kept for
+    one layer at a time; the logits are freed before. So the larger of the largest layer and the logits is
+    counted. Keys and values of the source, and what methods add to them, are computed outside the decoder's
+    layers.
 
-    Three things are approximate: the split into source and target (a batch with longer target sentences takes
-    more); the dropout masks, counted as values as on a CPU (on a GPU they are bytes); and the even load of
-    the experts over their ranks. With several micro-batches each starts after the last one's activations are
-    freed.
+    Three things are approximate: the split into source and target (a batch with longer target sentences needs
+    more); the dropout masks, counted as values as on a CPU (on a GPU they are bytes); and the load of the
+    experts, assumed to be even over their ranks. Each micro-batch starts after the activations of the one
+    before are freed.
     """
     model, tensor, hidden = recipe.model, recipe.parallel.tensor, recipe.model.hidden
     twice = passes(recipe)
@@ -178,11 +181,12 @@ def activations(recipe: Recipe, value: int) -> int:
     beside: float = 2 * norm + hidden
     logits = recipe.data.vocabulary.size / tensor
     layers: dict[tuple[SideName, int], float] = {}
-    inner, share = 1, 0.5  # times a feed-forward's width is kept (a ReLU keeps its result alone); of tokens
+    # How often a feed-forward's width is kept (ReLU keeps only its result), and a side's share of the tokens.
+    inner, share = 1, 0.5
     if (alone := model.alone) is not None:
         around = outline_of(recipe).around
         mask, inner, share = mask * around.drops, 2, 1.0
-        # The embedding's mask; before classes of words a mask and its result.
+        # The mask of the embedding; before the classes of words, a mask and its result.
         beside, norm = around.kept_outside + mask * (3 if model.task == "tag" else 1), mask
         logits = around.heads[0][2] * (0.5 if alone == "decoder" else 1.0)
         layers |= around.kept
@@ -198,7 +202,7 @@ def activations(recipe: Recipe, value: int) -> int:
                 if side.moe.routing == "token":  # in float32
                     own += 4 / value * 2 * side.moe.experts * model.routed(side.moe) / twice
         elif isinstance(site, LinearShape) and site.name != "contract":
-            # The mixture that the output layer of an attention reads, and the results of all others.
+            # The input of an attention's output layer, and the results of all other layers.
             width = site.inputs if site.name == "output" else site.outputs
             own += width * (inner if site.sublayer == "feed_forward" else 1) / tensor
         if site.reads == site.side:
@@ -206,7 +210,7 @@ def activations(recipe: Recipe, value: int) -> int:
         else:
             beside += own
     if recipe.training.activation_checkpointing:
-        # The input of a layer is also what its first norm reads, or the result of the last layer's last one.
+        # A layer's input is also the input of its first norm, or the result of the last layer's last norm.
         within = hidden * len(layers) + max(logits, max(layers.values()) - hidden)
     else:
         within = sum(layers.values()) + logits
@@ -214,8 +218,9 @@ def activations(recipe: Recipe, value: int) -> int:
 
 
 def teacher_values(recipe: Recipe) -> tuple[int, int]:
-    """Count the parameters of the teacher of ``training.teacher``, which is whole on each rank, and its
-    logits of one micro-batch. Nothing is counted of a teacher that is on another machine.
+    """Count the parameters of ``training.teacher``, whole on each rank, and its logits of one micro-batch.
+
+    A teacher that is on another machine counts nothing.
     """
     teacher = recipe.training.teacher
     if teacher is None or not (stored := teacher.model / "recipe.yaml").is_file():
@@ -225,10 +230,10 @@ def teacher_values(recipe: Recipe) -> tuple[int, int]:
 
 
 def replica_bytes(recipe: Recipe, value: int) -> int:
-    """Count the bytes of the weights of experts that are lent for a forward and backward pass.
+    """Count the bytes of experts' weights that are lent for a forward and backward pass.
 
-    With l values in a layer v l are kept of each, or with ``training.activation_checkpointing`` of one at a
-    time, and (v + 4) l of one layer while its gradients are summed over the ranks, in float32.
+    For l lent values, a layer keeps v l bytes: all layers, or with ``training.activation_checkpointing`` one
+    at a time. One layer needs another (v + 4) l while its gradients are summed over ranks, in float32.
     """
     model, languages = recipe.model, recipe.languages
     if recipe.parallel.expert == 1:
@@ -245,6 +250,21 @@ def replica_bytes(recipe: Recipe, value: int) -> int:
     return value * kept + (value + 4) * largest
 
 
+def chunk_bytes(recipe: Recipe, value: int) -> int:
+    """Count the bytes of the gradient of a layer's local experts that waits for that of other chunks."""
+    model, ranks = recipe.model, recipe.parallel.expert
+    waiting = [
+        moe.experts
+        // ranks
+        * count_feed_forward(
+            model.hidden, (model.encoder if side == "encoder" else model.decoder).width(layer)
+        ).total
+        for side, layer, moe in model.moe_layers()
+        if moe.chunks > 1 and ranks > 1
+    ]
+    return value * max(waiting, default=0)
+
+
 def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, stage: int, value: int) -> int:
     """Return the bytes of the buffers in which DeepSpeed reduces gradients and updates the weights.
 
@@ -257,11 +277,11 @@ def buffers(recipe: Recipe, dense: int, experts: int, part: int, world: int, sta
         stage 2     2 min(b, d + e)                 in bfloat16: the bucket, and float32 copies
                     + 4 min(b, max(d, e))           of its dense, then of its expert gradients
 
-    Adafactor steps one parameter after another; for each value of the largest, of l values, it needs s bytes:
+    Adafactor steps one parameter after another and needs s bytes for each of the l values of the largest one:
     4 in float32, 8 in bfloat16, 16 without float32 copies of the weights.
-    A stage-0 bucket holds at least one whole gradient: if that is more, V H / t values or as many as a
-    method's largest parameter. On a GPU the bucket of stages 1 and 2 always takes all its b values. Rows in
-    exchange with other ranks' experts and ZeRO's padding are left out, because they are small.
+    A stage-0 bucket holds at least one whole gradient, so 2^24 is replaced by V H / t or the size of a
+    method's largest parameter if that is more. On a GPU the bucket of stages 1 and 2 always has all its b
+    values. Rows that are exchanged with other ranks' experts and ZeRO's padding are left out: they are small.
     """
     if stage == 0:
         largest = recipe.data.vocabulary.size * recipe.model.hidden // recipe.parallel.tensor

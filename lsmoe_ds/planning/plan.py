@@ -1,9 +1,9 @@
 """``lsmoe plan``: compute the costs of a recipe from the recipe alone.
 
 The formulas are in :mod:`lsmoe_ds.planning.costs`, :mod:`lsmoe_ds.planning.arithmetic` and
-:mod:`lsmoe_ds.planning.memory`. No model is built and torch is not imported, so a plan of many billion
-parameters takes no time and little memory; only where not all parameters train, or the optimizer keeps
-averages over dimensions of methods' parameters, an outline of the model tells their names and shapes.
+:mod:`lsmoe_ds.planning.memory`. No model is built and torch is not imported, so planning many billion
+parameters is fast and needs little memory. Only if not all parameters train, or if the optimizer keeps
+averages over dimensions of methods' parameters, an outline of the model is built for names and shapes.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ class Plan:
     precision: str  # what the recipe's DeepSpeed configuration asks for
     stage: int
     parameters: Parts
-    trained: int  # of the parameters
+    trained: int  # how many of the parameters train
     figures: dict[str, int]  # further counts of parameters by methods
     serving: Parts
-    serving_at_most: bool  # whether training finds out how much less that is
+    serving_at_most: bool  # whether ``serving`` is an upper bound, because training decides how much is left
     routes: dict[str, Parts]  # what must be loaded to serve all directions by each route; see :func:`routes`
     memory: list[Memory]
     exchanges: list[Exchange]
     step_bytes: int
-    step_bytes_home: int | None  # with all batches on their experts' ranks; None if no side's can be
+    step_bytes_home: int | None  # with all batches on their experts' ranks; None if no side can have that
     task_affine: bool  # whether the recipe's batches are task-affine
-    loads: list[Load]  # of each side with experts, if these are spread over ranks
-    shares_known: bool  # whether prepared data tell how many tokens each task has
-    step_tokens: int  # of one side: half of a step's
-    flops: Flops | None  # None of layers that are not known to the last matrix, as the memory is empty then
-    alone: SideName | None  # the side of a model that lacks the other
+    loads: list[Load]  # for each side with experts, if these are spread over ranks
+    shares_known: bool  # whether each task's share of tokens is known from prepared data
+    step_tokens: int  # tokens of one side: half of a step's
+    flops: Flops | None  # None if not every matrix of the model is known; the memory is empty then
+    alone: SideName | None  # the only side of a one-sided model
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan for JSON: counts of parameters, bytes, and floating-point operations."""
@@ -208,7 +208,7 @@ class Plan:
         return found
 
     def _work(self, load: Load, share: float) -> float | None:
-        """Return the operations of a step that a share of a side's experts' work takes."""
+        """Return the operations per step of a share of the work of a side's experts."""
         if self.flops is None:
             return None
         each = self.flops.source_experts if load.side == "encoder" else self.flops.target_experts
@@ -235,7 +235,7 @@ class Plan:
         return made
 
     def _advice(self, load: Load) -> str:
-        """Say what ``replicas: auto`` would choose, if the recipe has none; empty if it would choose none."""
+        """Describe what ``replicas: auto`` would choose; empty if that is nothing or replicas are given."""
         if load.tasks or not load.proposed:
             return ""
         about = "" if load.placed else "about "
@@ -263,7 +263,7 @@ def in_bytes(number: float) -> str:
 
 
 def is_known(recipe: Recipe) -> bool:
-    """Tell whether memory and arithmetic of a recipe's model are planned."""
+    """Tell whether memory and arithmetic can be planned for a recipe's model."""
     return recipe.model.huggingface is None or outline_of(recipe).around.is_plain
 
 
@@ -279,9 +279,9 @@ def routes(recipe: Recipe) -> dict[str, Parts]:
 def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan:
     """Compute the parameters, memory, traffic and arithmetic of a recipe on ``world`` ranks.
 
-    The default is the smallest number of ranks that can hold the recipe's layout. Raises UserError if
+    ``world`` defaults to the smallest number of ranks that can hold the recipe's layout. Raises UserError if
     ``world`` ranks cannot hold the layout or cannot share a step's batches evenly, and if a method depends
-    on resource groups that neither the recipe nor prepared data know.
+    on resource groups that neither the recipe nor prepared data define.
     """
     if recipe.model.needs_groups:
         recipe = with_listed_groups(recipe)

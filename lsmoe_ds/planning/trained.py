@@ -1,7 +1,7 @@
-"""Tell and count what trains of a recipe's model, by ``training.trainable``, and what an optimizer averages.
+"""Count a recipe's trained parameters, by ``training.trainable``, and the averages that an optimizer keeps.
 
-Unless all trains, that takes the names of all parameters, and of a model with methods what is averaged their
-shapes: an outline of the model is made, without weights.
+If not all parameters train, this needs the names of all parameters; the averages of a model with methods need
+their shapes. Then an outline of the model is built, without weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def _frozen_outline(recipe: Recipe) -> Model:
-    # torch is not imported for a plan that does without.
+    # Imported here, because most plans do not need torch.
     from lsmoe_ds.model.build import outline
     from lsmoe_ds.model.freezing import freeze
     from lsmoe_ds.parallel.topology import Topology
@@ -40,7 +40,7 @@ def _frozen_outline(recipe: Recipe) -> Model:
 
 
 def trains(recipe: Recipe) -> Callable[[str], bool]:
-    """Return the function that tells whether the parameter of a global name trains.
+    """Return a function that tells whether the parameter with a global name trains.
 
     Raises UserError where :func:`lsmoe_ds.model.freezing.choose` does.
     """
@@ -65,9 +65,9 @@ def count_trained(recipe: Recipe) -> Count:
 
 
 def count_averages(recipe: Recipe) -> Count:
-    """Count the values that an optimizer keeps which averages over the dimensions of matrices, by how ranks
-    hold them; without those that it keeps for each value of a matrix.
+    """Count the values of an optimizer's averages over dimensions of matrices, by how ranks hold them.
 
+    Vectors are not averaged, so all their values count; values kept for each value of a matrix do not.
     Raises UserError where :func:`lsmoe_ds.model.freezing.choose` does.
     """
     total = Count()
@@ -97,7 +97,7 @@ class _Trained(NamedTuple):
     """A parameter that trains."""
 
     shape: tuple[int, ...]
-    along: int | None = None  # the dimension that tensor-parallel ranks share out
+    along: int | None = None  # the dimension that tensor-parallel ranks split
     is_expert: bool = False
 
 
@@ -149,7 +149,7 @@ def _by_shape(recipe: Recipe) -> Iterator[_Trained]:
 
 
 def _by_outline(recipe: Recipe) -> Iterator[_Trained]:
-    """Yield the parameters by their names and shapes in an outline of the model."""
+    """Yield the parameters, with names and shapes from an outline of the model."""
     from lsmoe_ds.methods.sites import Linears
     from lsmoe_ds.parallel import compat
 

@@ -1,4 +1,4 @@
-"""What a training recorded of its progress, and its charts."""
+"""Read a training's metrics, and draw its charts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Progress:
     seconds: float = 0.0
     tokens: int = 0
     tokens_per_second: float | None = None
-    mfu: float | None = None  # model FLOPs utilization, of 1
+    mfu: float | None = None  # model FLOPs utilization, from 0 to 1
     tflops_per_rank: float | None = None
 
 
@@ -83,9 +83,7 @@ class TrainingCharts:
 
 
 def draw_charts(progress: Progress, recipe: Recipe, learned: str) -> TrainingCharts:
-    """Draw the losses, of each of what is ``learned``, and below them what the recipe's methods want to be
-    seen.
-    """
+    """Draw the losses per ``learned`` (target token, word, ...), and below them the charts of the methods."""
     curve = progress.curves
     loss, dev, shared = curve["nll"], curve["dev_loss"], curve["dev_loss_shared"]
     series = [Series(loss, "faint"), Series(smooth(loss, max(3, len(loss) // 50)))] if loss else []

@@ -44,7 +44,7 @@ SOFTWARE = ("lsmoe_ds", "torch", "deepspeed", "megatron-core", "sentencepiece", 
 SHORT_TRAINING = 2 * 3600
 USABLE = 0.1
 OPEN_SAMPLES = 5
-GRIDS = 2  # that are shown of what a method finds in the weights
+GRIDS = 2  # shown for each of a method's findings in the weights
 
 
 KIND_NAMES = {"dense": "dense", "huggingface": "Hugging Face", "ctranslate2": "CTranslate2", "peft": "PEFT"}
@@ -76,13 +76,13 @@ class Conversion(BaseModel):
 
     @property
     def same(self) -> int | None:
-        """Return how many results were the same, of whatever task."""
+        """Return how many results were the same, for any task."""
         found = (self.same_translations, self.same_labels, self.same_answers)
         return next((count for count in found if count is not None), None)
 
     @property
     def compared(self) -> int | None:
-        """Return of how many sentences or questions."""
+        """Return how many sentences or questions were compared."""
         return self.sentences if self.sentences is not None else self.questions
 
     @property
@@ -153,7 +153,7 @@ def render_report(run: Path, scores_in: Path | None = None) -> str:
         findings=[(each, [(grid, draw(grid)) for grid in each.grids[:GRIDS]]) for each in findings],
         scores=scores,
         question=_question(scores, progress, recipe) if scores else "",
-        # Without held-out pairs there may be no test set: this cannot know whether a corpus provides one.
+        # If nothing is held out by choice, there may be no test set: only the corpora decide that.
         evaluation="lsmoe evaluate" if recipe.data.held_out.test else "lsmoe evaluate --test FILES",
         averages={name: average for name, average in averages.items() if name not in CLASSES},
         classes=classes,
@@ -192,7 +192,7 @@ def _question(scores: ScoreTable, progress: Progress | None, recipe: Recipe) -> 
 
 
 def _shown(scores: ScoreTable) -> str:
-    """Return the metric of the bars: chrF, in which :data:`WEAK` is, or the main one of another task."""
+    """Return the metric of the bars: chrF, the scale of :data:`WEAK`, or the main one of another task."""
     return "chrf" if scores.translates else scores.scoring.main
 
 
@@ -261,7 +261,7 @@ def _summary(recipe: Recipe, progress: Progress | None) -> str:
 def _caveat(scores: ScoreTable, progress: Progress | None) -> str | None:
     """Describe, in its own figures, what a short training achieved.
 
-    None if the training was long or its translations are good all the same, if the scores are of an earlier
+    None if the training was long, if its translations are good nevertheless, if the scores are of an earlier
     step, or if nothing was translated.
     """
     if (

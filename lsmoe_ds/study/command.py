@@ -58,7 +58,7 @@ def run_study(
     """Train and evaluate what is missing, and return the comparison of the whole study.
 
     ``members`` and ``seeds`` default to all; ``part`` takes a share of their pairs. Raises UserError for a
-    bad study and, before the first training, for runs that cannot be trained. Raises UserError also if a
+    bad study and, before the first training, for runs that cannot be trained. Also raises UserError if a
     training fails; finished runs are kept.
     """
     study = load_study(file)
@@ -107,14 +107,15 @@ class Runs:
         self.plans = {member: plan(recipe) for member, recipe in study.recipes.items()}
 
     def folder(self, member: str, seed: int, alone: Direction | None = None) -> Path:
-        """Return the run folder of a member; a member that is not trained has one for all seeds, and the
-        model of a direction ``alone`` is below it.
+        """Return the run folder of a member; the model of a direction ``alone`` has a subfolder of it.
+
+        A member that is not trained has one folder for all seeds.
         """
         whole = self.out / (f"{member}-seed{seed}" if self.is_to_train(member) else member)
         return whole if alone is None else whole / str(alone)
 
     def recipe(self, member: str, seed: int, alone: Direction | None = None) -> Recipe:
-        """Return the whole recipe of one run; that of a student names what it learns from."""
+        """Return the whole recipe of one run; a student's recipe includes its teacher."""
         recipe = self.study.recipe(member, seed, alone)
         if (asked := self._distillation(member)) is None:
             return recipe
@@ -123,7 +124,7 @@ class Runs:
         return complete(recipe, asked, teacher, teacher / "vocabulary.model", student, name)
 
     def _vocabulary(self, member: str, recipe: Recipe) -> Path:
-        """Return the vocabulary in the prepared data of a run; a student has data of its own."""
+        """Return the vocabulary in the prepared data of a run; a student has its own data."""
         of_student = self._distillation(member) is not None
         return (recipe.prepared if of_student else self.prepared.folder) / "vocabulary.model"
 
@@ -141,9 +142,7 @@ class Runs:
         return folder if self.is_to_train(told.of) else _start_of(self.study.recipe(told.of, seed))
 
     def models(self, member: str) -> list[Direction | None]:
-        """List the directions with training text for which a member has a model of its own; None stands for
-        all.
-        """
+        """List the directions with training text for which a member has its own model; None means all."""
         bitexts = self.prepared.manifest["bitexts"]
         return [
             alone
@@ -178,7 +177,7 @@ class Runs:
             self.is_trained(member, seed, alone)
 
     def is_there(self, member: str, seed: int, alone: Direction | None = None) -> bool:
-        """Tell whether a run was started. Raises UserError if it is of another recipe."""
+        """Tell whether a run was started. Raises UserError if it belongs to another recipe."""
         folder = self.folder(member, seed, alone)
         if not (folder / "recipe.yaml").exists():  # the last file that a new run writes
             return False
@@ -206,13 +205,13 @@ class Runs:
         return None if stopping is None else stopping.patience
 
     def last_step(self, member: str, seed: int, alone: Direction | None = None) -> int:
-        """Return the step with which a training ends: the last one, or that at which it has stopped early."""
+        """Return the step with which a training ends: the last one, or the one at which it stopped early."""
         steps, patience = self.steps(member), self._patience(member)
         found = [] if patience is None else list_checkpoints(self.folder(member, seed, alone))
         return step_of(found[-1]) if found and has_ended(found[-1], steps, patience) else steps
 
     def train(self, member: str, seed: int, processes: int | None) -> None:
-        """Train what is missing of a member, before it the one that it learns from."""
+        """Train what is missing of a member, after training its teacher."""
         if (told := self.study.settings.members[member].distill) is not None:
             self.train(told.of, seed, processes)
         if self.is_to_train(member):
@@ -220,7 +219,7 @@ class Runs:
                 self._train(member, seed, alone, processes)
 
     def _train(self, member: str, seed: int, alone: Direction | None, processes: int | None) -> None:
-        """Train in separate processes, whose memory and process groups end with them."""
+        """Train in separate processes, so that their memory and process groups end with them."""
         name, folder = _name(member, seed, alone), self.folder(member, seed, alone)
         if self.is_trained(member, seed, alone):
             return _say(f"{name}: trained already")
@@ -270,10 +269,9 @@ class Runs:
         table.write(folder / f"scores-{route}.json")
 
     def scores(self, member: str, seed: int, route: str) -> ScoreTable | None:
-        """Return the scores of the last step with the study's options, of all models of a member together, or
-        None if some are missing.
+        """Return the scores of all models of a member, at their last step and with the study's options.
 
-        Raises UserError if a run is of another recipe.
+        None if some are missing. Raises UserError if a run belongs to another recipe.
         """
         scored = [alone for alone in self.models(member) if alone is None or self._is_scored(alone)]
         tables = [self._scores(member, seed, alone, route) for alone in scored]
@@ -360,8 +358,8 @@ class Runs:
     def write_tables(self) -> None:
         """Write the tables.
 
-        Reading and writing is under a lock: if two processes finish at once, the later one includes the
-        other's scores.
+        A lock covers reading and writing: if two processes finish at once, the later one includes the other's
+        scores.
         """
         with locked(self.out / "study.json", wait=True):
             comparison = self.compare()
@@ -375,7 +373,7 @@ class Runs:
 
 
 def _start_of(recipe: Recipe) -> Path:
-    """Return the folder from which a recipe's training starts, of a member that is not trained."""
+    """Return the folder ``training.start_from`` of a member that is not trained."""
     assert recipe.training.start_from is not None  # checked when the study was read
     return recipe.training.start_from
 

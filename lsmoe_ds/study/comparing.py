@@ -1,4 +1,4 @@
-"""Compare the members of a study: gains over the baseline, and whether seeds agree on them."""
+"""Compare the members of a study: gains over the baseline, and whether all seeds agree."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compare(
 ) -> Comparison:
     """Compare the rows (member, route) of ``titles`` with the row ``baseline``; scores may be missing.
 
-    ``wanted`` are the seeds of each member, by default all.
+    ``wanted`` has the seeds of each member, by default all.
     """
     main = TASKS[task].main
     against = scores.get(baseline, {})
@@ -87,9 +87,9 @@ def compare(
 
 
 def _apart(one: Spread, other: Spread) -> bool | None:
-    """Tell whether all seeds of one score above, or all below, those of the other.
+    """Tell whether all seeds of one score above, or all below, every seed of the other.
 
-    None if either has only one seed.
+    None if either has fewer than two seeds.
     """
     if min(one.seeds, other.seeds) < 2:
         return None
@@ -107,7 +107,7 @@ def _group_scores(tables: Iterable[ScoreTable]) -> dict[str, Scores]:
 
 
 def _spreads(found: Sequence[Mapping[str, Metrics]]) -> dict[str, Scores]:
-    """Return the spread over seeds of each key that all of them have."""
+    """Return each key's spread over seeds, for the keys that all seeds have."""
     keys = [key for key in found[0] if all(key in each for each in found)] if found else []
     spreads: dict[str, Scores] = {}
     for key in keys:

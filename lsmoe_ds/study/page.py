@@ -32,8 +32,9 @@ def render_page(comparison: Comparison) -> str:
 
 
 def draw_picture(comparison: Comparison) -> Markup | None:
-    """Return the picture of scores against the parameters that serve one direction, a point for each row, or
-    None if all rows have as many.
+    """Draw each row's score against the parameters that serve one direction.
+
+    None if all rows have the same number of parameters.
     """
     main, unit = comparison.scoring.main, comparison.scoring.unit
     points = [

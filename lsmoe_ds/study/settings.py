@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lsmoe_ds import shipped
-from lsmoe_ds.config.file import load_recipe, read_mapping, validate
+from lsmoe_ds.config.file import read_mapping, validate
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.section import Positive, Section
+from lsmoe_ds.convert.recipes import open_recipe
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import nearest
@@ -30,7 +31,7 @@ FIXED = {
 
 
 class Evaluate(Section):
-    """The options of ``lsmoe evaluate``; ``directions`` are those that are trained, or all of the data."""
+    """The options of ``lsmoe evaluate``. ``directions`` selects the trained directions or all in the data."""
 
     directions: Literal["trained", "all"] = "trained"
     beam: Positive = 5
@@ -40,7 +41,7 @@ class Evaluate(Section):
 
 
 class Distilled(Section):
-    """How a member learns from the run of another one, ``of`` (:class:`lsmoe_ds.distill.Distillation`)."""
+    """How a member learns from the run of the member ``of`` (:class:`lsmoe_ds.distill.Distillation`)."""
 
     of: str
     level: Literal["sequence", "word", "both"] = "sequence"
@@ -52,9 +53,10 @@ class Distilled(Section):
 class Member(Section):
     """A member of a study: ``set`` is merged into the base recipe, and each of ``routes`` is evaluated.
 
-    One that is not ``trained`` is the model of ``training.start_from``, as it is. With ``each_direction`` the
-    member is a model for each direction, which is trained on it alone for so many steps. ``seeds`` are those
-    of the study's that it is trained with; without it all. With ``distill`` it is another member's student.
+    A member that is not ``trained`` is the unchanged model of ``training.start_from``. With
+    ``each_direction`` the member has one model for each direction, trained on that direction alone for so
+    many steps. ``seeds`` selects from the study's seeds, by default all. With ``distill`` the member is
+    another member's student.
     """
 
     trained: bool = True
@@ -83,7 +85,7 @@ class Member(Section):
         if self.distill is not None and not self.trained:
             raise ValueError("'distill' is of a training, but 'trained' is false: leave one out")
         for key in _keys(self.set):
-            if key in FIXED and key != DIRECTIONS:  # of which the whole study decides
+            if key in FIXED and key != DIRECTIONS:  # FIXED keys are the same in the whole study
                 raise ValueError(f"'set' changes {key}, but {FIXED[key]}")
             if key == "data" or (key.startswith("data.") and key.split(".")[1] != "batch"):
                 raise ValueError(
@@ -119,7 +121,7 @@ class Settings(Section):
                 )
             if member.distill is not None:
                 self._check_teacher(name, member.distill.of)
-            # What each is trained on may differ where all directions are scored.
+            # Members may train on different directions only if all directions are scored.
             if DIRECTIONS in _keys(member.set) and self.evaluate.directions == "trained":
                 raise ValueError(
                     f"in member '{name}' 'set' changes {DIRECTIONS}, but {FIXED[DIRECTIONS]}; or let "
@@ -128,7 +130,7 @@ class Settings(Section):
         return self
 
     def _check_teacher(self, name: str, of: str) -> None:
-        """Raise ValueError unless a member can learn from another one, with each of its seeds."""
+        """Raise ValueError unless a member can learn from the member ``of`` with each of its seeds."""
         teacher = self.members.get(of)
         if teacher is None:
             raise ValueError(
@@ -147,7 +149,7 @@ class Settings(Section):
             )
 
     def seeds_of(self, member: str) -> tuple[int, ...]:
-        """Return the seeds of a member, in the order of the study's."""
+        """Return the seeds of a member, in the study's order."""
         own = self.members[member].seeds
         return tuple(seed for seed in self.seeds if own is None or seed in own)
 
@@ -169,7 +171,7 @@ class Study:
         return self.recipes[self.settings.baseline].prepared
 
     def recipe(self, member: str, seed: int, alone: Direction | None = None) -> Recipe:
-        """Return the whole recipe of one run, of a direction ``alone`` if the member has a model for each."""
+        """Return the whole recipe of one run; ``alone`` is its direction if each has its own model."""
         recipe = self.recipes[member]
         changes: dict[str, Any] = {"seed": seed}
         if alone is not None:
@@ -178,13 +180,13 @@ class Study:
         return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
 
     def models(self, member: str) -> tuple[Direction | None, ...]:
-        """List the directions for which a member has a model of its own; None stands for all."""
+        """List the directions for which a member has its own model; None means all."""
         if self.settings.members[member].each_direction is None:
             return (None,)
         return self.recipes[member].trained
 
     def scored(self, member: str) -> tuple[Direction, ...]:
-        """List the directions in which a member is scored, as far as there is text."""
+        """List the directions in which a member is scored; directions without text are skipped later."""
         recipe = self.recipes[member]
         return (
             recipe.trained if self.settings.evaluate.directions == "trained" else recipe.languages.directions
@@ -201,7 +203,7 @@ class Study:
 
 
 def load_study(path: str | Path) -> Study:
-    """Read a study, by its path or the name of one that comes with lsmoe_ds, and the recipe of every member.
+    """Read a study and the recipe of every member. ``path`` may be the name of a study that is included.
 
     Raises UserError, which says where the error is and what is allowed.
     """
@@ -210,11 +212,11 @@ def load_study(path: str | Path) -> Study:
     settings = validate(Settings, value, path, places)
     base = path.parent / settings.recipe
     base = base if base.exists() else shipped.find("recipe", settings.recipe) or base
-    load_recipe(base)  # first, so that its errors are not reported as a member's
+    open_recipe(base)  # first, so that its errors are not reported as a member's
     recipes = {}
     for name, member in settings.members.items():
         try:
-            recipes[name] = load_recipe(base, changes=member.set, changed_by="'set'")
+            recipes[name] = open_recipe(base, changes=member.set, changed_by="'set'")
             if not member.trained and recipes[name].training.start_from is None:
                 raise UserError("'trained' is false, but there is no training.start_from to evaluate")
         except UserError as error:
@@ -223,7 +225,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def _keys(value: Mapping[str, Any], at: str = "") -> list[str]:
-    """Return the key ``a.b`` of every value that is not a mapping, or is an empty one."""
+    """Return the key, such as ``a.b``, of every value that is not a mapping or is an empty one."""
     found = []
     for key, child in value.items():
         here = f"{at}{key}"

@@ -1,6 +1,6 @@
 """Compare a study's members: means over seeds with their spread, gains over the baseline, win ratios.
 
-A row is a member by one of its routes. A value that was not measured is None here, null in JSON and "missing"
+A row is a member on one of its routes. A value that was not measured is None here, null in JSON and "missing"
 in the tables.
 """
 
@@ -50,9 +50,9 @@ Scores = dict[str, Spread]  # by metric
 class Costs:
     """The costs of a row.
 
-    Parameters are those trained, those loaded to serve all directions, and those that serve one direction
-    after merging or extraction, an upper bound if ``serving_at_most``. The measured speed is tokens per
-    second, the median of a run's records; ``minutes`` are of training.
+    Parameters are counted as trained, as loaded to serve all directions, and as needed to serve one direction
+    after merging or extraction (an upper bound if ``serving_at_most``). The speed is the median of a run's
+    records, in tokens per second; ``minutes`` is the training time.
     """
 
     parameters: int
@@ -71,7 +71,7 @@ class Row:
     direction.
     ``win_ratio`` is the share of directions, from 0 to 1, whose mean over seeds is above the baseline's.
     ``beyond_seeds`` is true if the gain exceeds the variation between seeds: every seed of the row scores
-    above every seed of the baseline, or every one below. It is None for the baseline itself, and if either
+    above every seed of the baseline, or every seed below. It is None for the baseline itself, and if either
     has fewer than two seeds.
     """
 
@@ -134,7 +134,7 @@ class Grid:
 class Comparison:
     """Everything that a study's tables and page show.
 
-    ``copy`` and ``copy_by_direction`` are the scores of copying the source; empty for a task other than
+    ``copy`` and ``copy_by_direction`` are the scores of copying the source, empty for tasks other than
     translation.
     """
 
@@ -151,7 +151,7 @@ class Comparison:
 
     @property
     def scoring(self) -> TaskMetrics:
-        """Return what is scored of the task."""
+        """Return the task's metrics."""
         return TASKS[self.task]
 
     @property
@@ -373,7 +373,7 @@ def _costs(costs: Costs) -> list[str]:
     sizes = [human(number) for number in (costs.parameters, costs.serving_all, costs.serving_one)]
     if costs.serving_at_most:
         sizes[-1] = f"at most {sizes[-1]}"
-    if not costs.parameters:  # the base as it is
+    if not costs.parameters:  # the unchanged base model
         return ["–", *sizes[1:], "–", "–"]
     return [*sizes, _cell(costs.tokens_per_second, ",.0f"), _cell(costs.minutes)]
 
