@@ -110,7 +110,7 @@ def measure(name: str, base: Path, work: Path, text: dict[str, list[str]], count
     for direction in DIRECTIONS:
         lines = text[direction.source][:count]
         sources = [model.vocabulary.encode(line) for line in lines]
-        own = [each.tokens for each in translate_tokens(model, direction, sources, Search())]
+        own = [best.tokens for (best,) in translate_tokens(model, direction, sources, Search())]
         distinct |= {tuple(each) for each in own}
         folder = work / str(direction)
         for form, engine in converted(whole, direction, folder).items():

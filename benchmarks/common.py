@@ -16,14 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from lsmoe_ds.data.batches import Batch, DirectionIds
-from lsmoe_ds.directions import Languages
+from lsmoe_ds.data.batches import DirectionIds, PairBatch
+from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.launch import joining
 from lsmoe_ds.launch.memory import keep_large_blocks
@@ -117,17 +119,21 @@ def peak_memory() -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2**20
 
 
-def alternate(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant; they take turns, so that a busy moment of the machine hits all
-    alike, and in another order each round, so that none always follows the same other one.
+def alternate(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Median seconds of each contestant by ``clock``; they take turns, so that a busy moment of the machine
+    hits all alike, and in another order each round, so that none always follows the same other one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order = random.Random(1)  # the same on every rank
     for _ in range(rounds):
         for name, run in order.sample(list(contestants.items()), len(contestants)):
-            begun = time.perf_counter()
+            begun = clock()
             run()
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(clock() - begun)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -138,7 +144,7 @@ class Tags:
 
 def ragged_batches(
     languages: Languages, vocabulary: int, tokens: int, count: int, mean_length: float, seed: int = 1
-) -> list[Batch]:
+) -> list[PairBatch]:
     """``count`` batches of about ``tokens`` real tokens, of like lengths as length buckets give, of all
     directions, by language.
     """
@@ -161,3 +167,53 @@ def ragged_batches(
         )
         batches.append(ids.collate(texts[0], texts[1], directions))
     return batches
+
+
+class Sentences:
+    """Random tokens; lengths as ragged as those of text."""
+
+    def __init__(self, lengths: NDArray[Any], vocabulary: int, seed: int) -> None:
+        self.lengths = lengths
+        self.text = np.random.default_rng(seed).integers(
+            100, vocabulary, int(lengths.max()) + 1000, dtype=np.uint16
+        )
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        return self.text[index % 1000 :][: self.lengths[index]]
+
+
+class Pairs:
+    def __init__(self, count: int, log_length: float, vocabulary: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        source = random.lognormal(log_length, 0.6, count).clip(2, 200)
+        target = (source * random.lognormal(0.0, 0.2, count)).clip(2, 200)
+        self.source, self.target = (
+            Sentences(lengths.astype(np.int32), vocabulary, each)
+            for each, lengths in ((seed, source), (seed + 1, target))
+        )
+
+
+class Corpus:
+    """Stand for prepared data and its vocabulary: ``pairs`` made-up pairs of each direction, whose lengths
+    have the median exp(``log_length``).
+    """
+
+    def __init__(self, codes: list[str], vocabulary: int, pairs: int, log_length: float) -> None:
+        self.codes, self.vocabulary, self.pairs, self.log_length = codes, vocabulary, pairs, log_length
+
+    def tokens(self, direction: Direction, split: str) -> Pairs:
+        return Pairs(self.pairs, self.log_length, self.vocabulary, sum(map(ord, str(direction))))
+
+    def tag_id(self, code: str) -> int:
+        return 4 + self.codes.index(code)
+
+
+UNITS = ("nothing", "feed-forwards", "layers")
+
+
+def compile_model(model: Any, unit: str, backend: str = "inductor") -> None:
+    """Compile these units of a dense model for dynamic shapes; the names of its parameters stay."""
+    for layer in (*model.encoder, *model.decoder):
+        chosen = {"nothing": (), "feed-forwards": (layer.feed_forward,), "layers": (layer,)}[unit]
+        for module in chosen:
+            module.forward = torch.compile(module.forward, dynamic=True, backend=backend)

@@ -3,10 +3,10 @@
     python benchmarks/convert.py [--experts 128] [--folder DIR]
 
 A run with random weights in DeepSpeed's files, 128 experts of 8.4M parameters in two layers of the decoder:
-2.4 billion parameters, 9.6 GB in float32. Each `lsmoe convert` is a process of its own, whose largest
-resident memory the system tells; mapped pages count. In the same run: reading and summing the checkpoint
-(sha256), and copying it with a sync, which is the floor. Needs 2.5 times the checkpoint's size on the disk of
-``--folder``.
+2.4 billion parameters, 9.6 GB in float32; then the same routed by token, which becomes an NLLB-MoE. Each
+`lsmoe convert` is a process of its own, whose largest resident memory the system tells; mapped pages count.
+In the same run: reading and summing the checkpoint (sha256), and copying it with a sync, which is the floor.
+Needs 2.5 times the checkpoint's size on the disk of ``--folder``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ VOCABULARY = 12000
 PAIR = ["--direction", "en-de"]
 
 
-def recipe_of(experts: int) -> Recipe:
-    moe = {"every": 3, "experts": experts, "routing": "task", "top_k": 2}
+def recipe_of(experts: int, routing: str) -> Recipe:
+    moe = {"every": 3, "experts": experts, "routing": routing, "top_k": 2}
     return Recipe.model_validate(
         {
             "name": "benchmark",
@@ -87,6 +88,14 @@ def make_run(run: Path, recipe: Recipe) -> int:
     return count
 
 
+def apart(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call returns in a process of its own: a process inherits the largest memory of the one
+    that starts it.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(call, arguments)
+
+
 def lsmoe(*arguments: str) -> dict[str, float]:
     """Seconds and largest resident memory of a command."""
     begun = time.perf_counter()
@@ -119,10 +128,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         run, whole, copied = folder / "run", folder / "whole", folder / "copied"
-        with multiprocessing.get_context("spawn").Pool(
-            1
-        ) as apart:  # a process inherits the largest memory of the one that starts it
-            parameters = apart.apply(make_run, (run, recipe_of(arguments.experts)))
+        parameters = apart(make_run, run, recipe_of(arguments.experts, "task"))
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         print(f"{parameters:,} parameters, {size / 2**30:.1f} GiB", file=sys.stderr)
         result: dict[str, Any] = {"a command that only starts": lsmoe("--version")}
@@ -135,14 +141,19 @@ def main() -> None:
         result["copy and sync"] = seconds_of(copy)
         shutil.rmtree(copied)
         result["to consolidated"] = lsmoe(
-            "convert", str(run), "--to", "consolidated", "--out", str(whole), "--check", "0"
+            "convert", str(run), "--as", "consolidated", "--out", str(whole), "--check", "0"
         )
         for kind in ("dense", "huggingface", "ctranslate2"):
-            out = ["--to", kind, *PAIR, "--check", "0", "--out", str(folder / kind)]
+            out = ["--as", kind, *PAIR, "--check", "0", "--out", str(folder / kind)]
             result[f"to {kind}"] = lsmoe("convert", str(run), *out)
-        out = ["--to", "dense", *PAIR, "--check", "0", "--out", str(folder / "dense")]
+        out = ["--as", "dense", *PAIR, "--check", "0", "--out", str(folder / "dense")]
         result["consolidated to dense"] = lsmoe("convert", str(whole), *out)
         dense = sum(path.stat().st_size for path in (folder / "dense").glob("*.safetensors"))
+        shutil.rmtree(run)
+        shutil.rmtree(whole)
+        apart(make_run, run, recipe_of(arguments.experts, "token"))
+        out = ["--as", "huggingface", "--check", "0", "--out", str(folder / "nllb-moe")]
+        result["routed by token, to huggingface (NLLB-MoE)"] = lsmoe("convert", str(run), *out)
         setting = {
             "parameters": parameters,
             "GiB": round(size / 2**30, 2),

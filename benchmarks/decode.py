@@ -37,12 +37,12 @@ from common import Tags, alternate, argument_parser, in_processes, write
 from torch import Tensor, nn
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, DirectionIds
+from lsmoe_ds.data.batches import DirectionIds, PairBatch
 from lsmoe_ds.languages import EOS
 from lsmoe_ds.launch import joining
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
-from lsmoe_ds.moe.routers import Routes
+from lsmoe_ds.moe.layer import Seen
 from lsmoe_ds.parallel import compat
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.topology import Topology
@@ -82,7 +82,7 @@ def random_sources(vocabulary: int, count: int, seed: int) -> list[list[int]]:
     return [torch.randint(8, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def sentences(recipe: Recipe, count: int, seed: int) -> Batch:
+def sentences(recipe: Recipe, count: int, seed: int) -> PairBatch:
     texts = random_sources(VOCABULARY, count, seed)
     return DirectionIds.of(recipe.languages, Tags()).collate(texts, None, [0] * count)
 
@@ -112,7 +112,7 @@ def balance(routers: list[nn.Module], weights: list[nn.Parameter], run: Callable
 
 
 @torch.inference_mode()
-def decode(model: Transformer, batch: Batch, forced: Tensor) -> Tensor:
+def decode(model: Transformer, batch: PairBatch, forced: Tensor) -> Tensor:
     """Chooses a token for each of the T positions of ``forced`` [B, T], which is read in place of the
     choices.
     """
@@ -144,8 +144,8 @@ def experts_used(model: Transformer, run: Callable[[], object]) -> float:
     """Experts that have tokens, of one rank, mean over the decoder's sparse layers and steps."""
     used: list[int] = []
 
-    def look(tasks: Tensor, routes: Routes) -> None:
-        used.append(int(routes.experts.unique().numel()))
+    def look(seen: Seen) -> None:
+        used.append(int(seen.routes.experts.unique().numel()))
 
     for side, layer in model.moe_layers():
         layer.observer = look if side == "decoder" else None
@@ -179,7 +179,7 @@ def beside_peers(rounds: int) -> dict[str, Any]:
         run = functools.partial(others["transformers NLLB-MoE"].decode, source, forced)
         balance(routers, [router.classifier.weight for router in routers], run)
     if peers.installed("ctranslate2"):
-        tensors = dict(mine["ours, sub-network"].named_parameters())
+        tensors: dict[str, Tensor] = dict(mine["ours, sub-network"].named_parameters())
         for quantization in ("float32", "int8"):
             others[f"CTranslate2 {quantization}, sub-network"] = peers.CTranslate2(
                 tensors, small, VOCABULARY, quantization
@@ -189,11 +189,11 @@ def beside_peers(rounds: int) -> dict[str, Any]:
     for count in PEER_BATCHES:
         source, forced = sentences(dense, count, 1).source, forced_tokens(count, 1)
         contestants: dict[str, Callable[[], object]] = {}
-        for name, peer in others.items():
-            contestants[name] = functools.partial(peer.decode, source, forced)
+        for name, other in others.items():
+            contestants[name] = functools.partial(other.decode, source, forced)
         contestants |= {name: ours(model, dense, count, 1) for name, model in mine.items()}
-        for run in contestants.values():
-            run()
+        for contestant in contestants.values():
+            contestant()
         seconds = alternate(contestants, rounds)
         rates = {name: round(count * TOKENS / value, 1) for name, value in seconds.items()}
         used = experts_used(mine["ours, token"], ours(mine["ours, token"], dense, count, 1))

@@ -14,7 +14,7 @@ router has put them is chance. With replicas each rank computes them itself.
 
 The share of the time is measured twice, in alternate steps: as `lsmoe train` tells it, with the time a rank
 waits for the slower one, and with a barrier before each exchange, so that what is left is the exchange
-itself.
+itself. With 2 chunks it is the time in which a rank waits for an exchange that overlaps with computation.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from common import argument_parser, in_processes, write
-from numpy.typing import NDArray
+from common import Corpus, argument_parser, in_processes, write
 from torch import Tensor
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity
 from lsmoe_ds.data.batching import BatchStream
-from lsmoe_ds.directions import Direction
 from lsmoe_ds.launch import joining
 from lsmoe_ds.parallel import collectives, compat
 from lsmoe_ds.parallel.topology import Topology
@@ -50,10 +47,14 @@ LANGUAGES = "de nl sv fr es it pt ro ru uk pl cs hi bn fi tr".split()  # noqa: S
 LEARNED: dict[str, Any] = {"routing": "task", "task": "target"}
 ASSIGNED = LEARNED | {"routing": "static"}
 ENGLISH = {"replicas": ["en"]}
+CHUNKS = {"chunks": 2}
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {  # the kind of batches, and settings of the experts
     "token": ("mixed", {"routing": "token"}),
+    "token, 2 chunks": ("mixed", {"routing": "token"} | CHUNKS),
     "target language": ("mixed", LEARNED),
+    "target language, 2 chunks": ("mixed", LEARNED | CHUNKS),
     "target language, replicas of English": ("mixed", LEARNED | ENGLISH),
+    "target language, replicas of English, 2 chunks": ("mixed", LEARNED | ENGLISH | CHUNKS),
     "assigned target language": ("mixed", ASSIGNED),
     "assigned target language, replicas of English": ("mixed", ASSIGNED | ENGLISH),
     "target language, 2 groups": (
@@ -62,40 +63,6 @@ CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {  # the kind of batches, a
     ),
     "pair, 2 groups": ("task-affine", {"routing": "task", "task": "pair", "expert_groups": RANKS}),
 }
-
-
-class Sentences:
-    """Random tokens; lengths as ragged as those of text."""
-
-    def __init__(self, lengths: NDArray[Any], seed: int) -> None:
-        self.lengths = lengths
-        self.text = np.random.default_rng(seed).integers(
-            100, VOCABULARY, int(lengths.max()) + 1000, dtype=np.uint16
-        )
-
-    def __getitem__(self, index: int) -> NDArray[Any]:
-        return self.text[index % 1000 :][: self.lengths[index]]
-
-
-class Pairs:
-    def __init__(self, seed: int) -> None:
-        random = np.random.default_rng(seed)
-        source = random.lognormal(3.0, 0.6, PAIRS).clip(2, 200)
-        target = (source * random.lognormal(0.0, 0.2, PAIRS)).clip(2, 200)
-        self.source, self.target = (
-            Sentences(source.astype(np.int32), seed),
-            Sentences(target.astype(np.int32), seed + 1),
-        )
-
-
-class Corpus:
-    """Stands for prepared data and for its vocabulary."""
-
-    def tokens(self, direction: Direction, split: str) -> Pairs:
-        return Pairs(sum(map(ord, str(direction))))
-
-    def tag_id(self, code: str) -> int:
-        return 4 + ["en", *LANGUAGES].index(code)
 
 
 def recipe_of(languages: str, moe: dict[str, Any]) -> Recipe:
@@ -124,7 +91,7 @@ def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, flo
         "groups": groups,
         "at_home": at_home,
     }
-    corpus, data = Corpus(), recipe.data
+    corpus, data = Corpus(["en", *LANGUAGES], VOCABULARY, PAIRS, 3.0), recipe.data
     stream = BatchStream(
         corpus, recipe.languages, corpus, data.batch, data.temperature, recipe.training.seed, **layout
     )
@@ -137,25 +104,25 @@ def contestant(recipe: Recipe, topology: Topology) -> Callable[[], dict[str, flo
     for _, layer in engine.module.moe_layers():
         layer.deepspeed_moe.experts.register_forward_pre_hook(count)
 
-    exchange = collectives._exchange
+    begin = collectives._begin
 
     def after_barrier(
-        tensor: Tensor, send: list[int], receive: list[int], group: Any, traffic: collectives.Traffic
-    ) -> Tensor:
+        tensor: Tensor, send: list[int], receive: list[int], group: Any, *more: Any
+    ) -> collectives._Message:
         torch.distributed.barrier(group)
-        return exchange(tensor, send, receive, group, traffic)
+        return begin(tensor, send, receive, group, *more)
 
     def turn() -> dict[str, float]:
         found: dict[str, float] = {}
-        for name, function in (("with waiting", exchange), ("alone", after_barrier)):
-            collectives._exchange = function
+        for name, function in (("with waiting", begin), ("alone", after_barrier)):
+            collectives._begin = function  # type: ignore[assignment]
             step = next(stream)
             computed[0] = 0
             torch.distributed.barrier()
             begun = time.perf_counter()
             exchanged = train_step(engine, step, 100, recipe, topology).exchanged["decoder"]
             seconds = time.perf_counter() - begun
-            collectives._exchange = exchange
+            collectives._begin = begin
             found[f"share of time, {name}"] = exchanged.seconds / (seconds * topology.world)
             if name == "with waiting":
                 found["tokens per second"] = (step.source_tokens + step.target_tokens) / seconds

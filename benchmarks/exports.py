@@ -141,8 +141,8 @@ REFUSED = {
 
 
 def recipe_of(changes: dict[str, Any], steps: int, start: Path | None = None) -> Recipe:
-    training = {"steps": steps, "checkpoint_every": steps, "validate_every": min(steps, 500)}
-    data = {}
+    training: dict[str, Any] = {"steps": steps, "checkpoint_every": steps, "validate_every": min(steps, 500)}
+    data: dict[str, Any] = {}
     if start is not None:
         training["start_from"] = str(start)
         data["vocabulary"] = {"file": str(start / "vocabulary.model")}
@@ -178,7 +178,7 @@ def begin(steps: int, work: Path) -> Path:
     """The dense model, as a folder to start from."""
     run, start = train("dense", steps, work), work / "start"
     if not start.exists():
-        lsmoe("convert", str(run), "--to", "consolidated", "--out", str(start), "--check", "0")
+        lsmoe("convert", str(run), "--as", "consolidated", "--out", str(start), "--check", "0")
     return start
 
 
@@ -199,6 +199,7 @@ def converted(run: Path, direction: Direction, route: str, folder: Path) -> dict
     engines: dict[str, Engine] = {}
     for name in ("dense", "huggingface", "ctranslate2 float32", "ctranslate2 int8"):
         kind, *quantization = name.split()
+        options: dict[str, Any] = {"quantization": quantization[0]} if quantization else {}
         out = folder / name.replace(" ", "-")
         convert(
             run,
@@ -207,7 +208,7 @@ def converted(run: Path, direction: Direction, route: str, folder: Path) -> dict
             out,
             check=0,
             route=route,
-            **({"quantization": quantization[0]} if quantization else {}),
+            **options,
         )
         engines[name] = Exported.load(find_model(out)) if kind == "huggingface" else load_engine(out)
     return engines

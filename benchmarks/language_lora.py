@@ -24,7 +24,7 @@ from unittest import mock
 from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, Step
+from lsmoe_ds.data.batches import PairBatch, Step
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.launch import joining
 from lsmoe_ds.model.initialization import initialize
@@ -68,14 +68,14 @@ def recipe_of(index: Any) -> Recipe:
     )
 
 
-def step_of(recipe: Recipe, batch: Batch, topology: Topology) -> Callable[[], None]:
+def step_of(recipe: Recipe, batch: PairBatch, topology: Topology) -> Callable[[], None]:
     """Return an optimizer step on the batch."""
     engine = build_engine(recipe, VOCABULARY, topology)
     step = Step([batch], batch.target_tokens, int((batch.source != PAD).sum()), 0, [])
     return lambda: (train_step(engine, step, 100, recipe, topology), None)[1]
 
 
-def base_of(recipe: Recipe, batch: Batch, topology: Topology) -> Callable[[], None]:
+def base_of(recipe: Recipe, batch: PairBatch, topology: Topology) -> Callable[[], None]:
     """Return a forward pass of the frozen model and its backward pass to the embedded inputs."""
     model = Transformer(recipe, VOCABULARY, topology)
     initialize(model, 1, topology)

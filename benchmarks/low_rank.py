@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, Step
+from lsmoe_ds.data.batches import PairBatch, Step
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.launch import joining
 from lsmoe_ds.methods.context import LanguageContext
@@ -64,21 +64,22 @@ def recipe_of(languages: list[str], low_rank: dict[str, Any] | None) -> Recipe:
     )
 
 
-def formed(self: LowRankBank, base: nn.Module, x: Tensor, context: LanguageContext) -> Tensor:
+def formed(self: LowRankBank, base: nn.Linear, x: Tensor, context: LanguageContext) -> Tensor:
     """Of each pair of neighbors the product, added to the weight."""
     rows, kinds = x.reshape(-1, x.shape[-1]), (self.choice.vertical, self.choice.flat)
+    vertical, flat = (self.get_parameter(name) for name in ("vertical", "flat"))
     ends = sorted({segment.stop for kind in kinds for segment in context.segments(kind)})
     each, parts, start = rows.shape[0] // ends[-1], [], 0
     for end in ends:
         i, j = (next(each.language for each in context.segments(kind) if each.stop > start) for kind in kinds)
-        weight = base.weight + self.vertical[self.rows[i]].t() @ self.flat[self.rows[j]]
-        parts.append(F.linear(rows[start * each : end * each], weight, base.bias))  # type: ignore[arg-type]
+        weight = base.weight + vertical[self.rows[i]].t() @ flat[self.rows[j]]
+        parts.append(F.linear(rows[start * each : end * each], weight, base.bias))
         start = end
     return torch.cat(parts).view(*x.shape[:-1], -1)
 
 
 def contestant(
-    recipe: Recipe, batches: list[Batch], topology: Topology, forward: Any = None
+    recipe: Recipe, batches: list[PairBatch], topology: Topology, forward: Any = None
 ) -> tuple[Callable[[], None], int]:
     """A step over all batches, and the number of parameters."""
     recipe.data.batch.count = len(batches)

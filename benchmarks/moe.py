@@ -9,9 +9,10 @@ used experts' weights twice (forward and backward) and writing their gradients o
 measured in the same run. Glibc is told to keep large blocks, as `lsmoe train` does for itself. A rank alone
 leaves the gradients of unused experts out of the layer; training writes them once a step.
 
-On a GPU H 1024, F 4096, 16,384 tokens, bfloat16. Beside them stand the products alone, as one grouped product
-for each matrix, over rows that are sorted by expert already: what MegaBlocks computes, without routing,
-biases and the sum of the K outputs.
+Beside them stand the products alone, over rows that are sorted by expert already and as many for each,
+without routing, biases and the sum of the K outputs: one expert after the other, and as one batched product
+for each matrix. On a GPU H 1024, F 4096, 16,384 tokens, bfloat16, and one grouped product for each matrix,
+which is what MegaBlocks computes.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def ours(routing: str, tasks: int, x: Tensor) -> tuple[Callable[[], object], int
     languages, alone = Languages(tuple(english_centric(CODES))), Topology.single()
     settings = MoE(experts=EXPERTS, top_k=TOP_K, routing=routing)  # type: ignore[arg-type]
     layer = MixtureOfExperts(HIDDEN, settings, lambda: FeedForward(HIDDEN, WIDTH, alone), languages, alone)
-    torch.nn.init.normal_(layer.router.weight, std=0.1)
+    torch.nn.init.normal_(layer.router.get_parameter("weight"), std=0.1)
     layer.to(DEVICE, DTYPE)
     directions = torch.arange(SENTENCES, device=DEVICE) % tasks
     target = torch.tensor([languages.id(code) for code in CODES], device=DEVICE)[directions]
@@ -111,25 +112,42 @@ def deepspeeds(x: Tensor, **options: Any) -> Callable[[], object]:
         k=TOP_K,
         **options,
     )
-    layer.set_deepspeed_parallelism()
+    layer.set_deepspeed_parallelism()  # type: ignore[operator]
     layer.to(DEVICE, DTYPE)
     return contestant(lambda y: layer(y)[0], list(layer.parameters()), x)
 
 
-def products_alone() -> Callable[[], object]:
-    """The grouped products of a feed-forward over as many rows for each expert, and of the gradients."""
+def products_alone(way: str) -> Callable[[], object]:
+    """The products of a feed-forward over as many rows for each expert, and of the gradients: "grouped",
+    "batched", or "one by one".
+    """
     rows, each = SENTENCES * LENGTH * TOP_K, SENTENCES * LENGTH * TOP_K // EXPERTS
     ends = torch.arange(each, rows + 1, each, dtype=torch.int32, device=DEVICE)
-    x, expand, contract = (
+    x = torch.randn(rows, HIDDEN, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    if way == "one by one":
+        pairs = [
+            [torch.randn(*shape, requires_grad=True) for shape in ((WIDTH, HIDDEN), (HIDDEN, WIDTH))]
+            for _ in range(EXPERTS)
+        ]
+
+        def one_by_one(rows: Tensor) -> Tensor:
+            parts = zip(rows.split(each), pairs, strict=True)
+            return torch.cat([F.linear(F.relu(F.linear(part, up)), down) for part, (up, down) in parts])
+
+        return contestant(one_by_one, [weight for pair in pairs for weight in pair], x)
+    expand, contract = (
         torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True)
-        for shape in ((rows, HIDDEN), (EXPERTS, HIDDEN, WIDTH), (EXPERTS, WIDTH, HIDDEN))
+        for shape in ((EXPERTS, HIDDEN, WIDTH), (EXPERTS, WIDTH, HIDDEN))
     )
 
-    def run(rows: Tensor) -> Tensor:
+    def grouped(rows: Tensor) -> Tensor:
         hidden = F.relu(F.grouped_mm(rows, expand, offs=ends))
         return F.grouped_mm(hidden, contract, offs=ends)
 
-    return contestant(run, [expand, contract], x)
+    def batched(rows: Tensor) -> Tensor:
+        return F.relu(rows.view(EXPERTS, each, HIDDEN) @ expand) @ contract
+
+    return contestant(grouped if way == "grouped" else batched, [expand, contract], x)
 
 
 def main() -> None:
@@ -156,8 +174,8 @@ def main() -> None:
         contestants[name], used[name] = ours(routing, tasks, x)
     contestants["DeepSpeed, capacity 1"] = deepspeeds(x, capacity_factor=1.0, min_capacity=1)
     contestants["DeepSpeed, no drop"] = deepspeeds(x, drop_tokens=False)
-    if CUDA:
-        contestants["grouped products alone"] = products_alone()
+    for way in ("grouped",) if CUDA else ("one by one", "batched"):
+        contestants[f"{way} products alone"] = products_alone(way)
     for run in contestants.values():
         run()
     seconds = alternate(contestants, arguments.rounds)

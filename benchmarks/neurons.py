@@ -32,7 +32,7 @@ from decode import TOKENS as DECODED
 from decode import decode, forced_tokens, sentences
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, Step
+from lsmoe_ds.data.batches import PairBatch, Step
 from lsmoe_ds.export.ctranslate2 import specify
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.languages import EOS, PAD
@@ -70,7 +70,7 @@ def recipe_of(model: dict[str, Any]) -> Recipe:
     )
 
 
-def step_of(recipe: Recipe, batch: Batch, topology: Topology) -> Callable[[], None]:
+def step_of(recipe: Recipe, batch: PairBatch, topology: Topology) -> Callable[[], None]:
     """Return an optimizer step on the batch."""
     engine = build_engine(recipe, VOCABULARY, topology)
     for module in engine.module.modules():
@@ -136,7 +136,8 @@ def sub_network(model: dict[str, Any], part: float | None) -> tuple[Transformer,
     initialize(whole, 1, Topology.single())
     for name, value in whole.named_buffers():
         if part is not None and name.endswith("_neurons.mask"):
-            value.copy_(at_random(*value.shape, part, torch.Generator().manual_seed(1)))
+            directions, units = value.shape
+            value.copy_(at_random(directions, units, part, torch.Generator().manual_seed(1)))
     names = global_names(whole, Topology.single())
     weights = {names[name]: value for name, value in whole.state_dict().items()}
     tensors, dense = extract(weights, recipe, recipe.languages.directions[0])

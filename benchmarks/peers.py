@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch
+from lsmoe_ds.data.batches import PairBatch
 from lsmoe_ds.data.vocabulary import SPECIALS
 from lsmoe_ds.export import ctranslate2
 from lsmoe_ds.export.huggingface import widest
@@ -29,7 +29,7 @@ from lsmoe_ds.shipped import ROOT as PROJECT
 from lsmoe_ds.training.optimizers import BETAS, EPSILON
 
 sys.path.insert(0, str(PROJECT / "tests"))
-from small_huggingface import use_chosen_experts
+from support.small_huggingface import use_chosen_experts
 
 
 def installed(distribution: str) -> bool:
@@ -67,16 +67,16 @@ class PlainTransformer(nn.Module):
             if isinstance(module, nn.MultiheadAttention):
                 module.dropout = 0.0
             if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-                module.dropout = nn.Identity()
+                module.dropout = nn.Identity()  # type: ignore[assignment]
         self.dropout = recipe.training.dropout
 
     def embed(self, ids: Tensor, offset: int = 0) -> Tensor:
-        positions = self.positions[offset : offset + ids.shape[1]]
+        positions = self.get_buffer("positions")[offset : offset + ids.shape[1]]
         return F.dropout(
             self.embedding(ids) * self.embedding.embedding_dim**0.5 + positions, self.dropout, self.training
         )
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: PairBatch) -> Tensor:
         length = batch.decoder_input.shape[1]
         padding = batch.source == PAD
         hidden = self.transformer(
@@ -126,14 +126,14 @@ class PlainTransformer(nn.Module):
                     if position
                     else [*map(heads, new)]
                 )
-                mixed = F.scaled_dot_product_attention(heads(query), *own[i])
+                mixed = F.scaled_dot_product_attention(heads(query), own[i][0], own[i][1])
                 x = x + attention.out_proj(mixed.transpose(1, 2).flatten(2))
                 attention = layer.multihead_attn
                 size = attention.embed_dim
                 query = F.linear(
                     layer.norm2(x), attention.in_proj_weight[:size], attention.in_proj_bias[:size]
                 )
-                mixed = F.scaled_dot_product_attention(heads(query), *cross[i], attn_mask=mask)
+                mixed = F.scaled_dot_product_attention(heads(query), cross[i][0], cross[i][1], mask)
                 x = x + attention.out_proj(mixed.transpose(1, 2).flatten(2))
                 x = x + layer.linear2(F.relu(layer.linear1(layer.norm3(x))))
             found.append(F.linear(decoder.norm(x[:, -1]), self.embedding.weight).argmax(1))
@@ -144,11 +144,13 @@ class PlainTransformer(nn.Module):
 class Transformers(nn.Module):
     """A model of transformers with its own loss, which smooths no labels."""
 
+    model: Any  # of a class of transformers
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: PairBatch) -> Tensor:
         loss: Tensor = self.model(
             input_ids=batch.source,
             attention_mask=(batch.source != PAD).long(),
@@ -257,7 +259,7 @@ def nllb_moe(recipe: Recipe, vocabulary: int, experts: int, every: int) -> nn.Mo
     """Make transformers' NLLB-MoE: ``experts`` of the recipe's width in every ``every``-th layer, top-2, none
     full.
 
-    Mended as tests/small_huggingface.py does, or the comparison would be with a model of two experts.
+    Mended as tests/support/small_huggingface.py does, or the comparison would be with a model of two experts.
     """
     from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 
@@ -343,7 +345,7 @@ class JoeyNMT(nn.Module):
         self.model = build_model(config, words, words)
         self.model.loss_function = ("crossentropy", 0.1)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: PairBatch) -> Tensor:
         loss: Tensor = self.model(
             return_type="loss",
             src=batch.source,
@@ -356,7 +358,7 @@ class JoeyNMT(nn.Module):
         return loss / batch.target_tokens
 
 
-def training(model: nn.Module, recipe: Recipe, batches: list[Batch]) -> Callable[[], None]:
+def training(model: nn.Module, recipe: Recipe, batches: list[PairBatch]) -> Callable[[], None]:
     """Steps over the batches without an engine, as everybody's loop: loss, backward, clip, fused AdamW."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True

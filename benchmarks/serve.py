@@ -4,10 +4,11 @@
 
 The models of "Beyond Distillation" (section 4.3) at a base's size, 6 + 6 layers, H 512, F 2048, a vocabulary
 of 32,000, experts in every second layer, and what becomes of them for one direction: the model routed by
-token, whole and with a quarter of its experts (`lsmoe convert --to hybrid --keep`); the sub-network of the
-model routed by target language (`--to dense`, two experts joined); and a dense model of the base's size, as
-a baseline or a distilled student is. In torch; what is dense also in transformers and in CTranslate2, in
-float32 and int8.
+token, whole and with a quarter of its experts (`lsmoe convert --as hybrid --keep`); the sub-network of the
+model routed by target language (`--as dense`, two experts joined); and a dense model of the base's size, as
+a baseline or a distilled student is. In torch and in transformers; what is dense also in CTranslate2, in
+float32 and int8. transformers has what is routed by token as NLLB-MoE, whose fault in version 5 is mended
+(docs/convert.md).
 
 Each lies in a folder as `lsmoe convert` writes it, and is loaded from there by a process of its own, which
 then decodes batches of 1, 16, 64 and 128 sentences as `decode.py` does: 32 tokens for each sentence,
@@ -37,10 +38,12 @@ import decode
 import torch
 from common import argument_parser, in_processes, peak_memory, write
 from peers import installed
+from support.small_huggingface import use_chosen_experts
 
 from lsmoe_ds.checkpoint.stored import find_model, write_folder
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.batches import PairBatch
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.vocabulary import train_vocabulary
 from lsmoe_ds.directions import Direction
@@ -99,10 +102,14 @@ def make_folders(folder: Path, experts: int) -> dict[str, list[str]]:
         how = {} if write_files is None else {"write": write_files}
         write_folder(folder / name, weights, recipe, vocabulary, provenance, **how, **more)
 
-    def save_dense(name: str, model: Model) -> None:
-        save(f"{name}-torch", "dense", model)
+    def save_hybrid(name: str, model: Model, kind: str = "hybrid") -> None:
+        save(f"{name}-torch", kind, model)
         if installed("transformers"):
             save(f"{name}-transformers", "huggingface", model, huggingface.write_files)
+        made[name] = [engine for engine in ENGINES if (folder / f"{name}-{engine}").is_dir()]
+
+    def save_dense(name: str, model: Model) -> None:
+        save_hybrid(name, model, "dense")
         if installed("ctranslate2"):
             of, write_files = "ctranslate2", ctranslate2.write_files
             save(f"{name}-CTranslate2", of, model, write_files, quantization="float32")
@@ -114,11 +121,11 @@ def make_folders(folder: Path, experts: int) -> dict[str, list[str]]:
     save_dense("sub-network", extract(weights_of(recipe), recipe, EN_DE))
     recipe = recipe_of("token", experts)
     whole, recipe = extract(weights_of(recipe), recipe, EN_DE, hybrid=True)
-    save("token-torch", "hybrid", (whole, recipe))
+    save_hybrid("token", (whole, recipe))
     uses = {(side, layer): torch.rand(experts).double() for side, layer, _ in recipe.model.moe_layers()}
     kept, fewer, _ = keep_used(whole, recipe, uses, Keep(number=experts // 4))
-    save("token, a quarter kept-torch", "hybrid", (kept, fewer))
-    return made | {"token": ["torch"], "token, a quarter kept": ["torch"]}
+    save_hybrid("token, a quarter kept", (kept, fewer))
+    return made
 
 
 def resident() -> float:
@@ -135,7 +142,9 @@ def runner(engine: Any, direction: Direction, count: int) -> Callable[[], object
         batch = engine.collate(sources, None, direction)
         return lambda: decode.decode(engine.model, batch, forced)  # type: ignore[arg-type]
     form = form_of(engine.recipe.data, engine.languages, engine.vocabulary)
-    source = form.collate(sources, None, [engine.languages.direction_id(direction)] * count).source
+    read = form.collate(sources, None, [engine.languages.direction_id(direction)] * count)
+    assert isinstance(read, PairBatch)
+    source = read.source
     if isinstance(engine, huggingface.Exported):
         return lambda: engine.model.generate(
             input_ids=source,
@@ -157,6 +166,7 @@ def measure(folder: Path, direction: Direction) -> dict[str, Any]:
     begun = time.perf_counter()
     engine: Engine
     if folder.name.endswith("-transformers"):
+        use_chosen_experts()
         engine = huggingface.Exported.open(find_model(folder))
     elif "CTranslate2" in folder.name:
         from lsmoe_ds.export.engine import load_engine

@@ -5,7 +5,8 @@
 demo, base: on one process plain torch (torch.nn.Transformer, fused AdamW, no engine), ours dense and ours
 sparse, and at size base transformers' Marian and JoeyNMT, take turns in the same process on the same batches.
 Then ours on two processes through the deepspeed launcher, each with batches of its own, and expert
-parallelism 2 for the sparse model.
+parallelism 2 for the sparse model; beside them gloo alone, which sums as many numbers as the dense model has
+gradients.
 
 experts: 128 experts in every second layer, top-1, ours and transformers' Switch Transformer, which take turns
 as whole processes, for their memory.
@@ -29,7 +30,7 @@ from common import alternate, argument_parser, in_processes, peak_memory, ragged
 from torch import nn
 
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.data.batches import Batch, Step
+from lsmoe_ds.data.batches import PairBatch, Step
 from lsmoe_ds.languages import PAD
 from lsmoe_ds.launch import joining
 from lsmoe_ds.parallel import compat
@@ -63,6 +64,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 TURNS = 2  # of each process at size experts
+ALONE = "share of a dense step that gloo takes alone to sum its gradients"
 LANGUAGES = ["de", "nl", "fr", "es", "it", "ru", "uk"]
 
 
@@ -93,7 +95,12 @@ def recipe_of(size: str, sparse: bool, expert: int = 1, count: int = 1) -> Recip
     )
 
 
-def batches_of(size: str, seed: int) -> list[Batch]:
+def packed(recipe: Recipe) -> Recipe:
+    """Return the recipe with ``training.packed``."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"packed": True})})
+
+
+def batches_of(size: str, seed: int) -> list[PairBatch]:
     settings = SIZES[size]
     count = 24 if size == "demo" else 3
     return ragged_batches(
@@ -106,12 +113,12 @@ def batches_of(size: str, seed: int) -> list[Batch]:
     )
 
 
-def tokens_of(batches: list[Batch]) -> int:
+def tokens_of(batches: list[PairBatch]) -> int:
     return sum(int((b.source != PAD).sum()) + b.target_tokens for b in batches)
 
 
 def ours(
-    recipe: Recipe, vocabulary: int, batches: list[Batch], topology: Topology
+    recipe: Recipe, vocabulary: int, batches: list[PairBatch], topology: Topology
 ) -> tuple[Callable[[], None], int]:
     """And the parameters of a rank."""
     engine = build_engine(recipe, vocabulary, topology)
@@ -145,11 +152,16 @@ def taking_turns(size: str, rounds: int) -> dict[str, Any]:
         )
         others |= {"JoeyNMT": peers.JoeyNMT(dense, vocabulary)} if peers.installed("joeynmt") else {}
     contestants = {name: peers.training(model, dense, batches) for name, model in others.items()}
-    contestants["ours, dense"], _ = ours(dense, vocabulary, batches, topology)
+    contestants["ours, dense"], gradients = ours(dense, vocabulary, batches, topology)
     contestants["ours, sparse"], parameters = ours(sparse, vocabulary, batches, topology)
+    for name, recipe in (("dense", dense), ("sparse", sparse)):
+        contestants[f"ours, {name}, packed"], _ = ours(packed(recipe), vocabulary, batches, topology)
+    if world > 1:
+        contestants[ALONE] = summing(gradients, len(batches))
     for run in contestants.values():
         run()
     seconds = alternate(contestants, rounds)
+    exchange = {ALONE: seconds.pop(ALONE) / seconds["ours, dense"]} if world > 1 else {}
     tokens = torch.tensor(float(tokens_of(batches)))
     torch.distributed.all_reduce(tokens)
     return {
@@ -158,7 +170,19 @@ def taking_turns(size: str, rounds: int) -> dict[str, Any]:
         "real tokens": int(tokens),
         "tokens per second": {name: round(float(tokens) / value, 1) for name, value in seconds.items()},
         "parameters of the sparse model on a rank": parameters,
+        **{name: round(share, 3) for name, share in exchange.items()},
     }
+
+
+def summing(numbers: int, steps: int) -> Callable[[], None]:
+    """Sum so many zeros over all ranks, once for each step."""
+    flat = torch.zeros(numbers)
+
+    def run() -> None:
+        for _ in range(steps):
+            torch.distributed.all_reduce(flat)
+
+    return run
 
 
 def alone(model: str, rounds: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def translate(engine: Engine, sources: list[list[int]], direction: Direction, ba
     for start in range(0, len(order), batch):
         which = order[start : start + batch]
         results = engine.search([sources[i] for i in which], direction, Search())
-        found |= {i: result.tokens for i, result in zip(which, results, strict=True)}
+        found |= {i: best.tokens for i, (best,) in zip(which, results, strict=True)}
     return [found[i] for i in range(len(sources))]
 
 
@@ -74,8 +74,8 @@ def main() -> None:
         for name, taken in seconds.items():
             rows[name][f"sentences a second, batch {batch}"] = round(len(sources) / taken, 1)
             rows[name][f"times as fast, batch {batch}"] = round(seconds["without a map"] / taken, 2)
-    about = {"model": stored.recipe.name, "direction": str(direction), "pieces": vocabulary}
-    write({**about, "sentences": len(sources), "rows": rows}, arguments.out)
+    of = {"model": stored.recipe.name, "direction": str(direction), "pieces": vocabulary}
+    write({**of, "sentences": len(sources), "rows": rows}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def main() -> None:
     timed("train", "train", recipe, "--nproc", str(PROCESSES), done=finished())
     last = RUN / "checkpoints" / f"step-{steps()}" / "manifest.json"
     timed("evaluate", "evaluate", "runs/demo", done=newer(RUN / "scores.json", last))
-    convert = ["convert", "runs/demo", "--to", "dense", "--direction", "en-de", "--out", "en-de"]
+    convert = ["convert", "runs/demo", "--as", "dense", "--direction", "en-de", "--out", "en-de"]
     timed(
         "extract",
         *convert,
