@@ -1,4 +1,5 @@
 # make demo: everything from an empty machine to a report.   make test: all tests.   make check: style and types.
+# make docs: the documentation site, in build/site.
 # make slurm-up, make slurm-down: a private SLURM cluster of two nodes on this machine, to try the scripts of slurm/ on (as root).
 
 TORCH := torch==2.13.0
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: demo test check benchmark slurm-up slurm-down clean
+.PHONY: demo test check docs benchmark slurm-up slurm-down clean
 
 demo: $(READY)
 	$(BIN)/python recipes/demo.py
@@ -22,6 +23,13 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
+
+# A warning is an error: a link or an anchor that leads nowhere.
+docs: $(READY)
+	$(BIN)/pip install --quiet --constraint requirements.txt --requirement tools/site-requirements.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open build/site/index.html"
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/train.py --size demo

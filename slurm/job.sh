@@ -93,23 +93,40 @@ run_ranks() { # COMMAND...: leaves its exit status in `status`
 leave() { # STATUS: ends the job; 75 puts it back into the queue, under its number
     clean
     (($1 == 75)) || exit "$1"
+    local job='' ended=''
+    trap '' USR1 TERM # the warning of the time limit would end the questions to slurmctld
+    if ! insist show_job || [[ ! $job ]]; then
+        say "slurmctld does not answer: job $JOB is not requeued; submit it anew, it goes on where it is"
+        exit 75
+    fi
     if ! may_requeue; then
         say "job $JOB was canceled, or is being requeued by SLURM: it is not requeued from here"
         exit 75
     fi
-    trap - USR1 TERM # SLURM now ends this script
-    if ! scontrol requeue "$JOB"; then
+    trap 'ended=1' TERM # SLURM's, once it has requeued the job; scontrol may not have returned yet
+    if ! insist scontrol requeue "$JOB"; then
         say "job $JOB could not be requeued: submit it anew, it goes on where it is"
         exit 75
     fi
+    trap - TERM
+    [[ ! $ended ]] || kill -TERM $$
     sleep 60 &
     wait $!
     say "job $JOB was requeued, but not ended: submit it anew, it goes on where it is"
     exit 75
 }
 
+insist() { # COMMAND...: again if it fails, as a busy slurmctld may not answer
+    local pause
+    for pause in 1 3 9; do
+        ! "$@" || return 0
+        sleep "$pause"
+    done
+    "$@"
+}
+
+show_job() { job=$(scontrol --oneliner show job "$JOB"); }
+
 may_requeue() { # not what somebody has canceled
-    local job
-    job=$(scontrol --oneliner show job "$JOB") || return
     [[ $job =~ JobState=RUNNING|Reason=TimeLimit|PreemptTime=[0-9] ]]
 }

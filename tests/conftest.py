@@ -15,8 +15,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
-from played_slurm import Played
-from workers import Pool
+
+pytest.register_assert_rewrite("support")  # whose asserts say as much as those of test modules
+
+from support.played_slurm import Played
+from support.workers import Pool
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +41,17 @@ def form(request, monkeypatch):
     """Both ways in which the matrices of several languages are multiplied at once."""
     if request.param == "blocks":
         monkeypatch.setattr("lsmoe_ds.parallel.grouped.is_grouped", lambda device, dtype: False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the modules that took longest, if that is more than a minute, in seconds of their process."""
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                module = report.nodeid.partition("::")[0]
+                seconds[module] = seconds.get(module, 0.0) + report.duration
+    if slowest := sorted(((each, name) for name, each in seconds.items() if each > 60), reverse=True)[:20]:
+        terminalreporter.section("slowest modules")
+        for each, name in slowest:
+            terminalreporter.write_line(f"{each:6.0f} s  {name}")

@@ -270,13 +270,19 @@ class Cluster:
     def run(
         self, *command: str | Path, check: bool = True, timeout: float = 60, **options: object
     ) -> subprocess.CompletedProcess[str]:
-        """A client command (`srun`, `scontrol` ...) of this cluster; ``options`` go to `subprocess.run`.
+        """Run a client command (`srun`, `scontrol` ...) of this cluster; ``options`` go to `subprocess.run`.
         Raises RuntimeError with what it said where it fails and ``check``.
+
+        A busy slurmctld may close a connection before it has read the request. SIGPIPE then ends the client,
+        and nothing was done: it is run again.
         """
         options = {"env": self.environment, **options}
-        done = subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True, timeout=timeout, **options
-        )  # type: ignore[call-overload]
+        words, end = [str(word) for word in command], time.monotonic() + timeout
+        while True:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, **options)  # type: ignore[call-overload]
+            if done.returncode != -signal.SIGPIPE or time.monotonic() > end:
+                break
+            time.sleep(0.2)
         if check and done.returncode:
             raise RuntimeError(
                 f"{shlex.join(done.args)} returned {done.returncode}: {done.stderr.strip()} "

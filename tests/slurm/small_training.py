@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
-from small_run import TARGET_TOP2, make_recipe, write_corpus
+from support.small_run import TARGET_TOP2, make_recipe, write_corpus
 
 from lsmoe_ds.data.prepare import prepare
 

@@ -147,7 +147,7 @@ def power_off(cluster: Cluster, run: Path) -> None:
 def test_whatever_happens_the_job_goes_on_from_its_last_checkpoint(cluster, work, submit, alone):
     """One job, to which everything happens."""
     run = work / "unlucky"
-    job = submit("recipe.yaml", "--set", "training.hang_timeout=6", "--out", run.name)
+    job = submit("recipe.yaml", "--set", "training.hang_timeout=20", "--out", run.name)
     for number, (happens, mended) in enumerate(
         ((kill, None), (stop, None), (set_down, cluster.resume), (power_off, cluster.power_on))
     ):
